@@ -1,0 +1,58 @@
+# make serve   set up on first use, then serve a small chat model (or MODEL=path.gguf)
+# make test    set up on first use, then every check and test
+# make bench   the measurements that the README quotes
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SMOLLM := .models/SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL  ?= $(SMOLLM)
+ARGS   ?=
+
+.PHONY: serve test check bench clean
+
+serve: $(VENV)/.installed $(MODEL)
+	$(BIN)/paceline serve -m $(MODEL) $(ARGS)
+
+test: $(VENV)/.developed $(SMOLLM) check
+	$(BIN)/pytest
+
+check: $(VENV)/.developed
+	$(BIN)/ruff check engine api tests bench
+	$(BIN)/ruff format --check engine api tests bench
+	$(BIN)/mypy
+
+bench: $(VENV)/.developed $(SMOLLM)
+	$(BIN)/python -m bench.step_cost -m $(SMOLLM)
+	$(BIN)/python -m bench.overhead -m $(SMOLLM)
+	$(BIN)/python -m bench.scenarios -m $(SMOLLM)
+
+clean:
+	rm -rf $(VENV) .models .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# llama.cpp is compiled for this machine; the counter shows how far ninja is.
+$(VENV)/.native: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --upgrade pip
+	@echo "Building llama-cpp-python from source: about 6 minutes on 2 cores the first time (log: $(VENV)/build.log)"
+	@$(BIN)/pip install --verbose "$$(sed -n 's/^ *"\(llama-cpp-python==[0-9.]*\)",$$/\1/p' pyproject.toml)" 2>&1 \
+	    | tee $(VENV)/build.log | grep --line-buffered -oE '^ *\[[0-9]+/[0-9]+\]' \
+	    | while read -r step; do test -t 1 && printf '\r  compiled %s ' "$$step" || case $$step in *0/*) echo "  compiled $$step";; esac; done \
+	    || { grep -q 'Successfully installed\|already satisfied' $(VENV)/build.log || { tail -n 40 $(VENV)/build.log; exit 1; }; }
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.native
+	@echo "Installing Paceline"
+	@$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.developed: $(VENV)/.native
+	@echo "Installing Paceline and its development tools"
+	@$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(SMOLLM): bench/fetch.py
+	@$(PYTHON) bench/fetch.py smollm2 $@
+	@touch $@

@@ -1,0 +1,1 @@
+"""Continuous batching over llama.cpp for asyncio: the public names, nothing else."""

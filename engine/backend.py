@@ -1,0 +1,125 @@
+"""What the engine needs of a model: the seam between scheduling and the native library.
+
+`engine.llama` fills it with a GGUF and llama.cpp; the tests fill it with a context that computes no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from engine.batch import Batch
+
+Logits = NDArray[np.float32]
+"""Rows of logits, [rows, vocabulary]; overwritten by the next decode."""
+
+
+class NoFreeCells(Exception):
+    """The batch does not fit the cells; nothing was computed and nothing changed."""
+
+
+class Aborted(Exception):
+    """A decode was told to stop; part of the batch may be in the cells."""
+
+
+class NativeFault(Exception):
+    """A decode failed; part of the batch may be in the cells."""
+
+
+class ModelInfo(Struct, frozen=True):
+    """What is served, for people and clients."""
+
+    name: str
+    path: str
+    description: str
+    bytes: int
+    parameters: int
+    vocabulary: int
+    trained_context: int
+    """Tokens."""
+    context: int
+    """Cells shared by all sequences."""
+    device: str
+    chat_template: str | None
+    bos: str
+    """The text of the token that begins a sequence; empty if there is none."""
+    eos: str
+    bos_added: bool
+    """Whether `Vocab.tokenize` with `special` begins with that token."""
+
+
+class Vocab(Protocol):
+    """Text to tokens and back. Safe to call from any thread."""
+
+    @property
+    def size(self) -> int:
+        """Token ids are below this."""
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens with which the model ends a turn or a text."""
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of `text`. With `special`, special tokens in it are recognised and a BOS is added if the
+        model wants one."""
+
+    def piece(self, token: int) -> bytes:
+        """The token's bytes, not always whole characters; empty for a control token."""
+
+
+class Context(Protocol):
+    """Cells, and decodes over them. Only the engine thread calls it, `abort` excepted."""
+
+    @property
+    def cells(self) -> int:
+        """Cells that all sequences share."""
+
+    @property
+    def sequences(self) -> int:
+        """Sequence ids are below this."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of one decode at most."""
+
+    @property
+    def outputs(self) -> int:
+        """Rows of logits of one decode at most."""
+
+    def decode(self, batch: Batch) -> Logits:
+        """The logits of the rows that asked for them.
+
+        Raises NoFreeCells with the cells unchanged; after Aborted or NativeFault, `length` tells what each
+        sequence still has.
+        """
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Lets the empty sequence `target` share the first `length` cells of `source`."""
+
+    def cut(self, seq: int, length: int) -> bool:
+        """Drops what `seq` has from position `length` on. False if the model cannot do that: nothing changed."""
+
+    def length(self, seq: int) -> int:
+        """Positions that `seq` has."""
+
+    def abort(self) -> None:
+        """Makes the running decode, and every later one, raise Aborted soon. Callable from any thread."""
+
+
+class Backend(Protocol):
+    """An opened model. Created, used and closed on the engine thread; `vocab` and `info` are for everyone."""
+
+    info: ModelInfo
+    vocab: Vocab
+    context: Context
+
+    def close(self) -> None:
+        """Frees every native object; the context is not used again."""
+
+
+Progress = Callable[[float], None]
+"""Told the share of a load that is done, 0 to 1, on the engine thread."""

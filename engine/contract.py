@@ -1,0 +1,195 @@
+"""What crosses between a caller and the engine thread: requests in, updates out, and errors.
+
+    EngineError
+    ├── RequestRefused      the caller's fault: 400
+    │   └── ContextExceeded   the prompt alone is longer than a request may be
+    ├── Overloaded          try again later: 429 with Retry-After
+    ├── Draining            the engine is ending and takes nothing new: 503
+    └── EngineFault         ours: 500; `fatal` says whether the engine survived
+
+Every request gets any number of `Tokens` and then exactly one terminal update: `Finished` or `Failed`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+
+class EngineError(Exception):
+    """Anything the engine reports to a caller."""
+
+
+class RequestRefused(EngineError):
+    """The request can never run as asked; `field` names the part of it that is wrong."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ContextExceeded(RequestRefused):
+    """The prompt of `prompt_tokens` leaves no room for one new token in a context of `limit`."""
+
+    def __init__(self, prompt_tokens: int, limit: int) -> None:
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens, but the prompt has {prompt_tokens}. "
+            "Shorten the prompt or serve with a larger --ctx-size.",
+            field="prompt",
+        )
+        self.prompt_tokens = prompt_tokens
+        self.limit = limit
+
+
+class Overloaded(EngineError):
+    """The queue is full; `retry_after` seconds is an estimate of when it will not be."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"All slots are busy and the queue is full. Retry in {retry_after:.0f} s.")
+        self.retry_after = retry_after
+
+
+class Draining(EngineError):
+    """The engine is shutting down."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down and takes no new requests.")
+
+
+class EngineFault(EngineError):
+    """A failure that is not the caller's; after a `fatal` one the engine serves nothing more."""
+
+    def __init__(self, message: str, *, fatal: bool = False) -> None:
+        super().__init__(message)
+        self.fatal = fatal
+
+
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+"""A number from 0 to 1."""
+Window = Annotated[int, Meta(ge=-1)]
+"""A number of most recent tokens; -1 is all of them, 0 none."""
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a token is picked from a row of logits. Defaults and names are llama-server's.
+
+    The stages run in this order: logit_bias, penalties, DRY, top_k, typical_p, top_p, min_p, XTC, temperature.
+    Ranges hold for values made by `msgspec.convert`; the constructor itself does not check them.
+    """
+
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0, description="0 picks the likeliest token")] = 0.8
+    top_k: Annotated[int, Meta(ge=-1, description="keep the k likeliest tokens; 0 or -1 keeps all")] = 40
+    top_p: Annotated[Share, Meta(description="keep the likeliest tokens that together hold this share")] = 0.95
+    min_p: Annotated[Share, Meta(description="drop tokens below this share of the likeliest one's")] = 0.05
+    typical_p: Annotated[Share, Meta(description="locally typical sampling; 1 is off")] = 1.0
+    repeat_penalty: Annotated[float, Meta(gt=0.0, le=100.0, description="1 is off")] = 1.0
+    repeat_last_n: Annotated[Window, Meta(description="tokens that the three penalties look back on")] = 64
+    presence_penalty: Annotated[float, Meta(ge=-100.0, le=100.0, description="0 is off")] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-100.0, le=100.0, description="0 is off")] = 0.0
+    dry_multiplier: Annotated[float, Meta(ge=0.0, le=100.0, description="DRY repetition penalty; 0 is off")] = 0.0
+    dry_base: Annotated[float, Meta(ge=1.0, le=100.0, description="growth per repeated token")] = 1.75
+    dry_allowed_length: Annotated[int, Meta(ge=0, description="repeats up to this many tokens are free")] = 2
+    dry_penalty_last_n: Annotated[Window, Meta(description="tokens that DRY looks back on")] = 64
+    dry_sequence_breakers: Annotated[tuple[str, ...], Meta(description="texts that end a repeat")] = (
+        "\n",
+        ":",
+        '"',
+        "*",
+    )
+    xtc_probability: Annotated[Share, Meta(description="chance that XTC acts on a token; 0 is off")] = 0.0
+    xtc_threshold: Annotated[Share, Meta(description="XTC drops all but the least of those above this")] = 0.1
+    logit_bias: Annotated[tuple[tuple[int, float], ...], Meta(description="added to a token's logit")] = ()
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+
+
+class Request(Struct, frozen=True, kw_only=True):
+    """One continuation of one prompt."""
+
+    prompt: tuple[int, ...]
+    """Token ids, special ones included; at least one."""
+    max_tokens: int | None = None
+    """New tokens at most; None is up to the end of the context. 0 only reads the prompt."""
+    min_tokens: int = 0
+    """Neither an end token nor a stop token is picked before this many tokens."""
+    sampling: SamplingParams = SamplingParams()
+    stop: tuple[str, ...] = ()
+    """Texts that end the continuation; the earliest to appear wins and is never part of the text."""
+    stop_tokens: tuple[int, ...] = ()
+    """Tokens that end the continuation besides the model's own, and are never part of it."""
+    ignore_eos: bool = False
+    """The model's end tokens are never picked."""
+    logprobs: int | None = None
+    """Alternatives to report for each token; None reports no logprobs at all."""
+    salt: str = ""
+    """Prefixes are shared only between requests of equal salt."""
+    id: str = ""
+    """The caller's name for the request, for logs."""
+
+
+class FinishReason(StrEnum):
+    """Why a request came to its end."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class Logprob(Struct, frozen=True):
+    """A token's log probability under the raw logits of the row that emitted it, and the likeliest tokens there."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Tokens(Struct, frozen=True):
+    """New tokens in order, and the text that may be shown now that they are known.
+
+    The text lags behind the tokens while it could still become a stop string or lacks the rest of a character.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[Logprob, ...] = ()
+
+
+class Usage(Struct, frozen=True):
+    """Tokens of one request. `cached` of the prompt's were not computed for it."""
+
+    prompt: int
+    cached: int
+    completion: int
+    """Tokens picked, the end token included."""
+    drafted: int = 0
+    accepted: int = 0
+
+
+class Timings(Struct, frozen=True):
+    """Seconds from submission to the first step, from there to the first token, and from there to the end."""
+
+    queue: float
+    prompt: float
+    predicted: float
+
+
+class Finished(Struct, frozen=True):
+    """The last update of a request that ran to its end, or was cancelled."""
+
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+    seed: int
+    stop: str | int | None = None
+    """The stop string or token that ended it, if one did."""
+
+
+class Failed(Struct, frozen=True):
+    """The last update of a request that did not."""
+
+    error: EngineError
+
+
+Update = Tokens | Finished
+"""What a caller reads; a `Failed` reaches it as the error it holds, raised."""

@@ -1,0 +1,121 @@
+"""One request seen from the event loop: entering submits it, reading yields its updates, leaving cancels it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import msgspec
+
+from engine.contract import Failed, Finished, FinishReason, Logprob, Request, Tokens, Update
+from engine.text import TextStream
+
+Piece = Callable[[int], bytes]
+
+
+class Generation:
+    """The updates of one request, in order: any number of `Tokens`, then one `Finished`, or its error raised.
+
+    Unread tokens merge, so a slow reader costs memory in proportion to its own text and never the engine's time.
+    Leaving before the end cancels the request, so it cannot outlive the block that asked for it; nothing is
+    awaited on the way out, so a cancelled task can still leave. A stop string ends the generation at once: the
+    slot is given back, and `Finished` counts the tokens up to the one that completed the stop string.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        piece: Piece,
+        submit: Callable[[Generation], None],
+        cancel: Callable[[Generation], None],
+    ) -> None:
+        self.request = request
+        self._piece = piece
+        self._submit = submit
+        self._cancel = cancel
+        self._text = TextStream(request.stop)
+        self._ready = asyncio.Event()
+        self._waiting: list[tuple[int, Logprob | None]] = []  # tokens whose text is still held back
+        self._out: list[tuple[int, Logprob | None]] = []  # tokens that may be read
+        self._shown: list[str] = []
+        self._count = 0  # tokens received, up to the one that completed a stop string
+        self._end: Finished | Failed | None = None
+        self._drained = False
+
+    async def __aenter__(self) -> Self:
+        self._submit(self)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._end is None:
+            self._cancel(self)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Update:
+        if self._drained:
+            raise StopAsyncIteration
+        await self._ready.wait()
+        if self._out or self._shown:
+            return self._take()
+        self._drained = True
+        if isinstance(self._end, Failed):
+            raise self._end.error
+        assert self._end is not None, "woken without anything to read"
+        return self._end
+
+    def deliver_tokens(self, ids: Sequence[int], logprobs: Sequence[Logprob] = ()) -> None:
+        """Takes the tokens of one step, on the event loop."""
+        if self._end is not None or self._text.stopped_by is not None:
+            return
+        shown = 0
+        for index, token in enumerate(ids):
+            self._count += 1
+            self._waiting.append((token, logprobs[index] if logprobs else None))
+            text, out = self._text.feed(self._piece(token))
+            shown += out
+            if text:
+                self._shown.append(text)
+            if self._text.stopped_by is not None:
+                self._cancel(self)
+                break
+        self._show(shown)
+
+    def deliver_end(self, end: Finished | Failed) -> None:
+        """Takes the terminal update, on the event loop; a second one is ignored."""
+        if self._end is not None:
+            return
+        if isinstance(end, Finished):
+            text, out = self._text.finish()
+            if text:
+                self._shown.append(text)
+            self._show(out)
+            end = self._stopped(end)
+        self._end = end
+        self._ready.set()
+
+    def _show(self, tokens: int) -> None:
+        if tokens:
+            self._out += self._waiting[:tokens]
+            del self._waiting[:tokens]
+        if self._out or self._shown:
+            self._ready.set()
+
+    def _stopped(self, end: Finished) -> Finished:
+        """`end` as the reader should see it if a stop string came first."""
+        if self._text.stopped_by is None:
+            return end
+        usage = msgspec.structs.replace(end.usage, completion=self._count)
+        return msgspec.structs.replace(
+            end, reason=FinishReason.STOP, usage=usage, stop=self._text.stopped_by
+        )
+
+    def _take(self) -> Tokens:
+        text, out = "".join(self._shown), self._out
+        self._shown, self._out = [], []
+        if self._end is None:
+            self._ready.clear()
+        logprobs = tuple(entry for _, entry in out if entry is not None)
+        return Tokens(tuple(token for token, _ in out), text, logprobs)
