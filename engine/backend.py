@@ -75,6 +75,10 @@ class Context(Protocol):
     """Cells, and decodes over them. Only the engine thread calls it, `abort` excepted."""
 
     @property
+    def batch(self) -> Batch:
+        """The rows of the next decode; its capacity is the most that one decode takes."""
+
+    @property
     def cells(self) -> int:
         """Cells that all sequences share."""
 
@@ -83,22 +87,29 @@ class Context(Protocol):
         """Sequence ids are below this."""
 
     @property
-    def rows(self) -> int:
-        """Rows of one decode at most."""
-
-    @property
     def outputs(self) -> int:
         """Rows of logits of one decode at most."""
 
-    def decode(self, batch: Batch) -> Logits:
-        """The logits of the rows that asked for them.
+    @property
+    def ubatch(self) -> int:
+        """Rows of one pass over the weights at most."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether a sequence can be cut and copied at any position; if not, only as a whole."""
+
+    def decode(self) -> Logits:
+        """The logits of the batch's rows that asked for them.
 
         Raises NoFreeCells with the cells unchanged; after Aborted or NativeFault, `length` tells what each
         sequence still has.
         """
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Lets the empty sequence `target` share the first `length` cells of `source`."""
+    def copy(self, source: int, target: int, length: int) -> bool:
+        """Lets the empty sequence `target` share the first `length` cells of `source`.
+
+        False if `source` no longer has them all, as with a sliding window: `target` is then empty.
+        """
 
     def cut(self, seq: int, length: int) -> bool:
         """Drops what `seq` has from position `length` on. False if the model cannot do that: nothing changed."""
@@ -113,9 +124,17 @@ class Context(Protocol):
 class Backend(Protocol):
     """An opened model. Created, used and closed on the engine thread; `vocab` and `info` are for everyone."""
 
-    info: ModelInfo
-    vocab: Vocab
-    context: Context
+    @property
+    def info(self) -> ModelInfo:
+        """What is served."""
+
+    @property
+    def vocab(self) -> Vocab:
+        """Its tokens."""
+
+    @property
+    def context(self) -> Context:
+        """Its cells."""
 
     def close(self) -> None:
         """Frees every native object; the context is not used again."""

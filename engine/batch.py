@@ -36,7 +36,8 @@ class Batch:
         Returns the index of the first of those rows of logits.
         """
         first, count = self.rows, len(tokens)
-        assert count and outputs <= count, "a sequence takes part with at least one row"
+        assert count, "a sequence takes part with at least one row"
+        assert outputs <= count, "no more rows of logits than rows"
         assert first + count <= self.capacity, "the plan exceeds the batch"
         end = first + count
         if count == 1:

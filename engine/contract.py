@@ -5,6 +5,7 @@
     │   └── ContextExceeded   the prompt alone is longer than a request may be
     ├── Overloaded          try again later: 429 with Retry-After
     ├── Draining            the engine is ending and takes nothing new: 503
+    ├── ModelError          the model cannot be opened; there is no engine
     └── EngineFault         ours: 500; `fatal` says whether the engine survived
 
 Every request gets any number of `Tokens` and then exactly one terminal update: `Finished` or `Failed`.
@@ -56,6 +57,10 @@ class Draining(EngineError):
 
     def __init__(self) -> None:
         super().__init__("The server is shutting down and takes no new requests.")
+
+
+class ModelError(EngineError):
+    """The model cannot be opened; the message is one line that says why."""
 
 
 class EngineFault(EngineError):

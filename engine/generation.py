@@ -31,6 +31,8 @@ class Generation:
         cancel: Callable[[Generation], None],
     ) -> None:
         self.request = request
+        self.key = 0
+        """The engine's name for it, given when it is submitted."""
         self._piece = piece
         self._submit = submit
         self._cancel = cancel
@@ -108,9 +110,7 @@ class Generation:
         if self._text.stopped_by is None:
             return end
         usage = msgspec.structs.replace(end.usage, completion=self._count)
-        return msgspec.structs.replace(
-            end, reason=FinishReason.STOP, usage=usage, stop=self._text.stopped_by
-        )
+        return msgspec.structs.replace(end, reason=FinishReason.STOP, usage=usage, stop=self._text.stopped_by)
 
     def _take(self) -> Tokens:
         text, out = "".join(self._shown), self._out

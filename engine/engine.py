@@ -1,0 +1,264 @@
+"""The engine thread, and the engine as the event loop sees it.
+
+One thread owns every native object and all scheduling state. In: a queue of commands. Out: one call on the event
+loop for each step. Nothing else is shared, so there is no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from itertools import count
+from queue import SimpleQueue
+
+from engine.backend import Backend, ModelInfo, Progress, Vocab
+from engine.config import EngineConfig
+from engine.contract import (
+    ContextExceeded,
+    Draining,
+    EngineError,
+    EngineFault,
+    Failed,
+    Overloaded,
+    Request,
+    RequestRefused,
+)
+from engine.generation import Generation
+from engine.outbox import News, Outbox
+from engine.pace import warm_up
+from engine.runner import Pace, Runner
+from engine.speculate import Silent, Speculate
+from engine.stats import Stats
+from engine.streams import Stream
+
+Command = Callable[[Runner], None]
+"""Runs on the engine thread between two steps."""
+Opener = Callable[[EngineConfig, Progress, Callable[[], bool]], Backend]
+"""Opens a model on the engine thread, told of its progress and asked whether to go on; raises EngineError."""
+
+
+def open_model(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -> Backend:
+    """Opens a GGUF with llama.cpp. The native library is loaded here and not before."""
+    from engine.llama import open_gguf
+
+    return open_gguf(config, progress, go_on)
+
+
+def silent(request: Request) -> Silent:
+    """The speculator of a request if nothing else is asked for: it drafts nothing."""
+    return Silent()
+
+
+class Engine:
+    """A served model. `Engine.open` makes one; everything else is called on the event loop that opened it."""
+
+    _runner: Runner
+
+    def __init__(self, config: EngineConfig, opener: Opener, speculate: Speculate) -> None:
+        self._config = config
+        self._opener = opener
+        self._speculate = speculate
+        self._loop = asyncio.get_running_loop()
+        self._inbox: SimpleQueue[Command | None] = SimpleQueue()
+        self._open: dict[int, Generation] = {}
+        self._keys = count(1)
+        self._ready: asyncio.Future[Runner] = self._loop.create_future()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._refusal: Callable[[], EngineError] | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="paceline-engine")
+        self._progress: Progress = lambda share: None
+        self._backend: Backend | None = None
+        self.slots = config.batch.slots
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        config: EngineConfig,
+        *,
+        progress: Progress = lambda share: None,
+        opener: Opener = open_model,
+        speculate: Speculate = silent,
+    ) -> AsyncIterator[Engine]:
+        """Loads the model and serves it until the block is left, which ends whatever still runs.
+
+        `progress` is called on the event loop with the share of the load that is done. Raises ModelError if the
+        model cannot be opened.
+        """
+        engine = cls(config, opener, speculate)
+        engine._progress = lambda share: engine._call_soon(progress, share)
+        engine._thread.start()
+        try:
+            engine._runner = await asyncio.shield(engine._ready)
+            yield engine
+        finally:
+            engine._closing.set()
+            if engine._backend is not None:
+                engine._backend.context.abort()
+            engine._inbox.put(None)
+            await asyncio.shield(asyncio.to_thread(engine._thread.join))
+
+    # ── on the event loop ──
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is served."""
+        return self._model.info
+
+    @property
+    def vocab(self) -> Vocab:
+        """Text to tokens and back, from any thread."""
+        return self._model.vocab
+
+    @property
+    def request_limit(self) -> int:
+        """Tokens that one request may have, prompt and continuation together."""
+        return min(self._model.context.cells, self.info.trained_context or 2**30)
+
+    @property
+    def _model(self) -> Backend:
+        assert self._backend is not None, "an engine that was yielded is open"
+        return self._backend
+
+    def stats(self) -> Stats:
+        """What was done so far."""
+        return self._runner.counters.snapshot()
+
+    def generate(self, request: Request) -> Generation:
+        """A continuation of `request.prompt`, which starts when the Generation is entered.
+
+        Raises RequestRefused if it can never run. Entering raises Overloaded if slots and queue are full and
+        Draining if the engine is ending.
+        """
+        self._check(request)
+        return Generation(request, self.vocab.piece, self._submit, self._cancel)
+
+    def _check(self, request: Request) -> None:
+        size = self.info.vocabulary
+        if not request.prompt:
+            raise RequestRefused("The prompt is empty: give at least one token.", field="prompt")
+        if min(request.prompt) < 0 or max(request.prompt) >= size:
+            raise RequestRefused(f"The prompt holds a token id outside 0..{size - 1}.", field="prompt")
+        if len(request.prompt) >= self.request_limit:
+            raise ContextExceeded(len(request.prompt), self.request_limit)
+        if (request.max_tokens or 0) < 0:
+            raise RequestRefused("max_tokens must be 0 or more.", field="max_tokens")
+        if any(not 0 <= token < size for token, _ in request.sampling.logit_bias):
+            raise RequestRefused(f"logit_bias names a token id outside 0..{size - 1}.", field="logit_bias")
+        if any(not 0 <= token < size for token in request.stop_tokens):
+            raise RequestRefused(f"stop_token_ids has a token id outside 0..{size - 1}.", field="stop_token_ids")
+
+    def _submit(self, generation: Generation) -> None:
+        if self._refusal is not None:
+            raise self._refusal()
+        if len(self._open) >= self.slots + self._config.batch.queue:
+            raise Overloaded(self._retry_after())
+        key = generation.key = next(self._keys)
+        self._open[key] = generation
+        self._empty.clear()
+        request = generation.request
+        seed = request.sampling.seed
+        stream = Stream(
+            key,
+            request,
+            secrets.randbits(63) if seed is None else seed,
+            self.vocab,
+            self.request_limit,
+            self._speculate(request),
+        )
+        self._inbox.put(lambda runner: runner.submit(stream))
+
+    def _retry_after(self) -> float:
+        """Seconds until a place in the queue is likely to be free, from the pace so far; 1 to 60."""
+        stats = self.stats()
+        done = stats.requests_finished["stop"] + stats.requests_finished["length"]
+        return min(60.0, max(1.0, stats.busy_seconds / done if done else 1.0))
+
+    def _cancel(self, generation: Generation) -> None:
+        self._inbox.put(lambda runner: runner.cancel(generation.key))
+
+    def _deliver(self, items: list[News]) -> None:
+        for key, ids, logprobs, end in items:
+            generation = self._open.get(key)
+            if generation is None:
+                continue
+            if end is None:
+                generation.deliver_tokens(ids, logprobs)
+            else:
+                generation.deliver_end(end)
+                del self._open[key]
+        if not self._open:
+            self._empty.set()
+
+    async def drain(self, grace: float) -> None:
+        """Takes nothing new, gives what runs `grace` seconds to end, and fails the rest with an EngineFault."""
+        self._refusal = Draining
+        try:
+            await asyncio.wait_for(self._empty.wait(), grace)
+        except TimeoutError:
+            self._inbox.put(lambda runner: runner.fail_all(EngineFault("The server is shutting down.")))
+            await self._empty.wait()
+
+    def _die(self, error: EngineFault) -> None:
+        """After the thread has failed: everyone who waits is told, and nobody is taken any more."""
+        self._refusal = lambda: error
+        self._deliver([News(key, (), (), Failed(error)) for key in list(self._open)])
+
+    # ── on the engine thread ──
+
+    def _call_soon(self, function: Callable[..., None], *arguments: object) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _serve(self) -> None:
+        try:
+            backend = self._opener(self._config, self._progress, lambda: not self._closing.is_set())
+        except Exception as error:
+            self._call_soon(self._settle_ready, None, error)
+            return
+        self._backend = backend
+        pace = Pace(self._config.batch.step_ms / 1000, self._config.batch.idle_step_ms / 1000)
+        runner = Runner(backend, self.slots, pace, Outbox(self._loop, self._deliver))
+        try:
+            if self._config.model.warmup:
+                warm_up(backend.context, runner.cost)
+            self._call_soon(self._settle_ready, runner, None)
+            self._run(runner)
+        except Exception as error:
+            fault = EngineFault(f"the engine failed: {error!r}", fatal=True)
+            fault.__cause__ = error
+            self._call_soon(self._settle_ready, None, fault)
+            self._call_soon(self._die, fault)
+            while self._inbox.get() is not None:  # readers may still ask for tokens' text: close with the engine
+                pass
+        finally:
+            backend.close()
+
+    def _settle_ready(self, runner: Runner | None, error: Exception | None) -> None:
+        if self._ready.done():
+            return
+        if runner is not None:
+            self._ready.set_result(runner)
+        elif error is not None:
+            self._ready.set_exception(error)
+
+    def _run(self, runner: Runner) -> None:
+        """Steps until told to stop; sleeps when there is nothing to step."""
+        while True:
+            if not runner.busy:
+                runner.rest()
+            while not runner.busy or not self._inbox.empty():
+                command = self._inbox.get()
+                if command is None:
+                    runner.fail_all(EngineFault("The server is shutting down."))
+                    runner.step()
+                    return
+                command(runner)
+                if not runner.busy:
+                    runner.step()
+            runner.step()

@@ -1,0 +1,168 @@
+"""Cells and decodes. Everything that would end the process inside the library is refused before the call.
+
+Of the library's conditions (llama.cpp 0c1e57098) these abort rather than answer: more rows than `n_batch`, more
+outputs than `n_outputs_max`, a sequence id outside 0..255 in a memory operation, a partial copy between separate
+streams of cells (there is one stream here), and logits read of a row that has none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from llama_cpp import llama_cpp as native
+
+from engine.backend import Aborted, Logits, NativeFault, NoFreeCells
+from engine.batch import Batch
+from engine.config import BatchConfig, ModelConfig
+from engine.llama.library import CACHE_TYPES, FLASH_ATTENTION, StopFlag
+
+OUTPUTS_PER_SLOT = 8
+"""Rows of logits that each slot may have in one step: its next token and seven drafted ones."""
+
+
+def native_batch(batch: Batch) -> tuple[Any, Any]:
+    """A `llama_batch` over the arrays of `batch`, and what must be kept alive with it.
+
+    Each row belongs to one sequence, so `seq_id[i]` points at element i of one array.
+    """
+
+    def pointer(array: np.ndarray[Any, Any], kind: Any) -> Any:
+        return array.ctypes.data_as(ctypes.POINTER(kind))
+
+    counts = np.ones(batch.capacity, np.int32)
+    addresses = (batch.seq.ctypes.data + 4 * np.arange(batch.capacity)).astype(np.uint64)
+    struct = native.llama_batch(
+        n_tokens=0,
+        token=pointer(batch.token, native.llama_token),
+        embd=None,
+        pos=pointer(batch.pos, native.llama_pos),
+        n_seq_id=pointer(counts, ctypes.c_int32),
+        seq_id=pointer(addresses, ctypes.POINTER(native.llama_seq_id)),
+        logits=pointer(batch.output, ctypes.c_int8),
+    )
+    return struct, (counts, addresses)
+
+
+def context_params(model: ModelConfig, batch: BatchConfig, cells: int, threads: int) -> Any:
+    """Parameters of a context with one unified stream of `cells` cells."""
+    params = native.llama_context_default_params()
+    params.n_ctx = cells
+    params.n_batch = max(batch.rows, sequences_for(batch.slots))
+    params.n_ubatch = min(batch.ubatch, params.n_batch)
+    params.n_seq_max = min(sequences_for(batch.slots), max(cells, 256))
+    params.n_outputs_max = min(params.n_batch, max(params.n_seq_max, OUTPUTS_PER_SLOT * batch.slots))
+    params.n_threads = threads
+    params.n_threads_batch = model.threads_batch if model.threads_batch > 0 else threads
+    params.flash_attn_type = FLASH_ATTENTION[model.flash_attention]
+    params.type_k = CACHE_TYPES[model.cache_type_k]
+    params.type_v = CACHE_TYPES[model.cache_type_v]
+    params.kv_unified = True
+    params.no_perf = True
+    return params
+
+
+def sequences_for(slots: int) -> int:
+    """Sequence ids for so many slots: as many again for idle prefixes, and some more; the library has 256."""
+    return min(256, 2 * slots + 16)
+
+
+class LlamaContext:
+    """A context of one model, with one unified stream of cells. Belongs to the thread that made it."""
+
+    def __init__(self, model: Any, params: Any, *, partial: bool, window: int) -> None:
+        self._handle = native.llama_init_from_model(model, params)
+        if not self._handle:
+            raise NativeFault("the context could not be created")
+        self._memory = native.llama_get_memory(self._handle)
+        self._stop = StopFlag()
+        self._stop.install(self._handle)
+        self._vocabulary: int = native.llama_vocab_n_tokens(native.llama_model_get_vocab(model))
+        self._window = window
+        self.partial = partial
+        self.cells: int = native.llama_n_ctx(self._handle)
+        self.sequences: int = native.llama_n_seq_max(self._handle)
+        self.ubatch: int = native.llama_n_ubatch(self._handle)
+        self.batch = Batch(native.llama_n_batch(self._handle))
+        self.outputs: int = min(params.n_outputs_max, self.batch.capacity)
+        self._native, self._alive = native_batch(self.batch)
+        self._rows: Logits = np.empty((0, self._vocabulary), np.float32)
+        self._address = 0
+
+    def decode(self) -> Logits:
+        """The logits of the batch's rows that asked for them, valid until the next decode.
+
+        Raises NoFreeCells with the cells unchanged; after Aborted or NativeFault part of the batch may be in them.
+        """
+        self._guard()
+        self._native.n_tokens = self.batch.rows
+        match native.llama_decode(self._handle, self._native):
+            case 0:
+                return self._logits()
+            case 1:
+                raise NoFreeCells
+            case 2:
+                raise Aborted
+            case code:
+                raise NativeFault(f"llama_decode returned {code}")
+
+    def _guard(self) -> None:
+        batch = self.batch
+        if not 0 < batch.rows <= batch.capacity:
+            raise NativeFault(f"a batch of {batch.rows} rows; from 1 to {batch.capacity} are possible")
+        if batch.outputs > self.outputs:
+            raise NativeFault(f"{batch.outputs} rows of logits; {self.outputs} are possible")
+        if not 0 <= batch.token[: batch.rows].min() <= batch.token[: batch.rows].max() < self._vocabulary:
+            raise NativeFault("a token id outside the vocabulary")
+
+    def _logits(self) -> Logits:
+        outputs = self.batch.outputs
+        if not outputs:
+            return self._rows[:0]
+        pointer = native.llama_get_logits(self._handle)
+        address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
+        if address != self._address or outputs > len(self._rows):
+            # One view over all rows that may come: the library moves the buffer only to enlarge it.
+            self._rows = np.ctypeslib.as_array(pointer, (outputs, self._vocabulary))
+            self._address = address
+        return self._rows[:outputs]
+
+    def copy(self, source: int, target: int, length: int) -> bool:
+        """Lets the empty `target` share the first `length` cells of `source`; False if some are gone."""
+        self._known(source, target)
+        native.llama_memory_seq_cp(self._memory, source, target, 0, length)
+        if self._whole(target, length):
+            return True
+        native.llama_memory_seq_rm(self._memory, target, -1, -1)
+        return False
+
+    def _whole(self, seq: int, length: int) -> bool:
+        """Whether `seq` has what a row at position `length` may look at; a sliding window forgets its start."""
+        if self.length(seq) != length:
+            return False
+        first: int = native.llama_memory_seq_pos_min(self._memory, seq)
+        return 0 <= first <= max(0, length - self._window) if self._window else first == 0
+
+    def cut(self, seq: int, length: int) -> bool:
+        """Drops positions from `length` on; False, with nothing changed, if the model can only drop all."""
+        self._known(seq)
+        start = length if length else -1
+        return bool(native.llama_memory_seq_rm(self._memory, seq, start, -1))
+
+    def length(self, seq: int) -> int:
+        """Positions of `seq`."""
+        self._known(seq)
+        return int(native.llama_memory_seq_pos_max(self._memory, seq)) + 1
+
+    def _known(self, *sequences: int) -> None:
+        if not all(0 <= seq < self.sequences for seq in sequences):
+            raise NativeFault(f"a sequence id outside 0..{self.sequences - 1} in {sequences}")
+
+    def abort(self) -> None:
+        """Makes the running decode and all later ones raise Aborted. Any thread may call it."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """Frees the context; it is not used again."""
+        native.llama_free(self._handle)

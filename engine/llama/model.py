@@ -1,0 +1,119 @@
+"""Opens a GGUF: model, vocabulary and context, or one clear line about what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import llama_cpp as native
+
+from engine.backend import ModelInfo, NativeFault, Progress
+from engine.config import EngineConfig, physical_cores
+from engine.contract import ModelError
+from engine.llama import library
+from engine.llama.context import LlamaContext, context_params
+from engine.llama.library import text_of
+from engine.llama.vocab import LlamaVocab
+
+
+class LlamaBackend:
+    """An opened GGUF. Belongs to the thread that opened it, `vocab` and `info` excepted."""
+
+    def __init__(self, model: Any, vocab: LlamaVocab, context: LlamaContext, info: ModelInfo) -> None:
+        self._model = model
+        self.vocab = vocab
+        self.context = context
+        self.info = info
+
+    def close(self) -> None:
+        """Frees the context, then the model."""
+        self.context.close()
+        native.llama_model_free(self._model)
+
+
+def open_gguf(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -> LlamaBackend:
+    """Opens `config.model.path`, telling `progress` the share that is loaded and asking `go_on` whether to.
+
+    Raises ModelError, with nothing left in memory.
+    """
+    path = Path(config.model.path)
+    _look_at(path)
+    library.start()
+    model = _load(config, progress, go_on)
+    try:
+        return _open(config, path, model)
+    except BaseException:
+        native.llama_model_free(model)
+        raise
+
+
+def _look_at(path: Path) -> None:
+    """Raises ModelError unless there is a file that begins like a GGUF."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
+    if start != b"GGUF":
+        raise ModelError(f"{path} is not a GGUF file: it begins with {start!r}, not b'GGUF'")
+
+
+def _load(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -> Any:
+    def report(share: float, user_data: object) -> bool:
+        progress(share)
+        return go_on()
+
+    callback = native.llama_progress_callback(report)
+    params = native.llama_model_default_params()
+    params.n_gpu_layers = config.model.gpu_layers
+    params.progress_callback = callback
+    model = native.llama_model_load_from_file(config.model.path.encode(), params)
+    if not model:
+        raise ModelError(f"cannot load the model {config.model.path}: {_reason('the library gave no reason')}")
+    return model
+
+
+def _reason(otherwise: str) -> str:
+    return library.complaint() or otherwise
+
+
+def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
+    if native.llama_model_has_encoder(model) or not native.llama_model_has_decoder(model):
+        raise ModelError(f"{path} is not a decoder-only language model; Paceline serves only those")
+    trained: int = native.llama_model_n_ctx_train(model)
+    threads = config.model.threads if config.model.threads > 0 else physical_cores()
+    params = context_params(config.model, config.batch, config.batch.context or trained, threads)
+    partial = not (native.llama_model_is_recurrent(model) or native.llama_model_is_hybrid(model))
+    window: int = native.llama_model_n_swa(model)
+    try:
+        context = LlamaContext(model, params, partial=partial, window=window)
+    except NativeFault as fault:
+        raise ModelError(f"cannot make room for {params.n_ctx} tokens of context: {_reason(str(fault))}") from None
+    vocab = LlamaVocab(model)
+    return LlamaBackend(model, vocab, context, _describe(config, path, model, vocab, context, threads))
+
+
+def _describe(
+    config: EngineConfig, path: Path, model: Any, vocab: LlamaVocab, context: LlamaContext, threads: int
+) -> ModelInfo:
+    def meta(key: str) -> str:
+        return text_of(lambda buffer, size: native.llama_model_meta_val_str(model, key.encode(), buffer, size))
+
+    template: bytes | None = native.llama_model_chat_template(model, None)
+    gpu = library.accelerator() if config.model.gpu_layers else ""
+    return ModelInfo(
+        name=meta("general.name") or path.stem,
+        path=str(path),
+        description=text_of(lambda buffer, size: native.llama_model_desc(model, buffer, size)),
+        bytes=native.llama_model_size(model),
+        parameters=native.llama_model_n_params(model),
+        vocabulary=vocab.size,
+        trained_context=native.llama_model_n_ctx_train(model),
+        context=context.cells,
+        device=gpu or f"CPU, {threads} thread{'s' if threads > 1 else ''}",
+        chat_template=template.decode("utf-8", "replace") if template else None,
+        bos=vocab.bos,
+        eos=vocab.eos,
+        bos_added=vocab.adds_bos,
+    )

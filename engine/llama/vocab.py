@@ -1,0 +1,66 @@
+"""Text to tokens and back. The library's vocabulary functions may be called from any thread."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from llama_cpp import llama_cpp as native
+
+
+class LlamaVocab:
+    """The vocabulary of an opened model; not to be used once that is closed."""
+
+    def __init__(self, model: Any) -> None:
+        self._vocab = native.llama_model_get_vocab(model)
+        self.size: int = native.llama_vocab_n_tokens(self._vocab)
+        self.ends = frozenset(token for token in range(self.size) if native.llama_vocab_is_eog(self._vocab, token))
+        self.adds_bos = bool(native.llama_vocab_get_add_bos(self._vocab))
+        self._pieces: list[bytes | None] = [None] * self.size
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of `text`; with `special`, special tokens are recognised and a BOS added if the model wants it.
+
+        A lone surrogate, which no UTF-8 can hold, becomes a question mark.
+        """
+        data = text.encode("utf-8", "replace")
+        room = len(data) + 2
+        while True:
+            tokens = (native.llama_token * room)()
+            count = native.llama_tokenize(self._vocab, data, len(data), tokens, room, special, special)
+            if count >= 0:
+                return list(tokens[:count])
+            room = -count
+
+    def piece(self, token: int) -> bytes:
+        """The token's bytes, kept after the first call; empty for control tokens."""
+        piece = self._pieces[token]
+        if piece is None:
+            piece = self._pieces[token] = self._render(token)
+        return piece
+
+    def _render(self, token: int) -> bytes:
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = native.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+
+    def text(self, token: int) -> str:
+        """How the vocabulary spells a token, special or not; empty for -1, the token a model does not have."""
+        if token < 0:
+            return ""
+        spelled: bytes | None = native.llama_vocab_get_text(self._vocab, token)
+        return spelled.decode("utf-8", "replace") if spelled else ""
+
+    @property
+    def bos(self) -> str:
+        """The text of the token that begins a sequence, if the model has one."""
+        return self.text(native.llama_vocab_bos(self._vocab))
+
+    @property
+    def eos(self) -> str:
+        """The text of the token that ends one, if the model has one."""
+        return self.text(native.llama_vocab_eos(self._vocab))

@@ -1,0 +1,6 @@
+"""Who holds which cells: the radix tree of resident prefixes, and leases on sequences."""
+
+from engine.memory.cells import Cells, Lease
+from engine.memory.radix import Match, RadixTree
+
+__all__ = ["Cells", "Lease", "Match", "RadixTree"]

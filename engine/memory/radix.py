@@ -1,0 +1,232 @@
+"""Which sequence holds which token prefix.
+
+A path from a root spells the tokens of a sequence; a node is a run of tokens whose cells are held by the same
+sequences. Sequences share a node only if one was copied from the other, as their cells are shared only then, so
+**the summed length of all nodes is the number of cells in use**. Two sequences that came to the same tokens on
+their own have a node each, side by side.
+
+Each salt has a root of its own: what is under one is never found from another.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Match(NamedTuple):
+    """The longest resident prefix: `length` tokens, all held by `seq`. `seq` is -1 if there is none."""
+
+    seq: int
+    length: int
+
+
+class Node:
+    """A run of tokens after its parent's, and the sequences that go through all of it."""
+
+    __slots__ = ("children", "holders", "parent", "tokens")
+
+    def __init__(self, parent: Node | None, tokens: array[int], holders: set[int]) -> None:
+        self.parent = parent
+        self.tokens = tokens
+        self.holders = holders
+        self.children: dict[int, list[Node]] = {}
+
+    def attach(self, child: Node) -> None:
+        """Makes `child`, which has tokens, a child of this node."""
+        child.parent = self
+        self.children.setdefault(child.tokens[0], []).append(child)
+
+    def detach(self, child: Node) -> None:
+        """Undoes `attach`."""
+        siblings = self.children[child.tokens[0]]
+        siblings.remove(child)
+        if not siblings:
+            del self.children[child.tokens[0]]
+
+
+def common(left: array[int], right: array[int], start: int) -> int:
+    """How many tokens of `left` equal those of `right` from `start` on."""
+    size = min(len(left), len(right) - start)
+    if size <= 0:
+        return 0
+    # One compare in C either way; an exact match, the common case, needs no search.
+    unequal = np.frombuffer(left, np.int32, size) != np.frombuffer(right, np.int32, size, 4 * start)
+    at = int(unequal.argmax())
+    return at if unequal[at] else size
+
+
+class RadixTree:
+    """The tree. Every sequence in it was begun once and is there until removed."""
+
+    def __init__(self) -> None:
+        self._roots: dict[str, Node] = {}
+        self._tails: dict[int, Node] = {}
+        self._lengths: dict[int, int] = {}
+        self._salts: dict[int, str] = {}
+        self.cells = 0
+
+    def __contains__(self, seq: int) -> bool:
+        return seq in self._tails
+
+    def length(self, seq: int) -> int:
+        """Tokens of `seq`."""
+        return self._lengths[seq]
+
+    def begin(self, seq: int, salt: str = "") -> None:
+        """Adds an empty sequence."""
+        assert seq not in self._tails, f"sequence {seq} is in the tree already"
+        if salt not in self._roots:
+            self._roots[salt] = Node(None, array("i"), set())
+        root = self._roots[salt]
+        root.holders.add(seq)
+        self._tails[seq], self._lengths[seq], self._salts[seq] = root, 0, salt
+
+    def match(self, tokens: array[int], salt: str = "") -> Match:
+        """The longest prefix of `tokens`, ended at any token, that some sequence of this salt holds."""
+        root = self._roots.get(salt)
+        if root is None or not tokens:
+            return Match(-1, 0)
+        node, length = self._deepest(root, tokens, 0)
+        return Match(next(iter(node.holders)), length) if length else Match(-1, 0)
+
+    def _deepest(self, node: Node, tokens: array[int], start: int) -> tuple[Node, int]:
+        best, reach = node, start
+        if start == len(tokens):
+            return best, reach
+        for child in node.children.get(tokens[start], ()):
+            same = common(child.tokens, tokens, start)
+            found, end = child, start + same
+            if same == len(child.tokens):
+                found, end = self._deepest(child, tokens, end)
+            if end > reach:
+                best, reach = found, end
+        return best, reach
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Begins `target` with the first `length` cells of `source`, in its salt."""
+        assert length <= self._lengths[source], "shares no more than there is"
+        self.begin(target, self._salts[source])
+        node, end = self._tails[source], self._lengths[source]
+        while end - len(node.tokens) >= length and node.parent is not None:
+            end -= len(node.tokens)
+            node = node.parent
+        if end > length:
+            node = self._split(node, len(node.tokens) - (end - length))
+        self._tails[target], self._lengths[target] = node, length
+        for held in self._path(node):
+            held.holders.add(target)
+
+    def extend(self, seq: int, tokens: Sequence[int]) -> None:
+        """Adds cells of `tokens`, held by `seq` alone, at its end."""
+        if not len(tokens):
+            return
+        node = self._tails[seq]
+        if node.parent is None or node.children or len(node.holders) > 1:
+            child = Node(node, array("i", tokens), {seq})
+            node.attach(child)
+            self._tails[seq] = child
+        else:
+            node.tokens.extend(tokens)
+        self._lengths[seq] += len(tokens)
+        self.cells += len(tokens)
+
+    def truncate(self, seq: int, length: int) -> None:
+        """Drops what `seq` has from `length` on; cells that others hold stay with them."""
+        node, end = self._tails[seq], self._lengths[seq]
+        while end > length:
+            start = end - len(node.tokens)
+            if start < length:
+                node = self._split(node, length - start)
+                (child,) = (c for group in node.children.values() for c in group if seq in c.holders)
+                self._drop(child, seq)
+                break
+            parent = node.parent
+            assert parent is not None, "a path begins at the root"
+            self._drop(node, seq)
+            node, end = parent, start
+        self._tails[seq], self._lengths[seq] = node, min(length, self._lengths[seq])
+
+    def remove(self, seq: int) -> None:
+        """Takes `seq` out; cells that nobody else holds are free."""
+        self.truncate(seq, 0)
+        salt = self._salts.pop(seq)
+        root = self._roots[salt]
+        root.holders.discard(seq)
+        if not root.holders:
+            del self._roots[salt]
+        del self._tails[seq], self._lengths[seq]
+
+    def alone(self, seq: int) -> int:
+        """Cells that removing `seq` would free."""
+        return sum(len(node.tokens) for node in self._path(self._tails[seq]) if len(node.holders) == 1)
+
+    def redundant(self, seq: int) -> bool:
+        """Whether every cell of `seq` is held by some other sequence to the same end."""
+        return len(self._tails[seq].holders) > 1
+
+    def runs(self) -> Iterator[tuple[int, set[int]]]:
+        """Each run of tokens: its size and who holds it."""
+        nodes = list(self._roots.values())
+        while nodes:
+            node = nodes.pop()
+            if node.tokens:
+                yield len(node.tokens), node.holders
+            nodes += (child for group in node.children.values() for child in group)
+
+    def holders(self, seq: int, length: int) -> Iterator[tuple[int, set[int]]]:
+        """For each run of the first `length` tokens of `seq`, last first: its size and who holds it."""
+        end = self._lengths[seq]
+        for node in self._path(self._tails[seq]):
+            start = end - len(node.tokens)
+            if (size := min(end, length) - start) > 0:
+                yield size, node.holders
+            end = start
+
+    def _path(self, node: Node) -> Iterator[Node]:
+        """From `node` up to the root, the root excluded."""
+        while node.parent is not None:
+            yield node
+            node = node.parent
+
+    def _split(self, node: Node, at: int) -> Node:
+        """Cuts `node` after `at` of its tokens and returns the upper part; the lower keeps what ends there."""
+        parent = node.parent
+        assert parent is not None, "the root is never split"
+        assert 0 < at < len(node.tokens), "splits inside a run"
+        parent.detach(node)
+        upper = Node(parent, node.tokens[:at], set(node.holders))
+        node.tokens = node.tokens[at:]
+        parent.attach(upper)
+        upper.attach(node)
+        return upper
+
+    def _drop(self, node: Node, seq: int) -> None:
+        """Takes `seq` out of `node`, and the node out of the tree with its last holder."""
+        node.holders.discard(seq)
+        if not node.holders:
+            assert node.parent is not None, "the root is never dropped"
+            node.parent.detach(node)
+            self.cells -= len(node.tokens)
+
+    def check(self) -> None:
+        """Raises AssertionError unless lengths, holders and the number of cells agree with each other."""
+        total, nodes = 0, list(self._roots.values())
+        while nodes:
+            node = nodes.pop()
+            below = [child for group in node.children.values() for child in group]
+            for child in below:
+                assert child.parent is node, "a child knows its parent"
+                assert child.tokens, "no run is empty"
+                assert child.holders, "every run is held"
+                assert child.holders <= node.holders, "who holds a run holds what precedes it"
+            total += len(node.tokens)
+            nodes += below
+        assert total == self.cells, f"the runs hold {total} tokens, counted are {self.cells}"
+        for seq, tail in self._tails.items():
+            path = list(self._path(tail))
+            assert all(seq in node.holders for node in path), f"sequence {seq} holds its own path"
+            assert sum(len(node.tokens) for node in path) == self._lengths[seq], f"length of sequence {seq}"

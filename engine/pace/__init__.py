@@ -1,0 +1,6 @@
+"""What a step costs, measured from the steps themselves."""
+
+from engine.pace.cost import StepCost
+from engine.pace.warmup import warm_up
+
+__all__ = ["StepCost", "warm_up"]

@@ -1,0 +1,78 @@
+"""What a step costs, learnt from every step, and how many prompt rows fit beside the running streams."""
+
+from __future__ import annotations
+
+WEIGHT = 0.2
+"""Share of a new measurement in a running mean."""
+OUTLIER = 3.0
+"""A measurement counts for at most this many times the mean: the machine is shared."""
+GROWTH = 2
+"""A step holds at most this many times the prompt rows of the last one, so that no estimate is trusted far
+beyond what was measured."""
+
+
+def blend(mean: float | None, value: float) -> float:
+    """The running mean after one more measurement."""
+    if mean is None:
+        return value
+    return mean + WEIGHT * (min(value, OUTLIER * mean) - mean)
+
+
+class StepCost:
+    """Seconds of a step: by the number of rows while only streams run, and for each prompt row more.
+
+    A prompt row is dearer beside streams than in a long chunk of its own, so the two are kept apart. All are
+    running means of what was measured; nothing is assumed about the shape between them.
+    """
+
+    def __init__(self, first_rows: int = 64) -> None:
+        self._decode: dict[int, float] = {}
+        self._beside: float | None = None
+        self._alone: float | None = None
+        self._last_beside = 4
+        self._last_alone = first_rows
+
+    def observe(self, decode_rows: int, prompt_rows: int, seconds: float) -> None:
+        """Records a step that was `seconds` long."""
+        if not prompt_rows:
+            self._decode[decode_rows] = blend(self._decode.get(decode_rows), seconds)
+        elif not decode_rows:
+            self._alone = blend(self._alone, seconds / prompt_rows)
+            self._last_alone = prompt_rows
+        else:
+            more = max(seconds - self.decode_seconds(decode_rows), 0.05 * seconds)
+            self._beside = blend(self._beside, more / prompt_rows)
+            self._last_beside = prompt_rows
+
+    def decode_seconds(self, rows: int) -> float:
+        """A step of `rows` rows without prompts; between measured counts in proportion, 0 if none was measured."""
+        if (known := self._decode.get(rows)) is not None:
+            return known
+        if not self._decode:
+            return 0.0
+        below = max((n for n in self._decode if n < rows), default=None)
+        above = min((n for n in self._decode if n > rows), default=None)
+        if below is None or above is None:
+            nearest = below if above is None else above
+            assert nearest is not None, "at least one count was measured"
+            return self._decode[nearest] * max(1.0, rows / nearest)
+        share = (rows - below) / (above - below)
+        return self._decode[below] + share * (self._decode[above] - self._decode[below])
+
+    def prompt_rows(self, decode_rows: int, step_seconds: float, idle_step_seconds: float) -> int:
+        """Prompt rows that fit a step beside `decode_rows` others; at least 1.
+
+        Beside streams the step may take `step_seconds`, or twice what it takes without prompts if that is 0, so
+        that streams keep half their speed; with no stream running it may take `idle_step_seconds`.
+        """
+        if not decode_rows:
+            rows = _fit(idle_step_seconds, self._alone or self._beside)
+            return max(1, min(rows, GROWTH * self._last_alone))
+        alone = self.decode_seconds(decode_rows)
+        budget = max(step_seconds - alone, 0.0) if step_seconds else alone
+        rows = _fit(budget, self._beside or self._alone)
+        return max(1, min(rows, GROWTH * self._last_beside))
+
+
+def _fit(seconds: float, row_seconds: float | None) -> int:
+    return int(seconds / row_seconds) if row_seconds else 2**30

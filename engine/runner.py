@@ -1,0 +1,288 @@
+"""Carries out steps: admit, plan, fill, decode, verify, commit, roll back, emit, draft.
+
+The only place where cells and tokens change together, and the one order in which they do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from engine import scheduler
+from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
+from engine.contract import EngineError, EngineFault, Failed, FinishReason
+from engine.memory import Cells, RadixTree
+from engine.outbox import Outbox
+from engine.pace import StepCost
+from engine.sampling import BadLogits
+from engine.scheduler import Limits, Plan, Room, Rows, StreamView, WaitingView
+from engine.stats import Counters
+from engine.streams import Stream
+from engine.verify import Verifier
+
+
+class Pace(NamedTuple):
+    """Seconds that a step may take: beside running streams (0 is twice theirs), and with prompts only."""
+
+    step: float
+    idle_step: float
+
+
+class Runner:
+    """The streams of one engine. All of it belongs to the engine thread."""
+
+    def __init__(self, backend: Backend, slots: int, pace: Pace, outbox: Outbox) -> None:
+        self.context = backend.context
+        self.cells = Cells(backend.context)
+        self.cost = StepCost()
+        self.counters = Counters(backend.context.cells)
+        self.running: dict[int, Stream] = {}  # oldest first
+        self.waiting: deque[Stream] = deque()
+        self._slots = slots
+        self._pace = pace
+        self._outbox = outbox
+        self._verifier = Verifier()
+        self._promised = RadixTree()  # the prompts that running streams are reading
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to step."""
+        return bool(self.running or self.waiting)
+
+    def submit(self, stream: Stream) -> None:
+        """Takes a new request."""
+        self.waiting.append(stream)
+
+    def cancel(self, key: int) -> None:
+        """Ends a request that its reader left, wherever it is; one that has ended already is nobody's."""
+        if (stream := self._find(key)) is not None:
+            self._finish(stream, FinishReason.CANCELLED)
+
+    def fail_all(self, error: EngineError) -> None:
+        """Ends every request with `error`; the cells keep nothing of them."""
+        for stream in [*self.running.values(), *self.waiting]:
+            self._fail(stream, error)
+
+    def step(self) -> None:
+        """One decode for everyone who runs, and what follows from it. With nobody, only tells the readers."""
+        begun = time.perf_counter()
+        self._admit()
+        plan = self._plan()
+        for key in plan.retract:
+            self._retract(self.running[key])
+        if plan.rows:
+            self._decode(plan)
+        self._gauge(time.perf_counter() - begun)
+        self._outbox.flush()
+        self._draft()
+
+    def rest(self) -> None:
+        """Called when nothing runs: proves that tree and context still agree. Raises AssertionError if not."""
+        self.cells.check()
+
+    # ── before the decode ──
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._slots:
+            views = map(self._waiting_view, self.waiting)  # lazily: the first that may start ends the search
+            key = scheduler.admit(views, self._views(), self._room())
+            stream = None if key is None else self._find(key)
+            if stream is None:
+                return
+            self.waiting.remove(stream)
+            self._start(stream)
+
+    def _start(self, stream: Stream) -> None:
+        first = stream.admitted is None
+        stream.start(self.cells.claim(stream.tokens, stream.request.salt))
+        self.running[stream.key] = stream
+        if stream.behind > 1:
+            self._promised.begin(stream.key, stream.request.salt)
+            self._promised.extend(stream.key, stream.tokens)
+        if first:
+            self.counters.queue.add(time.perf_counter() - stream.submitted)
+            self.counters.prompt_tokens += stream.prompt_length
+            self.counters.cached_tokens += stream.cached
+
+    def _waiting_view(self, stream: Stream) -> WaitingView:
+        salt = stream.request.salt
+        found = self.cells.find(stream.tokens, salt)
+        promised = self._promised.match(stream.tokens[:-1], salt).length if self.context.partial else 0
+        return WaitingView(stream.key, len(stream.tokens), found.length, found.idle, promised)
+
+    def _views(self) -> list[StreamView]:
+        return [
+            stream.view(self.cells.tree.alone(stream.lease.seq))
+            for stream in self.running.values()
+            if stream.lease is not None
+        ]
+
+    def _room(self) -> Room:
+        return Room(self._slots - len(self.running), self.cells.free, self.cells.idle)
+
+    def _plan(self) -> Plan:
+        decoding = sum(stream.behind == 1 for stream in self.running.values())
+        prompt_rows = self.cost.prompt_rows(decoding, self._pace.step, self._pace.idle_step)
+        limits = Limits(self.context.batch.capacity, self.context.outputs, prompt_rows)
+        return scheduler.plan(self._views(), self._room(), limits)
+
+    def _retract(self, stream: Stream) -> None:
+        """Takes a stream's slot and lets its cells count as idle; it starts again before all others."""
+        self._leave(stream, keep=True)
+        self.waiting.appendleft(stream)
+        self.counters.retractions += 1
+
+    # ── the decode ──
+
+    def _decode(self, plan: Plan) -> None:
+        """Decodes the rows of `plan`; without free cells, once more with less, and later if even that fails."""
+        self.cells.reclaim(sum(rows.tokens + rows.drafts for rows in plan.rows))
+        firsts = self._fill(plan.rows)
+        begun = time.perf_counter()
+        try:
+            logits = self.context.decode()
+        except NoFreeCells:
+            self._make_room()
+            return
+        except (NativeFault, Aborted) as error:
+            self._fail_rows(plan.rows, error)
+            return
+        seconds = time.perf_counter() - begun
+        self._observe(plan.rows, seconds)
+        self._settle(plan.rows, firsts, logits)
+
+    def _fill(self, plan: Iterable[Rows]) -> list[int]:
+        """Writes the batch; for each stream the index of its first row of logits."""
+        batch, firsts = self.context.batch, []
+        batch.clear()
+        for rows in plan:
+            stream = self.running[rows.key]
+            lease = stream.lease
+            assert lease is not None, "a planned stream has a lease"
+            start, end = lease.length, lease.length + rows.tokens
+            tokens = stream.tokens[start:end]
+            if rows.drafts:
+                tokens.extend(stream.draft[: rows.drafts])
+            last = end == len(stream.tokens)
+            firsts.append(batch.add(lease.seq, start, tokens, rows.drafts + 1 if last else 0))
+        return firsts
+
+    def _make_room(self) -> None:
+        """After a decode that found no cells although the count said there were: give up more, or give in."""
+        if self.cells.idle:
+            self.cells.reclaim(self.context.cells)
+        elif len(self.running) > 1:
+            self._retract(next(reversed(self.running.values())))
+        else:
+            for stream in list(self.running.values()):
+                self._fail(stream, EngineFault("the model found no free cells for this request alone"))
+
+    def _fail_rows(self, plan: Iterable[Rows], error: Exception) -> None:
+        for rows in plan:
+            self._fail(self.running[rows.key], EngineFault(f"the step failed: {error}"))
+
+    def _observe(self, plan: Iterable[Rows], seconds: float) -> None:
+        rows = decode_rows = 0
+        for part in plan:
+            rows += part.tokens + part.drafts
+            if self.running[part.key].behind == 1:
+                decode_rows += 1 + part.drafts
+        self.cost.observe(decode_rows, rows - decode_rows, seconds)
+        self.counters.steps += 1
+        self.counters.native_passes += -(-rows // self.context.ubatch)
+        self.counters.native_seconds += seconds
+
+    # ── after it ──
+
+    def _settle(self, plan: Iterable[Rows], firsts: Iterable[int], logits: Logits) -> None:
+        self._verifier.begin(logits)
+        now = time.perf_counter()
+        for rows, first in zip(plan, firsts, strict=True):
+            stream = self.running[rows.key]
+            lease = stream.lease
+            assert lease is not None, "a planned stream has a lease"
+            lease.commit(stream.tokens[lease.length : lease.length + rows.tokens])
+            if stream.behind:
+                continue
+            if stream.key in self._promised:
+                self._promised.remove(stream.key)
+            try:
+                self._emit(stream, rows.drafts, first, now)
+            except BadLogits as error:
+                self._fail(stream, EngineFault(str(error)))
+
+    def _emit(self, stream: Stream, drafts: int, first: int, now: float) -> None:
+        """Picks the stream's next tokens, keeps the cells of those that the draft had right, and tells its reader."""
+        if (reason := stream.done_reading) is not None:
+            self._finish(stream, reason)
+            return
+        lease = stream.lease
+        assert lease is not None, "a planned stream has a lease"
+        verdict = self._verifier.verify(stream, stream.draft[:drafts], first)
+        lease.commit(stream.draft[: verdict.accepted])
+        if verdict.accepted < drafts:
+            lease.roll_back()
+        if drafts:
+            self._count_draft(stream, drafts, verdict.accepted)
+        stream.draft = ()
+        self._clock(stream, len(verdict.ids), now)
+        if verdict.shown:
+            self._outbox.tokens(stream.key, verdict.shown, verdict.logprobs)
+        if verdict.reason is not None:
+            self._finish(stream, verdict.reason)
+
+    def _count_draft(self, stream: Stream, drafted: int, accepted: int) -> None:
+        stream.drafted += drafted
+        stream.accepted += accepted
+        self.counters.drafted_tokens += drafted
+        self.counters.accepted_tokens += accepted
+        stream.speculator.observe(drafted, accepted)
+
+    def _clock(self, stream: Stream, tokens: int, now: float) -> None:
+        self.counters.completion_tokens += tokens
+        if stream.first_token is None:
+            stream.first_token = now
+            self.counters.ttft.add(now - stream.submitted)
+        else:
+            self.counters.gap.add(now - stream.last_token)
+        stream.last_token = now
+
+    def _draft(self) -> None:
+        """Asks the speculators for the next step, while the readers already have this one's tokens."""
+        most = self.context.outputs // self._slots - 1
+        for stream in self.running.values():
+            if stream.behind == 1 and (limit := min(stream.room(), most)) > 0 and self.context.partial:
+                stream.draft = stream.speculator.propose(stream.tokens, limit)[:limit]
+
+    # ── the end of a stream ──
+
+    def _find(self, key: int) -> Stream | None:
+        return self.running.get(key) or next((s for s in self.waiting if s.key == key), None)
+
+    def _finish(self, stream: Stream, reason: FinishReason) -> None:
+        self._leave(stream, keep=True)
+        stream.speculator.end()
+        self.counters.finished[reason.value] += 1
+        self._outbox.end(stream.key, stream.finished(reason))
+
+    def _fail(self, stream: Stream, error: EngineError) -> None:
+        self._leave(stream, keep=False)
+        stream.speculator.end()
+        self.counters.finished["error"] += 1
+        self._outbox.end(stream.key, Failed(error))
+
+    def _leave(self, stream: Stream, *, keep: bool) -> None:
+        """Takes the stream out of wherever it is; its sequence stays resident if `keep`."""
+        stream.leave(keep=keep)
+        if stream.key in self._promised:
+            self._promised.remove(stream.key)
+        if self.running.pop(stream.key, None) is None and stream in self.waiting:
+            self.waiting.remove(stream)
+
+    def _gauge(self, seconds: float) -> None:
+        counters = self.counters
+        counters.busy_seconds += seconds
+        counters.running, counters.waiting = len(self.running), len(self.waiting)
+        counters.cells_used, counters.cells_idle = self.cells.tree.cells, self.cells.idle

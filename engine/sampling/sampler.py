@@ -1,0 +1,109 @@
+"""Picks the tokens of one request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.contract import Request, SamplingParams
+from engine.sampling.candidates import Candidates, Row, likeliest
+from engine.sampling.noise import gumbel, uniform
+from engine.sampling.penalties import Dry, penalise_seen
+from engine.sampling.truncate import survivors
+
+_COLDEST = 1e-300  # a temperature below would overflow the quotient, and picks no differently
+
+
+class Sampler:
+    """The law by which one request's tokens are picked, without any state: a pick depends on the parameters, the
+    seed, the row and the history alone, so nothing that was picked before, or was drafted, can change it.
+
+    `ends` are the model's end tokens; `piece` gives the bytes of a token. Token ids in the request are within the
+    vocabulary.
+    """
+
+    def __init__(self, request: Request, seed: int, ends: frozenset[int], piece: Callable[[int], bytes]) -> None:
+        params = request.sampling
+        self._params = params
+        self._seed = seed
+        self._bias = _Bias(params.logit_bias) if params.logit_bias else None
+        self._dry = Dry(params, piece) if _dries(params) else None
+        self._penalises = _penalises(params)
+        self._min_tokens = request.min_tokens
+        self._banned = _ids(ends if request.ignore_eos else ())
+        self._banned_early = _ids(ends.union(request.stop_tokens))
+        self._adjusts = bool(self._bias or self._dry or self._penalises or len(self._banned))
+
+    def greedy(self, emitted: int) -> bool:
+        """Whether the pick after `emitted` tokens is the argmax of the raw row, so that `pick` need not be asked."""
+        return self._params.temperature <= 0.0 and not self._changes(emitted)
+
+    def pick(self, row: Row, history: Sequence[int], prompt_length: int) -> int:
+        """The token after `history`, the prompt and then what was emitted. Leaves the row as it was.
+
+        Raises BadLogits if the row holds NaN or its maximum is infinite, or if every token is banned.
+        """
+        emitted = len(history) - prompt_length
+        if self._changes(emitted):
+            row = self._changed(row, history, emitted)
+        if self._params.temperature <= 0.0:
+            return likeliest(row)
+        return self._drawn(survivors(row, self._params, self._excludes(len(history))), len(history))
+
+    def _drawn(self, found: Candidates, position: int) -> int:
+        """The law of `engine.sampling.noise`."""
+        if len(found.ids) == 1:
+            return int(found.ids[0])
+        scores = found.logits - found.logits.max()
+        scores /= max(self._params.temperature, _COLDEST)
+        scores += gumbel(self._seed, position, found.ids)
+        return int(found.ids[scores.argmax()])
+
+    def _excludes(self, position: int) -> bool:
+        chance = self._params.xtc_probability
+        return chance > 0.0 and uniform(self._seed, position) < chance
+
+    def _changes(self, emitted: int) -> bool:
+        return self._adjusts or (emitted < self._min_tokens and len(self._banned_early) > 0)
+
+    def _changed(self, row: Row, history: Sequence[int], emitted: int) -> Row:
+        """A copy of the row, with bias, penalties and bans."""
+        row = row.copy()
+        if self._bias is not None:
+            self._bias.add(row)
+        if self._penalises:
+            penalise_seen(row, history, self._params)
+        if self._dry is not None:
+            self._dry.penalise(row, history)
+        row[self._banned_early if emitted < self._min_tokens else self._banned] = -np.inf
+        return row
+
+
+class _Bias:
+    """What is added to the logits of some tokens; what a token is given twice adds up."""
+
+    def __init__(self, pairs: Iterable[tuple[int, float]]) -> None:
+        sums: dict[int, float] = {}
+        for token, value in pairs:
+            sums[token] = sums.get(token, 0.0) + value
+        self._tokens = _ids(sums)
+        self._values = np.array([sums[token] for token in sums], np.float64)
+        assert self._tokens.min() >= 0, "the caller refuses token ids outside the vocabulary"
+
+    def add(self, row: Row) -> None:
+        row[self._tokens] = row[self._tokens] + self._values
+
+
+def _ids(tokens: Iterable[int]) -> NDArray[np.intp]:
+    return np.array(list(tokens), np.intp)
+
+
+def _penalises(params: SamplingParams) -> bool:
+    neutral = params.repeat_penalty == 1.0 and not params.presence_penalty and not params.frequency_penalty
+    return params.repeat_last_n != 0 and not neutral
+
+
+def _dries(params: SamplingParams) -> bool:
+    return params.dry_multiplier > 0.0 and params.dry_penalty_last_n != 0

@@ -1,0 +1,97 @@
+"""What the engine has done so far. Counted on the engine thread, read from any."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from msgspec import Struct
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds of the histograms' buckets."""
+
+
+class Histogram(Struct, frozen=True):
+    """Observations by bucket, not cumulative; the last count is of those above every bound."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum: float
+
+
+class Stats(Struct, frozen=True):
+    """A snapshot. Counts and seconds grow from the start of the engine; the last six are as of the last step."""
+
+    requests_finished: dict[str, int]
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
+    steps: int
+    native_passes: int
+    retractions: int
+    busy_seconds: float
+    native_seconds: float
+    queue: Histogram
+    ttft: Histogram
+    gap: Histogram
+    running: int
+    waiting: int
+    cells: int
+    cells_used: int
+    cells_idle: int
+
+
+class Buckets:
+    """A histogram being filled; values are seconds."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(SECONDS) + 1)
+        self._sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Counts one value."""
+        self._counts[bisect_left(SECONDS, seconds)] += 1
+        self._sum += seconds
+
+    def snapshot(self) -> Histogram:
+        """The state now."""
+        return Histogram(SECONDS, tuple(self._counts), self._sum)
+
+
+class Counters:
+    """The engine thread's own counts: plain fields, added to as things happen."""
+
+    def __init__(self, cells: int) -> None:
+        self.finished = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.completion_tokens = 0
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
+        self.steps = 0
+        self.native_passes = 0
+        self.retractions = 0
+        self.busy_seconds = 0.0
+        self.native_seconds = 0.0
+        self.queue = Buckets()
+        self.ttft = Buckets()
+        self.gap = Buckets()
+        self.running = 0
+        self.waiting = 0
+        self.cells = cells
+        self.cells_used = 0
+        self.cells_idle = 0
+
+    def snapshot(self) -> Stats:
+        """The counts now. Read while the engine goes on, two of them may be a step apart."""
+        return Stats(
+            requests_finished=dict(self.finished),
+            queue=self.queue.snapshot(),
+            ttft=self.ttft.snapshot(),
+            gap=self.gap.snapshot(),
+            **{name: getattr(self, name) for name in _PLAIN},
+        )
+
+
+_PLAIN = tuple(name for name in Stats.__struct_fields__ if name not in ("requests_finished", "queue", "ttft", "gap"))

@@ -1,0 +1,95 @@
+"""Imports point downward only, and each package keeps to what it may know."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+ENGINE = """
+contract config batch text stats
+backend outbox
+llama memory sampling pace scheduler speculate
+streams generation
+verify
+runner
+engine
+"""
+MEMORY = "radix\ncells"
+PACE = "cost\nwarmup"
+LLAMA = "library\nvocab context\nmodel"
+API = """
+config schema
+options prompts responses
+"""
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, by full name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+    return found
+
+
+def upward(package: str, layers: str) -> list[str]:
+    """Imports inside `package` that do not point to a lower layer; folders count as one module."""
+    rank = {name: level for level, line in enumerate(layers.strip().split("\n")) for name in line.split()}
+    folder = ROOT / package.replace(".", "/")
+    wrong: list[str] = []
+    for path in sorted(folder.rglob("*.py")):
+        own = path.relative_to(folder).with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        assert own in rank, f"{path} has no layer"
+        for name in imports(path):
+            parts = name.removeprefix(package + ".").split(".")
+            if name.startswith(package + ".") and parts[0] in rank and parts[0] != own and rank[parts[0]] >= rank[own]:
+                wrong.append(f"{package}.{own} -> {name}")
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("package", "layers"),
+    [("engine", ENGINE), ("engine.memory", MEMORY), ("engine.pace", PACE), ("engine.llama", LLAMA)],
+)
+def test_imports_point_down(package: str, layers: str) -> None:
+    lazily = ["engine.engine -> engine.llama"]
+    assert [line for line in upward(package, layers) if line not in lazily] == []
+
+
+def test_only_the_llama_package_knows_the_native_library() -> None:
+    users = [path for path in (ROOT / "engine").rglob("*.py") if any(n.startswith("llama_cpp") for n in imports(path))]
+    assert {path.parent.name for path in users} == {"llama"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "engine").rglob("*.py")), ids=str)
+def test_the_engine_knows_no_http(path: Path) -> None:
+    assert not any(name.split(".")[0] in {"api", "starlette", "uvicorn", "httptools"} for name in imports(path))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "api").rglob("*.py")), ids=str)
+def test_the_api_knows_no_llama(path: Path) -> None:
+    assert not any(name.startswith(("llama_cpp", "engine.llama")) for name in imports(path))
+
+
+def test_files_and_functions_stay_small() -> None:
+    """Files to 350 lines, functions to 60, tests excepted."""
+    long: list[str] = []
+    for package in ("engine", "api", "bench"):
+        for path in (ROOT / package).rglob("*.py"):
+            text = path.read_text()
+            if (lines := text.count("\n")) > 350:
+                long.append(f"{path}: {lines} lines")
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    size = (node.end_lineno or 0) - node.lineno
+                    if size > 60:
+                        long.append(f"{path}: {node.name} has {size} lines")
+    assert long == []

@@ -1,0 +1,260 @@
+"""The property: whatever else runs, a request's tokens are those it gets alone.
+
+Requests arrive, are cancelled, share prefixes, have drafts verified that are right or wrong, are retracted when
+cells run out and meet decodes that fail for lack of cells. The toy context's logits depend on every token that a
+row can see, so any slip shows.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any, cast
+
+import pytest
+
+from engine.backend import NoFreeCells
+from engine.contract import Failed, Finished, FinishReason, Request, SamplingParams
+from engine.outbox import News, Outbox
+from engine.runner import Pace, Runner
+from engine.speculate import Silent, Speculator
+from engine.streams import Stream
+from tests.toy import VOCABULARY, ToyBackend, ToyContext
+
+
+class Direct:
+    """An event loop that delivers at once."""
+
+    def is_closed(self) -> bool:
+        return False
+
+    def call_soon_threadsafe(self, function: Callable[..., None], *arguments: object) -> None:
+        function(*arguments)
+
+
+class Oracle:
+    """Drafts from the tokens that the request will have, each wrong with chance `wrong`."""
+
+    def __init__(self, truth: Sequence[int], wrong: float, random: Random) -> None:
+        self.truth, self.wrong, self.random = truth, wrong, random
+        self.prompt = 0
+        self.ended = False
+
+    def begin(self, tokens: array[int]) -> None:
+        self.prompt = self.prompt or len(tokens)
+
+    def propose(self, tokens: array[int], limit: int) -> Sequence[int]:
+        rest = self.truth[len(tokens) - self.prompt :][: self.random.randint(0, limit)]
+        return [token if self.random.random() >= self.wrong else (token + 1) % VOCABULARY for token in rest]
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        assert 0 <= accepted <= drafted
+
+    def end(self) -> None:
+        assert not self.ended, "ended twice"
+        self.ended = True
+
+
+class Bench:
+    """A runner without a thread, and what its readers got."""
+
+    def __init__(self, context: ToyContext, slots: int = 4, prompt_rows: int = 1000) -> None:
+        self.backend = ToyBackend(context)
+        self.got: dict[int, list[int]] = {}
+        self.ends: dict[int, Finished | Failed] = {}
+        outbox = Outbox(cast(Any, Direct()), self.deliver)
+        self.runner = Runner(self.backend, slots, Pace(0.0, 0.5), outbox)
+        cast(Any, self.runner.cost).prompt_rows = lambda *_: prompt_rows
+        self.streams: dict[int, Stream] = {}
+
+    def deliver(self, items: list[News]) -> None:
+        for key, ids, _, end in items:
+            assert key not in self.ends, "nothing follows the terminal update"
+            self.got[key] += ids
+            if end is not None:
+                self.ends[key] = end
+
+    def submit(self, key: int, request: Request, speculator: Speculator | None = None) -> None:
+        seed = request.sampling.seed or 0
+        context = self.backend.context
+        stream = Stream(key, request, seed, self.backend.vocab, context.cells, speculator or Silent())
+        self.got[key], self.streams[key] = [], stream
+        self.runner.submit(stream)
+
+    def run(self, most: int = 5000) -> None:
+        while self.runner.busy:
+            self.runner.step()
+            most -= 1
+            assert most, "no end in sight"
+        self.runner.step()
+        self.runner.rest()
+
+
+def alone(request: Request, cells: int) -> tuple[list[int], FinishReason]:
+    """Tokens and reason of a request that has everything to itself."""
+    bench = Bench(ToyContext(cells=cells), slots=1)
+    bench.submit(0, request)
+    bench.run()
+    end = bench.ends[0]
+    assert isinstance(end, Finished)
+    return bench.got[0], end.reason
+
+
+def draw_request(random: Random, prefixes: list[list[int]], longest: int) -> Request:
+    start = random.choice(prefixes)[: random.randint(1, 40)]
+    prompt = [*start, *(random.randrange(1, VOCABULARY) for _ in range(random.randint(0, 8)))][: longest - 1]
+    sampling = random.choice(
+        [
+            SamplingParams(temperature=0.0),
+            SamplingParams(temperature=0.8, seed=random.randrange(1000)),
+            SamplingParams(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=random.randrange(1000)),
+            SamplingParams(temperature=0.7, seed=5, repeat_penalty=1.3, presence_penalty=0.5, dry_multiplier=0.8),
+        ]
+    )
+    return Request(
+        prompt=tuple(prompt),
+        max_tokens=random.choice([0, 1, 2, 10, 30, None]),
+        min_tokens=random.choice([0, 0, 5]),
+        sampling=sampling,
+        stop_tokens=random.choice([(), (3, 4)]),
+        ignore_eos=random.random() < 0.3,
+        salt=random.choice(["", "", "tenant"]),
+    )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_interleavings(seed: int) -> None:
+    random = Random(seed)
+    cells = random.choice([64, 90, 300])
+    context = ToyContext(cells=cells, sequences=random.choice([5, 12]), rows=random.choice([16, 64]), outputs=16)
+    bench = Bench(context, slots=4, prompt_rows=random.choice([1, 5, 100]))
+    chance = random.choice([0.0, 0.0, 0.1])
+    context.faults = lambda _: NoFreeCells() if random.random() < chance else None
+    prefixes = [[random.randrange(1, VOCABULARY) for _ in range(40)] for _ in range(3)]
+    wanted: dict[int, tuple[list[int], FinishReason]] = {}
+    cancelled: set[int] = set()
+    for key in range(12):
+        request = draw_request(random, prefixes, cells)
+        wanted[key] = alone(request, cells)
+        oracle = Oracle(wanted[key][0], random.choice([0.0, 0.3, 1.0]), random)
+        bench.submit(key, request, random.choice([oracle, Silent()]))
+        for _ in range(random.randint(0, 6)):
+            bench.runner.step()
+            bench.runner.cells.check()
+        if random.random() < 0.2:
+            victim = random.randrange(key + 1)
+            bench.runner.cancel(victim)
+            cancelled.add(victim)
+        if bench.runner.running and random.random() < 0.15:
+            bench.runner._retract(random.choice(list(bench.runner.running.values())))
+    bench.run()
+    for key, (tokens, reason) in wanted.items():
+        end = bench.ends[key]
+        if isinstance(end, Failed):
+            assert chance, "no request fails unless decodes do"
+        elif end.reason is FinishReason.CANCELLED:
+            assert key in cancelled
+            assert bench.got[key] == tokens[: len(bench.got[key])]
+        else:
+            assert (bench.got[key], end.reason) == (tokens, reason)
+    assert context.used() == bench.runner.cells.tree.cells
+    bench.runner.cells.reclaim(cells)
+    assert context.used() == 0
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1.0])
+def test_right_and_wrong_drafts_leave_the_text_alone(wrong: float) -> None:
+    request = Request(prompt=(1, 2, 3), max_tokens=24, ignore_eos=True, sampling=SamplingParams(seed=4))
+    tokens, _ = alone(request, 200)
+    context = ToyContext()
+    bench = Bench(context, slots=2)
+    bench.submit(0, request, Oracle(tokens, wrong, Random(0)))
+    bench.run()
+    end = bench.ends[0]
+    assert bench.got[0] == tokens
+    assert isinstance(end, Finished)
+    assert end.usage.drafted > 0
+    assert end.usage.accepted == (end.usage.drafted if wrong == 0 else 0)
+    assert (context.decodes < 24) == (wrong == 0), "right drafts save steps, wrong ones save none"
+
+
+def test_a_prefix_that_is_being_read_is_computed_once() -> None:
+    context = ToyContext(cells=200)
+    bench = Bench(context, prompt_rows=7)
+    shared = tuple(range(1, 41))
+    for key in range(4):
+        bench.submit(key, Request(prompt=(*shared, 41 + key), max_tokens=3, ignore_eos=True))
+    bench.run()
+    assert context.computed == 40 + 4 * (1 + 2)
+    cached = [end.usage.cached for end in bench.ends.values() if isinstance(end, Finished)]
+    assert sorted(cached) == [0, 40, 40, 40]
+
+
+def test_who_waits_for_a_prefix_goes_on_when_its_reader_is_cancelled() -> None:
+    context = ToyContext(cells=200)
+    bench = Bench(context, prompt_rows=10)
+    shared = tuple(range(1, 41))
+    bench.submit(0, Request(prompt=(*shared, 41), max_tokens=3))
+    bench.submit(1, Request(prompt=(*shared, 42), max_tokens=3, ignore_eos=True))
+    bench.runner.step()
+    bench.runner.step()
+    assert list(bench.runner.running) == [0]
+    bench.runner.cancel(0)
+    bench.run()
+    assert context.computed == 20 + (41 - 20) + 2
+    end = bench.ends[1]
+    assert isinstance(end, Finished)
+    assert end.usage.cached == 20
+
+
+def test_the_next_turn_of_a_conversation_computes_only_what_is_new() -> None:
+    context = ToyContext(cells=200)
+    bench = Bench(context)
+    first = Request(prompt=tuple(range(1, 21)), max_tokens=10, ignore_eos=True)
+    bench.submit(0, first)
+    bench.run()
+    before = context.computed
+    bench.submit(1, Request(prompt=(*first.prompt, *bench.got[0], 7, 8), max_tokens=1))
+    bench.run()
+    assert context.computed - before == 3, "the last token of the answer was never fed, and two are new"
+
+
+def test_cancelling_a_queued_request_frees_nothing_and_ends_once() -> None:
+    bench = Bench(ToyContext(), slots=1)
+    bench.submit(0, Request(prompt=(1,), max_tokens=5, ignore_eos=True))
+    bench.submit(1, Request(prompt=(2,), max_tokens=5))
+    bench.runner.step()
+    bench.runner.cancel(1)
+    bench.runner.cancel(1)
+    bench.run()
+    end = bench.ends[1]
+    assert isinstance(end, Finished)
+    assert end.reason is FinishReason.CANCELLED
+    assert len(bench.got[0]) == 5
+
+
+def test_a_model_that_cannot_share_still_serves() -> None:
+    context = ToyContext(partial=False)
+    bench = Bench(context)
+    request = Request(prompt=(1, 2, 3, 4), max_tokens=6, ignore_eos=True, sampling=SamplingParams(temperature=0))
+    tokens, _ = alone(request, 200)
+    for key in range(3):
+        bench.submit(key, request, Oracle(tokens, 0.0, Random(0)))
+    bench.run()
+    assert [bench.got[key] for key in range(3)] == [tokens] * 3
+    assert context.computed == 3 * (4 + 5)
+
+
+def test_a_failed_step_fails_its_streams_and_nobody_else() -> None:
+    from engine.backend import NativeFault
+
+    context = ToyContext()
+    bench = Bench(context, slots=1)
+    bench.submit(0, Request(prompt=(1, 2), max_tokens=9, ignore_eos=True))
+    bench.submit(1, Request(prompt=(1, 2), max_tokens=9, ignore_eos=True))
+    context.faults = lambda n: NativeFault("told to") if n == 3 else None
+    bench.run()
+    assert isinstance(bench.ends[0], Failed)
+    assert isinstance(bench.ends[1], Finished)
+    assert len(bench.got[1]) == 9

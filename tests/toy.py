@@ -1,0 +1,172 @@
+"""A context in miniature that cannot be fooled, and an engine's worth of parts around it.
+
+Its logits are a hash of exactly the tokens that a row can see. Any slip in positions, sharing, rollback or
+retraction changes the output, so "the same tokens as alone" is a complete test of the bookkeeping.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from engine.backend import Aborted, Logits, ModelInfo, NativeFault, NoFreeCells, Progress
+from engine.batch import Batch
+from engine.config import EngineConfig
+
+VOCABULARY = 50
+END = 0
+
+
+class Cell:
+    """One token's place; shared cells are one object under several sequences."""
+
+    __slots__ = ("token",)
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+
+class ToyContext:
+    """Implements `engine.backend.Context`, checks what llama.cpp would refuse, and fails when told to."""
+
+    def __init__(
+        self, cells: int = 200, sequences: int = 12, rows: int = 64, outputs: int = 32, *, partial: bool = True
+    ) -> None:
+        self.batch = Batch(rows)
+        self.cells = cells
+        self.sequences = sequences
+        self.outputs = outputs
+        self.ubatch = rows
+        self.partial = partial
+        self.decodes = 0
+        self.computed = 0  # rows of all decodes so far
+        self.faults: Callable[[int], Exception | None] = lambda decode: None
+        self.aborted = False
+        self.before_decode: Callable[[], None] = lambda: None
+        self._held: list[dict[int, Cell]] = [{} for _ in range(sequences)]
+
+    def decode(self) -> Logits:
+        """Logits of the rows that ask for them; leaves the cells alone when the batch does not fit."""
+        self.decodes += 1
+        self.before_decode()
+        if self.aborted:
+            raise Aborted
+        if (fault := self.faults(self.decodes)) is not None:
+            raise fault
+        batch = self.batch
+        assert 0 < batch.rows <= batch.capacity
+        assert batch.outputs <= self.outputs
+        if len(self._distinct()) + batch.rows > self.cells:
+            raise NoFreeCells
+        rows = list(zip(batch.seq[: batch.rows], batch.pos[: batch.rows], batch.token[: batch.rows], strict=True))
+        for seq, pos, token in rows:
+            assert pos == self.length(seq), f"sequence {seq}: position {pos} after {self.length(seq)} tokens"
+            self._held[seq][int(pos)] = Cell(int(token))
+        self.computed += len(rows)
+        out = [self._logits(seq, pos) for (seq, pos, _), on in zip(rows, batch.output, strict=False) if on]
+        return np.stack(out) if out else np.empty((0, VOCABULARY), np.float32)
+
+    def _logits(self, seq: int, pos: int) -> Logits:
+        seen = [(place, cell.token) for place, cell in sorted(self._held[seq].items()) if place <= pos]
+        rng = np.random.default_rng(zlib.crc32(repr(seen).encode()))
+        return rng.standard_normal(VOCABULARY, np.float32) * 3
+
+    def _distinct(self) -> set[int]:
+        return {id(cell) for held in self._held for cell in held.values()}
+
+    def copy(self, source: int, target: int, length: int) -> bool:
+        """Shares cells, as llama.cpp does with one unified stream."""
+        assert not self._held[target], "the target must be empty"
+        self._held[target] = {pos: cell for pos, cell in self._held[source].items() if pos < length}
+        return True
+
+    def cut(self, seq: int, length: int) -> bool:
+        """Drops positions from `length` on; all or nothing if sequences are not partial."""
+        if length and not self.partial:
+            return False
+        self._held[seq] = {pos: cell for pos, cell in self._held[seq].items() if pos < length}
+        return True
+
+    def length(self, seq: int) -> int:
+        """Positions of `seq`."""
+        return max(self._held[seq], default=-1) + 1
+
+    def used(self) -> int:
+        """Cells that somebody holds."""
+        return len(self._distinct())
+
+    def abort(self) -> None:
+        """Makes every later decode raise Aborted."""
+        self.aborted = True
+
+
+class ToyVocab:
+    """Token t is the character with code 64 + t, so that text shows tokens; token 0 ends a text."""
+
+    size = VOCABULARY
+    ends = frozenset({END})
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """One token per character; characters outside the vocabulary wrap around."""
+        return [1 + (ord(char) - 65) % (VOCABULARY - 1) for char in text]
+
+    def piece(self, token: int) -> bytes:
+        """The character's bytes."""
+        return b"" if token == END else chr(64 + token).encode()
+
+
+def describe(context: ToyContext) -> ModelInfo:
+    """What a toy model says of itself."""
+    return ModelInfo(
+        name="toy",
+        path="toy.gguf",
+        description="a hash",
+        bytes=0,
+        parameters=0,
+        vocabulary=VOCABULARY,
+        trained_context=0,
+        context=context.cells,
+        device="none",
+        chat_template=None,
+        bos="",
+        eos="@",
+        bos_added=False,
+    )
+
+
+class ToyBackend:
+    """Implements `engine.backend.Backend`."""
+
+    def __init__(self, context: ToyContext) -> None:
+        self.context = context
+        self.vocab = ToyVocab()
+        self.info = describe(context)
+        self.closed = False
+
+    def close(self) -> None:
+        """Remembers that it was closed."""
+        assert not self.closed, "closed twice"
+        self.closed = True
+
+
+def opener(backend: ToyBackend) -> Callable[[EngineConfig, Progress, Callable[[], bool]], ToyBackend]:
+    """Opens `backend` for `Engine.open`, with two reports of progress."""
+
+    def open_toy(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -> ToyBackend:
+        progress(0.5)
+        progress(1.0)
+        return backend
+
+    return open_toy
+
+
+@contextmanager
+def failing(context: ToyContext, decodes: Iterable[int], fault: Exception | None = None) -> Iterator[None]:
+    """Lets the decodes of these numbers, counted from now, fail."""
+    numbers = {context.decodes + n for n in decodes}
+    context.faults = lambda n: (fault or NativeFault("told to fail")) if n in numbers else None
+    yield
+    context.faults = lambda n: None
