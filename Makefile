@@ -11,6 +11,11 @@ SMOLLM := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL  ?= $(SMOLLM)
 ARGS   ?=
 
+# AMX tiles crash the process on machines that have them (ggml-org/llama.cpp issue 20824), so none are compiled in;
+# images and sound are not served here.
+NO_AMX := -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
+export CMAKE_ARGS := -DLLAVA_BUILD=OFF $(NO_AMX) $(CMAKE_ARGS)
+
 .PHONY: serve test check bench clean
 
 serve: $(VENV)/.installed $(MODEL)
@@ -28,6 +33,7 @@ bench: $(VENV)/.developed $(SMOLLM)
 	$(BIN)/python -m bench.step_cost -m $(SMOLLM)
 	$(BIN)/python -m bench.overhead -m $(SMOLLM)
 	$(BIN)/python -m bench.scenarios -m $(SMOLLM)
+
 
 clean:
 	rm -rf $(VENV) .models .mypy_cache .pytest_cache .ruff_cache .hypothesis

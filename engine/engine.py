@@ -63,7 +63,8 @@ class Engine:
         self._speculate = speculate
         self._loop = asyncio.get_running_loop()
         self._inbox: SimpleQueue[Command | None] = SimpleQueue()
-        self._open: dict[int, Generation] = {}
+        self._open: dict[int, Generation] = {}  # until their terminal update
+        self._wanted: set[int] = set()  # of those, the ones that nobody has left
         self._keys = count(1)
         self._ready: asyncio.Future[Runner] = self._loop.create_future()
         self._empty = asyncio.Event()
@@ -156,10 +157,11 @@ class Engine:
     def _submit(self, generation: Generation) -> None:
         if self._refusal is not None:
             raise self._refusal()
-        if len(self._open) >= self.slots + self._config.batch.queue:
+        if len(self._wanted) >= self.slots + self._config.batch.queue:
             raise Overloaded(self._retry_after())
         key = generation.key = next(self._keys)
         self._open[key] = generation
+        self._wanted.add(key)
         self._empty.clear()
         request = generation.request
         seed = request.sampling.seed
@@ -180,6 +182,7 @@ class Engine:
         return min(60.0, max(1.0, stats.busy_seconds / done if done else 1.0))
 
     def _cancel(self, generation: Generation) -> None:
+        self._wanted.discard(generation.key)
         self._inbox.put(lambda runner: runner.cancel(generation.key))
 
     def _deliver(self, items: list[News]) -> None:
@@ -192,6 +195,7 @@ class Engine:
             else:
                 generation.deliver_end(end)
                 del self._open[key]
+                self._wanted.discard(key)
         if not self._open:
             self._empty.set()
 

@@ -19,7 +19,8 @@ class TextStream:
     """Turns pieces of tokens into text, holding back only what could still change.
 
     Held back are the bytes of an unfinished UTF-8 character and the longest end of the text that may yet become
-    a stop string. The earliest stop string wins, the longer of two at one place; it and all after it are never shown.
+    a stop string. The stop string that is complete first wins, the longest of those that end at one place; it and all
+    after it are never shown. What is shown depends on the bytes alone, not on how they are cut into pieces.
     A token is out once all of its characters are, so the tokens that make up a stop string never are.
     """
 
@@ -29,8 +30,7 @@ class TextStream:
         self._longest = max(map(len, self._stops), default=1) - 1
         self._held = ""
         self._decoded = 0  # characters so far, shown or held
-        self._out = 0  # characters up to the end of the last token that is out
-        self._ends: list[int] = []  # the same for each token that is not
+        self._spans: list[tuple[int, int]] = []  # of each token that is not out: its characters, shared ones included
         self.stopped_by: str | None = None
 
     def feed(self, piece: bytes) -> Shown:
@@ -44,9 +44,11 @@ class TextStream:
         """
         if self.stopped_by is not None:
             return Shown("", 0)
+        start = self._decoded
         fresh = self._decoder.decode(piece)
         self._decoded += len(fresh)
-        self._ends.append(self._decoded)
+        unfinished = bool(self._decoder.getstate()[0])
+        self._spans.append((start, self._decoded + unfinished))
         return self._release(self._held + fresh, final=False)
 
     def finish(self) -> Shown:
@@ -55,8 +57,6 @@ class TextStream:
             return Shown("", 0)
         fresh = self._decoder.decode(b"", True)
         self._decoded += len(fresh)
-        if self._ends:
-            self._ends[-1] = self._decoded
         return self._release(self._held + fresh, final=True)
 
     def _release(self, text: str, *, final: bool) -> Shown:
@@ -68,11 +68,8 @@ class TextStream:
         return Shown(text[:size], self._ended_by(self._decoded - len(self._held)))
 
     def _first_stop(self, text: str) -> tuple[int, str] | None:
-        found = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if not found:
-            return None
-        at, _, stop = min(found)
-        return at, stop
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        return min(found)[1:] if found else None
 
     def _open_tail(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""
@@ -83,14 +80,11 @@ class TextStream:
 
     def _ended_by(self, shown: int) -> int:
         """Counts the tokens that end within the first `shown` characters, and forgets them."""
-        out = bisect_right(self._ends, shown)
-        if out:
-            self._out = self._ends[out - 1]
-            del self._ends[:out]
+        out = bisect_right(self._spans, shown, key=lambda span: span[1])
+        del self._spans[:out]
         return out
 
     def _began_before(self, shown: int) -> int:
         """Counts the tokens of which at least one character was shown, and forgets all."""
-        starts = [self._out, *self._ends[:-1]]
-        self._ends, out = [], bisect_left(starts, shown)
-        return out
+        spans, self._spans = self._spans, []
+        return bisect_left(spans, shown, key=lambda span: span[0])

@@ -12,9 +12,6 @@ from llama_cpp import llama_cpp as native
 
 log = logging.getLogger("paceline.native")
 
-LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.WARNING}
-"""The library's levels as ours: its information is our debugging."""
-
 CACHE_TYPES = {
     "f32": 0,
     "f16": 1,
@@ -31,6 +28,9 @@ CACHE_TYPES = {
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 """`enum llama_flash_attn_type`."""
 
+WARNING_AND_ERROR = (3, 4)
+"""The library's levels of what goes wrong. It is logged as the rest is: failures reach the caller as exceptions."""
+
 _complaints: deque[str] = deque(maxlen=20)
 
 
@@ -38,9 +38,9 @@ def _record(level: int, text: bytes, user_data: object) -> None:
     line = text.decode("utf-8", "replace").strip()
     if not line:
         return
-    if level >= 3:
+    if level in WARNING_AND_ERROR:
         _complaints.append(line)
-    log.log(LEVELS.get(level, logging.DEBUG), "%s", line)
+    log.debug("%s", line)
 
 
 # The library keeps the pointer: the object must live as long as the process.
@@ -52,6 +52,12 @@ def start() -> None:
     native.llama_log_set(_callback, ctypes.c_void_p(0))
     native.llama_backend_init()
     _complaints.clear()
+
+
+def amx() -> bool:
+    """Whether the library was compiled to use AMX tiles, which end the process at the first step on some machines
+    (ggml-org/llama.cpp issue 20824): weights must then not be laid out for them."""
+    return b"AMX_INT8 = 1" in native.llama_print_system_info()
 
 
 def complaint() -> str:

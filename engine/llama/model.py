@@ -68,6 +68,9 @@ def _load(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -
     params = native.llama_model_default_params()
     params.n_gpu_layers = config.model.gpu_layers
     params.progress_callback = callback
+    if library.amx():
+        library.log.warning("llama.cpp was built with AMX, which can crash: weights are not repacked, which is slower")
+        params.use_extra_bufts = False
     model = native.llama_model_load_from_file(config.model.path.encode(), params)
     if not model:
         raise ModelError(f"cannot load the model {config.model.path}: {_reason('the library gave no reason')}")

@@ -29,8 +29,8 @@ class Candidates(NamedTuple):
     mass: float | None = None
     """The sum of exp(logit - maximum) that shares refer to, when that is more than these tokens have."""
 
-    def only(self, kept: NDArray[np.intp] | NDArray[np.bool_]) -> Candidates:
-        """Those that an array of indices or a mask selects; shares refer to them alone from here on."""
+    def only(self, kept: NDArray[np.intp] | NDArray[np.bool_] | slice) -> Candidates:
+        """Those that indices, a mask or a slice select; shares refer to them alone from here on."""
         return Candidates(self.ids[kept], self.logits[kept])
 
 
@@ -43,17 +43,26 @@ def likeliest(row: Row) -> int:
 
 def within(row: Row, reach: float) -> Candidates:
     """The tokens at most `reach` below the maximum, by id."""
-    return _at_least(row, _below(_checked(row.max()), reach))
+    ids = (row >= _below(_checked(row.max()), reach)).nonzero()[0]
+    return _listed(row, ids)
 
 
 def top(row: Row, k: int, reach: float = EVERYTHING) -> Candidates:
-    """The `k` likeliest of the tokens at most `reach` below the maximum, likeliest first."""
-    heads = _heads(row, k)
+    """The `k` likeliest of the tokens at most `reach` below the maximum, likeliest first.
+
+    The row is seen as lines of `width`. Of the maxima of its columns, k are at least as large as the k-th of them,
+    so k logits are: only what reaches that floor is sorted, and only columns whose maximum does can hold it.
+    """
+    width = _width(len(row), k)
+    heads = _column_maxima(row, width)
     floor = _below(_checked(heads.max()), reach)
-    if k < len(heads):
-        floor = max(floor, np.partition(heads, -k)[-k])
-    found = _at_least(row, floor)
-    return found.only(np.argsort(-found.logits, kind="stable")[:k])
+    if k < width:
+        floor = max(floor, float(np.partition(heads, -k)[-k]))
+    columns = (heads >= floor).nonzero()[0]
+    ids = (np.arange(0, len(row), width)[:, None] + columns).ravel()
+    ids = ids[: ids.searchsorted(len(row))]
+    found = _listed(row, ids[(row[ids] >= floor).nonzero()[0]])
+    return found.only((-found.logits).argsort(kind="stable")[:k])
 
 
 def nucleus(row: Row, share: float, reach: float) -> Candidates:
@@ -82,32 +91,31 @@ def spread(row: Row) -> tuple[float, float]:
     return float(row[token]), 1.0 + float(weights.sum())
 
 
-def _checked(peak: np.float32) -> np.float32:
+def _checked(peak: np.float32) -> float:
     if not math.isfinite(peak):
         raise BadLogits(f"the maximum of a row of logits is {peak}")
-    return peak
+    return float(peak)
 
 
-def _below(peak: np.float32, reach: float) -> np.float32:
-    """The least logit that is within `reach`, or the float32 below it."""
-    return np.nextafter(np.float32(float(peak) - reach), np.float32(-np.inf))
+def _below(peak: float, reach: float) -> float:
+    """`peak - reach`, and so little less that rounding it to float32 excludes nothing."""
+    return peak - reach - (abs(peak) + reach) * 2.0**-23
 
 
-def _heads(row: Row, k: int) -> Row:
-    """The maxima of disjoint groups that cover a row, so that the k-th of them is a floor that k logits reach.
+def _width(vocabulary: int, k: int) -> int:
+    """Of lines so long that few columns hold two of the top k, or of a single line."""
+    width = max(2048, 32 * k)
+    return width if 2 * width <= vocabulary else vocabulary
 
-    With sixteen groups for each of the k, few logits but those of the top k reach it.
-    """
-    width = max(1024, 16 * k)
-    lines = len(row) // width
-    if lines < 2:
-        return row
-    heads = np.maximum.reduce(row[: lines * width].reshape(lines, width), axis=0)
-    rest = row[lines * width :]
+
+def _column_maxima(row: Row, width: int) -> Row:
+    """Of the lines of a row, the last of which may be shorter; [width]."""
+    whole = len(row) // width * width
+    heads: Row = np.maximum.reduce(row[:whole].reshape(-1, width), axis=0)
+    rest = row[whole:]
     np.maximum(heads[: len(rest)], rest, out=heads[: len(rest)])
     return heads
 
 
-def _at_least(row: Row, floor: np.float32) -> Candidates:
-    ids = (row >= floor).nonzero()[0]
+def _listed(row: Row, ids: NDArray[np.intp]) -> Candidates:
     return Candidates(ids, row[ids].astype(np.float64))

@@ -53,13 +53,12 @@ class Dry:
 
     def penalise(self, row: Row, history: Sequence[int]) -> None:
         """Subtracts the penalties; costs a time linear in the tokens that it looks back on."""
-        params = self._params
-        tokens = list(reversed(recent(history, params.dry_penalty_last_n)))
-        limit = self._unbroken(tokens)
-        if len(tokens) <= params.dry_allowed_length or limit < params.dry_allowed_length:
-            return
-        for token, size in prolonging(tokens, params.dry_allowed_length).items():
-            if not self._is_breaker(token):
+        shortest = self._params.dry_allowed_length
+        tokens = list(recent(history, self._params.dry_penalty_last_n))[::-1]
+        repeats = prolonging(tokens, shortest)
+        limit = self._unbroken(tokens[: max(repeats.values(), default=0)])
+        for token, size in repeats.items():
+            if min(size, limit) >= shortest and not self._is_breaker(token):
                 row[token] -= self._penalty(min(size, limit))
 
     def _penalty(self, size: int) -> float:
@@ -85,20 +84,22 @@ def prolonging(tokens: Sequence[int], shortest: int) -> dict[int, int]:
     `tokens` are the most recent first. Lengths do not count the token itself; those below `shortest` are left out.
     Linear time by the Z-algorithm (Gusfield 1997, section 1.4), like DRY in koboldcpp and llama.cpp.
 
-    >>> prolonging([*reversed("abccbcyabc")], 1)
-    {'b': 1, 'y': 2, 'c': 3}
+    >>> prolonging("cbaycbccba", 1)
+    {'y': 2, 'b': 1, 'c': 3}
     """
+    longest: dict[int, int] = {} if shortest else dict.fromkeys(tokens[:-1], 0)
     total = len(tokens)
     lengths = [0] * total  # of the common beginning of tokens and tokens[at:]
-    longest: dict[int, int] = {}
-    left = right = 0  # the box: tokens[left:right] begins like tokens itself, and no earlier box ends later
+    left = right = 0  # tokens[left:right] begins like tokens itself, and no box before it ends later
     for at in range(1, total):
+        if tokens[at] != tokens[0]:
+            continue
         length = min(lengths[at - left], right - at) if at < right else 0
         if at + length >= right:
             while at + length < total and tokens[length] == tokens[at + length]:
                 length += 1
             left, right = at, at + length
         lengths[at] = length
-        if length >= shortest and longest.get(tokens[at - 1], -1) < length:
-            longest[tokens[at - 1]] = length
+        if length >= shortest:
+            longest[tokens[at - 1]] = max(length, longest.get(tokens[at - 1], 0))
     return longest

@@ -1,13 +1,13 @@
 """Which candidates may be picked: top_k, typical_p, top_p, min_p and XTC, as llama.cpp's samplers define them.
 
 They run in that order, all on the distribution at temperature 1, and each sees the shares of what the one before
-it left. Every one keeps at least one token. Logits here are float64, [candidates], in any order, and finite.
+it left. Every one keeps at least one token and says which: indices, a mask or a slice. Logits are float64,
+[candidates], finite and in any order unless it says otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from engine.sampling.noise import REACH
 
 Logits = NDArray[np.float64]
 Indices = NDArray[np.intp]
+Mask = NDArray[np.bool_]
 
 
 def survivors(row: Row, params: SamplingParams, exclude: bool) -> Candidates:
@@ -54,43 +55,45 @@ def _found(row: Row, params: SamplingParams, exclude: bool) -> Candidates:
 
 def typical_p(logits: Logits, share: float) -> Indices:
     """Locally typical sampling (Meister et al. 2022): the tokens whose surprise is nearest to the entropy, as many
-    as it takes to hold more than `share`."""
-    surprise = np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits
+    as it takes to hold more than `share`; likeliest first."""
+    peak = logits.max()
+    surprise = peak + np.log(np.exp(logits - peak).sum()) - logits
     probabilities = np.exp(-surprise)
     strangeness = np.abs(surprise - (probabilities * surprise).sum())
-    return np.sort(_lowest(strangeness, probabilities, share, side="right"))
+    kept = np.sort(_lowest(strangeness, probabilities, share))
+    ranked: Indices = kept[(-logits[kept]).argsort(kind="stable")]
+    return ranked
 
 
-def top_p(logits: Logits, share: float, mass: float | None = None) -> Indices:
-    """Nucleus sampling (Holtzman et al. 2020): the likeliest tokens, likeliest first, as many as it takes to hold
-    at least `share` of `mass`, the sum of exp(logit - maximum) over more than the tokens given."""
-    order = np.argsort(-logits, kind="stable")
-    ranked = logits[order]
-    held = np.exp(ranked - ranked[0]).cumsum()
-    return order[: held.searchsorted(share * (held[-1] if mass is None else mass)) + 1]
+def top_p(logits: Logits, share: float, mass: float | None = None) -> slice:
+    """Nucleus sampling (Holtzman et al. 2020): of logits with the likeliest first, as many as it takes to hold at
+    least `share` of `mass`, the sum of exp(logit - maximum) over these tokens or more."""
+    held = np.exp(logits - logits[0]).cumsum()
+    return slice(int(held.searchsorted(share * (held[-1] if mass is None else mass))) + 1)
 
 
-def min_p(logits: Logits, share: float) -> NDArray[np.bool_]:
-    """The mask of tokens with at least `share` of the probability of the likeliest one."""
-    return logits >= logits.max() + math.log(share)
+def min_p(logits: Logits, share: float) -> Mask:
+    """The tokens with at least `share` of the probability of the likeliest one."""
+    kept: Mask = logits >= logits.max() + math.log(share)
+    return kept
 
 
-def xtc(logits: Logits, threshold: float) -> NDArray[np.bool_]:
-    """Exclude top choices (p-e-w 2024): the mask of all tokens but those of probability `threshold` or more, of
-    which the least likely one stays. A threshold above one half excludes nothing."""
+def xtc(logits: Logits, threshold: float) -> Mask:
+    """Exclude top choices (p-e-w 2024): all tokens but those of probability `threshold` or more, of which the
+    least likely one stays. A threshold above one half excludes nothing."""
     weights = np.exp(logits - logits.max())
-    above = weights >= threshold * weights.sum()
-    if np.count_nonzero(above) < 2 or threshold > 0.5:
-        return np.ones_like(above)
-    tops = above.nonzero()[0]
-    above[tops[np.argsort(-logits[tops], kind="stable")[-1]]] = False
-    return ~above
+    above = (weights >= threshold * weights.sum()).nonzero()[0]
+    kept = np.ones(len(logits), np.bool_)
+    if threshold <= 0.5 and len(above) > 1:
+        kept[above[(-logits[above]).argsort(kind="stable")[:-1]]] = False
+    return kept
 
 
-def _lowest(
-    scores: NDArray[np.float64], weights: NDArray[np.float64], share: float, side: Literal["left", "right"]
-) -> Indices:
-    """Indices of the lowest scores in order, up to the one at which their weights add up to `share`."""
+def _lowest(scores: NDArray[np.float64], weights: NDArray[np.float64], share: float) -> Indices:
+    """Indices of the lowest scores in order, up to the one with which their weights add up to more than `share`.
+
+    Sorts no more of them than that takes, give or take a factor of eight.
+    """
     size = 256
     while size < len(scores):
         near = (scores <= np.partition(scores, size)[size]).nonzero()[0]
@@ -99,5 +102,6 @@ def _lowest(
         size *= 8
     else:
         near = np.arange(len(scores))
-    order = near[np.argsort(scores[near], kind="stable")]
-    return order[: weights[order].cumsum().searchsorted(share, side=side) + 1]
+    order: Indices = near[scores[near].argsort(kind="stable")]
+    held = weights[order].cumsum()
+    return order[: int(held.searchsorted(share, side="right")) + 1]

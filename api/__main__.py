@@ -1,0 +1,48 @@
+"""The command line: `paceline serve -m model.gguf`, `paceline flags`, `paceline --version`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from api.flags import flag_table
+from api.options import OptionError, parse
+from api.serve import run
+from api.served import VERSION
+from api.terminal import say
+
+USAGE = """\
+usage: paceline serve -m model.gguf [flags]   serve a model over OpenAI's API
+       paceline serve --help                  every flag with its default
+       paceline flags                         the same as Markdown
+       paceline --version"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code; 2 for a command line that makes no sense."""
+    match list(sys.argv[1:] if arguments is None else arguments):
+        case ["serve", *rest]:
+            return _serve(rest)
+        case ["flags"]:
+            sys.stdout.write(flag_table() + "\n")
+        case ["--version" | "-V"]:
+            sys.stdout.write(f"paceline {VERSION}\n")
+        case [] | ["-h" | "--help" | "help"]:
+            sys.stdout.write(USAGE + "\n")
+        case _:
+            say(USAGE)
+            return 2
+    return 0
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    try:
+        options = parse(arguments)
+    except OptionError as error:
+        say(f"paceline serve: {error}")
+        return 2
+    return run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The application: routes, errors and what stands before them."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from api.chat import Chat
+from api.exchange import HUNG_UP, Exchanges
+from api.keys import Keys
+from api.metrics import registry_of
+from api.problems import problem_of
+from api.replies import Health, ModelList, ModelMeta, ModelReply
+from api.responses import JSONReply, problem_reply
+from api.served import Served, Site
+from api.text import Text
+from engine import EngineError
+
+
+def create_app(site: Site) -> ASGIApp:
+    """The server's ASGI application. While `site` serves nothing yet, everything answers 503."""
+    chat, text, status = Chat(site), Text(site), Status(site)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", chat.complete, methods=["POST"]),
+            Route("/chat/completions", chat.complete, methods=["POST"]),
+            Route("/v1/completions", text.complete, methods=["POST"]),
+            Route("/v1/models", status.models),
+            Route("/v1/models/{id:path}", status.model),
+            Route("/health", status.health),
+            Route("/metrics", status.metrics),
+        ],
+        exception_handlers={
+            EngineError: _tell,
+            HTTPException: _tell_http,
+            ClientDisconnect: _gone,
+            Exception: _tell,
+        },
+    )
+    # Around Starlette, not inside it: its own answer to a crash needs an id too.
+    return Exchanges(Keys(app, site.config.api_keys))
+
+
+class Status:
+    """The endpoints that tell about the server."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._registry: CollectorRegistry | None = None
+
+    async def health(self, request: Request) -> Response:
+        """200 once requests are served, until the server ends or its engine failed for good."""
+        _ = self._site.open
+        return JSONReply(Health())
+
+    async def metrics(self, request: Request) -> Response:
+        """The Prometheus text."""
+        if self._registry is None:
+            self._registry = registry_of(self._site.open.engine)
+        return Response(generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def models(self, request: Request) -> Response:
+        """The one model."""
+        return JSONReply(ModelList([_model(self._site.open)]))
+
+    async def model(self, request: Request) -> Response:
+        """The model under any of its names."""
+        served = self._site.open
+        served.check_model(request.path_params["id"])
+        return JSONReply(_model(served))
+
+
+def _model(served: Served) -> ModelReply:
+    info = served.engine.info
+    meta = ModelMeta(info.vocabulary, info.context, info.trained_context, info.parameters, info.bytes)
+    return ModelReply(served.name, served.created, served.engine.request_limit, meta)
+
+
+async def _tell(request: Request, error: Exception) -> Response:
+    return problem_reply(problem_of(error))
+
+
+async def _tell_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.detail == HTTPStatus(error.status_code).phrase:
+        error.detail = f"{error.detail}: {request.method} {request.url.path}"
+    return problem_reply(problem_of(error))
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=HUNG_UP)  # nobody is left to read it

@@ -1,0 +1,82 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.bodies import read
+from api.completions import Choices, Writer, respond
+from api.exchange import exchange_of
+from api.logprobs import chat_logprobs
+from api.replies import ChatChoice, ChatDelta, ChatMessage, Delta, event
+from api.schema import ChatRequest, decode, refuse_unsupported
+from api.served import Served, Site
+from engine import ContextExceeded, Finished, Logprob, Tokens
+
+_DECODER = msgspec.json.Decoder(ChatRequest)
+
+
+class Chat:
+    """The endpoint."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+
+    async def complete(self, request: Request) -> Response:
+        """A conversation's next turn."""
+        served = self._site.open
+        asked = decode(_DECODER, await read(request, served.config.max_body))
+        served.check_model(asked.model)
+        refuse_unsupported(asked)
+        prompt = await served.prompts.of_chat(asked)
+        try:
+            choices = Choices(
+                served,
+                exchange_of(request.scope),
+                asked,
+                [prompt],
+                limit=asked.limit,
+                logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+            )
+        except ContextExceeded as error:
+            error.field = "messages"
+            raise
+        return respond(asked, choices, ChatWriter(served, asked, len(choices)), served.config.sse_ping)
+
+
+class ChatWriter(Writer):
+    """Chat chunks: the first of each choice names the role, the last the reason of its end."""
+
+    def __init__(self, served: Served, asked: ChatRequest, choices: int) -> None:
+        super().__init__(served, asked, "chat.completion.chunk" if asked.stream else "chat.completion", "chatcmpl-")
+        self._vocab = served.engine.vocab
+        self._choices = [(ChatDelta(index, Delta("assistant", "")),) for index in range(choices)]
+
+    def tokens(self, index: int, update: Tokens) -> bytes:
+        if not update.text and not update.logprobs:
+            return b""
+        self.chunk.choices = choices = self._choices[index]
+        choice = choices[0]
+        choice.delta.content = update.text
+        if update.logprobs:
+            choice.logprobs = chat_logprobs(self._vocab, update.logprobs)
+        shown = event(self.chunk)
+        choice.delta.role = UNSET
+        return shown
+
+    def end(self, index: int, end: Finished) -> None:
+        self.chunk.choices = choices = self._choices[index]
+        choice = choices[0]
+        # A choice without any text has not had its first chunk: this is the first and the last.
+        choice.delta.content = UNSET if choice.delta.role is UNSET else ""
+        choice.logprobs = None
+        choice.finish_reason = end.reason
+
+    def whole(self, index: int, text: str, logprobs: Sequence[Logprob], end: Finished) -> ChatChoice:
+        told = chat_logprobs(self._vocab, logprobs) if logprobs else None
+        return ChatChoice(index, ChatMessage(content=text), told, end.reason)

@@ -1,0 +1,92 @@
+"""GET /metrics: the engine's counts for Prometheus, and the names of vLLM that dashboards and load tools look for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from api.served import VERSION, Core
+from engine import Histogram, Stats
+
+_COUNTERS = {
+    "prompt_tokens": "Tokens of prompts, cached ones included",
+    "cached_tokens": "Tokens of prompts that needed no computing",
+    "completion_tokens": "Tokens picked",
+    "drafted_tokens": "Draft tokens verified",
+    "accepted_tokens": "Draft tokens that were right",
+    "steps": "Steps of the engine",
+    "native_passes": "Passes over the weights",
+    "retractions": "Requests that had to give up their cells for a while",
+    "busy_seconds": "Seconds spent in steps",
+    "native_seconds": "Seconds of these inside the native library",
+}
+_GAUGES = {
+    "running": ("requests_running", "Requests that have a slot"),
+    "waiting": ("requests_waiting", "Requests that wait for one"),
+    "cells_used": ("cells_used", "Cells that hold a token"),
+    "cells_idle": ("cells_idle", "Cells of these that no running request needs"),
+    "cells": ("cells", "Cells"),
+}
+_HISTOGRAMS = {
+    "ttft": ("time_to_first_token_seconds", "Seconds from submission to the first token"),
+    "gap": ("inter_token_seconds", "Seconds between one step with tokens of a request and the next"),
+    "queue": ("queue_seconds", "Seconds from submission to the first step"),
+}
+
+
+class EngineCollector(Collector):
+    """Reads the engine's counts at each scrape."""
+
+    def __init__(self, engine: Core) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, from one snapshot."""
+        stats = self._engine.stats()
+        build = GaugeMetricFamily("paceline_build_info", "Always 1", labels=["version"])
+        build.add_metric([VERSION], 1)
+        yield build
+        yield from _own(stats)
+        yield from _of_vllm(stats)
+
+
+def registry_of(engine: Core) -> CollectorRegistry:
+    """A registry with the engine's counts and this process's memory, CPU time and files."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(EngineCollector(engine))
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def _own(stats: Stats) -> Iterator[Metric]:
+    requests = CounterMetricFamily("paceline_requests", "Requests that came to an end, by how", labels=["reason"])
+    for reason, count in stats.requests_finished.items():
+        requests.add_metric([reason], count)
+    yield requests
+    for field, help_text in _COUNTERS.items():
+        yield CounterMetricFamily(f"paceline_{field}", help_text, value=getattr(stats, field))
+    for field, (name, help_text) in _GAUGES.items():
+        yield GaugeMetricFamily(f"paceline_{name}", help_text, value=getattr(stats, field))
+    for field, (name, help_text) in _HISTOGRAMS.items():
+        yield _histogram(f"paceline_{name}", help_text, getattr(stats, field))
+
+
+def _of_vllm(stats: Stats) -> Iterator[Metric]:
+    yield GaugeMetricFamily("vllm:num_requests_running", "Requests that have a slot", value=stats.running)
+    yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests that wait for one", value=stats.waiting)
+    used = (stats.cells_used - stats.cells_idle) / stats.cells if stats.cells else 0.0
+    yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of cells that requests need, 0 to 1", value=used)
+    yield CounterMetricFamily("vllm:prompt_tokens", "Tokens of prompts", value=stats.prompt_tokens)
+    yield CounterMetricFamily("vllm:generation_tokens", "Tokens picked", value=stats.completion_tokens)
+    yield _histogram("vllm:time_to_first_token_seconds", "Seconds to the first token", stats.ttft)
+
+
+def _histogram(name: str, help_text: str, histogram: Histogram) -> HistogramMetricFamily:
+    bounds: Iterable[str] = (*map(str, histogram.bounds), "+Inf")
+    buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
+    return HistogramMetricFamily(name, help_text, buckets=buckets, sum_value=histogram.sum)

@@ -1,0 +1,265 @@
+"""What clients send: the requests of OpenAI's API, with the extras of llama-server and vLLM.
+
+Unknown fields are ignored and null is the same as absent. Types are checked while the JSON is read, ranges of the
+sampling parameters when they are merged with the server's defaults, so that every range is stated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from engine import RequestRefused, SamplingParams
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Limit = Annotated[int, Meta(ge=-1, le=2**53)]
+"""A number of tokens at most; -1 is no limit."""
+Choices = Annotated[int, Meta(ge=1, le=128)]
+Alternatives = Annotated[int, Meta(ge=0, le=20)]
+Int = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+"""Wide enough for any setting, and narrow enough for native code."""
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+BANNED = -1e9
+"""The bias that llama-server writes as `false`: far below any logit, and still a number."""
+Stop = Annotated[str, Meta(max_length=512)]
+Stops = Annotated[list[Stop], Meta(max_length=64)]
+
+
+class StreamOptions(Struct):
+    """What a stream tells besides the text."""
+
+    include_usage: bool | None = None
+
+
+class ResponseFormat(Struct):
+    """The form that the text must have."""
+
+    type: str
+
+
+class Completion(Struct, kw_only=True):
+    """The fields that every kind of completion has.
+
+    Those named as fields of `SamplingParams` mean the same; `sampling` merges them with the server's defaults.
+    """
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Choices | None = None
+    stop: Stop | Stops | None = None
+    stop_token_ids: Annotated[list[Count], Meta(max_length=1024)] | None = None
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
+    n_predict: Limit | None = None
+    min_tokens: Count | None = None
+    ignore_eos: bool | None = None
+    cache_salt: Annotated[str, Meta(max_length=1024)] | None = None
+
+    seed: Seed | None = None
+    temperature: float | None = None
+    top_k: Int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repeat_penalty: float | None = None
+    repetition_penalty: float | None = None
+    repeat_last_n: Int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: Int | None = None
+    dry_penalty_last_n: Int | None = None
+    dry_sequence_breakers: list[str] | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    logit_bias: dict[str, float] | list[tuple[int | str, float | bool]] | None = None
+
+    response_format: ResponseFormat | None = None
+    grammar: Any = None
+    json_schema: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+
+    @property
+    def limit(self) -> int | None:
+        """New tokens at most, under whichever name; None if the client did not say."""
+        for value in (self.max_completion_tokens, self.max_tokens, self.n_predict):
+            if value is not None:
+                return value
+        return None
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream is to end with a chunk that tells the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def sampling(self, defaults: SamplingParams) -> SamplingParams:
+        """`defaults` with what the client asked for, all but the seed. Raises RequestRefused."""
+        asked = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        if self.repetition_penalty is not None:
+            asked.setdefault("repeat_penalty", self.repetition_penalty)
+        if self.logit_bias:
+            asked["logit_bias"] = self._biases()
+        if not asked:
+            return defaults
+        try:
+            return msgspec.convert(msgspec.structs.asdict(defaults) | asked, SamplingParams)
+        except msgspec.ValidationError as error:
+            raise refused(error) from None
+
+    def _biases(self) -> list[tuple[int, float]]:
+        pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias or ()
+        biases = []
+        for token, bias in pairs:
+            if not str(token).isdecimal() or bias is True:
+                raise RequestRefused("logit_bias maps token ids to numbers.", field="logit_bias")
+            biases.append((int(token), BANNED if bias is False else float(bias)))
+        return biases
+
+
+_SAMPLING = tuple(name for name in SamplingParams.__struct_fields__ if name not in ("seed", "logit_bias"))
+
+
+class Part(Struct):
+    """A piece of a message's content."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(Struct, omit_defaults=True):
+    """One turn of a conversation, as the chat template gets it."""
+
+    role: Annotated[str, Meta(min_length=1, max_length=64)]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class ChatRequest(Completion, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: Alternatives | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TextRequest(Completion, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[str | int | list[int]]
+    logprobs: Alternatives | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: Choices | None = None
+
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        """The prompts, each text or tokens. Raises RequestRefused for a list that is empty or of mixed kinds."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        texts = [item for item in self.prompt if isinstance(item, str)]
+        lists = [item for item in self.prompt if isinstance(item, list)]
+        tokens = [item for item in self.prompt if isinstance(item, int)]
+        for prompts in (texts, lists, [tokens] if tokens else []):
+            if prompts and len(texts) + len(lists) + len(tokens) == len(texts or lists or tokens):
+                return prompts
+        raise RequestRefused(
+            "prompt must be a text, a list of texts, a list of token ids or a list of such lists, and not empty.",
+            field="prompt",
+        )
+
+
+Body = TypeVar("Body", bound=Completion)
+
+
+def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
+    """The request in `body`. Raises RequestRefused, which names the field, for anything but the right JSON."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise refused(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestRefused(f"The body is not valid JSON: {error}") from None
+
+
+def refused(error: msgspec.ValidationError) -> RequestRefused:
+    """The same complaint, its path in dots.
+
+    >>> refused(msgspec.ValidationError("Expected `str`, got `int` - at `$.messages[0].role`")).field
+    'messages[0].role'
+    """
+    complaint, _, path = str(error).partition(" - at `$")
+    field = path.rstrip("`").lstrip(".") or None
+    return RequestRefused(f"{field}: {complaint}" if field else complaint, field=field)
+
+
+def refuse_unsupported(request: Completion) -> None:
+    """Raises RequestRefused for a wish that would silently not be met."""
+    for name in _CONSTRAINTS:
+        if getattr(request, name) is not None:
+            raise RequestRefused(f"{name} is not supported yet.", field=name)
+    if request.response_format is not None and request.response_format.type != "text":
+        raise RequestRefused(
+            f"response_format {request.response_format.type!r} is not supported yet, only 'text'.",
+            field="response_format.type",
+        )
+    if isinstance(request, ChatRequest):
+        _refuse_tools(request)
+    if isinstance(request, TextRequest):
+        _refuse_legacy(request)
+
+
+_CONSTRAINTS = (
+    "grammar",
+    "json_schema",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
+
+
+def _refuse_tools(request: ChatRequest) -> None:
+    for name in ("tools", "functions"):
+        if getattr(request, name) and request.tool_choice != "none":
+            raise RequestRefused(
+                f"{name} are not supported yet; leave them out or send tool_choice 'none'.", field=name
+            )
+    if request.tool_choice not in (None, "none", "auto"):
+        raise RequestRefused("tool_choice needs tools, which are not supported yet.", field="tool_choice")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestRefused("top_logprobs needs logprobs to be true.", field="top_logprobs")
+
+
+def _refuse_legacy(request: TextRequest) -> None:
+    if request.suffix:
+        raise RequestRefused("suffix is not supported yet.", field="suffix")
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise RequestRefused("best_of is not supported, other than equal to n.", field="best_of")
+    if request.echo and request.logprobs is not None:
+        raise RequestRefused(
+            "echo cannot be combined with logprobs: logprobs of the prompt are not computed.", field="echo"
+        )

@@ -1,0 +1,86 @@
+"""What is served, once it is."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+from api.config import ServerConfig
+from api.problems import Loading, UnknownModel
+from api.prompts import Prompts
+from engine import Draining, EngineFault, Generation, ModelInfo, Request, SamplingParams, Stats, Vocab
+
+VERSION = version("paceline")
+
+
+class Core(Protocol):
+    """What the endpoints need of `engine.Engine`."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model."""
+
+    @property
+    def vocab(self) -> Vocab:
+        """Its tokens."""
+
+    @property
+    def slots(self) -> int:
+        """Requests decoded together."""
+
+    @property
+    def request_limit(self) -> int:
+        """Tokens of prompt and completion that one request may have."""
+
+    def generate(self, request: Request) -> Generation:
+        """Not yet submitted. Raises RequestRefused."""
+
+    def stats(self) -> Stats:
+        """A snapshot."""
+
+
+class Served:
+    """An open engine, with what every request to it needs."""
+
+    def __init__(self, engine: Core, config: ServerConfig, defaults: SamplingParams) -> None:
+        info = engine.info
+        file = Path(info.path)
+        self.engine = engine
+        self.config = config
+        self.defaults = defaults
+        self.name = config.alias or file.stem
+        self.created = int(time.time())
+        self.prompts = Prompts(info, engine.vocab)
+        self.fault: EngineFault | None = None
+        """The fault after which the engine serves nothing more."""
+        identity = f"{file.name} {info.bytes} {VERSION}"
+        self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10]
+        self._names = {self.name, file.name, file.stem, info.path}
+
+    def check_model(self, asked: str | None) -> None:
+        """Raises UnknownModel unless `asked` is absent or means this one."""
+        if asked and asked not in self._names:
+            raise UnknownModel(asked, self.name)
+
+
+class Site:
+    """The server as clients find it: loading, serving or about to end."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.served: Served | None = None
+        self.draining = False
+
+    @property
+    def open(self) -> Served:
+        """What is served. Raises Loading, Draining or the engine's last fault."""
+        if self.draining:
+            raise Draining
+        if self.served is None:
+            raise Loading
+        if self.served.fault is not None:
+            raise self.served.fault
+        return self.served

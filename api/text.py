@@ -1,0 +1,90 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.bodies import read
+from api.completions import Choices, Writer, respond
+from api.exchange import exchange_of
+from api.logprobs import Offsets
+from api.replies import TextChoice, event
+from api.schema import TextRequest, decode, refuse_unsupported
+from api.served import Served, Site
+from engine import Finished, Logprob, Tokens
+
+DEFAULT_LIMIT = 16
+"""New tokens if the client does not say: OpenAI's number, kept by vLLM."""
+
+_DECODER = msgspec.json.Decoder(TextRequest)
+
+
+class Text:
+    """The endpoint."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+
+    async def complete(self, request: Request) -> Response:
+        """Continuations of one or more prompts; choice i of prompt p has index p * n + i."""
+        served = self._site.open
+        asked = decode(_DECODER, await read(request, served.config.max_body))
+        served.check_model(asked.model)
+        refuse_unsupported(asked)
+        texts = asked.prompts
+        prompts = [await served.prompts.of_text(text) if isinstance(text, str) else tuple(text) for text in texts]
+        choices = Choices(
+            served,
+            exchange_of(request.scope),
+            asked,
+            prompts,
+            limit=DEFAULT_LIMIT if asked.limit is None else asked.limit,
+            logprobs=asked.logprobs,
+        )
+        echoes = [
+            (text if isinstance(text, str) else served.prompts.text_of(text)) if asked.echo else ""
+            for text in texts
+            for _ in range(choices.n)
+        ]
+        return respond(asked, choices, TextWriter(served, asked, echoes), served.config.sse_ping)
+
+
+class TextWriter(Writer):
+    """Text chunks; the first of each choice begins with its echo."""
+
+    def __init__(self, served: Served, asked: TextRequest, echoes: Sequence[str]) -> None:
+        super().__init__(served, asked, "text_completion", "cmpl-")
+        self._echoes = list(echoes)
+        self._top = asked.logprobs or 0
+        self._offsets = [Offsets(served.engine.vocab) for _ in echoes]
+        self._choices = [(TextChoice(index, ""),) for index in range(len(echoes))]
+
+    def tokens(self, index: int, update: Tokens) -> bytes:
+        if not update.text and not update.logprobs:
+            return b""
+        self.chunk.choices = choices = self._choices[index]
+        choice = choices[0]
+        choice.text = self._echo(index) + update.text
+        if update.logprobs:
+            choice.logprobs = self._offsets[index].logprobs(update.logprobs, self._top)
+        return event(self.chunk)
+
+    def end(self, index: int, end: Finished) -> None:
+        self.chunk.choices = choices = self._choices[index]
+        choice = choices[0]
+        choice.text = self._echo(index)
+        choice.logprobs = None
+        choice.finish_reason = end.reason
+
+    def whole(self, index: int, text: str, logprobs: Sequence[Logprob], end: Finished) -> TextChoice:
+        told = self._offsets[index].logprobs(logprobs, self._top) if logprobs else None
+        return TextChoice(index, self._echo(index) + text, told, end.reason)
+
+    def _echo(self, index: int) -> str:
+        """The prompt, the first time."""
+        echo, self._echoes[index] = self._echoes[index], ""
+        return echo

@@ -1,0 +1,162 @@
+"""What Paceline adds to llama.cpp: decode speed against a bare loop, Python's share of a step, the event loop's
+share of a token.
+
+The bare loop calls `llama_decode` with the same rows at the same positions and nothing else. Both run in turn in
+one process, so that the machine's moods fall on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from pathlib import Path
+from statistics import median
+
+from bench.client import chat, stream, user
+from bench.figures import save, show
+from bench.server import serving
+from engine import Engine, EngineConfig, Request, SamplingParams, Tokens
+from engine.backend import Backend, Progress
+from engine.llama import open_gguf
+from engine.runner import Runner
+
+PROMPT = "Write a story about a lighthouse keeper who finds a map."
+
+
+class Opened:
+    """Opens the model for an Engine and keeps the backend, so that the bare loop can use the same context."""
+
+    backend: Backend
+
+    def __call__(self, config: EngineConfig, progress: Progress, go_on: object) -> Backend:
+        self.backend = open_gguf(config, progress, lambda: True)
+        return self.backend
+
+
+def bare(backend: Backend, streams: int, prompt: int, tokens: int) -> float:
+    """Tokens per second of nothing but decodes of `streams` rows. Runs on the engine thread."""
+    context = backend.context
+    for seq in range(context.sequences):
+        context.cut(seq, 0)
+    context.batch.clear()
+    for seq in range(streams):
+        context.batch.add(seq, 0, [5 + seq] * prompt, 1)
+    context.decode()
+    begun = time.perf_counter()
+    for step in range(tokens - 1):
+        context.batch.clear()
+        for seq in range(streams):
+            context.batch.add(seq, prompt + step, [7 + seq], 1)
+        context.decode()
+    spent = time.perf_counter() - begun
+    for seq in range(context.sequences):
+        context.cut(seq, 0)
+    return streams * (tokens - 1) / spent
+
+
+async def served(engine: Engine, prompt: tuple[int, ...], streams: int, tokens: int, greedy: bool) -> dict[str, float]:
+    """Tokens per second of the decode phase of `streams` requests, and Python's share of its steps.
+
+    The phase begins when the last stream has its first token and ends with the last token of the first to end.
+    """
+    first: list[float] = []
+    last: list[float] = []
+    marks: list[tuple[float, float]] = []
+    ready = asyncio.Event()
+
+    async def one(seed: int) -> None:
+        sampling = SamplingParams(temperature=0.0 if greedy else 0.8, seed=seed)
+        request = Request(
+            prompt=(*prompt, 100 + seed), max_tokens=tokens, ignore_eos=True, sampling=sampling, salt=str(time.time())
+        )
+        async with engine.generate(request) as generation:
+            async for update in generation:
+                if isinstance(update, Tokens):
+                    last.append(time.perf_counter())
+                    if not ready.is_set() and len(first) < streams:
+                        first.append(last[-1])
+                        if len(first) == streams:
+                            ready.set()
+                            stats = engine.stats()
+                            marks.append((stats.busy_seconds, stats.native_seconds))
+        stats = engine.stats()
+        marks.append((stats.busy_seconds, stats.native_seconds))
+
+    await asyncio.gather(*(one(seed) for seed in range(streams)))
+    (busy, native), (busy_end, native_end) = marks[0], marks[1]
+    inside = [at for at in last if at > max(first)]
+    return {
+        "tokens_per_second": len(inside) / (max(inside) - max(first)),
+        "python_share": 1 - (native_end - native) / (busy_end - busy),
+    }
+
+
+async def compare(model: Path, streams: int, tokens: int, rounds: int) -> dict[str, float]:
+    """Interleaved rounds of the bare loop and the engine, greedy and sampled."""
+    opened = Opened()
+    config = EngineConfig.of(path=model, slots=streams, context=4096)
+    figures: dict[str, list[float]] = {"bare": [], "greedy": [], "sampled": [], "share_greedy": [], "share_sampled": []}
+    async with Engine.open(config, opener=opened) as engine:
+        prompt = tuple(engine.vocab.tokenize(PROMPT, special=True))
+
+        async def on_thread() -> float:
+            """The bare loop between two steps of the idle engine; the cells are empty before and after."""
+            loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+            def work(runner: Runner) -> None:
+                runner.cells.reclaim(runner.context.cells)
+                speed = bare(opened.backend, streams, len(prompt) + 1, tokens)
+                loop.call_soon_threadsafe(done.set_result, speed)
+
+            engine._inbox.put(work)
+            return float(await done)
+
+        for _ in range(rounds):
+            figures["bare"].append(await on_thread())
+            for name, greedy in (("greedy", True), ("sampled", False)):
+                result = await served(engine, prompt, streams, tokens, greedy)
+                figures[name].append(result["tokens_per_second"])
+                figures[f"share_{name}"].append(result["python_share"])
+    return {name: median(values) for name, values in figures.items()}
+
+
+async def loop_cost(model: Path, streams: int, tokens: int) -> dict[str, float]:
+    """Microseconds of the server's event loop for each token streamed over HTTP, request handling included."""
+    with serving(model, ["-np", str(streams), "-c", "8192"]) as server:
+        await stream(server.port, "/v1/chat/completions", chat(user("warm up"), 8))
+        before = server.loop_seconds(), server.cpu_seconds()
+        bodies = [chat(user(f"{PROMPT} {n}"), tokens, seed=n) for n in range(streams)]
+        outcomes = await asyncio.gather(*(stream(server.port, "/v1/chat/completions", body) for body in bodies))
+        after = server.loop_seconds(), server.cpu_seconds()
+    count = sum(outcome.completion_tokens for outcome in outcomes)
+    loop, total = after[0] - before[0], after[1] - before[1]
+    return {"microseconds_per_token": 1e6 * loop / count, "share_of_cpu": loop / total}
+
+
+def main() -> None:
+    """Prints one table and writes `overhead.json`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
+    parser.add_argument("--streams", type=int, default=8, help="requests at once")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens of each")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds; medians count")
+    options = parser.parse_args()
+    engine = asyncio.run(compare(options.model, options.streams, options.tokens, options.rounds))
+    loop = asyncio.run(loop_cost(options.model, options.streams, 2 * options.tokens))
+    rows = [
+        ["bare llama_decode loop, tokens/s", engine["bare"]],
+        ["engine, greedy, tokens/s", engine["greedy"]],
+        ["engine, sampled (default parameters), tokens/s", engine["sampled"]],
+        ["engine against bare loop, greedy, %", 100 * engine["greedy"] / engine["bare"]],
+        ["engine against bare loop, sampled, %", 100 * engine["sampled"] / engine["bare"]],
+        ["Python's share of a step, greedy, %", 100 * engine["share_greedy"]],
+        ["Python's share of a step, sampled, %", 100 * engine["share_sampled"]],
+        ["event loop per token over HTTP, microseconds", loop["microseconds_per_token"]],
+    ]
+    show(f"{options.streams} streams of {options.tokens} tokens", ["", ""], rows)
+    save("overhead", {"engine": engine, "loop": loop, "streams": options.streams, "tokens": options.tokens})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""A `paceline serve` of its own for a measurement: started, awaited, read from outside, and ended."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+
+import msgspec
+
+HOST = "127.0.0.1"
+
+
+class Server(msgspec.Struct, frozen=True):
+    """A running server, and how to look at it without disturbing it."""
+
+    port: int
+    pid: int
+
+    def loop_seconds(self) -> float:
+        """CPU time of the process's main thread, which is the event loop."""
+        return int(Path(f"/proc/{self.pid}/task/{self.pid}/schedstat").read_text().split()[0]) / 1e9
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the whole process."""
+        tasks = Path(f"/proc/{self.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples at `/metrics`."""
+        with urllib.request.urlopen(f"http://{HOST}:{self.port}/metrics", timeout=30) as response:
+            lines = response.read().decode().splitlines()
+        values = [float(line.split()[-1]) for line in lines if line.partition("{")[0].split(" ")[0] == name]
+        if not values:
+            raise KeyError(name)
+        return sum(values)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(model: Path, arguments: Sequence[str] = (), seconds: float = 120) -> Iterator[Server]:
+    """Serves `model` for the length of the block. Raises RuntimeError if it is not healthy in `seconds`."""
+    port = free_port()
+    command = [sys.executable, "-m", "api", "serve", "-m", str(model), "--port", str(port), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _await_health(port, process, seconds)
+        yield Server(port, process.pid)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def _await_health(port: int, process: subprocess.Popen[bytes], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=5):
+                return
+        except (URLError, OSError):
+            time.sleep(0.1)
+    raise RuntimeError(f"the server did not become healthy (exit code {process.poll()})")

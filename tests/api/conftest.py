@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp
+
+from api.app import create_app
+from tests.api.fake import FakeEngine, hello, site_of
+
+Apps = Callable[..., ASGIApp]
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine(hello)
+
+
+@pytest.fixture
+def app_of(engine: FakeEngine) -> Apps:
+    """Makes the application over `engine`, with settings of the server."""
+
+    def make(**config: Any) -> ASGIApp:
+        return create_app(site_of(engine, **config))
+
+    return make
+
+
+@pytest.fixture
+def app(app_of: Apps) -> ASGIApp:
+    return app_of()

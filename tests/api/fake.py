@@ -1,0 +1,192 @@
+"""An engine without a model: scripted tokens, faults on demand, real Generations."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from api.config import ServerConfig
+from api.served import Core, Served, Site
+from engine import (
+    ContextExceeded,
+    EngineError,
+    Finished,
+    FinishReason,
+    Generation,
+    Histogram,
+    Logprob,
+    ModelInfo,
+    Request,
+    SamplingParams,
+    Stats,
+    Timings,
+    Usage,
+)
+from engine.contract import Failed
+
+BOS, EOS, START, END = 256, 257, 258, 259
+SPECIAL = {"<s>": BOS, "</s>": EOS, "<|im_start|>": START, "<|im_end|>": END}
+
+Step = bytes | float | asyncio.Event | EngineError
+"""Bytes are the tokens of one step, a number is a pause in seconds, an event is waited for, an error ends it."""
+Script = Callable[[Request], Iterable[Step]]
+
+
+class ByteVocab:
+    """A token for each byte, and four special ones."""
+
+    size = 260
+    ends = frozenset({EOS, END})
+
+    def __init__(self, *, bos_added: bool = False) -> None:
+        self._bos_added = bos_added
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        tokens = [BOS] if special and self._bos_added else []
+        while text:
+            name = next((name for name in SPECIAL if special and text.startswith(name)), None)
+            if name is None:
+                tokens += text[0].encode()
+                text = text[1:]
+            else:
+                tokens.append(SPECIAL[name])
+                text = text.removeprefix(name)
+        return tokens
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
+
+
+INFO = ModelInfo(
+    name="Fake",
+    path="/models/fake-1.gguf",
+    description="no model",
+    bytes=1000,
+    parameters=2000,
+    vocabulary=260,
+    trained_context=4096,
+    context=2048,
+    device="no device",
+    chat_template=None,
+    bos="<s>",
+    eos="</s>",
+    bos_added=False,
+)
+
+
+def hello(request: Request) -> Iterable[Step]:
+    """What the fake says unless told otherwise."""
+    return [b"Hel", 0.002, b"lo", 0.002, " wörld".encode()]
+
+
+def endless(request: Request) -> Iterable[Step]:
+    """A stream that only a hang-up ends."""
+    while True:
+        yield b"x"
+        yield 0.001
+
+
+def silence(request: Request) -> Iterable[Step]:
+    """A request that waits in the queue, or whose prompt is read for ever."""
+    return [asyncio.Event()]
+
+
+class FakeEngine:
+    """Plays its script to every request. `log` tells what was submitted and cancelled."""
+
+    def __init__(self, script: Script = hello, *, info: ModelInfo = INFO) -> None:
+        self.script = script
+        self.info = info
+        self.vocab = ByteVocab(bos_added=info.bos_added)
+        self.slots = 4
+        self.request_limit = 512
+        self.log: list[str] = []
+        self.requests: list[Request] = []
+        self.refusal: EngineError | None = None
+        """Raised on entering once `places` requests are open."""
+        self.places = 0
+        self._playing: dict[Generation, asyncio.Task[None]] = {}
+
+    def generate(self, request: Request) -> Generation:
+        if len(request.prompt) >= self.request_limit:
+            raise ContextExceeded(len(request.prompt), self.request_limit)
+        self.requests.append(request)
+        return Generation(request, self.vocab.piece, self._submit, self._cancel)
+
+    def stats(self) -> Stats:
+        histogram = Histogram((0.1, 1.0), (2, 1, 1), 3.5)
+        return Stats(
+            requests_finished={"stop": 3, "length": 1, "cancelled": 0, "error": 0},
+            **dict.fromkeys(
+                ("prompt_tokens", "cached_tokens", "completion_tokens", "drafted_tokens", "accepted_tokens"), 7
+            ),
+            **dict.fromkeys(("steps", "native_passes", "retractions"), 5),
+            busy_seconds=2.5,
+            native_seconds=2.0,
+            queue=histogram,
+            ttft=histogram,
+            gap=histogram,
+            running=2,
+            waiting=1,
+            cells=100,
+            cells_used=60,
+            cells_idle=10,
+        )
+
+    def _submit(self, generation: Generation) -> None:
+        if self.refusal is not None and len(self._playing) >= self.places:
+            raise self.refusal
+        self.log.append("submit")
+        self._playing[generation] = asyncio.create_task(self._play(generation))
+
+    def _cancel(self, generation: Generation) -> None:
+        self.log.append("cancel")
+        self._playing.pop(generation).cancel()
+        # Like the engine, which tells the end a step later, to readers that are still there.
+        asyncio.get_running_loop().call_soon(generation.deliver_end, finished(generation.request, 0, "cancelled"))
+
+    async def _play(self, generation: Generation) -> None:
+        request, count = generation.request, 0
+        most = 2**30 if request.max_tokens is None else request.max_tokens
+        for step in self.script(request):
+            await asyncio.sleep(step if isinstance(step, float) else 0)
+            match step:
+                case EngineError():
+                    self._end(generation, Failed(step))
+                    return
+                case asyncio.Event():
+                    await step.wait()
+                case bytes():
+                    tokens = list(step[: most - count])
+                    count += len(tokens)
+                    generation.deliver_tokens(tokens, self._logprobs(request, tokens))
+            if count >= most:
+                break
+        self._end(generation, finished(request, count, "length" if count >= most else "stop"))
+
+    def _end(self, generation: Generation, end: Finished | Failed) -> None:
+        self._playing.pop(generation, None)
+        generation.deliver_end(end)
+
+    def _logprobs(self, request: Request, tokens: list[int]) -> list[Logprob]:
+        if request.logprobs is None:
+            return []
+        return [Logprob(t, -0.5, ((t, -0.5), (t + 1, float("-inf")))[: request.logprobs]) for t in tokens]
+
+
+def finished(request: Request, count: int, reason: str) -> Finished:
+    """An end with made-up times: 0.25 s in the queue, 0.5 s for the prompt, 2 s for the rest."""
+    usage = Usage(len(request.prompt), 2, count, drafted=4, accepted=3)
+    return Finished(FinishReason(reason), usage, Timings(0.25, 0.5, 2.0), request.sampling.seed or 0)
+
+
+def site_of(engine: FakeEngine | None = None, **config: Any) -> Site:
+    """A site that serves `engine`, or a fresh fake one."""
+    settings = msgspec.convert(config, ServerConfig)
+    site = Site(settings)
+    core: Core = engine or FakeEngine()
+    site.served = Served(core, settings, SamplingParams())
+    return site

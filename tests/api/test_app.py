@@ -1,0 +1,159 @@
+"""What stands around the endpoints: ids, keys, health, metrics, the log."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import ASGIApp
+
+from api.app import create_app
+from api.config import ServerConfig
+from api.served import Site
+from tests.api.asgi import call, post
+from tests.api.conftest import Apps
+from tests.api.fake import FakeEngine, site_of
+
+CHAT = "/v1/chat/completions"
+HELLO = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize("path", ["/health", "/nowhere", "/v1/models/x", "/metrics"])
+async def test_every_response_has_an_id(app_of: Apps, path: str) -> None:
+    for app in (app_of(), app_of(api_keys=["k"])):
+        first, second = await call(app, "GET", path), await call(app, "GET", path)
+        assert re.fullmatch("[0-9a-f]{32}", first.headers["x-request-id"])
+        assert first.headers["x-request-id"] != second.headers["x-request-id"]
+
+
+async def test_a_crash_has_an_id_too(app: ASGIApp, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "generate", lambda request: 1 / 0)
+    messages: list[Any] = []
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b'{"prompt": "x"}', "more_body": False}
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [(b"x-request-id", b"me")]}
+    with pytest.raises(ZeroDivisionError):
+        await app(scope, receive, send)
+    assert messages[0]["status"] == 500
+    assert (b"x-request-id", b"me") in messages[0]["headers"]
+    assert b"server_error" in messages[1]["body"]
+    assert b"division" not in messages[1]["body"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("abc-1.2:3/x", True), ("x" * 128, True), ("x" * 129, False), ("a b", False), ("é", False), ("", False)],
+)
+async def test_ids_of_clients_are_kept_if_sane(app: ASGIApp, given: str, kept: bool) -> None:
+    answer = await call(app, "GET", "/health", headers={"X-Request-Id": given})
+    assert (answer.headers["x-request-id"] == given) is kept
+
+
+async def test_ids_go_with_streams(app: ASGIApp) -> None:
+    answer = await post(app, CHAT, {**HELLO, "stream": True}, headers={"x-request-id": "me"})
+    assert answer.headers["x-request-id"] == "me"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"authorization": "Bearer one"}, 200),
+        ({"authorization": "bearer two"}, 200),
+        ({"x-api-key": "two"}, 200),
+        ({"authorization": "Bearer three"}, 401),
+        ({"authorization": "Bearer "}, 401),
+        ({"authorization": "Basic one"}, 401),
+        ({"authorization": "one"}, 401),
+        ({"authorization": "Bearer \xff"}, 401),
+        ({"x-api-key": "on"}, 401),
+    ],
+    ids=str,
+)
+async def test_keys(app_of: Apps, headers: dict[str, str], status: int) -> None:
+    app = app_of(api_keys=["one", "two"])
+    answer = await post(app, CHAT, HELLO, headers=headers)
+    assert answer.status == status
+    if status == 401:
+        assert answer.json["error"]["code"] == "invalid_api_key"
+        assert answer.headers["www-authenticate"] == "Bearer"
+    assert (await call(app, "GET", "/health")).status == 200
+    assert (await call(app, "GET", "/metrics")).status == 401
+
+
+async def test_while_loading() -> None:
+    app = create_app(Site(ServerConfig()))
+    for method, path in (("GET", "/health"), ("POST", CHAT), ("GET", "/v1/models"), ("GET", "/metrics")):
+        answer = await call(app, method, path, b"not even read")
+        assert answer.status == 503
+        assert answer.json["error"]["message"] == "Loading model"
+        assert answer.headers["retry-after"] == "1"
+
+
+async def test_health(app: ASGIApp) -> None:
+    assert (await call(app, "GET", "/health")).json == {"status": "ok"}
+
+
+async def test_while_draining(engine: FakeEngine) -> None:
+    site = site_of(engine)
+    app = create_app(site)
+    site.draining = True
+    assert (await call(app, "GET", "/health")).status == 503
+    answer = await post(app, CHAT, HELLO)
+    assert (answer.status, answer.json["error"]["code"]) == (503, "shutting_down")
+
+
+async def test_metrics(app: ASGIApp) -> None:
+    answer = await call(app, "GET", "/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    text = b"".join(answer.chunks).decode()
+    samples = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert samples["paceline_requests_total", (("reason", "stop"),)] == 3
+    assert samples["paceline_prompt_tokens_total", ()] == 7
+    assert samples["paceline_busy_seconds_total", ()] == 2.5
+    assert samples["paceline_requests_running", ()] == 2
+    assert samples["paceline_time_to_first_token_seconds_bucket", (("le", "0.1"),)] == 2
+    assert samples["paceline_time_to_first_token_seconds_bucket", (("le", "1.0"),)] == 3
+    assert samples["paceline_time_to_first_token_seconds_bucket", (("le", "+Inf"),)] == 4
+    assert samples["paceline_time_to_first_token_seconds_count", ()] == 4
+    assert samples["paceline_time_to_first_token_seconds_sum", ()] == 3.5
+    assert samples["vllm:num_requests_running", ()] == 2
+    assert samples["vllm:num_requests_waiting", ()] == 1
+    assert samples["vllm:kv_cache_usage_perc", ()] == 0.5
+    assert samples["vllm:prompt_tokens_total", ()] == 7
+    assert samples["vllm:generation_tokens_total", ()] == 7
+    assert samples["vllm:time_to_first_token_seconds_count", ()] == 4
+    assert samples["process_resident_memory_bytes", ()] > 0
+
+
+async def test_the_log_has_one_line_for_a_request(app: ASGIApp, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "paceline"):
+        await post(app, CHAT, {**HELLO, "n": 2}, headers={"x-request-id": "me"})
+        await call(app, "GET", "/health")
+    (line,) = caplog.messages
+    prompt = 1 + len("user\nhi") + 1 + len("\n") + 1 + len("assistant\n")
+    pattern = rf"me POST {CHAT} 200 0\.\d+s prompt={2 * prompt} cached=4 completion=24 ttft=\d+ms 11\.0 tok/s stop"
+    assert re.fullmatch(pattern, line)
+
+
+async def test_the_log_tells_what_ended_a_stream(
+    app: ASGIApp, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    from engine import EngineFault
+
+    engine.script = lambda request: [b"a", 0.01, EngineFault("no luck")]
+    with caplog.at_level(logging.INFO, "paceline"):
+        await post(app, CHAT, {**HELLO, "stream": True})
+    assert "error='no luck'" in caplog.text

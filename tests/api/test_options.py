@@ -1,0 +1,163 @@
+"""Command line and configuration file: every setting goes through, and mistakes are told in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from api.__main__ import USAGE, main
+from api.flags import FLAGS, IGNORED, SECTIONS, Flag, Options, flag_table
+from api.options import OptionError, parse
+from engine import BatchConfig
+
+EXAMPLES: dict[str, Any] = {
+    "path": "other.gguf",
+    "flash_attention": "on",
+    "cache_type_k": "q8_0",
+    "cache_type_v": "bf16",
+    "host": "0.0.0.0",
+    "alias": "me",
+    "max_body": 4096,
+    "api_keys": ("a", "b"),
+    "dry_sequence_breakers": ("x",),
+}
+
+
+def example(flag: Flag) -> Any:
+    """A legal value that is not the default."""
+    if flag.field in EXAMPLES:
+        return EXAMPLES[flag.field]
+    if flag.switch:
+        return not flag.default
+    return 0.5 if isinstance(flag.default, float) and flag.field not in ("dry_base", "idle_step_ms") else 77
+
+
+def value_in(options: Options, flag: Flag) -> Any:
+    return getattr(getattr(options, flag.section), flag.field)
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.dest)
+def test_every_spelling_of_every_flag(flag: Flag) -> None:
+    value = example(flag)
+    for name in flag.names:
+        if flag.switch:
+            arguments = [name if value else f"--no-{name.removeprefix('--')}"]
+        elif flag.repeatable:
+            arguments = [word for item in value for word in (name, item)]
+        else:
+            arguments = [name, str(value)]
+        assert value_in(parse(["-m", "model.gguf", *arguments]), flag) == value
+        if name.startswith("--") and not flag.switch and not flag.repeatable:
+            assert (
+                value_in(parse(["-m", "x", f"{name.replace('-', '_').replace('__', '--', 1)}={value}"]), flag) == value
+            )
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.dest)
+def test_every_key_of_a_file(flag: Flag, tmp_path: Path) -> None:
+    value = example(flag)
+    shown = msgspec.json.encode(value).decode()
+    lines = {"model": ['path = "m.gguf"'], **{section: [] for section in SECTIONS if section != "model"}}
+    lines[flag.section] = [line for line in lines[flag.section] if flag.field != "path"] + [f"{flag.field} = {shown}"]
+    file = tmp_path / "paceline.toml"
+    file.write_text("\n".join(f"[{section}]\n" + "\n".join(body) for section, body in lines.items()))
+    assert value_in(parse(["--config", str(file)]), flag) == value
+
+
+def test_defaults() -> None:
+    options = parse(["-m", "model.gguf"])
+    assert all(value_in(options, flag) == flag.default for flag in FLAGS if flag.field != "path")
+
+
+def test_the_command_line_wins(tmp_path: Path) -> None:
+    file = tmp_path / "paceline.toml"
+    file.write_text('[model]\npath = "m.gguf"\nthreads = 3\n[batch]\nslots = 5\n')
+    options = parse(["--config", str(file), "-np", "6"])
+    assert (options.model.path, options.model.threads, options.batch.slots) == ("m.gguf", 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "no model is given: name a GGUF file with -m"),
+        (["-m"], "-m/--model: expected one argument"),
+        (["-m", "x", "-np", "0"], "-np/--parallel: expected a whole number from 1 to 128, not '0'"),
+        (["-m", "x", "-np", "many"], "-np/--parallel: expected a whole number from 1 to 128, not 'many'"),
+        (["-m", "x", "--temp", "nan"], "--temp/--temperature: expected a number from 0 to 100, not 'nan'"),
+        (["-m", "x", "-fa", "maybe"], "-fa/--flash-attn: expected one of auto, off, on, not 'maybe'"),
+        (["-m", "x", "--ctx-sise", "9"], "unknown flag --ctx-sise; the nearest is --ctx-size"),
+        (["-m", "x", "--paralel=9"], "unknown flag --paralel; the nearest is --parallel"),
+        (["-m", "x", "--no-jinja"], "unknown flag --no-jinja; the nearest is --jinja"),
+        (["-m", "x", "y"], "unexpected argument 'y'; a model is named with -m"),
+        (["-m", "x", "--config", "/nowhere"], "--config: cannot read /nowhere: No such file or directory"),
+    ],
+)
+def test_mistakes(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *arguments]) == 2
+    assert capsys.readouterr().err == f"paceline serve: {complaint}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("slots = 5", "there is no table [slots]"),
+        ("[bach]\nslots = 5", "there is no table [bach]; the nearest is batch"),
+        ("[batch]\nslotz = 5", "[batch] has no key 'slotz'; the nearest is slots"),
+        ("[batch]\nslots = 0", "[batch] slots: Expected `int` >= 1, not 0"),
+        ('[batch]\nslots = "5"', "[batch] slots: Expected `int`, got `str`, not '5'"),
+        ("[batch", "is not TOML"),
+        ("[sampling]\nlogit_bias = []", "[sampling] has no key 'logit_bias'"),
+    ],
+)
+def test_mistakes_in_a_file(text: str, complaint: str, tmp_path: Path) -> None:
+    file = tmp_path / "paceline.toml"
+    file.write_text(text)
+    with pytest.raises(OptionError) as caught:
+        parse(["-m", "x", "--config", str(file)])
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_flags_of_llama_server_that_change_nothing() -> None:
+    assert parse(["-m", "x", *IGNORED]) == parse(["-m", "x"])
+
+
+def test_no_two_settings_share_a_name() -> None:
+    names = [name for flag in FLAGS for name in flag.names] + list(IGNORED)
+    assert len(names) == len(set(names))
+
+
+def test_every_setting_says_what_it_is() -> None:
+    assert [flag.dest for flag in FLAGS if not flag.help] == []
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for flag in FLAGS for name in flag.names)
+
+
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["flags"]) == 0
+    table = capsys.readouterr().out
+    assert table == flag_table() + "\n"
+    assert "| `-np`, `--parallel` | `slots` | 16 | requests decoded together (from 1 to 128) |" in table
+    rows = [line for line in table.split("\n") if line.startswith("| `")]
+    assert len(rows) == len(FLAGS)
+    assert BatchConfig().slots == 16
+
+
+def test_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert main(["--help"]) == 0
+    assert main(["sing"]) == 2
+    assert main(["--version"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == USAGE + "\n"
+    assert shown.out.startswith(USAGE)
+    assert shown.out.split("\n")[-2].startswith("paceline 0.")

@@ -1,0 +1,173 @@
+"""Chat templates: the names they may use, what they are told, and what their failures become."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+import pytest
+
+from api import prompts
+from api.prompts import Prompts
+from api.schema import ChatRequest, TextRequest
+from engine import RequestRefused
+from tests.api.fake import BOS, INFO, START, ByteVocab
+
+SMOL = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are kind<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HI = {"role": "user", "content": "hi"}
+
+
+def prompts_of(template: str | None, *, bos_added: bool = False) -> Prompts:
+    info = msgspec.structs.replace(INFO, chat_template=template, bos_added=bos_added)
+    return Prompts(info, ByteVocab(bos_added=bos_added))
+
+
+def chat(*messages: dict[str, Any], **fields: Any) -> ChatRequest:
+    return msgspec.convert({"messages": messages or [HI], **fields}, ChatRequest)
+
+
+def render(template: str | None, *messages: dict[str, Any], **fields: Any) -> str:
+    return prompts_of(template).render(chat(*messages, **fields))
+
+
+def test_a_template_of_the_wild() -> None:
+    assert render(SMOL) == (
+        "<|im_start|>system\nYou are kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_chatml_if_there_is_none() -> None:
+    made = prompts_of(None)
+    assert made.render(chat()) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert made.trouble == "The model has no chat template; ChatML is used."
+    assert prompts_of(SMOL).trouble is None
+
+
+def test_without_generation_prompt() -> None:
+    assert render(None, add_generation_prompt=False) == "<|im_start|>user\nhi<|im_end|>\n"
+
+
+@pytest.mark.parametrize("template", [None, SMOL])
+@pytest.mark.parametrize("text", ["The answer is", "The answer is ", ""])
+def test_the_last_message_goes_on(template: str | None, text: str) -> None:
+    shown = render(template, HI, {"role": "assistant", "content": text}, continue_final_message=True)
+    assert shown.endswith(f"<|im_start|>assistant\n{text}")
+
+
+def test_the_last_message_goes_on_where_templates_strip() -> None:
+    template = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"
+    said = {"role": "assistant", "content": "so far "}
+    assert render(template, HI, said, continue_final_message=True) == "[hi][so far"
+
+
+def test_a_last_message_that_is_not_shown_cannot_go_on() -> None:
+    with pytest.raises(RequestRefused, match="does not show the last message"):
+        render("{{ messages[0].content }}", HI, {"role": "assistant", "content": "x"}, continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ bos_token }}|{{ eos_token }}", "<s>|</s>"),
+        ("{{ {'a': 'é<\"', 'b': [1, none, true]} | tojson }}", '{"a": "é<\\"", "b": [1, null, true]}'),
+        ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
+        ("{{ {'b': 1, 'a': 2} | tojson(sort_keys=true, separators=(',', ':')) }}", '{"a":2,"b":1}'),
+        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+        ("{% generation %}{{ messages[0].content }}{% endgeneration %}!", "hi!"),
+        ("  {% if true %}\nx\n  {% endif %}\n", "x\n"),
+        ("{{ messages[0].name }}|{{ messages[0].tool_calls is defined }}", "|False"),
+        ("{% if tools %}tools{% endif %}{{ enable_thinking }}", "False"),
+        ("{{ messages[0].content.split('i')[0] }}{{ messages | length }}", "h1"),
+    ],
+)
+def test_what_templates_may_use(template: str, text: str) -> None:
+    assert render(template, chat_template_kwargs={"enable_thinking": False}) == text
+
+
+def test_the_time() -> None:
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", render("{{ strftime_now('%Y-%m-%d') }}"))
+
+
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [
+        ("{{ raise_exception('Roles must alternate!') }}", "Roles must alternate!"),
+        ("{{ messages[7].content }}", "no element 7"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe|not safely"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ messages | nonsense }}", "nonsense"),
+        ("{% for i in range(100000) %}{{ 'x' * 1000 }}{% endfor %}", "writes too much"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ],
+)
+def test_failures_are_the_requests(template: str, complaint: str) -> None:
+    with pytest.raises(RequestRefused, match=complaint):
+        render(template)
+
+
+def test_a_template_that_does_not_parse() -> None:
+    made = prompts_of("{% if %}")
+    assert made.trouble is not None
+    with pytest.raises(RequestRefused, match="cannot be used"):
+        made.render(chat())
+
+
+def test_names_of_ours_win_over_a_clients() -> None:
+    kwargs = {"messages": [], "bos_token": "evil", "self": 1, "add_generation_prompt": False}
+    assert render("{{ bos_token }}{{ messages | length }}", chat_template_kwargs=kwargs) == "<s>1"
+
+
+def test_content_in_parts() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert render("{{ messages[0].content }}", {"role": "user", "content": parts}) == "ab"
+
+
+def test_an_assistant_without_content() -> None:
+    calls = [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]
+    said = {"role": "assistant", "content": None, "tool_calls": calls}
+    template = "{{ messages[1].content }}|{{ messages[1].tool_calls[0].function.name }}|{{ messages[2].tool_call_id }}"
+    assert render(template, HI, said, {"role": "tool", "content": "r", "tool_call_id": "1"}) == "|f|1"
+
+
+def test_developers_are_system_to_templates_that_know_none() -> None:
+    said = {"role": "developer", "content": "x"}
+    assert render("{{ messages[0].role }}", said) == "system"
+    assert render("{% if messages[0].role == 'developer' %}d{% endif %}", said) == "d"
+
+
+@pytest.mark.parametrize("text", ["x", "<s>x"])
+async def test_one_beginning_of_sequence(text: str) -> None:
+    made = prompts_of(None, bos_added=True)
+    assert await made.of_text(text) == (BOS, ord("x"))
+
+
+async def test_special_tokens_of_the_template_are_tokens() -> None:
+    assert (await prompts_of(None).of_chat(chat()))[0] == START
+
+
+async def test_long_texts_go_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    async def run_sync(function: Any, *arguments: Any) -> Any:
+        ran.append(function.__name__)
+        return function(*arguments)
+
+    monkeypatch.setattr("anyio.to_thread.run_sync", run_sync)
+    made = prompts_of(None)
+    assert len(await made.of_chat(chat({"role": "user", "content": "x" * 100}))) > 100
+    assert ran == []
+    assert len(await made.of_chat(chat({"role": "user", "content": "x" * prompts.LONG}))) > prompts.LONG
+    assert ran == ["render", "tokens"]
+
+
+def test_stop_and_limit_under_all_their_names() -> None:
+    asked = msgspec.convert({"prompt": "x", "stop": "a", "n_predict": 7}, TextRequest)
+    assert (asked.stops, asked.limit) == (("a",), 7)

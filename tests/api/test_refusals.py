@@ -1,0 +1,194 @@
+"""Bad input gets a status and a sentence; the engine never hears of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp
+
+from tests.api.asgi import call, post
+from tests.api.conftest import Apps
+from tests.api.fake import FakeEngine
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "hi", **fields}]}
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"messages": HELLO, **fields}
+
+
+def text(**fields: Any) -> dict[str, Any]:
+    return {"prompt": "hi", **fields}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, None),
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": ["hi"]}, "messages[0]"),
+        (message(role=1), "messages[0].role"),
+        (message(role=""), "messages[0].role"),
+        (message(content=5), "messages[0].content"),
+        (message(content=None), "messages[0].content"),
+        (message(content=[{"type": "image_url", "image_url": {"url": "x"}}]), "messages[0].content[0].type"),
+        (message(content=[{"type": "text", "text": "a"}, {"type": "text"}]), "messages[0].content[1].text"),
+        (chat(max_tokens=-2), "max_tokens"),
+        (chat(max_tokens=10**30), "max_tokens"),
+        (chat(max_tokens="5"), "max_tokens"),
+        (chat(max_tokens=1.5), "max_tokens"),
+        (chat(n=0), "n"),
+        (chat(n=129), "n"),
+        (chat(seed=2**63), "seed"),
+        (chat(temperature=-0.1), "temperature"),
+        (chat(temperature="hot"), "temperature"),
+        (chat(temperature=1e300), "temperature"),
+        (chat(top_p=1.1), "top_p"),
+        (chat(top_k=10**12), "top_k"),
+        (chat(top_k=-2), "top_k"),
+        (chat(frequency_penalty=101), "frequency_penalty"),
+        (chat(repetition_penalty=0), "repeat_penalty"),
+        (chat(min_tokens=-1), "min_tokens"),
+        (chat(stop=7), "stop"),
+        (chat(stop=["a", 7]), "stop[1]"),
+        (chat(stop="x" * 513), "stop"),
+        (chat(stop=["x"] * 65), "stop"),
+        (chat(stream="yes"), "stream"),
+        (chat(stream_options=[]), "stream_options"),
+        (chat(logprobs=3), "logprobs"),
+        (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
+        (chat(top_logprobs=2), "top_logprobs"),
+        (chat(logit_bias={"x": 1}), "logit_bias"),
+        (chat(logit_bias={"1": "x"}), "logit_bias[...]"),
+        (chat(logit_bias=[[1, True]]), "logit_bias"),
+        (chat(tools=[{"type": "function"}]), "tools"),
+        (chat(functions=[{"name": "f"}]), "functions"),
+        (chat(tool_choice="required"), "tool_choice"),
+        (chat(response_format={"type": "json_object"}), "response_format.type"),
+        (chat(response_format="json"), "response_format"),
+        (chat(grammar="root ::= x"), "grammar"),
+        (chat(guided_json={}), "guided_json"),
+        (chat(continue_final_message=True, add_generation_prompt=True), "continue_final_message"),
+        (chat(chat_template_kwargs=[]), "chat_template_kwargs"),
+    ],
+    ids=str,
+)
+async def test_chat_names_the_field(app: ASGIApp, engine: FakeEngine, body: dict[str, Any], param: str | None) -> None:
+    answer = await post(app, CHAT, body)
+    assert answer.status == 400
+    error = answer.json["error"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert len(error["message"]) > 10
+    assert engine.log == []
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, None),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": {}}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": [[1], "a"]}, "prompt"),
+        ({"prompt": [1.5]}, "prompt[0]"),
+        (text(logprobs=True), "logprobs"),
+        (text(logprobs=21), "logprobs"),
+        (text(echo=True, logprobs=1), "echo"),
+        (text(suffix="x"), "suffix"),
+        (text(best_of=2), "best_of"),
+        ({"prompt": ["a"] * 100, "n": 3}, "n"),
+    ],
+    ids=str,
+)
+async def test_text_names_the_field(app: ASGIApp, engine: FakeEngine, body: dict[str, Any], param: str | None) -> None:
+    answer = await post(app, TEXT, body)
+    assert answer.status == 400
+    assert answer.json["error"]["param"] == param
+    assert engine.log == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"hello",
+        b"\xff\xfe",
+        b'{"messages": [{"role": "user", "content": "\xff"}]}',
+        b"[]",
+        b"null",
+        b"[" * 10_000,
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_not_json(app: ASGIApp, engine: FakeEngine, path: str, body: bytes) -> None:
+    answer = await post(app, path, body)
+    assert answer.status == 400
+    assert answer.json["error"]["type"] == "invalid_request_error"
+
+
+async def test_tools_that_must_not_be_used_are_harmless(app: ASGIApp) -> None:
+    for body in (chat(tools=[]), chat(tools=[{"type": "function"}], tool_choice="none"), chat(tool_choice="auto")):
+        assert (await post(app, CHAT, body)).status == 200
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_unknown_model(app: ASGIApp, path: str) -> None:
+    answer = await post(app, path, {"messages": HELLO, "prompt": "hi", "model": "gpt-5"})
+    assert answer.status == 404
+    error = answer.json["error"]
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "'fake-1'" in error["message"]
+
+
+@pytest.mark.parametrize(("path", "param"), [(CHAT, "messages"), (TEXT, "prompt")])
+async def test_a_prompt_longer_than_the_context(app: ASGIApp, path: str, param: str) -> None:
+    long = "x" * 600
+    answer = await post(app, path, {"messages": [{"role": "user", "content": long}], "prompt": long})
+    assert answer.status == 400
+    error = answer.json["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == param
+    assert error["n_prompt_tokens"] >= 600
+    assert error["n_ctx"] == 512
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_a_body_that_is_too_large(app_of: Apps, announced: bool) -> None:
+    app, body = app_of(), b"x" * 10_000_000
+    pieces = None if announced else [body[at : at + 65536] for at in range(0, len(body), 65536)]
+    answer = await call(app, "POST", CHAT, body, pieces=pieces)
+    assert answer.status == 413
+    assert answer.json["error"]["type"] == "invalid_request_error"
+    assert "8388608" in answer.json["error"]["message"]
+
+
+async def test_a_body_just_not_too_large(app_of: Apps) -> None:
+    body = b'{"prompt": "hi"}'
+    padded = body + b" " * (1024 - len(body))
+    assert (await post(app_of(max_body=1024), TEXT, padded)).status == 200
+    assert (await post(app_of(max_body=1024), TEXT, padded + b" ")).status == 413
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/nowhere", 404), ("POST", "/", 404), ("GET", CHAT, 405), ("PUT", "/v1/models", 405)],
+)
+async def test_no_such_thing(app: ASGIApp, method: str, path: str, status: int) -> None:
+    answer = await call(app, method, path)
+    assert answer.status == status
+    assert answer.json["error"]["type"] == "invalid_request_error"
+    assert path in answer.json["error"]["message"]
+    assert ("allow" in answer.headers) is (status == 405)

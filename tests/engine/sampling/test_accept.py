@@ -1,0 +1,94 @@
+"""Verification by sampling the target: the tokens are those of no draft, whatever the draft."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.contract import Request, SamplingParams
+from engine.sampling import Sampler, accept
+from engine.sampling.candidates import Row
+
+VOCABULARY = 20
+PROMPT = (1, 2, 3)
+SAMPLING = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=1.2, repeat_penalty=1.3, frequency_penalty=0.2, dry_multiplier=0.8),
+    SamplingParams(top_k=0, top_p=1.0, min_p=0.0, xtc_probability=0.5, xtc_threshold=0.05, typical_p=0.9),
+]
+
+
+@pytest.mark.parametrize(
+    ("picked", "emitted"),
+    [
+        ([5, 6, 7, 8], [5, 6, 7, 8]),
+        ([5, 6, 9, 8], [5, 6, 9]),
+        ([9, 6, 7, 8], [9]),
+    ],
+)
+def test_up_to_the_first_difference(picked: list[int], emitted: list[int]) -> None:
+    asked: list[int] = []
+
+    def pick(row: int) -> int:
+        asked.append(row)
+        return picked[row]
+
+    assert list(accept([5, 6, 7], pick)) == emitted
+    assert asked == list(range(len(emitted)))
+
+
+def test_no_draft_is_one_pick() -> None:
+    assert list(accept([], lambda row: 40 + row)) == [40]
+
+
+def test_a_row_is_picked_only_when_its_token_is_asked_for() -> None:
+    asked: list[int] = []
+
+    def pick(row: int) -> int:
+        asked.append(row)
+        return 5 + row
+
+    tokens = accept([5, 6, 7], pick)
+    assert asked == []
+    assert next(tokens) == 5
+    assert asked == [0]
+    assert next(tokens) == 6
+    assert asked == [0, 1]
+
+
+def model(history: Sequence[int]) -> Row:
+    """A row that depends on the whole history."""
+    rng = np.random.default_rng([len(history), *history])
+    return (rng.normal(size=VOCABULARY) * 3).astype(np.float32)
+
+
+def run(sampler: Sampler, drafter: Callable[[array[int]], list[int]], count: int) -> list[int]:
+    """Generates with drafts, each row computed from the history and the draft tokens before it."""
+    history = array("i", PROMPT)
+    while len(history) < len(PROMPT) + count:
+        draft = drafter(history)
+        before = [*history]
+        rows = [model([*before, *draft[:j]]) for j in range(len(draft) + 1)]
+        for token in accept(draft, lambda j, rows=rows: sampler.pick(rows[j], history, len(PROMPT))):  # type: ignore[misc]
+            history.append(token)
+    return [*history[len(PROMPT) : len(PROMPT) + count]]
+
+
+@pytest.mark.parametrize("params", SAMPLING)
+@given(st.integers(0, 2**63 - 1), st.data())
+def test_no_draft_changes_a_token(params: SamplingParams, seed: int, data: st.DataObject) -> None:
+    request = Request(prompt=PROMPT, sampling=params, min_tokens=3)
+    sampler = Sampler(request, seed, frozenset({0}), lambda token: b"\n" if token == 7 else b"x")
+    alone = run(sampler, lambda history: [], 12)
+
+    def drafter(history: array[int]) -> list[int]:
+        right = alone[len(history) - len(PROMPT) :][: data.draw(st.integers(0, 4))]
+        return right + data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=2))
+
+    assert run(sampler, drafter, 12) == alone

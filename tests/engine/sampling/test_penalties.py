@@ -1,0 +1,223 @@
+"""Penalties and DRY against naive references, and the cases of llama.cpp's own tests."""
+
+from __future__ import annotations
+
+import math
+import time
+from array import array
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.contract import SamplingParams
+from engine.sampling.candidates import Row
+from engine.sampling.penalties import Dry, penalise_seen, prolonging, recent
+
+VOCABULARY = 12
+histories = st.lists(st.integers(0, VOCABULARY - 1), max_size=60)
+repeats = st.builds(
+    lambda unit, times, tail: (unit * times + tail)[-80:],
+    st.lists(st.integers(0, 4), min_size=1, max_size=12),
+    st.integers(1, 8),
+    st.lists(st.integers(0, 4), max_size=6),
+)
+windows = st.sampled_from([-1, 0, 1, 5, 64])
+
+
+def letters(token: int) -> bytes:
+    """Token 3 is a line feed, 4 has one inside; the others break nothing."""
+    return {3: b"\n", 4: b"x\ny"}.get(token, b"x")
+
+
+def plain(token: int) -> bytes:
+    return b"x"
+
+
+def random_row(seed: int) -> Row:
+    row: Row = np.random.default_rng(seed).normal(size=VOCABULARY).astype(np.float32) * 4
+    row[seed % VOCABULARY] = -np.inf
+    return row
+
+
+def probabilities(row: Row) -> list[float]:
+    weights = np.exp(row.astype(np.float64) - row.max())
+    return [float(weight) for weight in weights / weights.sum()]
+
+
+def window(history: Sequence[int], last_n: int) -> list[int]:
+    return list(history) if last_n < 0 else list(history)[max(0, len(history) - last_n) :]
+
+
+def slow_penalties(row: Row, history: Sequence[int], params: SamplingParams) -> list[float]:
+    result = [float(logit) for logit in row]
+    seen = window(history, params.repeat_last_n)
+    for token in set(seen):
+        if result[token] <= 0:
+            result[token] *= params.repeat_penalty
+        else:
+            result[token] /= params.repeat_penalty
+        result[token] -= seen.count(token) * params.frequency_penalty + params.presence_penalty
+    return result
+
+
+def slow_dry(row: Row, history: Sequence[int], params: SamplingParams, piece: Callable[[int], bytes]) -> list[float]:
+    """Compares the end of the history with what ends at every earlier place, token by token."""
+    result = [float(logit) for logit in row]
+    seen = window(history, params.dry_penalty_last_n)
+    breakers = {t for t in range(VOCABULARY) if any(b.encode() in piece(t) for b in params.dry_sequence_breakers)}
+    longest: dict[int, int] = {}
+    for place in range(len(seen) - 1):
+        size = 0
+        while size <= place and seen[place - size] == seen[-1 - size] and seen[-1 - size] not in breakers:
+            size += 1
+        longest[seen[place + 1]] = max(size, longest.get(seen[place + 1], 0))
+    for token, size in longest.items():
+        if size >= params.dry_allowed_length and token not in breakers:
+            result[token] -= params.dry_multiplier * params.dry_base ** (size - params.dry_allowed_length)
+    return result
+
+
+@given(histories, windows)
+def test_recent(history: list[int], last_n: int) -> None:
+    assert list(recent(array("i", history), last_n)) == window(history, last_n)
+
+
+@given(
+    st.integers(0, 1000),
+    histories,
+    windows,
+    st.sampled_from([1.0, 1.1, 0.5, 50.0]),
+    st.floats(-3, 3),
+    st.floats(-3, 3),
+)
+def test_penalties(
+    seed: int, history: list[int], last_n: int, repeat: float, presence: float, frequency: float
+) -> None:
+    params = SamplingParams(
+        repeat_last_n=last_n, repeat_penalty=repeat, presence_penalty=presence, frequency_penalty=frequency
+    )
+    row = random_row(seed)
+    expected = slow_penalties(row, history, params)
+    penalise_seen(row, array("i", history), params)
+    assert row.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@given(
+    st.integers(0, 1000),
+    histories | repeats,
+    windows,
+    st.sampled_from([0.8, 2.0]),
+    st.sampled_from([1.0, 1.1, 1.75]),
+    st.sampled_from([0, 1, 2, 4, 20]),
+    st.sampled_from([(), ("\n",), ("y", ""), ("absent",)]),
+)
+def test_dry(
+    seed: int, history: list[int], last_n: int, multiplier: float, base: float, allowed: int, breakers: tuple[str, ...]
+) -> None:
+    params = SamplingParams(
+        dry_penalty_last_n=last_n,
+        dry_multiplier=multiplier,
+        dry_base=base,
+        dry_allowed_length=allowed,
+        dry_sequence_breakers=breakers,
+    )
+    row = random_row(seed)
+    used = SamplingParams(
+        dry_penalty_last_n=last_n,
+        dry_multiplier=multiplier,
+        dry_base=base,
+        dry_allowed_length=allowed,
+        dry_sequence_breakers=tuple(filter(None, breakers)),
+    )
+    expected = slow_dry(row, history, used, letters)
+    Dry(params, letters).penalise(row, array("i", history))
+    assert row.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@given(repeats, st.integers(0, 5))
+def test_prolonging(history: list[int], shortest: int) -> None:
+    tokens = history[::-1]
+    expected: dict[int, int] = {}
+    for at in range(1, len(tokens)):
+        size = 0
+        while at + size < len(tokens) and tokens[size] == tokens[at + size]:
+            size += 1
+        if size >= shortest:
+            expected[tokens[at - 1]] = max(size, expected.get(tokens[at - 1], 0))
+    assert prolonging(tokens, shortest) == expected
+
+
+# The cases of llama.cpp's tests/test-sampling.cpp.
+@pytest.mark.parametrize(
+    ("history", "repeat", "frequency", "presence", "expected"),
+    [
+        ([0], 50.0, 0.0, 0.0, [0, 0.25, 0.25, 0.25, 0.25]),
+        ([0, 1, 2], 50.0, 0.0, 0.0, [0, 0, 0, 0.5, 0.5]),
+        ([0, 1, 2, 0, 0], 50.0, 0.0, 0.0, [0, 0, 0, 0.5, 0.5]),
+        ([0], 1.0, 5.0, 5.0, [0.000011, 0.249997, 0.249997, 0.249997, 0.249997]),
+        ([0, 1, 2], 1.0, 5.0, 5.0, [0.000023, 0.000023, 0.000023, 0.499966, 0.499966]),
+        ([0, 1, 2, 0, 0], 1.0, 5.0, 5.0, [0.000000, 0.000023, 0.000023, 0.499977, 0.499977]),
+    ],
+)
+def test_penalty_cases_of_llama_cpp(
+    history: list[int], repeat: float, frequency: float, presence: float, expected: list[float]
+) -> None:
+    row = np.log(np.full(5, 0.2, np.float32))
+    params = SamplingParams(repeat_penalty=repeat, frequency_penalty=frequency, presence_penalty=presence)
+    penalise_seen(row, history, params)
+    assert probabilities(row) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("history", "multiplier", "allowed", "last_n", "breaker", "expected"),
+    [
+        ([0, 1], 1.0, 2, 4, None, [0.25] * 4),
+        ([0, 1, 2, 0, 1], 1.0, 2, 5, None, [0.296923, 0.296923, 0.109232, 0.296923]),
+        ([0, 1, 3, 4, 0, 1], 1.0, 2, 6, 3, [0.2] * 5),
+        ([0, 1, 2, 0, 1], 2.0, 2, 5, None, [0.241818, 0.241818, 0.032727, 0.241818, 0.241818]),
+        ([0, 1, 2, 3, 4, 0, 1], 1.0, 4, 7, None, [0.2] * 5),
+    ],
+)
+def test_dry_cases_of_llama_cpp(
+    history: list[int], multiplier: float, allowed: int, last_n: int, breaker: int | None, expected: list[float]
+) -> None:
+    row = np.zeros(len(expected), np.float32)
+    params = SamplingParams(
+        dry_multiplier=multiplier, dry_base=1.1, dry_allowed_length=allowed, dry_penalty_last_n=last_n
+    )
+    Dry(params, lambda token: b"\n" if token == breaker else b"x").penalise(row, history)
+    assert probabilities(row) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_huge_dry_penalty_stays_finite() -> None:
+    row = np.zeros(3, np.float32)
+    params = SamplingParams(dry_multiplier=100.0, dry_base=100.0, dry_penalty_last_n=-1)
+    Dry(params, plain).penalise(row, [1] * 5000)
+    assert row[1] < -1e29
+    assert np.isfinite(row).all()
+
+
+@pytest.mark.parametrize("history", [[7] * 100_000, [1, 2] * 50_000, [*range(9), 1] * 10_000, [0, *[5] * 99_999]])
+def test_dry_takes_linear_time(history: list[int]) -> None:
+    row = np.zeros(VOCABULARY, np.float32)
+    params = SamplingParams(dry_multiplier=0.8, dry_penalty_last_n=-1)
+    start = time.perf_counter()
+    Dry(params, plain).penalise(row, array("i", history))
+    assert time.perf_counter() - start < 1.0
+    assert math.isfinite(row.min())
+
+
+def test_pieces_are_asked_once() -> None:
+    asked: list[int] = []
+
+    def piece(token: int) -> bytes:
+        asked.append(token)
+        return b"x"
+
+    dry = Dry(SamplingParams(dry_multiplier=0.8), piece)
+    for _ in range(3):
+        dry.penalise(np.zeros(VOCABULARY, np.float32), [1, 2, 3, 1, 2])
+    assert sorted(asked) == [1, 2, 3]

@@ -1,0 +1,169 @@
+"""The engine thread over the toy context: submission, cancelling, faults, and always one terminal update."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from engine import (
+    Draining,
+    Engine,
+    EngineConfig,
+    EngineFault,
+    Finished,
+    FinishReason,
+    ModelError,
+    Request,
+    SamplingParams,
+    Tokens,
+    Update,
+)
+from tests.toy import ToyBackend, ToyContext, failing, opener
+
+CONFIG = EngineConfig.of(path="toy.gguf", slots=2, queue=4)
+ENDLESS = Request(prompt=(1, 2, 3), ignore_eos=True)
+
+
+async def read(engine: Engine, request: Request) -> list[Update]:
+    """All updates of a request."""
+    async with engine.generate(request) as generation:
+        return [update async for update in generation]
+
+
+def shown(updates: list[Update]) -> str:
+    """The text of all updates."""
+    return "".join(update.text for update in updates if isinstance(update, Tokens))
+
+
+def toy(*, pace: float = 0.0) -> ToyBackend:
+    """A toy whose every decode takes `pace` seconds."""
+    context = ToyContext(cells=2000)
+    context.before_decode = lambda: time.sleep(pace)
+    return ToyBackend(context)
+
+
+async def test_updates_are_tokens_and_then_one_end() -> None:
+    backend = toy()
+    shares: list[float] = []
+    async with Engine.open(CONFIG, opener=opener(backend), progress=shares.append) as engine:
+        request = Request(prompt=(1, 2, 3), max_tokens=7, ignore_eos=True)
+        *tokens, end = await read(engine, request)
+        assert isinstance(end, Finished)
+        assert sum(len(update.ids) for update in tokens if isinstance(update, Tokens)) == end.usage.completion == 7
+        stats = engine.stats()
+        assert (stats.completion_tokens, stats.prompt_tokens) == (7, 3)
+        assert stats.requests_finished["length"] == 1
+        assert sum(stats.ttft.counts) == 1
+        assert sum(stats.gap.counts) == 6
+    assert shares == [0.5, 1.0]
+    assert backend.closed
+
+
+async def test_a_slow_reader_gets_everything_merged() -> None:
+    async with (
+        Engine.open(CONFIG, opener=opener(toy())) as engine,
+        engine.generate(Request(prompt=(1,), max_tokens=50, ignore_eos=True)) as generation,
+    ):
+        await asyncio.sleep(0.3)
+        updates = [update async for update in generation]
+    assert len(updates) == 2
+    assert isinstance(updates[0], Tokens)
+    assert len(updates[0].ids) == 50
+
+
+async def test_leaving_cancels_within_a_step() -> None:
+    async with Engine.open(CONFIG, opener=opener(toy(pace=0.01))) as engine:
+        async with engine.generate(ENDLESS) as generation:
+            await anext(generation)
+        before = engine.stats().steps
+        await asyncio.sleep(0.1)
+        assert engine.stats().running == 0
+        assert engine.stats().steps <= before + 2
+
+
+async def test_a_cancelled_task_leaves_too() -> None:
+    async with Engine.open(CONFIG, opener=opener(toy(pace=0.01))) as engine:
+        task = asyncio.ensure_future(read(engine, ENDLESS))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(0.1)
+        assert engine.stats().requests_finished["cancelled"] == 1
+
+
+async def test_a_stop_string_over_several_tokens() -> None:
+    greedy = SamplingParams(temperature=0)
+    async with Engine.open(CONFIG, opener=opener(toy())) as engine:
+        request = Request(prompt=(1, 2), max_tokens=30, ignore_eos=True, sampling=greedy)
+        text = shown(await read(engine, request))
+        stop = text[10:13]
+        stopped = Request(prompt=(1, 2), max_tokens=30, ignore_eos=True, sampling=greedy, stop=(stop,))
+        updates = await read(engine, stopped)
+    end = updates[-1]
+    assert isinstance(end, Finished)
+    assert (end.reason, end.stop) == (FinishReason.STOP, stop)
+    at = text.index(stop)
+    assert shown(updates) == text[:at]
+    assert end.usage.completion == at + 3, "a token is a character here"
+
+
+async def test_a_failed_step_is_told_and_the_engine_goes_on() -> None:
+    backend = toy()
+    async with Engine.open(CONFIG, opener=opener(backend)) as engine:
+        with failing(backend.context, [3]), pytest.raises(EngineFault, match="told to fail"):
+            await read(engine, ENDLESS)
+        updates = await read(engine, Request(prompt=(1,), max_tokens=2, ignore_eos=True))
+        assert isinstance(updates[-1], Finished)
+
+
+async def test_when_the_thread_dies_everyone_is_told_then_and_later() -> None:
+    backend = toy(pace=0.01)
+    async with Engine.open(CONFIG, opener=opener(backend)) as engine:
+        tasks = [asyncio.ensure_future(read(engine, ENDLESS)) for _ in range(4)]
+        await asyncio.sleep(0.1)
+        backend.context.faults = lambda n: RuntimeError("a bug of ours")
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, EngineFault) and result.fatal for result in results)
+        with pytest.raises(EngineFault, match="a bug of ours"):
+            await engine.generate(ENDLESS).__aenter__()
+    assert backend.closed
+
+
+async def test_drain_waits_for_what_ends_in_time() -> None:
+    async with Engine.open(CONFIG, opener=opener(toy(pace=0.005))) as engine:
+        request = Request(prompt=(1,), max_tokens=20, ignore_eos=True)
+        async with engine.generate(request) as generation:
+            await anext(generation)
+            await engine.drain(20)
+            with pytest.raises(Draining):
+                await engine.generate(request).__aenter__()
+            updates = [update async for update in generation]
+        assert isinstance(updates[-1], Finished)
+
+
+async def test_closing_with_running_requests_ends_them() -> None:
+    backend = toy(pace=0.01)
+    async with Engine.open(CONFIG, opener=opener(backend)) as engine:
+        generation = engine.generate(ENDLESS)
+        await generation.__aenter__()
+        await anext(generation)
+    assert backend.closed
+    await asyncio.sleep(0)
+    with pytest.raises(EngineFault):
+        async for _ in generation:
+            pass
+
+
+async def test_a_model_that_does_not_open_leaves_no_thread() -> None:
+    def broken(*_: object) -> ToyBackend:
+        raise ModelError("no such thing")
+
+    before = threading.active_count()
+    with pytest.raises(ModelError, match="no such thing"):
+        async with Engine.open(CONFIG, opener=broken):
+            raise AssertionError("never opened")
+    assert threading.active_count() <= before + 1, "asyncio's own worker may remain"

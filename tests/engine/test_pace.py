@@ -1,0 +1,76 @@
+"""The step cost: what it learns, and how many prompt rows it allows."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.pace import StepCost, warm_up
+from tests.toy import ToyContext
+
+
+def test_streams_keep_half_their_speed() -> None:
+    cost = StepCost()
+    for _ in range(50):
+        cost.observe(4, 0, 0.020)
+        rows = cost.prompt_rows(4, 0.0, 0.5)
+        cost.observe(4, rows, 0.020 + rows * 0.004)
+    assert rows == 5, "five rows of 4 ms fill the second 20 ms"
+
+
+def test_a_step_target_is_kept() -> None:
+    cost = StepCost()
+    for _ in range(50):
+        cost.observe(4, 0, 0.020)
+        rows = cost.prompt_rows(4, 0.1, 0.5)
+        cost.observe(4, rows, 0.020 + rows * 0.004)
+    assert rows == 20
+
+
+def test_a_target_below_a_step_without_prompts_still_reads_one_row() -> None:
+    cost = StepCost()
+    cost.observe(4, 0, 0.020)
+    cost.observe(4, 8, 0.060)
+    assert cost.prompt_rows(4, 0.005, 0.5) == 1
+
+
+def test_flat_costs_open_the_gate_step_by_step() -> None:
+    cost, sizes = StepCost(), []
+    cost.observe(1, 0, 0.010)
+    for _ in range(12):
+        sizes.append(cost.prompt_rows(1, 0.0, 0.5))
+        cost.observe(1, sizes[-1], 0.0101)
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > 1000
+
+
+def test_alone_a_prompt_takes_what_the_idle_step_allows() -> None:
+    cost = StepCost()
+    for _ in range(20):
+        rows = cost.prompt_rows(0, 0.0, 0.5)
+        cost.observe(0, rows, rows * 0.002)
+    assert rows == 250
+
+
+def test_an_outlier_moves_little() -> None:
+    cost = StepCost()
+    for _ in range(20):
+        cost.observe(2, 0, 0.010)
+    cost.observe(2, 0, 1.0)
+    assert cost.decode_seconds(2) < 0.0141
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [(1, 0.01), (2, 0.02), (3, 0.03), (8, 0.08), (16, 0.16)])
+def test_counts_that_were_not_measured_lie_between_those_that_were(rows: int, seconds: float) -> None:
+    cost = StepCost()
+    assert cost.decode_seconds(rows) == 0.0
+    for known in (2, 4, 8):
+        cost.observe(known, 0, known / 100)
+    expected = seconds if rows >= 2 else 0.02
+    assert cost.decode_seconds(rows) == pytest.approx(expected)
+
+
+def test_warm_up_leaves_no_cells() -> None:
+    context, cost = ToyContext(), StepCost()
+    warm_up(context, cost)
+    assert context.used() == 0
+    assert cost.decode_seconds(1) > 0

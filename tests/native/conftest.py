@@ -1,0 +1,32 @@
+"""The real model. Its absence is an error, not a reason to skip: `make test` brings it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.llama import open_gguf
+from engine.llama.model import LlamaBackend
+
+MODEL = Path(__file__).parents[2] / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def shared_backend() -> Iterator[LlamaBackend]:
+    """One opened model for all native tests, with few cells, so that running out of them is quick."""
+    backend = open_gguf(EngineConfig.of(path=MODEL, slots=4, context=1024, rows=256), lambda share: None, lambda: True)
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def backend(shared_backend: LlamaBackend) -> LlamaBackend:
+    """The model with empty cells and an empty batch."""
+    context = shared_backend.context
+    context.batch.clear()
+    for seq in range(context.sequences):
+        context.cut(seq, 0)
+    return shared_backend

@@ -1,0 +1,170 @@
+"""The whole engine on the real model: threads, sharing, cancelling, and text that does not depend on company."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from engine import (
+    ContextExceeded,
+    Draining,
+    Engine,
+    EngineConfig,
+    EngineFault,
+    Finished,
+    FinishReason,
+    Logprob,
+    ModelError,
+    Overloaded,
+    Request,
+    RequestRefused,
+    SamplingParams,
+    Tokens,
+)
+from tests.native.conftest import MODEL
+
+CONFIG = EngineConfig.of(path=MODEL, slots=4, queue=2, context=2048)
+
+
+@pytest_asyncio.fixture
+async def engine() -> AsyncIterator[Engine]:
+    """A real engine with four slots."""
+    async with Engine.open(CONFIG) as opened:
+        yield opened
+
+
+def chat(engine: Engine, text: str) -> tuple[int, ...]:
+    """The prompt of one user message."""
+    prompt = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    return tuple(engine.vocab.tokenize(prompt, special=True))
+
+
+async def collect(engine: Engine, request: Request) -> tuple[list[int], str, list[Logprob], Finished]:
+    """All of a generation."""
+    ids: list[int] = []
+    logprobs: list[Logprob] = []
+    text = ""
+    async with engine.generate(request) as generation:
+        async for update in generation:
+            if isinstance(update, Finished):
+                return ids, text, logprobs, update
+            assert isinstance(update, Tokens)
+            ids += update.ids
+            logprobs += update.logprobs
+            text += update.text
+    raise AssertionError("no terminal update")
+
+
+async def test_greedy_text_makes_sense_and_counts_are_right(engine: Engine) -> None:
+    prompt = tuple(engine.vocab.tokenize("The capital of France is", special=True))
+    request = Request(prompt=prompt, max_tokens=8, sampling=SamplingParams(temperature=0))
+    ids, text, _, end = await collect(engine, request)
+    assert "Paris" in text
+    assert len(ids) == 8
+    assert end.reason is FinishReason.LENGTH
+    assert (end.usage.prompt, end.usage.cached, end.usage.completion) == (len(prompt), 0, 8)
+    assert b"".join(map(engine.vocab.piece, ids)).decode() == text
+
+
+async def test_many_at_once_each_get_their_own_text(engine: Engine) -> None:
+    capitals = {"France": "Paris", "Italy": "Rome", "Germany": "Berlin", "Japan": "Tokyo"}
+
+    async def answer(country: str) -> str:
+        prompt = tuple(engine.vocab.tokenize(f"The capital of {country} is", special=True))
+        return (await collect(engine, Request(prompt=prompt, max_tokens=12, sampling=SamplingParams(temperature=0))))[1]
+
+    texts = await asyncio.gather(*map(answer, capitals))
+    for text, capital in zip(texts, capitals.values(), strict=True):
+        assert capital in text
+
+
+async def test_seed_gives_the_same_tokens_again(engine: Engine) -> None:
+    request = Request(prompt=chat(engine, "Tell me a joke."), max_tokens=20, sampling=SamplingParams(seed=11))
+    first, again = await collect(engine, request), await collect(engine, request)
+    assert first[3].seed == 11
+    assert again[3].usage.cached == len(request.prompt) - 1
+    assert first[0][:3] == again[0][:3], "equal up to the model's rounding, which early tokens withstand"
+
+
+async def test_stop_string_ends_early_and_never_shows(engine: Engine) -> None:
+    prompt = tuple(engine.vocab.tokenize("1, 2, 3, 4,", special=True))
+    request = Request(prompt=prompt, max_tokens=200, stop=(" 8",), sampling=SamplingParams(temperature=0))
+    ids, text, _, end = await collect(engine, request)
+    assert text == " 5, 6, 7,"
+    assert (end.reason, end.stop) == (FinishReason.STOP, " 8")
+    assert b"".join(map(engine.vocab.piece, ids)).decode() == text
+    await asyncio.sleep(0.2)
+    assert engine.stats().running == 0, "the slot is free"
+
+
+async def test_logprobs(engine: Engine) -> None:
+    prompt = tuple(engine.vocab.tokenize("The capital of France is", special=True))
+    request = Request(prompt=prompt, max_tokens=4, logprobs=5, sampling=SamplingParams(temperature=0))
+    ids, _, logprobs, _ = await collect(engine, request)
+    assert [entry.token for entry in logprobs] == ids
+    for entry in logprobs:
+        assert len(entry.top) == 5
+        assert entry.top[0] == (entry.token, entry.logprob), "greedy picks the likeliest"
+        assert -5 < entry.logprob < 0
+
+
+async def test_refused_before_it_is_submitted(engine: Engine) -> None:
+    for prompt in [(), (49152,), (-1,)]:
+        with pytest.raises(RequestRefused):
+            engine.generate(Request(prompt=prompt))
+    with pytest.raises(ContextExceeded) as caught:
+        engine.generate(Request(prompt=(5,) * 2048))
+    assert (caught.value.prompt_tokens, caught.value.limit) == (2048, 2048)
+
+
+async def test_leaving_frees_the_slot_and_the_queue_is_bounded(engine: Engine) -> None:
+    request = Request(prompt=chat(engine, "Count."), ignore_eos=True)
+    generations = [engine.generate(request) for _ in range(6)]
+    for generation in generations:
+        await generation.__aenter__()
+    with pytest.raises(Overloaded) as caught:
+        await engine.generate(request).__aenter__()
+    assert caught.value.retry_after >= 1
+    for generation in generations:
+        await generation.__aexit__(None, None, None)
+    _, _, _, end = await collect(engine, Request(prompt=request.prompt, max_tokens=2, ignore_eos=True))
+    assert end.usage.completion == 2
+    stats = engine.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    assert stats.requests_finished["cancelled"] == 6
+
+
+async def test_the_context_ends_a_text(engine: Engine) -> None:
+    request = Request(prompt=(5,) * 2040, ignore_eos=True, sampling=SamplingParams(temperature=0))
+    ids, _, _, end = await collect(engine, request)
+    assert (len(ids), end.reason) == (8, FinishReason.LENGTH)
+
+
+async def test_drain_ends_what_runs(engine: Engine) -> None:
+    async with engine.generate(Request(prompt=(5, 6), ignore_eos=True)) as generation:
+        await anext(generation)
+        await engine.drain(0.05)
+        with pytest.raises(Draining):
+            await engine.generate(Request(prompt=(5,))).__aenter__()
+        with pytest.raises(EngineFault, match="shutting down"):
+            async for _ in generation:
+                pass
+
+
+async def test_a_missing_model_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot read"):
+        async with Engine.open(EngineConfig.of(path=tmp_path / "none.gguf")):
+            raise AssertionError("never opened")
+
+
+async def test_leaving_while_it_loads_does_not_hang() -> None:
+    opened = Engine.open(CONFIG)
+    task = asyncio.ensure_future(opened.__aenter__())
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 20)
