@@ -14,6 +14,7 @@ from engine.sampling.penalties import Dry, penalise_seen
 from engine.sampling.truncate import survivors
 
 _COLDEST = 1e-300  # a temperature below would overflow the quotient, and picks no differently
+_LARGEST = 1e30  # bias: more would overflow float32
 
 
 class Sampler:
@@ -82,14 +83,15 @@ class Sampler:
 
 
 class _Bias:
-    """What is added to the logits of some tokens; what a token is given twice adds up."""
+    """What is added to the logits of some tokens; what a token is given twice adds up. -inf is a ban."""
 
     def __init__(self, pairs: Iterable[tuple[int, float]]) -> None:
         sums: dict[int, float] = {}
         for token, value in pairs:
             sums[token] = sums.get(token, 0.0) + value
         self._tokens = _ids(sums)
-        self._values = np.array([sums[token] for token in sums], np.float64)
+        values = np.array(list(sums.values()))
+        self._values = np.where(np.isneginf(values), values, values.clip(-_LARGEST, _LARGEST))
         assert self._tokens.min() >= 0, "the caller refuses token ids outside the vocabulary"
 
     def add(self, row: Row) -> None:

@@ -203,6 +203,8 @@ def test_bias_is_added_and_adds_up() -> None:
     assert sampler(temperature=0.0, logit_bias=((3, 4.0),)).pick(row, [0], 1) == 3
     assert sampler(temperature=0.0, logit_bias=((2, 1.5), (2, 1.0))).pick(row, [0], 1) == 2
     assert sampler(temperature=0.0, logit_bias=((0, -100.0), (1, -math.inf))).pick(row, [0], 1) == 2
+    assert sampler(logit_bias=((3, 1e300),)).pick(row, [0], 1) == 3
+    assert sampler(temperature=0.0, logit_bias=((0, -1e300),)).pick(row, [0], 1) == 1
     with pytest.raises(AssertionError):
         sampler(logit_bias=((-1, 1.0),))
 
