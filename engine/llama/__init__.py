@@ -1,5 +1,12 @@
 """llama.cpp through llama-cpp-python: the only package here that calls the native library."""
 
-from engine.llama.model import open_gguf
+import os
+
+# Threads of a step that wait for each other spin by default for milliseconds. If anything else wants the cores, the
+# event loop or another process, a step then takes up to 50 times as long, with stalls of seconds; spinning for
+# microseconds costs nothing measurable on a quiet machine. libgomp reads this when it is loaded: before the import.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+from engine.llama.model import open_gguf  # noqa: E402
 
 __all__ = ["open_gguf"]
