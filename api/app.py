@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from api.chat import Chat
-from api.exchange import HUNG_UP, Exchanges
+from api.exchange import HUNG_UP, Exchanges, exchange_of
 from api.keys import Keys
 from api.metrics import registry_of
 from api.problems import problem_of
@@ -84,6 +84,7 @@ def _model(served: Served) -> ModelReply:
 
 
 async def _tell(request: Request, error: Exception) -> Response:
+    exchange_of(request.scope).failure = error
     return problem_reply(problem_of(error))
 
 
@@ -91,7 +92,7 @@ async def _tell_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.detail == HTTPStatus(error.status_code).phrase:
         error.detail = f"{error.detail}: {request.method} {request.url.path}"
-    return problem_reply(problem_of(error))
+    return await _tell(request, error)
 
 
 async def _gone(request: Request, error: Exception) -> Response:

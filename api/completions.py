@@ -61,7 +61,6 @@ class Choices:
             raise RequestRefused(
                 f"{len(prompts)} prompts with {self.n} choices each are more than {MOST_CHOICES} choices.", field="n"
             )
-        self.prompts = prompts
         self.seed = _seed(asked.seed, served.defaults.seed)
         sampling = asked.sampling(served.defaults)
         self._served = served

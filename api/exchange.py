@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -36,7 +37,7 @@ class Exchange:
         """Seconds until the first update from the engine."""
         self.ends: list[Finished] = []
         self.failure: Exception | None = None
-        """What ended a stream after its first byte."""
+        """Why it was refused, or what ended it early."""
         self._started = time.monotonic()
 
     @property
@@ -45,7 +46,7 @@ class Exchange:
         return time.monotonic() - self._started
 
     def __str__(self) -> str:
-        facts = [self.id, self.method, self.path, str(self.status), f"{self.age:.3f}s"]
+        facts = [self.id, self.method, quote(self.path), str(self.status), f"{self.age:.3f}s"]
         if self.ends:
             facts.append("prompt={} cached={} completion={}".format(*self._tokens()))
         if self.first_token is not None:

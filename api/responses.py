@@ -109,8 +109,10 @@ class EventStream(Response):
         async def keep_alive() -> None:
             with suppress(OSError):
                 while True:
-                    await anyio.sleep(self._spoke + self.ping - time.monotonic())
-                    if time.monotonic() - self._spoke >= self.ping:
+                    left = self._spoke + self.ping - time.monotonic()
+                    if left > 0:
+                        await anyio.sleep(min(left, self.ping))
+                    else:
                         await emit(PING)
 
         try:

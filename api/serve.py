@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -35,7 +36,9 @@ def run(options: Options) -> int:
     try:
         listener = listen(host, port)
     except OSError as error:
-        say(f"paceline: cannot listen on {host}:{port}: {error.strerror or error}")
+        # socket adds the address to the system's words; a name that does not resolve has its own.
+        reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
+        say(f"paceline: cannot listen on {host}:{port}: {reason}")
         return 1
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_live(options, listener))

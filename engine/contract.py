@@ -89,10 +89,14 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     top_p: Annotated[Share, Meta(description="keep the likeliest tokens that together hold this share")] = 0.95
     min_p: Annotated[Share, Meta(description="drop tokens below this share of the likeliest one's")] = 0.05
     typical_p: Annotated[Share, Meta(description="locally typical sampling; 1 is off")] = 1.0
-    repeat_penalty: Annotated[float, Meta(gt=0.0, le=100.0, description="1 is off")] = 1.0
+    repeat_penalty: Annotated[float, Meta(gt=0.0, le=100.0, description="weakens tokens seen already; 1 is off")] = 1.0
     repeat_last_n: Annotated[Window, Meta(description="tokens that the three penalties look back on")] = 64
-    presence_penalty: Annotated[float, Meta(ge=-100.0, le=100.0, description="0 is off")] = 0.0
-    frequency_penalty: Annotated[float, Meta(ge=-100.0, le=100.0, description="0 is off")] = 0.0
+    presence_penalty: Annotated[
+        float, Meta(ge=-100.0, le=100.0, description="taken off the logit of a token seen already; 0 is off")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, Meta(ge=-100.0, le=100.0, description="the same, for each time it was seen; 0 is off")
+    ] = 0.0
     dry_multiplier: Annotated[float, Meta(ge=0.0, le=100.0, description="DRY repetition penalty; 0 is off")] = 0.0
     dry_base: Annotated[float, Meta(ge=1.0, le=100.0, description="growth per repeated token")] = 1.75
     dry_allowed_length: Annotated[int, Meta(ge=0, description="repeats up to this many tokens are free")] = 2

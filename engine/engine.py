@@ -98,6 +98,7 @@ class Engine:
             engine._runner = await asyncio.shield(engine._ready)
             yield engine
         finally:
+            engine._ready.cancel()
             engine._closing.set()
             if engine._backend is not None:
                 engine._backend.context.abort()

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from api.app import create_app
 from api.config import ServerConfig
 from api.served import Site
+from engine import EngineFault
 from tests.api.asgi import call, post
 from tests.api.conftest import Apps
 from tests.api.fake import FakeEngine, site_of
@@ -148,11 +149,15 @@ async def test_the_log_has_one_line_for_a_request(app: ASGIApp, caplog: pytest.L
     assert re.fullmatch(pattern, line)
 
 
+async def test_a_path_cannot_forge_a_line(app: ASGIApp, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "paceline"):
+        await call(app, "GET", "/a\nb c")
+    assert " GET /a%0Ab%20c 404 " in caplog.messages[0]
+
+
 async def test_the_log_tells_what_ended_a_stream(
     app: ASGIApp, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from engine import EngineFault
-
     engine.script = lambda request: [b"a", 0.01, EngineFault("no luck")]
     with caplog.at_level(logging.INFO, "paceline"):
         await post(app, CHAT, {**HELLO, "stream": True})

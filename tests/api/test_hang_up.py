@@ -159,13 +159,13 @@ async def test_silence_is_broken_by_comments(path: str, app_of: Apps, engine: Fa
     engine.script = lambda request: [0.1, b"a", 0.1, b"b"]
     answer = await post(app_of(sse_ping=0.03), path, {**BODIES[path], "stream": True})
     assert answer.chunks[0] == b": ping\n\n"
-    assert 4 <= answer.chunks.count(b": ping\n\n") <= 6
+    assert answer.chunks.count(b": ping\n\n") >= 2
     assert answer.events[-1] == "[DONE]"
 
 
 async def test_no_comments_among_tokens(path: str, app_of: Apps, engine: FakeEngine) -> None:
-    engine.script = lambda request: [step for _ in range(10) for step in (b"a", 0.01)]
-    answer = await post(app_of(sse_ping=0.05), path, {**BODIES[path], "stream": True})
+    engine.script = lambda request: [step for _ in range(10) for step in (b"a", 0.04)]
+    answer = await post(app_of(sse_ping=0.3), path, {**BODIES[path], "stream": True})
     assert b": ping\n\n" not in answer.chunks
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import Struct
 from starlette.types import ASGIApp
 
+from api.app import create_app
+from api.schema import ChatRequest, TextRequest
 from tests.api.asgi import call, post
 from tests.api.conftest import Apps
-from tests.api.fake import FakeEngine
+from tests.api.fake import FakeEngine, site_of
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -137,6 +142,27 @@ async def test_not_json(app: ASGIApp, engine: FakeEngine, path: str, body: bytes
     answer = await post(app, path, body)
     assert answer.status == 400
     assert answer.json["error"]["type"] == "invalid_request_error"
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    path=st.sampled_from([(CHAT, ChatRequest), (TEXT, TextRequest)]),
+    data=st.data(),
+)
+async def test_no_json_is_a_fault(path: tuple[str, type[Struct]], data: st.DataObject) -> None:
+    """Whatever a client sends, it is answered or refused."""
+    names = st.sampled_from(path[1].__struct_fields__)
+    wishes = data.draw(st.dictionaries(names, VALUES, max_size=4))
+    app = create_app(site_of(FakeEngine()))
+    answer = await post(app, path[0], {"messages": HELLO, "prompt": "hi", **wishes})
+    assert answer.status in (200, 400, 404)
 
 
 async def test_tools_that_must_not_be_used_are_harmless(app: ASGIApp) -> None:
