@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import Any, cast
 
 import httptools
 import msgspec
@@ -39,7 +39,7 @@ class Outcome(msgspec.Struct):
         return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
-class _Delta(msgspec.Struct):
+class _Delta(msgspec.Struct, frozen=True):
     content: str | None = None
 
 
@@ -76,9 +76,8 @@ class _Stream(asyncio.Protocol):
         self._rest = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.write(self._request)
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one by behaviour only
+        self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)
@@ -124,14 +123,20 @@ class _Stream(asyncio.Protocol):
         self.done.set_result(None)
 
 
-async def stream(port: int, path: str, body: dict[str, Any], *, abandon_after: float | None = None) -> Outcome:
-    """Sends one streaming request and reads it to its end, or hangs up after so many seconds."""
+async def stream(
+    port: int, path: str, body: dict[str, Any], *, abandon_after: float | None = None, outcome: Outcome | None = None
+) -> Outcome:
+    """Sends one streaming request and reads it to its end, or hangs up after so many seconds.
+
+    An `outcome` that is given is filled as the text arrives, and returned.
+    """
     payload = msgspec.json.encode({**body, "stream": True, "stream_options": {"include_usage": True}})
     head = (
         f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
     )
-    outcome = Outcome(time.perf_counter())
+    outcome = outcome or Outcome(0.0)
+    outcome.begun = time.perf_counter()
     loop = asyncio.get_running_loop()
     transport, protocol = await loop.create_connection(lambda: _Stream(outcome, head.encode() + payload), HOST, port)
     try:

@@ -37,10 +37,11 @@ class Generation:
         self._submit = submit
         self._cancel = cancel
         self._text = TextStream(request.stop)
-        self._ready = asyncio.Event()
-        self._waiting: list[tuple[int, Logprob | None]] = []  # tokens whose text is still held back
-        self._out: list[tuple[int, Logprob | None]] = []  # tokens that may be read
-        self._shown: list[str] = []
+        self._reader: asyncio.Future[None] | None = None  # of one who waits for something to read
+        self._ids: list[int] = []  # unread, those last whose text is still held back
+        self._logprobs: list[Logprob] = []
+        self._out = 0  # how many of them may be read
+        self._shown = ""
         self._count = 0  # tokens received, up to the one that completed a stop string
         self._end: Finished | Failed | None = None
         self._drained = False
@@ -59,7 +60,9 @@ class Generation:
     async def __anext__(self) -> Update:
         if self._drained:
             raise StopAsyncIteration
-        await self._ready.wait()
+        if not (self._out or self._shown or self._end):
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         if self._out or self._shown:
             return self._take()
         self._drained = True
@@ -72,18 +75,18 @@ class Generation:
         """Takes the tokens of one step, on the event loop."""
         if self._end is not None or self._text.stopped_by is not None:
             return
-        shown = 0
-        for index, token in enumerate(ids):
+        self._logprobs += logprobs
+        for token in ids:
             self._count += 1
-            self._waiting.append((token, logprobs[index] if logprobs else None))
+            self._ids.append(token)
             text, out = self._text.feed(self._piece(token))
-            shown += out
-            if text:
-                self._shown.append(text)
+            self._out += out
+            self._shown += text
             if self._text.stopped_by is not None:
                 self._cancel(self)
                 break
-        self._show(shown)
+        if self._out or self._shown:
+            self._wake()
 
     def deliver_end(self, end: Finished | Failed) -> None:
         """Takes the terminal update, on the event loop; a second one is ignored."""
@@ -91,19 +94,15 @@ class Generation:
             return
         if isinstance(end, Finished):
             text, out = self._text.finish()
-            if text:
-                self._shown.append(text)
-            self._show(out)
+            self._out += out
+            self._shown += text
             end = self._stopped(end)
         self._end = end
-        self._ready.set()
+        self._wake()
 
-    def _show(self, tokens: int) -> None:
-        if tokens:
-            self._out += self._waiting[:tokens]
-            del self._waiting[:tokens]
-        if self._out or self._shown:
-            self._ready.set()
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def _stopped(self, end: Finished) -> Finished:
         """`end` as the reader should see it if a stop string came first."""
@@ -113,9 +112,8 @@ class Generation:
         return msgspec.structs.replace(end, reason=FinishReason.STOP, usage=usage, stop=self._text.stopped_by)
 
     def _take(self) -> Tokens:
-        text, out = "".join(self._shown), self._out
-        self._shown, self._out = [], []
-        if self._end is None:
-            self._ready.clear()
-        logprobs = tuple(entry for _, entry in out if entry is not None)
-        return Tokens(tuple(token for token, _ in out), text, logprobs)
+        out = self._out
+        update = Tokens(tuple(self._ids[:out]), self._shown, tuple(self._logprobs[:out]))
+        del self._ids[:out], self._logprobs[:out]
+        self._out, self._shown = 0, ""
+        return update

@@ -29,7 +29,7 @@ class TextStream:
         self._stops = tuple(stop for stop in stops if stop)
         self._longest = max(map(len, self._stops), default=1) - 1
         self._held = ""
-        self._decoded = 0  # characters so far, shown or held
+        self._decoded = 0  # characters so far, shown or held, since something last had to be held
         self._spans: list[tuple[int, int]] = []  # of each token that is not out: its characters, shared ones included
         self.stopped_by: str | None = None
 
@@ -42,6 +42,11 @@ class TextStream:
         >>> stream.feed(b"NDless").text, stream.stopped_by
         ('', 'END')
         """
+        if not self._stops and not self._spans:  # nothing is held back, and whole characters need not be
+            try:
+                return Shown(piece.decode(), 1)
+            except UnicodeDecodeError:
+                pass
         if self.stopped_by is not None:
             return Shown("", 0)
         start = self._decoded
