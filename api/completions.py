@@ -57,9 +57,10 @@ class Choices:
     ) -> None:
         """Nothing is submitted yet. Raises RequestRefused."""
         self.n = asked.n or 1
-        if len(prompts) * self.n > MOST_CHOICES:
+        most = min(MOST_CHOICES, served.engine.places)
+        if len(prompts) * self.n > most:
             raise RequestRefused(
-                f"{len(prompts)} prompts with {self.n} choices each are more than {MOST_CHOICES} choices.", field="n"
+                f"{len(prompts)} prompts with {self.n} choices each are more than {most} choices.", field="n"
             )
         self.seed = _seed(asked.seed, served.defaults.seed)
         sampling = asked.sampling(served.defaults)
@@ -110,10 +111,6 @@ class Choices:
                 await stack.enter_async_context(generation)
             try:
                 await together([partial(self._follow, index, tell) for index in range(len(self))])
-            except EngineFault as fault:
-                if fault.fatal:
-                    self._served.fault = fault
-                raise
             finally:
                 self._exchange.ends = [end for end in self._ends if end is not None]
 

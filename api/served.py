@@ -32,6 +32,14 @@ class Core(Protocol):
         """Requests decoded together."""
 
     @property
+    def places(self) -> int:
+        """Requests that may run or wait at once."""
+
+    @property
+    def fault(self) -> EngineFault | None:
+        """Why it serves nothing more, if it failed for good."""
+
+    @property
     def request_limit(self) -> int:
         """Tokens of prompt and completion that one request may have."""
 
@@ -54,8 +62,6 @@ class Served:
         self.name = config.alias or file.stem
         self.created = int(time.time())
         self.prompts = Prompts(info, engine.vocab)
-        self.fault: EngineFault | None = None
-        """The fault after which the engine serves nothing more."""
         identity = f"{file.name} {info.bytes} {VERSION}"
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10]
         self._names = {self.name, file.name, file.stem, info.path}
@@ -81,6 +87,6 @@ class Site:
             raise Draining
         if self.served is None:
             raise Loading
-        if self.served.fault is not None:
-            raise self.served.fault
+        if (fault := self.served.engine.fault) is not None:
+            raise EngineFault(str(fault), fatal=True)
         return self.served

@@ -22,6 +22,7 @@ from engine.contract import (
     EngineError,
     EngineFault,
     Failed,
+    FinishReason,
     Overloaded,
     Request,
     RequestRefused,
@@ -29,7 +30,7 @@ from engine.contract import (
 from engine.generation import Generation
 from engine.outbox import News, Outbox
 from engine.pace import warm_up
-from engine.runner import Pace, Runner
+from engine.runner import SHUTTING_DOWN, Pace, Runner
 from engine.speculate import Silent, Speculate
 from engine.stats import Stats
 from engine.streams import Stream
@@ -70,6 +71,8 @@ class Engine:
         self._empty = asyncio.Event()
         self._empty.set()
         self._refusal: Callable[[], EngineError] | None = None
+        self.fault: EngineFault | None = None
+        """Why the engine serves nothing more, if it failed for good."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="paceline-engine")
         self._progress: Progress = lambda share: None
@@ -118,6 +121,11 @@ class Engine:
         return self._model.vocab
 
     @property
+    def places(self) -> int:
+        """Requests that may run or wait at once."""
+        return self.slots + self._config.batch.queue
+
+    @property
     def request_limit(self) -> int:
         """Tokens that one request may have, prompt and continuation together."""
         return min(self._model.context.cells, self.info.trained_context or 2**30)
@@ -158,7 +166,7 @@ class Engine:
     def _submit(self, generation: Generation) -> None:
         if self._refusal is not None:
             raise self._refusal()
-        if len(self._wanted) >= self.slots + self._config.batch.queue:
+        if len(self._wanted) >= self.places:
             raise Overloaded(self._retry_after())
         key = generation.key = next(self._keys)
         self._open[key] = generation
@@ -184,7 +192,8 @@ class Engine:
 
     def _cancel(self, generation: Generation) -> None:
         self._wanted.discard(generation.key)
-        self._inbox.put(lambda runner: runner.cancel(generation.key))
+        reason = FinishReason.STOP if generation.complete else FinishReason.CANCELLED
+        self._inbox.put(lambda runner: runner.end(generation.key, reason))
 
     def _deliver(self, items: list[News]) -> None:
         for key, ids, logprobs, end in items:
@@ -206,13 +215,14 @@ class Engine:
         try:
             await asyncio.wait_for(self._empty.wait(), grace)
         except TimeoutError:
-            self._inbox.put(lambda runner: runner.fail_all(EngineFault("The server is shutting down.")))
+            self._inbox.put(lambda runner: runner.fail_all(SHUTTING_DOWN))
             await self._empty.wait()
 
-    def _die(self, error: EngineFault) -> None:
+    def _die(self, fault: EngineFault) -> None:
         """After the thread has failed: everyone who waits is told, and nobody is taken any more."""
-        self._refusal = lambda: error
-        self._deliver([News(key, (), (), Failed(error)) for key in list(self._open)])
+        self.fault = fault
+        self._refusal = lambda: EngineFault(str(fault), fatal=True)  # one for each: raising one grows it
+        self._deliver([News(key, (), (), Failed(self._refusal())) for key in list(self._open)])
 
     # ── on the engine thread ──
 
@@ -227,9 +237,10 @@ class Engine:
             self._call_soon(self._settle_ready, None, error)
             return
         self._backend = backend
-        pace = Pace(self._config.batch.step_ms / 1000, self._config.batch.idle_step_ms / 1000)
-        runner = Runner(backend, self.slots, pace, Outbox(self._loop, self._deliver))
+        batch = self._config.batch
         try:
+            pace = Pace(batch.step_ms / 1000, batch.idle_step_ms / 1000)
+            runner = Runner(backend, self.slots, pace, Outbox(self._loop, self._deliver))
             if self._config.model.warmup:
                 warm_up(backend.context, runner.cost)
             self._call_soon(self._settle_ready, runner, None)
@@ -260,7 +271,7 @@ class Engine:
             while not runner.busy or not self._inbox.empty():
                 command = self._inbox.get()
                 if command is None:
-                    runner.fail_all(EngineFault("The server is shutting down."))
+                    runner.fail_all(SHUTTING_DOWN)
                     runner.step()
                     return
                 command(runner)

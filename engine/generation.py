@@ -46,6 +46,11 @@ class Generation:
         self._end: Finished | Failed | None = None
         self._drained = False
 
+    @property
+    def complete(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self._text.stopped_by is not None
+
     async def __aenter__(self) -> Self:
         self._submit(self)
         return self

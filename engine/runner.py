@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from engine import scheduler
@@ -20,7 +20,9 @@ from engine.sampling import BadLogits
 from engine.scheduler import Limits, Plan, Room, Rows, StreamView, WaitingView
 from engine.stats import Counters
 from engine.streams import Stream
-from engine.verify import Verifier
+from engine.verify import verify
+
+SHUTTING_DOWN = "The server is shutting down."
 
 
 class Pace(NamedTuple):
@@ -34,6 +36,8 @@ class Runner:
     """The streams of one engine. All of it belongs to the engine thread."""
 
     def __init__(self, backend: Backend, slots: int, pace: Pace, outbox: Outbox) -> None:
+        assert backend.context.sequences > slots, "an id stays free while a slot is"
+        assert min(backend.context.outputs, backend.context.batch.capacity) >= slots, "every slot may decode"
         self.context = backend.context
         self.cells = Cells(backend.context)
         self.cost = StepCost()
@@ -43,7 +47,6 @@ class Runner:
         self._slots = slots
         self._pace = pace
         self._outbox = outbox
-        self._verifier = Verifier()
         self._promised = RadixTree()  # the prompts that running streams are reading
 
     @property
@@ -55,15 +58,15 @@ class Runner:
         """Takes a new request."""
         self.waiting.append(stream)
 
-    def cancel(self, key: int) -> None:
-        """Ends a request that its reader left, wherever it is; one that has ended already is nobody's."""
+    def end(self, key: int, reason: FinishReason) -> None:
+        """Ends a request that its reader left or found complete, wherever it is; one that has ended is nobody's."""
         if (stream := self._find(key)) is not None:
-            self._finish(stream, FinishReason.CANCELLED)
+            self._finish(stream, reason)
 
-    def fail_all(self, error: EngineError) -> None:
-        """Ends every request with `error`; the cells keep nothing of them."""
+    def fail_all(self, message: str) -> None:
+        """Ends every request with an EngineFault; the cells keep nothing of them."""
         for stream in [*self.running.values(), *self.waiting]:
-            self._fail(stream, error)
+            self._fail(stream, EngineFault(message))
 
     def step(self) -> None:
         """One decode for everyone who runs, and what follows from it. With nobody, only tells the readers."""
@@ -73,10 +76,10 @@ class Runner:
         for key in plan.retract:
             self._retract(self.running[key])
         if plan.rows:
-            self._decode(plan)
-        self._gauge(time.perf_counter() - begun)
+            self._decode(plan.rows)
         self._outbox.flush()
         self._draft()
+        self._gauge(time.perf_counter() - begun)
 
     def rest(self) -> None:
         """Called when nothing runs: proves that tree and context still agree. Raises AssertionError if not."""
@@ -107,14 +110,23 @@ class Runner:
             self.counters.cached_tokens += stream.cached
 
     def _waiting_view(self, stream: Stream) -> WaitingView:
+        known = len(stream.tokens)
+        if stream.waits_for in self._promised and self._computed(stream.waits_for) < stream.promised:
+            return WaitingView(stream.key, known, 0, 0, stream.promised)
         salt = stream.request.salt
         found = self.cells.find(stream.tokens, salt)
-        promised = self._promised.match(stream.tokens[:-1], salt).length if self.context.partial else 0
-        return WaitingView(stream.key, len(stream.tokens), found.length, found.idle, promised)
+        if self.context.partial:
+            stream.waits_for, stream.promised = self._promised.match(stream.tokens[:-1], salt)
+        return WaitingView(stream.key, known, found.length, found.idle, stream.promised)
+
+    def _computed(self, key: int) -> int:
+        lease = self.running[key].lease
+        return lease.length if lease else 0
 
     def _views(self) -> list[StreamView]:
+        tight = self.cells.free + self.cells.idle <= len(self.running)  # somebody may have to be retracted
         return [
-            stream.view(self.cells.tree.alone(stream.lease.seq))
+            stream.view(self.cells.tree.alone(stream.lease.seq) if tight else 0)
             for stream in self.running.values()
             if stream.lease is not None
         ]
@@ -136,22 +148,32 @@ class Runner:
 
     # ── the decode ──
 
-    def _decode(self, plan: Plan) -> None:
-        """Decodes the rows of `plan`; without free cells, once more with less, and later if even that fails."""
-        self.cells.reclaim(sum(rows.tokens + rows.drafts for rows in plan.rows))
-        firsts = self._fill(plan.rows)
-        begun = time.perf_counter()
-        try:
-            logits = self.context.decode()
-        except NoFreeCells:
-            self._make_room()
+    def _decode(self, rows: Sequence[Rows]) -> None:
+        """Decodes `rows`, or what of them finds cells, and settles it.
+
+        The count of free cells is exact for plain attention; should the model have fewer all the same, idle prefixes
+        leave and the step is tried with less, down to one row. A stream fails only if not even that row fits.
+        """
+        while True:
+            self.cells.reclaim(sum(part.tokens + part.drafts for part in rows))
+            firsts = self._fill(rows)
+            begun = time.perf_counter()
+            try:
+                logits = self.context.decode()
+            except NoFreeCells:
+                self.cells.reclaim(self.context.cells)
+                if less := scheduler.lessen(rows):
+                    rows = less
+                    continue
+                self._fail_rows(rows, "the model finds no cells for a single row of it")
+            except Aborted:
+                self._fail_rows(rows, SHUTTING_DOWN)
+            except NativeFault as error:
+                self._fail_rows(rows, f"the step failed: {error}")
+            else:
+                self._observe(rows, time.perf_counter() - begun)
+                self._settle(rows, firsts, logits)
             return
-        except (NativeFault, Aborted) as error:
-            self._fail_rows(plan.rows, error)
-            return
-        seconds = time.perf_counter() - begun
-        self._observe(plan.rows, seconds)
-        self._settle(plan.rows, firsts, logits)
 
     def _fill(self, plan: Iterable[Rows]) -> list[int]:
         """Writes the batch; for each stream the index of its first row of logits."""
@@ -169,19 +191,9 @@ class Runner:
             firsts.append(batch.add(lease.seq, start, tokens, rows.drafts + 1 if last else 0))
         return firsts
 
-    def _make_room(self) -> None:
-        """After a decode that found no cells although the count said there were: give up more, or give in."""
-        if self.cells.idle:
-            self.cells.reclaim(self.context.cells)
-        elif len(self.running) > 1:
-            self._retract(next(reversed(self.running.values())))
-        else:
-            for stream in list(self.running.values()):
-                self._fail(stream, EngineFault("the model found no free cells for this request alone"))
-
-    def _fail_rows(self, plan: Iterable[Rows], error: Exception) -> None:
+    def _fail_rows(self, plan: Iterable[Rows], reason: str) -> None:
         for rows in plan:
-            self._fail(self.running[rows.key], EngineFault(f"the step failed: {error}"))
+            self._fail(self.running[rows.key], EngineFault(reason))
 
     def _observe(self, plan: Iterable[Rows], seconds: float) -> None:
         rows = decode_rows = 0
@@ -197,7 +209,6 @@ class Runner:
     # ── after it ──
 
     def _settle(self, plan: Iterable[Rows], firsts: Iterable[int], logits: Logits) -> None:
-        self._verifier.begin(logits)
         now = time.perf_counter()
         for rows, first in zip(plan, firsts, strict=True):
             stream = self.running[rows.key]
@@ -209,22 +220,23 @@ class Runner:
             if stream.key in self._promised:
                 self._promised.remove(stream.key)
             try:
-                self._emit(stream, rows.drafts, first, now)
+                self._emit(stream, logits[first : first + rows.drafts + 1], now)
             except BadLogits as error:
                 self._fail(stream, EngineFault(str(error)))
 
-    def _emit(self, stream: Stream, drafts: int, first: int, now: float) -> None:
+    def _emit(self, stream: Stream, rows: Logits, now: float) -> None:
         """Picks the stream's next tokens, keeps the cells of those that the draft had right, and tells its reader."""
         if (reason := stream.done_reading) is not None:
             self._finish(stream, reason)
             return
         lease = stream.lease
         assert lease is not None, "a planned stream has a lease"
-        verdict = self._verifier.verify(stream, stream.draft[:drafts], first)
-        lease.commit(stream.draft[: verdict.accepted])
-        if verdict.accepted < drafts:
-            lease.roll_back()
+        drafts = len(rows) - 1
+        verdict = verify(stream, stream.draft[:drafts], rows)
         if drafts:
+            lease.commit(stream.draft[: verdict.accepted])
+            if verdict.accepted < drafts:
+                lease.roll_back()
             self._count_draft(stream, drafts, verdict.accepted)
         stream.draft = ()
         self._clock(stream, len(verdict.ids), now)

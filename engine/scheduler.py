@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
 
+HOLD_BACK = 32
+"""A shared prefix of fewer tokens than this is not worth the wait for another's rows."""
 HEADROOM = 16
 """Cells kept free for each running stream when another is admitted, so that it is not retracted at once."""
 
@@ -86,7 +88,7 @@ def admit(waiting: Iterable[WaitingView], running: Sequence[StreamView], room: R
         return None
     reserved = sum(view.behind + HEADROOM for view in running)
     for view in waiting:
-        if running and view.promised > view.resident:
+        if running and view.promised >= view.resident + HOLD_BACK:
             continue
         need = view.known - view.resident + HEADROOM
         if not running or need + reserved <= room.free + room.idle - view.idle:
@@ -109,6 +111,18 @@ def plan(running: Sequence[StreamView], room: Room, limits: Limits) -> Plan:
         cells += newest.alone
     rows = _rows(streams, cells, room.free if not retract else 0, limits)
     return Plan(tuple(rows), tuple(retract))
+
+
+def lessen(rows: Sequence[Rows]) -> tuple[Rows, ...]:
+    """Less than `rows`: without drafts; if there are none, half of each prompt; if nobody reads, the older half.
+
+    A single row becomes nothing.
+    """
+    if any(part.drafts for part in rows):
+        return tuple(Rows(part.key, part.tokens) for part in rows)
+    if any(part.tokens > 1 for part in rows):
+        return tuple(Rows(part.key, (part.tokens + 1) // 2) for part in rows)
+    return tuple(rows[: len(rows) // 2])
 
 
 def _fits(streams: Sequence[StreamView], cells: int) -> bool:

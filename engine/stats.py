@@ -19,7 +19,10 @@ class Histogram(Struct, frozen=True):
 
 
 class Stats(Struct, frozen=True):
-    """A snapshot. Counts and seconds grow from the start of the engine; the last six are as of the last step."""
+    """A snapshot. Counts and seconds grow from the start; `running` and what follows it are as of the last step.
+
+    `native_passes` are passes over the weights as one stream of cells takes them: rows / ubatch of each step.
+    """
 
     requests_finished: dict[str, int]
     prompt_tokens: int

@@ -34,6 +34,9 @@ class Stream:
         self.speculator = speculator
         self.lease: Lease | None = None
         self.draft: Sequence[int] = ()
+        self.waits_for = -1
+        """While it waits: the running stream that is computing the longest prefix of it, and how long that is."""
+        self.promised = 0
         self.cached = 0
         self.drafted = 0
         self.accepted = 0

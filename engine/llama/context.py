@@ -46,12 +46,12 @@ def native_batch(batch: Batch) -> tuple[Any, Any]:
 
 
 def context_params(model: ModelConfig, batch: BatchConfig, cells: int, threads: int) -> Any:
-    """Parameters of a context with one unified stream of `cells` cells."""
+    """Parameters of a context with one unified stream of `cells` cells, rounded up to the library's 256."""
     params = native.llama_context_default_params()
-    params.n_ctx = cells
+    params.n_ctx = -(-cells // 256) * 256
     params.n_batch = max(batch.rows, sequences_for(batch.slots))
     params.n_ubatch = min(batch.ubatch, params.n_batch)
-    params.n_seq_max = min(sequences_for(batch.slots), max(cells, 256))
+    params.n_seq_max = sequences_for(batch.slots)
     params.n_outputs_max = min(params.n_batch, max(params.n_seq_max, OUTPUTS_PER_SLOT * batch.slots))
     params.n_threads = threads
     params.n_threads_batch = model.threads_batch if model.threads_batch > 0 else threads
@@ -76,6 +76,9 @@ class LlamaContext:
         if not self._handle:
             raise NativeFault("the context could not be created")
         self._memory = native.llama_get_memory(self._handle)
+        if not self._memory:  # a decode would then be an encode, which aborts with more rows than outputs
+            native.llama_free(self._handle)
+            raise NativeFault("the model keeps no context: it computes embeddings, not text")
         self._stop = StopFlag()
         self._stop.install(self._handle)
         self._vocabulary: int = native.llama_vocab_n_tokens(native.llama_model_get_vocab(model))

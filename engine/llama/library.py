@@ -28,8 +28,8 @@ CACHE_TYPES = {
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 """`enum llama_flash_attn_type`."""
 
-WARNING_AND_ERROR = (3, 4)
-"""The library's levels of what goes wrong. It is logged as the rest is: failures reach the caller as exceptions."""
+ERROR = 4
+"""The library's level of errors. They are logged as the rest is: failures reach the caller as exceptions."""
 
 _complaints: deque[str] = deque(maxlen=20)
 
@@ -38,7 +38,7 @@ def _record(level: int, text: bytes, user_data: object) -> None:
     line = text.decode("utf-8", "replace").strip()
     if not line:
         return
-    if level in WARNING_AND_ERROR:
+    if level == ERROR:
         _complaints.append(line)
     log.debug("%s", line)
 
@@ -51,6 +51,11 @@ def start() -> None:
     """Makes the library ready and takes over its log. Harmless to repeat."""
     native.llama_log_set(_callback, ctypes.c_void_p(0))
     native.llama_backend_init()
+    forget()
+
+
+def forget() -> None:
+    """Drops the errors so far, so that `complaint` is about what comes next."""
     _complaints.clear()
 
 
@@ -61,7 +66,7 @@ def amx() -> bool:
 
 
 def complaint() -> str:
-    """The library's own reason for its last failure: its first error line since `start`, else nothing."""
+    """The library's own reason for a failure: its first error line since `forget`, else nothing."""
     return next(iter(_complaints), "")
 
 

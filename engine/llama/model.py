@@ -29,6 +29,7 @@ class LlamaBackend:
     def close(self) -> None:
         """Frees the context, then the model."""
         self.context.close()
+        self.vocab.close()
         native.llama_model_free(self._model)
 
 
@@ -82,17 +83,19 @@ def _reason(otherwise: str) -> str:
 
 
 def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
-    if native.llama_model_has_encoder(model) or not native.llama_model_has_decoder(model):
+    kinds = (native.llama_model_has_encoder, native.llama_model_is_diffusion)
+    if any(kind(model) for kind in kinds) or not native.llama_model_has_decoder(model):
         raise ModelError(f"{path} is not a decoder-only language model; Paceline serves only those")
     trained: int = native.llama_model_n_ctx_train(model)
     threads = config.model.threads if config.model.threads > 0 else physical_cores()
     params = context_params(config.model, config.batch, config.batch.context or trained, threads)
+    library.forget()
     partial = not (native.llama_model_is_recurrent(model) or native.llama_model_is_hybrid(model))
     window: int = native.llama_model_n_swa(model)
     try:
         context = LlamaContext(model, params, partial=partial, window=window)
     except NativeFault as fault:
-        raise ModelError(f"cannot make room for {params.n_ctx} tokens of context: {_reason(str(fault))}") from None
+        raise ModelError(f"cannot open a context of {params.n_ctx} tokens: {_reason(str(fault))}") from None
     vocab = LlamaVocab(model)
     return LlamaBackend(model, vocab, context, _describe(config, path, model, vocab, context, threads))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import Any
 
 from llama_cpp import llama_cpp as native
+
+from engine.contract import EngineFault
 
 
 class LlamaVocab:
@@ -16,13 +19,27 @@ class LlamaVocab:
         self.size: int = native.llama_vocab_n_tokens(self._vocab)
         self.ends = frozenset(token for token in range(self.size) if native.llama_vocab_is_eog(self._vocab, token))
         self.adds_bos = bool(native.llama_vocab_get_add_bos(self._vocab))
-        self._pieces: list[bytes | None] = [None] * self.size
+        # Rendered here and now: later a reader may ask for a piece when the model is already closed.
+        self._pieces = [self._render(token) for token in range(self.size)]
+        self._closing = threading.Lock()  # tokenizing happens on threads of the caller's, and must end before that
+        self._closed = False
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Token ids of `text`; with `special`, special tokens are recognised and a BOS added if the model wants it.
 
-        A lone surrogate, which no UTF-8 can hold, becomes a question mark.
+        A lone surrogate, which no UTF-8 can hold, becomes a question mark. Raises EngineFault once closed.
         """
+        with self._closing:
+            if self._closed:
+                raise EngineFault("The model is closed.")
+            return self._tokenize(text, special)
+
+    def close(self) -> None:
+        """Waits for a text that is being tokenized, and takes no other."""
+        with self._closing:
+            self._closed = True
+
+    def _tokenize(self, text: str, special: bool) -> list[int]:
         data = text.encode("utf-8", "replace")
         room = len(data) + 2
         while True:
@@ -33,11 +50,8 @@ class LlamaVocab:
             room = -count
 
     def piece(self, token: int) -> bytes:
-        """The token's bytes, kept after the first call; empty for control tokens."""
-        piece = self._pieces[token]
-        if piece is None:
-            piece = self._pieces[token] = self._render(token)
-        return piece
+        """The token's bytes; empty for control tokens."""
+        return self._pieces[token]
 
     def _render(self, token: int) -> bytes:
         size = 64

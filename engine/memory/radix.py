@@ -90,21 +90,16 @@ class RadixTree:
         root = self._roots.get(salt)
         if root is None or not tokens:
             return Match(-1, 0)
-        node, length = self._deepest(root, tokens, 0)
-        return Match(next(iter(node.holders)), length) if length else Match(-1, 0)
-
-    def _deepest(self, node: Node, tokens: array[int], start: int) -> tuple[Node, int]:
-        best, reach = node, start
-        if start == len(tokens):
-            return best, reach
-        for child in node.children.get(tokens[start], ()):
-            same = common(child.tokens, tokens, start)
-            found, end = child, start + same
-            if same == len(child.tokens):
-                found, end = self._deepest(child, tokens, end)
-            if end > reach:
-                best, reach = found, end
-        return best, reach
+        best, reach, open_ = root, 0, [(root, 0)]
+        while open_:
+            node, start = open_.pop()
+            for child in node.children.get(tokens[start], ()) if start < len(tokens) else ():
+                end = start + common(child.tokens, tokens, start)
+                if end > reach:
+                    best, reach = child, end
+                if end - start == len(child.tokens):
+                    open_.append((child, end))
+        return Match(next(iter(best.holders)), reach) if reach else Match(-1, 0)
 
     def share(self, source: int, target: int, length: int) -> None:
         """Begins `target` with the first `length` cells of `source`, in its salt."""
@@ -207,10 +202,28 @@ class RadixTree:
     def _drop(self, node: Node, seq: int) -> None:
         """Takes `seq` out of `node`, and the node out of the tree with its last holder."""
         node.holders.discard(seq)
+        parent = node.parent
+        assert parent is not None, "the root is never dropped"
         if not node.holders:
-            assert node.parent is not None, "the root is never dropped"
-            node.parent.detach(node)
+            parent.detach(node)
             self.cells -= len(node.tokens)
+            self._merge(parent)
+        else:
+            self._merge(node)
+
+    def _merge(self, node: Node) -> None:
+        """Joins `node` with its only child if both are held by the same sequences, of which none can end between.
+
+        So there are never more runs than twice the sequences. The child's object stays: tails point at it.
+        """
+        if node.parent is None or len(node.children) != 1:
+            return
+        ((child, *others),) = node.children.values()
+        if others or child.holders != node.holders:
+            return
+        node.parent.detach(node)
+        child.tokens = node.tokens + child.tokens
+        node.parent.attach(child)
 
     def check(self) -> None:
         """Raises AssertionError unless lengths, holders and the number of cells agree with each other."""

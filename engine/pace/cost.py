@@ -6,16 +6,21 @@ WEIGHT = 0.2
 """Share of a new measurement in a running mean."""
 OUTLIER = 3.0
 """A measurement counts for at most this many times the mean: the machine is shared."""
+REFRESH = 16
+"""Of so many steps beside streams one holds no prompt rows, so that the streams' own cost is known as it changes:
+cells that a prompt fills make every later step dearer."""
+SMALL = 4
+"""The end of a prompt, less than a chunk's size divided by this, says little about the cost of a row."""
 GROWTH = 2
 """A step holds at most this many times the prompt rows of the last one, so that no estimate is trusted far
 beyond what was measured."""
 
 
-def blend(mean: float | None, value: float) -> float:
+def blend(mean: float | None, value: float, weight: float = WEIGHT) -> float:
     """The running mean after one more measurement."""
     if mean is None:
         return value
-    return mean + WEIGHT * (min(value, OUTLIER * mean) - mean)
+    return mean + weight * (min(value, OUTLIER * mean) - mean)
 
 
 class StepCost:
@@ -31,15 +36,28 @@ class StepCost:
         self._alone: float | None = None
         self._last_beside = 4
         self._last_alone = first_rows
+        self._allowed = 0  # prompt rows that the last step might have held
+        self._mixed = 0  # steps with prompts beside streams since one without
 
     def observe(self, decode_rows: int, prompt_rows: int, seconds: float) -> None:
         """Records a step that was `seconds` long."""
         if not prompt_rows:
-            self._decode[decode_rows] = blend(self._decode.get(decode_rows), seconds)
+            refresh = self._mixed >= REFRESH  # the only one in a while: it counts as several
+            weight = 3 * WEIGHT if refresh else WEIGHT
+            self._decode[decode_rows] = blend(self._decode.get(decode_rows), seconds, weight)
+            self._mixed = 0
         elif not decode_rows:
-            self._alone = blend(self._alone, seconds / prompt_rows)
-            self._last_alone = prompt_rows
+            if SMALL * prompt_rows >= self._allowed:
+                self._alone = blend(self._alone, seconds / prompt_rows)
+                self._last_alone = prompt_rows
         else:
+            self._mixed += 1
+            self._observe_mixed(decode_rows, prompt_rows, seconds)
+
+    def _observe_mixed(self, decode_rows: int, prompt_rows: int, seconds: float) -> None:
+        if self.decode_seconds(decode_rows) > seconds:  # without the prompt it would have been shorter still
+            self._decode[decode_rows] = seconds
+        if SMALL * prompt_rows >= self._allowed:
             more = max(seconds - self.decode_seconds(decode_rows), 0.05 * seconds)
             self._beside = blend(self._beside, more / prompt_rows)
             self._last_beside = prompt_rows
@@ -60,18 +78,21 @@ class StepCost:
         return self._decode[below] + share * (self._decode[above] - self._decode[below])
 
     def prompt_rows(self, decode_rows: int, step_seconds: float, idle_step_seconds: float) -> int:
-        """Prompt rows that fit a step beside `decode_rows` others; at least 1.
+        """Prompt rows that fit a step beside `decode_rows` others; at least 1, but for a step that measures the others.
 
         Beside streams the step may take `step_seconds`, or twice what it takes without prompts if that is 0, so
         that streams keep half their speed; with no stream running it may take `idle_step_seconds`.
         """
-        if not decode_rows:
-            rows = _fit(idle_step_seconds, self._alone or self._beside)
-            return max(1, min(rows, GROWTH * self._last_alone))
-        alone = self.decode_seconds(decode_rows)
-        budget = max(step_seconds - alone, 0.0) if step_seconds else alone
-        rows = _fit(budget, self._beside or self._alone)
-        return max(1, min(rows, GROWTH * self._last_beside))
+        if decode_rows and self._mixed >= REFRESH:
+            return 0
+        if decode_rows:
+            alone = self.decode_seconds(decode_rows)
+            budget = max(step_seconds - alone, 0.0) if step_seconds else alone
+            rows = min(_fit(budget, self._beside or self._alone), GROWTH * self._last_beside)
+        else:
+            rows = min(_fit(idle_step_seconds, self._alone or self._beside), GROWTH * self._last_alone)
+        self._allowed = max(1, rows)
+        return self._allowed
 
 
 def _fit(seconds: float, row_seconds: float | None) -> int:

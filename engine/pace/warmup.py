@@ -8,7 +8,7 @@ from engine.backend import Context
 from engine.pace.cost import StepCost
 
 ROWS = 32
-"""Rows of the trial prompt; few enough to be quick on a large model."""
+"""Rows of the trial prompt at most; few enough to be quick on a large model."""
 
 
 def warm_up(context: Context, cost: StepCost) -> None:
@@ -16,7 +16,7 @@ def warm_up(context: Context, cost: StepCost) -> None:
 
     Leaves the cells empty.
     """
-    for rows in (1, ROWS):
+    for rows in (1, min(ROWS, context.batch.capacity)):
         _seconds(context, rows)
         seconds = _seconds(context, rows)
         cost.observe(1, 0, seconds) if rows == 1 else cost.observe(0, rows, seconds)

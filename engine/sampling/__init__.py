@@ -5,14 +5,14 @@ candidates  the likely tokens of a row, without sorting the vocabulary
 truncate    top_k, typical_p, top_p, min_p, XTC
 penalties   repeat, presence and frequency penalties, DRY
 sampler     all of it for one request
-verify      drafts against rows
+accept      drafts against rows
 logprobs    what to report of a row
 """
 
+from engine.sampling.accept import accept
 from engine.sampling.candidates import BadLogits, likeliest
 from engine.sampling.logprobs import logprob
 from engine.sampling.noise import derive
 from engine.sampling.sampler import Sampler
-from engine.sampling.verify import accept
 
 __all__ = ["BadLogits", "Sampler", "accept", "derive", "likeliest", "logprob"]

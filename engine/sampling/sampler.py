@@ -37,10 +37,6 @@ class Sampler:
         self._banned_early = _ids(ends.union(request.stop_tokens))
         self._adjusts = bool(self._bias or self._dry or self._penalises or len(self._banned))
 
-    def greedy(self, emitted: int) -> bool:
-        """Whether the pick after `emitted` tokens is the argmax of the raw row, so that `pick` need not be asked."""
-        return self._params.temperature <= 0.0 and not self._changes(emitted)
-
     def pick(self, row: Row, history: Sequence[int], prompt_length: int) -> int:
         """The token after `history`, the prompt and then what was emitted. Leaves the row as it was.
 

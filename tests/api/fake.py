@@ -13,6 +13,7 @@ from api.served import Core, Served, Site
 from engine import (
     ContextExceeded,
     EngineError,
+    EngineFault,
     Finished,
     FinishReason,
     Generation,
@@ -106,8 +107,10 @@ class FakeEngine:
         self.log: list[str] = []
         self.requests: list[Request] = []
         self.refusal: EngineError | None = None
-        """Raised on entering once `places` requests are open."""
-        self.places = 0
+        """Raised on entering once `free` requests are open."""
+        self.free = 0
+        self.places = 512
+        self.fault: EngineFault | None = None
         self._playing: dict[Generation, asyncio.Task[None]] = {}
 
     def generate(self, request: Request) -> Generation:
@@ -137,7 +140,7 @@ class FakeEngine:
         )
 
     def _submit(self, generation: Generation) -> None:
-        if self.refusal is not None and len(self._playing) >= self.places:
+        if self.refusal is not None and len(self._playing) >= self.free:
             raise self.refusal
         self.log.append("submit")
         self._playing[generation] = asyncio.create_task(self._play(generation))
@@ -155,6 +158,8 @@ class FakeEngine:
             await asyncio.sleep(step if isinstance(step, float) else 0)
             match step:
                 case EngineError():
+                    if isinstance(step, EngineFault) and step.fatal:
+                        self.fault = step
                     self._end(generation, Failed(step))
                     return
                 case asyncio.Event():

@@ -144,7 +144,7 @@ def test_random_interleavings(seed: int) -> None:
             bench.runner.cells.check()
         if random.random() < 0.2:
             victim = random.randrange(key + 1)
-            bench.runner.cancel(victim)
+            bench.runner.end(victim, FinishReason.CANCELLED)
             cancelled.add(victim)
         if bench.runner.running and random.random() < 0.15:
             bench.runner._retract(random.choice(list(bench.runner.running.values())))
@@ -200,7 +200,7 @@ def test_who_waits_for_a_prefix_goes_on_when_its_reader_is_cancelled() -> None:
     bench.runner.step()
     bench.runner.step()
     assert list(bench.runner.running) == [0]
-    bench.runner.cancel(0)
+    bench.runner.end(0, FinishReason.CANCELLED)
     bench.run()
     assert context.computed == 20 + (41 - 20) + 2
     end = bench.ends[1]
@@ -225,8 +225,8 @@ def test_cancelling_a_queued_request_frees_nothing_and_ends_once() -> None:
     bench.submit(0, Request(prompt=(1,), max_tokens=5, ignore_eos=True))
     bench.submit(1, Request(prompt=(2,), max_tokens=5))
     bench.runner.step()
-    bench.runner.cancel(1)
-    bench.runner.cancel(1)
+    bench.runner.end(1, FinishReason.CANCELLED)
+    bench.runner.end(1, FinishReason.CANCELLED)
     bench.run()
     end = bench.ends[1]
     assert isinstance(end, Finished)
@@ -258,3 +258,76 @@ def test_a_failed_step_fails_its_streams_and_nobody_else() -> None:
     assert isinstance(bench.ends[0], Failed)
     assert isinstance(bench.ends[1], Finished)
     assert len(bench.got[1]) == 9
+
+
+@pytest.mark.parametrize("faults", [1, 2, 4])
+def test_decodes_that_find_no_cells_are_tried_with_less(faults: int) -> None:
+    """However often in a row: nobody fails while more than a row was tried."""
+    request = Request(prompt=tuple(range(1, 20)), max_tokens=9, ignore_eos=True)
+    tokens, _ = alone(request, 200)
+    context = ToyContext()
+    bench = Bench(context)
+    for key in range(3):
+        bench.submit(key, request, Oracle(tokens, 0.5, Random(1)))
+    context.faults = lambda n: NoFreeCells() if n % 10 < faults and context.batch.rows > 1 else None
+    bench.run()
+    assert [bench.got[key] for key in range(3)] == [tokens] * 3
+
+
+def test_two_sequences_that_never_fit_together_run_one_after_the_other() -> None:
+    request = Request(prompt=(1, 2, 3), max_tokens=6, ignore_eos=True)
+    tokens, _ = alone(request, 200)
+    context = ToyContext()
+    bench = Bench(context)
+    for key in range(2):
+        bench.submit(key, request)
+    context.faults = lambda n: NoFreeCells() if len(set(context.batch.seq[: context.batch.rows])) > 1 else None
+    bench.run()
+    assert [bench.got[key] for key in range(2)] == [tokens] * 2
+
+
+def test_a_request_that_fits_not_even_alone_fails_and_no_other() -> None:
+    context = ToyContext()
+    bench = Bench(context)
+    bench.submit(0, Request(prompt=(1, 2, 3), max_tokens=6, ignore_eos=True))
+    bench.runner.step()
+    bench.submit(1, Request(prompt=(4, 5, 6), max_tokens=6, ignore_eos=True))
+    context.faults = lambda n: NoFreeCells() if 0 in context.batch.seq[: context.batch.rows] else None
+    bench.run()
+    assert isinstance(bench.ends[0], Failed)
+    assert isinstance(bench.ends[1], Finished)
+
+
+def test_a_source_that_lost_cells_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a sliding window: the prompt is computed then."""
+    context = ToyContext()
+    monkeypatch.setattr(context, "copy", lambda source, target, length: False)
+    bench = Bench(context)
+    request = Request(prompt=tuple(range(1, 45)), max_tokens=3, ignore_eos=True)
+    for key in range(2):
+        bench.submit(key, request)
+        bench.run()
+    assert bench.got[0] == bench.got[1]
+    assert context.computed == 2 * (44 + 2)
+
+
+def test_a_prompt_that_grows_by_a_token_each_time() -> None:
+    """As an editor asks for completions: each request parts from the last at another place."""
+    context = ToyContext(cells=3000, rows=2048, sequences=12)
+    bench = Bench(context, prompt_rows=2048)
+    document = [1 + n % (VOCABULARY - 2) for n in range(1500)]
+    for size in range(1, 1500, 1):
+        bench.submit(size, Request(prompt=(*document[:size], VOCABULARY - 1), max_tokens=0))
+        bench.runner.step()
+    bench.run()
+    assert context.computed < 1500 * 3
+    assert sum(1 for _ in bench.runner.cells.tree.runs()) <= 2 * context.sequences
+
+
+def test_a_stop_string_counts_as_a_stop() -> None:
+    bench = Bench(ToyContext())
+    bench.submit(0, Request(prompt=(1,), ignore_eos=True))
+    bench.runner.step()
+    bench.runner.end(0, FinishReason.STOP)
+    bench.run()
+    assert bench.runner.counters.finished == {"stop": 1, "length": 0, "cancelled": 0, "error": 0}
