@@ -31,6 +31,7 @@ check: $(VENV)/.developed
 
 bench: $(VENV)/.developed $(SMOLLM)
 	$(BIN)/python -m bench.step_cost -m $(SMOLLM)
+	$(BIN)/python -m bench.step_cost -m $(SMOLLM) -fa on
 	$(BIN)/python -m bench.overhead -m $(SMOLLM)
 	$(BIN)/python -m bench.scenarios -m $(SMOLLM)
 

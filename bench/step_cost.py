@@ -1,12 +1,14 @@
-"""What one step costs: milliseconds by rows, and by cells that are resident beside them.
+"""What one step costs: milliseconds by rows, by cells that are resident beside them, and by cells they look at.
 
-Decode rows belong to one sequence each, as in continuous batching; prompt rows all belong to one.
+Decode rows belong to one sequence each, as in continuous batching; prompt rows all to one, which has nothing before
+them, or has all the resident cells before them.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -16,22 +18,24 @@ from engine.config import EngineConfig
 from engine.llama import open_gguf
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-RESIDENT = (0, 2048, 4096, 6144)
+RESIDENT = (0, 1024, 2048, 4096)
+KINDS = {
+    "decode": "decode rows, each of a sequence of its own",
+    "prompt": "prompt rows at the start of a sequence",
+    "behind": "prompt rows behind the resident cells",
+}
 
 
-def seconds(context: Context, rows: int, *, sequences: bool) -> float:
-    """One decode of `rows` rows, each of a sequence of its own or all of one."""
+def seconds(context: Context, parts: Sequence[tuple[int, int]]) -> float:
+    """One decode of so many more rows for each sequence; they are dropped again."""
+    lengths = [context.length(seq) for seq, _ in parts]
     context.batch.clear()
-    base = [context.length(seq) for seq in range(rows)] if sequences else [0]
-    if sequences:
-        for seq in range(rows):
-            context.batch.add(seq, base[seq], [seq + 5], 1)
-    else:
-        context.batch.add(0, 0, [5] * rows, 1)
+    for (seq, rows), length in zip(parts, lengths, strict=True):
+        context.batch.add(seq, length, [seq + 5] * rows, 1)
     begun = time.perf_counter()
     context.decode()
     spent = time.perf_counter() - begun
-    for seq, length in enumerate(base):
+    for (seq, _), length in zip(parts, lengths, strict=True):
         context.cut(seq, length)
     return spent
 
@@ -46,25 +50,26 @@ def fill(context: Context, seq: int, cells: int) -> None:
 
 def measure(context: Context, repeats: int) -> dict[str, dict[int, dict[int, float]]]:
     """Median milliseconds: kind of rows -> resident cells -> rows."""
-    figures: dict[str, dict[int, dict[int, float]]] = {"decode": {}, "prompt": {}}
+    figures: dict[str, dict[int, dict[int, float]]] = {kind: {} for kind in KINDS}
     last = context.sequences - 1
     for cells in RESIDENT:
         fill(context, last, cells)
-        for kind, sequences in (("decode", True), ("prompt", False)):
-            figures[kind][cells] = {}
-            for rows in ROWS:
-                times = [seconds(context, rows, sequences=sequences) for _ in range(repeats + 1)][1:]
-                figures[kind][cells][rows] = round(1000 * median(times), 2)
+        for rows in ROWS:
+            parts = {"decode": [(seq, 1) for seq in range(rows)], "prompt": [(0, rows)], "behind": [(last, rows)]}
+            for kind in KINDS:
+                times = [seconds(context, parts[kind]) for _ in range(repeats + 1)][1:]
+                figures[kind].setdefault(cells, {})[rows] = round(1000 * median(times), 2)
     return figures
 
 
 def main() -> None:
-    """Prints two tables and writes `step_cost.json`."""
+    """Prints three tables and writes `step_cost.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
-    parser.add_argument("--repeats", type=int, default=7, help="measured decodes of each kind; the median counts")
+    parser.add_argument("-fa", "--flash-attn", choices=["auto", "on", "off"], default="auto", help="flash attention")
+    parser.add_argument("--repeats", type=int, default=3, help="measured decodes of each kind; the median counts")
     options = parser.parse_args()
-    config = EngineConfig.of(path=options.model, slots=64, context=8192)
+    config = EngineConfig.of(path=options.model, slots=64, context=8192, flash_attention=options.flash_attn)
     backend = open_gguf(config, lambda share: None, lambda: True)
     try:
         figures = measure(backend.context, options.repeats)
@@ -72,8 +77,10 @@ def main() -> None:
         backend.close()
     for kind, table in figures.items():
         rows = [[f"{cells} resident", *by_rows.values()] for cells, by_rows in table.items()]
-        show(f"{kind} rows: milliseconds of a step", ["", *map(str, ROWS)], rows)
-    save("step_cost", figures)
+        show(
+            f"{KINDS[kind]}: milliseconds of a step (flash attention {options.flash_attn})", ["", *map(str, ROWS)], rows
+        )
+    save(f"step_cost_{options.flash_attn}", figures)
 
 
 if __name__ == "__main__":

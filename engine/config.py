@@ -54,7 +54,10 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ] = -1
     flash_attention: Annotated[
         Literal["auto", "on", "off"],
-        Meta(description="flash attention", extra=flags("-fa", "--flash-attn")),
+        Meta(
+            description="flash attention; auto is the library's choice on a GPU and off on a CPU, where it is slower",
+            extra=flags("-fa", "--flash-attn"),
+        ),
     ] = "auto"
     cache_type_k: Annotated[
         CacheType, Meta(description="type of a cell's keys", extra=flags("-ctk", "--cache-type-k"))

@@ -45,7 +45,24 @@ def native_batch(batch: Batch) -> tuple[Any, Any]:
     return struct, (counts, addresses)
 
 
-def context_params(model: ModelConfig, batch: BatchConfig, cells: int, threads: int) -> Any:
+SCORES = 2**30
+"""Bytes of attention scores that may be kept at once for doing without flash attention."""
+
+
+def flash_attention(model: ModelConfig, gpu: bool, scores: int) -> int:
+    """The library's setting for `model.flash_attention`; `scores` are the bytes of a pass's scores without it.
+
+    `auto` is the library's own choice on a GPU. On a CPU it is off, where that needs no more than `SCORES` bytes: the
+    CPU's kernel for fewer than 64 rows visits cells one by one and takes 2.5 to 4 times as long beside 2,000 of them
+    (`python -m bench.step_cost -fa on`). Quantised values need it.
+    """
+    plain = model.cache_type_v in ("f32", "f16", "bf16")
+    if model.flash_attention == "auto" and not gpu and plain and scores <= SCORES:
+        return FLASH_ATTENTION["off"]
+    return FLASH_ATTENTION[model.flash_attention]
+
+
+def context_params(model: ModelConfig, batch: BatchConfig, cells: int, threads: int, heads: int, gpu: bool) -> Any:
     """Parameters of a context with one unified stream of `cells` cells, rounded up to the library's 256."""
     params = native.llama_context_default_params()
     params.n_ctx = -(-cells // 256) * 256
@@ -55,7 +72,7 @@ def context_params(model: ModelConfig, batch: BatchConfig, cells: int, threads: 
     params.n_outputs_max = min(params.n_batch, max(params.n_seq_max, OUTPUTS_PER_SLOT * batch.slots))
     params.n_threads = threads
     params.n_threads_batch = model.threads_batch if model.threads_batch > 0 else threads
-    params.flash_attn_type = FLASH_ATTENTION[model.flash_attention]
+    params.flash_attn_type = flash_attention(model, gpu, 4 * heads * params.n_ubatch * params.n_ctx)
     params.type_k = CACHE_TYPES[model.cache_type_k]
     params.type_v = CACHE_TYPES[model.cache_type_v]
     params.kv_unified = True

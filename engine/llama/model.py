@@ -88,7 +88,10 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
         raise ModelError(f"{path} is not a decoder-only language model; Paceline serves only those")
     trained: int = native.llama_model_n_ctx_train(model)
     threads = config.model.threads if config.model.threads > 0 else physical_cores()
-    params = context_params(config.model, config.batch, config.batch.context or trained, threads)
+    gpu = library.accelerator() if config.model.gpu_layers else ""
+    cells = config.batch.context or trained
+    heads: int = native.llama_model_n_head(model)
+    params = context_params(config.model, config.batch, cells, threads, heads, bool(gpu))
     library.forget()
     partial = not (native.llama_model_is_recurrent(model) or native.llama_model_is_hybrid(model))
     window: int = native.llama_model_n_swa(model)
@@ -97,17 +100,15 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     except NativeFault as fault:
         raise ModelError(f"cannot open a context of {params.n_ctx} tokens: {_reason(str(fault))}") from None
     vocab = LlamaVocab(model)
-    return LlamaBackend(model, vocab, context, _describe(config, path, model, vocab, context, threads))
+    device = gpu or f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return LlamaBackend(model, vocab, context, _describe(path, model, vocab, context, device))
 
 
-def _describe(
-    config: EngineConfig, path: Path, model: Any, vocab: LlamaVocab, context: LlamaContext, threads: int
-) -> ModelInfo:
+def _describe(path: Path, model: Any, vocab: LlamaVocab, context: LlamaContext, device: str) -> ModelInfo:
     def meta(key: str) -> str:
         return text_of(lambda buffer, size: native.llama_model_meta_val_str(model, key.encode(), buffer, size))
 
     template: bytes | None = native.llama_model_chat_template(model, None)
-    gpu = library.accelerator() if config.model.gpu_layers else ""
     return ModelInfo(
         name=meta("general.name") or path.stem,
         path=str(path),
@@ -117,7 +118,7 @@ def _describe(
         vocabulary=vocab.size,
         trained_context=native.llama_model_n_ctx_train(model),
         context=context.cells,
-        device=gpu or f"CPU, {threads} thread{'s' if threads > 1 else ''}",
+        device=device,
         chat_template=template.decode("utf-8", "replace") if template else None,
         bos=vocab.bos,
         eos=vocab.eos,

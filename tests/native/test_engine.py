@@ -138,9 +138,11 @@ async def test_leaving_frees_the_slot_and_the_queue_is_bounded(engine: Engine) -
     assert stats.requests_finished["cancelled"] == 6
 
 
-async def test_the_context_ends_a_text(engine: Engine) -> None:
-    request = Request(prompt=(5,) * 2040, ignore_eos=True, sampling=SamplingParams(temperature=0))
-    ids, _, _, end = await collect(engine, request)
+async def test_the_context_ends_a_text() -> None:
+    request = Request(prompt=(5,) * 248, ignore_eos=True, sampling=SamplingParams(temperature=0))
+    async with Engine.open(EngineConfig.of(path=MODEL, slots=2, context=100)) as engine:
+        assert engine.request_limit == 256, "cells come by the 256"
+        ids, _, _, end = await collect(engine, request)
     assert (len(ids), end.reason) == (8, FinishReason.LENGTH)
 
 
