@@ -2,7 +2,7 @@
 share of a token.
 
 The bare loop calls `llama_decode` with the same rows at the same positions and nothing else. Both run in turn in
-one process, so that the machine's moods fall on both.
+one process, so that the machine's moods fall on both, and begin with empty cells.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -100,21 +101,24 @@ async def compare(model: Path, streams: int, tokens: int, rounds: int) -> dict[s
     async with Engine.open(config, opener=opened) as engine:
         prompt = tuple(engine.vocab.tokenize(PROMPT, special=True))
 
-        async def on_thread() -> float:
-            """The bare loop between two steps of the idle engine; the cells are empty before and after."""
+        async def emptied(then: Callable[[], float]) -> float:
+            """Runs `then` on the engine thread, between two steps, with no idle prefix left in the cells."""
             loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
             def work(runner: Runner) -> None:
                 runner.cells.reclaim(runner.context.cells)
-                speed = bare(opened.backend, streams, len(prompt) + 1, tokens)
-                loop.call_soon_threadsafe(done.set_result, speed)
+                loop.call_soon_threadsafe(done.set_result, then())
 
             engine._inbox.put(work)
             return float(await done)
 
+        def loop_alone() -> float:
+            return bare(opened.backend, streams, len(prompt) + 1, tokens)
+
         for _ in range(rounds):
-            figures["bare"].append(await on_thread())
+            figures["bare"].append(await emptied(loop_alone))
             for name, greedy in (("greedy", True), ("sampled", False)):
+                await emptied(float)
                 result = await served(engine, prompt, streams, tokens, greedy)
                 figures[name].append(result["tokens_per_second"])
                 figures[f"share_{name}"].append(result["python_share"])
