@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 
@@ -23,6 +24,10 @@ from engine import Engine, EngineConfig, EngineError
 KEEP_ALIVE = 75
 """Seconds that an idle connection is kept: longer than clients' pools keep theirs, so that they close first."""
 
+STACK = 64 * 2**20
+"""Bytes of stack for each thread, reserved and not used: long texts are tokenized on threads, and for some models the
+library splits them by a regular expression that recurses for each character (ggml-org/llama.cpp issue 27783)."""
+
 LAST_WORDS = 3
 """Seconds that clients have, once the engine has drained, to read what was written to them."""
 
@@ -32,6 +37,7 @@ def run(options: Options) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("paceline").setLevel(logging.DEBUG if options.server.verbose else logging.INFO)
     logging.getLogger("paceline.native").setLevel(logging.INFO)  # the library writes thousands of lines per load
+    threading.stack_size(STACK)
     host, port = options.server.host, options.server.port
     try:
         listener = listen(host, port)
