@@ -172,6 +172,7 @@ class Runner:
                 self._fail_rows(rows, f"the step failed: {error}")
             else:
                 self._observe(rows, time.perf_counter() - begun)
+                self.cells.age()
                 self._settle(rows, firsts, logits)
             return
 

@@ -16,6 +16,7 @@ import pytest
 
 from engine.backend import NoFreeCells
 from engine.contract import Failed, Finished, FinishReason, Request, SamplingParams
+from engine.memory.cells import IDLE_STEPS
 from engine.outbox import News, Outbox
 from engine.runner import Pace, Runner
 from engine.speculate import Silent, Speculator
@@ -309,6 +310,26 @@ def test_a_source_that_lost_cells_is_not_shared(monkeypatch: pytest.MonkeyPatch)
         bench.run()
     assert bench.got[0] == bench.got[1]
     assert context.computed == 2 * (44 + 2)
+
+
+def test_an_idle_prefix_leaves_when_keeping_it_has_cost_enough() -> None:
+    context = ToyContext(cells=2000)
+    bench = Bench(context)
+    idle = Request(prompt=tuple(range(1, 41)), max_tokens=1)
+    bench.submit(0, idle)
+    bench.run()
+    bench.submit(1, Request(prompt=(45,), max_tokens=IDLE_STEPS - 5, ignore_eos=True))
+    bench.run()
+    before = context.computed
+    bench.submit(2, idle)
+    bench.run()
+    assert context.computed == before + 1, "still there"
+    bench.submit(3, Request(prompt=(46,), max_tokens=IDLE_STEPS + 5, ignore_eos=True))
+    bench.run()
+    before = context.computed
+    bench.submit(4, idle)
+    bench.run()
+    assert context.computed == before + 40, "gone"
 
 
 def test_a_prompt_that_grows_by_a_token_each_time() -> None:
