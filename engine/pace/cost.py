@@ -4,8 +4,12 @@ from __future__ import annotations
 
 WEIGHT = 0.2
 """Share of a new measurement in a running mean."""
-OUTLIER = 3.0
-"""A measurement counts for at most this many times the mean: the machine is shared."""
+WARY, HOPEFUL = 0.4, 0.1
+"""The same where an error one way makes steps too long and the other way only reads prompts more slowly: what counsels
+caution is believed sooner."""
+OUTLIER = 1.5
+"""A measurement counts for at most this many times the mean: the machine is shared, and one step that was held up
+must not make the next ones long."""
 REFRESH = 16
 """Of so many steps beside streams one holds no prompt rows, so that the streams' own cost is known as it changes:
 cells that a prompt fills make every later step dearer."""
@@ -43,7 +47,7 @@ class StepCost:
         """Records a step that was `seconds` long."""
         if not prompt_rows:
             refresh = self._mixed >= REFRESH  # the only one in a while: it counts as several
-            weight = 3 * WEIGHT if refresh else WEIGHT
+            weight = WARY if refresh else WEIGHT
             self._decode[decode_rows] = blend(self._decode.get(decode_rows), seconds, weight)
             self._mixed = 0
         elif not decode_rows:
@@ -59,7 +63,8 @@ class StepCost:
             self._decode[decode_rows] = seconds
         if SMALL * prompt_rows >= self._allowed:
             more = max(seconds - self.decode_seconds(decode_rows), 0.05 * seconds)
-            self._beside = blend(self._beside, more / prompt_rows)
+            dearer = self._beside is None or more / prompt_rows > self._beside
+            self._beside = blend(self._beside, more / prompt_rows, WARY if dearer else HOPEFUL)
             self._last_beside = prompt_rows
 
     def decode_seconds(self, rows: int) -> float:

@@ -36,11 +36,12 @@ def test_a_target_below_a_step_without_prompts_still_reads_one_row() -> None:
 def test_flat_costs_open_the_gate_step_by_step() -> None:
     cost, sizes = StepCost(), []
     cost.observe(1, 0, 0.010)
-    for _ in range(12):
+    for _ in range(40):
         sizes.append(cost.prompt_rows(1, 0.0, 0.5))
         cost.observe(1, sizes[-1], 0.0101)
-    assert sizes == sorted(sizes)
-    assert sizes[-1] > 1000
+    opened = [size for size in sizes if size]  # now and then a step measures the streams alone
+    assert opened == sorted(opened)
+    assert opened[-1] > 1000
 
 
 def test_alone_a_prompt_takes_what_the_idle_step_allows() -> None:
@@ -74,3 +75,13 @@ def test_warm_up_leaves_no_cells() -> None:
     warm_up(context, cost)
     assert context.used() == 0
     assert cost.decode_seconds(1) > 0
+
+
+def test_a_step_that_was_held_up_does_not_make_the_next_ones_long() -> None:
+    cost, sizes = StepCost(), []
+    for step in range(200):
+        cost.observe(4, 0, 0.020)
+        sizes.append(cost.prompt_rows(4, 0.0, 0.5))
+        held_up = 20.0 if step % 17 == 3 else 1.0
+        cost.observe(4, sizes[-1], held_up * (0.020 + sizes[-1] * 0.004))
+    assert max(sizes[50:]) <= 5
