@@ -9,12 +9,11 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.bodies import read
-from api.completions import Choices, Writer, respond
+from api.completions import Choices, Writer, asked_of, respond
 from api.exchange import exchange_of
 from api.logprobs import chat_logprobs
 from api.replies import ChatChoice, ChatDelta, ChatMessage, Delta, event
-from api.schema import ChatRequest, decode, refuse_unsupported
+from api.schema import ChatRequest
 from api.served import Served, Site
 from engine import ContextExceeded, Finished, Logprob, Tokens
 
@@ -30,9 +29,7 @@ class Chat:
     async def complete(self, request: Request) -> Response:
         """A conversation's next turn."""
         served = self._site.open
-        asked = decode(_DECODER, await read(request, served.config.max_body))
-        served.check_model(asked.model)
-        refuse_unsupported(asked)
+        asked = await asked_of(request, served, _DECODER)
         prompt = await served.prompts.of_chat(asked)
         try:
             choices = Choices(

@@ -8,15 +8,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import TypeVar
 from uuid import uuid4
 
 import msgspec
 from msgspec import UNSET
+from starlette.requests import Request as HTTPRequest
 
+from api.bodies import read
 from api.exchange import Exchange
 from api.replies import DONE, ChatChoice, Reply, TextChoice, TimingsReply, UsageReply, event
 from api.responses import Answer, Emit, EventStream
-from api.schema import Completion
+from api.schema import Completion, decode, refuse_unsupported
 from api.served import Served
 from api.tasks import together
 from engine import (
@@ -124,6 +127,17 @@ class Choices:
                     raise EngineFault("The server ended the request.")
                 self._ends[index] = update
             await tell(index, update)
+
+
+Asked = TypeVar("Asked", bound=Completion)
+
+
+async def asked_of(request: HTTPRequest, served: Served, decoder: msgspec.json.Decoder[Asked]) -> Asked:
+    """What the client asks for. Raises RequestRefused, also for another model and for what is not supported."""
+    asked = decode(decoder, await read(request, served.config.max_body))
+    served.check_model(asked.model)
+    refuse_unsupported(asked)
+    return asked
 
 
 def _seed(asked: int | None, default: int | None) -> int:

@@ -37,9 +37,6 @@ _SPELLED = {
     "seed": ("-s", "--seed"),
 }
 
-# For the fields that say nothing themselves.
-_ABOUT = {"seed": "seed for requests that bring none; without it each draws its own"}
-
 IGNORED = (
     "--jinja",
     "--metrics",
@@ -155,7 +152,7 @@ def _flags_of(section: str, struct: type[Struct]) -> list[Flag]:
             continue  # such as logit_bias, which is for requests alone
         plain = (f"--{field.name.replace('_', '-')}",)
         names = extra.get("flags") or _SPELLED.get(field.name, plain)
-        about = notes.get("description") or _ABOUT.get(field.name, "")
+        about = notes.get("description", "")
         flags.append(Flag(section, field.name, names, field.type, kind, field.default, about))
     return flags
 

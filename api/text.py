@@ -8,12 +8,11 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.bodies import read
-from api.completions import Choices, Writer, respond
+from api.completions import Choices, Writer, asked_of, respond
 from api.exchange import exchange_of
 from api.logprobs import Offsets
 from api.replies import TextChoice, event
-from api.schema import TextRequest, decode, refuse_unsupported
+from api.schema import TextRequest
 from api.served import Served, Site
 from engine import Finished, Logprob, Tokens
 
@@ -32,9 +31,7 @@ class Text:
     async def complete(self, request: Request) -> Response:
         """Continuations of one or more prompts; choice i of prompt p has index p * n + i."""
         served = self._site.open
-        asked = decode(_DECODER, await read(request, served.config.max_body))
-        served.check_model(asked.model)
-        refuse_unsupported(asked)
+        asked = await asked_of(request, served, _DECODER)
         texts = asked.prompts
         prompts = [await served.prompts.of_text(text) if isinstance(text, str) else tuple(text) for text in texts]
         choices = Choices(

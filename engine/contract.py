@@ -110,7 +110,10 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     xtc_probability: Annotated[Share, Meta(description="chance that XTC acts on a token; 0 is off")] = 0.0
     xtc_threshold: Annotated[Share, Meta(description="XTC drops all but the least of those above this")] = 0.1
     logit_bias: Annotated[tuple[tuple[int, float], ...], Meta(description="added to a token's logit")] = ()
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    seed: Annotated[
+        Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
+        Meta(description="seed for requests that bring none; without it each draws its own"),
+    ] = None
 
 
 class Request(Struct, frozen=True, kw_only=True):

@@ -111,7 +111,7 @@ class Runner:
 
     def _waiting_view(self, stream: Stream) -> WaitingView:
         known = len(stream.tokens)
-        if stream.waits_for in self._promised and self._computed(stream.waits_for) < stream.promised:
+        if stream.waits_for in self._promised and self.running[stream.waits_for].held.length < stream.promised:
             return WaitingView(stream.key, known, 0, 0, stream.promised)
         salt = stream.request.salt
         found = self.cells.find(stream.tokens, salt)
@@ -119,17 +119,9 @@ class Runner:
             stream.waits_for, stream.promised = self._promised.match(stream.tokens[:-1], salt)
         return WaitingView(stream.key, known, found.length, found.idle, stream.promised)
 
-    def _computed(self, key: int) -> int:
-        lease = self.running[key].lease
-        return lease.length if lease else 0
-
     def _views(self) -> list[StreamView]:
         tight = self.cells.free + self.cells.idle <= len(self.running)  # somebody may have to be retracted
-        return [
-            stream.view(self.cells.tree.alone(stream.lease.seq) if tight else 0)
-            for stream in self.running.values()
-            if stream.lease is not None
-        ]
+        return [stream.view(self.cells.tree.alone(stream.held.seq) if tight else 0) for stream in self.running.values()]
 
     def _room(self) -> Room:
         return Room(self._slots - len(self.running), self.cells.free, self.cells.idle)
@@ -182,8 +174,7 @@ class Runner:
         batch.clear()
         for rows in plan:
             stream = self.running[rows.key]
-            lease = stream.lease
-            assert lease is not None, "a planned stream has a lease"
+            lease = stream.held
             start, end = lease.length, lease.length + rows.tokens
             tokens = stream.tokens[start:end]
             if rows.drafts:
@@ -213,13 +204,11 @@ class Runner:
         now = time.perf_counter()
         for rows, first in zip(plan, firsts, strict=True):
             stream = self.running[rows.key]
-            lease = stream.lease
-            assert lease is not None, "a planned stream has a lease"
+            lease = stream.held
             lease.commit(stream.tokens[lease.length : lease.length + rows.tokens])
             if stream.behind:
                 continue
-            if stream.key in self._promised:
-                self._promised.remove(stream.key)
+            self._unpromise(stream)
             try:
                 self._emit(stream, logits[first : first + rows.drafts + 1], now)
             except BadLogits as error:
@@ -230,8 +219,7 @@ class Runner:
         if (reason := stream.done_reading) is not None:
             self._finish(stream, reason)
             return
-        lease = stream.lease
-        assert lease is not None, "a planned stream has a lease"
+        lease = stream.held
         drafts = len(rows) - 1
         verdict = verify(stream, stream.draft[:drafts], rows)
         if drafts:
@@ -264,9 +252,11 @@ class Runner:
 
     def _draft(self) -> None:
         """Asks the speculators for the next step, while the readers already have this one's tokens."""
+        if not self.context.partial:
+            return
         most = self.context.outputs // self._slots - 1
         for stream in self.running.values():
-            if stream.behind == 1 and (limit := min(stream.room(), most)) > 0 and self.context.partial:
+            if stream.behind == 1 and (limit := min(stream.room(), most)) > 0:
                 stream.draft = stream.speculator.propose(stream.tokens, limit)[:limit]
 
     # ── the end of a stream ──
@@ -289,10 +279,14 @@ class Runner:
     def _leave(self, stream: Stream, *, keep: bool) -> None:
         """Takes the stream out of wherever it is; its sequence stays resident if `keep`."""
         stream.leave(keep=keep)
-        if stream.key in self._promised:
-            self._promised.remove(stream.key)
+        self._unpromise(stream)
         if self.running.pop(stream.key, None) is None and stream in self.waiting:
             self.waiting.remove(stream)
+
+    def _unpromise(self, stream: Stream) -> None:
+        """Nobody need wait for the stream's prompt any more: it was read, or will not be."""
+        if stream.key in self._promised:
+            self._promised.remove(stream.key)
 
     def _gauge(self, seconds: float) -> None:
         counters = self.counters

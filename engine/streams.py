@@ -59,10 +59,15 @@ class Stream:
         """Known tokens that are not computed."""
         return len(self.tokens) - (self.lease.length if self.lease else 0)
 
+    @property
+    def held(self) -> Lease:
+        """The lease of a stream that runs."""
+        assert self.lease is not None, "a running stream has a lease"
+        return self.lease
+
     def view(self, alone: int) -> StreamView:
-        """What the scheduler may know; `alone` is the number of cells nobody else holds."""
-        assert self.lease is not None, "only a running stream is planned"
-        return StreamView(self.key, len(self.tokens), self.lease.length, len(self.draft), alone)
+        """What the scheduler may know of a running stream; `alone` is the number of cells nobody else holds."""
+        return StreamView(self.key, len(self.tokens), self.held.length, len(self.draft), alone)
 
     def start(self, lease: Lease) -> None:
         """Begins, or goes on after it was retracted."""

@@ -88,7 +88,7 @@ class Cells:
         if not match.length:
             return 0
         runs = self.tree.holders(match.seq, match.length)
-        return sum(size for size, holders in runs if all(seq in self._idle for seq in holders))
+        return sum(size for size, holders in runs if holders <= self._idle.keys())
 
     def claim(self, tokens: array[int], salt: str) -> Lease:
         """A sequence that begins with the longest resident prefix of `tokens`.
