@@ -60,6 +60,6 @@ $(VENV)/.developed: $(VENV)/.native
 	@$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
 
-$(SMOLLM): bench/fetch.py
-	@$(PYTHON) bench/fetch.py smollm2 $@
+$(SMOLLM): bench/models.py
+	@$(PYTHON) bench/models.py smollm2 $@
 	@touch $@

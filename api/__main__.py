@@ -1,11 +1,13 @@
-"""The command line: `paceline serve -m model.gguf`, `paceline flags`, `paceline --version`."""
+"""The command line: `paceline serve`, `paceline flags`, `paceline lookup build`, `paceline --version`."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 from api.flags import flag_table
+from api.lookup import build
 from api.options import OptionError, parse
 from api.serve import run
 from api.served import VERSION
@@ -15,6 +17,8 @@ USAGE = """\
 usage: paceline serve -m model.gguf [flags]   serve a model over OpenAI's API
        paceline serve --help                  every flag with its default
        paceline flags                         the same as Markdown
+       paceline lookup build TEXT... -m model.gguf -o FILE
+                                              count texts for ngram-cache
        paceline --version"""
 
 
@@ -25,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _serve(rest)
         case ["flags"]:
             sys.stdout.write(flag_table() + "\n")
+        case ["lookup", "build", *rest]:
+            return build(rest)
         case ["--version" | "-V"]:
             sys.stdout.write(f"paceline {VERSION}\n")
         case [] | ["-h" | "--help" | "help"]:
@@ -37,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(arguments: Sequence[str]) -> int:
     try:
-        options = parse(arguments)
+        options = parse(arguments, os.environ)
     except OptionError as error:
         say(f"paceline serve: {error}")
         return 2

@@ -17,6 +17,7 @@ from api.exchange import HUNG_UP, Exchanges, exchange_of
 from api.keys import Keys
 from api.metrics import registry_of
 from api.problems import problem_of
+from api.props import props_of
 from api.replies import Health, ModelList, ModelMeta, ModelReply
 from api.responses import JSONReply, problem_reply
 from api.served import Served, Site
@@ -36,6 +37,7 @@ def create_app(site: Site) -> ASGIApp:
             Route("/v1/models/{id:path}", status.model),
             Route("/health", status.health),
             Route("/metrics", status.metrics),
+            Route("/props", status.props),
         ],
         exception_handlers={
             EngineError: _tell,
@@ -65,6 +67,10 @@ class Status:
         if self._registry is None:
             self._registry = registry_of(self._site.open.engine)
         return Response(generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def props(self, request: Request) -> Response:
+        """What is served and what requests default to."""
+        return JSONReply(props_of(self._site.open))
 
     async def models(self, request: Request) -> Response:
         """The one model."""

@@ -31,6 +31,7 @@ class Chat:
         served = self._site.open
         asked = await asked_of(request, served, _DECODER)
         prompt = await served.prompts.of_chat(asked)
+        prediction = await served.prompts.of_prediction(asked.prediction)
         try:
             choices = Choices(
                 served,
@@ -39,11 +40,12 @@ class Chat:
                 [prompt],
                 limit=asked.limit,
                 logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+                prediction=prediction,
             )
         except ContextExceeded as error:
             error.field = "messages"
             raise
-        return respond(asked, choices, ChatWriter(served, asked, len(choices)), served.config.sse_ping)
+        return respond(asked, choices, ChatWriter(served, asked, len(choices)), served.options.server.sse_ping)
 
 
 class ChatWriter(Writer):

@@ -16,11 +16,13 @@ from msgspec import UNSET
 from starlette.requests import Request as HTTPRequest
 
 from api.bodies import read
+from api.drafts import MetricsReply, SpeculativeReply
 from api.exchange import Exchange
 from api.replies import DONE, ChatChoice, Reply, TextChoice, TimingsReply, UsageReply, event
 from api.responses import Answer, Emit, EventStream
 from api.schema import Completion, decode, refuse_unsupported
 from api.served import Served
+from api.speculation import speculation_of
 from api.tasks import together
 from engine import (
     EngineFault,
@@ -57,16 +59,20 @@ class Choices:
         *,
         limit: int | None,
         logprobs: int | None,
+        prediction: tuple[int, ...],
     ) -> None:
-        """Nothing is submitted yet. Raises RequestRefused."""
+        """Nothing is submitted yet. Raises RequestRefused. Of `prediction`, what no text could reach is dropped."""
         self.n = asked.n or 1
         most = min(MOST_CHOICES, served.engine.places)
         if len(prompts) * self.n > most:
             raise RequestRefused(
                 f"{len(prompts)} prompts with {self.n} choices each are more than {most} choices.", field="n"
             )
-        self.seed = _seed(asked.seed, served.defaults.seed)
-        sampling = asked.sampling(served.defaults)
+        self.seed = _seed(asked.seed, served.options.sampling.seed)
+        sampling = asked.sampling(served.options.sampling)
+        self.speculation = speculation_of(asked.speculative, served.guessers)
+        """What was asked for."""
+        prediction = prediction[: served.engine.request_limit]
         self._served = served
         self._exchange = exchange
         self._generations = [
@@ -81,6 +87,8 @@ class Choices:
                     ignore_eos=bool(asked.ignore_eos),
                     logprobs=logprobs,
                     salt=asked.cache_salt or "",
+                    speculation=self.speculation,
+                    prediction=prediction,
                     id=exchange.id,
                 )
             )
@@ -134,7 +142,7 @@ Asked = TypeVar("Asked", bound=Completion)
 
 async def asked_of(request: HTTPRequest, served: Served, decoder: msgspec.json.Decoder[Asked]) -> Asked:
     """What the client asks for. Raises RequestRefused, also for another model and for what is not supported."""
-    asked = decode(decoder, await read(request, served.config.max_body))
+    asked = decode(decoder, await read(request, served.options.server.max_body))
     served.check_model(asked.model)
     refuse_unsupported(asked)
     return asked
@@ -197,15 +205,23 @@ async def _stream(choices: Choices, writer: Writer, with_usage: bool, emit: Emit
 
 
 def _last(choices: Choices, chunk: Reply, with_usage: bool) -> bytes:
-    """The chunk that ends the last choice, the usage if asked for, and the end. The last chunk has the timings."""
+    """The chunk that ends the last choice, the usage if asked for, and the end. The last chunk sums up."""
     before = b""
     if with_usage:
         before = event(chunk)
         chunk.choices = ()
         chunk.usage = UsageReply.of(choices.ends)
-    chunk.timings = TimingsReply.of(choices.ends)
-    chunk.seed = choices.seed
+    _sum_up(choices, chunk)
     return before + event(chunk) + DONE
+
+
+def _sum_up(choices: Choices, reply: Reply) -> None:
+    """Tells what is known at the end."""
+    ends = [end for group in choices.ends for end in group]
+    reply.timings = TimingsReply.of(choices.ends)
+    reply.metrics = MetricsReply.of(ends)
+    reply.speculative = SpeculativeReply.of(choices.speculation, ends)
+    reply.seed = choices.seed
 
 
 async def _body(choices: Choices, writer: Writer) -> Reply:
@@ -224,6 +240,5 @@ async def _body(choices: Choices, writer: Writer) -> Reply:
         for index, end in enumerate(end for group in ends for end in group)
     ]
     writer.chunk.usage = UsageReply.of(ends)
-    writer.chunk.timings = TimingsReply.of(ends)
-    writer.chunk.seed = choices.seed
+    _sum_up(choices, writer.chunk)
     return writer.chunk

@@ -12,23 +12,31 @@ from engine.config import flags
 class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP side."""
 
-    host: Annotated[str, Meta(min_length=1, description="address to listen on", extra=flags("--host"))] = "127.0.0.1"
+    host: Annotated[
+        str, Meta(min_length=1, description="address to listen on", extra=flags("--host", env="LLAMA_ARG_HOST"))
+    ] = "127.0.0.1"
     port: Annotated[
         int,
-        Meta(ge=0, le=65535, description="port to listen on; 0 lets the system choose", extra=flags("--port")),
+        Meta(
+            ge=0,
+            le=65535,
+            description="port to listen on; 0 lets the system choose",
+            extra=flags("--port", env="LLAMA_ARG_PORT"),
+        ),
     ] = 8000
     alias: Annotated[
         str,
         Meta(
             description="the model's name for clients; empty is the file's name without .gguf",
-            extra=flags("-a", "--alias"),
+            extra=flags("-a", "--alias", env="LLAMA_ARG_ALIAS"),
         ),
     ] = ""
     api_keys: Annotated[
         tuple[str, ...],
         Meta(
-            description="a key that clients must send as `Authorization: Bearer`; without any, none is asked for",
-            extra=flags("--api-key"),
+            description="keys, with commas between them, of which clients must send one as `Authorization: Bearer`; "
+            "without any, none is asked for",
+            extra={**flags("--api-key", env="LLAMA_API_KEY"), "separated": True},
         ),
     ] = ()
     sse_ping: Annotated[
@@ -37,7 +45,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             ge=0.0,
             le=3600.0,
             description="seconds of silence after which a stream gets a comment line; 0 is off",
-            extra=flags("--sse-ping", "--sse-ping-interval"),
+            extra=flags("--sse-ping", "--sse-ping-interval", env="LLAMA_ARG_SSE_PING_INTERVAL"),
         ),
     ] = 15.0
     grace: Annotated[

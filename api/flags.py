@@ -9,7 +9,7 @@ from msgspec import Struct
 from msgspec import inspect as kinds
 
 from api.config import ServerConfig
-from engine import BatchConfig, ModelConfig, SamplingParams
+from engine import BatchConfig, DraftConfig, ModelConfig, SamplingParams, SpeculationConfig
 
 
 class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -17,6 +17,8 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     model: ModelConfig
     batch: BatchConfig = BatchConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
+    draft: DraftConfig = DraftConfig()
     server: ServerConfig = ServerConfig()
     sampling: SamplingParams = SamplingParams()
 
@@ -24,6 +26,8 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 SECTIONS: dict[str, tuple[str, type[Struct]]] = {
     "model": ("the model", ModelConfig),
     "batch": ("how much at once", BatchConfig),
+    "speculation": ("who guesses ahead", SpeculationConfig),
+    "draft": ("the draft model", DraftConfig),
     "server": ("the HTTP side", ServerConfig),
     "sampling": ("sampling of requests that do not say", SamplingParams),
 }
@@ -35,6 +39,20 @@ _SPELLED = {
     "typical_p": ("--typical", "--typical-p"),
     "dry_sequence_breakers": ("--dry-sequence-breaker",),
     "seed": ("-s", "--seed"),
+}
+
+# Those of llama-server for the sampling parameters; the other fields name theirs.
+_VARIABLES = {
+    field: f"LLAMA_ARG_{field.upper()}"
+    for field in (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repeat_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+    )
 }
 
 IGNORED = (
@@ -49,8 +67,13 @@ IGNORED = (
     "-kvu",
     "--kv-unified",
     "--log-disable",
+    "--spec-draft-backend-sampling",
+    "--no-spec-draft-backend-sampling",
 )
 """Flags of llama-server that ask for what is always so, or for what changes nothing here."""
+
+IGNORED_WITH_VALUE = ("--spec-draft-p-split", "--draft-p-split", "--spec-draft-sampling")
+"""The same of those that take a value."""
 
 
 class Flag(Struct, frozen=True):
@@ -65,6 +88,12 @@ class Flag(Struct, frozen=True):
     """The same, looked into."""
     default: Any
     help: str
+    env: str
+    """The environment variable that sets it, if there is one."""
+    choices: tuple[str, ...]
+    """What the texts of a list may be; empty if anything."""
+    separated: bool
+    """Whether one text holds several values, with commas between them."""
 
     @property
     def dest(self) -> str:
@@ -96,6 +125,8 @@ class Flag(Struct, frozen=True):
                 return "X"
             case kinds.LiteralType():
                 return "NAME"
+            case kinds.VarTupleType() if self.choices:
+                return "NAMES"
         return self.names[-1].strip("-").upper()
 
     @property
@@ -114,6 +145,8 @@ class Flag(Struct, frozen=True):
                 return "a number" + _range(self.kind)
             case kinds.BoolType():
                 return "on or off"
+            case kinds.VarTupleType() if self.choices:
+                return "some of " + ", ".join(self.choices)
         return "text"
 
     @property
@@ -140,24 +173,46 @@ def _range(kind: kinds.IntType | kinds.FloatType) -> str:
     return f" from {kind.ge:g} to {top}" if top else f" of at least {kind.ge:g}"
 
 
-def _flags_of(section: str, struct: type[Struct]) -> list[Flag]:
-    flags = []
-    for field in msgspec.structs.fields(struct):
-        kind, notes, extra = kinds.type_info(field.type), {}, {}
-        if isinstance(kind, kinds.Metadata):
-            notes, extra, kind = kind.extra_json_schema or {}, kind.extra or {}, kind.type
-        if isinstance(kind, kinds.UnionType):
-            kind = next(part for part in kind.types if not isinstance(part, kinds.NoneType))
-        if isinstance(kind, kinds.VarTupleType) and not isinstance(kind.item_type, kinds.StrType):
-            continue  # such as logit_bias, which is for requests alone
-        plain = (f"--{field.name.replace('_', '-')}",)
-        names = extra.get("flags") or _SPELLED.get(field.name, plain)
-        about = notes.get("description", "")
-        flags.append(Flag(section, field.name, names, field.type, kind, field.default, about))
-    return flags
+def _flag_of(section: str, field: msgspec.structs.FieldInfo) -> Flag | None:
+    """The flag of a field; None for one such as logit_bias, which is for requests alone."""
+    kind, notes, extra = kinds.type_info(field.type), {}, {}
+    if isinstance(kind, kinds.Metadata):
+        notes, extra, kind = kind.extra_json_schema or {}, kind.extra or {}, kind.type
+    if isinstance(kind, kinds.UnionType):
+        kind = next(part for part in kind.types if not isinstance(part, kinds.NoneType))
+    choices = _choices(kind.item_type) if isinstance(kind, kinds.VarTupleType) else ()
+    if isinstance(kind, kinds.VarTupleType) and not choices and not isinstance(kind.item_type, kinds.StrType):
+        return None
+    plain = (f"--{field.name.replace('_', '-')}",)
+    return Flag(
+        section,
+        field.name,
+        extra.get("flags") or _SPELLED.get(field.name, plain),
+        field.type,
+        kind,
+        field.default,
+        notes.get("description", ""),
+        extra.get("env") or _VARIABLES.get(field.name, ""),
+        choices,
+        bool(choices) or extra.get("separated", False),
+    )
 
 
-FLAGS = tuple(flag for name, (_, struct) in SECTIONS.items() for flag in _flags_of(name, struct))
+def _choices(kind: kinds.Type) -> tuple[str, ...]:
+    match kind:
+        case kinds.LiteralType(values=values):
+            return tuple(map(str, values))
+        case kinds.UnionType(types=types):
+            return tuple(sorted(name for part in types for name in _choices(part)))
+    return ()
+
+
+FLAGS = tuple(
+    flag
+    for section, (_, struct) in SECTIONS.items()
+    for field in msgspec.structs.fields(struct)
+    if (flag := _flag_of(section, field)) is not None
+)
 """All settings, by table."""
 
 
@@ -173,7 +228,8 @@ def flag_table() -> str:
         ]
         lines += [_row(flag) for flag in FLAGS if flag.section == section]
         lines.append("")
-    lines.append(f"Taken for llama-server's sake, and without effect: {', '.join(f'`{n}`' for n in IGNORED)}.")
+    ignored = ", ".join(f"`{name}`" for name in IGNORED + IGNORED_WITH_VALUE)
+    lines.append(f"Taken for llama-server's sake, and without effect: {ignored}.")
     return "\n".join(lines)
 
 
@@ -183,5 +239,7 @@ def _row(flag: Flag) -> str:
     takes = "" if flag.switch or flag.expects == "text" else f" ({words})"
     if flag.switch:
         names += f", `--no-{flag.names[-1].removeprefix('--')}`"
+    if flag.env:
+        names += f", `${flag.env}`"
     default = flag.default_text.replace("|", "\\|")
     return f"| {names} | `{flag.field}` | {default} | {flag.help}{takes}{'; repeatable' if flag.repeatable else ''} |"

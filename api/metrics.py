@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from api.drafts import by_accepted, by_position
 from api.served import VERSION, Core
 from engine import Histogram, Stats
 
@@ -52,6 +53,7 @@ class EngineCollector(Collector):
         build.add_metric([VERSION], 1)
         yield build
         yield from _own(stats)
+        yield from _drafts(stats)
         yield from _of_vllm(stats)
 
 
@@ -76,6 +78,20 @@ def _own(stats: Stats) -> Iterator[Metric]:
         yield _histogram(f"paceline_{name}", help_text, getattr(stats, field))
 
 
+def _drafts(stats: Stats) -> Iterator[Metric]:
+    made = _counter("paceline_spec_drafts", "Drafts verified", "type")
+    drafted = _counter("paceline_spec_draft_tokens", "Tokens of drafts verified", "type")
+    accepted = _counter("paceline_spec_accepted_tokens", "Tokens of these that were right", "type")
+    places = _counter("paceline_spec_accepted_tokens_per_pos", "The same by position in the draft", "type", "position")
+    for drafts in stats.drafts:
+        made.add_metric([drafts.type], sum(drafts.by_accepted))
+        drafted.add_metric([drafts.type], drafts.drafted)
+        accepted.add_metric([drafts.type], drafts.accepted)
+        for position, count in enumerate(by_position(drafts.by_accepted)):
+            places.add_metric([drafts.type, str(position)], count)
+    yield from (made, drafted, accepted, places)
+
+
 def _of_vllm(stats: Stats) -> Iterator[Metric]:
     yield GaugeMetricFamily("vllm:num_requests_running", "Requests that have a slot", value=stats.running)
     yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests that wait for one", value=stats.waiting)
@@ -84,6 +100,19 @@ def _of_vllm(stats: Stats) -> Iterator[Metric]:
     yield CounterMetricFamily("vllm:prompt_tokens", "Tokens of prompts", value=stats.prompt_tokens)
     yield CounterMetricFamily("vllm:generation_tokens", "Tokens picked", value=stats.completion_tokens)
     yield _histogram("vllm:time_to_first_token_seconds", "Seconds to the first token", stats.ttft)
+    counts, drafted = by_accepted(stats.drafts), sum(drafts.drafted for drafts in stats.drafts)
+    accepted = sum(drafts.accepted for drafts in stats.drafts)
+    yield CounterMetricFamily("vllm:spec_decode_num_drafts", "Drafts verified", value=sum(counts))
+    yield CounterMetricFamily("vllm:spec_decode_num_draft_tokens", "Tokens of these", value=drafted)
+    yield CounterMetricFamily("vllm:spec_decode_num_accepted_tokens", "Of these, the right ones", value=accepted)
+    places = _counter("vllm:spec_decode_num_accepted_tokens_per_pos", "The same by position in the draft", "position")
+    for position, count in enumerate(by_position(counts)):
+        places.add_metric([str(position)], count)
+    yield places
+
+
+def _counter(name: str, help_text: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(name, help_text, labels=labels)
 
 
 def _histogram(name: str, help_text: str, histogram: Histogram) -> HistogramMetricFamily:

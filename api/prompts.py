@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import anyio.to_thread
@@ -18,7 +19,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from api.schema import ChatRequest, Message, Part
+from api.schema import ChatRequest, Message, Part, Prediction
 from engine import ModelInfo, RequestRefused, Vocab
 
 CHATML = (
@@ -59,6 +60,15 @@ class Prompts:
         if len(text) < LONG:
             return self.tokens(text)
         return await anyio.to_thread.run_sync(self.tokens, text)
+
+    async def of_prediction(self, prediction: Prediction | None) -> tuple[int, ...]:
+        """The tokens of what a client expects, none special; empty if nothing. Raises RequestRefused."""
+        if prediction is None:
+            return ()
+        content = prediction.content
+        text = content if isinstance(content, str) else _joined(content, "prediction.content")
+        tokenize = partial(self._vocab.tokenize, text, special=False)
+        return tuple(tokenize() if len(text) < LONG else await anyio.to_thread.run_sync(tokenize))
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text that tokens stand for."""

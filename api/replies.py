@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from api.drafts import MetricsReply, SpeculativeReply
 from engine import Finished
 
 encode = msgspec.json.Encoder().encode
@@ -199,6 +200,8 @@ class Reply(Struct, kw_only=True):
     choices: Sequence[ChatChoice | ChatDelta | TextChoice]
     usage: UsageReply | UnsetType | None = UNSET
     timings: TimingsReply | UnsetType = UNSET
+    metrics: MetricsReply | UnsetType = UNSET
+    speculative: SpeculativeReply | UnsetType = UNSET
     seed: int | UnsetType = UNSET
     """What the choices were drawn with, whether asked for or not."""
 

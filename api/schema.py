@@ -7,11 +7,12 @@ sampling parameters when they are merged with the server's defaults, so that eve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
+from api.complaints import refused
 from engine import RequestRefused, SamplingParams
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -58,6 +59,8 @@ class Completion(Struct, kw_only=True):
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
     cache_salt: Annotated[str, Meta(max_length=1024)] | None = None
+    speculative: bool | str | dict[str, Any] | None = None
+    prediction: Prediction | None = None
 
     seed: Seed | None = None
     temperature: float | None = None
@@ -140,6 +143,13 @@ class Part(Struct):
     text: str | None = None
 
 
+class Prediction(Struct):
+    """What the client expects the text to be, more or less."""
+
+    type: Literal["content"]
+    content: str | list[Part]
+
+
 class Message(Struct, omit_defaults=True):
     """One turn of a conversation, as the chat template gets it."""
 
@@ -202,17 +212,6 @@ def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
         raise refused(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestRefused(f"The body is not valid JSON: {error}") from None
-
-
-def refused(error: msgspec.ValidationError) -> RequestRefused:
-    """The same complaint, its path in dots.
-
-    >>> refused(msgspec.ValidationError("Expected `str`, got `int` - at `$.messages[0].role`")).field
-    'messages[0].role'
-    """
-    complaint, _, path = str(error).partition(" - at `$")
-    field = path.rstrip("`").lstrip(".") or None
-    return RequestRefused(f"{field}: {complaint}" if field else complaint, field=field)
 
 
 def refuse_unsupported(request: Completion) -> None:

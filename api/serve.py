@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
 
 import uvicorn
 import uvloop
@@ -18,7 +19,7 @@ import uvloop
 from api.app import create_app
 from api.flags import Options
 from api.served import Served, Site
-from api.terminal import LoadingBar, address_of, say, welcome
+from api.terminal import Bar, address_of, say, welcome
 from engine import Engine, EngineConfig, EngineError
 
 KEEP_ALIVE = 75
@@ -68,7 +69,7 @@ async def _live(options: Options, listener: socket.socket) -> int:
             engine = await _opened(options, engines, signals)
             if engine is None:
                 return 0
-            site.served = Served(engine, options.server, options.sampling)
+            site.served = Served(engine, options)
             say(welcome(site.served, address_of(options.server, listener.getsockname()[1])))
             await signals.end.wait()
             site.draining = True
@@ -84,8 +85,10 @@ async def _live(options: Options, listener: socket.socket) -> int:
 
 async def _opened(options: Options, engines: AsyncExitStack, signals: Signals) -> Engine | None:
     """The engine, closed with `engines`; None if a signal came first. Raises ModelError."""
-    with LoadingBar(options.model.path) as bar:
-        config = EngineConfig(model=options.model, batch=options.batch)
+    with Bar(f"Loading {Path(options.model.path).name}") as bar:
+        config = EngineConfig(
+            model=options.model, batch=options.batch, speculation=options.speculation, draft=options.draft
+        )
         opening = asyncio.create_task(engines.enter_async_context(Engine.open(config, progress=bar.show)))
         ending = asyncio.create_task(signals.end.wait())
         await asyncio.wait({opening, ending}, return_when=asyncio.FIRST_COMPLETED)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
 from api.config import ServerConfig
+from api.flags import Options
 from api.problems import Loading, UnknownModel
 from api.prompts import Prompts
-from engine import Draining, EngineFault, Generation, ModelInfo, Request, SamplingParams, Stats, Vocab
+from engine import Draining, EngineFault, Generation, ModelInfo, Request, SpeculatorType, Stats, Vocab
 
 VERSION = version("paceline")
 
@@ -43,6 +45,14 @@ class Core(Protocol):
     def request_limit(self) -> int:
         """Tokens of prompt and completion that one request may have."""
 
+    @property
+    def speculators(self) -> tuple[SpeculatorType, ...]:
+        """The types that a request may ask to guess."""
+
+    @property
+    def silent(self) -> Mapping[str, str]:
+        """The other types, each with the reason."""
+
     def generate(self, request: Request) -> Generation:
         """Not yet submitted. Raises RequestRefused."""
 
@@ -53,18 +63,23 @@ class Core(Protocol):
 class Served:
     """An open engine, with what every request to it needs."""
 
-    def __init__(self, engine: Core, config: ServerConfig, defaults: SamplingParams) -> None:
+    def __init__(self, engine: Core, options: Options) -> None:
         info = engine.info
         file = Path(info.path)
         self.engine = engine
-        self.config = config
-        self.defaults = defaults
-        self.name = config.alias or file.stem
+        self.options = options
+        self.name = options.server.alias or file.stem
         self.created = int(time.time())
         self.prompts = Prompts(info, engine.vocab)
         identity = f"{file.name} {info.bytes} {VERSION}"
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10]
         self._names = {self.name, file.name, file.stem, info.path}
+
+    @property
+    def guessers(self) -> tuple[SpeculatorType, ...]:
+        """Who guesses for requests that do not say."""
+        chosen = self.options.speculation.chosen
+        return tuple(kind for kind in self.engine.speculators if kind in chosen or "auto" in chosen)
 
     def check_model(self, asked: str | None) -> None:
         """Raises UnknownModel unless `asked` is absent or means this one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,11 +23,11 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
-class LoadingBar:
-    """Shows how far a model is loaded: a bar on a terminal, elsewhere a line for each quarter."""
+class Bar:
+    """Shows how far something is done: a bar on a terminal, elsewhere a line for each quarter."""
 
-    def __init__(self, model: str) -> None:
-        self._words = f"Loading {Path(model).name}"
+    def __init__(self, words: str) -> None:
+        self._words = words
         self._next = QUARTER
         console = Console(stderr=True)
         self._bar: Progress | None = None
@@ -47,7 +48,7 @@ class LoadingBar:
             self._bar.stop()
 
     def show(self, share: float) -> None:
-        """The share that is loaded, 0 to 1."""
+        """The share that is done, 0 to 1."""
         if self._bar is not None:
             self._bar.update(self._task, completed=share)
             return
@@ -65,13 +66,34 @@ def welcome(served: Served, address: str) -> str:
         f"{engine.info.context} tokens of context",
         engine.info.device,
     ]
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if served.config.api_keys else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if served.options.server.api_keys else ""
     lines = [
         " · ".join(facts),
+        *_guessing(served),
         f"Try: curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} \\",
         """  -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}'""",
     ]
-    return "\n".join([*([f"Note: {served.prompts.trouble}"] if served.prompts.trouble else []), *lines])
+    return "\n".join([*(f"Note: {note}" for note in _notes(served)), *lines])
+
+
+def _notes(served: Served) -> Iterator[str]:
+    """What the person may have expected otherwise."""
+    if served.prompts.trouble:
+        yield served.prompts.trouble
+    wanted = {*served.options.speculation.chosen, *(["draft"] if served.options.draft.path else [])}
+    for kind, reason in served.engine.silent.items():
+        if kind in wanted:
+            yield f"Nobody guesses by {kind}: {reason}."
+
+
+def _guessing(served: Served) -> Iterator[str]:
+    """A line about who guesses ahead, if anybody may."""
+    draft = served.options.draft.path if "draft" in served.engine.speculators else ""
+    if served.guessers:
+        names = [f"draft ({Path(draft).name})" if kind == "draft" else kind for kind in served.guessers]
+        yield f"Guessing ahead: {', '.join(names)}"
+    elif draft:
+        yield f"{Path(draft).name} guesses only for requests that ask for it; for all with --spec-type draft"
 
 
 def address_of(config: ServerConfig, port: int) -> str:

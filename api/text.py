@@ -41,13 +41,14 @@ class Text:
             prompts,
             limit=DEFAULT_LIMIT if asked.limit is None else asked.limit,
             logprobs=asked.logprobs,
+            prediction=await served.prompts.of_prediction(asked.prediction),
         )
         echoes = [
             (text if isinstance(text, str) else served.prompts.text_of(text)) if asked.echo else ""
             for text in texts
             for _ in range(choices.n)
         ]
-        return respond(asked, choices, TextWriter(served, asked, echoes), served.config.sse_ping)
+        return respond(asked, choices, TextWriter(served, asked, echoes), served.options.server.sse_ping)
 
 
 class TextWriter(Writer):

@@ -1,9 +1,11 @@
 """Continuous batching over llama.cpp for asyncio: the public names, nothing else."""
 
 from engine.backend import ModelInfo, Vocab
-from engine.config import BatchConfig, EngineConfig, ModelConfig
+from engine.config import BatchConfig, DraftConfig, EngineConfig, ModelConfig, SpeculationConfig
 from engine.contract import (
+    SPECULATOR_TYPES,
     ContextExceeded,
+    Drafts,
     Draining,
     EngineError,
     EngineFault,
@@ -15,19 +17,25 @@ from engine.contract import (
     Request,
     RequestRefused,
     SamplingParams,
+    Speculation,
+    SpeculatorType,
     Timings,
     Tokens,
     Update,
     Usage,
 )
-from engine.engine import Engine
+from engine.engine import Engine, open_vocabulary
 from engine.generation import Generation
 from engine.sampling import derive as derive_seed
+from engine.speculate.lookup import build_lookup
 from engine.stats import Histogram, Stats
 
 __all__ = [
+    "SPECULATOR_TYPES",
     "BatchConfig",
     "ContextExceeded",
+    "DraftConfig",
+    "Drafts",
     "Draining",
     "Engine",
     "EngineConfig",
@@ -45,11 +53,16 @@ __all__ = [
     "Request",
     "RequestRefused",
     "SamplingParams",
+    "Speculation",
+    "SpeculationConfig",
+    "SpeculatorType",
     "Stats",
     "Timings",
     "Tokens",
     "Update",
     "Usage",
     "Vocab",
+    "build_lookup",
     "derive_seed",
+    "open_vocabulary",
 ]

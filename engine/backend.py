@@ -63,12 +63,23 @@ class Vocab(Protocol):
     def ends(self) -> frozenset[int]:
         """The tokens with which the model ends a turn or a text."""
 
+    @property
+    def kind(self) -> int:
+        """The library's number for how texts become tokens."""
+
+    @property
+    def added(self) -> tuple[int, int]:
+        """The tokens that the model wants before and after a text; -1 for none."""
+
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Token ids of `text`. With `special`, special tokens in it are recognised and a BOS is added if the
         model wants one."""
 
     def piece(self, token: int) -> bytes:
         """The token's bytes, not always whole characters; empty for a control token."""
+
+    def text(self, token: int) -> str:
+        """How the vocabulary spells a token, special or not."""
 
 
 class Context(Protocol):

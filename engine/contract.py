@@ -14,7 +14,7 @@ Every request gets any number of `Tokens` and then exactly one terminal update: 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from msgspec import Meta, Struct
 
@@ -116,6 +116,32 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
 
 
+SpeculatorType = Literal[
+    "prediction", "ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache", "suffix", "draft"
+]
+"""The kinds of speculators, in the order in which a fixed order asks them."""
+SPECULATOR_TYPES: tuple[SpeculatorType, ...] = get_args(SpeculatorType)
+Length = Annotated[int, Meta(ge=0, le=1024)]
+"""Tokens of a draft."""
+
+
+class Speculation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who guesses for a request, and how much. None of the bounds is the same as the server's."""
+
+    type: tuple[SpeculatorType | Literal["auto"], ...] = ()
+    """Nobody guesses if it is empty; `auto` is everyone there is."""
+    n_max: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    """Tokens of a draft at most."""
+    n_min: Length | None = None
+    """A shorter draft is not verified."""
+    p_min: Share | None = None
+    """A draft ends before a token that its speculator thinks less likely than this."""
+    size_n: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    """Tokens that must recur before `ngram-simple` and the `ngram-map` types guess."""
+    min_hits: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    """How often they must have occurred."""
+
+
 class Request(Struct, frozen=True, kw_only=True):
     """One continuation of one prompt."""
 
@@ -135,7 +161,12 @@ class Request(Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     """Alternatives to report for each token; None reports no logprobs at all."""
     salt: str = ""
-    """Prefixes are shared only between requests of equal salt."""
+    """Prefixes, and what speculators learn from a text, are shared only between requests of equal salt."""
+    speculation: Speculation | None = None
+    """Who guesses; None is the engine's default."""
+    prediction: tuple[int, ...] = ()
+    """Token ids that the continuation is expected to have, in about this order; they are guessed from unless
+    `speculation` says nobody is."""
     id: str = ""
     """The caller's name for the request, for logs."""
 
@@ -178,6 +209,21 @@ class Usage(Struct, frozen=True):
     accepted: int = 0
 
 
+class Drafts(Struct, frozen=True):
+    """What became of the drafts of one type in one request."""
+
+    type: str
+    drafted: int
+    """Tokens verified."""
+    by_accepted: tuple[int, ...]
+    """Drafts by how many of their tokens were right, from 0 on."""
+
+    @property
+    def accepted(self) -> int:
+        """Tokens that were right."""
+        return sum(tokens * drafts for tokens, drafts in enumerate(self.by_accepted))
+
+
 class Timings(Struct, frozen=True):
     """Seconds from submission to the first step, from there to the first token, and from there to the end."""
 
@@ -195,6 +241,10 @@ class Finished(Struct, frozen=True):
     seed: int
     stop: str | int | None = None
     """The stop string or token that ended it, if one did."""
+    drafts: tuple[Drafts, ...] = ()
+    """One for each type that was asked to guess."""
+    forgotten: int = 0
+    """Tokens that it dropped because its context was full."""
 
 
 class Failed(Struct, frozen=True):

@@ -7,16 +7,19 @@ loop for each step. Nothing else is shared, so there is no lock.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from itertools import count
+from pathlib import Path
 from queue import SimpleQueue
 
 from engine.backend import Backend, ModelInfo, Progress, Vocab
 from engine.config import EngineConfig
 from engine.contract import (
+    SPECULATOR_TYPES,
     ContextExceeded,
     Draining,
     EngineError,
@@ -26,14 +29,18 @@ from engine.contract import (
     Overloaded,
     Request,
     RequestRefused,
+    Speculation,
+    SpeculatorType,
 )
 from engine.generation import Generation
 from engine.outbox import News, Outbox
 from engine.pace import warm_up
 from engine.runner import SHUTTING_DOWN, Pace, Runner
-from engine.speculate import Silent, Speculate
+from engine.speculate import Drafting, DraftModel, Shared, Speculate, difference
 from engine.stats import Stats
 from engine.streams import Stream
+
+log = logging.getLogger("paceline.speculation")
 
 Command = Callable[[Runner], None]
 """Runs on the engine thread between two steps."""
@@ -48,9 +55,11 @@ def open_model(config: EngineConfig, progress: Progress, go_on: Callable[[], boo
     return open_gguf(config, progress, go_on)
 
 
-def silent(request: Request) -> Silent:
-    """The speculator of a request if nothing else is asked for: it drafts nothing."""
-    return Silent()
+def open_vocabulary(path: Path) -> AbstractContextManager[Vocab]:
+    """The vocabulary of a GGUF, without its weights. Entering raises ModelError."""
+    from engine.llama import open_vocabulary
+
+    return open_vocabulary(path)
 
 
 class Engine:
@@ -58,7 +67,7 @@ class Engine:
 
     _runner: Runner
 
-    def __init__(self, config: EngineConfig, opener: Opener, speculate: Speculate) -> None:
+    def __init__(self, config: EngineConfig, opener: Opener, speculate: Speculate | None) -> None:
         self._config = config
         self._opener = opener
         self._speculate = speculate
@@ -77,7 +86,12 @@ class Engine:
         self._thread = threading.Thread(target=self._serve, name="paceline-engine")
         self._progress: Progress = lambda share: None
         self._backend: Backend | None = None
+        self._draft_backend: Backend | None = None
         self.slots = config.batch.slots
+        self.silent: dict[str, str] = {}
+        """Types of speculators that guess for nobody, each with the reason."""
+        if not config.draft.path:
+            self.silent["draft"] = "there is no draft model, see --model-draft"
 
     @classmethod
     @asynccontextmanager
@@ -87,7 +101,7 @@ class Engine:
         *,
         progress: Progress = lambda share: None,
         opener: Opener = open_model,
-        speculate: Speculate = silent,
+        speculate: Speculate | None = None,
     ) -> AsyncIterator[Engine]:
         """Loads the model and serves it until the block is left, which ends whatever still runs.
 
@@ -103,8 +117,9 @@ class Engine:
         finally:
             engine._ready.cancel()
             engine._closing.set()
-            if engine._backend is not None:
-                engine._backend.context.abort()
+            for backend in (engine._backend, engine._draft_backend):
+                if backend is not None:
+                    backend.context.abort()
             engine._inbox.put(None)
             await asyncio.shield(asyncio.to_thread(engine._thread.join))
 
@@ -135,6 +150,11 @@ class Engine:
         assert self._backend is not None, "an engine that was yielded is open"
         return self._backend
 
+    @property
+    def speculators(self) -> tuple[SpeculatorType, ...]:
+        """The types that a request may ask for."""
+        return tuple(kind for kind in SPECULATOR_TYPES if kind not in self.silent)
+
     def stats(self) -> Stats:
         """What was done so far."""
         return self._runner.counters.snapshot()
@@ -160,8 +180,17 @@ class Engine:
             raise RequestRefused("max_tokens must be 0 or more.", field="max_tokens")
         if any(not 0 <= token < size for token, _ in request.sampling.logit_bias):
             raise RequestRefused(f"logit_bias names a token id outside 0..{size - 1}.", field="logit_bias")
+        if any(not 0 <= token < size for token in request.prediction):
+            raise RequestRefused(f"The prediction holds a token id outside 0..{size - 1}.", field="prediction")
+        if request.speculation is not None:
+            self._check_types(request.speculation)
         if any(not 0 <= token < size for token in request.stop_tokens):
             raise RequestRefused(f"stop_token_ids has a token id outside 0..{size - 1}.", field="stop_token_ids")
+
+    def _check_types(self, asked: Speculation) -> None:
+        for kind in asked.type:
+            if reason := self.silent.get(kind):
+                raise RequestRefused(f"Nobody can guess by {kind!r} here: {reason}.", field="speculative.type")
 
     def _submit(self, generation: Generation) -> None:
         if self._refusal is not None:
@@ -173,14 +202,14 @@ class Engine:
         self._wanted.add(key)
         self._empty.clear()
         request = generation.request
-        seed = request.sampling.seed
+        seed, batch = request.sampling.seed, self._config.batch
         stream = Stream(
             key,
             request,
             secrets.randbits(63) if seed is None else seed,
             self.vocab,
             self.request_limit,
-            self._speculate(request),
+            batch.keep if batch.context_shift else None,
         )
         self._inbox.put(lambda runner: runner.submit(stream))
 
@@ -231,20 +260,50 @@ class Engine:
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def _serve(self) -> None:
-        try:
-            backend = self._opener(self._config, self._progress, lambda: not self._closing.is_set())
-        except Exception as error:
-            self._call_soon(self._settle_ready, None, error)
-            return
-        self._backend = backend
-        batch = self._config.batch
+        with ExitStack() as stack:
+            try:
+                self._backend = self._opener(self._config, self._progress, lambda: not self._closing.is_set())
+                stack.callback(self._backend.close)
+                if self._config.draft.path:
+                    self._draft_backend = self._open_draft(self._backend)
+            except Exception as error:
+                self._call_soon(self._settle_ready, None, error)
+                return
+            if self._draft_backend is not None:
+                stack.callback(self._draft_backend.close)
+            self._serve_with(self._backend, self._draft_backend)
+
+    def _open_draft(self, backend: Backend) -> Backend | None:
+        """The draft model; None, with a line in the log, if it cannot guess for the model of `backend`."""
+        config = self._config.of_draft(backend.context.cells)
+        draft = self._opener(config, lambda share: None, lambda: not self._closing.is_set())
+        self.silent.pop("draft", None)
+        if reason := difference(backend.vocab, draft.vocab):
+            self._refuse_draft(f"{config.model.path} does not fit the model: {reason}")
+        elif not (backend.context.partial and draft.context.partial):
+            self._refuse_draft("a model that cannot forget single tokens cannot verify or make drafts")
+        else:
+            return draft
+        draft.close()
+        return None
+
+    def _refuse_draft(self, reason: str) -> None:
+        self.silent["draft"] = reason
+        log.warning("no drafts from a model: %s", reason)
+
+    def _serve_with(self, backend: Backend, draft: Backend | None) -> None:
+        batch, config = self._config.batch, self._config
         try:
             pace = Pace(batch.step_ms / 1000, batch.idle_step_ms / 1000)
-            runner = Runner(backend, self.slots, pace, Outbox(self._loop, self._deliver))
-            if self._config.model.warmup:
+            model = None if draft is None else DraftModel(draft, backend.info.vocabulary)
+            shared = Shared(config.speculation, backend.vocab)
+            drafting = Drafting(shared, config.speculation, config.draft, model, self._speculate)
+            runner = Runner(backend, self.slots, pace, Outbox(self._loop, self._deliver), drafting)
+            if config.model.warmup:
                 warm_up(backend.context, runner.cost)
             self._call_soon(self._settle_ready, runner, None)
             self._run(runner)
+            drafting.close()
         except Exception as error:
             fault = EngineFault(f"the engine failed: {error!r}", fatal=True)
             fault.__cause__ = error
@@ -252,8 +311,6 @@ class Engine:
             self._call_soon(self._die, fault)
             while self._inbox.get() is not None:  # readers may still ask for tokens' text: close with the engine
                 pass
-        finally:
-            backend.close()
 
     def _settle_ready(self, runner: Runner | None, error: Exception | None) -> None:
         if self._ready.done():

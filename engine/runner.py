@@ -18,6 +18,7 @@ from engine.outbox import Outbox
 from engine.pace import StepCost
 from engine.sampling import BadLogits
 from engine.scheduler import Limits, Plan, Room, Rows, StreamView, WaitingView
+from engine.speculate import Drafter, Drafting
 from engine.stats import Counters
 from engine.streams import Stream
 from engine.verify import verify
@@ -35,18 +36,20 @@ class Pace(NamedTuple):
 class Runner:
     """The streams of one engine. All of it belongs to the engine thread."""
 
-    def __init__(self, backend: Backend, slots: int, pace: Pace, outbox: Outbox) -> None:
+    def __init__(self, backend: Backend, slots: int, pace: Pace, outbox: Outbox, drafting: Drafting) -> None:
         assert backend.context.sequences > slots, "an id stays free while a slot is"
         assert min(backend.context.outputs, backend.context.batch.capacity) >= slots, "every slot may decode"
         self.context = backend.context
         self.cells = Cells(backend.context)
         self.cost = StepCost()
-        self.counters = Counters(backend.context.cells)
+        self.counters = Counters(backend.context.cells, lambda: drafting.drafts)
         self.running: dict[int, Stream] = {}  # oldest first
         self.waiting: deque[Stream] = deque()
         self._slots = slots
         self._pace = pace
         self._outbox = outbox
+        self._drafting = drafting
+        self._seconds = 0.0  # of the last decode
         self._promised = RadixTree()  # the prompts that running streams are reading
 
     @property
@@ -56,6 +59,7 @@ class Runner:
 
     def submit(self, stream: Stream) -> None:
         """Takes a new request."""
+        stream.drafter = self._drafting.drafter(stream.request)
         self.waiting.append(stream)
 
     def end(self, key: int, reason: FinishReason) -> None:
@@ -135,6 +139,7 @@ class Runner:
     def _retract(self, stream: Stream) -> None:
         """Takes a stream's slot and lets its cells count as idle; it starts again before all others."""
         self._leave(stream, keep=True)
+        stream.drafter.pause()
         self.waiting.appendleft(stream)
         self.counters.retractions += 1
 
@@ -197,6 +202,7 @@ class Runner:
         self.counters.steps += 1
         self.counters.native_passes += -(-rows // self.context.ubatch)
         self.counters.native_seconds += seconds
+        self._seconds = seconds
 
     # ── after it ──
 
@@ -222,24 +228,23 @@ class Runner:
         lease = stream.held
         drafts = len(rows) - 1
         verdict = verify(stream, stream.draft[:drafts], rows)
+        assert verdict.ids, "a verified row commits a token"
         if drafts:
             lease.commit(stream.draft[: verdict.accepted])
             if verdict.accepted < drafts:
                 lease.roll_back()
-            self._count_draft(stream, drafts, verdict.accepted)
+            self.counters.drafted_tokens += drafts
+            self.counters.accepted_tokens += verdict.accepted
+        stream.drafter.observe(stream.tokens, verdict.ids, drafts, verdict.accepted)
         stream.draft = ()
         self._clock(stream, len(verdict.ids), now)
         if verdict.shown:
             self._outbox.tokens(stream.key, verdict.shown, verdict.logprobs)
         if verdict.reason is not None:
             self._finish(stream, verdict.reason)
-
-    def _count_draft(self, stream: Stream, drafted: int, accepted: int) -> None:
-        stream.drafted += drafted
-        stream.accepted += accepted
-        self.counters.drafted_tokens += drafted
-        self.counters.accepted_tokens += accepted
-        stream.speculator.observe(drafted, accepted)
+        elif stream.full:
+            self._retract(stream)
+            stream.drafter.shift(*stream.forget())
 
     def _clock(self, stream: Stream, tokens: int, now: float) -> None:
         self.counters.completion_tokens += tokens
@@ -254,10 +259,18 @@ class Runner:
         """Asks the speculators for the next step, while the readers already have this one's tokens."""
         if not self.context.partial:
             return
-        most = self.context.outputs // self._slots - 1
+        most = self.context.outputs - self._slots
+        wants: list[tuple[Stream, int]] = []
+        reading: list[Drafter] = []
         for stream in self.running.values():
-            if stream.behind == 1 and (limit := min(stream.room(), most)) > 0:
-                stream.draft = stream.speculator.propose(stream.tokens, limit)[:limit]
+            known = stream.drafter.learn(stream.tokens)
+            if stream.behind > 1:
+                reading.append(stream.drafter)
+            elif known and (limit := min(stream.room(), most)) > 0:
+                wants.append((stream, limit))
+        self._drafting.propose([(stream.drafter, limit) for stream, limit in wants], reading, self._seconds)
+        for stream, _ in wants:
+            stream.draft = stream.drafter.choose().tokens
 
     # ── the end of a stream ──
 
@@ -266,15 +279,20 @@ class Runner:
 
     def _finish(self, stream: Stream, reason: FinishReason) -> None:
         self._leave(stream, keep=True)
-        stream.speculator.end()
+        self._end_drafts(stream)
         self.counters.finished[reason.value] += 1
         self._outbox.end(stream.key, stream.finished(reason))
 
     def _fail(self, stream: Stream, error: EngineError) -> None:
         self._leave(stream, keep=False)
-        stream.speculator.end()
+        self._end_drafts(stream)
         self.counters.finished["error"] += 1
         self._outbox.end(stream.key, Failed(error))
+
+    def _end_drafts(self, stream: Stream) -> None:
+        stream.drafter.end()
+        if stream.admitted is not None:
+            self._drafting.report(stream.drafter)
 
     def _leave(self, stream: Stream, *, keep: bool) -> None:
         """Takes the stream out of wherever it is; its sequence stays resident if `keep`."""

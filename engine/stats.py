@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 
 from msgspec import Struct
+
+from engine.contract import Drafts
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the histograms' buckets."""
@@ -43,6 +46,8 @@ class Stats(Struct, frozen=True):
     cells: int
     cells_used: int
     cells_idle: int
+    drafts: tuple[Drafts, ...]
+    """By type, of all requests."""
 
 
 class Buckets:
@@ -65,7 +70,7 @@ class Buckets:
 class Counters:
     """The engine thread's own counts: plain fields, added to as things happen."""
 
-    def __init__(self, cells: int) -> None:
+    def __init__(self, cells: int, drafts: Callable[[], tuple[Drafts, ...]]) -> None:
         self.finished = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -85,6 +90,7 @@ class Counters:
         self.cells = cells
         self.cells_used = 0
         self.cells_idle = 0
+        self._drafts = drafts
 
     def snapshot(self) -> Stats:
         """The counts now. Read while the engine goes on, two of them may be a step apart."""
@@ -93,8 +99,10 @@ class Counters:
             queue=self.queue.snapshot(),
             ttft=self.ttft.snapshot(),
             gap=self.gap.snapshot(),
+            drafts=self._drafts(),
             **{name: getattr(self, name) for name in _PLAIN},
         )
 
 
-_PLAIN = tuple(name for name in Stats.__struct_fields__ if name not in ("requests_finished", "queue", "ttft", "gap"))
+_MADE = ("requests_finished", "queue", "ttft", "gap", "drafts")
+_PLAIN = tuple(name for name in Stats.__struct_fields__ if name not in _MADE)

@@ -11,7 +11,7 @@ from engine.contract import Finished, FinishReason, Request, Timings, Usage
 from engine.memory import Lease
 from engine.sampling import Sampler
 from engine.scheduler import StreamView
-from engine.speculate import Speculator
+from engine.speculate import Drafter
 
 if TYPE_CHECKING:
     from engine.backend import Vocab
@@ -24,25 +24,32 @@ class Stream:
     has no lease; retracting it takes the lease away and nothing else, so it goes on later with the same tokens.
     """
 
-    def __init__(self, key: int, request: Request, seed: int, vocab: Vocab, limit: int, speculator: Speculator) -> None:
+    def __init__(
+        self, key: int, request: Request, seed: int, vocab: Vocab, limit: int, keep: int | None = None
+    ) -> None:
+        """`limit` tokens are the most that it may have at once; with `keep` it then forgets half of those after the
+        first `keep` of its prompt, -1 for all, and goes on."""
         self.key = key
         self.request = request
         self.seed = seed
         self.tokens = array("i", request.prompt)
         self.prompt_length = len(request.prompt)
         self.sampler = Sampler(request, seed, vocab.ends, vocab.piece)
-        self.speculator = speculator
+        self.drafter = Drafter({})
+        """Who guesses for it; the runner says."""
         self.lease: Lease | None = None
         self.draft: Sequence[int] = ()
         self.waits_for = -1
         """While it waits: the running stream that is computing the longest prefix of it, and how long that is."""
         self.promised = 0
         self.cached = 0
-        self.drafted = 0
-        self.accepted = 0
         self.stop_token: int | None = None
         self._ends = frozenset(request.stop_tokens) | vocab.ends
-        most = limit - self.prompt_length
+        self.forgotten = 0
+        """Tokens that left `tokens` since the start."""
+        self._limit = limit
+        self._keep = None if keep is None else self.prompt_length if keep < 0 else min(keep, self.prompt_length)
+        most = 2**62 if keep is not None else limit - self.prompt_length
         self._most = most if request.max_tokens is None else min(request.max_tokens, most)
         self.submitted = time.perf_counter()
         self.admitted: float | None = None
@@ -52,7 +59,7 @@ class Stream:
     @property
     def emitted(self) -> int:
         """Tokens picked so far, an end token included."""
-        return len(self.tokens) - self.prompt_length
+        return len(self.tokens) + self.forgotten - self.prompt_length
 
     @property
     def behind(self) -> int:
@@ -75,7 +82,6 @@ class Stream:
         if self.admitted is None:
             self.admitted = time.perf_counter()
             self.cached = lease.shared
-        self.speculator.begin(self.tokens)
 
     def leave(self, *, keep: bool = True) -> None:
         """Gives the lease back, if there is one, and drops the draft."""
@@ -98,18 +104,38 @@ class Stream:
         return FinishReason.LENGTH if self._most == 0 else None
 
     def room(self) -> int:
-        """Tokens that a draft may hold: one less than may still be emitted."""
-        return self._most - self.emitted - 1
+        """Tokens that a draft may hold: one less than may still be emitted, or still fit."""
+        return min(self._most - self.emitted, self._limit - len(self.tokens)) - 1
+
+    @property
+    def full(self) -> bool:
+        """Whether it must forget something before it can go on."""
+        return self._keep is not None and len(self.tokens) >= self._limit
+
+    def forget(self) -> tuple[int, int]:
+        """Drops half of the tokens after those it keeps, the earlier half: how many are before them, and how many they
+        are. Only for a stream without a lease: what was computed after them holds no more."""
+        assert self._keep is not None, "it may forget"
+        assert self.lease is None, "cells and tokens go together"
+        keep = min(self._keep, self._limit - 2)
+        discard = (len(self.tokens) - keep + 1) // 2
+        del self.tokens[keep : keep + discard]
+        self.forgotten += discard
+        return keep, discard
 
     def finished(self, reason: FinishReason) -> Finished:
         """The terminal update, as of now."""
         now = time.perf_counter()
         admitted = self.admitted or now
         first = self.first_token or now
+        drafts = self.drafter.drafts
+        drafted, accepted = sum(made.drafted for made in drafts), sum(made.accepted for made in drafts)
         return Finished(
             reason=reason,
-            usage=Usage(self.prompt_length, self.cached, self.emitted, self.drafted, self.accepted),
+            usage=Usage(self.prompt_length, self.cached, self.emitted, drafted, accepted),
             timings=Timings(admitted - self.submitted, first - admitted, now - first),
             seed=self.seed,
             stop=self.stop_token,
+            drafts=drafts,
+            forgotten=self.forgotten,
         )

@@ -31,7 +31,9 @@ def verify(stream: Stream, draft: Sequence[int], rows: Logits) -> Verdict:
     logprobs: list[Logprob] = []
     reason: FinishReason | None = None
     accepted = 0
-    for token in accept(draft, lambda row: stream.sampler.pick(rows[row], stream.tokens, stream.prompt_length)):
+    for token in accept(
+        draft, lambda row: stream.sampler.pick(rows[row], stream.tokens, stream.prompt_length, stream.forgotten)
+    ):
         place = len(ids)
         ids.append(token)
         reason = stream.append(token)

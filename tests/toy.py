@@ -33,7 +33,14 @@ class ToyContext:
     """Implements `engine.backend.Context`, checks what llama.cpp would refuse, and fails when told to."""
 
     def __init__(
-        self, cells: int = 200, sequences: int = 12, rows: int = 64, outputs: int = 32, *, partial: bool = True
+        self,
+        cells: int = 200,
+        sequences: int = 12,
+        rows: int = 64,
+        outputs: int = 32,
+        *,
+        partial: bool = True,
+        other: float = 0.0,
     ) -> None:
         self.batch = Batch(rows)
         self.cells = cells
@@ -41,6 +48,7 @@ class ToyContext:
         self.outputs = outputs
         self.ubatch = rows
         self.partial = partial
+        self.other = other  # share of histories about which it thinks otherwise than the other toys
         self.decodes = 0
         self.computed = 0  # rows of all decodes so far
         self.faults: Callable[[int], Exception | None] = lambda decode: None
@@ -71,7 +79,8 @@ class ToyContext:
 
     def _logits(self, seq: int, pos: int) -> Logits:
         seen = [(place, cell.token) for place, cell in sorted(self._held[seq].items()) if place <= pos]
-        rng = np.random.default_rng(zlib.crc32(repr(seen).encode()))
+        bits = zlib.crc32(repr(seen).encode())
+        rng = np.random.default_rng(bits + (bits % 1000 < 1000 * self.other))
         return rng.standard_normal(VOCABULARY, np.float32) * 3
 
     def _distinct(self) -> set[int]:
@@ -108,6 +117,8 @@ class ToyVocab:
 
     size = VOCABULARY
     ends = frozenset({END})
+    kind = 0
+    added = (-1, -1)
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """One token per character; characters outside the vocabulary wrap around."""
@@ -116,6 +127,10 @@ class ToyVocab:
     def piece(self, token: int) -> bytes:
         """The character's bytes."""
         return b"" if token == END else chr(64 + token).encode()
+
+    def text(self, token: int) -> str:
+        """The character."""
+        return chr(64 + token)
 
 
 def describe(context: ToyContext) -> ModelInfo:

@@ -7,6 +7,6 @@ import os
 # microseconds costs nothing measurable on a quiet machine. libgomp reads this when it is loaded: before the import.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from engine.llama.model import open_gguf
+from engine.llama.model import open_gguf, open_vocabulary
 
-__all__ = ["open_gguf"]
+__all__ = ["open_gguf", "open_vocabulary"]

@@ -18,8 +18,8 @@ from engine.batch import Batch
 from engine.config import BatchConfig, ModelConfig
 from engine.llama.library import CACHE_TYPES, FLASH_ATTENTION, StopFlag
 
-OUTPUTS_PER_SLOT = 8
-"""Rows of logits that each slot may have in one step: its next token and seven drafted ones."""
+OUTPUTS, OUTPUTS_PER_SLOT = 128, 8
+"""Rows of logits of one step: enough for two long drafts, and for each slot's next token and seven drafted ones."""
 
 
 def native_batch(batch: Batch) -> tuple[Any, Any]:
@@ -69,7 +69,8 @@ def context_params(model: ModelConfig, batch: BatchConfig, cells: int, threads: 
     params.n_batch = max(batch.rows, sequences_for(batch.slots))
     params.n_ubatch = min(batch.ubatch, params.n_batch)
     params.n_seq_max = sequences_for(batch.slots)
-    params.n_outputs_max = min(params.n_batch, max(params.n_seq_max, OUTPUTS_PER_SLOT * batch.slots))
+    outputs = batch.outputs or max(OUTPUTS, OUTPUTS_PER_SLOT * batch.slots)
+    params.n_outputs_max = min(params.n_batch, max(params.n_seq_max, outputs))
     params.n_threads = threads
     params.n_threads_batch = model.threads_batch if model.threads_batch > 0 else threads
     params.flash_attn_type = flash_attention(model, gpu, 4 * heads * params.n_ubatch * params.n_ctx)

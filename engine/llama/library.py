@@ -101,6 +101,29 @@ class StopFlag:
         self._buffer[0] = b"\x01"
 
 
+def devices(names: str) -> Any:
+    """The devices of these names, separated by commas, as the library takes them; None for no names.
+
+    Raises ValueError, which lists the names there are, for one that there is not.
+    """
+    if not names:
+        return None
+    lib = native._lib
+    for function in (lib.ggml_backend_dev_by_name, lib.ggml_backend_dev_get):
+        function.restype = ctypes.c_void_p
+    lib.ggml_backend_dev_by_name.argtypes = [ctypes.c_char_p]
+    lib.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
+    lib.ggml_backend_dev_name.restype, lib.ggml_backend_dev_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    wanted = [name.strip() for name in names.split(",")]
+    found = [lib.ggml_backend_dev_by_name(name.encode()) for name in wanted]
+    if None in found:
+        known = (lib.ggml_backend_dev_name(lib.ggml_backend_dev_get(i)) for i in range(lib.ggml_backend_dev_count()))
+        listed = ", ".join(name.decode("utf-8", "replace") for name in known)
+        raise ValueError(f"there is no device {wanted[found.index(None)]!r}; there are: {listed}")
+    return (ctypes.c_void_p * (len(found) + 1))(*found, None)
+
+
 def accelerator() -> str:
     """The name of the first GPU that the library can use; empty if it was built without or finds none."""
     if not native.llama_supports_gpu_offload():

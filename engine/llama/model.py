@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,24 @@ def open_gguf(config: EngineConfig, progress: Progress, go_on: Callable[[], bool
         raise
 
 
+@contextmanager
+def open_vocabulary(path: Path) -> Iterator[LlamaVocab]:
+    """The vocabulary of a GGUF, without its weights. Raises ModelError."""
+    _look_at(path)
+    library.start()
+    params = native.llama_model_default_params()
+    params.vocab_only = True
+    model = native.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise ModelError(f"cannot load the vocabulary of {path}: {_reason('the library gave no reason')}")
+    vocab = LlamaVocab(model)
+    try:
+        yield vocab
+    finally:
+        vocab.close()
+        native.llama_model_free(model)
+
+
 def _look_at(path: Path) -> None:
     """Raises ModelError unless there is a file that begins like a GGUF."""
     try:
@@ -69,6 +89,12 @@ def _load(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -
     params = native.llama_model_default_params()
     params.n_gpu_layers = config.model.gpu_layers
     params.progress_callback = callback
+    try:
+        chosen = library.devices(config.model.device)
+    except ValueError as error:
+        raise ModelError(f"cannot load the model {config.model.path}: {error}") from None
+    if chosen is not None:
+        params.devices = ctypes.cast(chosen, ctypes.c_void_p)
     if library.amx():
         library.log.warning("llama.cpp was built with AMX, which can crash: weights are not repacked, which is slower")
         params.use_extra_bufts = False

@@ -19,6 +19,12 @@ class LlamaVocab:
         self.size: int = native.llama_vocab_n_tokens(self._vocab)
         self.ends = frozenset(token for token in range(self.size) if native.llama_vocab_is_eog(self._vocab, token))
         self.adds_bos = bool(native.llama_vocab_get_add_bos(self._vocab))
+        self.kind: int = native.llama_vocab_type(self._vocab)
+        bos, eos = native.llama_vocab_bos(self._vocab), native.llama_vocab_eos(self._vocab)
+        self.added: tuple[int, int] = (
+            bos if self.adds_bos else -1,
+            eos if native.llama_vocab_get_add_eos(self._vocab) else -1,
+        )
         # Rendered here and now: later a reader may ask for a piece when the model is already closed.
         self._pieces = [self._render(token) for token in range(self.size)]
         self._closing = threading.Lock()  # tokenizing happens on threads of the caller's, and must end before that

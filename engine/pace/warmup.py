@@ -16,7 +16,7 @@ def warm_up(context: Context, cost: StepCost) -> None:
 
     Leaves the cells empty.
     """
-    for rows in (1, min(ROWS, context.batch.capacity)):
+    for rows in (1, min(ROWS, context.batch.capacity, context.cells)):
         _seconds(context, rows)
         seconds = _seconds(context, rows)
         cost.observe(1, 0, seconds) if rows == 1 else cost.observe(0, rows, seconds)

@@ -10,9 +10,9 @@ logprobs    what to report of a row
 """
 
 from engine.sampling.accept import accept
-from engine.sampling.candidates import BadLogits, likeliest
+from engine.sampling.candidates import BadLogits, likeliest, spread
 from engine.sampling.logprobs import logprob
 from engine.sampling.noise import derive
 from engine.sampling.sampler import Sampler
 
-__all__ = ["BadLogits", "Sampler", "accept", "derive", "likeliest", "logprob"]
+__all__ = ["BadLogits", "Sampler", "accept", "derive", "likeliest", "logprob", "spread"]

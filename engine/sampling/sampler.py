@@ -37,17 +37,19 @@ class Sampler:
         self._banned_early = _ids(ends.union(request.stop_tokens))
         self._adjusts = bool(self._bias or self._dry or self._penalises or len(self._banned))
 
-    def pick(self, row: Row, history: Sequence[int], prompt_length: int) -> int:
-        """The token after `history`, the prompt and then what was emitted. Leaves the row as it was.
+    def pick(self, row: Row, history: Sequence[int], prompt_length: int, forgotten: int = 0) -> int:
+        """The token after `history`, the prompt and then what was emitted, of which `forgotten` tokens are left out.
+        Leaves the row as it was.
 
         Raises BadLogits if the row holds NaN or its maximum is infinite, or if every token is banned.
         """
-        emitted = len(history) - prompt_length
+        position = len(history) + forgotten
+        emitted = position - prompt_length
         if self._changes(emitted):
             row = self._changed(row, history, emitted)
         if self._params.temperature <= 0.0:
             return likeliest(row)
-        return self._drawn(survivors(row, self._params, self._excludes(len(history))), len(history))
+        return self._drawn(survivors(row, self._params, self._excludes(position)), position)
 
     def _drawn(self, found: Candidates, position: int) -> int:
         """The law of `engine.sampling.noise`."""

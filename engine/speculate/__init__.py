@@ -1,5 +1,31 @@
-"""Speculators: guesses at a request's next tokens, verified by the model in one step."""
+"""Speculators: guesses at a request's next tokens, verified by the model in one step.
 
-from engine.speculate.base import Silent, Speculate, Speculator
+base        what a speculator is, and what a draft is
+simple, map, mod, cache, suffix, prediction, draft    one type each
+ngrams, tree, files   what some of them are made of
+vocabulary  whether a draft model fits
+drafter     the speculators of one request, and which of their drafts is taken
+shared      what speculators share, and the files it is kept in
+drafting    all of it for one engine
+tally       counts, and the lines in the log
+"""
 
-__all__ = ["Silent", "Speculate", "Speculator"]
+from engine.speculate.base import NO_DRAFT, Bounds, Draft, Speculator
+from engine.speculate.draft import DraftModel
+from engine.speculate.drafter import Drafter
+from engine.speculate.drafting import Drafting, Speculate
+from engine.speculate.shared import Shared
+from engine.speculate.vocabulary import difference
+
+__all__ = [
+    "NO_DRAFT",
+    "Bounds",
+    "Draft",
+    "DraftModel",
+    "Drafter",
+    "Drafting",
+    "Shared",
+    "Speculate",
+    "Speculator",
+    "difference",
+]

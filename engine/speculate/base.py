@@ -2,45 +2,66 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
-from engine.contract import Request
+from msgspec import Struct
+
+
+class Draft(Struct, frozen=True):
+    """A guess at how a history goes on."""
+
+    tokens: Sequence[int] = ()
+    chances: Sequence[float] = ()
+    """For each token how likely it is, given those before it, as the speculator sees it; empty if it cannot tell."""
+
+
+NO_DRAFT = Draft()
+
+
+class Bounds(Struct, frozen=True):
+    """What drafts are allowed, whoever makes them."""
+
+    n_max: int | None = None
+    """Tokens at most; None is any number."""
+    n_min: int = 0
+    """A shorter draft is none."""
+    p_min: float = 0.0
+    """A draft ends before a token that its speculator thinks less likely than this."""
+
+    def trim(self, draft: Draft) -> Draft:
+        """The part of `draft` that is allowed."""
+        length = len(draft.tokens) if self.n_max is None else min(self.n_max, len(draft.tokens))
+        if self.p_min:
+            unlikely = (place for place, chance in enumerate(draft.chances[:length]) if chance < self.p_min)
+            length = next(unlikely, length)
+        if not length or length < self.n_min:
+            return NO_DRAFT
+        return draft if length == len(draft.tokens) else Draft(draft.tokens[:length], draft.chances[:length])
 
 
 class Speculator(Protocol):
-    """Guesses at how one request goes on. Called on the engine thread only."""
+    """Guesses at how the history of one request goes on. Called on the engine thread only.
 
-    def begin(self, tokens: array[int]) -> None:
-        """The request starts, or starts again after it was retracted, with these tokens."""
+    The history is a list of token ids: what `begin` gave, grown by each `observe` and edited by `truncate` and
+    `shift`. After any edit the state equals that of a fresh speculator that was given the edited history.
+    """
 
-    def propose(self, tokens: array[int], limit: int) -> Sequence[int]:
-        """At most `limit` tokens that may follow `tokens`; none is a valid answer."""
+    def begin(self, tokens: Sequence[int]) -> None:
+        """The history is `tokens`, which may be only the first part of a long prompt. Called once, first."""
 
-    def observe(self, drafted: int, accepted: int) -> None:
-        """Of the last proposal, `drafted` tokens were verified and the first `accepted` of them right."""
+    def propose(self, limit: int) -> Draft:
+        """At most `limit` tokens, at least 1, that may follow the history; none is a valid answer."""
 
-    def end(self) -> None:
-        """The request has ended."""
+    def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
+        """`emitted` follow the history. If they come from the verification of this speculator's last proposal, the
+        first `drafted` tokens of it were verified and the first `accepted` of those were right."""
 
+    def truncate(self, length: int) -> None:
+        """Only the first `length` tokens of the history are left."""
 
-Speculate = Callable[[Request], Speculator]
-"""Makes the speculator of a request."""
-
-
-class Silent:
-    """Never guesses."""
-
-    def begin(self, tokens: array[int]) -> None:
-        """Nothing to learn."""
-
-    def propose(self, tokens: array[int], limit: int) -> Sequence[int]:
-        """No tokens."""
-        return ()
-
-    def observe(self, drafted: int, accepted: int) -> None:
-        """Nothing was proposed."""
+    def shift(self, keep: int, discard: int) -> None:
+        """The `discard` tokens after the first `keep` left the history; what follows moved up."""
 
     def end(self) -> None:
-        """Nothing to forget."""
+        """The request has ended; nothing is called any more."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,16 @@ from api.app import create_app
 from tests.api.fake import FakeEngine, hello, site_of
 
 Apps = Callable[..., ASGIApp]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_of_the_machine() -> Iterator[None]:
+    """The environment may hold flags, which servers of the tests would take."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith("LLAMA_"):
+                patch.delenv(name)
+        yield
 
 
 @pytest.fixture

@@ -8,10 +8,12 @@ from typing import Any
 
 import msgspec
 
-from api.config import ServerConfig
+from api.flags import Options
 from api.served import Core, Served, Site
 from engine import (
+    SPECULATOR_TYPES,
     ContextExceeded,
+    Drafts,
     EngineError,
     EngineFault,
     Finished,
@@ -21,7 +23,8 @@ from engine import (
     Logprob,
     ModelInfo,
     Request,
-    SamplingParams,
+    RequestRefused,
+    SpeculatorType,
     Stats,
     Timings,
     Usage,
@@ -41,9 +44,11 @@ class ByteVocab:
 
     size = 260
     ends = frozenset({EOS, END})
+    kind = 0
 
     def __init__(self, *, bos_added: bool = False) -> None:
         self._bos_added = bos_added
+        self.added = (BOS if bos_added else -1, -1)
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         tokens = [BOS] if special and self._bos_added else []
@@ -59,6 +64,9 @@ class ByteVocab:
 
     def piece(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
+
+    def text(self, token: int) -> str:
+        return next((name for name, special in SPECIAL.items() if special == token), chr(token))
 
 
 INFO = ModelInfo(
@@ -76,6 +84,10 @@ INFO = ModelInfo(
     eos="</s>",
     bos_added=False,
 )
+
+
+DRAFTS = (Drafts("suffix", 4, (0, 0, 0, 1, 0)),)
+"""What becomes of the drafts of every request unless told otherwise: one, of whose four tokens three are right."""
 
 
 def hello(request: Request) -> Iterable[Step]:
@@ -100,6 +112,8 @@ class FakeEngine:
 
     def __init__(self, script: Script = hello, *, info: ModelInfo = INFO) -> None:
         self.script = script
+        self.drafts: tuple[Drafts, ...] = DRAFTS
+        self.silent = {"draft": "there is no draft model, see --model-draft"}
         self.info = info
         self.vocab = ByteVocab(bos_added=info.bos_added)
         self.slots = 4
@@ -113,9 +127,15 @@ class FakeEngine:
         self.fault: EngineFault | None = None
         self._playing: dict[Generation, asyncio.Task[None]] = {}
 
+    @property
+    def speculators(self) -> tuple[SpeculatorType, ...]:
+        return tuple(kind for kind in SPECULATOR_TYPES if kind not in self.silent)
+
     def generate(self, request: Request) -> Generation:
         if len(request.prompt) >= self.request_limit:
             raise ContextExceeded(len(request.prompt), self.request_limit)
+        if request.speculation is not None and any(kind in self.silent for kind in request.speculation.type):
+            raise RequestRefused("Nobody can guess by that here.", field="speculative.type")
         self.requests.append(request)
         return Generation(request, self.vocab.piece, self._submit, self._cancel)
 
@@ -137,6 +157,7 @@ class FakeEngine:
             cells=100,
             cells_used=60,
             cells_idle=10,
+            drafts=(Drafts("suffix", 20, (1, 2, 3)), Drafts("ngram-mod", 9, (0, 1, 0, 1))),
         )
 
     def _submit(self, generation: Generation) -> None:
@@ -149,7 +170,7 @@ class FakeEngine:
         self.log.append("cancel")
         self._playing.pop(generation).cancel()
         # Like the engine, which tells the end a step later, to readers that are still there.
-        asyncio.get_running_loop().call_soon(generation.deliver_end, finished(generation.request, 0, "cancelled"))
+        asyncio.get_running_loop().call_soon(generation.deliver_end, self._finished(generation.request, 0, "cancelled"))
 
     async def _play(self, generation: Generation) -> None:
         request, count = generation.request, 0
@@ -170,11 +191,20 @@ class FakeEngine:
                     generation.deliver_tokens(tokens, self._logprobs(request, tokens))
             if count >= most:
                 break
-        self._end(generation, finished(request, count, "length" if count >= most else "stop"))
+        self._end(generation, self._finished(request, count, "length" if count >= most else "stop"))
 
     def _end(self, generation: Generation, end: Finished | Failed) -> None:
         self._playing.pop(generation, None)
         generation.deliver_end(end)
+
+    def _finished(self, request: Request, count: int, reason: str) -> Finished:
+        """An end with made-up times: 0.25 s in the queue, 0.5 s for the prompt, 2 s for the rest."""
+        nobody = request.speculation is not None and not request.speculation.type
+        drafts = () if nobody else self.drafts
+        drafted, accepted = sum(each.drafted for each in drafts), sum(each.accepted for each in drafts)
+        usage = Usage(len(request.prompt), 2, count, drafted, accepted)
+        timings = Timings(0.25, 0.5, 2.0)
+        return Finished(FinishReason(reason), usage, timings, request.sampling.seed or 0, drafts=drafts)
 
     def _logprobs(self, request: Request, tokens: list[int]) -> list[Logprob]:
         if request.logprobs is None:
@@ -182,16 +212,11 @@ class FakeEngine:
         return [Logprob(t, -0.5, ((t, -0.5), (t + 1, float("-inf")))[: request.logprobs]) for t in tokens]
 
 
-def finished(request: Request, count: int, reason: str) -> Finished:
-    """An end with made-up times: 0.25 s in the queue, 0.5 s for the prompt, 2 s for the rest."""
-    usage = Usage(len(request.prompt), 2, count, drafted=4, accepted=3)
-    return Finished(FinishReason(reason), usage, Timings(0.25, 0.5, 2.0), request.sampling.seed or 0)
-
-
-def site_of(engine: FakeEngine | None = None, **config: Any) -> Site:
-    """A site that serves `engine`, or a fresh fake one."""
-    settings = msgspec.convert(config, ServerConfig)
-    site = Site(settings)
+def site_of(engine: FakeEngine | None = None, *, options: Any = None, **config: Any) -> Site:
+    """A site that serves `engine`, or a fresh fake one; `config` is the server's, `options` the other tables'."""
+    tables = {"model": {"path": INFO.path}, "server": config, **(options or {})}
+    made = msgspec.convert(tables, Options)
+    site = Site(made.server)
     core: Core = engine or FakeEngine()
-    site.served = Served(core, settings, SamplingParams())
+    site.served = Served(core, made)
     return site

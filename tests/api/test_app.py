@@ -92,8 +92,8 @@ async def test_keys(app_of: Apps, headers: dict[str, str], status: int) -> None:
 
 async def test_while_loading() -> None:
     app = create_app(Site(ServerConfig()))
-    for method, path in (("GET", "/health"), ("POST", CHAT), ("GET", "/v1/models"), ("GET", "/metrics")):
-        answer = await call(app, method, path, b"not even read")
+    for path in ("/health", CHAT, "/v1/models", "/metrics", "/props"):
+        answer = await call(app, "POST" if path == CHAT else "GET", path, b"not even read")
         assert answer.status == 503
         assert answer.json["error"]["message"] == "Loading model"
         assert answer.headers["retry-after"] == "1"
@@ -136,6 +136,17 @@ async def test_metrics(app: ASGIApp) -> None:
     assert samples["vllm:prompt_tokens_total", ()] == 7
     assert samples["vllm:generation_tokens_total", ()] == 7
     assert samples["vllm:time_to_first_token_seconds_count", ()] == 4
+    assert samples["vllm:spec_decode_num_drafts_total", ()] == 8
+    assert samples["vllm:spec_decode_num_draft_tokens_total", ()] == 29
+    assert samples["vllm:spec_decode_num_accepted_tokens_total", ()] == 12
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    assert [samples[name, (("position", str(place)),)] for place in range(3)] == [7, 4, 1]
+    suffix = ("type", "suffix")
+    assert samples["paceline_spec_drafts_total", (suffix,)] == 6
+    assert samples["paceline_spec_draft_tokens_total", (suffix,)] == 20
+    assert samples["paceline_spec_accepted_tokens_total", (suffix,)] == 8
+    name = "paceline_spec_accepted_tokens_per_pos_total"
+    assert [samples[name, (("position", str(place)), suffix)] for place in range(2)] == [5, 3]
     assert samples["process_resident_memory_bytes", ()] > 0
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from tests.engine.test_layers import ROOT, imports, upward
 
 LAYERS = """
-config schema replies tasks
+complaints config drafts tasks
+schema replies speculation
 problems exchange flags
 prompts responses options bodies logprobs
 served
-keys metrics completions
+keys metrics completions props
 chat text
 app terminal
-serve
+serve lookup
 __main__
 """
 

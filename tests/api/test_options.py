@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from api.__main__ import USAGE, main
-from api.flags import FLAGS, IGNORED, SECTIONS, Flag, Options, flag_table
+from api.flags import FLAGS, IGNORED, IGNORED_WITH_VALUE, SECTIONS, Flag, Options, flag_table
 from api.options import OptionError, parse
 from engine import BatchConfig
 
@@ -23,7 +23,15 @@ EXAMPLES: dict[str, Any] = {
     "max_body": 4096,
     "api_keys": ("a", "b"),
     "dry_sequence_breakers": ("x",),
+    "device": "CUDA0,CUDA1",
+    "types": ("ngram-mod", "suffix"),
+    "order": "fixed",
+    "pool_scope": "shared",
+    "pool_file": "pool.bin",
+    "lookup_static": "static.bin",
+    "lookup_dynamic": "dynamic.bin",
 }
+IN_ENVIRONMENT = [flag for flag in FLAGS if flag.env]
 
 
 def example(flag: Flag) -> Any:
@@ -67,16 +75,93 @@ def test_every_key_of_a_file(flag: Flag, tmp_path: Path) -> None:
     assert value_in(parse(["--config", str(file)]), flag) == value
 
 
+@pytest.mark.parametrize("flag", IN_ENVIRONMENT, ids=lambda flag: flag.env)
+def test_every_variable_of_the_environment(flag: Flag) -> None:
+    value = example(flag)
+    text = ",".join(value) if flag.repeatable else str(value).lower() if flag.switch else str(value)
+    assert value_in(parse([] if flag.dest == "model.path" else ["-m", "x"], {flag.env: text}), flag) == value
+
+
+@pytest.mark.parametrize("text", ["true", "1", "on", "enabled", "false", "0", "off", "disabled"])
+def test_switches_in_the_environment(text: str) -> None:
+    switches = [flag for flag in IN_ENVIRONMENT if flag.switch]
+    options = parse(["-m", "x"], {flag.env: text for flag in switches})
+    assert {value_in(options, flag) for flag in switches} == {text in ("true", "1", "on", "enabled")}
+
+
 def test_defaults() -> None:
-    options = parse(["-m", "model.gguf"])
-    assert all(value_in(options, flag) == flag.default for flag in FLAGS if flag.field != "path")
+    options = parse(["-m", "model.gguf"], {"LLAMA_ARG_PORT": "", "LLAMA_ARG_SPEC_TYPE": ""})
+    assert all(value_in(options, flag) == flag.default for flag in FLAGS if flag.dest != "model.path")
 
 
-def test_the_command_line_wins(tmp_path: Path) -> None:
+def test_the_command_line_wins_over_the_environment_and_that_over_a_file(tmp_path: Path) -> None:
     file = tmp_path / "paceline.toml"
-    file.write_text('[model]\npath = "m.gguf"\nthreads = 3\n[batch]\nslots = 5\n')
-    options = parse(["--config", str(file), "-np", "6"])
-    assert (options.model.path, options.model.threads, options.batch.slots) == ("m.gguf", 3, 6)
+    file.write_text(
+        '[model]\npath = "m.gguf"\nthreads = 3\n[batch]\nslots = 5\nrows = 64\n[server]\napi_keys = ["f"]\n'
+    )
+    environment = {"LLAMA_ARG_N_PARALLEL": "6", "LLAMA_ARG_BATCH": "128", "LLAMA_API_KEY": "a, b"}
+    options = parse(["--config", str(file), "-np", "7"], environment)
+    assert (options.model.path, options.model.threads) == ("m.gguf", 3)
+    assert (options.batch.slots, options.batch.rows) == (7, 128)
+    assert options.server.api_keys == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "types"),
+    [
+        (["--spec-type", "ngram-mod,suffix", "--spec-type", "draft"], ("ngram-mod", "suffix", "draft")),
+        (["--spec-type=suffix, draft-simple,"], ("suffix", "draft")),
+        (["--spec-type", "none"], ("none",)),
+        (["--spec-type", "auto"], ("auto",)),
+        (["--spec-type", ""], ()),
+    ],
+    ids=str,
+)
+def test_types_of_speculators(arguments: list[str], types: tuple[str, ...]) -> None:
+    assert parse(["-m", "x", *arguments]).speculation.types == types
+
+
+def test_several_keys_in_one_flag() -> None:
+    assert parse(["-m", "x", "--api-key", "a,b", "--api-key", "c"]).server.api_keys == ("a", "b", "c")
+    assert parse(["-m", "x", "--dry-sequence-breaker", ","]).sampling.dry_sequence_breakers == (",",)
+
+
+@pytest.mark.parametrize(
+    ("environment", "complaint"),
+    [
+        ({"LLAMA_ARG_PORT": "x"}, "LLAMA_ARG_PORT: expected a whole number from 0 to 65535, not 'x'"),
+        ({"LLAMA_ARG_FLASH_ATTN": "maybe"}, "LLAMA_ARG_FLASH_ATTN: expected one of auto, off, on, not 'maybe'"),
+        ({"LLAMA_ARG_CONTEXT_SHIFT": "yes"}, "LLAMA_ARG_CONTEXT_SHIFT: expected on or off, not 'yes'"),
+        ({"LLAMA_ARG_SPEC_TYPE": "sufix"}, "LLAMA_ARG_SPEC_TYPE: there is no 'sufix'; the nearest is suffix"),
+    ],
+)
+def test_mistakes_in_the_environment(
+    environment: dict[str, str], complaint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in environment.items():
+        monkeypatch.setenv(name, text)
+    assert main(["serve", "-m", "x"]) == 2
+    assert capsys.readouterr().err == f"paceline serve: {complaint}\n"
+
+
+LLAMA_SERVERS = """
+-md --model-draft --spec-draft-model --spec-draft-n-max --spec-draft-n-min --spec-draft-p-min --draft-p-min
+--draft --draft-n --draft-max --draft-min --draft-n-min -ngld --gpu-layers-draft --n-gpu-layers-draft
+--spec-draft-ngl -devd --device-draft --spec-draft-device -td --threads-draft --spec-draft-threads -tbd
+--threads-batch-draft --spec-draft-threads-batch -ctkd --cache-type-k-draft --spec-draft-type-k -ctvd
+--cache-type-v-draft --spec-draft-type-v -cd --ctx-size-draft -lcs --lookup-cache-static -lcd
+--lookup-cache-dynamic --spec-type --spec-default --spec-ngram-mod-n-match --spec-ngram-mod-n-min
+--spec-ngram-mod-n-max --spec-ngram-simple-size-n --spec-ngram-simple-size-m --spec-ngram-simple-min-hits
+--spec-ngram-map-k-size-n --spec-ngram-map-k-size-m --spec-ngram-map-k-min-hits --spec-ngram-map-k4v-size-n
+--spec-ngram-map-k4v-size-m --spec-ngram-map-k4v-min-hits --spec-ngram-size-n --spec-ngram-size-m
+--spec-ngram-min-hits --spec-draft-p-split --draft-p-split --spec-draft-sampling --spec-draft-backend-sampling
+--no-spec-draft-backend-sampling
+"""
+
+
+def test_the_speculation_flags_of_llama_server_are_known() -> None:
+    names = {name for flag in FLAGS for name in flag.names} | {*IGNORED, *IGNORED_WITH_VALUE}
+    assert set(LLAMA_SERVERS.split()) - names == set()
 
 
 @pytest.mark.parametrize(
@@ -91,6 +176,12 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
         (["-m", "x", "--ctx-sise", "9"], "unknown flag --ctx-sise; the nearest is --ctx-size"),
         (["-m", "x", "--paralel=9"], "unknown flag --paralel; the nearest is --parallel"),
         (["-m", "x", "--no-jinja"], "unknown flag --no-jinja; the nearest is --jinja"),
+        (["-m", "x", "--spec-draft-sampling"], "--spec-draft-sampling: expected one argument"),
+        (
+            ["-m", "x", "--spec-type", "suffix,ngram-mood"],
+            "--spec-type: there is no 'ngram-mood'; the nearest is ngram-mod",
+        ),
+        (["-m", "x", "--spec-type", "draft-eagle3"], "--spec-type: there is no 'draft-eagle3'; the nearest is draft"),
         (["-m", "x", "y"], "unexpected argument 'y'; a model is named with -m"),
         (["-m", "x", "--config", "/nowhere"], "--config: cannot read /nowhere: No such file or directory"),
     ],
@@ -109,6 +200,9 @@ def test_mistakes(arguments: list[str], complaint: str, capsys: pytest.CaptureFi
         ("[batch]\nslots = 0", "[batch] slots: Expected `int` >= 1, not 0"),
         ('[batch]\nslots = "5"', "[batch] slots: Expected `int`, got `str`, not '5'"),
         ("[batch", "is not TOML"),
+        ('[speculation]\ntypes = ["sufix"]', "[speculation] types: there is no 'sufix'; the nearest is suffix"),
+        ('[speculation]\ntypes = "suffix"', "[speculation] types: Expected `array`, got `str`, not 'suffix'"),
+        ("[speculation]\ntypes = [1]", "[speculation] types: [0]: Expected `str`, got `int`, not [1]"),
         ("[sampling]\nlogit_bias = []", "[sampling] has no key 'logit_bias'"),
     ],
 )
@@ -122,11 +216,12 @@ def test_mistakes_in_a_file(text: str, complaint: str, tmp_path: Path) -> None:
 
 
 def test_flags_of_llama_server_that_change_nothing() -> None:
-    assert parse(["-m", "x", *IGNORED]) == parse(["-m", "x"])
+    with_values = [word for name in IGNORED_WITH_VALUE for word in (name, "0.5")]
+    assert parse(["-m", "x", *IGNORED, *with_values]) == parse(["-m", "x"])
 
 
 def test_no_two_settings_share_a_name() -> None:
-    names = [name for flag in FLAGS for name in flag.names] + list(IGNORED)
+    names = [name for flag in FLAGS for name in flag.names] + list(IGNORED + IGNORED_WITH_VALUE)
     assert len(names) == len(set(names))
 
 
@@ -139,14 +234,17 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["serve", "--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for flag in FLAGS for name in flag.names)
+    assert all(name in shown for flag in FLAGS for name in (*flag.names, flag.env))
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["flags"]) == 0
     table = capsys.readouterr().out
     assert table == flag_table() + "\n"
-    assert "| `-np`, `--parallel` | `slots` | 16 | requests decoded together (from 1 to 128) |" in table
+    assert (
+        "| `-np`, `--parallel`, `$LLAMA_ARG_N_PARALLEL` | `slots` | 16 | requests decoded together (from 1 to 128) |"
+        in table
+    )
     rows = [line for line in table.split("\n") if line.startswith("| `")]
     assert len(rows) == len(FLAGS)
     assert BatchConfig().slots == 16

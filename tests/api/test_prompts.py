@@ -10,7 +10,7 @@ import pytest
 
 from api import prompts
 from api.prompts import Prompts
-from api.schema import ChatRequest, TextRequest
+from api.schema import ChatRequest, Prediction, TextRequest
 from engine import RequestRefused
 from tests.api.fake import BOS, INFO, START, ByteVocab
 
@@ -157,7 +157,7 @@ async def test_long_texts_go_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> Non
     ran = []
 
     async def run_sync(function: Any, *arguments: Any) -> Any:
-        ran.append(function.__name__)
+        ran.append(getattr(function, "func", function).__name__)
         return function(*arguments)
 
     monkeypatch.setattr("anyio.to_thread.run_sync", run_sync)
@@ -166,6 +166,9 @@ async def test_long_texts_go_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ran == []
     assert len(await made.of_chat(chat({"role": "user", "content": "x" * prompts.LONG}))) > prompts.LONG
     assert ran == ["render", "tokens"]
+    assert len(await made.of_prediction(Prediction("content", "x" * 100))) == 100
+    assert len(await made.of_prediction(Prediction("content", "x" * prompts.LONG))) == prompts.LONG
+    assert ran == ["render", "tokens", "tokenize"]
 
 
 def test_stop_and_limit_under_all_their_names() -> None:

@@ -84,6 +84,30 @@ def text(**fields: Any) -> dict[str, Any]:
         (chat(guided_json={}), "guided_json"),
         (chat(continue_final_message=True, add_generation_prompt=True), "continue_final_message"),
         (chat(chat_template_kwargs=[]), "chat_template_kwargs"),
+        (chat(speculative=5), "speculative"),
+        (chat(speculative=[]), "speculative"),
+        (chat(speculative="sufix"), "speculative"),
+        (chat(speculative={"type": "sufix"}), "speculative.type"),
+        (chat(speculative={"type": 5}), "speculative.type"),
+        (chat(speculative={"type": ["suffix", "sufix"]}), "speculative.type[1]"),
+        (chat(speculative={"type": ["suffix", {}]}), "speculative.type[1]"),
+        (chat(speculative={"type": "draft"}), "speculative.type"),
+        (chat(speculative={"n_mex": 5}), "speculative.n_mex"),
+        (chat(speculative={"n_max": 0}), "speculative.n_max"),
+        (chat(speculative={"n_max": 5.5}), "speculative.n_max"),
+        (chat(speculative={"n_max": 5, "n_min": 6}), "speculative.n_min"),
+        (chat(speculative={"n_min": -1}), "speculative.n_min"),
+        (chat(speculative={"p_min": 1.5}), "speculative.p_min"),
+        (chat(speculative={"size_n": 0}), "speculative.size_n"),
+        (chat(speculative={"min_hits": "2"}), "speculative.min_hits"),
+        (chat(prediction="hi"), "prediction"),
+        (chat(prediction={"type": "content"}), "prediction"),
+        (chat(prediction={"content": "hi"}), "prediction"),
+        (chat(prediction={"type": "text", "content": "hi"}), "prediction.type"),
+        (chat(prediction={"type": "content", "content": 5}), "prediction.content"),
+        (chat(prediction={"type": "content", "content": ["hi"]}), "prediction.content[0]"),
+        (chat(prediction={"type": "content", "content": [{"type": "image"}]}), "prediction.content[0].type"),
+        (chat(prediction={"type": "content", "content": [{"type": "text"}]}), "prediction.content[0].text"),
     ],
     ids=str,
 )
@@ -114,6 +138,8 @@ async def test_chat_names_the_field(app: ASGIApp, engine: FakeEngine, body: dict
         (text(suffix="x"), "suffix"),
         (text(best_of=2), "best_of"),
         ({"prompt": ["a"] * 100, "n": 3}, "n"),
+        (text(speculative={"type": "sufix"}), "speculative.type"),
+        (text(prediction={"type": "text", "content": "hi"}), "prediction.type"),
     ],
     ids=str,
 )
@@ -163,6 +189,12 @@ async def test_no_json_is_a_fault(path: tuple[str, type[Struct]], data: st.DataO
     app = create_app(site_of(FakeEngine()))
     answer = await post(app, path[0], {"messages": HELLO, "prompt": "hi", **wishes})
     assert answer.status in (200, 400, 404)
+
+
+async def test_what_is_nearest_is_named(app: ASGIApp) -> None:
+    for wish, close in (({"type": "sufix"}, "suffix"), ({"n_mex": 5}, "n_max")):
+        message = (await post(app, CHAT, chat(speculative=wish))).json["error"]["message"]
+        assert message.endswith(f"; the nearest is {close}")
 
 
 async def test_tools_that_must_not_be_used_are_harmless(app: ASGIApp) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
 from api.config import ServerConfig
 from api.serve import listen
-from api.terminal import LoadingBar, address_of, welcome
+from api.terminal import Bar, address_of, welcome
 from tests.api.fake import INFO, FakeEngine, site_of
 
 
 def test_lines_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:
-    with LoadingBar("/models/m.gguf") as bar:
+    with Bar("Loading m.gguf") as bar:
         for share in (0.0, 0.1, 0.3, 0.4, 0.8, 0.9, 1.0, 1.0):
             bar.show(share)
     lines = capsys.readouterr().err.splitlines()
@@ -21,7 +23,7 @@ def test_lines_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    with LoadingBar("/models/m.gguf") as bar:
+    with Bar("Loading m.gguf") as bar:
         bar.show(0.5)
     shown = capsys.readouterr().err
     assert "Loading m.gguf" in shown
@@ -44,6 +46,41 @@ def test_welcome_says_what_is_missing() -> None:
     shown = welcome(served, "x")
     assert shown.startswith("Note: The model has no chat template; ChatML is used.\n")
     assert "YOUR_KEY" in shown
+
+
+DRAFT = {"draft": {"path": "/models/small.gguf"}}
+
+
+@pytest.mark.parametrize(
+    ("options", "silent", "told"),
+    [
+        ({}, {}, []),
+        ({"speculation": {"types": ["none", "suffix"]}}, {}, []),
+        ({"speculation": {"types": ["suffix", "ngram-mod"]}}, {}, ["Guessing ahead: ngram-mod, suffix"]),
+        ({"speculation": {"default": True}}, {}, ["Guessing ahead: ngram-mod"]),
+        ({"speculation": {"types": ["draft", "suffix"]}, **DRAFT}, {}, ["Guessing ahead: suffix, draft (small.gguf)"]),
+        (DRAFT, {}, ["small.gguf guesses only for requests that ask for it; for all with --spec-type draft"]),
+        (DRAFT, {"draft": "it does not fit"}, ["Note: Nobody guesses by draft: it does not fit."]),
+        (
+            {"speculation": {"types": ["draft"]}},
+            {"draft": "it is none"},
+            ["Note: Nobody guesses by draft: it is none."],
+        ),
+        (
+            {"speculation": {"types": ["auto"]}},
+            dict.fromkeys(["draft", "prediction", "ngram-map-k", "ngram-map-k4v"], "of something"),
+            ["Guessing ahead: ngram-simple, ngram-mod, ngram-cache, suffix"],
+        ),
+    ],
+    ids=str,
+)
+def test_welcome_says_who_guesses(options: dict[str, Any], silent: dict[str, str], told: list[str]) -> None:
+    engine = FakeEngine(info=msgspec.structs.replace(INFO, chat_template="{{ messages }}"))
+    engine.silent = silent
+    served = site_of(engine, options=options).served
+    assert served is not None
+    lines = welcome(served, "x").split("\n")
+    assert [each for each in lines if "uess" in each] == told
 
 
 @pytest.mark.parametrize(

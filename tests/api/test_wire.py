@@ -24,6 +24,21 @@ TIMINGS = {
     "draft_n_accepted": 3,
 }
 
+GUESSED = {
+    "metrics": {
+        "speculative_decoding": {
+            "mean_acceptance_length": 4.0,
+            "draft_acceptance_rate": 0.75,
+            "acceptance_histogram": [0, 0, 0, 1, 0],
+            "num_spec_steps": 1,
+            "num_accepted_draft_tokens": 3,
+            "num_draft_tokens": 4,
+            "num_spec_tokens": 4,
+        }
+    },
+    "speculative": {"type": ["suffix"], "by_type": {"suffix": {"drafts": 1, "drafted": 4, "accepted": 3}}},
+}
+
 
 def settled(reply: dict[str, Any], **expected: Any) -> dict[str, Any]:
     """`reply` without what differs from call to call, which is checked here."""
@@ -75,6 +90,7 @@ async def test_chat(app: ASGIApp) -> None:
         ],
         "usage": usage(PROMPT_OF_HELLO, 12),
         "timings": timings(PROMPT_OF_HELLO, 12),
+        **GUESSED,
         "seed": 5,
     }
 
@@ -95,6 +111,7 @@ async def test_chat_stream(app: ASGIApp) -> None:
         {
             "choices": [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}],
             "timings": timings(PROMPT_OF_HELLO, 12),
+            **GUESSED,
             "seed": 5,
         },
     ]
@@ -181,6 +198,7 @@ async def test_text(app: ASGIApp, engine: FakeEngine) -> None:
         "choices": [{"index": 0, "text": "Hello ", "logprobs": None, "finish_reason": "length"}],
         "usage": usage(5, 6),
         "timings": timings(5, 6),
+        **GUESSED,
         "seed": 1,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -26,7 +27,7 @@ def test_fields_find_their_concern() -> None:
         ({"path": ""}, r"length >= 1 - at `\$.model.path`"),
     ],
 )
-def test_what_is_wrong_is_named(fields: dict[str, object], words: str) -> None:
+def test_what_is_wrong_is_named(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(msgspec.ValidationError, match=words):
         EngineConfig.of(**{"path": "a.gguf", **fields})
 

@@ -10,9 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 ENGINE = """
-contract config batch text stats
+contract batch text
+config stats
 backend outbox
-llama memory sampling pace scheduler speculate
+llama memory sampling pace scheduler
+speculate
 streams generation
 verify
 runner
@@ -20,7 +22,14 @@ engine
 """
 SAMPLING = "noise candidates\nlogprobs truncate penalties verify\nsampler"
 MEMORY = "radix\ncells"
-PACE = "cost\nwarmup"
+PACE = "cost acceptance\nwarmup"
+SPECULATE = """
+base vocabulary files tally
+ngrams tree mod cache draft
+simple map suffix prediction drafter
+shared
+drafting lookup
+"""
 LLAMA = "library\nvocab context\nmodel"
 
 
@@ -54,7 +63,13 @@ def upward(package: str, layers: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("package", "layers"),
-    [("engine", ENGINE), ("engine.memory", MEMORY), ("engine.pace", PACE), ("engine.llama", LLAMA)],
+    [
+        ("engine", ENGINE),
+        ("engine.memory", MEMORY),
+        ("engine.pace", PACE),
+        ("engine.llama", LLAMA),
+        ("engine.speculate", SPECULATE),
+    ],
 )
 def test_imports_point_down(package: str, layers: str) -> None:
     lazily = ["engine.engine -> engine.llama"]

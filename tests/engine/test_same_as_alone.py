@@ -7,19 +7,20 @@ row can see, so any slip shows.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, cast
 
 import pytest
+from msgspec import structs
 
 from engine.backend import NoFreeCells
-from engine.contract import Failed, Finished, FinishReason, Request, SamplingParams
+from engine.config import DraftConfig, SpeculationConfig
+from engine.contract import SPECULATOR_TYPES, Failed, Finished, FinishReason, Request, SamplingParams
 from engine.memory.cells import IDLE_STEPS
 from engine.outbox import News, Outbox
 from engine.runner import Pace, Runner
-from engine.speculate import Silent, Speculator
+from engine.speculate import Draft, Drafting, DraftModel, Shared, Speculator
 from engine.streams import Stream
 from tests.toy import VOCABULARY, ToyBackend, ToyContext
 
@@ -37,20 +38,28 @@ class Direct:
 class Oracle:
     """Drafts from the tokens that the request will have, each wrong with chance `wrong`."""
 
-    def __init__(self, truth: Sequence[int], wrong: float, random: Random) -> None:
+    def __init__(self, request: Request, truth: Sequence[int], wrong: float, random: Random) -> None:
         self.truth, self.wrong, self.random = truth, wrong, random
-        self.prompt = 0
+        self.emitted = -len(request.prompt)
         self.ended = False
 
-    def begin(self, tokens: array[int]) -> None:
-        self.prompt = self.prompt or len(tokens)
+    def begin(self, tokens: Sequence[int]) -> None:
+        self.emitted += len(tokens)
 
-    def propose(self, tokens: array[int], limit: int) -> Sequence[int]:
-        rest = self.truth[len(tokens) - self.prompt :][: self.random.randint(0, limit)]
-        return [token if self.random.random() >= self.wrong else (token + 1) % VOCABULARY for token in rest]
+    def propose(self, limit: int) -> Draft:
+        rest = self.truth[self.emitted :][: self.random.randint(0, limit)]
+        return Draft([token if self.random.random() >= self.wrong else (token + 1) % VOCABULARY for token in rest])
 
-    def observe(self, drafted: int, accepted: int) -> None:
+    def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
         assert 0 <= accepted <= drafted
+        assert accepted <= len(emitted) <= accepted + 1 or not drafted
+        self.emitted += len(emitted)
+
+    def truncate(self, length: int) -> None:
+        raise AssertionError("nothing is cut here")
+
+    def shift(self, keep: int, discard: int) -> None:
+        raise AssertionError("nothing is shifted here")
 
     def end(self) -> None:
         assert not self.ended, "ended twice"
@@ -60,12 +69,28 @@ class Oracle:
 class Bench:
     """A runner without a thread, and what its readers got."""
 
-    def __init__(self, context: ToyContext, slots: int = 4, prompt_rows: int = 1000) -> None:
+    def __init__(
+        self,
+        context: ToyContext,
+        slots: int = 4,
+        prompt_rows: int = 1000,
+        *,
+        speculation: SpeculationConfig | None = None,
+        draft: ToyContext | None = None,
+    ) -> None:
         self.backend = ToyBackend(context)
         self.got: dict[int, list[int]] = {}
         self.ends: dict[int, Finished | Failed] = {}
         outbox = Outbox(cast("Any", Direct()), self.deliver)
-        self.runner = Runner(self.backend, slots, Pace(0.0, 0.5), outbox)
+        self.next: dict[str, Speculator] = {}
+        self.drafting = Drafting(
+            Shared(speculation or SpeculationConfig(), self.backend.vocab),
+            speculation or SpeculationConfig(),
+            DraftConfig(n_max=6),
+            DraftModel(ToyBackend(draft), VOCABULARY) if draft else None,
+            None if speculation else lambda _: self.next,
+        )
+        self.runner = Runner(self.backend, slots, Pace(0.0, 0.5), outbox, self.drafting)
         cast("Any", self.runner.cost).prompt_rows = lambda *_: prompt_rows
         self.streams: dict[int, Stream] = {}
 
@@ -79,7 +104,8 @@ class Bench:
     def submit(self, key: int, request: Request, speculator: Speculator | None = None) -> None:
         seed = request.sampling.seed or 0
         context = self.backend.context
-        stream = Stream(key, request, seed, self.backend.vocab, context.cells, speculator or Silent())
+        stream = Stream(key, request, seed, self.backend.vocab, context.cells)
+        self.next = {"oracle": speculator} if speculator else {}
         self.got[key], self.streams[key] = [], stream
         self.runner.submit(stream)
 
@@ -138,7 +164,7 @@ def test_random_interleavings(seed: int) -> None:
     for key in range(12):
         request = draw_request(random, prefixes, cells)
         wanted[key] = alone(request, cells)
-        oracle = Oracle(wanted[key][0], random.choice([0.0, 0.3, 1.0]), random)
+        oracle = Oracle(request, wanted[key][0], random.choice([0.0, 0.3, 1.0]), random)
         bench.submit(key, request, oracle if random.random() < 0.5 else None)
         for _ in range(random.randint(0, 6)):
             bench.runner.step()
@@ -164,13 +190,58 @@ def test_random_interleavings(seed: int) -> None:
     assert context.used() == 0
 
 
+LOOPS = SamplingParams(temperature=0.0, logit_bias=tuple((token, 8.0) for token in range(1, 5)))
+"""Says only four tokens, and so repeats itself: n-grams recur."""
+
+
+@pytest.mark.parametrize("kind", [*SPECULATOR_TYPES, "auto", "fixed"])
+@pytest.mark.parametrize("seed", range(6))
+def test_every_type_of_speculator_leaves_the_text_alone(kind: Any, seed: int) -> None:
+    random = Random(seed)
+    order: Any = "fixed" if kind == "fixed" else "measured"
+    types: Any = ("auto",) if kind == "fixed" else (kind,)
+    speculation = SpeculationConfig(
+        types=types, order=order, size_n=2, size_m=5, mod_match=2, mod_min=1, suffix_tokens=100
+    )
+    draft = ToyContext(cells=random.choice([60, 400]), other=0.3)
+    bench = Bench(
+        ToyContext(cells=random.choice([90, 300]), rows=random.choice([16, 64]), outputs=random.choice([8, 16])),
+        prompt_rows=random.choice([1, 5, 100]),
+        speculation=speculation,
+        draft=draft,
+    )
+    prefixes = [[random.randrange(1, VOCABULARY) for _ in range(20)] for _ in range(2)]
+    wanted: dict[int, list[int]] = {}
+    for key in range(8):
+        request = structs.replace(draw_request(random, prefixes, 60), max_tokens=random.choice([1, 10, 40]))
+        if key < 2 or random.random() < 0.5:
+            request = structs.replace(request, sampling=LOOPS, ignore_eos=True, max_tokens=50)
+        wanted[key] = alone(request, 300)[0]
+        if kind in ("prediction", "auto", "fixed"):
+            guess = tuple(token if random.random() < 0.8 else 7 for token in wanted[key])
+            request = structs.replace(request, prediction=guess)
+        bench.submit(key, request)
+        for _ in range(random.randint(0, 6)):
+            bench.runner.step()
+            bench.runner.cells.check()
+        if bench.runner.running and random.random() < 0.15:
+            bench.runner._retract(random.choice(list(bench.runner.running.values())))
+    bench.run()
+    assert bench.got == wanted
+    guessed = SPECULATOR_TYPES if kind in ("auto", "fixed") else (kind,)
+    assert {drafts.type for drafts in bench.drafting.drafts} == set(guessed)
+    assert any(drafts.drafted for drafts in bench.drafting.drafts), "somebody guessed"
+    assert bench.drafting.model is not None
+    bench.drafting.model.cells.check()
+
+
 @pytest.mark.parametrize("wrong", [0.0, 1.0])
 def test_right_and_wrong_drafts_leave_the_text_alone(wrong: float) -> None:
     request = Request(prompt=(1, 2, 3), max_tokens=24, ignore_eos=True, sampling=SamplingParams(seed=4))
     tokens, _ = alone(request, 200)
     context = ToyContext()
     bench = Bench(context, slots=2)
-    bench.submit(0, request, Oracle(tokens, wrong, Random(0)))
+    bench.submit(0, request, Oracle(request, tokens, wrong, Random(0)))
     bench.run()
     end = bench.ends[0]
     assert bench.got[0] == tokens
@@ -241,7 +312,7 @@ def test_a_model_that_cannot_share_still_serves() -> None:
     request = Request(prompt=(1, 2, 3, 4), max_tokens=6, ignore_eos=True, sampling=SamplingParams(temperature=0))
     tokens, _ = alone(request, 200)
     for key in range(3):
-        bench.submit(key, request, Oracle(tokens, 0.0, Random(0)))
+        bench.submit(key, request, Oracle(request, tokens, 0.0, Random(0)))
     bench.run()
     assert [bench.got[key] for key in range(3)] == [tokens] * 3
     assert context.computed == 3 * (4 + 5)
@@ -269,7 +340,7 @@ def test_decodes_that_find_no_cells_are_tried_with_less(faults: int) -> None:
     context = ToyContext()
     bench = Bench(context)
     for key in range(3):
-        bench.submit(key, request, Oracle(tokens, 0.5, Random(1)))
+        bench.submit(key, request, Oracle(request, tokens, 0.5, Random(1)))
     context.faults = lambda n: NoFreeCells() if n % 10 < faults and context.batch.rows > 1 else None
     bench.run()
     assert [bench.got[key] for key in range(3)] == [tokens] * 3

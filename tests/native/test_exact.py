@@ -7,12 +7,12 @@ no kernel for several rows), so tokens must be equal, not only likely so. Temper
 from __future__ import annotations
 
 import asyncio
-from array import array
 from collections.abc import Sequence
 
 import pytest
 
 from engine import Engine, EngineConfig, Finished, Request, SamplingParams, Tokens, Usage
+from engine.speculate import Draft
 from tests.native.conftest import MODEL
 
 CONFIG = EngineConfig.of(path=MODEL, slots=4, context=2048, cache_type_v="bf16", flash_attention="on")
@@ -44,16 +44,22 @@ class Known:
     def __init__(self, answers: dict[tuple[int, ...], list[int]], asked: Request, wrong: bool) -> None:
         self.whole = [*asked.prompt, *answers.get(asked.prompt, ())]
         self.wrong = wrong
+        self.at = 0
 
-    def begin(self, tokens: array[int]) -> None:
+    def begin(self, tokens: Sequence[int]) -> None:
+        self.at = len(tokens)
+
+    def propose(self, limit: int) -> Draft:
+        rest = enumerate(self.whole[self.at : self.at + min(limit, 7)], self.at)
+        return Draft([token + 1 if self.wrong and not place % 3 else token for place, token in rest])
+
+    def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
+        self.at += len(emitted)
+
+    def truncate(self, length: int) -> None:
         pass
 
-    def propose(self, tokens: array[int], limit: int) -> Sequence[int]:
-        at = len(tokens)
-        rest = enumerate(self.whole[at : at + limit], at)
-        return [token + 1 if self.wrong and not place % 3 else token for place, token in rest]
-
-    def observe(self, drafted: int, accepted: int) -> None:
+    def shift(self, keep: int, discard: int) -> None:
         pass
 
     def end(self) -> None:
@@ -74,7 +80,7 @@ async def test_alone_together_again_and_drafted() -> None:
         assert again == answers[requests[0].prompt]
         assert usage.cached == usage.prompt - 1, "what is shared says the same as what is computed"
     for wrong in (False, True):
-        opened = Engine.open(CONFIG, speculate=lambda asked, wrong=wrong: Known(answers, asked, wrong))  # type: ignore[misc]
+        opened = Engine.open(CONFIG, speculate=lambda asked, wrong=wrong: {"known": Known(answers, asked, wrong)})  # type: ignore[misc]
         async with opened as engine:
             together = await asyncio.gather(*(read(engine, request(engine, text)) for text in TEXTS))
         assert [ids for ids, _ in together] == list(answers.values())

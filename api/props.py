@@ -1,0 +1,61 @@
+"""GET /props: what is served and what requests default to, in llama-server's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+from msgspec import Struct
+
+from api.prompts import CHATML
+from api.served import VERSION, Served
+
+
+class Defaults(Struct, frozen=True):
+    """What a request gets that does not say."""
+
+    n_ctx: int
+    """Tokens that it may have, prompt and continuation together."""
+    params: dict[str, object]
+
+
+class Guessing(Struct, frozen=True):
+    """Who guesses for requests that do not say, who could, and why the others cannot."""
+
+    types: Sequence[str]
+    available: Sequence[str]
+    unavailable: Mapping[str, str]
+
+
+class Props(Struct, frozen=True):
+    """The reply."""
+
+    default_generation_settings: Defaults
+    total_slots: int
+    model_alias: str
+    model_path: str
+    chat_template: str
+    bos_token: str
+    eos_token: str
+    build_info: str
+    speculative: Guessing
+
+
+def props_of(served: Served) -> Props:
+    """The properties of what is served."""
+    engine, info = served.engine, served.engine.info
+    params = msgspec.structs.asdict(served.options.sampling)
+    del params["logit_bias"]
+    if params["seed"] is None:
+        params["seed"] = -1
+    return Props(
+        Defaults(engine.request_limit, params),
+        engine.slots,
+        served.name,
+        info.path,
+        info.chat_template or CHATML,
+        info.bos,
+        info.eos,
+        f"paceline {VERSION}",
+        Guessing(served.guessers, engine.speculators, engine.silent),
+    )

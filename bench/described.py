@@ -1,0 +1,293 @@
+"""What ours are to be measured against: llama-server's own n-gram types, built naively from a description of them.
+
+Their faults are kept, since they are part of what is described: where a draft is refused, which entry wins, what is
+never learnt, what is learnt from whom. Not kept is what would help nobody to compare: reads out of bounds, aborts,
+and what the ngram-map types keep of a slot's previous request, which could only cost them drafts.
+
+Each has what a request that is replayed needs of `engine.speculate.base.Speculator`: nothing edits its history. The
+server tells them a history without its last token, and that token beside it; `history` here has both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+from msgspec import Struct, field
+
+from engine.speculate.base import Draft
+
+
+class Described:
+    """A speculator of one request, and its history. The server cuts a draft to `limit` after it was made."""
+
+    def __init__(self) -> None:
+        self.history: list[int] = []
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        self.history.extend(tokens)
+
+    def propose(self, limit: int) -> Draft:
+        return Draft(self.guess()[:limit])
+
+    def guess(self) -> list[int]:
+        """The draft, however long."""
+        raise NotImplementedError
+
+    def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
+        self.history.extend(emitted)
+
+    def end(self) -> None:
+        pass
+
+
+class Simple(Described):
+    """`ngram-simple`: a backward scan for the last n tokens, and a copy of what followed.
+
+    The match at position 0 does not count, and one with fewer than n known tokens after it gives no draft, even if
+    an earlier one would.
+    """
+
+    def __init__(self, n: int = 12, m: int = 48) -> None:
+        super().__init__()
+        self.n, self.m = n, m
+
+    def guess(self) -> list[int]:
+        known = len(self.history) - 1
+        if known <= self.n + self.m + 1:
+            return []
+        key = self.history[-self.n :]
+        for at in range(known - self.n - 1, 0, -1):
+            if self.history[at : at + self.n] == key:
+                copied = self.history[at + self.n : known][: self.m]
+                return copied if len(copied) >= self.n else []
+        return []
+
+
+def bucket(ngram: Sequence[int], factor: int, size: int) -> int:
+    """The n-gram's place in a table of `size`, a power of two."""
+    return reduce(lambda bits, token: (bits * factor + token) % size, ngram, 0)
+
+
+class Value(Struct):
+    """A continuation of a key: where it begins, how often it was counted, and how long its next draft may be."""
+
+    length: int
+    start: int = 0
+    count: int = 0
+
+
+class Key(Struct):
+    """An n-gram that was looked up: how often, up to where its occurrences were counted, its continuations."""
+
+    hits: int = 0
+    counted: int = 0
+    values: list[Value] = field(default_factory=list)
+
+
+class MapK(Described):
+    """`ngram-map-k`: n-grams by hash, each at the first place that took the bucket.
+
+    A key's drafts are as long as the last one's accepted part, so they never grow again, and once nothing was
+    accepted there are none. `min_hits` has no effect.
+    """
+
+    BUCKETS = 262_144
+    FACTOR = 2_654_435_761
+
+    def __init__(self, n: int = 12, m: int = 48, min_hits: int = 1) -> None:
+        super().__init__()
+        self.n, self.m, self.min_hits = n, m, min_hits
+        self._prompt = 0
+        self._buckets: dict[int, int] = {}
+        self._hashed = 0  # n-grams up to this place are in buckets
+        self._keys: dict[tuple[int, ...], Key] = {}
+        self._drafted: Value | None = None
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        super().begin(tokens)
+        self._prompt = len(tokens)
+
+    def guess(self) -> list[int]:
+        self._drafted = None
+        known = len(self.history) - 1
+        if known < 2 * self.n + self.m:
+            return []
+        ngram, last = self.history[-self.n :], known - self.n - self.m - 1
+        at = self._find(ngram, last)
+        self._hash(last)
+        if not at:
+            return []
+        key = self._keys.setdefault(tuple(ngram), Key())
+        key.hits += 1
+        self._drafted = self._value(key, ngram, at)
+        if self._drafted is None:
+            return []
+        # Whichever value was chosen, what is copied stands after the place that was found.
+        return self.history[at + self.n : at + self.n + min(self.m, self._drafted.length)]
+
+    def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
+        if drafted and self._drafted is not None:
+            self._drafted.length = accepted
+        super().observe(emitted)
+
+    def _value(self, key: Key, ngram: list[int], at: int) -> Value | None:
+        """The continuation that is to be drafted."""
+        if not key.values:
+            key.values.append(Value(self.m))
+        return key.values[0]
+
+    def _find(self, ngram: list[int], last: int) -> int:
+        """Where it is: by its bucket, else among the places not hashed yet, the prompt's first; 0 is nowhere."""
+        hashed = self._buckets.get(bucket(ngram, self.FACTOR, self.BUCKETS), 0)
+        if 0 < hashed < last and self._at(hashed) == ngram:
+            return hashed
+        fresh = sorted(range(last, self._hashed, -1), key=lambda at: at >= self._prompt)
+        return next((at for at in fresh if self._at(at) == ngram), 0)
+
+    def _hash(self, last: int) -> None:
+        for at in range(last, self._hashed, -1):
+            self._buckets.setdefault(bucket(self._at(at), self.FACTOR, self.BUCKETS), at)
+        self._hashed = max(self._hashed, last)
+
+    def _at(self, at: int) -> list[int]:
+        return self.history[at : at + self.n]
+
+
+class MapK4v(MapK):
+    """`ngram-map-k4v`: counts up to four continuations of a key, and drafts if one of them clearly prevails.
+
+    What it drafts is the continuation at the place that was found, be it another. The last place that was counted
+    is counted once more the next time.
+    """
+
+    VALUES = 4
+
+    def _value(self, key: Key, ngram: list[int], at: int) -> Value | None:
+        if key.hits < self.min_hits:
+            return None
+        for start in range(key.counted, at + 1):
+            if self._at(start) == ngram:
+                self._count(key, start + self.n)
+        key.counted = at
+        most = max(key.values, key=lambda value: value.count)
+        others = sum(value.count for value in key.values) - most.count
+        return most if most.count >= 2 * others else None
+
+    def _count(self, key: Key, start: int) -> None:
+        tokens = self.history[start : start + self.m]
+        for value in key.values:
+            if self.history[value.start : value.start + self.m] == tokens:
+                value.count += 1
+                return
+        if len(key.values) < self.VALUES:
+            key.values.append(Value(self.m, start, 1))
+
+
+class ModTable:
+    """What all slots of `ngram-mod` share: a token for each hash of n, whosever hash it is; the last one stays."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, int] = {}
+        self.low = 0
+        """Drafts in a row that went badly, in the one slot there is."""
+
+
+class Mod(Described):
+    """`ngram-mod`: rolls through the table until it knows no more; fewer than `n_min` tokens are no draft.
+
+    The table learns a request's tokens once it is more than `LAG` behind, and is wiped when it is a quarter full
+    after a prompt, or when five drafts in a row had less than a quarter accepted.
+    """
+
+    SIZE, FACTOR = 4 * 1024 * 1024, 6_364_136_223_846_793_005
+    LAG, FULL, BAD, PATIENCE = 32, 0.25, 0.25, 5
+
+    def __init__(self, table: ModTable, n: int = 24, n_min: int = 48, n_max: int = 64) -> None:
+        super().__init__()
+        self.n, self.n_min, self.n_max = n, n_min, n_max
+        self._table = table
+        self._learnt = 0  # n-grams that begin before this place are in the table
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        super().begin(tokens)
+        self._learn(self.history)
+        if len(self._table.tokens) > self.FULL * self.SIZE:
+            self._table.tokens.clear()
+
+    def guess(self) -> list[int]:
+        known = self.history[:-1]
+        if len(known) < self.n:
+            return []
+        if self._learnt + self.LAG < len(known):
+            self._learn(known)
+        window = self.history[-self.n :]
+        while len(window) < self.n + self.n_max:
+            token = self._table.tokens.get(bucket(window[-self.n :], self.FACTOR, self.SIZE))
+            if token is None:
+                break
+            window.append(token)
+        draft = window[self.n :]
+        return draft if len(draft) >= self.n_min else []
+
+    def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
+        if drafted:
+            self._table.low = self._table.low + 1 if accepted < self.BAD * drafted else 0
+        if self._table.low >= self.PATIENCE:
+            self._table.tokens.clear()
+            self._table.low = 0
+        super().observe(emitted)
+
+    def _learn(self, known: Sequence[int]) -> None:
+        for at in range(self._learnt, len(known) - self.n):
+            self._table.tokens[bucket(known[at : at + self.n], self.FACTOR, self.SIZE)] = known[at + self.n]
+        self._learnt = max(0, len(known) - self.n)
+
+
+class CacheSlot:
+    """What a slot's `ngram-cache` keeps from request to request."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[int, ...], dict[int, int]] = {}
+        self.size = 0
+        """Tokens of a history that were counted, whichever request's it was."""
+
+
+class Cache(Described):
+    """`ngram-cache` without files: the most frequent follower of the longest n-gram that was seen often enough.
+
+    New tokens are counted without those before them, so a single one teaches nothing. The slot's counts and its
+    size outlive the request: of the next one only what is beyond the size is counted, among the counts of others.
+    """
+
+    LAX = ((2, 66), (2, 50), (1, 50), (1, 50))
+    """By n-gram size: how often it must have been seen, and the percentage that the follower must have."""
+    N_DRAFT = 8
+
+    def __init__(self, slot: CacheSlot) -> None:
+        super().__init__()
+        self._slot = slot
+
+    def guess(self) -> list[int]:
+        self._count(self.history[self._slot.size :])
+        self._slot.size = max(self._slot.size, len(self.history))
+        tail = self.history[-len(self.LAX) :]
+        draft: list[int] = []
+        while len(draft) < self.N_DRAFT and (token := self._next(tail + draft)) is not None:
+            draft.append(token)
+        return draft
+
+    def _count(self, new: Sequence[int]) -> None:
+        for size in range(1, len(self.LAX) + 1):
+            for at in range(size, len(new)):
+                followers = self._slot.counts.setdefault(tuple(new[at - size : at]), {})
+                followers[new[at]] = followers.get(new[at], 0) + 1
+
+    def _next(self, tail: Sequence[int]) -> int | None:
+        for size in range(min(len(self.LAX), len(tail)), 0, -1):
+            followers = self._slot.counts.get(tuple(tail[-size:]), {})
+            samples, percent = self.LAX[size - 1]
+            total = sum(followers.values())
+            if total >= samples and 100 * max(followers.values()) >= percent * total:
+                return max(followers, key=lambda token: followers[token])
+        return None

@@ -1,0 +1,60 @@
+"""All of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct, structs
+
+from engine.config.batch import BatchConfig
+from engine.config.model import ModelConfig
+from engine.config.speculation import DraftConfig, SpeculationConfig
+
+
+class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of it. `EngineConfig.of(path="model.gguf", slots=4)` fills the first two concerns by field name."""
+
+    model: ModelConfig
+    batch: BatchConfig = BatchConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
+    draft: DraftConfig = DraftConfig()
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        speculation: SpeculationConfig | dict[str, object] | None = None,
+        draft: DraftConfig | dict[str, object] | None = None,
+        **fields: object,
+    ) -> EngineConfig:
+        """A checked configuration: `fields` by name of the model's or the batch's, the other concerns whole.
+
+        Raises `msgspec.ValidationError`, which names the field, for a wrong type or range or an unknown name.
+        """
+        concerns: dict[str, object] = {"speculation": speculation or {}, "draft": draft or {}}
+        model: dict[str, object] = {}
+        batch: dict[str, object] = {}
+        for name, value in fields.items():
+            concern = batch if name in BatchConfig.__struct_fields__ else model
+            concern[name] = os.fspath(value) if isinstance(value, Path) else value
+        return msgspec.convert(concerns | {"model": model, "batch": batch}, cls)
+
+    def of_draft(self, cells: int) -> EngineConfig:
+        """How the draft model is opened: as the model, which has `cells`, but for its own settings."""
+        draft = self.draft
+        threads = draft.threads if draft.threads > 0 else self.model.threads
+        for_batches = draft.threads_batch if draft.threads_batch > 0 else draft.threads
+        model = structs.replace(
+            self.model,
+            path=draft.path,
+            gpu_layers=draft.gpu_layers,
+            device=draft.device or self.model.device,
+            threads=threads,
+            threads_batch=for_batches if for_batches > 0 else self.model.threads_batch,
+            cache_type_k=draft.cache_type_k,
+            cache_type_v=draft.cache_type_v,
+        )
+        batch = structs.replace(self.batch, context=draft.context or cells, outputs=self.batch.slots)
+        return EngineConfig(model=model, batch=batch)

@@ -1,0 +1,88 @@
+"""Which model, and what computes it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from engine.config.flags import flags
+
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+
+
+class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which model, and what computes it."""
+
+    path: Annotated[
+        str, Meta(min_length=1, description="GGUF file", extra=flags("-m", "--model", env="LLAMA_ARG_MODEL"))
+    ]
+    gpu_layers: Annotated[
+        int,
+        Meta(
+            ge=-1,
+            description="layers kept on the GPU; -1 is all of them",
+            extra=flags("-ngl", "--gpu-layers", "--n-gpu-layers", env="LLAMA_ARG_N_GPU_LAYERS"),
+        ),
+    ] = -1
+    device: Annotated[
+        str,
+        Meta(
+            description="devices that compute it by ggml's names, separated by commas; empty is the library's choice",
+            extra=flags("-dev", "--device", env="LLAMA_ARG_DEVICE"),
+        ),
+    ] = ""
+    threads: Annotated[
+        int,
+        Meta(
+            ge=-1,
+            le=512,
+            description="threads of a step with one row; -1 or 0 is the number of physical cores",
+            extra=flags("-t", "--threads", env="LLAMA_ARG_THREADS"),
+        ),
+    ] = -1
+    threads_batch: Annotated[
+        int,
+        Meta(
+            ge=-1,
+            le=512,
+            description="threads of a step with more rows; -1 or 0 is the same as --threads",
+            extra=flags("-tb", "--threads-batch"),
+        ),
+    ] = -1
+    flash_attention: Annotated[
+        Literal["auto", "on", "off"],
+        Meta(
+            description="flash attention; auto is the library's choice on a GPU and off on a CPU, where it is slower",
+            extra=flags("-fa", "--flash-attn", env="LLAMA_ARG_FLASH_ATTN"),
+        ),
+    ] = "auto"
+    cache_type_k: Annotated[
+        CacheType,
+        Meta(description="type of a cell's keys", extra=flags("-ctk", "--cache-type-k", env="LLAMA_ARG_CACHE_TYPE_K")),
+    ] = "f16"
+    cache_type_v: Annotated[
+        CacheType,
+        Meta(
+            description="type of a cell's values", extra=flags("-ctv", "--cache-type-v", env="LLAMA_ARG_CACHE_TYPE_V")
+        ),
+    ] = "f16"
+    warmup: Annotated[
+        bool,
+        Meta(
+            description="run a few rows at start: pages the weights in and measures a first step cost",
+            extra=flags("--warmup"),
+        ),
+    ] = True
+
+
+def physical_cores() -> int:
+    """Cores this process may run on, hyper-threads of one core counted once; at least 1."""
+    cores: set[str] = set()
+    available = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    for cpu in available:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.exists() else str(cpu))
+    return max(1, len(cores))

@@ -1,0 +1,253 @@
+"""Type `draft`: a smaller model with the same vocabulary guesses, for all requests in one batch per draft place.
+
+It has cells of its own, in which prefixes are shared as in the model's. A request's rows there are kept: of a draft
+the rows whose tokens came true are committed, the others cut, so that no accepted token is computed twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
+from engine.memory import Cells, Lease
+from engine.pace import StepCost, warm_up
+from engine.sampling import BadLogits, likeliest, spread
+from engine.speculate.base import Bounds, Draft
+
+log = logging.getLogger("paceline.speculation")
+
+BEHIND = 8
+"""A request so many tokens behind or fewer is caught up with in the pass of its first draft token."""
+
+
+class Seat:
+    """One request's place in the draft model: its history, its lease while it has one, and its draft."""
+
+    def __init__(self, model: DraftModel, salt: str, bounds: Bounds) -> None:
+        self.salt = salt
+        self.bounds = bounds
+        self.history = array("i")
+        self.lease: Lease | None = None
+        self.tokens: list[int] = []
+        """The draft; its first `computed` tokens have rows after the lease's."""
+        self.chances: list[float] = []
+        self.computed = 0
+        self._model = model
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """The history is `tokens`. Nothing is computed before a draft is wanted."""
+        self.history.extend(tokens)
+
+    def propose(self, limit: int) -> Draft:
+        """What `DraftModel.draft` made for it since the last `observe`."""
+        return self.bounds.trim(Draft(tuple(self.tokens[:limit]), tuple(self.chances[:limit])))
+
+    def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
+        """`emitted` follow the history: keeps the rows of those that were drafted and cuts the other drafted ones."""
+        self.history.extend(emitted)
+        self.settle(emitted)
+
+    def settle(self, emitted: Sequence[int] = ()) -> None:
+        """Ends the draft: none of its rows is left but those of the first tokens of `emitted`, the history's end."""
+        if self.lease is not None and self.computed:
+            right = matching(self.tokens[: self.computed], emitted)
+            right = min(right, self.behind - 1)  # one row must be left: it gives the next draft
+            self.lease.commit(self.tokens[:right])
+            if right < self.computed:
+                self.lease.roll_back()
+        self.tokens, self.chances, self.computed = [], [], 0
+
+    def truncate(self, length: int) -> None:
+        """The history is cut; its rows are shared again as far as they hold."""
+        del self.history[length:]
+        self.leave()
+
+    def shift(self, keep: int, discard: int) -> None:
+        """The same for a history of which a part in the middle is gone."""
+        del self.history[keep : keep + discard]
+        self.leave()
+
+    def leave(self, *, keep: bool = True) -> None:
+        """Gives the lease back; the rows stay as a prefix that others, or this request later, may share if `keep`."""
+        self.settle()
+        if self.lease is not None:
+            self.lease.leave(keep=keep)
+            self.lease = None
+            self._model.seated.remove(self)
+
+    def end(self) -> None:
+        """The request has ended."""
+        self.leave()
+
+    @property
+    def behind(self) -> int:
+        """Tokens of the history that are not computed."""
+        return len(self.history) - (self.lease.length if self.lease else 0)
+
+
+class Want(NamedTuple):
+    """A seat that is to draft at most `limit` tokens, 0 if it only reads its history."""
+
+    seat: Seat
+    limit: int
+
+
+class Part(NamedTuple):
+    """A seat's rows of one pass: tokens of the history, and whether the last gives the first draft token."""
+
+    want: Want
+    rows: int
+    drafts: bool
+
+
+class DraftModel:
+    """The draft model of an engine. Belongs to the engine thread. `vocabulary` is the size of the model's own."""
+
+    def __init__(self, backend: Backend, vocabulary: int) -> None:
+        self.context = backend.context
+        self.cells = Cells(backend.context)
+        self.seated: list[Seat] = []  # with a lease, the longest seated first
+        self.fault = ""
+        """Why it drafts no more, if it failed."""
+        self._ends = backend.vocab.ends
+        self._vocabulary = vocabulary
+        self._narrow = backend.info.vocabulary if backend.info.vocabulary < vocabulary else 0
+        self._cost = StepCost()
+        warm_up(backend.context, self._cost)
+
+    def draft(self, wants: Sequence[Want], seconds: float) -> None:
+        """Makes a draft for each of `wants`, greedily picked; none for those whose history is not computed yet.
+
+        Histories are read for about `seconds` first. A seat that finds no cells drafts nothing.
+        """
+        if self.fault:
+            return
+        try:
+            active = self._read(wants, seconds)
+            while active:
+                active = self._extend([want for want, row in active if self._guess(want, row)])
+        except NoFreeCells:
+            self._unseat()
+        except Aborted:
+            pass  # the engine is closing
+        except NativeFault as error:
+            self._fail(str(error))
+
+    # ── histories ──
+
+    def _read(self, wants: Sequence[Want], seconds: float) -> list[tuple[Want, Logits]]:
+        """One pass over what the seats have not computed; the rows of those that can draft now."""
+        parts = self._parts([want for want in wants if self._admit(want)], seconds)
+        if not parts:
+            return []
+        batch = self.context.batch
+        batch.clear()
+        firsts = []
+        for want, rows, drafts in parts:
+            lease, history = want.seat.lease, want.seat.history
+            assert lease is not None, "admitted"
+            firsts.append(batch.add(lease.seq, lease.length, history[lease.length : lease.length + rows], int(drafts)))
+        begun = time.perf_counter()
+        logits = self._decode()
+        if any(rows > BEHIND for _, rows, _ in parts):
+            self._cost.observe(0, batch.rows, time.perf_counter() - begun)
+        for want, rows, _ in parts:
+            lease = want.seat.lease
+            assert lease is not None, "admitted"
+            lease.commit(want.seat.history[lease.length : lease.length + rows])
+        return [(part.want, logits[first]) for part, first in zip(parts, firsts, strict=True) if part.drafts]
+
+    def _parts(self, wants: Sequence[Want], seconds: float) -> list[Part]:
+        """First those that can draft at once, then as many rows of the longer ones as fit."""
+        near = [want for want in wants if want.seat.behind <= BEHIND]
+        parts = [Part(want, want.seat.behind, want.limit > 0) for want in near if want.seat.behind]
+        room = self.context.batch.capacity - sum(part.rows for part in parts)
+        rest = min(room, self._cost.prompt_rows(0, 0.0, seconds))
+        for want in wants:
+            behind = want.seat.behind
+            if behind > BEHIND and rest > 0:
+                rows = min(behind, rest)
+                rest -= rows
+                parts.append(Part(want, rows, rows == behind and want.limit > 0))
+        return parts
+
+    def _admit(self, want: Want) -> bool:
+        """Whether the seat has a lease, or gets one as its history and a draft fit the free cells."""
+        seat = want.seat
+        seat.settle()
+        if not seat.behind or (self._narrow and max(seat.history[-seat.behind :]) >= self._narrow):
+            return False
+        if seat.lease is None:
+            found = self.cells.find(seat.history, seat.salt)
+            need = len(seat.history) - found.length + want.limit
+            if need > self.cells.free + self.cells.idle - found.idle:
+                return False
+            seat.lease = self.cells.claim(seat.history, seat.salt)
+            self.seated.append(seat)
+        return True
+
+    # ── drafts ──
+
+    def _guess(self, want: Want, row: Logits) -> bool:
+        """Adds the token that `row` thinks likeliest to the draft; whether the draft is to go on."""
+        seat = want.seat
+        row = row[: self._vocabulary]
+        try:
+            token, chance = likeliest(row), 1.0 / spread(row)[1]
+        except BadLogits:
+            return False
+        if chance < seat.bounds.p_min:
+            return False
+        seat.tokens.append(token)
+        seat.chances.append(chance)
+        return len(seat.tokens) < want.limit and token not in self._ends
+
+    def _extend(self, wants: Sequence[Want]) -> list[tuple[Want, Logits]]:
+        """One row more for each draft."""
+        if not wants:
+            return []
+        batch = self.context.batch
+        batch.clear()
+        for want in wants:
+            lease = want.seat.lease
+            assert lease is not None, "it drafts"
+            batch.add(lease.seq, lease.length + want.seat.computed, want.seat.tokens[-1:], 1)
+        logits = self._decode()
+        for want in wants:
+            want.seat.computed += 1
+        return list(zip(wants, logits, strict=True))
+
+    def _decode(self) -> Logits:
+        self.cells.reclaim(self.context.batch.rows)
+        logits = self.context.decode()
+        self.cells.age()
+        return logits
+
+    # ── trouble ──
+
+    def _unseat(self) -> None:
+        """The cells are full: the newest seat leaves, its rows only as long as nobody needs the cells."""
+        if self.seated:
+            self.seated[-1].leave()
+
+    def _fail(self, reason: str) -> None:
+        """After a failed pass nothing is known of the cells, so nothing is drafted any more."""
+        self.fault = f"the draft model failed and drafts no more: {reason}"
+        log.error("%s", self.fault)
+        for seat in [*self.seated]:
+            seat.lease, seat.tokens, seat.chances, seat.computed = None, [], [], 0
+        self.seated.clear()
+
+
+def matching(draft: Sequence[int], emitted: Sequence[int]) -> int:
+    """How many tokens of `draft`, from its first on, are those of `emitted`."""
+    count = 0
+    for guess, token in zip(draft, emitted, strict=False):
+        if guess != token:
+            break
+        count += 1
+    return count

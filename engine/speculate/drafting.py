@@ -1,0 +1,157 @@
+"""All speculation of one engine: what speculators share, whom each request gets, and one draft for everybody a step."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from msgspec import structs
+
+from engine.config import DraftConfig, SpeculationConfig
+from engine.contract import SPECULATOR_TYPES, Drafts, Request, Speculation, SpeculatorType
+from engine.pace import Acceptance
+from engine.speculate.base import Bounds, Speculator
+from engine.speculate.draft import DraftModel, Seat, Want
+from engine.speculate.drafter import Book, Drafter
+from engine.speculate.map import NgramMapK, NgramMapK4v
+from engine.speculate.prediction import Prediction
+from engine.speculate.shared import Shared
+from engine.speculate.simple import NgramSimple
+from engine.speculate.suffix import Suffix
+from engine.speculate.tally import Tally, acceptance_line
+
+log = logging.getLogger("paceline.speculation")
+
+READING = 0.5
+"""Share of the last step's time that the draft model may spend on reading histories before the next."""
+
+Speculate = Callable[[Request], Mapping[str, Speculator]]
+"""Makes the speculators of a request, by type: another choice of them, for tests and experiments."""
+
+
+class Drafting:
+    """What the engine thread knows about guessing. `close` saves what is to outlive it."""
+
+    def __init__(
+        self,
+        shared: Shared,
+        config: SpeculationConfig,
+        draft: DraftConfig,
+        model: DraftModel | None = None,
+        speculate: Speculate | None = None,
+    ) -> None:
+        self.model = model
+        self._shared = shared
+        self._config = config
+        self._draft = draft
+        self._speculate = speculate or self._speculators
+        self._default = Speculation(type=config.chosen)
+        self._books: dict[str, Book] = {}
+
+    @property
+    def drafts(self) -> tuple[Drafts, ...]:
+        """What became of all requests' drafts, by type. Any thread may ask."""
+        return tuple(book.tally.drafts for book in list(self._books.values()))
+
+    def drafter(self, request: Request) -> Drafter:
+        """The speculators of a new request."""
+        asked = self._asked(request)
+        speculators = self._speculate(request)
+        for name in speculators:
+            self._books.setdefault(name, Book(Tally(name), Acceptance()))
+        bounds = Bounds(asked.n_max, asked.n_min or 0, asked.p_min or 0.0)
+        return Drafter(speculators, books=self._books, bounds=bounds, fixed=self._config.order == "fixed")
+
+    def propose(self, wants: Sequence[tuple[Drafter, int]], reading: Sequence[Drafter], seconds: float) -> None:
+        """Lets every drafter of `wants` hear drafts of at most so many tokens; `choose` tells the best afterwards.
+
+        `reading` are those whose prompt is being read: the draft model reads along if nobody else guesses for them.
+        The last step took `seconds`.
+        """
+        for drafter, limit in wants:
+            drafter.propose(limit)
+        if self.model is None:
+            return
+        asked = [(drafter, most) for drafter, limit in wants if (most := drafter.model_limit(limit))]
+        along = [(drafter, 0) for drafter in reading if drafter.only_model]
+        seats = [Want(drafter.seat, most) for drafter, most in asked + along if drafter.seat is not None]
+        if not seats:
+            return
+        begun = time.perf_counter()
+        self.model.draft(seats, READING * seconds)
+        each = (time.perf_counter() - begun) / len(seats)
+        for drafter, most in asked:
+            drafter.ask_model(most, each)
+
+    def report(self, drafter: Drafter) -> None:
+        """Logs what became of a request's drafts, and of those of its types since the start."""
+        if not drafter.types or not log.isEnabledFor(logging.INFO):
+            return
+        log.info("%s", acceptance_line(drafter.drafts))
+        for name in drafter.types:
+            log.info("%s", self._books[name].tally)
+
+    def close(self) -> None:
+        """Saves what was learnt, as far as files were named."""
+        self._shared.save()
+
+    # ── whom a request gets ──
+
+    def _asked(self, request: Request) -> Speculation:
+        """What the request, or for want of that the engine, says."""
+        asked = self._default if request.speculation is None else request.speculation
+        if request.prediction and (asked.type or request.speculation is None):
+            return structs.replace(asked, type=(*asked.type, "prediction"))
+        return asked
+
+    def _speculators(self, request: Request) -> dict[str, Speculator]:
+        asked = self._asked(request)
+        wanted = SPECULATOR_TYPES if "auto" in asked.type else [kind for kind in SPECULATOR_TYPES if kind in asked.type]
+        made = {kind: self._make(kind, request, asked) for kind in wanted}
+        return {kind: speculator for kind, speculator in made.items() if speculator is not None}
+
+    def _make(self, kind: SpeculatorType, request: Request, asked: Speculation) -> Speculator | None:
+        config, shared = self._config, self._shared
+        match kind:
+            case "prediction":
+                return Prediction(request.prediction, len(request.prompt)) if request.prediction else None
+            case "ngram-simple":
+                return NgramSimple(*self._sizes("simple", asked))
+            case "ngram-map-k":
+                return NgramMapK(*self._sizes("map_k", asked))
+            case "ngram-map-k4v":
+                return NgramMapK4v(*self._sizes("map_k4v", asked))
+            case "ngram-mod":
+                n_min = config.mod_min if asked.n_min is None else asked.n_min
+                return shared.mod(request.salt, n_min, max(config.mod_max, asked.n_max or 0))
+            case "ngram-cache":
+                return shared.cache(request.salt, asked.n_max or config.cache_max)
+            case "suffix":
+                return Suffix(
+                    shared.outputs,
+                    request.salt,
+                    len(request.prompt),
+                    depth=config.suffix_depth,
+                    factor=config.suffix_factor,
+                    p_min=config.suffix_p_min if asked.p_min is None else asked.p_min,
+                )
+            case "draft":
+                return self._seat(request.salt, asked)
+
+    def _sizes(self, kind: str, asked: Speculation) -> tuple[int, int, int]:
+        """size_n, size_m and min_hits: the request's, the type's own, or those of all n-gram types."""
+        own = structs.asdict(self._config)
+        return (
+            asked.size_n or own[f"{kind}_size_n"] or self._config.size_n,
+            asked.n_max or own[f"{kind}_size_m"] or self._config.size_m,
+            asked.min_hits or own[f"{kind}_min_hits"] or self._config.min_hits,
+        )
+
+    def _seat(self, salt: str, asked: Speculation) -> Seat | None:
+        if self.model is None:
+            return None
+        draft = self._draft
+        n_min = draft.n_min if asked.n_min is None else asked.n_min
+        p_min = draft.p_min if asked.p_min is None else asked.p_min
+        return Seat(self.model, salt, Bounds(asked.n_max or draft.n_max, n_min, p_min))

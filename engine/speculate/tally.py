@@ -1,0 +1,74 @@
+"""What the speculators of one type did, and the lines in which llama.cpp's users look for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from engine.contract import Drafts
+
+
+class Tally:
+    """Counts and seconds of one type: of one request, or with every request's added up, of the engine."""
+
+    def __init__(self, type: str, total: Tally | None = None) -> None:
+        self.type = type
+        self._total = total
+        self._calls = [0, 0, 0]
+        self._seconds = [0.0, 0.0, 0.0]
+        self._drafted = 0
+        self._by_accepted: list[int] = []
+
+    def began(self, seconds: float) -> None:
+        """A speculator got its history."""
+        self._count(0, seconds)
+
+    def proposed(self, seconds: float) -> None:
+        """A speculator was asked for a draft."""
+        self._count(1, seconds)
+
+    def verified(self, drafted: int, accepted: int, seconds: float) -> None:
+        """A draft's first `drafted` tokens were verified and the first `accepted` right; hearing it took `seconds`."""
+        self._count(2, seconds)
+        tally: Tally | None = self
+        while tally is not None:
+            tally._drafted += drafted
+            counts = tally._by_accepted
+            counts.extend([0] * (drafted + 1 - len(counts)))
+            counts[accepted] += 1
+            tally = tally._total
+
+    def _count(self, call: int, seconds: float) -> None:
+        tally: Tally | None = self
+        while tally is not None:
+            tally._calls[call] += 1
+            tally._seconds[call] += seconds
+            tally = tally._total
+
+    @property
+    def drafts(self) -> Drafts:
+        """The counts of tokens."""
+        return Drafts(self.type, self._drafted, tuple(self._by_accepted))
+
+    def __str__(self) -> str:
+        """llama.cpp's line: calls and milliseconds to begin, to generate and to accept."""
+        begin, generate, accept = self._calls
+        seconds = ", ".join(f"{1e3 * spent:.3f}" for spent in self._seconds)
+        drafts = sum(self._by_accepted)
+        return (
+            f"statistics {self.type.replace('-', '_')}: #calls(b,g,a) = {begin} {generate} {accept}, "
+            f"#gen drafts = {drafts}, #acc drafts = {drafts - sum(self._by_accepted[:1])}, "
+            f"#gen tokens = {self._drafted}, #acc tokens = {self.drafts.accepted}, dur(b,g,a) = {seconds} ms"
+        )
+
+
+def acceptance_line(all_drafts: Iterable[Drafts]) -> str:
+    """llama.cpp's line about one request.
+
+    >>> acceptance_line([Drafts("suffix", 4, (0, 0, 0, 1))])
+    'draft acceptance rate = 0.75000 (    3 accepted /     4 generated)'
+    """
+    listed = list(all_drafts)
+    drafted = sum(drafts.drafted for drafts in listed)
+    accepted = sum(drafts.accepted for drafts in listed)
+    rate = accepted / drafted if drafted else 0.0
+    return f"draft acceptance rate = {rate:.5f} ({accepted:5d} accepted / {drafted:5d} generated)"

@@ -1,0 +1,221 @@
+"""The draft model beside the model, both of them toys: nothing is computed twice, nothing changes the text."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.backend import Aborted, NativeFault, NoFreeCells
+from engine.config import SpeculationConfig
+from engine.contract import Finished, Request, SamplingParams, Speculation
+from tests.engine.test_same_as_alone import Bench, alone
+from tests.toy import VOCABULARY, ToyContext, ToyVocab
+
+CONFIG = SpeculationConfig(types=("draft",))
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def asked(key: int = 0, tokens: int = 30, **more: object) -> Request:
+    """A greedy request with a prompt of its own."""
+    prompt = (*range(1, 11), key + 1)
+    return Request(prompt=prompt, max_tokens=tokens, ignore_eos=True, sampling=GREEDY, **more)  # type: ignore[arg-type]
+
+
+def bench(draft: ToyContext, slots: int = 4) -> Bench:
+    """Four slots and a draft model."""
+    return Bench(ToyContext(cells=400), slots, speculation=CONFIG, draft=draft)
+
+
+def end_of(made: Bench, key: int) -> Finished:
+    end = made.ends[key]
+    assert isinstance(end, Finished)
+    return end
+
+
+def model_of(made: Bench) -> ToyContext:
+    assert made.drafting.model is not None
+    context = made.drafting.model.context
+    assert isinstance(context, ToyContext)
+    return context
+
+
+def sound(made: Bench) -> None:
+    """The draft model's cells are as its tree says, and nobody is left in it."""
+    assert made.drafting.model is not None
+    made.drafting.model.cells.check()
+    assert made.drafting.model.seated == []
+
+
+def test_a_draft_model_that_thinks_alike_is_always_right_and_computes_each_token_once() -> None:
+    made = bench(ToyContext(cells=400))
+    before = model_of(made).computed
+    made.submit(0, asked())
+    made.run()
+    assert made.got[0] == alone(asked(), 400)[0]
+    usage = end_of(made, 0).usage
+    assert usage.accepted == usage.drafted >= 22
+    assert made.backend.context.decodes < 10
+    assert model_of(made).computed - before <= 11 + 30
+    sound(made)
+
+
+@pytest.mark.parametrize("other", [0.2, 1.0])
+def test_a_wrong_draft_is_cut_from_both(other: float) -> None:
+    made = bench(ToyContext(cells=400, other=other))
+    made.submit(0, asked())
+    while made.runner.busy:
+        made.runner.step()
+        made.runner.cells.check()
+    made.run()
+    assert made.got[0] == alone(asked(), 400)[0]
+    assert end_of(made, 0).usage.accepted < end_of(made, 0).usage.drafted
+    sound(made)
+
+
+def test_all_slots_share_one_batch_for_each_draft_place() -> None:
+    made = bench(ToyContext(cells=400))
+    for key in range(4):
+        made.submit(key, asked(key, tokens=80))
+    for _ in range(3):
+        made.runner.step()
+    before, steps = model_of(made).decodes, made.runner.counters.steps
+    for _ in range(3):
+        made.runner.step()
+    assert len(made.runner.running) == 4
+    assert model_of(made).decodes - before <= 6 * (made.runner.counters.steps - steps)
+    made.run()
+    for key in range(4):
+        assert made.got[key] == alone(asked(key, tokens=80), 400)[0]
+    sound(made)
+
+
+def test_a_prefix_is_read_once_by_the_draft_model_too() -> None:
+    made = bench(ToyContext(cells=400))
+    before = model_of(made).computed
+    for key in range(3):
+        made.submit(key, asked(key, tokens=10))
+        made.run()
+    assert model_of(made).computed - before <= 11 + 10 + 2 * (1 + 10)
+
+
+def test_a_request_that_does_not_draft_is_not_read() -> None:
+    made = bench(ToyContext(cells=400))
+    before = model_of(made).computed
+    made.submit(0, asked(speculation=Speculation()))
+    made.run()
+    assert model_of(made).computed == before
+    assert end_of(made, 0).usage.drafted == 0
+
+
+@pytest.mark.parametrize("cells", [12, 24, 40])
+def test_too_few_cells_mean_fewer_drafts_and_the_same_text(cells: int) -> None:
+    made = bench(ToyContext(cells=cells))
+    for key in range(4):
+        made.submit(key, asked(key))
+    made.run()
+    for key in range(4):
+        assert made.got[key] == alone(asked(key), 400)[0]
+    sound(made)
+
+
+def test_decodes_of_the_draft_model_that_find_no_cells() -> None:
+    made = bench(ToyContext(cells=400, other=0.3))
+    context = model_of(made)
+    context.faults = lambda n: NoFreeCells() if n % 3 == 0 else None
+    for key in range(4):
+        made.submit(key, asked(key))
+    made.run()
+    for key in range(4):
+        assert made.got[key] == alone(asked(key), 400)[0]
+    sound(made)
+
+
+@pytest.mark.parametrize("fault", [NativeFault("told to"), Aborted()])
+def test_a_draft_model_that_fails_fails_nobody(fault: Exception) -> None:
+    made = bench(ToyContext(cells=400))
+    model_of(made).faults = lambda n: fault if n > 8 else None
+    for key in range(2):
+        made.submit(key, asked(key))
+    made.run()
+    for key in range(2):
+        assert made.got[key] == alone(asked(key), 400)[0]
+    assert made.drafting.model is not None
+    assert bool(made.drafting.model.fault) == isinstance(fault, NativeFault)
+
+
+def test_retracted_requests_give_up_their_draft_cells_and_go_on() -> None:
+    made = bench(ToyContext(cells=400, other=0.2))
+    for key in range(3):
+        made.submit(key, asked(key))
+    for turn in range(60):
+        made.runner.step()
+        if turn % 4 == 3 and made.runner.running:
+            made.runner._retract(list(made.runner.running.values())[-1])
+    made.run()
+    for key in range(3):
+        assert made.got[key] == alone(asked(key), 400)[0]
+    sound(made)
+
+
+@pytest.mark.parametrize(("n_max", "most"), [(1, 1), (2, 2), (5, 5)])
+def test_the_request_bounds_the_draft(n_max: int, most: int) -> None:
+    made = bench(ToyContext(cells=400))
+    made.submit(0, asked(speculation=Speculation(type=("draft",), n_max=n_max)))
+    made.run()
+    (drafts,) = end_of(made, 0).drafts
+    assert len(drafts.by_accepted) == most + 1
+    assert drafts.accepted == drafts.drafted
+
+
+def test_unlikely_tokens_end_a_draft() -> None:
+    made = bench(ToyContext(cells=400))
+    made.submit(0, asked(speculation=Speculation(type=("draft",), p_min=1.0)))
+    made.run()
+    assert end_of(made, 0).usage.drafted == 0
+    assert made.got[0] == alone(asked(), 400)[0]
+    sound(made)
+
+
+def test_tokens_the_draft_model_does_not_know_silence_it() -> None:
+    from engine.speculate import DraftModel
+    from engine.speculate.base import Bounds
+    from engine.speculate.draft import Seat, Want
+    from tests.toy import ToyBackend
+
+    model = DraftModel(ToyBackend(ToyContext()), VOCABULARY + 5)
+    seat = Seat(model, "", Bounds())
+    seat.begin([1, 2, VOCABULARY + 1])
+    model.draft([Want(seat, 3)], 1.0)
+    assert seat.propose(3).tokens == ()
+    seat = Seat(model, "", Bounds())
+    seat.begin([1, 2, 3])
+    model.draft([Want(seat, 3)], 1.0)
+    assert len(seat.propose(3).tokens) == 3
+
+
+class OtherVocab(ToyVocab):
+    """The toy's vocabulary with one thing changed."""
+
+    def __init__(self, **changes: object) -> None:
+        self.spelled: dict[int, str] = {}
+        vars(self).update(changes)
+
+    def text(self, token: int) -> str:
+        return self.spelled.get(token, super().text(token))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({}, ""),
+        ({"spelled": {3: "x"}}, ""),  # among the first, which are special
+        ({"spelled": {30: "x"}}, "its token 30 is 'x', the model's is '^'"),
+        ({"size": VOCABULARY + 129}, "its vocabulary has 179 tokens, the model's 50; at most 128 apart will do"),
+        ({"size": VOCABULARY + 128}, ""),
+        ({"kind": 2}, "its vocabulary is of type 2, the model's of type 0"),
+        ({"added": (1, -1)}, "it puts the tokens (1, -1) around a text, the model (-1, -1) (-1 is none)"),
+    ],
+)
+def test_which_vocabularies_fit(changes: dict[str, object], complaint: str) -> None:
+    from engine.speculate import difference
+
+    assert difference(ToyVocab(), OtherVocab(**changes)) == complaint

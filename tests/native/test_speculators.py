@@ -1,0 +1,138 @@
+"""Speculators on the real model: the text is that without them, and a draft model that does not fit is told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import pytest
+from msgspec import structs
+
+from engine import Engine, EngineConfig, Finished, Request, RequestRefused, SamplingParams, Speculation
+from tests.native.conftest import MODEL
+from tests.native.cut import cut
+
+EXACT = {"cache_type_v": "bf16", "flash_attention": "on"}
+LIST = "Count: one, two, three, four. one, two, three, four. one, two, three, four. one, two,"
+TEXTS = (LIST, "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return", "Once upon a time", LIST + " three")
+
+
+def config(**speculation: object) -> EngineConfig:
+    """The model in a configuration in which a row does not depend on its batch."""
+    draft = speculation.pop("draft", {})
+    return EngineConfig.of(path=MODEL, slots=4, context=2048, speculation=speculation, draft=draft, **EXACT)  # type: ignore[arg-type]
+
+
+def request(engine: Engine, text: str, temperature: float = 0.0) -> Request:
+    prompt = tuple(engine.vocab.tokenize(text, special=True))
+    sampling = SamplingParams(temperature=temperature, seed=len(text))
+    return Request(prompt=prompt, max_tokens=24, ignore_eos=True, sampling=sampling, prediction=prompt)
+
+
+async def read(engine: Engine, asked: Request) -> tuple[list[int], Finished]:
+    """The tokens of a request, and its end."""
+    ids: list[int] = []
+    async with engine.generate(asked) as generation:
+        async for update in generation:
+            if isinstance(update, Finished):
+                return ids, update
+            ids += update.ids
+    raise AssertionError("no terminal update")
+
+
+async def all_of(engine: Engine, temperature: float) -> tuple[list[list[int]], list[Finished]]:
+    """What the texts are continued with, one after the other: drafts cut beside other requests reorder the cells."""
+    got = [await read(engine, request(engine, text, temperature)) for text in TEXTS]
+    return [ids for ids, _ in got], [end for _, end in got]
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[float, list[list[int]]]:
+    """The same without speculation, by temperature."""
+
+    async def alone() -> dict[float, list[list[int]]]:
+        async with Engine.open(config(types=["none"])) as engine:
+            return {
+                temperature: [
+                    (await read(engine, _without(request(engine, text, temperature), Speculation())))[0]
+                    for text in TEXTS
+                ]
+                for temperature in (0.0, 0.8)
+            }
+
+    return asyncio.run(alone())
+
+
+def _without(asked: Request, speculation: Speculation) -> Request:
+    return structs.replace(asked, speculation=speculation)
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model cut to its first layers."""
+    return cut(MODEL, tmp_path_factory.mktemp("models") / "first-layers.gguf", 3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+async def test_draftless_types_leave_the_text_alone(temperature: float, plain: dict[float, list[list[int]]]) -> None:
+    speculation = {"types": ["auto"], "size_n": 3, "size_m": 8, "mod_match": 3, "mod_min": 0}
+    async with Engine.open(config(**speculation)) as engine:
+        ids, ends = await all_of(engine, temperature)
+        assert ids == plain[temperature]
+        assert sum(end.usage.drafted for end in ends) > 0
+        if not temperature:
+            assert sum(end.usage.accepted for end in ends) > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+async def test_the_model_as_its_own_draft(temperature: float, plain: dict[float, list[list[int]]]) -> None:
+    draft = {"path": str(MODEL), "n_max": 5, "cache_type_v": "bf16"}
+    async with Engine.open(config(types=["draft"], draft=draft)) as engine:
+        ids, ends = await all_of(engine, temperature)
+        assert ids == plain[temperature]
+        drafted, accepted = sum(end.usage.drafted for end in ends), sum(end.usage.accepted for end in ends)
+        assert drafted > 20
+        assert accepted == drafted if not temperature else accepted < drafted
+
+
+async def test_a_bad_draft_model_leaves_the_text_alone(bad: Path, plain: dict[float, list[list[int]]]) -> None:
+    async with Engine.open(config(types=["draft"], draft={"path": str(bad), "n_max": 4, "context": 512})) as engine:
+        ids, ends = await all_of(engine, 0.0)
+        assert ids == plain[0.0]
+        assert sum(end.usage.accepted for end in ends) < sum(end.usage.drafted for end in ends)
+
+
+async def test_a_draft_model_with_another_vocabulary_is_told_and_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = cut(MODEL, tmp_path / "other.gguf", 1, {1000: "no-such-word", 2000: "nor-this-one"})
+    caplog.set_level(logging.WARNING, "paceline.speculation")
+    async with Engine.open(config(types=["auto"], draft={"path": str(other)})) as engine:
+        assert "draft" not in engine.speculators
+        reason = engine.silent["draft"]
+        assert f"{other} does not fit the model: its token 1000 is 'no-such-word', the model's is " in reason
+        assert reason in caplog.text
+        asked = _without(request(engine, LIST), Speculation(type=("draft",)))
+        with pytest.raises(RequestRefused, match="token 1000"):
+            engine.generate(asked)
+        assert (await read(engine, request(engine, LIST)))[1].usage.completion == 24
+
+
+async def test_what_is_learnt_outlives_the_engine(tmp_path: Path) -> None:
+    files = {"pool_file": str(tmp_path / "pool"), "lookup_dynamic": str(tmp_path / "counts")}
+    speculation = {"types": ["ngram-mod", "ngram-cache"], "mod_match": 4, "mod_min": 0, **files}
+    for _ in range(2):
+        async with Engine.open(config(**speculation)) as engine:
+            ids, end = await read(engine, request(engine, "Once upon a time"))
+    mod = next(drafts for drafts in end.drafts if drafts.type == "ngram-mod")
+    assert len(ids) == 24
+    assert mod.accepted >= 10, "the second engine knows what the first one said"
+
+
+async def test_the_lines_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "paceline.speculation")
+    async with Engine.open(config(types=["ngram-simple"], size_n=2, size_m=4)) as engine:
+        _, end = await read(engine, request(engine, LIST))
+    assert f"draft acceptance rate = {end.usage.accepted / end.usage.drafted:.5f} (" in caplog.text
+    assert "statistics ngram_simple: #calls(b,g,a) = 1 " in caplog.text
