@@ -221,7 +221,8 @@ class Count(Struct):
         return [self.drafts, *rates, *microseconds(self.proposals), *microseconds(self.observations)[:1]]
 
 
-COLUMNS = ("type", "drafts", "tokens each", "accepted each", "per step", "share", "propose µs", "p99", "observe µs")
+COLUMNS = ("type", "drafts", "tokens", "accepted", "per step", "share", "propose µs", "p99", "observe µs")
+"""Tokens and accepted are those of a draft."""
 
 
 def microseconds(times: Sequence[float]) -> list[str]:
@@ -269,7 +270,7 @@ def replay_all(vocab: Vocab, said: Sequence[Case], types: str, tokens: int) -> I
             continue
         yield name, replay(make, said, tokens)
         if name in as_described:
-            yield f"  as described ({name})", replay(as_described[name], said, tokens)
+            yield f"{name} described", replay(as_described[name], said, tokens)
 
 
 def replay_draft(options: argparse.Namespace, vocabulary: int, said: Sequence[Case]) -> Iterator[tuple[str, Count]]:

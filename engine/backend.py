@@ -50,6 +50,12 @@ class ModelInfo(Struct, frozen=True):
     eos: str
     bos_added: bool
     """Whether `Vocab.tokenize` with `special` begins with that token."""
+    digest: str = ""
+    """Of the model file's content."""
+    build: str = ""
+    """Of the library."""
+    exact: bool = False
+    """Whether a request's tokens depend on nothing but itself: not on its company, its drafts or how it was read."""
 
 
 class Vocab(Protocol):
@@ -122,11 +128,25 @@ class Context(Protocol):
         False if `source` no longer has them all, as with a sliding window: `target` is then empty.
         """
 
+    def share(self, source: int, target: int, start: int, end: int) -> None:
+        """Lets `target`, for which nothing is ever computed, hold the cells of positions from `start` up to `end`."""
+
     def cut(self, seq: int, length: int) -> bool:
         """Drops what `seq` has from position `length` on. False if the model cannot do that: nothing changed."""
 
     def length(self, seq: int) -> int:
         """Positions that `seq` has."""
+
+    @property
+    def ordered(self) -> bool:
+        """Whether a sequence's cells lie in the order of its positions always; only `clear` frees all then."""
+
+    @property
+    def wasted(self) -> int:
+        """Cells that no sequence has and none gets."""
+
+    def clear(self) -> None:
+        """Frees every cell; no sequence has any."""
 
     def abort(self) -> None:
         """Makes the running decode, and every later one, raise Aborted soon. Callable from any thread."""

@@ -76,6 +76,8 @@ class Runner:
         """One decode for everyone who runs, and what follows from it. With nobody, only tells the readers."""
         begun = time.perf_counter()
         self._admit()
+        if self.cells.context.ordered and self._worn():
+            self._start_over()
         plan = self._plan()
         for key in plan.retract:
             self._retract(self.running[key])
@@ -129,6 +131,19 @@ class Runner:
 
     def _room(self) -> Room:
         return Room(self._slots - len(self.running), self.cells.free, self.cells.idle)
+
+    def _worn(self) -> bool:
+        """Whether cells that cannot be freed one by one are needed: for the next rows, or for who waits."""
+        stuck = self.cells.context.wasted + self.cells.kept
+        blocked = bool(self.waiting) and len(self.running) < self._slots
+        return stuck > 0 and (self.cells.free < len(self.running) or (blocked and 2 * stuck > self.context.cells))
+
+    def _start_over(self) -> None:
+        """Frees all cells: who runs starts again, the oldest first."""
+        for stream in reversed([*self.running.values()]):
+            self._retract(stream)
+        self.cells.clear()
+        self._admit()
 
     def _plan(self) -> Plan:
         decoding = sum(stream.behind == 1 for stream in self.running.values())

@@ -23,10 +23,11 @@ END = 0
 class Cell:
     """One token's place; shared cells are one object under several sequences."""
 
-    __slots__ = ("token",)
+    __slots__ = ("place", "token")
 
-    def __init__(self, token: int) -> None:
+    def __init__(self, token: int, place: int) -> None:
         self.token = token
+        self.place = place
 
 
 class ToyContext:
@@ -41,6 +42,7 @@ class ToyContext:
         *,
         partial: bool = True,
         other: float = 0.0,
+        by_place: bool = False,
     ) -> None:
         self.batch = Batch(rows)
         self.cells = cells
@@ -49,12 +51,16 @@ class ToyContext:
         self.ubatch = rows
         self.partial = partial
         self.other = other  # share of histories about which it thinks otherwise than the other toys
+        self.by_place = by_place  # whether logits also depend on the order in which the cells lie
+        self.ordered, self.wasted = False, 0
         self.decodes = 0
         self.computed = 0  # rows of all decodes so far
         self.faults: Callable[[int], Exception | None] = lambda decode: None
         self.aborted = False
         self.before_decode: Callable[[], None] = lambda: None
         self._held: list[dict[int, Cell]] = [{} for _ in range(sequences)]
+        self._nobodys: dict[int, Cell] = {}
+        self._nobody = -1
 
     def decode(self) -> Logits:
         """Logits of the rows that ask for them; leaves the cells alone when the batch does not fit."""
@@ -70,21 +76,25 @@ class ToyContext:
         if len(self._distinct()) + batch.rows > self.cells:
             raise NoFreeCells
         rows = list(zip(batch.seq[: batch.rows], batch.pos[: batch.rows], batch.token[: batch.rows], strict=True))
+        taken = {cell.place for held in [*self._held, self._nobodys] for cell in held.values()}
+        free = (place for place in range(self.cells) if place not in taken)
         for seq, pos, token in rows:
             assert pos == self.length(seq), f"sequence {seq}: position {pos} after {self.length(seq)} tokens"
-            self._held[seq][int(pos)] = Cell(int(token))
+            self._held[seq][int(pos)] = Cell(int(token), next(free))
         self.computed += len(rows)
         out = [self._logits(seq, pos) for (seq, pos, _), on in zip(rows, batch.output, strict=False) if on]
         return np.stack(out) if out else np.empty((0, VOCABULARY), np.float32)
 
     def _logits(self, seq: int, pos: int) -> Logits:
-        seen = [(place, cell.token) for place, cell in sorted(self._held[seq].items()) if place <= pos]
+        held = self._held[seq].items()
+        order = sorted(held, key=lambda item: item[1].place) if self.by_place else sorted(held)
+        seen = [(place, cell.token) for place, cell in order if place <= pos]
         bits = zlib.crc32(repr(seen).encode())
         rng = np.random.default_rng(bits + (bits % 1000 < 1000 * self.other))
         return rng.standard_normal(VOCABULARY, np.float32) * 3
 
     def _distinct(self) -> set[int]:
-        return {id(cell) for held in self._held for cell in held.values()}
+        return {id(cell) for held in [*self._held, self._nobodys] for cell in held.values()}
 
     def copy(self, source: int, target: int, length: int) -> bool:
         """Shares cells, as llama.cpp does with one unified stream."""
@@ -92,10 +102,24 @@ class ToyContext:
         self._held[target] = {pos: cell for pos, cell in self._held[source].items() if pos < length}
         return True
 
+    def share(self, source: int, target: int, start: int, end: int) -> None:
+        """Adds cells to a sequence that may have others at these positions."""
+        for pos in range(start, end):
+            self._nobodys[len(self._nobodys)] = self._held[source][pos]
+        self._nobody = target
+
+    def clear(self) -> None:
+        """Drops all."""
+        self._nobodys.clear()
+        for held in self._held:
+            held.clear()
+
     def cut(self, seq: int, length: int) -> bool:
         """Drops positions from `length` on; all or nothing if sequences are not partial."""
         if length and not self.partial:
             return False
+        if seq == self._nobody:
+            self._nobodys.clear()
         self._held[seq] = {pos: cell for pos, cell in self._held[seq].items() if pos < length}
         return True
 

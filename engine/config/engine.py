@@ -55,6 +55,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             threads_batch=for_batches if for_batches > 0 else self.model.threads_batch,
             cache_type_k=draft.cache_type_k,
             cache_type_v=draft.cache_type_v,
+            deterministic=False,
         )
         batch = structs.replace(self.batch, context=draft.context or cells, outputs=self.batch.slots)
         return EngineConfig(model=model, batch=batch)

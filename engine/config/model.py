@@ -69,6 +69,13 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             description="type of a cell's values", extra=flags("-ctv", "--cache-type-v", env="LLAMA_ARG_CACHE_TYPE_V")
         ),
     ] = "f16"
+    deterministic: Annotated[
+        bool,
+        Meta(
+            description="the same seed gives the same text whatever else runs, to the bit, for a price in speed",
+            extra=flags("--deterministic"),
+        ),
+    ] = False
     warmup: Annotated[
         bool,
         Meta(

@@ -102,6 +102,7 @@ class LlamaContext:
         self._vocabulary: int = native.llama_vocab_n_tokens(native.llama_model_get_vocab(model))
         self._window = window
         self.partial = partial
+        self.ordered, self.wasted = False, 0
         self.cells: int = native.llama_n_ctx(self._handle)
         self.sequences: int = native.llama_n_seq_max(self._handle)
         self.ubatch: int = native.llama_n_ubatch(self._handle)
@@ -158,6 +159,11 @@ class LlamaContext:
         native.llama_memory_seq_rm(self._memory, target, -1, -1)
         return False
 
+    def share(self, source: int, target: int, start: int, end: int) -> None:
+        """Lets `target` hold the cells of these positions too."""
+        self._known(source, target)
+        native.llama_memory_seq_cp(self._memory, source, target, start, end)
+
     def _whole(self, seq: int, length: int) -> bool:
         """Whether `seq` has what a row at position `length` may look at; a sliding window forgets its start."""
         if self.length(seq) != length:
@@ -175,6 +181,10 @@ class LlamaContext:
         """Positions of `seq`."""
         self._known(seq)
         return int(native.llama_memory_seq_pos_max(self._memory, seq)) + 1
+
+    def clear(self) -> None:
+        """Frees every cell."""
+        native.llama_memory_clear(self._memory, False)
 
     def _known(self, *sequences: int) -> None:
         if not all(0 <= seq < self.sequences for seq in sequences):

@@ -65,6 +65,14 @@ def amx() -> bool:
     return b"AMX_INT8 = 1" in native.llama_print_system_info()
 
 
+def build() -> str:
+    """Which library computes: its version and commit, and what it was compiled to use of this machine."""
+    lib = native._lib
+    lib.ggml_version.restype = lib.ggml_commit.restype = ctypes.c_char_p
+    features: bytes = native.llama_print_system_info()
+    return f"ggml {lib.ggml_version().decode()} {lib.ggml_commit().decode()} {features.decode('utf-8', 'replace')}"
+
+
 def complaint() -> str:
     """The library's own reason for a failure: its first error line since `forget`, else nothing."""
     return next(iter(_complaints), "")

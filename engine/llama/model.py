@@ -5,18 +5,21 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from llama_cpp import llama_cpp as native
+from msgspec import structs
 
-from engine.backend import ModelInfo, NativeFault, Progress
+from engine.backend import Context, ModelInfo, NativeFault, Progress
 from engine.config import EngineConfig, physical_cores
 from engine.contract import ModelError
-from engine.llama import library
+from engine.llama import exact, library
 from engine.llama.context import LlamaContext, context_params
 from engine.llama.library import text_of
 from engine.llama.vocab import LlamaVocab
+from engine.memory import Ordered
 
 
 class LlamaBackend:
@@ -24,13 +27,14 @@ class LlamaBackend:
 
     def __init__(self, model: Any, vocab: LlamaVocab, context: LlamaContext, info: ModelInfo) -> None:
         self._model = model
+        self._native = context
         self.vocab = vocab
-        self.context = context
+        self.context: Context = Ordered(context) if info.exact else context
         self.info = info
 
     def close(self) -> None:
         """Frees the context, then the model."""
-        self.context.close()
+        self._native.close()
         self.vocab.close()
         native.llama_model_free(self._model)
 
@@ -43,12 +47,25 @@ def open_gguf(config: EngineConfig, progress: Progress, go_on: Callable[[], bool
     path = Path(config.model.path)
     _look_at(path)
     library.start()
+    config = _exact(config, path)
     model = _load(config, progress, go_on)
     try:
         return _open(config, path, model)
     except BaseException:
         native.llama_model_free(model)
         raise
+
+
+def _exact(config: EngineConfig, path: Path) -> EngineConfig:
+    """`config` as the deterministic profile has it, if that is asked for. Raises ModelError where it cannot be."""
+    try:
+        exact.begin(path, exact=config.model.deterministic)
+        if not config.model.deterministic:
+            return config
+        gpu = library.accelerator() if config.model.gpu_layers else ""
+        return structs.replace(config, model=exact.exact_config(config.model, gpu))
+    except exact.NotExact as reason:
+        raise ModelError(f"{path} cannot be served with --deterministic: {reason}") from None
 
 
 @contextmanager
@@ -97,7 +114,7 @@ def _load(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -
         params.devices = ctypes.cast(chosen, ctypes.c_void_p)
     if library.amx():
         library.log.warning("llama.cpp was built with AMX, which can crash: weights are not repacked, which is slower")
-        params.use_extra_bufts = False
+    params.use_extra_bufts = not (library.amx() or config.model.deterministic)
     model = native.llama_model_load_from_file(config.model.path.encode(), params)
     if not model:
         raise ModelError(f"cannot load the model {config.model.path}: {_reason('the library gave no reason')}")
@@ -121,13 +138,32 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     library.forget()
     partial = not (native.llama_model_is_recurrent(model) or native.llama_model_is_hybrid(model))
     window: int = native.llama_model_n_swa(model)
+    if config.model.deterministic and (window or not partial):
+        raise ModelError(f"{path} cannot be served with --deterministic: its layers do not all see the whole context")
     try:
         context = LlamaContext(model, params, partial=partial, window=window)
     except NativeFault as fault:
         raise ModelError(f"cannot open a context of {params.n_ctx} tokens: {_reason(str(fault))}") from None
     vocab = LlamaVocab(model)
     device = gpu or f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-    return LlamaBackend(model, vocab, context, _describe(path, model, vocab, context, device))
+    info = _describe(path, model, vocab, context, device)
+    return LlamaBackend(model, vocab, context, structs.replace(info, exact=config.model.deterministic))
+
+
+PIECES, PIECE = 64, 2**20
+"""How much of a large model is read for its digest: so many pieces of so many bytes."""
+
+
+def digest(path: Path) -> str:
+    """BLAKE2b of a file's size and content; of a file larger than all pieces, of pieces spread evenly over it."""
+    size = path.stat().st_size
+    hashed = blake2b(str(size).encode(), digest_size=16)
+    step = max(PIECE, (size - PIECE) // (PIECES - 1))
+    with path.open("rb") as file:
+        for start in range(0, size, step):
+            file.seek(start)
+            hashed.update(file.read(PIECE))
+    return hashed.hexdigest()
 
 
 def _describe(path: Path, model: Any, vocab: LlamaVocab, context: LlamaContext, device: str) -> ModelInfo:
@@ -149,4 +185,6 @@ def _describe(path: Path, model: Any, vocab: LlamaVocab, context: LlamaContext, 
         bos=vocab.bos,
         eos=vocab.eos,
         bos_added=vocab.adds_bos,
+        digest=digest(path),
+        build=library.build(),
     )

@@ -67,11 +67,16 @@ class Cells:
     @property
     def free(self) -> int:
         """Cells that nobody holds."""
-        return self.context.cells - self.tree.cells
+        return self.context.cells - self.tree.cells - self.context.wasted
 
     @property
     def idle(self) -> int:
-        """Cells that no running request holds: what `reclaim` can free."""
+        """Cells that no running request holds: what `reclaim` can free, so none if they must stay in order."""
+        return 0 if self.context.ordered else self.kept
+
+    @property
+    def kept(self) -> int:
+        """Cells of idle sequences that no running request holds."""
         if self._idle_cells is None:
             idle = self._idle.keys()
             self._idle_cells = sum(size for size, holders in self.tree.runs() if holders <= idle)
@@ -130,14 +135,22 @@ class Cells:
 
     def reclaim(self, wanted: int) -> None:
         """Lets idle sequences leave, the longest unused first, until `wanted` cells are free or none is idle."""
-        while self.free < wanted and self._idle:
+        while not self.context.ordered and self.free < wanted and self._idle:
             self._evict(next(iter(self._idle)))
 
     def age(self) -> None:
         """Counts a step, and lets leave what was of no use for too many."""
         self._step += 1
+        if self.context.ordered:
+            return
         while self._idle and self._step - next(iter(self._idle.values())) > IDLE_STEPS:
             self._evict(next(iter(self._idle)))
+
+    def clear(self) -> None:
+        """Lets every idle sequence leave and frees what was wasted. Nothing is leased."""
+        while self._idle:
+            self._evict(next(iter(self._idle)))
+        self.context.clear()
 
     def _evict(self, seq: int) -> None:
         del self._idle[seq]

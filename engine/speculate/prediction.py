@@ -28,10 +28,9 @@ class Prediction:
 
     - If it stands at the place, the place moves behind it.
     - Else it is a miss. If the last `SYNC_SHORT` tokens of the output stand in `predicted`, the place is behind them,
-      and the misses are over. Of several such places, `NEAR` at or after the old one, and at most `AHEAD` after it,
-      and `NEAR` before it count;
-      first, the output's last tokens, up to `SYNC_LONG`, agree there for longest; then it is at or after the old
-      one; then it is nearest.
+      and the misses are over. Of several such places, `NEAR` before the old one and `NEAR` at or up to `AHEAD`
+      after it count; first, the output's last tokens, up to `SYNC_LONG`, agree there for longest; then it is at or
+      after the old one; then it is nearest.
     - Else, if the token before was no miss, the place moves on by one, as if the token had replaced the one there.
 
     What stands from the place on is the draft, at most `n_max` tokens; after two misses in a row there is none.
@@ -92,6 +91,7 @@ class Prediction:
         if self._place < len(self._predicted) and self._predicted[self._place] == token:
             self._place += 1
             self._misses = 0
+            self._index(self._place)  # now, as a miss after a long way would have to do it at once
             return
         self._misses += 1
         place = self._found()

@@ -19,8 +19,8 @@ from engine.speculate.suffix import SharedOutputs
 
 log = logging.getLogger("paceline.speculation")
 
-REMEMBERED = 2_000_000
-"""N-grams that the counts of past requests may have: some hundred megabytes."""
+REMEMBERED = 2**18
+"""N-grams that the counts of past requests may have: about 70 megabytes."""
 
 
 class Kept(Protocol):

@@ -13,7 +13,8 @@ ENGINE = """
 contract batch text
 config stats
 backend outbox
-llama memory sampling pace scheduler
+memory sampling pace scheduler
+llama
 speculate
 streams generation
 verify
@@ -21,7 +22,7 @@ runner
 engine
 """
 SAMPLING = "noise candidates\nlogprobs truncate penalties verify\nsampler"
-MEMORY = "radix\ncells"
+MEMORY = "radix ordered\ncells"
 PACE = "cost acceptance\nwarmup"
 SPECULATE = """
 base vocabulary files tally
@@ -30,7 +31,7 @@ simple map suffix prediction drafter
 shared
 drafting lookup
 """
-LLAMA = "library\nvocab context\nmodel"
+LLAMA = "library exact\nvocab context\nmodel"
 
 
 def imports(path: Path) -> set[str]:

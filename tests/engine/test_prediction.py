@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.speculate.prediction import NEAR, SYNC_LONG, SYNC_SHORT, Prediction
+from engine.speculate.prediction import AHEAD, NEAR, SYNC_LONG, SYNC_SHORT, Prediction
 
 Operation = tuple[str, int, int, list[int]]
 """Name, two numbers and tokens."""
@@ -32,7 +32,8 @@ class Naive:
     def found(self, output: list[int], old: int) -> int | None:
         last, ends = output[-SYNC_SHORT:], range(SYNC_SHORT, len(self.predicted) + 1)
         places = [end for end in ends if self.predicted[end - SYNC_SHORT : end] == last]
-        later, before = [p for p in places if p >= old][:NEAR], [p for p in places if p < old][-NEAR:]
+        later = [place for place in places if old <= place <= old + AHEAD][:NEAR]
+        before = [place for place in places if place < old][-NEAR:]
         longest = max((self.agreed(output, place) for place in later + before), default=0)
         by_preference = later + before[::-1]
         return next((place for place in by_preference if self.agreed(output, place) == longest), None)
@@ -196,6 +197,20 @@ def test_so_many_places_are_compared(repeats: int, expected: list[int]) -> None:
     prediction = Prediction([8, 2, 2, 9] + [2, 2, 4] * repeats + [2, 2, 2, 3], 0)
     prediction.begin([8, 2, 2, 2])
     assert prediction.propose(1).tokens == expected
+
+
+@pytest.mark.parametrize(("last", "expected"), [(AHEAD, [AHEAD + 1]), (AHEAD + 1, [])])
+def test_the_place_is_sought_so_far_ahead(last: int, expected: list[int]) -> None:
+    """After the first miss the place is 1, and after `last` it would be `last` + 1."""
+    prediction = Prediction(range(AHEAD + 9), 0)
+    prediction.begin([99_999, 99_999, last - 1, last])
+    assert list(prediction.propose(1).tokens) == expected
+
+
+def test_what_was_seen_further_ahead_is_not_sought() -> None:
+    prediction = Prediction(range(AHEAD + 9), 0)
+    prediction.begin([0, 1, 2, 3, 4, 99_999, 99_999, 1, 2, 99_999, 99_999, AHEAD + 4, AHEAD + 5])
+    assert prediction.propose(1).tokens == ()
 
 
 def test_so_many_tokens_are_compared() -> None:

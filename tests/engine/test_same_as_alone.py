@@ -17,6 +17,7 @@ from msgspec import structs
 from engine.backend import NoFreeCells
 from engine.config import DraftConfig, SpeculationConfig
 from engine.contract import SPECULATOR_TYPES, Failed, Finished, FinishReason, Request, SamplingParams
+from engine.memory import Ordered
 from engine.memory.cells import IDLE_STEPS
 from engine.outbox import News, Outbox
 from engine.runner import Pace, Runner
@@ -233,6 +234,47 @@ def test_every_type_of_speculator_leaves_the_text_alone(kind: Any, seed: int) ->
     assert any(drafts.drafted for drafts in bench.drafting.drafts), "somebody guessed"
     assert bench.drafting.model is not None
     bench.drafting.model.cells.check()
+
+
+def in_order(cells: int) -> Ordered:
+    """Cells whose order can be seen in every logit, kept in order."""
+    return Ordered(ToyContext(cells=cells, rows=64, outputs=16, by_place=True))
+
+
+def run_in_order(seed: int, context: ToyContext | Ordered) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """What requests that come and go, share prefixes and have wrong drafts got, and what they get alone."""
+    random = Random(seed)
+    bench = Bench(cast("Any", context), slots=4, prompt_rows=random.choice([1, 5, 100]))
+    prefixes = [[random.randrange(1, VOCABULARY) for _ in range(40)] for _ in range(3)]
+    wanted: dict[int, list[int]] = {}
+    for key in range(14):
+        request = draw_request(random, prefixes, 60)
+        single = Bench(cast("Any", in_order(context.cells)), slots=1)
+        single.submit(0, request)
+        single.run()
+        wanted[key] = single.got[0]
+        bench.submit(key, request, Oracle(request, wanted[key], random.choice([0.0, 0.3, 1.0]), random))
+        for _ in range(random.randint(0, 6)):
+            bench.runner.step()
+            bench.runner.cells.check()
+        if bench.runner.running and random.random() < 0.15:
+            bench.runner._retract(random.choice(list(bench.runner.running.values())))
+    bench.run(most=20_000)
+    bench.runner.cells.clear()
+    assert context.wasted == 0
+    return bench.got, wanted
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cells_that_are_kept_in_order(seed: int) -> None:
+    got, wanted = run_in_order(seed, in_order([64, 90, 300][seed % 3]))
+    assert got == wanted
+
+
+def test_cells_that_are_not_kept_in_order_can_change_the_text() -> None:
+    """Else the test above would prove nothing."""
+    got, wanted = run_in_order(2, ToyContext(cells=300, rows=64, outputs=16, by_place=True))
+    assert got != wanted
 
 
 @pytest.mark.parametrize("wrong", [0.0, 1.0])

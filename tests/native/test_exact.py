@@ -1,7 +1,6 @@
 """Company and drafts do not change the text, on the real model.
 
-With flash attention and BF16 values the rounding of a row does not depend on its batch (SmolLM2's Q4_1 weights have
-no kernel for several rows), so tokens must be equal, not only likely so. Temperature is 0.8: the noise counts too.
+In the deterministic profile tokens must be equal, not only likely so. Temperature is 0.8: the noise counts too.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from engine import Engine, EngineConfig, Finished, Request, SamplingParams, Toke
 from engine.speculate import Draft
 from tests.native.conftest import MODEL
 
-CONFIG = EngineConfig.of(path=MODEL, slots=4, context=2048, cache_type_v="bf16", flash_attention="on")
+CONFIG = EngineConfig.of(path=MODEL, slots=4, context=2048, deterministic=True)
 TEXTS = ("Once upon a time", "def fibonacci(n):", "The three largest oceans are", "Dear Sir or Madam,")
 
 

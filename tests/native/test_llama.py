@@ -9,18 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.backend import Aborted, Logits, NativeFault, NoFreeCells
+from engine.backend import Aborted, Context, Logits, NativeFault, NoFreeCells
 from engine.config import EngineConfig
 from engine.contract import ModelError
 from engine.llama import open_gguf
-from engine.llama.context import LlamaContext
 from engine.llama.model import LlamaBackend
 from tests.native.conftest import MODEL
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then the dog"
 
 
-def feed(context: LlamaContext, seq: int, start: int, tokens: list[int], outputs: int = 1) -> Logits:
+def feed(context: Context, seq: int, start: int, tokens: list[int], outputs: int = 1) -> Logits:
     """Decodes one sequence's rows; a copy of the logits."""
     context.batch.clear()
     context.batch.add(seq, start, tokens, outputs)
