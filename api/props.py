@@ -38,6 +38,10 @@ class Props(Struct, frozen=True):
     bos_token: str
     eos_token: str
     build_info: str
+    deterministic: bool
+    """Whether the same seed gives the same text, whatever else runs."""
+    system_fingerprint: str
+    """Equal only where that text is the same: of the model file, the library's build and the profile."""
     speculative: Guessing
 
 
@@ -56,6 +60,8 @@ def props_of(served: Served) -> Props:
         info.chat_template or CHATML,
         info.bos,
         info.eos,
-        f"paceline {VERSION}",
+        f"paceline {VERSION}, {info.build}",
+        info.exact,
+        served.fingerprint,
         Guessing(served.guessers, engine.speculators, engine.silent),
     )

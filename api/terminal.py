@@ -65,6 +65,7 @@ def welcome(served: Served, address: str) -> str:
         f"{engine.slots} slot{'s' if engine.slots > 1 else ''}",
         f"{engine.info.context} tokens of context",
         engine.info.device,
+        *(["deterministic"] if engine.info.exact else []),
     ]
     key = " -H 'Authorization: Bearer YOUR_KEY'" if served.options.server.api_keys else ""
     lines = [

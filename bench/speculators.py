@@ -136,7 +136,7 @@ def alone(drafting: Drafting, kind: SpeculatorType) -> Make:
     asked = Speculation(type=(kind,))
 
     def make(case: Case) -> Guesser:
-        return drafting._speculate(Request(prompt=case.prompt, prediction=case.predicted, speculation=asked))[kind]
+        return drafting.speculators(Request(prompt=case.prompt, prediction=case.predicted, speculation=asked))[kind]
 
     return make
 

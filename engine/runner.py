@@ -59,7 +59,7 @@ class Runner:
 
     def submit(self, stream: Stream) -> None:
         """Takes a new request."""
-        stream.drafter = self._drafting.drafter(stream.request)
+        stream.drafter = self._drafting.drafter(stream.request, stream.sampler)
         self.waiting.append(stream)
 
     def end(self, key: int, reason: FinishReason) -> None:

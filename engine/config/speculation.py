@@ -230,6 +230,14 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             ),
         ),
     ] = "f16"
+    noise: Annotated[
+        Literal["shared", "greedy", "off"],
+        Meta(
+            description="how the draft model picks: with the noise that will pick the model's token, so that both "
+            "often agree at any temperature; its likeliest token; or with noise of its own",
+            extra=flags("--draft-noise"),
+        ),
+    ] = "shared"
     n_max: Annotated[
         Size,
         Meta(

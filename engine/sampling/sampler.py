@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.contract import Request, SamplingParams
 from engine.sampling.candidates import Candidates, Row, likeliest
-from engine.sampling.noise import gumbel, uniform
+from engine.sampling.noise import derive, gumbel, uniform
 from engine.sampling.penalties import Dry, penalise_seen
 from engine.sampling.truncate import survivors
 
 _COLDEST = 1e-300  # a temperature below would overflow the quotient, and picks no differently
+APART = 2**32  # no request has so many choices
 _LARGEST = 1e30  # bias: more would overflow float32
 
 
@@ -36,6 +38,12 @@ class Sampler:
         self._banned = _ids(ends if request.ignore_eos else ())
         self._banned_early = _ids(ends.union(request.stop_tokens))
         self._adjusts = bool(self._bias or self._dry or self._penalises or len(self._banned))
+
+    def apart(self) -> Sampler:
+        """The same law with noise that has nothing to do with this one's."""
+        other = copy(self)
+        other._seed = derive(self._seed, APART)
+        return other
 
     def pick(self, row: Row, history: Sequence[int], prompt_length: int, forgotten: int = 0) -> int:
         """The token after `history`, the prompt and then what was emitted, of which `forgotten` tokens are left out.

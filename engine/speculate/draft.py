@@ -7,10 +7,13 @@ the rows whose tokens came true are committed, the others cut, so that no accept
 from __future__ import annotations
 
 import logging
+import math
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
 from engine.memory import Cells, Lease
@@ -20,6 +23,9 @@ from engine.speculate.base import Bounds, Draft
 
 log = logging.getLogger("paceline.speculation")
 
+Pick = Callable[[Logits, Sequence[int], int], int]
+"""Picks a token from a row, a history, and how many tokens that has forgotten."""
+
 BEHIND = 8
 """A request so many tokens behind or fewer is caught up with in the pass of its first draft token."""
 
@@ -27,9 +33,12 @@ BEHIND = 8
 class Seat:
     """One request's place in the draft model: its history, its lease while it has one, and its draft."""
 
-    def __init__(self, model: DraftModel, salt: str, bounds: Bounds) -> None:
+    def __init__(self, model: DraftModel, salt: str, bounds: Bounds, pick: Pick | None = None) -> None:
+        """`pick` chooses its tokens; without it they are the likeliest."""
         self.salt = salt
         self.bounds = bounds
+        self._pick = pick
+        self._forgotten = 0
         self.history = array("i")
         self.lease: Lease | None = None
         self.tokens: list[int] = []
@@ -69,7 +78,19 @@ class Seat:
     def shift(self, keep: int, discard: int) -> None:
         """The same for a history of which a part in the middle is gone."""
         del self.history[keep : keep + discard]
+        self._forgotten += discard
         self.leave()
+
+    def picked(self, row: Logits) -> int:
+        """The token that `row` of the draft model continues history and draft with. Raises BadLogits."""
+        if self._pick is None:
+            return likeliest(row)
+        drafted = len(self.tokens)
+        self.history.extend(self.tokens)
+        try:
+            return self._pick(row, self.history, self._forgotten)
+        finally:
+            del self.history[len(self.history) - drafted :]
 
     def leave(self, *, keep: bool = True) -> None:
         """Gives the lease back; the rows stay as a prefix that others, or this request later, may share if `keep`."""
@@ -120,7 +141,7 @@ class DraftModel:
         warm_up(backend.context, self._cost)
 
     def draft(self, wants: Sequence[Want], seconds: float) -> None:
-        """Makes a draft for each of `wants`, greedily picked; none for those whose history is not computed yet.
+        """Makes a draft for each of `wants`; none for those whose history is not computed yet.
 
         Histories are read for about `seconds` first. A seat that finds no cells drafts nothing.
         """
@@ -193,18 +214,24 @@ class DraftModel:
     # ── drafts ──
 
     def _guess(self, want: Want, row: Logits) -> bool:
-        """Adds the token that `row` thinks likeliest to the draft; whether the draft is to go on."""
+        """Adds the token that the seat picks from `row` to the draft; whether the draft is to go on."""
         seat = want.seat
-        row = row[: self._vocabulary]
+        row = self._aligned(row)
         try:
-            token, chance = likeliest(row), 1.0 / spread(row)[1]
+            token, (peak, mass) = seat.picked(row), spread(row)
         except BadLogits:
             return False
+        chance = math.exp(float(row[token]) - peak) / mass
         if chance < seat.bounds.p_min:
             return False
         seat.tokens.append(token)
         seat.chances.append(chance)
         return len(seat.tokens) < want.limit and token not in self._ends
+
+    def _aligned(self, row: Logits) -> Logits:
+        """The row with as many tokens as the model's have; those the draft model does not know are impossible."""
+        missing = self._vocabulary - len(row)
+        return np.pad(row, (0, missing), constant_values=-np.inf) if missing > 0 else row[: self._vocabulary]
 
     def _extend(self, wants: Sequence[Want]) -> list[tuple[Want, Logits]]:
         """One row more for each draft."""

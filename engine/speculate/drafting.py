@@ -11,6 +11,7 @@ from msgspec import structs
 from engine.config import DraftConfig, SpeculationConfig
 from engine.contract import SPECULATOR_TYPES, Drafts, Request, Speculation, SpeculatorType
 from engine.pace import Acceptance
+from engine.sampling import Sampler
 from engine.speculate.base import Bounds, Speculator
 from engine.speculate.draft import DraftModel, Seat, Want
 from engine.speculate.drafter import Book, Drafter
@@ -45,7 +46,7 @@ class Drafting:
         self._shared = shared
         self._config = config
         self._draft = draft
-        self._speculate = speculate or self._speculators
+        self._speculate = speculate
         self._default = Speculation(type=config.chosen)
         self._books: dict[str, Book] = {}
 
@@ -54,10 +55,10 @@ class Drafting:
         """What became of all requests' drafts, by type. Any thread may ask."""
         return tuple(book.tally.drafts for book in list(self._books.values()))
 
-    def drafter(self, request: Request) -> Drafter:
-        """The speculators of a new request."""
+    def drafter(self, request: Request, sampler: Sampler | None = None) -> Drafter:
+        """The drafter of a new request, whose tokens are picked by `sampler`; the likeliest without one."""
         asked = self._asked(request)
-        speculators = self._speculate(request)
+        speculators = self._speculate(request) if self._speculate else self.speculators(request, sampler)
         for name in speculators:
             self._books.setdefault(name, Book(Tally(name), Acceptance()))
         bounds = Bounds(asked.n_max, asked.n_min or 0, asked.p_min or 0.0)
@@ -105,13 +106,16 @@ class Drafting:
             return structs.replace(asked, type=(*asked.type, "prediction"))
         return asked
 
-    def _speculators(self, request: Request) -> dict[str, Speculator]:
+    def speculators(self, request: Request, sampler: Sampler | None = None) -> dict[str, Speculator]:
+        """The speculators of a request, by type."""
         asked = self._asked(request)
         wanted = SPECULATOR_TYPES if "auto" in asked.type else [kind for kind in SPECULATOR_TYPES if kind in asked.type]
-        made = {kind: self._make(kind, request, asked) for kind in wanted}
+        made = {kind: self._make(kind, request, asked, sampler) for kind in wanted}
         return {kind: speculator for kind, speculator in made.items() if speculator is not None}
 
-    def _make(self, kind: SpeculatorType, request: Request, asked: Speculation) -> Speculator | None:
+    def _make(
+        self, kind: SpeculatorType, request: Request, asked: Speculation, sampler: Sampler | None
+    ) -> Speculator | None:
         config, shared = self._config, self._shared
         match kind:
             case "prediction":
@@ -137,7 +141,7 @@ class Drafting:
                     p_min=config.suffix_p_min if asked.p_min is None else asked.p_min,
                 )
             case "draft":
-                return self._seat(request.salt, asked)
+                return self._seat(request, asked, sampler)
 
     def _sizes(self, kind: str, asked: Speculation) -> tuple[int, int, int]:
         """size_n, size_m and min_hits: the request's, the type's own, or those of all n-gram types."""
@@ -148,10 +152,14 @@ class Drafting:
             asked.min_hits or own[f"{kind}_min_hits"] or self._config.min_hits,
         )
 
-    def _seat(self, salt: str, asked: Speculation) -> Seat | None:
+    def _seat(self, request: Request, asked: Speculation, sampler: Sampler | None) -> Seat | None:
         if self.model is None:
             return None
         draft = self._draft
         n_min = draft.n_min if asked.n_min is None else asked.n_min
         p_min = draft.p_min if asked.p_min is None else asked.p_min
-        return Seat(self.model, salt, Bounds(asked.n_max or draft.n_max, n_min, p_min))
+        bounds = Bounds(asked.n_max or draft.n_max, n_min, p_min)
+        if sampler is None or draft.noise == "greedy":
+            return Seat(self.model, request.salt, bounds)
+        own, start = sampler if draft.noise == "shared" else sampler.apart(), len(request.prompt)
+        return Seat(self.model, request.salt, bounds, lambda row, history, gone: own.pick(row, history, start, gone))

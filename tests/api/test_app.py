@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from msgspec import structs
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp
 
@@ -16,7 +17,7 @@ from api.served import Site
 from engine import EngineFault
 from tests.api.asgi import call, post
 from tests.api.conftest import Apps
-from tests.api.fake import FakeEngine, site_of
+from tests.api.fake import INFO, FakeEngine, site_of
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
@@ -173,3 +174,20 @@ async def test_the_log_tells_what_ended_a_stream(
     with caplog.at_level(logging.INFO, "paceline"):
         await post(app, CHAT, {**HELLO, "stream": True})
     assert "error='no luck'" in caplog.text
+
+
+def test_the_fingerprint_is_of_model_build_and_profile() -> None:
+    def fingerprint(digest: str = "a", build: str = "b", *, exact: bool = False, values: str = "f16") -> str:
+        engine = FakeEngine(info=structs.replace(INFO, digest=digest, build=build, exact=exact))
+        site = site_of(engine, options={"model": {"path": INFO.path, "cache_type_v": values}})
+        return site.open.fingerprint
+
+    seen = [
+        fingerprint(),
+        fingerprint("c"),
+        fingerprint(build="c"),
+        fingerprint(exact=True),
+        fingerprint(values="q8_0"),
+    ]
+    assert fingerprint() == seen[0]
+    assert len(set(seen)) == 5

@@ -168,6 +168,8 @@ async def test_props(engine: FakeEngine) -> None:
     assert "logit_bias" not in settings["params"]
     assert props.pop("chat_template").startswith("{% for message in messages %}<|im_start|>")
     assert props.pop("build_info").startswith("paceline ")
+    assert props.pop("deterministic") is False
+    assert props.pop("system_fingerprint").startswith("fp_")
     assert props == {
         "total_slots": 4,
         "model_alias": "me",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Sequence
+from typing import Any
 
-from engine.backend import Aborted, NativeFault, NoFreeCells
+import pytest
+from msgspec import structs
+
+from engine.backend import Aborted, Logits, NativeFault, NoFreeCells
 from engine.config import SpeculationConfig
 from engine.contract import Finished, Request, SamplingParams, Speculation
 from tests.engine.test_same_as_alone import Bench, alone
@@ -219,3 +223,37 @@ def test_which_vocabularies_fit(changes: dict[str, object], complaint: str) -> N
     from engine.speculate import difference
 
     assert difference(ToyVocab(), OtherVocab(**changes)) == complaint
+
+
+@pytest.mark.parametrize("noise", ["shared", "greedy", "off"])
+def test_a_draft_with_the_same_noise_agrees_at_any_temperature(noise: Any) -> None:
+    sampling = SamplingParams(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.2, seed=9)
+    request = structs.replace(asked(tokens=60), sampling=sampling)
+    made = Bench(ToyContext(cells=400), speculation=CONFIG, draft=ToyContext(cells=400), noise=noise)
+    made.submit(0, request)
+    made.run()
+    assert made.got[0] == alone(request, 400)[0]
+    usage = end_of(made, 0).usage
+    assert usage.drafted > 30
+    assert (usage.accepted == usage.drafted) == (noise == "shared")
+
+
+def test_shared_noise_knows_the_forgotten_and_a_smaller_vocabulary() -> None:
+    from engine.speculate import DraftModel
+    from engine.speculate.base import Bounds
+    from engine.speculate.draft import Seat, Want
+    from tests.toy import ToyBackend
+
+    heard: list[tuple[int, list[int], int]] = []
+
+    def pick(row: Logits, history: Sequence[int], forgotten: int) -> int:
+        heard.append((len(row), [*history], forgotten))
+        return 7
+
+    model = DraftModel(ToyBackend(ToyContext()), VOCABULARY + 5)
+    seat = Seat(model, "", Bounds(), pick)
+    seat.begin([1, 2, 3, 4, 5])
+    seat.shift(1, 2)
+    model.draft([Want(seat, 2)], 1.0)
+    assert seat.propose(2).tokens == (7, 7)
+    assert heard == [(VOCABULARY + 5, [1, 4, 5], 2), (VOCABULARY + 5, [1, 4, 5, 7], 2)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 from msgspec import structs
@@ -78,6 +78,7 @@ class Bench:
         *,
         speculation: SpeculationConfig | None = None,
         draft: ToyContext | None = None,
+        noise: Literal["shared", "greedy", "off"] = "shared",
     ) -> None:
         self.backend = ToyBackend(context)
         self.got: dict[int, list[int]] = {}
@@ -87,7 +88,7 @@ class Bench:
         self.drafting = Drafting(
             Shared(speculation or SpeculationConfig(), self.backend.vocab),
             speculation or SpeculationConfig(),
-            DraftConfig(n_max=6),
+            DraftConfig(n_max=6, noise=noise),
             DraftModel(ToyBackend(draft), VOCABULARY) if draft else None,
             None if speculation else lambda _: self.next,
         )
