@@ -23,11 +23,15 @@ def refused(error: msgspec.ValidationError, within: str = "") -> RequestRefused:
     return RequestRefused(f"{field}: {complaint}" if field else complaint, field=field)
 
 
+LONGEST = 64
+"""Characters of a word that are compared: a client may send megabytes."""
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """The end of a sentence about a `word` that is none of `words`.
 
     >>> nearest("sufix", ["draft", "suffix"])
     '; the nearest is suffix'
     """
-    close = get_close_matches(word, list(words), n=1, cutoff=0.0)
+    close = get_close_matches(word[:LONGEST], list(words), n=1, cutoff=0.0)
     return f"; the nearest is {close[0]}" if close else ""

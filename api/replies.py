@@ -79,6 +79,8 @@ class TimingsReply(Struct, frozen=True):
     predicted_per_second: float
     draft_n: int | UnsetType = UNSET
     draft_n_accepted: int | UnsetType = UNSET
+    truncated: bool | UnsetType = UNSET
+    """True if a choice forgot a part of its context."""
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[Finished]]) -> TimingsReply:
@@ -104,6 +106,7 @@ class TimingsReply(Struct, frozen=True):
             _ratio(timed, predicting),
             drafted or UNSET,
             sum(end.usage.accepted for end in ends) if drafted else UNSET,
+            any(end.forgotten for end in ends) or UNSET,
         )
 
 

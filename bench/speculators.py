@@ -161,8 +161,7 @@ class All:
 
     def begin(self, tokens: Sequence[int]) -> None:
         self._tokens.extend(tokens)
-        while not self._drafter.learn(self._tokens):
-            pass
+        self._drafter.learn(self._tokens, len(self._tokens))
 
     def propose(self, limit: int) -> Draft:
         self._drafter.propose(limit)
@@ -221,13 +220,13 @@ class Count(Struct):
         return [self.drafts, *rates, *microseconds(self.proposals), *microseconds(self.observations)[:1]]
 
 
-COLUMNS = ("type", "drafts", "tokens", "accepted", "per step", "share", "propose µs", "p99", "observe µs")
+COLUMNS = ("type", "drafts", "tokens", "accepted", "per step", "share", "propose", "p99", "observe")
 """Tokens and accepted are those of a draft."""
 
 
 def microseconds(times: Sequence[float]) -> list[str]:
     """Median and 99th percentile of seconds, of which there is at least one."""
-    return [f"{1e6 * figure:.1f}" for figure in (median(times), percentile(times, 0.99))]
+    return [f"{1e6 * spent:.{int(spent < 1e-3)}f}" for spent in (median(times), percentile(times, 0.99))]
 
 
 def replay(make: Make, said: Sequence[Case], tokens: int) -> Count:
@@ -342,7 +341,7 @@ def compare(options: argparse.Namespace, vocab: Vocab) -> dict[str, dict[str, li
         if options.model_draft:
             counts |= dict(replay_draft(options, vocab.size, said[: options.draft_requests]))
         figures[workload] = {name: count.row() for name, count in counts.items()}
-        show(workload, COLUMNS, [[name, *row] for name, row in figures[workload].items()])
+        show(f"{workload}, times in µs", COLUMNS, [[name, *row] for name, row in figures[workload].items()])
     return figures
 
 

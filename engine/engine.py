@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from itertools import count
 from pathlib import Path
@@ -88,10 +88,9 @@ class Engine:
         self._backend: Backend | None = None
         self._draft_backend: Backend | None = None
         self.slots = config.batch.slots
-        self.silent: dict[str, str] = {}
-        """Types of speculators that guess for nobody, each with the reason."""
+        self._silent: dict[str, str] = {}
         if not config.draft.path:
-            self.silent["draft"] = "there is no draft model, see --model-draft"
+            self._silent["draft"] = "there is no draft model, see --model-draft"
 
     @classmethod
     @asynccontextmanager
@@ -151,6 +150,12 @@ class Engine:
         return self._backend
 
     @property
+    def silent(self) -> Mapping[str, str]:
+        """Types of speculators that guess for nobody, each with the reason."""
+        fault = self._runner.draft_fault
+        return {**self._silent, "draft": fault} if fault else self._silent
+
+    @property
     def speculators(self) -> tuple[SpeculatorType, ...]:
         """The types that a request may ask for."""
         return tuple(kind for kind in SPECULATOR_TYPES if kind not in self.silent)
@@ -180,7 +185,7 @@ class Engine:
             raise RequestRefused("max_tokens must be 0 or more.", field="max_tokens")
         if any(not 0 <= token < size for token, _ in request.sampling.logit_bias):
             raise RequestRefused(f"logit_bias names a token id outside 0..{size - 1}.", field="logit_bias")
-        if any(not 0 <= token < size for token in request.prediction):
+        if request.prediction and (min(request.prediction) < 0 or max(request.prediction) >= size):
             raise RequestRefused(f"The prediction holds a token id outside 0..{size - 1}.", field="prediction")
         if request.speculation is not None:
             self._check_types(request.speculation)
@@ -264,6 +269,8 @@ class Engine:
             try:
                 self._backend = self._opener(self._config, self._progress, lambda: not self._closing.is_set())
                 stack.callback(self._backend.close)
+                if not self._backend.context.partial:
+                    self._silent.update(dict.fromkeys(SPECULATOR_TYPES, "the model cannot forget single tokens"))
                 if self._config.draft.path:
                     self._draft_backend = self._open_draft(self._backend)
             except Exception as error:
@@ -277,7 +284,6 @@ class Engine:
         """The draft model; None, with a line in the log, if it cannot guess for the model of `backend`."""
         config = self._config.of_draft(backend.context.cells)
         draft = self._opener(config, lambda share: None, lambda: not self._closing.is_set())
-        self.silent.pop("draft", None)
         if reason := difference(backend.vocab, draft.vocab):
             self._refuse_draft(f"{config.model.path} does not fit the model: {reason}")
         elif not (backend.context.partial and draft.context.partial):
@@ -288,14 +294,14 @@ class Engine:
         return None
 
     def _refuse_draft(self, reason: str) -> None:
-        self.silent["draft"] = reason
+        self._silent["draft"] = reason
         log.warning("no drafts from a model: %s", reason)
 
     def _serve_with(self, backend: Backend, draft: Backend | None) -> None:
         batch, config = self._config.batch, self._config
         try:
             pace = Pace(batch.step_ms / 1000, batch.idle_step_ms / 1000)
-            model = None if draft is None else DraftModel(draft, backend.info.vocabulary)
+            model = None if draft is None else DraftModel(draft, backend.info.vocabulary, warmup=config.model.warmup)
             shared = Shared(config.speculation, backend.vocab)
             drafting = Drafting(shared, config.speculation, config.draft, model, self._speculate)
             runner = Runner(backend, self.slots, pace, Outbox(self._loop, self._deliver), drafting)
@@ -309,7 +315,8 @@ class Engine:
             fault.__cause__ = error
             self._call_soon(self._settle_ready, None, fault)
             self._call_soon(self._die, fault)
-            while self._inbox.get() is not None:  # readers may still ask for tokens' text: close with the engine
+            # Readers may still ask for tokens' text: close with the engine.
+            while not self._closing.is_set() and self._inbox.get() is not None:
                 pass
 
     def _settle_ready(self, runner: Runner | None, error: Exception | None) -> None:

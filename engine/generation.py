@@ -113,8 +113,7 @@ class Generation:
         """`end` as the reader should see it if a stop string came first."""
         if self._text.stopped_by is None:
             return end
-        accepted = min(end.usage.accepted, self._count)
-        usage = msgspec.structs.replace(end.usage, completion=self._count, accepted=accepted)
+        usage = msgspec.structs.replace(end.usage, completion=self._count)
         return msgspec.structs.replace(end, reason=FinishReason.STOP, usage=usage, stop=self._text.stopped_by)
 
     def _take(self) -> Tokens:

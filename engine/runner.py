@@ -18,7 +18,7 @@ from engine.outbox import Outbox
 from engine.pace import StepCost
 from engine.sampling import BadLogits
 from engine.scheduler import Limits, Plan, Room, Rows, StreamView, WaitingView
-from engine.speculate import Drafter, Drafting
+from engine.speculate import LEARN, Drafter, Drafting
 from engine.stats import Counters
 from engine.streams import Stream
 from engine.verify import verify
@@ -57,6 +57,11 @@ class Runner:
         """Whether there is anything to step."""
         return bool(self.running or self.waiting)
 
+    @property
+    def draft_fault(self) -> str:
+        """Why the draft model guesses no more, if it failed. Any thread may ask."""
+        return self._drafting.model.fault if self._drafting.model is not None else ""
+
     def submit(self, stream: Stream) -> None:
         """Takes a new request."""
         stream.drafter = self._drafting.drafter(stream.request, stream.sampler)
@@ -76,7 +81,7 @@ class Runner:
         """One decode for everyone who runs, and what follows from it. With nobody, only tells the readers."""
         begun = time.perf_counter()
         self._admit()
-        if self.cells.context.ordered and self._worn():
+        if self.context.ordered and self._worn():
             self._start_over()
         plan = self._plan()
         for key in plan.retract:
@@ -134,9 +139,9 @@ class Runner:
 
     def _worn(self) -> bool:
         """Whether cells that cannot be freed one by one are needed: for the next rows, or for who waits."""
-        stuck = self.cells.context.wasted + self.cells.kept
+        stuck = self.context.wasted + self.cells.kept
         blocked = bool(self.waiting) and len(self.running) < self._slots
-        return stuck > 0 and (self.cells.free < len(self.running) or (blocked and 2 * stuck > self.context.cells))
+        return self.cells.free < len(self.running) or (blocked and 2 * stuck > self.context.cells)
 
     def _start_over(self) -> None:
         """Frees all cells: who runs starts again, the oldest first."""
@@ -274,14 +279,14 @@ class Runner:
         """Asks the speculators for the next step, while the readers already have this one's tokens."""
         if not self.context.partial:
             return
-        most = self.context.outputs - self._slots
+        most, left = self.context.outputs - self._slots, LEARN
         wants: list[tuple[Stream, int]] = []
         reading: list[Drafter] = []
         for stream in self.running.values():
-            known = stream.drafter.learn(stream.tokens)
+            left -= stream.drafter.learn(stream.tokens, left)
             if stream.behind > 1:
                 reading.append(stream.drafter)
-            elif known and (limit := min(stream.room(), most)) > 0:
+            elif stream.drafter.knows(stream.tokens) and (limit := min(stream.room(), most)) > 0:
                 wants.append((stream, limit))
         self._drafting.propose([(stream.drafter, limit) for stream, limit in wants], reading, self._seconds)
         for stream, _ in wants:

@@ -28,7 +28,7 @@ class Stream:
         self, key: int, request: Request, seed: int, vocab: Vocab, limit: int, keep: int | None = None
     ) -> None:
         """`limit` tokens are the most that it may have at once; with `keep` it then forgets half of those after the
-        first `keep` of its prompt, -1 for all, and goes on."""
+        first `keep` of its prompt, -1 for all, and goes on. At most half of `limit` is kept."""
         self.key = key
         self.request = request
         self.seed = seed
@@ -117,7 +117,7 @@ class Stream:
         are. Only for a stream without a lease: what was computed after them holds no more."""
         assert self._keep is not None, "it may forget"
         assert self.lease is None, "cells and tokens go together"
-        keep = min(self._keep, self._limit - 2)
+        keep = min(self._keep, self._limit // 2)  # so that it is not to be done again soon
         discard = (len(self.tokens) - keep + 1) // 2
         del self.tokens[keep : keep + discard]
         self.forgotten += discard

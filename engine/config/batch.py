@@ -79,7 +79,7 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=-1,
             le=2**24,
-            description="tokens at the start of a prompt that are never forgotten so; -1 is the whole prompt",
+            description="tokens at a prompt's start that are never forgotten, at most half of the context; -1 is all",
             extra=flags("--keep"),
         ),
     ] = 0

@@ -24,7 +24,12 @@ class Acceptance:
         self._right = [0.0] * PLACES
 
     def observe(self, compared: int, right: int) -> None:
-        """Of a draft's tokens the first `right` were right and, if `compared` is more, the next one was wrong."""
+        """Of a draft's tokens the first `right` were right and, if `compared` is more, the next one was wrong.
+
+        The prior hears it too.
+        """
+        if self._prior is not None:
+            self._prior.observe(compared, right)
         for place in range(min(compared, right + 1)):
             at = min(place, PLACES - 1)
             self._tried[at] = self._tried[at] * MEMORY + 1.0
@@ -40,10 +45,9 @@ class Acceptance:
         """Tokens that are likely to be accepted of a draft of `length`."""
         total, reached = 0.0, 1.0
         for place in range(min(length, PLACES)):
-            reached *= self.chance(place)
+            chance = self.chance(place)
+            reached *= chance
             total += reached
-        if length > PLACES:
-            last = self.chance(PLACES)
-            more = length - PLACES
-            total += reached * (more if last == 1.0 else last * (1.0 - last**more) / (1.0 - last))
+        if (more := length - PLACES) > 0:
+            total += reached * (more if chance == 1.0 else chance * (1.0 - chance**more) / (1.0 - chance))
         return total

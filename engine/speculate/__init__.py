@@ -12,12 +12,13 @@ tally       counts, and the lines in the log
 
 from engine.speculate.base import NO_DRAFT, Bounds, Draft, Speculator
 from engine.speculate.draft import DraftModel
-from engine.speculate.drafter import Drafter
+from engine.speculate.drafter import LEARN, Drafter
 from engine.speculate.drafting import Drafting, Speculate
 from engine.speculate.shared import Shared
 from engine.speculate.vocabulary import difference
 
 __all__ = [
+    "LEARN",
     "NO_DRAFT",
     "Bounds",
     "Draft",

@@ -61,7 +61,8 @@ class Speculator(Protocol):
         """Only the first `length` tokens of the history are left."""
 
     def shift(self, keep: int, discard: int) -> None:
-        """The `discard` tokens after the first `keep` left the history; what follows moved up."""
+        """The `discard` tokens after the first `keep` left the history; what follows moved up. They may be more than
+        it was shown of the history: what it is shown next comes after them."""
 
     def end(self) -> None:
         """The request has ended; nothing is called any more."""

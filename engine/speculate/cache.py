@@ -32,6 +32,9 @@ STRICT = ((4, 75), (3, 66), (2, 66), (2, 66))
 """By size: how often an n-gram must have been seen, and the percentage of these that one token must have followed it.
 None is below 50, which `pick` relies on."""
 
+MOST = 256
+"""Tokens that are counted after an n-gram where n-grams are limited too: short ones are followed by almost any."""
+
 _MAGIC = b"PLNGCNT\0"
 # An n-gram is the number that its tokens, plus 1, spell in this base, 2^24 + 403: there is a digit for every token and
 # one for none, and unlike a power of two it lets all tokens matter to the low bits, which a dict looks at first.
@@ -184,7 +187,8 @@ class NgramCounts:
                 self._table[key] = entry + count * _ONCE
                 return
             self._table[key] = entry = Followers(entry & _TOKEN, entry >> 24)
-        entry.add(token, count)
+        if self._limit is None or len(entry.counts) < MOST or token in entry.counts:
+            entry.add(token, count)
 
     def _age(self, known: int) -> None:
         """Keeps the limit; before the last change there were `known` n-grams."""

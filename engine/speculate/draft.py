@@ -64,7 +64,7 @@ class Seat:
         """Ends the draft: none of its rows is left but those of the first tokens of `emitted`, the history's end."""
         if self.lease is not None and self.computed:
             right = matching(self.tokens[: self.computed], emitted)
-            right = min(right, self.behind - 1)  # one row must be left: it gives the next draft
+            right = max(0, min(right, self.behind - 1))  # one row must be left: it gives the next draft
             self.lease.commit(self.tokens[:right])
             if right < self.computed:
                 self.lease.roll_back()
@@ -128,7 +128,7 @@ class Part(NamedTuple):
 class DraftModel:
     """The draft model of an engine. Belongs to the engine thread. `vocabulary` is the size of the model's own."""
 
-    def __init__(self, backend: Backend, vocabulary: int) -> None:
+    def __init__(self, backend: Backend, vocabulary: int, *, warmup: bool = True) -> None:
         self.context = backend.context
         self.cells = Cells(backend.context)
         self.seated: list[Seat] = []  # with a lease, the longest seated first
@@ -138,7 +138,8 @@ class DraftModel:
         self._vocabulary = vocabulary
         self._narrow = backend.info.vocabulary if backend.info.vocabulary < vocabulary else 0
         self._cost = StepCost()
-        warm_up(backend.context, self._cost)
+        if warmup:
+            warm_up(backend.context, self._cost)
 
     def draft(self, wants: Sequence[Want], seconds: float) -> None:
         """Makes a draft for each of `wants`; none for those whose history is not computed yet.
@@ -184,9 +185,11 @@ class DraftModel:
 
     def _parts(self, wants: Sequence[Want], seconds: float) -> list[Part]:
         """First those that can draft at once, then as many rows of the longer ones as fit."""
-        near = [want for want in wants if want.seat.behind <= BEHIND]
-        parts = [Part(want, want.seat.behind, want.limit > 0) for want in near if want.seat.behind]
-        room = self.context.batch.capacity - sum(part.rows for part in parts)
+        room, parts = self.context.batch.capacity, []
+        for want in wants:
+            if want.seat.behind <= min(BEHIND, room):
+                parts.append(Part(want, want.seat.behind, want.limit > 0))
+                room -= want.seat.behind
         rest = min(room, self._cost.prompt_rows(0, 0.0, seconds))
         for want in wants:
             behind = want.seat.behind
@@ -200,7 +203,9 @@ class DraftModel:
         """Whether the seat has a lease, or gets one as its history and a draft fit the free cells."""
         seat = want.seat
         seat.settle()
-        if not seat.behind or (self._narrow and max(seat.history[-seat.behind :]) >= self._narrow):
+        if not seat.behind:  # its last draft was not verified, and the row that gave it is gone
+            seat.leave()
+        if not seat.history or (self._narrow and max(seat.history[-seat.behind :]) >= self._narrow):
             return False
         if seat.lease is None:
             found = self.cells.find(seat.history, seat.salt)

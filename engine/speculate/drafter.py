@@ -16,9 +16,9 @@ from engine.speculate.tally import Tally
 
 ANY = Bounds()
 
-LEARN = 4096
-"""Tokens that the speculators of a request are shown in one step at most: some tens of milliseconds, so that a long
-prompt, or one found in the cells, does not hold up everybody's step."""
+LEARN = 2048
+"""Tokens that all requests' speculators are shown in one step at most, besides those just emitted: some tens of
+milliseconds, so that long prompts, or those found in the cells, do not hold up everybody's step."""
 
 
 class Book(Struct, frozen=True):
@@ -46,6 +46,7 @@ class Drafter:
         self._bounds = bounds
         self._fixed = fixed
         self._books = {name: _own((books or {}).get(name), name) for name in speculators}
+        self._begun = False
         self._known = 0  # tokens of the history that the speculators were shown
         self._proposed: dict[str, Draft] = {}
         self._chosen = ""
@@ -71,19 +72,25 @@ class Drafter:
         """Who may guess."""
         return self._speculators.keys()
 
-    def learn(self, tokens: array[int]) -> bool:
-        """Shows the speculators more of `tokens`, the history; whether they know all of it now."""
-        if self._known < len(tokens) and self._speculators:
-            part = tokens[self._known : self._known + LEARN]
-            first, self._known = not self._known, self._known + len(part)
-            for name, speculator in self._speculators.items():
-                begun = time.perf_counter()
-                if first:
-                    speculator.begin(part)
-                    self._books[name].tally.began(time.perf_counter() - begun)
-                else:
-                    speculator.observe(part)
-        return self._known == len(tokens)
+    def learn(self, tokens: array[int], most: int) -> int:
+        """Shows the speculators at most `most` more of `tokens`, the history, and says how many."""
+        part = tokens[self._known : self._known + most] if self._speculators else tokens[:0]
+        if not part:
+            return 0
+        for name, speculator in self._speculators.items():
+            begun = time.perf_counter()
+            if self._begun:
+                speculator.observe(part)
+            else:
+                speculator.begin(part)
+            self._books[name].tally.learnt(time.perf_counter() - begun, first=not self._begun)
+        self._begun = True
+        self._known += len(part)
+        return len(part)
+
+    def knows(self, tokens: array[int]) -> bool:
+        """Whether the speculators were shown all of `tokens`, so that they may guess; false if there are none."""
+        return bool(self._speculators) and self._known == len(tokens)
 
     # ── before a step ──
 
@@ -136,7 +143,7 @@ class Drafter:
             # Every proposal can be compared with what came, whether it was verified or not.
             right = matching(draft.tokens, emitted)
             self._books[name].acceptance.observe(min(len(draft.tokens), right + 1, len(emitted)), right)
-        if self._known == len(tokens) - len(emitted) and self._speculators:
+        if self._begun and self._known == len(tokens) - len(emitted):
             self._known = len(tokens)
             for name, speculator in self._speculators.items():
                 begun = time.perf_counter()
@@ -156,11 +163,8 @@ class Drafter:
             speculator.truncate(length)
 
     def shift(self, keep: int, discard: int) -> None:
-        """`discard` tokens after the first `keep` left the history."""
-        if self._known < keep + discard:  # they did not come that far yet
-            self.truncate(min(keep, self._known))
-            return
-        self._known -= discard
+        """`discard` tokens after the first `keep` left the history, of which they may not have been shown all."""
+        self._known -= max(0, min(self._known, keep + discard) - keep)
         for speculator in self._speculators.values():
             speculator.shift(keep, discard)
 
@@ -172,7 +176,7 @@ class Drafter:
 
     def end(self) -> None:
         """The request has ended."""
-        if self._known:
+        if self._begun:
             for speculator in self._speculators.values():
                 speculator.end()
 

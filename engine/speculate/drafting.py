@@ -24,6 +24,8 @@ from engine.speculate.tally import Tally, acceptance_line
 
 log = logging.getLogger("paceline.speculation")
 
+PLACES = 16
+"""Places that a request may make the draft model guess if the engine's own bound is lower: everybody waits for them."""
 READING = 0.5
 """Share of the last step's time that the draft model may spend on reading histories before the next."""
 
@@ -158,7 +160,7 @@ class Drafting:
         draft = self._draft
         n_min = draft.n_min if asked.n_min is None else asked.n_min
         p_min = draft.p_min if asked.p_min is None else asked.p_min
-        bounds = Bounds(asked.n_max or draft.n_max, n_min, p_min)
+        bounds = Bounds(min(asked.n_max or draft.n_max, max(draft.n_max, PLACES)), n_min, p_min)
         if sampler is None or draft.noise == "greedy":
             return Seat(self.model, request.salt, bounds)
         own, start = sampler if draft.noise == "shared" else sampler.apart(), len(request.prompt)

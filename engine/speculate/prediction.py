@@ -70,9 +70,8 @@ class Prediction:
         if discard <= 0:
             return
         prompt, end = self._prompt, keep + discard
-        removed = max(0, min(end, prompt) - keep)
-        self._prompt -= removed
-        self._prompt_length -= removed
+        self._prompt -= max(0, min(end, prompt) - keep)
+        self._prompt_length -= max(0, min(end, self._prompt_length) - keep)
         self._follow(self._output[: max(0, keep - prompt)] + self._output[max(0, end - prompt) :])
 
     def end(self) -> None:

@@ -87,8 +87,8 @@ class Shared:
             try:
                 if name:
                     kept().save(Path(name), self._key)
-            except OSError as error:
-                log.warning("cannot save %s: %s", name, error.strerror)
+            except (OSError, MemoryError) as error:
+                log.warning("cannot save %s: %s", name, error)
 
     @cached_property
     def _pool(self) -> Pool:

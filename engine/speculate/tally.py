@@ -18,9 +18,9 @@ class Tally:
         self._drafted = 0
         self._by_accepted: list[int] = []
 
-    def began(self, seconds: float) -> None:
-        """A speculator got its history."""
-        self._count(0, seconds)
+    def learnt(self, seconds: float, *, first: bool) -> None:
+        """A speculator was shown a part of its history, the first one or another."""
+        self._count(0, seconds, int(first))
 
     def proposed(self, seconds: float) -> None:
         """A speculator was asked for a draft."""
@@ -37,10 +37,10 @@ class Tally:
             counts[accepted] += 1
             tally = tally._total
 
-    def _count(self, call: int, seconds: float) -> None:
+    def _count(self, call: int, seconds: float, calls: int = 1) -> None:
         tally: Tally | None = self
         while tally is not None:
-            tally._calls[call] += 1
+            tally._calls[call] += calls
             tally._seconds[call] += seconds
             tally = tally._total
 

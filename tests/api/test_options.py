@@ -30,6 +30,7 @@ EXAMPLES: dict[str, Any] = {
     "pool_file": "pool.bin",
     "lookup_static": "static.bin",
     "lookup_dynamic": "dynamic.bin",
+    "noise": "greedy",
 }
 IN_ENVIRONMENT = [flag for flag in FLAGS if flag.env]
 

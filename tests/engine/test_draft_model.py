@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from msgspec import structs
@@ -11,8 +11,10 @@ from msgspec import structs
 from engine.backend import Aborted, Logits, NativeFault, NoFreeCells
 from engine.config import SpeculationConfig
 from engine.contract import Finished, Request, SamplingParams, Speculation
+from engine.speculate import Bounds, DraftModel, difference
+from engine.speculate.draft import Seat, Want
 from tests.engine.test_same_as_alone import Bench, alone
-from tests.toy import VOCABULARY, ToyContext, ToyVocab
+from tests.toy import VOCABULARY, ToyBackend, ToyContext, ToyVocab
 
 CONFIG = SpeculationConfig(types=("draft",))
 GREEDY = SamplingParams(temperature=0.0)
@@ -26,7 +28,9 @@ def asked(key: int = 0, tokens: int = 30, **more: object) -> Request:
 
 def bench(draft: ToyContext, slots: int = 4) -> Bench:
     """Four slots and a draft model."""
-    return Bench(ToyContext(cells=400), slots, speculation=CONFIG, draft=draft)
+    made = Bench(ToyContext(cells=400), slots, speculation=CONFIG, draft=draft)
+    cast("Any", made.drafting.model)._cost.prompt_rows = lambda *_: 1000
+    return made
 
 
 def end_of(made: Bench, key: int) -> Finished:
@@ -180,11 +184,6 @@ def test_unlikely_tokens_end_a_draft() -> None:
 
 
 def test_tokens_the_draft_model_does_not_know_silence_it() -> None:
-    from engine.speculate import DraftModel
-    from engine.speculate.base import Bounds
-    from engine.speculate.draft import Seat, Want
-    from tests.toy import ToyBackend
-
     model = DraftModel(ToyBackend(ToyContext()), VOCABULARY + 5)
     seat = Seat(model, "", Bounds())
     seat.begin([1, 2, VOCABULARY + 1])
@@ -194,6 +193,40 @@ def test_tokens_the_draft_model_does_not_know_silence_it() -> None:
     seat.begin([1, 2, 3])
     model.draft([Want(seat, 3)], 1.0)
     assert len(seat.propose(3).tokens) == 3
+
+
+def test_catching_up_keeps_to_the_batch() -> None:
+    made = bench(ToyContext(cells=400, rows=16, outputs=16))
+    for key in range(4):
+        made.submit(key, structs.replace(asked(key), prompt=(1, 2, 3, 4, 5, 6, key + 7)))
+    made.run()
+    for key in range(4):
+        request = structs.replace(asked(key), prompt=(1, 2, 3, 4, 5, 6, key + 7))
+        assert made.got[key] == alone(request, 400)[0]
+
+
+def test_a_draft_that_was_not_verified_leaves_nothing() -> None:
+    made = bench(ToyContext(cells=400))
+    assert made.drafting.model is not None
+    seat = Seat(made.drafting.model, "", Bounds())
+    seat.begin([1, 2, 3])
+    for _ in range(2):
+        made.drafting.model.draft([Want(seat, 4)], 1.0)
+        assert len(seat.propose(4).tokens) == 4
+        assert seat.lease is not None
+        assert model_of(made).length(seat.lease.seq) == 3 + 3
+    held = seat.lease
+    seat.settle()
+    assert held is not None
+    assert model_of(made).length(held.seq) == 3
+
+
+def test_a_request_cannot_make_everybody_wait_for_a_long_draft() -> None:
+    made = bench(ToyContext(cells=400))
+    made.submit(0, asked(tokens=90, speculation=Speculation(type=("draft",), n_max=1024)))
+    made.run()
+    (drafts,) = end_of(made, 0).drafts
+    assert len(drafts.by_accepted) == 16 + 1
 
 
 class OtherVocab(ToyVocab):
@@ -220,8 +253,6 @@ class OtherVocab(ToyVocab):
     ],
 )
 def test_which_vocabularies_fit(changes: dict[str, object], complaint: str) -> None:
-    from engine.speculate import difference
-
     assert difference(ToyVocab(), OtherVocab(**changes)) == complaint
 
 
@@ -239,11 +270,6 @@ def test_a_draft_with_the_same_noise_agrees_at_any_temperature(noise: Any) -> No
 
 
 def test_shared_noise_knows_the_forgotten_and_a_smaller_vocabulary() -> None:
-    from engine.speculate import DraftModel
-    from engine.speculate.base import Bounds
-    from engine.speculate.draft import Seat, Want
-    from tests.toy import ToyBackend
-
     heard: list[tuple[int, list[int], int]] = []
 
     def pick(row: Logits, history: Sequence[int], forgotten: int) -> int:

@@ -1,10 +1,13 @@
-"""The step cost: what it learns, and how many prompt rows it allows."""
+"""What is learnt of a step's cost and of drafts, and how many prompt rows fit."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine.pace import StepCost, warm_up
+from engine.pace import Acceptance, StepCost, warm_up
+from engine.pace.acceptance import HOPE
 from tests.toy import ToyContext
 
 
@@ -85,3 +88,32 @@ def test_a_step_that_was_held_up_does_not_make_the_next_ones_long() -> None:
         held_up = 20.0 if step % 17 == 3 else 1.0
         cost.observe(4, sizes[-1], held_up * (0.020 + sizes[-1] * 0.004))
     assert max(sizes[50:]) <= 5
+
+
+def test_acceptance_is_learnt_from_drafts() -> None:
+    everybody = Acceptance()
+    assert everybody.chance(0) == HOPE
+    for _ in range(50):
+        everybody.observe(4, 2)  # the third token is always wrong
+    assert everybody.chance(0) > 0.95
+    assert everybody.chance(2) < 0.1
+    assert everybody.chance(3) == HOPE, "never reached"
+    assert 1.8 < everybody.expected(2) <= 2
+    assert everybody.expected(64) < 2.2
+    one = Acceptance(everybody)
+    assert one.chance(2) == everybody.chance(2)
+    for _ in range(50):
+        one.observe(4, 4)
+    assert one.expected(4) > 3.5
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40))), st.integers(0, 100))
+def test_what_is_expected_of_a_draft_is_the_sum_over_its_places(drafts: list[tuple[int, int]], length: int) -> None:
+    acceptance = Acceptance()
+    for compared, right in drafts:
+        acceptance.observe(compared, min(compared, right))
+    reached, total = 1.0, 0.0
+    for place in range(length):
+        reached *= acceptance.chance(place)
+        total += reached
+    assert acceptance.expected(length) == pytest.approx(total)

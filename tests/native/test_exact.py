@@ -1,100 +1,92 @@
-"""Company and drafts do not change the text, on the real model.
+"""Nothing that happens beside a request changes its text, on the real model: a part of `python -m bench.exactness`.
 
-In the deterministic profile tokens must be equal, not only likely so. Temperature is 0.8: the noise counts too.
+In the deterministic profile tokens and log probabilities must be equal to the bit, not only likely so, with noise and
+penalties and without.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 
 import pytest
 
-from engine import Engine, EngineConfig, Finished, Request, SamplingParams, Tokens, Usage
-from engine.speculate import Draft
+from bench.exactness import ALONE, Outcome, Said, Series, Way, config, in_way, read, request_of
+from engine.engine import Engine, open_vocabulary
 from tests.native.conftest import MODEL
 
-CONFIG = EngineConfig.of(path=MODEL, slots=4, context=2048, deterministic=True)
-TEXTS = ("Once upon a time", "def fibonacci(n):", "The three largest oceans are", "Dear Sir or Madam,")
+COUNT = (
+    "Count with me, slowly and in words: one, two, three, four, five, six, seven, eight, nine, ten. One, two, three,"
+)
+TEXTS = (
+    "Once upon a time",
+    "def fibonacci(n):",
+    COUNT,
+    "The three largest oceans are",
+    f"{COUNT} four, five,",
+    "Dear Sir or Madam,\n\nI am writing to you because",
+    "It was the best of times, it was the worst of times, it was the age of wisdom, and so the story went",
+    "Roses are red,\nviolets are",
+)
 
 
-def request(engine: Engine, text: str) -> Request:
-    """Forty tokens after `text`, drawn with a seed of its own."""
-    sampling = SamplingParams(seed=len(text), repeat_penalty=1.1)
-    prompt = tuple(engine.vocab.tokenize(text, special=True))
-    return Request(prompt=prompt, max_tokens=40, ignore_eos=True, sampling=sampling)
+@pytest.fixture(scope="module")
+def series() -> Series:
+    """What every text is continued with alone, to compare with."""
+    with open_vocabulary(MODEL) as vocab:
+        prompts = [tuple(vocab.tokenize(text, special=True)) for text in TEXTS]
+    made = Series(MODEL, None, True, [request_of(prompt, number, 16) for number, prompt in enumerate(prompts)])
+    alone = asyncio.run(made.run(ALONE))
+    assert alone.cached == alone.drafted == alone.retractions == 0
+    return made
 
 
-async def read(engine: Engine, asked: Request) -> tuple[list[int], Usage]:
-    """The tokens of a request, and its usage."""
-    ids: list[int] = []
-    async with engine.generate(asked) as generation:
-        async for update in generation:
-            if isinstance(update, Finished):
-                return ids, update.usage
-            assert isinstance(update, Tokens)
-            ids += update.ids
-    raise AssertionError("no terminal update")
+async def in_the_same_words(series: Series, way: Way) -> Outcome:
+    """What came of a way, in which every request says what it says alone."""
+    outcome = await series.run(way)
+    assert outcome.differing == {}
+    assert outcome.equal == len(TEXTS), "log probabilities are equal too"
+    return outcome
 
 
-class Known:
-    """Drafts what the request said before, every third token of it wrong if `wrong`."""
-
-    def __init__(self, answers: dict[tuple[int, ...], list[int]], asked: Request, wrong: bool) -> None:
-        self.whole = [*asked.prompt, *answers.get(asked.prompt, ())]
-        self.wrong = wrong
-        self.at = 0
-
-    def begin(self, tokens: Sequence[int]) -> None:
-        self.at = len(tokens)
-
-    def propose(self, limit: int) -> Draft:
-        rest = enumerate(self.whole[self.at : self.at + min(limit, 7)], self.at)
-        return Draft([token + 1 if self.wrong and not place % 3 else token for place, token in rest])
-
-    def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
-        self.at += len(emitted)
-
-    def truncate(self, length: int) -> None:
-        pass
-
-    def shift(self, keep: int, discard: int) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
+async def test_a_draft_with_errors(series: Series) -> None:
+    outcome = await in_the_same_words(series, Way("predicted", types=("prediction",)))
+    assert 20 < outcome.accepted < outcome.drafted
 
 
-async def test_alone_together_again_and_drafted() -> None:
-    answers: dict[tuple[int, ...], list[int]] = {}
-    async with Engine.open(CONFIG) as engine:
-        for text in TEXTS:
-            asked = request(engine, text)
-            answers[asked.prompt] = (await read(engine, asked))[0]
-    async with Engine.open(CONFIG) as engine:
-        requests = [request(engine, text) for text in TEXTS]
-        together = await asyncio.gather(*(read(engine, asked) for asked in requests))
-        assert [ids for ids, _ in together] == [answers[asked.prompt] for asked in requests]
-        again, usage = await read(engine, requests[0])
-        assert again == answers[requests[0].prompt]
-        assert usage.cached == usage.prompt - 1, "what is shared says the same as what is computed"
-    for wrong in (False, True):
-        opened = Engine.open(CONFIG, speculate=lambda asked, wrong=wrong: {"known": Known(answers, asked, wrong)})  # type: ignore[misc]
-        async with opened as engine:
-            together = await asyncio.gather(*(read(engine, request(engine, text)) for text in TEXTS))
-        assert [ids for ids, _ in together] == list(answers.values())
-        for _, usage in together:
-            assert usage.drafted > 20
-            assert (usage.accepted == usage.drafted) is not wrong
+async def test_many_clients_everybody_guesses_and_requests_are_retracted(series: Series) -> None:
+    outcome = await in_the_same_words(series, Way("retracted", clients=8, types=("auto",), retract=0.3))
+    assert outcome.drafted > 0
+    assert outcome.retractions > 0
 
 
-@pytest.mark.parametrize("size", [1, 7, 40])
-async def test_how_a_prompt_is_cut_does_not_change_the_text(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.pace import StepCost
+async def test_cells_that_run_out_of_order_are_freed_all_at_once(series: Series) -> None:
+    outcome = await in_the_same_words(series, Way("few cells", clients=8, cells=256, types=("auto",)))
+    assert outcome.restarts > 0
+    assert outcome.retractions > 0
 
-    text = "It was the best of times, it was the worst of times, it was the age of wisdom, and so the story went"
-    async with Engine.open(CONFIG) as engine:
-        whole, _ = await read(engine, request(engine, text))
-    monkeypatch.setattr(StepCost, "prompt_rows", lambda *_: size)
-    async with Engine.open(CONFIG) as engine:
-        assert (await read(engine, request(engine, text)))[0] == whole
+
+async def test_a_prompt_in_small_pieces(series: Series) -> None:
+    await in_the_same_words(series, Way("pieces", clients=3, rows=5))
+
+
+async def test_a_prefix_that_is_found_instead_of_computed(series: Series) -> None:
+    outcome = await in_the_same_words(series, Way("twice", times=2))
+    assert outcome.cached >= sum(len(asked.prompt) - 1 for asked in series.requests)
+
+
+async def test_log_probabilities_of_one_who_reads_at_the_end(series: Series) -> None:
+    way = Way("at the end", types=("prediction",))
+    async with Engine.open(config(way, MODEL, None, deterministic=True)) as engine:
+        (asked, *_) = in_way(way, series.requests, series.reference)
+        async with engine.generate(asked) as updates:
+            while not engine.stats().requests_finished["length"]:
+                await asyncio.sleep(0.01)
+            together, end = [update async for update in updates]
+        streamed = await read(engine, asked)
+    before = series.reference[0]
+    assert (together.ids, together.logprobs) == (streamed.ids, streamed.logprobs) == (before.ids, before.logprobs)
+    assert end.usage.accepted > 0
+    for token in together.logprobs:
+        likeliest = [chance for _, chance in token.top]
+        assert len(likeliest) == 3
+        assert 0.0 > token.logprob == likeliest[0] > likeliest[1] > likeliest[2], "greedy, without penalties"

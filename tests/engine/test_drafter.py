@@ -1,0 +1,171 @@
+"""One request's speculators: what they are shown, whose draft is taken, and what is counted."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+
+from engine.config import DraftConfig, SpeculationConfig
+from engine.contract import SPECULATOR_TYPES, Drafts, Request, Speculation, SpeculatorType
+from engine.pace import Acceptance
+from engine.speculate import Bounds, Draft, Drafter, Drafting, Shared, Speculator
+from engine.speculate.drafter import Book
+from engine.speculate.tally import Tally
+from tests.toy import ToyVocab
+
+SMALL = SpeculationConfig(types=("auto",), size_n=2, size_m=5, mod_match=2, mod_min=1, pool_scope="slot")
+
+
+class Guess:
+    """Always drafts the same."""
+
+    def __init__(self, tokens: Sequence[int], chances: Sequence[float] = ()) -> None:
+        self.draft = Draft(tokens, chances)
+        self.heard: list[tuple[object, ...]] = []
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        self.heard.append(("begin", *tokens))
+
+    def propose(self, limit: int) -> Draft:
+        return Draft(self.draft.tokens[:limit], self.draft.chances[:limit])
+
+    def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
+        self.heard.append(("observe", *emitted, drafted, accepted))
+
+    def truncate(self, length: int) -> None:
+        self.heard.append(("truncate", length))
+
+    def shift(self, keep: int, discard: int) -> None:
+        self.heard.append(("shift", keep, discard))
+
+    def end(self) -> None:
+        self.heard.append(("end",))
+
+
+def step(drafter: Drafter, tokens: array[int], emitted: Sequence[int], limit: int = 8) -> Draft:
+    """One step: a proposal, and what came of it."""
+    drafter.propose(limit)
+    draft = drafter.choose()
+    right = next((i for i, pair in enumerate(zip(draft.tokens, emitted, strict=False)) if pair[0] != pair[1]), None)
+    accepted = min(len(draft.tokens), len(emitted)) if right is None else right
+    tokens.extend(emitted)
+    drafter.observe(tokens, emitted, len(draft.tokens), accepted)
+    return draft
+
+
+def test_a_long_history_is_shown_in_pieces() -> None:
+    guess = Guess([1])
+    drafter = Drafter({"guess": guess})
+    tokens = array("i", [1, 2, 3, 4, 5])
+    assert drafter.learn(tokens, 2) == 2
+    assert not drafter.knows(tokens)
+    tokens.append(6)
+    drafter.observe(tokens, [6], 0, 0)  # a token came meanwhile: it is shown in its turn
+    assert drafter.learn(tokens, 3) == 3
+    assert drafter.learn(tokens, 0) == 0
+    assert drafter.learn(tokens, 9) == 1
+    assert drafter.knows(tokens)
+    assert guess.heard == [("begin", 1, 2), ("observe", 3, 4, 5, 0, 0), ("observe", 6, 0, 0)]
+
+
+def test_the_draft_that_promises_most_is_taken_by_what_became_of_all() -> None:
+    good, bad = Guess([1, 2]), Guess([9, 9, 9, 9])
+    drafter = Drafter({"bad": bad, "good": good})
+    tokens = array("i", [0])
+    drafter.learn(tokens, 9)
+    assert step(drafter, tokens, [1]).tokens == [9, 9, 9, 9], "longer, and nothing is known yet"
+    for _ in range(4):
+        drafted = step(drafter, tokens, [1, 2, 3])
+    assert drafted.tokens == [1, 2]
+    assert {drafts.type: drafts.drafted for drafts in drafter.drafts}["bad"] < 4 * 4
+
+
+def test_a_fixed_order_takes_the_first_that_answers() -> None:
+    silent, first, second = Guess([]), Guess([9]), Guess([1, 2, 3])
+    drafter = Drafter({"silent": silent, "first": first, "second": second}, fixed=True)
+    tokens = array("i", [0])
+    drafter.learn(tokens, 9)
+    for _ in range(3):
+        assert step(drafter, tokens, [1, 2, 3, 4]).tokens == [9]
+
+
+def test_the_next_request_knows_what_was_wrong_in_the_last() -> None:
+    books = {name: Book(Tally(name), Acceptance()) for name in ("bad", "good")}
+    tokens = array("i", [0])
+    first = Drafter({"bad": Guess([9, 9, 9, 9]), "good": Guess([1, 2])}, books=books)
+    first.learn(tokens, 9)
+    for _ in range(10):
+        step(first, tokens, [1, 2, 3])
+    second = Drafter({"bad": Guess([9, 9, 9, 9]), "good": Guess([1, 2])}, books=books)
+    second.learn(tokens, 99)
+    assert step(second, tokens, [1, 2, 3]).tokens == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "tokens"),
+    [
+        (Bounds(), [1, 2, 3]),
+        (Bounds(n_max=2), [1, 2]),
+        (Bounds(n_min=4), []),
+        (Bounds(n_min=3), [1, 2, 3]),
+        (Bounds(p_min=0.5), [1]),
+        (Bounds(p_min=0.5, n_min=2), []),
+        (Bounds(p_min=0.95), []),
+    ],
+)
+def test_bounds(bounds: Bounds, tokens: list[int]) -> None:
+    assert [*bounds.trim(Draft([1, 2, 3], [0.9, 0.4, 0.8])).tokens] == tokens
+
+
+def test_counts_and_the_line_in_the_log() -> None:
+    total = Tally("ngram-mod")
+    tally = Tally("ngram-mod", total)
+    tally.learnt(0.002, first=True)
+    tally.learnt(0.001, first=False)
+    for _ in range(3):
+        tally.proposed(0.0005)
+    tally.verified(4, 4, 0.00001)
+    tally.verified(3, 0, 0.00001)
+    assert tally.drafts == Drafts("ngram-mod", 7, (1, 0, 0, 0, 1))
+    assert (
+        str(tally)
+        == str(total)
+        == (
+            "statistics ngram_mod: #calls(b,g,a) = 1 3 2, #gen drafts = 2, #acc drafts = 1, #gen tokens = 7, "
+            "#acc tokens = 4, dur(b,g,a) = 3.000, 1.500, 0.020 ms"
+        )
+    )
+
+
+def alone(kind: SpeculatorType, prompt: Sequence[int]) -> Speculator:
+    request = Request(
+        prompt=tuple(prompt), prediction=(1, 2, 3, 1, 2, 2), salt="x", speculation=Speculation(type=(kind,))
+    )
+    return Drafting(Shared(SMALL, ToyVocab()), SMALL, DraftConfig()).speculators(request)[kind]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SPECULATOR_TYPES if kind != "draft"])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_shift_before_all_was_shown(kind: SpeculatorType, seed: int) -> None:
+    """What is shown after it follows what is left, as if the rest had never been in the history."""
+    random = Random(seed)
+    prompt = [random.randint(1, 3) for _ in range(20)]
+    shown, keep = random.randint(1, 20), random.randint(0, 15)
+    discard = random.randint(1, 20 - keep)
+    edited = alone(kind, prompt)
+    edited.begin(prompt[:shown])
+    edited.shift(keep, discard)
+    edited.observe(
+        prompt[max(shown, keep + discard) :] if shown >= keep else prompt[shown:keep] + prompt[keep + discard :]
+    )
+    left = prompt[:keep] + prompt[keep + discard :]
+    fresh = alone(kind, left)
+    fresh.begin(left)
+    for output in (1, 2, 3):
+        if kind != "ngram-mod":  # its pool remembers what was truly said before
+            assert [*edited.propose(8).tokens] == [*fresh.propose(8).tokens]
+        edited.observe([output])
+        fresh.observe([output])
