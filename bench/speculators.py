@@ -34,9 +34,9 @@ from engine.contract import SPECULATOR_TYPES, Request, SamplingParams, Speculati
 from engine.engine import Engine, open_vocabulary
 from engine.llama import open_gguf
 from engine.speculate import NO_DRAFT, Bounds, Draft, Drafter, Drafting, DraftModel, Shared
-from engine.speculate.draft import Seat, Want, matching
+from engine.speculate.draft import Pick, Seat, Want, matching
 
-SLOTS = 16
+SLOTS, GREEDY = 16, SamplingParams(temperature=0.0)
 MOST = 112
 """Tokens of a draft at most: an engine of 16 slots has so many rows of logits more than slots."""
 PATIENCE = 60.0
@@ -52,7 +52,6 @@ class Case(Struct, frozen=True):
 
 
 # ── what the target says ──
-
 
 Question = tuple[prompts.Messages | str, str]
 """What is asked, a conversation or a text to go on with, and the text that its client may predict."""
@@ -87,14 +86,14 @@ async def ask(model: Path, asked: Sequence[Question], tokens: int) -> list[Case]
         return await asyncio.gather(*(answer(engine, question, tokens) for question in asked))
 
 
-async def answer(engine: Engine, question: Question, tokens: int) -> Case:
+async def answer(engine: Engine, question: Question, tokens: int, sampling: SamplingParams = GREEDY) -> Case:
     """One answer; if it ended by itself, with the token that ended it."""
     made = Prompts(engine.info, engine.vocab)
     text, prediction = question
     if not isinstance(text, str):
         text = made.render(msgspec.convert({"messages": text}, ChatRequest))
     prompt, said = made.tokens(text), list[int]()
-    request = Request(prompt=prompt, max_tokens=tokens, sampling=SamplingParams(temperature=0.0))
+    request = Request(prompt=prompt, max_tokens=tokens, sampling=sampling)
     async with engine.generate(request) as updates:
         async for update in updates:
             if isinstance(update, Tokens):
@@ -192,8 +191,8 @@ def theirs() -> dict[str, Make]:
 class Asked(Seat):
     """A seat whose draft model computes when the seat is asked."""
 
-    def __init__(self, model: DraftModel, n_max: int, case: Case) -> None:
-        super().__init__(model, "", Bounds(n_max))
+    def __init__(self, model: DraftModel, n_max: int, case: Case, pick: Pick | None = None) -> None:
+        super().__init__(model, "", Bounds(n_max), pick)
 
     def propose(self, limit: int) -> Draft:
         self._model.draft([Want(self, min(limit, self.bounds.n_max or limit))], PATIENCE)
@@ -210,6 +209,7 @@ class Count(Struct):
     drafts: int = 0
     drafted: int = 0
     accepted: int = 0
+    begun: int = 0  # drafts whose first token was right
     proposals: list[float] = []
     observations: list[float] = []
 
@@ -258,6 +258,7 @@ def step(guesser: Guesser, rest: Sequence[int], limit: int, count: Count) -> int
     count.drafts += bool(draft.tokens)
     count.drafted += len(draft.tokens)
     count.accepted += accepted
+    count.begun += accepted > 0
     return len(emitted)
 
 
