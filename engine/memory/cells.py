@@ -90,7 +90,7 @@ class Cells:
         return Prefix(match.seq, match.length, self._idle_part(match))
 
     def _idle_part(self, match: Match) -> int:
-        if not match.length:
+        if not match.length or self.context.ordered:
             return 0
         runs = self.tree.holders(match.seq, match.length)
         return sum(size for size, holders in runs if holders <= self._idle.keys())
