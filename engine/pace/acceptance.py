@@ -15,13 +15,14 @@ HOPE = 0.7
 class Acceptance:
     """The chance that a draft's token at some place is right if those before it were.
 
-    `prior` is what to believe before there are observations: the same of the whole engine for one request's.
+    `prior` is what to believe before there are observations: the same of the whole engine, as of when a request came.
     """
 
     def __init__(self, prior: Acceptance | None = None) -> None:
         self._prior = prior
         self._tried = [0.0] * PLACES
         self._right = [0.0] * PLACES
+        self._chances: list[float] = [*prior._chances] if prior else [HOPE] * PLACES
 
     def observe(self, compared: int, right: int) -> None:
         """Of a draft's tokens the first `right` were right and, if `compared` is more, the next one was wrong.
@@ -30,22 +31,26 @@ class Acceptance:
         """
         if self._prior is not None:
             self._prior.observe(compared, right)
-        for place in range(min(compared, right + 1)):
-            at = min(place, PLACES - 1)
-            self._tried[at] = self._tried[at] * MEMORY + 1.0
-            self._right[at] = self._right[at] * MEMORY + (place < right)
+        told = min(compared, right + 1)
+        for place in range(min(told, PLACES - 1)):
+            self._learn(place, float(place < right))
+        if (last := told - PLACES + 1) > 0:  # all the places from there on are one observation
+            self._learn(PLACES - 1, min(last, right - PLACES + 1) / last)
+
+    def _learn(self, place: int, right: float) -> None:
+        self._tried[place] = self._tried[place] * MEMORY + 1.0
+        self._right[place] = self._right[place] * MEMORY + right
+        prior = self._prior._chances[place] if self._prior else HOPE
+        self._chances[place] = (self._right[place] + BELIEF * prior) / (self._tried[place] + BELIEF)
 
     def chance(self, place: int) -> float:
         """From 0 to 1, of the token at `place`, from 0 on."""
-        at = min(place, PLACES - 1)
-        prior = self._prior.chance(at) if self._prior else HOPE
-        return (self._right[at] + BELIEF * prior) / (self._tried[at] + BELIEF)
+        return self._chances[min(place, PLACES - 1)]
 
     def expected(self, length: int) -> float:
         """Tokens that are likely to be accepted of a draft of `length`."""
         total, reached = 0.0, 1.0
-        for place in range(min(length, PLACES)):
-            chance = self.chance(place)
+        for chance in self._chances[:length]:
             reached *= chance
             total += reached
         if (more := length - PLACES) > 0:

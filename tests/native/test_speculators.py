@@ -13,7 +13,7 @@ from engine import Engine, EngineConfig, Finished, Request, RequestRefused, Samp
 from tests.native.conftest import MODEL
 from tests.native.cut import cut
 
-EXACT = {"deterministic": True}
+EXACT = {"deterministic": True, "flash_attention": "on"}
 LIST = "Count: one, two, three, four. one, two, three, four. one, two, three, four. one, two,"
 TEXTS = (LIST, "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return", "Once upon a time", LIST + " three")
 
@@ -91,9 +91,10 @@ async def test_the_model_as_its_own_draft(temperature: float, plain: dict[float,
     async with Engine.open(config(types=["draft"], draft=draft)) as engine:
         ids, ends = await all_of(engine, temperature)
         assert ids == plain[temperature]
-        drafted, accepted = sum(end.usage.drafted for end in ends), sum(end.usage.accepted for end in ends)
+        made = [drafts for end in ends for drafts in end.drafts if drafts.type == "draft"]
+        drafted, accepted = sum(drafts.drafted for drafts in made), sum(drafts.accepted for drafts in made)
         assert drafted > 20
-        assert 0.8 * drafted < accepted if not temperature else accepted < drafted
+        assert 0.9 * drafted < accepted, "also when sampled: the noise is the same"
 
 
 async def test_a_bad_draft_model_leaves_the_text_alone(bad: Path, plain: dict[float, list[list[int]]]) -> None:
