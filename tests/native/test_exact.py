@@ -33,7 +33,7 @@ def series() -> Series:
     """What every text is continued with alone, to compare with."""
     with open_vocabulary(MODEL) as vocab:
         prompts = [tuple(vocab.tokenize(text, special=True)) for text in TEXTS]
-    made = Series(MODEL, None, True, [request_of(prompt, number, 16) for number, prompt in enumerate(prompts)])
+    made = Series(MODEL, None, True, [request_of(prompt, number, 12) for number, prompt in enumerate(prompts)])
     alone = asyncio.run(made.run(ALONE))
     assert alone.cached == alone.drafted == alone.retractions == 0
     return made

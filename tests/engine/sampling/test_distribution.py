@@ -17,7 +17,7 @@ from engine.sampling import Sampler, accept, likeliest
 from engine.sampling.candidates import Row
 from tests.engine.sampling.test_sampler import deviation, piece
 
-SAMPLES, FEWER = 20_000, 5_000
+SAMPLES, FEWER = 20_000, 2_000
 VOCABULARY, PROMPT, POSITION = 200, 30, 37
 HISTORY = range(POSITION)
 Chances = NDArray[np.float64]
