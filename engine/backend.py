@@ -17,6 +17,9 @@ from engine.batch import Batch
 Logits = NDArray[np.float32]
 """Rows of logits, [rows, vocabulary]; overwritten by the next decode."""
 
+State = NDArray[np.uint8]
+"""The content of cells as bytes, for the same model and the same kind of context only."""
+
 
 class NoFreeCells(Exception):
     """The batch does not fit the cells; nothing was computed and nothing changed."""
@@ -54,6 +57,8 @@ class ModelInfo(Struct, frozen=True):
     """Of the model file's content."""
     build: str = ""
     """Of the library."""
+    layout: str = ""
+    """Of a saved state: equal where one can be loaded that was saved elsewhere."""
     exact: bool = False
     """Whether a request's tokens depend on nothing but itself: not on its company, its drafts or how it was read."""
 
@@ -115,6 +120,10 @@ class Context(Protocol):
     def partial(self) -> bool:
         """Whether a sequence can be cut and copied at any position; if not, only as a whole."""
 
+    @property
+    def window(self) -> int:
+        """Positions that a row of some layers looks back on, older ones may be forgotten; 0 if all look on all."""
+
     def decode(self) -> Logits:
         """The logits of the batch's rows that asked for them.
 
@@ -133,6 +142,21 @@ class Context(Protocol):
 
     def cut(self, seq: int, length: int) -> bool:
         """Drops what `seq` has from position `length` on. False if the model cannot do that: nothing changed."""
+
+    def save(self, seq: int, start: int, end: int) -> State | None:
+        """What `seq` has at positions from `start` up to `end`; all or nothing of it if the context is not partial.
+
+        None if it no longer has them all. Nothing changes.
+        """
+
+    def load(self, seq: int, state: State, start: int, end: int) -> bool:
+        """Appends to `seq`, which has `start` positions, those up to `end` of a `state` that was saved from `start`
+        or before. They get cells of their own. False, with nothing changed, if there are too few or it does not fit.
+        """
+
+    def intact(self, seq: int, length: int) -> bool:
+        """Whether `seq` has `length` positions, and of these all that a next row may look at: with a sliding window
+        a cut can leave less."""
 
     def length(self, seq: int) -> int:
         """Positions that `seq` has."""

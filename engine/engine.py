@@ -33,9 +33,10 @@ from engine.contract import (
     SpeculatorType,
 )
 from engine.generation import Generation
+from engine.memory import Store, open_store
 from engine.outbox import News, Outbox
-from engine.pace import warm_up
-from engine.runner import SHUTTING_DOWN, Pace, Runner
+from engine.pace import Pace, warm_up
+from engine.runner import SHUTTING_DOWN, Runner
 from engine.speculate import Drafting, DraftModel, Shared, Speculate, difference
 from engine.stats import Stats
 from engine.streams import Stream
@@ -273,12 +274,14 @@ class Engine:
                     self._silent.update(dict.fromkeys(SPECULATOR_TYPES, "the model cannot forget single tokens"))
                 if self._config.draft.path:
                     self._draft_backend = self._open_draft(self._backend)
+                whole = not self._backend.context.partial
+                store = open_store(self._config.memory, self._backend.info, whole=whole)
             except Exception as error:
                 self._call_soon(self._settle_ready, None, error)
                 return
             if self._draft_backend is not None:
                 stack.callback(self._draft_backend.close)
-            self._serve_with(self._backend, self._draft_backend)
+            self._serve_with(self._backend, self._draft_backend, store)
 
     def _open_draft(self, backend: Backend) -> Backend | None:
         """The draft model; None, with a line in the log, if it cannot guess for the model of `backend`."""
@@ -297,19 +300,20 @@ class Engine:
         self._silent["draft"] = reason
         log.warning("no drafts from a model: %s", reason)
 
-    def _serve_with(self, backend: Backend, draft: Backend | None) -> None:
+    def _serve_with(self, backend: Backend, draft: Backend | None, store: Store | None) -> None:
         batch, config = self._config.batch, self._config
         try:
             pace = Pace(batch.step_ms / 1000, batch.idle_step_ms / 1000)
             model = None if draft is None else DraftModel(draft, backend.info.vocabulary, warmup=config.model.warmup)
             shared = Shared(config.speculation, backend.vocab)
             drafting = Drafting(shared, config.speculation, config.draft, model, self._speculate)
-            runner = Runner(backend, self.slots, pace, Outbox(self._loop, self._deliver), drafting)
+            outbox = Outbox(self._loop, self._deliver)
+            runner = Runner(backend, self.slots, pace, outbox, drafting, store)
             if config.model.warmup:
                 warm_up(backend.context, runner.cost)
             self._call_soon(self._settle_ready, runner, None)
             self._run(runner)
-            drafting.close()
+            runner.close()
         except Exception as error:
             fault = EngineFault(f"the engine failed: {error!r}", fatal=True)
             fault.__cause__ = error
@@ -332,6 +336,8 @@ class Engine:
         while True:
             if not runner.busy:
                 runner.rest()
+            while not runner.busy and self._inbox.empty() and runner.tidy():
+                pass
             while not runner.busy or not self._inbox.empty():
                 command = self._inbox.get()
                 if command is None:

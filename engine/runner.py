@@ -6,51 +6,54 @@ The only place where cells and tokens change together, and the one order in whic
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from engine import scheduler
 from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
 from engine.contract import EngineError, EngineFault, Failed, FinishReason
-from engine.memory import Cells, RadixTree
+from engine.memory import Cells, Store
 from engine.outbox import Outbox
-from engine.pace import StepCost
+from engine.pace import Pace, StepCost
 from engine.sampling import BadLogits
-from engine.scheduler import Limits, Plan, Room, Rows, StreamView, WaitingView
+from engine.scheduler import Limits, Plan, Room, Rows, StreamView
 from engine.speculate import LEARN, Drafter, Drafting
 from engine.stats import Counters
 from engine.streams import Stream
 from engine.verify import verify
+from engine.waiting import Waiting
 
+MOVING = 0.1
+"""Share of a step for which states are loaded, and again saved, while streams run."""
+TIDYING = 0.02
+"""Seconds for which idle prefixes are saved before the inbox is looked at again."""
 SHUTTING_DOWN = "The server is shutting down."
-
-
-class Pace(NamedTuple):
-    """Seconds that a step may take: beside running streams (0 is twice theirs), and with prompts only."""
-
-    step: float
-    idle_step: float
 
 
 class Runner:
     """The streams of one engine. All of it belongs to the engine thread."""
 
-    def __init__(self, backend: Backend, slots: int, pace: Pace, outbox: Outbox, drafting: Drafting) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        slots: int,
+        pace: Pace,
+        outbox: Outbox,
+        drafting: Drafting,
+        store: Store | None = None,
+    ) -> None:
         assert backend.context.sequences > slots, "an id stays free while a slot is"
         assert min(backend.context.outputs, backend.context.batch.capacity) >= slots, "every slot may decode"
         self.context = backend.context
-        self.cells = Cells(backend.context)
+        self.cells = Cells(backend.context, store)
         self.cost = StepCost()
         self.counters = Counters(backend.context.cells, lambda: drafting.drafts)
         self.running: dict[int, Stream] = {}  # oldest first
-        self.waiting: deque[Stream] = deque()
+        self.waiting = Waiting(self.cells)
         self._slots = slots
         self._pace = pace
         self._outbox = outbox
         self._drafting = drafting
         self._seconds = 0.0  # of the last decode
-        self._promised = RadixTree()  # the prompts that running streams are reading
 
     @property
     def busy(self) -> bool:
@@ -65,7 +68,7 @@ class Runner:
     def submit(self, stream: Stream) -> None:
         """Takes a new request."""
         stream.drafter = self._drafting.drafter(stream.request, stream.sampler)
-        self.waiting.append(stream)
+        self.waiting.put(stream)
 
     def end(self, key: int, reason: FinishReason) -> None:
         """Ends a request that its reader left or found complete, wherever it is; one that has ended is nobody's."""
@@ -83,52 +86,53 @@ class Runner:
         self._admit()
         if self.context.ordered and self._worn():
             self._start_over()
+        self._restore()
         plan = self._plan()
         for key in plan.retract:
             self._retract(self.running[key])
         if plan.rows:
             self._decode(plan.rows)
+        self._gauge()
         self._outbox.flush()
         self._draft()
-        self._gauge(time.perf_counter() - begun)
+        self.cells.tend(MOVING * self._seconds)
+        self.counters.busy_seconds += time.perf_counter() - begun
 
     def rest(self) -> None:
         """Called when nothing runs: proves that tree and context still agree. Raises AssertionError if not."""
         self.cells.check()
 
+    def tidy(self) -> bool:
+        """Called when nothing runs: does a little of what had to wait until then. Whether there is more."""
+        self.cells.tend(TIDYING)
+        self._gauge()
+        return not self.cells.tidy
+
+    def close(self) -> None:
+        """Ends what outlives requests: files are written. Nothing is called afterwards."""
+        self._drafting.close()
+        self.cells.close()
+
     # ── before the decode ──
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._slots:
-            views = map(self._waiting_view, self.waiting)  # lazily: the first that may start ends the search
-            key = scheduler.admit(views, self._views(), self._room())
-            stream = None if key is None else self._find(key)
-            if stream is None:
+            key = scheduler.admit(self.waiting.views(), self._views(), self._room())
+            if key is None:
                 return
-            self.waiting.remove(stream)
-            self._start(stream)
+            self._start(self.waiting.take(key))
 
     def _start(self, stream: Stream) -> None:
         first = stream.admitted is None
         stream.start(self.cells.claim(stream.tokens, stream.request.salt))
         self.running[stream.key] = stream
-        if stream.behind > 1:
-            self._promised.begin(stream.key, stream.request.salt)
-            self._promised.extend(stream.key, stream.tokens)
+        self.waiting.promise(stream)
+        self.counters.restores += bool(stream.held.coming)
         if first:
             self.counters.queue.add(time.perf_counter() - stream.submitted)
             self.counters.prompt_tokens += stream.prompt_length
             self.counters.cached_tokens += stream.cached
-
-    def _waiting_view(self, stream: Stream) -> WaitingView:
-        known = len(stream.tokens)
-        if stream.waits_for in self._promised and self.running[stream.waits_for].held.length < stream.promised:
-            return WaitingView(stream.key, known, 0, 0, stream.promised)
-        salt = stream.request.salt
-        found = self.cells.find(stream.tokens, salt)
-        if self.context.partial:
-            stream.waits_for, stream.promised = self._promised.match(stream.tokens[:-1], salt)
-        return WaitingView(stream.key, known, found.length, found.idle, stream.promised)
+            self.counters.hits += bool(stream.cached or stream.held.coming)
 
     def _views(self) -> list[StreamView]:
         tight = self.cells.free + self.cells.idle <= len(self.running)  # somebody may have to be retracted
@@ -150,17 +154,30 @@ class Runner:
         self.cells.clear()
         self._admit()
 
+    def _restore(self) -> None:
+        """Loads what is to be loaded next, for a small share of a step while others run."""
+        waiting = [stream for stream in self.running.values() if stream.loading]
+        alone = len(waiting) == len(self.running)
+        until = time.perf_counter() + (self._pace.idle_step if alone else MOVING * self._seconds)
+        for stream in waiting:
+            while stream.loading and stream.held.fetch(wait=alone) and stream.held.restore():
+                if not stream.resumed:
+                    self.counters.cached_tokens += stream.held.reused - stream.cached
+                    stream.cached = stream.held.reused
+                if time.perf_counter() >= until:
+                    return
+
     def _plan(self) -> Plan:
         decoding = sum(stream.behind == 1 for stream in self.running.values())
         prompt_rows = self.cost.prompt_rows(decoding, self._pace.step, self._pace.idle_step)
         limits = Limits(self.context.batch.capacity, self.context.outputs, prompt_rows)
         return scheduler.plan(self._views(), self._room(), limits)
 
-    def _retract(self, stream: Stream) -> None:
-        """Takes a stream's slot and lets its cells count as idle; it starts again before all others."""
-        self._leave(stream, keep=True)
+    def _retract(self, stream: Stream, *, keep: bool = True) -> None:
+        """Takes a stream's slot and lets its cells count as idle if `keep`; it starts again before all others."""
+        self._leave(stream, keep=keep)
         stream.drafter.pause()
-        self.waiting.appendleft(stream)
+        self.waiting.put_first(stream)
         self.counters.retractions += 1
 
     # ── the decode ──
@@ -189,24 +206,14 @@ class Runner:
                 self._fail_rows(rows, f"the step failed: {error}")
             else:
                 self._observe(rows, time.perf_counter() - begun)
-                self.cells.age()
+                self.cells.age(self.context.batch.rows * self.cost.cell)
                 self._settle(rows, firsts, logits)
             return
 
     def _fill(self, plan: Iterable[Rows]) -> list[int]:
         """Writes the batch; for each stream the index of its first row of logits."""
-        batch, firsts = self.context.batch, []
-        batch.clear()
-        for rows in plan:
-            stream = self.running[rows.key]
-            lease = stream.held
-            start, end = lease.length, lease.length + rows.tokens
-            tokens = stream.tokens[start:end]
-            if rows.drafts:
-                tokens.extend(stream.draft[: rows.drafts])
-            last = end == len(stream.tokens)
-            firsts.append(batch.add(lease.seq, start, tokens, rows.drafts + 1 if last else 0))
-        return firsts
+        self.context.batch.clear()
+        return [self.running[rows.key].fill(self.context.batch, rows) for rows in plan]
 
     def _fail_rows(self, plan: Iterable[Rows], reason: str) -> None:
         for rows in plan:
@@ -234,7 +241,7 @@ class Runner:
             lease.commit(stream.tokens[lease.length : lease.length + rows.tokens])
             if stream.behind:
                 continue
-            self._unpromise(stream)
+            self.waiting.unpromise(stream)
             try:
                 self._emit(stream, logits[first : first + rows.drafts + 1], now)
             except BadLogits as error:
@@ -249,10 +256,11 @@ class Runner:
         drafts = len(rows) - 1
         verdict = verify(stream, stream.draft[:drafts], rows)
         assert verdict.ids, "a verified row commits a token"
+        intact = True
         if drafts:
             lease.commit(stream.draft[: verdict.accepted])
             if verdict.accepted < drafts:
-                lease.roll_back()
+                intact = lease.roll_back()
             self.counters.drafted_tokens += drafts
             self.counters.accepted_tokens += verdict.accepted
         stream.drafter.observe(stream.tokens, verdict.ids, drafts, verdict.accepted)
@@ -265,6 +273,8 @@ class Runner:
         elif stream.full:
             self._retract(stream)
             stream.drafter.shift(*stream.forget())
+        elif not intact:
+            self._retract(stream, keep=False)
 
     def _clock(self, stream: Stream, tokens: int, now: float) -> None:
         self.counters.completion_tokens += tokens
@@ -295,7 +305,7 @@ class Runner:
     # ── the end of a stream ──
 
     def _find(self, key: int) -> Stream | None:
-        return self.running.get(key) or next((s for s in self.waiting if s.key == key), None)
+        return self.running.get(key) or self.waiting.get(key)
 
     def _finish(self, stream: Stream, reason: FinishReason) -> None:
         self._leave(stream, keep=True)
@@ -317,17 +327,14 @@ class Runner:
     def _leave(self, stream: Stream, *, keep: bool) -> None:
         """Takes the stream out of wherever it is; its sequence stays resident if `keep`."""
         stream.leave(keep=keep)
-        self._unpromise(stream)
-        if self.running.pop(stream.key, None) is None and stream in self.waiting:
-            self.waiting.remove(stream)
+        self.waiting.unpromise(stream)
+        if self.running.pop(stream.key, None) is None:
+            self.waiting.discard(stream)
 
-    def _unpromise(self, stream: Stream) -> None:
-        """Nobody need wait for the stream's prompt any more: it was read, or will not be."""
-        if stream.key in self._promised:
-            self._promised.remove(stream.key)
-
-    def _gauge(self, seconds: float) -> None:
-        counters = self.counters
-        counters.busy_seconds += seconds
+    def _gauge(self) -> None:
+        counters, cells = self.counters, self.cells
         counters.running, counters.waiting = len(self.running), len(self.waiting)
-        counters.cells_used, counters.cells_idle = self.cells.tree.cells, self.cells.idle
+        counters.cells_used, counters.cells_idle = cells.tree.cells, cells.kept
+        counters.saved_tokens, counters.restored_tokens = cells.saved, cells.restored
+        if cells.store is not None:
+            counters.ram_bytes, counters.disk_bytes = cells.store.ram.bytes, cells.store.disk.bytes

@@ -26,11 +26,18 @@ class StreamView(Struct, frozen=True):
     drafts: int = 0
     alone: int = 0
     """Cells that nobody else holds."""
+    coming: int = 0
+    """Known tokens that cannot be computed yet, as others before them are to be loaded first."""
 
     @property
     def behind(self) -> int:
-        """Tokens to compute before the next can be picked."""
+        """Tokens to compute or load before the next can be picked."""
         return self.known - self.computed
+
+    @property
+    def ready(self) -> int:
+        """Tokens that can be computed now."""
+        return self.behind - self.coming
 
 
 class WaitingView(Struct, frozen=True):
@@ -44,6 +51,8 @@ class WaitingView(Struct, frozen=True):
     """The part of that which no running stream holds."""
     promised: int
     """Longest prefix of it that a running stream holds or will have computed once its prompt is read."""
+    reach: int = 0
+    """Longest prefix of it that needs no computing now: resident, or to be loaded."""
 
 
 class Room(Struct, frozen=True):
@@ -88,7 +97,7 @@ def admit(waiting: Iterable[WaitingView], running: Sequence[StreamView], room: R
         return None
     reserved = sum(view.behind + HEADROOM for view in running)
     for view in waiting:
-        if running and view.promised >= view.resident + HOLD_BACK:
+        if running and view.promised >= max(view.resident, view.reach) + HOLD_BACK:
             continue
         need = view.known - view.resident + HEADROOM
         if not running or need + reserved <= room.free + room.idle - view.idle:
@@ -133,7 +142,7 @@ def _fits(streams: Sequence[StreamView], cells: int) -> bool:
 
 def _rows(streams: Sequence[StreamView], cells: int, free: int, limits: Limits) -> list[Rows]:
     decoding = [view for view in streams if view.behind == 1]
-    reading = [view for view in streams if view.behind > 1]
+    reading = [view for view in streams if view.behind > 1 and view.ready]
     count, outputs = len(decoding), limits.outputs - len(streams)
     drafts = _share(
         [view.drafts for view in decoding],
@@ -141,7 +150,7 @@ def _rows(streams: Sequence[StreamView], cells: int, free: int, limits: Limits) 
     )
     count += sum(drafts)
     chunk = min(limits.prompt_rows, limits.rows - count, cells - count)
-    prompts = _share([view.behind for view in reading], max(0, chunk))
+    prompts = _share([view.ready for view in reading], max(0, chunk))
     rows = [Rows(view.key, 1, more) for view, more in zip(decoding, drafts, strict=True)]
     rows += [Rows(view.key, size) for view, size in zip(reading, prompts, strict=True) if size]
     return rows

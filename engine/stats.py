@@ -36,6 +36,12 @@ class Stats(Struct, frozen=True):
     steps: int
     native_passes: int
     retractions: int
+    restores: int
+    """Requests that began, again or for the first time, with tokens loaded from the store."""
+    hits: int
+    """Requests that began with a known prefix."""
+    saved_tokens: int
+    restored_tokens: int
     busy_seconds: float
     native_seconds: float
     queue: Histogram
@@ -46,6 +52,8 @@ class Stats(Struct, frozen=True):
     cells: int
     cells_used: int
     cells_idle: int
+    ram_bytes: int
+    disk_bytes: int
     drafts: tuple[Drafts, ...]
     """By type, of all requests."""
 
@@ -80,6 +88,10 @@ class Counters:
         self.steps = 0
         self.native_passes = 0
         self.retractions = 0
+        self.restores = 0
+        self.hits = 0
+        self.saved_tokens = 0
+        self.restored_tokens = 0
         self.busy_seconds = 0.0
         self.native_seconds = 0.0
         self.queue = Buckets()
@@ -90,6 +102,8 @@ class Counters:
         self.cells = cells
         self.cells_used = 0
         self.cells_idle = 0
+        self.ram_bytes = 0
+        self.disk_bytes = 0
         self._drafts = drafts
 
     def snapshot(self) -> Stats:

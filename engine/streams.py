@@ -7,10 +7,11 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from engine.batch import Batch
 from engine.contract import Finished, FinishReason, Request, Timings, Usage
 from engine.memory import Lease
 from engine.sampling import Sampler
-from engine.scheduler import StreamView
+from engine.scheduler import Rows, StreamView
 from engine.speculate import Drafter
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Stream:
         """While it waits: the running stream that is computing the longest prefix of it, and how long that is."""
         self.promised = 0
         self.cached = 0
+        self.resumed = False
+        """Whether it was retracted before it began as it runs now."""
         self.stop_token: int | None = None
         self._ends = frozenset(request.stop_tokens) | vocab.ends
         self.forgotten = 0
@@ -74,14 +77,32 @@ class Stream:
 
     def view(self, alone: int) -> StreamView:
         """What the scheduler may know of a running stream; `alone` is the number of cells nobody else holds."""
-        return StreamView(self.key, len(self.tokens), self.held.length, len(self.draft), alone)
+        known, lease = len(self.tokens), self.held
+        coming = known - lease.length - lease.ready(known)
+        return StreamView(self.key, known, lease.length, len(self.draft), alone, coming)
+
+    def fill(self, batch: Batch, rows: Rows) -> int:
+        """Writes its `rows` into `batch`; the index of the first of its rows of logits."""
+        lease = self.held
+        start, end = lease.length, lease.length + rows.tokens
+        tokens = self.tokens[start:end]
+        if rows.drafts:
+            tokens.extend(self.draft[: rows.drafts])
+        last = end == len(self.tokens)
+        return batch.add(lease.seq, start, tokens, rows.drafts + 1 if last else 0)
 
     def start(self, lease: Lease) -> None:
         """Begins, or goes on after it was retracted."""
         self.lease = lease
+        self.resumed = self.admitted is not None
         if self.admitted is None:
             self.admitted = time.perf_counter()
-            self.cached = lease.shared
+            self.cached = lease.reused
+
+    @property
+    def loading(self) -> bool:
+        """Whether the next thing for it is a piece to be loaded."""
+        return bool(self.held.coming) and not self.held.ready(len(self.tokens))
 
     def leave(self, *, keep: bool = True) -> None:
         """Gives the lease back, if there is one, and drops the draft."""

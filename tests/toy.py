@@ -7,12 +7,13 @@ retraction changes the output, so "the same tokens as alone" is a complete test 
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
-from engine.backend import Aborted, Logits, ModelInfo, NativeFault, NoFreeCells, Progress
+from engine.backend import Aborted, Logits, ModelInfo, NativeFault, NoFreeCells, Progress, State
 from engine.batch import Batch
 from engine.config import EngineConfig
 
@@ -53,9 +54,12 @@ class ToyContext:
         self.other = other  # share of histories about which it thinks otherwise than the other toys
         self.by_place = by_place  # whether logits also depend on the order in which the cells lie
         self.ordered, self.wasted = False, 0
+        self.window = 0
+        self.damaged: Callable[[], bool] = lambda: False  # whether the next cut leaves a sliding window with a gap
         self.decodes = 0
         self.computed = 0  # rows of all decodes so far
         self.faults: Callable[[int], Exception | None] = lambda decode: None
+        self.lost: Callable[[], bool] = lambda: False  # whether the next state cannot be saved or loaded
         self.aborted = False
         self.before_decode: Callable[[], None] = lambda: None
         self._held: list[dict[int, Cell]] = [{} for _ in range(sequences)]
@@ -76,8 +80,7 @@ class ToyContext:
         if len(self._distinct()) + batch.rows > self.cells:
             raise NoFreeCells
         rows = list(zip(batch.seq[: batch.rows], batch.pos[: batch.rows], batch.token[: batch.rows], strict=True))
-        taken = {cell.place for held in [*self._held, self._nobodys] for cell in held.values()}
-        free = (place for place in range(self.cells) if place not in taken)
+        free = iter(self._free())
         for seq, pos, token in rows:
             assert pos == self.length(seq), f"sequence {seq}: position {pos} after {self.length(seq)} tokens"
             self._held[seq][int(pos)] = Cell(int(token), next(free))
@@ -88,8 +91,8 @@ class ToyContext:
     def _logits(self, seq: int, pos: int) -> Logits:
         held = self._held[seq].items()
         order = sorted(held, key=lambda item: item[1].place) if self.by_place else sorted(held)
-        seen = [(place, cell.token) for place, cell in order if place <= pos]
-        bits = zlib.crc32(repr(seen).encode())
+        seen = array("i", (value for place, cell in order if place <= pos for value in (place, cell.token)))
+        bits = zlib.crc32(seen)
         rng = np.random.default_rng(bits + (bits % 1000 < 1000 * self.other))
         return rng.standard_normal(VOCABULARY, np.float32) * 3
 
@@ -122,6 +125,35 @@ class ToyContext:
             self._nobodys.clear()
         self._held[seq] = {pos: cell for pos, cell in self._held[seq].items() if pos < length}
         return True
+
+    def save(self, seq: int, start: int, end: int) -> State | None:
+        """The tokens at these positions, or of the whole sequence if it is not partial, as llama.cpp would have it."""
+        if not self.partial and (start, end) != (0, self.length(seq)):
+            return None
+        held = self._held[seq]
+        if self.lost() or not all(pos in held for pos in range(start, end)):
+            return None
+        return np.array([start, *(held[pos].token for pos in range(start, end))], np.int32).view(np.uint8)
+
+    def load(self, seq: int, state: State, start: int, end: int) -> bool:
+        """Gives cells to all of the state, and then frees those that are not wanted."""
+        first, *tokens = state.view(np.int32).tolist()
+        assert first <= start == self.length(seq), "continues what is there"
+        assert end <= first + len(tokens), "has what is wanted"
+        if self.lost() or len(self._distinct()) + len(tokens) > self.cells:
+            return False
+        for pos, (token, place) in enumerate(zip(tokens, self._free(), strict=False), first):
+            if start <= pos < end:
+                self._held[seq][pos] = Cell(token, place)
+        return True
+
+    def _free(self) -> list[int]:
+        taken = {cell.place for held in [*self._held, self._nobodys] for cell in held.values()}
+        return [place for place in range(self.cells) if place not in taken]
+
+    def intact(self, seq: int, length: int) -> bool:
+        """As it is told."""
+        return self.length(seq) == length and not self.damaged()
 
     def length(self, seq: int) -> int:
         """Positions of `seq`."""

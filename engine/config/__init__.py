@@ -7,6 +7,7 @@ twice. Ranges are checked by `msgspec.convert`, not by the constructors: use `co
 from engine.config.batch import BatchConfig
 from engine.config.engine import EngineConfig
 from engine.config.flags import flags
+from engine.config.memory import MemoryConfig
 from engine.config.model import CacheType, ModelConfig, physical_cores
 from engine.config.speculation import DraftConfig, SpeculationConfig
 
@@ -15,6 +16,7 @@ __all__ = [
     "CacheType",
     "DraftConfig",
     "EngineConfig",
+    "MemoryConfig",
     "ModelConfig",
     "SpeculationConfig",
     "flags",

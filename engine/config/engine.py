@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from engine.config.batch import BatchConfig
+from engine.config.memory import MemoryConfig
 from engine.config.model import ModelConfig
 from engine.config.speculation import DraftConfig, SpeculationConfig
 
@@ -18,6 +19,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     model: ModelConfig
     batch: BatchConfig = BatchConfig()
+    memory: MemoryConfig = MemoryConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     draft: DraftConfig = DraftConfig()
 
@@ -25,6 +27,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def of(
         cls,
         *,
+        memory: MemoryConfig | dict[str, object] | None = None,
         speculation: SpeculationConfig | dict[str, object] | None = None,
         draft: DraftConfig | dict[str, object] | None = None,
         **fields: object,
@@ -33,7 +36,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
         Raises `msgspec.ValidationError`, which names the field, for a wrong type or range or an unknown name.
         """
-        concerns: dict[str, object] = {"speculation": speculation or {}, "draft": draft or {}}
+        concerns: dict[str, object] = {
+            "memory": memory or {},
+            "speculation": speculation or {},
+            "draft": draft or {},
+        }
         model: dict[str, object] = {}
         batch: dict[str, object] = {}
         for name, value in fields.items():

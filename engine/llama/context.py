@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from llama_cpp import llama_cpp as native
 
-from engine.backend import Aborted, Logits, NativeFault, NoFreeCells
+from engine.backend import Aborted, Logits, NativeFault, NoFreeCells, State
 from engine.batch import Batch
 from engine.config import BatchConfig, ModelConfig
 from engine.llama.library import CACHE_TYPES, FLASH_ATTENTION, StopFlag
@@ -83,7 +83,7 @@ def context_params(model: ModelConfig, batch: BatchConfig, cells: int, threads: 
 
 def sequences_for(slots: int) -> int:
     """Sequence ids for so many slots: as many again for idle prefixes, and some more; the library has 256."""
-    return min(256, 2 * slots + 16)
+    return min(256, 2 * slots + 17)
 
 
 class LlamaContext:
@@ -100,11 +100,12 @@ class LlamaContext:
         self._stop = StopFlag()
         self._stop.install(self._handle)
         self._vocabulary: int = native.llama_vocab_n_tokens(native.llama_model_get_vocab(model))
-        self._window = window
+        self.window = window
         self.partial = partial
         self.ordered, self.wasted = False, 0
         self.cells: int = native.llama_n_ctx(self._handle)
-        self.sequences: int = native.llama_n_seq_max(self._handle)
+        self._spare: int = native.llama_n_seq_max(self._handle) - 1  # states pass through it
+        self.sequences = self._spare
         self.ubatch: int = native.llama_n_ubatch(self._handle)
         self.batch = Batch(native.llama_n_batch(self._handle))
         self.outputs: int = min(params.n_outputs_max, self.batch.capacity)
@@ -154,7 +155,7 @@ class LlamaContext:
         """Lets the empty `target` share the first `length` cells of `source`; False if some are gone."""
         self._known(source, target)
         native.llama_memory_seq_cp(self._memory, source, target, 0, length)
-        if self._whole(target, length):
+        if self.intact(target, length):
             return True
         native.llama_memory_seq_rm(self._memory, target, -1, -1)
         return False
@@ -164,12 +165,14 @@ class LlamaContext:
         self._known(source, target)
         native.llama_memory_seq_cp(self._memory, source, target, start, end)
 
-    def _whole(self, seq: int, length: int) -> bool:
+    def intact(self, seq: int, length: int) -> bool:
         """Whether `seq` has what a row at position `length` may look at; a sliding window forgets its start."""
         if self.length(seq) != length:
             return False
-        first: int = native.llama_memory_seq_pos_min(self._memory, seq)
-        return 0 <= first <= max(0, length - self._window) if self._window else first == 0
+        if not self.partial:  # one state for all of it
+            return True
+        first = self._first(seq)
+        return 0 <= first <= max(0, length - self.window) if self.window else first == 0
 
     def cut(self, seq: int, length: int) -> bool:
         """Drops positions from `length` on; False, with nothing changed, if the model can only drop all."""
@@ -177,10 +180,52 @@ class LlamaContext:
         start = length if length else -1
         return bool(native.llama_memory_seq_rm(self._memory, seq, start, -1))
 
+    def save(self, seq: int, start: int, end: int) -> State | None:
+        """The state of these positions, which pass through a sequence that is otherwise empty; None if some are gone.
+
+        The library leaves out what no row after the last could see through a sliding window: longer ones are refused.
+        """
+        self._known(seq)
+        if not self.partial:
+            return self._state(seq) if (start, end) == (0, self.length(seq)) else None
+        if self.window and end - start > self.window:
+            return None
+        native.llama_memory_seq_cp(self._memory, seq, self._spare, start, end)
+        try:
+            whole = self._first(self._spare) == start and self._last(self._spare) == end - 1
+            return self._state(self._spare) if whole else None
+        finally:
+            native.llama_memory_seq_rm(self._memory, self._spare, -1, -1)
+
+    def _state(self, seq: int) -> State | None:
+        size: int = native.llama_state_seq_get_size(self._handle, seq)
+        state: State = np.empty(size, np.uint8)
+        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        return state if native.llama_state_seq_get_data(self._handle, pointer, size, seq) == size else None
+
+    def load(self, seq: int, state: State, start: int, end: int) -> bool:
+        """Appends positions of `state` to `seq`; False, with nothing changed, if they find no cells."""
+        self._known(seq)
+        target = self._spare if self.partial else seq
+        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        loaded = bool(native.llama_state_seq_set_data(self._handle, pointer, state.nbytes, target) == state.nbytes)
+        if not self.partial:
+            return loaded
+        if loaded := loaded and self._first(target) <= start and self._last(target) >= end - 1:
+            native.llama_memory_seq_cp(self._memory, target, seq, start, end)
+        native.llama_memory_seq_rm(self._memory, target, -1, -1)
+        return loaded
+
+    def _first(self, seq: int) -> int:
+        return int(native.llama_memory_seq_pos_min(self._memory, seq))
+
+    def _last(self, seq: int) -> int:
+        return int(native.llama_memory_seq_pos_max(self._memory, seq))
+
     def length(self, seq: int) -> int:
         """Positions of `seq`."""
         self._known(seq)
-        return int(native.llama_memory_seq_pos_max(self._memory, seq)) + 1
+        return self._last(seq) + 1
 
     def clear(self) -> None:
         """Frees every cell."""

@@ -147,7 +147,9 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     vocab = LlamaVocab(model)
     device = gpu or f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     info = _describe(path, model, vocab, context, device)
-    return LlamaBackend(model, vocab, context, structs.replace(info, exact=config.model.deterministic))
+    types = f"{config.model.cache_type_k} {config.model.cache_type_v} {params.flash_attn_type}"
+    layout = f"{info.digest} {info.build} {types}"
+    return LlamaBackend(model, vocab, context, structs.replace(info, layout=layout, exact=config.model.deterministic))
 
 
 PIECES, PIECE = 64, 2**20

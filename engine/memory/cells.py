@@ -2,66 +2,60 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Sequence
 
 from msgspec import Struct
 
 from engine.backend import Context
+from engine.memory.idle import Idle
+from engine.memory.lease import Coming, Lease
+from engine.memory.pieces import PIECE, Found, Piece
 from engine.memory.radix import Match, RadixTree
+from engine.memory.store import Store
 
-IDLE_STEPS = 512
-"""Steps for which an idle sequence is kept. Every resident cell makes every step dearer; after about so many steps it
-has cost what computing its token again would (2 cores, 8 streams: 19 us a step against 9 ms), so that keeping it
-longer is the worse bet, as renting is beyond the price of buying. No step, no cost: an engine at rest keeps all."""
+MOVE = 5e-6
+"""Seconds to save or load a cell, before any was."""
 
 
 class Prefix(Struct, frozen=True):
-    """What a prompt would find: `length` tokens of it are resident, `idle` of them held by no running request."""
+    """What a prompt would find: `length` tokens of it are resident, `idle` of them held by no running request; the
+    pieces in `stored` continue them."""
 
     seq: int
     length: int
     idle: int
+    stored: Found
 
-
-class Lease:
-    """The right to one sequence, from `Cells.claim` until `leave`. `length` tokens of it are computed."""
-
-    def __init__(self, cells: Cells, seq: int, shared: int) -> None:
-        self._cells = cells
-        self.seq = seq
-        self.shared = shared
-        """Tokens that were resident when it was claimed."""
-        self.length = shared
-
-    def commit(self, tokens: Sequence[int]) -> None:
-        """Records `tokens`, which the last decode computed, as the sequence's next."""
-        self._cells.tree.extend(self.seq, tokens)
-        self.length += len(tokens)
-
-    def roll_back(self) -> None:
-        """Frees the cells of rows that were computed but not committed."""
-        self._cells.context.cut(self.seq, self.length)
-
-    def leave(self, *, keep: bool = True) -> None:
-        """Gives the sequence back. With `keep` its prefix stays resident until the cells are needed."""
-        self._cells.release(self.seq, keep=keep)
+    @property
+    def reach(self) -> int:
+        """Tokens that need no computing."""
+        return max(self.length, self.stored.length)
 
 
 class Cells:
     """The cells of one context.
 
     A sequence id is free, leased, or idle: finished, and kept because a later prompt may begin like it. Idle ones
-    leave in the order in which they were last of use: when their cells or ids are needed, and after `IDLE_STEPS` steps.
-    One whose every cell another sequence holds too is not kept.
+    leave from their ends, the longest unused first: when cells or ids are needed, or when keeping them has cost as
+    much as getting them back would. With a store what leaves is saved there. One whose every cell another sequence
+    holds too is not kept.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, store: Store | None = None) -> None:
         self.context = context
         self.tree = RadixTree()
+        self.store = store
+        self.compute = 0.0
+        """Seconds that computing a token takes; 0 if not known."""
+        self.saved = self.restored = 0
+        """Tokens that were moved to the store, and back."""
+        self._move = MOVE
+        self._unsaved: dict[int, int] = {}  # idle sequences, and from where on something may not be on disk
+        self._credit = 0.0  # seconds that may be spent on letting leave what nobody asked to
         self._free = list(range(context.sequences - 1, -1, -1))
-        self._idle: dict[int, int] = {}  # to the step of their last use, oldest first
-        self._step = 0
+        self._idle = Idle()
         self._idle_cells: int | None = 0  # None: to be counted again
 
     @property
@@ -78,90 +72,243 @@ class Cells:
     def kept(self) -> int:
         """Cells of idle sequences that no running request holds."""
         if self._idle_cells is None:
-            idle = self._idle.keys()
-            self._idle_cells = sum(size for size, holders in self.tree.runs() if holders <= idle)
+            runs = self.tree.runs()
+            self._idle_cells = sum(size for size, holders in runs if holders <= self._idle.sequences)
         return self._idle_cells
 
+    # ── finding and claiming ──
+
     def find(self, tokens: array[int], salt: str) -> Prefix:
-        """The longest resident prefix of `tokens`, the last of them excluded: one row must be computed."""
-        if not self.context.partial:
-            return Prefix(-1, 0, 0)
-        match = self.tree.match(tokens[:-1], salt)
-        return Prefix(match.seq, match.length, self._idle_part(match))
+        """The longest known prefix of `tokens`, the last of them excluded: one row must be computed."""
+        wanted = tokens[:-1]
+        match = self.tree.match(wanted, salt, whole=not self.context.partial)
+        stored = self._stored(wanted, salt, match.length)
+        return Prefix(match.seq, match.length, self._idle_part(match), stored)
+
+    def _stored(self, tokens: array[int], salt: str, start: int) -> Found:
+        return Found((), start) if self.store is None else self.store.find(tokens, salt, start)
 
     def _idle_part(self, match: Match) -> int:
         if not match.length or self.context.ordered:
             return 0
         runs = self.tree.holders(match.seq, match.length)
-        return sum(size for size, holders in runs if holders <= self._idle.keys())
+        return sum(size for size, holders in runs if holders <= self._idle.sequences)
 
     def claim(self, tokens: array[int], salt: str) -> Lease:
-        """A sequence that begins with the longest resident prefix of `tokens`.
+        """A sequence that begins with the longest resident prefix of `tokens`; what the store has of the rest is
+        `coming`.
 
         There is always one: an idle sequence leaves if no id is free, and no more are leased than slots exist.
         """
         prefix = self.find(tokens, salt)
         seq = self._take_id(keep=prefix.seq)
         self._idle_cells = None
-        if prefix.length and self.context.copy(prefix.seq, seq, prefix.length):
-            self.tree.share(prefix.seq, seq, prefix.length)
+        length, stored = prefix.length, prefix.stored
+        if stored.pieces and (self.context.ordered or not self.context.partial):
+            length = min(length, stored.pieces[0].start if self.context.partial else 0)  # a piece is loaded whole
+        if length and self.context.copy(prefix.seq, seq, length):
+            self.tree.share(prefix.seq, seq, length)
             self._refresh(prefix.seq)
-            return Lease(self, seq, prefix.length)
-        self.tree.begin(seq, salt)
-        return Lease(self, seq, 0)
+        else:
+            self.tree.begin(seq, salt)
+            if length:
+                length, stored = 0, self._stored(tokens[:-1], salt, 0)
+        return Lease(self, seq, length, self._coming(stored, length))
+
+    def _coming(self, stored: Found, length: int) -> list[Coming]:
+        coming: list[Coming] = []
+        for piece in stored.pieces:
+            start = max(length, piece.start) if self.context.partial else 0
+            coming.append(Coming(piece, start, min(piece.end, stored.length)))
+        return coming
 
     def _take_id(self, keep: int) -> int:
         if not self._free:
-            self._evict(next(seq for seq in self._idle if seq != keep))
+            self._evict(self._idle.oldest(but=keep))
         return self._free.pop()
 
     def _refresh(self, seq: int) -> None:
         """Marks an idle sequence as of use just now, or drops it if its user holds all of it."""
         if seq not in self._idle:
             return
-        if self.tree.redundant(seq):
+        if self._redundant(seq):
             self._evict(seq)
         else:
-            del self._idle[seq]
-            self._idle[seq] = self._step
+            self._idle.use(seq)
+
+    def _redundant(self, seq: int) -> bool:
+        return self.context.partial and self.tree.redundant(seq)
+
+    def fetch(self, pieces: Sequence[Piece], *, wait: bool) -> bool:
+        """Begins to read pieces from disk; whether the first is there."""
+        return self.store is None or self.store.fetch(pieces, wait=wait)
+
+    def restore(self, lease: Lease) -> bool:
+        """Loads the piece that `lease` waits for. False if that cannot be: nothing more is coming then."""
+        piece, start, end = lease.coming[0]
+        assert start == lease.length, "a piece continues what is there"
+        assert self.store is not None, "pieces come from a store"
+        state = self.store.take(piece)
+        begun = time.perf_counter()
+        self.reclaim(piece.end - (piece.start if self.context.partial else 0))
+        if state is None or not self.context.load(lease.seq, state, start, end):
+            lease.coming.clear()
+            return False
+        self._moved(end - start, begun)
+        lease.coming.popleft()
+        lease.commit(piece.spelled[start:end] if not self.context.partial else piece.part(start, end))
+        lease.reused += end - start
+        self.restored += end - start
+        return True
+
+    def commit(self, lease: Lease, tokens: Sequence[int]) -> None:
+        """Records the next tokens of a lease, which are computed or loaded."""
+        self.tree.extend(lease.seq, tokens)
+        self._save_soon(lease)
+
+    def roll_back(self, lease: Lease) -> bool:
+        """Frees cells beyond the length of `lease`. False if a sliding window then lacks some before."""
+        self.context.cut(lease.seq, lease.length)
+        return not self.context.window or self.context.intact(lease.seq, lease.length)
+
+    # ── leaving ──
 
     def release(self, seq: int, *, keep: bool) -> None:
         """Ends a lease: the sequence is idle, or free if nothing is gained by keeping it."""
-        self._idle[seq] = self._step
+        self._idle.use(seq)
         self._idle_cells = None
-        keep = keep and self.context.partial
-        if not keep or not self.tree.length(seq) or self.tree.redundant(seq):
+        if not keep:
+            self._free_id(seq)
+        elif not self.tree.length(seq) or self._redundant(seq):
             self._evict(seq)
+        elif self.store is not None and self.store.durable:
+            self._unsaved[seq] = 0
 
     def reclaim(self, wanted: int) -> None:
         """Lets idle sequences leave, the longest unused first, until `wanted` cells are free or none is idle."""
         while not self.context.ordered and self.free < wanted and self._idle:
-            self._evict(next(iter(self._idle)))
+            self._shrink(self._idle.oldest(), wanted - self.free)
 
-    def age(self) -> None:
-        """Counts a step, and lets leave what was of no use for too many."""
-        self._step += 1
-        if self.context.ordered:
-            return
-        while self._idle and self._step - next(iter(self._idle.values())) > IDLE_STEPS:
-            self._evict(next(iter(self._idle)))
+    def age(self, rent: float) -> None:
+        """Counts a step, in which every resident cell cost `rent` seconds."""
+        self._idle.age(rent)
+
+    def tend(self, seconds: float) -> None:
+        """Lets leave what has cost enough, and saves what is to be on disk, for about so long; later calls make up for
+        a piece that takes longer."""
+        self._credit = min(self._credit + seconds, seconds)
+        if self.store is not None:
+            self.store.settle()
+        while self._credit >= 0 and (self._tend_oldest() or self._tend_unsaved()):
+            pass
+
+    def _tend_oldest(self) -> bool:
+        """Cuts what the credit allows off the longest unused sequence, if it is due; whether it was."""
+        if self.context.ordered or not self._idle.due(self.compute if self.store is None else 2 * self._move):
+            return False
+        begun = time.perf_counter()
+        self._shrink(self._idle.oldest(), PIECE * self._affordable() if self.store is not None else self.context.cells)
+        self._credit -= time.perf_counter() - begun
+        return True
+
+    def _tend_unsaved(self) -> bool:
+        """Saves what the credit allows of an idle sequence that is to be on disk; whether there was one."""
+        if not self._unsaved:
+            return False
+        begun = time.perf_counter()
+        seq, start = self._unsaved.popitem()
+        if seq in self._idle and start < self.tree.length(seq):
+            self._unsaved[seq] = self._save(seq, start, self._affordable())
+        self._credit -= time.perf_counter() - begun
+        return True
+
+    def _affordable(self) -> int:
+        """Pieces that the credit is enough for, at least one."""
+        return max(1, int(self._credit / (PIECE * self._move)))
+
+    @property
+    def tidy(self) -> bool:
+        """Whether all that is to be on disk is on its way there."""
+        return not self._unsaved
 
     def clear(self) -> None:
         """Lets every idle sequence leave and frees what was wasted. Nothing is leased."""
         while self._idle:
-            self._evict(next(iter(self._idle)))
+            self._evict(self._idle.oldest())
         self.context.clear()
 
+    def _shrink(self, seq: int, wanted: int) -> None:
+        """Cuts about `wanted` cells or more off the end of an idle sequence, or lets it leave if it holds no more."""
+        length, own = self.tree.length(seq), self.tree.own(seq)
+        keep = max(0, (length - wanted) // PIECE * PIECE)
+        if keep <= length - own or not self.context.partial:
+            self._evict(seq)
+            return
+        self._save(seq, keep)
+        self.context.cut(seq, keep)
+        self.tree.truncate(seq, keep)
+        self._idle_cells = None
+        if self.context.window and not self.context.intact(seq, keep):
+            self._free_id(seq)
+
     def _evict(self, seq: int) -> None:
-        del self._idle[seq]
+        """Lets an idle sequence leave; what nobody else holds of it is saved."""
+        if self.tree.length(seq) and not self._redundant(seq):
+            self._save(seq, self.tree.length(seq) - self.tree.own(seq))
+        self._free_id(seq)
+
+    def _free_id(self, seq: int) -> None:
+        self._idle.remove(seq)
         self._idle_cells = None
         self.context.cut(seq, 0)
         self.tree.remove(seq)
         self._free.append(seq)
 
+    def _save_soon(self, lease: Lease) -> None:
+        """Saves what could not be saved later: pieces that leave a sliding window, and texts at their stops."""
+        if lease.stops and lease.length >= lease.stops[0]:
+            del lease.stops[0]
+            self._save(lease.seq, 0)
+        if self.store is not None and self.context.window and lease.length - lease.saved >= PIECE:
+            end = lease.length // PIECE * PIECE
+            self._save(lease.seq, lease.saved, end=end)
+            lease.saved = end
+
+    def _save(self, seq: int, start: int, most: int | None = None, end: int | None = None) -> int:
+        """Saves what the store does not have of `seq` from `start` on, at most `most` pieces of it; up to where it
+        looked."""
+        length = self.tree.length(seq)
+        if self.store is None:
+            return length
+        begun, saved = time.perf_counter(), 0
+        places = self.store.places(self.tree.tokens(seq)[:end], self.tree.salt(seq), start)
+        for piece in places[:most]:
+            first = piece.start if self.context.partial else 0
+            if (state := self.context.save(seq, first, piece.end)) is None:
+                self.store.forget(piece)
+            else:
+                self.store.keep(piece, state)
+                saved += piece.end - first
+        for piece in reversed(places[most:] if most else ()):
+            self.store.forget(piece)
+        self.saved += saved
+        self._moved(saved, begun)
+        return places[most - 1].end if most and len(places) > most else length
+
+    def _moved(self, tokens: int, begun: float) -> None:
+        if tokens:
+            self._move += 0.2 * ((time.perf_counter() - begun) / tokens - self._move)
+
+    def close(self) -> None:
+        """Waits a while for what is being written to disk."""
+        if self.store is not None:
+            self.store.close()
+
     def check(self) -> None:
         """Raises AssertionError unless the tree is sound and the context's sequences are as long as it says."""
         self.tree.check()
+        if self.store is not None:
+            self.store.check()
         for seq in range(self.context.sequences):
             known = self.tree.length(seq) if seq in self.tree else 0
             found = self.context.length(seq)

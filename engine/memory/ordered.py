@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from array import array
 
-from engine.backend import Aborted, Context, Logits, NativeFault
+from engine.backend import Aborted, Context, Logits, NativeFault, State
 from engine.batch import Batch
 
 
@@ -29,6 +29,7 @@ class Ordered:
         self.ubatch = context.ubatch
         self.partial = context.partial
         self.ordered = True
+        self.window = context.window
         self._nobody = self.sequences
         self._places = [array("i") for _ in range(self.sequences)]  # by position
         self._holders = array("i", [0]) * self.cells
@@ -91,6 +92,22 @@ class Ordered:
         """As the context's, which only this class needs."""
         raise NotImplementedError
 
+    def save(self, seq: int, start: int, end: int) -> State | None:
+        """As the context's."""
+        return self._context.save(seq, start, end)
+
+    def load(self, seq: int, state: State, start: int, end: int) -> bool:
+        """As the context's, on top of all cells, for a state that begins at `start`: what it has before, which is not
+        wanted, would leave free cells below."""
+        if not self._context.load(seq, state, start, end):
+            return False
+        size = end - start
+        self._places[seq].extend(range(self._top, self._top + size))
+        self._holders[self._top : self._top + size] = array("i", [1]) * size
+        self._top += size
+        self._live += size
+        return True
+
     def clear(self) -> None:
         """Frees all cells, when no sequence has any: the wasted ones."""
         assert not self._live, "everybody has left"
@@ -99,6 +116,10 @@ class Ordered:
             self._context.cut(seq, 0)
             del self._places[seq][:]
         self._top = 0
+
+    def intact(self, seq: int, length: int) -> bool:
+        """As the context's."""
+        return self._context.intact(seq, length)
 
     def length(self, seq: int) -> int:
         """Positions of `seq`."""

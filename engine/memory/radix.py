@@ -73,8 +73,24 @@ class RadixTree:
         return seq in self._tails
 
     def length(self, seq: int) -> int:
-        """Tokens of `seq`."""
+        """Number of tokens of `seq`."""
         return self._lengths[seq]
+
+    def salt(self, seq: int) -> str:
+        """The salt that `seq` was begun with."""
+        return self._salts[seq]
+
+    def tokens(self, seq: int) -> array[int]:
+        """The tokens of `seq`."""
+        tokens = array("i")
+        for node in reversed([*self._path(self._tails[seq])]):
+            tokens.extend(node.tokens)
+        return tokens
+
+    def own(self, seq: int) -> int:
+        """How many cells at the end of `seq` nobody else holds."""
+        tail = self._tails[seq]
+        return len(tail.tokens) if len(tail.holders) == 1 else 0
 
     def begin(self, seq: int, salt: str = "") -> None:
         """Adds an empty sequence."""
@@ -85,8 +101,9 @@ class RadixTree:
         root.holders.add(seq)
         self._tails[seq], self._lengths[seq], self._salts[seq] = root, 0, salt
 
-    def match(self, tokens: array[int], salt: str = "") -> Match:
-        """The longest prefix of `tokens`, ended at any token, that some sequence of this salt holds."""
+    def match(self, tokens: array[int], salt: str = "", *, whole: bool = False) -> Match:
+        """The longest prefix of `tokens`, ended at any token, that some sequence of this salt holds; with `whole` ended
+        where a sequence ends."""
         root = self._roots.get(salt)
         if root is None or not tokens:
             return Match(-1, 0)
@@ -95,11 +112,15 @@ class RadixTree:
             node, start = open_.pop()
             for child in node.children.get(tokens[start], ()) if start < len(tokens) else ():
                 end = start + common(child.tokens, tokens, start)
-                if end > reach:
+                complete = end - start == len(child.tokens)
+                if end > reach and (not whole or (complete and self._enders(child))):
                     best, reach = child, end
-                if end - start == len(child.tokens):
+                if complete:
                     open_.append((child, end))
-        return Match(next(iter(best.holders)), reach) if reach else Match(-1, 0)
+        return Match(next(iter(self._enders(best) if whole else best.holders)), reach) if reach else Match(-1, 0)
+
+    def _enders(self, node: Node) -> list[int]:
+        return [seq for seq in node.holders if self._tails[seq] is node]
 
     def share(self, source: int, target: int, length: int) -> None:
         """Begins `target` with the first `length` cells of `source`, in its salt."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 WEIGHT = 0.2
 """Share of a new measurement in a running mean."""
 WARY, HOPEFUL = 0.4, 0.1
@@ -27,6 +29,13 @@ def blend(mean: float | None, value: float, weight: float = WEIGHT) -> float:
     return mean + weight * (min(value, OUTLIER * mean) - mean)
 
 
+class Pace(NamedTuple):
+    """Seconds that a step may take: beside running streams (0 is twice theirs), and with prompts only."""
+
+    step: float
+    idle_step: float
+
+
 class StepCost:
     """Seconds of a step: by the number of rows while only streams run, and for each prompt row more.
 
@@ -35,6 +44,8 @@ class StepCost:
     """
 
     def __init__(self, first_rows: int = 64) -> None:
+        self.cell = 0.0
+        """Seconds by which a resident cell makes a row dearer; 0 if not measured."""
         self._decode: dict[int, float] = {}
         self._beside: float | None = None
         self._alone: float | None = None

@@ -9,24 +9,48 @@ from engine.pace.cost import StepCost
 
 ROWS = 32
 """Rows of the trial prompt at most; few enough to be quick on a large model."""
+TRIES = 3
+"""Runs of which the quickest counts where a small difference matters."""
 
 
 def warm_up(context: Context, cost: StepCost) -> None:
-    """Measures a step of one row and a prompt of `ROWS`, each after a first run that does not count.
+    """Measures a step of one row, a prompt of `ROWS`, each after a first run that does not count, and what cells cost
+    that no row of the step looks at.
 
     Leaves the cells empty.
     """
-    for rows in (1, min(ROWS, context.batch.capacity, context.cells)):
-        _seconds(context, rows)
-        seconds = _seconds(context, rows)
-        cost.observe(1, 0, seconds) if rows == 1 else cost.observe(0, rows, seconds)
+    _seconds(context, 1)
+    bare = min(_seconds(context, 1) for _ in range(TRIES))
+    cost.observe(1, 0, bare)
+    rows = min(ROWS, context.batch.capacity, context.cells)
+    _seconds(context, rows)
+    cost.observe(0, rows, _seconds(context, rows, keep=True))
+    if resident := _fill(context, rows):
+        beside = min(_seconds(context, 1) for _ in range(TRIES))
+        cost.cell = max(0.0, (beside - bare) / resident)
+    for seq in range(context.sequences):
+        context.cut(seq, 0)
+    context.clear()
 
 
-def _seconds(context: Context, rows: int) -> float:
+def _seconds(context: Context, rows: int, *, keep: bool = False) -> float:
     context.batch.clear()
     context.batch.add(0, 0, [0] * rows, 1)
     begun = time.perf_counter()
     context.decode()
     seconds = time.perf_counter() - begun
-    context.cut(0, 0)
+    if not keep:
+        context.cut(0, 0)
     return seconds
+
+
+def _fill(context: Context, rows: int) -> int:
+    """Moves the first `rows` cells of sequence 0 to as many others as fit; how many cells those have then."""
+    if not context.partial or context.cells < 4 * rows:
+        return 0
+    state = context.save(0, 0, rows)
+    context.cut(0, 0)
+    most = min(context.sequences - 1, context.cells // rows - 2)
+    if state is None:
+        return 0
+    return rows * sum(context.load(seq, state, 0, rows) for seq in range(1, 1 + most))

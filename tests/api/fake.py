@@ -146,7 +146,7 @@ class FakeEngine:
             **dict.fromkeys(
                 ("prompt_tokens", "cached_tokens", "completion_tokens", "drafted_tokens", "accepted_tokens"), 7
             ),
-            **dict.fromkeys(("steps", "native_passes", "retractions"), 5),
+            **dict.fromkeys(("steps", "native_passes", "retractions", "restores", "hits"), 5),
             busy_seconds=2.5,
             native_seconds=2.0,
             queue=histogram,
@@ -157,6 +157,7 @@ class FakeEngine:
             cells=100,
             cells_used=60,
             cells_idle=10,
+            **dict.fromkeys(("saved_tokens", "restored_tokens", "ram_bytes", "disk_bytes"), 9),
             drafts=(Drafts("suffix", 20, (1, 2, 3)), Drafts("ngram-mod", 9, (0, 1, 0, 1))),
         )
 

@@ -28,6 +28,7 @@ EXAMPLES: dict[str, Any] = {
     "order": "fixed",
     "pool_scope": "shared",
     "pool_file": "pool.bin",
+    "disk": "prefixes",
     "lookup_static": "static.bin",
     "lookup_dynamic": "dynamic.bin",
     "noise": "greedy",

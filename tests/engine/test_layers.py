@@ -17,12 +17,12 @@ memory sampling pace scheduler
 llama
 speculate
 streams generation
-verify
+verify waiting
 runner
 engine
 """
 SAMPLING = "noise candidates\nlogprobs truncate penalties verify\nsampler"
-MEMORY = "radix ordered\ncells"
+MEMORY = "radix ordered disk idle\npieces\nshelf lease\nstore\ncells"
 PACE = "cost acceptance\nwarmup"
 SPECULATE = """
 base vocabulary files tally

@@ -17,10 +17,11 @@ from msgspec import structs
 from engine.backend import NoFreeCells
 from engine.config import DraftConfig, SpeculationConfig
 from engine.contract import SPECULATOR_TYPES, Failed, Finished, FinishReason, Request, SamplingParams
-from engine.memory import Ordered
-from engine.memory.cells import IDLE_STEPS
+from engine.memory import Ordered, Store
+from engine.memory.idle import IDLE_STEPS
 from engine.outbox import News, Outbox
-from engine.runner import Pace, Runner
+from engine.pace import Pace
+from engine.runner import Runner
 from engine.speculate import Draft, Drafting, DraftModel, Shared, Speculator
 from engine.streams import Stream
 from tests.toy import VOCABULARY, ToyBackend, ToyContext
@@ -72,15 +73,18 @@ class Bench:
 
     def __init__(
         self,
-        context: ToyContext,
+        context: Any,
         slots: int = 4,
         prompt_rows: int = 1000,
         *,
         speculation: SpeculationConfig | None = None,
         draft: ToyContext | None = None,
         noise: Literal["shared", "greedy", "off"] = "shared",
+        store: int = 0,
+        kept: Store | None = None,
+        backend: Any = None,
     ) -> None:
-        self.backend = ToyBackend(context)
+        self.backend: Any = backend or ToyBackend(context)
         self.got: dict[int, list[int]] = {}
         self.ends: dict[int, Finished | Failed] = {}
         outbox = Outbox(cast("Any", Direct()), self.deliver)
@@ -92,7 +96,8 @@ class Bench:
             DraftModel(ToyBackend(draft), VOCABULARY) if draft else None,
             None if speculation else lambda _: self.next,
         )
-        self.runner = Runner(self.backend, slots, Pace(0.0, 0.5), outbox, self.drafting)
+        kept = kept or (Store(store, whole=not context.partial) if store else None)
+        self.runner = Runner(self.backend, slots, Pace(0.0, 0.5), outbox, self.drafting, kept)
         cast("Any", self.runner.cost).prompt_rows = lambda *_: prompt_rows
         self.streams: dict[int, Stream] = {}
 

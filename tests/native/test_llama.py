@@ -143,7 +143,7 @@ def test_what_would_end_the_process_is_refused_before(backend: LlamaBackend) -> 
         with pytest.raises(NativeFault, match="sequence id"):
             context.copy(0, seq, 0)
     with pytest.raises(NativeFault):
-        feed(context, context.sequences, 0, [5])
+        feed(context, context.sequences + 1, 0, [5])
     context.batch.clear()
     assert feed(context, 0, 0, [5]).shape == (1, 49152), "and afterwards it still works"
 

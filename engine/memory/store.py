@@ -1,0 +1,299 @@
+"""Prefixes that left the cells, in pieces: in RAM and, if wanted, on disk.
+
+Pieces of equal beginnings are one: what a thousand conversations share is stored once. A piece without a state of its
+own only says where others follow; what is missing there has to be resident, or is lost.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+from concurrent import futures
+from itertools import islice
+from pathlib import Path
+
+from engine.backend import ModelInfo, State
+from engine.config import MemoryConfig
+from engine.contract import ModelError
+from engine.memory.disk import Disk, UnusableFolder
+from engine.memory.pieces import PIECE, SIBLINGS, Found, Piece, root_key
+from engine.memory.shelf import Shelf
+
+PATIENCE = 0.05
+"""Seconds to wait for the disk before the inbox is looked at again."""
+QUEUE = 2**28
+"""Bytes that may wait to be written to disk; what is kept beyond them is not written."""
+
+
+class Store:
+    """At most `most` bytes of states in RAM, and `disk_most` on `disk`. Belongs to the engine thread.
+
+    With `whole`, for models that keep one state for all of a text, a piece's state is that of everything up to its
+    end, and of no use for less.
+    """
+
+    def __init__(self, most: int, *, whole: bool = False, disk: Disk | None = None, disk_most: int = 0) -> None:
+        self.ram = Shelf(most)
+        self.disk = Shelf(disk_most)
+        """What is on disk or on its way there."""
+        self._whole = whole
+        self._files = disk
+        self._writing: dict[str, Piece] = {}
+        self._used: set[str] = set()  # keys, to be marked so on disk
+        self._roots: dict[str, Piece] = {}
+        if disk is not None:
+            self._open(disk)
+
+    @property
+    def durable(self) -> bool:
+        """Whether what is kept outlives the process."""
+        return self._files is not None
+
+    # ── finding ──
+
+    def find(self, tokens: array[int], salt: str, start: int) -> Found:
+        """The pieces that continue the first `start` of `tokens` furthest; none if nothing does."""
+        root = self._roots.get(root_key(salt))
+        if root is None:
+            return Found((), start)
+        return self._deepest(root, tokens, start) if self._whole else self._chain(root, tokens, start)
+
+    def _chain(self, root: Piece, tokens: array[int], start: int) -> Found:
+        chain: list[Piece] = []
+        reach = start
+        at = root
+        while at.full:
+            piece, size = at.nearest(tokens)
+            if piece is None:
+                break
+            if piece.start + size > reach:
+                if not self.has(piece):
+                    break
+                chain.append(piece)
+                reach = piece.start + size
+            if size < len(piece.tokens):
+                break
+            at = piece
+        return Found(tuple(chain), reach)
+
+    def _deepest(self, root: Piece, tokens: array[int], start: int) -> Found:
+        best: Piece | None = None
+        at: Piece | None = root
+        while at is not None and at.full:
+            ahead = tokens[at.end : at.end + PIECE]
+            for piece in islice(reversed(at.children.values()), SIBLINGS):
+                if self.has(piece) and piece.tokens == ahead[: len(piece.tokens)]:
+                    best = piece if best is None or piece.end > best.end else best
+            at = at.children.get(ahead.tobytes())
+        if best is None or best.end <= start:
+            return Found((), start)
+        return Found((best,), best.end)
+
+    def has(self, piece: Piece) -> bool:
+        """Whether the state of `piece` can be had, maybe not at once."""
+        return piece in self.ram or piece in self.disk
+
+    def fetch(self, pieces: Iterable[Piece], *, wait: bool) -> bool:
+        """Begins to read those of `pieces` that are on disk alone; whether `take` can tell of the first now. `wait`
+        waits for that a little, so that there is no need to ask all the time."""
+        first = None
+        for piece in pieces:
+            first = first or piece
+            if piece.state is None and piece.reading is None and piece in self.disk and self._files is not None:
+                piece.reading = self._files.read(piece.key)
+        if first is None or first.reading is None:
+            return True
+        if wait:
+            futures.wait([first.reading], PATIENCE)
+        return first.reading.done()
+
+    def take(self, piece: Piece) -> State | None:
+        """The state of a piece that was fetched; None if it is gone."""
+        state = piece.state
+        if state is None and piece.reading is not None:
+            state, piece.reading = piece.reading.result(), None
+            if state is None:
+                self._lose(piece)
+            elif state.nbytes <= self.ram.most:
+                self._hold(piece, state)
+        elif state is not None:
+            self.ram.touch(piece)
+        if piece in self.disk:
+            self.disk.touch(piece)
+            self._used.add(piece.key)
+        return state
+
+    # ── keeping ──
+
+    def places(self, tokens: array[int], salt: str, start: int) -> list[Piece]:
+        """The pieces for `tokens` from `start` on of which there is no state, first to last; they are made if need be.
+
+        With `whole` that is only the last one. What is not kept is to be given to `forget`.
+        """
+        pieces: list[Piece] = []
+        at = self._roots.setdefault(key := root_key(salt), Piece(None, 0, array("i"), key)) if tokens[start:] else None
+        while at is not None and at.end < len(tokens):
+            at = self._next(at, tokens)
+            if at.end > start and not self.has(at):
+                pieces.append(at)
+        return [piece for piece in pieces if piece.end == len(tokens)] if self._whole else pieces
+
+    def _next(self, at: Piece, tokens: array[int]) -> Piece:
+        """The piece of `tokens` after `at`, or one that begins so and can be had."""
+        ahead = tokens[at.end : at.end + PIECE]
+        nearest, size = at.nearest(tokens)
+        if nearest is not None and size == len(ahead) < len(nearest.tokens) and self.has(nearest) and not self._whole:
+            return nearest
+        return at.child(ahead)
+
+    def keep(self, piece: Piece, state: State) -> None:
+        """Keeps the state of `piece`, for which others may have to leave, and has it written if there is a disk."""
+        self._attach(piece)
+        if not self._whole and piece.parent is not None:
+            for shorter in self._shorter(piece.parent, piece):
+                self._drop(shorter)
+        self._write(piece, state)
+        if state.nbytes <= self.ram.most:
+            self._hold(piece, state)
+        self.forget(piece)
+
+    def _hold(self, piece: Piece, state: State) -> None:
+        piece.state = state
+        self.ram.add(piece, state.nbytes)
+        while (least := self.ram.pop()) is not None:
+            least.state = None
+            self.forget(least)
+
+    def _attach(self, piece: Piece) -> None:
+        """Puts `piece` back if what it led to has left since `places` gave it, and it with that."""
+        while (parent := piece.parent) is not None:
+            parent.children.setdefault(piece.tokens.tobytes(), piece)
+            piece = parent
+        self._roots.setdefault(piece.key, piece)
+
+    def _shorter(self, parent: Piece, piece: Piece) -> list[Piece]:
+        """What `piece` contains."""
+        others = islice(reversed(parent.children.values()), SIBLINGS)
+        return [o for o in others if o is not piece and o.tokens == piece.tokens[: len(o.tokens)]]
+
+    def _drop(self, piece: Piece) -> None:
+        if piece in self.ram:
+            self.ram.remove(piece)
+        piece.state = None
+        self._lose(piece)
+
+    def forget(self, piece: Piece) -> None:
+        """Takes out of the tree `piece`, and what precedes it, as far as it holds nothing and leads nowhere."""
+        while not piece.children and not self.has(piece):
+            parent = piece.parent
+            if parent is None:
+                if self._roots.get(piece.key) is piece:
+                    del self._roots[piece.key]
+                return
+            if parent.children.get(name := piece.tokens.tobytes()) is piece:
+                del parent.children[name]
+            piece = parent
+
+    def erase(self, tokens: array[int], salt: str) -> int:
+        """Forgets the pieces that only `tokens` lead to, last first; returns how many tokens they had."""
+        erased = 0
+        for piece in reversed(self.find(tokens, salt, 0).pieces):
+            if piece.children:
+                break
+            erased += len(piece.tokens)
+            self._drop(piece)
+        return erased
+
+    # ── on disk ──
+
+    def _open(self, disk: Disk) -> None:
+        """Finds what is there. Pieces that nothing leads to are removed."""
+        entries = disk.entries()
+        pieces: dict[str, Piece] = {}
+        for entry in sorted(entries, key=lambda entry: entry.start):
+            parent = pieces.get(entry.parent)
+            if entry.start == 0 and parent is None:
+                parent = self._roots.setdefault(entry.parent, Piece(None, 0, array("i"), entry.parent))
+            if parent is None or parent.end != entry.start:
+                disk.remove(entry.key)
+                continue
+            pieces[entry.key] = Piece(parent, entry.start, entry.tokens, entry.key)
+            parent.children[entry.tokens.tobytes()] = pieces[entry.key]
+        for entry in entries:
+            if entry.key in pieces:
+                self.disk.add(pieces[entry.key], entry.bytes)
+        self._make_room()
+
+    def _write(self, piece: Piece, state: State) -> None:
+        files = self._files
+        if files is None or piece in self.disk or files.paused or files.queued > QUEUE or piece.parent is None:
+            return
+        files.write(piece.key, piece.parent.key, piece.start, piece.tokens, state)
+        self._writing[piece.key] = piece
+        self.disk.add(piece, state.nbytes)
+        self._make_room()
+
+    def settle(self) -> None:
+        """Learns what became of files that were written, and tells the disk what was of use. To be called now and
+        then."""
+        if self._files is None:
+            return
+        for key, size in self._files.finished():
+            piece = self._writing.pop(key, None)
+            if piece is not None and piece in self.disk:
+                if size is None:
+                    self._lose(piece)
+                else:
+                    self.disk.resize(piece, size)
+        self._make_room()
+        if self._used:
+            self._files.touch(self._used)
+            self._used = set()
+
+    def _make_room(self) -> None:
+        while self._files is not None and (least := self.disk.pop()) is not None:
+            self._files.remove(least.key)
+            self.forget(least)
+
+    def _lose(self, piece: Piece) -> None:
+        """There is no file of `piece`, or is to be none."""
+        if piece in self.disk:
+            self.disk.remove(piece)
+            if self._files is not None:
+                self._files.remove(piece.key)
+        self.forget(piece)
+
+    def close(self) -> None:
+        """Waits a while for what is being written."""
+        if self._files is not None:
+            self.settle()
+            self._files.close()
+
+    def check(self) -> None:
+        """Raises AssertionError unless tree and budgets agree."""
+        total = 0
+        for piece in self._all():
+            assert piece.start % PIECE == 0 or self._whole, "pieces are aligned"
+            assert piece.children or self.has(piece), "a piece that holds nothing leads somewhere"
+            assert (piece in self.ram) == (piece.state is not None), "what is in RAM counts"
+            assert piece.full or not piece.children, "nothing follows a short piece"
+            total += piece.state.nbytes if piece.state is not None else 0
+        assert total == self.ram.bytes <= max(self.ram.most, 0), f"{total} bytes, counted are {self.ram.bytes}"
+
+    def _all(self) -> Iterator[Piece]:
+        pieces: list[Piece] = [child for root in self._roots.values() for child in root.children.values()]
+        while pieces:
+            piece = pieces.pop()
+            yield piece
+            pieces += piece.children.values()
+
+
+def open_store(config: MemoryConfig, info: ModelInfo, *, whole: bool) -> Store | None:
+    """The store of a model, if there is to be one. Raises ModelError if the folder cannot be used."""
+    if not (config.ram_bytes or config.disk):
+        return None
+    try:
+        disk = Disk(Path(config.disk), info.layout) if config.disk else None
+    except UnusableFolder as error:
+        raise ModelError(f"--cache-disk cannot be used: {error}") from None
+    return Store(config.ram_bytes, whole=whole, disk=disk, disk_most=config.disk_bytes)

@@ -1,0 +1,174 @@
+"""Prefixes that move between cells, RAM and disk, on real models: the same tokens, and nothing computed twice."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from engine import Engine, EngineConfig, FinishReason, Request, SamplingParams
+from engine.contract import Failed, Finished
+from engine.llama import open_gguf
+from engine.memory import Store
+from tests.engine.test_same_as_alone import Bench, Oracle
+from tests.native import tiny
+from tests.native.conftest import MODEL
+from tests.native.test_engine import collect
+
+GREEDY = SamplingParams(temperature=0.0)
+MIB = 2**20
+
+
+def words(seed: int, count: int, start: int = 300, stop: int = 480) -> tuple[int, ...]:
+    """A prompt that no other seed begins with."""
+    random = Random(seed)
+    return tuple(random.randrange(start, stop) for _ in range(count))
+
+
+def bench_of(path: Path, *, store: int = 64 * MIB, **fields: Any) -> Bench:
+    """A runner over a real model, without a thread."""
+    options: dict[str, Any] = {"path": path, "slots": 4, "rows": 128, "ubatch": 128} | fields
+    backend = open_gguf(EngineConfig.of(**options), lambda share: None, lambda: True)
+    kept = Store(store, whole=not backend.context.partial) if store else None
+    return Bench(backend.context, slots=4, prompt_rows=64, backend=backend, kept=kept)
+
+
+def alone(path: Path, requests: list[Request], **fields: Any) -> list[list[int]]:
+    """What each request gets by itself, without a store and without what others left."""
+    bench = bench_of(path, store=0, **fields)
+    for key, request in enumerate(requests):
+        bench.submit(key, request)
+        bench.run()
+        bench.runner.cells.reclaim(2**30)
+    bench.backend.close()
+    return [bench.got[key] for key in range(len(requests))]
+
+
+@pytest.fixture(scope="session", params=["recurrent", "hybrid", "windowed"])
+def small(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of a kind of which parts cannot simply be cut or shared."""
+    make: Callable[..., Path] = getattr(tiny, request.param)
+    path = tmp_path_factory.mktemp("tiny") / f"{request.param}.gguf"
+    return make(path, 64) if request.param == "windowed" else make(path)
+
+
+def test_the_next_turn_computes_only_what_is_new(small: Path) -> None:
+    bench = bench_of(small, context=1024)
+    first = words(1, 300)
+    bench.submit(0, Request(prompt=first, max_tokens=40, ignore_eos=True, sampling=GREEDY))
+    bench.run()
+    second = (*first, *bench.got[0], *words(2, 20))
+    for key in (1, 2):
+        bench.submit(key, Request(prompt=second, max_tokens=5, ignore_eos=True, sampling=GREEDY))
+        bench.run()
+        end = bench.ends[key]
+        assert isinstance(end, Finished)
+        assert end.usage.cached >= (339 if key == 1 else 355)
+        bench.runner.cells.reclaim(2**30)
+        assert bench.runner.cells.tree.cells == 0
+    assert bench.got[1] == bench.got[2]
+    bench.backend.close()
+
+
+def test_one_prompt_for_many_is_computed_once(small: Path) -> None:
+    bench = bench_of(small, context=2048)
+    shared = words(1, 320)
+    for key in range(4):
+        prompt = (*shared, *words(key + 2, 10))
+        bench.submit(key, Request(prompt=prompt, max_tokens=10, ignore_eos=True, sampling=GREEDY))
+    bench.run()
+    cached = sorted(end.usage.cached for end in bench.ends.values() if isinstance(end, Finished))
+    assert cached[0] == 0
+    assert min(cached[1:]) >= 320
+    bench.backend.close()
+
+
+def run_at_random(path: Path, seed: int, operations: int, longest: int, **fields: Any) -> Bench:
+    """Arrivals, cancellations, retractions, steps and reclaims in random order; every text as it is alone."""
+    random = Random(seed)
+    prefixes = [words(n, longest) for n in range(3)]
+    requests = [
+        Request(
+            prompt=(*random.choice(prefixes)[: random.randint(1, longest)], *words(100 + n, random.randint(1, 20))),
+            max_tokens=random.choice([1, 8, longest // 5]),
+            ignore_eos=True,
+            sampling=random.choice([GREEDY, SamplingParams(temperature=0.8, seed=n)]),
+        )
+        for n in range(operations // 20)
+    ]
+    wanted = alone(path, requests, **fields)
+    bench = bench_of(path, store=random.choice([MIB, 8 * MIB]), **fields)
+    cancelled: set[int] = set()
+    for _ in range(operations):
+        draw = random.randrange(10)
+        key = len(bench.streams)
+        if draw < 2 and key < len(requests):
+            partial = bench.runner.context.partial
+            guess = Oracle(requests[key], wanted[key], 0.3, random) if partial and random.random() < 0.5 else None
+            bench.submit(key, requests[key], guess)
+        elif draw == 2 and key and random.random() < 0.2:
+            victim = random.randrange(key)
+            bench.runner.end(victim, FinishReason.CANCELLED)
+            cancelled.add(victim)
+        elif draw == 3 and bench.runner.running:
+            bench.runner._retract(random.choice([*bench.runner.running.values()]))
+        elif draw == 4:
+            bench.runner.cells.reclaim(random.randint(0, bench.runner.context.cells))
+        else:
+            bench.runner.step()
+        bench.runner.cells.check()
+    bench.run(most=20_000)
+    for key, tokens in bench.got.items():
+        end = bench.ends[key]
+        assert not isinstance(end, Failed), end
+        assert tokens == wanted[key][: len(tokens)]
+        assert len(tokens) == len(wanted[key]) or key in cancelled
+    bench.backend.close()
+    return bench
+
+
+def test_random_operations_on_models_that_cannot_cut_or_share(small: Path) -> None:
+    """Their Q8_0 weights and, with flash attention and BF16 values, their attention give a row the same bits in any
+    company, if its cells are in order; recurrent states always do."""
+    bench = run_at_random(small, 1, 400, 200, context=512, flash_attention="on", cache_type_v="bf16")
+    assert bench.runner.cells.saved
+    assert bench.runner.cells.restored
+
+
+def test_random_operations_on_the_real_model() -> None:
+    bench = run_at_random(MODEL, 1, 500, 80, context=256, deterministic=True)
+    assert bench.runner.cells.saved
+    assert bench.runner.cells.restored
+
+
+async def test_a_conversation_in_too_few_cells_goes_on_from_ram_and_after_a_restart_from_disk(tmp_path: Path) -> None:
+    config = EngineConfig.of(
+        path=MODEL, slots=4, context=512, memory={"ram": 64, "disk": str(tmp_path), "disk_max": 64}
+    )
+    turns = [words(n, 30, 1000, 40_000) for n in range(8)]
+    texts: list[tuple[int, ...]] = [words(100 + n, 100, 1000, 40_000) for n in range(4)]
+    async with Engine.open(config) as engine:
+
+        async def talk(number: int) -> None:
+            for turn in range(2):
+                prompt = (*texts[number], *turns[2 * number + turn])
+                request = Request(prompt=prompt, max_tokens=16, ignore_eos=True, sampling=GREEDY)
+                ids, _, _, end = await collect(engine, request)
+                if turn:
+                    assert end.usage.cached >= len(texts[number]) - 1
+                texts[number] = (*prompt, *ids)
+
+        await asyncio.gather(*map(talk, range(4)))
+        assert engine.stats().requests_finished["error"] == 0
+        assert engine.stats().saved_tokens > 0
+        await asyncio.sleep(0.5)
+    gc.collect()
+    async with Engine.open(config) as engine:
+        request = Request(prompt=(*texts[0], *turns[0]), max_tokens=1)
+        _, _, _, end = await collect(engine, request)
+        assert end.usage.cached == len(texts[0]) - 1

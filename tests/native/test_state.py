@@ -1,0 +1,282 @@
+"""What the library does with saved states, on tiny models of each kind: the facts that prefixes in RAM rest on.
+
+A sequence is saved in pieces: a scratch sequence shares the piece's cells, its state is taken, and later loaded into
+the scratch sequence again, from which the target takes it over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from llama_cpp import llama_cpp as native
+
+from engine.backend import Logits
+from engine.llama import library
+from tests.native import tiny
+
+SCRATCH, WINDOW = 9, 32
+EMPTY = (-1, -1)
+TOKENS = [int(token) for token in np.random.default_rng(3).integers(3, 490, 400)]
+
+
+class Cells:
+    """A context of a tiny model, without anything of the engine around it."""
+
+    def __init__(self, path: Path, cells: int = 1024, flash: int = 0) -> None:
+        library.start()
+        self._model = native.llama_model_load_from_file(str(path).encode(), native.llama_model_default_params())
+        params = native.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = cells, 256, 256, 20
+        params.n_threads = params.n_threads_batch = 1
+        params.flash_attn_type, params.kv_unified = flash, True
+        assert self._model, library.complaint()
+        self._handle = native.llama_init_from_model(self._model, params)
+        assert self._handle, library.complaint()
+        self._memory = native.llama_get_memory(self._handle)
+        self._batch = native.llama_batch_init(256, 0, 1)
+
+    def feed(self, seq: int, start: int, tokens: Sequence[int]) -> int:
+        """Decodes rows of one sequence, the last with logits; what the library returns."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for row, token in enumerate(tokens):
+            batch.token[row], batch.pos[row], batch.logits[row] = token, start + row, row == len(tokens) - 1
+            batch.n_seq_id[row], batch.seq_id[row][0] = 1, seq
+        return int(native.llama_decode(self._handle, batch))
+
+    def compute(self, seq: int, start: int, end: int) -> Logits:
+        """Feeds `TOKENS[start:end]`, in pieces if they are many; the logits of the last."""
+        for begin in range(start, end, 256):
+            assert self.feed(seq, begin, TOKENS[begin : min(end, begin + 256)]) == 0
+        return self.logits()
+
+    def logits(self) -> Logits:
+        """A copy of those of the last row."""
+        size = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self._model))
+        return np.ctypeslib.as_array(native.llama_get_logits_ith(self._handle, -1), (size,)).copy()
+
+    def go_on(self, seq: int, start: int) -> Logits:
+        """The logits of the next four rows, each in a decode of its own."""
+        return np.stack([self.compute(seq, position, position + 1) for position in range(start, start + 4)])
+
+    def held(self, seq: int) -> tuple[int, int]:
+        """The first and last position of a sequence, as the library says."""
+        of = native.llama_memory_seq_pos_min, native.llama_memory_seq_pos_max
+        return of[0](self._memory, seq), of[1](self._memory, seq)
+
+    def share(self, source: int, target: int, start: int = -1, end: int = -1) -> None:
+        """Lets `target` have these cells too."""
+        native.llama_memory_seq_cp(self._memory, source, target, start, end)
+
+    def kind(self) -> tuple[bool, bool, int]:
+        """Whether the model is recurrent, whether it is hybrid, and its window."""
+        of = native.llama_model_is_recurrent, native.llama_model_is_hybrid, native.llama_model_n_swa
+        return of[0](self._model), of[1](self._model), of[2](self._model)
+
+    def drop(self, seq: int, start: int = -1, end: int = -1) -> bool:
+        """Takes cells from a sequence; what the library says of it."""
+        return bool(native.llama_memory_seq_rm(self._memory, seq, start, end))
+
+    def save(self, seq: int, flags: int = 0) -> bytes:
+        """The state of a sequence."""
+        size = native.llama_state_seq_get_size_ext(self._handle, seq, flags)
+        buffer = (ctypes.c_uint8 * size)()
+        assert native.llama_state_seq_get_data_ext(self._handle, buffer, size, seq, flags) == size
+        return bytes(buffer)
+
+    def load(self, seq: int, state: bytes, flags: int = 0) -> bool:
+        """Whether the library took the whole state; if not, it must have said 0."""
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        took: int = native.llama_state_seq_set_data_ext(self._handle, buffer, len(state), seq, flags)
+        assert took in (0, len(state))
+        return took > 0
+
+    def pieces(self, seq: int, length: int, size: int) -> list[tuple[int, int, bytes]]:
+        """The first `length` positions of a sequence in states of `size`, each with where it begins and ends."""
+        saved = []
+        for start in range(0, length, size):
+            end = min(length, start + size)
+            self.share(seq, SCRATCH, start, end)
+            saved.append((start, end, self.save(SCRATCH)))
+            self.drop(SCRATCH)
+        return saved
+
+    def restore(self, seq: int, pieces: list[tuple[int, int, bytes]], length: int) -> None:
+        """Loads as much of them as the first `length` positions need."""
+        for start, end, state in pieces:
+            if start < length:
+                assert self.load(SCRATCH, state)
+                self.share(SCRATCH, seq, start, min(end, length))
+                self.drop(SCRATCH)
+
+    def clear(self) -> None:
+        """Frees all cells."""
+        native.llama_memory_clear(self._memory, True)
+
+    def close(self) -> None:
+        """Frees everything."""
+        native.llama_batch_free(self._batch)
+        native.llama_free(self._handle)
+        native.llama_model_free(self._model)
+
+
+Open = Callable[..., Cells]
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "plain": lambda path: tiny.windowed(path, 0),
+    "windowed": lambda path: tiny.windowed(path, WINDOW),
+    "recurrent": tiny.recurrent,
+    "hybrid": tiny.hybrid,
+}
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Open]:
+    """Opens contexts by the name of their kind."""
+    made: list[Cells] = []
+
+    def open_kind(kind: str, **settings: Any) -> Cells:
+        made.append(Cells(KINDS[kind](tmp_path / f"{kind}.gguf"), **settings))
+        return made[-1]
+
+    yield open_kind
+    for cells in made:
+        cells.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("plain", (False, False, 0)),
+        ("windowed", (False, False, WINDOW)),
+        ("recurrent", (True, False, 0)),
+        ("hybrid", (False, True, 0)),
+    ],
+)
+def test_tiny_models_are_what_they_are_called_and_say_various_things(
+    opened: Open, name: str, kind: tuple[bool, bool, int]
+) -> None:
+    cells = opened(name)
+    assert cells.kind() == kind
+    said = [int(cells.compute(0, 0, 10).argmax())]
+    for position in range(10, 50):
+        assert cells.feed(0, position, said[-1:]) == 0
+        said.append(int(cells.logits().argmax()))
+    assert len(set(said)) > 25
+    assert not np.allclose(cells.compute(1, 0, 100), cells.compute(2, 90, 100), atol=1), "the context counts"
+
+
+@pytest.mark.parametrize("flash", [0, 1])
+@pytest.mark.parametrize("kind", ["plain", "windowed", "hybrid"])
+def test_a_sequence_comes_back_in_pieces(opened: Open, kind: str, flash: int) -> None:
+    cells = opened(kind, flash=flash)
+    cells.compute(0, 0, 200)
+    pieces = cells.pieces(0, 200, WINDOW)
+    wanted = cells.go_on(0, 200)
+    cells.clear()
+    cells.restore(1, pieces, 200)
+    assert cells.held(1) == ((199, 199) if kind == "hybrid" else (0, 199))
+    assert np.array_equal(cells.go_on(1, 200), wanted)
+
+
+@pytest.mark.parametrize("kind", ["plain", "windowed"])
+def test_a_piece_comes_back_in_part(opened: Open, kind: str) -> None:
+    cells = opened(kind)
+    cells.compute(0, 0, 200)
+    pieces = cells.pieces(0, 200, WINDOW)
+    cells.drop(0, 150)
+    wanted = cells.go_on(0, 150)
+    cells.clear()
+    cells.restore(1, pieces, 150)
+    assert cells.held(1) == (0, 149)
+    assert np.array_equal(cells.go_on(1, 150), wanted)
+
+
+def test_a_piece_longer_than_the_window_has_holes_that_nothing_shows(opened: Open) -> None:
+    cells = opened("windowed")
+    cells.compute(0, 0, 200)
+    pieces = cells.pieces(0, 200, 2 * WINDOW)
+    cells.drop(0, 165)
+    wanted = cells.go_on(0, 165)
+    cells.clear()
+    cells.restore(1, pieces, 165)
+    assert cells.held(1) == (WINDOW, 164)
+    assert not np.allclose(cells.go_on(1, 165), wanted, atol=1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "windowed", "hybrid"])
+def test_a_state_without_room_leaves_the_empty_target_empty(opened: Open, kind: str) -> None:
+    cells = opened(kind, cells=256)
+    cells.compute(2, 0, 100)
+    state = cells.save(2)
+    cells.drop(2)
+    cells.compute(0, 0, 200)
+    assert not cells.load(1, state)
+    assert cells.held(1) == EMPTY
+    cells.compute(0, 200, 201)
+    cells.drop(0)
+    assert cells.load(1, state)
+    cells.compute(1, 100, 101)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_damaged_state_is_refused(opened: Open, kind: str) -> None:
+    cells = opened(kind)
+    cells.compute(0, 0, 50)
+    state = cells.save(0)
+    for damaged in (b"\0" * 4 + state[4:], state[:3], state[:20], state[: len(state) // 2], state[:-1]):
+        assert not cells.load(1, damaged)
+        assert cells.held(1) == EMPTY
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "hybrid"])
+def test_a_recurrent_state_is_kept_whole_or_dropped(opened: Open, kind: str) -> None:
+    cells = opened(kind)
+    cells.compute(0, 0, 150)
+    assert cells.held(0) == (149, 149)
+    state = cells.save(0)
+    cells.share(0, 4)
+    assert not cells.drop(0, 149)
+    assert cells.drop(0, 150), "there is nothing to drop"
+    wanted = cells.go_on(0, 150)
+    assert cells.held(4) == (149, 149), "a copy stays when its source goes on"
+    assert np.array_equal(cells.go_on(4, 150), wanted)
+    assert cells.drop(0)
+    assert cells.held(0) == EMPTY
+    assert cells.drop(4)
+    assert cells.load(3, state)
+    assert np.array_equal(cells.go_on(3, 150), wanted)
+
+
+def test_a_hybrid_prefix_is_pieces_and_a_checkpoint(opened: Open) -> None:
+    cells = opened("hybrid")
+    cells.compute(0, 0, 100)
+    checkpoint = cells.save(0, native.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+    wanted = cells.go_on(0, 100)
+    cells.compute(0, 104, 200)
+    pieces = cells.pieces(0, 200, 64)
+    cells.clear()
+    cells.restore(1, pieces, 100)
+    assert cells.held(1) == (199, 99), "the recurrent part is the one of when the pieces were saved"
+    assert cells.load(1, checkpoint, native.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+    assert cells.held(1) == (99, 99)
+    assert np.array_equal(cells.go_on(1, 100), wanted)
+
+
+def test_cells_behind_a_window_are_taken_by_others_and_only_the_first_position_tells(opened: Open) -> None:
+    cells = opened("windowed")
+    cells.compute(1, 0, 20)
+    cells.compute(0, 0, 300)
+    cells.drop(1)
+    cells.compute(2, 0, 70)
+    assert cells.held(0) == (50, 299), "though two thirds of the cells are free"
+    cells.share(0, 3, 0, 50)
+    assert cells.held(3) == EMPTY
+    cells.drop(3)
+    assert cells.drop(0, 60)
+    assert cells.held(0) == (50, 59), "a row at 60 would see from 29 on"
+    assert cells.feed(0, 60, TOKENS[60:61]) == 0

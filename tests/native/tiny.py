@@ -1,0 +1,174 @@
+"""GGUFs of a fraction of a megabyte with random weights, for kinds of models whose real ones would be too large.
+
+What they say depends on their whole context and is no loop soon, but means nothing. Products are with Q8_0 weights,
+whose kernels give a row the same bits whatever is computed beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf.quants import quantize
+
+WIDTH, LAYERS = 64, 4
+HEAD = 32
+"""Values of a head: two of them ask, one answers, so a cell has as many keys and values as a block of Q8_0."""
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def recurrent(path: Path, seed: int = 1) -> Path:
+    """A model that has one state instead of cells (Mamba)."""
+    inner, state, rank = 2 * WIDTH, 16, 32
+    made = _Model(path, "mamba", seed, feed_forward=0)
+    made.writer.add_ssm_conv_kernel(4)
+    made.writer.add_ssm_inner_size(inner)
+    made.writer.add_ssm_state_size(state)
+    made.writer.add_ssm_time_step_rank(rank)
+    for layer in range(LAYERS):
+        made.ones(f"blk.{layer}.attn_norm", WIDTH)
+        made.matrix(f"blk.{layer}.ssm_in", WIDTH, 2 * inner, gain=1.5)
+        made.numbers(f"blk.{layer}.ssm_conv1d.weight", made.random(inner, 4))
+        made.numbers(f"blk.{layer}.ssm_conv1d.bias", np.zeros(inner))
+        made.matrix(f"blk.{layer}.ssm_x", inner, rank + 2 * state, gain=2)
+        made.matrix(f"blk.{layer}.ssm_dt", rank, inner)
+        made.numbers(f"blk.{layer}.ssm_dt.bias", np.full(inner, -2))  # a state lasts for tens of tokens
+        made.numbers(f"blk.{layer}.ssm_a", -np.tile(np.linspace(0.1, 2, state), (inner, 1)))
+        made.ones(f"blk.{layer}.ssm_d", inner, suffix="")
+        made.matrix(f"blk.{layer}.ssm_out", inner, WIDTH, gain=2)
+    return made.written("output_norm")
+
+
+def hybrid(path: Path, seed: int = 1) -> Path:
+    """A model whose even layers have a state and whose odd layers have cells (LFM2)."""
+    made = _Model(path, "lfm2", seed, feed_forward=2 * WIDTH)
+    made.writer.add_shortconv_l_cache(3)
+    made.writer.add_head_count(WIDTH // HEAD)
+    made.writer.add_head_count_kv([layer % 2 for layer in range(LAYERS)])
+    made.writer.add_vocab_size(len(_tokens()[0]))
+    for layer in range(LAYERS):
+        made.ones(f"blk.{layer}.attn_norm", WIDTH)
+        if layer % 2:
+            made.attention(layer)
+        else:
+            made.matrix(f"blk.{layer}.shortconv.in_proj", WIDTH, 3 * WIDTH)
+            made.numbers(f"blk.{layer}.shortconv.conv.weight", made.random(WIDTH, 3))
+            made.matrix(f"blk.{layer}.shortconv.out_proj", WIDTH, WIDTH)
+        made.feed_forward(layer)
+    return made.written("token_embd_norm")
+
+
+def windowed(path: Path, window: int = 32, seed: int = 1) -> Path:
+    """A model whose even layers see only the last `window` positions (Gemma 3); with 0 all see everything."""
+    made = _Model(path, "gemma3", seed, feed_forward=2 * WIDTH)
+    made.writer.add_head_count(WIDTH // HEAD)
+    made.writer.add_head_count_kv(1)
+    made.writer.add_key_length(HEAD)
+    made.writer.add_value_length(HEAD)
+    made.writer.add_sliding_window(window)
+    made.writer.add_sliding_window_pattern([layer % 2 == 0 for layer in range(LAYERS)])
+    for layer in range(LAYERS):
+        made.ones(f"blk.{layer}.attn_norm", WIDTH)
+        made.attention(layer)
+        made.ones(f"blk.{layer}.post_attention_norm", WIDTH)
+        made.feed_forward(layer)
+        made.ones(f"blk.{layer}.post_ffw_norm", WIDTH)
+    return made.written("output_norm")
+
+
+class _Model:
+    """A GGUF that is being made: its vocabulary, what all kinds have in common, and weights from one seed."""
+
+    def __init__(self, path: Path, architecture: str, seed: int, feed_forward: int) -> None:
+        self.path = path
+        self.writer = GGUFWriter(path, architecture)
+        self._random = np.random.default_rng(seed)
+        self._hidden = feed_forward
+        self.writer.add_name(f"tiny {architecture}")
+        self.writer.add_context_length(8192)
+        self.writer.add_embedding_length(WIDTH)
+        self.writer.add_block_count(LAYERS)
+        self.writer.add_feed_forward_length(feed_forward)
+        self.writer.add_layer_norm_rms_eps(1e-5)
+        if architecture == "mamba":
+            self.writer.add_head_count(0)
+        self._vocabulary()
+        size = len(_tokens()[0])
+        self.matrix("token_embd", WIDTH, size, gain=1 if architecture == "gemma3" else 8)  # Gemma multiplies by 8
+        self.matrix("output", WIDTH, size, gain=3)
+
+    def _vocabulary(self) -> None:
+        tokens, merges = _tokens()
+        kinds = [TokenType.CONTROL if token in SPECIAL else TokenType.NORMAL for token in tokens]
+        self.writer.add_tokenizer_model("gpt2")
+        self.writer.add_tokenizer_pre("gpt-2")
+        self.writer.add_token_list(tokens)
+        self.writer.add_token_types(kinds)
+        self.writer.add_token_merges(merges)
+        self.writer.add_bos_token_id(1)
+        self.writer.add_eos_token_id(2)
+        self.writer.add_add_bos_token(False)
+        self.writer.add_chat_template(TEMPLATE)
+
+    def attention(self, layer: int) -> None:
+        """Queries, keys and values. Their norms make scores large, so that a few positions matter most."""
+        self.matrix(f"blk.{layer}.attn_q", WIDTH, WIDTH)
+        self.matrix(f"blk.{layer}.attn_k", WIDTH, HEAD)
+        self.matrix(f"blk.{layer}.attn_v", WIDTH, HEAD, gain=2)
+        self.matrix(f"blk.{layer}.attn_output", WIDTH, WIDTH)
+        for norm in ("attn_q_norm", "attn_k_norm"):
+            self.numbers(f"blk.{layer}.{norm}.weight", np.full(HEAD, 1.7))
+
+    def feed_forward(self, layer: int) -> None:
+        """The gated feed-forward part with its norm."""
+        self.ones(f"blk.{layer}.ffn_norm", WIDTH)
+        self.matrix(f"blk.{layer}.ffn_gate", WIDTH, self._hidden)
+        self.matrix(f"blk.{layer}.ffn_up", WIDTH, self._hidden)
+        self.matrix(f"blk.{layer}.ffn_down", self._hidden, WIDTH, gain=2)
+
+    def random(self, *shape: int) -> np.ndarray[Any, Any]:
+        """The next numbers of this seed, of unit variance."""
+        return self._random.standard_normal(shape, np.float32)
+
+    def matrix(self, name: str, columns: int, rows: int, gain: float = 1.0) -> None:
+        """A weight that makes `rows` values, `gain` times as large, of `columns`."""
+        weight = quantize(self.random(rows, columns) * np.float32(gain / columns**0.5), GGMLQuantizationType.Q8_0)
+        self.writer.add_tensor(f"{name}.weight", weight, raw_dtype=GGMLQuantizationType.Q8_0)
+
+    def numbers(self, name: str, values: np.ndarray[Any, Any]) -> None:
+        """A tensor of these values."""
+        self.writer.add_tensor(name, values.astype(np.float32))
+
+    def ones(self, name: str, count: int, suffix: str = ".weight") -> None:
+        """A weight that changes nothing."""
+        self.numbers(name + suffix, np.ones(count))
+
+    def written(self, norm: str) -> Path:
+        """The file, complete; `norm` is what the architecture calls the last one."""
+        self.ones(norm, WIDTH)
+        self.writer.write_header_to_file()
+        self.writer.write_kv_data_to_file()
+        self.writer.write_tensors_to_file()
+        self.writer.close()
+        return self.path
+
+
+def _tokens() -> tuple[list[str], list[str]]:
+    """Special tokens, all bytes as GPT-2 spells them, some pairs of letters; and the merges that make the pairs."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    spelled = {byte: chr(byte) for byte in plain}
+    for number, byte in enumerate(byte for byte in range(256) if byte not in spelled):
+        spelled[byte] = chr(256 + number)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pairs = [(spelled[ord(" ")], letter) for letter in letters]
+    pairs += [
+        pair for one in "aeiou" for other in letters if other not in "aeiou" for pair in ((one, other), (other, one))
+    ]
+    tokens = [*SPECIAL, *(spelled[byte] for byte in range(256)), *(first + second for first, second in pairs)]
+    return tokens, [f"{first} {second}" for first, second in pairs]
