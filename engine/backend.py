@@ -149,10 +149,16 @@ class Context(Protocol):
         None if it no longer has them all. Nothing changes.
         """
 
-    def load(self, seq: int, state: State, start: int, end: int) -> bool:
+    def load(self, seq: int, state: State, start: int, end: int, shift: int = 0) -> bool:
         """Appends to `seq`, which has `start` positions, those up to `end` of a `state` that was saved from `start`
         or before. They get cells of their own. False, with nothing changed, if there are too few or it does not fit.
+
+        With `shift` the state is of positions so many before these. The cells may not be saved before a decode then.
         """
+
+    @property
+    def shifts(self) -> bool:
+        """Whether states can be loaded at other positions than they were saved from."""
 
     def intact(self, seq: int, length: int) -> bool:
         """Whether `seq` has `length` positions, and of these all that a next row may look at: with a sliding window

@@ -207,6 +207,8 @@ class Usage(Struct, frozen=True):
     """Tokens picked, the end token included."""
     drafted: int = 0
     accepted: int = 0
+    moved: int = 0
+    """Of the cached tokens, those that were computed at other places or after another text: not quite the same."""
 
 
 class Drafts(Struct, frozen=True):

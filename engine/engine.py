@@ -308,7 +308,7 @@ class Engine:
             shared = Shared(config.speculation, backend.vocab)
             drafting = Drafting(shared, config.speculation, config.draft, model, self._speculate)
             outbox = Outbox(self._loop, self._deliver)
-            runner = Runner(backend, self.slots, pace, outbox, drafting, store)
+            runner = Runner(backend, self.slots, pace, outbox, drafting, store, config.memory.reuse)
             if config.model.warmup:
                 warm_up(backend.context, runner.cost)
             self._call_soon(self._settle_ready, runner, None)

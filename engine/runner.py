@@ -40,11 +40,12 @@ class Runner:
         outbox: Outbox,
         drafting: Drafting,
         store: Store | None = None,
+        reuse: int = 0,
     ) -> None:
         assert backend.context.sequences > slots, "an id stays free while a slot is"
         assert min(backend.context.outputs, backend.context.batch.capacity) >= slots, "every slot may decode"
         self.context = backend.context
-        self.cells = Cells(backend.context, store)
+        self.cells = Cells(backend.context, store, reuse)
         self.cost = StepCost()
         self.counters = Counters(backend.context.cells, lambda: drafting.drafts)
         self.running: dict[int, Stream] = {}  # oldest first
@@ -163,7 +164,7 @@ class Runner:
             while stream.loading and stream.held.fetch(wait=alone) and stream.held.restore():
                 if not stream.resumed:
                     self.counters.cached_tokens += stream.held.reused - stream.cached
-                    stream.cached = stream.held.reused
+                    stream.cached, stream.moved = stream.held.reused, stream.held.moved
                 if time.perf_counter() >= until:
                     return
 

@@ -43,7 +43,7 @@ class Stream:
         self.waits_for = -1
         """While it waits: the running stream that is computing the longest prefix of it, and how long that is."""
         self.promised = 0
-        self.cached = 0
+        self.cached = self.moved = 0
         self.resumed = False
         """Whether it was retracted before it began as it runs now."""
         self.stop_token: int | None = None
@@ -153,7 +153,7 @@ class Stream:
         drafted, accepted = sum(made.drafted for made in drafts), sum(made.accepted for made in drafts)
         return Finished(
             reason=reason,
-            usage=Usage(self.prompt_length, self.cached, self.emitted, drafted, accepted),
+            usage=Usage(self.prompt_length, self.cached, self.emitted, drafted, accepted, self.moved),
             timings=Timings(admitted - self.submitted, first - admitted, now - first),
             seed=self.seed,
             stop=self.stop_token,

@@ -55,6 +55,7 @@ class ToyContext:
         self.by_place = by_place  # whether logits also depend on the order in which the cells lie
         self.ordered, self.wasted = False, 0
         self.window = 0
+        self.shifts = partial
         self.damaged: Callable[[], bool] = lambda: False  # whether the next cut leaves a sliding window with a gap
         self.decodes = 0
         self.computed = 0  # rows of all decodes so far
@@ -135,9 +136,10 @@ class ToyContext:
             return None
         return np.array([start, *(held[pos].token for pos in range(start, end))], np.int32).view(np.uint8)
 
-    def load(self, seq: int, state: State, start: int, end: int) -> bool:
+    def load(self, seq: int, state: State, start: int, end: int, shift: int = 0) -> bool:
         """Gives cells to all of the state, and then frees those that are not wanted."""
         first, *tokens = state.view(np.int32).tolist()
+        first += shift
         assert first <= start == self.length(seq), "continues what is there"
         assert end <= first + len(tokens), "has what is wanted"
         if self.lost() or len(self._distinct()) + len(tokens) > self.cells:

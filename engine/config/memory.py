@@ -27,6 +27,16 @@ class MemoryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             extra=flags("-cram", "--cache-ram", env="LLAMA_ARG_CACHE_RAM"),
         ),
     ] = -1
+    reuse: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=2**20,
+            description="tokens that must recur for what follows a changed part of a prompt to be moved instead of "
+            "computed, which is not exact; 0 moves nothing, as always with --deterministic",
+            extra=flags("--cache-reuse", env="LLAMA_ARG_CACHE_REUSE"),
+        ),
+    ] = 0
     disk: Annotated[
         str,
         Meta(

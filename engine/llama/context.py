@@ -102,6 +102,7 @@ class LlamaContext:
         self._vocabulary: int = native.llama_vocab_n_tokens(native.llama_model_get_vocab(model))
         self.window = window
         self.partial = partial
+        self.shifts = partial and not window and bool(native.llama_memory_can_shift(self._memory))
         self.ordered, self.wasted = False, 0
         self.cells: int = native.llama_n_ctx(self._handle)
         self._spare: int = native.llama_n_seq_max(self._handle) - 1  # states pass through it
@@ -203,7 +204,7 @@ class LlamaContext:
         pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         return state if native.llama_state_seq_get_data(self._handle, pointer, size, seq) == size else None
 
-    def load(self, seq: int, state: State, start: int, end: int) -> bool:
+    def load(self, seq: int, state: State, start: int, end: int, shift: int = 0) -> bool:
         """Appends positions of `state` to `seq`; False, with nothing changed, if they find no cells."""
         self._known(seq)
         target = self._spare if self.partial else seq
@@ -211,6 +212,8 @@ class LlamaContext:
         loaded = bool(native.llama_state_seq_set_data(self._handle, pointer, state.nbytes, target) == state.nbytes)
         if not self.partial:
             return loaded
+        if shift:
+            native.llama_memory_seq_add(self._memory, target, -1, -1, shift)
         if loaded := loaded and self._first(target) <= start and self._last(target) >= end - 1:
             native.llama_memory_seq_cp(self._memory, target, seq, start, end)
         native.llama_memory_seq_rm(self._memory, target, -1, -1)

@@ -11,9 +11,10 @@ from msgspec import Struct
 from engine.backend import Context
 from engine.memory.idle import Idle
 from engine.memory.lease import Coming, Lease
+from engine.memory.moves import best, moved
 from engine.memory.pieces import PIECE, Found, Piece
 from engine.memory.radix import Match, RadixTree
-from engine.memory.store import Store
+from engine.memory.store import TEXTS, Store
 
 MOVE = 5e-6
 """Seconds to save or load a cell, before any was."""
@@ -43,7 +44,8 @@ class Cells:
     holds too is not kept.
     """
 
-    def __init__(self, context: Context, store: Store | None = None) -> None:
+    def __init__(self, context: Context, store: Store | None = None, reuse: int = 0) -> None:
+        """`reuse` tokens must recur for cells to be moved to where a changed prompt has them; 0 moves none."""
         self.context = context
         self.tree = RadixTree()
         self.store = store
@@ -51,6 +53,8 @@ class Cells:
         """Seconds that computing a token takes; 0 if not known."""
         self.saved = self.restored = 0
         """Tokens that were moved to the store, and back."""
+        self._reuse = reuse if store is not None and context.shifts and not context.window else 0
+        self._shifted = False  # whether cells were moved since the last decode: they cannot be saved yet
         self._move = MOVE
         self._unsaved: dict[int, int] = {}  # idle sequences, and from where on something may not be on disk
         self._credit = 0.0  # seconds that may be spent on letting leave what nobody asked to
@@ -113,7 +117,8 @@ class Cells:
             self.tree.begin(seq, salt)
             if length:
                 length, stored = 0, self._stored(tokens[:-1], salt, 0)
-        return Lease(self, seq, length, self._coming(stored, length))
+        coming = self._coming(stored, length)
+        return Lease(self, seq, length, coming + self._moves(tokens[:-1], salt, coming[-1].end if coming else length))
 
     def _coming(self, stored: Found, length: int) -> list[Coming]:
         coming: list[Coming] = []
@@ -121,6 +126,20 @@ class Cells:
             start = max(length, piece.start) if self.context.partial else 0
             coming.append(Coming(piece, start, min(piece.end, stored.length)))
         return coming
+
+    def _moves(self, tokens: array[int], salt: str, start: int) -> list[Coming]:
+        """What of `tokens` from `start` on other texts of this salt have elsewhere, to be moved: from the text of
+        which most can be."""
+        store = self.store
+        if not self._reuse or store is None or len(tokens) - start < self._reuse:
+            return []
+        texts = {seq: self.tree.tokens(seq) for seq in self.tree.sequences(salt)[:TEXTS]}
+        texts |= {-number: text for number, text in enumerate(store.latest(tokens, salt), 1)}
+        seq, found = best(tokens, texts, start, self._reuse)
+        if found and seq >= 0:
+            self._save(seq, found[0].old, end=max(run.old + run.size for run in found))
+        pieces = store.along(texts[seq], salt) if found else {}
+        return [coming for run in found for coming in moved(run, pieces)]
 
     def _take_id(self, keep: int) -> int:
         if not self._free:
@@ -145,19 +164,21 @@ class Cells:
 
     def restore(self, lease: Lease) -> bool:
         """Loads the piece that `lease` waits for. False if that cannot be: nothing more is coming then."""
-        piece, start, end = lease.coming[0]
+        piece, start, end, shift = lease.coming[0]
         assert start == lease.length, "a piece continues what is there"
         assert self.store is not None, "pieces come from a store"
         state = self.store.take(piece)
         begun = time.perf_counter()
         self.reclaim(piece.end - (piece.start if self.context.partial else 0))
-        if state is None or not self.context.load(lease.seq, state, start, end):
+        if state is None or not self.context.load(lease.seq, state, start, end, shift or 0):
             lease.coming.clear()
             return False
         self._moved(end - start, begun)
         lease.coming.popleft()
-        lease.commit(piece.spelled[start:end] if not self.context.partial else piece.part(start, end))
+        self._shifted |= bool(shift)
+        lease.commit(piece.spelled[start:end] if not self.context.partial else piece.part(start, end, shift or 0))
         lease.reused += end - start
+        lease.moved += 0 if shift is None else end - start
         self.restored += end - start
         return True
 
@@ -192,6 +213,7 @@ class Cells:
     def age(self, rent: float) -> None:
         """Counts a step, in which every resident cell cost `rent` seconds."""
         self._idle.age(rent)
+        self._shifted = False
 
     def tend(self, seconds: float) -> None:
         """Lets leave what has cost enough, and saves what is to be on disk, for about so long; later calls make up for
@@ -278,7 +300,7 @@ class Cells:
         """Saves what the store does not have of `seq` from `start` on, at most `most` pieces of it; up to where it
         looked."""
         length = self.tree.length(seq)
-        if self.store is None:
+        if self.store is None or self._shifted:
             return length
         begun, saved = time.perf_counter(), 0
         places = self.store.places(self.tree.tokens(seq)[:end], self.tree.salt(seq), start)

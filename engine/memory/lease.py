@@ -34,11 +34,15 @@ class Lender(Protocol):
 
 
 class Coming(NamedTuple):
-    """A piece to be loaded when a lease has `start` tokens, after which it has `end`."""
+    """A piece to be loaded when a lease has `start` tokens, after which it has `end`.
+
+    If `shift` is a number it was computed after another text, for positions so many before these.
+    """
 
     piece: Piece
     start: int
     end: int
+    shift: int | None = None
 
 
 class Lease:
@@ -49,6 +53,8 @@ class Lease:
         self.seq = seq
         self.reused = shared
         """Tokens that were not computed for it: resident when it was claimed, or loaded since."""
+        self.moved = 0
+        """Of these, the ones that were computed for other positions or after another text."""
         self.length = shared
         self.coming = deque(coming)
         """What is to be loaded, in order."""
@@ -79,7 +85,7 @@ class Lease:
 
     def fetch(self, *, wait: bool) -> bool:
         """Whether the next piece can be loaded now; `wait` waits a little if it is being read from disk."""
-        return self._lender.fetch([piece for piece, _, _ in islice(self.coming, AHEAD)], wait=wait)
+        return self._lender.fetch([coming.piece for coming in islice(self.coming, AHEAD)], wait=wait)
 
     def restore(self) -> bool:
         """Loads the next piece, once fetched. False if it is gone or finds no cells: the rest is to be computed."""

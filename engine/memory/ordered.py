@@ -30,6 +30,7 @@ class Ordered:
         self.partial = context.partial
         self.ordered = True
         self.window = context.window
+        self.shifts = False
         self._nobody = self.sequences
         self._places = [array("i") for _ in range(self.sequences)]  # by position
         self._holders = array("i", [0]) * self.cells
@@ -96,9 +97,10 @@ class Ordered:
         """As the context's."""
         return self._context.save(seq, start, end)
 
-    def load(self, seq: int, state: State, start: int, end: int) -> bool:
+    def load(self, seq: int, state: State, start: int, end: int, shift: int = 0) -> bool:
         """As the context's, on top of all cells, for a state that begins at `start`: what it has before, which is not
         wanted, would leave free cells below."""
+        assert not shift, "what was moved is not exact"
         if not self._context.load(seq, state, start, end):
             return False
         size = end - start

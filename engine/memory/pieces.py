@@ -48,11 +48,15 @@ class Piece:
     @property
     def spelled(self) -> array[int]:
         """All tokens from the start of the text to its end."""
-        return (self.parent.spelled if self.parent is not None else array("i")) + self.tokens
+        parts, at = [self.tokens], self.parent
+        while at is not None:
+            parts.append(at.tokens)
+            at = at.parent
+        return array("i", [token for part in reversed(parts) for token in part])
 
-    def part(self, start: int, end: int) -> array[int]:
-        """Its tokens at positions from `start` up to `end`."""
-        return self.tokens[start - self.start : end - self.start]
+    def part(self, start: int, end: int, shift: int = 0) -> array[int]:
+        """Its tokens at positions from `start` up to `end`, if it stood `shift` further on."""
+        return self.tokens[start - shift - self.start : end - shift - self.start]
 
     @property
     def cost(self) -> float:

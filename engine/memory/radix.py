@@ -80,6 +80,10 @@ class RadixTree:
         """The salt that `seq` was begun with."""
         return self._salts[seq]
 
+    def sequences(self, salt: str) -> list[int]:
+        """The sequences of this salt, the latest begun first."""
+        return [seq for seq, own in reversed(self._salts.items()) if own == salt]
+
     def tokens(self, seq: int) -> array[int]:
         """The tokens of `seq`."""
         tokens = array("i")

@@ -21,6 +21,8 @@ from engine.memory.shelf import Shelf
 
 PATIENCE = 0.05
 """Seconds to wait for the disk before the inbox is looked at again."""
+TEXTS = 4
+"""Texts that are looked through for parts of a prompt that has changed."""
 QUEUE = 2**28
 """Bytes that may wait to be written to disk; what is kept beyond them is not written."""
 
@@ -88,6 +90,31 @@ class Store:
         if best is None or best.end <= start:
             return Found((), start)
         return Found((best,), best.end)
+
+    def along(self, tokens: array[int], salt: str) -> dict[int, Piece]:
+        """The pieces that can be had of a text, by their start."""
+        at = self._roots.get(root_key(salt))
+        pieces: dict[int, Piece] = {}
+        while at is not None and at.end < len(tokens) and at.full:
+            left = len(tokens) - at.end
+            at, size = at.nearest(tokens)
+            if at is None or size < min(len(at.tokens), left):
+                break
+            if self.has(at):
+                pieces[at.start] = at
+        return pieces
+
+    def latest(self, tokens: array[int], salt: str) -> list[array[int]]:
+        """Texts that were kept lately and go on otherwise than `tokens` does, the latest first."""
+        at = self._roots.get(root_key(salt))
+        while at is not None and (child := at.children.get(tokens[at.end : at.end + PIECE].tobytes())) is not None:
+            at = child
+        ends: list[Piece] = []
+        for piece in islice(reversed(at.children.values()), TEXTS) if at is not None else ():
+            while piece.children:
+                piece = next(reversed(piece.children.values()))
+            ends.append(piece)
+        return [piece.spelled for piece in ends]
 
     def has(self, piece: Piece) -> bool:
         """Whether the state of `piece` can be had, maybe not at once."""

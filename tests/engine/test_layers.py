@@ -22,7 +22,7 @@ runner
 engine
 """
 SAMPLING = "noise candidates\nlogprobs truncate penalties verify\nsampler"
-MEMORY = "radix ordered disk idle\npieces\nshelf lease\nstore\ncells"
+MEMORY = "radix ordered disk idle\npieces\nshelf lease\nstore moves\ncells"
 PACE = "cost acceptance\nwarmup"
 SPECULATE = """
 base vocabulary files tally

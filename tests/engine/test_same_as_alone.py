@@ -81,6 +81,7 @@ class Bench:
         draft: ToyContext | None = None,
         noise: Literal["shared", "greedy", "off"] = "shared",
         store: int = 0,
+        reuse: int = 0,
         kept: Store | None = None,
         backend: Any = None,
     ) -> None:
@@ -97,7 +98,7 @@ class Bench:
             None if speculation else lambda _: self.next,
         )
         kept = kept or (Store(store, whole=not context.partial) if store else None)
-        self.runner = Runner(self.backend, slots, Pace(0.0, 0.5), outbox, self.drafting, kept)
+        self.runner = Runner(self.backend, slots, Pace(0.0, 0.5), outbox, self.drafting, kept, reuse)
         cast("Any", self.runner.cost).prompt_rows = lambda *_: prompt_rows
         self.streams: dict[int, Stream] = {}
 

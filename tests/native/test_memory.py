@@ -30,12 +30,12 @@ def words(seed: int, count: int, start: int = 300, stop: int = 480) -> tuple[int
     return tuple(random.randrange(start, stop) for _ in range(count))
 
 
-def bench_of(path: Path, *, store: int = 64 * MIB, **fields: Any) -> Bench:
+def bench_of(path: Path, *, store: int = 64 * MIB, reuse: int = 0, **fields: Any) -> Bench:
     """A runner over a real model, without a thread."""
     options: dict[str, Any] = {"path": path, "slots": 4, "rows": 128, "ubatch": 128} | fields
     backend = open_gguf(EngineConfig.of(**options), lambda share: None, lambda: True)
     kept = Store(store, whole=not backend.context.partial) if store else None
-    return Bench(backend.context, slots=4, prompt_rows=64, backend=backend, kept=kept)
+    return Bench(backend.context, slots=4, prompt_rows=64, backend=backend, kept=kept, reuse=reuse)
 
 
 def alone(path: Path, requests: list[Request], **fields: Any) -> list[list[int]]:
@@ -144,6 +144,24 @@ def test_random_operations_on_the_real_model() -> None:
     bench = run_at_random(MODEL, 1, 500, 80, context=256, deterministic=True)
     assert bench.runner.cells.saved
     assert bench.runner.cells.restored
+
+
+def test_what_follows_a_changed_line_is_moved_on_the_real_model() -> None:
+    bench = bench_of(MODEL, context=1024, reuse=32)
+    tokens = bench.backend.vocab.tokenize
+    story = "Anna has a red boat. Ben has a blue kite. The dog of Carla is called Dot. " * 4
+    ask = "Question: What does Ben have? Answer: Ben has a blue"
+    for key, day in enumerate(("Monday", "Wednesday the 21st")):
+        prompt = tuple(tokens(f"Today is {day}.\n{story}{ask}", special=True))
+        bench.submit(key, Request(prompt=prompt, max_tokens=1, logprobs=5, sampling=GREEDY))
+        bench.run()
+        bench.runner.cells.reclaim(2**30)
+    end = bench.ends[1]
+    assert isinstance(end, Finished)
+    assert end.usage.moved > 60
+    assert end.usage.prompt - end.usage.cached < 20
+    assert bench.backend.vocab.piece(bench.got[1][0]) == b" kite"
+    bench.backend.close()
 
 
 async def test_a_conversation_in_too_few_cells_goes_on_from_ram_and_after_a_restart_from_disk(tmp_path: Path) -> None:

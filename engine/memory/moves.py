@@ -1,0 +1,84 @@
+"""Which parts of a prompt were computed before, at other places or after other texts."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.memory.lease import Coming
+from engine.memory.pieces import PIECE, Piece
+from engine.memory.radix import common
+
+BASE = np.uint64(0x9E3779B97F4A7C15)
+"""Odd, so that it has an inverse modulo 2^64."""
+INVERSE = np.uint64(pow(int(BASE), -1, 2**64))
+
+
+class Run(NamedTuple):
+    """`size` tokens that stand at position `new` of one text and at `old` of another."""
+
+    new: int
+    old: int
+    size: int
+
+
+def runs(new: array[int], old: array[int], start: int, least: int) -> list[Run]:
+    """Runs of at least `least` tokens of `old` that `new` has from `start` on, in the order of `new`, none overlapping.
+
+    Greedy: the first place of `new` from which so many recur is taken as far as they do. Windows of `least` tokens are
+    found by polynomial hashes (Karp and Rabin 1987) and compared.
+    """
+    found: list[Run] = []
+    if len(new) - start < least or len(old) < least:
+        return found
+    known = {value: at for at, value in enumerate(_hashes(old, least).tolist())}
+    hashes = _hashes(new, least)
+    hits = start + np.flatnonzero(np.isin(hashes[start:], np.fromiter(known, np.uint64, len(known))))
+    end = start
+    for at in hits.tolist():
+        if at < end:
+            continue
+        place = known[int(hashes[at])]
+        size = common(old[place:], new, at)
+        if size >= least:
+            found.append(Run(at, place, size))
+            end = at + size
+    return found
+
+
+def best(new: array[int], texts: Mapping[int, array[int]], start: int, least: int) -> tuple[int, list[Run]]:
+    """The text of which most of `new` can be had, by its key, and its runs; -1 and none if there is none."""
+    most, chosen, found = 0, -1, list[Run]()
+    for key, text in texts.items():
+        candidates = runs(new, text, start, least)
+        if (size := sum(run.size for run in candidates)) > most:
+            most, chosen, found = size, key, candidates
+    return chosen, found
+
+
+def moved(run: Run, pieces: Mapping[int, Piece]) -> list[Coming]:
+    """The pieces of the old text, by their start, that hold `run`, to be loaded where the new text has it, up to the
+    first that is missing."""
+    coming: list[Coming] = []
+    shift = run.new - run.old
+    for start in range(run.old // PIECE * PIECE, run.old + run.size, PIECE):
+        piece = pieces.get(start)
+        if piece is None:
+            break
+        begin, end = max(start, run.old), min(piece.end, run.old + run.size)
+        coming.append(Coming(piece, begin + shift, end + shift, shift))
+    return coming
+
+
+def _hashes(tokens: array[int], width: int) -> NDArray[np.uint64]:
+    """A hash of each window of `width` tokens."""
+    values = np.frombuffer(tokens, np.int32).astype(np.uint64) + np.uint64(1)
+    powers = np.cumprod(np.full(len(values), BASE))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values * powers)])
+    inverses = np.cumprod(np.full(len(values), INVERSE))
+    hashes: NDArray[np.uint64] = (sums[width:] - sums[:-width]) * inverses[: len(values) - width + 1]
+    return hashes
