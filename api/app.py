@@ -21,13 +21,14 @@ from api.props import props_of
 from api.replies import Health, ModelList, ModelMeta, ModelReply
 from api.responses import JSONReply, problem_reply
 from api.served import Served, Site
+from api.slots import Slots
 from api.text import Text
 from engine import EngineError
 
 
 def create_app(site: Site) -> ASGIApp:
     """The server's ASGI application. While `site` serves nothing yet, everything answers 503."""
-    chat, text, status = Chat(site), Text(site), Status(site)
+    chat, text, status, slots = Chat(site), Text(site), Status(site), Slots(site)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", chat.complete, methods=["POST"]),
@@ -38,6 +39,8 @@ def create_app(site: Site) -> ASGIApp:
             Route("/health", status.health),
             Route("/metrics", status.metrics),
             Route("/props", status.props),
+            Route("/slots", slots.show),
+            Route("/slots/{id}", slots.act, methods=["POST"]),
         ],
         exception_handlers={
             EngineError: _tell,
@@ -47,7 +50,7 @@ def create_app(site: Site) -> ASGIApp:
         },
     )
     # Around Starlette, not inside it: its own answer to a crash needs an id too.
-    return Exchanges(Keys(app, site.config.api_keys))
+    return Exchanges(Keys(app, site.config.api_keys, apart=site.config.cache_salt_by_key))
 
 
 class Status:

@@ -86,7 +86,7 @@ class Choices:
                     stop_tokens=tuple(asked.stop_token_ids or ()),
                     ignore_eos=bool(asked.ignore_eos),
                     logprobs=logprobs,
-                    salt=asked.cache_salt or "",
+                    salt=exchange.salt(asked.cache_salt),
                     speculation=self.speculation,
                     prediction=prediction,
                     id=exchange.id,

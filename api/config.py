@@ -39,6 +39,28 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             extra={**flags("--api-key", env="LLAMA_API_KEY"), "separated": True},
         ),
     ] = ()
+    cache_salt_by_key: Annotated[
+        bool,
+        Meta(
+            description="prefixes, and what speculators learn, are shared only between requests of equal API key, "
+            "besides equal cache_salt",
+            extra=flags("--cache-salt-by-key"),
+        ),
+    ] = False
+    slots_endpoint: Annotated[
+        bool,
+        Meta(
+            description="tell at GET /slots what runs in each slot, in numbers",
+            extra=flags("--slots", env="LLAMA_ARG_ENDPOINT_SLOTS"),
+        ),
+    ] = True
+    slot_save_path: Annotated[
+        str,
+        Meta(
+            description="folder in which POST /slots/{id} saves what a slot ran last; empty is none",
+            extra=flags("--slot-save-path"),
+        ),
+    ] = ""
     sse_ping: Annotated[
         float,
         Meta(

@@ -19,7 +19,7 @@ HUNG_UP = 499
 """The status that nginx made customary for a client that did not wait for the answer."""
 
 _SANE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
-_ROUTINE = ("/health", "/metrics")
+_ROUTINE = ("/health", "/metrics", "/slots")
 
 
 class Exchange:
@@ -38,7 +38,13 @@ class Exchange:
         self.ends: list[Finished] = []
         self.failure: Exception | None = None
         """Why it was refused, or what ended it early."""
+        self.namespace = ""
+        """What only requests of one client share, whatever salt they ask for; empty if all clients are one."""
         self._started = time.monotonic()
+
+    def salt(self, asked: str | None) -> str:
+        """The salt of a request that asks for one, or for none: unequal for unequal namespaces."""
+        return f"{self.namespace} {asked or ''}" if self.namespace else asked or ""
 
     @property
     def age(self) -> float:

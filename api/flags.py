@@ -60,7 +60,6 @@ _VARIABLES = {
 IGNORED = (
     "--jinja",
     "--metrics",
-    "--slots",
     "--props",
     "--no-webui",
     "--no-ui",

@@ -32,6 +32,17 @@ class KeyRefused(EngineError):
         super().__init__("A valid API key is needed: send it as 'Authorization: Bearer KEY'.")
 
 
+class SwitchedOff(EngineError):
+    """What was asked for is not to be had with this server's settings; the text says which would be right."""
+
+
+class NoIdleSlot(EngineError):
+    """All slots are busy, and the client wanted to know."""
+
+    def __init__(self) -> None:
+        super().__init__("no slot available")
+
+
 class Problem(Struct, frozen=True):
     """A status and what to say with it."""
 
@@ -76,6 +87,10 @@ def problem_of(error: Exception) -> Problem:
             return _later(503, ErrorReply(str(error), "unavailable_error", None, 503), 1.0)
         case Draining():
             return _later(503, ErrorReply(str(error), "unavailable_error", None, "shutting_down"), 5.0)
+        case NoIdleSlot():
+            return _later(503, ErrorReply(str(error), "unavailable_error", None, 503), 1.0)
+        case SwitchedOff():
+            return Problem(501, ErrorReply(str(error), "not_supported_error", None, 501))
         case EngineError():
             return Problem(500, ErrorReply(str(error), "server_error"))
         case HTTPException():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
 from api.prompts import CHATML
 from api.served import VERSION, Served
+from engine import MemoryInfo
 
 
 class Defaults(Struct, frozen=True):
@@ -27,6 +29,37 @@ class Guessing(Struct, frozen=True):
     unavailable: Mapping[str, str]
 
 
+class Memory(Struct, frozen=True):
+    """How prefixes are kept and shared."""
+
+    sharing: Literal["any token", "whole texts"]
+    """Where a prefix that requests share may end."""
+    window: int
+    """Positions that some layers look back on; 0 if all look on all."""
+    ram_bytes: int
+    """Prefixes in RAM at most."""
+    disk: bool
+    """Whether prefixes outlive the server."""
+    disk_bytes: int
+    moved_from: int
+    """Tokens that must recur for a part of a changed prompt to be moved instead of computed; 0 if none is."""
+    by_key: bool
+    """Whether only requests of equal API key share."""
+
+    @classmethod
+    def of(cls, memory: MemoryInfo, *, by_key: bool) -> Memory:
+        """The same for clients."""
+        return cls(
+            "any token" if memory.partial else "whole texts",
+            memory.window,
+            memory.ram_bytes,
+            memory.disk,
+            memory.disk_bytes,
+            memory.moved_from,
+            by_key,
+        )
+
+
 class Props(Struct, frozen=True):
     """The reply."""
 
@@ -43,6 +76,9 @@ class Props(Struct, frozen=True):
     system_fingerprint: str
     """Equal only where that text is the same: of the model file, the library's build and the profile."""
     speculative: Guessing
+    memory: Memory
+    endpoint_slots: bool
+    """Whether GET /slots answers."""
 
 
 def props_of(served: Served) -> Props:
@@ -64,4 +100,6 @@ def props_of(served: Served) -> Props:
         info.exact,
         served.fingerprint,
         Guessing(served.guessers, engine.speculators, engine.silent),
+        Memory.of(engine.memory, by_key=served.options.server.cache_salt_by_key),
+        served.options.server.slots_endpoint,
     )

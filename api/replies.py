@@ -81,6 +81,8 @@ class TimingsReply(Struct, frozen=True):
     draft_n_accepted: int | UnsetType = UNSET
     truncated: bool | UnsetType = UNSET
     """True if a choice forgot a part of its context."""
+    moved_n: int | UnsetType = UNSET
+    """Of `cache_n`, those that were computed at other places or after another text."""
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[Finished]]) -> TimingsReply:
@@ -107,6 +109,7 @@ class TimingsReply(Struct, frozen=True):
             drafted or UNSET,
             sum(end.usage.accepted for end in ends) if drafted else UNSET,
             any(end.forgotten for end in ends) or UNSET,
+            sum(min(end.usage.moved for end in choices) for choices in prompts) or UNSET,
         )
 
 

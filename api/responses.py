@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from asyncio import Lock
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 import anyio
@@ -33,7 +33,9 @@ class JSONReply(Response):
 
     media_type = "application/json"
 
-    def __init__(self, reply: Struct, status: int = 200, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, reply: Struct | Sequence[Struct], status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
         super().__init__(encode(reply), status, headers)
 
 

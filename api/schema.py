@@ -201,7 +201,7 @@ class TextRequest(Completion, kw_only=True):
         )
 
 
-Body = TypeVar("Body", bound=Completion)
+Body = TypeVar("Body", bound=Struct)
 
 
 def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:

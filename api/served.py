@@ -13,7 +13,19 @@ from api.config import ServerConfig
 from api.flags import Options
 from api.problems import Loading, UnknownModel
 from api.prompts import Prompts
-from engine import Draining, EngineFault, Generation, ModelInfo, Request, SpeculatorType, Stats, Vocab
+from engine import (
+    Draining,
+    EngineFault,
+    Generation,
+    MemoryInfo,
+    ModelInfo,
+    Moved,
+    Request,
+    SlotState,
+    SpeculatorType,
+    Stats,
+    Vocab,
+)
 
 VERSION = version("paceline")
 
@@ -53,8 +65,24 @@ class Core(Protocol):
     def silent(self) -> Mapping[str, str]:
         """The other types, each with the reason."""
 
+    @property
+    def memory(self) -> MemoryInfo:
+        """How prefixes are kept."""
+
     def generate(self, request: Request) -> Generation:
         """Not yet submitted. Raises RequestRefused."""
+
+    async def slot_states(self) -> tuple[SlotState, ...]:
+        """The slots. Raises EngineFault."""
+
+    async def save_slot(self, number: int, path: Path) -> Moved:
+        """Writes what a slot ran last to a file. Raises RequestRefused or EngineFault."""
+
+    async def restore_slot(self, number: int, path: Path) -> Moved:
+        """Gives a slot what such a file has. Raises RequestRefused or EngineFault."""
+
+    async def erase_slot(self, number: int) -> int:
+        """Forgets what a slot ran last; how many tokens. Raises RequestRefused or EngineFault."""
 
     def stats(self) -> Stats:
         """A snapshot."""

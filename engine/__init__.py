@@ -24,9 +24,11 @@ from engine.contract import (
     Update,
     Usage,
 )
-from engine.engine import Engine, open_vocabulary
+from engine.engine import Engine, MemoryInfo, open_vocabulary
 from engine.generation import Generation
 from engine.sampling import derive as derive_seed
+from engine.slotfiles import Moved
+from engine.slots import Ran, SlotState
 from engine.speculate.lookup import build_lookup
 from engine.stats import Histogram, Stats
 
@@ -47,13 +49,17 @@ __all__ = [
     "Histogram",
     "Logprob",
     "MemoryConfig",
+    "MemoryInfo",
     "ModelConfig",
     "ModelError",
     "ModelInfo",
+    "Moved",
     "Overloaded",
+    "Ran",
     "Request",
     "RequestRefused",
     "SamplingParams",
+    "SlotState",
     "Speculation",
     "SpeculationConfig",
     "SpeculatorType",

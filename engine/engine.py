@@ -1,21 +1,17 @@
-"""The engine thread, and the engine as the event loop sees it.
-
-One thread owns every native object and all scheduling state. In: a queue of commands. Out: one call on the event
-loop for each step. Nothing else is shared, so there is no lock.
-"""
+"""The engine as the event loop sees it: it is opened, asked for continuations, and closed."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
-import threading
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from itertools import count
 from pathlib import Path
-from queue import SimpleQueue
 
+from msgspec import Struct
+
+from engine import slotfiles
 from engine.backend import Backend, ModelInfo, Progress, Vocab
 from engine.config import EngineConfig
 from engine.contract import (
@@ -33,27 +29,14 @@ from engine.contract import (
     SpeculatorType,
 )
 from engine.generation import Generation
-from engine.memory import Store, open_store
-from engine.outbox import News, Outbox
-from engine.pace import Pace, warm_up
+from engine.outbox import News
 from engine.runner import SHUTTING_DOWN, Runner
-from engine.speculate import Drafting, DraftModel, Shared, Speculate, difference
+from engine.slotfiles import Moved
+from engine.slots import SlotState
+from engine.speculate import Speculate
 from engine.stats import Stats
 from engine.streams import Stream
-
-log = logging.getLogger("paceline.speculation")
-
-Command = Callable[[Runner], None]
-"""Runs on the engine thread between two steps."""
-Opener = Callable[[EngineConfig, Progress, Callable[[], bool]], Backend]
-"""Opens a model on the engine thread, told of its progress and asked whether to go on; raises EngineError."""
-
-
-def open_model(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -> Backend:
-    """Opens a GGUF with llama.cpp. The native library is loaded here and not before."""
-    from engine.llama import open_gguf
-
-    return open_gguf(config, progress, go_on)
+from engine.thread import Answer, EngineThread, Opened, Opener, Reader, open_model
 
 
 def open_vocabulary(path: Path) -> AbstractContextManager[Vocab]:
@@ -63,35 +46,41 @@ def open_vocabulary(path: Path) -> AbstractContextManager[Vocab]:
     return open_vocabulary(path)
 
 
+class MemoryInfo(Struct, frozen=True):
+    """How prefixes are kept and shared."""
+
+    partial: bool
+    """Whether requests share a prefix that ends at any token; if not, only where an earlier text ended."""
+    window: int
+    """Positions that some layers look back on; 0 if all look on all."""
+    ram_bytes: int
+    """Prefixes in RAM at most."""
+    disk: bool
+    """Whether they outlive the engine."""
+    disk_bytes: int
+    """Prefixes on disk at most; 0 if there is none."""
+    moved_from: int
+    """Tokens that must recur for a part of a changed prompt to be moved instead of computed; 0 if none is."""
+
+
 class Engine:
     """A served model. `Engine.open` makes one; everything else is called on the event loop that opened it."""
 
-    _runner: Runner
+    _opened: Opened
 
-    def __init__(self, config: EngineConfig, opener: Opener, speculate: Speculate | None) -> None:
+    def __init__(self, config: EngineConfig, opener: Opener, speculate: Speculate | None, progress: Progress) -> None:
         self._config = config
-        self._opener = opener
-        self._speculate = speculate
-        self._loop = asyncio.get_running_loop()
-        self._inbox: SimpleQueue[Command | None] = SimpleQueue()
+        self._thread = EngineThread(config, opener, speculate, Reader(progress, self._deliver, self._die))
+        self._inbox = self._thread.inbox
         self._open: dict[int, Generation] = {}  # until their terminal update
         self._wanted: set[int] = set()  # of those, the ones that nobody has left
         self._keys = count(1)
-        self._ready: asyncio.Future[Runner] = self._loop.create_future()
         self._empty = asyncio.Event()
         self._empty.set()
         self._refusal: Callable[[], EngineError] | None = None
         self.fault: EngineFault | None = None
         """Why the engine serves nothing more, if it failed for good."""
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="paceline-engine")
-        self._progress: Progress = lambda share: None
-        self._backend: Backend | None = None
-        self._draft_backend: Backend | None = None
         self.slots = config.batch.slots
-        self._silent: dict[str, str] = {}
-        if not config.draft.path:
-            self._silent["draft"] = "there is no draft model, see --model-draft"
 
     @classmethod
     @asynccontextmanager
@@ -108,22 +97,14 @@ class Engine:
         `progress` is called on the event loop with the share of the load that is done. Raises ModelError if the
         model cannot be opened.
         """
-        engine = cls(config, opener, speculate)
-        engine._progress = lambda share: engine._call_soon(progress, share)
-        engine._thread.start()
+        engine = cls(config, opener, speculate, progress)
         try:
-            engine._runner = await asyncio.shield(engine._ready)
+            engine._opened = await engine._thread.open()
             yield engine
         finally:
-            engine._ready.cancel()
-            engine._closing.set()
-            for backend in (engine._backend, engine._draft_backend):
-                if backend is not None:
-                    backend.context.abort()
-            engine._inbox.put(None)
-            await asyncio.shield(asyncio.to_thread(engine._thread.join))
+            await engine._thread.close()
 
-    # ── on the event loop ──
+    # ── what it is ──
 
     @property
     def info(self) -> ModelInfo:
@@ -146,15 +127,27 @@ class Engine:
         return min(self._model.context.cells, self.info.trained_context or 2**30)
 
     @property
+    def memory(self) -> MemoryInfo:
+        """How prefixes are kept and shared."""
+        context, memory = self._model.context, self._config.memory
+        return MemoryInfo(
+            partial=context.partial,
+            window=context.window,
+            ram_bytes=memory.ram_bytes,
+            disk=bool(memory.disk),
+            disk_bytes=memory.disk_bytes if memory.disk else 0,
+            moved_from=memory.reuse if context.shifts and (memory.ram_bytes or memory.disk) else 0,
+        )
+
+    @property
     def _model(self) -> Backend:
-        assert self._backend is not None, "an engine that was yielded is open"
-        return self._backend
+        return self._opened.backend
 
     @property
     def silent(self) -> Mapping[str, str]:
         """Types of speculators that guess for nobody, each with the reason."""
-        fault = self._runner.draft_fault
-        return {**self._silent, "draft": fault} if fault else self._silent
+        fault = self._opened.runner.draft_fault
+        return {**self._opened.silent, "draft": fault} if fault else self._opened.silent
 
     @property
     def speculators(self) -> tuple[SpeculatorType, ...]:
@@ -163,7 +156,43 @@ class Engine:
 
     def stats(self) -> Stats:
         """What was done so far."""
-        return self._runner.counters.snapshot()
+        return self._opened.runner.counters.snapshot()
+
+    async def ask(self, function: Callable[[Runner], Answer]) -> Answer:
+        """What `function` answers on the engine thread between two steps, for which everybody waits.
+
+        Raises the EngineError that it raises, and EngineFault if the engine fails or closes before.
+        """
+        return await self._thread.ask(function)
+
+    # ── slots ──
+
+    async def slot_states(self) -> tuple[SlotState, ...]:
+        """The slots as of now, by number. Raises EngineFault if the engine has failed."""
+        return await self.ask(lambda runner: runner.slots.states())
+
+    async def save_slot(self, number: int, path: Path) -> Moved:
+        """Writes what a slot ran last, as far as it is kept, to the file `path`, whole or not at all.
+
+        Raises RequestRefused if there is nothing to save or no such slot, EngineFault if the file cannot be written.
+        """
+        return await slotfiles.save(self.ask, number, path, self.info.layout)
+
+    async def restore_slot(self, number: int, path: Path) -> Moved:
+        """Puts what a slot ran once back into RAM, from where the next request that begins so gets it; the slot counts
+        as having run it last.
+
+        Raises RequestRefused if it is busy, or if the file is not one of this model's or damaged: nothing of it is
+        used then.
+        """
+        return await slotfiles.restore(self.ask, number, path, self.info.layout)
+
+    async def erase_slot(self, number: int) -> int:
+        """Forgets what a slot ran last, in cells, RAM and disk, as far as no other text begins so; tokens that are
+        known no more. Raises RequestRefused if the slot is busy."""
+        return await slotfiles.erase(self.ask, number)
+
+    # ── requests ──
 
     def generate(self, request: Request) -> Generation:
         """A continuation of `request.prompt`, which starts when the Generation is entered.
@@ -258,93 +287,3 @@ class Engine:
         self.fault = fault
         self._refusal = lambda: EngineFault(str(fault), fatal=True)  # one for each: raising one grows it
         self._deliver([News(key, (), (), Failed(self._refusal())) for key in list(self._open)])
-
-    # ── on the engine thread ──
-
-    def _call_soon(self, function: Callable[..., None], *arguments: object) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *arguments)
-
-    def _serve(self) -> None:
-        with ExitStack() as stack:
-            try:
-                self._backend = self._opener(self._config, self._progress, lambda: not self._closing.is_set())
-                stack.callback(self._backend.close)
-                if not self._backend.context.partial:
-                    self._silent.update(dict.fromkeys(SPECULATOR_TYPES, "the model cannot forget single tokens"))
-                if self._config.draft.path:
-                    self._draft_backend = self._open_draft(self._backend)
-                whole = not self._backend.context.partial
-                store = open_store(self._config.memory, self._backend.info, whole=whole)
-            except Exception as error:
-                self._call_soon(self._settle_ready, None, error)
-                return
-            if self._draft_backend is not None:
-                stack.callback(self._draft_backend.close)
-            self._serve_with(self._backend, self._draft_backend, store)
-
-    def _open_draft(self, backend: Backend) -> Backend | None:
-        """The draft model; None, with a line in the log, if it cannot guess for the model of `backend`."""
-        config = self._config.of_draft(backend.context.cells)
-        draft = self._opener(config, lambda share: None, lambda: not self._closing.is_set())
-        if reason := difference(backend.vocab, draft.vocab):
-            self._refuse_draft(f"{config.model.path} does not fit the model: {reason}")
-        elif not (backend.context.partial and draft.context.partial):
-            self._refuse_draft("a model that cannot forget single tokens cannot verify or make drafts")
-        else:
-            return draft
-        draft.close()
-        return None
-
-    def _refuse_draft(self, reason: str) -> None:
-        self._silent["draft"] = reason
-        log.warning("no drafts from a model: %s", reason)
-
-    def _serve_with(self, backend: Backend, draft: Backend | None, store: Store | None) -> None:
-        batch, config = self._config.batch, self._config
-        try:
-            pace = Pace(batch.step_ms / 1000, batch.idle_step_ms / 1000)
-            model = None if draft is None else DraftModel(draft, backend.info.vocabulary, warmup=config.model.warmup)
-            shared = Shared(config.speculation, backend.vocab)
-            drafting = Drafting(shared, config.speculation, config.draft, model, self._speculate)
-            outbox = Outbox(self._loop, self._deliver)
-            runner = Runner(backend, self.slots, pace, outbox, drafting, store, config.memory.reuse)
-            if config.model.warmup:
-                warm_up(backend.context, runner.cost)
-            self._call_soon(self._settle_ready, runner, None)
-            self._run(runner)
-            runner.close()
-        except Exception as error:
-            fault = EngineFault(f"the engine failed: {error!r}", fatal=True)
-            fault.__cause__ = error
-            self._call_soon(self._settle_ready, None, fault)
-            self._call_soon(self._die, fault)
-            # Readers may still ask for tokens' text: close with the engine.
-            while not self._closing.is_set() and self._inbox.get() is not None:
-                pass
-
-    def _settle_ready(self, runner: Runner | None, error: Exception | None) -> None:
-        if self._ready.done():
-            return
-        if runner is not None:
-            self._ready.set_result(runner)
-        elif error is not None:
-            self._ready.set_exception(error)
-
-    def _run(self, runner: Runner) -> None:
-        """Steps until told to stop; sleeps when there is nothing to step."""
-        while True:
-            if not runner.busy:
-                runner.rest()
-            while not runner.busy and self._inbox.empty() and runner.tidy():
-                pass
-            while not runner.busy or not self._inbox.empty():
-                command = self._inbox.get()
-                if command is None:
-                    runner.fail_all(SHUTTING_DOWN)
-                    runner.step()
-                    return
-                command(runner)
-                if not runner.busy:
-                    runner.step()
-            runner.step()

@@ -16,6 +16,7 @@ from engine.outbox import Outbox
 from engine.pace import Pace, StepCost
 from engine.sampling import BadLogits
 from engine.scheduler import Limits, Plan, Room, Rows, StreamView
+from engine.slots import Slots
 from engine.speculate import LEARN, Drafter, Drafting
 from engine.stats import Counters
 from engine.streams import Stream
@@ -50,6 +51,7 @@ class Runner:
         self.counters = Counters(backend.context.cells, lambda: drafting.drafts)
         self.running: dict[int, Stream] = {}  # oldest first
         self.waiting = Waiting(self.cells)
+        self.slots = Slots(slots)
         self._slots = slots
         self._pace = pace
         self._outbox = outbox
@@ -85,7 +87,9 @@ class Runner:
         """One decode for everyone who runs, and what follows from it. With nobody, only tells the readers."""
         begun = time.perf_counter()
         self._admit()
-        if self.context.ordered and self._worn():
+        self.cells.expect(len(self.running) * self.cost.cell)
+        self.cells.tend(MOVING * self._seconds)
+        if self._worn() if self.context.ordered else self.cells.scattered:
             self._start_over()
         self._restore()
         plan = self._plan()
@@ -96,7 +100,6 @@ class Runner:
         self._gauge()
         self._outbox.flush()
         self._draft()
-        self.cells.tend(MOVING * self._seconds)
         self.counters.busy_seconds += time.perf_counter() - begun
 
     def rest(self) -> None:
@@ -105,9 +108,9 @@ class Runner:
 
     def tidy(self) -> bool:
         """Called when nothing runs: does a little of what had to wait until then. Whether there is more."""
-        self.cells.tend(TIDYING)
+        more = self.cells.tend(TIDYING)
         self._gauge()
-        return not self.cells.tidy
+        return more
 
     def close(self) -> None:
         """Ends what outlives requests: files are written. Nothing is called afterwards."""
@@ -127,6 +130,7 @@ class Runner:
         first = stream.admitted is None
         stream.start(self.cells.claim(stream.tokens, stream.request.salt))
         self.running[stream.key] = stream
+        self.slots.take(stream)
         self.waiting.promise(stream)
         self.counters.restores += bool(stream.held.coming)
         if first:
@@ -207,7 +211,7 @@ class Runner:
                 self._fail_rows(rows, f"the step failed: {error}")
             else:
                 self._observe(rows, time.perf_counter() - begun)
-                self.cells.age(self.context.batch.rows * self.cost.cell)
+                self.cells.age()
                 self._settle(rows, firsts, logits)
             return
 
@@ -327,6 +331,7 @@ class Runner:
 
     def _leave(self, stream: Stream, *, keep: bool) -> None:
         """Takes the stream out of wherever it is; its sequence stays resident if `keep`."""
+        self.slots.leave(stream)
         stream.leave(keep=keep)
         self.waiting.unpromise(stream)
         if self.running.pop(stream.key, None) is None:

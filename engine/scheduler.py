@@ -150,10 +150,22 @@ def _rows(streams: Sequence[StreamView], cells: int, free: int, limits: Limits) 
     )
     count += sum(drafts)
     chunk = min(limits.prompt_rows, limits.rows - count, cells - count)
-    prompts = _share([view.ready for view in reading], max(0, chunk))
+    prompts = _read([view.ready for view in reading], max(0, chunk))
     rows = [Rows(view.key, 1, more) for view, more in zip(decoding, drafts, strict=True)]
     rows += [Rows(view.key, size) for view, size in zip(reading, prompts, strict=True) if size]
     return rows
+
+
+def _read(wants: Sequence[int], total: int) -> list[int]:
+    """Splits the rows for prompts: half of them evenly, so that none stands still; with the others those are finished
+    that lack least, so that most begin soon."""
+    given = _share(wants, (total + 1) // 2)
+    left = total - sum(given)
+    for i in sorted(range(len(wants)), key=lambda i: wants[i] - given[i]):
+        more = min(wants[i] - given[i], left)
+        given[i] += more
+        left -= more
+    return given
 
 
 def _share(wants: Sequence[int], total: int) -> list[int]:

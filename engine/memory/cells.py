@@ -6,33 +6,19 @@ import time
 from array import array
 from collections.abc import Sequence
 
-from msgspec import Struct
-
 from engine.backend import Context
-from engine.memory.idle import Idle
-from engine.memory.lease import Coming, Lease
-from engine.memory.moves import best, moved
+from engine.memory.idle import AHEAD, Idle
+from engine.memory.lease import Coming, Lease, Prefix
+from engine.memory.moves import likest, moved
 from engine.memory.pieces import PIECE, Found, Piece
 from engine.memory.radix import Match, RadixTree
-from engine.memory.store import TEXTS, Store
+from engine.memory.store import Store
 
+HOLES, DEAR = 512, 8
+"""Free cells among the used ones that are not worth the trouble, and how many times the mean price moving what runs
+may take: cells of several streams alternate, and values that lie transposed are then moved one by one."""
 MOVE = 5e-6
 """Seconds to save or load a cell, before any was."""
-
-
-class Prefix(Struct, frozen=True):
-    """What a prompt would find: `length` tokens of it are resident, `idle` of them held by no running request; the
-    pieces in `stored` continue them."""
-
-    seq: int
-    length: int
-    idle: int
-    stored: Found
-
-    @property
-    def reach(self) -> int:
-        """Tokens that need no computing."""
-        return max(self.length, self.stored.length)
 
 
 class Cells:
@@ -54,9 +40,12 @@ class Cells:
         self.saved = self.restored = 0
         """Tokens that were moved to the store, and back."""
         self._reuse = reuse if store is not None and context.shifts and not context.window else 0
-        self._shifted = False  # whether cells were moved since the last decode: they cannot be saved yet
+        self.shifted = False
+        """Whether cells were moved since the last decode: they cannot be saved yet."""
         self._move = MOVE
-        self._unsaved: dict[int, int] = {}  # idle sequences, and from where on something may not be on disk
+        self._top = 0  # about the highest cell that is used
+        self._weight = 0.0  # bytes of a cell
+        self._unsaved: dict[int, int] = {}  # idle sequences, and from where on something may not be in the store
         self._credit = 0.0  # seconds that may be spent on letting leave what nobody asked to
         self._free = list(range(context.sequences - 1, -1, -1))
         self._idle = Idle()
@@ -121,24 +110,21 @@ class Cells:
         return Lease(self, seq, length, coming + self._moves(tokens[:-1], salt, coming[-1].end if coming else length))
 
     def _coming(self, stored: Found, length: int) -> list[Coming]:
-        coming: list[Coming] = []
-        for piece in stored.pieces:
-            start = max(length, piece.start) if self.context.partial else 0
-            coming.append(Coming(piece, start, min(piece.end, stored.length)))
-        return coming
+        partial = self.context.partial
+        return [
+            Coming(piece, max(length, piece.start) if partial else 0, min(piece.end, stored.length))
+            for piece in stored.pieces
+        ]
 
     def _moves(self, tokens: array[int], salt: str, start: int) -> list[Coming]:
-        """What of `tokens` from `start` on other texts of this salt have elsewhere, to be moved: from the text of
-        which most can be."""
-        store = self.store
-        if not self._reuse or store is None or len(tokens) - start < self._reuse:
+        """What of `tokens` from `start` on is to be moved from other places, if anything is."""
+        if not self._reuse or self.store is None or len(tokens) - start < self._reuse:
             return []
-        texts = {seq: self.tree.tokens(seq) for seq in self.tree.sequences(salt)[:TEXTS]}
-        texts |= {-number: text for number, text in enumerate(store.latest(tokens, salt), 1)}
-        seq, found = best(tokens, texts, start, self._reuse)
+        seq, text, found = likest(tokens, salt, start, self._reuse, self.tree, self.store)
         if found and seq >= 0:
-            self._save(seq, found[0].old, end=max(run.old + run.size for run in found))
-        pieces = store.along(texts[seq], salt) if found else {}
+            end = max(run.old + run.size for run in found)
+            self._save(seq, found[0].old, end=-(-end // PIECE) * PIECE)
+        pieces = self.store.along(text, salt)
         return [coming for run in found for coming in moved(run, pieces)]
 
     def _take_id(self, keep: int) -> int:
@@ -174,8 +160,9 @@ class Cells:
             lease.coming.clear()
             return False
         self._moved(end - start, begun)
+        self._top = max(self._top, self.tree.cells + len(piece.tokens))
         lease.coming.popleft()
-        self._shifted |= bool(shift)
+        self.shifted |= bool(shift)
         lease.commit(piece.spelled[start:end] if not self.context.partial else piece.part(start, end, shift or 0))
         lease.reused += end - start
         lease.moved += 0 if shift is None else end - start
@@ -202,7 +189,7 @@ class Cells:
             self._free_id(seq)
         elif not self.tree.length(seq) or self._redundant(seq):
             self._evict(seq)
-        elif self.store is not None and self.store.durable:
+        elif self.store is not None:
             self._unsaved[seq] = 0
 
     def reclaim(self, wanted: int) -> None:
@@ -210,23 +197,40 @@ class Cells:
         while not self.context.ordered and self.free < wanted and self._idle:
             self._shrink(self._idle.oldest(), wanted - self.free)
 
-    def age(self, rent: float) -> None:
-        """Counts a step, in which every resident cell cost `rent` seconds."""
-        self._idle.age(rent)
-        self._shifted = False
+    def age(self) -> None:
+        """Counts a decode of the batch."""
+        self._idle.age()
+        self.shifted = False
+        self._top = max(self._top, self.tree.cells + self.context.batch.rows)
 
-    def tend(self, seconds: float) -> None:
-        """Lets leave what has cost enough, and saves what is to be on disk, for about so long; later calls make up for
-        a piece that takes longer."""
+    def expect(self, rate: float) -> None:
+        """Every cell up to the highest used one will make the next steps `rate` seconds dearer; 0 if not known."""
+        self._idle.rate = rate
+
+    @property
+    def scattered(self) -> bool:
+        """Whether so many cells are free among the used ones that it pays to move all out and back: a step visits
+        them too. About, since only the library knows where they lie: it fills the lowest free ones."""
+        holes, live = self._top - self.tree.cells, self.tree.cells - self.kept
+        if self.store is None or self.context.window or not self.context.partial or holes < HOLES:
+            return False
+        fits = live * self._weight < self.store.ram.most / 2
+        return fits and self._weight > 0 and AHEAD * self._idle.rate * holes > DEAR * self._move * live
+
+    def tend(self, seconds: float) -> bool:
+        """Lets leave what has cost enough, and saves what else is idle, for about so long; later calls make up for a
+        piece that takes longer. Whether something idle is still to be saved."""
         self._credit = min(self._credit + seconds, seconds)
         if self.store is not None:
             self.store.settle()
         while self._credit >= 0 and (self._tend_oldest() or self._tend_unsaved()):
             pass
+        return bool(self._unsaved)
 
     def _tend_oldest(self) -> bool:
         """Cuts what the credit allows off the longest unused sequence, if it is due; whether it was."""
-        if self.context.ordered or not self._idle.due(self.compute if self.store is None else 2 * self._move):
+        price = self.compute if self.store is None else 2 * self._move
+        if self.context.ordered or not self._idle.due(price):
             return False
         begun = time.perf_counter()
         self._shrink(self._idle.oldest(), PIECE * self._affordable() if self.store is not None else self.context.cells)
@@ -234,7 +238,7 @@ class Cells:
         return True
 
     def _tend_unsaved(self) -> bool:
-        """Saves what the credit allows of an idle sequence that is to be on disk; whether there was one."""
+        """Saves what the credit allows of an idle sequence, so that it can leave at once; whether there was one."""
         if not self._unsaved:
             return False
         begun = time.perf_counter()
@@ -247,11 +251,6 @@ class Cells:
     def _affordable(self) -> int:
         """Pieces that the credit is enough for, at least one."""
         return max(1, int(self._credit / (PIECE * self._move)))
-
-    @property
-    def tidy(self) -> bool:
-        """Whether all that is to be on disk is on its way there."""
-        return not self._unsaved
 
     def clear(self) -> None:
         """Lets every idle sequence leave and frees what was wasted. Nothing is leased."""
@@ -281,10 +280,13 @@ class Cells:
 
     def _free_id(self, seq: int) -> None:
         self._idle.remove(seq)
+        self._unsaved.pop(seq, None)
         self._idle_cells = None
         self.context.cut(seq, 0)
         self.tree.remove(seq)
         self._free.append(seq)
+        if not self.tree.cells:
+            self._top = 0
 
     def _save_soon(self, lease: Lease) -> None:
         """Saves what could not be saved later: pieces that leave a sliding window, and texts at their stops."""
@@ -300,7 +302,7 @@ class Cells:
         """Saves what the store does not have of `seq` from `start` on, at most `most` pieces of it; up to where it
         looked."""
         length = self.tree.length(seq)
-        if self.store is None or self._shifted:
+        if self.store is None or self.shifted:
             return length
         begun, saved = time.perf_counter(), 0
         places = self.store.places(self.tree.tokens(seq)[:end], self.tree.salt(seq), start)
@@ -311,6 +313,7 @@ class Cells:
             else:
                 self.store.keep(piece, state)
                 saved += piece.end - first
+                self._weight = state.nbytes / (piece.end - first)
         for piece in reversed(places[most:] if most else ()):
             self.store.forget(piece)
         self.saved += saved

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 IDLE_STEPS = 512
 """Steps for which an idle sequence is kept while it is not known what that costs."""
+AHEAD = 32
+"""Steps that are likely to follow whatever is asked: what they will cost counts as if it had been paid."""
 
 
 class Use(NamedTuple):
@@ -23,6 +25,8 @@ class Idle:
         self._uses: dict[int, Use] = {}
         self._step = 0
         self._rent = 0.0
+        self.rate = 0.0
+        """Seconds by which a resident cell makes the next step dearer; 0 if that is not known."""
 
     def __contains__(self, seq: int) -> bool:
         return seq in self._uses
@@ -48,13 +52,14 @@ class Idle:
         """Takes `seq` out."""
         del self._uses[seq]
 
-    def age(self, rent: float) -> None:
-        """Counts a step, in which every resident cell cost `rent` seconds; 0 if that is not known."""
+    def age(self) -> None:
+        """Counts a step."""
         self._step += 1
-        self._rent += rent
+        self._rent += self.rate
 
     def due(self, price: float) -> bool:
-        """Whether keeping the oldest has cost as much as `price` seconds for each cell, for which it can be had again.
+        """Whether keeping the oldest has cost, or is about to, as much as `price` seconds for each cell, for which it
+        can be had again.
 
         Renting is then beyond the price of buying; nobody who does not know the future can be sure to do better than
         twice the best. No step, no cost: an engine at rest keeps all.
@@ -62,6 +67,6 @@ class Idle:
         if not self._uses:
             return False
         use = next(iter(self._uses.values()))
-        if not self._rent or not price:
+        if not price or not (self.rate or self._rent):
             return self._step - use.step > IDLE_STEPS
-        return self._rent - use.rent > price
+        return self._rent - use.rent + AHEAD * self.rate > price

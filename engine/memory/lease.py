@@ -1,4 +1,4 @@
-"""The right to a sequence."""
+"""What a prompt finds, and the right to a sequence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
 
-from engine.memory.pieces import Piece
+from msgspec import Struct
+
+from engine.memory.pieces import Found, Piece
 
 AHEAD = 8
 """Pieces that are read from disk ahead of their loading."""
@@ -31,6 +33,21 @@ class Lender(Protocol):
 
     def release(self, seq: int, *, keep: bool) -> None:
         """Takes the sequence back."""
+
+
+class Prefix(Struct, frozen=True):
+    """What a prompt would find: `length` tokens of it are resident, `idle` of them held by no running request; the
+    pieces in `stored` continue them."""
+
+    seq: int
+    length: int
+    idle: int
+    stored: Found
+
+    @property
+    def reach(self) -> int:
+        """Tokens that need no computing."""
+        return max(self.length, self.stored.length)
 
 
 class Coming(NamedTuple):

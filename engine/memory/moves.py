@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from engine.memory.lease import Coming
 from engine.memory.pieces import PIECE, Piece
-from engine.memory.radix import common
+from engine.memory.radix import RadixTree, common
+from engine.memory.store import TEXTS, Store
 
 BASE = np.uint64(0x9E3779B97F4A7C15)
 """Odd, so that it has an inverse modulo 2^64."""
@@ -50,14 +51,25 @@ def runs(new: array[int], old: array[int], start: int, least: int) -> list[Run]:
     return found
 
 
-def best(new: array[int], texts: Mapping[int, array[int]], start: int, least: int) -> tuple[int, list[Run]]:
-    """The text of which most of `new` can be had, by its key, and its runs; -1 and none if there is none."""
-    most, chosen, found = 0, -1, list[Run]()
-    for key, text in texts.items():
-        candidates = runs(new, text, start, least)
-        if (size := sum(run.size for run in candidates)) > most:
-            most, chosen, found = size, key, candidates
-    return chosen, found
+class Likest(NamedTuple):
+    """The text of which most can be had: the sequence that holds it, -1 if none does, and its runs."""
+
+    seq: int
+    text: array[int]
+    runs: list[Run]
+
+
+def likest(new: array[int], salt: str, start: int, least: int, tree: RadixTree, store: Store) -> Likest:
+    """Of the texts of this salt that are resident or were stored lately, the one of which most of `new` from `start`
+    on can be had; without runs if there is none."""
+    texts = [(seq, tree.tokens(seq)) for seq in tree.sequences(salt)[:TEXTS]]
+    texts += [(-1, text) for text in store.latest(new, salt)]
+    most, best = 0, Likest(-1, array("i"), [])
+    for seq, text in texts:
+        found = runs(new, text, start, least)
+        if (size := sum(run.size for run in found)) > most:
+            most, best = size, Likest(seq, text, found)
+    return best
 
 
 def moved(run: Run, pieces: Mapping[int, Piece]) -> list[Coming]:

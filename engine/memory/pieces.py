@@ -59,6 +59,14 @@ class Piece:
         return self.tokens[start - shift - self.start : end - shift - self.start]
 
     @property
+    def root(self) -> Piece:
+        """Its namespace's root."""
+        at = self
+        while at.parent is not None:
+            at = at.parent
+        return at
+
+    @property
     def cost(self) -> float:
         """What computing it again would take, in units of a token at the start of a text."""
         return len(self.tokens) * (1 + self.start / DEPTH)

@@ -221,15 +221,15 @@ class Store:
                 del parent.children[name]
             piece = parent
 
-    def erase(self, tokens: array[int], salt: str) -> int:
-        """Forgets the pieces that only `tokens` lead to, last first; returns how many tokens they had."""
-        erased = 0
-        for piece in reversed(self.find(tokens, salt, 0).pieces):
-            if piece.children:
+    def erase(self, tokens: array[int], salt: str) -> None:
+        """Forgets the pieces of a text that no other leads through, last first."""
+        while self._whole and (pieces := self.find(tokens, salt, 0).pieces) and not pieces[0].children:
+            self._drop(pieces[0])
+        # Not by `find`: what precedes a stored piece may be in cells only.
+        for piece in reversed(() if self._whole else self.along(tokens, salt).values()):
+            if piece.children or piece.end > len(tokens):
                 break
-            erased += len(piece.tokens)
             self._drop(piece)
-        return erased
 
     # ── on disk ──
 
@@ -244,18 +244,25 @@ class Store:
             if parent is None or parent.end != entry.start:
                 disk.remove(entry.key)
                 continue
-            pieces[entry.key] = Piece(parent, entry.start, entry.tokens, entry.key)
-            parent.children[entry.tokens.tobytes()] = pieces[entry.key]
+            for start in range(0, len(entry.tokens), PIECE):
+                parent = parent.child(entry.tokens[start : start + PIECE])
+            pieces[entry.key] = parent
         for entry in entries:
-            if entry.key in pieces:
-                self.disk.add(pieces[entry.key], entry.bytes)
+            piece = pieces.get(entry.key)
+            if piece is not None and piece.key == entry.key:
+                self.disk.add(piece, entry.bytes)
+            elif piece is not None:
+                self.forget(piece)
         self._make_room()
 
     def _write(self, piece: Piece, state: State) -> None:
         files = self._files
         if files is None or piece in self.disk or files.paused or files.queued > QUEUE or piece.parent is None:
             return
-        files.write(piece.key, piece.parent.key, piece.start, piece.tokens, state)
+        if self._whole:  # the file is of all of the text
+            files.write(piece.key, piece.root.key, 0, piece.spelled, state)
+        else:
+            files.write(piece.key, piece.parent.key, piece.start, piece.tokens, state)
         self._writing[piece.key] = piece
         self.disk.add(piece, state.nbytes)
         self._make_room()

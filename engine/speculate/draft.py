@@ -256,7 +256,7 @@ class DraftModel:
     def _decode(self) -> Logits:
         self.cells.reclaim(self.context.batch.rows)
         logits = self.context.decode()
-        self.cells.age(0.0)
+        self.cells.age()
         return logits
 
     # ── trouble ──

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,9 +22,14 @@ from engine import (
     Generation,
     Histogram,
     Logprob,
+    MemoryInfo,
     ModelInfo,
+    Moved,
+    Ran,
     Request,
     RequestRefused,
+    SamplingParams,
+    SlotState,
     SpeculatorType,
     Stats,
     Timings,
@@ -90,6 +96,31 @@ DRAFTS = (Drafts("suffix", 4, (0, 0, 0, 1, 0)),)
 """What becomes of the drafts of every request unless told otherwise: one, of whose four tokens three are right."""
 
 
+SLOTS = (
+    SlotState(
+        0,
+        True,
+        70,
+        Ran(
+            key=9,
+            prompt=64,
+            cached=32,
+            processed=32,
+            emitted=7,
+            most=10,
+            sampling=SamplingParams(seed=5),
+            min_tokens=1,
+            ignore_eos=False,
+            guessers=("suffix",),
+            draft=3,
+            drafts=DRAFTS,
+        ),
+    ),
+    *(SlotState(number, False, 0, None) for number in range(1, 4)),
+)
+"""The first one runs, the others never did."""
+
+
 def hello(request: Request) -> Iterable[Step]:
     """What the fake says unless told otherwise."""
     return [b"Hel", 0.002, b"lo", 0.002, " wörld".encode()]
@@ -125,6 +156,10 @@ class FakeEngine:
         self.free = 0
         self.places = 512
         self.fault: EngineFault | None = None
+        self.memory = MemoryInfo(partial=True, window=0, ram_bytes=2**30, disk=False, disk_bytes=0, moved_from=0)
+        self.states = SLOTS
+        self.trouble: EngineError | None = None
+        """Raised instead of saving, restoring or erasing."""
         self._playing: dict[Generation, asyncio.Task[None]] = {}
 
     @property
@@ -160,6 +195,24 @@ class FakeEngine:
             **dict.fromkeys(("saved_tokens", "restored_tokens", "ram_bytes", "disk_bytes"), 9),
             drafts=(Drafts("suffix", 20, (1, 2, 3)), Drafts("ngram-mod", 9, (0, 1, 0, 1))),
         )
+
+    async def slot_states(self) -> tuple[SlotState, ...]:
+        return self.states
+
+    async def save_slot(self, number: int, path: Path) -> Moved:
+        return self._moved(f"save {number} {path}")
+
+    async def restore_slot(self, number: int, path: Path) -> Moved:
+        return self._moved(f"restore {number} {path}")
+
+    async def erase_slot(self, number: int) -> int:
+        return self._moved(f"erase {number}").tokens
+
+    def _moved(self, what: str) -> Moved:
+        if self.trouble is not None:
+            raise self.trouble
+        self.log.append(what)
+        return Moved(70, 1000, 0.25)
 
     def _submit(self, generation: Generation) -> None:
         if self.refusal is not None and len(self._playing) >= self.free:

@@ -250,3 +250,24 @@ def test_a_port_in_use() -> None:
         with serving("--port", str(port)) as server:
             assert server.wait() == 1
             assert server.lines == [f"paceline: cannot listen on 127.0.0.1:{port}: Address already in use"]
+
+
+def test_a_slot_outlives_the_server(tmp_path: Path) -> None:
+    body = {"prompt": "One, two, three, four, five, six, " * 12, "max_tokens": 8, "temperature": 0, "seed": 1}
+    file = {"filename": "counting.bin"}
+    replies: list[Any] = []
+    for action in ("save", "restore"):
+        with serving("-np", "2", "--slot-save-path", str(tmp_path)) as server:
+            url = server.ready()
+            if action == "restore":
+                moved = httpx2.post(f"{url}/slots/0?action=restore", json=file, timeout=60).json()
+            replies.append(httpx2.post(f"{url}/v1/completions", json=body, timeout=60).json())
+            if action == "save":
+                saved = httpx2.post(f"{url}/slots/0?action=save", json=file, timeout=60).json()
+            server.signal()
+            assert server.wait() == 0
+    prompt = replies[0]["usage"]["prompt_tokens"]
+    assert saved["n_saved"] == moved["n_restored"] == prompt + 7
+    assert saved["n_written"] == moved["n_read"] == (tmp_path / "counting.bin").stat().st_size
+    assert [reply["usage"]["prompt_tokens_details"]["cached_tokens"] for reply in replies] == [0, prompt - 1]
+    assert replies[0]["choices"][0]["text"] == replies[1]["choices"][0]["text"]

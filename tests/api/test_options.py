@@ -32,6 +32,7 @@ EXAMPLES: dict[str, Any] = {
     "lookup_static": "static.bin",
     "lookup_dynamic": "dynamic.bin",
     "noise": "greedy",
+    "slot_save_path": "slots",
 }
 IN_ENVIRONMENT = [flag for flag in FLAGS if flag.env]
 

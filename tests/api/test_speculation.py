@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec import structs
 from starlette.types import ASGIApp
 
 from api.app import create_app
-from engine import Drafts, Speculation
+from engine import SPECULATOR_TYPES, Drafts, Speculation
 from tests.api.asgi import call, post
 from tests.api.fake import FakeEngine, site_of
 
@@ -181,5 +182,29 @@ async def test_props(engine: FakeEngine) -> None:
             "available": list(engine.speculators),
             "unavailable": {"draft": "there is no draft model, see --model-draft"},
         },
+        "memory": {
+            "sharing": "any token",
+            "window": 0,
+            "ram_bytes": 2**30,
+            "disk": False,
+            "disk_bytes": 0,
+            "moved_from": 0,
+            "by_key": False,
+        },
+        "endpoint_slots": True,
     }
     assert (await call(app, "POST", "/props", {})).status == 405
+
+
+async def test_props_of_a_model_that_cannot_cut(engine: FakeEngine) -> None:
+    reason = "the model cannot forget single tokens"
+    engine.silent = dict.fromkeys(SPECULATOR_TYPES, reason)
+    engine.memory = structs.replace(engine.memory, partial=False)
+    app = create_app(site_of(engine, options={"speculation": {"types": ["auto"]}}, cache_salt_by_key=True))
+    props = (await call(app, "GET", "/props")).json
+    assert (props["memory"]["sharing"], props["memory"]["by_key"]) == ("whole texts", True)
+    assert props["speculative"] == {
+        "types": [],
+        "available": [],
+        "unavailable": dict.fromkeys(SPECULATOR_TYPES, reason),
+    }

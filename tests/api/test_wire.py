@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec import UNSET
 from starlette.types import ASGIApp
 
-from engine import derive_seed
+from api.replies import TimingsReply
+from engine import Finished, FinishReason, Timings, Usage, derive_seed
 from tests.api.asgi import call, post
 from tests.api.fake import FakeEngine
 
@@ -337,3 +339,11 @@ async def test_names_of_the_model(app: ASGIApp, model: str | None) -> None:
 
 async def test_chat_without_its_version(app: ASGIApp) -> None:
     assert (await post(app, "/chat/completions", {"messages": HELLO})).status == 200
+
+
+def test_timings_tell_what_was_moved() -> None:
+    def end(moved: int) -> Finished:
+        return Finished(FinishReason.STOP, Usage(50, 40, 3, moved=moved), Timings(0.0, 1.0, 2.0), 0)
+
+    assert TimingsReply.of([[end(30), end(20)], [end(5)]]).moved_n == 25
+    assert TimingsReply.of([[end(0)]]).moved_n is UNSET

@@ -17,12 +17,13 @@ memory sampling pace scheduler
 llama
 speculate
 streams generation
-verify waiting
+verify waiting slots
 runner
+thread slotfiles
 engine
 """
 SAMPLING = "noise candidates\nlogprobs truncate penalties verify\nsampler"
-MEMORY = "radix ordered disk idle\npieces\nshelf lease\nstore moves\ncells"
+MEMORY = "radix ordered disk idle textfile\npieces\nshelf lease\nstore\nmoves\ncells\ntransfer"
 PACE = "cost acceptance\nwarmup"
 SPECULATE = """
 base vocabulary files tally
@@ -73,7 +74,7 @@ def upward(package: str, layers: str) -> list[str]:
     ],
 )
 def test_imports_point_down(package: str, layers: str) -> None:
-    lazily = ["engine.engine -> engine.llama"]
+    lazily = ["engine.thread -> engine.llama"]
     assert [line for line in upward(package, layers) if line not in lazily] == []
 
 

@@ -39,6 +39,13 @@ def stream(key: int, known: int, computed: int, drafts: int = 0, alone: int = 0)
             [Rows(1, 40), Rows(2, 20)],
         ),
         (
+            "half is shared out, with the rest the shortest is finished",
+            [stream(1, 90, 0), stream(2, 30, 0), stream(3, 25, 0)],
+            ROOMY,
+            Limits(64, 64, 48),
+            [Rows(1, 8), Rows(2, 15), Rows(3, 25)],
+        ),
+        (
             "a row that cannot be split goes to the oldest",
             [stream(1, 90, 0), stream(2, 90, 0)],
             ROOMY,

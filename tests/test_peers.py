@@ -1,0 +1,188 @@
+"""llama-server is built of the pinned sources with the project's flags, and told what Paceline is told."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from bench import peers, prefix
+from bench.models import Refused
+from bench.server import HOST
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = peers.Settings(model=Path("toy.gguf"), context=4096, slots=8, threads=2)
+LLAMA = "vendor/llama.cpp/CMakeLists.txt"
+
+
+def build_sdist(folder: Path, name: str) -> Path:
+    """An sdist with one empty file."""
+    path = folder / "toy.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    return path
+
+
+@dataclass
+class Index:
+    """Stands in for pip: builds the sdist that is asked for, and notes it."""
+
+    asked: list[str] = field(default_factory=list)
+
+    def __call__(self, requirement: str, folder: Path) -> Path:
+        self.asked.append(requirement)
+        return build_sdist(folder, f"llama_cpp_python-{requirement.partition('==')[2]}/{LLAMA}")
+
+
+def test_the_version_is_the_pinned_one() -> None:
+    assert f'"llama-cpp-python=={peers.pinned()}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_kernels_are_compiled_as_the_makefile_does() -> None:
+    assert f"NO_AMX := {' '.join(peers.KERNELS)}\n" in (ROOT / "Makefile").read_text()
+
+
+def test_builds_are_ignored_by_git() -> None:
+    assert peers.PEERS.relative_to(ROOT).parts[0] + "/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_the_sdist_is_brought_once_and_nothing_else_stays(tmp_path: Path) -> None:
+    index, folder = Index(), tmp_path / "peers"
+    for _ in range(2):
+        source = peers.unpack(folder, "1.2", download=index)
+    assert index.asked == ["llama-cpp-python==1.2"]
+    assert (source / LLAMA).exists()
+    assert list(folder.iterdir()) == [source] == [folder / "llama_cpp_python-1.2"]
+
+
+def test_a_given_sdist_is_not_downloaded(tmp_path: Path) -> None:
+    index, sdist = Index(), build_sdist(tmp_path, f"llama_cpp_python-1.2/{LLAMA}")
+    assert (peers.unpack(tmp_path / "peers", "1.2", sdist, index) / LLAMA).exists()
+    assert index.asked == []
+    assert sdist.exists()
+
+
+@pytest.mark.parametrize("name", [f"llama_cpp_python-1.3/{LLAMA}", "llama_cpp_python-1.2/setup.py"])
+def test_another_sdist_is_refused_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    sdist = build_sdist(tmp_path, name)
+    with pytest.raises(Refused, match=r"no llama_cpp_python-1\.2/vendor"):
+        peers.unpack(tmp_path / "peers", "1.2", sdist)
+    assert list((tmp_path / "peers").iterdir()) == []
+
+
+def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "toy.tar.gz").write_bytes(b"not one")
+    with pytest.raises(Refused, match="cannot be read"):
+        peers.unpack(tmp_path / "peers", "1.2", tmp_path / "toy.tar.gz")
+
+
+def test_only_the_server_is_compiled_and_users_flags_come_last() -> None:
+    configure, compiled = peers.commands(Path("toy"), '-DGGML_CUDA=ON -DCMAKE_C_FLAGS="-O2 -g"')
+    assert configure[:7] == ["cmake", "-S", "toy/vendor/llama.cpp", "-B", "toy/build", "-G", "Ninja"]
+    assert configure[-2:] == ["-DGGML_CUDA=ON", "-DCMAKE_C_FLAGS=-O2 -g"]
+    assert compiled[:5] == ["cmake", "--build", "toy/build", "--target", "llama-server"]
+    assert peers.binary(Path("toy")) == Path("toy/build/bin/llama-server")
+
+
+def test_tools_that_are_here_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/somewhere/{name}")
+    monkeypatch.setenv("PATH", "mine")
+    assert peers.with_tools(tmp_path)["PATH"] == "mine"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tools_from_wheels_come_first_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", "mine")
+    ninja = tmp_path / "tools" / "bin" / "ninja"
+    ninja.parent.mkdir(parents=True)
+    ninja.touch()
+    assert peers.with_tools(tmp_path)["PATH"] == f"{ninja.parent}:mine"
+
+
+@pytest.mark.parametrize(
+    ("line", "counts"),
+    [
+        ("[15/212] Building CXX object ggml.cpp.o\n", (15, 212)),
+        ("[212/212] Linking CXX executable bin/llama-server\n", (212, 212)),
+        ("ninja: no work to do.\n", None),
+        ("-- x [1/2] y\n", None),
+    ],
+)
+def test_ninja_says_how_far_it_is(line: str, counts: tuple[int, int] | None) -> None:
+    assert peers.steps(line) == counts
+
+
+def test_progress_is_told_and_everything_said_is_kept(tmp_path: Path) -> None:
+    heard, log = list[tuple[int, int]](), tmp_path / "log"
+    say = "print('[1/2] first'); print('a warning'); print('[2/2] second')"
+    peers.carry_out([sys.executable, "-c", say], {}, log, lambda done, total: heard.append((done, total)))
+    assert heard == [(1, 2), (2, 2)]
+    assert log.read_text() == "[1/2] first\na warning\n[2/2] second\n"
+
+
+def test_a_command_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
+    say = "import sys; print('no compiler'); sys.exit(3)"
+    with pytest.raises(Refused, match=r"no compiler\n.* failed; all it said is in .*log"):
+        peers.carry_out([sys.executable, "-c", say], {}, tmp_path / "log", lambda done, total: None)
+
+
+def test_elsewhere_than_on_a_terminal_each_tenth_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for done in range(1, 41):
+        peers.show_steps(done, 40)
+    assert capsys.readouterr().out.splitlines() == [f"  compiled {done}/40" for done in range(4, 41, 4)]
+
+
+def test_both_servers_are_told_the_same() -> None:
+    flags = ["-c", "4096", "-np", "8", "-t", "2", "-tb", "2", "-fa", "off"]
+    assert SETTINGS.flags() == flags
+    line = peers.command_line(Path("bin/llama-server"), SETTINGS, 1234, ("--kv-unified",))
+    assert line[:7] == ["bin/llama-server", "-m", "toy.gguf", "--host", HOST, "--port", "1234"]
+    assert line[-11:] == [*flags, "--kv-unified"]
+
+
+def test_a_server_that_is_not_built_says_how_to_build_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "PEERS", tmp_path)
+    with pytest.raises(Refused, match=r"python -m bench\.peers build"), peers.started("llama-server-split", SETTINGS):
+        raise AssertionError("it started")
+
+
+def test_a_server_that_ends_at_once_is_told_with_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "PEERS", tmp_path)
+    program = peers.binary(peers.sources(tmp_path, peers.pinned()))
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('no such model')\n")
+    program.chmod(0o700)
+    with (
+        pytest.raises(RuntimeError, match=r"exit code 1\)\nno such model"),
+        peers.started("llama-server-unified", SETTINGS),
+    ):
+        raise AssertionError("it started")
+
+
+def test_rounds_share_no_prompt_and_requests_of_a_round_do() -> None:
+    (first, second), (other, _) = (prefix.questions(number, 2000, 2, 32) for number in range(2))
+    assert first["messages"][0] == second["messages"][0] != other["messages"][0]
+    assert first["messages"][1] != second["messages"][1]
+    assert (first["temperature"], first["max_tokens"], first["ignore_eos"]) == (0, 32, True)
+
+
+def test_ratios_are_of_the_same_round_and_the_best_peer_counts() -> None:
+    seconds = {
+        "paceline": [1.0, 2.0, 4.0],
+        "llama-server-split": [3.0, 6.0, 4.0],
+        "llama-server-unified": [5.0, 5.0, 9],
+    }
+    turns: dict[str, list[prefix.Figures]] = {name: [{"seconds": one} for one in all] for name, all in seconds.items()}
+    assert prefix.ratios(turns) == {"paceline": 1.0, "llama-server-split": 3.0, "llama-server-unified": 2.5}
+    assert prefix.best_peer(turns) == "llama-server-split"
+    del turns["paceline"]
+    assert prefix.ratios(turns) == {}
+    assert prefix.best_peer({}) == ""
