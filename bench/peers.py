@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from bench.models import FOLDER, Refused
-from bench.server import HOST, Server, _await_health, free_port, serving
+from bench.server import HOST, Server, await_health, free_port, serving
 
 PEERS = FOLDER / "peers"
 """Where sources, builds and, if need be, build tools are kept."""
@@ -198,7 +198,7 @@ def llama_server(settings: Settings, mode: Sequence[str], seconds: float = 120) 
         process = subprocess.Popen(command_line(program, settings, port, mode), stdout=log, stderr=log)
         try:
             try:
-                _await_health(port, process, seconds)
+                await_health(port, process, seconds)
             except RuntimeError as error:
                 log.seek(0)
                 raise RuntimeError("\n".join([str(error), *log.read().splitlines()[-10:]])) from error

@@ -57,14 +57,15 @@ def serving(model: Path, arguments: Sequence[str] = (), seconds: float = 120) ->
     command = [sys.executable, "-m", "api", "serve", "-m", str(model), "--port", str(port), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _await_health(port, process, seconds)
+        await_health(port, process, seconds)
         yield Server(port, process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
 
 
-def _await_health(port: int, process: subprocess.Popen[bytes], seconds: float) -> None:
+def await_health(port: int, process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Returns once the server answers. Raises RuntimeError if it ends before or does not in `seconds`."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
         try:
