@@ -88,6 +88,7 @@ class Runner:
         begun = time.perf_counter()
         self._admit()
         self.cells.expect(len(self.running) * self.cost.cell)
+        self.cells.compute = self.cost.prompt_row
         self.cells.tend(MOVING * self._seconds)
         if self._worn() if self.context.ordered else self.cells.scattered:
             self._start_over()
@@ -108,6 +109,7 @@ class Runner:
 
     def tidy(self) -> bool:
         """Called when nothing runs: does a little of what had to wait until then. Whether there is more."""
+        self.cells.expect(0.0)
         more = self.cells.tend(TIDYING)
         self._gauge()
         return more
@@ -136,8 +138,6 @@ class Runner:
         if first:
             self.counters.queue.add(time.perf_counter() - stream.submitted)
             self.counters.prompt_tokens += stream.prompt_length
-            self.counters.cached_tokens += stream.cached
-            self.counters.hits += bool(stream.cached or stream.held.coming)
 
     def _views(self) -> list[StreamView]:
         tight = self.cells.free + self.cells.idle <= len(self.running)  # somebody may have to be retracted
@@ -165,10 +165,7 @@ class Runner:
         alone = len(waiting) == len(self.running)
         until = time.perf_counter() + (self._pace.idle_step if alone else MOVING * self._seconds)
         for stream in waiting:
-            while stream.loading and stream.held.fetch(wait=alone) and stream.held.restore():
-                if not stream.resumed:
-                    self.counters.cached_tokens += stream.held.reused - stream.cached
-                    stream.cached, stream.moved = stream.held.reused, stream.held.moved
+            while stream.loading and stream.held.fetch(wait=alone and stream is waiting[0]) and stream.held.restore():
                 if time.perf_counter() >= until:
                     return
 
@@ -244,8 +241,12 @@ class Runner:
             stream = self.running[rows.key]
             lease = stream.held
             lease.commit(stream.tokens[lease.length : lease.length + rows.tokens])
+            stream.computed += rows.tokens
             if stream.behind:
                 continue
+            if cached := stream.has_read():
+                self.counters.cached_tokens += cached
+                self.counters.hits += 1
             self.waiting.unpromise(stream)
             try:
                 self._emit(stream, logits[first : first + rows.drafts + 1], now)

@@ -54,8 +54,8 @@ class Ran(Struct, frozen=True):
         return cls(
             stream.key,
             stream.prompt_length,
-            stream.cached,
-            max(0, read - stream.cached),
+            stream.found,
+            max(0, read - stream.found),
             stream.emitted,
             request.max_tokens,
             structs.replace(request.sampling, seed=stream.seed, logit_bias=()),

@@ -43,9 +43,11 @@ class Stream:
         self.waits_for = -1
         """While it waits: the running stream that is computing the longest prefix of it, and how long that is."""
         self.promised = 0
-        self.cached = self.moved = 0
-        self.resumed = False
-        """Whether it was retracted before it began as it runs now."""
+        self.computed = 0
+        """Tokens computed for it until its prompt was read."""
+        self.cached: int | None = None
+        """Tokens of its prompt that were not; None until then."""
+        self.moved = 0
         self.stop_token: int | None = None
         self._ends = frozenset(request.stop_tokens) | vocab.ends
         self.forgotten = 0
@@ -94,10 +96,8 @@ class Stream:
     def start(self, lease: Lease) -> None:
         """Begins, or goes on after it was retracted."""
         self.lease = lease
-        self.resumed = self.admitted is not None
         if self.admitted is None:
             self.admitted = time.perf_counter()
-            self.cached = lease.reused
 
     @property
     def loading(self) -> bool:
@@ -118,6 +118,21 @@ class Stream:
             self.stop_token = token
             return FinishReason.STOP
         return FinishReason.LENGTH if self.emitted >= self._most else None
+
+    @property
+    def found(self) -> int:
+        """Tokens of its prompt that were not computed for it so far."""
+        if self.cached is not None:
+            return self.cached
+        return self.lease.reused if self.lease is not None else 0
+
+    def has_read(self) -> int:
+        """Called when its prompt is in cells: how many tokens of that need not be computed, the first time; else 0."""
+        if self.cached is not None:
+            return 0
+        self.cached = max(0, self.prompt_length - self.computed)
+        self.moved = min(self.held.moved, self.cached)
+        return self.cached
 
     @property
     def done_reading(self) -> FinishReason | None:
@@ -153,7 +168,7 @@ class Stream:
         drafted, accepted = sum(made.drafted for made in drafts), sum(made.accepted for made in drafts)
         return Finished(
             reason=reason,
-            usage=Usage(self.prompt_length, self.cached, self.emitted, drafted, accepted, self.moved),
+            usage=Usage(self.prompt_length, self.cached or 0, self.emitted, drafted, accepted, self.moved),
             timings=Timings(admitted - self.submitted, first - admitted, now - first),
             seed=self.seed,
             stop=self.stop_token,

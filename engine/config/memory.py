@@ -32,8 +32,8 @@ class MemoryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Meta(
             ge=0,
             le=2**20,
-            description="tokens that must recur for what follows a changed part of a prompt to be moved instead of "
-            "computed, which is not exact; 0 moves nothing, as always with --deterministic",
+            description="tokens that must recur (16 at least) for what follows a changed part of a prompt to be moved "
+            "instead of computed, which is not exact; 0 moves nothing, as always with --deterministic",
             extra=flags("--cache-reuse", env="LLAMA_ARG_CACHE_REUSE"),
         ),
     ] = 0

@@ -148,7 +148,8 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     device = gpu or f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     info = _describe(path, model, vocab, context, device)
     types = f"{config.model.cache_type_k} {config.model.cache_type_v} {params.flash_attn_type}"
-    layout = f"{info.digest} {info.build} {types}"
+    kind = "exact" if config.model.deterministic else f"moved {config.memory.reuse > 0}"
+    layout = f"{info.digest} {info.build} {types} {kind}"
     return LlamaBackend(model, vocab, context, structs.replace(info, layout=layout, exact=config.model.deterministic))
 
 

@@ -14,6 +14,8 @@ from engine.memory.pieces import PIECE, Found, Piece
 from engine.memory.radix import Match, RadixTree
 from engine.memory.store import Store
 
+LEAST = 16
+"""Tokens of a part of a changed prompt that is worth moving."""
 HOLES, DEAR = 512, 8
 """Free cells among the used ones that are not worth the trouble, and how many times the mean price moving what runs
 may take: cells of several streams alternate, and values that lie transposed are then moved one by one."""
@@ -39,7 +41,7 @@ class Cells:
         """Seconds that computing a token takes; 0 if not known."""
         self.saved = self.restored = 0
         """Tokens that were moved to the store, and back."""
-        self._reuse = reuse if store is not None and context.shifts and not context.window else 0
+        self._reuse = max(LEAST, reuse) if reuse and store is not None and context.shifts and not context.window else 0
         self.shifted = False
         """Whether cells were moved since the last decode: they cannot be saved yet."""
         self._move = MOVE
@@ -107,7 +109,8 @@ class Cells:
             if length:
                 length, stored = 0, self._stored(tokens[:-1], salt, 0)
         coming = self._coming(stored, length)
-        return Lease(self, seq, length, coming + self._moves(tokens[:-1], salt, coming[-1].end if coming else length))
+        reach = coming[-1].end if coming else length
+        return Lease(self, seq, length, coming + self._moves(tokens[:-1], salt, reach, but=seq))
 
     def _coming(self, stored: Found, length: int) -> list[Coming]:
         partial = self.context.partial
@@ -116,11 +119,11 @@ class Cells:
             for piece in stored.pieces
         ]
 
-    def _moves(self, tokens: array[int], salt: str, start: int) -> list[Coming]:
-        """What of `tokens` from `start` on is to be moved from other places, if anything is."""
+    def _moves(self, tokens: array[int], salt: str, start: int, but: int) -> list[Coming]:
+        """What of `tokens` from `start` on is to be moved from other places, if anything is; none of `but`'s."""
         if not self._reuse or self.store is None or len(tokens) - start < self._reuse:
             return []
-        seq, text, found = likest(tokens, salt, start, self._reuse, self.tree, self.store)
+        seq, text, found = likest(tokens, salt, start, self._reuse, self.tree, self.store, but)
         if found and seq >= 0:
             end = max(run.old + run.size for run in found)
             self._save(seq, found[0].old, end=-(-end // PIECE) * PIECE)
@@ -148,6 +151,11 @@ class Cells:
         """Begins to read pieces from disk; whether the first is there."""
         return self.store is None or self.store.fetch(pieces, wait=wait)
 
+    def release_pieces(self, pieces: Sequence[Piece]) -> None:
+        """Nobody waits for these any more."""
+        if self.store is not None:
+            self.store.release(pieces)
+
     def restore(self, lease: Lease) -> bool:
         """Loads the piece that `lease` waits for. False if that cannot be: nothing more is coming then."""
         piece, start, end, shift = lease.coming[0]
@@ -157,12 +165,13 @@ class Cells:
         begun = time.perf_counter()
         self.reclaim(piece.end - (piece.start if self.context.partial else 0))
         if state is None or not self.context.load(lease.seq, state, start, end, shift or 0):
-            lease.coming.clear()
+            lease.expect_nothing()
             return False
         self._moved(end - start, begun)
         self._top = max(self._top, self.tree.cells + len(piece.tokens))
         lease.coming.popleft()
         self.shifted |= bool(shift)
+        lease.saved = max(lease.saved, end // PIECE * PIECE)
         lease.commit(piece.spelled[start:end] if not self.context.partial else piece.part(start, end, shift or 0))
         lease.reused += end - start
         lease.moved += 0 if shift is None else end - start
@@ -212,7 +221,7 @@ class Cells:
         """Whether so many cells are free among the used ones that it pays to move all out and back: a step visits
         them too. About, since only the library knows where they lie: it fills the lowest free ones."""
         holes, live = self._top - self.tree.cells, self.tree.cells - self.kept
-        if self.store is None or self.context.window or not self.context.partial or holes < HOLES:
+        if self.store is None or self.context.window or not self.context.partial or self.shifted or holes < HOLES:
             return False
         fits = live * self._weight < self.store.ram.most / 2
         return fits and self._weight > 0 and AHEAD * self._idle.rate * holes > DEAR * self._move * live
@@ -275,7 +284,7 @@ class Cells:
     def _evict(self, seq: int) -> None:
         """Lets an idle sequence leave; what nobody else holds of it is saved."""
         if self.tree.length(seq) and not self._redundant(seq):
-            self._save(seq, self.tree.length(seq) - self.tree.own(seq))
+            self._save(seq, self.tree.length(seq) - self.tree.own(seq) if self.context.partial else 0)
         self._free_id(seq)
 
     def _free_id(self, seq: int) -> None:
@@ -290,8 +299,10 @@ class Cells:
 
     def _save_soon(self, lease: Lease) -> None:
         """Saves what could not be saved later: pieces that leave a sliding window, and texts at their stops."""
-        if lease.stops and lease.length >= lease.stops[0]:
+        passed = len(lease.stops)
+        while lease.stops and lease.length >= lease.stops[0]:
             del lease.stops[0]
+        if len(lease.stops) < passed:
             self._save(lease.seq, 0)
         if self.store is not None and self.context.window and lease.length - lease.saved >= PIECE:
             end = lease.length // PIECE * PIECE
@@ -305,8 +316,8 @@ class Cells:
         if self.store is None or self.shifted:
             return length
         begun, saved = time.perf_counter(), 0
-        places = self.store.places(self.tree.tokens(seq)[:end], self.tree.salt(seq), start)
-        for piece in places[:most]:
+        places = self.store.places(self.tree.tokens(seq)[:end], self.tree.salt(seq), start, most)
+        for piece in places:
             first = piece.start if self.context.partial else 0
             if (state := self.context.save(seq, first, piece.end)) is None:
                 self.store.forget(piece)
@@ -314,11 +325,9 @@ class Cells:
                 self.store.keep(piece, state)
                 saved += piece.end - first
                 self._weight = state.nbytes / (piece.end - first)
-        for piece in reversed(places[most:] if most else ()):
-            self.store.forget(piece)
         self.saved += saved
         self._moved(saved, begun)
-        return places[most - 1].end if most and len(places) > most else length
+        return places[-1].end if places and len(places) == most else length
 
     def _moved(self, tokens: int, begun: float) -> None:
         if tokens:
@@ -332,8 +341,6 @@ class Cells:
     def check(self) -> None:
         """Raises AssertionError unless the tree is sound and the context's sequences are as long as it says."""
         self.tree.check()
-        if self.store is not None:
-            self.store.check()
         for seq in range(self.context.sequences):
             known = self.tree.length(seq) if seq in self.tree else 0
             found = self.context.length(seq)

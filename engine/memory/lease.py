@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence
@@ -12,6 +13,10 @@ from msgspec import Struct
 
 from engine.memory.pieces import Found, Piece
 
+GIVE_UP = 10.0
+"""Seconds after which a disk that does not answer is not waited for."""
+STOPS = 4
+"""Lengths at which all of one text is saved, at once at most: each takes as long as the text is, and ends a step."""
 AHEAD = 8
 """Pieces that are read from disk ahead of their loading."""
 
@@ -30,6 +35,9 @@ class Lender(Protocol):
 
     def restore(self, lease: Lease) -> bool:
         """Loads its next piece."""
+
+    def release_pieces(self, pieces: Sequence[Piece]) -> None:
+        """Nobody waits for these any more."""
 
     def release(self, seq: int, *, keep: bool) -> None:
         """Takes the sequence back."""
@@ -77,6 +85,7 @@ class Lease:
         """What is to be loaded, in order."""
         self.stops: list[int] = []
         """Lengths, in order, at which all of it is saved, for a model of which no part can be."""
+        self._asked: float | None = None  # since when the disk has not answered
         self.saved = shared
         """Tokens that were saved as they came."""
 
@@ -86,7 +95,8 @@ class Lease:
 
     def stop_at(self, length: int) -> bool:
         """Has all of it saved once it is so long, for others to go on from; False if it is too late for that."""
-        if length > self.length and length not in self.stops:
+        ahead = self.coming[-1].end if self.coming else self.length
+        if length > ahead and length not in self.stops and len(self.stops) < STOPS:
             insort(self.stops, length)
         return length in self.stops
 
@@ -102,7 +112,18 @@ class Lease:
 
     def fetch(self, *, wait: bool) -> bool:
         """Whether the next piece can be loaded now; `wait` waits a little if it is being read from disk."""
-        return self._lender.fetch([coming.piece for coming in islice(self.coming, AHEAD)], wait=wait)
+        if self._lender.fetch([coming.piece for coming in islice(self.coming, AHEAD)], wait=wait):
+            self._asked = None
+            return True
+        self._asked = self._asked or time.monotonic()
+        if time.monotonic() - self._asked > GIVE_UP:
+            self.expect_nothing()
+        return False
+
+    def expect_nothing(self) -> None:
+        """Nothing more is loaded: the rest is to be computed."""
+        self._lender.release_pieces([coming.piece for coming in self.coming])
+        self.coming.clear()
 
     def restore(self) -> bool:
         """Loads the next piece, once fetched. False if it is gone or finds no cells: the rest is to be computed."""
@@ -110,5 +131,5 @@ class Lease:
 
     def leave(self, *, keep: bool = True) -> None:
         """Gives the sequence back. With `keep` its prefix stays resident until the cells are needed."""
-        self.coming.clear()
+        self.expect_nothing()
         self._lender.release(self.seq, keep=keep)

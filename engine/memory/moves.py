@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from engine.memory.lease import Coming
 from engine.memory.pieces import PIECE, Piece
-from engine.memory.radix import RadixTree, common
+from engine.memory.radix import RadixTree
 from engine.memory.store import TEXTS, Store
 
 BASE = np.uint64(0x9E3779B97F4A7C15)
@@ -44,7 +45,7 @@ def runs(new: array[int], old: array[int], start: int, least: int) -> list[Run]:
         if at < end:
             continue
         place = known[int(hashes[at])]
-        size = common(old[place:], new, at)
+        size = _agreeing(old, place, new, at)
         if size >= least:
             found.append(Run(at, place, size))
             end = at + size
@@ -59,10 +60,11 @@ class Likest(NamedTuple):
     runs: list[Run]
 
 
-def likest(new: array[int], salt: str, start: int, least: int, tree: RadixTree, store: Store) -> Likest:
-    """Of the texts of this salt that are resident or were stored lately, the one of which most of `new` from `start`
-    on can be had; without runs if there is none."""
-    texts = [(seq, tree.tokens(seq)) for seq in tree.sequences(salt)[:TEXTS]]
+def likest(new: array[int], salt: str, start: int, least: int, tree: RadixTree, store: Store, but: int) -> Likest:
+    """Of the texts of this salt that are resident, `but` excepted, or were stored lately, the one of which most of
+    `new` from `start` on can be had; without runs if there is none."""
+    latest = islice((seq for seq in tree.sequences(salt) if seq != but), TEXTS)
+    texts = [(seq, tree.tokens(seq)) for seq in latest]
     texts += [(-1, text) for text in store.latest(new, salt)]
     most, best = 0, Likest(-1, array("i"), [])
     for seq, text in texts:
@@ -84,6 +86,14 @@ def moved(run: Run, pieces: Mapping[int, Piece]) -> list[Coming]:
         begin, end = max(start, run.old), min(piece.end, run.old + run.size)
         coming.append(Coming(piece, begin + shift, end + shift, shift))
     return coming
+
+
+def _agreeing(old: array[int], place: int, new: array[int], at: int) -> int:
+    """How many tokens of `old` from `place` on equal those of `new` from `at` on."""
+    size = min(len(old) - place, len(new) - at)
+    unequal = np.frombuffer(old, np.int32, size, 4 * place) != np.frombuffer(new, np.int32, size, 4 * at)
+    first = int(unequal.argmax())
+    return first if unequal[first] else size
 
 
 def _hashes(tokens: array[int], width: int) -> NDArray[np.uint64]:

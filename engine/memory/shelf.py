@@ -19,8 +19,10 @@ STALE = 4
 class Shelf:
     """At most `most` bytes of pieces. A piece never leaves before the pieces that follow it."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, whole: bool = False) -> None:
+        """With `whole` each piece stands for all of a text up to its end."""
         self.most = most
+        self._whole = whole
         self.bytes = 0
         self._sizes: dict[Piece, int] = {}
         self._entries: dict[Piece, tuple[float, int]] = {}  # what it is worth, and a number that orders equal ones
@@ -51,7 +53,8 @@ class Shelf:
 
     def touch(self, piece: Piece) -> None:
         """Marks `piece` as of use now."""
-        self._entries[piece] = self._clock + piece.cost / max(1, self._sizes[piece]), next(self._number)
+        cost = piece.end if self._whole else piece.cost
+        self._entries[piece] = self._clock + cost / max(1, self._sizes[piece]), next(self._number)
         self._push(piece)
 
     def _push(self, piece: Piece) -> None:
@@ -66,7 +69,7 @@ class Shelf:
             worth, number, piece = heappop(self._heap)
             if self._entries.get(piece) != (worth, number) or self._followers.get(piece):
                 continue  # of use since, or to be pushed again with its last follower's leaving
-            self._clock = worth
+            self._clock = max(self._clock, worth)  # one that others followed may be worth less than those
             self.remove(piece)
             return piece
         return None

@@ -21,8 +21,8 @@ from engine.memory.shelf import Shelf
 
 PATIENCE = 0.05
 """Seconds to wait for the disk before the inbox is looked at again."""
-TEXTS = 4
-"""Texts that are looked through for parts of a prompt that has changed."""
+TEXTS = 2
+"""Resident, and as many stored, texts that are looked through for parts of a prompt that has changed."""
 QUEUE = 2**28
 """Bytes that may wait to be written to disk; what is kept beyond them is not written."""
 
@@ -35,8 +35,8 @@ class Store:
     """
 
     def __init__(self, most: int, *, whole: bool = False, disk: Disk | None = None, disk_most: int = 0) -> None:
-        self.ram = Shelf(most)
-        self.disk = Shelf(disk_most)
+        self.ram = Shelf(most, whole=whole)
+        self.disk = Shelf(disk_most, whole=whole)
         """What is on disk or on its way there."""
         self._whole = whole
         self._files = disk
@@ -141,7 +141,7 @@ class Store:
             state, piece.reading = piece.reading.result(), None
             if state is None:
                 self._lose(piece)
-            elif state.nbytes <= self.ram.most:
+            elif state.nbytes <= self.ram.most and piece in self.disk:  # else it left while it was read
                 self._hold(piece, state)
         elif state is not None:
             self.ram.touch(piece)
@@ -150,16 +150,24 @@ class Store:
             self._used.add(piece.key)
         return state
 
+    def release(self, pieces: Iterable[Piece]) -> None:
+        """Nobody waits for what is read of `pieces` any more: it is kept if there is room."""
+        for piece in pieces:
+            if piece.reading is not None and piece.reading.cancel():
+                piece.reading = None
+            elif piece.reading is not None and piece.reading.done():
+                self.take(piece)
+
     # ── keeping ──
 
-    def places(self, tokens: array[int], salt: str, start: int) -> list[Piece]:
-        """The pieces for `tokens` from `start` on of which there is no state, first to last; they are made if need be.
+    def places(self, tokens: array[int], salt: str, start: int, most: int | None = None) -> list[Piece]:
+        """The first `most` pieces for `tokens` from `start` on of which there is no state; they are made if need be.
 
-        With `whole` that is only the last one. What is not kept is to be given to `forget`.
+        With `whole` that is only the last one of all. What is not kept is to be given to `forget`.
         """
         pieces: list[Piece] = []
         at = self._roots.setdefault(key := root_key(salt), Piece(None, 0, array("i"), key)) if tokens[start:] else None
-        while at is not None and at.end < len(tokens):
+        while at is not None and at.end < len(tokens) and (self._whole or len(pieces) != most):
             at = self._next(at, tokens)
             if at.end > start and not self.has(at):
                 pieces.append(at)
@@ -181,6 +189,7 @@ class Store:
                 self._drop(shorter)
         self._write(piece, state)
         if state.nbytes <= self.ram.most:
+            self._attach(piece)  # the disk may have been too full for it
             self._hold(piece, state)
         self.forget(piece)
 
@@ -252,6 +261,7 @@ class Store:
             if piece is not None and piece.key == entry.key:
                 self.disk.add(piece, entry.bytes)
             elif piece is not None:
+                disk.remove(entry.key)
                 self.forget(piece)
         self._make_room()
 

@@ -78,6 +78,11 @@ class StepCost:
             self._beside = blend(self._beside, more / prompt_rows, WARY if dearer else HOPEFUL)
             self._last_beside = prompt_rows
 
+    @property
+    def prompt_row(self) -> float:
+        """Seconds of a row of a prompt that is read alone; 0 if none was measured."""
+        return self._alone or 0.0
+
     def decode_seconds(self, rows: int) -> float:
         """A step of `rows` rows without prompts; between measured counts in proportion, 0 if none was measured."""
         if (known := self._decode.get(rows)) is not None:

@@ -17,6 +17,7 @@ from msgspec import structs
 from engine.backend import NoFreeCells
 from engine.contract import Failed, Finished, FinishReason, Request, SamplingParams
 from engine.memory import Store
+from engine.memory import lease as lease_module
 from engine.memory.disk import Disk
 from engine.memory.pieces import PIECE
 from tests.engine.test_same_as_alone import Bench, Oracle, alone, draw_request, in_order
@@ -80,7 +81,7 @@ def test_what_is_resident_is_continued_by_what_is_stored() -> None:
     bench.submit(2, Request(prompt=(*long, 9), max_tokens=3, ignore_eos=True))
     bench.runner._seconds = 100.0
     bench.runner.step()
-    assert bench.streams[2].cached == 300
+    assert bench.streams[2].held.reused == 300
     assert len(cells_of(bench, 1) & cells_of(bench, 2)) == 100
     bench.run()
 
@@ -238,6 +239,69 @@ def test_a_model_that_keeps_one_state_continues_and_restores_whole_texts() -> No
     assert context.computed - before == 1
 
 
+def test_a_whole_text_that_is_restored_may_pass_several_stops() -> None:
+    bench = Bench(ToyContext(cells=2000, rows=512, partial=False), store=10**6)
+    long = text(103)
+    ask(bench, 0, long[:100])
+    bench.runner.cells.reclaim(10**6)
+    for key, prompt in enumerate([long, (*long[:50], 1 + long[50] % 40, 3, 4)], 1):
+        bench.submit(key, Request(prompt=prompt, max_tokens=1))
+    bench.run()
+    assert finished(bench, 1).usage.cached == 100
+
+
+def test_a_parent_that_is_worth_little_does_not_turn_back_the_clock() -> None:
+    store = Store(40 * PIECE)
+    fill(store, text(38 * PIECE))
+    for seed in range(1, 60):
+        newest = (seed % 40 + 1, *text(PIECE - 1, seed))
+        fill(store, newest)
+        assert store.find(array("i", newest), "", 0).length == PIECE, "the newest stays"
+
+
+def test_what_was_read_ahead_for_nobody_is_not_kept(tmp_path: Path) -> None:
+    disk = Disk(tmp_path, "toy")
+    store = Store(0, disk=disk, disk_most=10**6)
+    bench = bench_with(store)
+    ask(bench, 0, text(300))
+    while bench.runner.tidy():
+        pass
+    bench.runner.cells.reclaim(10**6)
+    lease = bench.runner.cells.claim(array("i", text(300)), "")
+    assert lease.coming
+    while not lease.fetch(wait=True):
+        pass
+    lease.leave()
+    assert all(piece.state is None and piece.reading is None for piece in store._all())
+    bench.runner.close()
+
+
+def test_a_long_idle_text_is_saved_in_time_that_grows_with_its_length() -> None:
+    context = ToyContext(cells=20_000, rows=4096)
+    bench = Bench(context, store=10**8, prompt_rows=4096)
+    ask(bench, 0, text(16_000))
+    assert bench.runner.cells.store is not None
+    calls = 0
+    while bench.runner.tidy():
+        calls += 1
+        assert calls < 2000
+    assert len(bench.runner.cells.store.ram) == 16_000 // PIECE
+
+
+def test_a_disk_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "GIVE_UP", 0.1)
+    disk = Disk(tmp_path, "toy")
+    bench = bench_with(Store(0, disk=disk, disk_most=10**6))
+    ask(bench, 0, text(100))
+    while bench.runner.tidy():
+        pass
+    bench.runner.cells.reclaim(10**6)
+    never: Future[Any] = Future()
+    disk.read = lambda key: never  # type: ignore[method-assign]
+    assert ask(bench, 1, text(100)).usage.cached == 0
+    bench.runner.close()
+
+
 def test_namespaces_share_nothing() -> None:
     context = ToyContext(cells=1000, rows=512)
     bench = Bench(context, store=10**6)
@@ -329,7 +393,9 @@ def test_a_request_is_not_held_up_by_another_that_waits_for_the_disk(tmp_path: P
     bench.runner.close()
 
 
-def run_at_random(seed: int, operations: int, *, partial: bool = True, ordered: bool = False) -> Bench:
+def run_at_random(
+    seed: int, operations: int, folder: Path | None = None, *, partial: bool = True, ordered: bool = False
+) -> Bench:
     """Random arrivals, cancellations, retractions, reclaims, states that are lost and steps without cells; everything
     is checked after each, and every text in the end."""
     random = Random(seed)
@@ -338,7 +404,11 @@ def run_at_random(seed: int, operations: int, *, partial: bool = True, ordered: 
     plain = ToyContext(cells=cells, sequences=random.choice([7, 14]), rows=rows, outputs=16, partial=partial)
     context: Any = in_order(cells) if ordered else plain
     inner = context._context if ordered else context
-    bench = Bench(context, prompt_rows=random.choice([5, 100]), store=random.choice([1, 1500, 20_000]))
+    disk = Disk(folder, "toy") if folder is not None else None
+    most = random.choice([3000, 10**6])
+    kept = Store(random.choice([1, 1500, 20_000]), whole=not partial, disk=disk, disk_most=most)
+    reuse = random.choice([0, 16]) if partial and not ordered else 0
+    bench = Bench(context, prompt_rows=random.choice([5, 100]), kept=kept, reuse=reuse)
     chance = random.choice([0.0, 0.1])
     inner.lost = lambda: random.random() < chance
     inner.faults = lambda _: NoFreeCells() if not ordered and random.random() < chance else None
@@ -369,8 +439,9 @@ def run_at_random(seed: int, operations: int, *, partial: bool = True, ordered: 
                 bench.runner.cells.tend(random.choice([0.0, 1e-4]))
             case _:
                 bench.runner.step()
-        bench.runner.cells.check()
+        bench.check()
     bench.run(most=50_000)
+    bench.runner.close()
     for key, (tokens, reason) in wanted.items():
         end = bench.ends[key]
         if isinstance(end, Failed):
@@ -394,14 +465,14 @@ def alone_in(request: Request, cells: int, *, partial: bool, ordered: bool) -> t
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_random_operations(seed: int) -> None:
-    bench = run_at_random(seed, 400)
+def test_random_operations(seed: int, tmp_path: Path) -> None:
+    bench = run_at_random(seed, 400, tmp_path if seed % 2 else None)
     assert bench.runner.cells.saved or seed
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_operations_on_a_model_that_keeps_one_state(seed: int) -> None:
-    run_at_random(seed, 300, partial=False)
+def test_random_operations_on_a_model_that_keeps_one_state(seed: int, tmp_path: Path) -> None:
+    run_at_random(seed, 300, tmp_path if seed % 2 else None, partial=False)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -103,7 +103,7 @@ def test_prompts_of_shuffled_parts_in_few_cells(seed: int) -> None:
         bench.submit(key, request)
         for _ in range(random.randint(0, 8)):
             bench.runner.step()
-            bench.runner.cells.check()
+            bench.check()
         if bench.runner.running and random.random() < 0.3:
             bench.runner._retract(random.choice([*bench.runner.running.values()]))
         if random.random() < 0.3:

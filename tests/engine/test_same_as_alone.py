@@ -117,6 +117,12 @@ class Bench:
         self.got[key], self.streams[key] = [], stream
         self.runner.submit(stream)
 
+    def check(self) -> None:
+        """Tree, cells and store agree."""
+        self.runner.cells.check()
+        if self.runner.cells.store is not None:
+            self.runner.cells.store.check()
+
     def run(self, most: int = 5000) -> None:
         while self.runner.busy:
             self.runner.step()
@@ -124,6 +130,7 @@ class Bench:
             assert most, "no end in sight"
         self.runner.step()
         self.runner.rest()
+        self.check()
 
 
 def alone(request: Request, cells: int) -> tuple[list[int], FinishReason]:

@@ -121,7 +121,7 @@ def run_at_random(path: Path, seed: int, operations: int, longest: int, **fields
             bench.runner.cells.reclaim(random.randint(0, bench.runner.context.cells))
         else:
             bench.runner.step()
-        bench.runner.cells.check()
+        bench.check()
     bench.run(most=20_000)
     for key, tokens in bench.got.items():
         end = bench.ends[key]
