@@ -60,6 +60,6 @@ $(VENV)/.developed: $(VENV)/.native
 	@$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
 
-$(SMOLLM): bench/models.py
-	@$(PYTHON) bench/models.py smollm2 $@
+$(SMOLLM): bench/models.py | $(VENV)/.native
+	@$(BIN)/python bench/models.py smollm2 $@
 	@touch $@

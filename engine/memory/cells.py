@@ -339,9 +339,12 @@ class Cells:
             self.store.close()
 
     def check(self) -> None:
-        """Raises AssertionError unless the tree is sound and the context's sequences are as long as it says."""
+        """Raises AssertionError unless the tree is sound, the context's sequences are as long as it says, and each is
+        free, idle or leased."""
         self.tree.check()
+        taken = [seq for seq in range(self.context.sequences) if seq in self.tree]
+        assert sorted([*self._free, *taken]) == list(range(self.context.sequences)), "each is free or has a place"
+        assert self._idle.sequences <= set(taken), "what is idle has a place"
         for seq in range(self.context.sequences):
-            known = self.tree.length(seq) if seq in self.tree else 0
-            found = self.context.length(seq)
+            known, found = self.tree.length(seq) if seq in taken else 0, self.context.length(seq)
             assert found == known, f"sequence {seq} has {found} positions, the tree says {known}"

@@ -405,8 +405,8 @@ def run_at_random(
     context: Any = in_order(cells) if ordered else plain
     inner = context._context if ordered else context
     disk = Disk(folder, "toy") if folder is not None else None
-    most = random.choice([3000, 10**6])
-    kept = Store(random.choice([1, 1500, 20_000]), whole=not partial, disk=disk, disk_most=most)
+    room = random.choice([3000, 10**6])
+    kept = Store(random.choice([1, 1500, 20_000]), whole=not partial, disk=disk, disk_most=room)
     reuse = random.choice([0, 16]) if partial and not ordered else 0
     bench = Bench(context, prompt_rows=random.choice([5, 100]), kept=kept, reuse=reuse)
     chance = random.choice([0.0, 0.1])

@@ -120,6 +120,9 @@ class Bench:
     def check(self) -> None:
         """Tree, cells and store agree."""
         self.runner.cells.check()
+        for stream in self.runner.running.values():
+            assert stream.held.length == self.runner.cells.tree.length(stream.held.seq), "lease and tree agree"
+            assert stream.held.seq not in self.runner.cells._idle
         if self.runner.cells.store is not None:
             self.runner.cells.store.check()
 
