@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, cast
 
 import httptools
@@ -27,6 +28,11 @@ class Outcome(msgspec.Struct):
     completion_tokens: int = 0
     text: str = ""
     error: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it did not end well."""
+        return bool(self.error) or self.status != 200
 
     @property
     def ttft(self) -> float:
@@ -147,6 +153,18 @@ async def stream(
     finally:
         transport.close()
     return outcome
+
+
+async def closed(
+    clients: int, bodies: Iterable[dict[str, Any]], send: Callable[[dict[str, Any]], Awaitable[Outcome]]
+) -> list[Outcome]:
+    """Sends all requests from `clients` clients, each of which sends the next one when its last has ended."""
+    waiting = iter(bodies)
+
+    async def client() -> list[Outcome]:
+        return [await send(body) for body in waiting]
+
+    return [outcome for part in await asyncio.gather(*(client() for _ in range(clients))) for outcome in part]
 
 
 def chat(messages: list[dict[str, str]], tokens: int, **more: object) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def tally(outcomes: list[Outcome]) -> dict[str, Any]:
         known = outcome.prompt_tokens + outcome.completion_tokens
     return {
         "turns": len(outcomes),
-        "failed": sum(bool(outcome.error) or outcome.status != 200 for outcome in outcomes),
+        "failed": sum(outcome.failed for outcome in outcomes),
         "prompt_tokens": sum(outcome.prompt_tokens for outcome in outcomes),
         "new": new,
         "computed": computed,

@@ -10,11 +10,12 @@ import argparse
 import asyncio
 import random
 import time
+from functools import partial
 from typing import Any
 
 import uvloop
 
-from bench.client import Outcome, chat, stream, user
+from bench.client import Outcome, chat, closed, stream, user
 from bench.figures import save, show, spread
 
 TOPICS = ("the sea", "a clock", "the desert", "an orchestra", "a lighthouse", "snow", "a library", "bees")
@@ -26,16 +27,6 @@ def body(number: int, tokens: int, words: int) -> dict[str, Any]:
     topic = TOPICS[number % len(TOPICS)]
     filler = " ".join(rng.choice(TOPICS) for _ in range(words // 2))
     return chat(user(f"Story {number}: write about {topic}. {filler}"), tokens, seed=number)
-
-
-async def closed(port: int, clients: int, requests: int, tokens: int, words: int) -> list[Outcome]:
-    """`clients` clients, each of which sends its next request when its last has ended."""
-    numbers = iter(range(requests))
-
-    async def client() -> list[Outcome]:
-        return [await stream(port, "/v1/chat/completions", body(n, tokens, words)) for n in numbers]
-
-    return [outcome for part in await asyncio.gather(*(client() for _ in range(clients))) for outcome in part]
 
 
 async def open_loop(port: int, rate: float, requests: int, tokens: int, words: int) -> list[Outcome]:
@@ -50,7 +41,7 @@ async def open_loop(port: int, rate: float, requests: int, tokens: int, words: i
 
 def report(outcomes: list[Outcome], seconds: float, cpu: float) -> dict[str, Any]:
     """The figures of one run."""
-    good = [outcome for outcome in outcomes if outcome.status == 200 and not outcome.error]
+    good = [outcome for outcome in outcomes if not outcome.failed]
     tokens = sum(outcome.completion_tokens for outcome in good)
     return {
         "requests": len(outcomes),
@@ -70,7 +61,8 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.rate:
         outcomes = await open_loop(options.port, options.rate, options.requests, options.tokens, options.words)
     else:
-        outcomes = await closed(options.port, options.clients, options.requests, options.tokens, options.words)
+        bodies = (body(n, options.tokens, options.words) for n in range(options.requests))
+        outcomes = await closed(options.clients, bodies, partial(stream, options.port, "/v1/chat/completions"))
     return report(outcomes, time.perf_counter() - begun, time.process_time() - cpu)
 
 

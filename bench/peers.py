@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -24,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from bench.models import FOLDER, Refused
-from bench.server import HOST, Server, await_health, free_port, serving
+from bench.server import HOST, Server, free_port, running, serving
 
 PEERS = FOLDER / "peers"
 """Where sources, builds and, if need be, build tools are kept."""
@@ -194,18 +193,9 @@ def llama_server(settings: Settings, mode: Sequence[str], seconds: float = 120) 
     program, port = binary(sources(PEERS, pinned())), free_port()
     if not program.exists():
         raise Refused("llama-server is not built yet: python -m bench.peers build")
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command_line(program, settings, port, mode), stdout=log, stderr=log)
-        try:
-            try:
-                await_health(port, process, seconds)
-            except RuntimeError as error:
-                log.seek(0)
-                raise RuntimeError("\n".join([str(error), *log.read().splitlines()[-10:]])) from error
-            yield Server(port, process.pid)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+    command = command_line(program, settings, port, mode)
+    with tempfile.TemporaryFile("w+") as log, running(command, port, seconds, log) as server:
+        yield server
 
 
 def started(name: str, settings: Settings) -> AbstractContextManager[Server]:

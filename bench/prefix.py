@@ -11,11 +11,12 @@ import argparse
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.client import Outcome, chat, stream, user
+from bench.client import Outcome, chat, closed, stream, user
 from bench.figures import save, show
 from bench.load import TOPICS, report
 from bench.models import Refused
@@ -34,7 +35,7 @@ RECALLED = 8
 async def ask(port: int, body: dict[str, Any]) -> Outcome:
     """One chat request. Raises RuntimeError unless it ends well."""
     outcome = await stream(port, "/v1/chat/completions", body)
-    if outcome.status != 200 or outcome.error:
+    if outcome.failed:
         raise RuntimeError(f"a request failed ({outcome.status}): {outcome.error}")
     return outcome
 
@@ -59,13 +60,8 @@ async def turn(server: Server, clients: int, bodies: Sequence[dict[str, Any]]) -
     Raises RuntimeError if one fails, since the others then took less than their time.
     """
     await warm_up(server)
-    waiting, outcomes = iter(bodies), list[Outcome]()
-
-    async def client() -> None:
-        outcomes.extend([await ask(server.port, body) for body in waiting])
-
     begun, cpu, own = time.perf_counter(), server.cpu_seconds(), time.process_time()
-    await asyncio.gather(*(client() for _ in range(clients)))
+    outcomes = await closed(clients, bodies, partial(ask, server.port))
     seconds = time.perf_counter() - begun
     loaded = report(outcomes, seconds, time.process_time() - own)
     return {

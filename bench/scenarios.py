@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.client import Outcome, chat, stream, user
+from bench.client import Outcome, chat, closed, stream, user
 from bench.figures import percentile, save, show
 from bench.server import Server, serving
 
@@ -57,27 +58,16 @@ async def long_prompt(server: Server, streams: int = 4, prompt: int = 4000) -> d
 async def shared_prefix(server: Server, clients: int = 8, requests: int = 24, prompt: int = 2000) -> dict[str, Any]:
     """How many prompt tokens are computed for requests that all begin with one long system prompt."""
     system = {"role": "system", "content": text_of(prompt)}
-    numbers = iter(range(requests))
-
-    async def client() -> list[Outcome]:
-        return [
-            await stream(
-                server.port,
-                "/v1/chat/completions",
-                chat([system, {"role": "user", "content": f"Question {n}?"}], 16, seed=n),
-            )
-            for n in numbers
-        ]
-
+    bodies = (chat([system, *user(f"Question {n}?")], 16, seed=n) for n in range(requests))
     loop = asyncio.get_running_loop()
     begun = loop.time()
-    outcomes = [outcome for part in await asyncio.gather(*(client() for _ in range(clients))) for outcome in part]
+    outcomes = await closed(clients, bodies, partial(stream, server.port, "/v1/chat/completions"))
     seconds = loop.time() - begun
     asked = sum(outcome.prompt_tokens for outcome in outcomes)
     cached = sum(outcome.cached_tokens for outcome in outcomes)
     return {
         "requests": len(outcomes),
-        "failed": sum(bool(outcome.error) or outcome.status != 200 for outcome in outcomes),
+        "failed": sum(outcome.failed for outcome in outcomes),
         "seconds": seconds,
         "prompt_tokens_of_one": max(outcome.prompt_tokens for outcome in outcomes),
         "prompt_tokens_asked": asked,

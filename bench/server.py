@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 from urllib.error import URLError
 
 import msgspec
@@ -55,22 +56,40 @@ def serving(model: Path, arguments: Sequence[str] = (), seconds: float = 120) ->
     """Serves `model` for the length of the block. Raises RuntimeError if it is not healthy in `seconds`."""
     port = free_port()
     command = [sys.executable, "-m", "api", "serve", "-m", str(model), "--port", str(port), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with running(command, port, seconds) as server:
+        yield server
+
+
+@contextmanager
+def running(command: Sequence[str], port: int, seconds: float, log: IO[str] | None = None) -> Iterator[Server]:
+    """Runs a server's command for the length of the block, and what it says into `log`.
+
+    Raises RuntimeError, with its last words if there is a log, if it is not healthy in `seconds`.
+    """
+    process = subprocess.Popen(command, stdout=log or subprocess.DEVNULL, stderr=log or subprocess.DEVNULL)
     try:
-        await_health(port, process, seconds)
+        if not _healthy(port, process, seconds):
+            words = f"the server did not become healthy (exit code {process.poll()})"
+            raise RuntimeError("\n".join([words, *_last(log)]))
         yield Server(port, process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
 
 
-def await_health(port: int, process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Returns once the server answers. Raises RuntimeError if it ends before or does not in `seconds`."""
+def _healthy(port: int, process: subprocess.Popen[bytes], seconds: float) -> bool:
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
         try:
             with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=5):
-                return
+                return True
         except (URLError, OSError):
             time.sleep(0.1)
-    raise RuntimeError(f"the server did not become healthy (exit code {process.poll()})")
+    return False
+
+
+def _last(log: IO[str] | None) -> list[str]:
+    if log is None:
+        return []
+    log.seek(0)
+    return log.read().splitlines()[-10:]

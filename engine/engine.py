@@ -136,7 +136,7 @@ class Engine:
             ram_bytes=memory.ram_bytes,
             disk=bool(memory.disk),
             disk_bytes=memory.disk_bytes if memory.disk else 0,
-            moved_from=memory.reuse if context.shifts and (memory.ram_bytes or memory.disk) else 0,
+            moved_from=self._opened.runner.cells.reuse,
         )
 
     @property

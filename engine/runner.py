@@ -52,7 +52,6 @@ class Runner:
         self.running: dict[int, Stream] = {}  # oldest first
         self.waiting = Waiting(self.cells)
         self.slots = Slots(slots)
-        self._slots = slots
         self._pace = pace
         self._outbox = outbox
         self._drafting = drafting
@@ -90,7 +89,7 @@ class Runner:
         self.cells.expect(len(self.running) * self.cost.cell)
         self.cells.compute = self.cost.prompt_row
         self.cells.tend(MOVING * self._seconds)
-        if self._worn() if self.context.ordered else self.cells.scattered:
+        if self._worn():
             self._start_over()
         self._restore()
         plan = self._plan()
@@ -122,7 +121,7 @@ class Runner:
     # ── before the decode ──
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._slots:
+        while self.waiting and len(self.running) < len(self.slots):
             key = scheduler.admit(self.waiting.views(), self._views(), self._room())
             if key is None:
                 return
@@ -144,12 +143,15 @@ class Runner:
         return [stream.view(self.cells.tree.alone(stream.held.seq) if tight else 0) for stream in self.running.values()]
 
     def _room(self) -> Room:
-        return Room(self._slots - len(self.running), self.cells.free, self.cells.idle)
+        return Room(len(self.slots) - len(self.running), self.cells.free, self.cells.idle)
 
     def _worn(self) -> bool:
-        """Whether cells that cannot be freed one by one are needed: for the next rows, or for who waits."""
+        """Whether it pays to free all cells: where they must stay in order, if those are needed that cannot be freed
+        one by one, for the next rows or for who waits; elsewhere, if free ones lie among the used."""
+        if not self.context.ordered:
+            return self.cells.scattered
         stuck = self.context.wasted + self.cells.kept
-        blocked = bool(self.waiting) and len(self.running) < self._slots
+        blocked = bool(self.waiting) and len(self.running) < len(self.slots)
         return self.cells.free < len(self.running) or (blocked and 2 * stuck > self.context.cells)
 
     def _start_over(self) -> None:
@@ -295,7 +297,7 @@ class Runner:
         """Asks the speculators for the next step, while the readers already have this one's tokens."""
         if not self.context.partial:
             return
-        most, left = self.context.outputs - self._slots, LEARN
+        most, left = self.context.outputs - len(self.slots), LEARN
         wants: list[tuple[Stream, int]] = []
         reading: list[Drafter] = []
         for stream in self.running.values():

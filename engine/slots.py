@@ -118,6 +118,9 @@ class Slots:
         self._free = list(range(count))
         self._taken: dict[int, Slot] = {}
 
+    def __len__(self) -> int:
+        return len(self._slots)
+
     def take(self, stream: Stream) -> None:
         """Gives `stream`, which has just got its lease, the lowest free slot. There is one."""
         slot = self._taken[stream.key] = self._slots[heappop(self._free)]

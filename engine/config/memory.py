@@ -62,6 +62,11 @@ class MemoryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // EIGHTH
 
     @property
+    def keeps(self) -> bool:
+        """Whether prefixes that leave the cells are kept anywhere."""
+        return bool(self.ram_bytes or self.disk)
+
+    @property
     def disk_bytes(self) -> int:
         """Bytes of files at most."""
         return self.disk_max * MEBIBYTE

@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from engine.backend import Context
 from engine.memory.idle import AHEAD, Idle
 from engine.memory.lease import Coming, Lease, Prefix
-from engine.memory.moves import likest, moved
+from engine.memory.moves import LEAST, likest, moved
 from engine.memory.pieces import PIECE, Found, Piece
 from engine.memory.radix import Match, RadixTree
 from engine.memory.store import Store
 
-LEAST = 16
-"""Tokens of a part of a changed prompt that is worth moving."""
 HOLES, DEAR = 512, 8
 """Free cells among the used ones that are not worth the trouble, and how many times the mean price moving what runs
 may take: cells of several streams alternate, and values that lie transposed are then moved one by one."""
@@ -33,7 +31,6 @@ class Cells:
     """
 
     def __init__(self, context: Context, store: Store | None = None, reuse: int = 0) -> None:
-        """`reuse` tokens must recur for cells to be moved to where a changed prompt has them; 0 moves none."""
         self.context = context
         self.tree = RadixTree()
         self.store = store
@@ -41,7 +38,8 @@ class Cells:
         """Seconds that computing a token takes; 0 if not known."""
         self.saved = self.restored = 0
         """Tokens that were moved to the store, and back."""
-        self._reuse = max(LEAST, reuse) if reuse and store is not None and context.shifts and not context.window else 0
+        self.reuse = max(LEAST, reuse) if reuse and store is not None and context.shifts else 0
+        """Tokens that must recur for cells to be moved to where a changed prompt has them; 0 if none are."""
         self.shifted = False
         """Whether cells were moved since the last decode: they cannot be saved yet."""
         self._move = MOVE
@@ -100,7 +98,7 @@ class Cells:
         self._idle_cells = None
         length, stored = prefix.length, prefix.stored
         if stored.pieces and (self.context.ordered or not self.context.partial):
-            length = min(length, stored.pieces[0].start if self.context.partial else 0)  # a piece is loaded whole
+            length = min(length, self._begin(stored.pieces[0]))  # a piece is loaded whole
         if length and self.context.copy(prefix.seq, seq, length):
             self.tree.share(prefix.seq, seq, length)
             self._refresh(prefix.seq)
@@ -113,17 +111,19 @@ class Cells:
         return Lease(self, seq, length, coming + self._moves(tokens[:-1], salt, reach, but=seq))
 
     def _coming(self, stored: Found, length: int) -> list[Coming]:
-        partial = self.context.partial
-        return [
-            Coming(piece, max(length, piece.start) if partial else 0, min(piece.end, stored.length))
-            for piece in stored.pieces
-        ]
+        if not self.context.partial:
+            return [Coming(piece, 0, piece.end) for piece in stored.pieces]
+        return [Coming(piece, max(length, piece.start), min(piece.end, stored.length)) for piece in stored.pieces]
+
+    def _begin(self, piece: Piece) -> int:
+        """The first position of which a state of `piece` is."""
+        return piece.start if self.context.partial else 0
 
     def _moves(self, tokens: array[int], salt: str, start: int, but: int) -> list[Coming]:
         """What of `tokens` from `start` on is to be moved from other places, if anything is; none of `but`'s."""
-        if not self._reuse or self.store is None or len(tokens) - start < self._reuse:
+        if not self.reuse or self.store is None or len(tokens) - start < self.reuse:
             return []
-        seq, text, found = likest(tokens, salt, start, self._reuse, self.tree, self.store, but)
+        seq, text, found = likest(tokens, salt, start, self.reuse, self.tree, self.store, but)
         if found and seq >= 0:
             end = max(run.old + run.size for run in found)
             self._save(seq, found[0].old, end=-(-end // PIECE) * PIECE)
@@ -163,7 +163,7 @@ class Cells:
         assert self.store is not None, "pieces come from a store"
         state = self.store.take(piece)
         begun = time.perf_counter()
-        self.reclaim(piece.end - (piece.start if self.context.partial else 0))
+        self.reclaim(piece.end - self._begin(piece))
         if state is None or not self.context.load(lease.seq, state, start, end, shift or 0):
             lease.expect_nothing()
             return False
@@ -318,7 +318,7 @@ class Cells:
         begun, saved = time.perf_counter(), 0
         places = self.store.places(self.tree.tokens(seq)[:end], self.tree.salt(seq), start, most)
         for piece in places:
-            first = piece.start if self.context.partial else 0
+            first = self._begin(piece)
             if (state := self.context.save(seq, first, piece.end)) is None:
                 self.store.forget(piece)
             else:

@@ -31,6 +31,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from engine.backend import State
+from engine.replacement import Replacement
 
 log = logging.getLogger("paceline.memory")
 
@@ -301,17 +302,12 @@ def _save(path: Path, identity: bytes, piece: _Write) -> int:
     head = _FIXED.pack(_MAGIC, _VERSION, identity, *sizes, _checksum(state))
     head += key + parent + struct.pack(f"<{len(piece.tokens)}i", *piece.tokens)
     head += _checksum(head)
-    handle, name = tempfile.mkstemp(".part", f"{piece.key}.", path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(head)
-            file.write(state)
-        os.utime(name, (piece.at, piece.at))
-        os.replace(name, path)
-    except BaseException:
-        _unlink(Path(name))
-        raise
-    return len(head) + state.nbytes
+    with Replacement(path, f"{piece.key}.", ".part") as new:
+        new.file.write(head)
+        new.file.write(state)
+        new.file.flush()
+        os.utime(new.file.fileno(), (piece.at, piece.at))
+        return new.commit(durable=False)
 
 
 def _head(file: BinaryIO, key: str, identity: bytes) -> tuple[Entry, int, bytes]:

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from engine.memory.lease import Coming
 from engine.memory.pieces import PIECE, Piece
-from engine.memory.radix import RadixTree
+from engine.memory.radix import RadixTree, common
 from engine.memory.store import TEXTS, Store
 
+LEAST = 16
+"""Tokens of a part of a changed prompt that is worth moving."""
 BASE = np.uint64(0x9E3779B97F4A7C15)
 """Odd, so that it has an inverse modulo 2^64."""
 INVERSE = np.uint64(pow(int(BASE), -1, 2**64))
@@ -45,7 +47,7 @@ def runs(new: array[int], old: array[int], start: int, least: int) -> list[Run]:
         if at < end:
             continue
         place = known[int(hashes[at])]
-        size = _agreeing(old, place, new, at)
+        size = common(old, new, at, place)
         if size >= least:
             found.append(Run(at, place, size))
             end = at + size
@@ -86,14 +88,6 @@ def moved(run: Run, pieces: Mapping[int, Piece]) -> list[Coming]:
         begin, end = max(start, run.old), min(piece.end, run.old + run.size)
         coming.append(Coming(piece, begin + shift, end + shift, shift))
     return coming
-
-
-def _agreeing(old: array[int], place: int, new: array[int], at: int) -> int:
-    """How many tokens of `old` from `place` on equal those of `new` from `at` on."""
-    size = min(len(old) - place, len(new) - at)
-    unequal = np.frombuffer(old, np.int32, size, 4 * place) != np.frombuffer(new, np.int32, size, 4 * at)
-    first = int(unequal.argmax())
-    return first if unequal[first] else size
 
 
 def _hashes(tokens: array[int], width: int) -> NDArray[np.uint64]:

@@ -48,15 +48,15 @@ class Node:
             del self.children[child.tokens[0]]
 
 
-def common(left: array[int], right: array[int], start: int) -> int:
-    """How many tokens of `left` equal those of `right` from `start` on."""
-    size = min(len(left), len(right) - start)
+def common(left: array[int], right: array[int], start: int, at: int = 0) -> int:
+    """How many tokens of `left` from `at` on equal those of `right` from `start` on."""
+    size = min(len(left) - at, len(right) - start)
     if size <= 0:
         return 0
     # One compare in C either way; an exact match, the common case, needs no search.
-    unequal = np.frombuffer(left, np.int32, size) != np.frombuffer(right, np.int32, size, 4 * start)
-    at = int(unequal.argmax())
-    return at if unequal[at] else size
+    unequal = np.frombuffer(left, np.int32, size, 4 * at) != np.frombuffer(right, np.int32, size, 4 * start)
+    first = int(unequal.argmax())
+    return first if unequal[first] else size
 
 
 class RadixTree:

@@ -46,41 +46,36 @@ class Store:
         if disk is not None:
             self._open(disk)
 
-    @property
-    def durable(self) -> bool:
-        """Whether what is kept outlives the process."""
-        return self._files is not None
-
     # ── finding ──
 
     def find(self, tokens: array[int], salt: str, start: int) -> Found:
         """The pieces that continue the first `start` of `tokens` furthest; none if nothing does."""
-        root = self._roots.get(root_key(salt))
-        if root is None:
-            return Found((), start)
-        return self._deepest(root, tokens, start) if self._whole else self._chain(root, tokens, start)
+        return self._deepest(tokens, salt, start) if self._whole else self._chain(tokens, salt, start)
 
-    def _chain(self, root: Piece, tokens: array[int], start: int) -> Found:
+    def _path(self, tokens: array[int], salt: str) -> Iterator[tuple[Piece, int]]:
+        """The pieces that spell `tokens` from their start, each with how many of its tokens do, the last maybe not
+        all."""
+        at = self._roots.get(root_key(salt))
+        while at is not None and at.full:
+            at, size = at.nearest(tokens)
+            if at is not None:
+                yield at, size
+            if at is None or size < len(at.tokens):
+                return
+
+    def _chain(self, tokens: array[int], salt: str, start: int) -> Found:
         chain: list[Piece] = []
-        reach = start
-        at = root
-        while at.full:
-            piece, size = at.nearest(tokens)
-            if piece is None:
-                break
-            if piece.start + size > reach:
+        for piece, size in self._path(tokens, salt):
+            if piece.start + size > start:
                 if not self.has(piece):
                     break
                 chain.append(piece)
-                reach = piece.start + size
-            if size < len(piece.tokens):
-                break
-            at = piece
-        return Found(tuple(chain), reach)
+                start = piece.start + size
+        return Found(tuple(chain), start)
 
-    def _deepest(self, root: Piece, tokens: array[int], start: int) -> Found:
+    def _deepest(self, tokens: array[int], salt: str, start: int) -> Found:
         best: Piece | None = None
-        at: Piece | None = root
+        at = self._roots.get(root_key(salt))
         while at is not None and at.full:
             ahead = tokens[at.end : at.end + PIECE]
             for piece in islice(reversed(at.children.values()), SIBLINGS):
@@ -93,16 +88,11 @@ class Store:
 
     def along(self, tokens: array[int], salt: str) -> dict[int, Piece]:
         """The pieces that can be had of a text, by their start."""
-        at = self._roots.get(root_key(salt))
-        pieces: dict[int, Piece] = {}
-        while at is not None and at.end < len(tokens) and at.full:
-            left = len(tokens) - at.end
-            at, size = at.nearest(tokens)
-            if at is None or size < min(len(at.tokens), left):
-                break
-            if self.has(at):
-                pieces[at.start] = at
-        return pieces
+        return {
+            piece.start: piece
+            for piece, size in self._path(tokens, salt)
+            if size == min(len(piece.tokens), len(tokens) - piece.start) and self.has(piece)
+        }
 
     def latest(self, tokens: array[int], salt: str) -> list[array[int]]:
         """Texts that were kept lately and go on otherwise than `tokens` does, the latest first."""
@@ -151,12 +141,13 @@ class Store:
         return state
 
     def release(self, pieces: Iterable[Piece]) -> None:
-        """Nobody waits for what is read of `pieces` any more: it is kept if there is room."""
+        """Nobody waits for what is read of `pieces` any more: what has been read is kept if there is room."""
         for piece in pieces:
-            if piece.reading is not None and piece.reading.cancel():
-                piece.reading = None
-            elif piece.reading is not None and piece.reading.done():
+            if piece.reading is not None and piece.reading.done():
                 self.take(piece)
+            elif piece.reading is not None:
+                piece.reading.cancel()  # if it has begun, what it reads is dropped
+                piece.reading = None
 
     # ── keeping ──
 
@@ -334,7 +325,7 @@ class Store:
 
 def open_store(config: MemoryConfig, info: ModelInfo, *, whole: bool) -> Store | None:
     """The store of a model, if there is to be one. Raises ModelError if the folder cannot be used."""
-    if not (config.ram_bytes or config.disk):
+    if not config.keeps:
         return None
     try:
         disk = Disk(Path(config.disk), info.layout) if config.disk else None

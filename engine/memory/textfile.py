@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import os
 import struct
-import tempfile
 from array import array
 from collections.abc import Iterable
-from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.backend import State
+from engine.replacement import Replacement
 
 _MAGIC = b"pacetext"
 _VERSION = 1
@@ -54,10 +53,7 @@ class Writer:
     def __init__(self, path: Path, identity: str, salt: str) -> None:
         """Makes the folder, if need be."""
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._path = path
-        handle, name = tempfile.mkstemp(".part", "slot.", path.parent)
-        self._temporary = Path(name)
-        self._file = open(handle, "wb")  # noqa: SIM115
+        self._new = Replacement(path, "slot.", ".part")
         self._checksum = blake2b(digest_size=_CHECKSUM)
         named = salt.encode()
         self._put(_HEAD.pack(_MAGIC, _VERSION, _hash(identity), len(named)), named)
@@ -71,24 +67,17 @@ class Writer:
     def commit(self) -> int:
         """Ends the file and puts it in place of what was there; its size in bytes."""
         self._put(_PART.pack(0, 0, 0))
-        self._file.write(self._checksum.digest())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        size = self._file.tell()
-        self._file.close()
-        os.replace(self._temporary, self._path)
-        return size
+        self._new.file.write(self._checksum.digest())
+        return self._new.commit()
 
     def discard(self) -> None:
         """Leaves nothing behind, unless the file is in place."""
-        with suppress(OSError):
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        self._new.discard()
 
     def _put(self, *contents: bytes | memoryview) -> None:
         for content in contents:
             self._checksum.update(content)
-            self._file.write(content)
+            self._new.file.write(content)
 
 
 class Reader:

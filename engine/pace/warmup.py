@@ -13,9 +13,9 @@ TRIES = 3
 """Runs of which the quickest counts where a small difference matters."""
 
 
-def warm_up(context: Context, cost: StepCost) -> None:
-    """Measures a step of one row, a prompt of `ROWS`, each after a first run that does not count, and what cells cost
-    that no row of the step looks at.
+def warm_up(context: Context, cost: StepCost, *, cells: bool = True) -> None:
+    """Measures a step of one row, a prompt of `ROWS`, each after a first run that does not count, and, with `cells`,
+    what those cost that no row of the step looks at; not where they must stay in order, so that none can leave for it.
 
     Leaves the cells empty.
     """
@@ -25,7 +25,7 @@ def warm_up(context: Context, cost: StepCost) -> None:
     rows = min(ROWS, context.batch.capacity, context.cells)
     _seconds(context, rows)
     cost.observe(0, rows, _seconds(context, rows, keep=True))
-    if resident := _fill(context, rows):
+    if cells and (resident := _fill(context, rows)):
         beside = min(_seconds(context, 1) for _ in range(TRIES))
         cost.cell = max(0.0, (beside - bare) / resident)
     for seq in range(context.sequences):
@@ -46,7 +46,7 @@ def _seconds(context: Context, rows: int, *, keep: bool = False) -> float:
 
 def _fill(context: Context, rows: int) -> int:
     """Moves the first `rows` cells of sequence 0 to as many others as fit; how many cells those have then."""
-    if not context.partial or context.cells < 4 * rows:
+    if not context.partial or context.ordered or context.cells < 4 * rows:
         return 0
     state = context.save(0, 0, rows)
     context.cut(0, 0)

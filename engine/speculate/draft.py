@@ -139,7 +139,7 @@ class DraftModel:
         self._narrow = backend.info.vocabulary if backend.info.vocabulary < vocabulary else 0
         self._cost = StepCost()
         if warmup:
-            warm_up(backend.context, self._cost)
+            warm_up(backend.context, self._cost, cells=False)
 
     def draft(self, wants: Sequence[Want], seconds: float) -> None:
         """Makes a draft for each of `wants`; none for those whose history is not computed yet.

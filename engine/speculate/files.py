@@ -7,11 +7,11 @@ A vocabulary key is any 32 bytes that two models share only if a token id means 
 
 from __future__ import annotations
 
-import os
 import struct
-import tempfile
 from hashlib import blake2b
 from pathlib import Path
+
+from engine.replacement import Replacement
 
 VERSION = 1
 _HEAD = struct.Struct("<8sI32s")
@@ -30,17 +30,10 @@ def write(path: Path, magic: bytes, vocabulary: bytes, body: bytes) -> None:
     assert len(magic) == 8, "a magic has 8 bytes"
     assert len(vocabulary) == 32, "a vocabulary key has 32 bytes"
     content = _HEAD.pack(magic, VERSION, vocabulary) + body
-    handle, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-            file.write(_checksum(content))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with Replacement(path, path.name) as new:
+        new.file.write(content)
+        new.file.write(_checksum(content))
+        new.commit()
 
 
 def read(path: Path, magic: bytes, vocabulary: bytes) -> bytes:

@@ -14,7 +14,6 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import replacement
 from engine.backend import State
 from engine.memory import disk as module
 from engine.memory.disk import Disk, UnusableFolder, Written
@@ -364,13 +364,12 @@ class FullDisk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_full, self.tries = True, 0
-        monkeypatch.setattr(module, "open", self.open, raising=False)
+        monkeypatch.setattr(replacement, "open", self.open, raising=False)
 
-    @contextmanager
-    def open(self, handle: int, mode: str) -> Iterator[Any]:
+    def open(self, handle: int, mode: str) -> Any:
         self.tries += 1
-        with open(handle, mode) as file:
-            yield SimpleNamespace(write=self.write(file)) if self.is_full else file
+        file = open(handle, mode)  # noqa: SIM115
+        return SimpleNamespace(write=self.write(file), close=file.close) if self.is_full else file
 
     @staticmethod
     def write(file: Any) -> Callable[[Any], None]:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 ENGINE = """
-contract batch text
+contract batch text replacement
 config stats
 backend outbox
 memory sampling pace scheduler

@@ -15,7 +15,7 @@ import pytest
 from msgspec import structs
 
 from engine.backend import NoFreeCells
-from engine.contract import Failed, Finished, FinishReason, Request, SamplingParams
+from engine.contract import Finished, FinishReason, Request, SamplingParams
 from engine.memory import Store
 from engine.memory import lease as lease_module
 from engine.memory.disk import Disk
@@ -171,8 +171,7 @@ def test_idle_prefixes_leave_at_once_for_those_whose_steps_they_would_make_deare
     bench = Bench(context, store=10**7)
     for key in range(8):
         ask(bench, key, text(400, key))
-    while bench.runner.tidy():
-        pass
+    bench.rest()
     assert context.used() > 3000
     bench.runner.cost.cell = 1e-3
     request = Request(prompt=(*text(400, 7), 3), max_tokens=40, ignore_eos=True)
@@ -264,8 +263,7 @@ def test_what_was_read_ahead_for_nobody_is_not_kept(tmp_path: Path) -> None:
     store = Store(0, disk=disk, disk_most=10**6)
     bench = bench_with(store)
     ask(bench, 0, text(300))
-    while bench.runner.tidy():
-        pass
+    bench.rest()
     bench.runner.cells.reclaim(10**6)
     lease = bench.runner.cells.claim(array("i", text(300)), "")
     assert lease.coming
@@ -273,6 +271,25 @@ def test_what_was_read_ahead_for_nobody_is_not_kept(tmp_path: Path) -> None:
         pass
     lease.leave()
     assert all(piece.state is None and piece.reading is None for piece in store._all())
+    bench.runner.close()
+
+
+def test_what_is_still_being_read_for_nobody_is_dropped(tmp_path: Path) -> None:
+    disk = Disk(tmp_path, "toy")
+    store = Store(0, disk=disk, disk_most=10**6)
+    bench = bench_with(store)
+    ask(bench, 0, text(300))
+    bench.rest()
+    bench.runner.cells.reclaim(10**6)
+    begun: Future[Any] = Future()
+    begun.set_running_or_notify_cancel()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disk, "read", lambda key: begun)
+        lease = bench.runner.cells.claim(array("i", text(300)), "")
+        assert not lease.fetch(wait=False)
+        lease.leave()
+    assert all(piece.reading is None for piece in store._all())
+    assert ask(bench, 1, text(300)).usage.cached > 0, "it is read once more"
     bench.runner.close()
 
 
@@ -293,11 +310,9 @@ def test_a_disk_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: py
     disk = Disk(tmp_path, "toy")
     bench = bench_with(Store(0, disk=disk, disk_most=10**6))
     ask(bench, 0, text(100))
-    while bench.runner.tidy():
-        pass
+    bench.rest()
     bench.runner.cells.reclaim(10**6)
-    never: Future[Any] = Future()
-    disk.read = lambda key: never  # type: ignore[method-assign]
+    disk.read = lambda key: Future()  # type: ignore[method-assign]
     assert ask(bench, 1, text(100)).usage.cached == 0
     bench.runner.close()
 
@@ -324,8 +339,7 @@ def test_prefixes_outlive_the_engine_on_disk(tmp_path: Path) -> None:
     long = text(300)
     bench = bench_with(Store(10**6, disk=Disk(tmp_path, "toy"), disk_most=10**6))
     ask(bench, 0, long)
-    while bench.runner.tidy():
-        pass
+    bench.rest()
     bench.runner.close()
     again = bench_with(Store(10**6, disk=Disk(tmp_path, "toy"), disk_most=10**6))
     context = again.backend.context
@@ -341,8 +355,7 @@ def test_whole_texts_outlive_the_engine_on_disk(tmp_path: Path) -> None:
         bench = Bench(ToyContext(cells=1000, rows=512, partial=False))
         bench.runner.cells.store = store
         assert ask(bench, 0, text(300), 5).usage.cached == (296 if restart else 0)
-        while bench.runner.tidy():
-            pass
+        bench.rest()
         store.check()
         bench.runner.close()
 
@@ -353,8 +366,7 @@ def test_the_disk_keeps_to_its_budget_and_survives_what_others_do_to_it(tmp_path
     bench = bench_with(store)
     for key in range(6):
         ask(bench, key, text(100, key))
-        while bench.runner.tidy():
-            pass
+        bench.rest()
     bench.runner.cells.reclaim(10**6)
     for _ in range(200):
         time.sleep(0.01)
@@ -375,8 +387,7 @@ def test_a_request_is_not_held_up_by_another_that_waits_for_the_disk(tmp_path: P
     disk = Disk(tmp_path, "toy")
     bench = bench_with(Store(0, disk=disk, disk_most=10**6))
     ask(bench, 0, text(100))
-    while bench.runner.tidy():
-        pass
+    bench.rest()
     bench.runner.cells.reclaim(10**6)
     slow: Future[Any] = Future()
     read, disk.read = disk.read, lambda key: slow  # type: ignore[method-assign]
@@ -442,15 +453,7 @@ def run_at_random(
         bench.check()
     bench.run(most=50_000)
     bench.runner.close()
-    for key, (tokens, reason) in wanted.items():
-        end = bench.ends[key]
-        if isinstance(end, Failed):
-            assert chance, "no request fails unless decodes do"
-        elif end.reason is FinishReason.CANCELLED:
-            assert key in cancelled
-            assert bench.got[key] == tokens[: len(bench.got[key])]
-        else:
-            assert (bench.got[key], end.reason) == (tokens, reason)
+    bench.compare(wanted, cancelled, faults=chance > 0)
     return bench
 
 

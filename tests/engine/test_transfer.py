@@ -115,8 +115,7 @@ def test_what_is_on_disk_alone_is_waited_for(tmp_path: Path) -> None:
     tokens = text(100)
     bench = bench_of(kept=Store(10**6, disk=Disk(tmp_path, "toy"), disk_most=10**6))
     ask(bench, tokens)
-    while bench.runner.tidy():
-        pass
+    bench.rest()
     bench.runner.close()
     again = bench_of(kept=Store(10**6, disk=Disk(tmp_path, "toy"), disk_most=10**6))
     parts: list[Part] = []
