@@ -1,4 +1,4 @@
-"""The command line: `paceline serve`, `paceline flags`, `paceline lookup build`, `paceline --version`."""
+"""The command line: `paceline serve`, `cost`, `flags`, `lookup build`, `--version`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from api.cost import show
 from api.flags import flag_table
 from api.lookup import build
 from api.options import OptionError, parse
@@ -17,6 +18,8 @@ USAGE = """\
 usage: paceline serve -m model.gguf [flags]   serve a model over OpenAI's API
        paceline serve --help                  every flag with its default
        paceline flags                         the same as Markdown
+       paceline cost -m model.gguf [-o FILE.png] [flags]
+                                              what a step of each number of rows costs here
        paceline lookup build TEXT... -m model.gguf -o FILE
                                               count texts for ngram-cache
        paceline --version"""
@@ -29,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _serve(rest)
         case ["flags"]:
             sys.stdout.write(flag_table() + "\n")
+        case ["cost", *rest]:
+            return show(rest)
         case ["lookup", "build", *rest]:
             return build(rest)
         case ["--version" | "-V"]:

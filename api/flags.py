@@ -9,7 +9,7 @@ from msgspec import Struct
 from msgspec import inspect as kinds
 
 from api.config import ServerConfig
-from engine import BatchConfig, DraftConfig, MemoryConfig, ModelConfig, SamplingParams, SpeculationConfig
+from engine import BatchConfig, DraftConfig, EngineConfig, MemoryConfig, ModelConfig, SamplingParams, SpeculationConfig
 
 
 class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -22,6 +22,13 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     draft: DraftConfig = DraftConfig()
     server: ServerConfig = ServerConfig()
     sampling: SamplingParams = SamplingParams()
+
+    @property
+    def engine(self) -> EngineConfig:
+        """What of them the engine needs."""
+        return EngineConfig(
+            model=self.model, batch=self.batch, memory=self.memory, speculation=self.speculation, draft=self.draft
+        )
 
 
 SECTIONS: dict[str, tuple[str, type[Struct]]] = {

@@ -60,6 +60,7 @@ class EngineCollector(Collector):
         yield build
         yield from _own(stats)
         yield from _drafts(stats)
+        yield from _steps(stats)
         yield from _of_vllm(stats)
 
 
@@ -96,6 +97,28 @@ def _drafts(stats: Stats) -> Iterator[Metric]:
         for position, count in enumerate(by_position(drafts.by_accepted)):
             places.add_metric([drafts.type, str(position)], count)
     yield from (made, drafted, accepted, places)
+    chance = GaugeMetricFamily(
+        "paceline_spec_chance", "The chance that the first token of the next draft is right", labels=["type"]
+    )
+    sums = {
+        "expected": _counter(
+            "paceline_spec_expected_tokens", "Tokens of drafts that were expected to be right", "type"
+        ),
+        "saved": _counter("paceline_spec_saved_seconds", "Seconds that the right ones would have taken", "type"),
+        "spent": _counter("paceline_spec_spent_seconds", "Seconds that making and verifying them took", "type"),
+    }
+    for drafts in stats.drafts:
+        chance.add_metric([drafts.type], drafts.chance)
+        for name, family in sums.items():
+            family.add_metric([drafts.type], getattr(drafts, name))
+    yield from (chance, *sums.values())
+
+
+def _steps(stats: Stats) -> Iterator[Metric]:
+    seconds = GaugeMetricFamily("paceline_step_seconds", "What a decode of so many rows takes now", labels=["rows"])
+    for rows, spent in stats.step_seconds.items():
+        seconds.add_metric([str(rows)], spent)
+    yield seconds
 
 
 def _of_vllm(stats: Stats) -> Iterator[Metric]:

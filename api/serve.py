@@ -20,7 +20,7 @@ from api.app import create_app
 from api.flags import Options
 from api.served import Served, Site
 from api.terminal import Bar, address_of, say, welcome
-from engine import Engine, EngineConfig, EngineError
+from engine import Engine, EngineError
 
 KEEP_ALIVE = 75
 """Seconds that an idle connection is kept: longer than clients' pools keep theirs, so that they close first."""
@@ -86,14 +86,7 @@ async def _live(options: Options, listener: socket.socket) -> int:
 async def _opened(options: Options, engines: AsyncExitStack, signals: Signals) -> Engine | None:
     """The engine, closed with `engines`; None if a signal came first. Raises ModelError."""
     with Bar(f"Loading {Path(options.model.path).name}") as bar:
-        config = EngineConfig(
-            model=options.model,
-            batch=options.batch,
-            memory=options.memory,
-            speculation=options.speculation,
-            draft=options.draft,
-        )
-        opening = asyncio.create_task(engines.enter_async_context(Engine.open(config, progress=bar.show)))
+        opening = asyncio.create_task(engines.enter_async_context(Engine.open(options.engine, progress=bar.show)))
         ending = asyncio.create_task(signals.end.wait())
         await asyncio.wait({opening, ending}, return_when=asyncio.FIRST_COMPLETED)
         ending.cancel()

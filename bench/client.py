@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import httptools
 import msgspec
@@ -155,13 +155,15 @@ async def stream(
     return outcome
 
 
-async def closed(
-    clients: int, bodies: Iterable[dict[str, Any]], send: Callable[[dict[str, Any]], Awaitable[Outcome]]
-) -> list[Outcome]:
+Asked = TypeVar("Asked")
+Got = TypeVar("Got")
+
+
+async def closed(clients: int, bodies: Iterable[Asked], send: Callable[[Asked], Awaitable[Got]]) -> list[Got]:
     """Sends all requests from `clients` clients, each of which sends the next one when its last has ended."""
     waiting = iter(bodies)
 
-    async def client() -> list[Outcome]:
+    async def client() -> list[Got]:
         return [await send(body) for body in waiting]
 
     return [outcome for part in await asyncio.gather(*(client() for _ in range(clients))) for outcome in part]

@@ -44,8 +44,8 @@ ARRIVAL = 0.03
 """Seconds that a client waits before a request, on average."""
 WRONG = 4
 """Of so many tokens of a prediction one is wrong."""
-EAGER = {"size_n": 3, "size_m": 8, "mod_match": 3, "mod_min": 0}
-"""Settings with which drafts are frequent."""
+EAGER = {"order": "fixed", "size_n": 3, "size_m": 8, "mod_match": 3, "mod_min": 0}
+"""Settings with which drafts are frequent, and verified whatever that costs."""
 
 
 class Said(Struct, frozen=True):

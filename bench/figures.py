@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
+
+from engine.config import processor
 
 OUT = Path(os.environ.get("OUT") or Path(__file__).parent / "out")
 """Where the JSON of each measurement goes."""
@@ -40,16 +42,35 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -
     Console(width=110).print(table)
 
 
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """The same as Markdown."""
+    lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
+    texts = ([f"{value:.2f}" if isinstance(value, float) else str(value) for value in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in texts)
+
+
+def plot(name: str, title: str, across: str, up: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Draws lines through points as a PNG, on a logarithmic axis across."""
+    from matplotlib.figure import Figure  # it takes a second, and few measurements draw
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    for label, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.set(title=title, xlabel=across, ylabel=up)
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    OUT.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path := OUT / f"{name}.png", dpi=120)
+    print(f"wrote {path}")
+
+
 def save(name: str, figures: object) -> None:
     """Writes `figures`, and what they were measured on, as JSON."""
     OUT.mkdir(parents=True, exist_ok=True)
-    machine = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
+    machine = {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()}
     content = msgspec.json.encode({"machine": machine, "figures": figures})
     path = OUT / f"{name}.json"
     path.write_bytes(msgspec.json.format(content, indent=2))
     print(f"wrote {path}")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -76,6 +76,12 @@ def first_parameter(problem: Problem) -> str:
     raise ValueError(f"{problem.task_id} defines no {problem.entry_point} with a parameter")
 
 
+def copy(problems: Sequence[Problem], each: int = 3) -> list[Messages]:
+    """Requests to repeat some long code word for word: `each` problems' in each."""
+    parts = ["\n\n\n".join(problem.code for problem in problems[i : i + each]) for i in range(0, len(problems), each)]
+    return [user(f"Repeat this code exactly as it is, in one code block.\n\n```python\n{part}\n```") for part in parts]
+
+
 def completion(problems: Sequence[Problem]) -> list[str]:
     """For each problem, in order, its unsolved code as a text to go on with: imports, a signature, a docstring."""
     return [problem.prompt for problem in problems]

@@ -33,6 +33,7 @@ from engine.config import DraftConfig, EngineConfig, SpeculationConfig
 from engine.contract import SPECULATOR_TYPES, Request, SamplingParams, Speculation, SpeculatorType, Tokens
 from engine.engine import Engine, open_vocabulary
 from engine.llama import open_gguf
+from engine.pace import Verified
 from engine.speculate import NO_DRAFT, Bounds, Draft, Drafter, Drafting, DraftModel, Shared
 from engine.speculate.draft import Pick, Seat, Want, matching
 
@@ -168,7 +169,7 @@ class All:
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
         self._tokens.extend(emitted)
-        self._drafter.observe(self._tokens, emitted, drafted, accepted)
+        self._drafter.observe(self._tokens, emitted, Verified(drafted, accepted))
 
     def end(self) -> None:
         self._drafter.end()
@@ -176,9 +177,8 @@ class All:
 
 def theirs() -> dict[str, Make]:
     """The types that llama-server has too, as described, with the same settings."""
-    config = SpeculationConfig()
+    config, table, slot = SpeculationConfig(), described.ModTable(), described.CacheSlot()
     sizes = (config.size_n, config.size_m)
-    table, slot = described.ModTable(), described.CacheSlot()
     return {
         "ngram-simple": lambda case: described.Simple(*sizes),
         "ngram-map-k": lambda case: described.MapK(*sizes, config.min_hits),

@@ -24,8 +24,9 @@ from engine.contract import (
     Update,
     Usage,
 )
-from engine.engine import Engine, MemoryInfo, open_vocabulary
+from engine.engine import Engine, MemoryInfo, open_vocabulary, step_costs
 from engine.generation import Generation
+from engine.pace import Measured
 from engine.sampling import derive as derive_seed
 from engine.slotfiles import Moved
 from engine.slots import Ran, SlotState
@@ -48,6 +49,7 @@ __all__ = [
     "Generation",
     "Histogram",
     "Logprob",
+    "Measured",
     "MemoryConfig",
     "MemoryInfo",
     "ModelConfig",
@@ -72,4 +74,5 @@ __all__ = [
     "build_lookup",
     "derive_seed",
     "open_vocabulary",
+    "step_costs",
 ]

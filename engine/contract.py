@@ -140,6 +140,8 @@ class Speculation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Tokens that must recur before `ngram-simple` and the `ngram-map` types guess."""
     min_hits: Annotated[int, Meta(ge=1, le=1024)] | None = None
     """How often they must have occurred."""
+    order: Literal["measured", "fixed"] | None = None
+    """Whether lengths and types are chosen by what was measured, or the first draft is verified whole."""
 
 
 class Request(Struct, frozen=True, kw_only=True):
@@ -219,6 +221,14 @@ class Drafts(Struct, frozen=True):
     """Tokens verified."""
     by_accepted: tuple[int, ...]
     """Drafts by how many of their tokens were right, from 0 on."""
+    expected: float = 0.0
+    """Tokens that were expected to be."""
+    saved: float = 0.0
+    """Seconds that these would have taken everybody without drafts."""
+    spent: float = 0.0
+    """Seconds that making and verifying all of them took."""
+    chance: float = 0.0
+    """As of now, that the first token of another one is right."""
 
     @property
     def accepted(self) -> int:

@@ -30,13 +30,14 @@ from engine.contract import (
 )
 from engine.generation import Generation
 from engine.outbox import News
+from engine.pace import Measured
 from engine.runner import SHUTTING_DOWN, Runner
 from engine.slotfiles import Moved
 from engine.slots import SlotState
 from engine.speculate import Speculate
 from engine.stats import Stats
 from engine.streams import Stream
-from engine.thread import Answer, EngineThread, Opened, Opener, Reader, open_model
+from engine.thread import Answer, EngineThread, Opened, Opener, Reader, calibrated, open_model
 
 
 def open_vocabulary(path: Path) -> AbstractContextManager[Vocab]:
@@ -44,6 +45,15 @@ def open_vocabulary(path: Path) -> AbstractContextManager[Vocab]:
     from engine.llama import open_vocabulary
 
     return open_vocabulary(path)
+
+
+def step_costs(config: EngineConfig, progress: Progress) -> Measured:
+    """What the steps of a model cost, measured anew and kept for the next start. Raises ModelError."""
+    backend = open_model(config, progress, lambda: True)
+    try:
+        return calibrated(config, backend, anew=True)
+    finally:
+        backend.close()
 
 
 class MemoryInfo(Struct, frozen=True):

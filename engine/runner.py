@@ -13,11 +13,11 @@ from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
 from engine.contract import EngineError, EngineFault, Failed, FinishReason
 from engine.memory import Cells, Store
 from engine.outbox import Outbox
-from engine.pace import Pace, StepCost
+from engine.pace import Load, Pace
 from engine.sampling import BadLogits
 from engine.scheduler import Limits, Plan, Room, Rows, StreamView
 from engine.slots import Slots
-from engine.speculate import LEARN, Drafter, Drafting
+from engine.speculate import LEARN, Drafter, Drafting, Wish
 from engine.stats import Counters
 from engine.streams import Stream
 from engine.verify import verify
@@ -47,8 +47,9 @@ class Runner:
         assert min(backend.context.outputs, backend.context.batch.capacity) >= slots, "every slot may decode"
         self.context = backend.context
         self.cells = Cells(backend.context, store, reuse)
-        self.cost = StepCost()
-        self.counters = Counters(backend.context.cells, lambda: drafting.drafts)
+        self._chooser = drafting.chooser
+        self.cost = self._chooser.cost
+        self.counters = Counters(backend.context.cells, lambda: drafting.drafts, self.cost.decode_seconds)
         self.running: dict[int, Stream] = {}  # oldest first
         self.waiting = Waiting(self.cells)
         self.slots = Slots(slots)
@@ -99,6 +100,8 @@ class Runner:
             self._decode(plan.rows)
         self._gauge()
         self._outbox.flush()
+        if plan.rows:
+            self.cost.beside(time.perf_counter() - begun - self._seconds)
         self._draft()
         self.counters.busy_seconds += time.perf_counter() - begun
 
@@ -173,7 +176,8 @@ class Runner:
 
     def _plan(self) -> Plan:
         decoding = sum(stream.behind == 1 for stream in self.running.values())
-        prompt_rows = self.cost.prompt_rows(decoding, self._pace.step, self._pace.idle_step)
+        decoding += sum(len(stream.draft) for stream in self.running.values())
+        prompt_rows = self.cost.prompt_rows(decoding, *self._pace, self.cells.tree.cells)
         limits = Limits(self.context.batch.capacity, self.context.outputs, prompt_rows)
         return scheduler.plan(self._views(), self._room(), limits)
 
@@ -224,15 +228,14 @@ class Runner:
             self._fail(self.running[rows.key], EngineFault(reason))
 
     def _observe(self, plan: Iterable[Rows], seconds: float) -> None:
-        rows = decode_rows = 0
+        rows = streams = drafts = 0
         for part in plan:
             rows += part.tokens + part.drafts
             if self.running[part.key].behind == 1:
-                decode_rows += 1 + part.drafts
-        self.cost.observe(decode_rows, rows - decode_rows, seconds)
-        self.counters.steps += 1
-        self.counters.native_passes += -(-rows // self.context.ubatch)
-        self.counters.native_seconds += seconds
+                streams += 1
+                drafts += part.drafts
+        self._chooser.saw(streams, drafts, rows - streams - drafts, self.cells.tree.cells, seconds)
+        self.counters.decoded(rows, self.context.ubatch, seconds)
         self._seconds = seconds
 
     # ── after it ──
@@ -271,9 +274,10 @@ class Runner:
                 intact = lease.roll_back()
             self.counters.drafted_tokens += drafts
             self.counters.accepted_tokens += verdict.accepted
-        stream.drafter.observe(stream.tokens, verdict.ids, drafts, verdict.accepted)
+        made = self._chooser.verified(drafts, verdict.accepted)
+        stream.drafter.observe(stream.tokens, verdict.ids, made)
         stream.draft = ()
-        self._clock(stream, len(verdict.ids), now)
+        self.counters.emitted(len(verdict.ids), stream.tick(now), now - stream.submitted)
         if verdict.shown:
             self._outbox.tokens(stream.key, verdict.shown, verdict.logprobs)
         if verdict.reason is not None:
@@ -284,31 +288,24 @@ class Runner:
         elif not intact:
             self._retract(stream, keep=False)
 
-    def _clock(self, stream: Stream, tokens: int, now: float) -> None:
-        self.counters.completion_tokens += tokens
-        if stream.first_token is None:
-            stream.first_token = now
-            self.counters.ttft.add(now - stream.submitted)
-        else:
-            self.counters.gap.add(now - stream.last_token)
-        stream.last_token = now
-
     def _draft(self) -> None:
         """Asks the speculators for the next step, while the readers already have this one's tokens."""
         if not self.context.partial:
             return
         most, left = self.context.outputs - len(self.slots), LEARN
-        wants: list[tuple[Stream, int]] = []
+        wishes: dict[int, Wish] = {}
         reading: list[Drafter] = []
         for stream in self.running.values():
             left -= stream.drafter.learn(stream.tokens, left)
             if stream.behind > 1:
                 reading.append(stream.drafter)
             elif stream.drafter.knows(stream.tokens) and (limit := min(stream.room(), most)) > 0:
-                wants.append((stream, limit))
-        self._drafting.propose([(stream.drafter, limit) for stream, limit in wants], reading, self._seconds)
-        for stream, _ in wants:
-            stream.draft = stream.drafter.choose().tokens
+                wishes[stream.key] = Wish(stream.drafter, limit)
+        streams = len(self.running) - len(reading)
+        load = Load(streams, streams, self.cells.tree.cells, most)
+        drafts = self._drafting.propose([*wishes.values()], reading, load, self._seconds)
+        for key, draft in zip(wishes, drafts, strict=True):
+            self.running[key].draft = draft.tokens
 
     # ── the end of a stream ──
 

@@ -12,6 +12,9 @@ from engine.contract import Drafts
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the histograms' buckets."""
 
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+"""Decodes of which it is told what they cost."""
+
 
 class Histogram(Struct, frozen=True):
     """Observations by bucket, not cumulative; the last count is of those above every bound."""
@@ -56,6 +59,8 @@ class Stats(Struct, frozen=True):
     disk_bytes: int
     drafts: tuple[Drafts, ...]
     """By type, of all requests."""
+    step_seconds: dict[int, float]
+    """What a decode of so many rows is thought to take now, beside the cells that are resident."""
 
 
 class Buckets:
@@ -78,7 +83,13 @@ class Buckets:
 class Counters:
     """The engine thread's own counts: plain fields, added to as things happen."""
 
-    def __init__(self, cells: int, drafts: Callable[[], tuple[Drafts, ...]]) -> None:
+    def __init__(
+        self,
+        cells: int,
+        drafts: Callable[[], tuple[Drafts, ...]],
+        seconds: Callable[[int, int], float] = lambda rows, cells: 0.0,
+    ) -> None:
+        """`seconds` tells of a decode by its rows and the resident cells; any thread may call both."""
         self.finished = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -105,6 +116,22 @@ class Counters:
         self.ram_bytes = 0
         self.disk_bytes = 0
         self._drafts = drafts
+        self._seconds_of = seconds
+
+    def emitted(self, tokens: int, gap: float | None, age: float) -> None:
+        """A request that came `age` seconds ago has so many tokens more, `gap` seconds after the last; None if they
+        are its first."""
+        self.completion_tokens += tokens
+        if gap is None:
+            self.ttft.add(age)
+        else:
+            self.gap.add(gap)
+
+    def decoded(self, rows: int, ubatch: int, seconds: float) -> None:
+        """A decode of so many rows took so long."""
+        self.steps += 1
+        self.native_passes += -(-rows // ubatch)
+        self.native_seconds += seconds
 
     def snapshot(self) -> Stats:
         """The counts now. Read while the engine goes on, two of them may be a step apart."""
@@ -114,9 +141,10 @@ class Counters:
             ttft=self.ttft.snapshot(),
             gap=self.gap.snapshot(),
             drafts=self._drafts(),
+            step_seconds={rows: self._seconds_of(rows, self.cells_used) for rows in ROWS},
             **{name: getattr(self, name) for name in _PLAIN},
         )
 
 
-_MADE = ("requests_finished", "queue", "ttft", "gap", "drafts")
+_MADE = ("requests_finished", "queue", "ttft", "gap", "drafts", "step_seconds")
 _PLAIN = tuple(name for name in Stats.__struct_fields__ if name not in _MADE)

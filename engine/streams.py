@@ -61,6 +61,14 @@ class Stream:
         self.first_token: float | None = None
         self.last_token = 0.0
 
+    def tick(self, now: float) -> float | None:
+        """Its next tokens were picked: seconds since the last ones; None for the first."""
+        first, gap = self.first_token is None, now - self.last_token
+        if first:
+            self.first_token = now
+        self.last_token = now
+        return None if first else gap
+
     @property
     def emitted(self) -> int:
         """Tokens picked so far, an end token included."""

@@ -15,11 +15,11 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 from engine.backend import Backend, Progress
-from engine.config import EngineConfig
+from engine.config import EngineConfig, processor
 from engine.contract import SPECULATOR_TYPES, EngineError, EngineFault
 from engine.memory import Store, open_store
 from engine.outbox import News, Outbox
-from engine.pace import Pace, warm_up
+from engine.pace import Measured, Pace, StepCost, calibrate, keep, kept, warm_up
 from engine.runner import SHUTTING_DOWN, Runner
 from engine.speculate import Drafting, DraftModel, Shared, Speculate, difference
 
@@ -37,6 +37,18 @@ def open_model(config: EngineConfig, progress: Progress, go_on: Callable[[], boo
     from engine.llama import open_gguf
 
     return open_gguf(config, progress, go_on)
+
+
+def calibrated(config: EngineConfig, backend: Backend, *, anew: bool = False) -> Measured:
+    """What the steps of `backend`, opened with `config`, cost: measured at an earlier start, or now, if need be or
+    if it is to be done `anew`."""
+    model, info = config.model, backend.info
+    settings = f"{model.threads} {model.threads_batch} {config.batch.ubatch} {backend.context.outputs}"
+    key = f"{info.layout} {info.device} {settings} {processor()}"
+    measured = None if anew else kept(key)
+    if measured is None:
+        keep(key, measured := calibrate(backend.context))
+    return measured
 
 
 class Reader(NamedTuple):
@@ -181,8 +193,6 @@ class EngineThread:
     def _serve_with(self, backend: Backend, draft: Backend | None, store: Store | None) -> None:
         try:
             runner = self._runner(backend, draft, store)
-            if self._config.model.warmup:
-                warm_up(backend.context, runner.cost)
             self._call_soon(_settle, self._opened, Opened(backend, runner, self._silent), None)
             self._run(runner)
             runner.close()
@@ -198,11 +208,23 @@ class EngineThread:
     def _runner(self, backend: Backend, draft: Backend | None, store: Store | None) -> Runner:
         config, batch = self._config, self._config.batch
         pace = Pace(batch.step_ms / 1000, batch.idle_step_ms / 1000)
-        model = None if draft is None else DraftModel(draft, backend.info.vocabulary, warmup=config.model.warmup)
+        cost = self._cost(config, backend)
+        model = None
+        if draft is not None:
+            own = config.of_draft(backend.context.cells)
+            model = DraftModel(draft, backend.info.vocabulary, self._cost(own, draft))
         shared = Shared(config.speculation, backend.vocab)
-        drafting = Drafting(shared, config.speculation, config.draft, model, self._speculate)
+        drafting = Drafting(shared, config.speculation, config.draft, model, self._speculate, cost)
         outbox = Outbox(self._loop, self._reader.deliver)
         return Runner(backend, batch.slots, pace, outbox, drafting, store, config.memory.reuse)
+
+    def _cost(self, config: EngineConfig, backend: Backend) -> StepCost:
+        """What the steps of `backend` cost: measured, now or at an earlier start."""
+        cost = StepCost()
+        if config.model.warmup:
+            measured = calibrated(config, backend) if config.model.calibrate else None
+            warm_up(backend.context, cost, measured)
+        return cost
 
     def _run(self, runner: Runner) -> None:
         """Steps until told to stop; sleeps when there is nothing to step."""

@@ -8,7 +8,7 @@ from engine.config.batch import BatchConfig
 from engine.config.engine import EngineConfig
 from engine.config.flags import flags
 from engine.config.memory import MemoryConfig
-from engine.config.model import CacheType, ModelConfig, physical_cores
+from engine.config.model import CacheType, ModelConfig, physical_cores, processor
 from engine.config.speculation import DraftConfig, SpeculationConfig
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "SpeculationConfig",
     "flags",
     "physical_cores",
+    "processor",
 ]

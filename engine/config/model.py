@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -79,10 +80,26 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     warmup: Annotated[
         bool,
         Meta(
-            description="run a few rows at start: pages the weights in and measures a first step cost",
+            description="run a few rows at start: pages the weights in and measures how fast the machine is",
             extra=flags("--warmup"),
         ),
     ] = True
+    calibrate: Annotated[
+        bool,
+        Meta(
+            description="measure at start, for 3 seconds, what a step of each number of rows costs; kept for the next "
+            "start in $XDG_CACHE_HOME/paceline. Without it, or without --warmup, only real steps tell",
+            extra=flags("--calibrate"),
+        ),
+    ] = True
+
+
+def processor() -> str:
+    """The processor's name."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def physical_cores() -> int:

@@ -1,7 +1,29 @@
-"""What a step costs, measured from the steps themselves."""
+"""What a step costs, what drafts are likely to yield, and what of them is therefore verified.
+
+curve        seconds by rows, with every jump
+cost         what a step costs, learnt from every step; how many prompt rows fit beside the streams
+calibration  the same measured at start, and kept for the next
+acceptance   how likely a draft's tokens are right
+lengths      the most tokens a second of a whole step: a pure function
+chooser      which drafts, how much of them, and what is only tried
+journal      a line in the log for every hundred steps
+"""
 
 from engine.pace.acceptance import Acceptance
+from engine.pace.calibration import Measured, calibrate, keep, kept, warm_up
+from engine.pace.chooser import Chooser, Load, Verified
 from engine.pace.cost import Pace, StepCost
-from engine.pace.warmup import warm_up
 
-__all__ = ["Acceptance", "Pace", "StepCost", "warm_up"]
+__all__ = [
+    "Acceptance",
+    "Chooser",
+    "Load",
+    "Measured",
+    "Pace",
+    "StepCost",
+    "Verified",
+    "calibrate",
+    "keep",
+    "kept",
+    "warm_up",
+]

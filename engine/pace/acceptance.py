@@ -2,57 +2,81 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+
 PLACES = 16
 """Places in a draft that are told apart; those after them count as the last."""
-MEMORY = 0.95
-"""What an observation is still worth after the next one of its place: about twenty of them count."""
+LEVELS = (0.2, 0.4, 0.55, 0.7, 0.8, 0.9, 0.96)
+"""Where a speculator says how likely a token is, what it says is told apart by these bounds."""
+MEMORY, LONG_MEMORY = 0.9, 0.99
+"""What an observation is still worth after the next one of its kind: about ten of one request count, so that a text
+that changes its character is followed, and about a hundred of all."""
 BELIEF = 2.0
 """Observations that the prior is worth."""
 HOPE = 0.7
 """The chance of a token of which nothing is known: enough to be tried."""
+FAINT = 0.02
+"""Less likely than this, the rest of a draft is not looked at."""
+
+_CENTRES = tuple((low + high) / 2 for low, high in zip((0.0, *LEVELS), (*LEVELS, 1.0), strict=True))
+_START = (*(HOPE for _ in range(PLACES)), *_CENTRES)
 
 
 class Acceptance:
-    """The chance that a draft's token at some place is right if those before it were.
+    """The chance that a draft's token is right if those before it were: by its place, and by what its speculator said.
 
-    `prior` is what to believe before there are observations: the same of the whole engine, as of when a request came.
+    `prior` is what to believe where there are few observations: the same of the whole engine. A draft that was right
+    to its end says nothing of what would have come after it, and one that was wrong nothing of what did: only tokens
+    that were compared count.
     """
 
     def __init__(self, prior: Acceptance | None = None) -> None:
         self._prior = prior
-        self._tried = [0.0] * PLACES
-        self._right = [0.0] * PLACES
-        self._chances: list[float] = [*prior._chances] if prior else [HOPE] * PLACES
+        self._memory = MEMORY if prior is not None else LONG_MEMORY
+        self._tried = [0.0] * len(_START)
+        self._right = [0.0] * len(_START)
+        self._chances: list[float] = [*(prior._chances if prior is not None else _START)]
 
-    def observe(self, compared: int, right: int) -> None:
-        """Of a draft's tokens the first `right` were right and, if `compared` is more, the next one was wrong.
+    def observe(self, place: int, said: float | None, right: bool) -> None:
+        """The token at `place`, which was `said` to be so likely, was right or not; those before it were right.
 
         The prior hears it too.
         """
         if self._prior is not None:
-            self._prior.observe(compared, right)
-        told = min(compared, right + 1)
-        for place in range(min(told, PLACES - 1)):
-            self._learn(place, float(place < right))
-        if (last := told - PLACES + 1) > 0:  # all the places from there on are one observation
-            self._learn(PLACES - 1, min(last, right - PLACES + 1) / last)
+            self._prior.observe(place, said, right)
+        self._learn(min(place, PLACES - 1), right)
+        if said is not None:
+            self._learn(PLACES + bisect_right(LEVELS, said), right)
 
-    def _learn(self, place: int, right: float) -> None:
-        self._tried[place] = self._tried[place] * MEMORY + 1.0
-        self._right[place] = self._right[place] * MEMORY + right
-        prior = self._prior._chances[place] if self._prior else HOPE
-        self._chances[place] = (self._right[place] + BELIEF * prior) / (self._tried[place] + BELIEF)
+    def _learn(self, kind: int, right: bool) -> None:
+        self._tried[kind] = self._tried[kind] * self._memory + 1.0
+        self._right[kind] = self._right[kind] * self._memory + right
+        self._estimate(kind)
+        if self._prior is None and kind < PLACES:  # a place that was hardly ever reached is taken to be like the last
+            for place in range(kind + 1, PLACES):
+                if self._tried[place] > BELIEF:
+                    break
+                self._estimate(place)
 
-    def chance(self, place: int) -> float:
+    def _estimate(self, kind: int) -> None:
+        if self._prior is not None:
+            prior = self._prior._chances[kind]
+        else:
+            prior = self._chances[kind - 1] if 0 < kind < PLACES else _START[kind]
+        self._chances[kind] = (self._right[kind] + BELIEF * prior) / (self._tried[kind] + BELIEF)
+
+    def chance(self, place: int, said: float | None = None) -> float:
         """From 0 to 1, of the token at `place`, from 0 on."""
-        return self._chances[min(place, PLACES - 1)]
+        return self._chances[min(place, PLACES - 1) if said is None else PLACES + bisect_right(LEVELS, said)]
 
-    def expected(self, length: int) -> float:
-        """Tokens that are likely to be accepted of a draft of `length`."""
-        total, reached = 0.0, 1.0
-        for chance in self._chances[:length]:
-            reached *= chance
-            total += reached
-        if (more := length - PLACES) > 0:
-            total += reached * (more if chance == 1.0 else chance * (1.0 - chance**more) / (1.0 - chance))
-        return total
+    def curve(self, length: int, said: Sequence[float] = ()) -> list[float]:
+        """For each token of a draft the chance that it and all before it are right, as far as it is worth a look;
+        `said` is how likely the speculator thinks each, if it can tell."""
+        together, curve = 1.0, list[float]()
+        for place in range(length):
+            together *= self.chance(place, said[place] if said else None)
+            if together < FAINT:
+                break
+            curve.append(together)
+        return curve

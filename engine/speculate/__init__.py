@@ -4,7 +4,9 @@ base        what a speculator is, and what a draft is
 simple, map, mod, cache, suffix, prediction, draft    one type each
 ngrams, tree, files   what some of them are made of
 vocabulary  whether a draft model fits
-drafter     the speculators of one request, and which of their drafts is taken
+guesser     one type's speculator in one request, and how often it is right
+drafter     the speculators of one request
+proposals   one step's drafts for all requests: who is asked, what is verified
 shared      what speculators share, and the files it is kept in
 drafting    all of it for one engine
 tally       counts, and the lines in the log
@@ -14,6 +16,7 @@ from engine.speculate.base import NO_DRAFT, Bounds, Draft, Speculator
 from engine.speculate.draft import DraftModel
 from engine.speculate.drafter import LEARN, Drafter
 from engine.speculate.drafting import Drafting, Speculate
+from engine.speculate.proposals import Wish
 from engine.speculate.shared import Shared
 from engine.speculate.vocabulary import difference
 
@@ -28,5 +31,6 @@ __all__ = [
     "Shared",
     "Speculate",
     "Speculator",
+    "Wish",
     "difference",
 ]

@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
 from engine.memory import Cells, Lease
-from engine.pace import StepCost, warm_up
+from engine.pace import StepCost
 from engine.sampling import BadLogits, likeliest, spread
 from engine.speculate.base import Bounds, Draft
 
@@ -45,6 +45,8 @@ class Seat:
         """The draft; its first `computed` tokens have rows after the lease's."""
         self.chances: list[float] = []
         self.computed = 0
+        self.together = 1.0
+        """The chance of all of the draft, as the draft model sees it."""
         self._model = model
 
     def begin(self, tokens: Sequence[int]) -> None:
@@ -68,7 +70,7 @@ class Seat:
             self.lease.commit(self.tokens[:right])
             if right < self.computed:
                 self.lease.roll_back()
-        self.tokens, self.chances, self.computed = [], [], 0
+        self.tokens, self.chances, self.computed, self.together = [], [], 0, 1.0
 
     def truncate(self, length: int) -> None:
         """The history is cut; its rows are shared again as far as they hold."""
@@ -111,10 +113,14 @@ class Seat:
 
 
 class Want(NamedTuple):
-    """A seat that is to draft at most `limit` tokens, 0 if it only reads its history."""
+    """A seat that is to draft at most `limit` tokens, 0 if it only reads its history.
+
+    It ends its draft once that is less likely to be right as a whole than `floor`, by what the draft model says.
+    """
 
     seat: Seat
     limit: int
+    floor: float = 0.0
 
 
 class Part(NamedTuple):
@@ -126,9 +132,10 @@ class Part(NamedTuple):
 
 
 class DraftModel:
-    """The draft model of an engine. Belongs to the engine thread. `vocabulary` is the size of the model's own."""
+    """The draft model of an engine. Belongs to the engine thread. `vocabulary` is the size of the model's own, `cost`
+    what its passes cost, as far as that is known."""
 
-    def __init__(self, backend: Backend, vocabulary: int, *, warmup: bool = True) -> None:
+    def __init__(self, backend: Backend, vocabulary: int, cost: StepCost | None = None) -> None:
         self.context = backend.context
         self.cells = Cells(backend.context)
         self.seated: list[Seat] = []  # with a lease, the longest seated first
@@ -137,9 +144,7 @@ class DraftModel:
         self._ends = backend.vocab.ends
         self._vocabulary = vocabulary
         self._narrow = backend.info.vocabulary if backend.info.vocabulary < vocabulary else 0
-        self._cost = StepCost()
-        if warmup:
-            warm_up(backend.context, self._cost, cells=False)
+        self._cost = cost or StepCost()
 
     def draft(self, wants: Sequence[Want], seconds: float) -> None:
         """Makes a draft for each of `wants`; none for those whose history is not computed yet.
@@ -159,6 +164,19 @@ class DraftModel:
         except NativeFault as error:
             self._fail(str(error))
 
+    def pass_seconds(self, seats: int) -> float:
+        """One place of the drafts of so many seats; 0 if none was measured."""
+        return self._cost.decode_seconds(seats)
+
+    def reading_seconds(self, seat: Seat | None) -> float:
+        """Until all of its history is read, but for what takes no pass of its own."""
+        if seat is None:
+            return 0.0
+        behind = seat.behind
+        if seat.lease is None:
+            behind -= self.cells.find(seat.history, seat.salt).length
+        return self._cost.prompt_row * max(0, behind - BEHIND)
+
     # ── histories ──
 
     def _read(self, wants: Sequence[Want], seconds: float) -> list[tuple[Want, Logits]]:
@@ -175,8 +193,8 @@ class DraftModel:
             firsts.append(batch.add(lease.seq, lease.length, history[lease.length : lease.length + rows], int(drafts)))
         begun = time.perf_counter()
         logits = self._decode()
-        if any(rows > BEHIND for _, rows, _ in parts):
-            self._cost.observe(0, batch.rows, time.perf_counter() - begun)
+        long = any(rows > BEHIND for _, rows, _ in parts)
+        self._cost.observe(0 if long else batch.rows, batch.rows if long else 0, time.perf_counter() - begun)
         for want, rows, _ in parts:
             lease = want.seat.lease
             assert lease is not None, "admitted"
@@ -231,7 +249,8 @@ class DraftModel:
             return False
         seat.tokens.append(token)
         seat.chances.append(chance)
-        return len(seat.tokens) < want.limit and token not in self._ends
+        seat.together *= chance
+        return len(seat.tokens) < want.limit and seat.together >= want.floor and token not in self._ends
 
     def _aligned(self, row: Logits) -> Logits:
         """The row with as many tokens as the model's have; those the draft model does not know are impossible."""
@@ -248,7 +267,9 @@ class DraftModel:
             lease = want.seat.lease
             assert lease is not None, "it drafts"
             batch.add(lease.seq, lease.length + want.seat.computed, want.seat.tokens[-1:], 1)
+        begun = time.perf_counter()
         logits = self._decode()
+        self._cost.observe(len(wants), 0, time.perf_counter() - begun)
         for want in wants:
             want.seat.computed += 1
         return list(zip(wants, logits, strict=True))

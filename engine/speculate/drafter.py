@@ -1,31 +1,26 @@
-"""The speculators of one request: shows them its tokens, takes the best of their drafts, and keeps count."""
+"""The speculators of one request: shows them its tokens, asks them for drafts, and keeps count."""
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-
-from msgspec import Struct
+from math import ceil, inf
 
 from engine.contract import Drafts
-from engine.pace import Acceptance
+from engine.pace import Verified
 from engine.speculate.base import NO_DRAFT, Bounds, Draft, Speculator
-from engine.speculate.draft import Seat, matching
-from engine.speculate.tally import Tally
+from engine.speculate.draft import Seat
+from engine.speculate.guesser import Book, Guesser
 
 ANY = Bounds()
 
 LEARN = 2048
 """Tokens that all requests' speculators are shown in one step at most, besides those just emitted: some tens of
 milliseconds, so that long prompts, or those found in the cells, do not hold up everybody's step."""
-
-
-class Book(Struct, frozen=True):
-    """What is kept about one type: its counts, and how likely its drafts are right."""
-
-    tally: Tally
-    acceptance: Acceptance
+USEFUL = 1.0
+"""Tokens that a guess must be likely to have right for its type to be asked in the next step too, whatever it takes."""
+RARELY = 8
+"""Steps of which a type is asked in one at least."""
 
 
 class Drafter:
@@ -42,145 +37,149 @@ class Drafter:
         bounds: Bounds = ANY,
         fixed: bool = False,
     ) -> None:
-        self._speculators = speculators
+        self.fixed = fixed
+        """Whether the first type that answers is taken, with all it says."""
         self._bounds = bounds
-        self._fixed = fixed
-        self._books = {name: _own((books or {}).get(name), name) for name in speculators}
-        self._begun = False
-        self._known = 0  # tokens of the history that the speculators were shown
-        self._proposed: dict[str, Draft] = {}
-        self._chosen = ""
+        self._guessers: dict[str, Guesser] = {}
+        for name, speculator in speculators.items():
+            whole = (books or {}).get(name)
+            own = Book.new(name, whole)
+            self._guessers[name] = Guesser(name, speculator, own, whole or own)
+        self._model = self._guessers.get("draft")
+        self._plain = [guesser for guesser in self._guessers.values() if guesser is not self._model]
+        self._known = 0  # tokens of the history that the speculators were shown, or will be when they are asked
+        self._round = 0
+        self._chosen: Guesser | None = None
 
     @property
     def seat(self) -> Seat | None:
         """The request's place in the draft model, if that may guess for it."""
-        seat = self._speculators.get("draft")
+        seat = self._model.speculator if self._model is not None else None
         return seat if isinstance(seat, Seat) else None
 
     @property
     def only_model(self) -> bool:
         """Whether the draft model guesses for it, and nobody else does."""
-        return self._speculators.keys() == {"draft"}
+        return self._model is not None and not self._plain
 
     @property
     def drafts(self) -> tuple[Drafts, ...]:
         """What became of the drafts so far, by type."""
-        return tuple(book.tally.drafts for book in self._books.values())
+        return tuple(guesser.book.drafts for guesser in self._guessers.values())
 
     @property
     def types(self) -> Iterable[str]:
         """Who may guess."""
-        return self._speculators.keys()
+        return self._guessers.keys()
 
     def learn(self, tokens: array[int], most: int) -> int:
         """Shows the speculators at most `most` more of `tokens`, the history, and says how many."""
-        part = tokens[self._known : self._known + most] if self._speculators else tokens[:0]
+        part = tokens[self._known : self._known + most] if self._guessers else tokens[:0]
         if not part:
             return 0
-        for name, speculator in self._speculators.items():
-            begun = time.perf_counter()
-            if self._begun:
-                speculator.observe(part)
-            else:
-                speculator.begin(part)
-            self._books[name].tally.learnt(time.perf_counter() - begun, first=not self._begun)
-        self._begun = True
+        for guesser in self._guessers.values():
+            guesser.show(part)
         self._known += len(part)
         return len(part)
 
     def knows(self, tokens: array[int]) -> bool:
         """Whether the speculators were shown all of `tokens`, so that they may guess; false if there are none."""
-        return bool(self._speculators) and self._known == len(tokens)
+        return bool(self._guessers) and self._known == len(tokens)
 
     # ── before a step ──
 
-    def propose(self, limit: int) -> None:
-        """Asks those who need no model for drafts of at most `limit` tokens."""
-        self._proposed, self._chosen = {}, ""
-        for name, speculator in self._speculators.items():
-            if name != "draft":
-                self._ask(name, speculator, limit)
-            if self._fixed and self._proposed:
-                break
+    def propose(self, limit: int, budget: float = inf) -> None:
+        """Asks those who need no model for drafts of at most `limit` tokens, each or, where all of them would take
+        more than `budget` seconds, in turns those that had nothing of use to say."""
+        self._chosen = None
+        self._round += 1
+        every = 1 if self.fixed else self._turns(budget)
+        for place, guesser in enumerate(self._plain):
+            if guesser.promise < USEFUL and (self._round + place) % every:
+                guesser.silent()
+                continue
+            guesser.ask(limit, self._bounds)
+            if self.fixed and guesser.draft.tokens:
+                return
+
+    def _turns(self, budget: float) -> int:
+        effort = sum(guesser.effort for guesser in self._plain if guesser.promise < USEFUL)
+        return 1 if effort <= budget else min(RARELY, ceil(effort / budget))
 
     def ask_model(self, limit: int, seconds: float) -> None:
         """Takes what the draft model made for the seat; `seconds` were this request's share of its time."""
-        assert self.seat is not None, "somebody to ask"
-        self._ask("draft", self.seat, limit, seconds)
+        assert self._model is not None, "somebody to ask"
+        self._model.ask(limit, self._bounds, seconds)
 
     def model_limit(self, limit: int) -> int:
-        """Tokens that the draft model is to guess at most, 0 if another's draft promises more."""
+        """Tokens that the draft model may guess, 0 if it may not, or another was first in a fixed order."""
         seat = self.seat
-        if seat is None or (self._fixed and self._proposed):
+        if seat is None or (self.fixed and any(guesser.draft.tokens for guesser in self._plain)):
             return 0
-        limit = min(limit, seat.bounds.n_max or limit)
-        promised = max(map(self._promise, self._proposed), default=0.0)
-        return limit if self._books["draft"].acceptance.expected(limit) > promised else 0
+        return min(limit, seat.bounds.n_max or limit)
+
+    def model_curve(self, limit: int) -> list[float]:
+        """What is to be expected of the draft model before it has guessed."""
+        assert self._model is not None, "somebody to ask"
+        return self._model.book.acceptance.curve(limit)
+
+    @property
+    def offers(self) -> list[Guesser]:
+        """Those that have a draft."""
+        return [guesser for guesser in self._guessers.values() if guesser.draft.tokens]
+
+    def take(self, guesser: Guesser, length: int) -> Draft:
+        """The first `length` tokens of one's draft are to be verified; none if bounds forbid so few."""
+        draft = guesser.draft
+        if length < max(1, self._bounds.n_min):
+            return NO_DRAFT
+        self._chosen = guesser
+        return Draft(draft.tokens[:length], draft.chances[:length])
 
     def choose(self) -> Draft:
-        """The draft to verify: in a fixed order the first, else the one that promises most accepted tokens."""
-        if not self._proposed:
+        """Takes a whole draft: in a fixed order the first, else the one that promises most accepted tokens."""
+        offers = self.offers
+        if not offers:
             return NO_DRAFT
-        self._chosen = next(iter(self._proposed)) if self._fixed else max(self._proposed, key=self._promise)
-        return self._proposed[self._chosen]
-
-    def _ask(self, name: str, speculator: Speculator, limit: int, seconds: float = 0.0) -> None:
-        begun = time.perf_counter()
-        draft = self._bounds.trim(speculator.propose(limit))
-        self._books[name].tally.proposed(seconds + time.perf_counter() - begun)
-        assert len(draft.tokens) <= limit, f"{name} keeps to the limit"
-        if draft.tokens:
-            self._proposed[name] = draft
-
-    def _promise(self, name: str) -> float:
-        return self._books[name].acceptance.expected(len(self._proposed[name].tokens))
+        best = offers[0] if self.fixed else max(offers, key=lambda guesser: guesser.promise)
+        return self.take(best, len(best.draft.tokens))
 
     # ── after it ──
 
-    def observe(self, tokens: array[int], emitted: Sequence[int], drafted: int, accepted: int) -> None:
-        """The last `emitted` of `tokens` are new; of the chosen draft `drafted` were verified, `accepted` right."""
-        for name, draft in self._proposed.items():
-            # Every proposal can be compared with what came, whether it was verified or not.
-            right = matching(draft.tokens, emitted)
-            self._books[name].acceptance.observe(min(len(draft.tokens), right + 1, len(emitted)), right)
-        if self._begun and self._known == len(tokens) - len(emitted):
+    def observe(self, tokens: array[int], emitted: Sequence[int], made: Verified) -> None:
+        """The last `emitted` of `tokens` are new; `made` is what became of the chosen draft."""
+        chosen = self._chosen if made.drafted else None
+        if self._known == len(tokens) - len(emitted):
             self._known = len(tokens)
-            for name, speculator in self._speculators.items():
-                begun = time.perf_counter()
-                if drafted and name == self._chosen:
-                    speculator.observe(emitted, drafted, accepted)
-                    self._books[name].tally.verified(drafted, accepted, time.perf_counter() - begun)
-                else:
-                    speculator.observe(emitted)
-        self._proposed, self._chosen = {}, ""
+            for guesser in self._guessers.values():
+                guesser.hear(emitted, made if guesser is chosen else None)
+                if chosen is not None:
+                    guesser.forget_guess()
+        self._chosen = None
 
     # ── edits ──
 
     def truncate(self, length: int) -> None:
         """The history is cut to `length` tokens."""
         self._known = min(self._known, length)
-        for speculator in self._speculators.values():
-            speculator.truncate(length)
+        for guesser in self._guessers.values():
+            guesser.truncate(length)
 
     def shift(self, keep: int, discard: int) -> None:
         """`discard` tokens after the first `keep` left the history, of which they may not have been shown all."""
         self._known -= max(0, min(self._known, keep + discard) - keep)
-        for speculator in self._speculators.values():
-            speculator.shift(keep, discard)
+        for guesser in self._guessers.values():
+            guesser.shift(keep, discard)
 
     def pause(self) -> None:
         """The request gave up its cells for a while: the draft model's too."""
-        self._proposed, self._chosen = {}, ""
+        self._chosen = None
+        for guesser in self._guessers.values():
+            guesser.silent()
         if self.seat is not None:
             self.seat.leave()
 
     def end(self) -> None:
         """The request has ended."""
-        if self._begun:
-            for speculator in self._speculators.values():
-                speculator.end()
-
-
-def _own(book: Book | None, name: str) -> Book:
-    """A request's own book, which adds to that of the engine."""
-    return Book(Tally(name, book.tally), Acceptance(book.acceptance)) if book else Book(Tally(name), Acceptance())
+        for guesser in self._guessers.values():
+            guesser.end()

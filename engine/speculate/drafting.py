@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 from msgspec import structs
 
 from engine.config import DraftConfig, SpeculationConfig
 from engine.contract import SPECULATOR_TYPES, Drafts, Request, Speculation, SpeculatorType
-from engine.pace import Acceptance
+from engine.pace import Chooser, Load, StepCost
 from engine.sampling import Sampler
-from engine.speculate.base import Bounds, Speculator
-from engine.speculate.draft import DraftModel, Seat, Want
-from engine.speculate.drafter import Book, Drafter
+from engine.speculate.base import Bounds, Draft, Speculator
+from engine.speculate.draft import DraftModel, Seat
+from engine.speculate.drafter import Drafter
+from engine.speculate.guesser import Book
 from engine.speculate.map import NgramMapK, NgramMapK4v
 from engine.speculate.prediction import Prediction
+from engine.speculate.proposals import Proposals, Wish
 from engine.speculate.shared import Shared
 from engine.speculate.simple import NgramSimple
 from engine.speculate.suffix import Suffix
-from engine.speculate.tally import Tally, acceptance_line
+from engine.speculate.tally import acceptance_line
 
 log = logging.getLogger("paceline.speculation")
 
 PLACES = 16
 """Places that a request may make the draft model guess if the engine's own bound is lower: everybody waits for them."""
-READING = 0.5
-"""Share of the last step's time that the draft model may spend on reading histories before the next."""
 
 Speculate = Callable[[Request], Mapping[str, Speculator]]
 """Makes the speculators of a request, by type: another choice of them, for tests and experiments."""
@@ -43,8 +42,12 @@ class Drafting:
         draft: DraftConfig,
         model: DraftModel | None = None,
         speculate: Speculate | None = None,
+        cost: StepCost | None = None,
     ) -> None:
+        """`cost` is that of the model's steps; without one nothing is verified but in a fixed order."""
         self.model = model
+        self.chooser = Chooser(cost or StepCost())
+        self._proposals = Proposals(self.chooser, model)
         self._shared = shared
         self._config = config
         self._draft = draft
@@ -55,37 +58,21 @@ class Drafting:
     @property
     def drafts(self) -> tuple[Drafts, ...]:
         """What became of all requests' drafts, by type. Any thread may ask."""
-        return tuple(book.tally.drafts for book in list(self._books.values()))
+        return tuple(book.drafts for book in list(self._books.values()))
 
     def drafter(self, request: Request, sampler: Sampler | None = None) -> Drafter:
         """The drafter of a new request, whose tokens are picked by `sampler`; the likeliest without one."""
         asked = self._asked(request)
         speculators = self._speculate(request) if self._speculate else self.speculators(request, sampler)
         for name in speculators:
-            self._books.setdefault(name, Book(Tally(name), Acceptance()))
+            self._books.setdefault(name, Book.new(name))
         bounds = Bounds(asked.n_max, asked.n_min or 0, asked.p_min or 0.0)
-        return Drafter(speculators, books=self._books, bounds=bounds, fixed=self._config.order == "fixed")
+        fixed = (asked.order or self._config.order) == "fixed"
+        return Drafter(speculators, books=self._books, bounds=bounds, fixed=fixed)
 
-    def propose(self, wants: Sequence[tuple[Drafter, int]], reading: Sequence[Drafter], seconds: float) -> None:
-        """Lets every drafter of `wants` hear drafts of at most so many tokens; `choose` tells the best afterwards.
-
-        `reading` are those whose prompt is being read: the draft model reads along if nobody else guesses for them.
-        The last step took `seconds`.
-        """
-        for drafter, limit in wants:
-            drafter.propose(limit)
-        if self.model is None:
-            return
-        asked = [(drafter, most) for drafter, limit in wants if (most := drafter.model_limit(limit))]
-        along = [(drafter, 0) for drafter in reading if drafter.only_model]
-        seats = [Want(drafter.seat, most) for drafter, most in asked + along if drafter.seat is not None]
-        if not seats:
-            return
-        begun = time.perf_counter()
-        self.model.draft(seats, READING * seconds)
-        each = (time.perf_counter() - begun) / len(seats)
-        for drafter, most in asked:
-            drafter.ask_model(most, each)
+    def propose(self, wishes: Sequence[Wish], reading: Sequence[Drafter], load: Load, seconds: float) -> list[Draft]:
+        """What the next step is to verify for each of `wishes`; see `Proposals.make`."""
+        return self._proposals.make(wishes, reading, load, seconds)
 
     def report(self, drafter: Drafter) -> None:
         """Logs what became of a request's drafts, and of those of its types since the start."""

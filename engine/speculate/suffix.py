@@ -117,7 +117,7 @@ class Suffix:
                 found = tree.continuation(match, most, self._p_min, self._text)
                 right = _expected(found)
                 if right > expected:
-                    best, expected = Draft(found.tokens, found.chances), right
+                    best, expected = Draft(found.tokens, _wary(found, match.length)), right
             if expected >= limit:
                 break
         return best
@@ -155,6 +155,11 @@ class Suffix:
     def _relearn(self, history: Sequence[int]) -> None:
         self._tree, self._text = SuffixTree(self._depth), Text()
         self._tree.extend(self._text, history)
+
+
+def _wary(continuation: Continuation, matched: int) -> list[float]:
+    """The tokens' chances where so many before them were matched: after one token even what always followed may not."""
+    return [chance * (1 - 1 / length) for length, chance in enumerate(continuation.chances, matched + 1)]
 
 
 def _expected(continuation: Continuation) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine.contract import Drafts
+from engine.pace import Verified
 
 
 class Tally:
@@ -17,25 +18,37 @@ class Tally:
         self._seconds = [0.0, 0.0, 0.0]
         self._drafted = 0
         self._by_accepted: list[int] = []
+        self._expected = 0.0
+        self._saved = 0.0
+        self._spent = 0.0
 
     def learnt(self, seconds: float, *, first: bool) -> None:
         """A speculator was shown a part of its history, the first one or another."""
         self._count(0, seconds, int(first))
 
     def proposed(self, seconds: float) -> None:
-        """A speculator was asked for a draft."""
+        """A speculator was asked for a draft, which it took so long to make."""
         self._count(1, seconds)
+        tally: Tally | None = self
+        while tally is not None:
+            tally._spent += seconds
+            tally = tally._total
 
-    def verified(self, drafted: int, accepted: int, seconds: float) -> None:
-        """A draft's first `drafted` tokens were verified and the first `accepted` right; hearing it took `seconds`."""
+    def verified(self, made: Verified, expected: float, seconds: float) -> None:
+        """A draft was verified, of which so many tokens were expected to be right; hearing of it took `seconds`."""
         self._count(2, seconds)
         tally: Tally | None = self
         while tally is not None:
-            tally._drafted += drafted
-            counts = tally._by_accepted
-            counts.extend([0] * (drafted + 1 - len(counts)))
-            counts[accepted] += 1
+            tally._add(made, expected)
             tally = tally._total
+
+    def _add(self, made: Verified, expected: float) -> None:
+        self._drafted += made.drafted
+        self._expected += expected
+        self._saved += made.saved
+        self._spent += made.spent
+        self._by_accepted.extend([0] * (made.drafted + 1 - len(self._by_accepted)))
+        self._by_accepted[made.accepted] += 1
 
     def _count(self, call: int, seconds: float, calls: int = 1) -> None:
         tally: Tally | None = self
@@ -46,8 +59,9 @@ class Tally:
 
     @property
     def drafts(self) -> Drafts:
-        """The counts of tokens."""
-        return Drafts(self.type, self._drafted, tuple(self._by_accepted))
+        """The counts of tokens, and what they were worth."""
+        counts = tuple(self._by_accepted)
+        return Drafts(self.type, self._drafted, counts, self._expected, self._saved, self._spent)
 
     def __str__(self) -> str:
         """llama.cpp's line: calls and milliseconds to begin, to generate and to accept."""

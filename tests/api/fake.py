@@ -92,7 +92,7 @@ INFO = ModelInfo(
 )
 
 
-DRAFTS = (Drafts("suffix", 4, (0, 0, 0, 1, 0)),)
+DRAFTS = (Drafts("suffix", 4, (0, 0, 0, 1, 0), 3.5, 0.5, 0.25, 0.75),)
 """What becomes of the drafts of every request unless told otherwise: one, of whose four tokens three are right."""
 
 
@@ -193,7 +193,11 @@ class FakeEngine:
             cells_used=60,
             cells_idle=10,
             **dict.fromkeys(("saved_tokens", "restored_tokens", "ram_bytes", "disk_bytes"), 9),
-            drafts=(Drafts("suffix", 20, (1, 2, 3)), Drafts("ngram-mod", 9, (0, 1, 0, 1))),
+            drafts=(
+                Drafts("suffix", 20, (1, 2, 3), 7.5, 0.8, 0.25, 0.75),
+                Drafts("ngram-mod", 9, (0, 1, 0, 1)),
+            ),
+            step_seconds={1: 0.01, 2: 0.015},
         )
 
     async def slot_states(self) -> tuple[SlotState, ...]:

@@ -13,7 +13,7 @@ served
 keys metrics completions props slots
 chat text
 app terminal
-serve lookup
+serve lookup cost
 __main__
 """
 

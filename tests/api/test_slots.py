@@ -27,7 +27,7 @@ async def test_what_runs_in_each_slot(app: ASGIApp) -> None:
         "n_prompt_tokens_cache": 32,
         "next_token": [{"has_next_token": True, "n_remain": 3, "n_decoded": 7}],
         "n_draft": 3,
-        "drafts": [{"type": "suffix", "drafted": 4, "accepted": 3}],
+        "drafts": [{"type": "suffix", "drafted": 4, "accepted": 3, "expected": 3.5, "chance": 0.75, "gain_ms": 250.0}],
     }
     assert (params["temperature"], params["seed"], params["n_predict"], params["max_tokens"]) == (0.8, 5, 10, 10)
     assert params["speculative.types"] == "suffix"

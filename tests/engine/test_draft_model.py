@@ -223,7 +223,7 @@ def test_a_draft_that_was_not_verified_leaves_nothing() -> None:
 
 def test_a_request_cannot_make_everybody_wait_for_a_long_draft() -> None:
     made = bench(ToyContext(cells=400))
-    made.submit(0, asked(tokens=90, speculation=Speculation(type=("draft",), n_max=1024)))
+    made.submit(0, asked(tokens=90, speculation=Speculation(type=("draft",), n_max=1024, order="fixed")))
     made.run()
     (drafts,) = end_of(made, 0).drafts
     assert len(drafts.by_accepted) == 16 + 1

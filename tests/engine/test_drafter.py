@@ -10,9 +10,9 @@ import pytest
 
 from engine.config import DraftConfig, SpeculationConfig
 from engine.contract import SPECULATOR_TYPES, Drafts, Request, Speculation, SpeculatorType
-from engine.pace import Acceptance
+from engine.pace import Verified
 from engine.speculate import Bounds, Draft, Drafter, Drafting, Shared, Speculator
-from engine.speculate.drafter import Book
+from engine.speculate.guesser import Book
 from engine.speculate.tally import Tally
 from tests.toy import ToyVocab
 
@@ -52,7 +52,7 @@ def step(drafter: Drafter, tokens: array[int], emitted: Sequence[int], limit: in
     right = next((i for i, pair in enumerate(zip(draft.tokens, emitted, strict=False)) if pair[0] != pair[1]), None)
     accepted = min(len(draft.tokens), len(emitted)) if right is None else right
     tokens.extend(emitted)
-    drafter.observe(tokens, emitted, len(draft.tokens), accepted)
+    drafter.observe(tokens, emitted, Verified(len(draft.tokens), accepted))
     return draft
 
 
@@ -63,7 +63,7 @@ def test_a_long_history_is_shown_in_pieces() -> None:
     assert drafter.learn(tokens, 2) == 2
     assert not drafter.knows(tokens)
     tokens.append(6)
-    drafter.observe(tokens, [6], 0, 0)  # a token came meanwhile: it is shown in its turn
+    drafter.observe(tokens, [6], Verified(0, 0))  # a token came meanwhile: it is shown in its turn
     assert drafter.learn(tokens, 3) == 3
     assert drafter.learn(tokens, 0) == 0
     assert drafter.learn(tokens, 9) == 1
@@ -93,7 +93,7 @@ def test_a_fixed_order_takes_the_first_that_answers() -> None:
 
 
 def test_the_next_request_knows_what_was_wrong_in_the_last() -> None:
-    books = {name: Book(Tally(name), Acceptance()) for name in ("bad", "good")}
+    books = {name: Book.new(name) for name in ("bad", "good")}
     tokens = array("i", [0])
     first = Drafter({"bad": Guess([9, 9, 9, 9]), "good": Guess([1, 2])}, books=books)
     first.learn(tokens, 9)
@@ -127,9 +127,9 @@ def test_counts_and_the_line_in_the_log() -> None:
     tally.learnt(0.001, first=False)
     for _ in range(3):
         tally.proposed(0.0005)
-    tally.verified(4, 4, 0.00001)
-    tally.verified(3, 0, 0.00001)
-    assert tally.drafts == Drafts("ngram-mod", 7, (1, 0, 0, 0, 1))
+    tally.verified(Verified(4, 4, 0.4, 0.1), 3.5, 0.00001)
+    tally.verified(Verified(3, 0, 0.0, 0.1), 0.5, 0.00001)
+    assert tally.drafts == Drafts("ngram-mod", 7, (1, 0, 0, 0, 1), 4.0, 0.4, 0.2 + 3 * 0.0005)
     assert (
         str(tally)
         == str(total)

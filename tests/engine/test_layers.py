@@ -24,13 +24,14 @@ engine
 """
 SAMPLING = "noise candidates\nlogprobs truncate penalties verify\nsampler"
 MEMORY = "radix ordered disk idle textfile\npieces\nshelf lease\nstore\nmoves\ncells\ntransfer"
-PACE = "cost acceptance\nwarmup"
+PACE = "curve acceptance journal\ncost lengths\ncalibration chooser"
 SPECULATE = """
 base vocabulary files tally
 ngrams tree mod cache draft
-simple map suffix prediction drafter
-shared
-drafting lookup
+simple map suffix prediction guesser
+shared drafter
+proposals lookup
+drafting
 """
 LLAMA = "library exact\nvocab context\nmodel"
 

@@ -173,7 +173,7 @@ def test_idle_prefixes_leave_at_once_for_those_whose_steps_they_would_make_deare
         ask(bench, key, text(400, key))
     bench.rest()
     assert context.used() > 3000
-    bench.runner.cost.cell = 1e-3
+    bench.runner.cost.row_cell = 1e-3
     request = Request(prompt=(*text(400, 7), 3), max_tokens=40, ignore_eos=True)
     bench.submit(100, request)
     for _ in range(6):
@@ -191,7 +191,7 @@ def test_idle_prefixes_stay_where_they_cost_nothing() -> None:
     bench = Bench(context, store=10**7)
     for key in range(8):
         ask(bench, key, text(400, key))
-    bench.runner.cost.cell = 1e-12
+    bench.runner.cost.row_cell = 1e-12
     ask(bench, 100, (3,), 40)
     assert context.used() > 3000
 
@@ -445,7 +445,7 @@ def run_at_random(
             case 4:
                 bench.runner.cells.reclaim(random.randint(0, cells))
             case 5:
-                bench.runner.cost.cell = random.choice([0.0, 1e-6, 1.0])
+                bench.runner.cost.row_cell = random.choice([0.0, 1e-6, 1.0])
                 bench.runner.cells.age()
                 bench.runner.cells.tend(random.choice([0.0, 1e-4]))
             case _:

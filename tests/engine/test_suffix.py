@@ -152,12 +152,14 @@ class NaiveSuffix:
     def propose(self, limit: int) -> Guess:
         trees = [self.tree, *(self.shared.use(self.salt) if self.salt in self.shared.trees else [])]
         best: Guess = (b"", [])
+        raw: list[float] = []
         for tree in trees:
             if length := tree.longest(self.history):
                 most, own = min(limit, max(1, int(FACTOR * length))), 0 if tree is self.tree else None
                 guess = tree.continuation(self.history[-length:], most, P_MIN, own)
-                if sum(accumulate(guess[1], mul)) > sum(accumulate(best[1], mul)):
-                    best = guess
+                if sum(accumulate(guess[1], mul)) > sum(accumulate(raw, mul)):
+                    best = guess[0], [chance * (1 - 1 / place) for place, chance in enumerate(guess[1], length + 1)]
+                    raw = guess[1]
         return best
 
 
@@ -273,14 +275,14 @@ def test_most_frequent_continuation_is_drafted_and_its_chance_told() -> None:
     speculator = suffix()
     speculator.begin([1, 2, 7, 1, 2, 8, 1, 2, 8, 1, 2, 9, 1, 2])
     draft = speculator.propose(1)
-    assert (draft.tokens, draft.chances) == ([8], [0.5])
+    assert (draft.tokens, draft.chances) == ([8], [0.5 * (1 - 1 / 3)])
 
 
 def test_of_equally_frequent_ones_the_latest_is_drafted() -> None:
     speculator = suffix()
     speculator.begin([1, 2, 8, 1, 2, 7, 1, 2])
     draft = speculator.propose(1)
-    assert (draft.tokens, draft.chances) == ([7], [0.5])
+    assert (draft.tokens, draft.chances) == ([7], [0.5 * (1 - 1 / 3)])
 
 
 def test_draft_ends_before_it_gets_unlikely() -> None:
@@ -344,7 +346,7 @@ def test_no_seam_is_shared() -> None:
     second = suffix(shared, prompt_length=1)
     second.begin([2])
     draft = second.propose(1)
-    assert (draft.tokens, draft.chances) == ([3], [1.0])
+    assert (draft.tokens, draft.chances) == ([3], [0.5])
 
 
 def test_a_shift_takes_its_part_of_the_prompt() -> None:

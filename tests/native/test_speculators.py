@@ -19,8 +19,9 @@ TEXTS = (LIST, "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return
 
 
 def config(**speculation: object) -> EngineConfig:
-    """The model in a configuration in which a row does not depend on its batch."""
+    """The model in a configuration in which a row does not depend on its batch, and every draft is verified."""
     draft = speculation.pop("draft", {})
+    speculation = {"order": "fixed", **speculation}
     return EngineConfig.of(path=MODEL, slots=4, context=2048, speculation=speculation, draft=draft, **EXACT)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,79 @@
+"""Seconds of a step by its rows, with every jump: neighbouring counts may differ by half."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Mapping
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+Seconds = NDArray[np.float64]
+
+
+class Point(Struct):
+    """What is known of one number of rows."""
+
+    seconds: float
+    seen: int
+    """Measurements in it."""
+
+
+class Curve:
+    """A mean for each number of rows that was measured. Counts between two of these lie on a straight line, those
+    beyond the last cost in proportion to their rows, those before the first as much as it."""
+
+    def __init__(self) -> None:
+        self._points: dict[int, Point] = {}
+        self._counts: list[int] = []  # in order
+        self._line: Seconds = np.empty(0)
+
+    def __bool__(self) -> bool:
+        return bool(self._points)
+
+    @property
+    def points(self) -> Mapping[int, Point]:
+        """By rows, what was measured."""
+        return self._points
+
+    def put(self, rows: int, seconds: float, seen: int = 1) -> None:
+        """Sets what `rows` rows cost."""
+        known = rows in self._points
+        self._points[rows] = Point(seconds, seen)
+        if not known:  # only now, as another thread may be looking
+            insort(self._counts, rows)
+        self._line = np.empty(0)
+
+    def scale(self, rows: int, factor: float) -> None:
+        """One more measurement of `rows` rows says that they cost `factor` times what was thought."""
+        point = self._points.get(rows)
+        if point is None:
+            self.put(rows, factor * self.seconds(rows))
+            return
+        point.seconds *= factor
+        point.seen += 1
+        self._line = np.empty(0)
+
+    def seen(self, rows: int) -> int:
+        """How often `rows` rows were measured."""
+        point = self._points.get(rows)
+        return point.seen if point is not None else 0
+
+    def seconds(self, rows: int) -> float:
+        """Of a step of `rows` rows; 0 if none was measured."""
+        if (point := self._points.get(rows)) is not None:
+            return point.seconds
+        return float(self.line(rows)[rows]) if self._points else 0.0
+
+    def line(self, most: int) -> Seconds:
+        """Seconds by rows, from 0 to at least `most`; at least one count was measured. Not to be changed."""
+        line = self._line
+        if len(line) <= most:
+            size = max(64, 1 << most.bit_length())
+            counts = [*self._counts]
+            line = np.interp(np.arange(size), counts, [self._points[rows].seconds for rows in counts])
+            last = counts[-1]
+            line[last:] *= np.arange(last, max(size, last)) / max(1, last)
+            self._line = line
+        return line
