@@ -91,6 +91,7 @@ class SpeculativeReply(Struct, frozen=True):
     p_min: float | UnsetType = UNSET
     size_n: int | UnsetType = UNSET
     min_hits: int | UnsetType = UNSET
+    order: str | UnsetType = UNSET
 
     @classmethod
     def of(cls, asked: Speculation | None, ends: Sequence[Finished]) -> Self | UnsetType:

@@ -185,7 +185,7 @@ Cells = dict[str, dict[int, dict[str, list[Figures]]]]
 
 
 async def measure(options: argparse.Namespace, settings: Sequence[str], said: Said, *, synthetic: bool) -> Cells:
-    """All cells, round after round."""
+    """All cells, round after round; what is measured is written after each."""
     config = EngineConfig.of(
         path=options.model,
         slots=max(options.clients),
@@ -220,6 +220,7 @@ async def measure(options: argparse.Namespace, settings: Sequence[str], said: Sa
                         for setting, figures in ran.items():
                             figures.ratio = figures.tokens_per_second / ran["none"].tokens_per_second
                             rounds.setdefault(setting, []).append(figures)
+                        save(options.name, {"settings": settings, "cells": cells})
     return cells
 
 
@@ -272,7 +273,6 @@ def main() -> None:
     cells = asyncio.run(measure(options, settings, Said(), synthetic=bool(rates)))
     title = f"{options.model.stem}: {options.rounds} rounds, at most {options.tokens} tokens of an answer"
     show(title, COLUMNS, rows(cells))
-    save(options.name, {"settings": settings, "cells": cells})
     (OUT / f"{options.name}.md").write_text(markdown(COLUMNS, rows(cells)))
     lines = {
         f"{name}, {setting}": [(clients, middle(by_setting[setting]).ratio) for clients, by_setting in of.items()]

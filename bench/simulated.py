@@ -8,10 +8,12 @@ one length that yields most tokens a second.
 from __future__ import annotations
 
 import argparse
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from math import inf
 from random import Random
+from statistics import median
 from typing import Protocol
 
 from msgspec import Struct
@@ -19,7 +21,7 @@ from msgspec import Struct
 from bench.figures import save, show
 from engine.config import DraftConfig, SpeculationConfig
 from engine.contract import Request
-from engine.pace import Load, StepCost
+from engine.pace import Chooser, Load, StepCost
 from engine.speculate import Draft, Drafter, Drafting, Shared, Wish
 from engine.speculate.draft import matching
 
@@ -185,6 +187,20 @@ def oracle(machine: Machine, chances: Sequence[float]) -> float:
     return best
 
 
+def decision_seconds(streams: int, length: int = 16, times: int = 500) -> float:
+    """Median seconds of one decision: which of two drafts of so many tokens each of the streams gets, and how much."""
+    cost = StepCost()
+    for rows in (1, 2, 4, 8, 16, 32, 64, 128):
+        cost.curve.put(rows, jumping(rows), 3)
+    random, chooser, spent = Random(0), Chooser(cost), list[float]()
+    for _ in range(times):
+        slots = [[[random.uniform(0.5, 1.0) ** place for place in range(1, length + 1)]] * 2 for _ in range(streams)]
+        begun = time.perf_counter()
+        chooser.decide(slots, Load(streams, streams, 1000, MOST))
+        spent.append(time.perf_counter() - begun)
+    return median(spent)
+
+
 def main() -> None:
     """Prints a table and writes `simulated.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -201,7 +217,9 @@ def main() -> None:
                 rows.append([name, chance, clients, ran.rate / none, best / none, ran.rate / best, each, tried])
     columns = ("machine", "right", "clients", "auto / none", "oracle / none", "auto / oracle", "drafted", "tried")
     show("tokens a second; drafted tokens of a stream and step; rows of trials", columns, rows)
-    save("simulated", {"columns": columns, "rows": rows})
+    decisions = {streams: round(1e6 * decision_seconds(streams), 1) for streams in (1, 4, 16)}
+    print(f"microseconds of a decision by streams: {decisions}")
+    save("simulated", {"columns": columns, "rows": rows, "decision_us": decisions})
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ class Runner:
         """One decode for everyone who runs, and what follows from it. With nobody, only tells the readers."""
         begun = time.perf_counter()
         self._admit()
-        self.cells.expect(len(self.running) * self.cost.cell)
+        self.cells.expect(sum(1 + len(stream.draft) for stream in self.running.values()) * self.cost.cell)
         self.cells.compute = self.cost.prompt_row
         self.cells.tend(MOVING * self._seconds)
         if self._worn():

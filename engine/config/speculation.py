@@ -1,4 +1,4 @@
-"""Who guesses ahead, and how. Defaults are llama-server's."""
+"""Who guesses ahead, and how. Defaults are llama-server's where lengths do not follow from measurement."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
             "draft model), or types separated by commas",
             extra=flags("--spec-type", env="LLAMA_ARG_SPEC_TYPE"),
         ),
-    ] = ()
+    ] = ("auto",)
     order: Annotated[
         Literal["measured", "fixed"],
         Meta(
-            description="of several types the one whose draft promises most accepted tokens, from what was measured, "
-            "or the first that answers, the draft model last",
+            description="measured: the drafts and lengths that yield most tokens per second by the measured cost of a "
+            "step and what became of earlier drafts; fixed: the first type that answers, the draft model last, and "
+            "all that it says",
             extra=flags("--spec-order"),
         ),
     ] = "measured"
@@ -150,8 +151,10 @@ class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """The types for requests that do not say; `none` anywhere means nobody, as with llama-server."""
         if "none" in self.types:
             return ()
-        more: tuple[SpeculatorType, ...] = ("ngram-mod",) if self.default else ()
-        return tuple(kind for kind in self.types if kind != "none") + more
+        named = tuple(kind for kind in self.types if kind != "none")
+        if not self.default:
+            return named
+        return ("ngram-mod",) if named == ("auto",) else (*named, "ngram-mod")
 
 
 class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -244,7 +247,7 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             description="tokens that the draft model guesses at most",
             extra=flags("--draft-max", "--draft", "--draft-n", "--spec-draft-n-max", env="LLAMA_ARG_SPEC_DRAFT_N_MAX"),
         ),
-    ] = 3
+    ] = 16
     n_min: Annotated[
         Length,
         Meta(

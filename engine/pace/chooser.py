@@ -14,8 +14,8 @@ CAUTION = 0.04
 """A draft has to promise so much more than none: what promises most is often what was judged too well."""
 TRIAL = 0.01
 """Share of all rows, and of all seconds, for drafts that promise less than none: what was misjudged is found out."""
-SAVED = 16.0
-"""Rows that may be saved up for that."""
+SAVED, SAVED_SECONDS = 16.0, 5.0
+"""Rows, and seconds, that may be saved up for that."""
 PAUSE = 16
 """Steps between two looks for something to try."""
 PLAUSIBLE = 0.75
@@ -83,7 +83,7 @@ class Chooser:
             self._journal.step(streams, drafts, self._decided.gain, expected, seconds)
         self.cost.observe(streams + drafts, prompt_rows, seconds, cells)
         self._rows = min(SAVED, self._rows + TRIAL * (streams + drafts))
-        self._seconds += TRIAL * seconds
+        self._seconds = min(SAVED_SECONDS, self._seconds + TRIAL * seconds)
         self._look += 1
 
     def verified(self, drafted: int, accepted: int) -> Verified:

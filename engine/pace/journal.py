@@ -29,7 +29,7 @@ class Journal:
         self._expected += expected
         self._measured += measured
         if self._steps == STEPS:
-            log.debug("%s", self)
+            log.debug("%s", str(self))  # now: it changes
             self._forget()
 
     def accepted(self, tokens: int) -> None:

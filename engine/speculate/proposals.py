@@ -13,7 +13,7 @@ from engine.speculate.drafter import Drafter
 
 READING = 0.5
 """Share of the last step's time that the draft model may spend on reading histories before the next."""
-GUESSING = 0.01
+GUESSING = 0.006
 """Share of a step that those may take who guess without a model and had nothing of use to say lately."""
 
 
@@ -25,10 +25,12 @@ class Wish(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A request for which the draft model is to guess at most `most` tokens, as long as it is so likely right."""
+    """A request for which the draft model is to guess at most `most` tokens, as long as it is so likely right; about
+    `room` tokens are still to come."""
 
     drafter: Drafter
     most: int
+    room: int = 1
     floor: float = 0.0
 
 
@@ -69,7 +71,7 @@ class Proposals:
     def _ask_model(
         self, model: DraftModel, wishes: Sequence[Wish], reading: Sequence[Drafter], load: Load, seconds: float
     ) -> None:
-        able = [Asked(drafter, most) for drafter, limit in wishes if (most := drafter.model_limit(limit))]
+        able = [Asked(drafter, most, limit) for drafter, limit in wishes if (most := drafter.model_limit(limit))]
         asked = [one for one in able if one.drafter.fixed]
         asked += self._worth_asking(model, [one for one in able if not one.drafter.fixed], wishes, load)
         along = [Asked(drafter, 0) for drafter in reading if drafter.only_model and (drafter.fixed or self._pays)]
@@ -107,10 +109,10 @@ class Proposals:
         rows = sum(lengths.values())
         rest = Load(load.rows + rows, load.sure + sum(gains.values()), load.cells, max(0, load.most - rows))
         unread = [model.reading_seconds(able[i].drafter.seat) for i in joined]
-        amortised = sum(spent / able[i].most for spent, i in zip(unread, joined, strict=True))
+        amortised = sum(spent / able[i].room for spent, i in zip(unread, joined, strict=True))
         each = model.pass_seconds(len(joined)) + amortised
         rate = choice.rate or load.sure / float(self.chooser.cost.steps(load.rows, 0, load.cells)[0])
         most, rate = self.chooser.places([curves[i] for i in joined], rest, each, rate, sum(unread))
         self._pays = most > 0
         floor = rate * each / len(joined)
-        return [Asked(able[i].drafter, min(most, able[i].most), floor) for i in joined] if most else []
+        return [able[i]._replace(most=min(most, able[i].most), floor=floor) for i in joined] if most else []

@@ -32,7 +32,7 @@ async def test_what_runs_in_each_slot(app: ASGIApp) -> None:
     assert (params["temperature"], params["seed"], params["n_predict"], params["max_tokens"]) == (0.8, 5, 10, 10)
     assert params["speculative.types"] == "suffix"
     assert not {"logit_bias", "dry_sequence_breakers", "stop", "prompt"} & params.keys()
-    assert idle == [{"id": n, "n_ctx": 512, "speculative": False, "is_processing": False} for n in (1, 2, 3)]
+    assert idle == [{"id": n, "n_ctx": 512, "speculative": True, "is_processing": False} for n in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(("query", "status"), [("", 200), ("?fail_on_no_slot=1", 503), ("?fail_on_no_slot=0", 200)])

@@ -37,8 +37,8 @@ def app_with(engine: FakeEngine, *types: str) -> ASGIApp:
         ("suffix", Speculation(type=("suffix",))),
         ({"type": ["suffix", "ngram-mod", "suffix"]}, Speculation(type=("suffix", "ngram-mod"))),
         (
-            {"type": "suffix", "n_max": 9, "n_min": 2, "p_min": 0.5, "size_n": 4, "min_hits": 2},
-            Speculation(type=("suffix",), n_max=9, n_min=2, p_min=0.5, size_n=4, min_hits=2),
+            {"type": "suffix", "n_max": 9, "n_min": 2, "p_min": 0.5, "size_n": 4, "min_hits": 2, "order": "fixed"},
+            Speculation(type=("suffix",), n_max=9, n_min=2, p_min=0.5, size_n=4, min_hits=2, order="fixed"),
         ),
     ],
     ids=str,

@@ -34,8 +34,9 @@ def test_welcome() -> None:
     info = msgspec.structs.replace(INFO, chat_template="{{ messages }}")
     served = site_of(FakeEngine(info=info), alias="me").served
     assert served is not None
-    first, *command = welcome(served, "http://127.0.0.1:8000").split("\n")
+    first, guessing, *command = welcome(served, "http://127.0.0.1:8000").split("\n")
     assert first == "Serving me on http://127.0.0.1:8000 · 4 slots · 2048 tokens of context · no device"
+    assert guessing.startswith("Guessing ahead: prediction, ")
     assert command[0] == ("Try: curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\")
     assert "YOUR_KEY" not in str(command)
 
@@ -48,19 +49,25 @@ def test_welcome_says_what_is_missing() -> None:
     assert "YOUR_KEY" in shown
 
 
-DRAFT = {"draft": {"path": "/models/small.gguf"}}
+DRAFT: dict[str, Any] = {"draft": {"path": "/models/small.gguf"}}
+EVERYBODY = "Guessing ahead: prediction, ngram-simple, ngram-map-k, ngram-map-k4v, ngram-mod, ngram-cache, suffix"
 
 
 @pytest.mark.parametrize(
     ("options", "silent", "told"),
     [
-        ({}, {}, []),
+        ({}, {}, [f"{EVERYBODY}, draft ()"]),
         ({"speculation": {"types": ["none", "suffix"]}}, {}, []),
         ({"speculation": {"types": ["suffix", "ngram-mod"]}}, {}, ["Guessing ahead: ngram-mod, suffix"]),
         ({"speculation": {"default": True}}, {}, ["Guessing ahead: ngram-mod"]),
         ({"speculation": {"types": ["draft", "suffix"]}, **DRAFT}, {}, ["Guessing ahead: suffix, draft (small.gguf)"]),
-        (DRAFT, {}, ["small.gguf guesses only for requests that ask for it; for all with --spec-type draft"]),
-        (DRAFT, {"draft": "it does not fit"}, ["Note: Nobody guesses by draft: it does not fit."]),
+        (DRAFT, {}, [f"{EVERYBODY}, draft (small.gguf)"]),
+        (
+            DRAFT | {"speculation": {"types": ["none"]}},
+            {},
+            ["small.gguf guesses only for requests that ask for it; for all with --spec-type draft"],
+        ),
+        (DRAFT, {"draft": "it does not fit"}, ["Note: Nobody guesses by draft: it does not fit.", EVERYBODY]),
         (
             {"speculation": {"types": ["draft"]}},
             {"draft": "it is none"},

@@ -259,7 +259,8 @@ def test_which_vocabularies_fit(changes: dict[str, object], complaint: str) -> N
 @pytest.mark.parametrize("noise", ["shared", "greedy", "off"])
 def test_a_draft_with_the_same_noise_agrees_at_any_temperature(noise: Any) -> None:
     sampling = SamplingParams(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.2, seed=9)
-    request = structs.replace(asked(tokens=60), sampling=sampling)
+    fixed = Speculation(type=("draft",), order="fixed")
+    request = structs.replace(asked(tokens=60), sampling=sampling, speculation=fixed)
     made = Bench(ToyContext(cells=400), speculation=CONFIG, draft=ToyContext(cells=400), noise=noise)
     made.submit(0, request)
     made.run()

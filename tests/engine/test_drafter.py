@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
+from typing import Any, cast
 
 import pytest
 
@@ -169,3 +170,64 @@ def test_a_shift_before_all_was_shown(kind: SpeculatorType, seed: int) -> None:
             assert [*edited.propose(8).tokens] == [*fresh.propose(8).tokens]
         edited.observe([output])
         fresh.observe([output])
+
+
+# ── who is asked ──
+
+
+def test_those_with_nothing_to_say_are_asked_in_turns_where_asking_all_takes_too_long() -> None:
+    useful, mute, wrong = Guess([1, 1, 1]), Guess([]), Guess([9])
+    drafter = Drafter({"useful": useful, "mute": mute, "wrong": wrong})
+    tokens = array("i", [1])
+    drafter.learn(tokens, 9)
+    asked = {"mute": 0, "wrong": 0, "useful": 0}
+    for name, guess in (("mute", mute), ("wrong", wrong), ("useful", useful)):
+        inner = guess.propose
+
+        def propose(limit: int, name: str = name, inner: Callable[[int], Draft] = inner) -> Draft:
+            asked[name] += 1
+            return inner(limit)
+
+        cast("Any", guess).propose = propose
+    for _ in range(20):
+        drafter.propose(8)
+        tokens.append(1)
+        drafter.observe(tokens, [1], Verified(0, 0))
+    assert asked == {"mute": 20, "wrong": 20, "useful": 20}, "nobody counts the time"
+    for _ in range(80):
+        drafter.propose(8, budget=1e-9)
+        tokens.append(1)
+        drafter.observe(tokens, [1], Verified(0, 0))
+    assert asked == {"mute": 30, "wrong": 30, "useful": 100}
+
+
+def test_who_is_not_asked_hears_it_all_later() -> None:
+    guess = Guess([])
+    drafter = Drafter({"guess": guess})
+    tokens = array("i", [1])
+    drafter.learn(tokens, 9)
+    for token in (2, 3):
+        tokens.append(token)
+        drafter.observe(tokens, [token], Verified(0, 0))
+    drafter.propose(8)
+    tokens.append(4)
+    drafter.observe(tokens, [4], Verified(0, 0))
+    drafter.shift(0, 1)
+    drafter.end()
+    heard = [("begin", 1), ("observe", 2, 3, 0, 0), ("observe", 4, 0, 0), ("shift", 0, 1), ("end",)]
+    assert guess.heard == heard
+
+
+def test_a_guess_that_is_not_verified_is_followed_until_it_fails() -> None:
+    guess = Guess([1, 2, 3, 9])
+    drafter = Drafter({"guess": guess})
+    tokens = array("i", [0])
+    drafter.learn(tokens, 9)
+    for token in (1, 2, 3, 4):
+        drafter.propose(8)
+        tokens.append(token)
+        drafter.observe(tokens, [token], Verified(0, 0))
+    (offer,) = drafter._guessers.values()
+    chances = [offer.book.acceptance.chance(place) for place in range(4)]
+    assert min(chances[:3]) > 0.75
+    assert chances[3] < 0.65

@@ -343,3 +343,20 @@ def test_the_decision_takes_microseconds() -> None:
     slots = [[[0.9**place for place in range(1, 65)]] * 2] * 16
     choice = Chooser(cost).choose(slots, Load(16, 16, 0, 112))
     assert sum(choice.lengths) == 112
+
+
+def test_a_line_for_every_hundred_steps(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "paceline.pace")
+    cost = StepCost()
+    cost.curve.put(1, 0.02, 3)
+    cost.curve.put(8, 0.03, 3)
+    chooser = Chooser(cost)
+    for _ in range(150):
+        choice = chooser.decide([[[0.9, 0.8]]], Load(1, 1, 0, 8))
+        assert choice.lengths == [2]
+        chooser.saw(1, 2, 0, 0, cost.decode_seconds(3))
+        made = chooser.verified(2, 1)
+        assert made.saved == pytest.approx(0.02)
+        assert made.spent == pytest.approx(cost.decode_seconds(3) - 0.02)
+    (line,) = caplog.messages
+    assert line.startswith("100 steps: 1.0 streams, 2.0 drafted tokens, 1.70 expected to be right, 0.99 right; ")

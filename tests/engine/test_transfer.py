@@ -254,7 +254,8 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
 
 
 def config(**memory: Any) -> EngineConfig:
-    return EngineConfig.of(path="toy.gguf", slots=3, warmup=False, memory={"ram": 1, **memory})
+    nobody: dict[str, object] = {"types": ["none"]}
+    return EngineConfig.of(path="toy.gguf", slots=3, warmup=False, memory={"ram": 1, **memory}, speculation=nobody)
 
 
 def backend(**options: Any) -> ToyBackend:

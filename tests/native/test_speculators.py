@@ -138,3 +138,25 @@ async def test_the_lines_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
         _, end = await read(engine, request(engine, LIST))
     assert f"draft acceptance rate = {end.usage.accepted / end.usage.drafted:.5f} (" in caplog.text
     assert "statistics ngram_simple: #calls(b,g,a) = 1 " in caplog.text
+
+
+async def test_lengths_by_measured_cost_leave_the_text_alone(plain: dict[float, list[list[int]]]) -> None:
+    async with Engine.open(config(types=["auto"], order="measured")) as engine:
+        for _ in range(2):
+            ids, _ = await all_of(engine, 0.8)
+            assert ids == plain[0.8]
+        stats = engine.stats()
+    seconds = stats.step_seconds
+    assert 0 < seconds[1] < seconds[8] < seconds[64], "measured at start"
+    assert all(drafts.spent > 0 for drafts in stats.drafts if drafts.drafted)
+
+
+async def test_a_second_start_measures_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    caplog.set_level(logging.INFO, "paceline.pace")
+    for _ in range(2):
+        async with Engine.open(config()) as engine:
+            assert engine.stats().step_seconds[16] > 0
+    assert caplog.text.count("measured what steps of") == 1
