@@ -36,7 +36,7 @@ def law(temperature: float, seed: int) -> SamplingParams:
 
 async def said_at(model: Path, workload: str, temperature: float, options: argparse.Namespace) -> list[Case]:
     """What the target says to the requests of a workload, request i with seed i."""
-    config = EngineConfig.of(path=model, slots=SLOTS, context=SLOTS * 1024)
+    config = EngineConfig.of(path=model, slots=SLOTS, context=SLOTS * 1024, speculation={"types": ["none"]})
     async with Engine.open(config) as engine:
         asked = questions(workload, options.requests)
         calls = (answer(engine, one, options.tokens, law(temperature, seed)) for seed, one in enumerate(asked))

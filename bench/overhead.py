@@ -96,7 +96,7 @@ async def served(engine: Engine, prompt: tuple[int, ...], streams: int, tokens: 
 async def compare(model: Path, streams: int, tokens: int, rounds: int) -> dict[str, float]:
     """Interleaved rounds of the bare loop and the engine, greedy and sampled."""
     opened = Opened()
-    config = EngineConfig.of(path=model, slots=streams, context=4096)
+    config = EngineConfig.of(path=model, slots=streams, context=4096, speculation={"types": ["none"]})
     figures: dict[str, list[float]] = {"bare": [], "greedy": [], "sampled": [], "share_greedy": [], "share_sampled": []}
     async with Engine.open(config, opener=opened) as engine:
         prompt = tuple(engine.vocab.tokenize(PROMPT, special=True))
@@ -130,7 +130,7 @@ async def loop_cost(model: Path, streams: int, seconds: float = 10.0) -> dict[st
 
     A stream gets one event for each token here, so texts that arrive count as tokens.
     """
-    with serving(model, ["-np", str(streams), "-c", "8192"]) as server:
+    with serving(model, ["-np", str(streams), "-c", "8192", "--spec-type", "none"]) as server:
         outcomes = [Outcome(time.perf_counter()) for _ in range(streams)]
         bodies = [chat(user(f"{PROMPT} {n}"), 900, seed=n) for n in range(streams)]
         tasks = [

@@ -135,13 +135,13 @@ class NoVocabulary:
 
 
 def simulate(
-    machine: Machine, rates: Sequence[Rate], steps: int, *, seed: int = 0, noise: float = 0.05, calibrated: bool = True
+    machine: Machine, rates: Sequence[Rate], steps: int, *, seed: int = 0, noise: float = 0.05, before: int = 0
 ) -> Ran:
     """The engine's policy for one stream for each of `rates`; a step's time varies by about `noise`, and one in fifty
-    is held up threefold."""
+    is held up threefold. Tokens and seconds of the first steps, `before` the others, do not count."""
     random = Random(seed)
     cost = StepCost()
-    for rows in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128) if calibrated else (1,):
+    for rows in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128):
         cost.curve.put(rows, machine(rows), 3)
     config = SpeculationConfig()
     ran = Ran()
@@ -153,7 +153,9 @@ def simulate(
         truth = Truth(random)
         made = {"synthetic": Synthetic(truth, lambda rate=rate: rate(len(ran.drafted)), random)}  # type: ignore[misc]
         streams.append((truth, drafting.drafter(Request(prompt=(1,))), array("i", truth.upto(1))))
-    for _ in range(steps):
+    for step in range(before + steps):
+        if step == before:
+            ran.tokens, ran.seconds = 0, 0.0
         for _, drafter, tokens in streams:
             drafter.learn(tokens, 10)
         load = Load(len(streams), len(streams), 0, MOST)
@@ -194,7 +196,8 @@ def decision_seconds(streams: int, length: int = 16, times: int = 500) -> float:
         cost.curve.put(rows, jumping(rows), 3)
     random, chooser, spent = Random(0), Chooser(cost), list[float]()
     for _ in range(times):
-        slots = [[[random.uniform(0.5, 1.0) ** place for place in range(1, length + 1)]] * 2 for _ in range(streams)]
+        chances = [[random.uniform(0.5, 1.0) for _ in range(2)] for _ in range(streams)]
+        slots = [[[chance**place for place in range(1, length + 1)] for chance in pair] for pair in chances]
         begun = time.perf_counter()
         chooser.decide(slots, Load(streams, streams, 1000, MOST))
         spent.append(time.perf_counter() - begun)

@@ -82,7 +82,7 @@ def cases(model: Path, workload: str, requests: int, tokens: int) -> list[Case]:
 
 async def ask(model: Path, asked: Sequence[Question], tokens: int) -> list[Case]:
     """The target's answers, many at once."""
-    config = EngineConfig.of(path=model, slots=SLOTS, context=SLOTS * 1024)
+    config = EngineConfig.of(path=model, slots=SLOTS, context=SLOTS * 1024, speculation={"types": ["none"]})
     async with Engine.open(config) as engine:
         return await asyncio.gather(*(answer(engine, question, tokens) for question in asked))
 

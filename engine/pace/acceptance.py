@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from math import sqrt
 
 PLACES = 16
 """Places in a draft that are told apart; those after them count as the last."""
 LEVELS = (0.2, 0.4, 0.55, 0.7, 0.8, 0.9, 0.96)
 """Where a speculator says how likely a token is, what it says is told apart by these bounds."""
-MEMORY, LONG_MEMORY = 0.9, 0.99
-"""What an observation is still worth after the next one of its kind: about ten of one request count, so that a text
+MEMORY, LONG_MEMORY = 0.92, 0.99
+"""What an observation is still worth after the next one of its kind: about twelve of one request count, so that a text
 that changes its character is followed, and about a hundred of all."""
-BELIEF = 2.0
+BELIEF = 3.0
 """Observations that the prior is worth."""
-HOPE = 0.7
-"""The chance of a token of which nothing is known: enough to be tried."""
+HOPE = 0.4
+"""The chance of a token of which nothing is known. Guesses are compared with what comes without being verified, so
+that hope is not needed to find out."""
+DOUBT = 0.5
+"""Standard deviations by which a chance is taken to be less than it seems: of many, the best is often just lucky."""
 FAINT = 0.02
 """Less likely than this, the rest of a draft is not looked at."""
 
-_CENTRES = tuple((low + high) / 2 for low, high in zip((0.0, *LEVELS), (*LEVELS, 1.0), strict=True))
+_CENTRES = tuple(HOPE * (low + high) for low, high in zip((0.0, *LEVELS), (*LEVELS, 1.0), strict=True))
 _START = (*(HOPE for _ in range(PLACES)), *_CENTRES)
 
 
@@ -36,6 +40,7 @@ class Acceptance:
         self._memory = MEMORY if prior is not None else LONG_MEMORY
         self._tried = [0.0] * len(_START)
         self._right = [0.0] * len(_START)
+        self._means: list[float] = [*(prior._means if prior is not None else _START)]
         self._chances: list[float] = [*(prior._chances if prior is not None else _START)]
 
     def observe(self, place: int, said: float | None, right: bool) -> None:
@@ -61,10 +66,12 @@ class Acceptance:
 
     def _estimate(self, kind: int) -> None:
         if self._prior is not None:
-            prior = self._prior._chances[kind]
+            prior = self._prior._means[kind]
         else:
-            prior = self._chances[kind - 1] if 0 < kind < PLACES else _START[kind]
-        self._chances[kind] = (self._right[kind] + BELIEF * prior) / (self._tried[kind] + BELIEF)
+            prior = self._means[kind - 1] if 0 < kind < PLACES else _START[kind]
+        seen = self._tried[kind] + BELIEF
+        mean = self._means[kind] = (self._right[kind] + BELIEF * prior) / seen
+        self._chances[kind] = max(0.0, mean - DOUBT * sqrt(mean * max(0.0, 1.0 - mean) / (seen + 1.0)))
 
     def chance(self, place: int, said: float | None = None) -> float:
         """From 0 to 1, of the token at `place`, from 0 on."""
@@ -74,9 +81,12 @@ class Acceptance:
         """For each token of a draft the chance that it and all before it are right, as far as it is worth a look;
         `said` is how likely the speculator thinks each, if it can tell."""
         together, curve = 1.0, list[float]()
+        chances = self._chances
         for place in range(length):
-            together *= self.chance(place, said[place] if said else None)
+            kind = PLACES + bisect_right(LEVELS, said[place]) if said else min(place, PLACES - 1)
+            together *= chances[kind]
             if together < FAINT:
                 break
             curve.append(together)
+            chances = self._means  # doubted once, not as often as there are tokens
         return curve

@@ -10,7 +10,7 @@ from engine.pace.curve import Seconds
 from engine.pace.journal import Journal
 from engine.pace.lengths import Chances, pick, places, share
 
-CAUTION = 0.04
+CAUTION = 0.03
 """A draft has to promise so much more than none: what promises most is often what was judged too well."""
 TRIAL = 0.01
 """Share of all rows, and of all seconds, for drafts that promise less than none: what was misjudged is found out."""
@@ -72,6 +72,7 @@ class Chooser:
         self._rows = 0.0  # saved up for trials
         self._seconds = 0.0
         self._look = 0
+        self._row = 0.5  # tokens that a drafted row cost in the last decision
 
     def saw(self, streams: int, drafts: int, prompt_rows: int, cells: int, seconds: float) -> None:
         """The decode of a step took so long: learns from that, and a little more may be tried."""
@@ -147,18 +148,19 @@ class Chooser:
         return seconds
 
     def _best(self, slots: Sequence[Sequence[Chances]], seconds: Seconds, sure: float, least: int) -> Choice:
-        """The best of two looks: which of several drafts a slot should get depends on what a row costs, which depends
-        on how many there will be; at first it is taken for the mean over all that could be."""
-        rows = len(seconds) - 1
+        """The best of two looks: which of several drafts a slot should get depends on what a row costs, in tokens, which
+        depends on how many there will be; at first it is taken for what it was in the last step."""
+        price, picked = self._row, list[int]()
         best: Choice | None = None
-        rate = sure / float(seconds[0])
-        several = any(len(drafts) > 1 for drafts in slots)
-        for _ in range(1 + several):
-            price = rate * float(seconds[rows] - seconds[0]) / max(1, rows)
-            picked = [pick(drafts, price) if len(drafts) > 1 else 0 for drafts in slots]
+        for _ in range(2):
+            before, picked = picked, [pick(drafts, price) if len(drafts) > 1 else 0 for drafts in slots]
+            if best is not None and picked == before:
+                break
             shares = share([drafts[i] for drafts, i in zip(slots, picked, strict=True)], seconds, sure, least=least)
             if best is None or shares.rate > best.rate:
                 best = Choice(picked, shares.lengths, shares.rate, shares.gain)
-            rate, rows = shares.rate, sum(shares.lengths) or 1
-        assert best is not None, "there was one look"
+            rows = sum(shares.lengths) or 1
+            price = shares.rate * float(seconds[min(rows, len(seconds) - 1)] - seconds[0]) / rows
+        assert best is not None, "there was a look"
+        self._row = price
         return best

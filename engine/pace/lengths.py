@@ -35,22 +35,33 @@ def share(
     however the cost jumps from one total to the next. With `weights`, one for each curve, a token of one counts for
     more than that of another: for those who are late, or were promised a speed.
     """
-    chances = np.fromiter(chain.from_iterable(curves), np.float64)
+    chances = np.array([*chain.from_iterable(curves)])
+    sizes = [*map(len, curves)]
     if weights:
-        chances *= np.repeat(weights, [len(curve) for curve in curves])
-    order = np.argsort(-chances, kind="stable")[: len(seconds) - 1]
+        chances *= np.repeat(weights, sizes)
+    order = np.argsort(-chances)[: len(seconds) - 1]
     gains = np.concatenate(((0.0,), np.cumsum(chances[order])))
     rates = (sure + gains) / seconds[: len(gains)]
     total = least + int(np.argmax(rates[least:])) if least < len(rates) else len(order)
-    owners = np.repeat(np.arange(len(curves)), [len(curve) for curve in curves])[order[:total]]
+    if not total:
+        return Shares([0] * len(curves), 0.0, float(rates[0]))
+    owners = np.repeat(np.arange(len(curves)), sizes)[order[:total]]
     lengths: list[int] = np.bincount(owners, minlength=len(curves)).tolist()
     return Shares(lengths, float(gains[total]), float(rates[total]))
 
 
 def pick(candidates: Sequence[Chances], price: float) -> int:
     """Which of several drafts for one slot is worth most, where a row costs as much as `price` tokens."""
-    worth = [sum(chance - price for chance in curve if chance > price) for curve in candidates]
-    return max(range(len(worth)), key=worth.__getitem__)
+    best, most = 0, -1.0
+    for i, curve in enumerate(candidates):
+        worth = 0.0
+        for chance in curve:
+            if chance <= price:
+                break
+            worth += chance - price
+        if worth > most:
+            best, most = i, worth
+    return best
 
 
 def places(curves: Sequence[Chances], seconds: Seconds, sure: float, each: float) -> tuple[int, float]:
