@@ -1,8 +1,9 @@
 """Speculators by workload by clients, against none: `python -m bench.grid -m target.gguf [-md draft.gguf]`.
 
 One engine serves everything; each run asks for its speculator itself, under a salt of its own, so that no run finds
-prefixes or past texts of another. The settings take turns and the rounds run in alternating order; a ratio compares two
-runs of one round, and the median of the rounds counts. Tokens a second are completion tokens by the time of the whole
+prefixes or past texts of another. The settings take turns and the rounds run in alternating order, each with prompts of
+its own; a ratio compares two runs of one round, and the median of the rounds counts. On a shared machine many short
+rounds tell more than a few long ones. Tokens a second are completion tokens by the time of the whole
 run, prompts included.
 
 A setting is `none`, `auto`, a type (measured lengths), `type:n` (always n tokens), or `synthetic:p`: a drafter that
@@ -207,10 +208,12 @@ async def measure(options: argparse.Namespace, settings: Sequence[str], said: Sa
             bar = progress.add_task("warming up", total=total)
             for name in options.workloads:
                 for clients in options.clients:
-                    asked = workload(engine, name, max(options.least, clients * options.each))
-                    await grid.run("none", asked[:1], 1)
+                    number_of = max(options.least, clients * options.each)
+                    prompts_of = workload(engine, name, number_of * options.rounds)
+                    await grid.run("none", prompts_of[:1], 1)
                     rounds = cells.setdefault(name, {}).setdefault(clients, {})
                     for number in range(options.rounds):
+                        asked = prompts_of[number * number_of : (number + 1) * number_of]
                         order = settings if number % 2 == 0 else settings[::-1]
                         ran: dict[str, Figures] = {}
                         for setting in order:

@@ -12,7 +12,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from engine import slotfiles
-from engine.backend import Backend, ModelInfo, Progress, Vocab
+from engine.backend import Backend, ModelInfo, NativeFault, Progress, Vocab
 from engine.config import EngineConfig
 from engine.contract import (
     SPECULATOR_TYPES,
@@ -22,6 +22,7 @@ from engine.contract import (
     EngineFault,
     Failed,
     FinishReason,
+    ModelError,
     Overloaded,
     Request,
     RequestRefused,
@@ -52,6 +53,8 @@ def step_costs(config: EngineConfig, progress: Progress) -> Measured:
     backend = open_model(config, progress, lambda: True)
     try:
         return calibrated(config, backend, anew=True)
+    except NativeFault as fault:
+        raise ModelError(f"cannot compute {config.model.path}: {fault}") from None
     finally:
         backend.close()
 

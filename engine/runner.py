@@ -85,7 +85,7 @@ class Runner:
 
     def step(self) -> None:
         """One decode for everyone who runs, and what follows from it. With nobody, only tells the readers."""
-        begun = time.perf_counter()
+        begun, steps = time.perf_counter(), self.counters.steps
         self._admit()
         self.cells.expect(sum(1 + len(stream.draft) for stream in self.running.values()) * self.cost.cell)
         self.cells.compute = self.cost.prompt_row
@@ -100,7 +100,7 @@ class Runner:
             self._decode(plan.rows)
         self._gauge()
         self._outbox.flush()
-        if plan.rows:
+        if self.counters.steps > steps:  # the decode came to its end
             self.cost.beside(time.perf_counter() - begun - self._seconds)
         self._draft()
         self.counters.busy_seconds += time.perf_counter() - begun
@@ -292,7 +292,8 @@ class Runner:
         """Asks the speculators for the next step, while the readers already have this one's tokens."""
         if not self.context.partial:
             return
-        most, left = self.context.outputs - len(self.slots), LEARN
+        context, count, left = self.context, len(self.running), LEARN
+        most = min(context.outputs - len(self.slots), context.batch.capacity - count, self.cells.free - count)
         wishes: dict[int, Wish] = {}
         reading: list[Drafter] = []
         for stream in self.running.values():
@@ -300,9 +301,9 @@ class Runner:
             if stream.behind > 1:
                 reading.append(stream.drafter)
             elif stream.drafter.knows(stream.tokens) and (limit := min(stream.room(), most)) > 0:
-                wishes[stream.key] = Wish(stream.drafter, limit)
-        streams = len(self.running) - len(reading)
-        load = Load(streams, streams, self.cells.tree.cells, most)
+                wishes[stream.key] = Wish(stream.drafter, limit, stream.room())
+        streams = count - len(reading)
+        load = Load(streams, streams, self.cells.tree.cells, max(0, most))
         drafts = self._drafting.propose([*wishes.values()], reading, load, self._seconds)
         for key, draft in zip(wishes, drafts, strict=True):
             self.running[key].draft = draft.tokens

@@ -87,8 +87,8 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     calibrate: Annotated[
         bool,
         Meta(
-            description="measure at start, for 3 seconds, what a step of each number of rows costs; kept for the next "
-            "start in $XDG_CACHE_HOME/paceline. Without it, or without --warmup, only real steps tell",
+            description="measure at start, in a few seconds, what a step of each number of rows costs; kept for the "
+            "next start in $XDG_CACHE_HOME/paceline. Without it, or without --warmup, only real steps tell",
             extra=flags("--calibrate"),
         ),
     ] = True

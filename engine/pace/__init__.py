@@ -11,10 +11,11 @@ journal      a line in the log for every hundred steps
 
 from engine.pace.acceptance import Acceptance
 from engine.pace.calibration import Measured, calibrate, keep, kept, warm_up
-from engine.pace.chooser import Chooser, Load, Verified
-from engine.pace.cost import Pace, StepCost
+from engine.pace.chooser import FIRST, Chooser, Load, Verified
+from engine.pace.cost import Pace, StepCost, blend
 
 __all__ = [
+    "FIRST",
     "Acceptance",
     "Chooser",
     "Load",
@@ -22,6 +23,7 @@ __all__ = [
     "Pace",
     "StepCost",
     "Verified",
+    "blend",
     "calibrate",
     "keep",
     "kept",

@@ -75,18 +75,22 @@ class Acceptance:
 
     def chance(self, place: int, said: float | None = None) -> float:
         """From 0 to 1, of the token at `place`, from 0 on."""
-        return self._chances[min(place, PLACES - 1) if said is None else PLACES + bisect_right(LEVELS, said)]
+        kind = min(place, PLACES - 1) if said is None else PLACES + bisect_right(LEVELS, said)
+        return self._believed(kind)._chances[kind]
+
+    def _believed(self, kind: int) -> Acceptance:
+        """Who knows best of a kind: the prior, as of now, as long as there is no observation of one's own."""
+        return self if self._prior is None or self._tried[kind] else self._prior
 
     def curve(self, length: int, said: Sequence[float] = ()) -> list[float]:
         """For each token of a draft the chance that it and all before it are right, as far as it is worth a look;
         `said` is how likely the speculator thinks each, if it can tell."""
         together, curve = 1.0, list[float]()
-        chances = self._chances
         for place in range(length):
             kind = PLACES + bisect_right(LEVELS, said[place]) if said else min(place, PLACES - 1)
-            together *= chances[kind]
+            known = self._believed(kind)
+            together *= known._means[kind] if place else known._chances[kind]  # doubted once, not for each token
             if together < FAINT:
                 break
             curve.append(together)
-            chances = self._means  # doubted once, not as often as there are tokens
         return curve

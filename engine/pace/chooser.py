@@ -79,9 +79,10 @@ class Chooser:
         if streams:
             expected = self.cost.decode_seconds(streams + drafts, cells)
             # Of the time that it really took, the share that the curve gives to the streams' own rows.
-            bare = seconds * self.cost.decode_seconds(streams, cells) / expected if expected else seconds
-            self._worth, self._price = bare / streams, (seconds - bare) / max(1, drafts)
-            self._journal.step(streams, drafts, self._decided.gain, expected, seconds)
+            spent = min(seconds, expected) if prompt_rows else seconds
+            bare = spent * self.cost.decode_seconds(streams, cells) / expected if expected else spent
+            self._worth, self._price = bare / streams, max(0.0, spent - bare) / max(1, drafts)
+            self._journal.step(streams, drafts, self._decided.gain, expected, spent)
         self.cost.observe(streams + drafts, prompt_rows, seconds, cells)
         self._rows = min(SAVED, self._rows + TRIAL * (streams + drafts))
         self._seconds = min(SAVED_SECONDS, self._seconds + TRIAL * seconds)
@@ -121,26 +122,27 @@ class Chooser:
         return best
 
     def places(
-        self, curves: Sequence[Chances], load: Load, each: float, rate: float, reading: float
+        self, curves: Sequence[Chances], most: int, load: Load, each: float, rate: float, reading: float
     ) -> tuple[int, float]:
-        """How many tokens the draft model is to guess for each of `curves`, what it expects of its own guesses, and
-        the tokens a second with that; 0 if it does not pay.
+        """How many tokens, up to `most`, the draft model is to guess for each of `curves`, what it expects of its own
+        guesses, and the tokens a second with that; 0 if it does not pay.
 
-        A place costs `each` seconds, `rate` is to be had without it, and histories that take `reading` seconds are to
-        be read first.
+        A place costs `each` seconds, `rate` is to be had without it. Now and then it is tried although it does not pay
+        by what is expected, if it could: `reading` seconds for histories are then to be spent besides.
         """
-        longest = max(map(len, curves), default=0)
-        seconds = self._cautious(load, min(load.most, longest * len(curves)))
+        seconds = self._cautious(load, min(load.most, most * len(curves)))
         best = places(curves, seconds, load.sure, each)
         if best[0] and best[1] > rate:
             return best
-        hopeful = [[OPTIMISM**place for place in range(1, 1 + len(curve))] for curve in curves]
-        most, promised = places(hopeful, seconds, load.sure, each)
-        tried = min(most, FIRST)
-        if tried and promised > rate and (spent := tried * each + reading) <= self._seconds:
-            self._seconds -= spent
-            return tried, rate
-        return 0, rate
+        if self._seconds <= 0.0:
+            return 0, rate
+        hopeful = [[OPTIMISM**place for place in range(1, 1 + most)]] * len(curves)
+        hoped, promised = places(hopeful, seconds, load.sure, each)
+        tried = min(hoped, FIRST)
+        if not tried or promised <= rate:
+            return 0, rate
+        self._seconds -= tried * each + reading  # paid off before there is another
+        return tried, rate
 
     def _cautious(self, load: Load, more: int) -> Seconds:
         seconds = self.cost.steps(load.rows, max(0, more), load.cells)
@@ -148,8 +150,8 @@ class Chooser:
         return seconds
 
     def _best(self, slots: Sequence[Sequence[Chances]], seconds: Seconds, sure: float, least: int) -> Choice:
-        """The best of two looks: which of several drafts a slot should get depends on what a row costs, in tokens, which
-        depends on how many there will be; at first it is taken for what it was in the last step."""
+        """The best of two looks: which of several drafts a slot should get depends on what a row costs, in tokens, and
+        that on how many there will be; at first it is taken for what it was in the last step."""
         price, picked = self._row, list[int]()
         best: Choice | None = None
         for _ in range(2):

@@ -22,6 +22,8 @@ OWN = 0.04
 machine's, which is as fast or slow for all of them."""
 STRANGE = 0.5
 """The same for a number of rows that was never measured."""
+LEAST_CELL = 1e-6
+"""Of a step of one row, by how much a resident cell makes it dearer at least: nothing could not be learnt from."""
 REFRESH = 16
 """Of so many steps beside streams one holds no prompt rows, so that the streams' own cost is known as it changes."""
 SMALL = 4
@@ -77,7 +79,7 @@ class StepCost:
 
     def beside(self, seconds: float) -> None:
         """So much of a step was spent outside the decode."""
-        self.aside = blend(self.aside or None, seconds)
+        self.aside = blend(self.aside or None, max(0.0, seconds))
 
     def start(self, rows: int, seconds: float) -> None:
         """A step of `rows` rows takes so long just now."""
@@ -85,6 +87,7 @@ class StepCost:
             self.machine = seconds / self.curve.seconds(rows)
         else:
             self.curve.put(rows, seconds)
+        self.row_cell = max(self.row_cell, LEAST_CELL * self.curve.seconds(1))
 
     def observe(self, decode_rows: int, prompt_rows: int, seconds: float, cells: int = 0) -> None:
         """Records a step beside `cells` resident cells whose decode was `seconds` long."""
@@ -116,7 +119,7 @@ class StepCost:
 
     def _observe_mixed(self, decode_rows: int, prompt_rows: int, seconds: float, cells: int) -> None:
         if (alone := self.decode_seconds(decode_rows, cells)) > seconds:
-            self.machine *= seconds / alone  # without the prompt it would have been shorter still
+            self.machine *= (seconds / alone) ** WARY  # without the prompt it would have been shorter still
         if SMALL * prompt_rows >= self._allowed:
             more = max(seconds - self.decode_seconds(decode_rows, cells), 0.05 * seconds)
             dearer = self._beside is None or more / prompt_rows > self._beside
@@ -148,8 +151,8 @@ class StepCost:
         if decode_rows:
             alone = self.decode_seconds(decode_rows, cells)
             budget = max(step_seconds - alone, 0.0) if step_seconds else alone
-            rows = min(_fit(budget, self._beside or self._alone), GROWTH * self._last_beside)
-            rows = self._shaped(decode_rows, rows)
+            rows = self._shaped(decode_rows, _fit(budget, self._beside or self._alone))
+            rows = min(rows, GROWTH * self._last_beside)
         else:
             rows = min(_fit(idle_step_seconds, self._alone or self._beside), GROWTH * self._last_alone)
         self._allowed = max(1, rows)
@@ -157,6 +160,8 @@ class StepCost:
 
     def _shaped(self, decode_rows: int, rows: int) -> int:
         """About `rows`: so many more or less that a row of the whole step is cheapest, where counts were measured."""
+        if not self.curve or rows > max(self.curve.points):
+            return rows
         most = decode_rows + rows + rows // 8
         first = decode_rows + max(1, rows // 2)
         known = [total for total in self.curve.points if first <= total <= most]

@@ -64,7 +64,7 @@ class Curve:
         """Of a step of `rows` rows; 0 if none was measured."""
         if (point := self._points.get(rows)) is not None:
             return point.seconds
-        return float(self.line(rows)[rows]) if self._points else 0.0
+        return float(self.line(rows)[rows]) if self._counts else 0.0
 
     def line(self, most: int) -> Seconds:
         """Seconds by rows, from 0 to at least `most`; at least one count was measured. Not to be changed."""

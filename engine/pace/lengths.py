@@ -59,7 +59,7 @@ def pick(candidates: Sequence[Chances], price: float) -> int:
             if chance <= price:
                 break
             worth += chance - price
-        if worth > most:
+        if worth > most or (worth == most and sum(curve) > sum(candidates[best])):
             best, most = i, worth
     return best
 

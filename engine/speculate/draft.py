@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
 from engine.memory import Cells, Lease
-from engine.pace import StepCost
+from engine.pace import StepCost, blend
 from engine.sampling import BadLogits, likeliest, spread
 from engine.speculate.base import Bounds, Draft
 
@@ -145,6 +145,7 @@ class DraftModel:
         self._vocabulary = vocabulary
         self._narrow = backend.info.vocabulary if backend.info.vocabulary < vocabulary else 0
         self._cost = cost or StepCost()
+        self._guessing: float | None = None  # seconds to pick a token
 
     def draft(self, wants: Sequence[Want], seconds: float) -> None:
         """Makes a draft for each of `wants`; none for those whose history is not computed yet.
@@ -156,7 +157,10 @@ class DraftModel:
         try:
             active = self._read(wants, seconds)
             while active:
-                active = self._extend([want for want, row in active if self._guess(want, row)])
+                begun = time.perf_counter()
+                going = [want for want, row in active if self._guess(want, row)]
+                self._guessing = blend(self._guessing, (time.perf_counter() - begun) / len(active))
+                active = self._extend(going)
         except NoFreeCells:
             self._unseat()
         except Aborted:
@@ -166,7 +170,7 @@ class DraftModel:
 
     def pass_seconds(self, seats: int) -> float:
         """One place of the drafts of so many seats; 0 if none was measured."""
-        return self._cost.decode_seconds(seats)
+        return self._cost.decode_seconds(seats) + seats * (self._guessing or 0.0)
 
     def reading_seconds(self, seat: Seat | None) -> float:
         """Until all of its history is read, but for what takes no pass of its own."""

@@ -104,7 +104,7 @@ class Drafter:
 
     def _turns(self, budget: float) -> int:
         effort = sum(guesser.effort for guesser in self._plain if guesser.promise < USEFUL)
-        return 1 if effort <= budget else min(RARELY, ceil(effort / budget))
+        return 1 if effort <= budget or not budget else min(RARELY, ceil(effort / budget))
 
     def ask_model(self, limit: int, seconds: float) -> None:
         """Takes what the draft model made for the seat; `seconds` were this request's share of its time."""
@@ -117,6 +117,11 @@ class Drafter:
         if seat is None or (self.fixed and any(guesser.draft.tokens for guesser in self._plain)):
             return 0
         return min(limit, seat.bounds.n_max or limit)
+
+    @property
+    def model_least(self) -> int:
+        """Tokens that a draft of the draft model must have at least."""
+        return self.least(self._model) if self._model is not None else 0
 
     def model_curve(self, limit: int) -> list[float]:
         """What is to be expected of the draft model before it has guessed."""
@@ -131,10 +136,15 @@ class Drafter:
     def take(self, guesser: Guesser, length: int) -> Draft:
         """The first `length` tokens of one's draft are to be verified; none if bounds forbid so few."""
         draft = guesser.draft
-        if length < max(1, self._bounds.n_min):
+        if length < max(1, self.least(guesser)):
             return NO_DRAFT
         self._chosen = guesser
         return Draft(draft.tokens[:length], draft.chances[:length])
+
+    def least(self, guesser: Guesser) -> int:
+        """Tokens that a draft of one must have at least."""
+        own = self.seat.bounds.n_min if guesser is self._model and self.seat is not None else 0
+        return max(own, self._bounds.n_min)
 
     def choose(self) -> Draft:
         """Takes a whole draft: in a fixed order the first, else the one that promises most accepted tokens."""

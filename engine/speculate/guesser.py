@@ -13,6 +13,8 @@ from engine.pace import Acceptance, Verified
 from engine.speculate.base import NO_DRAFT, Bounds, Speculator
 from engine.speculate.tally import Tally
 
+LAG = 64
+"""Tokens that it is shown later at most: all at once, they must not hold up a step."""
 WEIGHT = 0.1
 """Share of a new measurement in the mean of what asking takes."""
 
@@ -74,8 +76,9 @@ class Guesser:
 
     def ask(self, limit: int, bounds: Bounds, seconds: float = 0.0) -> None:
         """Guesses at most `limit` tokens; `seconds` were spent on that already."""
-        begun = time.perf_counter()
+        started = time.perf_counter()
         self.catch_up()
+        begun = time.perf_counter()
         draft = bounds.trim(self.speculator.propose(limit))
         assert len(draft.tokens) <= limit, f"{self.name} keeps to the limit"
         self.draft = draft
@@ -83,9 +86,9 @@ class Guesser:
         self.promise = sum(self.curve)
         if not self._followed.tokens:
             self._followed, self._place = draft, 0
-        spent = seconds + time.perf_counter() - begun
-        self.book.tally.proposed(spent)
-        self._whole.effort += WEIGHT * (spent - self._whole.effort)
+        ended = time.perf_counter()
+        self.book.tally.proposed(seconds + ended - begun)
+        self._whole.effort += WEIGHT * (seconds + ended - started - self._whole.effort)
 
     def silent(self) -> None:
         """Is not asked for the next step."""
@@ -93,6 +96,8 @@ class Guesser:
 
     def hear(self, emitted: Sequence[int], verified: Verified | None = None) -> None:
         """`emitted` follow the history; with `verified` they come from the verification of its guess's beginning."""
+        if verified is not None:
+            self._followed, self._place = self.draft, 0
         self._compare(emitted)
         if verified is not None:
             begun = time.perf_counter()
@@ -102,6 +107,8 @@ class Guesser:
             self.speculator.observe(emitted)
         else:
             self._unshown.extend(emitted)
+            if len(self._unshown) >= LAG:
+                self.catch_up()
         self.silent()
 
     def forget_guess(self) -> None:

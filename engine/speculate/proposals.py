@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from engine.pace import Chooser, Load
+from engine.pace import FIRST, Chooser, Load
 from engine.speculate.base import NO_DRAFT, Draft
 from engine.speculate.draft import DraftModel, Want
 from engine.speculate.drafter import Drafter
@@ -18,20 +18,31 @@ GUESSING = 0.006
 
 
 class Wish(NamedTuple):
-    """A request that would have a draft of at most `limit` tokens verified."""
+    """A request that would have a draft of at most `limit` tokens verified, and may emit `room` tokens more."""
 
     drafter: Drafter
     limit: int
+    room: int = 1
 
 
 class Asked(NamedTuple):
-    """A request for which the draft model is to guess at most `most` tokens, as long as it is so likely right; about
-    `room` tokens are still to come."""
+    """A request for which the draft model is to guess at most `most` tokens, as long as they are together at least
+    `floor` likely to be right; about `room` tokens are still to come."""
 
     drafter: Drafter
     most: int
     room: int = 1
     floor: float = 0.0
+
+
+class Verify(NamedTuple):
+    """So many tokens of a draft, and how many of them are likely to be right."""
+
+    length: int
+    gain: float
+
+
+NOTHING = Verify(0, 0.0)
 
 
 class Proposals:
@@ -41,6 +52,7 @@ class Proposals:
         self.chooser = chooser
         self.model = model
         self._pays = False  # whether the draft model did the last time
+        self._begun: set[int] = set()  # drafters that it was asked for and whose history it has not read yet
 
     def make(self, wishes: Sequence[Wish], reading: Sequence[Drafter], load: Load, seconds: float) -> list[Draft]:
         """What is to be verified for each of `wishes`.
@@ -49,7 +61,7 @@ class Proposals:
         The last step took `seconds`.
         """
         budget = GUESSING * seconds / max(1, len(wishes))
-        for drafter, limit in wishes:
+        for drafter, limit, _ in wishes:
             drafter.propose(limit, budget)
         if self.model is not None:
             self._ask_model(self.model, wishes, reading, load, seconds)
@@ -71,7 +83,11 @@ class Proposals:
     def _ask_model(
         self, model: DraftModel, wishes: Sequence[Wish], reading: Sequence[Drafter], load: Load, seconds: float
     ) -> None:
-        able = [Asked(drafter, most, limit) for drafter, limit in wishes if (most := drafter.model_limit(limit))]
+        able = [
+            Asked(drafter, most, room)
+            for drafter, limit, room in wishes
+            if (most := drafter.model_limit(limit)) >= max(1, drafter.model_least)
+        ]
         asked = [one for one in able if one.drafter.fixed]
         asked += self._worth_asking(model, [one for one in able if not one.drafter.fixed], wishes, load)
         along = [Asked(drafter, 0) for drafter in reading if drafter.only_model and (drafter.fixed or self._pays)]
@@ -80,6 +96,7 @@ class Proposals:
             return
         begun = time.perf_counter()
         model.draft(wants, READING * seconds)
+        self._begun = {id(one.drafter) for one in asked if model.reading_seconds(one.drafter.seat)}
         each = (time.perf_counter() - begun) / len(wants)
         for one in asked:
             one.drafter.ask_model(one.most, each)
@@ -89,30 +106,53 @@ class Proposals:
     ) -> list[Asked]:
         """Those of `able` for which it should guess, each as far as it pays: instead of what others have guessed for
         them, if more is to be expected of it."""
+        self._pays = False
         if not able or model.fault or not self.chooser.cost.curve:
             return []
-        offering = [wish.drafter for wish in wishes if wish.drafter.offers and not wish.drafter.fixed]
-        offers = [drafter.offers for drafter in offering]
-        choice = self.chooser.choose([[guesser.curve for guesser in part] for part in offers], load)
-        lengths = dict(zip(map(id, offering), choice.lengths, strict=True))
-        gains = {
-            id(drafter): sum(part[picked].curve[:length])
-            for drafter, part, picked, length in zip(offering, offers, choice.picked, choice.lengths, strict=True)
-        }
+        others, rate = self._without(wishes, load)
         curves = [one.drafter.model_curve(one.most) for one in able]
-        joined = [i for i, one in enumerate(able) if sum(curves[i]) > gains.get(id(one.drafter), 0.0)]
-        if not joined:
-            return []
-        for i in joined:  # what others have guessed for them is not verified then
-            lengths.pop(id(able[i].drafter), None)
-            gains.pop(id(able[i].drafter), None)
-        rows = sum(lengths.values())
-        rest = Load(load.rows + rows, load.sure + sum(gains.values()), load.cells, max(0, load.most - rows))
-        unread = [model.reading_seconds(able[i].drafter.seat) for i in joined]
-        amortised = sum(spent / able[i].room for spent, i in zip(unread, joined, strict=True))
-        each = model.pass_seconds(len(joined)) + amortised
+        joined = [i for i, one in enumerate(able) if sum(curves[i]) >= others.get(id(one.drafter), NOTHING).gain]
+        asked: list[Asked] = []
+        if joined:
+            for i in joined:  # what others have guessed for them is not verified then
+                others.pop(id(able[i].drafter), None)
+            asked = self._as_far_as_it_pays(
+                model, [able[i] for i in joined], [curves[i] for i in joined], beside(load, others), rate
+            )
+        # One whose history is still being read is asked again, or it would have been read for nothing.
+        begun = self._begun - {id(one.drafter) for one in asked}
+        return asked + [one._replace(most=min(FIRST, one.most)) for one in able if id(one.drafter) in begun]
+
+    def _without(self, wishes: Sequence[Wish], load: Load) -> tuple[dict[int, Verify], float]:
+        """What would be verified of others' guesses, by drafter, and the tokens a second with that."""
+        drafters = [wish.drafter for wish in wishes if wish.drafter.offers and not wish.drafter.fixed]
+        offers = [drafter.offers for drafter in drafters]
+        choice = self.chooser.choose([[guesser.curve for guesser in part] for part in offers], load)
         rate = choice.rate or load.sure / float(self.chooser.cost.steps(load.rows, 0, load.cells)[0])
-        most, rate = self.chooser.places([curves[i] for i in joined], rest, each, rate, sum(unread))
+        rows = zip(drafters, offers, choice.picked, choice.lengths, strict=True)
+        return {
+            id(drafter): Verify(length, sum(part[picked].curve[:length])) for drafter, part, picked, length in rows
+        }, rate
+
+    def _as_far_as_it_pays(
+        self, model: DraftModel, able: Sequence[Asked], curves: Sequence[Sequence[float]], load: Load, rate: float
+    ) -> list[Asked]:
+        unread = [model.reading_seconds(one.drafter.seat) for one in able]
+        # Reading is paid for by all the tokens that are to come, most of which come in drafts.
+        each = model.pass_seconds(len(able))
+        each += sum(spent / max(1, one.room) for spent, one in zip(unread, able, strict=True))
+        longest = max(one.most for one in able)
+        most, rate = self.chooser.places(curves, longest, load, each, rate, sum(unread))
         self._pays = most > 0
-        floor = rate * each / len(joined)
-        return [able[i]._replace(most=min(most, able[i].most), floor=floor) for i in joined] if most else []
+        floor = rate * each / len(able)
+        return [
+            one._replace(most=min(most, one.most), floor=0.0 if one.drafter.model_least else floor)
+            for one in able
+            if min(most, one.most) >= max(1, one.drafter.model_least)
+        ]
+
+
+def beside(load: Load, others: Mapping[int, Verify]) -> Load:
+    """The step with what is verified of others' guesses."""
+    rows, gain = sum(each.length for each in others.values()), sum(each.gain for each in others.values())
+    return Load(load.rows + rows, load.sure + gain, load.cells, max(0, load.most - rows))

