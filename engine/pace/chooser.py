@@ -122,23 +122,30 @@ class Chooser:
         return best
 
     def places(
-        self, curves: Sequence[Chances], most: int, load: Load, each: float, rate: float, reading: float
+        self,
+        curves: Sequence[Chances],
+        bounds: tuple[int, int],
+        load: Load,
+        each: float,
+        rate: float,
+        reading: float,
     ) -> tuple[int, float]:
-        """How many tokens, up to `most`, the draft model is to guess for each of `curves`, what it expects of its own
-        guesses, and the tokens a second with that; 0 if it does not pay.
+        """How many tokens, of `bounds` the least and the most, the draft model is to guess for each of `curves`, by what
+        is expected of its guesses, and the tokens a second with that; 0 if it does not pay.
 
         A place costs `each` seconds, `rate` is to be had without it. Now and then it is tried although it does not pay
         by what is expected, if it could: `reading` seconds for histories are then to be spent besides.
         """
+        least, most = bounds
         seconds = self._cautious(load, min(load.most, most * len(curves)))
-        best = places(curves, seconds, load.sure, each)
+        best = places(curves, seconds, load.sure, each, most, least)
         if best[0] and best[1] > rate:
             return best
         if self._seconds <= 0.0:
             return 0, rate
         hopeful = [[OPTIMISM**place for place in range(1, 1 + most)]] * len(curves)
-        hoped, promised = places(hopeful, seconds, load.sure, each)
-        tried = min(hoped, FIRST)
+        hoped, promised = places(hopeful, seconds, load.sure, each, most, least)
+        tried = min(hoped, max(least, FIRST))
         if not tried or promised <= rate:
             return 0, rate
         self._seconds -= tried * each + reading  # paid off before there is another

@@ -64,17 +64,21 @@ def pick(candidates: Sequence[Chances], price: float) -> int:
     return best
 
 
-def places(curves: Sequence[Chances], seconds: Seconds, sure: float, each: float) -> tuple[int, float]:
-    """How far the draft model should guess for everybody in `curves`, and the tokens a second with that.
+def places(
+    curves: Sequence[Chances], seconds: Seconds, sure: float, each: float, most: int, least: int = 1
+) -> tuple[int, float]:
+    """How far, from `least` to `most` tokens, the draft model should guess for everybody in `curves`, and the tokens a
+    second with that.
 
     Each place costs `each` seconds for all of them together; all that is guessed is verified. 0 is nothing.
     """
-    most = min(max(map(len, curves), default=0), (len(seconds) - 1) // max(1, len(curves)))
+    most = min(most, (len(seconds) - 1) // max(1, len(curves)))
     gains = np.zeros(most + 1)
     for curve in curves:
         reached = curve[:most]
         gains[1 : len(reached) + 1] += reached
     rows = len(curves) * np.arange(most + 1)
     rates = (sure + np.cumsum(gains)) / (seconds[rows] + each * np.arange(most + 1))
+    rates[1:least] = 0.0
     best = int(np.argmax(rates))
     return best, float(rates[best])

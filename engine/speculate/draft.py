@@ -172,14 +172,16 @@ class DraftModel:
         """One place of the drafts of so many seats; 0 if none was measured."""
         return self._cost.decode_seconds(seats) + seats * (self._guessing or 0.0)
 
-    def reading_seconds(self, seat: Seat | None) -> float:
-        """Until all of its history is read, but for what takes no pass of its own."""
-        if seat is None:
-            return 0.0
+    def unread(self, seat: Seat) -> int:
+        """Tokens of its history to be read before it can draft, but for those that take no pass of their own."""
         behind = seat.behind
         if seat.lease is None:
             behind -= self.cells.find(seat.history, seat.salt).length
-        return self._cost.prompt_row * max(0, behind - BEHIND)
+        return max(0, behind - BEHIND)
+
+    def reading_seconds(self, tokens: int) -> float:
+        """Until so many are read; 0 if none was measured."""
+        return self._cost.prompt_row * tokens
 
     # ── histories ──
 

@@ -19,7 +19,7 @@ LEARN = 2048
 milliseconds, so that long prompts, or those found in the cells, do not hold up everybody's step."""
 USEFUL = 1.0
 """Tokens that a guess must be likely to have right for its type to be asked in the next step too, whatever it takes."""
-RARELY = 8
+RARELY = 16
 """Steps of which a type is asked in one at least."""
 
 

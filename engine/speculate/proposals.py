@@ -52,7 +52,7 @@ class Proposals:
         self.chooser = chooser
         self.model = model
         self._pays = False  # whether the draft model did the last time
-        self._begun: set[int] = set()  # drafters that it was asked for and whose history it has not read yet
+        self._begun: set[int] = set()  # drafters that it was asked for with a history that it had not read
 
     def make(self, wishes: Sequence[Wish], reading: Sequence[Drafter], load: Load, seconds: float) -> list[Draft]:
         """What is to be verified for each of `wishes`.
@@ -94,9 +94,9 @@ class Proposals:
         wants = [Want(one.drafter.seat, one.most, one.floor) for one in asked + along if one.drafter.seat is not None]
         if not wants:
             return
+        self._begun = {id(one.drafter) for one in asked if one.drafter.seat and model.unread(one.drafter.seat)}
         begun = time.perf_counter()
         model.draft(wants, READING * seconds)
-        self._begun = {id(one.drafter) for one in asked if model.reading_seconds(one.drafter.seat)}
         each = (time.perf_counter() - begun) / len(wants)
         for one in asked:
             one.drafter.ask_model(one.most, each)
@@ -137,12 +137,12 @@ class Proposals:
     def _as_far_as_it_pays(
         self, model: DraftModel, able: Sequence[Asked], curves: Sequence[Sequence[float]], load: Load, rate: float
     ) -> list[Asked]:
-        unread = [model.reading_seconds(one.drafter.seat) for one in able]
+        unread = [model.reading_seconds(model.unread(one.drafter.seat)) for one in able if one.drafter.seat]
         # Reading is paid for by all the tokens that are to come, most of which come in drafts.
         each = model.pass_seconds(len(able))
         each += sum(spent / max(1, one.room) for spent, one in zip(unread, able, strict=True))
-        longest = max(one.most for one in able)
-        most, rate = self.chooser.places(curves, longest, load, each, rate, sum(unread))
+        bounds = max(1, *(one.drafter.model_least for one in able)), max(one.most for one in able)
+        most, rate = self.chooser.places(curves, bounds, load, each, rate, sum(unread))
         self._pays = most > 0
         floor = rate * each / len(able)
         return [

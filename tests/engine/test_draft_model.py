@@ -284,3 +284,41 @@ def test_shared_noise_knows_the_forgotten_and_a_smaller_vocabulary() -> None:
     model.draft([Want(seat, 2)], 1.0)
     assert seat.propose(2).tokens == (7, 7)
     assert heard == [(VOCABULARY + 5, [1, 4, 5], 2), (VOCABULARY + 5, [1, 4, 5, 7], 2)]
+
+
+# ── whether it pays ──
+
+
+def test_one_whose_passes_cost_more_than_they_yield_is_not_asked() -> None:
+    draft = ToyContext(cells=400)
+    made = bench(draft)
+    cast("Any", made.drafting.model)._cost.curve.put(1, 100.0)  # a step of the model takes a second
+    made.submit(0, asked(tokens=30))
+    made.run()
+    assert draft.decodes == 0
+    assert end_of(made, 0).usage.drafted == 0
+
+
+def test_one_that_is_tried_reads_to_the_end_and_shows_what_it_can() -> None:
+    draft = ToyContext(cells=400)
+    made = bench(draft)
+    cost = cast("Any", made.drafting.model)._cost
+    cost.curve.put(1, 0.5)  # pays if it is right, which nobody knows yet
+    cast("Any", cost).observe = lambda *_: None
+    cost.prompt_rows = lambda *_: 5
+    request = structs.replace(asked(tokens=80), prompt=tuple(1 + place % 40 for place in range(60)))
+    made.submit(0, request)
+    made.run()
+    assert made.got[0] == alone(request, 400)[0]
+    usage = end_of(made, 0).usage
+    assert usage.accepted == usage.drafted > 20
+
+
+def test_drafts_shorter_than_its_least_are_not_made() -> None:
+    draft = ToyContext(cells=400)
+    made = bench(draft)
+    made.submit(0, asked(tokens=60, speculation=Speculation(type=("draft",), n_min=5)))
+    made.run()
+    (drafts,) = end_of(made, 0).drafts
+    assert drafts.accepted > 0
+    assert sum(drafts.by_accepted[1:5]) <= 1, "but at the end, where fewer are left"

@@ -194,11 +194,11 @@ def test_those_with_nothing_to_say_are_asked_in_turns_where_asking_all_takes_too
         tokens.append(1)
         drafter.observe(tokens, [1], Verified(0, 0))
     assert asked == {"mute": 20, "wrong": 20, "useful": 20}, "nobody counts the time"
-    for _ in range(80):
+    for _ in range(160):
         drafter.propose(8, budget=1e-9)
         tokens.append(1)
         drafter.observe(tokens, [1], Verified(0, 0))
-    assert asked == {"mute": 30, "wrong": 30, "useful": 100}
+    assert asked == {"mute": 30, "wrong": 30, "useful": 180}
 
 
 def test_who_is_not_asked_hears_it_all_later() -> None:

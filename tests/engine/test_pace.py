@@ -285,13 +285,15 @@ def test_the_dearer_a_row_the_shorter_draft_wins() -> None:
 def test_places_of_a_draft_model_are_the_best(raw: list[list[float]], each: float) -> None:
     chances = [[*accumulate(curve, mul)] for curve in raw]
     costs = np.array([1.0 + 0.1 * rows for rows in range(13)])
-    most, rate = places(chances, costs, len(chances), each)
+    most, rate = places(chances, costs, len(chances), each, max(map(len, chances)))
     rates = [
         (len(chances) + sum(sum(curve[:count]) for curve in chances)) / (costs[count * len(chances)] + each * count)
         for count in range(max(map(len, chances)) + 1)
     ]
     assert rate == pytest.approx(max(rates))
     assert rates[most] == pytest.approx(rate)
+    most, rate = places(chances, costs, len(chances), each, len(rates) - 1, 2)
+    assert rate == pytest.approx(max([rates[0], *rates[2:]]))
 
 
 def test_a_draft_model_that_cannot_pay_is_not_asked_however_much_is_saved_up() -> None:
@@ -303,15 +305,15 @@ def test_a_draft_model_that_cannot_pay_is_not_asked_however_much_is_saved_up() -
         chooser.saw(1, 0, 0, 0, 0.03)
     load = Load(1, 1, 0, 100)
     rate = 1 / 0.03
-    assert chooser.places([[0.7] * 8], 8, load, 0.03, rate, 0.0) == (0, rate)
-    most, _ = chooser.places([[0.2] * 8], 8, load, 0.001, rate, 6.0)
+    assert chooser.places([[0.7] * 8], (1, 8), load, 0.03, rate, 0.0) == (0, rate)
+    most, _ = chooser.places([[0.2] * 8], (1, 8), load, 0.001, rate, 2.0)
     assert most > 0, "it may pay, which is tried"
-    assert chooser.places([[0.2] * 8], 8, load, 0.001, rate, 0.0) == (0, rate), "that is to be paid off first"
-    most, _ = chooser.places([[0.9**place for place in range(1, 9)]], 8, load, 0.001, rate, 0.0)
+    assert chooser.places([[0.2] * 8], (1, 8), load, 0.001, rate, 0.0) == (0, rate), "that is to be paid off first"
+    most, _ = chooser.places([[0.9**place for place in range(1, 9)]], (1, 8), load, 0.001, rate, 0.0)
     assert most > 2
     for _ in range(2 * 1000 * 9):
         chooser.saw(1, 0, 0, 0, 0.03)
-    most, _ = chooser.places([[]], 8, load, 0.001, rate, 0.0)
+    most, _ = chooser.places([[]], (1, 8), load, 0.001, rate, 0.0)
     assert most > 0, "nobody is given up for good"
 
 
