@@ -130,7 +130,7 @@ class Chooser:
         rate: float,
         reading: float,
     ) -> tuple[int, float]:
-        """How many tokens, of `bounds` the least and the most, the draft model is to guess for each of `curves`, by what
+        """How many tokens, of `bounds` least and most, the draft model is to guess for each of `curves`, by what
         is expected of its guesses, and the tokens a second with that; 0 if it does not pay.
 
         A place costs `each` seconds, `rate` is to be had without it. Now and then it is tried although it does not pay

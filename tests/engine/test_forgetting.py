@@ -64,7 +64,9 @@ def test_what_is_forgotten_is_as_if_it_had_never_been_there(keep: int) -> None:
 
 @pytest.mark.parametrize("kind", ["ngram-map-k", "suffix", "draft", "auto"])
 def test_every_speculator_survives_a_hundred_shifts(kind: Any) -> None:
-    speculation = SpeculationConfig(types=(kind,), size_n=2, size_m=6, mod_match=2, mod_min=0, suffix_tokens=500)
+    speculation = SpeculationConfig(
+        types=(kind,), order="fixed", size_n=2, size_m=6, mod_match=2, mod_min=0, suffix_tokens=500
+    )
     draft = ToyContext(cells=150, other=0.3)
     bench = Bench(ToyContext(cells=150), speculation=speculation, draft=draft)
     request = asked(100 * LIMIT // 2 + 200)
