@@ -198,7 +198,7 @@ async def measure(options: argparse.Namespace, settings: Sequence[str], said: Sa
         kind, _, rate = request.id.partition(":")
         if kind != "synthetic":
             return {}
-        return {kind: Synthetic(said.text(request.prompt), lambda: float(rate), Random(0))}
+        return {request.id: Synthetic(said.text(request.prompt), lambda: float(rate), Random(0))}
 
     cells: Cells = {}
     async with Engine.open(config, speculate=speculators if synthetic else None) as engine:
@@ -214,7 +214,8 @@ async def measure(options: argparse.Namespace, settings: Sequence[str], said: Sa
                     rounds = cells.setdefault(name, {}).setdefault(clients, {})
                     for number in range(options.rounds):
                         asked = prompts_of[number * number_of : (number + 1) * number_of]
-                        order = settings if number % 2 == 0 else settings[::-1]
+                        # What a synthetic drafter is to know must have been said first.
+                        order = settings if synthetic or number % 2 == 0 else settings[::-1]
                         ran: dict[str, Figures] = {}
                         for setting in order:
                             progress.update(bar, description=f"{name}, {clients} clients, {setting}")

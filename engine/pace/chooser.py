@@ -141,14 +141,12 @@ class Chooser:
         best = places(curves, seconds, load.sure, each, most, least)
         if best[0] and best[1] > rate:
             return best
-        if self._seconds <= 0.0:
-            return 0, rate
         hopeful = [[OPTIMISM**place for place in range(1, 1 + most)]] * len(curves)
         hoped, promised = places(hopeful, seconds, load.sure, each, most, least)
         tried = min(hoped, max(least, FIRST))
-        if not tried or promised <= rate:
+        if not tried or promised <= rate or (spent := tried * each + reading) > self._seconds:
             return 0, rate
-        self._seconds -= tried * each + reading  # paid off before there is another
+        self._seconds -= spent
         return tried, rate
 
     def _cautious(self, load: Load, more: int) -> Seconds:

@@ -306,6 +306,7 @@ def test_one_that_is_tried_reads_to_the_end_and_shows_what_it_can() -> None:
     cost.curve.put(1, 0.5)  # pays if it is right, which nobody knows yet
     cast("Any", cost).observe = lambda *_: None
     cost.prompt_rows = lambda *_: 5
+    cast("Any", made.drafting.chooser)._seconds = 2.5
     request = structs.replace(asked(tokens=80), prompt=tuple(1 + place % 40 for place in range(60)))
     made.submit(0, request)
     made.run()
