@@ -38,15 +38,18 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if not index else "right")
     for row in rows:
-        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row))
+        table.add_row(*map(_text, row))
     Console(width=110).print(table)
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """The same as Markdown."""
     lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
-    texts = ([f"{value:.2f}" if isinstance(value, float) else str(value) for value in line] for line in lines)
-    return "".join(f"| {' | '.join(line)} |\n" for line in texts)
+    return "".join(f"| {' | '.join(map(_text, line))} |\n" for line in lines)
+
+
+def _text(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def plot(name: str, title: str, across: str, up: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:

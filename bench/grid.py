@@ -16,7 +16,7 @@ import argparse
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from itertools import count, cycle, islice
+from itertools import count, cycle, islice, product
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -143,6 +143,13 @@ class Grid:
             seconds,
         )
 
+    async def round(self, settings: Sequence[str], asked: Sequence[Prompt], clients: int) -> dict[str, Figures]:
+        """A run of each setting, `none` among them, with the ratios to that."""
+        ran = {setting: await self.run(setting, asked, clients) for setting in settings}
+        for figures in ran.values():
+            figures.ratio = figures.tokens_per_second / ran["none"].tokens_per_second
+        return ran
+
     def _request(self, setting: str, prompt: Prompt, salt: str) -> Request:
         """Its `id` tells a synthetic drafter how often it is to be right."""
         predicted = prompt.predicted if setting.startswith("prediction") else ()
@@ -206,26 +213,26 @@ async def measure(options: argparse.Namespace, settings: Sequence[str], said: Sa
         total = len(options.workloads) * len(options.clients) * options.rounds * len(settings)
         with Progress() as progress:
             bar = progress.add_task("warming up", total=total)
-            for name in options.workloads:
-                for clients in options.clients:
-                    number_of = max(options.least, clients * options.each)
-                    prompts_of = workload(engine, name, number_of * options.rounds)
-                    await grid.run("none", prompts_of[:1], 1)
-                    rounds = cells.setdefault(name, {}).setdefault(clients, {})
-                    for number in range(options.rounds):
-                        asked = prompts_of[number * number_of : (number + 1) * number_of]
-                        # What a synthetic drafter is to know must have been said first.
-                        order = settings if synthetic or number % 2 == 0 else settings[::-1]
-                        ran: dict[str, Figures] = {}
-                        for setting in order:
-                            progress.update(bar, description=f"{name}, {clients} clients, {setting}")
-                            ran[setting] = await grid.run(setting, asked, clients)
-                            progress.advance(bar)
-                        for setting, figures in ran.items():
-                            figures.ratio = figures.tokens_per_second / ran["none"].tokens_per_second
-                            rounds.setdefault(setting, []).append(figures)
-                        save(options.name, {"settings": settings, "cells": cells})
+            for name, clients in product(options.workloads, options.clients):
+                each = max(options.least, clients * options.each)
+                asked = workload(engine, name, each * options.rounds)
+                await grid.run("none", asked[:1], 1)
+                rounds = cells.setdefault(name, {}).setdefault(clients, {})
+                for number in range(options.rounds):
+                    progress.update(bar, description=f"{name}, {clients} clients", completed=total_of(cells))
+                    # What a synthetic drafter is to know must have been said first.
+                    order = settings if synthetic or number % 2 == 0 else settings[::-1]
+                    ran = await grid.round(order, asked[number * each : (number + 1) * each], clients)
+                    for setting, figures in ran.items():
+                        rounds.setdefault(setting, []).append(figures)
+                    save(options.name, {"settings": settings, "cells": cells})
+            progress.update(bar, completed=total)
     return cells
+
+
+def total_of(cells: Cells) -> int:
+    """Runs so far."""
+    return sum(len(rounds) for of in cells.values() for by in of.values() for rounds in by.values())
 
 
 def middle(rounds: Sequence[Figures]) -> Figures:

@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from bench.figures import save, show
 from bench.models import SOURCES
-from bench.simulated import MOST, Machine, Ran
+from bench.simulated import MOST, Ran
 from bench.speculators import Case, cases
 from engine import Measured, step_costs
 from engine.backend import Vocab
@@ -27,6 +27,7 @@ from engine.config import DraftConfig, EngineConfig, SpeculationConfig
 from engine.contract import Request, Speculation
 from engine.engine import open_vocabulary
 from engine.pace import Load, StepCost
+from engine.pace.calibration import SEEN
 from engine.pace.curve import Curve
 from engine.speculate import Drafter, Drafting, Shared, Wish
 from engine.speculate.draft import matching
@@ -44,25 +45,15 @@ class Going(Struct):
     said: int = 1
 
 
-def machine(measured: Measured) -> Machine:
-    """The curve as a function of rows."""
-    curve = Curve()
-    for rows, seconds in measured.rows.items():
-        curve.put(rows, seconds)
-    return curve.seconds
-
-
 def replay(
     said: Sequence[Case], measured: Measured, clients: int, asked: Speculation, vocab: Vocab, tokens: int, seed: int = 0
 ) -> Ran:
     """All of `said` from so many clients, each of which asks again when it was answered."""
-    seconds_of, random = machine(measured), Random(seed)
-    cost = StepCost()
-    for rows, seconds in measured.rows.items():
-        cost.curve.put(rows, seconds, 3)
+    seconds_of, random = Curve(measured.rows).seconds, Random(seed)
     config = SpeculationConfig()
-    drafting = Drafting(Shared(config, vocab), config, DraftConfig(), cost=cost)
-    waiting, going, ran, last = list(said), list[Going](), Ran(), 0.0
+    drafting = Drafting(Shared(config, vocab), config, DraftConfig(), cost=StepCost(Curve(measured.rows, SEEN)))
+    waiting = [Case(case.prompt, case.predicted, case.said[:tokens]) for case in said]
+    going, ran, last = list[Going](), Ran(), 0.0
     while waiting or going:
         while waiting and len(going) < clients:
             begun = time.perf_counter()
@@ -73,8 +64,7 @@ def replay(
         wishes = [
             Wish(one.drafter, room, room)
             for one in going
-            if one.drafter.knows(one.history)
-            and (room := min(MOST, min(tokens, len(one.case.said)) - one.said - 1)) > 0
+            if one.drafter.knows(one.history) and (room := min(MOST, len(one.case.said) - one.said - 1)) > 0
         ]
         made = drafting.propose(wishes, [], Load(len(going), len(going), 0, MOST), last)
         drafts = dict(zip((id(wish.drafter) for wish in wishes), made, strict=True))
@@ -85,10 +75,10 @@ def replay(
         begun = time.perf_counter()
         for one in going:
             draft = drafts.get(id(one.drafter))
-            ran.tokens += verify(drafting, one, draft.tokens if draft is not None else (), tokens)
+            ran.tokens += verify(drafting, one, draft.tokens if draft is not None else ())
         ran.seconds += last + guessing + time.perf_counter() - begun
         ran.drafted.append(total)
-        going = [one for one in going if one.said < min(tokens, len(one.case.said))]
+        going = [one for one in going if one.said < len(one.case.said)]
     return ran
 
 
@@ -100,7 +90,7 @@ def start(drafting: Drafting, case: Case, asked: Speculation) -> Going:
     return Going(case, drafter, history)
 
 
-def verify(drafting: Drafting, one: Going, draft: Sequence[int], tokens: int) -> int:
+def verify(drafting: Drafting, one: Going, draft: Sequence[int]) -> int:
     """Takes the next tokens of the answer, and returns how many those are."""
     coming = one.case.said[one.said : one.said + len(draft) + 1]
     right = matching(draft, coming)
@@ -108,7 +98,7 @@ def verify(drafting: Drafting, one: Going, draft: Sequence[int], tokens: int) ->
     one.history.extend(emitted)
     one.said += len(emitted)
     one.drafter.observe(one.history, emitted, drafting.chooser.verified(len(draft), right))
-    if one.said >= min(tokens, len(one.case.said)):
+    if one.said >= len(one.case.said):
         one.drafter.end()
     return len(emitted)
 

@@ -22,6 +22,8 @@ from bench.figures import save, show
 from engine.config import DraftConfig, SpeculationConfig
 from engine.contract import Request
 from engine.pace import Chooser, Load, StepCost
+from engine.pace.calibration import SEEN
+from engine.pace.curve import Curve
 from engine.speculate import Draft, Drafter, Drafting, Shared, Wish
 from engine.speculate.draft import matching
 
@@ -134,15 +136,18 @@ class NoVocabulary:
         return ""
 
 
+def calibrated(machine: Machine, counts: Sequence[int]) -> StepCost:
+    """What is known of a machine once those numbers of rows were measured."""
+    return StepCost(Curve({rows: machine(rows) for rows in counts}, SEEN))
+
+
 def simulate(
     machine: Machine, rates: Sequence[Rate], steps: int, *, seed: int = 0, noise: float = 0.05, before: int = 0
 ) -> Ran:
     """The engine's policy for one stream for each of `rates`; a step's time varies by about `noise`, and one in fifty
     is held up threefold. Tokens and seconds of the first steps, `before` the others, do not count."""
     random = Random(seed)
-    cost = StepCost()
-    for rows in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128):
-        cost.curve.put(rows, machine(rows), 3)
+    cost = calibrated(machine, (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128))
     config = SpeculationConfig()
     ran = Ran()
     streams: list[tuple[Truth, Drafter, array[int]]] = []
@@ -191,9 +196,7 @@ def oracle(machine: Machine, chances: Sequence[float]) -> float:
 
 def decision_seconds(streams: int, length: int = 16, times: int = 500) -> float:
     """Median seconds of one decision: which of two drafts of so many tokens each of the streams gets, and how much."""
-    cost = StepCost()
-    for rows in (1, 2, 4, 8, 16, 32, 64, 128):
-        cost.curve.put(rows, jumping(rows), 3)
+    cost = calibrated(jumping, (1, 2, 4, 8, 16, 32, 64, 128))
     random, chooser, spent = Random(0), Chooser(cost), list[float]()
     for _ in range(times):
         chances = [[random.uniform(0.5, 1.0) for _ in range(2)] for _ in range(streams)]

@@ -87,7 +87,7 @@ class Counters:
         self,
         cells: int,
         drafts: Callable[[], tuple[Drafts, ...]],
-        seconds: Callable[[int, int], float] = lambda rows, cells: 0.0,
+        seconds: Callable[[int, int], float],
     ) -> None:
         """`seconds` tells of a decode by its rows and the resident cells; any thread may call both."""
         self.finished = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}

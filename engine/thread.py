@@ -221,11 +221,9 @@ class EngineThread:
 
     def _cost(self, config: EngineConfig, backend: Backend) -> StepCost:
         """What the steps of `backend` cost: measured, now or at an earlier start."""
-        cost = StepCost()
-        if config.model.warmup:
-            measured = calibrated(config, backend) if config.model.calibrate else None
-            warm_up(backend.context, cost, measured)
-        return cost
+        if not config.model.warmup:
+            return StepCost()
+        return warm_up(backend.context, calibrated(config, backend) if config.model.calibrate else None)
 
     def _run(self, runner: Runner) -> None:
         """Steps until told to stop; sleeps when there is nothing to step."""

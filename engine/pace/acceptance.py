@@ -50,9 +50,9 @@ class Acceptance:
         """
         if self._prior is not None:
             self._prior.observe(place, said, right)
-        self._learn(min(place, PLACES - 1), right)
+        self._learn(_kind(place, None), right)
         if said is not None:
-            self._learn(PLACES + bisect_right(LEVELS, said), right)
+            self._learn(_kind(place, said), right)
 
     def _learn(self, kind: int, right: bool) -> None:
         self._tried[kind] = self._tried[kind] * self._memory + 1.0
@@ -75,7 +75,7 @@ class Acceptance:
 
     def chance(self, place: int, said: float | None = None) -> float:
         """From 0 to 1, of the token at `place`, from 0 on."""
-        kind = min(place, PLACES - 1) if said is None else PLACES + bisect_right(LEVELS, said)
+        kind = _kind(place, said)
         return self._believed(kind)._chances[kind]
 
     def _believed(self, kind: int) -> Acceptance:
@@ -87,10 +87,15 @@ class Acceptance:
         `said` is how likely the speculator thinks each, if it can tell."""
         together, curve = 1.0, list[float]()
         for place in range(length):
-            kind = PLACES + bisect_right(LEVELS, said[place]) if said else min(place, PLACES - 1)
+            kind = _kind(place, said[place] if said else None)
             known = self._believed(kind)
             together *= known._means[kind] if place else known._chances[kind]  # doubted once, not for each token
             if together < FAINT:
                 break
             curve.append(together)
         return curve
+
+
+def _kind(place: int, said: float | None) -> int:
+    """Which tokens one counts among: those that were said to be as likely, or else those of its place."""
+    return min(place, PLACES - 1) if said is None else PLACES + bisect_right(LEVELS, said)

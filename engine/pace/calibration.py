@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from engine.backend import Context
 from engine.pace.cost import StepCost
+from engine.pace.curve import Curve
 from engine.replacement import Replacement
 
 log = logging.getLogger("paceline.pace")
@@ -75,16 +76,18 @@ def calibrate(context: Context) -> Measured:
     return Measured(found, row_cell, prompt_row)
 
 
-def warm_up(context: Context, cost: StepCost, measured: Measured | None) -> None:
-    """Takes over what was measured, and sees with a few rows how fast the machine is now. Leaves the cells empty."""
+def warm_up(context: Context, measured: Measured | None) -> StepCost:
+    """What steps cost by what was measured, and by a few rows that show how fast the machine is now. Leaves the cells
+    empty."""
+    cost = StepCost()
     if measured is not None:
-        for rows, seconds in measured.rows.items():
-            cost.curve.put(rows, seconds, SEEN)
+        cost = StepCost(Curve(measured.rows, SEEN))
         cost.row_cell = measured.row_cell
         cost.observe(0, ROWS, ROWS * measured.prompt_row)
     _seconds(context, 1, 1)
     cost.start(1, min(_seconds(context, 1, 1) for _ in range(TRIES)))
     context.clear()
+    return cost
 
 
 def _seconds(context: Context, rows: int, outputs: int, *, keep: bool = False) -> float:

@@ -57,8 +57,8 @@ class StepCost:
     A prompt row is dearer beside streams than in a long chunk of its own, so the two are kept apart.
     """
 
-    def __init__(self, first_rows: int = 64) -> None:
-        self.curve = Curve()
+    def __init__(self, curve: Curve | None = None, first_rows: int = 64) -> None:
+        self.curve = curve or Curve()
         self.row_cell = 0.0
         """Seconds by which a resident cell makes each row dearer; 0 if not measured."""
         self.machine = 1.0
@@ -160,8 +160,6 @@ class StepCost:
 
     def _shaped(self, decode_rows: int, rows: int) -> int:
         """About `rows`: so many more or less that a row of the whole step is cheapest, where counts were measured."""
-        if not self.curve or rows > max(self.curve.points):
-            return rows
         most = decode_rows + rows + rows // 8
         first = decode_rows + max(1, rows // 2)
         known = [total for total in self.curve.points if first <= total <= most]

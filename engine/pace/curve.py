@@ -24,10 +24,13 @@ class Curve:
     """A mean for each number of rows that was measured. Counts between two of these lie on a straight line, those
     beyond the last cost in proportion to their rows, those before the first as much as it."""
 
-    def __init__(self) -> None:
+    def __init__(self, points: Mapping[int, float] | None = None, seen: int = 1) -> None:
+        """`points` are seconds by rows, each the mean of `seen` measurements."""
         self._points: dict[int, Point] = {}
         self._counts: list[int] = []  # in order
         self._line: Seconds = np.empty(0)
+        for rows, seconds in (points or {}).items():
+            self.put(rows, seconds, seen)
 
     def __bool__(self) -> bool:
         return bool(self._points)

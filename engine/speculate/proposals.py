@@ -10,6 +10,7 @@ from engine.pace import FIRST, Chooser, Load
 from engine.speculate.base import NO_DRAFT, Draft
 from engine.speculate.draft import DraftModel, Want
 from engine.speculate.drafter import Drafter
+from engine.speculate.guesser import Guesser
 
 READING = 0.5
 """Share of the last step's time that the draft model may spend on reading histories before the next."""
@@ -71,11 +72,10 @@ class Proposals:
         drafts = [wish.drafter.choose() if wish.drafter.fixed else NO_DRAFT for wish in wishes]
         fixed = sum(len(draft.tokens) for draft in drafts)
         load = load._replace(rows=load.rows + fixed, most=max(0, load.most - fixed))
-        slots = [i for i, wish in enumerate(wishes) if not wish.drafter.fixed and wish.drafter.offers]
-        offers = [wishes[i].drafter.offers for i in slots]
-        choice = self.chooser.decide([[guesser.curve for guesser in part] for part in offers], load)
-        for i, part, picked, length in zip(slots, offers, choice.picked, choice.lengths, strict=True):
-            drafts[i] = wishes[i].drafter.take(part[picked], length)
+        offered = offers_of(wishes)
+        choice = self.chooser.decide(chances_of(offered), load)
+        for (i, offers), picked, length in zip(offered.items(), choice.picked, choice.lengths, strict=True):
+            drafts[i] = wishes[i].drafter.take(offers[picked], length)
         return drafts
 
     # ── the draft model ──
@@ -125,13 +125,13 @@ class Proposals:
 
     def _without(self, wishes: Sequence[Wish], load: Load) -> tuple[dict[int, Verify], float]:
         """What would be verified of others' guesses, by drafter, and the tokens a second with that."""
-        drafters = [wish.drafter for wish in wishes if wish.drafter.offers and not wish.drafter.fixed]
-        offers = [drafter.offers for drafter in drafters]
-        choice = self.chooser.choose([[guesser.curve for guesser in part] for part in offers], load)
+        offered = offers_of(wishes)
+        choice = self.chooser.choose(chances_of(offered), load)
         rate = choice.rate or load.sure / float(self.chooser.cost.steps(load.rows, 0, load.cells)[0])
-        rows = zip(drafters, offers, choice.picked, choice.lengths, strict=True)
+        chosen = zip(offered.items(), choice.picked, choice.lengths, strict=True)
         return {
-            id(drafter): Verify(length, sum(part[picked].curve[:length])) for drafter, part, picked, length in rows
+            id(wishes[i].drafter): Verify(length, sum(offers[picked].curve[:length]))
+            for (i, offers), picked, length in chosen
         }, rate
 
     def _as_far_as_it_pays(
@@ -150,6 +150,16 @@ class Proposals:
             for one in able
             if min(most, one.most) >= max(1, one.drafter.model_least)
         ]
+
+
+def offers_of(wishes: Sequence[Wish]) -> dict[int, list[Guesser]]:
+    """By their index in `wishes`, those whose lengths are measured and who have drafts, and whose drafts those are."""
+    return {i: offers for i, wish in enumerate(wishes) if not wish.drafter.fixed and (offers := wish.drafter.offers)}
+
+
+def chances_of(offered: Mapping[int, Sequence[Guesser]]) -> list[list[list[float]]]:
+    """The same as chances, for the chooser."""
+    return [[guesser.curve for guesser in offers] for offers in offered.values()]
 
 
 def beside(load: Load, others: Mapping[int, Verify]) -> Load:

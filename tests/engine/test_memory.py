@@ -258,13 +258,19 @@ def test_a_parent_that_is_worth_little_does_not_turn_back_the_clock() -> None:
         assert store.find(array("i", newest), "", 0).length == PIECE, "the newest stays"
 
 
-def test_what_was_read_ahead_for_nobody_is_not_kept(tmp_path: Path) -> None:
-    disk = Disk(tmp_path, "toy")
+def with_a_text_on_disk(folder: Path) -> tuple[Bench, Store, Disk]:
+    """A bench that has 300 tokens on disk and nowhere else."""
+    disk = Disk(folder, "toy")
     store = Store(0, disk=disk, disk_most=10**6)
     bench = bench_with(store)
     ask(bench, 0, text(300))
     bench.rest()
     bench.runner.cells.reclaim(10**6)
+    return bench, store, disk
+
+
+def test_what_was_read_ahead_for_nobody_is_not_kept(tmp_path: Path) -> None:
+    bench, store, _ = with_a_text_on_disk(tmp_path)
     lease = bench.runner.cells.claim(array("i", text(300)), "")
     assert lease.coming
     while not lease.fetch(wait=True):
@@ -275,12 +281,7 @@ def test_what_was_read_ahead_for_nobody_is_not_kept(tmp_path: Path) -> None:
 
 
 def test_what_is_still_being_read_for_nobody_is_dropped(tmp_path: Path) -> None:
-    disk = Disk(tmp_path, "toy")
-    store = Store(0, disk=disk, disk_most=10**6)
-    bench = bench_with(store)
-    ask(bench, 0, text(300))
-    bench.rest()
-    bench.runner.cells.reclaim(10**6)
+    bench, store, disk = with_a_text_on_disk(tmp_path)
     begun: Future[Any] = Future()
     begun.set_running_or_notify_cancel()
     with pytest.MonkeyPatch.context() as patch:

@@ -85,8 +85,8 @@ def test_counts_that_were_not_measured_lie_between_those_that_were(rows: int, se
 
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_the_first_steps_leave_no_cells(calibrated: bool) -> None:
-    context, cost = ToyContext(cells=400), StepCost()
-    warm_up(context, cost, calibrate(context) if calibrated else None)
+    context = ToyContext(cells=400)
+    cost = warm_up(context, calibrate(context) if calibrated else None)
     assert context.used() == 0
     assert cost.decode_seconds(1) > 0
     assert len(cost.curve.points) == (21 if calibrated else 1), "as far as rows may have logits"
