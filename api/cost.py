@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
@@ -22,11 +23,12 @@ def show(arguments: Sequence[str]) -> int:
     the arguments make no sense."""
     parser = Parser(
         prog="paceline cost",
-        usage="paceline cost -m model.gguf [-o FILE.png] [flags of paceline serve]",
+        usage="paceline cost -m model.gguf [-o FILE.png|FILE.json] [flags of paceline serve]",
         description=__doc__,
         allow_abbrev=False,
     )
-    parser.add_argument("-o", "--output", type=Path, default=Path("cost.png"), help="the picture (default cost.png)")
+    about = "the picture (default cost.png), or the figures if it ends in .json: for --sim-cost"
+    parser.add_argument("-o", "--output", type=Path, default=Path("cost.png"), help=about)
     try:
         given, rest = parser.parse_known_args(arguments)
         options = parse(rest, os.environ)
@@ -38,7 +40,10 @@ def show(arguments: Sequence[str]) -> int:
         with Bar(f"Measuring {name}") as bar:
             measured = step_costs(options.engine, bar.show)
         print_curve(name, measured)
-        draw(name, measured, given.output)
+        if given.output.suffix == ".json":
+            given.output.write_bytes(msgspec.json.encode(measured))
+        else:
+            draw(name, measured, given.output)
     except (EngineError, OSError) as error:
         say(f"paceline: {error}")
         return 1

@@ -9,7 +9,16 @@ from msgspec import Struct
 from msgspec import inspect as kinds
 
 from api.config import ServerConfig
-from engine import BatchConfig, DraftConfig, EngineConfig, MemoryConfig, ModelConfig, SamplingParams, SpeculationConfig
+from engine import (
+    BatchConfig,
+    DraftConfig,
+    EngineConfig,
+    MemoryConfig,
+    ModelConfig,
+    SamplingParams,
+    SimConfig,
+    SpeculationConfig,
+)
 
 
 class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -20,6 +29,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     memory: MemoryConfig = MemoryConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     draft: DraftConfig = DraftConfig()
+    sim: SimConfig = SimConfig()
     server: ServerConfig = ServerConfig()
     sampling: SamplingParams = SamplingParams()
 
@@ -27,7 +37,12 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def engine(self) -> EngineConfig:
         """What of them the engine needs."""
         return EngineConfig(
-            model=self.model, batch=self.batch, memory=self.memory, speculation=self.speculation, draft=self.draft
+            model=self.model,
+            batch=self.batch,
+            memory=self.memory,
+            speculation=self.speculation,
+            draft=self.draft,
+            sim=self.sim,
         )
 
 
@@ -37,6 +52,7 @@ SECTIONS: dict[str, tuple[str, type[Struct]]] = {
     "memory": ("prefixes that nobody needs right now", MemoryConfig),
     "speculation": ("who guesses ahead", SpeculationConfig),
     "draft": ("the draft model", DraftConfig),
+    "sim": ("load tests without weights", SimConfig),
     "server": ("the HTTP side", ServerConfig),
     "sampling": ("sampling of requests that do not say", SamplingParams),
 }
@@ -142,7 +158,7 @@ class Flag(Struct, frozen=True):
         """The values it takes, in words.
 
         >>> next(flag for flag in FLAGS if flag.field == "slots").expects
-        'a whole number from 1 to 128'
+        'a whole number from 1 to 256'
         """
         match self.kind:
             case kinds.LiteralType(values=values):

@@ -13,6 +13,7 @@ import msgspec
 from api.complaints import nearest, refused
 from api.flags import FLAGS, IGNORED, IGNORED_WITH_VALUE, SECTIONS, Flag, Options
 from api.speculation import RENAMED
+from engine import SIM
 
 _SWITCHES = {
     **dict.fromkeys(("true", "1", "on", "enabled"), True),
@@ -43,6 +44,8 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
         else:
             continue
         tables.setdefault(flag.section, {})[flag.field] = value
+    if tables.get("sim", {}).get("on"):
+        tables.setdefault("model", {}).setdefault("path", SIM)
     if not tables.get("model", {}).get("path"):
         raise OptionError("no model is given: name a GGUF file with -m")
     return msgspec.convert(tables, Options)

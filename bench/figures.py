@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -69,11 +73,20 @@ def plot(name: str, title: str, across: str, up: str, lines: Mapping[str, Sequen
     print(f"wrote {path}")
 
 
-def save(name: str, figures: object) -> None:
-    """Writes `figures`, and what they were measured on, as JSON."""
+def versions() -> dict[str, str]:
+    """Of what is measured, and of Python."""
+    found = {name: version(name) for name in ("paceline", "llama-cpp-python", "numpy", "uvicorn", "msgspec")}
+    return {**found, "python": platform.python_version()}
+
+
+def save(name: str, figures: object, *, quiet: bool = False) -> None:
+    """Writes `figures`, and what, when and by which command they were measured, as JSON; says so unless `quiet`."""
     OUT.mkdir(parents=True, exist_ok=True)
     machine = {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-    content = msgspec.json.encode({"machine": machine, "figures": figures})
+    words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]  # no path of this machine
+    command = shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *words])
+    about = {"machine": machine, "versions": versions(), "date": date.today().isoformat(), "command": command}
     path = OUT / f"{name}.json"
-    path.write_bytes(msgspec.json.format(content, indent=2))
-    print(f"wrote {path}")
+    path.write_bytes(msgspec.json.format(msgspec.json.encode({**about, "figures": figures}), indent=2))
+    if not quiet:
+        print(f"wrote {path}")

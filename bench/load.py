@@ -1,7 +1,7 @@
-"""Load over HTTP against a running server: closed loop (so many clients) or open loop (so many requests a second).
+"""Load over HTTP against a running server: closed loop (so many clients) or open loop (so many sessions a second).
 
-Prints time to first text, gaps between texts and tokens per second, and writes `load.json`. The client's own share
-of the CPU is printed too: on a small machine it is taken from the server.
+Prints time to first text, gaps between texts, tokens per second and goodput, and writes `load.json`. The client's own
+share of a core is printed too: on a small machine it is taken from the server. Tokens are those of `usage`.
 """
 
 from __future__ import annotations
@@ -10,77 +10,112 @@ import argparse
 import asyncio
 import random
 import time
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import uvloop
 
-from bench.client import Outcome, chat, closed, stream, user
+from bench.client import Outcome, closed, stream
 from bench.figures import save, show, spread
+from bench.workloads import WORKLOADS, Asked, Session, workload
 
 TOPICS = ("the sea", "a clock", "the desert", "an orchestra", "a lighthouse", "snow", "a library", "bees")
+GOOD = (1000.0, 100.0)
+"""Milliseconds to a request's first text, and between tokens in the mean, that still count as good."""
 
 
-def body(number: int, tokens: int, words: int) -> dict[str, Any]:
-    """The request of this number: the same for the same number, unlike its neighbours."""
-    rng = random.Random(number)
-    topic = TOPICS[number % len(TOPICS)]
-    filler = " ".join(rng.choice(TOPICS) for _ in range(words // 2))
-    return chat(user(f"Story {number}: write about {topic}. {filler}"), tokens, seed=number)
+async def ask(port: int, asked: Asked) -> Outcome:
+    """One request."""
+    return await stream(port, asked.path, asked.body)
 
 
-async def open_loop(port: int, rate: float, requests: int, tokens: int, words: int) -> list[Outcome]:
-    """Requests that arrive as a Poisson process of `rate` a second, whatever became of the others."""
+async def play(port: int, session: Session) -> list[Outcome]:
+    """A session's requests, one after the other."""
+    return [await ask(port, asked) for asked in session]
+
+
+async def closed_loop(port: int, clients: int, sessions: Sequence[Session]) -> list[Outcome]:
+    """All sessions from so many clients, each of which begins the next one when its last has ended."""
+
+    async def send(session: Session) -> list[Outcome]:
+        return await play(port, session)
+
+    return [outcome for outcomes in await closed(clients, sessions, send) for outcome in outcomes]
+
+
+async def open_loop(port: int, rate: float, sessions: Sequence[Session]) -> list[Outcome]:
+    """Sessions that begin as a Poisson process of `rate` a second, whatever became of the others."""
     rng, tasks = random.Random(0), []
     async with asyncio.TaskGroup() as group:
-        for n in range(requests):
-            tasks.append(group.create_task(stream(port, "/v1/chat/completions", body(n, tokens, words))))
+        for session in sessions:
+            tasks.append(group.create_task(play(port, session)))
             await asyncio.sleep(rng.expovariate(rate))
-    return [task.result() for task in tasks]
+    return [outcome for task in tasks for outcome in task.result()]
 
 
-def report(outcomes: list[Outcome], seconds: float, cpu: float) -> dict[str, Any]:
-    """The figures of one run."""
+def is_good(outcome: Outcome, limits: tuple[float, float]) -> bool:
+    """Whether a request that ended well was answered within both limits, in milliseconds."""
+    first, each = limits
+    later = max(1, outcome.completion_tokens - 1)
+    return outcome.ttft * 1000 <= first and sum(outcome.gaps) * 1000 / later <= each
+
+
+def report(
+    outcomes: Sequence[Outcome], seconds: float, cpu: float, limits: tuple[float, float] = GOOD
+) -> dict[str, Any]:
+    """The figures of one run of `seconds`, for which the client computed `cpu` seconds."""
     good = [outcome for outcome in outcomes if not outcome.failed]
     tokens = sum(outcome.completion_tokens for outcome in good)
     return {
         "requests": len(outcomes),
         "failed": len(outcomes) - len(good),
+        "prompt_tokens": sum(outcome.prompt_tokens for outcome in good),
+        "cached_tokens": sum(outcome.cached_tokens for outcome in good),
         "completion_tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 2),
-        "ttft_ms": spread([outcome.ttft for outcome in good]),
+        "requests_per_second": round(len(good) / seconds, 3),
+        "good_requests_per_second": round(sum(is_good(outcome, limits) for outcome in good) / seconds, 3),
+        "ttft_ms": spread([outcome.ttft for outcome in good if outcome.arrivals]),
         "gap_ms": spread([gap for outcome in good for gap in outcome.gaps]),
         "client_cpu_percent": round(100 * cpu / seconds, 2),
     }
 
 
 async def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Warms the server up with one request, then measures."""
-    await stream(options.port, "/v1/chat/completions", body(10**6, 4, options.words))
+    """Warms the server up with one session, then measures the next ones."""
+    warm, *sessions = workload(options.workload, 1 + options.sessions, options.tokens)
+    await play(options.port, warm)
     begun, cpu = time.perf_counter(), time.process_time()
     if options.rate:
-        outcomes = await open_loop(options.port, options.rate, options.requests, options.tokens, options.words)
+        outcomes = await open_loop(options.port, options.rate, sessions)
     else:
-        bodies = (body(n, options.tokens, options.words) for n in range(options.requests))
-        outcomes = await closed(options.clients, bodies, partial(stream, options.port, "/v1/chat/completions"))
-    return report(outcomes, time.perf_counter() - begun, time.process_time() - cpu)
+        outcomes = await closed_loop(options.port, options.clients, sessions)
+    return report(outcomes, time.perf_counter() - begun, time.process_time() - cpu, options.good)
 
 
 def main() -> None:
     """Prints one table and writes `load.json`."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8000, help="port of the server on this machine")
+    parser.add_argument("--workload", choices=WORKLOADS, default="chat", help="what is asked")
     parser.add_argument("--clients", type=int, default=8, help="closed loop: clients at once")
-    parser.add_argument("--rate", type=float, default=0.0, help="open loop: requests a second; 0 is closed loop")
-    parser.add_argument("--requests", type=int, default=32, help="requests in all, 10000 at most")
+    parser.add_argument("--rate", type=float, default=0.0, help="open loop: sessions a second; 0 is closed loop")
+    parser.add_argument("--sessions", type=int, default=32, help="sessions in all, 10000 at most")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
-    parser.add_argument("--words", type=int, default=20, help="length of each prompt, in words")
+    parser.add_argument(
+        "--good",
+        type=float,
+        nargs=2,
+        default=GOOD,
+        metavar=("FIRST", "EACH"),
+        help="milliseconds to the first text, and between tokens in the mean, of a good request",
+    )
     options = parser.parse_args()
-    options.requests = min(options.requests, 10_000)
+    options.sessions = min(options.sessions, 10_000)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         figures = runner.run(run(options))
     rows = [[name, *(value.values() if isinstance(value, dict) else [value])] for name, value in figures.items()]
-    show("load", ["", "p50 or value", "p90", "p99", "max"], rows)
+    show(f"load, {options.workload}", ["", "p50 or value", "p90", "p99", "max"], rows)
     save("load", figures)
 
 

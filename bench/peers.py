@@ -50,6 +50,16 @@ PACELINE = "paceline"
 MODES = {"llama-server-unified": ("--kv-unified",), "llama-server-split": ("--no-kv-unified",)}
 """llama-server's two ways to keep cells: one pool for all slots, or an equal part of the context for each."""
 
+TUNED = {
+    "llama-server-b256": (*MODES["llama-server-unified"], "-b", "256"),
+    "llama-server-ngram-mod": (
+        *MODES["llama-server-unified"],
+        *("--spec-type", "ngram-mod", "--spec-ngram-mod-n-match", "16", "--spec-ngram-mod-n-min", "4"),
+    ),
+}
+"""The same pool with what helps it most: small batches against stalls, drafts long enough to pay and short enough to
+come about."""
+
 CONTENDERS = (PACELINE, *MODES)
 
 Download = Callable[[str, Path], Path]
@@ -199,10 +209,10 @@ def llama_server(settings: Settings, mode: Sequence[str], seconds: float = 120) 
 
 
 def started(name: str, settings: Settings) -> AbstractContextManager[Server]:
-    """One of CONTENDERS, served on a free port of loopback for the length of the block and ended with it."""
+    """One of CONTENDERS or TUNED, served on a free port of loopback for the length of the block and ended with it."""
     if name == PACELINE:
         return serving(settings.model, settings.flags())
-    return llama_server(settings, MODES[name])
+    return llama_server(settings, (MODES | TUNED)[name])
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from bench.figures import save, show
 from bench.load import TOPICS, report
 from bench.models import Refused
 from bench.peers import CONTENDERS, MODES, PACELINE, Settings, started
-from bench.scenarios import text_of
 from bench.server import Server
+from bench.workloads import text_of
 from engine.config import physical_cores
 
 Figures = dict[str, float]

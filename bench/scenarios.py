@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -12,29 +13,27 @@ from typing import Any
 from bench.client import Outcome, chat, closed, stream, user
 from bench.figures import percentile, save, show
 from bench.server import Server, serving
-
-WORDS = "the keeper of the lighthouse wrote down every ship that passed in the night and what it carried "
-
-
-def text_of(tokens: int) -> str:
-    """English text of about so many tokens."""
-    return (WORDS * (tokens // 18 + 1))[: int(tokens * 5.2)]
+from bench.workloads import text_of
 
 
-async def long_prompt(server: Server, streams: int = 4, prompt: int = 4000) -> dict[str, Any]:
-    """Gaps between texts of running streams, before and while a long prompt is read."""
+async def long_prompt(
+    server: Server,
+    streams: int = 4,
+    prompt: int = 4000,
+    change: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: body,
+) -> dict[str, Any]:
+    """Gaps between texts of running streams, before and while a long prompt is read. Requests are sent as `change`
+    makes them."""
     outcomes = [Outcome(0.0) for _ in range(streams)]
+
+    async def ask(text: str, tokens: int, seed: int, outcome: Outcome) -> Outcome:
+        body = change(chat(user(text), tokens, seed=seed))
+        return await stream(server.port, "/v1/chat/completions", body, outcome=outcome)
+
     async with asyncio.TaskGroup() as group:
-        running = [
-            group.create_task(
-                stream(
-                    server.port, "/v1/chat/completions", chat(user(f"Count slowly. {n}"), 2500, seed=n), outcome=outcome
-                )
-            )
-            for n, outcome in enumerate(outcomes)
-        ]
+        running = [group.create_task(ask(f"Count slowly. {n}", 2500, n, outcome)) for n, outcome in enumerate(outcomes)]
         await asyncio.sleep(6)
-        long = await stream(server.port, "/v1/chat/completions", chat(user(text_of(prompt)), 4))
+        long = await ask(text_of(prompt), 4, 1, Outcome(0.0))
         still = sum(not task.done() for task in running)
         for task in running:
             task.cancel()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -17,6 +17,8 @@ from urllib.error import URLError
 import msgspec
 
 HOST = "127.0.0.1"
+COMPUTED, QUEUED = 0, 1
+"""What Linux tells of a thread's time."""
 
 
 class Server(msgspec.Struct, frozen=True):
@@ -31,8 +33,17 @@ class Server(msgspec.Struct, frozen=True):
 
     def cpu_seconds(self) -> float:
         """CPU time of the whole process."""
+        return sum(self.thread_seconds().values())
+
+    def thread_seconds(self, field: int = COMPUTED) -> dict[int, float]:
+        """Seconds that each thread has COMPUTED, or was QUEUED for a core."""
         tasks = Path(f"/proc/{self.pid}/task").iterdir()
-        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+        return {int(task.name): int((task / "schedstat").read_text().split()[field]) / 1e9 for task in tasks}
+
+    def resident(self) -> int:
+        """Bytes of memory that the process has, at its most."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples at `/metrics`."""
@@ -61,14 +72,23 @@ def serving(model: Path, arguments: Sequence[str] = (), seconds: float = 120) ->
 
 
 @contextmanager
-def running(command: Sequence[str], port: int, seconds: float, log: IO[str] | None = None) -> Iterator[Server]:
+def running(
+    command: Sequence[str],
+    port: int,
+    seconds: float,
+    log: IO[str] | None = None,
+    *,
+    health: str = "/health",
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
     """Runs a server's command for the length of the block, and what it says into `log`.
 
     Raises RuntimeError, with its last words if there is a log, if it is not healthy in `seconds`.
     """
-    process = subprocess.Popen(command, stdout=log or subprocess.DEVNULL, stderr=log or subprocess.DEVNULL)
+    out = log or subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
     try:
-        if not _healthy(port, process, seconds):
+        if not _healthy(f"http://{HOST}:{port}{health}", process, seconds):
             words = f"the server did not become healthy (exit code {process.poll()})"
             raise RuntimeError("\n".join([words, *_last(log)]))
         yield Server(port, process.pid)
@@ -77,11 +97,11 @@ def running(command: Sequence[str], port: int, seconds: float, log: IO[str] | No
         process.wait(60)
 
 
-def _healthy(port: int, process: subprocess.Popen[bytes], seconds: float) -> bool:
+def _healthy(url: str, process: subprocess.Popen[bytes], seconds: float) -> bool:
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=5):
+            with urllib.request.urlopen(url, timeout=5):
                 return True
         except (URLError, OSError):
             time.sleep(0.1)

@@ -24,6 +24,7 @@ from engine.contract import Request
 from engine.pace import Chooser, Load, StepCost
 from engine.pace.calibration import SEEN
 from engine.pace.curve import Curve
+from engine.sim.context import flat, linear
 from engine.speculate import Draft, Drafter, Drafting, Shared, Wish
 from engine.speculate.draft import matching
 
@@ -36,16 +37,6 @@ MOST = 112
 """Drafted tokens of a step at most."""
 LONGEST = 32
 """Tokens of a draft at most."""
-
-
-def flat(rows: int) -> float:
-    """As on a GPU: rows are nearly free."""
-    return 0.020 + 0.00005 * rows
-
-
-def linear(rows: int) -> float:
-    """As where computing is the limit: a row costs the same in a batch as alone."""
-    return 0.020 * rows
 
 
 def jumping(rows: int) -> float:

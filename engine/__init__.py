@@ -1,7 +1,16 @@
 """Continuous batching over llama.cpp for asyncio: the public names, nothing else."""
 
 from engine.backend import ModelInfo, Vocab
-from engine.config import BatchConfig, DraftConfig, EngineConfig, MemoryConfig, ModelConfig, SpeculationConfig
+from engine.config import (
+    SIM,
+    BatchConfig,
+    DraftConfig,
+    EngineConfig,
+    MemoryConfig,
+    ModelConfig,
+    SimConfig,
+    SpeculationConfig,
+)
 from engine.contract import (
     SPECULATOR_TYPES,
     ContextExceeded,
@@ -34,6 +43,7 @@ from engine.speculate.lookup import build_lookup
 from engine.stats import Histogram, Stats
 
 __all__ = [
+    "SIM",
     "SPECULATOR_TYPES",
     "BatchConfig",
     "ContextExceeded",
@@ -61,6 +71,7 @@ __all__ = [
     "Request",
     "RequestRefused",
     "SamplingParams",
+    "SimConfig",
     "SlotState",
     "Speculation",
     "SpeculationConfig",

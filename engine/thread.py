@@ -21,6 +21,7 @@ from engine.memory import Store, open_store
 from engine.outbox import News, Outbox
 from engine.pace import Measured, Pace, StepCost, calibrate, keep, kept, warm_up
 from engine.runner import SHUTTING_DOWN, Runner
+from engine.sim import open_sim, speculators
 from engine.speculate import Drafting, DraftModel, Shared, Speculate, difference
 
 log = logging.getLogger("paceline.speculation")
@@ -33,7 +34,9 @@ Opener = Callable[[EngineConfig, Progress, Callable[[], bool]], Backend]
 
 
 def open_model(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -> Backend:
-    """Opens a GGUF with llama.cpp. The native library is loaded here and not before."""
+    """Opens a GGUF with llama.cpp, or what stands for one. The native library is loaded here and not before."""
+    if config.sim.on:
+        return open_sim(config, progress, go_on)
     from engine.llama import open_gguf
 
     return open_gguf(config, progress, go_on)
@@ -215,7 +218,8 @@ class EngineThread:
             own = config.of_draft(backend.context.cells)
             model = DraftModel(draft, backend.info.vocabulary, self._cost(own, draft))
         shared = Shared(config.speculation, backend.vocab)
-        drafting = Drafting(shared, config.speculation, config.draft, model, self._speculate, cost)
+        speculate = self._speculate or speculators(config)
+        drafting = Drafting(shared, config.speculation, config.draft, model, speculate, cost)
         outbox = Outbox(self._loop, self._reader.deliver)
         return Runner(backend, batch.slots, pace, outbox, drafting, store, config.memory.reuse)
 

@@ -9,15 +9,18 @@ from engine.config.engine import EngineConfig
 from engine.config.flags import flags
 from engine.config.memory import MemoryConfig
 from engine.config.model import CacheType, ModelConfig, physical_cores, processor
+from engine.config.sim import SIM, SimConfig
 from engine.config.speculation import DraftConfig, SpeculationConfig
 
 __all__ = [
+    "SIM",
     "BatchConfig",
     "CacheType",
     "DraftConfig",
     "EngineConfig",
     "MemoryConfig",
     "ModelConfig",
+    "SimConfig",
     "SpeculationConfig",
     "flags",
     "physical_cores",

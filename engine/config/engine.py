@@ -11,6 +11,7 @@ from msgspec import Struct, structs
 from engine.config.batch import BatchConfig
 from engine.config.memory import MemoryConfig
 from engine.config.model import ModelConfig
+from engine.config.sim import SimConfig
 from engine.config.speculation import DraftConfig, SpeculationConfig
 
 
@@ -22,6 +23,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     memory: MemoryConfig = MemoryConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     draft: DraftConfig = DraftConfig()
+    sim: SimConfig = SimConfig()
 
     @classmethod
     def of(
@@ -30,6 +32,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         memory: MemoryConfig | dict[str, object] | None = None,
         speculation: SpeculationConfig | dict[str, object] | None = None,
         draft: DraftConfig | dict[str, object] | None = None,
+        sim: SimConfig | dict[str, object] | None = None,
         **fields: object,
     ) -> EngineConfig:
         """A checked configuration: `fields` by name of the model's or the batch's, the other concerns whole.
@@ -40,6 +43,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             "memory": memory or {},
             "speculation": speculation or {},
             "draft": draft or {},
+            "sim": sim or {},
         }
         model: dict[str, object] = {}
         batch: dict[str, object] = {}

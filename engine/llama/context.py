@@ -81,9 +81,13 @@ def context_params(model: ModelConfig, batch: BatchConfig, cells: int, threads: 
     return params
 
 
+SEQUENCES = 256
+"""Sequence ids of the library; one more than slots is needed for prefixes, and one for states."""
+
+
 def sequences_for(slots: int) -> int:
-    """Sequence ids for so many slots: as many again for idle prefixes, and some more; the library has 256."""
-    return min(256, 2 * slots + 17)
+    """Sequence ids for so many slots: as many again for idle prefixes, and some more."""
+    return min(SEQUENCES, 2 * slots + 17)
 
 
 class LlamaContext:

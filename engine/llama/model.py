@@ -16,7 +16,7 @@ from engine.backend import Context, ModelInfo, NativeFault, Progress
 from engine.config import EngineConfig, physical_cores
 from engine.contract import ModelError
 from engine.llama import exact, library
-from engine.llama.context import LlamaContext, context_params
+from engine.llama.context import SEQUENCES, LlamaContext, context_params
 from engine.llama.library import text_of
 from engine.llama.vocab import LlamaVocab
 from engine.memory import Ordered
@@ -129,6 +129,8 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     kinds = (native.llama_model_has_encoder, native.llama_model_is_diffusion)
     if any(kind(model) for kind in kinds) or not native.llama_model_has_decoder(model):
         raise ModelError(f"{path} is not a decoder-only language model; Paceline serves only those")
+    if config.batch.slots > SEQUENCES - 2:
+        raise ModelError(f"llama.cpp decodes at most {SEQUENCES - 2} requests together, not {config.batch.slots}")
     trained: int = native.llama_model_n_ctx_train(model)
     threads = config.model.threads if config.model.threads > 0 else physical_cores()
     gpu = library.accelerator() if config.model.gpu_layers else ""

@@ -13,11 +13,13 @@ from engine.pace.acceptance import Acceptance
 from engine.pace.calibration import Measured, calibrate, keep, kept, warm_up
 from engine.pace.chooser import FIRST, Chooser, Load, Verified
 from engine.pace.cost import Pace, StepCost, blend
+from engine.pace.curve import Curve
 
 __all__ = [
     "FIRST",
     "Acceptance",
     "Chooser",
+    "Curve",
     "Load",
     "Measured",
     "Pace",

@@ -16,7 +16,7 @@ backend outbox
 memory sampling pace scheduler
 llama
 speculate
-streams generation
+streams generation sim
 verify waiting slots
 runner
 thread slotfiles

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.simulated import Machine, flat, jumping, linear, oracle, simulate
+from bench.simulated import Machine, jumping, oracle, simulate
 from engine.pace import Acceptance, Chooser, Load, StepCost, calibrate, keep, kept, warm_up
 from engine.pace.acceptance import FAINT, HOPE
 from engine.pace.calibration import Measured
 from engine.pace.curve import Curve
 from engine.pace.lengths import pick, places, share
+from engine.sim.context import flat, linear
 from tests.toy import ToyContext
 
 

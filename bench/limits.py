@@ -1,0 +1,105 @@
+"""Where Python itself becomes the limit: the whole server on a model that computes nothing, as many clients as slots.
+
+Prints for each number of slots tokens a second through SSE, CPU microseconds a token, and the shares of the time that
+the engine's thread and the event loop compute. The engine's thread never rests when the model takes no time: where it
+neither computes nor waits for a core it waits for Python's lock. The client is another process, on the same cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from typing import Any
+
+import uvloop
+
+from bench.client import chat, user
+from bench.figures import save, show
+from bench.load import closed_loop, report
+from bench.server import QUEUED, Server, free_port, running
+from bench.workloads import CHAT, Asked, Session
+
+
+def command(port: int, slots: int, cost: str, accept: float, more: list[str]) -> list[str]:
+    """What serves the model that computes nothing."""
+    sim = ["--sim", "--sim-cost", cost, "--sim-accept", str(accept)]
+    size = ["-np", str(slots), "-c", str(slots * 1024), "--queue", "1000"]
+    return [sys.executable, "-m", "api", "serve", *sim, *size, "--port", str(port), *more]
+
+
+def sessions(count: int, tokens: int, words: int) -> list[Session]:
+    """Short prompts, no two alike."""
+    return [
+        [Asked(CHAT, chat(user(f"Number {n}: {'and so on ' * (words // 3)}"), tokens, seed=n))] for n in range(count)
+    ]
+
+
+def engine_thread(server: Server) -> int:
+    """The thread that computed most besides the main one, which is the event loop."""
+    spent = server.thread_seconds()
+    return max((task for task in spent if task != server.pid), key=spent.__getitem__)
+
+
+def client(port: int, clients: int, count: int, tokens: int, words: int) -> dict[str, Any]:
+    """All requests from so many clients."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        begun, cpu = time.perf_counter(), time.process_time()
+        outcomes = runner.run(closed_loop(port, clients, sessions(count, tokens, words)))
+        seconds = time.perf_counter() - begun
+    figures = report(outcomes, seconds, time.process_time() - cpu)
+    return {**figures, "seconds": seconds, "events": sum(len(outcome.arrivals) for outcome in outcomes)}
+
+
+def measured(server: Server, slots: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One run, with what the server's threads computed."""
+    client(server.port, slots, slots, 8, options.words)
+    before, queued, whole = server.thread_seconds(), server.thread_seconds(QUEUED), server.cpu_seconds()
+    figures = client(server.port, slots, max(slots, options.requests), options.tokens, options.words)
+    after, seconds = server.thread_seconds(), figures["seconds"]
+    engine, loop = engine_thread(server), server.pid
+    tokens, engine_share = figures["completion_tokens"], (after[engine] - before[engine]) / seconds
+    queued_share = (server.thread_seconds(QUEUED)[engine] - queued[engine]) / seconds
+    return {
+        "slots": slots,
+        "tokens_per_second": figures["tokens_per_second"],
+        "tokens_per_event": tokens / figures["events"],
+        "cpu_us_per_token": 1e6 * (server.cpu_seconds() - whole) / tokens,
+        "engine_percent": 100 * engine_share,
+        "engine_waits_percent": 100 * (1 - engine_share - queued_share),
+        "loop_percent": 100 * (after[loop] - before[loop]) / seconds,
+        "client_percent": figures["client_cpu_percent"],
+        "gap_p50_ms": figures["gap_ms"]["p50"],
+        "gap_p99_ms": figures["gap_ms"]["p99"],
+    }
+
+
+def run(slots: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a server with so many slots. Raises RuntimeError if it does not start."""
+    port = free_port()
+    with running(command(port, slots, options.cost, options.accept, options.more), port, 60) as server:
+        return measured(server, slots, options)
+
+
+def main() -> None:
+    """Prints a table and writes `limits.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slots", type=int, nargs="+", default=[1, 8, 32, 128, 256], help="and as many clients")
+    parser.add_argument("--cost", default="free", help="--sim-cost of the server")
+    parser.add_argument("--accept", type=float, default=0.0, help="--sim-accept of the server")
+    parser.add_argument("--requests", type=int, default=64, help="at least; one for each client if those are more")
+    parser.add_argument("--tokens", type=int, default=256, help="of each answer")
+    parser.add_argument("--words", type=int, default=12, help="of each prompt")
+    parser.add_argument("--name", default="limits", help="of the file")
+    parser.add_argument("more", nargs="*", help="further flags of the server, after --")
+    options = parser.parse_args()
+    rows = [run(slots, options) for slots in options.slots]
+    show(
+        "a model that computes nothing", [name.replace("_", " ") for name in rows[0]], [[*row.values()] for row in rows]
+    )
+    save(options.name, rows)
+
+
+if __name__ == "__main__":
+    main()
