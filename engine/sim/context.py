@@ -109,11 +109,13 @@ class SimContext:
         """Gives the batch's rows cells; the hashes of those that want logits."""
         batch, wanted = self.batch, array("Q")
         columns = (column[: batch.rows].tolist() for column in (batch.seq, batch.token, batch.output))
+        last = -1
         for seq, token, output in zip(*columns, strict=True):
-            hashes = self._hashes[seq]
-            known = hashes[-1] if hashes else self._seed
+            if seq != last:
+                hashes, held, last = self._hashes[seq], self._held[seq], seq
+                known = hashes[-1] if hashes else self._seed
             hashes.append(known := following(known, token))
-            self._held[seq].append(cell := self._free.pop())
+            held.append(cell := self._free.pop())
             self._holders[cell] = 1
             if output:
                 wanted.append(known)

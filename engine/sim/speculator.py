@@ -5,9 +5,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from engine.sim.words import MASK, MIX, WORD, WORDS, following
+from engine.sim.words import MASK, MIX, STEP, WORD, WORDS, following
 from engine.speculate import Draft
 
+LONGEST = 16
+"""Tokens of a draft at most."""
+COUNT = len(WORDS)
 BITS = 2**16 - 1
 """Of a hash, those that say whether a guess is right."""
 
@@ -26,13 +29,12 @@ class SimSpeculator:
 
     def propose(self, limit: int) -> Draft:
         """The words to come, with another one in the place of some; it goes on after the one that is wrong."""
-        known, words = self._hashes[-1], list[int]()
-        for _ in range(limit):
+        known, words, below = self._hashes[-1], list[int](), self._accept * BITS
+        for _ in range(min(limit, LONGEST)):
             mixed = (known ^ known >> 31) * MIX & MASK
-            word = WORD + (mixed >> 40) % len(WORDS)
-            right = (mixed >> 16 & BITS) < self._accept * BITS
-            words.append(word if right else WORD + (word + 1 - WORD) % len(WORDS))
-            known = following(known, word)
+            drawn = mixed >> 40
+            words.append(WORD + (drawn if (mixed >> 16 & BITS) < below else drawn + 1) % COUNT)
+            known = (known * STEP + WORD + drawn % COUNT + 1) & MASK  # as `following`, which would take half the time
         return Draft(words)
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:

@@ -144,6 +144,16 @@ def test_the_law(row: Row, seed: int, position: int, params: dict[str, Any]) -> 
     assert sampler(seed, **params).pick(row, range(position), 0) == found.ids[scores.argmax()]
 
 
+@given(st.integers(0, 1000), st.sampled_from([3.0, 10.0, 50.0]), some_params, st.booleans(), st.integers(0, 3))
+def test_the_obvious_token_is_what_all_stages_come_to(
+    number: int, scale: float, params: dict[str, Any], ignore: bool, least: int
+) -> None:
+    row = random_row(number, scale=scale)
+    quick, thorough = (sampler(ignore_eos=ignore, min_tokens=least, ends=(1, 2), **params) for _ in range(2))
+    thorough._obvious = lambda row, emitted: None  # type: ignore[method-assign]
+    assert quick.pick(row, [5] * 12, 11) == thorough.pick(row, [5] * 12, 11)
+
+
 @given(rows, some_params, st.integers(0, 3), st.integers(0, 3), st.booleans())
 def test_greedy_is_argmax(row: Row, params: dict[str, Any], emitted: int, least: int, ignore: bool) -> None:
     """Without anything that changes the row, temperature 0 picks its argmax."""
