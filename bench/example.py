@@ -24,7 +24,7 @@ from bench.server import HOST, Server, free_port, running
 EXAMPLE = "llama-cpp-python"
 """Its name among the contenders."""
 
-NEEDS = ("fastapi>=0.115,<1", "uvicorn>=0.40,<1", "pydantic>=2,<3", "jinja2>=3,<4", "openai>=2", "websockets>=13")
+NEEDS = ("fastapi>=0.115,<1", "uvicorn>=0.40,<1", "pydantic>=2,<3", "jinja2>=3,<4", "openai>=3,<4")
 
 LAUNCH = """
 import runpy, sys, types, llama_cpp
@@ -39,8 +39,9 @@ def packages(folder: Path = PEERS) -> Path:
     place = folder / "example"
     if not (place / "fastapi").exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        if subprocess.run([*pip, "--target", str(place), *NEEDS], check=False).returncode:
-            raise Refused(f"pip could not bring {', '.join(NEEDS)}")
+        done = subprocess.run([*pip, "--target", str(place), *NEEDS], check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise Refused(f"pip could not bring {', '.join(NEEDS)}: {done.stderr.strip().splitlines()[-1]}")
     return place
 
 
