@@ -142,7 +142,7 @@ class Flag(Struct, frozen=True):
         """The values it takes, in words.
 
         >>> next(flag for flag in FLAGS if flag.field == "slots").expects
-        'a whole number from 1 to 128'
+        'a whole number from 1 to 254'
         """
         match self.kind:
             case kinds.LiteralType(values=values):

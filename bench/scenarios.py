@@ -21,8 +21,8 @@ def text_of(tokens: int) -> str:
     return (WORDS * (tokens // 18 + 1))[: int(tokens * 5.2)]
 
 
-async def long_prompt(server: Server, streams: int = 4, prompt: int = 4000) -> dict[str, Any]:
-    """Gaps between texts of running streams, before and while a long prompt is read."""
+async def long_prompt(server: Server, streams: int = 4, prompt: int = 4000, lead: float = 6.0) -> dict[str, Any]:
+    """Gaps between texts of running streams, in the `lead` seconds before a long prompt and while it is read."""
     outcomes = [Outcome(0.0) for _ in range(streams)]
     async with asyncio.TaskGroup() as group:
         running = [
@@ -33,7 +33,7 @@ async def long_prompt(server: Server, streams: int = 4, prompt: int = 4000) -> d
             )
             for n, outcome in enumerate(outcomes)
         ]
-        await asyncio.sleep(6)
+        await asyncio.sleep(lead)
         long = await stream(server.port, "/v1/chat/completions", chat(user(text_of(prompt)), 4))
         still = sum(not task.done() for task in running)
         for task in running:

@@ -25,7 +25,7 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         int,
         Meta(
             ge=1,
-            le=128,
+            le=254,
             description="requests decoded together",
             extra=flags("-np", "--parallel", env="LLAMA_ARG_N_PARALLEL"),
         ),

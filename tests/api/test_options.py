@@ -172,8 +172,8 @@ def test_the_speculation_flags_of_llama_server_are_known() -> None:
     [
         ([], "no model is given: name a GGUF file with -m"),
         (["-m"], "-m/--model: expected one argument"),
-        (["-m", "x", "-np", "0"], "-np/--parallel: expected a whole number from 1 to 128, not '0'"),
-        (["-m", "x", "-np", "many"], "-np/--parallel: expected a whole number from 1 to 128, not 'many'"),
+        (["-m", "x", "-np", "0"], "-np/--parallel: expected a whole number from 1 to 254, not '0'"),
+        (["-m", "x", "-np", "many"], "-np/--parallel: expected a whole number from 1 to 254, not 'many'"),
         (["-m", "x", "--temp", "nan"], "--temp/--temperature: expected a number from 0 to 100, not 'nan'"),
         (["-m", "x", "-fa", "maybe"], "-fa/--flash-attn: expected one of auto, off, on, not 'maybe'"),
         (["-m", "x", "--ctx-sise", "9"], "unknown flag --ctx-sise; the nearest is --ctx-size"),
@@ -245,7 +245,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     table = capsys.readouterr().out
     assert table == flag_table() + "\n"
     assert (
-        "| `-np`, `--parallel`, `$LLAMA_ARG_N_PARALLEL` | `slots` | 16 | requests decoded together (from 1 to 128) |"
+        "| `-np`, `--parallel`, `$LLAMA_ARG_N_PARALLEL` | `slots` | 16 | requests decoded together (from 1 to 254) |"
         in table
     )
     rows = [line for line in table.split("\n") if line.startswith("| `")]

@@ -20,7 +20,7 @@ def test_fields_find_their_concern() -> None:
     ("fields", "words"),
     [
         ({"slots": 0}, r"`int` >= 1 - at `\$.batch.slots`"),
-        ({"slots": 129}, r"`int` <= 128 - at `\$.batch.slots`"),
+        ({"slots": 255}, r"`int` <= 254 - at `\$.batch.slots`"),
         ({"rows": "many"}, r"Expected `int`, got `str` - at `\$.batch.rows`"),
         ({"cache_type_k": "f8"}, r"Invalid enum value 'f8' - at `\$.model.cache_type_k`"),
         ({"slot": 4}, "unknown field `slot`"),
