@@ -1,6 +1,7 @@
 # make serve   set up on first use, then serve a small chat model (or MODEL=path.gguf)
 # make test    set up on first use, then every check and test
 # make bench   what it costs and how fast it is, in 10 minutes; make bench-full: beside other servers too, in hours
+# make gpu-bundle   one archive for a GPU host without a network, in build/
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -16,7 +17,7 @@ ARGS   ?=
 NO_AMX := -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
 export CMAKE_ARGS := -DLLAVA_BUILD=OFF $(NO_AMX) $(CMAKE_ARGS)
 
-.PHONY: serve test check bench bench-full clean
+.PHONY: serve test check bench bench-full gpu-bundle clean
 
 serve: $(VENV)/.installed $(MODEL)
 	$(BIN)/paceline serve -m $(MODEL) $(ARGS)
@@ -48,8 +49,11 @@ bench-full: bench .models/HumanEval.jsonl.gz
 	$(BIN)/python -m bench.limits --accept 0.7
 	$(BIN)/python -m bench.report --readme
 
+gpu-bundle: $(VENV)/.developed $(SMOLLM)
+	$(BIN)/python -m bench.gpu.bundle
+
 clean:
-	rm -rf $(VENV) .models .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .models .gpu build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # llama.cpp is compiled for this machine; the counter shows how far ninja is.
 $(VENV)/.native: pyproject.toml

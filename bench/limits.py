@@ -15,11 +15,10 @@ from typing import Any
 
 import uvloop
 
-from bench.client import chat, user
 from bench.figures import save, show
 from bench.load import closed_loop, report
 from bench.server import QUEUED, Server, free_port, running
-from bench.workloads import CHAT, Asked, Session
+from bench.workloads import story
 
 
 def command(port: int, slots: int, cost: str, accept: float, more: list[str]) -> list[str]:
@@ -27,13 +26,6 @@ def command(port: int, slots: int, cost: str, accept: float, more: list[str]) ->
     sim = ["--sim", "--sim-cost", cost, "--sim-accept", str(accept)]
     size = ["-np", str(slots), "-c", str(slots * 1024), "--queue", "1000"]
     return [sys.executable, "-m", "api", "serve", *sim, *size, "--port", str(port), *more]
-
-
-def sessions(count: int, tokens: int, words: int) -> list[Session]:
-    """Short prompts, no two alike."""
-    return [
-        [Asked(CHAT, chat(user(f"Number {n}: {'and so on ' * (words // 3)}"), tokens, seed=n))] for n in range(count)
-    ]
 
 
 def engine_thread(server: Server) -> int:
@@ -46,7 +38,7 @@ def client(port: int, clients: int, count: int, tokens: int, words: int) -> dict
     """All requests from so many clients."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         begun, cpu = time.perf_counter(), time.process_time()
-        outcomes = runner.run(closed_loop(port, clients, sessions(count, tokens, words)))
+        outcomes = runner.run(closed_loop(port, clients, [[story(number, tokens, words)] for number in range(count)]))
         seconds = time.perf_counter() - begun
     figures = report(outcomes, seconds, time.process_time() - cpu)
     return {**figures, "seconds": seconds, "events": sum(len(outcome.arrivals) for outcome in outcomes)}

@@ -19,7 +19,6 @@ from bench.client import Outcome, closed, stream
 from bench.figures import save, show, spread
 from bench.workloads import WORKLOADS, Asked, Session, workload
 
-TOPICS = ("the sea", "a clock", "the desert", "an orchestra", "a lighthouse", "snow", "a library", "bees")
 GOOD = (1000.0, 100.0)
 """Milliseconds to a request's first text, and between tokens in the mean, that still count as good."""
 

@@ -40,10 +40,11 @@ def bare(backend: Backend, streams: int, prompt: int, tokens: int) -> float:
     context = backend.context
     for seq in range(context.sequences):
         context.cut(seq, 0)
-    context.batch.clear()
-    for seq in range(streams):
-        context.batch.add(seq, 0, [5 + seq] * prompt, 1)
-    context.decode()
+    for first in range(0, streams, most := context.batch.capacity // prompt):
+        context.batch.clear()
+        for seq in range(first, min(streams, first + most)):
+            context.batch.add(seq, 0, [5 + seq] * prompt, 1)
+        context.decode()
     begun = time.perf_counter()
     for step in range(tokens - 1):
         context.batch.clear()
@@ -93,10 +94,12 @@ async def served(engine: Engine, prompt: tuple[int, ...], streams: int, tokens: 
     }
 
 
-async def compare(model: Path, streams: int, tokens: int, rounds: int) -> dict[str, float]:
+async def compare(model: Path, streams: int, tokens: int, rounds: int, gpu_layers: int = -1) -> dict[str, float]:
     """Interleaved rounds of the bare loop and the engine, greedy and sampled."""
-    opened = Opened()
-    config = EngineConfig.of(path=model, slots=streams, context=4096, speculation={"types": ["none"]})
+    opened, cells = Opened(), max(4096, streams * (tokens + 64))
+    config = EngineConfig.of(
+        path=model, slots=streams, context=cells, gpu_layers=gpu_layers, speculation={"types": ["none"]}
+    )
     figures: dict[str, list[float]] = {"bare": [], "greedy": [], "sampled": [], "share_greedy": [], "share_sampled": []}
     async with Engine.open(config, opener=opened) as engine:
         prompt = tuple(engine.vocab.tokenize(PROMPT, special=True))

@@ -18,11 +18,11 @@ from typing import Any
 
 from bench.client import Outcome, chat, closed, stream, user
 from bench.figures import save, show
-from bench.load import TOPICS, report
+from bench.load import report
 from bench.models import Refused
 from bench.peers import CONTENDERS, MODES, PACELINE, Settings, started
 from bench.server import Server
-from bench.workloads import text_of
+from bench.workloads import TOPICS, text_of
 from engine.config import physical_cores
 
 Figures = dict[str, float]

@@ -20,10 +20,11 @@ async def long_prompt(
     server: Server,
     streams: int = 4,
     prompt: int = 4000,
+    lead: float = 6.0,
     change: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: body,
 ) -> dict[str, Any]:
-    """Gaps between texts of running streams, before and while a long prompt is read. Requests are sent as `change`
-    makes them."""
+    """Gaps between texts of running streams, in the `lead` seconds before a long prompt and while it is read. Requests
+    are sent as `change` makes them."""
     outcomes = [Outcome(0.0) for _ in range(streams)]
 
     async def ask(text: str, tokens: int, seed: int, outcome: Outcome) -> Outcome:
@@ -32,7 +33,7 @@ async def long_prompt(
 
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(ask(f"Count slowly. {n}", 2500, n, outcome)) for n, outcome in enumerate(outcomes)]
-        await asyncio.sleep(6)
+        await asyncio.sleep(lead)
         long = await ask(text_of(prompt), 4, 1, Outcome(0.0))
         still = sum(not task.done() for task in running)
         for task in running:

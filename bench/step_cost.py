@@ -20,18 +20,19 @@ from engine.llama import open_gguf
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 RESIDENT = (0, 1024, 2048, 4096)
 KINDS = {
-    "decode": "decode rows, each of a sequence of its own",
+    "decode": "decode rows, each of a sequence of its own if there are so many",
     "prompt": "prompt rows at the start of a sequence",
     "behind": "prompt rows behind the resident cells",
 }
 
 
-def seconds(context: Context, parts: Sequence[tuple[int, int]]) -> float:
-    """One decode of so many more rows for each sequence; they are dropped again."""
+def seconds(context: Context, parts: Sequence[tuple[int, int]], *, every: bool = False) -> float:
+    """One decode of so many more rows for each sequence, the last with logits, or `every` one; they are dropped
+    again."""
     lengths = [context.length(seq) for seq, _ in parts]
     context.batch.clear()
     for (seq, rows), length in zip(parts, lengths, strict=True):
-        context.batch.add(seq, length, [seq + 5] * rows, 1)
+        context.batch.add(seq, length, [seq + 5] * rows, rows if every else 1)
     begun = time.perf_counter()
     context.decode()
     spent = time.perf_counter() - begun
@@ -48,16 +49,24 @@ def fill(context: Context, seq: int, cells: int) -> None:
         context.decode()
 
 
-def measure(context: Context, repeats: int) -> dict[str, dict[int, dict[int, float]]]:
+def spread(rows: int, sequences: int) -> list[tuple[int, int]]:
+    """So many rows, one for each sequence, or as evenly as they can be shared out if those are fewer."""
+    few, more = divmod(rows, sequences)
+    return [(seq, few + (seq < more)) for seq in range(min(rows, sequences))]
+
+
+def measure(
+    context: Context, repeats: int, counts: Sequence[int] = ROWS, residents: Sequence[int] = RESIDENT
+) -> dict[str, dict[int, dict[int, float]]]:
     """Median milliseconds: kind of rows -> resident cells -> rows."""
     figures: dict[str, dict[int, dict[int, float]]] = {kind: {} for kind in KINDS}
     last = context.sequences - 1
-    for cells in RESIDENT:
+    for cells in residents:
         fill(context, last, cells)
-        for rows in ROWS:
-            parts = {"decode": [(seq, 1) for seq in range(rows)], "prompt": [(0, rows)], "behind": [(last, rows)]}
+        for rows in counts:
+            parts = {"decode": spread(rows, last), "prompt": [(0, rows)], "behind": [(last, rows)]}
             for kind in KINDS:
-                times = [seconds(context, parts[kind]) for _ in range(repeats + 1)][1:]
+                times = [seconds(context, parts[kind], every=kind == "decode") for _ in range(repeats + 1)][1:]
                 figures[kind].setdefault(cells, {})[rows] = round(1000 * median(times), 2)
     return figures
 

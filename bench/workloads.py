@@ -69,6 +69,16 @@ class Recordings(Struct):
     cases: list[Recorded]
 
 
+TOPICS = ("the sea", "a clock", "the desert", "an orchestra", "a lighthouse", "snow", "a library", "bees")
+
+
+def story(number: int, tokens: int, words: int = 20) -> Asked:
+    """A request of its own for each number, its prompt of about so many words, of which no file is needed."""
+    rng = random.Random(number)
+    topic, filler = TOPICS[number % len(TOPICS)], " ".join(rng.choice(TOPICS) for _ in range(words // 2))
+    return Asked(CHAT, chat(user(f"Story {number}: write about {topic}. {filler}"), tokens, seed=number))
+
+
 def mt_bench(tokens: int) -> Iterator[Session]:
     """MT-bench's first questions, in an order that mixes the categories."""
     lines = SOURCES["mt-bench"].path.read_bytes().splitlines()

@@ -17,6 +17,14 @@ from engine.batch import Batch
 Logits = NDArray[np.float32]
 """Rows of logits, [rows, vocabulary]; overwritten by the next decode."""
 
+Meanwhile = Callable[[], None]
+"""What can be done while a decode is computed: nothing that looks at its logits or at what it is computed from."""
+
+
+def nothing() -> None:
+    """Nothing is to be done meanwhile."""
+
+
 State = NDArray[np.uint8]
 """The content of cells as bytes, for the same model and the same kind of context only."""
 
@@ -124,11 +132,12 @@ class Context(Protocol):
     def window(self) -> int:
         """Positions that a row of some layers looks back on, older ones may be forgotten; 0 if all look on all."""
 
-    def decode(self) -> Logits:
+    def decode(self, meanwhile: Meanwhile = nothing) -> Logits:
         """The logits of the batch's rows that asked for them.
 
-        Raises NoFreeCells with the cells unchanged; after Aborted or NativeFault, `length` tells what each
-        sequence still has.
+        `meanwhile` is called once the rows have their cells: before they are computed where that goes on by itself,
+        as on a GPU, and not at all if this raises. Raises NoFreeCells with the cells unchanged; after Aborted or
+        NativeFault, `length` tells what each sequence still has.
         """
 
     def copy(self, source: int, target: int, length: int) -> bool:

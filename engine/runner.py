@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from engine import scheduler
 from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
@@ -75,7 +76,7 @@ class Runner:
 
     def end(self, key: int, reason: FinishReason) -> None:
         """Ends a request that its reader left or found complete, wherever it is; one that has ended is nobody's."""
-        if (stream := self._find(key)) is not None:
+        if (stream := self.running.get(key) or self.waiting.get(key)) is not None:
             self._finish(stream, reason)
 
     def fail_all(self, message: str) -> None:
@@ -99,7 +100,8 @@ class Runner:
         if plan.rows:
             self._decode(plan.rows)
         self._gauge()
-        self._outbox.flush()
+        if not (plan.rows and self.running):
+            self._outbox.flush()  # or else just before the next decode
         if self.counters.steps > steps:  # the decode came to its end
             self.cost.beside(time.perf_counter() - begun - self._seconds)
         self._draft()
@@ -198,10 +200,12 @@ class Runner:
         """
         while True:
             self.cells.reclaim(sum(part.tokens + part.drafts for part in rows))
-            firsts = self._fill(rows)
+            firsts, cells = self._fill(rows), self.cells.tree.cells
+            counts = scheduler.count(rows, lambda key: self.running[key].behind == 1)
+            self._outbox.flush()  # now that this thread lets go of the interpreter, readers do not hold it up
             begun = time.perf_counter()
             try:
-                logits = self.context.decode()
+                logits = self.context.decode(partial(self._commit, rows))
             except NoFreeCells:
                 self.cells.reclaim(self.context.cells)
                 if less := scheduler.lessen(rows):
@@ -213,8 +217,9 @@ class Runner:
             except NativeFault as error:
                 self._fail_rows(rows, f"the step failed: {error}")
             else:
-                self._observe(rows, time.perf_counter() - begun)
-                self.cells.age()
+                self._seconds = time.perf_counter() - begun
+                self._chooser.saw(*counts, cells, self._seconds)
+                self.counters.decoded(sum(counts), self.context.ubatch, self._seconds)
                 self._settle(rows, firsts, logits)
             return
 
@@ -227,22 +232,9 @@ class Runner:
         for rows in plan:
             self._fail(self.running[rows.key], EngineFault(reason))
 
-    def _observe(self, plan: Iterable[Rows], seconds: float) -> None:
-        rows = streams = drafts = 0
-        for part in plan:
-            rows += part.tokens + part.drafts
-            if self.running[part.key].behind == 1:
-                streams += 1
-                drafts += part.drafts
-        self._chooser.saw(streams, drafts, rows - streams - drafts, self.cells.tree.cells, seconds)
-        self.counters.decoded(rows, self.context.ubatch, seconds)
-        self._seconds = seconds
-
-    # ── after it ──
-
-    def _settle(self, plan: Iterable[Rows], firsts: Iterable[int], logits: Logits) -> None:
-        now = time.perf_counter()
-        for rows, first in zip(plan, firsts, strict=True):
+    def _commit(self, plan: Iterable[Rows]) -> None:
+        """Takes the known tokens of `plan` as computed, which a GPU may still be doing."""
+        for rows in plan:
             stream = self.running[rows.key]
             lease = stream.held
             lease.commit(stream.tokens[lease.length : lease.length + rows.tokens])
@@ -253,6 +245,16 @@ class Runner:
                 self.counters.cached_tokens += cached
                 self.counters.hits += 1
             self.waiting.unpromise(stream)
+        self.cells.age()
+
+    # ── after it ──
+
+    def _settle(self, plan: Iterable[Rows], firsts: Iterable[int], logits: Logits) -> None:
+        now = time.perf_counter()
+        for rows, first in zip(plan, firsts, strict=True):
+            stream = self.running[rows.key]
+            if stream.behind:
+                continue
             try:
                 self._emit(stream, logits[first : first + rows.drafts + 1], now)
             except BadLogits as error:
@@ -289,9 +291,11 @@ class Runner:
             self._retract(stream, keep=False)
 
     def _draft(self) -> None:
-        """Asks the speculators for the next step, while the readers already have this one's tokens."""
+        """Asks the speculators for the next step. Before a draft model computes, the readers get this one's tokens."""
         if not self.context.partial:
             return
+        if self._drafting.model is not None:
+            self._outbox.flush()
         context, count, left = self.context, len(self.running), LEARN
         most = min(context.outputs - len(self.slots), context.batch.capacity - count, self.cells.free - count)
         wishes: dict[int, Wish] = {}
@@ -309,9 +313,6 @@ class Runner:
             self.running[key].draft = draft.tokens
 
     # ── the end of a stream ──
-
-    def _find(self, key: int) -> Stream | None:
-        return self.running.get(key) or self.waiting.get(key)
 
     def _finish(self, stream: Stream, reason: FinishReason) -> None:
         self._leave(stream, keep=True)

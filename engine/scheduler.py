@@ -7,7 +7,8 @@ it had before it was retracted. When cells run out, drafts go first, then idle p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -79,6 +80,14 @@ class Rows(Struct, frozen=True):
     drafts: int = 0
 
 
+class Counts(NamedTuple):
+    """The rows of a step: a token each of so many streams, drafted ones, those of prompts."""
+
+    streams: int
+    drafts: int
+    prompt_rows: int
+
+
 class Plan(Struct, frozen=True):
     """One step: who is retracted before it, oldest last, and the rows of the others."""
 
@@ -132,6 +141,15 @@ def lessen(rows: Sequence[Rows]) -> tuple[Rows, ...]:
     if any(part.tokens > 1 for part in rows):
         return tuple(Rows(part.key, (part.tokens + 1) // 2) for part in rows)
     return tuple(rows[: len(rows) // 2])
+
+
+def count(rows: Iterable[Rows], decodes: Callable[[int], bool]) -> Counts:
+    """The rows of a step; `decodes` says of a stream's key whether it is only one token behind."""
+    parts = [*rows]
+    streaming = [part for part in parts if decodes(part.key)]
+    drafts = sum(part.drafts for part in streaming)
+    total = sum(part.tokens + part.drafts for part in parts)
+    return Counts(len(streaming), drafts, total - len(streaming) - drafts)
 
 
 def _fits(streams: Sequence[StreamView], cells: int) -> bool:

@@ -47,7 +47,7 @@ def calibrated(config: EngineConfig, backend: Backend, *, anew: bool = False) ->
     if it is to be done `anew`."""
     model, info = config.model, backend.info
     settings = f"{model.threads} {model.threads_batch} {config.batch.ubatch} {backend.context.outputs}"
-    settings += f" {model.gpu_layers} {model.device}"
+    settings += f" {model.gpu_layers} {model.device} {model.split_mode} {model.tensor_split} {model.main_gpu}"
     key = f"{info.layout} {info.device} {settings} {processor()}"
     measured = None if anew else kept(key)
     if measured is None:

@@ -13,7 +13,17 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from engine.backend import Aborted, Logits, ModelInfo, NativeFault, NoFreeCells, Progress, State
+from engine.backend import (
+    Aborted,
+    Logits,
+    Meanwhile,
+    ModelInfo,
+    NativeFault,
+    NoFreeCells,
+    Progress,
+    State,
+    nothing,
+)
 from engine.batch import Batch
 from engine.config import EngineConfig
 
@@ -67,7 +77,7 @@ class ToyContext:
         self._nobodys: dict[int, Cell] = {}
         self._nobody = -1
 
-    def decode(self) -> Logits:
+    def decode(self, meanwhile: Meanwhile = nothing) -> Logits:
         """Logits of the rows that ask for them; leaves the cells alone when the batch does not fit."""
         self.decodes += 1
         self.before_decode()
@@ -86,6 +96,7 @@ class ToyContext:
             assert pos == self.length(seq), f"sequence {seq}: position {pos} after {self.length(seq)} tokens"
             self._held[seq][int(pos)] = Cell(int(token), next(free))
         self.computed += len(rows)
+        meanwhile()
         out = [self._logits(seq, pos) for (seq, pos, _), on in zip(rows, batch.output, strict=False) if on]
         return np.stack(out) if out else np.empty((0, VOCABULARY), np.float32)
 

@@ -57,11 +57,17 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         draft = self.draft
         threads = draft.threads if draft.threads > 0 else self.model.threads
         for_batches = draft.threads_batch if draft.threads_batch > 0 else draft.threads
+        like = ModelConfig(path=draft.path)  # devices of its own are not shared as the model's are
+        shared = like if draft.device else self.model
         model = structs.replace(
             self.model,
             path=draft.path,
             gpu_layers=draft.gpu_layers,
             device=draft.device or self.model.device,
+            split_mode=shared.split_mode,
+            tensor_split=shared.tensor_split,
+            main_gpu=shared.main_gpu,
+            fit="off",
             threads=threads,
             threads_batch=for_batches if for_batches > 0 else self.model.threads_batch,
             cache_type_k=draft.cache_type_k,

@@ -35,6 +35,46 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             extra=flags("-dev", "--device", env="LLAMA_ARG_DEVICE"),
         ),
     ] = ""
+    split_mode: Annotated[
+        Literal["none", "layer", "row", "tensor"],
+        Meta(
+            description="how several GPUs share the model: only --main-gpu has it, whole layers each, rows of the "
+            "weights each, or parts of every tensor",
+            extra=flags("-sm", "--split-mode", env="LLAMA_ARG_SPLIT_MODE"),
+        ),
+    ] = "layer"
+    tensor_split: Annotated[
+        str,
+        Meta(
+            description="in what proportion, as 3,1; empty is by their free memory",
+            extra=flags("-ts", "--tensor-split", env="LLAMA_ARG_TENSOR_SPLIT"),
+        ),
+    ] = ""
+    main_gpu: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="the GPU that has all of it with --split-mode none, by its place among the devices",
+            extra=flags("-mg", "--main-gpu", env="LLAMA_ARG_MAIN_GPU"),
+        ),
+    ] = 0
+    fit: Annotated[
+        Literal["on", "off"],
+        Meta(
+            description="on: as many cells as the memory that is free on the GPUs holds, at most the training context "
+            "for each slot, unless --ctx-size names a number",
+            extra=flags("-fit", "--fit", env="LLAMA_ARG_FIT"),
+        ),
+    ] = "off"
+    fit_target: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=2**30,
+            description="MiB that --fit leaves free on each GPU",
+            extra=flags("-fitt", "--fit-target", env="LLAMA_ARG_FIT_TARGET"),
+        ),
+    ] = 1024
     threads: Annotated[
         int,
         Meta(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from llama_cpp import llama_cpp as native
 
-from engine.backend import Aborted, Logits, NativeFault, NoFreeCells, State
+from engine.backend import Aborted, Logits, Meanwhile, NativeFault, NoFreeCells, State, nothing
 from engine.batch import Batch
 from engine.config import BatchConfig, ModelConfig
 from engine.llama.library import CACHE_TYPES, FLASH_ATTENTION, StopFlag
@@ -118,15 +118,17 @@ class LlamaContext:
         self._rows: Logits = np.empty((0, self._vocabulary), np.float32)
         self._address = 0
 
-    def decode(self) -> Logits:
+    def decode(self, meanwhile: Meanwhile = nothing) -> Logits:
         """The logits of the batch's rows that asked for them, valid until the next decode.
 
+        A GPU still computes when the library's call returns: `meanwhile` is called then, and waited for afterwards.
         Raises NoFreeCells with the cells unchanged; after Aborted or NativeFault part of the batch may be in them.
         """
         self._guard()
         self._native.n_tokens = self.batch.rows
         match native.llama_decode(self._handle, self._native):
             case 0:
+                meanwhile()
                 return self._logits()
             case 1:
                 raise NoFreeCells
@@ -147,6 +149,7 @@ class LlamaContext:
     def _logits(self) -> Logits:
         outputs = self.batch.outputs
         if not outputs:
+            native.llama_synchronize(self._handle)  # as reading logits would: a decode takes as long as it takes
             return self._rows[:0]
         pointer = native.llama_get_logits(self._handle)
         address = ctypes.cast(pointer, ctypes.c_void_p).value or 0

@@ -6,6 +6,8 @@ import ctypes
 import logging
 from collections import deque
 from collections.abc import Callable
+from functools import cache
+from math import inf
 from typing import Any
 
 from llama_cpp import llama_cpp as native
@@ -24,6 +26,9 @@ CACHE_TYPES = {
     "bf16": 30,
 }
 """`enum ggml_type` of the types a cell may have."""
+
+SPLIT_MODES = {"none": 0, "layer": 1, "row": 2, "tensor": 3}
+"""`enum llama_split_mode`."""
 
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 """`enum llama_flash_attn_type`."""
@@ -109,6 +114,40 @@ class StopFlag:
         self._buffer[0] = b"\x01"
 
 
+GPU = 1
+"""`GGML_BACKEND_DEVICE_TYPE_GPU`."""
+
+
+@cache
+def _lib() -> Any:
+    """The library, with the types of its functions about devices, which the binding does not know."""
+    lib, size = native._lib, ctypes.POINTER(ctypes.c_size_t)
+    for name, result, arguments in (
+        ("count", ctypes.c_size_t, ()),
+        ("get", ctypes.c_void_p, (ctypes.c_size_t,)),
+        ("by_name", ctypes.c_void_p, (ctypes.c_char_p,)),
+        ("name", ctypes.c_char_p, (ctypes.c_void_p,)),
+        ("description", ctypes.c_char_p, (ctypes.c_void_p,)),
+        ("type", ctypes.c_int, (ctypes.c_void_p,)),
+        ("memory", None, (ctypes.c_void_p, size, size)),
+    ):
+        function = getattr(lib, f"ggml_backend_dev_{name}")
+        function.restype, function.argtypes = result, arguments
+    return lib
+
+
+def _gpus() -> list[int]:
+    """The GPUs that the library can use."""
+    lib = _lib()
+    known = [lib.ggml_backend_dev_get(number) for number in range(lib.ggml_backend_dev_count())]
+    return [device for device in known if lib.ggml_backend_dev_type(device) == GPU]
+
+
+def _name(device: int) -> str:
+    name: bytes = _lib().ggml_backend_dev_name(device)
+    return name.decode("utf-8", "replace")
+
+
 def devices(names: str) -> Any:
     """The devices of these names, separated by commas, as the library takes them; None for no names.
 
@@ -116,28 +155,43 @@ def devices(names: str) -> Any:
     """
     if not names:
         return None
-    lib = native._lib
-    for function in (lib.ggml_backend_dev_by_name, lib.ggml_backend_dev_get):
-        function.restype = ctypes.c_void_p
-    lib.ggml_backend_dev_by_name.argtypes = [ctypes.c_char_p]
-    lib.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
-    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
-    lib.ggml_backend_dev_name.restype, lib.ggml_backend_dev_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    lib = _lib()
     wanted = [name.strip() for name in names.split(",")]
     found = [lib.ggml_backend_dev_by_name(name.encode()) for name in wanted]
     if None in found:
-        known = (lib.ggml_backend_dev_name(lib.ggml_backend_dev_get(i)) for i in range(lib.ggml_backend_dev_count()))
-        listed = ", ".join(name.decode("utf-8", "replace") for name in known)
+        listed = ", ".join(_name(lib.ggml_backend_dev_get(i)) for i in range(lib.ggml_backend_dev_count()))
         raise ValueError(f"there is no device {wanted[found.index(None)]!r}; there are: {listed}")
     return (ctypes.c_void_p * (len(found) + 1))(*found, None)
 
 
+def split(proportions: str) -> Any:
+    """How much of the model each device gets, from numbers with commas between them, as the library takes it; None for
+    an empty text. Raises ValueError, which says what would be right."""
+    if not proportions:
+        return None
+    most: int = native.llama_max_devices()
+    try:
+        shares = [float(share) for share in proportions.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or min(shares) < 0 or not 0 < sum(shares) < inf or len(shares) > most:
+        raise ValueError(f"{proportions!r} is no split: give up to {most} numbers from 0 on, as 3,1, not only zeros")
+    return (ctypes.c_float * most)(*shares)
+
+
+def free_memory() -> dict[str, int]:
+    """The bytes that are free on each GPU, by its name."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    found = {}
+    for device in _gpus():
+        _lib().ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        found[_name(device)] = free.value
+    return found
+
+
 def accelerator() -> str:
     """The name of the first GPU that the library can use; empty if it was built without or finds none."""
-    if not native.llama_supports_gpu_offload():
+    if not native.llama_supports_gpu_offload() or not (found := _gpus()):
         return ""
-    by_type, describe = native._lib.ggml_backend_dev_by_type, native._lib.ggml_backend_dev_description
-    by_type.restype, by_type.argtypes = ctypes.c_void_p, [ctypes.c_int]
-    describe.restype, describe.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    device = by_type(1)  # GGML_BACKEND_DEVICE_TYPE_GPU
-    return describe(device).decode("utf-8", "replace") if device else ""
+    described: bytes = _lib().ggml_backend_dev_description(found[0])
+    return described.decode("utf-8", "replace")

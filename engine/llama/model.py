@@ -13,9 +13,9 @@ from llama_cpp import llama_cpp as native
 from msgspec import structs
 
 from engine.backend import Context, ModelInfo, NativeFault, Progress
-from engine.config import EngineConfig, physical_cores
+from engine.config import EngineConfig, ModelConfig, physical_cores
 from engine.contract import ModelError
-from engine.llama import exact, library
+from engine.llama import exact, fit, library
 from engine.llama.context import SEQUENCES, LlamaContext, context_params
 from engine.llama.library import text_of
 from engine.llama.vocab import LlamaVocab
@@ -107,18 +107,31 @@ def _load(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -
     params.n_gpu_layers = config.model.gpu_layers
     params.progress_callback = callback
     try:
-        chosen = library.devices(config.model.device)
+        kept = _place(config.model, params)
     except ValueError as error:
         raise ModelError(f"cannot load the model {config.model.path}: {error}") from None
-    if chosen is not None:
-        params.devices = ctypes.cast(chosen, ctypes.c_void_p)
     if library.amx():
         library.log.warning("llama.cpp was built with AMX, which can crash: weights are not repacked, which is slower")
     params.use_extra_bufts = not (library.amx() or config.model.deterministic)
     model = native.llama_model_load_from_file(config.model.path.encode(), params)
+    del kept
     if not model:
         raise ModelError(f"cannot load the model {config.model.path}: {_reason('the library gave no reason')}")
     return model
+
+
+def _place(config: ModelConfig, params: Any) -> tuple[Any, ...]:
+    """Tells `params` which devices have how much of the model, and returns what must live until it is loaded.
+
+    Raises ValueError for devices that there are not, or no proportions.
+    """
+    chosen, shares = library.devices(config.device), library.split(config.tensor_split)
+    if chosen is not None:
+        params.devices = ctypes.cast(chosen, ctypes.c_void_p)
+    if shares is not None:
+        params.tensor_split = shares
+    params.split_mode, params.main_gpu = library.SPLIT_MODES[config.split_mode], config.main_gpu
+    return chosen, shares
 
 
 def _reason(otherwise: str) -> str:
@@ -134,10 +147,14 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     trained: int = native.llama_model_n_ctx_train(model)
     threads = config.model.threads if config.model.threads > 0 else physical_cores()
     gpu = library.accelerator() if config.model.gpu_layers else ""
-    cells = config.batch.context or trained
     heads: int = native.llama_model_n_head(model)
-    params = context_params(config.model, config.batch, cells, threads, heads, bool(gpu))
+
+    def params_of(cells: int) -> Any:
+        return context_params(config.model, config.batch, cells, threads, heads, bool(gpu))
+
     library.forget()
+    fits = bool(gpu) and config.model.fit == "on" and not config.batch.context
+    params = params_of(_fitting(config, model, trained, params_of) if fits else config.batch.context or trained)
     partial = not (native.llama_model_is_recurrent(model) or native.llama_model_is_hybrid(model))
     window: int = native.llama_model_n_swa(model)
     if config.model.deterministic and (window or not partial):
@@ -153,6 +170,33 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     kind = "exact" if config.model.deterministic else f"moved {config.memory.reuse > 0}"
     layout = f"{info.digest} {info.build} {types} {kind}"
     return LlamaBackend(model, vocab, context, structs.replace(info, layout=layout, exact=config.model.deterministic))
+
+
+DRAFT_CELLS = 0.25
+"""Of the memory left for cells, the share that is kept for those of a draft model on the same GPUs."""
+
+
+def _fitting(config: EngineConfig, model: Any, trained: int, params_of: Callable[[int], Any]) -> int:
+    """The cells for which the GPUs have memory. Raises ModelError if they have too little."""
+
+    def taken(cells: int) -> dict[str, int]:
+        before = library.free_memory()
+        context = native.llama_init_from_model(model, params_of(cells))
+        if not context:
+            raise fit.TooLittle(_reason(f"no context of {cells} cells can be opened"))
+        after = library.free_memory()
+        native.llama_free(context)
+        return {device: before[device] - after[device] for device in before}
+
+    draft, reserve, share = config.draft, config.model.fit_target * 2**20, 1.0
+    if draft.path and draft.gpu_layers and not draft.device:
+        reserve, share = reserve + Path(draft.path).stat().st_size, 1 - DRAFT_CELLS
+    try:
+        needed = fit.needs(taken)
+        found = fit.cells(library.free_memory(), needed, reserve, config.batch.slots * trained)
+    except (fit.TooLittle, OSError) as reason:
+        raise ModelError(f"cannot fit {config.model.path}: {reason}") from None
+    return max(fit.LEAST, int(share * found) // fit.LEAST * fit.LEAST)
 
 
 PIECES, PIECE = 64, 2**20

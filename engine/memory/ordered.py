@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from array import array
 
-from engine.backend import Aborted, Context, Logits, NativeFault, State
+from engine.backend import Aborted, Context, Logits, Meanwhile, NativeFault, State, nothing
 from engine.batch import Batch
 
 
@@ -47,20 +47,27 @@ class Ordered:
         """Cells that nobody holds and nobody gets before `clear`."""
         return self._top - self._live
 
-    def decode(self) -> Logits:
+    def decode(self, meanwhile: Meanwhile = nothing) -> Logits:
         """As the context's. After a fault all cells count as used, for nobody knows which are."""
+
+        def placed() -> None:
+            self._place()
+            meanwhile()
+
         try:
-            logits = self._context.decode()
+            return self._context.decode(placed)
         except (Aborted, NativeFault):
             self._top = self.cells
             raise
+
+    def _place(self) -> None:
+        """Notes where the batch's rows lie."""
         rows = self.batch.rows
         for row, seq in enumerate(self.batch.seq[:rows].tolist()):
             self._places[seq].append(self._top + row)
             self._holders[self._top + row] = 1
         self._top += rows
         self._live += rows
-        return logits
 
     def copy(self, source: int, target: int, length: int) -> bool:
         """As the context's."""

@@ -26,7 +26,7 @@ ROWS = 32
 """Rows of the trial prompt at most; few enough to be quick on a large model."""
 TRIES = 3
 """Runs of which the quickest counts where a small difference matters."""
-COUNTS = (1, 4, 16, 8, 2, 32, 12, 3, 6, 5, 7, 24, 64, 20, 48, 28, 40, 14, 10, 15, 11, 13, 9, 18, 96, 128)
+COUNTS = (1, 4, 16, 8, 2, 32, 12, 3, 6, 5, 7, 24, 64, 20, 48, 28, 40, 14, 10, 15, 11, 13, 9, 18, 96, 128, 192, 256, 512)
 """Numbers of rows, those first without which least would be known."""
 SEEN = 3
 """Measurements that a calibrated count is worth."""

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backend import Aborted, Logits, NoFreeCells, State
+from engine.backend import Aborted, Logits, Meanwhile, NoFreeCells, State, nothing
 from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.contract import ModelError
@@ -93,13 +93,15 @@ class SimContext:
 
     # ── computing ──
 
-    def decode(self) -> Logits:
-        """The logits of the batch's rows that asked for them; they come when a step's time is over."""
+    def decode(self, meanwhile: Meanwhile = nothing) -> Logits:
+        """The logits of the batch's rows that asked for them; they come when a step's time is over, and `meanwhile` is
+        called before."""
         begun, batch = time.perf_counter(), self.batch
         if batch.rows > len(self._free):
             raise NoFreeCells
         seconds = self._cost(batch.rows, self.cells - len(self._free))
         rows = self._say(self._append())
+        meanwhile()
         seconds *= max(0.0, 1 + JITTER * self._random.gauss())
         if self._stop.wait(max(0.0, begun + seconds - time.perf_counter())) if seconds else self._stop.is_set():
             raise Aborted

@@ -33,7 +33,7 @@ shared drafter
 proposals lookup
 drafting
 """
-LLAMA = "library exact\nvocab context\nmodel"
+LLAMA = "library exact fit\nvocab context\nmodel"
 
 
 def imports(path: Path) -> set[str]:
