@@ -1,0 +1,84 @@
+"""Kimi K3: XTML, elements of special tokens around everything, arguments each with its type."""
+
+from __future__ import annotations
+
+import html
+import re
+
+from api.formats.base import Calls, Format, Parser, Tool
+from api.formats.lark import Lark
+from api.formats.parameters import Members
+from api.formats.source import Reading
+from api.formats.values import raw_json, refused
+
+_OPEN, _CLOSE, _SEP = "<|open|>", "<|close|>", "<|sep|>"
+_ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
+
+
+class KimiXtml(Format):
+    """<|open|>call tool="f" index="1"<|sep|><|open|>argument key="p" type="string"<|sep|>value<|close|>argument<|sep|>"""
+
+    name = "kimi-xtml"
+    signs = ("<|open|>",)
+    markers = (_OPEN, _CLOSE, _SEP)
+    opens = (f"{_OPEN}think{_SEP}",)
+    closes = f"{_CLOSE}think{_SEP}"
+
+    def read(self, parser: Parser) -> Reading[None]:
+        source = parser.source
+        if parser.opened:
+            yield from self._think(parser, "")
+        while (sign := (yield from source.until((_OPEN, _CLOSE), parser.content))) is not None:
+            head, end = yield from source.collect((_SEP,))
+            if end is None:
+                return
+            if sign == _OPEN and head == "think":
+                yield from self._think(parser, self.opens[0])
+            elif sign == _OPEN and head == "tools" and parser.calls.tools:
+                yield from self._tools(parser)
+
+    def _think(self, parser: Parser, tag: str) -> Reading[None]:
+        parser.tag(tag)
+        end = yield from parser.source.until((self.closes,), parser.reasoning)
+        parser.tag(end or "")
+        parser.thought()
+
+    def _tools(self, parser: Parser) -> Reading[None]:
+        source = parser.source
+        while (yield from source.takes(f"{_OPEN}call")):
+            head, end = yield from source.collect((_SEP,))
+            if end is None:
+                return
+            members = Members(parser, _attributes(head).get("tool", ""))
+            while (yield from source.takes(f"{_OPEN}argument")):
+                if not (yield from self._argument(parser, members)):
+                    return
+            if not (yield from source.takes(f"{_CLOSE}call{_SEP}")):
+                return
+            members.close()
+
+    def _argument(self, parser: Parser, members: Members) -> Reading[bool]:
+        source, parts = parser.source, list[str]()
+        head, end = yield from source.collect((_SEP,))
+        if end is None:
+            return False
+        while (end := (yield from source.until((f"{_CLOSE}argument{_SEP}",), parts.append))) is not None:
+            if (yield from source.sees(f"{_OPEN}argument", f"{_CLOSE}call")) is not None:
+                break
+            parts.append(end)
+        if end is None:
+            return False
+        attributes, text = _attributes(head), "".join(parts)
+        key = attributes.get("key", "")
+        if attributes.get("type") == "string":
+            members.string(key, text)
+        else:
+            members.json(key, raw_json(text))
+        return True
+
+    def grammar(self, lark: Lark, calls: Calls, *, opened: bool) -> None:
+        raise NotImplementedError
+
+
+def _attributes(head: str) -> dict[str, str]:
+    return {name: html.unescape(value) for name, value in _ATTRIBUTE.findall(head)}
