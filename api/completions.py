@@ -102,6 +102,15 @@ class Choices:
         return len(self._generations)
 
     @property
+    def requests(self) -> list[Request]:
+        """What the engine is asked for each."""
+        return [generation.request for generation in self._generations]
+
+    def enough(self, index: int) -> None:
+        """Ends a choice that runs with what it has said so far, as if at its limit."""
+        self._generations[index].enough()
+
+    @property
     def finished(self) -> bool:
         """Whether all have come to their end."""
         return None not in self._ends
@@ -142,7 +151,12 @@ Asked = TypeVar("Asked", bound=Completion)
 
 async def asked_of(request: HTTPRequest, served: Served, decoder: msgspec.json.Decoder[Asked]) -> Asked:
     """What the client asks for. Raises RequestRefused, also for another model and for what is not supported."""
-    asked = decode(decoder, await read(request, served.options.server.max_body))
+    return asked_in(await read(request, served.options.server.max_body), served, decoder)
+
+
+def asked_in(body: bytes, served: Served, decoder: msgspec.json.Decoder[Asked]) -> Asked:
+    """The same of a body that was read already."""
+    asked = decode(decoder, body)
     served.check_model(asked.model)
     refuse_unsupported(asked)
     return asked

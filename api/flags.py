@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 from msgspec import inspect as kinds
 
-from api.config import ServerConfig
+from api.config import ChatConfig, ServerConfig
 from engine import BatchConfig, DraftConfig, EngineConfig, MemoryConfig, ModelConfig, SamplingParams, SpeculationConfig
 
 
@@ -21,6 +21,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     speculation: SpeculationConfig = SpeculationConfig()
     draft: DraftConfig = DraftConfig()
     server: ServerConfig = ServerConfig()
+    chat: ChatConfig = ChatConfig()
     sampling: SamplingParams = SamplingParams()
 
     @property
@@ -38,6 +39,7 @@ SECTIONS: dict[str, tuple[str, type[Struct]]] = {
     "speculation": ("who guesses ahead", SpeculationConfig),
     "draft": ("the draft model", DraftConfig),
     "server": ("the HTTP side", ServerConfig),
+    "chat": ("chat templates", ChatConfig),
     "sampling": ("sampling of requests that do not say", SamplingParams),
 }
 """The tables, each with its subject."""

@@ -6,8 +6,8 @@ and a dictionary per token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -22,7 +22,11 @@ DONE = b"data: [DONE]\n\n"
 """The last event of a stream that ended well."""
 
 
-def event(reply: Struct) -> bytes:
+Content = Struct | Mapping[str, Any] | Sequence[Struct | Mapping[str, Any]]
+"""What a body may be."""
+
+
+def event(reply: Struct | Mapping[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: %b\n\n" % encode(reply)
 

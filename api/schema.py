@@ -172,7 +172,9 @@ class ChatRequest(Completion, kw_only=True):
     functions: list[Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
 
 
 class TextRequest(Completion, kw_only=True):

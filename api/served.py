@@ -98,7 +98,7 @@ class Served:
         self.options = options
         self.name = options.server.alias or file.stem
         self.created = int(time.time())
-        self.prompts = Prompts(info, engine.vocab)
+        self.prompts = Prompts(info, engine.vocab, options.chat)
         profile = options.model
         identity = f"{VERSION} {info.digest} {info.build} {info.exact} {profile.flash_attention}"
         identity += f" {profile.cache_type_k} {profile.cache_type_v}"

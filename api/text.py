@@ -33,7 +33,7 @@ class Text:
         served = self._site.open
         asked = await asked_of(request, served, _DECODER)
         texts = asked.prompts
-        prompts = [await served.prompts.of_text(text) if isinstance(text, str) else tuple(text) for text in texts]
+        prompts = await tokens_of(served, texts)
         choices = Choices(
             served,
             exchange_of(request.scope),
@@ -49,6 +49,11 @@ class Text:
             for _ in range(choices.n)
         ]
         return respond(asked, choices, TextWriter(served, asked, echoes), served.options.server.sse_ping)
+
+
+async def tokens_of(served: Served, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
+    """The tokens of prompts, each text or tokens. Raises RequestRefused."""
+    return [await served.prompts.of_text(each) if isinstance(each, str) else tuple(each) for each in prompts]
 
 
 class TextWriter(Writer):
