@@ -29,6 +29,7 @@ from engine import (
     Finished,
     FinishReason,
     Logprob,
+    ReasoningBudget,
     Request,
     RequestRefused,
     Tokens,
@@ -60,6 +61,8 @@ class Choices:
         limit: int | None,
         logprobs: int | None,
         prediction: tuple[int, ...],
+        spelled: tuple[tuple[int, str], ...] = (),
+        reasoning: ReasoningBudget | None = None,
     ) -> None:
         """Nothing is submitted yet. Raises RequestRefused. Of `prediction`, what no text could reach is dropped."""
         self.n = asked.n or 1
@@ -89,6 +92,8 @@ class Choices:
                     salt=exchange.salt(asked.cache_salt),
                     speculation=self.speculation,
                     prediction=prediction,
+                    spelled=spelled,
+                    reasoning=reasoning,
                     id=exchange.id,
                 )
             )

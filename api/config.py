@@ -5,7 +5,7 @@ Fields carry their flags, units and ranges, as in `engine.config`.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -126,6 +126,24 @@ class ChatConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             extra=flags("--trust-request-chat-template"),
         ),
     ] = False
+    reasoning_format: Annotated[
+        Literal["auto", "deepseek", "none"],
+        Meta(
+            description="what a model thinks before it answers: told apart as `reasoning_content` (auto, deepseek), "
+            "or left in the content",
+            extra=flags("--reasoning-format", env="LLAMA_ARG_THINK"),
+        ),
+    ] = "auto"
+    reasoning_budget: Annotated[
+        int,
+        Meta(
+            ge=-1,
+            le=2**30,
+            description="tokens that a model may think before it must answer; 0 asks it not to think, -1 is any "
+            "number; of requests that do not say",
+            extra=flags("--reasoning-budget", env="LLAMA_ARG_THINK_BUDGET"),
+        ),
+    ] = -1
     prefill_assistant: Annotated[
         bool,
         Meta(

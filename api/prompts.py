@@ -14,8 +14,10 @@ import msgspec
 
 from api.builtin_templates import CHATML
 from api.config import ChatConfig
+from api.formats import Format, Generic, format_of
 from api.schema import ChatRequest, Message, Part, Prediction
 from api.templates import ChatTemplate, TemplateTrouble, compiled, names_of, wanted
+from api.tools import offered, taught, with_objects
 from engine import ModelInfo, RequestRefused, Vocab
 
 LONG = 20_000
@@ -32,7 +34,8 @@ class Prompts:
         """Raises TemplateTrouble if the settings make no sense."""
         self._info = info
         self._vocab = vocab
-        self._chat = chat
+        self.chat = chat
+        """The settings."""
         self._names = names_of(chat)
         self.trouble: str | None = None
         """What is wrong with the template that is served, for people; None if nothing is."""
@@ -98,20 +101,26 @@ class Prompts:
 
     def render(self, request: ChatRequest) -> str:
         """The conversation as the model wants to read it. Raises RequestRefused with what the template says."""
-        template = self._template_for(request)
+        template, format, tools = self.template_for(request), self.format_for(request), offered(request)
         extend = self._extends(request)
-        messages = [template.fitted(self._message(index, message)) for index, message in enumerate(request.messages)]
+        messages = [self._message(index, message) for index, message in enumerate(request.messages)]
+        if isinstance(format, Generic):
+            messages, tools = taught(messages, tools), None
+        elif any("tool_calls" in message for message in messages) and template.capabilities.supports_object_arguments:
+            messages = list(map(with_objects, messages))
+        messages = list(map(template.fitted, messages))
         if extend:
             _mark(messages[-1])
         names = {
             "documents": None,
             **self._names,
+            **self._thinking(request),
             **(request.chat_template_kwargs or {}),
             "messages": messages,
             "add_generation_prompt": not extend and request.add_generation_prompt is not False,
             "bos_token": self._info.bos,
             "eos_token": self._info.eos,
-            "tools": None,
+            "tools": tools,
         }
         if request.documents is not None:
             names["documents"] = request.documents
@@ -119,7 +128,7 @@ class Prompts:
         return _cut(text) if extend else text
 
     def _served_template(self) -> ChatTemplate | None:
-        source = wanted(self._chat) or self._info.chat_template
+        source = wanted(self.chat) or self._info.chat_template
         if source is None:
             self.trouble = "The model has no chat template; ChatML is used."
             return ChatTemplate(CHATML)
@@ -132,7 +141,44 @@ class Prompts:
             self.trouble = "The chat template shows nothing of a user's plain message, or fails on it."
         return template
 
-    def _template_for(self, request: ChatRequest) -> ChatTemplate:
+    def _thinking(self, request: ChatRequest) -> dict[str, Any]:
+        """What templates are told of how much to think, under the names that families use."""
+        names: dict[str, Any] = {}
+        if request.reasoning_effort is not None:
+            names["reasoning_effort"] = request.reasoning_effort
+        thinks = request.enable_thinking
+        if thinks is None and (request.reasoning_effort == "none" or self.budget_of(request) == 0):
+            thinks = False
+        if thinks is not None:
+            names["enable_thinking"] = names["thinking"] = thinks
+        return names
+
+    def budget_of(self, request: ChatRequest) -> int:
+        """Tokens that may be thought; -1 is any number."""
+        asked = request.thinking_budget
+        return self.chat.reasoning_budget if asked is None else asked
+
+    def format_for(self, request: ChatRequest) -> Format:
+        """How the request's model writes calls. Raises RequestRefused."""
+        return format_of(self.template_for(request).source)
+
+    def control_token(self, text: str) -> int | None:
+        """The control token that is spelled like this; None if there is none."""
+        tokens = self._bare(text)
+        return tokens[0] if len(tokens) == 1 and not self._vocab.piece(tokens[0]) else None
+
+    def closing(self, text: str) -> tuple[int, ...]:
+        """The tokens of a tag and an empty line after it."""
+        return (*self._bare(text), *self._vocab.tokenize("\n\n", special=False))
+
+    def _bare(self, text: str) -> list[int]:
+        """The tokens of `text` without those that the model wants around a text."""
+        tokens = self._vocab.tokenize(text, special=True)
+        before, after = self._vocab.added
+        start = int(bool(tokens) and tokens[0] == before)
+        return tokens[start : len(tokens) - int(len(tokens) > start and tokens[-1] == after)]
+
+    def template_for(self, request: ChatRequest) -> ChatTemplate:
         """The template that the request is written with. Raises RequestRefused."""
         if request.chat_template is not None:
             return self._brought(request.chat_template)
@@ -141,7 +187,7 @@ class Prompts:
         return self.template
 
     def _brought(self, source: str) -> ChatTemplate:
-        if not self._chat.trust_request_template:
+        if not self.chat.trust_request_template:
             raise RequestRefused(
                 "This server takes no chat_template from requests: leave it out, or serve with "
                 "--trust-request-chat-template.",
@@ -156,7 +202,7 @@ class Prompts:
         """Whether the last message is to go on, instead of a new one. Raises RequestRefused."""
         last = request.messages[-1]
         if request.continue_final_message is None and request.add_generation_prompt is None:
-            return self._chat.prefill_assistant and last.role == "assistant" and not last.tool_calls
+            return self.chat.prefill_assistant and last.role == "assistant" and not last.tool_calls
         if not request.continue_final_message:
             return False
         if request.add_generation_prompt:

@@ -158,11 +158,38 @@ class TextLogprobs(Struct, frozen=True):
     text_offset: list[int]
 
 
+class FunctionReply(Struct):
+    """A function that the model calls, whole or its part of a chunk."""
+
+    arguments: str
+    """JSON."""
+    name: str | UnsetType = UNSET
+
+
+class CallReply(Struct):
+    """A call in a whole message."""
+
+    id: str
+    function: FunctionReply
+    type: Literal["function"] = "function"
+
+
+class CallDelta(Struct):
+    """A call's part of a chunk: id, type and name come once, with the first."""
+
+    index: int
+    function: FunctionReply
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class ChatMessage(Struct, frozen=True, kw_only=True):
     """The assistant's turn."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[CallReply] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, frozen=True):
@@ -179,6 +206,8 @@ class Delta(Struct):
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[CallDelta] | UnsetType = UNSET
 
 
 class ChatDelta(Struct):

@@ -167,14 +167,30 @@ class ChatRequest(Completion, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
+    function_call: Any = None
+    reasoning_format: Literal["auto", "deepseek", "none"] | None = None
+    reasoning_effort: Annotated[str, Meta(max_length=32)] | None = None
+    enable_thinking: bool | None = None
+    reasoning_budget: Limit | None = None
+    reasoning_budget_tokens: Limit | None = None
+    thinking_budget_tokens: Limit | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
+
+    @property
+    def thinking_budget(self) -> int | None:
+        """Tokens that may be thought, under whichever name; None if the client did not say."""
+        for value in (self.reasoning_budget, self.reasoning_budget_tokens, self.thinking_budget_tokens):
+            if value is not None:
+                return value
+        return None
 
 
 class TextRequest(Completion, kw_only=True):
@@ -226,8 +242,8 @@ def refuse_unsupported(request: Completion) -> None:
             f"response_format {request.response_format.type!r} is not supported yet, only 'text'.",
             field="response_format.type",
         )
-    if isinstance(request, ChatRequest):
-        _refuse_tools(request)
+    if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
+        raise RequestRefused("top_logprobs needs logprobs to be true.", field="top_logprobs")
     if isinstance(request, TextRequest):
         _refuse_legacy(request)
 
@@ -241,18 +257,6 @@ _CONSTRAINTS = (
     "guided_choice",
     "guided_grammar",
 )
-
-
-def _refuse_tools(request: ChatRequest) -> None:
-    for name in ("tools", "functions"):
-        if getattr(request, name) and request.tool_choice != "none":
-            raise RequestRefused(
-                f"{name} are not supported yet; leave them out or send tool_choice 'none'.", field=name
-            )
-    if request.tool_choice not in (None, "none", "auto"):
-        raise RequestRefused("tool_choice needs tools, which are not supported yet.", field="tool_choice")
-    if request.top_logprobs is not None and not request.logprobs:
-        raise RequestRefused("top_logprobs needs logprobs to be true.", field="top_logprobs")
 
 
 def _refuse_legacy(request: TextRequest) -> None:

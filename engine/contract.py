@@ -144,6 +144,18 @@ class Speculation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Whether lengths and types are chosen by what was measured, or the first draft is verified whole."""
 
 
+class ReasoningBudget(Struct, frozen=True):
+    """A bound on what is thought before the answer: once so many tokens of it are there, `closing` follows."""
+
+    tokens: int
+    opens: str
+    """The text that begins it; empty if the prompt ends with that."""
+    closes: str
+    """The text that ends it."""
+    closing: tuple[int, ...]
+    """The tokens of that text, emitted in turn whatever the model would pick."""
+
+
 class Request(Struct, frozen=True, kw_only=True):
     """One continuation of one prompt."""
 
@@ -169,6 +181,10 @@ class Request(Struct, frozen=True, kw_only=True):
     prediction: tuple[int, ...] = ()
     """Token ids that the continuation is expected to have, in about this order; they are guessed from unless
     `speculation` says nobody is."""
+    spelled: tuple[tuple[int, str], ...] = ()
+    """Control tokens that are shown, each with its text. Others have none."""
+    reasoning: ReasoningBudget | None = None
+    """How long it may think; None is as long as it likes."""
     id: str = ""
     """The caller's name for the request, for logs."""
 

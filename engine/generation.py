@@ -9,9 +9,7 @@ from typing import Self
 import msgspec
 
 from engine.contract import Failed, Finished, FinishReason, Logprob, Request, Tokens, Update
-from engine.text import TextStream
-
-Piece = Callable[[int], bytes]
+from engine.text import Piece, TextStream, spelling
 
 
 class Generation:
@@ -33,7 +31,7 @@ class Generation:
         self.request = request
         self.key = 0
         """The engine's name for it, given when it is submitted."""
-        self._piece = piece
+        self._piece = spelling(request.spelled, piece)
         self._submit = submit
         self._cancel = cancel
         self._text = TextStream(request.stop)

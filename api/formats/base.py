@@ -65,6 +65,10 @@ class Format(ABC):
         """Whether models with this chat template write like this."""
         return any(sign in template for sign in self.signs)
 
+    def thinks(self, template: str) -> bool:
+        """Whether models with this chat template may think before they answer."""
+        return any(tag in template for tag in self.opens)
+
     def identify(self, index: int, name: str) -> str:
         """An id for a call whose text brings none."""
         return f"call_{uuid4().hex[:24]}"

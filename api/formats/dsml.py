@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from api.formats.base import Calls, Parser, Tool
-from api.formats.lark import Lark, Thought
-from api.formats.parameters import Members, Parameters, parameter_rules
+from api.formats.lark import Lark
+from api.formats.parameters import Members, Parameters
 from api.formats.source import Reading
 from api.formats.values import raw_json
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import ClassVar
 
 from api.formats.base import Parser, Tagged, Tool
 from api.formats.lark import Lark
@@ -18,8 +19,8 @@ class Gemma(Tagged):
     triggers = ("<|tool_call>",)
     end = "<tool_call|>"
     quote = '<|"|>'
-    markers = ("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>")
-    opens = ("<|channel>thought",)
+    markers: ClassVar[tuple[str, ...]] = ("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>")
+    opens: ClassVar[tuple[str, ...]] = ("<|channel>thought",)
     closes = "<channel|>"
     joint = ""
 

@@ -23,6 +23,9 @@ class Harmony(Format):
     opens = ()
     closes = ""
 
+    def thinks(self, template: str) -> bool:
+        return True  # and messages have to be told from their headers anyway
+
     def read(self, parser: Parser) -> Reading[None]:
         source = parser.source
         while True:

@@ -5,24 +5,28 @@ from __future__ import annotations
 import html
 import re
 
-from api.formats.base import Calls, Format, Parser, Tool
+from api.formats.base import Calls, Format, Parser
 from api.formats.lark import Lark
 from api.formats.parameters import Members
 from api.formats.source import Reading
-from api.formats.values import raw_json, refused
+from api.formats.values import raw_json
 
 _OPEN, _CLOSE, _SEP = "<|open|>", "<|close|>", "<|sep|>"
+_RESPONSE = f"{_OPEN}response{_SEP}"
 _ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 
 
 class KimiXtml(Format):
-    """<|open|>call tool="f" index="1"<|sep|><|open|>argument key="p" type="string"<|sep|>value<|close|>argument<|sep|>"""
+    """<|open|>call tool="f"<|sep|><|open|>argument key="p" type="string"<|sep|>value<|close|>argument<|sep|>"""
 
     name = "kimi-xtml"
     signs = ("<|open|>",)
     markers = (_OPEN, _CLOSE, _SEP)
     opens = (f"{_OPEN}think{_SEP}",)
     closes = f"{_CLOSE}think{_SEP}"
+
+    def thinks(self, template: str) -> bool:
+        return True  # and the answer has to be told from its elements anyway
 
     def read(self, parser: Parser) -> Reading[None]:
         source = parser.source
@@ -39,7 +43,8 @@ class KimiXtml(Format):
 
     def _think(self, parser: Parser, tag: str) -> Reading[None]:
         parser.tag(tag)
-        end = yield from parser.source.until((self.closes,), parser.reasoning)
+        source = parser.source
+        end = yield from source.until((self.closes, _RESPONSE), parser.reasoning)
         parser.tag(end or "")
         parser.thought()
 

@@ -54,7 +54,7 @@ class Members:
 
 def parameter_rules(lark: Lark, tool: Tool, index: int, opening: Callable[[str], str], close: str) -> str:
     """The grammar of the arguments in the order of the schema's properties, optional ones perhaps."""
-    parts = []
+    parts: list[str] = []
     for name, schema, required in properties(tool.parameters, tool.name):
         value = value_rule(lark, f"v{index}_{len(parts)}", schema, tool.parameters, close, tool=tool.name, key=name)
         parts.append(f"({lark.text(opening(name))} {value}){'' if required else '?'}")

@@ -7,7 +7,6 @@ from api.formats.lark import Lark
 from api.formats.parameters import Members, Parameters, parameter_rules
 from api.formats.source import Reading
 
-
 _AFTER: dict[str, tuple[str, ...]] = {
     "</parameter>": ("<parameter=", "</function>", "</tool_call>"),
     "\n<parameter=": (),

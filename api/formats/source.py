@@ -1,7 +1,7 @@
 """Text as it comes, read by generators that wait for more of it by `yield`.
 
-Nothing here looks at how the text was cut into pieces: a reader decides something as soon as the text so far decides it,
-whatever follows, and not before. That is what makes a stream the same however tokens were grouped.
+Nothing here looks at how the text was cut into pieces: a reader decides something as soon as the text so far decides
+it, whatever follows, and not before. That is what makes a stream the same however tokens were grouped.
 """
 
 from __future__ import annotations

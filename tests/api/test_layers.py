@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.engine.test_layers import ROOT, imports, upward
 
 LAYERS = """
-complaints config drafts tasks
+complaints config drafts tasks formats
 schema replies speculation
 problems exchange flags
 prompts responses options bodies logprobs

@@ -22,7 +22,7 @@ runner
 thread slotfiles
 engine
 """
-SAMPLING = "noise candidates\nlogprobs truncate penalties verify\nsampler"
+SAMPLING = "noise candidates budget\nlogprobs truncate penalties verify\nsampler"
 MEMORY = "radix ordered disk idle textfile\npieces\nshelf lease\nstore\nmoves\ncells\ntransfer"
 PACE = "curve acceptance journal\ncost lengths\ncalibration chooser"
 SPECULATE = """
