@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.completions import Choices, Writer, asked_of, respond
+from api.constraints import constraint_of, grammar_of
 from api.exchange import exchange_of
 from api.logprobs import chat_logprobs
 from api.replies import ChatChoice, ChatDelta, ChatMessage, Delta, event
@@ -30,6 +31,7 @@ class Chat:
         """A conversation's next turn."""
         served = self._site.open
         asked = await asked_of(request, served, _DECODER)
+        constraint = constraint_of(asked)
         prompt = await served.prompts.of_chat(asked)
         prediction = await served.prompts.of_prediction(asked.prediction)
         try:
@@ -41,6 +43,7 @@ class Chat:
                 limit=asked.limit,
                 logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
                 prediction=prediction,
+                grammar=await grammar_of(served.engine, constraint),
             )
         except ContextExceeded as error:
             error.field = "messages"
