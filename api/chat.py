@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.completions import Choices, Writer, asked_of, respond
+from api.constraints import constraint_of, grammar_of
 from api.exchange import exchange_of
 from api.formats import Parser
 from api.logprobs import chat_logprobs
@@ -33,6 +34,7 @@ class Chat:
         """A conversation's next turn."""
         served = self._site.open
         asked = await asked_of(request, served, _DECODER)
+        constraint = constraint_of(asked)
         prompt = await served.prompts.of_chat(asked)
         turn = turn_of(asked, served.prompts, prompt)
         prediction = await served.prompts.of_prediction(asked.prediction)
@@ -47,6 +49,7 @@ class Chat:
                 prediction=prediction,
                 spelled=turn.spelled,
                 reasoning=turn.budget,
+                grammar=await grammar_of(served.engine, constraint),
             )
         except ContextExceeded as error:
             error.field = "messages"

@@ -28,6 +28,7 @@ from engine import (
     EngineFault,
     Finished,
     FinishReason,
+    Grammar,
     Logprob,
     ReasoningBudget,
     Request,
@@ -63,6 +64,7 @@ class Choices:
         prediction: tuple[int, ...],
         spelled: tuple[tuple[int, str], ...] = (),
         reasoning: ReasoningBudget | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         """Nothing is submitted yet. Raises RequestRefused. Of `prediction`, what no text could reach is dropped."""
         self.n = asked.n or 1
@@ -89,6 +91,7 @@ class Choices:
                     stop_tokens=tuple(asked.stop_token_ids or ()),
                     ignore_eos=bool(asked.ignore_eos),
                     logprobs=logprobs,
+                    grammar=grammar,
                     salt=exchange.salt(asked.cache_salt),
                     speculation=self.speculation,
                     prediction=prediction,

@@ -16,7 +16,9 @@ from api.prompts import Prompts
 from engine import (
     Draining,
     EngineFault,
+    Form,
     Generation,
+    Grammar,
     MemoryInfo,
     ModelInfo,
     Moved,
@@ -68,6 +70,9 @@ class Core(Protocol):
     @property
     def memory(self) -> MemoryInfo:
         """How prefixes are kept."""
+
+    async def compile(self, form: Form) -> Grammar:
+        """What a request's `grammar` takes. Raises RequestRefused; its field is the JSON pointer of a keyword."""
 
     def generate(self, request: Request) -> Generation:
         """Not yet submitted. Raises RequestRefused."""

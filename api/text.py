@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.completions import Choices, Writer, asked_of, respond
+from api.constraints import constraint_of, grammar_of
 from api.exchange import exchange_of
 from api.logprobs import Offsets
 from api.replies import TextChoice, event
@@ -32,6 +33,7 @@ class Text:
         """Continuations of one or more prompts; choice i of prompt p has index p * n + i."""
         served = self._site.open
         asked = await asked_of(request, served, _DECODER)
+        constraint = constraint_of(asked)
         texts = asked.prompts
         prompts = await tokens_of(served, texts)
         choices = Choices(
@@ -42,6 +44,7 @@ class Text:
             limit=DEFAULT_LIMIT if asked.limit is None else asked.limit,
             logprobs=asked.logprobs,
             prediction=await served.prompts.of_prediction(asked.prediction),
+            grammar=await grammar_of(served.engine, constraint),
         )
         echoes = [
             (text if isinstance(text, str) else served.prompts.text_of(text)) if asked.echo else ""

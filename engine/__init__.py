@@ -27,6 +27,7 @@ from engine.contract import (
 )
 from engine.engine import Engine, MemoryInfo, open_vocabulary, step_costs
 from engine.generation import Generation
+from engine.grammar import Choice, Form, Gbnf, Grammar, JsonObject, JsonSchema, Lark, Regex
 from engine.pace import Measured
 from engine.sampling import derive as derive_seed
 from engine.slotfiles import Moved
@@ -37,6 +38,7 @@ from engine.stats import Histogram, Stats
 __all__ = [
     "SPECULATOR_TYPES",
     "BatchConfig",
+    "Choice",
     "ContextExceeded",
     "DraftConfig",
     "Drafts",
@@ -47,8 +49,14 @@ __all__ = [
     "EngineFault",
     "FinishReason",
     "Finished",
+    "Form",
+    "Gbnf",
     "Generation",
+    "Grammar",
     "Histogram",
+    "JsonObject",
+    "JsonSchema",
+    "Lark",
     "Logprob",
     "Measured",
     "MemoryConfig",
@@ -60,6 +68,7 @@ __all__ = [
     "Overloaded",
     "Ran",
     "ReasoningBudget",
+    "Regex",
     "Request",
     "RequestRefused",
     "SamplingParams",

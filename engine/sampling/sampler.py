@@ -19,6 +19,7 @@ from engine.text import spelling
 _COLDEST = 1e-300  # a temperature below would overflow the quotient, and picks no differently
 APART = 2**32  # no request has so many choices
 _LARGEST = 1e30  # bias: more would overflow float32
+_NEVER = np.float32(-np.inf)
 
 
 class Sampler:
@@ -48,9 +49,19 @@ class Sampler:
         other._seed = derive(self._seed, APART)
         return other
 
-    def pick(self, row: Row, history: Sequence[int], prompt_length: int, forgotten: int = 0) -> int:
+    def pick(
+        self,
+        row: Row,
+        history: Sequence[int],
+        prompt_length: int,
+        forgotten: int = 0,
+        permitted: NDArray[np.bool_] | None = None,
+    ) -> int:
         """The token after `history`, the prompt and then what was emitted, of which `forgotten` tokens are left out.
         Leaves the row as it was.
+
+        Only one of those `permitted` is picked, [vocabulary]: to all stages there are no others. Bans, and biases that
+        come to one, do not count where they would leave none of them.
 
         Raises BadLogits if the row holds NaN or its maximum is infinite, or if every token is banned.
         """
@@ -60,8 +71,12 @@ class Sampler:
                 return token
         position = len(history) + forgotten
         emitted = position - prompt_length
+        if permitted is not None:
+            row = np.where(permitted, row, _NEVER)
         if self._changes(emitted):
-            row = self._changed(row, history, emitted)
+            changed = self._changed(row, history, emitted)
+            if permitted is None or changed.max() > -np.inf:
+                row = changed
         if self._params.temperature <= 0.0:
             return likeliest(row)
         return self._drawn(survivors(row, self._params, self._excludes(position)), position)

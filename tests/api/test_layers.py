@@ -10,7 +10,7 @@ schema replies speculation
 problems exchange flags
 prompts responses options bodies logprobs
 served
-keys metrics completions props slots
+keys metrics completions constraints props slots
 chat text
 app terminal
 serve lookup cost
