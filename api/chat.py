@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.completions import Choices, Writer, asked_of, respond
-from api.constraints import constraint_of, grammar_of
+from api.constraints import constraint_of
 from api.exchange import exchange_of
 from api.formats import Parser
 from api.logprobs import chat_logprobs
@@ -49,7 +49,7 @@ class Chat:
                 prediction=prediction,
                 spelled=turn.spelled,
                 reasoning=turn.budget,
-                grammar=await grammar_of(served.engine, constraint),
+                grammar=await turn.grammar(served.engine, constraint),
             )
         except ContextExceeded as error:
             error.field = "messages"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 from uuid import uuid4
 
 from msgspec import Struct
 
 from api.formats.deltas import Arguments, Begun, Content, Delta, Reasoning
-from api.formats.lark import Lark, Thought
+from api.formats.lark import Lark, Repeated, Thought
 from api.formats.source import Reading, Source
 
 
@@ -40,6 +40,24 @@ class Calls(Struct, frozen=True):
         return any(tool.name == name for tool in self.tools)
 
 
+class Answer(Struct, frozen=True):
+    """What the answer must be, if it is no call: JSON that is valid by `schema`."""
+
+    schema: Any
+
+
+class Rules(Struct, frozen=True):
+    """What a grammar has to see to."""
+
+    calls: Calls
+    thinks: bool = False
+    """Whether reasoning may come first."""
+    opened: bool = False
+    """Whether the prompt has begun it."""
+    answer: Answer | None = None
+    """None if it may be any text."""
+
+
 class Format(ABC):
     """How a family of models writes reasoning and calls. Has no state: a text's is in its parser."""
 
@@ -58,8 +76,8 @@ class Format(ABC):
         """Reads a whole message and tells the parser what it is."""
 
     @abstractmethod
-    def grammar(self, lark: Lark, calls: Calls, *, opened: bool) -> None:
-        """Writes the rules of a message with `calls`, from `start` on; `opened` as for a parser."""
+    def grammar(self, lark: Lark, rules: Rules) -> None:
+        """Writes the rules of a message, from `start` on. Raises RequestRefused for what cannot be seen to."""
 
     def fits(self, template: str) -> bool:
         """Whether models with this chat template write like this."""
@@ -215,13 +233,28 @@ class Tagged(Format):
             source.rewind()
         parser.thought()
 
+    @property
+    def trigger(self) -> str:
+        """What calls begin with in grammars."""
+        return self.triggers[0]
+
     joint: ClassVar[str] = "\n"
     """What stands between two calls."""
 
-    def grammar(self, lark: Lark, calls: Calls, *, opened: bool) -> None:
-        bodies = [lark.rule(f"tool_{index}", self.body(lark, tool, index)) for index, tool in enumerate(calls.tools)]
-        thought = Thought(self.opens, self.closes, opened)
-        lark.message(self.triggers[0], bodies, thought, calls.required, calls.parallel, self.joint)
+    def grammar(self, lark: Lark, rules: Rules) -> None:
+        self.message(lark, rules, self.bodies(lark, rules.calls), parallel=rules.calls.parallel)
+
+    def message(self, lark: Lark, rules: Rules, bodies: Sequence[str], *, parallel: bool) -> None:
+        """The rules of a message in which `trigger` and one of `bodies` may come, several times if `parallel`."""
+        opens = self.opens if rules.thinks and self.closes else ()
+        thought = Thought(opens, self.closes if rules.thinks else "", rules.opened)
+        answer = None if rules.answer is None else lark.json(rules.answer.schema)
+        calls = Repeated(self.trigger, bodies, self.joint, parallel, rules.calls.required)
+        lark.message(calls, thought, answer)
+
+    def bodies(self, lark: Lark, calls: Calls) -> list[str]:
+        """A rule for each tool."""
+        return [lark.rule(f"tool_{index}", self.body(lark, tool, index)) for index, tool in enumerate(calls.tools)]
 
     @abstractmethod
     def body(self, lark: Lark, tool: Tool, index: int) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from api.formats.base import Calls, Parser, Tagged, Tool
-from api.formats.lark import Lark, Thought
+from api.formats.base import Parser, Rules, Tagged, Tool
+from api.formats.lark import Lark
 from api.formats.source import Reading
 
 _BEGIN, _END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -37,11 +37,13 @@ class DeepSeek(Tagged):
                 break
         return sign == _END or parser.begun > begun
 
-    def grammar(self, lark: Lark, calls: Calls, *, opened: bool) -> None:
-        tools = [lark.rule(f"tool_{index}", self.body(lark, tool, index)) for index, tool in enumerate(calls.tools)]
-        one = lark.rule("one", lark.any_of(tools))
-        body = lark.rule("section", f"{one}{'+' if calls.parallel else ''} {lark.text(_END)}")
-        lark.message(_BEGIN, [body], Thought(self.opens, self.closes, opened), calls.required, False, "")
+    def grammar(self, lark: Lark, rules: Rules) -> None:
+        bodies = []
+        if tools := self.bodies(lark, rules.calls):
+            one = lark.rule("one", lark.any_of(tools))
+            more = "+" if rules.calls.parallel else ""
+            bodies = [lark.rule("section", f"{one}{more} {lark.text(_END)}")]
+        self.message(lark, rules, bodies, parallel=False)
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         return f"{lark.text(_CALL + tool.name + _SEP)} {lark.json(tool.parameters)} {lark.text(_CALLED)}"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from api.formats.base import Calls, Parser, Tool
+from api.formats.base import Parser, Rules, Tool
 from api.formats.lark import Lark
-from api.formats.parameters import Members, Parameters
+from api.formats.parameters import Members, Parameters, parameter_rules
 from api.formats.source import Reading
-from api.formats.values import raw_json
+from api.formats.values import raw_json, types
 
 _HEADS = ("<｜DSML｜function_calls>", "<｜DSML｜tool_calls>", "<｜DSML｜ calls>")
+_DSML, _LINE = "｜DSML｜", "\n"
 _NAME = re.compile(r'name="([^"]*)"')
 
 
@@ -22,6 +24,10 @@ class Dsml(Parameters):
     triggers = _HEADS
     markers = ("｜DSML｜", "<think>", "</think>")
     joint = ""
+
+    @property
+    def trigger(self) -> str:
+        return f"<{_DSML}"
 
     def call(self, parser: Parser, trigger: str) -> Reading[bool]:
         source, begun = parser.source, parser.begun
@@ -64,8 +70,20 @@ class Dsml(Parameters):
             members.text(key.group(1), text)
         return True
 
-    def grammar(self, lark: Lark, calls: Calls, *, opened: bool) -> None:
-        raise NotImplementedError
+    def grammar(self, lark: Lark, rules: Rules) -> None:
+        bodies = []
+        if tools := self.bodies(lark, rules.calls):
+            one = lark.rule("one", lark.any_of(tools))
+            more = "+" if rules.calls.parallel else ""
+            kinds = ("function_calls", "tool_calls")  # which of them the model knows is not told here
+            bodies = [f"{lark.text(f'{kind}>{_LINE}')} {one}{more} {lark.text(f'</{_DSML}{kind}>')}" for kind in kinds]
+        self.message(lark, rules, bodies, parallel=False)
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        raise NotImplementedError
+        def opening(key: str, schema: Any) -> str:
+            text = types(schema, tool.parameters) == {"string"}
+            return f'<{_DSML}parameter name="{key}" string="{"true" if text else "false"}">'
+
+        rules = parameter_rules(lark, tool, index, opening, f"</{_DSML}parameter>\n")
+        head, foot = lark.text(f'<{_DSML}invoke name="{tool.name}">\n'), lark.text(f"</{_DSML}invoke>\n")
+        return f"{head} {rules} {foot}"

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from api.formats.base import Parser, Tagged, Tool
 from api.formats.lark import Lark
+from api.formats.notation import Notation
 from api.formats.source import Reading
 from api.formats.values import raw_json
 
@@ -82,7 +83,8 @@ class Gemma(Tagged):
         return bool("".join(parts))
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        raise NotImplementedError
+        notation = Notation(lark, self.quote, tool.name, tool.parameters, f"n{index}")
+        return f"{lark.text(f'call:{tool.name}')} {notation.object(tool.parameters)} {lark.text(self.end)}"
 
 
 class FunctionGemma(Gemma):

@@ -70,6 +70,6 @@ class Glm(Parameters):
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         rules = parameter_rules(
-            lark, tool, index, lambda key: f"\n<arg_key>{key}</arg_key>\n<arg_value>", "</arg_value>"
+            lark, tool, index, lambda key, _: f"\n<arg_key>{key}</arg_key>\n<arg_value>", "</arg_value>"
         )
         return f"{lark.text(tool.name)} {rules} {lark.text(chr(10) + '</tool_call>')}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from api.formats.base import Calls, Format, Parser
+from api.formats.base import Format, Parser, Rules, Tool
 from api.formats.lark import Lark
 from api.formats.source import Reading, Tell
 
@@ -70,8 +70,22 @@ class Harmony(Format):
             tell(end)
         return False
 
-    def grammar(self, lark: Lark, calls: Calls, *, opened: bool) -> None:
-        raise NotImplementedError
+    def grammar(self, lark: Lark, rules: Rules) -> None:
+        said, next_ = lark.before("said", "<|end|>"), lark.text("<|start|>assistant")
+        thought = lark.rule("thought", f"{lark.text('<|channel|>analysis<|message|>')} {said} {next_}")
+        preamble = lark.rule("preamble", f"{lark.text('<|channel|>commentary<|message|>')} {said} {next_}")
+        answer = "TEXT" if rules.answer is None else lark.json(rules.answer.schema)
+        final = lark.rule("final", f"{lark.text('<|channel|>final<|message|>')} {answer}")
+        calls = [self._call(lark, tool) for tool in rules.calls.tools]
+        if rules.calls.required:
+            lark.rule("start", f"{thought}* {lark.any_of(calls)}")
+        else:
+            lark.rule("start", f"({thought} | {preamble})* {lark.any_of([final, *calls])}")
+
+    def _call(self, lark: Lark, tool: Tool) -> str:
+        head = f"<|channel|>commentary to=functions.{tool.name} <|constrain|>json<|message|>"
+        other = f" to=functions.{tool.name}<|channel|>commentary <|constrain|>json<|message|>"
+        return f"({lark.text(head)} | {lark.text(other)}) {lark.json(tool.parameters)}"
 
 
 def _ignored(text: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from api.formats.base import Calls, Parser, Tagged, Tool
-from api.formats.lark import Lark, Thought
+from api.formats.base import Parser, Rules, Tagged, Tool
+from api.formats.lark import Lark
 from api.formats.source import Reading
 
 _BEGIN, _END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -34,11 +34,13 @@ class Kimi(Tagged):
     def identify(self, index: int, name: str) -> str:
         return f"functions.{name}:{index}"
 
-    def grammar(self, lark: Lark, calls: Calls, *, opened: bool) -> None:
-        tools = [lark.rule(f"tool_{index}", self.body(lark, tool, index)) for index, tool in enumerate(calls.tools)]
-        one = lark.rule("one", lark.any_of(tools))
-        body = lark.rule("section", f"{one}{'+' if calls.parallel else ''} {lark.text(_END)}")
-        lark.message(_BEGIN, [body], Thought(self.opens, self.closes, opened), calls.required, False, "")
+    def grammar(self, lark: Lark, rules: Rules) -> None:
+        bodies = []
+        if tools := self.bodies(lark, rules.calls):
+            one = lark.rule("one", lark.any_of(tools))
+            more = "+" if rules.calls.parallel else ""
+            bodies = [lark.rule("section", f"{one}{more} {lark.text(_END)}")]
+        self.message(lark, rules, bodies, parallel=False)
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         head = f"{lark.text(f'{_CALL}functions.{tool.name}:')} /[0-9]{{1,3}}/ {lark.text(_ARGUMENTS)}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 import re
+from typing import Any
 
-from api.formats.base import Calls, Format, Parser
+from api.formats.base import Format, Parser, Rules, Tool
 from api.formats.lark import Lark
-from api.formats.parameters import Members
+from api.formats.parameters import Members, parameter_rules
 from api.formats.source import Reading
-from api.formats.values import raw_json
+from api.formats.values import raw_json, types
 
 _OPEN, _CLOSE, _SEP = "<|open|>", "<|close|>", "<|sep|>"
 _RESPONSE = f"{_OPEN}response{_SEP}"
@@ -81,8 +82,37 @@ class KimiXtml(Format):
             members.json(key, raw_json(text))
         return True
 
-    def grammar(self, lark: Lark, calls: Calls, *, opened: bool) -> None:
-        raise NotImplementedError
+    def grammar(self, lark: Lark, rules: Rules) -> None:
+        thought = lark.before("thought", self.closes)
+        if not rules.opened:
+            thought = f"({lark.text(self.opens[0])} {thought})?"
+        start, end = lark.text(_RESPONSE), lark.text(f"{_CLOSE}response{_SEP}")
+        said = f"{start}? {lark.before('said', f'{_CLOSE}response{_SEP}')}"
+        if rules.answer is not None:
+            said = f"{start}? {lark.json(rules.answer.schema)} {end}"
+        done = f"({lark.text(f'{_CLOSE}message{_SEP}')})?"
+        if not rules.calls.tools:
+            lark.rule("start", f"{thought} {said} {done}")
+            return
+        tools = [
+            lark.rule(f"tool_{index}", self._body(lark, each, index)) for index, each in enumerate(rules.calls.tools)
+        ]
+        calls = f"{lark.any_of(tools)}{'+' if rules.calls.parallel else ''}"
+        section = f"{lark.text(f'{_OPEN}tools{_SEP}')} {calls} {lark.text(f'{_CLOSE}tools{_SEP}')}"
+        if rules.calls.required:
+            lark.rule("start", f"{thought} ({start}? {end})? {section} {done}")
+        else:
+            lark.rule("start", f"{thought} {said} ({section})? {done}")
+
+    def _body(self, lark: Lark, tool: Tool, index: int) -> str:
+        def opening(key: str, schema: Any) -> str:
+            kinds = sorted(types(schema, tool.parameters)) or ["object"]
+            kind = "number" if kinds[0] == "integer" else kinds[0]
+            return f'{_OPEN}argument key="{html.escape(key)}" type="{kind}"{_SEP}'
+
+        rules = parameter_rules(lark, tool, index, opening, f"{_CLOSE}argument{_SEP}")
+        head = f"{lark.text(f'{_OPEN}call tool={chr(34)}{tool.name}{chr(34)} index={chr(34)}')} /[0-9]{{1,3}}/"
+        return f"{head} {lark.text(chr(34) + _SEP)} {rules} {lark.text(f'{_CLOSE}call{_SEP}')}"
 
 
 def _attributes(head: str) -> dict[str, str]:

@@ -24,6 +24,20 @@ class Thought(Struct, frozen=True):
     opened: bool
 
 
+class Repeated(Struct, frozen=True):
+    """Calls: what each begins with, what may follow that, what stands between two, whether there may be several and
+    whether there must be one."""
+
+    trigger: str
+    bodies: Sequence[str]
+    joint: str
+    parallel: bool
+    required: bool
+
+
+_BREAK = r"/\s{0,2}/"
+
+
 class Lark:
     """A grammar that is being written."""
 
@@ -57,33 +71,48 @@ class Lark:
         """One of these."""
         return "(" + " | ".join(rules) + ")"
 
-    def json(self, schema: Mapping[str, Any]) -> str:
+    def json(self, schema: Any) -> str:
         """JSON that is valid by `schema`."""
-        return "%json " + json.dumps({**schema, "x-guidance": _SPACING})
+        return "%json " + json.dumps({**schema, "x-guidance": _SPACING} if isinstance(schema, Mapping) else {})
+
+    def members(self, name: str, members: Sequence[tuple[str, bool]], joint: str) -> str:
+        """These in turn with `joint` between two; those that are not required may be left out."""
+        comma, first, more = self.text(joint), '""', '""'
+        for place, (member, required) in reversed(list(enumerate(members))):
+            one = self.rule(f"{name}_{place}", member)
+            first, more = (
+                self.rule(f"{name}_{place}_first", f"{one} {more}" if required else f"{one} {more} | {first}"),
+                self.rule(f"{name}_{place}_more", f"{comma} {one} {more}{'' if required else f' | {more}'}"),
+            )
+        return first
 
     def before(self, name: str, marker: str, text: str = ANY) -> str:
         """A rule of the text up to the first `marker`, and that."""
-        if marker in self._control:
-            return self.rule(name, f"/{text}/ <[{self._control[marker]}]>")
+        if any(control in marker for control in self._control):
+            return self.rule(name, f"/{text}/ {self.text(marker)}")
         return self.rule(f"{name}[lazy]", f"/{text}{literal(marker)}/")
 
-    def message(
-        self, trigger: str, bodies: Sequence[str], thought: Thought, required: bool, parallel: bool, joint: str
-    ) -> None:
-        """The rules of a message whose calls are `trigger` and one of `bodies`, with `joint` between two.
+    def message(self, calls: Repeated, thought: Thought, answer: str | None) -> None:
+        """The rules of a message: reasoning perhaps, then calls, an answer, or any text with calls in it.
 
-        Reasoning may come first. If calls are required nothing else does; if not, anything may that is no trigger.
+        If calls are required nothing else may come; with `answer` either these or that; else any text that is no call.
         """
-        body = self.rule("body", self.any_of(bodies))
-        call = self.rule("call", f"{self.text(trigger)} {body}")
-        if required:
-            more = f"({self.text(joint)} {call})*" if joint else f"{call}*"
-            rest = self.rule("rest", f"{call} {more}" if parallel else call)
-            self.rule("start", " | ".join(self._thoughts(thought, rest, rest, r"/\s{0,2}/")))
+        if not calls.bodies:
+            rest = self.rule("rest", answer or "TEXT")
+            self.rule("start", " | ".join(self._thoughts(thought, rest, rest, _BREAK)))
             return
-        head = self.before("head", trigger)
-        rest = self.rule("rest", f"({head} {body})* TEXT" if parallel else f"TEXT | {head} {body}")
-        self.rule("start", " | ".join(self._thoughts(thought, rest, self._unlike(trigger, thought, rest, body), "")))
+        body = self.rule("body", self.any_of(calls.bodies))
+        call = self.rule("call", f"{self.text(calls.trigger)} {body}")
+        if calls.required or answer:
+            more = f"({self.text(calls.joint)} {call})*" if calls.joint else f"{call}*"
+            several = f"{call} {more}" if calls.parallel else call
+            rest = self.rule("rest", several if calls.required else f"{several} | {answer}")
+            self.rule("start", " | ".join(self._thoughts(thought, rest, rest, _BREAK)))
+            return
+        head = self.before("head", calls.trigger)
+        rest = self.rule("rest", f"({head} {body})* TEXT" if calls.parallel else f"TEXT | {head} {body}")
+        without = self._unlike(calls.trigger, thought, rest, body)
+        self.rule("start", " | ".join(self._thoughts(thought, rest, without, "")))
 
     def _thoughts(self, thought: Thought, after: str, without: str, space: str) -> list[str]:
         """The alternatives of a message: what comes `after` reasoning, or `without` it."""
@@ -99,11 +128,22 @@ class Lark:
         tags = [tag for tag in thought.opens if tag not in self._control]
         if not tags or thought.opened:
             return rest
-        (tag,) = tags
-        first = "(" + "|".join(literal(tag[:size]) + f"[^{literal(tag[size])}]" for size in range(len(tag))) + ")" + ANY
-        head = self.before("first", trigger, first)
-        begun = f"{self.text(trigger)} {body} | {head} {body}"
-        return self.rule("plain", f"/({first})?/ | ({begun}) {rest}")
+        first = f"({unlike(tags)}{ANY})?"
+        return self.rule("plain", f"/{first}/ | {self.before('first', trigger, first)} {body} {rest}")
+
+
+def unlike(tags: Sequence[str]) -> str:
+    """A regular expression of the shortest texts that no tag begins with.
+
+    >>> unlike(["ab"])
+    '([^a]|a[^b])'
+    """
+    beginnings = sorted({tag[:size] for tag in tags for size in range(len(tag))})
+    parts = []
+    for begun in beginnings:
+        following = sorted({tag[len(begun)] for tag in tags if tag.startswith(begun)})
+        parts.append(f"{literal(begun)}[^{''.join(map(literal, following))}]")
+    return f"({'|'.join(parts)})"
 
 
 def literal(text: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import json
 
-from api.formats.base import Calls, Parser, Tagged, Tool
+from api.formats.base import Parser, Rules, Tagged, Tool
 from api.formats.lark import Lark
 from api.formats.objects import object_body, read_object
 from api.formats.source import Reading
+from api.formats.values import properties, with_definitions
 
 
 class Bare(Tagged):
@@ -47,17 +48,20 @@ class Llama(Bare):
                 break
         return True
 
-    def grammar(self, lark: Lark, calls: Calls, *, opened: bool) -> None:
-        bodies = [self.body(lark, tool, index) for index, tool in enumerate(calls.tools)]
-        call = lark.rule("call", lark.any_of(bodies))
-        several = f'{call} ("; " {call})*' if calls.parallel else call
-        tag = lark.text("<|python_tag|>")
-        if calls.required:
-            lark.rule("start", several)
-        elif tag.startswith("<"):
-            lark.rule("start", rf"/([^{{](.|\n)*)?/ | {several} | TEXT {tag} {several}")
+    def grammar(self, lark: Lark, rules: Rules) -> None:
+        if not rules.calls.tools:
+            self.message(lark, rules, [], parallel=False)
+            return
+        call = lark.rule("call", lark.any_of(self.bodies(lark, rules.calls)))
+        calls = f'{call} ("; " {call})*' if rules.calls.parallel else call
+        if rules.calls.required:
+            lark.rule("start", calls)
+        elif rules.answer is not None:
+            lark.rule("start", f"{calls} | {lark.json(rules.answer.schema)}")
         else:
-            lark.rule("start", rf"/([^{{](.|\n)*)?/ | {several}")
+            tag = lark.before("head", "<|python_tag|>", r"[^{](.|\n)*")
+            begun = f"{lark.text('<|python_tag|>')} {calls} | {tag} {calls}"
+            lark.rule("start", rf"/([^{{](.|\n)*)?/ | {calls} | {begun}")
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         return object_body(lark, tool, "parameters")
@@ -95,17 +99,36 @@ class Pythonic(Bare):
             parser.begin(name)
             parser.arguments(arguments)
 
-    def grammar(self, lark: Lark, calls: Calls, *, opened: bool) -> None:
-        raise NotImplementedError
+    def grammar(self, lark: Lark, rules: Rules) -> None:
+        if not rules.calls.tools:
+            self.message(lark, rules, [], parallel=False)
+            return
+        call = lark.rule("call", lark.any_of(self.bodies(lark, rules.calls)))
+        more = f'(", " {call})*' if rules.calls.parallel else ""
+        calls = f'"[" {call} {more} "]"'
+        answer = r"/([^\[](.|\n)*)?/" if rules.answer is None else lark.json(rules.answer.schema)
+        lark.rule("start", calls if rules.calls.required else f"{calls} | {answer}")
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        raise NotImplementedError
+        members = []
+        for key, schema, required in properties(tool.parameters, tool.name):
+            value = lark.json(with_definitions(schema, tool.parameters))
+            members.append((f"{lark.text(f'{key}=')} {value}", required))
+        return f"{lark.text(f'{tool.name}(')} {lark.members(f'm{index}', members, ', ')} {lark.text(')')}"
+
+
+class _Literals(ast.NodeTransformer):
+    """JSON's names of what Python calls otherwise."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        values = {"true": True, "false": False, "null": None}
+        return ast.Constant(values[node.id]) if node.id in values else node
 
 
 def _arguments(text: str) -> str | None:
     """The JSON of `(a="b", c=1)`; None if that is no list of named literals."""
     try:
-        call = ast.parse(f"f{text}", mode="eval").body
+        call = _Literals().visit(ast.parse(f"f{text}", mode="eval")).body
         assert isinstance(call, ast.Call), "a name and brackets are a call"
         if call.args or any(each.arg is None for each in call.keywords):
             return None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from uuid import uuid4
 
-from api.formats.base import Calls, Parser, Tagged, Tool
-from api.formats.lark import Lark, Thought
+from api.formats.base import Parser, Rules, Tagged, Tool
+from api.formats.lark import Lark
 from api.formats.objects import object_body, read_object
 from api.formats.source import Reading
 
@@ -18,6 +18,7 @@ class Mistral(Tagged):
     triggers = ("[TOOL_CALLS]",)
     markers = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]", "<think>", "</think>")
     opens = ("[THINK]", "<think>")
+    closes = "[/THINK]"
     joint = ""
 
     def think(self, parser: Parser) -> Reading[None]:
@@ -61,11 +62,6 @@ class Mistral(Tagged):
     def identify(self, index: int, name: str) -> str:
         return uuid4().hex[:9]  # the template refuses others
 
-    def grammar(self, lark: Lark, calls: Calls, *, opened: bool) -> None:
-        bodies = [lark.rule(f"tool_{index}", self.body(lark, tool, index)) for index, tool in enumerate(calls.tools)]
-        thought = Thought(("[THINK]",), "[/THINK]", opened)
-        lark.message("[TOOL_CALLS]", bodies, thought, calls.required, calls.parallel, "")
-
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         return f"{lark.text(tool.name + '[ARGS]')} {lark.json(tool.parameters)}"
 
@@ -79,12 +75,13 @@ class MistralList(Mistral):
     name = "mistral-list"
     signs = ("[TOOL_CALLS]",)
 
-    def grammar(self, lark: Lark, calls: Calls, *, opened: bool) -> None:
-        tools = [lark.rule(f"tool_{index}", self.body(lark, tool, index)) for index, tool in enumerate(calls.tools)]
-        one = lark.rule("one", lark.any_of(tools))
-        more = f'(", " {one})*' if calls.parallel else ""
-        body = lark.rule("list", f'/ ?/ "[" {one} {more} "]"')
-        lark.message("[TOOL_CALLS]", [body], Thought((), "", False), calls.required, False, "")
+    def grammar(self, lark: Lark, rules: Rules) -> None:
+        body = ""
+        if tools := self.bodies(lark, rules.calls):
+            one = lark.rule("one", lark.any_of(tools))
+            more = f'(", " {one})*' if rules.calls.parallel else ""
+            body = lark.rule("list", f'/ ?/ "[" {one} {more} "]"')
+        self.message(lark, rules, [body] if body else [], parallel=False)
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         return object_body(lark, tool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 from api.formats.base import Parser, Tagged, Tool
 from api.formats.lark import Lark
@@ -52,10 +53,10 @@ class Members:
             self._parser.begin(self._name, self._id)
 
 
-def parameter_rules(lark: Lark, tool: Tool, index: int, opening: Callable[[str], str], close: str) -> str:
+def parameter_rules(lark: Lark, tool: Tool, index: int, opening: Callable[[str, Any], str], close: str) -> str:
     """The grammar of the arguments in the order of the schema's properties, optional ones perhaps."""
     parts: list[str] = []
     for name, schema, required in properties(tool.parameters, tool.name):
         value = value_rule(lark, f"v{index}_{len(parts)}", schema, tool.parameters, close, tool=tool.name, key=name)
-        parts.append(f"({lark.text(opening(name))} {value}){'' if required else '?'}")
+        parts.append(f"({lark.text(opening(name, schema))} {value}){'' if required else '?'}")
     return " ".join(parts)

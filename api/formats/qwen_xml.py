@@ -66,6 +66,6 @@ class QwenXml(Parameters):
             parts.append(source.skip(len(end)))
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        rules = parameter_rules(lark, tool, index, lambda key: f"<parameter={key}>\n", "\n</parameter>\n")
+        rules = parameter_rules(lark, tool, index, lambda key, _: f"<parameter={key}>\n", "\n</parameter>\n")
         head, foot = lark.text(f"\n<function={tool.name}>\n"), lark.text("</function>\n</tool_call>")
         return f"{head} {rules} {foot}"

@@ -14,7 +14,7 @@ from engine import RequestRefused
 
 Schema = Mapping[str, Any]
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
-_SILENT = frozenset(("type", "description", "title", "default", "examples", "deprecated", "nullable", "$schema", "$id"))
+SILENT = frozenset(("type", "description", "title", "default", "examples", "deprecated", "nullable", "$schema", "$id"))
 """What says nothing about a text."""
 
 
@@ -93,7 +93,7 @@ def _resolved(ref: str, root: Schema) -> Any:
 def properties(schema: Schema, tool: str) -> list[tuple[str, Schema, bool]]:
     """The properties of an object, each with its schema and whether it is required. Raises RequestRefused for a schema
     that says more about the object than a list of texts can follow."""
-    unknown = set(schema) - _SILENT - {"properties", "required", "additionalProperties", "$defs", "definitions"}
+    unknown = set(schema) - SILENT - {"properties", "required", "additionalProperties", "$defs", "definitions"}
     if unknown:
         raise refused(tool, f"/{min(unknown)}")
     required = schema.get("required", ())
@@ -103,16 +103,20 @@ def properties(schema: Schema, tool: str) -> list[tuple[str, Schema, bool]]:
     return [(name, each if isinstance(each, Mapping) else {}, name in required) for name, each in found.items()]
 
 
+def with_definitions(schema: Schema, root: Schema) -> Schema:
+    """A part of a schema by itself."""
+    return {**schema, **{key: root[key] for key in ("$defs", "definitions") if key in root}}
+
+
 def value_rule(lark: Lark, name: str, schema: Schema, root: Schema, close: str, *, tool: str, key: str) -> str:
     """A rule of a bare value and of `close` after it. Raises RequestRefused for what a text cannot follow."""
     if types(schema, root) != {"string"}:
-        defs = {key: root[key] for key in ("$defs", "definitions") if key in root}
-        return lark.rule(name, f"{lark.json({**schema, **defs})} {lark.text(close)}")
+        return lark.rule(name, f"{lark.json(with_definitions(schema, root))} {lark.text(close)}")
     path = f"/properties/{key}"
     choices = schema.get("enum", [schema["const"]] if "const" in schema else None)
     if choices is not None:
         return lark.rule(name, lark.any_of([lark.text(f"{choice}{close}") for choice in choices]))
-    if unknown := set(schema) - _SILENT - {"minLength", "maxLength", "pattern"}:
+    if unknown := set(schema) - SILENT - {"minLength", "maxLength", "pattern"}:
         raise refused(tool, f"{path}/{min(unknown)}")
     text = _pattern(schema["pattern"]) if "pattern" in schema else ANY
     if {"minLength", "maxLength"} & set(schema):
