@@ -77,10 +77,10 @@ class Gemma(Tagged):
                 parser.arguments(json.dumps(text, ensure_ascii=False))
             return end is not None
         parts: list[str] = []
-        if not (yield from source.value(parts.append)):
+        if not (yield from source.value(parts.append)) or not (text := "".join(parts)):
             return False
-        parser.arguments(raw_json("".join(parts)))
-        return bool("".join(parts))
+        parser.arguments(raw_json(text))
+        return True
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         notation = Notation(lark, self.quote, tool.name, tool.parameters, f"n{index}")

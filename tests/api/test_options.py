@@ -33,6 +33,9 @@ EXAMPLES: dict[str, Any] = {
     "lookup_dynamic": "dynamic.bin",
     "noise": "greedy",
     "slot_save_path": "slots",
+    "template": "chatml",
+    "template_file": "my.jinja",
+    "template_kwargs": '{"a": 1}',
 }
 IN_ENVIRONMENT = [flag for flag in FLAGS if flag.env]
 
