@@ -162,10 +162,10 @@ class Prompts:
         """How the request's model writes calls. Raises RequestRefused."""
         return format_of(self.template_for(request).source)
 
-    def control_token(self, text: str) -> int | None:
-        """The control token that is spelled like this; None if there is none."""
+    def special_token(self, text: str) -> int | None:
+        """The special token that is spelled like this; None if there is none."""
         tokens = self._bare(text)
-        return tokens[0] if len(tokens) == 1 and not self._vocab.piece(tokens[0]) else None
+        return tokens[0] if len(tokens) == 1 and tokens[0] in self._vocab.special else None
 
     def closing(self, text: str) -> tuple[int, ...]:
         """The tokens of a tag and an empty line after it."""

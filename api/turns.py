@@ -31,8 +31,8 @@ class Turn(Struct, frozen=True):
     """Whether the prompt has begun the reasoning."""
     thinks: bool
     """Whether reasoning may come."""
-    control: dict[str, int]
-    """The markers of the format that are control tokens here."""
+    special: dict[str, int]
+    """The markers of the format that are special tokens here."""
     budget: ReasoningBudget | None
 
     @property
@@ -43,7 +43,7 @@ class Turn(Struct, frozen=True):
     @property
     def spelled(self) -> tuple[tuple[int, str], ...]:
         """The tokens that must be seen to be read."""
-        return () if self.plain else tuple((token, text) for text, token in self.control.items())
+        return () if self.plain else tuple((token, text) for text, token in self.special.items())
 
     def parser(self) -> Parser | None:
         """A fresh reader of one choice; None if there is nothing to tell apart."""
@@ -56,7 +56,7 @@ class Turn(Struct, frozen=True):
             return await grammar_of(engine, constraint)
         if constraint is not None:
             await grammar_of(engine, constraint)  # what is wrong with it is said of it alone
-        lark = Lark(self.control)
+        lark = Lark(self.special)
         self.format.grammar(lark, self._rules(constraint))
         try:
             return await engine.compile(LarkForm(str(lark)))
@@ -94,9 +94,9 @@ def turn_of(request: ChatRequest, prompts: Prompts, prompt: Sequence[int]) -> Tu
     split = (request.reasoning_format or prompts.chat.reasoning_format) != "none"
     opened = format.opened_by(prompts.text_with_names_of(prompt[-_TAIL:]))
     thinks = opened or format.thinks(source)
-    control = {text: token for text in format.markers if (token := prompts.control_token(text)) is not None}
+    special = {text: token for text in format.markers if (token := prompts.special_token(text)) is not None}
     limit, budget = prompts.budget_of(request), None
     if limit >= 0 and thinks and format.closes:
         opens = "" if opened else format.opens[0]
         budget = ReasoningBudget(limit, opens, format.closes, prompts.closing(format.closes))
-    return Turn(format, calls_of(request), split, opened, thinks, control, budget)
+    return Turn(format, calls_of(request), split, opened, thinks, special, budget)

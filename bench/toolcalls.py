@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import jsonschema_rs
 
@@ -111,13 +112,17 @@ def _unequal(row: Recorded, whole: object, cuts: int) -> str:
 def ask(port: int, model: str, question: str, tools: Sequence[dict[str, Any]], choice: object) -> dict[str, Any]:
     """The choice of one request."""
     body = {"model": model, "messages": [{"role": "user", "content": question}], "tools": list(tools)}
-    body |= {"tool_choice": choice, "max_tokens": 400, "seed": 7}
+    body |= {"tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 400, "seed": 7}
     request = urllib.request.Request(
         f"http://{HOST}:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=600) as response:
-        choice_made: dict[str, Any] = json.load(response)["choices"][0]
-        return choice_made
+    try:
+        with urllib.request.urlopen(request, timeout=600) as response:
+            reply = json.load(response)
+    except HTTPError as error:
+        raise RuntimeError(error.read().decode()) from None
+    made: dict[str, Any] = reply["choices"][0]
+    return made
 
 
 def judged(choice: dict[str, Any], tools: Sequence[dict[str, Any]]) -> str:

@@ -35,16 +35,18 @@ class Repeated(Struct, frozen=True):
     required: bool
 
 
+MOST = 32
+"""Calls of a message that must be nothing else."""
 _BREAK = r"/\s{0,2}/"
 
 
 class Lark:
     """A grammar that is being written."""
 
-    def __init__(self, control: Mapping[str, int]) -> None:
-        """`control` are the markers that the vocabulary has as control tokens, which no text can match."""
-        self._control = control
-        self._split = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
+    def __init__(self, special: Mapping[str, int]) -> None:
+        """`special` are the markers that the vocabulary has as special tokens, which no text can match."""
+        self._special = special
+        self._split = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
         self._rules: dict[str, str] = {}
         self.rule("TEXT", f"/{ANY}/")
 
@@ -57,14 +59,14 @@ class Lark:
         return name.partition("[")[0]
 
     def text(self, text: str) -> str:
-        """Exactly this text; control tokens in it are meant as such.
+        """Exactly this text; special tokens in it are meant as such.
 
         >>> Lark({"<|call|>": 7}).text("<|call|>f")
         '<[7]> "f"'
         """
-        parts = self._split.split(text) if self._control else [text]
+        parts = self._split.split(text) if self._special else [text]
         return " ".join(
-            f"<[{self._control[part]}]>" if part in self._control else json.dumps(part) for part in parts if part
+            f"<[{self._special[part]}]>" if part in self._special else json.dumps(part) for part in parts if part
         )
 
     def any_of(self, rules: Sequence[str]) -> str:
@@ -88,7 +90,7 @@ class Lark:
 
     def before(self, name: str, marker: str, text: str = ANY) -> str:
         """A rule of the text up to the first `marker`, and that."""
-        if any(control in marker for control in self._control):
+        if any(name in marker for name in self._special):
             return self.rule(name, f"/{text}/ {self.text(marker)}")
         return self.rule(f"{name}[lazy]", f"/{text}{literal(marker)}/")
 
@@ -104,7 +106,8 @@ class Lark:
         body = self.rule("body", self.any_of(calls.bodies))
         call = self.rule("call", f"{self.text(calls.trigger)} {body}")
         if calls.required or answer:
-            more = f"({self.text(calls.joint)} {call})*" if calls.joint else f"{call}*"
+            # Bounded: a small model may find no end, where nothing but another call may come.
+            more = f"({self.text(calls.joint)} {call}){{0,{MOST - 1}}}"
             several = f"{call} {more}" if calls.parallel else call
             rest = self.rule("rest", several if calls.required else f"{several} | {answer}")
             self.rule("start", " | ".join(self._thoughts(thought, rest, rest, _BREAK)))
@@ -125,7 +128,7 @@ class Lark:
 
     def _unlike(self, trigger: str, thought: Thought, rest: str, body: str) -> str:
         """The rest of a message that does not begin with reasoning, which may speak of triggers."""
-        tags = [tag for tag in thought.opens if tag not in self._control]
+        tags = [tag for tag in thought.opens if tag not in self._special]
         if not tags or thought.opened:
             return rest
         first = f"({unlike(tags)}{ANY})?"

@@ -122,6 +122,7 @@ async def test_templates_get_tools_and_earlier_calls_as_objects() -> None:
 async def test_templates_without_tools_are_taught() -> None:
     plain = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     engine = speaking(CALL, plain)
+    engine.request_limit = 4096
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
     messages = [
         {"role": "system", "content": "Be brief."},
