@@ -55,7 +55,7 @@ class Grammar:
 
     def begin(self) -> Matcher:
         """The start of a text. May be called from any thread."""
-        return Matcher(self._native.deep_copy(), self.size, self._ends)
+        return Matcher(self._native.deep_copy(), self._ends)
 
 
 class Grammars:

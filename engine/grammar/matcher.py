@@ -11,11 +11,6 @@ from numpy.typing import NDArray
 
 from engine.grammar.forms import GrammarError
 
-MOST_FORCED = 32
-"""Forced tokens that are looked at in one step."""
-LIKELY = 0.9
-"""The chance of the usual token where a forced text could be others: what becomes of it is learnt."""
-
 Bits = NDArray[np.uint32]
 """Masks, [rows, words]: bit b of word w says whether token 32 w + b is permitted."""
 
@@ -23,10 +18,9 @@ Bits = NDArray[np.uint32]
 class Matcher:
     """A function of the tokens it took, so nothing ever needs to be taken back. Belongs to the engine thread."""
 
-    def __init__(self, native: LLMatcher, size: int, ends: frozenset[int]) -> None:
-        """`size` tokens are in the vocabulary, of which `ends` end a text."""
+    def __init__(self, native: LLMatcher, ends: frozenset[int]) -> None:
+        """`ends` are the tokens that end a text."""
         self.native = native
-        self._size = size
         self._ends = ends
 
     def take(self, token: int) -> None:
@@ -53,17 +47,11 @@ class Matcher:
         end = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
         return self.native.validate_tokens(tokens[:end])
 
-    def forced(self, most: int) -> tuple[list[int], list[float]]:
-        """The next tokens of the text as far as that is forced, at most `most`, and the chance of each: 1 where no
-        other token may come, less where the same text could be other tokens."""
-        tokens = self.native.compute_ff_tokens()[: min(most, MOST_FORCED)]
-        tokens = tokens[: self.permits(tokens)]
-        if not tokens:
-            return [], []
-        bits = empty(len(tokens) + 1, self._size)
-        fill(bits, [(self.native, 0, tokens)])
-        counts = np.bitwise_count(bits[: len(tokens)]).sum(axis=1)
-        return tokens, [1.0 if count == 1 else LIKELY for count in counts]
+    def forced(self, most: int) -> list[int]:
+        """The next tokens as far as there is no other, at most `most`. Where a text is forced, masks permit only the
+        tokens in which it is usually written."""
+        tokens = self.native.compute_ff_tokens()[:most]
+        return tokens[: self.permits(tokens)]
 
 
 def empty(rows: int, size: int) -> Bits:
@@ -77,7 +65,11 @@ def fill(bits: Bits, wants: list[tuple[LLMatcher, int, list[int]]]) -> None:
     Works on several cores, without Python's lock.
     """
     rows, words = bits.shape
-    _executor().unsafe_compute_mask_ptr_with_draft_token(wants, bits.ctypes.data, words * bits.itemsize, rows)
+    place = bits.ctypes.data, words * bits.itemsize, rows
+    if drafts := [want for want in wants if want[2]]:
+        _executor().unsafe_compute_mask_ptr_with_draft_token(drafts, *place)
+    if plain := [(native, row) for native, row, draft in wants if not draft]:
+        _executor().unsafe_compute_mask_ptr(plain, *place)
 
 
 @cache

