@@ -104,10 +104,11 @@ def test_all_agree_on_a_conversations_tokens(server: Server, fields: dict[str, A
 
 
 def test_all_agree_on_a_texts_tokens(server: Server) -> None:
-    body = {"prompt": ["One, two", "naïve 日本語"], "max_tokens": 1}
+    texts = ["One, two", "naïve 日本語"]
+    body = {"prompt": texts, "max_tokens": 1}
     rendered = [each["token_ids"] for each in post(server, "/v1/completions/render", body)]
     assert post(server, "/v1/completions", body)["usage"]["prompt_tokens"] == sum(map(len, rendered))
-    assert [post(server, "/tokenize", {"prompt": text})["tokens"] for text in body["prompt"]] == rendered
+    assert [post(server, "/tokenize", {"prompt": text})["tokens"] for text in texts] == rendered
 
 
 def test_props(server: Server) -> None:

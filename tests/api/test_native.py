@@ -208,14 +208,18 @@ async def test_a_prompt_that_is_not_to_be_found(app: ASGIApp, engine: FakeEngine
         ("kt", {"top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "dry_multiplier": 0.0}),
         ("edskypmxt", {}),
         (["penalties", "dry", "top_k", "typical_p", "top_p", "min_p", "xtc"], {"temperature": 1.0}),
-        ([], {"top_k": 0, "temperature": 1.0, "top_p": 1.0}),
+        (
+            [],
+            {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "dry_multiplier": 0.0, "temperature": 1.0},
+        ),
         (None, {}),
     ],
     ids=str,
 )
 async def test_samplers(app: ASGIApp, engine: FakeEngine, samplers: Any, off: dict[str, float]) -> None:
     on = {"top_k": 5, "top_p": 0.5, "min_p": 0.25, "repeat_penalty": 1.5, "dry_multiplier": 0.5, "temperature": 0.75}
-    assert (await post(app, PATH, {"prompt": "x", "samplers": samplers, **on})).status == 200
+    told = (await post(app, PATH, {"prompt": "x", "samplers": samplers, **on})).json["generation_settings"]
+    assert len(told["samplers"]) == (9 if samplers is None else len(samplers))
     sampling = engine.requests[0].sampling
     assert {name: getattr(sampling, name) for name in {**on, **off}} == {**on, **off}
 
