@@ -20,7 +20,7 @@ from api.replies import Content, TimingsReply, event
 from api.responses import Answer, Emit, EventStream
 from api.served import Served, Site
 from api.settings import settings_of
-from engine import Finished, FinishReason, Logprob, RequestRefused, Tokens, Update, Vocab
+from engine import Finished, FinishReason, Logprob, Request, RequestRefused, Tokens, Update, Vocab
 
 _DECODER = msgspec.json.Decoder(NativeRequest)
 
@@ -96,7 +96,7 @@ class Told:
         self._asked = asked
         self._choices = choices
         self._each = [
-            Choice(served, asked, index, settings_of(request, choices.seed, stream=bool(asked.stream)), request.prompt)
+            Choice(served, asked, index, _settings(asked, request, choices.seed), request.prompt)
             for index, request in enumerate(choices.requests)
         ]
 
@@ -134,6 +134,13 @@ class Told:
 
     def _shaped(self, reply: NativeReply) -> NativeReply | dict[str, Any]:
         return reply.only(self._asked.response_fields) if self._asked.response_fields else reply
+
+
+def _settings(asked: NativeRequest, request: Request, seed: int) -> dict[str, object]:
+    return settings_of(request, seed, stream=bool(asked.stream)) | {
+        "samplers": asked.stages,
+        "timings_per_token": bool(asked.timings_per_token),
+    }
 
 
 class Choice:

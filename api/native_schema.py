@@ -64,12 +64,14 @@ class NativeRequest(Completion, kw_only=True):
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         """The same as for every completion, without the stages that `samplers` leaves out."""
-        made = super().sampling(defaults)
-        if self.samplers is None:
-            return made
-        stages = _stages(self.samplers)
+        stages = self.stages
         without = {name: value for stage, off in _OFF.items() if stage not in stages for name, value in off.items()}
-        return msgspec.structs.replace(made, **without)
+        return msgspec.structs.replace(super().sampling(defaults), **without)
+
+    @property
+    def stages(self) -> Sequence[str]:
+        """The stages that tokens are picked by. Raises RequestRefused for what is none, and for another order."""
+        return SAMPLERS if self.samplers is None else _stages(self.samplers)
 
     def refuse_unsupported(self) -> None:
         """Raises RequestRefused for a wish that would silently not be met."""
@@ -108,7 +110,7 @@ _RENAMED = {"typical_p": "typ_p", "top-k": "top_k", "top-p": "top_p", "min-p": "
 
 
 def _stages(samplers: str | list[str]) -> list[str]:
-    """The stages by name. Raises RequestRefused for a name that is none, and for an order that is not ours."""
+    """The stages by name. Raises RequestRefused."""
     known = _LETTERS if isinstance(samplers, str) else dict.fromkeys(SAMPLERS)
     for name in samplers:
         if name not in known and name not in _RENAMED:

@@ -293,7 +293,7 @@ def test_turns_that_alternate() -> None:
 
 def test_parts() -> None:
     parts = [{"type": "text", "text": " a "}, {"type": "image"}, {"type": "text", "text": "b"}]
-    messages = [TALK[0], {"role": "user", "content": parts}, TALK[2]]
+    messages: list[dict[str, Any]] = [TALK[0], {"role": "user", "content": parts}, TALK[2]]
     assert render(PARTS, messages) == (
         "<s><start_of_turn>user\nBe brief.\n\nab<end_of_turn>\n<start_of_turn>model\nHello<end_of_turn>\n"
         "<start_of_turn>model\n"
@@ -380,7 +380,7 @@ def test_settings(tmp_path: Path) -> None:
         ({"template_kwargs": "{'a': 1}"}, "--chat-template-kwargs: expected a JSON object"),
     ],
 )
-def test_settings_that_make_no_sense(config: dict[str, str], complaint: str) -> None:
+def test_settings_that_make_no_sense(config: dict[str, Any], complaint: str) -> None:
     made = ChatConfig(**config)
     with pytest.raises(TemplateTrouble, match=complaint):
         _ = wanted(made), names_of(made)
