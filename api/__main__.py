@@ -12,6 +12,7 @@ from api.lookup import build
 from api.options import OptionError, parse
 from api.serve import run
 from api.served import VERSION
+from api.templates import TemplateTrouble, names_of, wanted
 from api.terminal import say
 
 USAGE = """\
@@ -49,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(arguments: Sequence[str]) -> int:
     try:
         options = parse(arguments, os.environ)
-    except OptionError as error:
+        wanted(options.chat)
+        names_of(options.chat)
+    except (OptionError, TemplateTrouble) as error:
         say(f"paceline serve: {error}")
         return 2
     return run(options)

@@ -16,24 +16,35 @@ from api.chat import Chat
 from api.exchange import HUNG_UP, Exchanges, exchange_of
 from api.keys import Keys
 from api.metrics import registry_of
+from api.native import Native
 from api.problems import problem_of
 from api.props import props_of
+from api.render import Render
 from api.replies import Health, ModelList, ModelMeta, ModelReply
 from api.responses import JSONReply, problem_reply
 from api.served import Served, Site
 from api.slots import Slots
 from api.text import Text
+from api.tokens import Tokens
 from engine import EngineError
 
 
 def create_app(site: Site) -> ASGIApp:
     """The server's ASGI application. While `site` serves nothing yet, everything answers 503."""
     chat, text, status, slots = Chat(site), Text(site), Status(site), Slots(site)
+    native, render, tokens = Native(site), Render(site), Tokens(site)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", chat.complete, methods=["POST"]),
             Route("/chat/completions", chat.complete, methods=["POST"]),
             Route("/v1/completions", text.complete, methods=["POST"]),
+            Route("/completion", native.complete, methods=["POST"]),
+            Route("/completions", native.complete, methods=["POST"]),
+            Route("/v1/chat/completions/render", render.chat, methods=["POST"]),
+            Route("/v1/completions/render", render.text, methods=["POST"]),
+            Route("/tokenize", tokens.tokenize, methods=["POST"]),
+            Route("/detokenize", tokens.detokenize, methods=["POST"]),
+            Route("/apply-template", tokens.apply_template, methods=["POST"]),
             Route("/v1/models", status.models),
             Route("/v1/models/{id:path}", status.model),
             Route("/health", status.health),

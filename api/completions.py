@@ -28,7 +28,9 @@ from engine import (
     EngineFault,
     Finished,
     FinishReason,
+    Grammar,
     Logprob,
+    ReasoningBudget,
     Request,
     RequestRefused,
     Tokens,
@@ -60,6 +62,9 @@ class Choices:
         limit: int | None,
         logprobs: int | None,
         prediction: tuple[int, ...],
+        spelled: tuple[tuple[int, str], ...] = (),
+        reasoning: ReasoningBudget | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         """Nothing is submitted yet. Raises RequestRefused. Of `prediction`, what no text could reach is dropped."""
         self.n = asked.n or 1
@@ -86,9 +91,12 @@ class Choices:
                     stop_tokens=tuple(asked.stop_token_ids or ()),
                     ignore_eos=bool(asked.ignore_eos),
                     logprobs=logprobs,
+                    grammar=grammar,
                     salt=exchange.salt(asked.cache_salt),
                     speculation=self.speculation,
                     prediction=prediction,
+                    spelled=spelled,
+                    reasoning=reasoning,
                     id=exchange.id,
                 )
             )
@@ -100,6 +108,15 @@ class Choices:
 
     def __len__(self) -> int:
         return len(self._generations)
+
+    @property
+    def requests(self) -> list[Request]:
+        """What the engine is asked for each."""
+        return [generation.request for generation in self._generations]
+
+    def enough(self, index: int) -> None:
+        """Ends a choice that runs with what it has said so far, as if at its limit."""
+        self._generations[index].enough()
 
     @property
     def finished(self) -> bool:
@@ -142,7 +159,12 @@ Asked = TypeVar("Asked", bound=Completion)
 
 async def asked_of(request: HTTPRequest, served: Served, decoder: msgspec.json.Decoder[Asked]) -> Asked:
     """What the client asks for. Raises RequestRefused, also for another model and for what is not supported."""
-    asked = decode(decoder, await read(request, served.options.server.max_body))
+    return asked_in(await read(request, served.options.server.max_body), served, decoder)
+
+
+def asked_in(body: bytes, served: Served, decoder: msgspec.json.Decoder[Asked]) -> Asked:
+    """The same of a body that was read already."""
+    asked = decode(decoder, body)
     served.check_model(asked.model)
     refuse_unsupported(asked)
     return asked

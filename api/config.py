@@ -1,8 +1,11 @@
-"""How the server listens, answers and stops. Fields carry their flags, units and ranges, as in `engine.config`."""
+"""How the server listens, answers and stops, and how it writes prompts.
+
+Fields carry their flags, units and ranges, as in `engine.config`.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -86,3 +89,66 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     verbose: Annotated[
         bool, Meta(description="log health checks, scrapes and details too", extra=flags("-v", "--verbose"))
     ] = False
+
+
+class ChatConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How conversations become prompts."""
+
+    template: Annotated[
+        str,
+        Meta(
+            description="chat template: the name of a built-in one, such as chatml, llama3 or gemma, or Jinja; "
+            "empty is the model's own",
+            extra=flags("--chat-template", env="LLAMA_ARG_CHAT_TEMPLATE"),
+        ),
+    ] = ""
+    template_file: Annotated[
+        str,
+        Meta(
+            description="file with a chat template in Jinja; empty is none",
+            extra=flags("--chat-template-file", env="LLAMA_ARG_CHAT_TEMPLATE_FILE"),
+        ),
+    ] = ""
+    template_kwargs: Annotated[
+        str,
+        Meta(
+            description='JSON object of names for the template, such as `{"enable_thinking": false}`; those of a '
+            "request's chat_template_kwargs win",
+            extra=flags(
+                "--chat-template-kwargs", "--default-chat-template-kwargs", env="LLAMA_ARG_CHAT_TEMPLATE_KWARGS"
+            ),
+        ),
+    ] = ""
+    trust_request_template: Annotated[
+        bool,
+        Meta(
+            description="let requests bring a chat_template of their own, which is a program: it may take long",
+            extra=flags("--trust-request-chat-template"),
+        ),
+    ] = False
+    reasoning_format: Annotated[
+        Literal["auto", "deepseek", "none"],
+        Meta(
+            description="what a model thinks before it answers: told apart as `reasoning_content` (auto, deepseek), "
+            "or left in the content",
+            extra=flags("--reasoning-format", env="LLAMA_ARG_THINK"),
+        ),
+    ] = "auto"
+    reasoning_budget: Annotated[
+        int,
+        Meta(
+            ge=-1,
+            le=2**30,
+            description="tokens that a model may think before it must answer; 0 asks it not to think, -1 is any "
+            "number; of requests that do not say",
+            extra=flags("--reasoning-budget", env="LLAMA_ARG_THINK_BUDGET"),
+        ),
+    ] = -1
+    prefill_assistant: Annotated[
+        bool,
+        Meta(
+            description="go on with the last message if it is the assistant's and the request says neither "
+            "add_generation_prompt nor continue_final_message",
+            extra=flags("--prefill-assistant", env="LLAMA_ARG_PREFILL_ASSISTANT"),
+        ),
+    ] = True

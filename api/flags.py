@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 from msgspec import inspect as kinds
 
-from api.config import ServerConfig
+from api.config import ChatConfig, ServerConfig
 from engine import (
     BatchConfig,
     DraftConfig,
@@ -31,6 +31,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     draft: DraftConfig = DraftConfig()
     sim: SimConfig = SimConfig()
     server: ServerConfig = ServerConfig()
+    chat: ChatConfig = ChatConfig()
     sampling: SamplingParams = SamplingParams()
 
     @property
@@ -54,6 +55,7 @@ SECTIONS: dict[str, tuple[str, type[Struct]]] = {
     "draft": ("the draft model", DraftConfig),
     "sim": ("load tests without weights", SimConfig),
     "server": ("the HTTP side", ServerConfig),
+    "chat": ("chat templates", ChatConfig),
     "sampling": ("sampling of requests that do not say", SamplingParams),
 }
 """The tables, each with its subject."""

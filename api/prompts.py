@@ -1,38 +1,27 @@
-"""Conversations and texts to token ids.
+"""Conversations and texts to token ids, and back.
 
-The chat template comes with the model and is a program of strangers: it runs sandboxed, and whatever it fails with
-is the request's failure. The names it may use are those that Hugging Face's `apply_chat_template` offers.
+The names that a chat template may use are those that Hugging Face's `apply_chat_template` offers.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from datetime import datetime
 from functools import partial
 from typing import Any
 
 import anyio.to_thread
 import msgspec
-from jinja2 import Template, TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from api.builtin_templates import CHATML
+from api.config import ChatConfig
+from api.formats import Format, Generic, format_of
 from api.schema import ChatRequest, Message, Part, Prediction
+from api.templates import ChatTemplate, TemplateTrouble, compiled, names_of, wanted
+from api.tools import offered, taught, with_objects
 from engine import ModelInfo, RequestRefused, Vocab
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""The template for models that bring none."""
 
 LONG = 20_000
 """Characters from which on a text is worth a worker thread: some 5 ms of tokenizing."""
-
-RENDERED = 2**24
-"""Characters that a template may make of a conversation."""
 
 # The space tells whether the template strips the content, in which case the space is gone.
 _CUT = "\ue000paceline cuts here\ue001 "
@@ -41,19 +30,27 @@ _CUT = "\ue000paceline cuts here\ue001 "
 class Prompts:
     """The model's way to write prompts."""
 
-    def __init__(self, info: ModelInfo, vocab: Vocab) -> None:
+    def __init__(self, info: ModelInfo, vocab: Vocab, chat: ChatConfig = ChatConfig()) -> None:  # noqa: B008 (frozen)
+        """Raises TemplateTrouble if the settings make no sense."""
         self._info = info
         self._vocab = vocab
+        self.chat = chat
+        """The settings."""
+        self._names = names_of(chat)
         self.trouble: str | None = None
-        """What is wrong with the model's template, for people; None if nothing is."""
-        self._template = self._compiled(info.chat_template)
-        self._knows_developer = "developer" in (info.chat_template or "")
+        """What is wrong with the template that is served, for people; None if nothing is."""
+        self.template = self._served_template()
+        """What conversations are written with; None if it is not Jinja: only texts can be completed then."""
 
     async def of_chat(self, request: ChatRequest) -> tuple[int, ...]:
         """The tokens of a conversation, up to where the assistant goes on. Raises RequestRefused."""
-        if sum(map(_size, request.messages)) < LONG:
-            return await self.of_text(self.render(request))
-        return await self.of_text(await anyio.to_thread.run_sync(self.render, request))
+        return await self.of_text(await self.text_of_chat(request))
+
+    async def text_of_chat(self, request: ChatRequest) -> str:
+        """The same before it is tokens, special ones by their names. Raises RequestRefused."""
+        if request.chat_template is None and sum(map(_size, request.messages)) < LONG:
+            return self.render(request)
+        return await anyio.to_thread.run_sync(self.render, request)
 
     async def of_text(self, text: str) -> tuple[int, ...]:
         """The tokens of a text, special ones in it recognised. Raises RequestRefused if there are none."""
@@ -66,13 +63,31 @@ class Prompts:
         if prediction is None:
             return ()
         content = prediction.content
-        text = content if isinstance(content, str) else _joined(content, "prediction.content")
+        text = content if isinstance(content, str) else "".join(_texts(content, "prediction.content"))
         tokenize = partial(self._vocab.tokenize, text, special=False)
         return tuple(tokenize() if len(text) < LONG else await anyio.to_thread.run_sync(tokenize))
+
+    async def of_piece(self, text: str, *, add: bool, parse: bool) -> list[int]:
+        """The tokens of any text, also of none: `add` what the model wants before and after a text, `parse` the
+        names of special tokens in it."""
+        tokenize = partial(self._vocab.tokenize, text, special=parse)
+        tokens = tokenize() if len(text) < LONG else await anyio.to_thread.run_sync(tokenize)
+        before, after = ([token] if token >= 0 else [] for token in self._vocab.added)
+        if add and not parse:
+            return [*before, *tokens, *after]
+        return tokens if add or not parse else tokens[len(before) : len(tokens) - len(after)]
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text that tokens stand for."""
         return b"".join(map(self._vocab.piece, tokens)).decode("utf-8", "replace")
+
+    def spelled(self, token: int) -> bytes:
+        """A token's bytes; of a special one its name."""
+        return self._vocab.piece(token) or self._vocab.text(token).encode()
+
+    def text_with_names_of(self, tokens: Sequence[int]) -> str:
+        """The text that tokens stand for, special ones by their names."""
+        return b"".join(map(self.spelled, tokens)).decode("utf-8", "replace")
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """What `of_text` returns, computed here and now."""
@@ -86,90 +101,141 @@ class Prompts:
 
     def render(self, request: ChatRequest) -> str:
         """The conversation as the model wants to read it. Raises RequestRefused with what the template says."""
-        if self._template is None:
+        template, format, tools = self.template_for(request), self.format_for(request), offered(request)
+        extend = self._extends(request)
+        messages = [self._message(index, message) for index, message in enumerate(request.messages)]
+        if isinstance(format, Generic):
+            messages, tools = taught(messages, tools), None
+        elif any("tool_calls" in message for message in messages) and template.capabilities.supports_object_arguments:
+            messages = list(map(with_objects, messages))
+        messages = list(map(template.fitted, messages))
+        if extend:
+            _mark(messages[-1])
+        names = {
+            "documents": None,
+            **self._names,
+            **self._thinking(request),
+            **(request.chat_template_kwargs or {}),
+            "messages": messages,
+            "add_generation_prompt": not extend and request.add_generation_prompt is not False,
+            "bos_token": self._info.bos,
+            "eos_token": self._info.eos,
+            "tools": tools,
+        }
+        if request.documents is not None:
+            names["documents"] = request.documents
+        text = template.render(names)
+        return _cut(text) if extend else text
+
+    def _served_template(self) -> ChatTemplate | None:
+        source = wanted(self.chat) or self._info.chat_template
+        if source is None:
+            self.trouble = "The model has no chat template; ChatML is used."
+            return ChatTemplate(CHATML)
+        try:
+            template = ChatTemplate(source)
+        except TemplateTrouble as error:
+            self.trouble = f"The chat template cannot be used: {error}."
+            return None
+        if not (template.reads_text or template.reads_parts):
+            self.trouble = "The chat template shows nothing of a user's plain message, or fails on it."
+        return template
+
+    def _thinking(self, request: ChatRequest) -> dict[str, Any]:
+        """What templates are told of how much to think, under the names that families use."""
+        names: dict[str, Any] = {}
+        if request.reasoning_effort is not None:
+            names["reasoning_effort"] = request.reasoning_effort
+        thinks = request.enable_thinking
+        if thinks is None and (request.reasoning_effort == "none" or self.budget_of(request) == 0):
+            thinks = False
+        if thinks is not None:
+            names["enable_thinking"] = names["thinking"] = thinks
+        return names
+
+    def budget_of(self, request: ChatRequest) -> int:
+        """Tokens that may be thought; -1 is any number."""
+        asked = request.thinking_budget
+        return self.chat.reasoning_budget if asked is None else asked
+
+    def format_for(self, request: ChatRequest) -> Format:
+        """How the request's model writes calls. Raises RequestRefused."""
+        return format_of(self.template_for(request).source)
+
+    def special_token(self, text: str) -> int | None:
+        """The special token that is spelled like this; None if there is none."""
+        tokens = self._bare(text)
+        return tokens[0] if len(tokens) == 1 and tokens[0] in self._vocab.special else None
+
+    def closing(self, text: str) -> tuple[int, ...]:
+        """The tokens of a tag and an empty line after it."""
+        return (*self._bare(text), *self._vocab.tokenize("\n\n", special=False))
+
+    def _bare(self, text: str) -> list[int]:
+        """The tokens of `text` without those that the model wants around a text."""
+        tokens = self._vocab.tokenize(text, special=True)
+        before, after = self._vocab.added
+        start = int(bool(tokens) and tokens[0] == before)
+        return tokens[start : len(tokens) - int(len(tokens) > start and tokens[-1] == after)]
+
+    def template_for(self, request: ChatRequest) -> ChatTemplate:
+        """The template that the request is written with. Raises RequestRefused."""
+        if request.chat_template is not None:
+            return self._brought(request.chat_template)
+        if self.template is None:
             raise RequestRefused(f"{self.trouble} Use /v1/completions.")
-        extend = bool(request.continue_final_message)
-        if extend and request.add_generation_prompt:
+        return self.template
+
+    def _brought(self, source: str) -> ChatTemplate:
+        if not self.chat.trust_request_template:
+            raise RequestRefused(
+                "This server takes no chat_template from requests: leave it out, or serve with "
+                "--trust-request-chat-template.",
+                field="chat_template",
+            )
+        try:
+            return compiled(source)
+        except TemplateTrouble as error:
+            raise RequestRefused(f"chat_template cannot be used: {error}.", field="chat_template") from None
+
+    def _extends(self, request: ChatRequest) -> bool:
+        """Whether the last message is to go on, instead of a new one. Raises RequestRefused."""
+        last = request.messages[-1]
+        if request.continue_final_message is None and request.add_generation_prompt is None:
+            return self.chat.prefill_assistant and last.role == "assistant" and not last.tool_calls
+        if not request.continue_final_message:
+            return False
+        if request.add_generation_prompt:
             raise RequestRefused(
                 "add_generation_prompt and continue_final_message exclude each other.",
                 field="continue_final_message",
             )
-        messages = [self._message(index, message) for index, message in enumerate(request.messages)]
-        if extend:
-            messages[-1]["content"] += _CUT
-        begin = not extend if request.add_generation_prompt is None else request.add_generation_prompt
-        names = {
-            **(request.chat_template_kwargs or {}),
-            "messages": messages,
-            "add_generation_prompt": begin,
-            "bos_token": self._info.bos,
-            "eos_token": self._info.eos,
-            "tools": None,
-        }
-        text = _run(self._template, names)
-        return _cut(text) if extend else text
+        if last.tool_calls:
+            raise RequestRefused("A message with tool calls cannot be continued.", field="continue_final_message")
+        return True
 
     def _message(self, index: int, message: Message) -> dict[str, Any]:
-        """The message as templates know it: content as one text, and nothing that the client left out."""
+        """The message as templates know it: with nothing that the client left out but content, a text or parts."""
         if message.content is None and message.role != "assistant":
             raise RequestRefused(
                 f"A message of role {message.role!r} needs content.", field=f"messages[{index}].content"
             )
         fields: dict[str, Any] = msgspec.to_builtins(message)
         if isinstance(message.content, list):
-            fields["content"] = _joined(message.content, f"messages[{index}].content")
+            texts = _texts(message.content, f"messages[{index}].content")
+            fields["content"] = [{"type": "text", "text": text} for text in texts]
         else:
             fields["content"] = message.content or ""
-        if message.role == "developer" and not self._knows_developer:
-            fields["role"] = "system"
         return fields
 
-    def _compiled(self, source: str | None) -> Template | None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols", _GenerationTag],
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        if source is None:
-            self.trouble = "The model has no chat template; ChatML is used."
-            source = CHATML
-        try:
-            return environment.from_string(source)
-        except Exception as error:
-            self.trouble = f"The model's chat template cannot be used: {error}."
-            return None
 
-
-class _GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's text for training; here its body is all that counts."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _run(template: Template, names: dict[str, Any]) -> str:
-    pieces: list[str] = []
-    size = 0
-    try:
-        for piece in template.generate(names):
-            pieces.append(piece)
-            size += len(piece)
-            if size > RENDERED:
-                raise TemplateError("it writes too much")
-    except TemplateError as error:
-        raise RequestRefused(f"The chat template refuses this conversation: {error}", field="messages") from None
-    except Exception as error:
-        kind = type(error).__name__
-        raise RequestRefused(
-            f"The chat template fails on this conversation: {kind}: {error}", field="messages"
-        ) from None
-    return "".join(pieces)
+def _mark(message: dict[str, Any]) -> None:
+    """Puts the mark at the end of the message's text."""
+    content = message["content"]
+    if isinstance(content, str):
+        message["content"] = content + _CUT
+    else:
+        message["content"] = [*content[:-1], {"type": "text", "text": (content[-1]["text"] if content else "") + _CUT}]
 
 
 def _cut(text: str) -> str:
@@ -188,8 +254,8 @@ def _size(message: Message) -> int:
     return sum(len(part.text or "") for part in parts) if isinstance(parts, list) else len(parts or "")
 
 
-def _joined(parts: Sequence[Part], path: str) -> str:
-    """The text of a message that came in parts, all of which must be text."""
+def _texts(parts: Sequence[Part], path: str) -> list[str]:
+    """The texts of parts, all of which must be text."""
     for index, part in enumerate(parts):
         if part.type != "text":
             raise RequestRefused(
@@ -198,23 +264,4 @@ def _joined(parts: Sequence[Part], path: str) -> str:
             )
         if part.text is None:
             raise RequestRefused("A content part of type 'text' needs text.", field=f"{path}[{index}].text")
-    return "".join(part.text or "" for part in parts)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # As in transformers: jinja2's own would escape HTML, and msgspec spaces JSON unlike what models were shown.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return [part.text or "" for part in parts]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import msgspec
 from msgspec import Struct
 
-from api.prompts import CHATML
 from api.served import VERSION, Served
+from api.settings import default_settings
+from api.templates import Capabilities
 from engine import MemoryInfo
 
 
@@ -60,6 +60,14 @@ class Memory(Struct, frozen=True):
         )
 
 
+class Modalities(Struct, frozen=True):
+    """What a request may hold besides text."""
+
+    vision: bool = False
+    audio: bool = False
+    video: bool = False
+
+
 class Props(Struct, frozen=True):
     """The reply."""
 
@@ -79,21 +87,24 @@ class Props(Struct, frozen=True):
     memory: Memory
     endpoint_slots: bool
     """Whether GET /slots answers."""
+    chat_template_caps: Capabilities | None
+    """None if the template cannot be used."""
+    model_ftype: str
+    endpoint_props: bool = False
+    endpoint_metrics: bool = True
+    modalities: Modalities = Modalities()
+    is_sleeping: bool = False
 
 
 def props_of(served: Served) -> Props:
     """The properties of what is served."""
-    engine, info = served.engine, served.engine.info
-    params = msgspec.structs.asdict(served.options.sampling)
-    del params["logit_bias"]
-    if params["seed"] is None:
-        params["seed"] = -1
+    engine, info, template = served.engine, served.engine.info, served.prompts.template
     return Props(
-        Defaults(engine.request_limit, params),
+        Defaults(engine.request_limit, default_settings(served.options.sampling)),
         engine.slots,
         served.name,
         info.path,
-        info.chat_template or CHATML,
+        template.source if template else info.chat_template or "",
         info.bos,
         info.eos,
         f"paceline {VERSION}, {info.build}",
@@ -102,4 +113,6 @@ def props_of(served: Served) -> Props:
         Guessing(served.guessers, engine.speculators, engine.silent),
         Memory.of(engine.memory, by_key=served.options.server.cache_salt_by_key),
         served.options.server.slots_endpoint,
+        template.capabilities if template else None,
+        info.description,
     )

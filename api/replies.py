@@ -6,8 +6,8 @@ and a dictionary per token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -22,7 +22,11 @@ DONE = b"data: [DONE]\n\n"
 """The last event of a stream that ended well."""
 
 
-def event(reply: Struct) -> bytes:
+Content = Struct | Mapping[str, Any] | Sequence[Struct | Mapping[str, Any]]
+"""What a body may be."""
+
+
+def event(reply: Struct | Mapping[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: %b\n\n" % encode(reply)
 
@@ -154,11 +158,38 @@ class TextLogprobs(Struct, frozen=True):
     text_offset: list[int]
 
 
+class FunctionReply(Struct):
+    """A function that the model calls, whole or its part of a chunk."""
+
+    arguments: str
+    """JSON."""
+    name: str | UnsetType = UNSET
+
+
+class CallReply(Struct):
+    """A call in a whole message."""
+
+    id: str
+    function: FunctionReply
+    type: Literal["function"] = "function"
+
+
+class CallDelta(Struct):
+    """A call's part of a chunk: id, type and name come once, with the first."""
+
+    index: int
+    function: FunctionReply
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class ChatMessage(Struct, frozen=True, kw_only=True):
     """The assistant's turn."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[CallReply] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, frozen=True):
@@ -175,6 +206,8 @@ class Delta(Struct):
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[CallDelta] | UnsetType = UNSET
 
 
 class ChatDelta(Struct):

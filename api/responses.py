@@ -6,17 +6,16 @@ import logging
 import math
 import time
 from asyncio import Lock
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import anyio
-from msgspec import Struct
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.exchange import HUNG_UP, exchange_of
 from api.problems import Problem, problem_of
-from api.replies import encode, event
+from api.replies import Content, encode, event
 from api.tasks import unless_gone
 from engine import EngineError
 
@@ -33,9 +32,7 @@ class JSONReply(Response):
 
     media_type = "application/json"
 
-    def __init__(
-        self, reply: Struct | Sequence[Struct], status: int = 200, headers: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, reply: Content, status: int = 200, headers: dict[str, str] | None = None) -> None:
         super().__init__(encode(reply), status, headers)
 
 
@@ -47,14 +44,14 @@ def problem_reply(problem: Problem) -> JSONReply:
 class Answer(Response):
     """A reply that takes a while: `make` is cancelled when the client hangs up before it is made."""
 
-    def __init__(self, make: Callable[[], Awaitable[Struct]]) -> None:
+    def __init__(self, make: Callable[[], Awaitable[Content]]) -> None:
         self.make = make
         self.status_code = 200
         self.background = None
         self.init_headers()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        made: list[Struct] = []
+        made: list[Content] = []
 
         async def job() -> None:
             made.append(await self.make())

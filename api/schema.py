@@ -35,10 +35,30 @@ class StreamOptions(Struct):
     include_usage: bool | None = None
 
 
+class NamedSchema(Struct):
+    """A JSON schema in OpenAI's shape. It holds whether `strict` or not."""
+
+    schema: dict[str, Any]
+    name: str | None = None
+    strict: bool | None = None
+
+
 class ResponseFormat(Struct):
-    """The form that the text must have."""
+    """The form that the text must have; `schema` is llama-server's, of `json_object`."""
 
     type: str
+    json_schema: NamedSchema | None = None
+    schema: dict[str, Any] | None = None
+
+
+class StructuredOutputs(Struct, forbid_unknown_fields=True):
+    """The same in vLLM's shape: one of these."""
+
+    json: dict[str, Any] | str | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
 
 
 class Completion(Struct, kw_only=True):
@@ -83,13 +103,13 @@ class Completion(Struct, kw_only=True):
     logit_bias: dict[str, float] | list[tuple[int | str, float | bool]] | None = None
 
     response_format: ResponseFormat | None = None
-    grammar: Any = None
-    json_schema: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
+    grammar: str | None = None
+    json_schema: dict[str, Any] | str | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     @property
     def limit(self) -> int | None:
@@ -167,12 +187,30 @@ class ChatRequest(Completion, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
+    function_call: Any = None
+    reasoning_format: Literal["auto", "deepseek", "none"] | None = None
+    reasoning_effort: Annotated[str, Meta(max_length=32)] | None = None
+    enable_thinking: bool | None = None
+    reasoning_budget: Limit | None = None
+    reasoning_budget_tokens: Limit | None = None
+    thinking_budget_tokens: Limit | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+
+    @property
+    def thinking_budget(self) -> int | None:
+        """Tokens that may be thought, under whichever name; None if the client did not say."""
+        for value in (self.reasoning_budget, self.reasoning_budget_tokens, self.thinking_budget_tokens):
+            if value is not None:
+                return value
+        return None
 
 
 class TextRequest(Completion, kw_only=True):
@@ -216,41 +254,10 @@ def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
 
 def refuse_unsupported(request: Completion) -> None:
     """Raises RequestRefused for a wish that would silently not be met."""
-    for name in _CONSTRAINTS:
-        if getattr(request, name) is not None:
-            raise RequestRefused(f"{name} is not supported yet.", field=name)
-    if request.response_format is not None and request.response_format.type != "text":
-        raise RequestRefused(
-            f"response_format {request.response_format.type!r} is not supported yet, only 'text'.",
-            field="response_format.type",
-        )
-    if isinstance(request, ChatRequest):
-        _refuse_tools(request)
+    if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
+        raise RequestRefused("top_logprobs needs logprobs to be true.", field="top_logprobs")
     if isinstance(request, TextRequest):
         _refuse_legacy(request)
-
-
-_CONSTRAINTS = (
-    "grammar",
-    "json_schema",
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-)
-
-
-def _refuse_tools(request: ChatRequest) -> None:
-    for name in ("tools", "functions"):
-        if getattr(request, name) and request.tool_choice != "none":
-            raise RequestRefused(
-                f"{name} are not supported yet; leave them out or send tool_choice 'none'.", field=name
-            )
-    if request.tool_choice not in (None, "none", "auto"):
-        raise RequestRefused("tool_choice needs tools, which are not supported yet.", field="tool_choice")
-    if request.top_logprobs is not None and not request.logprobs:
-        raise RequestRefused("top_logprobs needs logprobs to be true.", field="top_logprobs")
 
 
 def _refuse_legacy(request: TextRequest) -> None:

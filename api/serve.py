@@ -20,7 +20,7 @@ from api.app import create_app
 from api.flags import Options
 from api.served import Served, Site
 from api.terminal import Bar, address_of, say, welcome
-from engine import Engine, EngineError
+from engine import Engine, EngineError, JsonObject
 
 KEEP_ALIVE = 75
 """Seconds that an idle connection is kept: longer than clients' pools keep theirs, so that they close first."""
@@ -69,6 +69,8 @@ async def _live(options: Options, listener: socket.socket) -> int:
             engine = await _opened(options, engines, signals)
             if engine is None:
                 return 0
+            if options.model.warmup:
+                await engine.compile(JsonObject())  # the first one holds up everybody, so it is made before they come
             site.served = Served(engine, options)
             say(welcome(site.served, address_of(options.server, listener.getsockname()[1])))
             await signals.end.wait()

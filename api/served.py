@@ -16,7 +16,9 @@ from api.prompts import Prompts
 from engine import (
     Draining,
     EngineFault,
+    Form,
     Generation,
+    Grammar,
     MemoryInfo,
     ModelInfo,
     Moved,
@@ -69,6 +71,9 @@ class Core(Protocol):
     def memory(self) -> MemoryInfo:
         """How prefixes are kept."""
 
+    async def compile(self, form: Form) -> Grammar:
+        """What a request's `grammar` takes. Raises RequestRefused; its field is the JSON pointer of a keyword."""
+
     def generate(self, request: Request) -> Generation:
         """Not yet submitted. Raises RequestRefused."""
 
@@ -98,7 +103,7 @@ class Served:
         self.options = options
         self.name = options.server.alias or file.stem
         self.created = int(time.time())
-        self.prompts = Prompts(info, engine.vocab)
+        self.prompts = Prompts(info, engine.vocab, options.chat)
         profile = options.model
         identity = f"{VERSION} {info.digest} {info.build} {info.exact} {profile.flash_attention}"
         identity += f" {profile.cache_type_k} {profile.cache_type_v}"

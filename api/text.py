@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.completions import Choices, Writer, asked_of, respond
+from api.constraints import constraint_of, grammar_of
 from api.exchange import exchange_of
 from api.logprobs import Offsets
 from api.replies import TextChoice, event
@@ -32,8 +33,9 @@ class Text:
         """Continuations of one or more prompts; choice i of prompt p has index p * n + i."""
         served = self._site.open
         asked = await asked_of(request, served, _DECODER)
+        constraint = constraint_of(asked)
         texts = asked.prompts
-        prompts = [await served.prompts.of_text(text) if isinstance(text, str) else tuple(text) for text in texts]
+        prompts = await tokens_of(served, texts)
         choices = Choices(
             served,
             exchange_of(request.scope),
@@ -42,6 +44,7 @@ class Text:
             limit=DEFAULT_LIMIT if asked.limit is None else asked.limit,
             logprobs=asked.logprobs,
             prediction=await served.prompts.of_prediction(asked.prediction),
+            grammar=await grammar_of(served.engine, constraint),
         )
         echoes = [
             (text if isinstance(text, str) else served.prompts.text_of(text)) if asked.echo else ""
@@ -49,6 +52,11 @@ class Text:
             for _ in range(choices.n)
         ]
         return respond(asked, choices, TextWriter(served, asked, echoes), served.options.server.sse_ping)
+
+
+async def tokens_of(served: Served, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
+    """The tokens of prompts, each text or tokens. Raises RequestRefused."""
+    return [await served.prompts.of_text(each) if isinstance(each, str) else tuple(each) for each in prompts]
 
 
 class TextWriter(Writer):

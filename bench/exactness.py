@@ -79,7 +79,7 @@ class Way(Struct, frozen=True):
 
 ALONE = Way("a alone", clients=1, shares=False, rows=2**20)
 WAYS = (
-    *(Way(f"b {kind}", types=(kind,)) for kind in SPECULATOR_TYPES),
+    *(Way(f"b {kind}", types=(kind,)) for kind in SPECULATOR_TYPES if kind != "grammar"),
     Way("c auto", types=("auto",)),
     *(Way(f"d {clients} at once", clients=clients) for clients in (1, 3, 8, 16)),
     *(Way(f"e {rows} rows", rows=rows) for rows in (5, 33, 200)),

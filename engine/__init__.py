@@ -23,6 +23,7 @@ from engine.contract import (
     Logprob,
     ModelError,
     Overloaded,
+    ReasoningBudget,
     Request,
     RequestRefused,
     SamplingParams,
@@ -35,6 +36,7 @@ from engine.contract import (
 )
 from engine.engine import Engine, MemoryInfo, open_vocabulary, step_costs
 from engine.generation import Generation
+from engine.grammar import Choice, Form, Gbnf, Grammar, JsonObject, JsonSchema, Lark, Regex
 from engine.pace import Measured
 from engine.sampling import derive as derive_seed
 from engine.slotfiles import Moved
@@ -46,6 +48,7 @@ __all__ = [
     "SIM",
     "SPECULATOR_TYPES",
     "BatchConfig",
+    "Choice",
     "ContextExceeded",
     "DraftConfig",
     "Drafts",
@@ -56,8 +59,14 @@ __all__ = [
     "EngineFault",
     "FinishReason",
     "Finished",
+    "Form",
+    "Gbnf",
     "Generation",
+    "Grammar",
     "Histogram",
+    "JsonObject",
+    "JsonSchema",
+    "Lark",
     "Logprob",
     "Measured",
     "MemoryConfig",
@@ -68,6 +77,8 @@ __all__ = [
     "Moved",
     "Overloaded",
     "Ran",
+    "ReasoningBudget",
+    "Regex",
     "Request",
     "RequestRefused",
     "SamplingParams",

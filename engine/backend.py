@@ -67,6 +67,8 @@ class ModelInfo(Struct, frozen=True):
     """Of the library."""
     layout: str = ""
     """Of a saved state: equal where one can be loaded that was saved elsewhere."""
+    offloaded: bool = False
+    """Whether steps are computed elsewhere, so that the processor is free meanwhile."""
     exact: bool = False
     """Whether a request's tokens depend on nothing but itself: not on its company, its drafts or how it was read."""
 
@@ -89,6 +91,11 @@ class Vocab(Protocol):
     @property
     def added(self) -> tuple[int, int]:
         """The tokens that the model wants before and after a text; -1 for none."""
+
+    @property
+    def special(self) -> frozenset[int]:
+        """The tokens that mean something to the model and are no text: control tokens, and those that were added to
+        the vocabulary with a name in angle brackets, such as `<tool_call>`. Their name is `text`."""
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Token ids of `text`. With `special`, special tokens in it are recognised and a BOS is added if the

@@ -18,6 +18,8 @@ from typing import Annotated, Literal, get_args
 
 from msgspec import Meta, Struct
 
+from engine.grammar import Grammar
+
 
 class EngineError(Exception):
     """Anything the engine reports to a caller."""
@@ -117,7 +119,15 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 SpeculatorType = Literal[
-    "prediction", "ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache", "suffix", "draft"
+    "prediction",
+    "grammar",
+    "ngram-simple",
+    "ngram-map-k",
+    "ngram-map-k4v",
+    "ngram-mod",
+    "ngram-cache",
+    "suffix",
+    "draft",
 ]
 """The kinds of speculators, in the order in which a fixed order asks them."""
 SPECULATOR_TYPES: tuple[SpeculatorType, ...] = get_args(SpeculatorType)
@@ -144,6 +154,18 @@ class Speculation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Whether lengths and types are chosen by what was measured, or the first draft is verified whole."""
 
 
+class ReasoningBudget(Struct, frozen=True):
+    """A bound on what is thought before the answer: once so many tokens of it are there, `closing` follows."""
+
+    tokens: int
+    opens: str
+    """The text that begins it; empty if the prompt ends with that."""
+    closes: str
+    """The text that ends it."""
+    closing: tuple[int, ...]
+    """The tokens of that text, emitted in turn whatever the model would pick."""
+
+
 class Request(Struct, frozen=True, kw_only=True):
     """One continuation of one prompt."""
 
@@ -152,16 +174,19 @@ class Request(Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     """New tokens at most; None is up to the end of the context. 0 only reads the prompt."""
     min_tokens: int = 0
-    """Neither an end token nor a stop token is picked before this many tokens."""
+    """Neither an end token nor a stop token is picked before this many tokens, unless the grammar leaves no other."""
     sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
     """Texts that end the continuation; the earliest to appear wins and is never part of the text."""
     stop_tokens: tuple[int, ...] = ()
     """Tokens that end the continuation besides the model's own, and are never part of it."""
     ignore_eos: bool = False
-    """The model's end tokens are never picked."""
+    """The model's end tokens are never picked, unless the grammar leaves no other."""
     logprobs: int | None = None
     """Alternatives to report for each token; None reports no logprobs at all."""
+    grammar: Grammar | None = None
+    """What the continuation must look like, from `Engine.compile`: an end token is picked only where it may end, and
+    where nothing else may follow it ends by itself."""
     salt: str = ""
     """Prefixes, and what speculators learn from a text, are shared only between requests of equal salt."""
     speculation: Speculation | None = None
@@ -169,6 +194,10 @@ class Request(Struct, frozen=True, kw_only=True):
     prediction: tuple[int, ...] = ()
     """Token ids that the continuation is expected to have, in about this order; they are guessed from unless
     `speculation` says nobody is."""
+    spelled: tuple[tuple[int, str], ...] = ()
+    """Control tokens that are shown, each with its text. Others have none."""
+    reasoning: ReasoningBudget | None = None
+    """How long it may think; None is as long as it likes."""
     id: str = ""
     """The caller's name for the request, for logs."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, closing
 from itertools import count
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from engine.contract import (
     SpeculatorType,
 )
 from engine.generation import Generation
+from engine.grammar import Form, Grammar, GrammarError, Grammars
 from engine.outbox import News
 from engine.pace import Measured
 from engine.runner import SHUTTING_DOWN, Runner
@@ -80,6 +81,7 @@ class Engine:
     """A served model. `Engine.open` makes one; everything else is called on the event loop that opened it."""
 
     _opened: Opened
+    _grammars: Grammars
 
     def __init__(self, config: EngineConfig, opener: Opener, speculate: Speculate | None, progress: Progress) -> None:
         self._config = config
@@ -113,7 +115,8 @@ class Engine:
         engine = cls(config, opener, speculate, progress)
         try:
             engine._opened = await engine._thread.open()
-            yield engine
+            with closing(Grammars(engine.vocab)) as engine._grammars:
+                yield engine
         finally:
             await engine._thread.close()
 
@@ -207,6 +210,17 @@ class Engine:
 
     # ── requests ──
 
+    async def compile(self, form: Form) -> Grammar:
+        """What `Request.grammar` takes; compiled aside, or known from before.
+
+        Raises RequestRefused if that cannot be, with the JSON pointer of the keyword to blame as its field if there
+        is one.
+        """
+        try:
+            return await self._grammars.compile(form)
+        except GrammarError as error:
+            raise RequestRefused(str(error), field=error.pointer) from None
+
     def generate(self, request: Request) -> Generation:
         """A continuation of `request.prompt`, which starts when the Generation is entered.
 
@@ -230,6 +244,8 @@ class Engine:
             raise RequestRefused(f"logit_bias names a token id outside 0..{size - 1}.", field="logit_bias")
         if request.prediction and (min(request.prediction) < 0 or max(request.prediction) >= size):
             raise RequestRefused(f"The prediction holds a token id outside 0..{size - 1}.", field="prediction")
+        if request.grammar is not None and request.grammar.size != self.vocab.size:
+            raise RequestRefused("The grammar was compiled for another model.", field="grammar")
         if request.speculation is not None:
             self._check_types(request.speculation)
         if any(not 0 <= token < size for token in request.stop_tokens):

@@ -9,9 +9,7 @@ from typing import Self
 import msgspec
 
 from engine.contract import Failed, Finished, FinishReason, Logprob, Request, Tokens, Update
-from engine.text import TextStream
-
-Piece = Callable[[int], bytes]
+from engine.text import Piece, TextStream, spelling
 
 
 class Generation:
@@ -33,7 +31,7 @@ class Generation:
         self.request = request
         self.key = 0
         """The engine's name for it, given when it is submitted."""
-        self._piece = piece
+        self._piece = spelling(request.spelled, piece)
         self._submit = submit
         self._cancel = cancel
         self._text = TextStream(request.stop)
@@ -44,12 +42,13 @@ class Generation:
         self._shown = ""
         self._count = 0  # tokens received, up to the one that completed a stop string
         self._end: Finished | Failed | None = None
+        self._enough = False
         self._drained = False
 
     @property
     def complete(self) -> bool:
-        """Whether a stop string has ended the text."""
-        return self._text.stopped_by is not None
+        """Whether a stop string, or who has enough, has ended the text."""
+        return self._enough or self._text.stopped_by is not None
 
     async def __aenter__(self) -> Self:
         self._submit(self)
@@ -76,9 +75,15 @@ class Generation:
         assert self._end is not None, "woken without anything to read"
         return self._end
 
+    def enough(self) -> None:
+        """Ends the request with what was delivered so far, as its limit would; nothing if it has come to an end."""
+        if self._end is None and not self.complete:
+            self._enough = True
+            self._cancel(self)
+
     def deliver_tokens(self, ids: Sequence[int], logprobs: Sequence[Logprob] = ()) -> None:
         """Takes the tokens of one step, on the event loop."""
-        if self._end is not None or self._text.stopped_by is not None:
+        if self._end is not None or self.complete:
             return
         self._logprobs += logprobs
         for token in ids:
@@ -110,11 +115,13 @@ class Generation:
             self._reader.set_result(None)
 
     def _stopped(self, end: Finished) -> Finished:
-        """`end` as the reader should see it if a stop string came first."""
-        if self._text.stopped_by is None:
+        """`end` as the reader should see it if a stop string, or who has enough, came first."""
+        if not self.complete:
             return end
+        stopped_by = self._text.stopped_by
+        reason = FinishReason.LENGTH if stopped_by is None else FinishReason.STOP
         usage = msgspec.structs.replace(end.usage, completion=self._count)
-        return msgspec.structs.replace(end, reason=FinishReason.STOP, usage=usage, stop=self._text.stopped_by)
+        return msgspec.structs.replace(end, reason=reason, usage=usage, stop=stopped_by)
 
     def _take(self) -> Tokens:
         out = self._out

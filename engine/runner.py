@@ -11,7 +11,8 @@ from functools import partial
 
 from engine import scheduler
 from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
-from engine.contract import EngineError, EngineFault, Failed, FinishReason
+from engine.contract import EngineError, EngineFault, Failed, FinishReason, RequestRefused
+from engine.grammar import GrammarError, Masks
 from engine.memory import Cells, Store
 from engine.outbox import Outbox
 from engine.pace import Load, Pace
@@ -57,6 +58,7 @@ class Runner:
         self._pace = pace
         self._outbox = outbox
         self._drafting = drafting
+        self._masks = Masks(backend.vocab.size, aside=backend.info.offloaded)
         self._seconds = 0.0  # of the last decode
 
     @property
@@ -71,7 +73,7 @@ class Runner:
 
     def submit(self, stream: Stream) -> None:
         """Takes a new request."""
-        stream.drafter = self._drafting.drafter(stream.request, stream.sampler)
+        stream.drafter = self._drafting.drafter(stream.request, stream.sampler, stream.matcher)
         self.waiting.put(stream)
 
     def end(self, key: int, reason: FinishReason) -> None:
@@ -121,6 +123,7 @@ class Runner:
     def close(self) -> None:
         """Ends what outlives requests: files are written. Nothing is called afterwards."""
         self._drafting.close()
+        self._masks.close()
         self.cells.close()
 
     # ── before the decode ──
@@ -224,8 +227,9 @@ class Runner:
             return
 
     def _fill(self, plan: Iterable[Rows]) -> list[int]:
-        """Writes the batch; for each stream the index of its first row of logits."""
+        """Writes the batch and makes the masks; for each stream the index of its first row of logits."""
         self.context.batch.clear()
+        self._masks.begin([want for rows in plan if (want := self.running[rows.key].want(rows)) is not None])
         return [self.running[rows.key].fill(self.context.batch, rows) for rows in plan]
 
     def _fail_rows(self, plan: Iterable[Rows], reason: str) -> None:
@@ -259,6 +263,8 @@ class Runner:
                 self._emit(stream, logits[first : first + rows.drafts + 1], now)
             except BadLogits as error:
                 self._fail(stream, EngineFault(str(error)))
+            except GrammarError as error:
+                self._fail(stream, RequestRefused(f"The text cannot go on in its grammar: {error}."))
 
     def _emit(self, stream: Stream, rows: Logits, now: float) -> None:
         """Picks the stream's next tokens, keeps the cells of those that the draft had right, and tells its reader."""
@@ -267,7 +273,7 @@ class Runner:
             return
         lease = stream.held
         drafts = len(rows) - 1
-        verdict = verify(stream, stream.draft[:drafts], rows)
+        verdict = verify(stream, stream.draft[:drafts], rows, self._masks.of(stream.key))
         assert verdict.ids, "a verified row commits a token"
         intact = True
         if drafts:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from engine.batch import Batch
 from engine.contract import Finished, FinishReason, Request, Timings, Usage
+from engine.grammar import Want
 from engine.memory import Lease
 from engine.sampling import Sampler
 from engine.scheduler import Rows, StreamView
@@ -36,6 +37,8 @@ class Stream:
         self.tokens = array("i", request.prompt)
         self.prompt_length = len(request.prompt)
         self.sampler = Sampler(request, seed, vocab.ends, vocab.piece)
+        self.matcher = request.grammar.begin() if request.grammar is not None else None
+        """Where the emitted tokens are in its grammar."""
         self.drafter = Drafter({})
         """Who guesses for it; the runner says."""
         self.lease: Lease | None = None
@@ -101,6 +104,12 @@ class Stream:
         last = end == len(self.tokens)
         return batch.add(lease.seq, start, tokens, rows.drafts + 1 if last else 0)
 
+    def want(self, rows: Rows) -> Want | None:
+        """The masks that its `rows` of the next step need; None if it has no grammar, or no token is picked yet."""
+        if self.matcher is None or rows.tokens < self.behind:
+            return None
+        return Want(self.key, self.matcher, self.draft[: rows.drafts])
+
     def start(self, lease: Lease) -> None:
         """Begins, or goes on after it was retracted."""
         self.lease = lease
@@ -120,11 +129,16 @@ class Stream:
             self.lease = None
 
     def append(self, token: int) -> FinishReason | None:
-        """Takes the next token, and says whether the stream ends with it."""
+        """Takes the next token, and says whether the stream ends with it. Raises GrammarError if its grammar turns out
+        to be too complex."""
         self.tokens.append(token)
         if token in self._ends:
             self.stop_token = token
             return FinishReason.STOP
+        if self.matcher is not None:
+            self.matcher.take(token)
+            if self.matcher.complete:
+                return FinishReason.STOP
         return FinishReason.LENGTH if self.emitted >= self._most else None
 
     @property

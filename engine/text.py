@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import codecs
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+Piece = Callable[[int], bytes]
+"""Gives a token's bytes."""
+
+
+def spelling(spelled: Sequence[tuple[int, str]], piece: Piece) -> Piece:
+    """`piece`, but for the tokens in `spelled` their texts."""
+    if not spelled:
+        return piece
+    texts = {token: text.encode() for token, text in spelled}
+    return lambda token: texts[token] if token in texts else piece(token)
 
 
 class Shown(NamedTuple):

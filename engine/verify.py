@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from engine.backend import Logits
 from engine.contract import FinishReason, Logprob
+from engine.grammar import Permits
 from engine.sampling import accept, logprob
 from engine.streams import Stream
 
@@ -23,24 +24,29 @@ class Verdict(Struct, frozen=True):
     reason: FinishReason | None
 
 
-def verify(stream: Stream, draft: Sequence[int], rows: Logits) -> Verdict:
+def verify(stream: Stream, draft: Sequence[int], rows: Logits, permits: Permits | None = None) -> Verdict:
     """Appends to `stream` the tokens that `rows` emit: one, and one more for each draft token that was right, up to
-    the stream's end. Row j is the one that saw the first j draft tokens. Raises BadLogits if nothing can be picked.
+    the stream's end. Row j is the one that saw the first j draft tokens, and `permits` tells what it may emit.
+
+    Raises BadLogits if nothing can be picked, GrammarError if the stream's grammar cannot be followed further.
     """
+
+    def pick(row: int) -> int:
+        permitted = None if permits is None else permits(row)
+        return stream.sampler.pick(rows[row], stream.tokens, stream.prompt_length, stream.forgotten, permitted)
+
     ids: list[int] = []
     logprobs: list[Logprob] = []
     reason: FinishReason | None = None
     accepted = 0
-    for token in accept(
-        draft, lambda row: stream.sampler.pick(rows[row], stream.tokens, stream.prompt_length, stream.forgotten)
-    ):
+    for token in accept(draft, pick):
         place = len(ids)
         ids.append(token)
         reason = stream.append(token)
         accepted += place < len(draft) and draft[place] == token
-        if stream.request.logprobs is not None and reason is not FinishReason.STOP:
+        if stream.request.logprobs is not None and stream.stop_token is None:
             logprobs.append(logprob(rows[place], token, stream.request.logprobs))
         if reason is not None:
             break
-    shown = ids[:-1] if reason is FinishReason.STOP else ids
+    shown = ids if stream.stop_token is None else ids[:-1]
     return Verdict(ids, shown, logprobs, accepted, reason)

@@ -186,6 +186,7 @@ class ToyVocab:
 
     size = VOCABULARY
     ends = frozenset({END})
+    special = ends
     kind = 0
     added = (-1, -1)
 

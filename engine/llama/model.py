@@ -236,4 +236,5 @@ def _describe(path: Path, model: Any, vocab: LlamaVocab, context: LlamaContext, 
         bos_added=vocab.adds_bos,
         digest=digest(path),
         build=library.build(),
+        offloaded=not device.startswith("CPU"),
     )

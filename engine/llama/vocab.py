@@ -27,6 +27,7 @@ class LlamaVocab:
         )
         # Rendered here and now: later a reader may ask for a piece when the model is already closed.
         self._pieces = [self._render(token) for token in range(self.size)]
+        self.special = frozenset(filter(self._is_special, range(self.size)))
         self._closing = threading.Lock()  # tokenizing happens on threads of the caller's, and must end before that
         self._closed = False
 
@@ -67,6 +68,16 @@ class LlamaVocab:
             if count >= 0:
                 return buffer.raw[:count]
             size = -count
+
+    def _is_special(self, token: int) -> bool:
+        """As llguidance has it, and as chat templates use them."""
+        piece = self._pieces[token]
+        bracketed = piece.startswith(b"<") and piece.endswith(b">")
+        if piece and not bracketed:  # most tokens: it need not be asked
+            return False
+        attributes: int = native.llama_vocab_get_attr(self._vocab, token)
+        wanted: int = native.LLAMA_TOKEN_ATTR_CONTROL | (native.LLAMA_TOKEN_ATTR_USER_DEFINED if bracketed else 0)
+        return bool(attributes & wanted)
 
     def text(self, token: int) -> str:
         """How the vocabulary spells a token, special or not; empty for -1, the token a model does not have."""

@@ -10,15 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.contract import Request, SamplingParams
+from engine.sampling.budget import Budget
 from engine.sampling.candidates import Candidates, Row, likeliest
 from engine.sampling.noise import derive, gumbel, uniform
 from engine.sampling.penalties import Dry, penalise_seen
 from engine.sampling.truncate import survivors
+from engine.text import spelling
 
 _COLDEST = 1e-300  # a temperature below would overflow the quotient, and picks no differently
 APART = 2**32  # no request has so many choices
 _highest = np.maximum.reduce
 _LARGEST = 1e30  # bias: more would overflow float32
+_NEVER = np.float32(-np.inf)
 
 
 class Sampler:
@@ -36,6 +39,7 @@ class Sampler:
         self._bias = _Bias(params.logit_bias) if params.logit_bias else None
         self._dry = Dry(params, piece) if _dries(params) else None
         self._penalises = _penalises(params)
+        self._budget = Budget(request.reasoning, spelling(request.spelled, piece)) if request.reasoning else None
         self._min_tokens = request.min_tokens
         self._never = ends if request.ignore_eos else frozenset()
         self._not_yet = ends.union(request.stop_tokens)
@@ -50,18 +54,36 @@ class Sampler:
         other._seed = derive(self._seed, APART)
         return other
 
-    def pick(self, row: Row, history: Sequence[int], prompt_length: int, forgotten: int = 0) -> int:
+    def pick(
+        self,
+        row: Row,
+        history: Sequence[int],
+        prompt_length: int,
+        forgotten: int = 0,
+        permitted: NDArray[np.bool_] | None = None,
+    ) -> int:
         """The token after `history`, the prompt and then what was emitted, of which `forgotten` tokens are left out.
         Leaves the row as it was.
 
+        Only one of those `permitted` is picked, [vocabulary]: to all stages there are no others. Bans, and biases that
+        come to one, do not count where they would leave none of them.
+
         Raises BadLogits if the row holds NaN or its maximum is infinite, or if every token is banned.
         """
+        if self._budget is not None and not forgotten:
+            token = self._budget.forced(history, prompt_length)
+            if token is not None:
+                return token
         position = len(history) + forgotten
         emitted = position - prompt_length
+        if permitted is not None:
+            row = np.where(permitted, row, _NEVER)
         if not self._weighs and (token := self._obvious(row, emitted)) is not None:
             return token
         if self._changes(emitted):
-            row = self._changed(row, history, emitted)
+            changed = self._changed(row, history, emitted)
+            if permitted is None or changed.max() > -np.inf:
+                row = changed
         if self._params.temperature <= 0.0:
             return likeliest(row)
         return self._drawn(survivors(row, self._params, self._excludes(position)), position)

@@ -1,7 +1,7 @@
 """Speculators: guesses at a request's next tokens, verified by the model in one step.
 
 base        what a speculator is, and what a draft is
-simple, map, mod, cache, suffix, prediction, draft    one type each
+simple, map, mod, cache, suffix, prediction, forced, draft    one type each
 ngrams, tree, files   what some of them are made of
 vocabulary  whether a draft model fits
 guesser     one type's speculator in one request, and how often it is right

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from msgspec import Struct
@@ -28,6 +28,8 @@ class Bounds(Struct, frozen=True):
     """A shorter draft is none."""
     p_min: float = 0.0
     """A draft ends before a token that its speculator thinks less likely than this."""
+    permits: Callable[[Sequence[int]], int] | None = None
+    """How many of these tokens may come one after the other; None if all may."""
 
     def trim(self, draft: Draft) -> Draft:
         """The part of `draft` that is allowed."""
@@ -35,6 +37,8 @@ class Bounds(Struct, frozen=True):
         if self.p_min:
             unlikely = (place for place, chance in enumerate(draft.chances[:length]) if chance < self.p_min)
             length = next(unlikely, length)
+        if self.permits is not None and length:
+            length = self.permits(draft.tokens[:length])
         if not length or length < self.n_min:
             return NO_DRAFT
         return draft if length == len(draft.tokens) else Draft(draft.tokens[:length], draft.chances[:length])

@@ -9,11 +9,13 @@ from msgspec import structs
 
 from engine.config import DraftConfig, SpeculationConfig
 from engine.contract import SPECULATOR_TYPES, Drafts, Request, Speculation, SpeculatorType
+from engine.grammar import Matcher
 from engine.pace import Chooser, Load, StepCost
 from engine.sampling import Sampler
 from engine.speculate.base import Bounds, Draft, Speculator
 from engine.speculate.draft import DraftModel, Seat
 from engine.speculate.drafter import Drafter
+from engine.speculate.forced import Forced
 from engine.speculate.guesser import Book
 from engine.speculate.map import NgramMapK, NgramMapK4v
 from engine.speculate.prediction import Prediction
@@ -60,13 +62,15 @@ class Drafting:
         """What became of all requests' drafts, by type. Any thread may ask."""
         return tuple(book.drafts for book in list(self._books.values()))
 
-    def drafter(self, request: Request, sampler: Sampler | None = None) -> Drafter:
-        """The drafter of a new request, whose tokens are picked by `sampler`; the likeliest without one."""
+    def drafter(self, request: Request, sampler: Sampler | None = None, matcher: Matcher | None = None) -> Drafter:
+        """The drafter of a new request, whose tokens are picked by `sampler`; the likeliest without one. Nobody drafts
+        what the grammar at `matcher` forbids."""
         asked = self._asked(request)
-        speculators = self._speculate(request) if self._speculate else self.speculators(request, sampler)
+        speculators = self._speculate(request) if self._speculate else self.speculators(request, sampler, matcher)
         for name in speculators:
             self._books.setdefault(name, Book.new(name))
-        bounds = Bounds(asked.n_max, asked.n_min or 0, asked.p_min or 0.0)
+        permits = matcher.permits if matcher is not None else None
+        bounds = Bounds(asked.n_max, asked.n_min or 0, asked.p_min or 0.0, permits)
         fixed = (asked.order or self._config.order) == "fixed"
         return Drafter(speculators, books=self._books, bounds=bounds, fixed=fixed)
 
@@ -95,20 +99,29 @@ class Drafting:
             return structs.replace(asked, type=(*asked.type, "prediction"))
         return asked
 
-    def speculators(self, request: Request, sampler: Sampler | None = None) -> dict[str, Speculator]:
+    def speculators(
+        self, request: Request, sampler: Sampler | None = None, matcher: Matcher | None = None
+    ) -> dict[str, Speculator]:
         """The speculators of a request, by type."""
         asked = self._asked(request)
         wanted = SPECULATOR_TYPES if "auto" in asked.type else [kind for kind in SPECULATOR_TYPES if kind in asked.type]
-        made = {kind: self._make(kind, request, asked, sampler) for kind in wanted}
+        made = {kind: self._make(kind, request, asked, sampler, matcher) for kind in wanted}
         return {kind: speculator for kind, speculator in made.items() if speculator is not None}
 
     def _make(
-        self, kind: SpeculatorType, request: Request, asked: Speculation, sampler: Sampler | None
+        self,
+        kind: SpeculatorType,
+        request: Request,
+        asked: Speculation,
+        sampler: Sampler | None,
+        matcher: Matcher | None,
     ) -> Speculator | None:
         config, shared = self._config, self._shared
         match kind:
             case "prediction":
                 return Prediction(request.prediction, len(request.prompt)) if request.prediction else None
+            case "grammar":
+                return Forced(matcher) if matcher is not None else None
             case "ngram-simple":
                 return NgramSimple(*self._sizes("simple", asked))
             case "ngram-map-k":

@@ -19,7 +19,9 @@ from engine import (
     EngineFault,
     Finished,
     FinishReason,
+    Form,
     Generation,
+    Grammar,
     Histogram,
     Logprob,
     MemoryInfo,
@@ -36,6 +38,7 @@ from engine import (
     Usage,
 )
 from engine.contract import Failed
+from engine.grammar import GrammarError, Grammars
 
 BOS, EOS, START, END = 256, 257, 258, 259
 SPECIAL = {"<s>": BOS, "</s>": EOS, "<|im_start|>": START, "<|im_end|>": END}
@@ -50,6 +53,7 @@ class ByteVocab:
 
     size = 260
     ends = frozenset({EOS, END})
+    special = frozenset(SPECIAL.values())
     kind = 0
 
     def __init__(self, *, bos_added: bool = False) -> None:
@@ -161,10 +165,17 @@ class FakeEngine:
         self.trouble: EngineError | None = None
         """Raised instead of saving, restoring or erasing."""
         self._playing: dict[Generation, asyncio.Task[None]] = {}
+        self._grammars = Grammars(self.vocab)
 
     @property
     def speculators(self) -> tuple[SpeculatorType, ...]:
         return tuple(kind for kind in SPECULATOR_TYPES if kind not in self.silent)
+
+    async def compile(self, form: Form) -> Grammar:
+        try:
+            return await self._grammars.compile(form)
+        except GrammarError as error:
+            raise RequestRefused(str(error), field=error.pointer) from None
 
     def generate(self, request: Request) -> Generation:
         if len(request.prompt) >= self.request_limit:

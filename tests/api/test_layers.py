@@ -5,13 +5,14 @@ from __future__ import annotations
 from tests.engine.test_layers import ROOT, imports, upward
 
 LAYERS = """
-complaints config drafts tasks
-schema replies speculation
-problems exchange flags
+complaints config drafts tasks builtin_templates settings formats
+schema replies speculation templates
+problems exchange flags native_schema tools messages
 prompts responses options bodies logprobs
 served
-keys metrics completions props slots
-chat text
+keys metrics completions constraints props slots
+turns text native tokens
+chat render
 app terminal
 serve lookup cost
 __main__

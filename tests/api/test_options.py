@@ -34,6 +34,9 @@ EXAMPLES: dict[str, Any] = {
     "noise": "greedy",
     "slot_save_path": "slots",
     "cost": "linear",
+    "template": "chatml",
+    "template_file": "my.jinja",
+    "template_kwargs": '{"a": 1}',
 }
 IN_ENVIRONMENT = [flag for flag in FLAGS if flag.env]
 

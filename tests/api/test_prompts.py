@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from api import prompts
+from api.config import ChatConfig
 from api.prompts import Prompts
 from api.schema import ChatRequest, Prediction, TextRequest
 from engine import RequestRefused
@@ -20,12 +21,13 @@ SMOL = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+IN_PARTS = "{% for m in messages %}{{ m.role }}:{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
 HI = {"role": "user", "content": "hi"}
 
 
-def prompts_of(template: str | None, *, bos_added: bool = False) -> Prompts:
-    info = msgspec.structs.replace(INFO, chat_template=template, bos_added=bos_added)
-    return Prompts(info, ByteVocab(bos_added=bos_added))
+def prompts_of(own: str | None, *, bos_added: bool = False, **config: Any) -> Prompts:
+    info = msgspec.structs.replace(INFO, chat_template=own, bos_added=bos_added)
+    return Prompts(info, ByteVocab(bos_added=bos_added), ChatConfig(**config))
 
 
 def chat(*messages: dict[str, Any], **fields: Any) -> ChatRequest:
@@ -84,6 +86,7 @@ def test_a_last_message_that_is_not_shown_cannot_go_on() -> None:
         ("{{ messages[0].name }}|{{ messages[0].tool_calls is defined }}", "|False"),
         ("{% if tools %}tools{% endif %}{{ enable_thinking }}", "False"),
         ("{{ messages[0].content.split('i')[0] }}{{ messages | length }}", "h1"),
+        ("{{ tools is none }}{{ documents is none }}{{ nobody is defined }}", "TrueTrueFalse"),
     ],
 )
 def test_what_templates_may_use(template: str, text: str) -> None:
@@ -116,6 +119,8 @@ def test_failures_are_the_requests(template: str, complaint: str) -> None:
 def test_a_template_that_does_not_parse() -> None:
     made = prompts_of("{% if %}")
     assert made.trouble is not None
+    assert made.template is None
+    assert made.tokens("x") == (ord("x"),)
     with pytest.raises(RequestRefused, match="cannot be used"):
         made.render(chat())
 
@@ -127,7 +132,80 @@ def test_names_of_ours_win_over_a_clients() -> None:
 
 def test_content_in_parts() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert render("{{ messages[0].content }}", {"role": "user", "content": parts}) == "ab"
+    said = {"role": "user", "content": parts}
+    assert render("{{ messages[0].content }}", said) == "a\nb"
+    assert render(IN_PARTS, said) == "user:ab"
+    assert render(IN_PARTS, HI) == "user:hi"
+
+
+@pytest.mark.parametrize("text", ["so far", "so far ", ""])
+def test_the_last_message_goes_on_in_parts(text: str) -> None:
+    said = {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": text}]}
+    assert render(IN_PARTS, HI, said, continue_final_message=True) == f"user:hiassistant:a{text}"
+
+
+SAID = {"role": "assistant", "content": "so far"}
+CALLED = {**SAID, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+NEW = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "fields", "prefill", "end"),
+    [
+        (SAID, {}, True, "assistant\nso far"),
+        (SAID, {}, False, NEW),
+        (SAID, {"add_generation_prompt": True}, True, NEW),
+        (SAID, {"add_generation_prompt": False}, True, "so far<|im_end|>\n"),
+        (SAID, {"continue_final_message": False}, True, NEW),
+        (SAID, {"continue_final_message": True}, False, "assistant\nso far"),
+        (CALLED, {}, True, NEW),
+        (HI, {}, True, NEW),
+        (HI, {"continue_final_message": True}, True, "user\nhi"),
+    ],
+)
+def test_who_speaks_next(said: dict[str, Any], fields: dict[str, Any], prefill: bool, end: str) -> None:
+    made = prompts_of(None, prefill_assistant=prefill)
+    assert made.render(chat(HI, said, **fields)).endswith(end)
+
+
+def test_a_call_cannot_go_on() -> None:
+    with pytest.raises(RequestRefused, match="tool calls cannot be continued"):
+        render(None, HI, CALLED, continue_final_message=True)
+
+
+def test_documents() -> None:
+    template = "{% for d in documents or [] %}{{ d.title }}{% endfor %}"
+    assert render(template, documents=[{"title": "a"}, {"title": "b"}]) == "ab"
+    assert render(template, chat_template_kwargs={"documents": [{"title": "c"}]}) == "c"
+    assert render(template) == ""
+
+
+def test_the_servers_template_and_names() -> None:
+    made = prompts_of(SMOL, template="{{ a }}{{ b }}{{ messages[0].content }}", template_kwargs='{"a": 1, "b": 2}')
+    assert made.render(chat(chat_template_kwargs={"b": 3})) == "13hi"
+    assert made.trouble is None
+    assert prompts_of(None, template="chatml").trouble is None
+
+
+def test_templates_of_requests() -> None:
+    own = "{{ messages[0].content }}!"
+    with pytest.raises(RequestRefused, match="--trust-request-chat-template") as caught:
+        render(SMOL, chat_template=own)
+    assert caught.value.field == "chat_template"
+    made = prompts_of("{% if %}", trust_request_template=True)
+    assert made.render(chat(chat_template=own)) == "hi!"
+    assert made.render(chat(chat_template="gemma")).endswith("<start_of_turn>model\n")
+    for broken in ("{% if %}", "lama3"):
+        with pytest.raises(RequestRefused, match="chat_template cannot be used") as caught:
+            made.render(chat(chat_template=broken))
+        assert caught.value.field == "chat_template"
+
+
+def test_a_template_that_fails_on_anything_is_told_at_start() -> None:
+    made = prompts_of("{{ raise_exception('never') }}")
+    assert made.trouble == "The chat template shows nothing of a user's plain message, or fails on it."
+    with pytest.raises(RequestRefused, match="never"):
+        made.render(chat())
 
 
 def test_an_assistant_without_content() -> None:
@@ -149,6 +227,17 @@ async def test_one_beginning_of_sequence(text: str) -> None:
     assert await made.of_text(text) == (BOS, ord("x"))
 
 
+@pytest.mark.parametrize("bos_added", [False, True])
+@pytest.mark.parametrize(("add", "parse"), [(False, False), (False, True), (True, False), (True, True)])
+async def test_pieces(bos_added: bool, add: bool, parse: bool) -> None:
+    before = [BOS] if add and bos_added else []
+    inside = [BOS, ord("x")] if parse else list(b"<s>x")
+    made = prompts_of(None, bos_added=bos_added)
+    assert await made.of_piece("<s>x", add=add, parse=parse) == [*before, *inside]
+    assert await made.of_piece("", add=add, parse=parse) == before
+    assert made.text_with_names_of([BOS, ord("x"), 0xC3]) == "<s>x�"
+
+
 async def test_special_tokens_of_the_template_are_tokens() -> None:
     assert (await prompts_of(None).of_chat(chat()))[0] == START
 
@@ -168,7 +257,8 @@ async def test_long_texts_go_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ran == ["render", "tokens"]
     assert len(await made.of_prediction(Prediction("content", "x" * 100))) == 100
     assert len(await made.of_prediction(Prediction("content", "x" * prompts.LONG))) == prompts.LONG
-    assert ran == ["render", "tokens", "tokenize"]
+    assert len(await made.of_piece("x" * prompts.LONG, add=False, parse=False)) == prompts.LONG
+    assert ran == ["render", "tokens", "tokenize", "tokenize"]
 
 
 def test_stop_and_limit_under_all_their_names() -> None:

@@ -167,6 +167,7 @@ async def test_props(engine: FakeEngine) -> None:
     assert settings["n_ctx"] == 512
     assert (settings["params"]["temperature"], settings["params"]["seed"]) == (0.5, -1)
     assert "logit_bias" not in settings["params"]
+    assert (settings["params"]["n_predict"], settings["params"]["samplers"][0]) == (-1, "penalties")
     assert props.pop("chat_template").startswith("{% for message in messages %}<|im_start|>")
     assert props.pop("build_info").startswith("paceline ")
     assert props.pop("deterministic") is False
@@ -192,6 +193,22 @@ async def test_props(engine: FakeEngine) -> None:
             "by_key": False,
         },
         "endpoint_slots": True,
+        "endpoint_props": False,
+        "endpoint_metrics": True,
+        "modalities": {"vision": False, "audio": False, "video": False},
+        "model_ftype": "no model",
+        "is_sleeping": False,
+        "chat_template_caps": {
+            "supports_string_content": True,
+            "supports_typed_content": False,
+            "supports_system_role": True,
+            "supports_tools": False,
+            "supports_tool_calls": False,
+            "supports_parallel_tool_calls": False,
+            "supports_object_arguments": False,
+            "supports_preserve_reasoning": False,
+            "supports_reasoning_effort": False,
+        },
     }
     assert (await call(app, "POST", "/props", {})).status == 405
 

@@ -148,7 +148,7 @@ def alone(kind: SpeculatorType, prompt: Sequence[int]) -> Speculator:
     return Drafting(Shared(SMALL, ToyVocab()), SMALL, DraftConfig()).speculators(request)[kind]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SPECULATOR_TYPES if kind != "draft"])
+@pytest.mark.parametrize("kind", [kind for kind in SPECULATOR_TYPES if kind not in ("draft", "grammar")])
 @pytest.mark.parametrize("seed", range(20))
 def test_a_shift_before_all_was_shown(kind: SpeculatorType, seed: int) -> None:
     """What is shown after it follows what is left, as if the rest had never been in the history."""

@@ -95,3 +95,19 @@ async def test_a_failure_is_raised_after_what_came_before_it() -> None:
         await anext(recorder.generation)
     with pytest.raises(StopAsyncIteration):
         await anext(recorder.generation)
+
+
+async def test_who_has_enough_gets_what_came_so_far() -> None:
+    recorder = Recorder("STOP")
+    recorder.generation.deliver_tokens(b"all ST")
+    recorder.generation.enough()
+    recorder.generation.enough()
+    recorder.generation.deliver_tokens(b"OP and more")
+    recorder.generation.deliver_end(Finished(FinishReason.CANCELLED, Usage(1, 0, 17), Timings(0, 0, 0), 1))
+    text, ids, end = await recorder.read()
+    assert (text, bytes(ids)) == ("all ST", b"all ST")
+    assert (end.reason, end.stop, end.usage.completion) == (FinishReason.LENGTH, None, 6)
+    assert recorder.generation.complete
+    assert recorder.calls == ["cancel"]
+    recorder.generation.enough()
+    assert recorder.calls == ["cancel"]

@@ -10,9 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 ENGINE = """
-contract batch text replacement
-config stats
-backend outbox
+batch text replacement
+backend
+grammar
+contract
+config stats outbox
 memory sampling pace scheduler
 llama
 speculate
@@ -22,13 +24,14 @@ runner
 thread slotfiles
 engine
 """
-SAMPLING = "noise candidates\nlogprobs truncate penalties verify\nsampler"
+GRAMMAR = "forms bridge\nschema matcher\nmasks compiler"
+SAMPLING = "noise candidates budget\nlogprobs truncate penalties verify\nsampler"
 MEMORY = "radix ordered disk idle textfile\npieces\nshelf lease\nstore\nmoves\ncells\ntransfer"
 PACE = "curve acceptance journal\ncost lengths\ncalibration chooser"
 SPECULATE = """
 base vocabulary files tally
 ngrams tree mod cache draft
-simple map suffix prediction guesser
+simple map suffix prediction forced guesser
 shared drafter
 proposals lookup
 drafting
@@ -69,6 +72,7 @@ def upward(package: str, layers: str) -> list[str]:
     [
         ("engine", ENGINE),
         ("engine.memory", MEMORY),
+        ("engine.grammar", GRAMMAR),
         ("engine.pace", PACE),
         ("engine.llama", LLAMA),
         ("engine.speculate", SPECULATE),

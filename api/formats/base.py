@@ -1,0 +1,261 @@
+"""What the formats share: a parser that turns text into deltas, and the protocol of a format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+from uuid import uuid4
+
+from msgspec import Struct
+
+from api.formats.deltas import Arguments, Begun, Content, Delta, Reasoning
+from api.formats.lark import Lark, Repeated, Thought
+from api.formats.source import Reading, Source
+
+
+class Tool(Struct, frozen=True):
+    """A function that the model may call."""
+
+    name: str
+    parameters: Mapping[str, Any]
+    """The JSON schema of its arguments, an object."""
+
+
+class Calls(Struct, frozen=True):
+    """Which calls a message may have."""
+
+    tools: tuple[Tool, ...] = ()
+    """Those that may be called; empty if none may."""
+    required: bool = False
+    """Whether there must be one at least."""
+    parallel: bool = True
+    """Whether there may be several."""
+
+    def schema(self, name: str) -> Mapping[str, Any]:
+        """The schema of a tool's arguments; of any object if there is no such tool."""
+        return next((tool.parameters for tool in self.tools if tool.name == name), {})
+
+    def __contains__(self, name: str) -> bool:
+        return any(tool.name == name for tool in self.tools)
+
+
+class Answer(Struct, frozen=True):
+    """What the answer must be, if it is no call: JSON that is valid by `schema`."""
+
+    schema: Any
+
+
+class Rules(Struct, frozen=True):
+    """What a grammar has to see to."""
+
+    calls: Calls
+    thinks: bool = False
+    """Whether reasoning may come first."""
+    opened: bool = False
+    """Whether the prompt has begun it."""
+    answer: Answer | None = None
+    """None if it may be any text."""
+
+
+class Format(ABC):
+    """How a family of models writes reasoning and calls. Has no state: a text's is in its parser."""
+
+    name: ClassVar[str]
+    signs: ClassVar[tuple[str, ...]]
+    """Texts of which the chat template has one if its model writes like this."""
+    markers: ClassVar[tuple[str, ...]]
+    """What the reader looks for. Where one is a control token, the request has it spelled out."""
+    opens: ClassVar[tuple[str, ...]] = ("<think>",)
+    """What reasoning begins with, if the prompt did not end with it."""
+    closes: ClassVar[str] = "</think>"
+    """What ends reasoning; empty if nothing by itself does."""
+
+    @abstractmethod
+    def read(self, parser: Parser) -> Reading[None]:
+        """Reads a whole message and tells the parser what it is."""
+
+    @abstractmethod
+    def grammar(self, lark: Lark, rules: Rules) -> None:
+        """Writes the rules of a message, from `start` on. Raises RequestRefused for what cannot be seen to."""
+
+    def fits(self, template: str) -> bool:
+        """Whether models with this chat template write like this."""
+        return any(sign in template for sign in self.signs)
+
+    def thinks(self, template: str) -> bool:
+        """Whether models with this chat template may think before they answer."""
+        return any(tag in template for tag in self.opens)
+
+    def identify(self, index: int, name: str) -> str:
+        """An id for a call whose text brings none."""
+        return f"call_{uuid4().hex[:24]}"
+
+    def opened_by(self, prompt: str) -> bool:
+        """Whether a text after `prompt` begins inside of reasoning."""
+        return prompt.rstrip().endswith(self.opens) if self.opens else False
+
+
+class Parser:
+    """Reads one message. What the deltas amount to depends on the text alone, not on the pieces it came in.
+
+    White space around calls and around reasoning belongs to neither content nor reasoning; without calls, content
+    keeps what it ends with.
+    """
+
+    def __init__(self, format: Format, calls: Calls, *, opened: bool = False, split: bool = True) -> None:
+        """With `opened` the text begins inside of reasoning. Without `split`, reasoning is content, tags and all."""
+        self.calls = calls
+        self.opened = opened
+        self.split = split
+        self.source = Source()
+        self.begun = 0
+        """Calls so far."""
+        self._format = format
+        self._deltas: list[Delta] = []
+        self._space = ""  # after the content so far; who knows whether more of it follows
+        self._thought_space = ""
+        self._thought = False
+        self._bare = False  # content so far is nothing but white space that follows reasoning
+        self._reading = format.read(self)
+
+    def feed(self, text: str) -> list[Delta]:
+        """What is certain now that `text` came too."""
+        self.source.feed(text)
+        return self._go_on()
+
+    def finish(self) -> list[Delta]:
+        """The rest, when no more text comes. A call that has not begun by then is not told."""
+        self.source.ended = True
+        deltas = self._go_on()
+        if self._space and not self.begun:
+            deltas.append(Content(self._space))
+        return deltas
+
+    def _go_on(self) -> list[Delta]:
+        next(self._reading, None)
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    # ── what readers tell ──
+
+    def content(self, text: str) -> None:
+        """More of the answer."""
+        text = self._space + text
+        if self._bare:
+            text = text.lstrip()
+        shown = text.rstrip()
+        self._space = text[len(shown) :]
+        if shown:
+            self._bare = False
+            self._deltas.append(Content(shown))
+
+    def reasoning(self, text: str) -> None:
+        """More of what the model thinks."""
+        if not self.split:
+            self.content(text)
+            return
+        text = self._thought_space + text
+        if not self._thought:
+            text = text.lstrip()
+        shown = text.rstrip()
+        self._thought_space = text[len(shown) :]
+        if shown:
+            self._thought = True
+            self._deltas.append(Reasoning(shown))
+
+    def tag(self, text: str) -> None:
+        """A tag around reasoning."""
+        if not self.split:
+            self.content(text)
+
+    def thought(self) -> None:
+        """The reasoning is over."""
+        self._thought_space = ""
+        self._bare = self.split
+
+    def begin(self, name: str, id: str = "") -> int:
+        """A call begins; its index. There is no way back before it."""
+        self.source.forget()
+        index, self.begun = self.begun, self.begun + 1
+        self._deltas.append(Begun(index, id or self._format.identify(index, name), name))
+        return index
+
+    def arguments(self, text: str) -> None:
+        """More of the last call's arguments."""
+        if text:
+            self._deltas.append(Arguments(self.begun - 1, text))
+
+
+class Tagged(Format):
+    """A format in which calls begin with one of `triggers`, wherever they stand."""
+
+    triggers: ClassVar[tuple[str, ...]]
+    interrupts: ClassVar[tuple[str, ...]] = ()
+    """Triggers that end reasoning too."""
+
+    @abstractmethod
+    def call(self, parser: Parser, trigger: str) -> Reading[bool]:
+        """Reads what follows a trigger. False if it is no call after all, and nothing was told."""
+
+    def read(self, parser: Parser) -> Reading[None]:
+        yield from self.think(parser)
+        yield from self.first(parser)
+        source, triggers = parser.source, self.triggers if parser.calls.tools else ()
+        while (trigger := (yield from source.until(triggers, parser.content))) is not None:
+            source.mark(len(trigger))
+            if (yield from self.call(parser, trigger)):
+                source.forget()
+            elif source.ended:
+                return  # cut off before it was a call
+            else:
+                source.rewind()
+                parser.content(source.skip(len(trigger)))
+
+    def first(self, parser: Parser) -> Reading[None]:
+        """Reads what may only stand where the answer begins."""
+        yield from ()
+
+    def think(self, parser: Parser) -> Reading[None]:
+        """Reads the reasoning, if there is any."""
+        source = parser.source
+        if not parser.opened:
+            tag = (yield from source.takes(*self.opens)) if self.opens else None
+            if tag is None:
+                return
+            parser.tag(tag)
+        ends = (self.closes, *(self.interrupts if parser.calls.tools else ()))
+        end = yield from source.until(ends, parser.reasoning)
+        if end == self.closes:
+            parser.tag(end)
+        elif end is not None:
+            source.mark(len(end))
+            source.rewind()
+        parser.thought()
+
+    @property
+    def trigger(self) -> str:
+        """What calls begin with in grammars."""
+        return self.triggers[0]
+
+    joint: ClassVar[str] = "\n"
+    """What stands between two calls."""
+
+    def grammar(self, lark: Lark, rules: Rules) -> None:
+        self.message(lark, rules, self.bodies(lark, rules.calls), parallel=rules.calls.parallel)
+
+    def message(self, lark: Lark, rules: Rules, bodies: Sequence[str], *, parallel: bool) -> None:
+        """The rules of a message in which `trigger` and one of `bodies` may come, several times if `parallel`."""
+        opens = self.opens if rules.thinks and self.closes else ()
+        thought = Thought(opens, self.closes if rules.thinks else "", rules.opened)
+        answer = None if rules.answer is None else lark.json(rules.answer.schema)
+        calls = Repeated(self.trigger, bodies, self.joint, parallel, rules.calls.required)
+        lark.message(calls, thought, answer)
+
+    def bodies(self, lark: Lark, calls: Calls) -> list[str]:
+        """A rule for each tool."""
+        return [lark.rule(f"tool_{index}", self.body(lark, tool, index)) for index, tool in enumerate(calls.tools)]
+
+    @abstractmethod
+    def body(self, lark: Lark, tool: Tool, index: int) -> str:
+        """What follows the first trigger in a call of `tool`, the `index`-th; may add rules of its own."""

@@ -1,0 +1,161 @@
+"""Grammars of messages with calls, in the Lark dialect of llguidance: free text up to a trigger, then what is right."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msgspec import Struct
+
+ANY = r"(.|\n)*"
+"""Any text."""
+
+# As models were shown them: after commas and colons a space, and no other white space to get lost in.
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Thought(Struct, frozen=True):
+    """How reasoning is written: what may begin it, what ends it, and whether the prompt has begun it already."""
+
+    opens: Sequence[str]
+    closes: str
+    opened: bool
+
+
+class Repeated(Struct, frozen=True):
+    """Calls: what each begins with, what may follow that, what stands between two, whether there may be several and
+    whether there must be one."""
+
+    trigger: str
+    bodies: Sequence[str]
+    joint: str
+    parallel: bool
+    required: bool
+
+
+MOST = 32
+"""Calls of a message that must be nothing else."""
+_BREAK = r"/\s{0,2}/"
+
+
+class Lark:
+    """A grammar that is being written."""
+
+    def __init__(self, special: Mapping[str, int]) -> None:
+        """`special` are the markers that the vocabulary has as special tokens, which no text can match."""
+        self._special = special
+        self._split = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+        self._rules: dict[str, str] = {}
+        self.rule("TEXT", f"/{ANY}/")
+
+    def __str__(self) -> str:
+        return "".join(f"{name}: {body}\n" for name, body in self._rules.items())
+
+    def rule(self, name: str, body: str) -> str:
+        """Adds a rule, unless there is one; its name without options."""
+        self._rules.setdefault(name, body)
+        return name.partition("[")[0]
+
+    def text(self, text: str) -> str:
+        """Exactly this text; special tokens in it are meant as such.
+
+        >>> Lark({"<|call|>": 7}).text("<|call|>f")
+        '<[7]> "f"'
+        """
+        parts = self._split.split(text) if self._special else [text]
+        return " ".join(
+            f"<[{self._special[part]}]>" if part in self._special else json.dumps(part) for part in parts if part
+        )
+
+    def any_of(self, rules: Sequence[str]) -> str:
+        """One of these."""
+        return "(" + " | ".join(rules) + ")"
+
+    def json(self, schema: Any) -> str:
+        """JSON that is valid by `schema`."""
+        return "%json " + json.dumps({**schema, "x-guidance": _SPACING} if isinstance(schema, Mapping) else {})
+
+    def members(self, name: str, members: Sequence[tuple[str, bool]], joint: str) -> str:
+        """These in turn with `joint` between two; those that are not required may be left out."""
+        comma, first, more = self.text(joint), '""', '""'
+        for place, (member, required) in reversed(list(enumerate(members))):
+            one = self.rule(f"{name}_{place}", member)
+            first, more = (
+                self.rule(f"{name}_{place}_first", f"{one} {more}" if required else f"{one} {more} | {first}"),
+                self.rule(f"{name}_{place}_more", f"{comma} {one} {more}{'' if required else f' | {more}'}"),
+            )
+        return first
+
+    def before(self, name: str, marker: str, text: str = ANY) -> str:
+        """A rule of the text up to the first `marker`, and that."""
+        if any(name in marker for name in self._special):
+            return self.rule(name, f"/{text}/ {self.text(marker)}")
+        return self.rule(f"{name}[lazy]", f"/{text}{literal(marker)}/")
+
+    def message(self, calls: Repeated, thought: Thought, answer: str | None) -> None:
+        """The rules of a message: reasoning perhaps, then calls, an answer, or any text with calls in it.
+
+        If calls are required nothing else may come; with `answer` either these or that; else any text that is no call.
+        """
+        if not calls.bodies:
+            rest = self.rule("rest", answer or "TEXT")
+            self.rule("start", " | ".join(self._thoughts(thought, rest, rest, _BREAK)))
+            return
+        body = self.rule("body", self.any_of(calls.bodies))
+        call = self.rule("call", f"{self.text(calls.trigger)} {body}")
+        if calls.required or answer:
+            # Bounded: a small model may find no end, where nothing but another call may come.
+            more = f"({self.text(calls.joint)} {call}){{0,{MOST - 1}}}"
+            several = f"{call} {more}" if calls.parallel else call
+            rest = self.rule("rest", several if calls.required else f"{several} | {answer}")
+            self.rule("start", " | ".join(self._thoughts(thought, rest, rest, _BREAK)))
+            return
+        head = self.before("head", calls.trigger)
+        rest = self.rule("rest", f"({head} {body})* TEXT" if calls.parallel else f"TEXT | {head} {body}")
+        without = self._unlike(calls.trigger, thought, rest, body)
+        self.rule("start", " | ".join(self._thoughts(thought, rest, without, "")))
+
+    def _thoughts(self, thought: Thought, after: str, without: str, space: str) -> list[str]:
+        """The alternatives of a message: what comes `after` reasoning, or `without` it."""
+        if not thought.closes:
+            return [without]
+        done = self.before("thought", thought.closes)
+        if thought.opened:
+            return [f"{done} {space} {after}"]
+        return [*(f"{self.text(tag)} {done} {space} {after}" for tag in thought.opens), without]
+
+    def _unlike(self, trigger: str, thought: Thought, rest: str, body: str) -> str:
+        """The rest of a message that does not begin with reasoning, which may speak of triggers."""
+        tags = [tag for tag in thought.opens if tag not in self._special]
+        if not tags or thought.opened:
+            return rest
+        first = f"({unlike(tags)}{ANY})?"
+        return self.rule("plain", f"/{first}/ | {self.before('first', trigger, first)} {body} {rest}")
+
+
+def unlike(tags: Sequence[str]) -> str:
+    """A regular expression of the shortest texts that no tag begins with.
+
+    >>> unlike(["ab"])
+    '([^a]|a[^b])'
+    """
+    beginnings = sorted({tag[:size] for tag in tags for size in range(len(tag))})
+    parts = []
+    for begun in beginnings:
+        following = sorted({tag[len(begun)] for tag in tags if tag.startswith(begun)})
+        parts.append(f"{literal(begun)}[^{''.join(map(literal, following))}]")
+    return f"({'|'.join(parts)})"
+
+
+def literal(text: str) -> str:
+    r"""A regular expression of exactly this text, for between slashes.
+
+    >>> literal("</a>\n")
+    '<\\/a>\\n'
+    """
+    return "".join(_ESCAPED.get(sign, sign) for sign in text)
+
+
+_ESCAPED = {sign: "\\" + sign for sign in r"\/.^$|?*+()[]{}-"} | {"\n": r"\n", "\t": r"\t", '"': '"'}

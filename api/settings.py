@@ -1,0 +1,51 @@
+"""What a request is generated with, as llama-server tells it in `generation_settings` and in /props."""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine import Request, SamplingParams
+
+SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
+"""The stages in the order in which they run, by llama-server's names. Nothing is ever cut by `top_n_sigma`."""
+
+
+def default_settings(defaults: SamplingParams) -> dict[str, object]:
+    """Those of a request that does not say."""
+    settings = msgspec.structs.asdict(defaults)
+    del settings["logit_bias"]
+    return {
+        **settings,
+        "seed": -1 if defaults.seed is None else defaults.seed,
+        "n_predict": -1,
+        "max_tokens": -1,
+        "min_tokens": 0,
+        "ignore_eos": False,
+        "stop": (),
+        "stream": False,
+        "n_probs": 0,
+        "samplers": SAMPLERS,
+        "timings_per_token": False,
+        "post_sampling_probs": False,
+        "lora": (),
+    }
+
+
+def settings_of(request: Request, seed: int, *, stream: bool) -> dict[str, object]:
+    """Those of `request`; `seed` is what its client may send to get the same again."""
+    most = -1 if request.max_tokens is None else request.max_tokens
+    speculation = request.speculation
+    settings = default_settings(request.sampling) | {
+        "seed": seed,
+        "n_predict": most,
+        "max_tokens": most,
+        "min_tokens": request.min_tokens,
+        "ignore_eos": request.ignore_eos,
+        "stop": request.stop,
+        "stream": stream,
+        "n_probs": request.logprobs or 0,
+        "logit_bias": [{"token": token, "bias": bias} for token, bias in request.sampling.logit_bias],
+    }
+    if speculation is not None:
+        settings["speculative.types"] = ",".join(speculation.type) or "none"
+    return settings

@@ -1,0 +1,179 @@
+"""The tools of a chat request: which calls its answer may have, and how templates are told of tools and calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import jiter
+import msgspec
+from msgspec import Meta, Struct
+
+from api.complaints import nearest, refused
+from api.formats import Calls, Tool, described
+from api.schema import ChatRequest
+from engine import RequestRefused
+
+Message = dict[str, Any]
+"""A message as templates know it."""
+
+
+class Function(Struct):
+    """A function that the model may call."""
+
+    name: Annotated[str, Meta(pattern=r"^[\w.:/-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    """Arguments are valid either way."""
+
+
+class ToolRequest(Struct):
+    """A tool as OpenAI's API describes it."""
+
+    function: Function
+    type: str = "function"
+
+
+class NamedFunction(Struct):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(Struct):
+    """The tool that must be called."""
+
+    function: NamedFunction
+    type: str = "function"
+
+
+CHOICES = ("auto", "none", "required")
+
+
+def calls_of(request: ChatRequest) -> Calls:
+    """Which calls the answer may and must have. Raises RequestRefused, which names the field."""
+    if request.functions or request.function_call is not None:
+        raise RequestRefused(
+            "functions and function_call are what tools and tool_choice were called before; send those.",
+            field="functions" if request.functions else "function_call",
+        )
+    tools = _tools(request.tools or [])
+    choice = request.tool_choice
+    if isinstance(choice, Mapping):
+        tools = (_chosen(choice, tools),)
+    elif choice is not None and choice not in CHOICES:
+        raise RequestRefused(
+            f"tool_choice is {', '.join(CHOICES)} or names a function, not {str(choice)[:64]!r}.", field="tool_choice"
+        )
+    elif choice == "none":
+        return Calls()
+    required = choice == "required" or isinstance(choice, Mapping)
+    if required and not tools:
+        raise RequestRefused("tool_choice 'required' needs tools.", field="tool_choice")
+    return Calls(tools, required, request.parallel_tool_calls is not False and not isinstance(choice, Mapping))
+
+
+def _tools(asked: Sequence[Any]) -> tuple[Tool, ...]:
+    try:
+        requests = msgspec.convert(asked, list[ToolRequest])
+    except msgspec.ValidationError as error:
+        raise refused(error, "tools") from None
+    found: dict[str, Tool] = {}
+    for index, each in enumerate(requests):
+        if each.type != "function":
+            raise RequestRefused(
+                f"Tools of type {each.type[:32]!r} are not supported, only 'function'.", field=f"tools[{index}].type"
+            )
+        name = each.function.name
+        if name in found:
+            raise RequestRefused(f"Two tools are named {name!r}.", field=f"tools[{index}].function.name")
+        parameters = each.function.parameters or {"properties": {}, "additionalProperties": False}
+        if parameters.get("type", "object") != "object":
+            raise RequestRefused(
+                "The parameters of a function are an object: their type must be 'object'.",
+                field=f"tools[{index}].function.parameters.type",
+            )
+        found[name] = Tool(name, {"type": "object", **parameters})
+    return tuple(found.values())
+
+
+def _chosen(choice: Mapping[str, Any], tools: Sequence[Tool]) -> Tool:
+    try:
+        name = msgspec.convert(choice, NamedTool).function.name
+    except msgspec.ValidationError as error:
+        raise refused(error, "tool_choice") from None
+    for tool in tools:
+        if tool.name == name:
+            return tool
+    hint = nearest(name, [tool.name for tool in tools]) if tools else "; there are none"
+    raise RequestRefused(f"No tool is named {name[:64]!r}{hint}.", field="tool_choice.function.name")
+
+
+# ── for templates ──
+
+
+def offered(request: ChatRequest) -> list[dict[str, Any]] | None:
+    """The tools that a template is told of: none if none may be called."""
+    return request.tools if request.tools and request.tool_choice != "none" else None
+
+
+def with_objects(message: Message) -> Message:
+    """The message with the arguments of its calls as objects, which most templates write as JSON by themselves."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = jiter.from_json(function["arguments"].encode() or b"{}")
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def taught(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Message]:
+    """The messages for a template that knows no tools: a system text describes them, calls and results are text."""
+    found = [_as_text(message) for message in messages]
+    if tools:
+        text = described(tools)
+        if found[0]["role"] in ("system", "developer"):
+            found[0] = {**found[0], "content": _extended(found[0]["content"], text)}
+        else:
+            found.insert(0, {"role": "system", "content": text})
+    return found
+
+
+def _as_text(message: Message) -> Message:
+    if calls := message.get("tool_calls"):
+        texts = [_text_of(_with_object(call)["function"]) for call in calls]
+        rest = {key: value for key, value in message.items() if key != "tool_calls"}
+        return {**rest, "content": _extended(message["content"], "\n".join(texts))}
+    if message["role"] == "tool":
+        return {"role": "user", "content": _wrapped(message["content"])}
+    return message
+
+
+def _text_of(function: Mapping[str, Any]) -> str:
+    call = {"name": function.get("name"), "arguments": function.get("arguments", {})}
+    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
+
+
+def _wrapped(content: Any) -> Any:
+    before, after = "<tool_response>\n", "\n</tool_response>"
+    if isinstance(content, str):
+        return before + content + after
+    return [{"type": "text", "text": before}, *content, {"type": "text", "text": after}]
+
+
+def _extended(content: Any, text: str) -> Any:
+    """Content with a text after it."""
+    if isinstance(content, str):
+        return f"{content}\n\n{text}" if content else text
+    return [*content, {"type": "text", "text": text}]

@@ -1,0 +1,102 @@
+"""How the answer to a chat is read, and what it must look like: its format, its calls, its reasoning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+from msgspec import Struct
+
+from api.constraints import Constraint, grammar_of
+from api.formats import Answer, Calls, Format, Lark, Parser, Rules
+from api.prompts import Prompts
+from api.schema import ChatRequest
+from api.served import Core
+from api.tools import calls_of
+from engine import Grammar, JsonObject, JsonSchema, ReasoningBudget, RequestRefused
+from engine import Lark as LarkForm
+
+_TAIL = 32
+"""Tokens at the end of a prompt that tell whether the model is to think first."""
+
+
+class Turn(Struct, frozen=True):
+    """The assistant's turn as it was asked for."""
+
+    format: Format
+    calls: Calls
+    split: bool
+    """Whether reasoning is told apart from the answer."""
+    opened: bool
+    """Whether the prompt has begun the reasoning."""
+    thinks: bool
+    """Whether reasoning may come."""
+    special: dict[str, int]
+    """The markers of the format that are special tokens here."""
+    budget: ReasoningBudget | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the text is the content, as it is."""
+        return not self.calls.tools and not (self.thinks and self.split)
+
+    @property
+    def spelled(self) -> tuple[tuple[int, str], ...]:
+        """The tokens that must be seen to be read."""
+        return () if self.plain else tuple((token, text) for text, token in self.special.items())
+
+    def parser(self) -> Parser | None:
+        """A fresh reader of one choice; None if there is nothing to tell apart."""
+        return None if self.plain else Parser(self.format, self.calls, opened=self.opened, split=self.split)
+
+    async def grammar(self, engine: Core, constraint: Constraint | None) -> Grammar | None:
+        """What the text must look like: calls of the tools, valid by their schemas, and an answer by the
+        constraint; None if anything will do. Raises RequestRefused, which names the field."""
+        if not self.calls.tools and not (self.thinks and constraint):
+            return await grammar_of(engine, constraint)
+        if constraint is not None:
+            await grammar_of(engine, constraint)  # what is wrong with it is said of it alone
+        lark = Lark(self.special)
+        self.format.grammar(lark, self._rules(constraint))
+        try:
+            return await engine.compile(LarkForm(str(lark)))
+        except RequestRefused as error:
+            await self._blame(engine)
+            error.field = error.field or "tools"
+            raise
+
+    def _rules(self, constraint: Constraint | None) -> Rules:
+        answer: Answer | None = None
+        if constraint is not None:
+            if not isinstance(constraint.form, JsonSchema | JsonObject):
+                raise RequestRefused(
+                    f"{constraint.path} cannot be combined with {'tools' if self.calls.tools else 'reasoning'}; "
+                    "a JSON schema can.",
+                    field=constraint.path,
+                )
+            schema = constraint.form.schema if isinstance(constraint.form, JsonSchema) else b'{"type": "object"}'
+            answer = Answer(msgspec.json.decode(schema, type=dict | bool))
+        return Rules(self.calls, self.thinks, self.opened, answer)
+
+    async def _blame(self, engine: Core) -> None:
+        """Raises RequestRefused with the keyword that is to blame, if one tool's schema by itself is."""
+        for index, tool in enumerate(self.calls.tools):
+            try:
+                await engine.compile(JsonSchema(msgspec.json.encode(tool.parameters)))
+            except RequestRefused as error:
+                error.field = f"tools[{index}].function.parameters{error.field or ''}"
+                raise
+
+
+def turn_of(request: ChatRequest, prompts: Prompts, prompt: Sequence[int]) -> Turn:
+    """The turn after `prompt`. Raises RequestRefused."""
+    format, source = prompts.format_for(request), prompts.template_for(request).source
+    split = (request.reasoning_format or prompts.chat.reasoning_format) != "none"
+    opened = format.opened_by(prompts.text_with_names_of(prompt[-_TAIL:]))
+    thinks = opened or format.thinks(source)
+    special = {text: token for text in format.markers if (token := prompts.special_token(text)) is not None}
+    limit, budget = prompts.budget_of(request), None
+    if limit >= 0 and thinks and format.closes:
+        opens = "" if opened else format.opens[0]
+        budget = ReasoningBudget(limit, opens, format.closes, prompts.closing(format.closes))
+    return Turn(format, calls_of(request), split, opened, thinks, special, budget)

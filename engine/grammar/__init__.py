@@ -1,0 +1,31 @@
+"""Structured output: what a text must look like, and which tokens that leaves at every row. By llguidance.
+
+forms      what may be asked for, and what is wrong with it
+schema     JSON schemas: how deep, and which keyword is to blame
+bridge     a model's tokens as llguidance wants to know them
+matcher    where one text is in its grammar
+masks      the tokens permitted at all rows of a step
+compiler   from forms to grammars: off the event loop, with limits, kept for the next time
+"""
+
+from engine.grammar.compiler import Grammar, Grammars
+from engine.grammar.forms import Choice, Form, Gbnf, GrammarError, JsonObject, JsonSchema, Lark, Regex
+from engine.grammar.masks import Masks, Permits, Want
+from engine.grammar.matcher import Matcher
+
+__all__ = [
+    "Choice",
+    "Form",
+    "Gbnf",
+    "Grammar",
+    "GrammarError",
+    "Grammars",
+    "JsonObject",
+    "JsonSchema",
+    "Lark",
+    "Masks",
+    "Matcher",
+    "Permits",
+    "Regex",
+    "Want",
+]

@@ -1,0 +1,208 @@
+"""From forms to grammars, off the event loop and within limits."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import msgspec
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import gbnf_to_lark
+
+from engine.backend import Vocab
+from engine.grammar.bridge import tokenizer
+from engine.grammar.forms import Choice, Form, Gbnf, GrammarError, JsonObject, JsonSchema, Lark, Regex
+from engine.grammar.matcher import Matcher
+from engine.grammar.schema import Schema, blamed, parsed
+
+SIZE = 2**18
+"""Bytes of a form at most."""
+NESTED = 200
+"""Brackets of a grammar or an expression that may be open at once."""
+SECONDS = 10.0
+"""Seconds that a request waits for its grammar, those in the queue before it included."""
+KEPT = 256
+"""Grammars that are kept for the next request that asks for the same."""
+THREADS = 2
+NICE = 10
+"""Of these threads: how far they step back where threads have priorities of their own."""
+STACK = 2**26
+"""Bytes: grammars are read recursively."""
+LIMITS = LLParserLimits(verbose_errors=False)
+"""The library's own: a million units of work, about 20 ms, for the lexer of a grammar, 200,000 for one mask."""
+
+JSON = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
+"""Between the parts of a JSON text stands what llama.cpp's grammars permit: a model cannot lose itself in spaces."""
+STRICT = {"lenient": False}
+
+
+class Grammar:
+    """A form made ready, for any number of texts over one vocabulary."""
+
+    def __init__(self, form: Form, native: LLMatcher, size: int, ends: frozenset[int]) -> None:
+        self.form = form
+        self.size = size
+        """Tokens of the vocabulary."""
+        self._native = native
+        self._ends = ends
+
+    def begin(self) -> Matcher:
+        """The start of a text. May be called from any thread."""
+        return Matcher(self._native.deep_copy(), self._ends)
+
+
+class Grammars:
+    """The grammars of one model. `compile` is called on the event loop."""
+
+    def __init__(self, vocab: Vocab) -> None:
+        self._vocab = vocab
+        self._kept: OrderedDict[bytes, Grammar] = OrderedDict()
+        self._lock = threading.Lock()  # for what is kept
+        self._building = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+        self._threads: ThreadPoolExecutor | None = None
+
+    async def compile(self, form: Form) -> Grammar:
+        """The grammar of `form`. Raises GrammarError if there is none, or if it is too large or takes too long."""
+        encoded = msgspec.msgpack.encode(form)
+        if len(encoded) > SIZE:
+            raise GrammarError(f"{_kind(form)} of {len(encoded)} bytes is too large; at most {SIZE} are taken.")
+        key = hashlib.sha256(encoded).digest()
+        if (known := self._known(key)) is not None:
+            return known
+        try:
+            return await asyncio.wait_for(self._start(lambda: self._known(key) or self._make(key, form)), SECONDS)
+        except TimeoutError:
+            raise GrammarError(f"{_kind(form)} was not compiled within {SECONDS:.0f} seconds.") from None
+
+    def close(self) -> None:
+        """Compiles nothing any more."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self, job: Callable[[], Grammar]) -> asyncio.Future[Grammar]:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(THREADS, "paceline-grammar", _step_back)
+        before = threading.stack_size(STACK)
+        try:
+            return asyncio.wrap_future(self._threads.submit(job))
+        finally:
+            threading.stack_size(before)
+
+    def _known(self, key: bytes) -> Grammar | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    # ── on a worker thread ──
+
+    def _make(self, key: bytes, form: Form) -> Grammar:
+        native = _compiled(form, self._tokens())
+        made = Grammar(form, native, self._vocab.size, self._vocab.ends)
+        with self._lock:
+            self._kept[key] = made
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return made
+
+    def _tokens(self) -> LLTokenizer:
+        with self._building:
+            if self._tokenizer is None:
+                self._tokenizer = tokenizer(self._vocab)
+            return self._tokenizer
+
+
+def _step_back() -> None:
+    """Lets this thread have what the others leave: a grammar can wait, running streams cannot."""
+    with suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+
+
+def _compiled(form: Form, tokens: LLTokenizer) -> LLMatcher:
+    """Raises GrammarError."""
+    if isinstance(form, JsonSchema):
+        return _of_schema(parsed(form.schema), tokens)
+    return _matcher(_source(form), tokens, _kind(form))
+
+
+def _of_schema(schema: Schema, tokens: LLTokenizer) -> LLMatcher:
+    def complaint(changed: Schema) -> str:
+        return LLMatcher.validate_grammar(_json(changed), tokens, limits=LIMITS)
+
+    if said := complaint(schema):
+        pointer = blamed(schema, said, complaint)
+        where = f" at {pointer}" if pointer else ""
+        raise GrammarError(f"The schema cannot be followed{where}: {_first_line(said)}", pointer)
+    return _matcher(_json(schema), tokens, "The schema")
+
+
+def _matcher(source: str, tokens: LLTokenizer, kind: str) -> LLMatcher:
+    native = LLMatcher(tokens, source, log_level=0, limits=LIMITS)
+    if not native.is_error():
+        native.compute_bitmask()  # the lexer's first states are made here and not in a step
+    if native.is_error():
+        raise GrammarError(f"{kind} cannot be used: {_first_line(native.get_error())}")
+    return native
+
+
+def _json(schema: Schema) -> str:
+    made: str = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON, overrides=STRICT)  # type: ignore[arg-type]
+    return made
+
+
+def _source(form: Form) -> str:
+    match form:
+        case JsonObject():
+            return _json({"type": "object"})
+        case Regex(pattern):
+            _shallow(pattern, "The expression")
+            return LLMatcher.grammar_from_regex(pattern)
+        case Choice(texts):
+            if not texts:
+                raise GrammarError("A choice needs at least one text.")
+            alternatives = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+            return LLMatcher.grammar_from_lark(f"start: {alternatives}")
+        case Gbnf(text):
+            _shallow(text, "The grammar")
+            return LLMatcher.grammar_from_lark(_lark(text))
+        case Lark(text):
+            _shallow(text, "The grammar")
+            return LLMatcher.grammar_from_lark(text)
+    raise AssertionError("schemas are compiled elsewhere")
+
+
+def _lark(gbnf: str) -> str:
+    try:
+        return gbnf_to_lark(gbnf)
+    except Exception as error:  # the converter raises many kinds
+        raise GrammarError(f"The grammar is not valid GBNF: {str(error) or type(error).__name__}") from None
+
+
+def _shallow(text: str, kind: str) -> None:
+    """Raises GrammarError if too many brackets are open at once; those in quotes count, too."""
+    depth = deepest = 0
+    for char in text:
+        if char in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif char in ")]}":
+            depth = max(0, depth - 1)
+    if deepest > NESTED:
+        raise GrammarError(f"{kind} is nested {deepest} levels deep; at most {NESTED} are taken.")
+
+
+def _kind(form: Form) -> str:
+    names = {JsonSchema: "The schema", Regex: "The expression", Choice: "The choice"}
+    return names.get(type(form), "The grammar")
+
+
+def _first_line(said: str) -> str:
+    return said.strip().partition("\n")[0][:500]

@@ -1,0 +1,136 @@
+"""JSON schemas before they are compiled, and after that failed: their depth, and the keyword that is to blame."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import msgspec
+
+from engine.grammar.forms import GrammarError
+
+DEPTH = 100
+"""Levels of nested objects and lists: the library reads no more than 128, and a schema level takes two or three."""
+SEARCH = 1.0
+"""Seconds for which the keyword to blame is looked for."""
+
+_ONE = (
+    *("items", "additionalItems", "unevaluatedItems", "contains", "not", "if", "then", "else"),
+    *("additionalProperties", "unevaluatedProperties", "propertyNames"),
+)
+_LISTED = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_NAMED = ("properties", "patternProperties", "dependentSchemas")
+
+Schema = dict[str, Any]
+
+
+class Place(NamedTuple):
+    """A keyword: the JSON pointer to it, the schema that has it, and its name."""
+
+    pointer: str
+    schema: Schema
+    keyword: str
+
+
+def parsed(text: bytes) -> Schema:
+    """The schema in `text`. Raises GrammarError if it is none, or too deep."""
+    try:
+        schema = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise GrammarError(f"The schema is not valid JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise GrammarError("A schema must be a JSON object.")
+    if (depth := depth_of(schema)) > DEPTH:
+        raise GrammarError(f"The schema is nested {depth} levels deep; at most {DEPTH} are taken.")
+    return schema
+
+
+def depth_of(value: object) -> int:
+    """Levels of nested objects and lists."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+def blamed(schema: Schema, complaint: str, compiled: Callable[[Schema], str]) -> str | None:
+    """The JSON pointer of the keyword because of which `compiled`, which is called with variants of `schema`, answers
+    `complaint`; None if it is not found.
+
+    It is the one without which there is no such complaint. Those that the complaint names are tried first, from the
+    root on, then the others, from the leaves on; should each of several be enough, it is the first that is named.
+    """
+    words = set(re.findall(r"[$\w]+", complaint))
+    places = list(keywords(schema))
+    named = [place for place in places if place.keyword in words]
+    until = time.perf_counter() + SEARCH
+    for place in [*named, *reversed([place for place in places if place.keyword not in words])]:
+        if time.perf_counter() > until:
+            break
+        if compiled(without(schema, place)) != complaint:
+            return place.pointer
+    return named[0].pointer if named else None
+
+
+def keywords(schema: Schema) -> Iterator[Place]:
+    """Every keyword that counts, the root's first; in definitions, those that something refers to."""
+    seen: set[int] = set()
+    queue: deque[tuple[str, Any]] = deque([("", schema)])
+    while queue:
+        pointer, part = queue.popleft()
+        if not isinstance(part, dict) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        yield from (Place(f"{pointer}/{_escaped(name)}", part, name) for name in part)
+        queue.extend(_below(pointer, part))
+        reference = part.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#"):
+            queue.append((reference[1:], _found(schema, unquote(reference[1:]))))
+
+
+def _below(pointer: str, schema: Schema) -> Iterator[tuple[str, Any]]:
+    for name in _ONE:
+        if name in schema:
+            yield f"{pointer}/{name}", schema[name]
+    for name in _LISTED:
+        if isinstance(parts := schema.get(name), list):
+            yield from ((f"{pointer}/{name}/{index}", part) for index, part in enumerate(parts))
+    for name in _NAMED:
+        if isinstance(named := schema.get(name), dict):
+            yield from ((f"{pointer}/{name}/{_escaped(key)}", part) for key, part in named.items())
+
+
+def _found(schema: Schema, pointer: str) -> Any:
+    """What stands at a JSON pointer (RFC 6901); None if nothing does."""
+    part: Any = schema
+    for step in pointer.split("/")[1:]:
+        name = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(part, list) and name.isdecimal() and int(name) < len(part):
+            part = part[int(name)]
+        else:
+            part = part.get(name) if isinstance(part, dict) else None
+    return part
+
+
+def without(schema: Schema, place: Place) -> Schema:
+    """A copy of `schema` that lacks one keyword."""
+
+    def copied(part: Any) -> Any:
+        if isinstance(part, list):
+            return [copied(item) for item in part]
+        if not isinstance(part, dict):
+            return part
+        gone = place.keyword if part is place.schema else None
+        return {name: copied(value) for name, value in part.items() if name != gone}
+
+    made: Schema = copied(schema)
+    return made
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")

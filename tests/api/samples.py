@@ -1,0 +1,173 @@
+"""For each format, messages as its models write them, and what they are."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from api.formats import FORMATS, Calls, Format, Tool
+
+WEATHER: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+CALLS = Calls((Tool("weather", WEATHER), Tool("now", {"type": "object", "properties": {}})))
+CITY = "Zürich 👩‍👩‍👧 東京"
+ZÜRICH = '{"city": "Zürich 👩‍👩‍👧 東京"}'
+
+
+class Sample(NamedTuple):
+    """A text and what it is; with `opened` it begins inside of reasoning."""
+
+    format: str
+    text: str
+    content: str
+    reasoning: str
+    calls: tuple[tuple[str, str], ...]
+    opened: bool = False
+
+    @property
+    def reader(self) -> Format:
+        return next(format for format in FORMATS if format.name == self.format)
+
+
+SAMPLES = [
+    Sample(
+        "hermes",
+        f'<think>\nhm 🤔\n</think>\n\nSo:\n<tool_call>\n{{"name": "weather", "arguments": {ZÜRICH}}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+        "So:",
+        "hm 🤔",
+        (("weather", ZÜRICH), ("now", "{}")),
+    ),
+    Sample("hermes", "a <tool_call> is\n a tag <b>", "a <tool_call> is\n a tag <b>", "", ()),
+    Sample("hermes", "thought</think>\n\nSaid. \n", "Said. \n", "thought", (), opened=True),
+    Sample(
+        "hermes",
+        '<tool_call>{"arguments": {"city": "Bern"}, "name": "weather"}</tool_call> done',
+        " done",
+        "",
+        (("weather", '{"city": "Bern"}'),),
+    ),
+    Sample(
+        "qwen-xml",
+        f"I see.\n<tool_call>\n<function=weather>\n<parameter=city>\n{CITY}\n</parameter>\n<parameter=days>\n3\n"
+        "</parameter>\n</function>\n</tool_call>",
+        "I see.",
+        "",
+        (("weather", ZÜRICH[:-1] + ', "days": 3}'),),
+    ),
+    Sample(
+        "qwen-xml",
+        "hm\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        "",
+        "hm",
+        (("now", "{}"),),
+        opened=True,
+    ),
+    Sample(
+        "glm",
+        f"<think>why</think>\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>{CITY}</arg_value>\n"
+        "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>",
+        "",
+        "why",
+        (("weather", ZÜRICH[:-1] + ', "days": 2}'),),
+    ),
+    Sample(
+        "llama",
+        f'{{"name": "weather", "parameters": {ZÜRICH}}}; {{"name": "now", "parameters": {{}}}}',
+        "",
+        "",
+        (("weather", ZÜRICH), ("now", "{}")),
+    ),
+    Sample("llama", '{"city": "Bern"} is JSON', '{"city": "Bern"} is JSON', "", ()),
+    Sample("llama", 'So <|python_tag|>{"name": "now", "parameters": {}}', "So", "", (("now", "{}"),)),
+    Sample(
+        "pythonic",
+        f"[weather(city='{CITY}', days=2), now()]",
+        "",
+        "",
+        (("weather", ZÜRICH[:-1] + ', "days": 2}'), ("now", "{}")),
+    ),
+    Sample("pythonic", "[1] weather(", "[1] weather(", "", ()),
+    Sample(
+        "mistral",
+        f"[THINK]oh[/THINK]Look:[TOOL_CALLS]weather[ARGS]{ZÜRICH}[TOOL_CALLS]now[ARGS]{{}}",
+        "Look:",
+        "oh",
+        (("weather", ZÜRICH), ("now", "{}")),
+    ),
+    Sample(
+        "mistral-list",
+        f'[TOOL_CALLS] [{{"name": "weather", "arguments": {ZÜRICH}}}, {{"name": "now", "arguments": {{}}}}]',
+        "",
+        "",
+        (("weather", ZÜRICH), ("now", "{}")),
+    ),
+    Sample(
+        "deepseek",
+        f"Well.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{ZÜRICH}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "Well.",
+        "",
+        (("weather", ZÜRICH),),
+    ),
+    Sample(
+        "deepseek-block",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+        f"{ZÜRICH}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "",
+        "",
+        (("weather", ZÜRICH),),
+    ),
+    Sample(
+        "dsml",
+        'hm</think>\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="weather">\n'
+        '<｜DSML｜parameter name="city" string="true">'
+        f'{CITY}</｜DSML｜parameter>\n<｜DSML｜parameter name="days" string="false">2</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n</｜DSML｜tool_calls>",
+        "",
+        "hm",
+        (("weather", ZÜRICH[:-1] + ', "days": 2}'),),
+        opened=True,
+    ),
+    Sample(
+        "kimi",
+        "Ok <|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+        f"{ZÜRICH}<|tool_call_end|><|tool_calls_section_end|> then",
+        "Ok  then",
+        "",
+        (("weather", ZÜRICH),),
+    ),
+    Sample(
+        "kimi-xtml",
+        '<|close|>response<|sep|><|open|>tools<|sep|><|open|>call tool="weather" index="1"<|sep|><|open|>argument '
+        f'key="city" type="string"<|sep|>{CITY}<|close|>argument<|sep|><|close|>call<|sep|><|close|>tools<|sep|>',
+        "",
+        "",
+        (("weather", ZÜRICH),),
+    ),
+    Sample(
+        "gemma",
+        f'<|channel>thought\nhm\n<channel|>Yes<|tool_call>call:weather{{city:<|"|>{CITY}<|"|>,days:2}}<tool_call|>',
+        "Yes",
+        "hm",
+        (("weather", ZÜRICH[:-1] + ', "days": 2}'),),
+    ),
+    Sample(
+        "function-gemma",
+        f"<start_function_call>call:weather{{city:<escape>{CITY}<escape>}}<end_function_call>",
+        "",
+        "",
+        (("weather", ZÜRICH),),
+    ),
+    Sample(
+        "harmony",
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary<|message|>Look.<|end|>"
+        f"<|start|>assistant<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{ZÜRICH}",
+        "Look.",
+        "hm",
+        (("weather", ZÜRICH),),
+    ),
+    Sample("generic", '<tool_call>\n{"name": "now"}\n</tool_call>', "", "", (("now", "{}"),)),
+]

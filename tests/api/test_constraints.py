@@ -1,0 +1,84 @@
+"""What a text must look like, in each dialect: the engine gets the form, or the client the place that is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp
+
+from engine import Choice, Form, Gbnf, JsonObject, JsonSchema, Lark, Regex
+from tests.api.asgi import post
+from tests.api.fake import FakeEngine
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}}
+RAW = b'{"type":"object","properties":{"n":{"type":"integer"}}}'
+NAMED = {"name": "number", "schema": NUMBER}
+
+
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        ({}, None),
+        ({"response_format": None, "grammar": None, "guided_json": None}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"grammar": ""}, None),
+        ({"structured_outputs": {"json_object": False}}, None),
+        ({"response_format": {"type": "json_object"}}, JsonObject()),
+        ({"response_format": {"type": "json_object", "schema": NUMBER}}, JsonSchema(RAW)),
+        ({"response_format": {"type": "json_schema", "json_schema": NAMED}}, JsonSchema(RAW)),
+        ({"response_format": {"type": "json_schema", "json_schema": {**NAMED, "strict": True}}}, JsonSchema(RAW)),
+        ({"response_format": {"type": "json_schema", "json_schema": {**NAMED, "strict": False}}}, JsonSchema(RAW)),
+        ({"response_format": {"type": "text"}, "guided_regex": "a+"}, Regex("a+")),
+        ({"json_schema": NUMBER}, JsonSchema(RAW)),
+        ({"grammar": 'root ::= "a" start\nstart ::= "b"'}, Gbnf('root ::= "a" start\nstart ::= "b"')),
+        ({"grammar": '%llguidance {}\nstart: "a"'}, Lark('%llguidance {}\nstart: "a"')),
+        ({"grammar": 'x: "a"\nstart: x'}, Lark('x: "a"\nstart: x')),
+        ({"guided_json": NUMBER}, JsonSchema(RAW)),
+        ({"guided_json": RAW.decode()}, JsonSchema(RAW)),
+        ({"guided_choice": ["a", "b"]}, Choice(("a", "b"))),
+        ({"guided_grammar": 'root ::= "a"'}, Gbnf('root ::= "a"')),
+        ({"structured_outputs": {"json": NUMBER}}, JsonSchema(RAW)),
+        ({"structured_outputs": {"json_object": True}}, JsonObject()),
+        ({"structured_outputs": {"regex": "[ab]"}}, Regex("[ab]")),
+        ({"structured_outputs": {"choice": ["a"]}}, Choice(("a",))),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, Lark('start: "a"')),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_what_is_asked_for(
+    app: ASGIApp, engine: FakeEngine, path: str, fields: dict[str, Any], form: Form | None
+) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}]} if path == CHAT else {"prompt": "hi"}
+    for stream in (False, True):
+        answer = await post(app, path, {**body, **fields, "n": 2, "stop": "x", "stream": stream})
+        assert answer.status == 200, answer.json
+        asked = [request.grammar.form if request.grammar is not None else None for request in engine.requests[-2:]]
+        assert asked == [form, form]
+        assert engine.requests[-1].grammar is engine.requests[-2].grammar, "compiled once"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"items": {"not": {}}}}}},
+            "response_format.json_schema.schema/items/not",
+            "/items/not",
+        ),
+        ({"structured_outputs": {"json": {"items": {"not": {}}}}}, "structured_outputs.json/items/not", "/items/not"),
+        ({"guided_json": {"items": {"not": {}}}}, "guided_json/items/not", "/items/not"),
+        ({"grammar": "root ::= nowhere"}, "grammar", "nowhere"),
+        ({"json_schema": NUMBER, "guided_json": NUMBER}, "guided_json", "json_schema and guided_json exclude"),
+        ({"structured_outputs": {"regex": "a", "json": NUMBER}}, "structured_outputs.regex", "exclude each other"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format.type", "json_object, json_schema"),
+    ],
+)
+async def test_what_cannot_be(app: ASGIApp, engine: FakeEngine, fields: dict[str, Any], param: str, says: str) -> None:
+    answer = await post(app, TEXT, {"prompt": "hi", **fields})
+    assert answer.status == 400
+    assert answer.json["error"]["param"] == param
+    assert says in answer.json["error"]["message"]
+    assert engine.log == []

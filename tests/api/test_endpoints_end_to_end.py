@@ -1,0 +1,145 @@
+"""The real server and model: /completion, tokens there and back, and that everyone agrees on a prompt's tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.api.server import Server, serving
+
+pytestmark = pytest.mark.timeout(180)
+SKY: Any = [{"role": "user", "content": "Why is the sky blue? 🌈"}]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving("-np", "4", "--trust-request-chat-template") as server:
+        server.ready()
+        yield server
+        server.signal()
+        assert server.wait() == 0
+        assert not any("Traceback" in line for line in server.lines)
+
+
+def post(server: Server, path: str, body: Any) -> Any:
+    reply = httpx2.post(f"{server.url}{path}", json=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def test_completion(server: Server) -> None:
+    body = {"prompt": "One, two, three,", "n_predict": 8, "temperature": 0, "return_tokens": True}
+    whole = post(server, "/completion", body)
+    assert whole["content"].startswith(" four")
+    assert (whole["stop_type"], whole["tokens_predicted"], len(whole["tokens"])) == ("limit", 8, 8)
+    assert post(server, "/detokenize", {"tokens": whole["tokens"]})["content"] == whole["content"]
+    with httpx2.stream("POST", f"{server.url}/completion", json={**body, "stream": True}, timeout=60) as reply:
+        events = [json.loads(line.removeprefix("data: ")) for line in reply.iter_lines() if line]
+    assert "".join(event["content"] for event in events) == whole["content"]
+    assert [token for event in events for token in event["tokens"]] == whole["tokens"]
+    assert [event["stop"] for event in events] == [False] * (len(events) - 1) + [True]
+    assert events[-1]["timings"]["predicted_n"] == 8
+    assert events[-1]["timings"]["cache_n"] > 0
+
+
+def test_completion_of_texts_and_tokens(server: Server) -> None:
+    tokens = post(server, "/tokenize", {"content": " two, three,"})["tokens"]
+    body = {"n_predict": 4, "temperature": 0, "n_probs": 2, "stop": [" six"]}
+    mixed = post(server, "/completion", {**body, "prompt": ["One,", *tokens]})
+    assert mixed["content"].startswith(" four")
+    assert all(len(each["top_logprobs"]) == 2 for each in mixed["completion_probabilities"])
+    both = post(server, "/completion", {**body, "prompt": ["One, two, three,", ["One,", *tokens]]})
+    assert both[0]["content"] == both[1]["content"] == mixed["content"]
+
+
+def test_time_is_up(server: Server) -> None:
+    body = {"prompt": "1.\n2.\n3.\n", "n_predict": 2000, "ignore_eos": True, "t_max_predict_ms": 1, "temperature": 0}
+    reply = post(server, "/completion", body)
+    assert reply["stop_type"] == "limit"
+    assert reply["tokens_predicted"] < 2000
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Hi", " two  spaces ", "naïve 日本語 👩‍👩‍👧\n\ttabs", "<|im_start|>user\n", "a\x00b"]
+)
+def test_tokens_there_and_back(server: Server, text: str) -> None:
+    for parse in (False, True):
+        tokens = post(server, "/tokenize", {"content": text, "parse_special": parse})["tokens"]
+        assert post(server, "/detokenize", {"tokens": tokens})["content"] == text
+    pieces = post(server, "/tokenize", {"content": text, "with_pieces": True})["tokens"]
+    joined = b"".join(p["piece"].encode() if isinstance(p["piece"], str) else bytes(p["piece"]) for p in pieces)
+    assert joined.decode() == text
+
+
+def test_special_tokens_have_names(server: Server) -> None:
+    spelled = post(server, "/tokenize", {"prompt": "<|im_start|>user", "return_token_strs": True})
+    assert spelled["token_strs"][0] == "<|im_start|>"
+    assert spelled["count"] == len(spelled["tokens"]) == 2
+    assert spelled["max_model_len"] == 4096
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"add_generation_prompt": False},
+        {"messages": [*SKY, {"role": "assistant", "content": "Because"}]},
+        {"messages": [{"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}, *SKY]},
+        {"chat_template": "llama3"},
+    ],
+    ids=str,
+)
+def test_all_agree_on_a_conversations_tokens(server: Server, fields: dict[str, Any]) -> None:
+    body = {"messages": SKY, "max_tokens": 1, **fields}
+    rendered = post(server, "/v1/chat/completions/render", body)["token_ids"]
+    assert post(server, "/tokenize", body)["tokens"] == rendered
+    assert post(server, "/v1/chat/completions", body)["usage"]["prompt_tokens"] == len(rendered)
+    prompt = post(server, "/apply-template", body)["prompt"]
+    assert post(server, "/completion", {"prompt": prompt, "n_predict": 1})["tokens_evaluated"] == len(rendered)
+
+
+def test_all_agree_on_a_texts_tokens(server: Server) -> None:
+    texts = ["One, two", "naïve 日本語"]
+    body = {"prompt": texts, "max_tokens": 1}
+    rendered = [each["token_ids"] for each in post(server, "/v1/completions/render", body)]
+    assert post(server, "/v1/completions", body)["usage"]["prompt_tokens"] == sum(map(len, rendered))
+    assert [post(server, "/tokenize", {"prompt": text})["tokens"] for text in texts] == rendered
+
+
+def test_props(server: Server) -> None:
+    props = httpx2.get(f"{server.url}/props").json()
+    assert props["chat_template_caps"]["supports_string_content"]
+    assert "<|im_start|>" in props["chat_template"]
+    assert props["default_generation_settings"]["params"]["n_predict"] == -1
+
+
+def test_a_template_that_cannot_be_used(tmp_path: Path) -> None:
+    file = tmp_path / "broken.jinja"
+    file.write_text("{% if %}")
+    with serving("--chat-template-file", str(file)) as server:
+        server.until("^Note: The chat template cannot be used: .*line 1")
+        url = server.ready()
+        assert httpx2.post(f"{url}/v1/completions", json={"prompt": "Hi", "max_tokens": 2}).status_code == 200
+        refused = httpx2.post(f"{url}/v1/chat/completions", json={"messages": SKY})
+        assert refused.status_code == 400
+        assert "cannot be used" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--chat-template", "llama33"), "there is no chat template named 'llama33'; the nearest is llama3"),
+        (("--chat-template-file", "/nowhere/x"), "cannot read /nowhere/x"),
+        (("--chat-template-kwargs", "no"), "expected a JSON object"),
+    ],
+)
+def test_settings_that_make_no_sense(arguments: tuple[str, ...], complaint: str) -> None:
+    with serving(*arguments) as server:
+        assert server.wait() == 2
+        assert len(server.lines) == 1
+        assert complaint in server.lines[0]

@@ -1,0 +1,81 @@
+"""Structured output end to end: the real server and model, the official client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import openai
+import pytest
+from openai import OpenAI
+from pydantic import BaseModel, Field
+
+from tests.api.server import MODEL, serving
+
+pytestmark = pytest.mark.timeout(180)
+NAME = MODEL.stem
+SEA: Any = [{"role": "user", "content": "Name a sea, as JSON."}]
+
+
+class Sea(BaseModel):
+    name: str = Field(max_length=24)
+    depth: int = Field(ge=1, le=99999)
+    salty: bool
+    colour: Literal["blue", "green", "grey"]
+    fish: list[Literal["cod", "tuna"]] = Field(min_length=1, max_length=2)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[OpenAI]:
+    with serving("-np", "4", "--alias", NAME) as server:
+        server.ready()
+        with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            yield client
+        server.signal()
+        assert server.wait() == 0
+        assert not any("Traceback" in line for line in server.lines)
+
+
+def test_parse(client: OpenAI) -> None:
+    reply = client.chat.completions.parse(
+        model=NAME, messages=SEA, response_format=Sea, max_tokens=200, seed=3, temperature=1.0, n=2
+    )
+    for choice in reply.choices:
+        assert choice.finish_reason == "stop"
+        assert isinstance(choice.message.parsed, Sea)
+    assert reply.choices[0].message.content != reply.choices[1].message.content
+
+
+def test_parse_a_stream(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": NAME, "messages": SEA, "max_tokens": 200, "temperature": 0.0}
+    with client.chat.completions.stream(**asked, response_format=Sea) as stream:
+        for _ in stream:
+            pass
+        reply = stream.get_final_completion()
+    assert isinstance(reply.choices[0].message.parsed, Sea)
+    assert reply.choices[0].finish_reason == "stop"
+
+
+def test_forms_and_guesses(client: OpenAI) -> None:
+    def ask(speculative: Any, **fields: Any) -> str:
+        body = {"seed": 5, "speculative": speculative, **fields}
+        made = client.completions.create(model=NAME, prompt="The answer:", max_tokens=48, extra_body=body)
+        return made.choices[0].text
+
+    assert ask(True, structured_outputs={"regex": "[0-9]{5}"}).isdigit()
+    assert ask(True, guided_choice=["north", "south"]) in ("north", "south")
+    assert isinstance(json.loads(ask(True, grammar='start: %json {"enum": [true, 17]}')), int)
+    schema = {"type": "object", "properties": {"direction": {"enum": ["north"]}}, "required": ["direction"]}
+    assert json.loads(ask({"type": "grammar", "order": "fixed"}, json_schema=schema))["direction"] == "north"
+
+
+def test_a_schema_that_cannot_be_followed(client: OpenAI) -> None:
+    schema = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.chat.completions.create(
+            model=NAME,
+            messages=SEA,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+        )
+    assert refusal.value.param == "response_format.json_schema.schema/properties/a/not"

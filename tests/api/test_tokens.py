@@ -1,0 +1,238 @@
+"""Tokens without a completion: /tokenize, /detokenize, /apply-template and vLLM's render, word for word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.types import ASGIApp
+
+from api.app import create_app
+from tests.api.asgi import call, post
+from tests.api.fake import BOS, END, INFO, START, FakeEngine, site_of
+from tests.api.test_refusals import VALUES
+
+HELLO = [{"role": "user", "content": "hi"}]
+CHAT_OF_HELLO = [START, *b"user\nhi", END, *b"\n", START, *b"assistant\n"]
+
+
+@pytest.fixture
+def begun() -> ASGIApp:
+    """A model that wants a token before each text."""
+    return create_app(site_of(FakeEngine(info=msgspec.structs.replace(INFO, bos_added=True))))
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        ({"content": "hi"}, [104, 105]),
+        ({"content": ""}, []),
+        ({"content": "hi", "add_special": True}, [BOS, 104, 105]),
+        ({"content": "<s>hi"}, [BOS, 104, 105]),
+        ({"content": "<s>h", "parse_special": False}, [*b"<s>h"]),
+        ({"content": "<s>h", "parse_special": False, "add_special": True}, [BOS, *b"<s>h"]),
+        ({"content": ["h", 7, "<s>"], "add_special": True}, [BOS, 104, 7, BOS]),
+        ({"content": [7, "h"], "add_special": True}, [7, 104]),
+        ({"content": "hi", "add_special": None, "model": "whatever", "prompt": "x"}, [104, 105]),
+    ],
+    ids=str,
+)
+async def test_tokenize_as_llama_server(begun: ASGIApp, body: dict[str, Any], tokens: list[int]) -> None:
+    answer = await post(begun, "/tokenize", body)
+    assert (answer.status, answer.json) == (200, {"tokens": tokens})
+
+
+async def test_pieces(app: ASGIApp) -> None:
+    answer = await post(app, "/tokenize", {"content": ["a<|im_end|>", 0xC3], "with_pieces": True})
+    pieces = [{"id": 97, "piece": "a"}, {"id": END, "piece": "<|im_end|>"}, {"id": 0xC3, "piece": [0xC3]}]
+    assert answer.json == {"tokens": pieces}
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        ({"prompt": "hi"}, [BOS, 104, 105]),
+        ({"prompt": "<s>hi"}, [BOS, 104, 105]),
+        ({"prompt": "hi", "add_special_tokens": False, "model": "fake-1"}, [104, 105]),
+        ({"prompt": ""}, [BOS]),
+        ({"prompt": "", "add_special_tokens": False}, []),
+        ({"messages": HELLO}, [BOS, *CHAT_OF_HELLO]),
+        ({"messages": HELLO, "add_generation_prompt": False}, [BOS, *CHAT_OF_HELLO[: -len("_assistant\n")]]),
+    ],
+    ids=str,
+)
+async def test_tokenize_as_vllm(begun: ASGIApp, body: dict[str, Any], tokens: list[int]) -> None:
+    answer = await post(begun, "/tokenize", body)
+    expected = {"count": len(tokens), "max_model_len": 512, "tokens": tokens, "token_strs": None}
+    assert (answer.status, answer.json) == (200, expected)
+
+
+async def test_token_strings(app: ASGIApp) -> None:
+    answer = await post(app, "/tokenize", {"messages": HELLO, "return_token_strs": True})
+    assert answer.json["token_strs"][:6] == ["<|im_start|>", "u", "s", "e", "r", "\n"]
+    assert (await post(app, "/tokenize", {"prompt": "hi", "return_token_strs": True})).json["token_strs"] == ["h", "i"]
+
+
+async def test_detokenize(app: ASGIApp) -> None:
+    for model in ({}, {"model": "fake-1"}):
+        answer = await post(app, "/detokenize", {"tokens": [START, *"hé".encode(), 0xC3], **model})
+        assert answer.json == {"content": "<|im_start|>hé�", "prompt": "<|im_start|>hé�"}
+    assert (await post(app, "/detokenize", {"tokens": []})).json["content"] == ""
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40))
+async def test_there_and_back(text: str) -> None:
+    app = create_app(site_of(FakeEngine()))
+    tokens = (await post(app, "/tokenize", {"content": text, "parse_special": False})).json["tokens"]
+    assert (await post(app, "/detokenize", {"tokens": tokens})).json["content"] == text
+
+
+async def test_apply_template(app: ASGIApp) -> None:
+    answer = await post(app, "/apply-template", {"messages": HELLO, "chat_template_kwargs": {"x": 1}})
+    assert answer.json == {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"}
+    said = [*HELLO, {"role": "assistant", "content": "so"}]
+    assert (await post(app, "/apply-template", {"messages": said})).json["prompt"].endswith("assistant\nso")
+
+
+RENDERED = {
+    "features": None,
+    "model": "fake-1",
+    "stream": False,
+    "stream_options": None,
+    "cache_salt": None,
+    "priority": 0,
+    "kv_transfer_params": None,
+}
+SAMPLING = {
+    "n": 1,
+    "temperature": 0.5,
+    "top_p": 0.95,
+    "top_k": 40,
+    "min_p": 0.05,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "seed": 3,
+    "stop": ["x"],
+    "stop_token_ids": [],
+    "ignore_eos": False,
+    "max_tokens": None,
+    "min_tokens": 0,
+}
+
+
+async def test_render_chat(app: ASGIApp) -> None:
+    answer = await post(
+        app, "/v1/chat/completions/render", {"messages": HELLO, "temperature": 0.5, "seed": 3, "stop": "x"}
+    )
+    rendered = answer.json
+    assert rendered.pop("request_id").startswith("chatcmpl-")
+    assert rendered == {**RENDERED, "token_ids": CHAT_OF_HELLO, "sampling_params": SAMPLING}
+
+
+async def test_render_text(app: ASGIApp) -> None:
+    body = {"prompt": ["hi", "ho"], "temperature": 0.5, "seed": 3, "stop": ["x"], "stream": True, "cache_salt": "me"}
+    first, second = (await post(app, "/v1/completions/render", body)).json
+    assert (first.pop("request_id")[:5], second["token_ids"]) == ("cmpl-", [104, 111])
+    assert first == {
+        **RENDERED,
+        "stream": True,
+        "cache_salt": "me",
+        "token_ids": [104, 105],
+        "sampling_params": {**SAMPLING, "max_tokens": 16},
+    }
+
+
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from(["system", "developer", "user", "assistant", "tool"]),
+            "content": st.text(alphabet="a é<|im_end|>", max_size=12)
+            | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=5)}), max_size=3),
+        }
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    messages=MESSAGES,
+    fields=st.fixed_dictionaries(
+        {}, optional={"add_generation_prompt": st.booleans(), "continue_final_message": st.booleans()}
+    ),
+    begins=st.booleans(),
+)
+async def test_all_agree_on_the_tokens(messages: Any, fields: dict[str, bool], begins: bool) -> None:
+    """What a completion reads is what render, tokenize and apply-template tell."""
+    engine = FakeEngine(info=msgspec.structs.replace(INFO, bos_added=begins))
+    app = create_app(site_of(engine))
+    body = {"messages": messages, **fields}
+    answer = await post(app, "/v1/chat/completions", {**body, "max_tokens": 1})
+    others = [await post(app, path, body) for path in ("/v1/chat/completions/render", "/tokenize", "/apply-template")]
+    assert {other.status for other in others} == {answer.status}
+    if answer.status == 200:
+        (request,) = engine.requests
+        rendered, counted, shown = (other.json for other in others)
+        assert tuple(rendered["token_ids"]) == tuple(counted["tokens"]) == request.prompt
+        assert answer.json["usage"]["prompt_tokens"] == counted["count"]
+        await post(app, "/completion", {"prompt": shown["prompt"], "n_predict": 1})
+        assert engine.requests[-1].prompt == request.prompt
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "content"),
+        ("/tokenize", {"content": None}, "content"),
+        ("/tokenize", {"content": 5}, "content"),
+        ("/tokenize", {"content": ["a", 999], "with_pieces": True}, "content"),
+        ("/tokenize", {"content": "a", "add_special": "yes"}, "add_special"),
+        ("/tokenize", {"prompt": ["a"]}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"messages": HELLO, "chat_template": "chatml"}, "chat_template"),
+        ("/detokenize", {}, None),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [260]}, "tokens"),
+        ("/detokenize", {"tokens": "hi"}, "tokens"),
+        ("/apply-template", {"prompt": "hi"}, None),
+        ("/v1/completions/render", {"prompt": ""}, "prompt"),
+        ("/v1/completions/render", {"prompt": "x" * 600}, "prompt"),
+        ("/v1/chat/completions/render", {"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),
+        ("/v1/chat/completions/render", {"messages": HELLO, "temperature": -1}, "temperature"),
+    ],
+    ids=str,
+)
+async def test_refusals(app: ASGIApp, engine: FakeEngine, path: str, body: Any, param: str | None) -> None:
+    answer = await post(app, path, body)
+    assert answer.status == 400
+    assert answer.json["error"]["param"] == param
+    assert engine.log == []
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/v1/completions/render"])
+async def test_another_model(app: ASGIApp, path: str) -> None:
+    assert (await post(app, path, {"prompt": "x", "tokens": [1], "model": "gpt-5"})).status == 404
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    path=st.sampled_from(["/tokenize", "/detokenize", "/apply-template", "/v1/completions/render"]),
+    body=st.dictionaries(
+        st.sampled_from(["content", "prompt", "messages", "tokens", "model", "with_pieces", "add_special"]),
+        VALUES,
+        max_size=4,
+    ),
+)
+async def test_no_json_is_a_fault(path: str, body: Any) -> None:
+    answer = await post(create_app(site_of(FakeEngine())), path, body)
+    assert answer.status in (200, 400, 404)
+
+
+async def test_no_such_method(app: ASGIApp) -> None:
+    assert (await call(app, "GET", "/tokenize")).status == 405

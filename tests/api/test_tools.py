@@ -1,0 +1,238 @@
+"""Tools and reasoning over HTTP: shapes whole and streamed, what templates are told, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from starlette.types import ASGIApp
+
+from api.app import create_app
+from engine import Request
+from tests.api.asgi import post
+from tests.api.fake import INFO, FakeEngine, site_of
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
+QWEN = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
+    "{% for call in m.tool_calls %}<tool_call>{{ call.function.arguments | tojson }}</tool_call>{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% if enable_thinking is not defined or enable_thinking %}"
+    "<think>\n{% else %}<think>\n\n</think>\n{% endif %}{% endif %}"
+)
+"""A template in the manner of thinking models: the prompt opens the reasoning unless that is not wanted."""
+
+
+def speaking(text: str, template: str | None = QWEN, size: int = 3) -> FakeEngine:
+    """An engine that says `text` in steps of so many bytes, whatever it is asked."""
+    said = text.encode()
+    steps = [said[at : at + size] for at in range(0, len(said), size)]
+    return FakeEngine(lambda request: steps, info=msgspec.structs.replace(INFO, chat_template=template))
+
+
+def app_of(engine: FakeEngine, **options: Any) -> ASGIApp:
+    return create_app(site_of(engine, options=options))
+
+
+async def ask(engine: FakeEngine, *, options: Any = None, **fields: Any) -> Any:
+    body = {"messages": [{"role": "user", "content": "hi"}], **fields}
+    answer = await post(app_of(engine, **(options or {})), "/v1/chat/completions", body)
+    return json.loads(b"".join(answer.chunks))
+
+
+async def streamed(engine: FakeEngine, **fields: Any) -> list[Any]:
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, **fields}
+    answer = await post(app_of(engine), "/v1/chat/completions", body)
+    lines = b"".join(answer.chunks).decode().split("\n\n")
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+
+
+def prompt_of(engine: FakeEngine) -> str:
+    return bytes(token for token in engine.requests[-1].prompt if token < 256).decode()
+
+
+async def test_a_message_with_reasoning_and_a_call() -> None:
+    reply = await ask(speaking(f"hm\n</think>\n\nSo.\n{CALL}"), tools=[WEATHER])
+    (choice,) = reply["choices"]
+    (call,) = choice["message"].pop("tool_calls")
+    assert choice["message"] == {"role": "assistant", "content": "So.", "reasoning_content": "hm"}
+    assert choice["finish_reason"] == "tool_calls"
+    assert call.pop("id").startswith("call_")
+    assert call == {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+
+
+async def test_the_same_as_a_stream() -> None:
+    chunks = await streamed(speaking(f"hm\n</think>\n\nSo.\n{CALL}"), tools=[WEATHER])
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert [delta["role"] for delta in deltas if "role" in delta] == ["assistant"]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "hm"
+    assert "".join(delta.get("content", "") for delta in deltas) == "So."
+    calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert {call["index"] for call in calls} == {0}
+    assert [call["function"]["name"] for call in calls if "name" in call["function"]] == ["weather"]
+    assert sum("id" in call for call in calls) == 1
+    assert "".join(call["function"]["arguments"] for call in calls) == '{"city": "Bern"}'
+    assert len([call for call in calls if call["function"]["arguments"]]) > 2, "they come as they are written"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+async def test_a_call_alone_has_no_content() -> None:
+    reply = await ask(speaking(f"</think>{CALL}"), tools=[WEATHER])
+    assert reply["choices"][0]["message"]["content"] is None
+
+
+async def test_a_call_that_was_cut_off_ends_by_length() -> None:
+    reply = await ask(speaking(f"</think>{CALL}"), tools=[WEATHER], max_tokens=60)
+    assert reply["choices"][0]["finish_reason"] == "length"
+
+
+async def test_without_tools_or_with_choice_none_a_call_is_text() -> None:
+    for fields in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
+        engine = speaking(f"</think>{CALL}")
+        reply = await ask(engine, **fields)
+        assert reply["choices"][0]["message"]["content"] == CALL
+        assert reply["choices"][0]["finish_reason"] == "stop"
+        assert engine.requests[-1].grammar is None
+        assert "weather" not in prompt_of(engine)
+
+
+async def test_templates_get_tools_and_earlier_calls_as_objects() -> None:
+    engine = speaking("</think>ok")
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]
+    await ask(engine, messages=messages, tools=[WEATHER])
+    assert prompt_of(engine).startswith('[{"type": "function", "function": {"name": "weather"')
+    assert '[assistant] <tool_call>{"city": "Bern"}</tool_call>[tool] sunny' in prompt_of(engine)
+
+
+async def test_templates_without_tools_are_taught() -> None:
+    plain = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    engine = speaking(CALL, plain)
+    engine.request_limit = 4096
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]
+    reply = await ask(engine, messages=messages, tools=[WEATHER])
+    prompt = prompt_of(engine)
+    assert prompt.startswith("[system] Be brief.\n\nYou may call functions")
+    assert f"[assistant] Let me see.\n\n{CALL}" in prompt
+    assert "[user] <tool_response>\nsunny\n</tool_response>" in prompt
+    assert reply["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "weather"
+
+
+def constrained(**fields: Any) -> Callable[[], Any]:
+    async def grammar() -> Any:
+        engine = speaking("</think>ok")
+        await ask(engine, tools=[WEATHER], **fields)
+        return engine.requests[-1].grammar
+
+    return grammar
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "weather"}}])
+async def test_choices_are_enforced(choice: Any) -> None:
+    assert await constrained(tool_choice=choice)() is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": "maybe"}, "tool_choice"),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "wether"}}},
+            "tool_choice.function.name",
+        ),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [WEATHER, WEATHER]}, "tools[1].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+            "tools[0].function.parameters.type",
+        ),
+        (
+            {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {"name": "f", "parameters": {"properties": {"x": {"not": {"type": "string"}}}}},
+                    }
+                ]
+            },
+            "tools[0].function.parameters/properties/x/not",
+        ),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"function_call": "auto"}, "function_call"),
+        ({"tools": [WEATHER], "guided_regex": "a+"}, "guided_regex"),
+    ],
+)
+async def test_refusals_name_the_field(fields: Any, param: str) -> None:
+    reply = await ask(speaking("x"), **fields)
+    assert reply["error"]["param"] == param
+
+
+async def test_reasoning_may_stay_in_the_content() -> None:
+    for where in ({"options": {"chat": {"reasoning_format": "none"}}}, {"reasoning_format": "none"}):
+        reply = await ask(speaking("hm\n</think>\n\nYes"), **where)
+        assert reply["choices"][0]["message"] == {"role": "assistant", "content": "hm\n</think>\n\nYes"}
+
+
+async def test_reasoning_that_does_not_end_is_no_content() -> None:
+    reply = await ask(speaking("hm, hm"))
+    assert reply["choices"][0]["message"] == {"role": "assistant", "content": "", "reasoning_content": "hm, hm"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"enable_thinking": False},
+        {"reasoning_effort": "none"},
+        {"reasoning_budget": 0},
+        {"thinking_budget_tokens": 0},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ],
+)
+async def test_templates_are_asked_not_to_think(fields: Any) -> None:
+    engine = speaking("Yes")
+    reply = await ask(engine, **fields)
+    assert prompt_of(engine).endswith("</think>\n")
+    assert reply["choices"][0]["message"]["content"] == "Yes"
+
+
+async def test_the_effort_is_told_to_the_template() -> None:
+    engine = speaking("Yes", "{{ reasoning_effort }}!")
+    await ask(engine, reasoning_effort="high")
+    assert prompt_of(engine) == "high!"
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"), [({}, 7), ({"reasoning_budget": 3}, 3), ({"reasoning_budget": -1}, None)]
+)
+async def test_the_budget_of_a_request_or_of_the_server(fields: Any, tokens: int | None) -> None:
+    engine = speaking("Yes")
+    await ask(engine, options={"chat": {"reasoning_budget": 7}}, **fields)
+    request: Request = engine.requests[-1]
+    assert (request.reasoning and request.reasoning.tokens) == tokens
+    if request.reasoning is not None:
+        assert (request.reasoning.opens, request.reasoning.closes) == ("", "</think>")
+        assert bytes(request.reasoning.closing) == b"</think>\n\n"

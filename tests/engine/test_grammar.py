@@ -1,0 +1,342 @@
+"""Forms become grammars, or are refused with the place that is wrong; masks permit what a grammar does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.grammar import (
+    Choice,
+    Form,
+    Gbnf,
+    Grammar,
+    GrammarError,
+    Grammars,
+    JsonObject,
+    JsonSchema,
+    Lark,
+    Masks,
+    Matcher,
+    Regex,
+    Want,
+    compiler,
+)
+from engine.grammar.bridge import tokenizer
+from engine.grammar.schema import DEPTH, depth_of, keywords
+from tests.engine.vocabularies import ASCII, PAIRS, AsciiVocab, bytes_of, grammar
+from tests.toy import END
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def schema(value: Any) -> JsonSchema:
+    return JsonSchema(json.dumps(value).encode())
+
+
+def permitted(matcher: Matcher) -> set[int]:
+    masks = Masks(ASCII.size)
+    masks.begin([Want(0, matcher, ())])
+    permits = masks.of(0)
+    assert permits is not None
+    return set(np.flatnonzero(permits(0)).tolist())
+
+
+def wander(made: Grammar, random: Random, most: int = 60) -> tuple[bytes, bool]:
+    """A random text that the masks permit, and whether it came to its end."""
+    matcher, said = made.begin(), bytearray()
+    for _ in range(most):
+        token = random.choice(sorted(permitted(matcher)))
+        if token in ASCII.ends:
+            return bytes(said), True
+        said += ASCII.piece(token)
+        matcher.take(token)
+        if matcher.complete:
+            return bytes(said), True
+    return bytes(said), False
+
+
+# ── forms ──
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [
+        (Regex("a{2,5}(b|true)"), "a{2,5}(b|true)"),
+        (Choice(("yes", 'n"o', "never\n", "yes!")), 'yes|n"o|never\n|yes!'),
+        (Gbnf('root ::= item ("," item)* "."\nitem ::= [a-c] [0-9]{2}'), r"[a-c]\d\d(,[a-c]\d\d)*\."),
+        (Lark('start: "a" (B | "c")+ "."\nB: /b{2}/'), r"a(bb|c)+\."),
+        (Lark('start: "call " %json {"enum": ["x", 3]}'), 'call ("x"|3)'),
+        (schema({"enum": ["a", 1, None]}), '"a"|1|null'),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_permitted_is_of_the_form(form: Form, pattern: str) -> None:
+    made, ended = grammar(form), 0
+    for seed in range(30):
+        text, whole = wander(made, Random(seed))
+        ended += whole
+        assert not whole or re.fullmatch(pattern, text.decode())
+    assert ended
+
+
+@pytest.mark.parametrize("form", [schema(PERSON), JsonObject(), schema({"type": "array", "items": {"type": "number"}})])
+def test_json_is_json(form: Form) -> None:
+    ended = 0
+    for seed in range(40):
+        text, whole = wander(grammar(form), Random(seed), 300)
+        if whole:
+            json.loads(text)
+            ended += 1
+    assert ended
+
+
+def test_what_a_schema_describes() -> None:
+    matcher = grammar(schema(PERSON)).begin()
+    for text in ('{"', "name", '":', ' "'):
+        for token in ASCII.tokenize(text, special=False):
+            assert token in permitted(matcher)
+            matcher.take(token)
+    assert not ASCII.ends & permitted(matcher)
+    for token in ASCII.tokenize('Ann", "age": 7}', special=False):
+        assert not matcher.complete
+        matcher.take(token)
+    assert matcher.complete
+
+
+def test_it_may_end_exactly_where_the_grammar_may() -> None:
+    matcher = grammar(Regex("a(aa)*")).begin()
+    for _ in range(5):
+        assert not ASCII.ends & permitted(matcher)
+        matcher.take(ord("a"))
+        assert permitted(matcher) == {ord("a"), *ASCII.ends}, "each of the tokens that end a text"
+        matcher.take(ord("a"))
+
+
+def test_where_nothing_can_follow_it_is_complete() -> None:
+    matcher = grammar(Choice(("true",))).begin()
+    matcher.take(ASCII.tokenize("true", special=False)[0])
+    assert matcher.complete
+    assert permitted(matcher) == ASCII.ends
+
+
+def test_special_tokens_are_no_text_and_have_names() -> None:
+    assert not permitted(grammar(Regex(r"(.|\n)*")).begin()) & {ASCII.call}
+    matcher = grammar(Lark('start: /[ab]*/ (<|call|> "b")?')).begin()
+    assert permitted(matcher) == {ord("a"), ord("b"), ASCII.call, *ASCII.ends}
+    matcher.take(ASCII.call)
+    assert permitted(matcher) == {ord("b")}
+    text = grammar(Regex(r"<\|call\|>")).begin()
+    assert permitted(text) == {ord("<")}, "spelled out, they are just letters"
+
+
+def test_characters_of_several_tokens() -> None:
+    matcher = grammar(Choice(("é!",))).begin()
+    first, second, _ = range(ASCII.size - 6, ASCII.size - 3)
+    assert permitted(matcher) == {first}
+    matcher.take(first)
+    assert permitted(matcher) == {second}
+
+
+def test_the_bridge_has_every_token() -> None:
+    known = tokenizer(ASCII)
+    assert known.vocab_size == ASCII.size
+    for token in range(ASCII.size):
+        assert known.is_special_token(token) == (token in ASCII.special)
+        if token not in ASCII.special and ASCII.piece(token) != b"\xff":
+            assert known.decode_bytes([token]) == ASCII.piece(token)
+    assert known.tokenize_str('{"name": true}') == ASCII.tokenize('{"name": true}', special=False)
+
+
+def test_the_toy_has_a_bridge_too() -> None:
+    matcher = grammar(Regex("(AB)+"), PAIRS).begin()
+    assert matcher.permits(PAIRS.tokenize("ABABAB", special=False)) == 3
+    assert matcher.permits([1, 2, 1, 1, 2]) == 3
+    assert matcher.permits([1, 2, END]) == 2, "no row after an end would be used"
+
+
+# ── guesses ──
+
+
+def test_what_is_forced() -> None:
+    assert grammar(schema(PERSON), ASCII).begin().forced(8) == [], "space may come first, or the bracket alone"
+    matcher = grammar(Lark('start: "[name]" /[a-z]/ "true"')).begin()
+    tokens = matcher.forced(8)
+    assert tokens == ASCII.tokenize("[name]", special=False)
+    assert matcher.forced(2) == tokens[:2]
+    for token in tokens:
+        assert permitted(matcher) == {token}, "though the word could be spelled by letters"
+        matcher.take(token)
+    assert matcher.forced(8) == []
+    matcher.take(ord("x"))
+    assert bytes_of(matcher.forced(8)) == b"true"
+    matcher.take(*matcher.forced(8))
+    assert matcher.forced(8) == []
+
+
+class Spacious(AsciiVocab):
+    """Puts a space before every text, as some do."""
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        return super().tokenize(f" {text}", special=special)
+
+
+@pytest.mark.parametrize("vocab", [AsciiVocab(), Spacious()], ids=lambda vocab: type(vocab).__name__)
+def test_forced_texts_are_written_to_the_byte(vocab: AsciiVocab) -> None:
+    """Also where the vocabulary writes texts otherwise, or knows none for them."""
+    for text in ("name", ' "name"', "é!", "<|call|>", "x"):
+        matcher = grammar(Choice((text,)), vocab).begin()
+        assert bytes_of(matcher.forced(20)) == text.encode()
+
+
+def test_masks_of_many_rows() -> None:
+    """Each is that of a matcher that took the tokens."""
+    form = grammar(schema(PERSON))
+    texts = ('{"name": "x', "", '{\n "', '{"name": "abc", "age": 12')
+    drafts = (' "y", "age"', '{"name"', "nam", "34}")
+    masks, wants = Masks(ASCII.size), []
+    for key, (text, draft) in enumerate(zip(texts, drafts, strict=True)):
+        matcher = form.begin()
+        for token in ASCII.tokenize(text, special=False):
+            matcher.take(token)
+        tokens = ASCII.tokenize(draft, special=False)
+        wants.append(Want(key, matcher, tokens[: matcher.permits(tokens)]))
+    masks.begin(wants)
+    assert masks.of(99) is None
+    for want in wants:
+        permits = masks.of(want.key)
+        assert permits is not None
+        for row in range(len(want.draft) + 1):
+            assert set(np.flatnonzero(permits(row)).tolist()) == permitted(want.matcher)
+            if row < len(want.draft):
+                want.matcher.take(want.draft[row])
+
+
+def test_masks_made_aside_are_the_same() -> None:
+    form = grammar(Regex("[ab]{3}c"))
+    near, aside = Masks(ASCII.size), Masks(ASCII.size, aside=True)
+    for masks in (near, aside):
+        masks.begin([Want(1, form.begin(), (ord("a"),))])
+        masks.begin([Want(2, form.begin(), (ord("a"), ord("b")))])
+    for row in range(3):
+        here, there = near.of(2), aside.of(2)
+        assert here is not None
+        assert there is not None
+        assert (here(row) == there(row)).all()
+    aside.close()
+
+
+# ── refusals ──
+
+
+@pytest.mark.parametrize(
+    ("wrong", "pointer"),
+    [
+        ({"properties": {"a": {"type": "array", "uniqueItems": True}}}, "/properties/a/uniqueItems"),
+        ({"properties": {"not": {"not": {"type": "string"}}}}, "/properties/not/not"),
+        ({"properties": {"a/b~": {"type": "string", "format": "no-such"}}}, "/properties/a~1b~0/format"),
+        ({"items": {"type": "string", "pattern": "(?<=a)b"}}, "/items/pattern"),
+        ({"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"if": {}}, "c": {"if": {}}}}, "/$defs/b/if"),
+        ({"anyOf": [{"type": "string"}, {"propertyNames": {"minLength": 3}}]}, "/anyOf/1/propertyNames"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number", "minimum": 3}]}, "/oneOf"),
+        ({"$ref": "#/$defs/nowhere"}, "/$ref"),
+        ({"type": "strng"}, "/type"),
+        ({"properties": {"a": {"$ref": "https://example.org/schema"}}}, "/properties/a/$ref"),
+    ],
+)
+def test_a_schema_that_cannot_be_followed_is_refused_by_pointer(wrong: Any, pointer: str) -> None:
+    with pytest.raises(GrammarError) as refusal:
+        grammar(schema(wrong))
+    assert refusal.value.pointer == pointer
+    assert pointer in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        (JsonSchema(b"{"), "not valid JSON"),
+        (JsonSchema(b"\xff"), "not valid JSON"),
+        (JsonSchema(b"[]"), "JSON object"),
+        (JsonSchema(b"[" * 100_000), "not valid JSON"),
+        (schema({"minimum": 3, "maximum": 2, "type": "integer"}), "cannot be followed"),
+        (Regex("(a"), "expression"),
+        (Regex("(" * 100_000 + ")" * 100_000), "nested 100000 levels"),
+        (Choice(()), "at least one"),
+        (Gbnf('rot ::= "a"'), "root"),
+        (Gbnf("root ::= (" * 3), "GBNF"),
+        (Gbnf("root ::= nowhere"), "nowhere"),
+        (Lark("start: nowhere"), "nowhere"),
+        (Lark("start: <|nowhere|>"), "special token"),
+        (Lark("start: ((((((" * 1000), "nested"),
+        (JsonSchema(b'{"enum": ["' + b"x" * 2**18 + b'"]}'), "too large"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else value,
+)
+def test_what_cannot_be_used_is_refused(form: Form, says: str) -> None:
+    with pytest.raises(GrammarError, match=re.escape(says)):
+        grammar(form)
+
+
+def test_a_deep_schema_is_refused_before_native_code_sees_it() -> None:
+    deep: Any = {"type": "string"}
+    for _ in range(DEPTH // 2 - 1):
+        deep = {"properties": {"a": deep}}
+    assert depth_of(deep) <= DEPTH
+    grammar(schema(deep))
+    with pytest.raises(GrammarError, match=f"at most {DEPTH}"):
+        grammar(schema({"properties": {"a": {"properties": {"a": deep}}}}))
+
+
+def test_keywords_are_no_names_of_properties() -> None:
+    found = [place.pointer for place in keywords({"properties": {"not": {"enum": [{"if": 1}]}}, "$defs": {"x": {}}})]
+    assert found == ["/properties", "/$defs", "/properties/not/enum"]
+
+
+def test_a_client_cannot_ask_to_be_lenient() -> None:
+    with pytest.raises(GrammarError):
+        grammar(schema({"x-guidance": {"lenient": True}, "uniqueItems": True, "type": "array"}))
+
+
+# ── limits and what is kept ──
+
+
+async def test_equal_forms_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "KEPT", 2)
+    kept = Grammars(ASCII)
+    first = await kept.compile(Regex("a"))
+    assert await kept.compile(Regex("a")) is first
+    both = await asyncio.gather(*(kept.compile(Regex("b")) for _ in range(4)))
+    assert await kept.compile(Regex("b")) in both
+    await kept.compile(Regex("a"))
+    await kept.compile(Regex("c"))
+    assert await kept.compile(Regex("a")) is first, "it was used after b"
+    assert await kept.compile(Regex("b")) not in both
+    kept.close()
+
+
+async def test_who_waits_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "SECONDS", 0.0)
+    kept = Grammars(ASCII)
+    with pytest.raises(GrammarError, match="was not compiled within 0 seconds"):
+        await kept.compile(Regex("a{3}"))
+    kept.close()
+
+
+def test_matchers_do_not_know_of_each_other() -> None:
+    made = grammar(Regex("ab|cd"))
+    one, other = made.begin(), made.begin()
+    one.take(ord("a"))
+    assert permitted(other) == {ord("a"), ord("c")}
+    assert permitted(one) == {ord("b")}
+    with pytest.raises(GrammarError):
+        one.take(ord("a"))

@@ -1,0 +1,213 @@
+"""Whatever else runs and whoever guesses, a text with a grammar is that it gets alone, and is of its form."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+from typing import Any
+
+import pytest
+from msgspec import structs
+
+from engine.config import SpeculationConfig
+from engine.contract import SPECULATOR_TYPES, Failed, Finished, FinishReason, Request, SamplingParams
+from engine.grammar import Choice, Form, Gbnf, Lark, Matcher, Regex
+from engine.streams import Stream
+from tests.engine.test_same_as_alone import Bench, Oracle, draw_request
+from tests.engine.vocabularies import PAIRS, bytes_of, grammar
+from tests.toy import END, VOCABULARY, ToyBackend, ToyContext
+
+FORMS: list[tuple[Form, str]] = [
+    (Regex("(ABCD|EFGH)+"), "(ABCD|EFGH)+"),
+    (Regex("[A-H]{3,30}"), "[A-H]{3,30}"),
+    (Regex("AB(C|DE)*"), "AB(C|DE)*"),
+    (Choice(("ABCDEFGH", "ABAB", "DEFGHABC")), "ABCDEFGH|ABAB|DEFGHABC"),
+    (Gbnf('root ::= ("A" pair "GH")+\npair ::= "BC" | "D" [E-H]'), "(A(BC|D[E-H])GH)+"),
+    (Lark('start: "AB" x{1,6}\nx: "CDEF" | "AACC"'), "AB(CDEF|AACC){1,6}"),
+]
+
+
+def backend(context: ToyContext) -> Any:
+    made = ToyBackend(context)
+    made.vocab = PAIRS
+    return made
+
+
+def alone(request: Request) -> tuple[list[int], FinishReason]:
+    context = ToyContext(cells=300)
+    bench = Bench(context, slots=1, backend=backend(context))
+    bench.submit(0, request)
+    bench.run()
+    end = bench.ends[0]
+    assert isinstance(end, Finished)
+    return bench.got[0], end.reason
+
+
+def draw(random: Random, prefixes: list[list[int]]) -> tuple[Request, str]:
+    form, pattern = random.choice(FORMS)
+    made = structs.replace(draw_request(random, prefixes, 60), grammar=grammar(form, PAIRS))
+    return structs.replace(made, max_tokens=random.choice([1, 10, 60])), pattern
+
+
+@pytest.mark.parametrize("kind", [*SPECULATOR_TYPES, "auto", "fixed", "oracle"])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_text_is_that_alone_and_of_its_form(kind: Any, seed: int) -> None:
+    random = Random(seed)
+    order: Any = "measured" if kind == "auto" else "fixed"
+    types: Any = ("auto",) if kind == "fixed" else (kind,)
+    speculation = SpeculationConfig(
+        types=types, order=order, size_n=2, size_m=5, mod_match=2, mod_min=1, suffix_tokens=100
+    )
+    context = ToyContext(cells=random.choice([90, 300]), rows=random.choice([16, 64]), outputs=random.choice([8, 16]))
+    bench = Bench(
+        context,
+        prompt_rows=random.choice([1, 5, 100]),
+        speculation=None if kind == "oracle" else speculation,
+        draft=ToyContext(cells=200, other=0.3),
+        backend=backend(context),
+    )
+    prefixes = [[random.randrange(1, VOCABULARY) for _ in range(20)] for _ in range(2)]
+    wanted: dict[int, tuple[list[int], FinishReason]] = {}
+    for key in range(10):
+        request, pattern = draw(random, prefixes)
+        if key % 3 == 2:
+            request, pattern = structs.replace(request, grammar=None), ".*"
+        tokens, reason = wanted[key] = alone(request)
+        if reason is FinishReason.STOP and request.stop_tokens == () and key % 3 != 2:
+            assert re.fullmatch(pattern, bytes_of(tokens, PAIRS).decode())
+        if kind in ("prediction", "auto", "fixed"):
+            request = structs.replace(request, prediction=tuple(t if random.random() < 0.8 else 7 for t in tokens))
+        oracle = Oracle(request, tokens, 0.3, random) if kind == "oracle" else None
+        bench.submit(key, request, oracle)
+        for _ in range(random.randint(0, 6)):
+            bench.runner.step()
+            bench.check()
+        if bench.runner.running and random.random() < 0.3:
+            bench.runner._retract(random.choice(list(bench.runner.running.values())))
+    bench.run()
+    ends = {key: end.reason for key, end in bench.ends.items() if isinstance(end, Finished)}
+    assert {key: (bench.got[key], ends[key]) for key in ends} == wanted
+    assert any(drafts.drafted for drafts in bench.drafting.drafts)
+    for drafts in bench.drafting.drafts:
+        assert drafts.type != "grammar" or drafts.drafted == drafts.accepted, "what is forced is always right"
+
+
+def run(request: Request, **options: Any) -> tuple[str, Finished]:
+    context = ToyContext(cells=300)
+    bench = Bench(context, backend=backend(context), **options)
+    bench.submit(0, request)
+    bench.run()
+    end = bench.ends[0]
+    assert isinstance(end, Finished), end
+    return bytes_of(bench.got[0], PAIRS).decode(), end
+
+
+def asked(form: Form, **options: Any) -> Request:
+    return Request(prompt=(1, 2, 3), grammar=grammar(form, PAIRS), **options)
+
+
+def test_a_whole_text_ends_by_itself() -> None:
+    text, end = run(asked(Choice(("ABCD",)), max_tokens=9))
+    assert text == "ABCD"
+    assert (end.reason, end.stop) == (FinishReason.STOP, None)
+    assert end.usage.completion <= 4, "no token was spent on its end"
+    text, end = run(asked(Choice(("ABCD",)), max_tokens=end.usage.completion))
+    assert (text, end.reason) == ("ABCD", FinishReason.STOP), "with its last token"
+
+
+def test_a_text_that_may_end_but_need_not_ends_by_a_token() -> None:
+    likely = SamplingParams(temperature=0.0, logit_bias=((END, 50.0),))
+    text, end = run(asked(Regex("AB*"), max_tokens=40, sampling=likely))
+    assert text in ("A", "AB"), "one token"
+    assert (end.reason, end.stop, end.usage.completion) == (FinishReason.STOP, END, 2)
+
+
+def test_a_text_that_is_nothing() -> None:
+    text, end = run(asked(Regex("(ABCD)?"), sampling=SamplingParams(logit_bias=((END, 50.0),))))
+    assert (text, end.reason) == ("", FinishReason.STOP)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ignore_eos": True, "min_tokens": 30},
+        {"min_tokens": 30, "stop_tokens": (1, 2)},
+        {"sampling": SamplingParams(logit_bias=tuple((t, float("-inf")) for t in range(VOCABULARY)))},
+        {"sampling": SamplingParams(logit_bias=tuple((t, -1e9) for t in range(VOCABULARY)), top_k=1)},
+        {"sampling": SamplingParams(repeat_penalty=100.0, presence_penalty=100.0, dry_multiplier=100.0)},
+        {"sampling": SamplingParams(temperature=0.0, xtc_probability=1.0, xtc_threshold=0.01, typical_p=0.1)},
+    ],
+)
+def test_the_grammar_wins_over_bans(options: Any) -> None:
+    text, end = run(asked(Lark('start: "AB" "CDEF"{2}'), max_tokens=60, **options))
+    assert end.reason is FinishReason.STOP
+    assert "ABCDEFCDEF".startswith(text) if "stop_tokens" in options else text == "ABCDEFCDEF"
+
+
+def test_where_something_else_is_left_bans_count() -> None:
+    banned = SamplingParams(temperature=1.0, logit_bias=((2, float("-inf")), (41, float("-inf"))))
+    for seed in range(5):
+        text, _ = run(asked(Regex("[ABC]{10}"), sampling=structs.replace(banned, seed=seed), ignore_eos=True))
+        assert len(text) == 10
+        assert not re.search("(?<!A)(?<!B)B(?!C)", text), "B comes only in tokens that are not banned"
+
+
+def test_logprobs_are_of_the_raw_logits() -> None:
+    free = Request(prompt=(1, 2, 3), max_tokens=1, logprobs=3, sampling=SamplingParams(temperature=0.0))
+    context = ToyContext(cells=300)
+    bench = Bench(context, backend=backend(context))
+    told: dict[int, Any] = {}
+    inner = bench.deliver
+
+    def deliver(items: Any) -> None:
+        told.update({key: logprobs[0] for key, _, logprobs, _ in items if logprobs})
+        inner(items)
+
+    bench.runner._outbox._deliver = deliver
+    bench.submit(0, free)
+    bench.submit(1, structs.replace(free, grammar=grammar(Choice(("GH",)), PAIRS)))
+    bench.run()
+    assert told[0].top == told[1].top, "what was likeliest is not what the grammar permits"
+    assert told[1].token != told[0].token
+    assert told[1].logprob < told[0].logprob
+
+
+def test_forced_tokens_save_steps() -> None:
+    form = Lark('start: "ABCDEFGHAACC" /[AB]/')
+    context = ToyContext(cells=300)
+    bench = Bench(context, backend=backend(context), speculation=SpeculationConfig(types=("grammar",), order="fixed"))
+    greedy = SamplingParams(temperature=0.0, logit_bias=tuple((t, 30.0) for t in range(41, VOCABULARY)))
+    bench.submit(0, asked(form, sampling=greedy))
+    bench.run()
+    end = bench.ends[0]
+    assert isinstance(end, Finished)
+    assert end.usage.accepted == end.usage.drafted > 3
+    assert context.decodes < end.usage.completion
+
+
+def test_a_grammar_survives_what_is_forgotten() -> None:
+    """With a context shift tokens leave the history, not the text."""
+    context = ToyContext(cells=300)
+    bench = Bench(context, backend=backend(context))
+    made = asked(Regex("(ABCDEFGH)+"), max_tokens=100, ignore_eos=True)
+    stream = Stream(0, made, 5, PAIRS, 20, 2)
+    bench.got[0], bench.streams[0] = [], stream
+    bench.runner.submit(stream)
+    bench.run()
+    text = bytes_of(bench.got[0], PAIRS).decode()
+    assert stream.forgotten > 20
+    assert ("ABCDEFGH" * 30).startswith(text)
+
+
+def test_a_grammar_that_cannot_be_followed_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = ToyContext(cells=300)
+    bench = Bench(context, backend=backend(context))
+    bench.submit(0, asked(Regex("[A-H]{20}"), max_tokens=20))
+    bench.submit(1, Request(prompt=(4, 5), max_tokens=5, ignore_eos=True))
+    broken: Matcher | None = bench.streams[0].matcher
+    assert broken is not None
+    broken.native.consume_token(30)  # which is not permitted
+    bench.run()
+    assert isinstance(bench.ends[0], Failed)
+    assert isinstance(bench.ends[1], Finished)
+    assert len(bench.got[1]) == 5

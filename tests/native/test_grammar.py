@@ -1,0 +1,156 @@
+"""Grammars on the real model: its texts are of their form, with and without guesses, and its tokens are all known."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import jsonschema_rs
+import pytest
+import pytest_asyncio
+from msgspec import structs
+
+from engine import (
+    Engine,
+    EngineConfig,
+    Finished,
+    FinishReason,
+    Form,
+    Gbnf,
+    JsonObject,
+    JsonSchema,
+    Lark,
+    Regex,
+    Request,
+    RequestRefused,
+    SamplingParams,
+    Speculation,
+)
+from engine.grammar.bridge import tokenizer
+from engine.llama.model import LlamaBackend
+from tests.native.conftest import MODEL
+from tests.native.test_speculators import EXACT, read
+
+CITY: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 30},
+        "country": {"enum": ["France", "Japan", "Peru"]},
+        "population": {"type": "integer", "minimum": 1000, "maximum": 99_999_999},
+        "rivers": {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 1, "maxItems": 3},
+        "founded": {"type": "string", "pattern": r"^\d{4}-\d{2}$"},
+        "coastal": {"type": ["boolean", "null"]},
+    },
+    "required": ["name", "country", "population", "rivers", "founded", "coastal"],
+    "additionalProperties": False,
+}
+SCHEMA = JsonSchema(json.dumps(CITY).encode())
+PROMPT = "<|im_start|>user\nDescribe a city as JSON.<|im_end|>\n<|im_start|>assistant\n"
+NOBODY = Speculation()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine() -> AsyncIterator[Engine]:
+    config = EngineConfig.of(path=MODEL, slots=4, context=4096, speculation={"types": ["auto"]}, **EXACT)  # type: ignore[arg-type]
+    async with Engine.open(config) as engine:
+        yield engine
+
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+async def asked(engine: Engine, form: Form, temperature: float, seed: int = 1, **options: Any) -> Request:
+    return Request(
+        prompt=tuple(engine.vocab.tokenize(PROMPT, special=True)),
+        max_tokens=options.pop("max_tokens", 200),
+        sampling=SamplingParams(temperature=temperature, seed=seed),
+        grammar=await engine.compile(form),
+        **options,
+    )
+
+
+def text_of(engine: Engine, ids: list[int]) -> str:
+    return b"".join(map(engine.vocab.piece, ids)).decode()
+
+
+def test_the_bridge_has_every_token(shared_backend: LlamaBackend) -> None:
+    vocab = shared_backend.vocab
+    known = tokenizer(vocab)
+    assert known.vocab_size == vocab.size
+    (start,) = vocab.tokenize("<|im_start|>", special=True)
+    assert known.is_special_token(start)
+    assert start in vocab.special
+    for token in range(0, vocab.size, 7):
+        if token not in vocab.special:
+            assert known.decode_bytes([token]) == vocab.piece(token)
+    text = 'Zoë says {"name": "naïve 世界 🙂", "n": 12}\n'
+    assert known.tokenize_str(text) == vocab.tokenize(text, special=False)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 1.5])
+async def test_a_schema_is_kept_and_guesses_leave_the_text_alone(engine: Engine, temperature: float) -> None:
+    validator = jsonschema_rs.validator_for(CITY)
+    requests = [await asked(engine, SCHEMA, temperature, seed) for seed in range(3)]
+    plain = [await read(engine, structs.replace(each, speculation=NOBODY)) for each in requests]
+    both = await asyncio.gather(*(read(engine, each) for each in requests))
+    fixed = Speculation(type=("grammar",), order="fixed")
+    forced = await asyncio.gather(*(read(engine, structs.replace(each, speculation=fixed)) for each in requests))
+    assert [ids for ids, _ in plain] == [ids for ids, _ in both] == [ids for ids, _ in forced]
+    for ids, end in plain:
+        assert end.reason is FinishReason.STOP
+        validator.validate(json.loads(text_of(engine, ids)))
+    (made,) = {drafts.type for _, end in forced for drafts in end.drafts}
+    assert made == "grammar"
+    assert sum(end.usage.accepted for _, end in forced) > 20
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [
+        (Regex(r"\d{3}-[a-f]{4}"), r"\d{3}-[a-f]{4}"),
+        (Gbnf('root ::= "yes" | "no" (" " [a-z]+){2}'), r"yes|no( [a-z]+){2}"),
+        (Lark('start: <|im_start|> "user " /[a-z]{3,5}/ <|im_end|>'), r"user [a-z]{3,5}"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_other_forms(engine: Engine, form: Form, pattern: str) -> None:
+    ids, end = await read(engine, await asked(engine, form, 1.0))
+    assert end.reason is FinishReason.STOP
+    assert re.fullmatch(pattern, text_of(engine, ids))
+
+
+async def test_json_that_is_cut_short_is_a_beginning(engine: Engine) -> None:
+    ids, end = await read(engine, await asked(engine, JsonObject(), 0.0, max_tokens=5))
+    assert end.reason is FinishReason.LENGTH
+    assert text_of(engine, ids).startswith("{")
+
+
+async def test_it_ends_where_the_model_wants_to(engine: Engine) -> None:
+    ids, end = await read(engine, await asked(engine, Regex(r"(.|\n)*"), 0.0))
+    free, stop = await read(engine, structs.replace(await asked(engine, Regex("x"), 0.0), grammar=None))
+    assert (ids, end.stop) == (free, stop.stop), "a grammar that permits all changes nothing"
+
+
+async def test_refusals(engine: Engine) -> None:
+    with pytest.raises(RequestRefused) as refusal:
+        await engine.compile(JsonSchema(b'{"properties": {"a": {"uniqueItems": true, "type": "array"}}}'))
+    assert refusal.value.field == "/properties/a/uniqueItems"
+    other = structs.replace(await asked(engine, Regex("x"), 0.0))
+    assert other.grammar is not None
+    other.grammar.size += 1
+    with pytest.raises(RequestRefused, match="another model"):
+        engine.generate(other)
+    other.grammar.size -= 1
+
+
+async def test_a_request_that_is_left_while_it_compiles_is_nobodys(engine: Engine) -> None:
+    task = asyncio.create_task(engine.compile(Regex("[a-z]{1,200}")))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    _, end = await read(engine, await asked(engine, Regex("[a-z]{1,20}"), 0.5))
+    assert isinstance(end, Finished)
