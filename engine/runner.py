@@ -240,9 +240,7 @@ class Runner:
         """Takes the known tokens of `plan` as computed, which a GPU may still be doing."""
         for rows in plan:
             stream = self.running[rows.key]
-            lease = stream.held
-            lease.commit(stream.tokens[lease.length : lease.length + rows.tokens])
-            stream.computed += rows.tokens
+            stream.commit(rows.tokens)
             if stream.behind:
                 continue
             if cached := stream.has_read():
@@ -250,8 +248,6 @@ class Runner:
                 self.counters.hits += 1
             self.waiting.unpromise(stream)
         self.cells.age()
-
-    # ── after it ──
 
     def _settle(self, plan: Iterable[Rows], firsts: Iterable[int], logits: Logits) -> None:
         now = time.perf_counter()

@@ -116,6 +116,12 @@ class Stream:
         if self.admitted is None:
             self.admitted = time.perf_counter()
 
+    def commit(self, count: int) -> None:
+        """The next `count` known tokens are computed."""
+        lease = self.held
+        lease.commit(self.tokens[lease.length : lease.length + count])
+        self.computed += count
+
     @property
     def loading(self) -> bool:
         """Whether the next thing for it is a piece to be loaded."""

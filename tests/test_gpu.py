@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import subprocess
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -202,7 +200,7 @@ class Picks(Sampler):
     def __init__(self) -> None:
         pass
 
-    def pick(self, row: Any, history: Sequence[int], prompt_length: int, forgotten: int = 0) -> int:
+    def pick(self, *_: object, **__: object) -> int:
         return 9
 
 

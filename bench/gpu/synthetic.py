@@ -12,9 +12,13 @@ from collections.abc import Sequence
 from random import Random
 from unittest.mock import patch
 
+import numpy as np
+from numpy.typing import NDArray
+
 from api.__main__ import main as paceline
 from engine import runner
 from engine.backend import Logits
+from engine.grammar import Permits
 from engine.sampling import Sampler
 from engine.streams import Stream
 from engine.verify import Verdict, verify
@@ -31,9 +35,16 @@ class Agreeing(Sampler):
         self._rate = rate
         self._source = random
 
-    def pick(self, row: Logits, history: Sequence[int], prompt_length: int, forgotten: int = 0) -> int:
+    def pick(
+        self,
+        row: Logits,
+        history: Sequence[int],
+        prompt_length: int,
+        forgotten: int = 0,
+        permitted: NDArray[np.bool_] | None = None,
+    ) -> int:
         """The draft's token, or what the sampler picks."""
-        token = self._own.pick(row, history, prompt_length, forgotten)
+        token = self._own.pick(row, history, prompt_length, forgotten, permitted)
         place = len(history) - self._start
         agrees = place < len(self._draft) and self._source.random() < self._rate
         return self._draft[place] if agrees else token
@@ -46,12 +57,12 @@ class Verifier:
         self._rate = rate
         self._random = Random(0)
 
-    def __call__(self, stream: Stream, draft: Sequence[int], rows: Logits) -> Verdict:
+    def __call__(self, stream: Stream, draft: Sequence[int], rows: Logits, permits: Permits | None = None) -> Verdict:
         """As `engine.verify.verify`."""
         own = stream.sampler
         stream.sampler = Agreeing(own, draft, len(stream.tokens), self._rate, self._random)
         try:
-            return verify(stream, draft, rows)
+            return verify(stream, draft, rows, permits)
         finally:
             stream.sampler = own
 

@@ -95,16 +95,18 @@ class SimContext:
 
     def decode(self, meanwhile: Meanwhile = nothing) -> Logits:
         """The logits of the batch's rows that asked for them; they come when a step's time is over, and `meanwhile` is
-        called before."""
+        called before. Only a decode that begins after an abort raises Aborted."""
         begun, batch = time.perf_counter(), self.batch
+        if self._stop.is_set():
+            raise Aborted
         if batch.rows > len(self._free):
             raise NoFreeCells
         seconds = self._cost(batch.rows, self.cells - len(self._free))
         rows = self._say(self._append())
         meanwhile()
         seconds *= max(0.0, 1 + JITTER * self._random.gauss())
-        if self._stop.wait(max(0.0, begun + seconds - time.perf_counter())) if seconds else self._stop.is_set():
-            raise Aborted
+        if (left := begun + seconds - time.perf_counter()) > 0.0:
+            self._stop.wait(left)  # an abort ends the wait; the next decode says so
         return rows
 
     def _append(self) -> Hashes:

@@ -36,7 +36,7 @@ class SimVocab:
 
     kind = 0
     added = (-1, -1)
-    ends = frozenset({END})
+    ends = special = frozenset({END})
 
     def __init__(self) -> None:
         pairs = [bytes((one, two)) for one in range(97, 123) for two in range(97, 123)]
