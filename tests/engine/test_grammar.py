@@ -75,6 +75,7 @@ def wander(made: Grammar, random: Random, most: int = 60) -> tuple[bytes, bool]:
         (Regex("a{2,5}(b|true)"), "a{2,5}(b|true)"),
         (Choice(("yes", 'n"o', "never\n", "yes!")), 'yes|n"o|never\n|yes!'),
         (Gbnf('root ::= item ("," item)* "."\nitem ::= [a-c] [0-9]{2}'), r"[a-c]\d\d(,[a-c]\d\d)*\."),
+        (Gbnf('root ::= start [\\u00e9-\\u00ef] "start"\nstart ::= "caf" # a start'), "caf[é-ï]start"),
         (Lark('start: "a" (B | "c")+ "."\nB: /b{2}/'), r"a(bb|c)+\."),
         (Lark('start: "call " %json {"enum": ["x", 3]}'), 'call ("x"|3)'),
         (schema({"enum": ["a", 1, None]}), '"a"|1|null'),
