@@ -21,7 +21,7 @@ from engine.backend import Vocab
 from engine.grammar.bridge import tokenizer
 from engine.grammar.forms import Choice, Form, Gbnf, GrammarError, JsonObject, JsonSchema, Lark, Regex
 from engine.grammar.matcher import Matcher
-from engine.grammar.schema import Schema, blamed, parsed
+from engine.grammar.schema import Schema, blamed, parsed, with_any_of
 
 SIZE = 2**18
 """Bytes of a form at most."""
@@ -155,7 +155,8 @@ def _matcher(source: str, tokens: LLTokenizer, kind: str) -> LLMatcher:
 
 
 def _json(schema: Schema) -> str:
-    made: str = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON, overrides=STRICT)  # type: ignore[arg-type]
+    text = json.dumps(with_any_of(schema))
+    made: str = LLMatcher.grammar_from_json_schema(text, defaults=JSON, overrides=STRICT)  # type: ignore[arg-type]
     return made
 
 
