@@ -224,4 +224,6 @@ def _kind(form: Form) -> str:
 
 
 def _first_line(said: str) -> str:
-    return said.strip().partition("\n")[0][:500]
+    """What the library complains of, without what it tells about its state."""
+    line = said.strip().partition("\n")[0][:500]
+    return "no text is of this form" if line.startswith("NoExtension") else line
