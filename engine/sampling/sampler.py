@@ -72,7 +72,7 @@ class Sampler:
         position = len(history) + forgotten
         emitted = position - prompt_length
         if permitted is not None:
-            row = np.where(permitted, row, _NEVER)
+            row = permitted_of(row, permitted)
         if self._changes(emitted):
             changed = self._changed(row, history, emitted)
             if permitted is None or changed.max() > -np.inf:
@@ -108,6 +108,11 @@ class Sampler:
             self._dry.penalise(row, history)
         row[self._banned_early if emitted < self._min_tokens else self._banned] = -np.inf
         return row
+
+
+def permitted_of(row: Row, permitted: NDArray[np.bool_]) -> Row:
+    """A copy of the row in which all tokens but those `permitted` are banned."""
+    return np.where(permitted, row, _NEVER)
 
 
 class _Bias:
