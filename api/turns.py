@@ -12,7 +12,6 @@ from api.formats import Calls, Format, Lark, Parser, Rules
 from api.prompts import Prompts
 from api.schema import ChatRequest
 from api.served import Core
-from api.tools import calls_of
 from engine import Choice, Form, Grammar, JsonObject, JsonSchema, ReasoningBudget, RequestRefused
 from engine import Lark as LarkForm
 
@@ -80,8 +79,8 @@ class Turn(Struct, frozen=True):
                 raise
 
 
-def turn_of(request: ChatRequest, prompts: Prompts, prompt: Sequence[int]) -> Turn:
-    """The turn after `prompt`. Raises RequestRefused."""
+def turn_of(request: ChatRequest, calls: Calls, prompts: Prompts, prompt: Sequence[int]) -> Turn:
+    """The turn after `prompt`, which may have `calls`. Raises RequestRefused."""
     format, source = prompts.format_for(request), prompts.template_for(request).source
     split = (request.reasoning_format or prompts.chat.reasoning_format) != "none"
     opened = format.opened_by(prompts.text_with_names_of(prompt[-_TAIL:]))
@@ -91,7 +90,7 @@ def turn_of(request: ChatRequest, prompts: Prompts, prompt: Sequence[int]) -> Tu
     if limit >= 0 and thinks and format.closes:
         opens = "" if opened else format.opens[0]
         budget = ReasoningBudget(limit, opens, format.closes, prompts.closing(format.closes))
-    return Turn(format, calls_of(request), split, opened, thinks, special, budget)
+    return Turn(format, calls, split, opened, thinks, special, budget)
 
 
 def _expression(lark: Lark, form: Form) -> str | None:
