@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import doctest
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.formats import FORMATS, Arguments, Begun, Calls, Delta, Parser, Tool, format_of
+from api import formats
+from api.formats import FORMATS, Arguments, Begun, Calls, Delta, Parser, Tool, format_of, lark, source, values
 from api.messages import message_of
 from api.replies import ChatMessage
 from engine import Finished, FinishReason, Generation, Request, Timings, Tokens, Usage
@@ -184,6 +187,13 @@ def test_values_become_what_the_schema_says(written: str, schema: object, value:
     text = f"<function=f>\n<parameter=p>\n{written}\n</parameter>\n</function>"
     calls = Calls((Tool("f", root),))
     assert read(Sample("qwen-xml", text, "", "", ()), [text], calls)[2] == (("f", f'{{"p": {value}}}'),)
+
+
+@pytest.mark.parametrize("module", [formats, lark, source, values], ids=lambda module: module.__name__)
+def test_the_examples(module: ModuleType) -> None:
+    results = doctest.testmod(module)
+    assert results.attempted
+    assert not results.failed
 
 
 def test_every_format_has_a_sample() -> None:
