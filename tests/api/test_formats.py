@@ -125,7 +125,8 @@ async def test_from_bytes_of_tokens_with_stop_strings(sample: Sample, sizes: lis
 
 def tokens_of(sample: Sample) -> list[int]:
     """The bytes of the text, and 256 on for its markers."""
-    tokens, text = [], sample.text
+    tokens: list[int] = []
+    text = sample.text
     while text:
         found = next((i for i, marker in enumerate(sample.reader.markers) if text.startswith(marker)), None)
         if found is None:
