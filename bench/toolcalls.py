@@ -111,7 +111,7 @@ def _unequal(row: Recorded, whole: object, cuts: int) -> str:
 
 def ask(port: int, model: str, question: str, tools: Sequence[dict[str, Any]], choice: object) -> dict[str, Any]:
     """The choice of one request."""
-    body = {"model": model, "messages": [{"role": "user", "content": question}], "tools": list(tools)}
+    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": question}], "tools": list(tools)}
     body |= {"tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 400, "seed": 7}
     request = urllib.request.Request(
         f"http://{HOST}:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from api.formats.base import Answer, Calls, Format, Parser, Rules, Tool
+from api.formats.base import Calls, Format, Parser, Rules, Tool
 from api.formats.deepseek import DeepSeek, DeepSeekBlock
 from api.formats.deltas import Arguments, Begun, Content, Delta, Reasoning
 from api.formats.dsml import Dsml
@@ -19,7 +19,6 @@ from api.formats.qwen_xml import QwenXml
 
 __all__ = [
     "FORMATS",
-    "Answer",
     "Arguments",
     "Begun",
     "Calls",

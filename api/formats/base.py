@@ -40,12 +40,6 @@ class Calls(Struct, frozen=True):
         return any(tool.name == name for tool in self.tools)
 
 
-class Answer(Struct, frozen=True):
-    """What the answer must be, if it is no call: JSON that is valid by `schema`."""
-
-    schema: Any
-
-
 class Rules(Struct, frozen=True):
     """What a grammar has to see to."""
 
@@ -54,8 +48,8 @@ class Rules(Struct, frozen=True):
     """Whether reasoning may come first."""
     opened: bool = False
     """Whether the prompt has begun it."""
-    answer: Answer | None = None
-    """None if it may be any text."""
+    answer: str | None = None
+    """What the answer must be if it is no call, as an expression in Lark; None if it may be any text."""
 
 
 class Format(ABC):
@@ -248,9 +242,8 @@ class Tagged(Format):
         """The rules of a message in which `trigger` and one of `bodies` may come, several times if `parallel`."""
         opens = self.opens if rules.thinks and self.closes else ()
         thought = Thought(opens, self.closes if rules.thinks else "", rules.opened)
-        answer = None if rules.answer is None else lark.json(rules.answer.schema)
         calls = Repeated(self.trigger, bodies, self.joint, parallel, rules.calls.required)
-        lark.message(calls, thought, answer)
+        lark.message(calls, thought, rules.answer)
 
     def bodies(self, lark: Lark, calls: Calls) -> list[str]:
         """A rule for each tool."""

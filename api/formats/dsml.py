@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from api.formats.base import Parser, Rules, Tool
+from api.formats.base import Parser, Rules, Tagged, Tool
 from api.formats.lark import Lark
-from api.formats.parameters import Members, Parameters, parameter_rules
+from api.formats.parameters import Members, parameter_rules
 from api.formats.source import Reading
 from api.formats.values import raw_json, types
 
@@ -16,7 +16,7 @@ _DSML, _LINE = "｜DSML｜", "\n"
 _NAME = re.compile(r'name="([^"]*)"')
 
 
-class Dsml(Parameters):
+class Dsml(Tagged):
     """<｜DSML｜invoke name="f"><｜DSML｜parameter name="p" string="true">value</｜DSML｜parameter></｜DSML｜invoke>"""
 
     name = "dsml"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from api.formats.base import Parser, Tool
+from api.formats.base import Parser, Tagged, Tool
 from api.formats.lark import Lark
-from api.formats.parameters import Members, Parameters, parameter_rules
+from api.formats.parameters import Members, parameter_rules
 from api.formats.source import Reading
 
 
-class Glm(Parameters):
+class Glm(Tagged):
     """<tool_call>f<arg_key>p</arg_key><arg_value>value</arg_value></tool_call>, with line breaks in 4.5."""
 
     name = "glm"

@@ -74,8 +74,7 @@ class Harmony(Format):
         said, next_ = lark.before("said", "<|end|>"), lark.text("<|start|>assistant")
         thought = lark.rule("thought", f"{lark.text('<|channel|>analysis<|message|>')} {said} {next_}")
         preamble = lark.rule("preamble", f"{lark.text('<|channel|>commentary<|message|>')} {said} {next_}")
-        answer = "TEXT" if rules.answer is None else lark.json(rules.answer.schema)
-        final = lark.rule("final", f"{lark.text('<|channel|>final<|message|>')} {answer}")
+        final = lark.rule("final", f"{lark.text('<|channel|>final<|message|>')} {rules.answer or 'TEXT'}")
         calls = [self._call(lark, tool) for tool in rules.calls.tools]
         if rules.calls.required:
             lark.rule("start", f"{thought}* {lark.any_of(calls)}")

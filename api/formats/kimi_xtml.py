@@ -89,7 +89,7 @@ class KimiXtml(Format):
         start, end = lark.text(_RESPONSE), lark.text(f"{_CLOSE}response{_SEP}")
         said = f"{start}? {lark.before('said', f'{_CLOSE}response{_SEP}')}"
         if rules.answer is not None:
-            said = f"{start}? {lark.json(rules.answer.schema)} {end}"
+            said = f"{start}? {rules.answer} {end}"
         done = f"({lark.text(f'{_CLOSE}message{_SEP}')})?"
         if not rules.calls.tools:
             lark.rule("start", f"{thought} {said} {done}")

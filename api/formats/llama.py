@@ -57,7 +57,7 @@ class Llama(Bare):
         if rules.calls.required:
             lark.rule("start", calls)
         elif rules.answer is not None:
-            lark.rule("start", f"{calls} | {lark.json(rules.answer.schema)}")
+            lark.rule("start", f"{calls} | {rules.answer}")
         else:
             tag = lark.before("head", "<|python_tag|>", r"[^{](.|\n)*")
             begun = f"{lark.text('<|python_tag|>')} {calls} | {tag} {calls}"
@@ -106,7 +106,7 @@ class Pythonic(Bare):
         call = lark.rule("call", lark.any_of(self.bodies(lark, rules.calls)))
         more = f'(", " {call})*' if rules.calls.parallel else ""
         calls = f'"[" {call} {more} "]"'
-        answer = r"/([^\[](.|\n)*)?/" if rules.answer is None else lark.json(rules.answer.schema)
+        answer = r"/([^\[](.|\n)*)?/" if rules.answer is None else rules.answer
         lark.rule("start", calls if rules.calls.required else f"{calls} | {answer}")
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:

@@ -6,13 +6,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from api.formats.base import Parser, Tagged, Tool
+from api.formats.base import Parser, Tool
 from api.formats.lark import Lark
 from api.formats.values import as_json, properties, value_rule
-
-
-class Parameters(Tagged):
-    """A format of that kind."""
 
 
 class Members:

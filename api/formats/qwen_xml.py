@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from api.formats.base import Parser, Tool
+from api.formats.base import Parser, Tagged, Tool
 from api.formats.lark import Lark
-from api.formats.parameters import Members, Parameters, parameter_rules
+from api.formats.parameters import Members, parameter_rules
 from api.formats.source import Reading
 
 _AFTER: dict[str, tuple[str, ...]] = {
@@ -15,7 +15,7 @@ _AFTER: dict[str, tuple[str, ...]] = {
 """What may end a value, with what must follow for it to do so."""
 
 
-class QwenXml(Parameters):
+class QwenXml(Tagged):
     """<tool_call><function=f><parameter=p>value</parameter></function></tool_call>, the first tag often missing."""
 
     name = "qwen-xml"

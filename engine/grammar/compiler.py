@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from engine.backend import Vocab
 from engine.grammar.bridge import tokenizer
 from engine.grammar.forms import Choice, Form, Gbnf, GrammarError, JsonObject, JsonSchema, Lark, Regex
 from engine.grammar.matcher import Matcher
-from engine.grammar.schema import Schema, blamed, parsed
+from engine.grammar.schema import Schema, blamed, parsed, with_any_of
 
 SIZE = 2**18
 """Bytes of a form at most."""
@@ -154,7 +155,8 @@ def _matcher(source: str, tokens: LLTokenizer, kind: str) -> LLMatcher:
 
 
 def _json(schema: Schema) -> str:
-    made: str = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON, overrides=STRICT)  # type: ignore[arg-type]
+    text = json.dumps(with_any_of(schema))
+    made: str = LLMatcher.grammar_from_json_schema(text, defaults=JSON, overrides=STRICT)  # type: ignore[arg-type]
     return made
 
 
@@ -179,9 +181,26 @@ def _source(form: Form) -> str:
     raise AssertionError("schemas are compiled elsewhere")
 
 
+_GBNF = re.compile(r'("(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\])|#[^\n]*|\bstart\b(?![-\w])')
+_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
+
+
+def _convertible(part: re.Match[str]) -> str:
+    """A part of a GBNF grammar as the converter can take it: characters above ASCII as themselves, and no rule with the
+    name that it gives to `root`."""
+    if part[0] == "start":
+        return "start-of-start"
+    return _ESCAPE.sub(_character, part[0]) if part[1] else part[0]
+
+
+def _character(escape: re.Match[str]) -> str:
+    code = int(escape[1] or escape[2], 16)
+    return chr(code) if 0x7F < code < 0xD800 or 0xDFFF < code <= 0x10FFFF else escape[0]
+
+
 def _lark(gbnf: str) -> str:
     try:
-        return gbnf_to_lark(gbnf)
+        return gbnf_to_lark(_GBNF.sub(_convertible, gbnf))
     except Exception as error:  # the converter raises many kinds
         raise GrammarError(f"The grammar is not valid GBNF: {str(error) or type(error).__name__}") from None
 
@@ -205,4 +224,6 @@ def _kind(form: Form) -> str:
 
 
 def _first_line(said: str) -> str:
-    return said.strip().partition("\n")[0][:500]
+    """What the library complains of, without what it tells about its state."""
+    line = said.strip().partition("\n")[0][:500]
+    return "no text is of this form" if line.startswith("NoExtension") else line

@@ -119,17 +119,68 @@ def _found(schema: Schema, pointer: str) -> Any:
 
 def without(schema: Schema, place: Place) -> Schema:
     """A copy of `schema` that lacks one keyword."""
-
-    def copied(part: Any) -> Any:
-        if isinstance(part, list):
-            return [copied(item) for item in part]
-        if not isinstance(part, dict):
-            return part
-        gone = place.keyword if part is place.schema else None
-        return {name: copied(value) for name, value in part.items() if name != gone}
-
-    made: Schema = copied(schema)
+    made: Schema = _copied(schema, lambda part, name: None if part is place.schema and name == place.keyword else name)
     return made
+
+
+def with_any_of(schema: Schema) -> Schema:
+    """`schema` with `anyOf` instead of `oneOf` where that is the same, as no two branches can hold at once: each is an
+    object that must have some property, and the texts that may be its value differ. The library knows only simpler
+    ones."""
+    apart = {
+        id(place.schema)
+        for place in keywords(schema)
+        if place.keyword == "oneOf" and "anyOf" not in place.schema and _told_apart(schema, place.schema["oneOf"])
+    }
+    if not apart:
+        return schema
+    made: Schema = _copied(schema, lambda part, name: "anyOf" if name == "oneOf" and id(part) in apart else name)
+    return made
+
+
+def _told_apart(schema: Schema, branches: Any) -> bool:
+    if not isinstance(branches, list) or not branches:
+        return False
+    tags = [_tags(_followed(schema, branch)) for branch in branches]
+    shared = set.intersection(*(set(each) for each in tags))
+    return any(
+        sum(len(each[name]) for each in tags) == len(set[str]().union(*(each[name] for each in tags)))
+        for name in shared
+    )
+
+
+def _tags(branch: Any) -> dict[str, set[str]]:
+    """Properties that an object must have and whose values are of a few texts, and these."""
+    if not isinstance(branch, dict) or branch.get("type") != "object":
+        return {}
+    properties, required = branch.get("properties"), branch.get("required")
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return {}
+    tags: dict[str, set[str]] = {}
+    for name in required:
+        allowed = properties.get(name) if isinstance(name, str) else None
+        if isinstance(allowed, dict):
+            values = [allowed["const"]] if "const" in allowed else allowed.get("enum")
+            if isinstance(values, list) and all(isinstance(value, str) for value in values):
+                tags[name] = set(values)
+    return tags
+
+
+def _followed(schema: Schema, part: Any) -> Any:
+    """What `part` refers to, if it does nothing else, or itself."""
+    if isinstance(part, dict) and len(part) == 1 and str(part.get("$ref")).startswith("#"):
+        return _found(schema, unquote(part["$ref"][1:]))
+    return part
+
+
+def _copied(part: Any, rename: Callable[[Schema, str], str | None]) -> Any:
+    """A copy in which every keyword has the name that `rename` says; without it for None."""
+    if isinstance(part, list):
+        return [_copied(item, rename) for item in part]
+    if not isinstance(part, dict):
+        return part
+    names = [(rename(part, name), value) for name, value in part.items()]
+    return {name: _copied(value, rename) for name, value in names if name is not None}
 
 
 def _escaped(name: str) -> str:

@@ -77,7 +77,7 @@ class Sampler:
         position = len(history) + forgotten
         emitted = position - prompt_length
         if permitted is not None:
-            row = np.where(permitted, row, _NEVER)
+            row = permitted_of(row, permitted)
         if not self._weighs and (token := self._obvious(row, emitted)) is not None:
             return token
         if self._changes(emitted):
@@ -129,6 +129,11 @@ class Sampler:
             self._dry.penalise(row, history)
         row[self._banned_early if emitted < self._min_tokens else self._banned] = -np.inf
         return row
+
+
+def permitted_of(row: Row, permitted: NDArray[np.bool_]) -> Row:
+    """A copy of the row in which all tokens but those `permitted` are banned."""
+    return np.where(permitted, row, _NEVER)
 
 
 class _Bias:

@@ -6,7 +6,7 @@ The model is small and decides badly, so each step names the tool that must be c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -44,12 +44,23 @@ def server() -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture
+def client(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        yield client
+
+
+@pytest.fixture
+async def asynchronous(server: Server) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        yield client
+
+
 def named(name: str) -> Any:
     return {"type": "function", "function": {"name": name}}
 
 
-def test_openai_streaming_helper_and_loop(server: Server) -> None:
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+def test_openai_streaming_helper_and_loop(client: OpenAI) -> None:
     messages: list[Any] = [{"role": "user", "content": QUESTION}]
     called: list[tuple[str, dict[str, Any]]] = []
     for choice in (named("temperature"), named("add"), "none"):
@@ -71,8 +82,7 @@ def test_openai_streaming_helper_and_loop(server: Server) -> None:
     assert {type(called[1][1][key]) for key in "ab"} == {int}
 
 
-def test_required_and_parallel_calls(server: Server) -> None:
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+def test_a_call_that_nobody_would_make(client: OpenAI) -> None:
     ask: Any = {"model": NAME, "messages": [{"role": "user", "content": "Tell me a joke."}], "tools": TOOLS, "seed": 3}
     one = client.chat.completions.create(**ask, tool_choice="required", parallel_tool_calls=False, max_tokens=64)
     (call,) = one.choices[0].message.tool_calls
@@ -80,7 +90,7 @@ def test_required_and_parallel_calls(server: Server) -> None:
     json.loads(call.function.arguments)
 
 
-async def test_openai_agents(server: Server) -> None:
+async def test_openai_agents(asynchronous: AsyncOpenAI) -> None:
     called: list[str] = []
 
     @function_tool
@@ -100,7 +110,7 @@ async def test_openai_agents(server: Server) -> None:
     def settings(choice: str) -> ModelSettings:
         return ModelSettings(tool_choice=choice, max_tokens=48, temperature=0.0)
 
-    model = OpenAIChatCompletionsModel(NAME, AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none"))
+    model = OpenAIChatCompletionsModel(NAME, asynchronous)
     agent = Agent(
         name="sum",
         model=model,
@@ -115,9 +125,9 @@ async def test_openai_agents(server: Server) -> None:
     assert isinstance(result.final_output, str)
 
 
-async def test_pydantic_ai(server: Server) -> None:
+async def test_pydantic_ai(asynchronous: AsyncOpenAI) -> None:
     called: list[str] = []
-    model = OpenAIChatModel(NAME, provider=OpenAIProvider(base_url=f"{server.url}/v1", api_key="none"))
+    model = OpenAIChatModel(NAME, provider=OpenAIProvider(openai_client=asynchronous))
 
     def choice(context: Any) -> Any:
         steps = {0: "temperature", 1: "add"}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import doctest
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.formats import FORMATS, Arguments, Begun, Calls, Delta, Parser, Tool, format_of
+from api import formats
+from api.formats import FORMATS, Arguments, Begun, Calls, Delta, Parser, Tool, format_of, lark, source, values
 from api.messages import message_of
 from api.replies import ChatMessage
 from engine import Finished, FinishReason, Generation, Request, Timings, Tokens, Usage
@@ -122,7 +125,8 @@ async def test_from_bytes_of_tokens_with_stop_strings(sample: Sample, sizes: lis
 
 def tokens_of(sample: Sample) -> list[int]:
     """The bytes of the text, and 256 on for its markers."""
-    tokens, text = [], sample.text
+    tokens: list[int] = []
+    text = sample.text
     while text:
         found = next((i for i, marker in enumerate(sample.reader.markers) if text.startswith(marker)), None)
         if found is None:
@@ -184,6 +188,13 @@ def test_values_become_what_the_schema_says(written: str, schema: object, value:
     text = f"<function=f>\n<parameter=p>\n{written}\n</parameter>\n</function>"
     calls = Calls((Tool("f", root),))
     assert read(Sample("qwen-xml", text, "", "", ()), [text], calls)[2] == (("f", f'{{"p": {value}}}'),)
+
+
+@pytest.mark.parametrize("module", [formats, lark, source, values], ids=lambda module: module.__name__)
+def test_the_examples(module: ModuleType) -> None:
+    results = doctest.testmod(module)
+    assert results.attempted
+    assert not results.failed
 
 
 def test_every_format_has_a_sample() -> None:

@@ -71,11 +71,11 @@ def test_forms_and_guesses(client: OpenAI) -> None:
 
 
 def test_a_schema_that_cannot_be_followed(client: OpenAI) -> None:
-    schema = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+    named: Any = {"name": "x", "schema": {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}}
     with pytest.raises(openai.BadRequestError) as refusal:
         client.chat.completions.create(
             model=NAME,
             messages=SEA,
-            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+            response_format={"type": "json_schema", "json_schema": named},
         )
     assert refusal.value.param == "response_format.json_schema.schema/properties/a/not"

@@ -236,3 +236,14 @@ async def test_the_budget_of_a_request_or_of_the_server(fields: Any, tokens: int
     if request.reasoning is not None:
         assert (request.reasoning.opens, request.reasoning.closes) == ("", "</think>")
         assert bytes(request.reasoning.closing) == b"</think>\n\n"
+
+
+@pytest.mark.parametrize("fields", [{"response_format": {"type": "json_object"}}, {"guided_choice": ["a", "b"]}])
+@pytest.mark.parametrize("tools", [[], [WEATHER]])
+async def test_an_answer_in_a_form_beside_tools_and_reasoning(fields: Any, tools: Any) -> None:
+    engine = speaking("</think>ok")
+    await ask(engine, tools=tools, **fields)
+    grammar = engine.requests[-1].grammar
+    assert grammar is not None
+    assert "</think>" in str(grammar.form).replace("\\", "")
+    assert ("weather" in str(grammar.form)) == bool(tools)

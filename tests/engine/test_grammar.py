@@ -28,7 +28,7 @@ from engine.grammar import (
     compiler,
 )
 from engine.grammar.bridge import tokenizer
-from engine.grammar.schema import DEPTH, depth_of, keywords
+from engine.grammar.schema import DEPTH, depth_of, keywords, with_any_of
 from tests.engine.vocabularies import ASCII, PAIRS, AsciiVocab, bytes_of, grammar
 from tests.toy import END
 
@@ -75,6 +75,7 @@ def wander(made: Grammar, random: Random, most: int = 60) -> tuple[bytes, bool]:
         (Regex("a{2,5}(b|true)"), "a{2,5}(b|true)"),
         (Choice(("yes", 'n"o', "never\n", "yes!")), 'yes|n"o|never\n|yes!'),
         (Gbnf('root ::= item ("," item)* "."\nitem ::= [a-c] [0-9]{2}'), r"[a-c]\d\d(,[a-c]\d\d)*\."),
+        (Gbnf('root ::= start [\\u00e9-\\u00ef] "start"\nstart ::= "caf" # a start'), "caf[é-ï]start"),
         (Lark('start: "a" (B | "c")+ "."\nB: /b{2}/'), r"a(bb|c)+\."),
         (Lark('start: "call " %json {"enum": ["x", 3]}'), 'call ("x"|3)'),
         (schema({"enum": ["a", 1, None]}), '"a"|1|null'),
@@ -276,6 +277,9 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_pointer(wrong: Any, poin
         (Gbnf("root ::= (" * 3), "GBNF"),
         (Gbnf("root ::= nowhere"), "nowhere"),
         (Lark("start: nowhere"), "nowhere"),
+        (Lark("start: start"), "no text is of this form"),
+        (schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}), "no text is of this form"),
+        (schema({"allOf": [{"$ref": "#"}], "type": "object"}), "circular"),
         (Lark("start: <|nowhere|>"), "special token"),
         (Lark("start: ((((((" * 1000), "nested"),
         (JsonSchema(b'{"enum": ["' + b"x" * 2**18 + b'"]}'), "too large"),
@@ -300,6 +304,35 @@ def test_a_deep_schema_is_refused_before_native_code_sees_it() -> None:
 def test_keywords_are_no_names_of_properties() -> None:
     found = [place.pointer for place in keywords({"properties": {"not": {"enum": [{"if": 1}]}}, "$defs": {"x": {}}})]
     assert found == ["/properties", "/$defs", "/properties/not/enum"]
+
+
+CAT = {"type": "object", "properties": {"kind": {"const": "cat"}, "lives": {"enum": [9]}}, "required": ["kind"]}
+DOG = {"type": "object", "properties": {"kind": {"enum": ["dog", "wolf"]}, "tail": {}}, "required": ["tail", "kind"]}
+
+
+def test_branches_that_a_property_tells_apart_exclude_each_other() -> None:
+    union: Any = {"oneOf": [CAT, {"$ref": "#/$defs/dog"}], "$defs": {"dog": DOG}}
+    assert with_any_of(union) == {"anyOf": union["oneOf"], "$defs": {"dog": DOG}}
+    pet = {"properties": {"pet": {"oneOf": union["oneOf"]}, "oneOf": {}}, "$defs": union["$defs"]}
+    matcher = grammar(schema(pet)).begin()
+    for token in ASCII.tokenize('{"pet": {"kind": "', special=False):
+        matcher.take(token)
+    assert permitted(matcher) == {ord("c"), ord("d"), ord("w")}
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        [CAT, {**DOG, "required": ["tail"]}],
+        [CAT, {**DOG, "type": ["object", "null"]}],
+        [CAT, {**DOG, "properties": {"kind": {"enum": ["dog", "cat"]}}}],
+        [CAT, {**DOG, "properties": {"kind": {"enum": ["dog", 3]}}}],
+        [CAT, True],
+        [],
+    ],
+)
+def test_other_branches_may_both_hold(branches: Any) -> None:
+    assert with_any_of({"oneOf": branches}) == {"oneOf": branches}
 
 
 def test_a_client_cannot_ask_to_be_lenient() -> None:

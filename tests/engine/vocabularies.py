@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from functools import cache
 
 from engine.backend import Vocab
 from engine.grammar import Form, Grammar, Grammars
@@ -68,15 +67,13 @@ ASCII = AsciiVocab()
 PAIRS = PairVocab()
 
 
-@cache
-def grammars(vocab: Vocab) -> Grammars:
-    """One for each vocabulary, as the tokenizer need not be made again."""
-    return Grammars(vocab)
+MADE: dict[int, Grammars] = {}
+"""For each vocabulary, as its tokenizer need not be made again."""
 
 
 def grammar(form: Form, vocab: Vocab = ASCII) -> Grammar:
     """`form` compiled."""
-    return asyncio.run(grammars(vocab).compile(form))
+    return asyncio.run(MADE.setdefault(id(vocab), Grammars(vocab)).compile(form))
 
 
 def bytes_of(tokens: Iterable[int], vocab: Vocab = ASCII) -> bytes:

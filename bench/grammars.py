@@ -1,0 +1,296 @@
+"""What structured output costs: masks as a share of a step, schemas that compile and how long that takes, and what
+running streams notice of a large one being compiled.
+
+The schemas are the tools of the Berkeley function calling leaderboard (`python bench/models.py bfcl`), read from the
+wheel, with its names of types turned into JSON Schema's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench.figures import save, show, spread
+from bench.models import SOURCES
+from engine import Engine, EngineConfig, JsonSchema, Request, RequestRefused, SamplingParams, Speculation, Tokens
+from engine.engine import open_vocabulary
+from engine.grammar import GrammarError, Grammars, masks, matcher
+from engine.sampling import sampler
+
+PROMPT = "<|im_start|>user\nDescribe ten people as JSON.<|im_end|>\n<|im_start|>assistant\n"
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "city": {"enum": ["Lima", "Oslo", "Rome", "Tokyo"]},
+        "email": {"type": "string", "pattern": r"^[a-z]{3,12}@[a-z]{3,8}\.(com|org)$"},
+        "likes": {"type": "array", "items": {"type": "string", "maxLength": 20}, "minItems": 2, "maxItems": 4},
+    },
+    "required": ["name", "age", "city", "email", "likes"],
+    "additionalProperties": False,
+}
+PEOPLE = {"type": "array", "items": PERSON, "minItems": 10}
+NOBODY = Speculation()
+
+TYPES = {
+    **dict.fromkeys(("dict", "HashMap"), "object"),
+    **dict.fromkeys(("tuple", "Array", "ArrayList"), "array"),
+    **dict.fromkeys(("String", "char"), "string"),
+    **dict.fromkeys(("float", "double"), "number"),
+    "long": "integer",
+    "Boolean": "boolean",
+}
+
+
+# ── schemas that compile ──
+
+
+def tools(wheel: Path) -> Iterator[tuple[str, Any]]:
+    """The parameters of every tool of every question, and where they stand."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if "/data/BFCL_" not in name or "format_sensitivity" in name:
+                continue
+            for number, line in enumerate(archive.read(name).splitlines()):
+                for tool in msgspec.json.decode(line).get("function") or []:
+                    yield f"{Path(name).stem}:{number}:{tool['name']}", json_schema(tool["parameters"])
+
+
+def json_schema(part: Any) -> Any:
+    """The leaderboard's schemas in JSON Schema's words; `any` is no type, and `optional` says what `required` does."""
+    if not isinstance(part, dict):
+        return part
+    made = {name: value for name, value in part.items() if name != "optional"}
+    kind = made.pop("type", "any")
+    if kind not in ("any", ""):
+        made["type"] = TYPES.get(kind, kind)
+    if "properties" in made:
+        made["properties"] = {name: json_schema(inner) for name, inner in made["properties"].items()}
+    for name in ("items", "additionalProperties"):
+        if name in made:
+            made[name] = json_schema(made[name])
+    return made
+
+
+async def compiled(model: Path, wheel: Path) -> dict[str, Any]:
+    """How many of the tools' schemas compile, how long each different one takes, and the others with their reasons."""
+    with open_vocabulary(model) as vocab:
+        grammars = Grammars(vocab)
+        begun = time.perf_counter()
+        await grammars.compile(JsonSchema(b"{}"))
+        first = time.perf_counter() - begun
+        seconds: list[float] = []
+        known: dict[bytes, str] = {}
+        failed: dict[str, str] = {}
+        count = 0
+        for where, schema in tools(wheel):
+            count += 1
+            text = msgspec.json.encode(schema)
+            if text not in known:
+                begun = time.perf_counter()
+                try:
+                    await grammars.compile(JsonSchema(text))
+                    known[text] = ""
+                except GrammarError as error:
+                    known[text] = str(error)
+                seconds.append(time.perf_counter() - begun)
+            if known[text]:
+                failed[where] = known[text]
+        grammars.close()
+    wrong = sum(map(bool, known.values()))
+    return {
+        "tools": count,
+        "failed": failed,
+        "different": len(known),
+        "different_failed": wrong,
+        "milliseconds": spread(seconds),
+        "first_seconds": first,
+    }
+
+
+# ── masks ──
+
+
+class Clock:
+    """Seconds spent in some functions."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+
+    @contextmanager
+    def over(self, owner: Any, *names: str) -> Iterator[None]:
+        """Counts the time of the functions of these names while the block runs."""
+        before = {name: getattr(owner, name) for name in names}
+        for name, function in before.items():
+            setattr(owner, name, self._timed(f"{owner.__name__.rpartition('.')[2]}.{name}", function))
+        yield
+        for name, function in before.items():
+            setattr(owner, name, function)
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*given: Any, **named: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return function(*given, **named)
+            finally:
+                self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - begun
+
+        return timed
+
+
+async def masked(model: Path, slots: int, tokens: int, temperature: float, guess: bool) -> dict[str, Any]:
+    """Shares of the steps of `slots` streams with a schema that go to masks, to picking up what they permit, and to
+    following the tokens."""
+    clock = Clock()
+    config = EngineConfig.of(path=model, slots=slots, context=512 * slots)
+    async with Engine.open(config) as engine:
+        grammar = await engine.compile(JsonSchema(msgspec.json.encode(PEOPLE)))
+        prompt = tuple(engine.vocab.tokenize(PROMPT, special=True))
+
+        async def one(seed: int) -> int:
+            sampling = SamplingParams(temperature=temperature, seed=seed)
+            speculation = Speculation(type=("grammar",), order="fixed") if guess else NOBODY
+            asked = Request(
+                prompt=prompt, max_tokens=tokens, sampling=sampling, grammar=grammar, speculation=speculation
+            )
+            async with engine.generate(asked) as updates:
+                return sum([len(update.ids) async for update in updates if isinstance(update, Tokens)])
+
+        await asyncio.gather(*(one(seed) for seed in range(slots)))
+        before = engine.stats()
+        with (
+            clock.over(masks.Masks, "begin", "of"),
+            clock.over(masks, "unpacked"),
+            clock.over(sampler, "permitted_of"),
+            clock.over(matcher.Matcher, "take", "permits", "forced"),
+        ):
+            begun = time.perf_counter()
+            said = sum(await asyncio.gather(*(one(100 + seed) for seed in range(slots))))
+            wall = time.perf_counter() - begun
+        after = engine.stats()
+    busy, steps = after.busy_seconds - before.busy_seconds, after.steps - before.steps
+    return {
+        "share": sum(clock.spent.values()) / busy,
+        "milliseconds_per_step": 1e3 * busy / steps,
+        "tokens_per_second": said / wall,
+        "steps": steps,
+        "tokens": said,
+        "microseconds_per_step": {name: 1e6 * spent / steps for name, spent in clock.spent.items()},
+    }
+
+
+# ── what others notice ──
+
+
+def large(size: int, number: int) -> bytes:
+    """A schema of about `size` bytes that nobody compiled before: sections of fields of all kinds."""
+    sections: dict[str, Any] = {}
+    schema = {"type": "object", "properties": sections, "required": [], "additionalProperties": False}
+    while len(text := msgspec.json.encode(schema)) < size:
+        at = f"section_{number}_{len(sections)}"
+        fields = {
+            **{f"{at}_text_{i}": {"type": "string", "maxLength": 20 + i, "description": "a text"} for i in range(8)},
+            **{f"{at}_kind_{i}": {"enum": [f"{at}_{i}_{j}" for j in range(6)]} for i in range(4)},
+            **{f"{at}_when_{i}": {"type": "string", "format": "date-time"} for i in range(2)},
+            **{f"{at}_list_{i}": {"type": "array", "items": PERSON, "maxItems": 5} for i in range(2)},
+        }
+        sections[at] = {"type": "object", "properties": fields, "required": [*fields][:10]}
+    return text
+
+
+async def noticed(model: Path, streams: int, size: int, times: int) -> dict[str, Any]:
+    """Gaps between the texts of running streams, alone and while large schemas are compiled."""
+    config = EngineConfig.of(path=model, slots=streams, context=4096, speculation={"types": ["none"]})
+    gaps: dict[str, list[float]] = {"alone": [], "compiling": []}
+    compiling: list[float] = []
+    async with Engine.open(config) as engine:
+        await engine.compile(JsonSchema(b"{}"))
+        prompt = tuple(engine.vocab.tokenize(PROMPT, special=True))
+        busy = ended = 0.0
+
+        async def one(seed: int) -> None:
+            asked = Request(
+                prompt=prompt, max_tokens=700, ignore_eos=True, sampling=SamplingParams(seed=seed), salt=str(seed)
+            )
+            async with engine.generate(asked) as updates:
+                last = 0.0
+                async for _ in updates:
+                    now = time.perf_counter()
+                    if last > begun:
+                        gaps["compiling" if busy or ended > last else "alone"].append(now - last)
+                    last = now
+
+        begun = time.perf_counter() + 1.0
+        running = [asyncio.create_task(one(seed)) for seed in range(streams)]
+        await asyncio.sleep(3.0)
+        for number in range(times):
+            busy = time.perf_counter()
+            try:
+                await engine.compile(JsonSchema(large(size, number)))
+            except RequestRefused as error:
+                print(error)
+            ended, start, busy = time.perf_counter(), busy, 0.0
+            compiling.append(ended - start)
+            await asyncio.sleep(0.7)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+    return {name: spread(found) for name, found in gaps.items()} | {"compile": spread(compiling)}
+
+
+def main() -> None:
+    """Prints three tables and writes `grammars.json`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
+    parser.add_argument("--slots", type=int, default=8, help="streams with a schema at once")
+    parser.add_argument("--tokens", type=int, default=160, help="tokens of each")
+    parser.add_argument("--size", type=int, default=60_000, help="bytes of the large schema")
+    options = parser.parse_args()
+    ways = {
+        "greedy": (0.0, False),
+        "sampled": (0.8, False),
+        "greedy, forced tokens drafted": (0.0, True),
+        "sampled, forced tokens drafted": (0.8, True),
+    }
+    shares = {
+        name: asyncio.run(masked(options.model, options.slots, options.tokens, *way)) for name, way in ways.items()
+    }
+    rows = [
+        [name, 100 * made["share"], made["milliseconds_per_step"], made["tokens_per_second"], made["tokens"]]
+        for name, made in shares.items()
+    ]
+    show(f"{options.slots} streams with a schema", ["", "% of a step", "ms a step", "tokens/s", "tokens"], rows)
+    gaps = asyncio.run(noticed(options.model, 4, options.size, 8))
+    show(
+        f"a schema of {options.size} bytes beside 4 streams, milliseconds",
+        ["", "p50", "p99", "max"],
+        [[name, found["p50"], found["p99"], found["max"]] for name, found in gaps.items()],
+    )
+    schemas = asyncio.run(compiled(options.model, SOURCES["bfcl"].path))
+    good, times = 1 - len(schemas["failed"]) / schemas["tools"], schemas["milliseconds"]
+    show(
+        "tools of the leaderboard",
+        ["tools", "compile, %", "different", "of these not", "ms p50", "p99", "max", "the first, s"],
+        [
+            [
+                *(schemas["tools"], f"{100 * good:.3f}", schemas["different"], schemas["different_failed"]),
+                *(times["p50"], times["p99"], times["max"], schemas["first_seconds"]),
+            ]
+        ],
+    )
+    for where, reason in schemas["failed"].items():
+        print(f"{where}: {reason}")
+    save("grammars", {"masks": shares, "gaps": gaps, "schemas": schemas})
+
+
+if __name__ == "__main__":
+    main()
