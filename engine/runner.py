@@ -102,8 +102,7 @@ class Runner:
         if plan.rows:
             self._decode(plan.rows)
         self._gauge()
-        if not (plan.rows and self.running):
-            self._outbox.flush()  # or else just before the next decode
+        self._outbox.flush()
         if self.counters.steps > steps:  # the decode came to its end
             self.cost.beside(time.perf_counter() - begun - self._seconds)
         self._draft()
@@ -205,7 +204,6 @@ class Runner:
             self.cells.reclaim(sum(part.tokens + part.drafts for part in rows))
             firsts, cells = self._fill(rows), self.cells.tree.cells
             counts = scheduler.count(rows, lambda key: self.running[key].behind == 1)
-            self._outbox.flush()  # now that this thread lets go of the interpreter, readers do not hold it up
             begun = time.perf_counter()
             try:
                 logits = self.context.decode(partial(self._commit, rows))
@@ -293,11 +291,9 @@ class Runner:
             self._retract(stream, keep=False)
 
     def _draft(self) -> None:
-        """Asks the speculators for the next step. Before a draft model computes, the readers get this one's tokens."""
+        """Asks the speculators for the next step, while the readers already have this one's tokens."""
         if not self.context.partial:
             return
-        if self._drafting.model is not None:
-            self._outbox.flush()
         context, count, left = self.context, len(self.running), LEARN
         most = min(context.outputs - len(self.slots), context.batch.capacity - count, self.cells.free - count)
         wishes: dict[int, Wish] = {}
