@@ -17,7 +17,7 @@ from api.config import ChatConfig
 from api.formats import Format, Generic, format_of
 from api.schema import ChatRequest, Message, Part, Prediction
 from api.templates import ChatTemplate, TemplateTrouble, compiled, names_of, wanted
-from api.tools import offered, taught, with_objects
+from api.tools import as_text, offered, taught, with_objects
 from engine import ModelInfo, RequestRefused, Vocab
 
 LONG = 20_000
@@ -104,9 +104,11 @@ class Prompts:
         template, format, tools = self.template_for(request), self.format_for(request), offered(request)
         extend = self._extends(request)
         messages = [self._message(index, message) for index, message in enumerate(request.messages)]
-        if isinstance(format, Generic):
+        if "tool_calls" not in template.source:
+            messages = list(map(as_text, messages))
+        if isinstance(format, Generic) and tools:
             messages, tools = taught(messages, tools), None
-        elif any("tool_calls" in message for message in messages) and template.capabilities.supports_object_arguments:
+        if any("tool_calls" in message for message in messages) and template.capabilities.supports_object_arguments:
             messages = list(map(with_objects, messages))
         messages = list(map(template.fitted, messages))
         if extend:

@@ -59,16 +59,16 @@ def calls_of(request: ChatRequest) -> Calls:
             "functions and function_call are what tools and tool_choice were called before; send those.",
             field="functions" if request.functions else "function_call",
         )
-    tools = _tools(request.tools or [])
     choice = request.tool_choice
+    if choice == "none":
+        return Calls()
+    tools = _tools(request.tools or [])
     if isinstance(choice, Mapping):
         tools = (_chosen(choice, tools),)
     elif choice is not None and choice not in CHOICES:
         raise RequestRefused(
             f"tool_choice is {', '.join(CHOICES)} or names a function, not {str(choice)[:64]!r}.", field="tool_choice"
         )
-    elif choice == "none":
-        return Calls()
     required = choice == "required" or isinstance(choice, Mapping)
     if required and not tools:
         raise RequestRefused("tool_choice 'required' needs tools.", field="tool_choice")
@@ -138,19 +138,16 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def taught(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Message]:
-    """The messages for a template that knows no tools: a system text describes them, calls and results are text."""
-    found = [_as_text(message) for message in messages]
-    if tools:
-        text = described(tools)
-        if found[0]["role"] in ("system", "developer"):
-            found[0] = {**found[0], "content": _extended(found[0]["content"], text)}
-        else:
-            found.insert(0, {"role": "system", "content": text})
-    return found
+def taught(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """The messages for a template that knows no tools: a system text describes them."""
+    first, text = messages[0], described(tools)
+    if first["role"] in ("system", "developer"):
+        return [{**first, "content": _extended(first["content"], text)}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
 
 
-def _as_text(message: Message) -> Message:
+def as_text(message: Message) -> Message:
+    """The message for a template that knows no calls: these and their results are text."""
     if calls := message.get("tool_calls"):
         texts = [_text_of(_with_object(call)["function"]) for call in calls]
         rest = {key: value for key, value in message.items() if key != "tool_calls"}

@@ -37,6 +37,7 @@ EXAMPLES: dict[str, Any] = {
     "template": "chatml",
     "template_file": "my.jinja",
     "template_kwargs": '{"a": 1}',
+    "reasoning_format": "none",
 }
 IN_ENVIRONMENT = [flag for flag in FLAGS if flag.env]
 

@@ -75,7 +75,7 @@ def text(**fields: Any) -> dict[str, Any]:
         (chat(logit_bias={"x": 1}), "logit_bias"),
         (chat(logit_bias={"1": "x"}), "logit_bias[...]"),
         (chat(logit_bias=[[1, True]]), "logit_bias"),
-        (chat(tools=[{"type": "function"}]), "tools"),
+        (chat(tools=[{"type": "function"}]), "tools[0]"),
         (chat(functions=[{"name": "f"}]), "functions"),
         (chat(tool_choice="required"), "tool_choice"),
         (chat(response_format={"type": "yaml"}), "response_format.type"),
