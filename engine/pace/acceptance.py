@@ -41,18 +41,16 @@ class Acceptance:
         self._tried = [0.0] * len(_START)
         self._right = [0.0] * len(_START)
         self._means: list[float] = [*(prior._means if prior is not None else _START)]
-        self._chances: list[float] = [*(prior._chances if prior is not None else _START)]
 
     def observe(self, place: int, said: float | None, right: bool) -> None:
         """The token at `place`, which was `said` to be so likely, was right or not; those before it were right.
 
         The prior hears it too.
         """
-        if self._prior is not None:
-            self._prior.observe(place, said, right)
-        self._learn(_kind(place, None), right)
-        if said is not None:
-            self._learn(_kind(place, said), right)
+        kinds = (_kind(place, None),) if said is None else (_kind(place, None), _kind(place, said))
+        for one in (self,) if self._prior is None else (self._prior, self):
+            for kind in kinds:
+                one._learn(kind, right)
 
     def _learn(self, kind: int, right: bool) -> None:
         self._tried[kind] = self._tried[kind] * self._memory + 1.0
@@ -69,27 +67,30 @@ class Acceptance:
             prior = self._prior._means[kind]
         else:
             prior = self._means[kind - 1] if 0 < kind < PLACES else _START[kind]
-        seen = self._tried[kind] + BELIEF
-        mean = self._means[kind] = (self._right[kind] + BELIEF * prior) / seen
-        self._chances[kind] = max(0.0, mean - DOUBT * sqrt(mean * max(0.0, 1.0 - mean) / (seen + 1.0)))
+        self._means[kind] = (self._right[kind] + BELIEF * prior) / (self._tried[kind] + BELIEF)
 
     def chance(self, place: int, said: float | None = None) -> float:
         """From 0 to 1, of the token at `place`, from 0 on."""
         kind = _kind(place, said)
-        return self._believed(kind)._chances[kind]
-
-    def _believed(self, kind: int) -> Acceptance:
-        """Who knows best of a kind: the prior, as of now, as long as there is no observation of one's own."""
-        return self if self._prior is None or self._tried[kind] else self._prior
+        if self._prior is not None and not self._tried[kind]:  # the prior, as of now, knows best
+            return self._prior.chance(place, said)
+        mean, seen = self._means[kind], self._tried[kind]
+        if not seen and self._prior is None:
+            return mean
+        return max(0.0, mean - DOUBT * sqrt(mean * max(0.0, 1.0 - mean) / (seen + BELIEF + 1.0)))
 
     def curve(self, length: int, said: Sequence[float] = ()) -> list[float]:
         """For each token of a draft the chance that it and all before it are right, as far as it is worth a look;
         `said` is how likely the speculator thinks each, if it can tell."""
-        together, curve = 1.0, list[float]()
-        for place in range(length):
-            kind = _kind(place, said[place] if said else None)
-            known = self._believed(kind)
-            together *= known._means[kind] if place else known._chances[kind]  # doubted once, not for each token
+        if not length:
+            return []
+        together = self.chance(0, said[0] if said else None)  # doubted here, and not again for each token
+        curve = [together] if together >= FAINT else []
+        means, tried = self._means, self._tried
+        before = means if self._prior is None else self._prior._means
+        for place in range(1, length) if curve else ():
+            kind = _kind(place, said[place]) if said else min(place, PLACES - 1)
+            together *= means[kind] if tried[kind] else before[kind]
             if together < FAINT:
                 break
             curve.append(together)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from engine.sim.words import MASK, MIX, STEP, WORD, WORDS, following
 from engine.speculate import Draft
 
-LONGEST = 16
+LONGEST = 8
 """Tokens of a draft at most."""
 COUNT = len(WORDS)
 BITS = 2**16 - 1
