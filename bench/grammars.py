@@ -156,16 +156,14 @@ async def masked(model: Path, slots: int, tokens: int, temperature: float, guess
         grammar = await engine.compile(JsonSchema(msgspec.json.encode(PEOPLE)))
         prompt = tuple(engine.vocab.tokenize(PROMPT, special=True))
 
-        async def one(seed: int) -> int:
+        async def one(seed: int, most: int) -> int:
             sampling = SamplingParams(temperature=temperature, seed=seed)
             speculation = Speculation(type=("grammar",), order="fixed") if guess else NOBODY
-            asked = Request(
-                prompt=prompt, max_tokens=tokens, sampling=sampling, grammar=grammar, speculation=speculation
-            )
+            asked = Request(prompt=prompt, max_tokens=most, sampling=sampling, grammar=grammar, speculation=speculation)
             async with engine.generate(asked) as updates:
                 return sum([len(update.ids) async for update in updates if isinstance(update, Tokens)])
 
-        await asyncio.gather(*(one(seed) for seed in range(slots)))
+        await asyncio.gather(*(one(seed, 8) for seed in range(slots)))
         before = engine.stats()
         with (
             clock.over(masks.Masks, "begin", "of"),
@@ -174,7 +172,7 @@ async def masked(model: Path, slots: int, tokens: int, temperature: float, guess
             clock.over(matcher.Matcher, "take", "permits", "forced"),
         ):
             begun = time.perf_counter()
-            said = sum(await asyncio.gather(*(one(100 + seed) for seed in range(slots))))
+            said = sum(await asyncio.gather(*(one(100 + seed, tokens) for seed in range(slots))))
             wall = time.perf_counter() - begun
         after = engine.stats()
     busy, steps = after.busy_seconds - before.busy_seconds, after.steps - before.steps
@@ -252,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
     parser.add_argument("--slots", type=int, default=8, help="streams with a schema at once")
-    parser.add_argument("--tokens", type=int, default=160, help="tokens of each")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens of each")
     parser.add_argument("--size", type=int, default=60_000, help="bytes of the large schema")
     options = parser.parse_args()
     ways = {

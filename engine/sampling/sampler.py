@@ -111,8 +111,16 @@ class Sampler:
 
 
 def permitted_of(row: Row, permitted: NDArray[np.bool_]) -> Row:
-    """A copy of the row in which all tokens but those `permitted` are banned."""
-    return np.where(permitted, row, _NEVER)
+    """A copy of the row in which all tokens but those `permitted` are banned: few are written, as `np.where` over all
+    takes two to three times as long."""
+    if 2 * np.count_nonzero(permitted) > len(row):
+        made = row.copy()
+        made[(~permitted).nonzero()[0]] = _NEVER
+        return made
+    made = np.full_like(row, _NEVER)
+    few = permitted.nonzero()[0]
+    made[few] = row[few]
+    return made
 
 
 class _Bias:

@@ -90,10 +90,10 @@ async def test_the_bridge_has_every_token(shared_backend: LlamaBackend) -> None:
     assert known.tokenize_str(text) == vocab.tokenize(text, special=False)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8, 1.5])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 async def test_a_schema_is_kept_and_guesses_leave_the_text_alone(engine: Engine, temperature: float) -> None:
     validator = jsonschema_rs.validator_for(CITY)
-    requests = [await asked(engine, SCHEMA, temperature, seed) for seed in range(3)]
+    requests = [await asked(engine, SCHEMA, temperature, seed) for seed in range(2)]
     plain = [await read(engine, structs.replace(each, speculation=NOBODY)) for each in requests]
     both = await asyncio.gather(*(read(engine, each) for each in requests))
     fixed = Speculation(type=("grammar",), order="fixed")
@@ -104,7 +104,7 @@ async def test_a_schema_is_kept_and_guesses_leave_the_text_alone(engine: Engine,
         validator.validate(json.loads(text_of(engine, ids)))
     (made,) = {drafts.type for _, end in forced for drafts in end.drafts}
     assert made == "grammar"
-    assert sum(end.usage.accepted for _, end in forced) > 20
+    assert sum(end.usage.accepted for _, end in forced) > 10
 
 
 @pytest.mark.parametrize(

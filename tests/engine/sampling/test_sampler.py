@@ -256,3 +256,26 @@ def test_an_extreme_temperature_is_uniform() -> None:
     picks = [sampler(3, temperature=100.0, **PURE).pick(row, range(length), 0) for length in range(4000)]
     expected = softmax(row, SamplingParams(temperature=100.0, top_k=0, top_p=1.0, min_p=0.0)) * 4000
     assert deviation(np.bincount(picks, minlength=8), expected) < 4.0
+
+
+@given(rows, some_params, st.integers(0, 2**32), st.floats(0.0, 1.0))
+def test_with_a_grammar_there_are_no_other_tokens(row: Row, params: dict[str, Any], seed: int, share: float) -> None:
+    """A pick is that from a row in which they are banned."""
+    permitted = np.random.default_rng(seed).random(len(row)) < share
+    assume(permitted.any())
+    banned = np.where(permitted, row, -np.inf).astype(np.float32)
+    picked = sampler(seed, **params).pick(row, [0], 1, permitted=permitted)
+    assert permitted[picked]
+    assert picked == sampler(seed, **params).pick(banned, [0], 1)
+
+
+def test_bans_count_as_far_as_a_grammar_leaves_a_choice() -> None:
+    row = random_row(3)
+    permitted = np.zeros(len(row), np.bool_)
+    permitted[[5, 9]] = True
+    strict = sampler(temperature=0.0, ends=(5,), ignore_eos=True)
+    assert strict.pick(row, [0], 1, permitted=permitted) == 9
+    permitted[9] = False
+    assert strict.pick(row, [0], 1, permitted=permitted) == 5
+    with pytest.raises(BadLogits):
+        strict.pick(np.full(40, np.nan, np.float32), [0], 1, permitted=permitted)
