@@ -36,7 +36,13 @@ MOST = 60_000_000
 """Bytes of the archive at most."""
 
 PYTHON = "3.12"
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+PLATFORMS = (
+    "manylinux_2_31_x86_64",
+    "manylinux_2_28_x86_64",
+    "manylinux_2_27_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+)
 BINDING = ("typing-extensions>=4.5", "diskcache>=5.6.1", "scikit-build-core>=0.9.2", "setuptools>=75", "pip")
 """What llama-cpp-python imports beyond our own dependencies, and what it and we are built and installed with."""
 

@@ -175,7 +175,7 @@ def split(proportions: str) -> Any:
     except ValueError:
         shares = []
     if not shares or min(shares) < 0 or not 0 < sum(shares) < inf or len(shares) > most:
-        raise ValueError(f"{proportions!r} is no split: give up to {most} numbers from 0 on, as 3,1, not only zeros")
+        raise ValueError(f"{proportions!r} is no split: give up to {most} numbers from 0 on, as in 3,1, not only 0")
     return (ctypes.c_float * most)(*shares)
 
 

@@ -50,7 +50,9 @@ def test_welcome_says_what_is_missing() -> None:
 
 
 DRAFT: dict[str, Any] = {"draft": {"path": "/models/small.gguf"}}
-EVERYBODY = "Guessing ahead: prediction, ngram-simple, ngram-map-k, ngram-map-k4v, ngram-mod, ngram-cache, suffix"
+EVERYBODY = (
+    "Guessing ahead: prediction, grammar, ngram-simple, ngram-map-k, ngram-map-k4v, ngram-mod, ngram-cache, suffix"
+)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ EVERYBODY = "Guessing ahead: prediction, ngram-simple, ngram-map-k, ngram-map-k4
         (
             {"speculation": {"types": ["auto"]}},
             dict.fromkeys(["draft", "prediction", "ngram-map-k", "ngram-map-k4v"], "of something"),
-            ["Guessing ahead: ngram-simple, ngram-mod, ngram-cache, suffix"],
+            ["Guessing ahead: grammar, ngram-simple, ngram-mod, ngram-cache, suffix"],
         ),
     ],
     ids=str,

@@ -12,7 +12,7 @@ import pytest
 from engine.backend import Aborted, Context, Logits, NativeFault, NoFreeCells
 from engine.config import EngineConfig
 from engine.contract import ModelError
-from engine.llama import open_gguf
+from engine.llama import library, open_gguf
 from engine.llama.model import LlamaBackend
 from tests.native.conftest import MODEL
 
@@ -178,6 +178,7 @@ def test_loading_reports_and_can_be_stopped() -> None:
     assert len(shares) < 10
 
 
+@pytest.mark.skipif(bool(library.accelerator()), reason="a GPU ends what it began")
 def test_a_running_decode_is_aborted_from_another_thread() -> None:
     backend = open_gguf(EngineConfig.of(path=MODEL, context=2048, rows=2048), lambda share: None, lambda: True)
     try:
