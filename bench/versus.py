@@ -65,8 +65,8 @@ class Field(Struct):
         return self.ends if name == EXAMPLE else ()
 
 
-def run(server: Server, sessions: Sequence[Session], clients: int, tokens: int) -> tuple[dict[str, Any], list[Outcome]]:
-    """One turn. An answer whose tokens the server does not tell has `tokens`. Raises RuntimeError if one failed."""
+def run(server: Server, sessions: Sequence[Session], clients: int) -> tuple[dict[str, Any], list[Outcome]]:
+    """One turn. Raises RuntimeError if a request failed."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         begun, cpu, own = time.perf_counter(), server.cpu_seconds(), time.process_time()
         outcomes = runner.run(closed_loop(server.port, clients, sessions))
@@ -74,7 +74,6 @@ def run(server: Server, sessions: Sequence[Session], clients: int, tokens: int) 
     for outcome in outcomes:
         if outcome.failed:
             raise RuntimeError(f"a request failed ({outcome.status}): {outcome.error}")
-        outcome.completion_tokens = outcome.completion_tokens or tokens
     figures = report(outcomes, seconds, time.process_time() - own, GOOD)
     figures["server_cpu_seconds"] = server.cpu_seconds() - cpu
     figures["resident_mib"] = server.resident() / 2**20
@@ -102,17 +101,19 @@ def throughput(field: Field, options: argparse.Namespace) -> dict[int, Rounds]:
             servers[name] = stack.enter_context(field.start(name))
             options.start[name] = time.perf_counter() - begun
         for name, server in servers.items():
-            run(server, [field.adapt(name, session) for session in workload("chat", 1, 8)], 1, 8)
+            run(server, [field.adapt(name, session) for session in workload("chat", 1, 8)], 1)
+        asked = 1
         for clients in options.clients:
             rounds = cells[clients] = {name: [] for name in [*field.names, "bound"]}
             each = max(options.least, clients * options.each)
             for number in range(options.rounds):
-                sessions = workload(options.workload, each, options.tokens, skip=1 + number * each)
+                sessions = workload(options.workload, each, options.tokens, skip=asked)
+                asked += each
                 measured = step_costs(_config(field.settings), lambda share: None) if options.bound else None
                 for name in field.names if number % 2 == 0 else [*field.names][::-1]:
                     progress.update(bar, description=f"{clients} clients, {name}")
-                    asked = [field.adapt(name, session) for session in sessions]
-                    figures, outcomes = run(servers[name], asked, clients, options.tokens)
+                    adapted_to = [field.adapt(name, session) for session in sessions]
+                    figures, outcomes = run(servers[name], adapted_to, clients)
                     rounds[name].append(figures)
                     if measured is not None and name == PACELINE:
                         rounds["bound"].append({"tokens_per_second": bound(measured, outcomes, clients)})

@@ -80,12 +80,16 @@ def story(number: int, tokens: int, words: int = 20) -> Asked:
 
 
 def mt_bench(tokens: int) -> Iterator[Session]:
-    """MT-bench's first questions, in an order that mixes the categories."""
+    """MT-bench's first questions, in an order that mixes the categories; answers of half to one and a half times so
+    many tokens, so that clients do not keep step."""
     lines = SOURCES["mt-bench"].path.read_bytes().splitlines()
     asked = [msgspec.json.decode(line, type=Conversation) for line in lines]
-    random.Random(0).shuffle(asked)
+    rng = random.Random(0)
+    rng.shuffle(asked)
     for number, one in enumerate(cycle(asked)):
-        yield [Asked(CHAT, chat(user(one.turns[0]), tokens, seed=number))]
+        begin = f"{number // len(asked) + 1}. " if number >= len(asked) else ""  # none is asked twice
+        length = rng.randint(tokens // 2, tokens + tokens // 2)
+        yield [Asked(CHAT, chat(user(begin + one.turns[0]), length, seed=number))]
 
 
 def edit(tokens: int) -> Iterator[Session]:

@@ -86,6 +86,13 @@ class Generation:
         if self._end is not None or self.complete:
             return
         self._logprobs += logprobs
+        if (text := self._text.whole(b"".join(map(self._piece, ids)))) is not None:
+            self._count += len(ids)
+            self._ids += ids
+            self._out += len(ids)
+            self._shown += text
+            self._wake()
+            return
         for token in ids:
             self._count += 1
             self._ids.append(token)

@@ -179,9 +179,10 @@ class Runner:
                     return
 
     def _plan(self) -> Plan:
-        decoding = sum(stream.behind == 1 for stream in self.running.values())
-        decoding += sum(len(stream.draft) for stream in self.running.values())
-        prompt_rows = self.cost.prompt_rows(decoding, *self._pace, self.cells.tree.cells)
+        streams = sum(stream.behind == 1 for stream in self.running.values())
+        decoding = streams + sum(len(stream.draft) for stream in self.running.values())
+        readers = (len(self.running) - streams) / max(1, streams)
+        prompt_rows = self.cost.prompt_rows(decoding, *self._pace, self.cells.tree.cells, readers)
         limits = Limits(self.context.batch.capacity, self.context.outputs, prompt_rows)
         return scheduler.plan(self._views(), self._room(), limits)
 

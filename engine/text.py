@@ -67,6 +67,16 @@ class TextStream:
         self._spans.append((start, self._decoded + unfinished))
         return self._release(self._held + fresh, final=False)
 
+    def whole(self, pieces: bytes) -> str | None:
+        """The text of several tokens, if nothing is held back before or after them, as is usual; else None, and nothing
+        was added."""
+        if self._stops or self._spans:
+            return None
+        try:
+            return pieces.decode()
+        except UnicodeDecodeError:
+            return None
+
     def finish(self) -> Shown:
         """The rest, when no more tokens come; a character cut short shows as U+FFFD."""
         if self.stopped_by is not None:

@@ -89,7 +89,8 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             ge=0.0,
             le=60_000.0,
             description="milliseconds a step may take while prompts are read beside running streams; "
-            "0 is twice a step without prompts, so that streams keep half their speed",
+            "0 is twice a step without prompts, so that streams keep half their speed, and more where more prompts are "
+            "read than streams run",
             extra=flags("--step-ms"),
         ),
     ] = 0.0

@@ -14,9 +14,9 @@ from engine.memory.pieces import PIECE, Found, Piece
 from engine.memory.radix import Match, RadixTree
 from engine.memory.store import Store
 
-HOLES, DEAR = 512, 8
-"""Free cells among the used ones that are not worth the trouble, and how many times the mean price moving what runs
-may take: cells of several streams alternate, and values that lie transposed are then moved one by one."""
+HOLES, DEAR, BEARABLE = 512, 8, 0.2
+"""Free cells among the used ones that are not worth the trouble; how many times the mean price moving what runs may
+take, as cells of several streams alternate and transposed values are moved one by one; seconds that all may wait."""
 MOVE = 5e-6
 """Seconds to save or load a cell, before any was."""
 
@@ -45,6 +45,7 @@ class Cells:
         self._move = MOVE
         self._top = 0  # about the highest cell that is used
         self._weight = 0.0  # bytes of a cell
+        self._clearing = 0.0  # seconds a cell when all were cleared last
         self._unsaved: dict[int, int] = {}  # idle sequences, and from where on something may not be in the store
         self._credit = 0.0  # seconds that may be spent on letting leave what nobody asked to
         self._free = list(range(context.sequences - 1, -1, -1))
@@ -68,8 +69,6 @@ class Cells:
             runs = self.tree.runs()
             self._idle_cells = sum(size for size, holders in runs if holders <= self._idle.sequences)
         return self._idle_cells
-
-    # ── finding and claiming ──
 
     def find(self, tokens: array[int], salt: str) -> Prefix:
         """The longest known prefix of `tokens`, the last of them excluded: one row must be computed."""
@@ -188,8 +187,6 @@ class Cells:
         self.context.cut(lease.seq, lease.length)
         return not self.context.window or self.context.intact(lease.seq, lease.length)
 
-    # ── leaving ──
-
     def release(self, seq: int, *, keep: bool) -> None:
         """Ends a lease: the sequence is idle, or free if nothing is gained by keeping it."""
         self._idle.use(seq)
@@ -221,10 +218,11 @@ class Cells:
         """Whether so many cells are free among the used ones that it pays to move all out and back: a step visits
         them too. About, since only the library knows where they lie: it fills the lowest free ones."""
         holes, live = self._top - self.tree.cells, self.tree.cells - self.kept
+        price = live * max(DEAR * self._move, self._clearing)
         if self.store is None or self.context.window or not self.context.partial or self.shifted or holes < HOLES:
             return False
         fits = live * self._weight < self.store.ram.most / 2
-        return fits and self._weight > 0 and AHEAD * self._idle.rate * holes > DEAR * self._move * live
+        return fits and self._weight > 0 and AHEAD * self._idle.rate * holes > price and price < BEARABLE
 
     def tend(self, seconds: float) -> bool:
         """Lets leave what has cost enough, and saves what else is idle, for about so long; later calls make up for a
@@ -263,9 +261,11 @@ class Cells:
 
     def clear(self) -> None:
         """Lets every idle sequence leave and frees what was wasted. Nothing is leased."""
+        begun, cells = time.perf_counter(), self.tree.cells
         while self._idle:
             self._evict(self._idle.oldest())
         self.context.clear()
+        self._clearing = (time.perf_counter() - begun) / max(1, cells)
 
     def _shrink(self, seq: int, wanted: int) -> None:
         """Cuts about `wanted` cells or more off the end of an idle sequence, or lets it leave if it holds no more."""

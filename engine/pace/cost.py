@@ -140,17 +140,20 @@ class StepCost:
         line = self.curve.line(first + more)[first : first + more + 1]
         return self.machine * (line + self.row_cell * cells * np.arange(first, first + more + 1)) + self.aside
 
-    def prompt_rows(self, decode_rows: int, step_seconds: float, idle_step_seconds: float, cells: int = 0) -> int:
+    def prompt_rows(
+        self, decode_rows: int, step_seconds: float, idle_step_seconds: float, cells: int = 0, readers: float = 1.0
+    ) -> int:
         """Prompt rows that fit a step beside `decode_rows` others; at least 1, but for a step that measures the others.
 
-        Beside streams the step may take `step_seconds`, or twice what it takes without prompts if that is 0, so
-        that streams keep half their speed; with no stream running it may take `idle_step_seconds`.
+        Beside streams the step may take `step_seconds`. If that is 0, prompts get as much time as the streams, which
+        so keep half their speed; and where several read for each that streams, `readers`, so many times as much: few
+        must not hold up many. With no stream running the step may take `idle_step_seconds`.
         """
         if decode_rows and self._mixed >= REFRESH:
             return 0
         if decode_rows:
             alone = self.decode_seconds(decode_rows, cells)
-            budget = max(step_seconds - alone, 0.0) if step_seconds else alone
+            budget = max(step_seconds - alone, 0.0) if step_seconds else alone * max(1.0, readers)
             rows = self._shaped(decode_rows, _fit(budget, self._beside or self._alone))
             rows = min(rows, GROWTH * self._last_beside)
         else:

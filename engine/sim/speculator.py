@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from engine.sim.words import MASK, MIX, STEP, WORD, WORDS, following
 from engine.speculate import Draft
 
-LONGEST = 8
+LONGEST = 16
 """Tokens of a draft at most."""
 COUNT = len(WORDS)
 BITS = 2**16 - 1

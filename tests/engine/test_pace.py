@@ -370,3 +370,11 @@ def test_a_line_for_every_hundred_steps(caplog: pytest.LogCaptureFixture) -> Non
         assert made.spent == pytest.approx(cost.decode_seconds(3) - 0.02)
     (line,) = caplog.messages
     assert line.startswith("100 steps: 1.0 streams, 2.0 drafted tokens, 1.70 expected to be right, 0.99 right; ")
+
+
+def test_few_streams_do_not_hold_up_many_readers() -> None:
+    cost = StepCost(Curve({1: 0.01, 64: 0.64}))
+    cost.observe(0, 32, 0.32)
+    assert cost.prompt_rows(4, 0.0, 0.5) == cost.prompt_rows(4, 0.0, 0.5, readers=0.25) == 4
+    assert cost.prompt_rows(1, 0.0, 0.5, readers=7.0) > 6
+    assert cost.prompt_rows(1, 0.02, 0.5, readers=7.0) == cost.prompt_rows(1, 0.02, 0.5)
