@@ -13,7 +13,7 @@ from api.served import Core
 from engine import Choice, Form, Gbnf, Grammar, JsonObject, JsonSchema, Lark, Regex, RequestRefused
 
 FORMATS = ("text", "json_object", "json_schema")
-_LARK = re.compile(r"^\s*(%llguidance\b|start\s*:(?!:=))", re.MULTILINE)
+_LARK = re.compile(r"^[^\S\n]*(%llguidance\b|start\s*:(?!:=))", re.MULTILINE)  # a line at a time: in linear time
 
 
 class Constraint(NamedTuple):

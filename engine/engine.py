@@ -261,11 +261,7 @@ class Engine:
             raise self._refusal()
         if len(self._wanted) >= self.places:
             raise Overloaded(self._retry_after())
-        key = generation.key = next(self._keys)
-        self._open[key] = generation
-        self._wanted.add(key)
-        self._empty.clear()
-        request = generation.request
+        key, request = next(self._keys), generation.request
         seed, batch = request.sampling.seed, self._config.batch
         stream = Stream(
             key,
@@ -275,6 +271,10 @@ class Engine:
             self.request_limit,
             batch.keep if batch.context_shift else None,
         )
+        generation.key = key
+        self._open[key] = generation
+        self._wanted.add(key)
+        self._empty.clear()
         self._inbox.put(lambda runner: runner.submit(stream))
 
     def _retry_after(self) -> float:

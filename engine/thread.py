@@ -200,7 +200,7 @@ class EngineThread:
             self._call_soon(_settle, self._opened, Opened(backend, runner, self._silent), None)
             self._run(runner)
             runner.close()
-        except Exception as error:
+        except BaseException as error:  # a panic of a library in Rust is no Exception
             fault = EngineFault(f"the engine failed: {error!r}", fatal=True)
             fault.__cause__ = error
             self._call_soon(_settle, self._opened, None, fault)

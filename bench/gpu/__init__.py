@@ -1,1 +1,1 @@
-"""What Paceline costs and gains, measured. Each module is a command: `python -m bench.NAME --help`."""
+"""Paceline on a GPU host without a network: packed and built, measured on models of random weights."""

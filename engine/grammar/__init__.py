@@ -2,6 +2,7 @@
 
 forms      what may be asked for, and what is wrong with it
 schema     JSON schemas: how deep, and which keyword is to blame
+gbnf       llama.cpp's grammars as Lark
 bridge     a model's tokens as llguidance wants to know them
 matcher    where one text is in its grammar
 masks      the tokens permitted at all rows of a step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from llguidance import LLTokenizer
 
@@ -11,6 +11,13 @@ from engine.backend import Vocab
 
 MARK = b"\xff"
 """What llguidance knows a special token by: no text has this byte, so no text is taken for one."""
+
+
+BLOCK = 1024
+"""Characters of a forced text that are tokenized at once. In each step all that is still forced is to be, on whatever
+thread: in blocks from its end, so that most are known from the step before and none needs much of a stack."""
+KNOWN = 512
+"""Blocks whose tokens are kept."""
 
 
 class _Tokens:
@@ -27,13 +34,18 @@ class _Tokens:
         self.eos_token_id = min(vocab.ends, default=0)
         self.bos_token_id = None
         self.special_token_ids: Sequence[int] = sorted(vocab.special)
+        self._block = lru_cache(KNOWN)(self._written)
 
     def __call__(self, text: str) -> list[int]:
         """The tokens in which a forced text is written: together exactly its bytes, or no token would be permitted.
 
-        Some vocabularies put a space before every text, which a line break in front keeps apart. Never raises, as the
-        caller is native code.
+        Never raises, as the caller is native code.
         """
+        starts = range(len(text) % BLOCK - BLOCK, len(text), BLOCK)
+        return [token for start in starts for token in self._block(text[max(0, start) : start + BLOCK])]
+
+    def _written(self, text: str) -> list[int]:
+        """Some vocabularies put a space before every text, which a line break in front keeps apart."""
         wanted = text.encode()
         for lead in ("", "\n"):
             try:

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import os
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,11 +14,11 @@ from contextlib import suppress
 
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engine.backend import Vocab
 from engine.grammar.bridge import tokenizer
 from engine.grammar.forms import Choice, Form, Gbnf, GrammarError, JsonObject, JsonSchema, Lark, Regex
+from engine.grammar.gbnf import lark_of
 from engine.grammar.matcher import Matcher
 from engine.grammar.schema import Schema, blamed, parsed, with_any_of
 
@@ -56,7 +55,7 @@ class Grammar:
 
     def begin(self) -> Matcher:
         """The start of a text. May be called from any thread."""
-        return Matcher(self._native.deep_copy(), self._ends)
+        return Matcher(self._native, self._ends)
 
 
 class Grammars:
@@ -156,7 +155,10 @@ def _matcher(source: str, tokens: LLTokenizer, kind: str) -> LLMatcher:
 
 def _json(schema: Schema) -> str:
     text = json.dumps(with_any_of(schema))
-    made: str = LLMatcher.grammar_from_json_schema(text, defaults=JSON, overrides=STRICT)  # type: ignore[arg-type]
+    try:
+        made: str = LLMatcher.grammar_from_json_schema(text, defaults=JSON, overrides=STRICT)  # type: ignore[arg-type]
+    except ValueError as error:  # such as a number that is out of range
+        raise GrammarError(f"The schema cannot be followed: {_first_line(str(error))}") from None
     return made
 
 
@@ -174,35 +176,11 @@ def _source(form: Form) -> str:
             return LLMatcher.grammar_from_lark(f"start: {alternatives}")
         case Gbnf(text):
             _shallow(text, "The grammar")
-            return LLMatcher.grammar_from_lark(_lark(text))
+            return LLMatcher.grammar_from_lark(lark_of(text))
         case Lark(text):
             _shallow(text, "The grammar")
             return LLMatcher.grammar_from_lark(text)
     raise AssertionError("schemas are compiled elsewhere")
-
-
-_GBNF = re.compile(r'("(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\])|#[^\n]*|\bstart\b(?![-\w])')
-_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
-
-
-def _convertible(part: re.Match[str]) -> str:
-    """A part of a GBNF grammar as the converter can take it: characters above ASCII as themselves, and no rule with the
-    name that it gives to `root`."""
-    if part[0] == "start":
-        return "start-of-start"
-    return _ESCAPE.sub(_character, part[0]) if part[1] else part[0]
-
-
-def _character(escape: re.Match[str]) -> str:
-    code = int(escape[1] or escape[2], 16)
-    return chr(code) if 0x7F < code < 0xD800 or 0xDFFF < code <= 0x10FFFF else escape[0]
-
-
-def _lark(gbnf: str) -> str:
-    try:
-        return gbnf_to_lark(_GBNF.sub(_convertible, gbnf))
-    except Exception as error:  # the converter raises many kinds
-        raise GrammarError(f"The grammar is not valid GBNF: {str(error) or type(error).__name__}") from None
 
 
 def _shallow(text: str, kind: str) -> None:

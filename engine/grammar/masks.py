@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from engine.grammar.matcher import Bits, Matcher, empty, fill
 
 Permits = Callable[[int], NDArray[np.bool_]]
-"""Which tokens row j permits, [vocabulary]; it saw the first j tokens of the draft."""
+"""Which tokens row j permits, [vocabulary]; it saw the first j tokens of the draft, which the matcher took by then."""
 
 
 class Want(NamedTuple):
@@ -58,14 +58,22 @@ class Masks:
             self._made = self._aside.submit(fill, self._bits, jobs)
 
     def of(self, key: int) -> Permits | None:
-        """The masks of a request's rows; None if it has no grammar. Raises GrammarError if its grammar is too complex
-        to follow."""
+        """The masks of a request's rows, to be asked for in turn; None if it has no grammar. A mask raises GrammarError
+        if the grammar cannot be followed up to there, but not if only a draft that is wrong would lead there."""
         if key not in self._wants:
             return None
         self._wait()
         first, matcher = self._wants[key]
-        matcher.check()
+        if matcher.recover():
+            return lambda row: self._now(matcher)
         return lambda row: unpacked(self._bits[first + row], self._size)
+
+    def _now(self, matcher: Matcher) -> NDArray[np.bool_]:
+        """What is permitted where `matcher` is now. Raises GrammarError."""
+        bits = empty(1, self._size)
+        fill(bits, [(matcher.native, 0, [])])
+        matcher.check()
+        return unpacked(bits[0], self._size)
 
     def _wait(self) -> None:
         if self._made is not None:

@@ -15,12 +15,19 @@ Bits = NDArray[np.uint32]
 """Masks, [rows, words]: bit b of word w says whether token 32 w + b is permitted."""
 
 
+ASTRAY = 4
+"""Times that guesses may make a matcher begin again, which takes all its tokens once more; then there are none."""
+
+
 class Matcher:
     """A function of the tokens it took, so nothing ever needs to be taken back. Belongs to the engine thread."""
 
-    def __init__(self, native: LLMatcher, ends: frozenset[int]) -> None:
-        """`ends` are the tokens that end a text."""
-        self.native = native
+    def __init__(self, start: LLMatcher, ends: frozenset[int]) -> None:
+        """`start` is where texts begin, and stays there; `ends` are the tokens that end a text."""
+        self.native = start.deep_copy()
+        self._start = start
+        self._taken: list[int] = []
+        self._recovered = 0
         self._ends = ends
 
     def take(self, token: int) -> None:
@@ -29,6 +36,20 @@ class Matcher:
         if not self.native.consume_token(token):
             self.check()
             raise GrammarError(f"the grammar does not permit token {token}")
+        self._taken.append(token)
+
+    def recover(self) -> bool:
+        """Whether something went wrong since the last token was taken; then it is again where that led.
+
+        The native matcher never leaves an error, and it may be one of a guess that came to where nothing can follow, or
+        that cannot be taken back: with `max_tokens` or `stop` in a grammar none can.
+        """
+        if not self.native.is_error():
+            return False
+        self._recovered += 1
+        self.native = self._start.deep_copy()
+        self.native.consume_tokens(self._taken)
+        return True
 
     def check(self) -> None:
         """Raises GrammarError if the grammar turned out to be too complex to follow."""
@@ -43,6 +64,8 @@ class Matcher:
     def permits(self, draft: Sequence[int]) -> int:
         """How many tokens from the start of `draft` may come one after the other. One that ends the text is not
         counted: no row after it would be used."""
+        if self._recovered >= ASTRAY:
+            return 0
         tokens = [*draft]
         end = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
         return self.native.validate_tokens(tokens[:end])

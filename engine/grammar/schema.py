@@ -15,6 +15,8 @@ from engine.grammar.forms import GrammarError
 
 DEPTH = 100
 """Levels of nested objects and lists: the library reads no more than 128, and a schema level takes two or three."""
+DIGITS = 10
+"""Of an index in a pointer; Python reads no number of thousands."""
 SEARCH = 1.0
 """Seconds for which the keyword to blame is looked for."""
 
@@ -28,19 +30,28 @@ _NAMED = ("properties", "patternProperties", "dependentSchemas")
 Schema = dict[str, Any]
 
 
-class Place(NamedTuple):
-    """A keyword: the JSON pointer to it, the schema that has it, and its name."""
+Path = tuple[str, ...]
+"""A JSON pointer in parts: names can be long, and many pointers can begin alike."""
 
-    pointer: str
+
+class Place(NamedTuple):
+    """A keyword: the way to the schema that has it, that schema, and its name."""
+
+    path: Path
     schema: Schema
     keyword: str
+
+    @property
+    def pointer(self) -> str:
+        """The JSON pointer to it."""
+        return f"{''.join(self.path)}/{_escaped(self.keyword)}"
 
 
 def parsed(text: bytes) -> Schema:
     """The schema in `text`. Raises GrammarError if it is none, or too deep."""
     try:
         schema = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:  # also a number with thousands of digits
         raise GrammarError(f"The schema is not valid JSON: {error}") from None
     if not isinstance(schema, dict):
         raise GrammarError("A schema must be a JSON object.")
@@ -80,29 +91,29 @@ def blamed(schema: Schema, complaint: str, compiled: Callable[[Schema], str]) ->
 def keywords(schema: Schema) -> Iterator[Place]:
     """Every keyword that counts, the root's first; in definitions, those that something refers to."""
     seen: set[int] = set()
-    queue: deque[tuple[str, Any]] = deque([("", schema)])
+    queue: deque[tuple[Path, Any]] = deque([((), schema)])
     while queue:
-        pointer, part = queue.popleft()
+        path, part = queue.popleft()
         if not isinstance(part, dict) or id(part) in seen:
             continue
         seen.add(id(part))
-        yield from (Place(f"{pointer}/{_escaped(name)}", part, name) for name in part)
-        queue.extend(_below(pointer, part))
+        yield from (Place(path, part, name) for name in part)
+        queue.extend(_below(path, part))
         reference = part.get("$ref")
         if isinstance(reference, str) and reference.startswith("#"):
-            queue.append((reference[1:], _found(schema, unquote(reference[1:]))))
+            queue.append(((reference[1:],), _found(schema, unquote(reference[1:]))))
 
 
-def _below(pointer: str, schema: Schema) -> Iterator[tuple[str, Any]]:
+def _below(path: Path, schema: Schema) -> Iterator[tuple[Path, Any]]:
     for name in _ONE:
         if name in schema:
-            yield f"{pointer}/{name}", schema[name]
+            yield (*path, f"/{name}"), schema[name]
     for name in _LISTED:
         if isinstance(parts := schema.get(name), list):
-            yield from ((f"{pointer}/{name}/{index}", part) for index, part in enumerate(parts))
+            yield from (((*path, f"/{name}/{index}"), part) for index, part in enumerate(parts))
     for name in _NAMED:
         if isinstance(named := schema.get(name), dict):
-            yield from ((f"{pointer}/{name}/{_escaped(key)}", part) for key, part in named.items())
+            yield from (((*path, f"/{name}/{_escaped(key)}"), part) for key, part in named.items())
 
 
 def _found(schema: Schema, pointer: str) -> Any:
@@ -110,7 +121,7 @@ def _found(schema: Schema, pointer: str) -> Any:
     part: Any = schema
     for step in pointer.split("/")[1:]:
         name = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(part, list) and name.isdecimal() and int(name) < len(part):
+        if isinstance(part, list) and name.isdecimal() and len(name) < DIGITS and int(name) < len(part):
             part = part[int(name)]
         else:
             part = part.get(name) if isinstance(part, dict) else None
@@ -141,7 +152,10 @@ def with_any_of(schema: Schema) -> Schema:
 def _told_apart(schema: Schema, branches: Any) -> bool:
     if not isinstance(branches, list) or not branches:
         return False
-    tags = [_tags(_followed(schema, branch)) for branch in branches]
+    followed = [_followed(schema, branch) for branch in branches]
+    if len({*map(id, followed)}) < len(followed):  # the same twice: and so nothing large is gone through time and again
+        return False
+    tags = [_tags(branch) for branch in followed]
     shared = set.intersection(*(set(each) for each in tags))
     return any(
         sum(len(each[name]) for each in tags) == len(set[str]().union(*(each[name] for each in tags)))

@@ -40,13 +40,14 @@ def needs(taken: Taken) -> dict[str, Need]:
 
 
 def cells(free: Mapping[str, int], needed: Mapping[str, Need], reserve: int, most: int) -> int:
-    """The cells for which there is memory everywhere with `reserve` bytes to spare, a multiple of 256 and at most
-    `most`. Raises TooLittle."""
+    """The cells for which there is memory wherever they lie with `reserve` bytes to spare, a multiple of 256 and at
+    most `most`. Raises TooLittle."""
     count = float(most)
     for device, need in needed.items():
+        if not need.cell:  # the model may not be there, and somebody else's may
+            continue
         left = free[device] - reserve - need.fixed
         if left < LEAST * need.cell:
             raise TooLittle(f"{device} has {free[device] / 2**20:.0f} MiB free, too little for any context")
-        if need.cell:
-            count = min(count, left / need.cell)
+        count = min(count, left / need.cell)
     return max(LEAST, int(count) // LEAST * LEAST)

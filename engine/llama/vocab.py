@@ -28,6 +28,7 @@ class LlamaVocab:
         # Rendered here and now: later a reader may ask for a piece when the model is already closed.
         self._pieces = [self._render(token) for token in range(self.size)]
         self.special = frozenset(filter(self._is_special, range(self.size)))
+        self._names = {token: self._spell(token) for token in self.special}
         self._closing = threading.Lock()  # tokenizing happens on threads of the caller's, and must end before that
         self._closed = False
 
@@ -80,9 +81,20 @@ class LlamaVocab:
         return bool(attributes & wanted)
 
     def text(self, token: int) -> str:
-        """How the vocabulary spells a token, special or not; empty for -1, the token a model does not have."""
+        """How the vocabulary spells a token, special or not; empty for -1, the token a model does not have.
+
+        Raises EngineFault once closed, unless the token is special.
+        """
         if token < 0:
             return ""
+        if (name := self._names.get(token)) is not None:
+            return name
+        with self._closing:
+            if self._closed:
+                raise EngineFault("The model is closed.")
+            return self._spell(token)
+
+    def _spell(self, token: int) -> str:
         spelled: bytes | None = native.llama_vocab_get_text(self._vocab, token)
         return spelled.decode("utf-8", "replace") if spelled else ""
 

@@ -72,7 +72,7 @@ class Sampler:
         """
         if self._budget is not None and not forgotten:
             token = self._budget.forced(history, prompt_length)
-            if token is not None:
+            if token is not None and (permitted is None or permitted[token]):
                 return token
         position = len(history) + forgotten
         emitted = position - prompt_length

@@ -137,7 +137,7 @@ class SimContext:
         return rows[: len(hashes)]
 
     def abort(self) -> None:
-        """Makes the running decode, and every later one, raise Aborted."""
+        """Ends the running decode's wait, and makes every later decode raise Aborted."""
         self._stop.set()
 
     # ── cells ──

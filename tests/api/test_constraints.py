@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp
 
-from engine import Choice, Form, Gbnf, JsonObject, JsonSchema, Lark, Regex
+from api.serve import warm_up
+from engine import Choice, Form, Gbnf, JsonObject, JsonSchema, Lark, Regex, RequestRefused
+from engine.grammar import compiler
 from tests.api.asgi import post
 from tests.api.fake import FakeEngine
 
@@ -36,6 +38,8 @@ NAMED = {"name": "number", "schema": NUMBER}
         ({"grammar": 'root ::= "a" start\nstart ::= "b"'}, Gbnf('root ::= "a" start\nstart ::= "b"')),
         ({"grammar": '%llguidance {}\nstart: "a"'}, Lark('%llguidance {}\nstart: "a"')),
         ({"grammar": 'x: "a"\nstart: x'}, Lark('x: "a"\nstart: x')),
+        ({"grammar": '\n \n\t start : "a"'}, Lark('\n \n\t start : "a"')),
+        ({"grammar": "\n" * 100_000 + 'root ::= "a"'}, Gbnf("\n" * 100_000 + 'root ::= "a"')),
         ({"guided_json": NUMBER}, JsonSchema(RAW)),
         ({"guided_json": RAW.decode()}, JsonSchema(RAW)),
         ({"guided_choice": ["a", "b"]}, Choice(("a", "b"))),
@@ -82,3 +86,12 @@ async def test_what_cannot_be(app: ASGIApp, engine: FakeEngine, fields: dict[str
     assert answer.json["error"]["param"] == param
     assert says in answer.json["error"]["message"]
     assert engine.log == []
+
+
+async def test_a_first_grammar_that_takes_long_does_not_end_the_server(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "SECONDS", 0.0)
+    with pytest.raises(RequestRefused, match="was not compiled"):
+        await engine.compile(JsonObject())
+    await warm_up(engine)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 
@@ -21,7 +23,7 @@ from engine import (
     Tokens,
     Update,
 )
-from tests.toy import ToyBackend, ToyContext, failing, opener
+from tests.toy import VOCABULARY, ToyBackend, ToyContext, failing, opener
 
 CONFIG = EngineConfig.of(path="toy.gguf", slots=2, queue=4)
 ENDLESS = Request(prompt=(1, 2, 3), ignore_eos=True)
@@ -120,17 +122,41 @@ async def test_a_failed_step_is_told_and_the_engine_goes_on() -> None:
         assert isinstance(updates[-1], Finished)
 
 
-async def test_when_the_thread_dies_everyone_is_told_then_and_later() -> None:
+class Panic(BaseException):
+    """As libraries in Rust raise it: no Exception."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic])
+async def test_when_the_thread_dies_everyone_is_told_then_and_later(kind: Callable[[str], Exception]) -> None:
     backend = toy(pace=0.01)
     async with Engine.open(CONFIG, opener=opener(backend)) as engine:
         tasks = [asyncio.ensure_future(read(engine, ENDLESS)) for _ in range(4)]
         await asyncio.sleep(0.1)
-        backend.context.faults = lambda n: RuntimeError("a bug of ours")
+        backend.context.faults = lambda n: kind("a bug of ours")
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(result, EngineFault) and result.fatal for result in results)
         with pytest.raises(EngineFault, match="a bug of ours"):
             await engine.generate(ENDLESS).__aenter__()
     assert backend.closed
+
+
+class Broken:
+    """A grammar in which no text can begin."""
+
+    size = VOCABULARY
+
+    def begin(self) -> Any:
+        raise RuntimeError("no memory")
+
+
+async def test_what_cannot_be_submitted_takes_no_place() -> None:
+    async with Engine.open(CONFIG, opener=opener(toy())) as engine:
+        for _ in range(engine.places + 1):
+            with pytest.raises(RuntimeError, match="no memory"):
+                await engine.generate(Request(prompt=(1,), grammar=cast("Any", Broken()))).__aenter__()
+        updates = await read(engine, Request(prompt=(1,), max_tokens=2, ignore_eos=True))
+        assert isinstance(updates[-1], Finished)
+        await asyncio.wait_for(engine.drain(20), 20)
 
 
 async def test_drain_waits_for_what_ends_in_time() -> None:

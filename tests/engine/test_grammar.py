@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engine.grammar import (
     Choice,
@@ -27,7 +28,8 @@ from engine.grammar import (
     Want,
     compiler,
 )
-from engine.grammar.bridge import tokenizer
+from engine.grammar.bridge import BLOCK, tokenizer
+from engine.grammar.gbnf import lark_of
 from engine.grammar.schema import DEPTH, depth_of, keywords, with_any_of
 from tests.engine.vocabularies import ASCII, PAIRS, AsciiVocab, bytes_of, grammar
 from tests.toy import END
@@ -200,6 +202,33 @@ def test_forced_texts_are_written_to_the_byte(vocab: AsciiVocab) -> None:
         assert bytes_of(matcher.forced(20)) == text.encode()
 
 
+class Counting(AsciiVocab):
+    """Knows what it was asked to tokenize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        self.asked.append(text)
+        return super().tokenize(text, special=special)
+
+
+def test_a_long_forced_text_is_tokenized_in_parts_and_once() -> None:
+    vocab, text = Counting(), "name true" * 1000
+    matcher = grammar(Choice((text,)), vocab).begin()
+    tokens = matcher.forced(10_000)
+    assert bytes_of(tokens) == text.encode()
+    assert max(map(len, vocab.asked)) <= BLOCK + 1
+    rest = text.encode()
+    for token in tokens[:20]:
+        matcher.take(token)
+        before = len(vocab.asked)
+        rest = rest[len(vocab.piece(token)) :]
+        assert bytes_of(matcher.forced(10_000)) == rest
+        assert len(vocab.asked) <= before + 4
+
+
 def test_masks_of_many_rows() -> None:
     """Each is that of a matcher that took the tokens."""
     form = grammar(schema(PERSON))
@@ -270,6 +299,9 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_pointer(wrong: Any, poin
         (JsonSchema(b"[]"), "JSON object"),
         (JsonSchema(b"[" * 100_000), "not valid JSON"),
         (schema({"minimum": 3, "maximum": 2, "type": "integer"}), "cannot be followed"),
+        (JsonSchema(b'{"type": "integer", "maximum": 1' + b"0" * 400 + b"}"), "schema"),
+        (JsonSchema(b'{"type": "integer", "maximum": 1' + b"0" * 5000 + b"}"), "schema"),
+        (schema({"anyOf": [{}], "properties": {"a": {"$ref": "#/anyOf/" + "9" * 5000}}}), "cannot be followed"),
         (Regex("(a"), "expression"),
         (Regex("(" * 100_000 + ")" * 100_000), "nested 100000 levels"),
         (Choice(()), "at least one"),
@@ -291,6 +323,30 @@ def test_what_cannot_be_used_is_refused(form: Form, says: str) -> None:
         grammar(form)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'root ::= item ("," item)* "."\nitem ::= [a-c] digit{2}\ndigit ::= [0-9]',
+        'root ::= a-b | "x" # a comment\na-b ::= "(" root ")" | cD\ncD ::= e e\ne ::= "y" | e "z"\nf ::= cD',
+    ],
+)
+def test_gbnf_is_what_the_converter_makes_of_it(text: str) -> None:
+    assert lark_of(text).split() == gbnf_to_lark(text).split()
+
+
+def test_a_chain_of_rules_does_not_take_long() -> None:
+    """The converter by itself would take minutes."""
+    text = "root ::= r0\n" + "\n".join(f"r{i} ::= r{i + 1}" for i in range(10_000)) + '\nr10000 ::= "a"'
+    assert lark_of(text).endswith('R9999: R10000\nR10000: "a"\n')
+
+
+@pytest.mark.parametrize("text", ["[)" * 100_000, '"' + '\\"' * 100_000], ids=["classes", "quotes"])
+def test_what_is_not_closed_does_not_take_long(text: str) -> None:
+    """To look for the end from each beginning would take minutes."""
+    with pytest.raises(GrammarError, match="not valid GBNF"):
+        lark_of(f"root ::= {text}")
+
+
 def test_a_deep_schema_is_refused_before_native_code_sees_it() -> None:
     deep: Any = {"type": "string"}
     for _ in range(DEPTH // 2 - 1):
@@ -308,6 +364,15 @@ def test_keywords_are_no_names_of_properties() -> None:
 
 CAT = {"type": "object", "properties": {"kind": {"const": "cat"}, "lives": {"enum": [9]}}, "required": ["kind"]}
 DOG = {"type": "object", "properties": {"kind": {"enum": ["dog", "wolf"]}, "tail": {}}, "required": ["tail", "kind"]}
+
+
+def test_many_pointers_with_one_long_beginning_take_no_room() -> None:
+    """All of them together would be a gigabyte."""
+    deep: Any = {"properties": {"a" * 2**17: {"properties": {f"p{i}": {} for i in range(9000)}}}}
+    assert len(list(keywords(deep))) == 2
+    named: Any = {**CAT, "properties": {"kind": {"enum": [f"{i}" for i in range(9000)]}}}
+    shared: Any = {"oneOf": [{"$ref": "#/$defs/a"}] * 9000, "$defs": {"a": named}}
+    assert with_any_of(shared) is shared
 
 
 def test_branches_that_a_property_tells_apart_exclude_each_other() -> None:

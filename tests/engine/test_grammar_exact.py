@@ -10,8 +10,18 @@ import pytest
 from msgspec import structs
 
 from engine.config import SpeculationConfig
-from engine.contract import SPECULATOR_TYPES, Failed, Finished, FinishReason, Request, SamplingParams
-from engine.grammar import Choice, Form, Gbnf, Lark, Matcher, Regex
+from engine.contract import (
+    SPECULATOR_TYPES,
+    Failed,
+    Finished,
+    FinishReason,
+    Request,
+    RequestRefused,
+    SamplingParams,
+    Speculation,
+)
+from engine.grammar import Choice, Form, Gbnf, Lark, Regex
+from engine.speculate import Draft
 from engine.streams import Stream
 from tests.engine.test_same_as_alone import Bench, Oracle, draw_request
 from tests.engine.vocabularies import PAIRS, bytes_of, grammar
@@ -199,15 +209,59 @@ def test_a_grammar_survives_what_is_forgotten() -> None:
     assert ("ABCDEFGH" * 30).startswith(text)
 
 
-def test_a_grammar_that_cannot_be_followed_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_that_cannot_be_followed_fails_its_request_alone() -> None:
+    """The vocabulary has no letter after h."""
     context = ToyContext(cells=300)
     bench = Bench(context, backend=backend(context))
-    bench.submit(0, asked(Regex("[A-H]{20}"), max_tokens=20))
+    bench.submit(0, asked(Regex("[A-H]{4}[xyz]"), max_tokens=20))
     bench.submit(1, Request(prompt=(4, 5), max_tokens=5, ignore_eos=True))
-    broken: Matcher | None = bench.streams[0].matcher
-    assert broken is not None
-    broken.native.consume_token(30)  # which is not permitted
     bench.run()
+    assert len(bytes_of(bench.got[0], PAIRS)) == 4
     assert isinstance(bench.ends[0], Failed)
+    assert isinstance(bench.ends[0].error, RequestRefused)
     assert isinstance(bench.ends[1], Finished)
     assert len(bench.got[1]) == 5
+
+
+class Stubborn(Oracle):
+    """Guesses the same at every step."""
+
+    def propose(self, limit: int) -> Draft:
+        return Draft(self.truth[:limit])
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_a_guess_that_leads_nowhere_changes_nothing(aside: bool) -> None:
+    """The vocabulary has no letter after h: an A and a B cannot be followed, but need not be."""
+    likely = SamplingParams(temperature=0.0, logit_bias=((1, 80.0), (3, 50.0), (4, 50.0)))
+    request = asked(Regex("(A(B[xyz]|CD)){3}"), sampling=likely, speculation=Speculation(order="fixed"))
+    assert run(request)[0] == "ACDACDACD"
+    context = ToyContext(cells=300)
+    made = backend(context)
+    made.info = structs.replace(made.info, offloaded=aside)
+    bench = Bench(context, backend=made)
+    guessed: list[int] = []
+    bench.submit(0, request, Stubborn(request, [2, 8], 0.0, Random(0)))
+    while bench.runner.busy:
+        guessed += bench.streams[0].draft
+        bench.runner.step()
+    assert bytes_of(bench.got[0], PAIRS) == b"ACDACDACD"
+    assert guessed == [2, 2, 2], "which was verified, and wrong"
+    bench.runner.close()
+
+
+@pytest.mark.parametrize("rule", ["x[max_tokens=3]: /[AB]+/", 'x[stop="C"]: /[AB]+/', "x[lazy]: /[AB]+C/"])
+@pytest.mark.parametrize("wrong", [0.0, 0.4])
+def test_what_cannot_be_taken_back_is_guessed_all_the_same(rule: str, wrong: float) -> None:
+    """The library takes no token back where a rule has one of the first two attributes."""
+    for seed in range(6):
+        likely = SamplingParams(temperature=1.0, seed=seed)
+        form = Lark(f'start: (x "D")+ "E"\n{rule}')
+        request = asked(form, sampling=likely, max_tokens=40, speculation=Speculation(order="fixed"))
+        tokens, reason = alone(request)
+        bench = Bench(context := ToyContext(cells=300), backend=backend(context))
+        bench.submit(0, request, Oracle(request, tokens, wrong, Random(seed)))
+        bench.run()
+        end = bench.ends[0]
+        assert isinstance(end, Finished), end
+        assert (bench.got[0], end.reason) == (tokens, reason)

@@ -35,6 +35,12 @@ def test_too_little_memory_is_told() -> None:
         fit.cells({"CUDA0": 100 * MIB}, needed, 0, 8192)
 
 
+def test_a_gpu_that_has_no_cells_may_be_full() -> None:
+    """With `--device CUDA0`, what others have on CUDA1 is nobody's business."""
+    needed = {"CUDA0": fit.Need(100 * MIB, 1000), "CUDA1": fit.Need(0, 0)}
+    assert fit.cells({"CUDA0": 9000 * MIB, "CUDA1": 300 * MIB}, needed, 1024 * MIB, 8192) == 8192
+
+
 @pytest.mark.parametrize("proportions", ["a", "3,", "-1,2", "0,0", "inf", ",".join("1" * 99)])
 def test_no_split_is_told_before_anything_is_loaded(proportions: str) -> None:
     config = EngineConfig.of(path=MODEL, tensor_split=proportions)

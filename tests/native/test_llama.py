@@ -11,8 +11,8 @@ import pytest
 
 from engine.backend import Aborted, Context, Logits, NativeFault, NoFreeCells
 from engine.config import EngineConfig
-from engine.contract import ModelError
-from engine.llama import library, open_gguf
+from engine.contract import EngineFault, ModelError
+from engine.llama import library, open_gguf, open_vocabulary
 from engine.llama.model import LlamaBackend
 from tests.native.conftest import MODEL
 
@@ -43,6 +43,18 @@ def test_tokens_and_bytes(backend: LlamaBackend) -> None:
     assert vocab.text(start) == "<|im_start|>"
     assert vocab.tokenize("\ud800", special=False) == vocab.tokenize("?", special=False)
     assert {vocab.tokenize(text, special=True)[0] for text in ("<|im_end|>", "<|endoftext|>")} <= vocab.ends
+
+
+def test_a_closed_vocabulary_reads_nothing_that_is_freed() -> None:
+    """A grammar may still be compiled, on a thread of its own, when the model is closed."""
+    with open_vocabulary(MODEL) as vocab:
+        names = {token: vocab.text(token) for token in vocab.special}
+        assert vocab.text(5000)
+    assert "<|im_start|>" in names.values()
+    assert {token: vocab.text(token) for token in vocab.special} == names
+    for call in (lambda: vocab.text(5000), lambda: vocab.tokenize("a", special=False)):
+        with pytest.raises(EngineFault, match="closed"):
+            call()
 
 
 def test_info(backend: LlamaBackend) -> None:

@@ -65,3 +65,15 @@ def test_it_is_no_matter_to_who_forgot_something(forgotten: int) -> None:
     row = np.zeros(256, np.float32)
     row[7] = 1.0
     assert sampler.pick(row, [1, 2, 3], 1, forgotten) == 7
+
+
+def test_where_a_grammar_forbids_it_the_model_goes_on() -> None:
+    bound = ReasoningBudget(0, "", "</t>", CLOSING)
+    request = Request(prompt=(1,), sampling=SamplingParams(temperature=0), reasoning=bound)
+    sampler = Sampler(request, 1, frozenset(), lambda token: bytes([token]))
+    row = np.zeros(256, np.float32)
+    row[7] = 1.0
+    permitted = np.ones(256, np.bool_)
+    assert sampler.pick(row, [1], 1, 0, permitted) == CLOSING[0]
+    permitted[CLOSING[0]] = False
+    assert sampler.pick(row, [1], 1, 0, permitted) == 7
