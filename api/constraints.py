@@ -13,7 +13,8 @@ from api.served import Core
 from engine import Choice, Form, Gbnf, Grammar, JsonObject, JsonSchema, Lark, Regex, RequestRefused
 
 FORMATS = ("text", "json_object", "json_schema")
-_LARK = re.compile(r"^\s*(%llguidance\b|start\s*:(?!:=))", re.MULTILINE)
+# Blanks, but no line breaks: after each of these it begins anew, and many would take for ever.
+_LARK = re.compile(r"^[ \t]*(%llguidance\b|start[ \t]*:(?!:=))", re.MULTILINE)
 
 
 class Constraint(NamedTuple):

@@ -181,7 +181,8 @@ def _source(form: Form) -> str:
     raise AssertionError("schemas are compiled elsewhere")
 
 
-_GBNF = re.compile(r'("(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\])|#[^\n]*|\bstart\b(?![-\w])')
+# What has no end goes on to the end of the text: looking for one from each of many quotes would take for ever.
+_GBNF = re.compile(r'("(?:\\.|[^"\\])*+"?|\[(?:\\.|[^\]\\])*+\]?)|#[^\n]*|\bstart\b(?![-\w])')
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
 
 
