@@ -28,7 +28,8 @@ class LlamaVocab:
         # Rendered here and now: later a reader may ask for a piece when the model is already closed.
         self._pieces = [self._render(token) for token in range(self.size)]
         self.special = frozenset(filter(self._is_special, range(self.size)))
-        self._closing = threading.Lock()  # tokenizing happens on threads of the caller's, and must end before that
+        self._idle = threading.Condition()
+        self._busy = 0  # threads that tokenize, side by side; closing waits for them
         self._closed = False
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
@@ -36,15 +37,22 @@ class LlamaVocab:
 
         A lone surrogate, which no UTF-8 can hold, becomes a question mark. Raises EngineFault once closed.
         """
-        with self._closing:
+        with self._idle:
             if self._closed:
                 raise EngineFault("The model is closed.")
+            self._busy += 1
+        try:
             return self._tokenize(text, special)
+        finally:
+            with self._idle:
+                self._busy -= 1
+                self._idle.notify_all()
 
     def close(self) -> None:
-        """Waits for a text that is being tokenized, and takes no other."""
-        with self._closing:
+        """Waits for the texts that are being tokenized, and takes no other."""
+        with self._idle:
             self._closed = True
+            self._idle.wait_for(lambda: not self._busy)
 
     def _tokenize(self, text: str, special: bool) -> list[int]:
         data = text.encode("utf-8", "replace")
