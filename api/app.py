@@ -57,6 +57,7 @@ def create_app(site: Site) -> ASGIApp:
             EngineError: _tell,
             HTTPException: _tell_http,
             ClientDisconnect: _gone,
+            RecursionError: _tell,
             Exception: _tell,
         },
     )

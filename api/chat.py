@@ -65,7 +65,6 @@ class ChatWriter(Writer):
     def __init__(self, served: Served, asked: ChatRequest, turn: Turn, choices: int) -> None:
         super().__init__(served, asked, "chat.completion.chunk" if asked.stream else "chat.completion", "chatcmpl-")
         self._vocab = served.engine.vocab
-        self._turn = turn
         self._choices = [(ChatDelta(index, Delta("assistant", "")),) for index in range(choices)]
         self._parsers = [turn.parser() for _ in range(choices)]
 
@@ -76,8 +75,7 @@ class ChatWriter(Writer):
         choice = choices[0]
         if not self._show(index, update.text, choice.delta) and not update.logprobs:
             return b""
-        if update.logprobs:
-            choice.logprobs = chat_logprobs(self._vocab, update.logprobs)
+        choice.logprobs = chat_logprobs(self._vocab, update.logprobs) if update.logprobs else None
         shown = event(self.chunk)
         choice.delta.role = UNSET
         return shown
@@ -105,7 +103,7 @@ class ChatWriter(Writer):
 
     def whole(self, index: int, text: str, logprobs: Sequence[Logprob], end: Finished) -> ChatChoice:
         told = chat_logprobs(self._vocab, logprobs) if logprobs else None
-        parser = self._turn.parser()
+        parser = self._parsers[index]
         message = ChatMessage(content=text) if parser is None else message_of([*parser.feed(text), *parser.finish()])
         return ChatChoice(index, message, told, reason_of(end, parser))
 

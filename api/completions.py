@@ -68,11 +68,7 @@ class Choices:
     ) -> None:
         """Nothing is submitted yet. Raises RequestRefused. Of `prediction`, what no text could reach is dropped."""
         self.n = asked.n or 1
-        most = min(MOST_CHOICES, served.engine.places)
-        if len(prompts) * self.n > most:
-            raise RequestRefused(
-                f"{len(prompts)} prompts with {self.n} choices each are more than {most} choices.", field="n"
-            )
+        check_count(served, len(prompts), self.n)
         self.seed = _seed(asked.seed, served.options.sampling.seed)
         sampling = asked.sampling(served.options.sampling)
         self.speculation = speculation_of(asked.speculative, served.guessers)
@@ -152,6 +148,15 @@ class Choices:
                     raise EngineFault("The server ended the request.")
                 self._ends[index] = update
             await tell(index, update)
+
+
+def check_count(served: Served, prompts: int, n: int) -> None:
+    """Raises RequestRefused for more choices than an HTTP request may have."""
+    most = min(MOST_CHOICES, served.engine.places)
+    if prompts * n > most:
+        raise RequestRefused(
+            f"{prompts} prompts with {n} choices each are more than {most} choices.", field="n" if n > 1 else "prompt"
+        )
 
 
 Asked = TypeVar("Asked", bound=Completion)

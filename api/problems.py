@@ -75,6 +75,8 @@ def problem_of(error: Exception) -> Problem:
             return Problem(404, ErrorReply(str(error), "invalid_request_error", error.field, "model_not_found"))
         case RequestRefused():
             return Problem(400, ErrorReply(str(error), "invalid_request_error", error.field))
+        case RecursionError():
+            return Problem(400, ErrorReply("The body is nested too deeply.", "invalid_request_error"))
         case KeyRefused():
             return Problem(
                 401,

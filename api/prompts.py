@@ -48,7 +48,7 @@ class Prompts:
 
     async def text_of_chat(self, request: ChatRequest) -> str:
         """The same before it is tokens, special ones by their names. Raises RequestRefused."""
-        if request.chat_template is None and sum(map(_size, request.messages)) < LONG:
+        if request.chat_template is None and _size(request) < LONG:
             return self.render(request)
         return await anyio.to_thread.run_sync(self.render, request)
 
@@ -222,7 +222,15 @@ class Prompts:
             raise RequestRefused(
                 f"A message of role {message.role!r} needs content.", field=f"messages[{index}].content"
             )
+        for place, call in enumerate(message.tool_calls or ()):
+            if not isinstance(call.get("function"), dict):
+                raise RequestRefused(
+                    "A call needs a function, an object with its name and its arguments.",
+                    field=f"messages[{index}].tool_calls[{place}].function",
+                )
         fields: dict[str, Any] = msgspec.to_builtins(message)
+        if not message.tool_calls:
+            fields.pop("tool_calls", None)  # to templates an empty list would be a message of calls
         if isinstance(message.content, list):
             texts = _texts(message.content, f"messages[{index}].content")
             fields["content"] = [{"type": "text", "text": text} for text in texts]
@@ -251,9 +259,9 @@ def _cut(text: str) -> str:
     return text[:at] if text.startswith(_CUT, at) else text[:at].rstrip()
 
 
-def _size(message: Message) -> int:
-    parts = message.content
-    return sum(len(part.text or "") for part in parts) if isinstance(parts, list) else len(parts or "")
+def _size(request: ChatRequest) -> int:
+    """Bytes of JSON of what a template goes through."""
+    return len(msgspec.json.encode((request.messages, request.tools, request.documents, request.chat_template_kwargs)))
 
 
 def _texts(parts: Sequence[Part], path: str) -> list[str]:

@@ -6,6 +6,7 @@ sampling parameters when they are merged with the server's defaults, so that eve
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -147,12 +148,13 @@ class Completion(Struct, kw_only=True):
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias or ()
         biases = []
         for token, bias in pairs:
-            if not str(token).isdecimal() or bias is True:
+            if not _TOKEN.fullmatch(str(token)) or bias is True:
                 raise RequestRefused("logit_bias maps token ids to numbers.", field="logit_bias")
             biases.append((int(token), BANNED if bias is False else float(bias)))
         return biases
 
 
+_TOKEN = re.compile(r"\d{1,19}")
 _SAMPLING = tuple(name for name in SamplingParams.__struct_fields__ if name not in ("seed", "logit_bias"))
 
 

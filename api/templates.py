@@ -26,6 +26,8 @@ from engine import RequestRefused
 
 RENDERED = 2**24
 """Characters that a template may make of a conversation."""
+SAID = 500
+"""Characters of its complaint that are told, which may be a whole conversation."""
 
 
 class TemplateTrouble(Exception):
@@ -73,11 +75,13 @@ class ChatTemplate:
                 if size > RENDERED:
                     raise TemplateError("it writes too much")
         except TemplateError as error:
-            raise RequestRefused(f"The chat template refuses this conversation: {error}", field="messages") from None
+            raise RequestRefused(
+                f"The chat template refuses this conversation: {str(error)[:SAID]}", field="messages"
+            ) from None
         except Exception as error:
             kind = type(error).__name__
             raise RequestRefused(
-                f"The chat template fails on this conversation: {kind}: {error}", field="messages"
+                f"The chat template fails on this conversation: {kind}: {str(error)[:SAID]}", field="messages"
             ) from None
         return "".join(pieces)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.completions import Choices, Writer, asked_of, respond
+from api.completions import Choices, Writer, asked_of, check_count, respond
 from api.constraints import constraint_of, grammar_of
 from api.exchange import exchange_of
 from api.logprobs import Offsets
@@ -55,8 +56,13 @@ class Text:
 
 
 async def tokens_of(served: Served, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
-    """The tokens of prompts, each text or tokens. Raises RequestRefused."""
-    return [await served.prompts.of_text(each) if isinstance(each, str) else tuple(each) for each in prompts]
+    """The tokens of prompts, each text or tokens. Raises RequestRefused, also if they are too many."""
+    check_count(served, len(prompts), 1)
+    found: list[tuple[int, ...]] = []
+    for each in prompts:
+        await asyncio.sleep(0)  # others go on between two
+        found.append(await served.prompts.of_text(each) if isinstance(each, str) else tuple(each))
+    return found
 
 
 class TextWriter(Writer):
@@ -75,8 +81,7 @@ class TextWriter(Writer):
         self.chunk.choices = choices = self._choices[index]
         choice = choices[0]
         choice.text = self._echo(index) + update.text
-        if update.logprobs:
-            choice.logprobs = self._offsets[index].logprobs(update.logprobs, self._top)
+        choice.logprobs = self._offsets[index].logprobs(update.logprobs, self._top) if update.logprobs else None
         return event(self.chunk)
 
     def end(self, index: int, end: Finished) -> None:

@@ -22,7 +22,7 @@ Message = dict[str, Any]
 class Function(Struct):
     """A function that the model may call."""
 
-    name: Annotated[str, Meta(pattern=r"^[\w.:/-]{1,128}$")]
+    name: Annotated[str, Meta(pattern=r"^[\w.:/-]{1,128}\Z")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -50,6 +50,8 @@ class NamedTool(Struct):
 
 
 CHOICES = ("auto", "none", "required")
+LIKE = 64
+"""Tools among which the one is looked for that was probably meant: comparing names takes time."""
 
 
 def calls_of(request: ChatRequest) -> Calls:
@@ -107,7 +109,7 @@ def _chosen(choice: Mapping[str, Any], tools: Sequence[Tool]) -> Tool:
     for tool in tools:
         if tool.name == name:
             return tool
-    hint = nearest(name, [tool.name for tool in tools]) if tools else "; there are none"
+    hint = nearest(name, [tool.name for tool in tools[:LIKE]]) if tools else "; there are none"
     raise RequestRefused(f"No tool is named {name[:64]!r}{hint}.", field="tool_choice.function.name")
 
 

@@ -54,20 +54,24 @@ class Turn(Struct, frozen=True):
         alone = await grammar_of(engine, constraint)  # what is wrong with it is said of it alone
         if not self.calls.tools and not (self.thinks and constraint):
             return alone
-        lark = Lark(self.special)
-        answer = None if constraint is None else _expression(lark, constraint.form)
-        if constraint is not None and answer is None:
+        if constraint is not None and not isinstance(constraint.form, _EXPRESSIONS):
             if not self.calls.tools and not self.opened:
                 return alone  # which leaves no place for reasoning
             with_what = "tools" if self.calls.tools else "a prompt that has begun the reasoning"
             raise RequestRefused(f"{constraint.path} cannot be combined with {with_what}.", field=constraint.path)
-        self.format.grammar(lark, Rules(self.calls, self.thinks, self.opened, answer))
         try:
-            return await engine.compile(LarkForm(str(lark)))
+            return await engine.compile(LarkForm(self._lark(constraint)))
         except RequestRefused as error:
             await self._blame(engine)
-            error.field = error.field or "tools"
+            error.field = error.field or ("tools" if self.calls.tools or constraint is None else constraint.path)
             raise
+
+    def _lark(self, constraint: Constraint | None) -> str:
+        """The grammar of the message. Raises RequestRefused."""
+        lark = Lark(self.special)
+        answer = None if constraint is None else _expression(lark, constraint.form)
+        self.format.grammar(lark, Rules(self.calls, self.thinks, self.opened, answer))
+        return str(lark)
 
     async def _blame(self, engine: Core) -> None:
         """Raises RequestRefused with the keyword that is to blame, if one tool's schema by itself is."""
@@ -93,8 +97,12 @@ def turn_of(request: ChatRequest, calls: Calls, prompts: Prompts, prompt: Sequen
     return Turn(format, calls, split, opened, thinks, special, budget)
 
 
-def _expression(lark: Lark, form: Form) -> str | None:
-    """The form as a part of a grammar; None if it is a grammar itself."""
+_EXPRESSIONS = JsonSchema, JsonObject, Choice
+"""Forms that can be a part of a grammar, others are grammars themselves."""
+
+
+def _expression(lark: Lark, form: Form) -> str:
+    """The form, one of these, as a part of a grammar."""
     match form:
         case JsonSchema():
             return lark.json(msgspec.json.decode(form.schema))
@@ -102,5 +110,4 @@ def _expression(lark: Lark, form: Form) -> str | None:
             return lark.json({"type": "object"})
         case Choice():
             return lark.any_of([lark.text(text) for text in form.texts])
-        case _:
-            return None
+    raise AssertionError("other forms are no part of a grammar")

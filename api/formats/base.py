@@ -93,8 +93,7 @@ class Format(ABC):
 class Parser:
     """Reads one message. What the deltas amount to depends on the text alone, not on the pieces it came in.
 
-    White space around calls and around reasoning belongs to neither content nor reasoning; without calls, content
-    keeps what it ends with.
+    White space around reasoning belongs to nothing, nor does white space at the end of the content if there are calls.
     """
 
     def __init__(self, format: Format, calls: Calls, *, opened: bool = False, split: bool = True) -> None:
@@ -244,6 +243,14 @@ class Tagged(Format):
         thought = Thought(opens, self.closes if rules.thinks else "", rules.opened)
         calls = Repeated(self.trigger, bodies, self.joint, parallel, rules.calls.required)
         lark.message(calls, thought, rules.answer)
+
+    def section(self, lark: Lark, rules: Rules, end: str) -> None:
+        """The rules of a message in which all calls stand together, between `trigger` and `end`."""
+        bodies = []
+        if tools := self.bodies(lark, rules.calls):
+            one = lark.rule("one", lark.any_of(tools))
+            bodies = [lark.rule("section", f"{one}{'+' if rules.calls.parallel else ''} {lark.text(end)}")]
+        self.message(lark, rules, bodies, parallel=False)
 
     def bodies(self, lark: Lark, calls: Calls) -> list[str]:
         """A rule for each tool."""

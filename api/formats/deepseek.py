@@ -38,12 +38,7 @@ class DeepSeek(Tagged):
         return sign == _END or parser.begun > begun
 
     def grammar(self, lark: Lark, rules: Rules) -> None:
-        bodies = []
-        if tools := self.bodies(lark, rules.calls):
-            one = lark.rule("one", lark.any_of(tools))
-            more = "+" if rules.calls.parallel else ""
-            bodies = [lark.rule("section", f"{one}{more} {lark.text(_END)}")]
-        self.message(lark, rules, bodies, parallel=False)
+        self.section(lark, rules, _END)
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         return f"{lark.text(_CALL + tool.name + _SEP)} {lark.json(tool.parameters)} {lark.text(_CALLED)}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from api.formats.base import Parser, Rules, Tagged, Tool
 from api.formats.lark import Lark
 from api.formats.source import Reading
 
 _BEGIN, _END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+_NUMBER = re.compile(r":\s*\d*\Z")
 _CALL, _ARGUMENTS, _CALLED = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
 
 
@@ -24,8 +27,7 @@ class Kimi(Tagged):
             id, end = yield from source.collect((_ARGUMENTS,))
             if end is None:
                 return True
-            name = id.strip().removeprefix("functions.").partition(":")[0]
-            parser.begin(name, id.strip())
+            parser.begin(_NUMBER.sub("", id.strip().removeprefix("functions.")), id.strip())
             if not (yield from source.value(parser.arguments)):
                 return True
             yield from source.takes(_CALLED)
@@ -35,12 +37,7 @@ class Kimi(Tagged):
         return f"functions.{name}:{index}"
 
     def grammar(self, lark: Lark, rules: Rules) -> None:
-        bodies = []
-        if tools := self.bodies(lark, rules.calls):
-            one = lark.rule("one", lark.any_of(tools))
-            more = "+" if rules.calls.parallel else ""
-            bodies = [lark.rule("section", f"{one}{more} {lark.text(_END)}")]
-        self.message(lark, rules, bodies, parallel=False)
+        self.section(lark, rules, _END)
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         head = f"{lark.text(f'{_CALL}functions.{tool.name}:')} /[0-9]{{1,3}}/ {lark.text(_ARGUMENTS)}"

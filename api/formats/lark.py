@@ -9,6 +9,8 @@ from typing import Any
 
 from msgspec import Struct
 
+from engine import RequestRefused
+
 ANY = r"(.|\n)*"
 """Any text."""
 
@@ -37,6 +39,9 @@ class Repeated(Struct, frozen=True):
 
 MOST = 32
 """Calls of a message that must be nothing else."""
+LARGEST = 2**18
+"""Characters of the schemas in a grammar: the engine takes no larger one. Definitions are repeated where they are
+referred to, so that a small request could make a grammar that fits no memory."""
 _BREAK = r"/\s{0,2}/"
 
 
@@ -48,6 +53,7 @@ class Lark:
         self._special = special
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
         self._rules: dict[str, str] = {}
+        self._size = 0  # of the schemas so far
         self.rule("TEXT", f"/{ANY}/")
 
     def __str__(self) -> str:
@@ -61,12 +67,15 @@ class Lark:
     def text(self, text: str) -> str:
         """Exactly this text; special tokens in it are meant as such.
 
-        >>> Lark({"<|call|>": 7}).text("<|call|>f")
-        '<[7]> "f"'
+        >>> Lark({"<|call|>": 7}).text("<|call|>f"), Lark({}).text("")
+        ('<[7]> "f"', '""')
         """
         parts = self._split.split(text) if self._special else [text]
-        return " ".join(
-            f"<[{self._special[part]}]>" if part in self._special else json.dumps(part) for part in parts if part
+        return (
+            " ".join(
+                f"<[{self._special[part]}]>" if part in self._special else json.dumps(part) for part in parts if part
+            )
+            or '""'
         )
 
     def any_of(self, rules: Sequence[str]) -> str:
@@ -74,8 +83,12 @@ class Lark:
         return "(" + " | ".join(rules) + ")"
 
     def json(self, schema: Any) -> str:
-        """JSON that is valid by `schema`."""
-        return "%json " + json.dumps({**schema, "x-guidance": _SPACING} if isinstance(schema, Mapping) else {})
+        """JSON that is valid by `schema`. Raises RequestRefused if the schemas become too large together."""
+        text = json.dumps({**schema, "x-guidance": _SPACING} if isinstance(schema, Mapping) else {})
+        self._size += len(text)
+        if self._size > LARGEST:
+            raise RequestRefused(f"The schemas make a grammar of more than {LARGEST} characters; no more are taken.")
+        return f"%json {text}"
 
     def members(self, name: str, members: Sequence[tuple[str, bool]], joint: str) -> str:
         """These in turn with `joint` between two; those that are not required may be left out."""

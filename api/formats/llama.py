@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import json
 
 from api.formats.base import Parser, Rules, Tagged, Tool
 from api.formats.lark import Lark
 from api.formats.objects import object_body, read_object
 from api.formats.source import Reading
-from api.formats.values import properties, with_definitions
+from api.formats.values import properties, with_definitions, written
 
 
 class Bare(Tagged):
@@ -59,9 +58,9 @@ class Llama(Bare):
         elif rules.answer is not None:
             lark.rule("start", f"{calls} | {rules.answer}")
         else:
-            tag = lark.before("head", "<|python_tag|>", r"[^{](.|\n)*")
-            begun = f"{lark.text('<|python_tag|>')} {calls} | {tag} {calls}"
-            lark.rule("start", rf"/([^{{](.|\n)*)?/ | {calls} | {begun}")
+            text = r"\s*([^{\s](.|\n)*)?"  # the reader takes a call for one after white space too
+            tag = lark.before("head", "<|python_tag|>", text)
+            lark.rule("start", f"/{text}/ | {calls} | {tag} {calls}")
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         return object_body(lark, tool, "parameters")
@@ -106,7 +105,7 @@ class Pythonic(Bare):
         call = lark.rule("call", lark.any_of(self.bodies(lark, rules.calls)))
         more = f'(", " {call})*' if rules.calls.parallel else ""
         calls = f'"[" {call} {more} "]"'
-        answer = r"/([^\[](.|\n)*)?/" if rules.answer is None else rules.answer
+        answer = r"/\s*([^\[\s](.|\n)*)?/" if rules.answer is None else rules.answer
         lark.rule("start", calls if rules.calls.required else f"{calls} | {answer}")
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
@@ -133,6 +132,6 @@ def _arguments(text: str) -> str | None:
         if call.args or any(each.arg is None for each in call.keywords):
             return None
         values = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
-        return json.dumps(values, ensure_ascii=False, allow_nan=False)
+        return written(values)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from api.formats.lark import Lark
-from api.formats.values import SILENT, Schema, properties, refused, types, with_definitions
+from api.formats.values import SILENT, Schema, choices, properties, refused, types, with_definitions
 
 
 class Notation:
@@ -27,15 +27,20 @@ class Notation:
 
     def value(self, schema: Schema) -> str:
         """The same of any value."""
-        if (choices := schema.get("enum", [schema["const"]] if "const" in schema else None)) is not None:
-            return self._lark.any_of([self._lark.text(self._constant(choice)) for choice in choices])
+        if (values := choices(schema, self._tool)) is not None:
+            return self._lark.any_of([self._lark.text(self._constant(value)) for value in values])
         for name in ("anyOf", "oneOf"):
             if name in schema:
-                return self._lark.any_of([self.value(option) for option in schema[name]])
+                return self._lark.any_of([self.value(option) for option in self._options(schema[name])])
         kinds = types(schema, self._root)
         if not kinds or "$ref" in schema:
             raise refused(self._tool, f"{'$ref' if '$ref' in schema else 'a value of any type'}")
         return self._lark.any_of([self._typed(schema, kind) for kind in sorted(kinds)])
+
+    def _options(self, options: Any) -> list[Schema]:
+        if not isinstance(options, list) or not all(isinstance(option, Mapping) for option in options):
+            raise refused(self._tool, "an option that is no object")
+        return options
 
     def _typed(self, schema: Schema, kind: str) -> str:
         if kind == "object":

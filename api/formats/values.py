@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import jiter
+import msgspec
+from msgspec import Meta, Struct
 
-from api.formats.lark import ANY, Lark, literal
+from api.formats.lark import ANY, Lark
 from engine import RequestRefused
 
 Schema = Mapping[str, Any]
+Count = Annotated[int, Meta(ge=0, le=2**31)]
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 SILENT = frozenset(("type", "description", "title", "default", "examples", "deprecated", "nullable", "$schema", "$id"))
 """What says nothing about a text."""
@@ -36,7 +40,7 @@ def types(schema: Any, root: Schema) -> frozenset[str]:
         if isinstance(options := schema.get(name), Sequence):
             return frozenset().union(*(types(option, root) for option in options))
     values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    return frozenset(_kind(value) for value in values)
+    return frozenset(map(_kind, values)) if isinstance(values, list) else frozenset()
 
 
 def as_json(text: str, schema: Any, root: Schema) -> str:
@@ -53,7 +57,7 @@ def as_json(text: str, schema: Any, root: Schema) -> str:
     except ValueError:
         try:
             value = ast.literal_eval(text.strip())
-            found = json.dumps(value, ensure_ascii=False, allow_nan=False)
+            found = written(value)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return _string(text)
         if not allowed:
@@ -61,6 +65,20 @@ def as_json(text: str, schema: Any, root: Schema) -> str:
     kind = _kind(value)
     fits = not allowed or kind in allowed or (kind == "integer" and "number" in allowed)
     return found if fits or "string" not in allowed else _string(text)
+
+
+def written(value: Any) -> str:
+    """A value of Python's as JSON. Raises ValueError or TypeError if it has none.
+
+    >>> written({"a": "\\u00e9"}), written("\\ud83d")
+    ('{"a": "é"}', '"\\\\ud83d"')
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, which only an escape can say
+        return json.dumps(value, allow_nan=False)
+    return text
 
 
 def raw_json(text: str) -> str:
@@ -90,17 +108,53 @@ def _resolved(ref: str, root: Schema) -> Any:
 # ── grammar ──
 
 
+class Properties(Struct):
+    """What is read of an object's schema."""
+
+    properties: dict[str, Any] = {}
+    required: list[str] = []
+
+
+class Limits(Struct):
+    """What is read of a text's schema."""
+
+    pattern: str | None = None
+    minLength: Count = 0
+    maxLength: Count | None = None
+
+
+Keywords = TypeVar("Keywords", bound=Struct)
+
+
 def properties(schema: Schema, tool: str) -> list[tuple[str, Schema, bool]]:
     """The properties of an object, each with its schema and whether it is required. Raises RequestRefused for a schema
     that says more about the object than a list of texts can follow."""
     unknown = set(schema) - SILENT - {"properties", "required", "additionalProperties", "$defs", "definitions"}
     if unknown:
         raise refused(tool, f"/{min(unknown)}")
-    required = schema.get("required", ())
-    found = schema.get("properties", {})
-    if missing := [name for name in required if name not in found]:
+    keywords = _checked(schema, Properties, tool)
+    if missing := [name for name in keywords.required if name not in keywords.properties]:
         raise refused(tool, f"/required names {missing[0]!r}, which is not among /properties, and it")
-    return [(name, each if isinstance(each, Mapping) else {}, name in required) for name, each in found.items()]
+    return [
+        (name, each if isinstance(each, Mapping) else {}, name in keywords.required)
+        for name, each in keywords.properties.items()
+    ]
+
+
+def _checked(schema: Schema, kind: type[Keywords], tool: str) -> Keywords:
+    """The keywords of a schema. Raises RequestRefused for one whose value makes no sense."""
+    try:
+        return msgspec.convert(schema, kind)
+    except msgspec.ValidationError as error:
+        raise RequestRefused(f"The parameters of {tool!r} are no JSON schema: {error}", field="tools") from None
+
+
+def choices(schema: Schema, tool: str) -> list[Any] | None:
+    """The values among which `enum` or `const` leaves the choice; None if neither is there. Raises RequestRefused."""
+    found = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if found is not None and not (isinstance(found, list) and found):
+        raise refused(tool, "an enum that is no list of values")
+    return found
 
 
 def with_definitions(schema: Schema, root: Schema) -> Schema:
@@ -113,28 +167,39 @@ def value_rule(lark: Lark, name: str, schema: Schema, root: Schema, close: str, 
     if types(schema, root) != {"string"}:
         return lark.rule(name, f"{lark.json(with_definitions(schema, root))} {lark.text(close)}")
     path = f"/properties/{key}"
-    choices = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if choices is not None:
-        return lark.rule(name, lark.any_of([lark.text(f"{choice}{close}") for choice in choices]))
+    if isinstance(ref := schema.get("$ref"), str):  # as pydantic writes an enumeration
+        schema = {**_resolved(ref, root), **{name: value for name, value in schema.items() if name != "$ref"}}
+    if (values := choices(schema, tool)) is not None:
+        return lark.rule(name, lark.any_of([lark.text(f"{value}{close}") for value in values]))
     if unknown := set(schema) - SILENT - {"minLength", "maxLength", "pattern"}:
         raise refused(tool, f"{path}/{min(unknown)}")
-    text = _pattern(schema["pattern"]) if "pattern" in schema else ANY
+    limits = _checked(schema, Limits, tool)
+    text = ANY if limits.pattern is None else _pattern(limits.pattern)
     if {"minLength", "maxLength"} & set(schema):
-        if "pattern" in schema:
+        if limits.pattern is not None:
             raise refused(tool, f"{path}/pattern together with a length")
-        text = rf"(.|\n){{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}"
+        text = rf"(.|\n){{{limits.minLength},{'' if limits.maxLength is None else limits.maxLength}}}"
     if text == ANY:
         return lark.before(name, close)
     return lark.rule(name, f"/{text}/ {lark.text(close)}")
 
 
+_BARE = re.compile(r"\\.|[/\n]", re.DOTALL)
+_BETWEEN = {"/": r"\/", "\n": r"\n"}
+"""What cannot stand between slashes as it is."""
+
+
 def _pattern(pattern: str) -> str:
-    """A regular expression that matches whole texts, of one that may match anywhere."""
+    r"""A regular expression between slashes that matches whole texts, of one that may match anywhere.
+
+    >>> _pattern(r"^a/b\/c$")
+    '(a\\/b\\/c)'
+    """
     before = "" if pattern.startswith("^") else ANY
     after = "" if pattern.endswith("$") and not pattern.endswith(r"\$") else ANY
     inner = pattern.removeprefix("^") if not before else pattern
     inner = inner.removesuffix("$") if not after else inner
-    return before + f"({inner})".replace("/", literal("/")) + after
+    return before + _BARE.sub(lambda part: _BETWEEN.get(part[0], part[0]), f"({inner})") + after
 
 
 def refused(tool: str, what: str) -> RequestRefused:

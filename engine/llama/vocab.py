@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llama_cpp import llama_cpp as native
@@ -29,7 +31,8 @@ class LlamaVocab:
         self._pieces = [self._render(token) for token in range(self.size)]
         self.special = frozenset(filter(self._is_special, range(self.size)))
         self._names = {token: self._spell(token) for token in self.special}
-        self._closing = threading.Lock()  # tokenizing happens on threads of the caller's, and must end before that
+        self._idle = threading.Condition()
+        self._busy = 0  # threads that ask the library, side by side; closing waits for them
         self._closed = False
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
@@ -37,15 +40,28 @@ class LlamaVocab:
 
         A lone surrogate, which no UTF-8 can hold, becomes a question mark. Raises EngineFault once closed.
         """
-        with self._closing:
-            if self._closed:
-                raise EngineFault("The model is closed.")
+        with self._reading():
             return self._tokenize(text, special)
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """The library may be asked for the length of the block. Raises EngineFault once closed."""
+        with self._idle:
+            if self._closed:
+                raise EngineFault("The model is closed.")
+            self._busy += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._busy -= 1
+                self._idle.notify_all()
+
     def close(self) -> None:
-        """Waits for a text that is being tokenized, and takes no other."""
-        with self._closing:
+        """Waits for those who ask the library, and lets nobody do so any more."""
+        with self._idle:
             self._closed = True
+            self._idle.wait_for(lambda: not self._busy)
 
     def _tokenize(self, text: str, special: bool) -> list[int]:
         data = text.encode("utf-8", "replace")
@@ -89,9 +105,7 @@ class LlamaVocab:
             return ""
         if (name := self._names.get(token)) is not None:
             return name
-        with self._closing:
-            if self._closed:
-                raise EngineFault("The model is closed.")
+        with self._reading():
             return self._spell(token)
 
     def _spell(self, token: int) -> str:

@@ -13,12 +13,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api import formats
-from api.formats import FORMATS, Arguments, Begun, Calls, Delta, Parser, Tool, format_of, lark, source, values
+from api.formats import (
+    FORMATS,
+    Arguments,
+    Begun,
+    Calls,
+    Delta,
+    Lark,
+    Parser,
+    Rules,
+    Tool,
+    format_of,
+    lark,
+    source,
+    values,
+)
 from api.messages import message_of
 from api.replies import ChatMessage
-from engine import Finished, FinishReason, Generation, Request, Timings, Tokens, Usage
+from engine import Finished, FinishReason, Generation, Request, RequestRefused, Timings, Tokens, Usage
+from engine import Lark as LarkForm
 from tests.api.samples import CALLS, SAMPLES, Sample
 from tests.engine.test_layers import upward
+from tests.engine.vocabularies import grammar
 
 Told = tuple[str, str, tuple[tuple[str, str], ...]]
 END = Finished(FinishReason.STOP, Usage(1, 0, 1), Timings(0, 0, 0), 1)
@@ -188,6 +204,35 @@ def test_values_become_what_the_schema_says(written: str, schema: object, value:
     text = f"<function=f>\n<parameter=p>\n{written}\n</parameter>\n</function>"
     calls = Calls((Tool("f", root),))
     assert read(Sample("qwen-xml", text, "", "", ()), [text], calls)[2] == (("f", f'{{"p": {value}}}'),)
+
+
+@pytest.mark.parametrize(("name", "bracket"), [("llama", "{"), ("pythonic", "[")])
+def test_a_call_after_white_space_is_held_to_its_schema_too(name: str, bracket: str) -> None:
+    written = Lark({})
+    Sample(name, "", "", "", ()).reader.grammar(written, Rules(CALLS))
+    matcher = grammar(LarkForm(str(written))).begin()
+    assert matcher.permits(b"hi " + bracket.encode()) == 4
+    assert matcher.permits(bracket.encode()) == 1
+    assert matcher.permits(b" \n" + bracket.encode()) == 2
+
+
+def test_names_with_colons() -> None:
+    call = "<|tool_call_begin|>functions.a:b:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
+    text = f"<|tool_calls_section_begin|>{call}<|tool_calls_section_end|>"
+    assert read(Sample("kimi", text, "", "", ()), [text])[2] == (("a:b", "{}"),)
+
+
+def test_half_a_character_is_written_as_an_escape() -> None:
+    text = r"[weather(city='\ud83d')]"
+    assert read(Sample("pythonic", text, "", "", ()), [text])[2] == (("weather", r'{"city": "\ud83d"}'),)
+
+
+def test_definitions_that_are_repeated_have_an_end() -> None:
+    properties = {f"p{index}": {"$ref": "#/$defs/a"} for index in range(100)}
+    schema = {"type": "object", "properties": properties, "$defs": {"a": {"enum": ["x" * 10_000, 1]}}}
+    calls = Calls((Tool("f", schema),))
+    with pytest.raises(RequestRefused, match="more than 262144 characters"):
+        Sample("glm", "", "", "", ()).reader.grammar(Lark({}), Rules(calls))
 
 
 @pytest.mark.parametrize("module", [formats, lark, source, values], ids=lambda module: module.__name__)

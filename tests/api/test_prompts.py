@@ -215,6 +215,17 @@ def test_an_assistant_without_content() -> None:
     assert render(template, HI, said, {"role": "tool", "content": "r", "tool_call_id": "1"}) == "|f|1"
 
 
+def test_no_calls_are_no_message_of_calls() -> None:
+    assert render("{{ 'tool_calls' in messages[0] }}", {"role": "user", "content": "x", "tool_calls": []}) == "False"
+
+
+def test_a_complaint_of_any_length() -> None:
+    for template in ("{{ raise_exception('x' * 100000) }}", "{{ {}['x' * 100000] + 1 }}"):
+        with pytest.raises(RequestRefused) as caught:
+            render(template)
+        assert len(str(caught.value)) < 700
+
+
 def test_developers_are_system_to_templates_that_know_none() -> None:
     said = {"role": "developer", "content": "x"}
     assert render("{{ messages[0].role }}", said) == "system"
@@ -259,6 +270,10 @@ async def test_long_texts_go_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(await made.of_prediction(Prediction("content", "x" * prompts.LONG))) == prompts.LONG
     assert len(await made.of_piece("x" * prompts.LONG, add=False, parse=False)) == prompts.LONG
     assert ran == ["render", "tokens", "tokenize", "tokenize"]
+    made = prompts_of("<tool_call>{{ messages[0].content }}")
+    await made.of_chat(chat(tools=[{"description": "x" * prompts.LONG}]))
+    await made.of_chat(chat(*[HI] * 1000))
+    assert ran[4:] == ["render", "render"]
 
 
 def test_stop_and_limit_under_all_their_names() -> None:

@@ -75,6 +75,9 @@ def text(**fields: Any) -> dict[str, Any]:
         (chat(logit_bias={"x": 1}), "logit_bias"),
         (chat(logit_bias={"1": "x"}), "logit_bias[...]"),
         (chat(logit_bias=[[1, True]]), "logit_bias"),
+        (chat(logit_bias={"9" * 5000: 1}), "logit_bias"),
+        (message(tool_calls=[{}]), "messages[0].tool_calls[0].function"),
+        (message(tool_calls=[{"function": {"name": "f"}}, {"function": "f"}]), "messages[0].tool_calls[1].function"),
         (chat(tools=[{"type": "function"}]), "tools[0]"),
         (chat(functions=[{"name": "f"}]), "functions"),
         (chat(tool_choice="required"), "tool_choice"),
@@ -85,6 +88,7 @@ def text(**fields: Any) -> dict[str, Any]:
         (chat(grammar="root ::= x"), "grammar"),
         (chat(grammar="start: x"), "grammar"),
         (chat(grammar={}), "grammar"),
+        (chat(grammar="\n" * 300_000), "grammar"),
         (chat(guided_json="{"), "guided_json"),
         (chat(guided_json=[]), "guided_json"),
         (chat(guided_regex="("), "guided_regex"),
@@ -122,7 +126,7 @@ def text(**fields: Any) -> dict[str, Any]:
         (chat(prediction={"type": "content", "content": [{"type": "image"}]}), "prediction.content[0].type"),
         (chat(prediction={"type": "content", "content": [{"type": "text"}]}), "prediction.content[0].text"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:200],
 )
 async def test_chat_names_the_field(app: ASGIApp, engine: FakeEngine, body: dict[str, Any], param: str | None) -> None:
     answer = await post(app, CHAT, body)
@@ -151,10 +155,11 @@ async def test_chat_names_the_field(app: ASGIApp, engine: FakeEngine, body: dict
         (text(suffix="x"), "suffix"),
         (text(best_of=2), "best_of"),
         ({"prompt": ["a"] * 100, "n": 3}, "n"),
+        ({"prompt": ["a"] * 1000}, "prompt"),
         (text(speculative={"type": "sufix"}), "speculative.type"),
         (text(prediction={"type": "text", "content": "hi"}), "prediction.type"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:200],
 )
 async def test_text_names_the_field(app: ASGIApp, engine: FakeEngine, body: dict[str, Any], param: str | None) -> None:
     answer = await post(app, TEXT, body)

@@ -11,7 +11,7 @@ import pytest
 from starlette.types import ASGIApp
 
 from api.app import create_app
-from engine import Request
+from engine import Lark, Request
 from tests.api.asgi import post
 from tests.api.fake import INFO, FakeEngine, site_of
 
@@ -166,6 +166,7 @@ async def test_choices_are_enforced(choice: Any) -> None:
         ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0].type"),
         ({"tools": [WEATHER, WEATHER]}, "tools[1].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "a\n"}}]}, "tools[0].function.name"),
         (
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
             "tools[0].function.parameters.type",
@@ -189,6 +190,64 @@ async def test_choices_are_enforced(choice: Any) -> None:
 async def test_refusals_name_the_field(fields: Any, param: str) -> None:
     reply = await ask(speaking("x"), **fields)
     assert reply["error"]["param"] == param
+
+
+SIGNS = ("<function=", "<arg_key>", "｜DSML｜", "<|open|>", "<|tool_call>", "<|header_start|>")
+"""Of the formats that go through schemas by themselves."""
+
+
+@pytest.mark.parametrize("sign", SIGNS)
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": 5},
+        {"required": 5},
+        {"required": [[]]},
+        {"properties": {"a": True}},
+        {"properties": {"a": {"enum": 5}}},
+        {"properties": {"a": {"type": "string", "enum": 5}}},
+        {"properties": {"a": {"type": "string", "enum": []}}},
+        {"properties": {"a": {"type": "string", "pattern": 5}}},
+        {"properties": {"a": {"type": "string", "minLength": "x"}}},
+        {"properties": {"a": {"anyOf": 5}}},
+        {"properties": {"a": {"anyOf": [True]}}},
+        {"properties": {"a": {"$ref": 5}}},
+    ],
+    ids=str,
+)
+async def test_schemas_that_are_none_are_no_fault(sign: str, parameters: Any) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    reply = await ask(speaking("x", sign + "{{ messages[0].content }}"), tools=[tool])
+    assert "choices" in reply or reply["error"]["param"].startswith("tools")
+
+
+@pytest.mark.parametrize(
+    ("city", "expression"),
+    [
+        ({"type": "string", "pattern": r"^a/b\/c$"}, r"(a\/b\/c)"),
+        ({"$ref": "#/$defs/city", "description": "where"}, '("Bern\\n</parameter>\\n" | "Oslo\\n</parameter>\\n")'),
+    ],
+)
+async def test_schemas_of_texts_become_expressions(city: Any, expression: str) -> None:
+    definitions = {"city": {"type": "string", "enum": ["Bern", "Oslo"], "title": "City"}}
+    parameters = {"properties": {"city": city}, "$defs": definitions}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    engine = speaking("x", "<function={{ messages[0].content }}")
+    assert "choices" in await ask(engine, tools=[tool])
+    grammar = engine.requests[-1].grammar
+    assert grammar is not None
+    assert isinstance(grammar.form, Lark)
+    assert expression in grammar.form.text
+
+
+async def test_what_is_nested_too_deeply_is_refused() -> None:
+    schema: Any = {"type": "string"}
+    for _ in range(300):
+        schema = {"type": "object", "properties": {"a": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    reply = await ask(speaking("x", "<|tool_call>{{ messages[0].content }}"), tools=[tool])
+    assert reply["error"]["type"] == "invalid_request_error"
+    assert "nested" in reply["error"]["message"]
 
 
 async def test_reasoning_may_stay_in_the_content() -> None:

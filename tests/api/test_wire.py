@@ -194,6 +194,20 @@ async def test_chat_logprobs(app: ASGIApp, engine: FakeEngine) -> None:
     assert events[-2]["choices"][0]["logprobs"] is None
 
 
+@pytest.mark.parametrize(("path", "key"), [(CHAT, "content"), (TEXT, "tokens")])
+async def test_text_before_its_token_is_out_has_no_logprobs(
+    app: ASGIApp, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, path: str, key: str
+) -> None:
+    """Of the second token a part may begin the stop string, so that it is told with the third."""
+    piece = engine.vocab.piece
+    monkeypatch.setattr(engine.vocab, "piece", lambda token: b"b!" if token == 66 else piece(token))
+    engine.script = lambda request: [b"a", 0.01, b"B", 0.01, b"c"]
+    logprobs: Any = True if path == CHAT else 1
+    body = {"messages": HELLO, "prompt": "x", "stop": "!?", "logprobs": logprobs, "stream": True}
+    told = [event["choices"][0]["logprobs"] for event in (await post(app, path, body)).events[:-1]]
+    assert [each and len(each[key]) for each in told] == [1, None, 2, None]
+
+
 async def test_text(app: ASGIApp, engine: FakeEngine) -> None:
     answer = await post(app, TEXT, {"prompt": "Say: ", "max_tokens": 6, "seed": 1})
     assert settled(answer.json, id="cmpl-", object="text_completion") == {

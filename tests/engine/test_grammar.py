@@ -308,6 +308,8 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_pointer(wrong: Any, poin
         (Gbnf('rot ::= "a"'), "root"),
         (Gbnf("root ::= (" * 3), "GBNF"),
         (Gbnf("root ::= nowhere"), "nowhere"),
+        (Gbnf("[)" * 100_000), "GBNF"),
+        (Gbnf('"' + '\\"' * 100_000), "GBNF"),
         (Lark("start: nowhere"), "nowhere"),
         (Lark("start: start"), "no text is of this form"),
         (schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}), "no text is of this form"),

@@ -57,6 +57,25 @@ def test_a_closed_vocabulary_reads_nothing_that_is_freed() -> None:
             call()
 
 
+def test_texts_are_tokenized_side_by_side(backend: LlamaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab = backend.vocab
+    begun, go, tokenize = threading.Event(), threading.Event(), vocab._tokenize
+
+    def held(text: str, special: bool) -> list[int]:
+        if text == "long":
+            begun.set()
+            assert go.wait(60)
+        return tokenize(text, special)
+
+    monkeypatch.setattr(vocab, "_tokenize", held)
+    other = threading.Thread(target=vocab.tokenize, args=["long"], kwargs={"special": False})
+    other.start()
+    assert begun.wait(60)
+    assert vocab.tokenize("short", special=False), "which a lock would hold up for ever"
+    go.set()
+    other.join()
+
+
 def test_info(backend: LlamaBackend) -> None:
     info = backend.info
     assert (info.vocabulary, info.trained_context, info.context) == (49152, 8192, 1024)
