@@ -57,6 +57,23 @@ def test_completion_of_texts_and_tokens(server: Server) -> None:
     assert both[0]["content"] == both[1]["content"] == mixed["content"]
 
 
+def test_completion_in_a_form(server: Server) -> None:
+    body = {"prompt": "The year:", "n_predict": 40, "temperature": 0}
+    assert post(server, "/completion", {**body, "grammar": "root ::= [0-9] [0-9]"})["content"].isdigit()
+    schema = {
+        "type": "object",
+        "properties": {"year": {"type": "integer", "minimum": 0, "maximum": 9999}},
+        "required": ["year"],
+    }
+    asked = {**body, "json_schema": {**schema, "additionalProperties": False}}
+    whole = post(server, "/completion", asked)
+    assert isinstance(json.loads(whole["content"])["year"], int)
+    assert (whole["stop_type"], whole["truncated"]) == ("eos", False)
+    with httpx2.stream("POST", f"{server.url}/completion", json={**asked, "stream": True}, timeout=60) as reply:
+        events = [json.loads(line.removeprefix("data: ")) for line in reply.iter_lines() if line]
+    assert "".join(event["content"] for event in events) == whole["content"]
+
+
 def test_time_is_up(server: Server) -> None:
     body = {"prompt": "1.\n2.\n3.\n", "n_predict": 2000, "ignore_eos": True, "t_max_predict_ms": 1, "temperature": 0}
     reply = post(server, "/completion", body)
