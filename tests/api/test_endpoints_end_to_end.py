@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from tests.api.server import Server, serving
+from tests.api.test_tools import WEATHER
 
 pytestmark = pytest.mark.timeout(180)
 SKY: Any = [{"role": "user", "content": "Why is the sky blue? 🌈"}]
@@ -108,6 +109,8 @@ def test_special_tokens_have_names(server: Server) -> None:
         {"messages": [*SKY, {"role": "assistant", "content": "Because"}]},
         {"messages": [{"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}, *SKY]},
         {"chat_template": "llama3"},
+        {"tools": [WEATHER]},
+        {"tools": [WEATHER], "tool_choice": "required", "enable_thinking": False, "reasoning_effort": "low"},
     ],
     ids=str,
 )
