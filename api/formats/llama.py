@@ -64,7 +64,7 @@ class Llama(Bare):
             lark.rule("start", rf"/([^{{](.|\n)*)?/ | {calls} | {begun}")
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        return object_body(lark, tool, "parameters")
+        return object_body(lark, tool, index, "parameters")
 
 
 class Pythonic(Bare):
