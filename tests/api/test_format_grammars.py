@@ -33,7 +33,7 @@ async def begun(rules: Rules) -> Matcher:
 def take(matcher: Matcher, text: str) -> str:
     """As much of `text` as may follow."""
     tokens = text.encode()
-    count = matcher.permits([*tokens])
+    count = 0 if matcher.complete else matcher.permits([*tokens])
     for token in tokens[:count]:
         matcher.take(token)
     return tokens[:count].decode("utf-8", "replace")
