@@ -237,7 +237,7 @@ class Tagged(Format):
 
     def grammar(self, lark: Lark, rules: Rules) -> None:
         # Where nothing but calls or one kind of answer may come, the tags are no trouble.
-        bare = None if rules.calls.required or rules.answer else self.bare(lark, rules.calls)
+        bare = None if rules.calls.required or rules.answer else self.untagged(lark, rules.calls)
         self.message(lark, rules, self.bodies(lark, rules.calls), parallel=rules.calls.parallel, bare=bare)
 
     def message(
@@ -254,7 +254,7 @@ class Tagged(Format):
         """A rule for each tool."""
         return [lark.rule(f"tool_{index}", self.body(lark, tool, index)) for index, tool in enumerate(calls.tools)]
 
-    def bare(self, lark: Lark, calls: Calls) -> Bare | None:
+    def untagged(self, lark: Lark, calls: Calls) -> Bare | None:
         """The calls that may stand where the answer begins, without a trigger."""
         return None
 

@@ -40,7 +40,7 @@ class Hermes(Tagged):
         end = lark.text("\n</tool_call>")
         return f'"\\n" {object_body(lark, tool, index)} {end}'
 
-    def bare(self, lark: Lark, calls: Calls) -> Bare | None:
+    def untagged(self, lark: Lark, calls: Calls) -> Bare | None:
         return bare_calls(lark, calls, self.opens, self.closes) if calls.tools else None
 
 

@@ -15,6 +15,9 @@ ARGUMENTS = ("arguments", "parameters")
 """Under which of these the arguments may be."""
 _SPACE = r"[\s\x1c-\x1f]*"
 """What Python takes for white space, as a regular expression."""
+_HEAD = _SPACE + _SPACE.join((r"\{", '"name"', ":", '"'))
+_TAIL = '"' + _SPACE + _SPACE.join((",", f'"({"|".join(ARGUMENTS)})"', ":"))
+"""What `read_bare` asks for before and after a tool's name."""
 _GAP = r"\s{0,8}"
 """White space where nothing else than the call may follow: bounded, or a model loses itself in it."""
 
@@ -131,19 +134,15 @@ def object_body(lark: Lark, tool: Tool, index: int, arguments: str = "arguments"
 def bare_calls(lark: Lark, calls: Calls, opens: Sequence[str], closes: str) -> Bare:
     """The grammar of calls without a tag, and of what they begin with, in whatever layout a model writes JSON.
     Reasoning may come first, also of a model that is not known to reason."""
+    head, tail = lark.rule("BARE_HEAD", f"/{_HEAD}/"), lark.rule("BARE_TAIL", f"/{_TAIL}{_GAP}/")
+    end = lark.rule("BARE_END", f"/{_GAP}\\}}/")
     bodies = []
     for index, tool in enumerate(calls.tools):
-        head = lark.rule(f"BARE_{index}", f"/{_beginning(literal(tool.name))}{_GAP}/")
-        bodies.append(lark.rule(f"bare_{index}", f"{head} {_value(lark, tool, index)} /{_GAP}\\}}/"))
+        begin = lark.rule(f"BARE_{index}", f"{head} {lark.text(tool.name)} {tail}")
+        bodies.append(lark.rule(f"bare_{index}", f"{begin} {_value(lark, tool, index)} {end}"))
     names = "|".join(literal(tool.name) for tool in calls.tools)
     thought = f"({_SPACE}({'|'.join(map(literal, opens))}){ANY}{literal(closes)})?"
-    return Bare(bodies, thought + _beginning(f"({names})"))
-
-
-def _beginning(name: str) -> str:
-    """A regular expression of what `read_bare` asks for."""
-    signs = (r"\{", '"name"', ":", f'"{name}"', ",", f'"({"|".join(ARGUMENTS)})"', ":")
-    return "".join(_SPACE + sign for sign in signs)
+    return Bare(bodies, f"{thought}{_HEAD}({names}){_TAIL}")
 
 
 def _value(lark: Lark, tool: Tool, index: int) -> str:

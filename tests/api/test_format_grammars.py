@@ -105,5 +105,5 @@ async def test_calls_that_are_read_are_valid(parts: list[str], thinks: bool, par
             found[-1].append(delta.text)
     for name, *arguments in found:
         assert name in calls
-        jsonschema_rs.validate(calls.schema(name), json.loads("".join(arguments)))
+        jsonschema_rs.validate(dict(calls.schema(name)), json.loads("".join(arguments)))
     assert parallel or len(found) <= 1
