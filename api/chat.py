@@ -10,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.completions import Choices, Writer, asked_of, respond
-from api.constraints import constraint_of
 from api.exchange import exchange_of
 from api.formats import Parser
 from api.logprobs import chat_logprobs
@@ -18,7 +17,6 @@ from api.messages import message_of, show
 from api.replies import ChatChoice, ChatDelta, ChatMessage, Delta, event
 from api.schema import ChatRequest
 from api.served import Served, Site
-from api.tools import calls_of
 from api.turns import Turn, turn_of
 from engine import ContextExceeded, Finished, FinishReason, Logprob, Tokens
 
@@ -35,23 +33,20 @@ class Chat:
         """A conversation's next turn."""
         served = self._site.open
         asked = await asked_of(request, served, _DECODER)
-        constraint = constraint_of(asked)
-        calls = calls_of(asked)
-        prompt = await served.prompts.of_chat(asked)
-        turn = turn_of(asked, calls, served.prompts, prompt)
+        turn = await turn_of(asked, served.prompts)
         prediction = await served.prompts.of_prediction(asked.prediction)
         try:
             choices = Choices(
                 served,
                 exchange_of(request.scope),
                 asked,
-                [prompt],
+                [turn.prompt],
                 limit=asked.limit,
                 logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
                 prediction=prediction,
                 spelled=turn.spelled,
                 reasoning=turn.budget,
-                grammar=await turn.grammar(served.engine, constraint),
+                grammar=await turn.grammar(served.engine),
             )
         except ContextExceeded as error:
             error.field = "messages"

@@ -13,6 +13,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from api.completions import Choices, asked_of
+from api.constraints import constraint_of, grammar_of
 from api.exchange import exchange_of
 from api.logprobs import LEAST
 from api.native_schema import NativeChunk, NativeReply, NativeRequest, Pieces, Progress, TokenProb, TopProb
@@ -37,6 +38,7 @@ class Native:
         asked = await asked_of(request, served, _DECODER)
         _check(asked, served)
         _spell_out(asked, served.engine.vocab)
+        constraint = constraint_of(asked)
         choices = Choices(
             served,
             exchange_of(request.scope),
@@ -45,6 +47,7 @@ class Native:
             limit=asked.limit,
             logprobs=asked.n_probs or None,
             prediction=await served.prompts.of_prediction(asked.prediction),
+            grammar=await grammar_of(served.engine, constraint),
         )
         told = Told(served, asked, choices)
         if asked.stream:
@@ -140,6 +143,8 @@ def _settings(asked: NativeRequest, request: Request, seed: int) -> dict[str, ob
     return settings_of(request, seed, stream=bool(asked.stream)) | {
         "samplers": asked.stages,
         "timings_per_token": bool(asked.timings_per_token),
+        "grammar": asked.grammar or "",
+        "json_schema": asked.json_schema,
     }
 
 

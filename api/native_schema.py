@@ -32,6 +32,7 @@ class NativeRequest(Completion, kw_only=True):
     t_max_predict_ms: Int | None = None
     timings_per_token: bool | None = None
 
+    grammar_lazy: bool | None = None
     n_keep: Int | None = None
     n_discard: Count | None = None
     n_indent: Count | None = None
@@ -82,6 +83,7 @@ class NativeRequest(Completion, kw_only=True):
 
 
 _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "grammar_lazy": (lambda value: not value, "false: a grammar holds from the first token"),
     "n_indent": (lambda value: not value, "0"),
     "min_keep": (lambda value: value <= 1, "0 or 1: one token is always kept"),
     "mirostat": (lambda value: value == 0, "0"),

@@ -42,12 +42,9 @@ class Prompts:
         self.template = self._served_template()
         """What conversations are written with; None if it is not Jinja: only texts can be completed then."""
 
-    async def of_chat(self, request: ChatRequest) -> tuple[int, ...]:
-        """The tokens of a conversation, up to where the assistant goes on. Raises RequestRefused."""
-        return await self.of_text(await self.text_of_chat(request))
-
     async def text_of_chat(self, request: ChatRequest) -> str:
-        """The same before it is tokens, special ones by their names. Raises RequestRefused."""
+        """A conversation as the model reads it, up to where the assistant goes on, special tokens by their names.
+        Raises RequestRefused."""
         if request.chat_template is None and _size(request) < LONG:
             return self.render(request)
         return await anyio.to_thread.run_sync(self.render, request)

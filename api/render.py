@@ -17,6 +17,7 @@ from api.responses import JSONReply
 from api.schema import ChatRequest, Completion, StreamOptions, TextRequest
 from api.served import Served, Site
 from api.text import DEFAULT_LIMIT, tokens_of
+from api.turns import turn_of
 from engine import ContextExceeded
 
 _CHAT = msgspec.json.Decoder(ChatRequest)
@@ -88,9 +89,9 @@ class Render:
         """The prompt of a conversation."""
         served = self._site.open
         asked = await asked_of(request, served, _CHAT)
-        tokens = await served.prompts.of_chat(asked)
+        turn = await turn_of(asked, served.prompts)
         try:
-            return JSONReply(_rendered(served, asked, tokens, f"chatcmpl-{uuid4().hex}", asked.limit))
+            return JSONReply(_rendered(served, asked, turn.prompt, f"chatcmpl-{uuid4().hex}", asked.limit))
         except ContextExceeded as error:
             error.field = "messages"
             raise

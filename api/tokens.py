@@ -14,6 +14,7 @@ from api.completions import asked_in, asked_of
 from api.responses import JSONReply
 from api.schema import ChatRequest, Count, decode
 from api.served import Served, Site
+from api.turns import turn_of
 from engine import RequestRefused
 
 
@@ -114,7 +115,8 @@ class Tokens:
             return JSONReply(await _pieces(served, decode(_PIECES, body)))
         if bytes(shape.messages) != b"null":
             chat = asked_in(body, served, _CHAT)
-            return JSONReply(_counted(served, await served.prompts.of_chat(chat), chat.return_token_strs))
+            turn = await turn_of(chat, served.prompts)
+            return JSONReply(_counted(served, turn.prompt, chat.return_token_strs))
         if bytes(shape.prompt) != b"null":
             text = decode(_TEXT, body)
             served.check_model(text.model)
@@ -137,7 +139,7 @@ class Tokens:
         """The conversation as the model reads it, to send as a prompt."""
         served = self._site.open
         asked = await asked_of(request, served, _CONVERSATION)
-        return JSONReply(PromptReply(await served.prompts.text_of_chat(asked)))
+        return JSONReply(PromptReply((await turn_of(asked, served.prompts)).text))
 
 
 async def _tokens_of(served: Served, asked: TextTokens) -> tuple[int, ...]:

@@ -1,17 +1,16 @@
-"""How the answer to a chat is read, and what it must look like: its format, its calls, its reasoning."""
+"""A chat request made ready: its prompt, how the answer is read, and what that must look like."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import msgspec
 from msgspec import Struct
 
-from api.constraints import Constraint, grammar_of
+from api.constraints import Constraint, constraint_of, grammar_of
 from api.formats import Calls, Format, Lark, Parser, Rules
 from api.prompts import Prompts
 from api.schema import ChatRequest
 from api.served import Core
+from api.tools import calls_of
 from engine import Choice, Form, Grammar, JsonObject, JsonSchema, ReasoningBudget, RequestRefused
 from engine import Lark as LarkForm
 
@@ -22,8 +21,14 @@ _TAIL = 32
 class Turn(Struct, frozen=True):
     """The assistant's turn as it was asked for."""
 
+    text: str
+    """The conversation as the model reads it, special tokens by their names."""
+    prompt: tuple[int, ...]
+    """The same as tokens."""
     format: Format
     calls: Calls
+    constraint: Constraint | None
+    """What an answer that is no call must look like."""
     split: bool
     """Whether reasoning is told apart from the answer."""
     opened: bool
@@ -48,9 +53,10 @@ class Turn(Struct, frozen=True):
         """A fresh reader of one choice; None if there is nothing to tell apart."""
         return None if self.plain else Parser(self.format, self.calls, opened=self.opened, split=self.split)
 
-    async def grammar(self, engine: Core, constraint: Constraint | None) -> Grammar | None:
+    async def grammar(self, engine: Core) -> Grammar | None:
         """What the text must look like: calls of the tools, valid by their schemas, and an answer by the
         constraint; None if anything will do. Raises RequestRefused, which names the field."""
+        constraint = self.constraint
         alone = await grammar_of(engine, constraint)  # what is wrong with it is said of it alone
         if not self.calls.tools and not (self.thinks and constraint):
             return alone
@@ -83,18 +89,22 @@ class Turn(Struct, frozen=True):
                 raise
 
 
-def turn_of(request: ChatRequest, calls: Calls, prompts: Prompts, prompt: Sequence[int]) -> Turn:
-    """The turn after `prompt`, which may have `calls`. Raises RequestRefused."""
-    format, source = prompts.format_for(request), prompts.template_for(request).source
-    split = (request.reasoning_format or prompts.chat.reasoning_format) != "none"
+async def turn_of(asked: ChatRequest, prompts: Prompts) -> Turn:
+    """The turn that a request asks for: all that is done before its answer is begun, whichever endpoint it is for.
+    Raises RequestRefused, which names the field."""
+    constraint, calls = constraint_of(asked), calls_of(asked)
+    text = await prompts.text_of_chat(asked)
+    prompt = await prompts.of_text(text)
+    format, source = prompts.format_for(asked), prompts.template_for(asked).source
+    split = (asked.reasoning_format or prompts.chat.reasoning_format) != "none"
     opened = format.opened_by(prompts.text_with_names_of(prompt[-_TAIL:]))
     thinks = opened or format.thinks(source)
-    special = {text: token for text in format.markers if (token := prompts.special_token(text)) is not None}
-    limit, budget = prompts.budget_of(request), None
+    special = {name: token for name in format.markers if (token := prompts.special_token(name)) is not None}
+    limit, budget = prompts.budget_of(asked), None
     if limit >= 0 and thinks and format.closes:
         opens = "" if opened else format.opens[0]
         budget = ReasoningBudget(limit, opens, format.closes, prompts.closing(format.closes))
-    return Turn(format, calls, split, opened, thinks, special, budget)
+    return Turn(text, prompt, format, calls, constraint, split, opened, thinks, special, budget)
 
 
 _EXPRESSIONS = JsonSchema, JsonObject, Choice

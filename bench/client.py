@@ -45,13 +45,33 @@ class Outcome(msgspec.Struct):
         return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
+class _Function(msgspec.Struct, frozen=True):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Call(msgspec.Struct, frozen=True):
+    function: _Function = _Function()
+
+
 class _Delta(msgspec.Struct, frozen=True):
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: tuple[_Call, ...] | None = None
 
 
 class _Choice(msgspec.Struct):
     delta: _Delta = _Delta()
     text: str | None = None
+
+    @property
+    def said(self) -> str:
+        """All that came: text, reasoning, names and arguments of calls."""
+        delta = self.delta
+        said = (self.text or "") + (delta.reasoning_content or "") + (delta.content or "")
+        for call in delta.tool_calls or ():
+            said += (call.function.name or "") + (call.function.arguments or "")
+        return said
 
 
 class _Cached(msgspec.Struct):
@@ -106,7 +126,7 @@ class _Stream(asyncio.Protocol):
 
     def _event(self, event: _Event, now: float) -> None:
         outcome = self.outcome
-        if text := "".join(choice.delta.content or choice.text or "" for choice in event.choices):
+        if text := "".join(choice.said for choice in event.choices):
             outcome.arrivals.append(now)
             outcome.text += text
         if event.usage is not None:

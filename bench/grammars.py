@@ -1,8 +1,7 @@
 """What structured output costs: masks as a share of a step, schemas that compile and how long that takes, and what
 running streams notice of a large one being compiled.
 
-The schemas are the tools of the Berkeley function calling leaderboard (`python bench/models.py bfcl`), read from the
-wheel, with its names of types turned into JSON Schema's.
+The schemas are the tools of the Berkeley function calling leaderboard (`python bench/models.py bfcl`).
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +16,8 @@ from typing import Any
 
 import msgspec
 
+from bench import bfcl
 from bench.figures import save, show, spread
-from bench.models import SOURCES
 from engine import Engine, EngineConfig, JsonSchema, Request, RequestRefused, SamplingParams, Speculation, Tokens
 from engine.engine import open_vocabulary
 from engine.grammar import GrammarError, Grammars, masks, matcher
@@ -41,47 +39,11 @@ PERSON = {
 PEOPLE = {"type": "array", "items": PERSON, "minItems": 10}
 NOBODY = Speculation()
 
-TYPES = {
-    **dict.fromkeys(("dict", "HashMap"), "object"),
-    **dict.fromkeys(("tuple", "Array", "ArrayList"), "array"),
-    **dict.fromkeys(("String", "char"), "string"),
-    **dict.fromkeys(("float", "double"), "number"),
-    "long": "integer",
-    "Boolean": "boolean",
-}
-
 
 # ── schemas that compile ──
 
 
-def tools(wheel: Path) -> Iterator[tuple[str, Any]]:
-    """The parameters of every tool of every question, and where they stand."""
-    with zipfile.ZipFile(wheel) as archive:
-        for name in archive.namelist():
-            if "/data/BFCL_" not in name or "format_sensitivity" in name:
-                continue
-            for number, line in enumerate(archive.read(name).splitlines()):
-                for tool in msgspec.json.decode(line).get("function") or []:
-                    yield f"{Path(name).stem}:{number}:{tool['name']}", json_schema(tool["parameters"])
-
-
-def json_schema(part: Any) -> Any:
-    """The leaderboard's schemas in JSON Schema's words; `any` is no type, and `optional` says what `required` does."""
-    if not isinstance(part, dict):
-        return part
-    made = {name: value for name, value in part.items() if name != "optional"}
-    kind = made.pop("type", "any")
-    if kind not in ("any", ""):
-        made["type"] = TYPES.get(kind, kind)
-    if "properties" in made:
-        made["properties"] = {name: json_schema(inner) for name, inner in made["properties"].items()}
-    for name in ("items", "additionalProperties"):
-        if name in made:
-            made[name] = json_schema(made[name])
-    return made
-
-
-async def compiled(model: Path, wheel: Path) -> dict[str, Any]:
+async def compiled(model: Path) -> dict[str, Any]:
     """How many of the tools' schemas compile, how long each different one takes, and the others with their reasons."""
     with open_vocabulary(model) as vocab:
         grammars = Grammars(vocab)
@@ -92,7 +54,7 @@ async def compiled(model: Path, wheel: Path) -> dict[str, Any]:
         known: dict[bytes, str] = {}
         failed: dict[str, str] = {}
         count = 0
-        for where, schema in tools(wheel):
+        for where, schema in bfcl.schemas():
             count += 1
             text = msgspec.json.encode(schema)
             if text not in known:
@@ -273,7 +235,7 @@ def main() -> None:
         ["", "p50", "p99", "max"],
         [[name, found["p50"], found["p99"], found["max"]] for name, found in gaps.items()],
     )
-    schemas = asyncio.run(compiled(options.model, SOURCES["bfcl"].path))
+    schemas = asyncio.run(compiled(options.model))
     good, times = 1 - len(schemas["failed"]) / schemas["tools"], schemas["milliseconds"]
     show(
         "tools of the leaderboard",

@@ -132,7 +132,7 @@ SOURCES = {
     ),
     "bfcl": Source(
         "bfcl_eval-2026.3.23-py3-none-any.whl",
-        "the Berkeley function calling leaderboard, whose tools bench/grammars.py compiles; Apache-2.0",
+        "the Berkeley function calling leaderboard, which bench/bfcl.py reads; Apache-2.0",
         1_925_664,
         "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a",
         (Part("bfcl-eval==2026.3.23"),),

@@ -1,7 +1,7 @@
 """What clients ask in load tests, over HTTP: sessions of requests, each sent when the one before was answered.
 
 The same call always returns the same sessions in the same order. Questions and recorded sessions are read from files
-that `python bench/models.py mt-bench`, `agents` and `human-eval` bring.
+that `python bench/models.py mt-bench`, `agents`, `human-eval` and `bfcl` bring.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from bench import prompts
+from bench import bfcl, prompts
 from bench.client import chat, user
 from bench.models import SOURCES
 
@@ -126,6 +126,15 @@ def _turns(case: Recorded, tokens: int) -> list[Asked]:
     return asked
 
 
+def tools(tokens: int) -> Iterator[Session]:
+    """Questions of the function calling leaderboard, each with the function that it may call. Here an answer has at
+    most so many tokens: a call ends where it is whole."""
+    for number, one in enumerate(cycle(bfcl.questions("simple_python"))):
+        offered = [function.tool for function in one.function or []]
+        body = chat(one.question[0], tokens, seed=number, tools=offered, tool_choice="auto", ignore_eos=False)
+        yield [Asked(CHAT, body)]
+
+
 def shared(tokens: int) -> Iterator[Session]:
     """One long system prompt before a short question each."""
     system = {"role": "system", "content": text_of(SYSTEM)}
@@ -145,6 +154,7 @@ WORKLOADS: dict[str, Callable[[int], Iterator[Session]]] = {
     "edit": edit,
     "completion": completion,
     "agent": agent,
+    "tools": tools,
     "shared": shared,
     "long": long,
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from bench import report, versus, workloads
+from bench import bfcl, client, models, report, versus, workloads
 from bench.client import Outcome
 from bench.example import adapted, configuration
 from bench.figures import OUT
@@ -51,7 +52,75 @@ def test_rounds_ask_different_things() -> None:
     assert first == workloads.workload("shared", 3, 8)
 
 
-@pytest.mark.parametrize("name", ["mt-bench", "agents", "human-eval"])
+AREA = {
+    "name": "math.area",
+    "description": "The area of a triangle",
+    "parameters": {
+        "type": "dict",
+        "properties": {
+            "base": {"type": "float", "description": "Its base", "optional": False},
+            "unit": {"type": "any"},
+            "points": {"type": "tuple", "items": {"type": "dict", "properties": {"x": {"type": "integer"}}}},
+        },
+        "required": ["base"],
+    },
+}
+
+
+@pytest.fixture
+def leaderboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel with three questions, one of which is of another kind."""
+    monkeypatch.setattr(models, "FOLDER", tmp_path)
+    rows = [
+        {"id": f"row_{number}", "question": [[{"role": "user", "content": f"Which {number}?"}]], "function": [AREA]}
+        for number in range(3)
+    ]
+    with zipfile.ZipFile(SOURCES["bfcl"].path, "w") as wheel:
+        for name, of in (("simple_python", rows[:2]), ("multiple", rows[2:]), ("format_sensitivity", [])):
+            wheel.writestr(f"bfcl_eval/data/BFCL_v4_{name}.json", b"\n".join(map(msgspec.json.encode, of)))
+        wheel.writestr("bfcl_eval/data/possible_answer/BFCL_v4_simple_python.json", b"")
+
+
+@pytest.mark.usefixtures("leaderboard")
+def test_tools_are_offered_as_openai_has_them() -> None:
+    asked = [session[0].body for session in workloads.workload("tools", 3, 8)]
+    assert [one["messages"][0]["content"] for one in asked] == ["Which 0?", "Which 1?", "Which 0?"]
+    assert [one["seed"] for one in asked] == [0, 1, 2]
+    assert all((one["tool_choice"], one["max_tokens"], one["ignore_eos"]) == ("auto", 8, False) for one in asked)
+    (tool,) = asked[0]["tools"]
+    assert (tool["type"], tool["function"]["name"]) == ("function", "math.area")
+    assert tool["function"]["parameters"] == {
+        "type": "object",
+        "properties": {
+            "base": {"type": "number", "description": "Its base"},
+            "unit": {},
+            "points": {"type": "array", "items": {"type": "object", "properties": {"x": {"type": "integer"}}}},
+        },
+        "required": ["base"],
+    }
+
+
+@pytest.mark.usefixtures("leaderboard")
+def test_schemas_of_all_kinds_of_questions() -> None:
+    assert [where for where, _ in bfcl.schemas()] == [f"row_{number}:math.area" for number in range(3)]
+
+
+async def test_calls_count_as_they_come() -> None:
+    made = Outcome(0.0)
+    stream = client._Stream(made, b"")
+    deltas: list[Any] = [
+        {"role": "assistant", "content": ""},
+        {"reasoning_content": "hm"},
+        {"tool_calls": [{"index": 0, "id": "1", "function": {"name": "f", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}], "content": None},
+    ]
+    for place, delta in enumerate(deltas):
+        event = msgspec.json.encode({"choices": [{"index": 0, "delta": delta}]})
+        stream._event(msgspec.json.decode(event, type=client._Event), float(place))
+    assert (made.text, made.arrivals) == ("hmf{}", [1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize("name", ["mt-bench", "agents", "human-eval", "bfcl"])
 def test_data_is_never_committed(name: str) -> None:
     assert SOURCES[name].path.parent.name == ".models"
     assert len(SOURCES[name].sha256) == 64

@@ -10,7 +10,7 @@ from uuid import uuid4
 from msgspec import Struct
 
 from api.formats.deltas import Arguments, Begun, Content, Delta, Reasoning
-from api.formats.lark import Lark, Repeated, Thought
+from api.formats.lark import Bare, Lark, Repeated, Thought
 from api.formats.source import Reading, Source
 
 
@@ -235,13 +235,18 @@ class Tagged(Format):
     """What stands between two calls."""
 
     def grammar(self, lark: Lark, rules: Rules) -> None:
-        self.message(lark, rules, self.bodies(lark, rules.calls), parallel=rules.calls.parallel)
+        # Where nothing but calls or one kind of answer may come, the tags are no trouble.
+        bare = None if rules.calls.required or rules.answer else self.untagged(lark, rules.calls)
+        self.message(lark, rules, self.bodies(lark, rules.calls), parallel=rules.calls.parallel, bare=bare)
 
-    def message(self, lark: Lark, rules: Rules, bodies: Sequence[str], *, parallel: bool) -> None:
-        """The rules of a message in which `trigger` and one of `bodies` may come, several times if `parallel`."""
+    def message(
+        self, lark: Lark, rules: Rules, bodies: Sequence[str], *, parallel: bool, bare: Bare | None = None
+    ) -> None:
+        """The rules of a message in which `trigger` and one of `bodies` may come, several times if `parallel`, or
+        `bare` calls."""
         opens = self.opens if rules.thinks and self.closes else ()
         thought = Thought(opens, self.closes if rules.thinks else "", rules.opened)
-        calls = Repeated(self.trigger, bodies, self.joint, parallel, rules.calls.required)
+        calls = Repeated(self.trigger, bodies, self.joint, parallel, rules.calls.required, bare)
         lark.message(calls, thought, rules.answer)
 
     def section(self, lark: Lark, rules: Rules, end: str) -> None:
@@ -255,6 +260,10 @@ class Tagged(Format):
     def bodies(self, lark: Lark, calls: Calls) -> list[str]:
         """A rule for each tool."""
         return [lark.rule(f"tool_{index}", self.body(lark, tool, index)) for index, tool in enumerate(calls.tools)]
+
+    def untagged(self, lark: Lark, calls: Calls) -> Bare | None:
+        """The calls that may stand where the answer begins, without a trigger."""
+        return None
 
     @abstractmethod
     def body(self, lark: Lark, tool: Tool, index: int) -> str:

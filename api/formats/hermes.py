@@ -1,4 +1,4 @@
-"""Hermes and Qwen: JSON in <tool_call> tags. Also what templates without tools are taught."""
+"""Hermes and Qwen: JSON in <tool_call> tags, or bare. Also what templates without tools are taught."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from api.formats.base import Parser, Tagged, Tool
-from api.formats.lark import Lark
-from api.formats.objects import object_body, read_object
+from api.formats.base import Calls, Parser, Tagged, Tool
+from api.formats.lark import Bare, Lark
+from api.formats.objects import bare_calls, object_body, read_bare, read_object
 from api.formats.source import Reading
 
 
 class Hermes(Tagged):
-    """<tool_call>{"name": ..., "arguments": {...}}</tool_call>"""
+    """<tool_call>{"name": ..., "arguments": {...}}</tool_call>; small models leave the tags out where they begin."""
 
     name = "hermes"
     signs = ("<tool_call>",)
@@ -26,9 +26,22 @@ class Hermes(Tagged):
         yield from parser.source.takes("</tool_call>")
         return True
 
+    def first(self, parser: Parser) -> Reading[None]:
+        source = parser.source
+        while parser.calls.tools and (yield from source.sees("{")):
+            source.mark()
+            if not (yield from read_bare(parser)):
+                source.rewind()
+                break
+        if parser.begun:
+            yield from source.takes("</tool_call>")
+
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         end = lark.text("\n</tool_call>")
-        return f'"\\n" {object_body(lark, tool)} {end}'
+        return f'"\\n" {object_body(lark, tool, index)} {end}'
+
+    def untagged(self, lark: Lark, calls: Calls) -> Bare | None:
+        return bare_calls(lark, calls, self.opens, self.closes) if calls.tools else None
 
 
 class Generic(Hermes):

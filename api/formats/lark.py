@@ -26,15 +26,24 @@ class Thought(Struct, frozen=True):
     opened: bool
 
 
+class Bare(Struct, frozen=True):
+    """Calls without a trigger, which may stand where an answer begins: a rule of each, and a regular expression of
+    what every text begins with that is one."""
+
+    bodies: Sequence[str]
+    begins: str
+
+
 class Repeated(Struct, frozen=True):
-    """Calls: what each begins with, what may follow that, what stands between two, whether there may be several and
-    whether there must be one."""
+    """Calls: what each begins with, what may follow that, what stands between two, whether there may be several,
+    whether there must be one, and those that need no trigger."""
 
     trigger: str
     bodies: Sequence[str]
     joint: str
     parallel: bool
     required: bool
+    bare: Bare | None = None
 
 
 MOST = 32
@@ -101,11 +110,17 @@ class Lark:
             )
         return first
 
-    def before(self, name: str, marker: str, text: str = ANY) -> str:
-        """A rule of the text up to the first `marker`, and that."""
+    def before(self, name: str, marker: str, text: str = ANY, unless: str = "") -> str:
+        """A rule of the text up to the first `marker`, and that; of no text that begins like `unless`."""
         if any(name in marker for name in self._special):
-            return self.rule(name, f"/{text}/ {self.text(marker)}")
-        return self.rule(f"{name}[lazy]", f"/{text}{literal(marker)}/")
+            return self.rule(name, f"{self._terminal(name, text, unless)} {self.text(marker)}")
+        return self.rule(f"{name}[lazy]", self._terminal(name, text + literal(marker), unless))
+
+    def _terminal(self, name: str, text: str, unless: str) -> str:
+        """What matches `text` and does not begin like `unless`."""
+        if not unless:
+            return f"/{text}/"
+        return self.rule(f"{name.upper()}_TEXT", f"/{text}/ & ~/{unless}{ANY}/")
 
     def message(self, calls: Repeated, thought: Thought, answer: str | None) -> None:
         """The rules of a message: reasoning perhaps, then calls, an answer, or any text with calls in it.
@@ -125,10 +140,23 @@ class Lark:
             rest = self.rule("rest", several if calls.required else f"{several} | {answer}")
             self.rule("start", " | ".join(self._thoughts(thought, rest, rest, _BREAK)))
             return
-        head = self.before("head", calls.trigger)
-        rest = self.rule("rest", f"({head} {body})* TEXT" if calls.parallel else f"TEXT | {head} {body}")
-        without = self._unlike(calls.trigger, thought, rest, body)
+        without = rest = self._answer("rest", calls, body, ANY)
+        tags = [tag for tag in thought.opens if tag not in self._special]
+        if tags and not thought.opened:
+            # It may speak of triggers if it begins with reasoning.
+            without = self._answer("plain", calls, body, f"({unlike(tags)}{ANY})?")
         self.rule("start", " | ".join(self._thoughts(thought, rest, without, "")))
+
+    def _answer(self, name: str, calls: Repeated, body: str, text: str) -> str:
+        """A rule of any text with calls in it, that begins with what matches `text`, or with bare calls."""
+        bare = calls.bare
+        unless = bare.begins if bare else ""
+        more = self.rule("more", f"({self.before('head', calls.trigger)} {body})* TEXT") if calls.parallel else ""
+        called = f"{self.before(f'{name}_head', calls.trigger, text, unless)} {body} {more}"
+        ways = [self._terminal(name, text, unless), called]
+        if bare:
+            ways.append(f"{self.rule('bare', self.any_of(bare.bodies))} {'rest' if calls.parallel else ''}")
+        return self.rule(name, " | ".join(ways))
 
     def _thoughts(self, thought: Thought, after: str, without: str, space: str) -> list[str]:
         """The alternatives of a message: what comes `after` reasoning, or `without` it."""
@@ -138,14 +166,6 @@ class Lark:
         if thought.opened:
             return [f"{done} {space} {after}"]
         return [*(f"{self.text(tag)} {done} {space} {after}" for tag in thought.opens), without]
-
-    def _unlike(self, trigger: str, thought: Thought, rest: str, body: str) -> str:
-        """The rest of a message that does not begin with reasoning, which may speak of triggers."""
-        tags = [tag for tag in thought.opens if tag not in self._special]
-        if not tags or thought.opened:
-            return rest
-        first = f"({unlike(tags)}{ANY})?"
-        return self.rule("plain", f"/{first}/ | {self.before('first', trigger, first)} {body} {rest}")
 
 
 def unlike(tags: Sequence[str]) -> str:

@@ -63,7 +63,7 @@ class Llama(Bare):
             lark.rule("start", f"/{text}/ | {calls} | {tag} {calls}")
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        return object_body(lark, tool, "parameters")
+        return object_body(lark, tool, index, "parameters")
 
 
 class Pythonic(Bare):

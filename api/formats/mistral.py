@@ -84,4 +84,4 @@ class MistralList(Mistral):
         self.message(lark, rules, [body] if body else [], parallel=False)
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        return object_body(lark, tool)
+        return object_body(lark, tool, index)

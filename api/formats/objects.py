@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import jiter
 
-from api.formats.base import Parser, Tool
-from api.formats.lark import Lark
+from api.formats.base import Calls, Parser, Tool
+from api.formats.lark import ANY, Bare, Lark, literal
 from api.formats.source import Reading
 
 ARGUMENTS = ("arguments", "parameters")
 """Under which of these the arguments may be."""
+_SPACE = r"[\s\x1c-\x1f]*"
+"""What Python takes for white space, as a regular expression."""
+_HEAD = _SPACE + _SPACE.join((r"\{", '"name"', ":", '"'))
+_TAIL = '"' + _SPACE + _SPACE.join((",", f'"({"|".join(ARGUMENTS)})"', ":"))
+"""What `read_bare` asks for before and after a tool's name."""
+_GAP = r"\s{0,8}"
+"""White space where nothing else than the call may follow: bounded, or a model loses itself in it."""
 
 
 def read_object(parser: Parser, *, known: bool = False, id: str = "") -> Reading[bool]:
     """Reads the object of a call and tells it; False if it is none. With `known` the tool must be one that there is."""
     return (yield from _Object(parser, known, id).read())
+
+
+def read_bare(parser: Parser) -> Reading[bool]:
+    """Reads a call without a tag and tells it. False if it does not begin with the name of a tool that there is and
+    with arguments: then it is JSON of another kind."""
+    source = parser.source
+    names = tuple(f'"{tool.name}"' for tool in parser.calls.tools)
+    keys = tuple(f'"{key}"' for key in ARGUMENTS)
+    signs: list[str] = []
+    for options in (("{",), ('"name"',), (":",), names, (",",), keys, (":",)):
+        sign = yield from source.takes(*options)
+        if sign is None:
+            return False
+        signs.append(sign)
+    if not (yield from source.sees("{")):
+        return False
+    parser.begin(signs[3][1:-1])
+    if (yield from source.value(parser.arguments)):
+        yield from source.takes("}")
+    return True
 
 
 class _Object:
@@ -97,7 +125,26 @@ def _decoded(text: str) -> str:
     return value if isinstance(value, str) and isinstance(_parsed(value), dict) else text
 
 
-def object_body(lark: Lark, tool: Tool, arguments: str = "arguments") -> str:
+def object_body(lark: Lark, tool: Tool, index: int, arguments: str = "arguments") -> str:
     """The grammar of a call's object."""
     head = lark.text(f'{{"name": {json.dumps(tool.name)}, "{arguments}": ')
-    return f'{head} {lark.json(tool.parameters)} "}}"'
+    return f'{head} {_value(lark, tool, index)} "}}"'
+
+
+def bare_calls(lark: Lark, calls: Calls, opens: Sequence[str], closes: str) -> Bare:
+    """The grammar of calls without a tag, and of what they begin with, in whatever layout a model writes JSON.
+    Reasoning may come first, also of a model that is not known to reason."""
+    head, tail = lark.rule("BARE_HEAD", f"/{_HEAD}/"), lark.rule("BARE_TAIL", f"/{_TAIL}{_GAP}/")
+    end = lark.rule("BARE_END", f"/{_GAP}\\}}/")
+    bodies = []
+    for index, tool in enumerate(calls.tools):
+        begin = lark.rule(f"BARE_{index}", f"{head} {lark.text(tool.name)} {tail}")
+        bodies.append(lark.rule(f"bare_{index}", f"{begin} {_value(lark, tool, index)} {end}"))
+    names = "|".join(literal(tool.name) for tool in calls.tools)
+    thought = f"({_SPACE}({'|'.join(map(literal, opens))}){ANY}{literal(closes)})?"
+    return Bare(bodies, f"{thought}{_HEAD}({names}){_TAIL}")
+
+
+def _value(lark: Lark, tool: Tool, index: int) -> str:
+    """A rule of a tool's arguments, for all ways to write its call."""
+    return lark.rule(f"arguments_{index}", lark.json(tool.parameters))

@@ -51,6 +51,23 @@ SAMPLES = [
         (("weather", '{"city": "Bern"}'),),
     ),
     Sample(
+        "hermes",
+        f'{{"name": "weather", "arguments": {ZÜRICH}}}\n{{"name": "now", "parameters": {{}}}}\n</tool_call>',
+        "",
+        "",
+        (("weather", ZÜRICH), ("now", "{}")),
+    ),
+    Sample(
+        "hermes",
+        '<think>\nhm\n</think>\n\n{\n  "name" : "weather",\n  "arguments": {"city": "}"}\n}\n{"name": "x"} ok',
+        '{"name": "x"} ok',
+        "hm",
+        (("weather", '{"city": "}"}'),),
+    ),
+    Sample("hermes", '{"name": "Bern", "arguments": {"a": 1}}', '{"name": "Bern", "arguments": {"a": 1}}', "", ()),
+    Sample("hermes", '{"name": "weather", "city": "Bern"}', '{"name": "weather", "city": "Bern"}', "", ()),
+    Sample("hermes", ' {"name": "now", "arguments": 7} 👩‍👩‍👧', ' {"name": "now", "arguments": 7} 👩‍👩‍👧', "", ()),
+    Sample(
         "qwen-xml",
         f"I see.\n<tool_call>\n<function=weather>\n<parameter=city>\n{CITY}\n</parameter>\n<parameter=days>\n3\n"
         "</parameter>\n</function>\n</tool_call>",
@@ -169,5 +186,6 @@ SAMPLES = [
         "hm",
         (("weather", ZÜRICH),),
     ),
+    Sample("generic", '{"name": "now", "arguments": {}}', "", "", (("now", "{}"),)),
     Sample("generic", '<tool_call>\n{"name": "now"}\n</tool_call>', "", "", (("now", "{}"),)),
 ]

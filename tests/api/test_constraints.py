@@ -15,6 +15,7 @@ from tests.api.fake import FakeEngine
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
+NATIVE = "/completion"
 NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}}
 RAW = b'{"type":"object","properties":{"n":{"type":"integer"}}}'
 NAMED = {"name": "number", "schema": NUMBER}
@@ -51,7 +52,7 @@ NAMED = {"name": "number", "schema": NUMBER}
         ({"structured_outputs": {"grammar": 'start: "a"'}}, Lark('start: "a"')),
     ],
 )
-@pytest.mark.parametrize("path", [CHAT, TEXT])
+@pytest.mark.parametrize("path", [CHAT, TEXT, NATIVE])
 async def test_what_is_asked_for(
     app: ASGIApp, engine: FakeEngine, path: str, fields: dict[str, Any], form: Form | None
 ) -> None:
@@ -80,8 +81,11 @@ async def test_what_is_asked_for(
         ({"response_format": {"type": "structural_tag"}}, "response_format.type", "json_object, json_schema"),
     ],
 )
-async def test_what_cannot_be(app: ASGIApp, engine: FakeEngine, fields: dict[str, Any], param: str, says: str) -> None:
-    answer = await post(app, TEXT, {"prompt": "hi", **fields})
+@pytest.mark.parametrize("path", [TEXT, NATIVE])
+async def test_what_cannot_be(
+    app: ASGIApp, engine: FakeEngine, path: str, fields: dict[str, Any], param: str, says: str
+) -> None:
+    answer = await post(app, path, {"prompt": "hi", **fields})
     assert answer.status == 400
     assert answer.json["error"]["param"] == param
     assert says in answer.json["error"]["message"]

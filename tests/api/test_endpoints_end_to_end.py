@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from tests.api.server import Server, serving
+from tests.api.test_tools import WEATHER
 
 pytestmark = pytest.mark.timeout(180)
 SKY: Any = [{"role": "user", "content": "Why is the sky blue? 🌈"}]
@@ -57,6 +58,23 @@ def test_completion_of_texts_and_tokens(server: Server) -> None:
     assert both[0]["content"] == both[1]["content"] == mixed["content"]
 
 
+def test_completion_in_a_form(server: Server) -> None:
+    body = {"prompt": "The year:", "n_predict": 40, "temperature": 0}
+    assert post(server, "/completion", {**body, "grammar": "root ::= [0-9] [0-9]"})["content"].isdigit()
+    schema = {
+        "type": "object",
+        "properties": {"year": {"type": "integer", "minimum": 0, "maximum": 9999}},
+        "required": ["year"],
+    }
+    asked = {**body, "json_schema": {**schema, "additionalProperties": False}}
+    whole = post(server, "/completion", asked)
+    assert isinstance(json.loads(whole["content"])["year"], int)
+    assert (whole["stop_type"], whole["truncated"]) == ("eos", False)
+    with httpx2.stream("POST", f"{server.url}/completion", json={**asked, "stream": True}, timeout=60) as reply:
+        events = [json.loads(line.removeprefix("data: ")) for line in reply.iter_lines() if line]
+    assert json.loads("".join(event["content"] for event in events)) == json.loads(whole["content"])
+
+
 def test_time_is_up(server: Server) -> None:
     body = {"prompt": "1.\n2.\n3.\n", "n_predict": 2000, "ignore_eos": True, "t_max_predict_ms": 1, "temperature": 0}
     reply = post(server, "/completion", body)
@@ -91,6 +109,8 @@ def test_special_tokens_have_names(server: Server) -> None:
         {"messages": [*SKY, {"role": "assistant", "content": "Because"}]},
         {"messages": [{"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}, *SKY]},
         {"chat_template": "llama3"},
+        {"tools": [WEATHER]},
+        {"tools": [WEATHER], "tool_choice": "required", "enable_thinking": False, "reasoning_effort": "low"},
     ],
     ids=str,
 )

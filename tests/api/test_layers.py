@@ -11,8 +11,8 @@ problems exchange flags native_schema tools messages
 prompts responses options bodies logprobs
 served
 keys metrics completions constraints props slots
-turns text native tokens
-chat render
+turns text native
+chat render tokens
 app terminal
 serve lookup cost
 __main__

@@ -194,6 +194,13 @@ async def test_what_reaches_the_engine(app: ASGIApp, engine: FakeEngine) -> None
     assert (request.ignore_eos, request.max_tokens, request.logprobs, request.salt) == (True, None, None, "")
 
 
+async def test_the_form_of_the_text_is_told(app: ASGIApp) -> None:
+    for fields in ({"grammar": 'root ::= "a"'}, {"json_schema": {"type": "object"}}, {"grammar_lazy": False}):
+        made = (await post(app, PATH, {"prompt": "x", **fields})).json["generation_settings"]
+        assert made["grammar"] == fields.get("grammar", "")
+        assert made["json_schema"] == fields.get("json_schema")
+
+
 async def test_a_prompt_that_is_not_to_be_found(app: ASGIApp, engine: FakeEngine) -> None:
     for _ in range(2):
         await post(app, PATH, {"prompt": "x", "cache_prompt": False})
@@ -284,6 +291,8 @@ async def test_who_hangs_up_is_not_waited_for(app: ASGIApp, engine: FakeEngine) 
         ({"prompt": "x", "top_n_sigma": 1.0}, "top_n_sigma"),
         ({"prompt": "x", "min_keep": 2}, "min_keep"),
         ({"prompt": "x", "n_indent": 1}, "n_indent"),
+        ({"prompt": "x", "grammar": 'root ::= "a"', "grammar_lazy": True}, "grammar_lazy"),
+        ({"prompt": "x", "grammar": 'root ::= "a"', "json_schema": {}}, "json_schema"),
         ({"prompt": "x", "post_sampling_probs": True}, "post_sampling_probs"),
         ({"prompt": "x", "lora": [{"id": 0, "scale": 1}]}, "lora"),
         ({"prompt": "x", "samplers": ["temperature", "top_k"]}, "samplers"),

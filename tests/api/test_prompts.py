@@ -250,7 +250,8 @@ async def test_pieces(bos_added: bool, add: bool, parse: bool) -> None:
 
 
 async def test_special_tokens_of_the_template_are_tokens() -> None:
-    assert (await prompts_of(None).of_chat(chat()))[0] == START
+    made = prompts_of(None)
+    assert (await made.of_text(await made.text_of_chat(chat())))[0] == START
 
 
 async def test_long_texts_go_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,10 +263,11 @@ async def test_long_texts_go_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("anyio.to_thread.run_sync", run_sync)
     made = prompts_of(None)
-    assert len(await made.of_chat(chat({"role": "user", "content": "x" * 100}))) > 100
-    assert ran == []
-    assert len(await made.of_chat(chat({"role": "user", "content": "x" * prompts.LONG}))) > prompts.LONG
-    assert ran == ["render", "tokens"]
+    dues: dict[int, list[str]] = {100: [], prompts.LONG: ["render", "tokens"]}
+    for size, due in dues.items():
+        text = await made.text_of_chat(chat({"role": "user", "content": "x" * size}))
+        assert len(await made.of_text(text)) > size
+        assert ran == due
     assert len(await made.of_prediction(Prediction("content", "x" * 100))) == 100
     assert len(await made.of_prediction(Prediction("content", "x" * prompts.LONG))) == prompts.LONG
     assert len(await made.of_piece("x" * prompts.LONG, add=False, parse=False)) == prompts.LONG

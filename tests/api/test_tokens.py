@@ -14,6 +14,7 @@ from api.app import create_app
 from tests.api.asgi import call, post
 from tests.api.fake import BOS, END, INFO, START, FakeEngine, site_of
 from tests.api.test_refusals import VALUES
+from tests.api.test_tools import QWEN, WEATHER
 
 HELLO = [{"role": "user", "content": "hi"}]
 CHAT_OF_HELLO = [START, *b"user\nhi", END, *b"\n", START, *b"assistant\n"]
@@ -160,29 +161,57 @@ MESSAGES = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+CALLED = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "add_generation_prompt": st.booleans(),
+    "continue_final_message": st.booleans(),
+    "tools": st.sampled_from([[], [WEATHER], [WEATHER, WEATHER], [{"type": "function"}]]),
+    "tool_choice": st.sampled_from(
+        ["auto", "none", "required", "maybe", {"type": "function", "function": {"name": "weather"}}]
+    ),
+    "parallel_tool_calls": st.booleans(),
+    "enable_thinking": st.booleans(),
+    "reasoning_effort": st.sampled_from(["none", "high"]),
+    "reasoning_budget": st.sampled_from([0, 5]),
+    "reasoning_format": st.sampled_from(["none", "auto"]),
+    "chat_template_kwargs": st.sampled_from([{"enable_thinking": False}, {"x": 1}]),
+    "json_schema": st.just({"type": "object"}),
+    "response_format": st.sampled_from([{"type": "json_object"}, {"type": "structural_tag"}]),
+}
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     messages=MESSAGES,
-    fields=st.fixed_dictionaries(
-        {}, optional={"add_generation_prompt": st.booleans(), "continue_final_message": st.booleans()}
-    ),
+    called=st.booleans(),
+    fields=st.fixed_dictionaries({}, optional=FIELDS),
     begins=st.booleans(),
+    template=st.sampled_from([None, QWEN]),
 )
-async def test_all_agree_on_the_tokens(messages: Any, fields: dict[str, bool], begins: bool) -> None:
-    """What a completion reads is what render, tokenize and apply-template tell."""
-    engine = FakeEngine(info=msgspec.structs.replace(INFO, bos_added=begins))
+async def test_all_agree_on_the_tokens(
+    messages: Any, called: bool, fields: dict[str, Any], begins: bool, template: str | None
+) -> None:
+    """What a chat reads is what render, tokenize and apply-template tell, and what they refuse, it refuses."""
+    engine = FakeEngine(info=msgspec.structs.replace(INFO, bos_added=begins, chat_template=template))
+    engine.request_limit = 8192
     app = create_app(site_of(engine))
+    if called:
+        messages = [*messages, {"role": "assistant", "tool_calls": [CALLED]}, {"role": "tool", "content": "sunny"}]
     body = {"messages": messages, **fields}
     answer = await post(app, "/v1/chat/completions", {**body, "max_tokens": 1})
     others = [await post(app, path, body) for path in ("/v1/chat/completions/render", "/tokenize", "/apply-template")]
     assert {other.status for other in others} == {answer.status}
-    if answer.status == 200:
-        (request,) = engine.requests
-        rendered, counted, shown = (other.json for other in others)
-        assert tuple(rendered["token_ids"]) == tuple(counted["tokens"]) == request.prompt
-        assert answer.json["usage"]["prompt_tokens"] == counted["count"]
-        await post(app, "/completion", {"prompt": shown["prompt"], "n_predict": 1})
-        assert engine.requests[-1].prompt == request.prompt
+    if answer.status != 200:
+        assert all(other.json == answer.json for other in others)
+        return
+    (request,) = engine.requests
+    rendered, counted, shown = (other.json for other in others)
+    assert tuple(rendered["token_ids"]) == tuple(counted["tokens"]) == request.prompt
+    assert answer.json["usage"]["prompt_tokens"] == counted["count"]
+    await post(app, "/completion", {"prompt": shown["prompt"], "n_predict": 1})
+    assert engine.requests[-1].prompt == request.prompt
+    if fields.get("tools") and fields.get("tool_choice") != "none":
+        assert "weather" in shown["prompt"]
 
 
 @pytest.mark.parametrize(
@@ -196,6 +225,9 @@ async def test_all_agree_on_the_tokens(messages: Any, fields: dict[str, bool], b
         ("/tokenize", {"prompt": ["a"]}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
         ("/tokenize", {"messages": HELLO, "chat_template": "chatml"}, "chat_template"),
+        ("/tokenize", {"messages": HELLO, "tools": [{"type": "function"}]}, "tools[0]"),
+        ("/apply-template", {"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
+        ("/v1/chat/completions/render", {"messages": HELLO, "functions": [{"name": "f"}]}, "functions"),
         ("/detokenize", {}, None),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
         ("/detokenize", {"tokens": [260]}, "tokens"),

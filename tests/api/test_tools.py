@@ -86,6 +86,18 @@ async def test_the_same_as_a_stream() -> None:
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+async def test_a_call_without_tags() -> None:
+    bare = '{"name": "weather", "arguments": {"city": "Bern"}}'
+    reply = await ask(speaking(f"</think>{bare}"), tools=[WEATHER])
+    (choice,) = reply["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Bern"}'}
+    other = bare.replace("weather", "another")
+    reply = await ask(speaking(f"</think>{other}"), tools=[WEATHER])
+    assert (reply["choices"][0]["message"]["content"], reply["choices"][0]["finish_reason"]) == (other, "stop")
+
+
 async def test_a_call_alone_has_no_content() -> None:
     reply = await ask(speaking(f"</think>{CALL}"), tools=[WEATHER])
     assert reply["choices"][0]["message"]["content"] is None
