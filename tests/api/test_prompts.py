@@ -273,8 +273,8 @@ async def test_long_texts_go_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(await made.of_piece("x" * prompts.LONG, add=False, parse=False)) == prompts.LONG
     assert ran == ["render", "tokens", "tokenize", "tokenize"]
     made = prompts_of("<tool_call>{{ messages[0].content }}")
-    await made.of_chat(chat(tools=[{"description": "x" * prompts.LONG}]))
-    await made.of_chat(chat(*[HI] * 1000))
+    await made.text_of_chat(chat(tools=[{"description": "x" * prompts.LONG}]))
+    await made.text_of_chat(chat(*[HI] * 1000))
     assert ran[4:] == ["render", "render"]
 
 
