@@ -50,9 +50,9 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def ratios(rounds: dict[str, list[Run]], name: str, path: str) -> list[float]:
-    """Paceline's figure to that of `name`, round for round."""
+    """Paceline's figure to that of `name`, round for round; nothing for rounds in which that has none."""
     pairs = zip(rounds[PACELINE], rounds[name], strict=False)
-    return [figure(ours, path) / theirs for ours, other in pairs if (theirs := figure(other, path))]
+    return [figure(ours, path) / theirs for ours, other in pairs if (theirs := figure(other, path)) > 0]
 
 
 def best(rounds: dict[str, list[Run]], path: str, *, least: bool = False) -> str:
