@@ -33,8 +33,9 @@ KEPT = 256
 THREADS = 2
 NICE = 10
 """Of these threads: how far they step back where threads have priorities of their own."""
-STACK = 2**26
-"""Bytes: grammars are read recursively."""
+STACK = 2**29
+"""Bytes, reserved and not used: grammars are read recursively, a rule inside of another, and a chain of as many as fit
+a form needs more than 64 MiB."""
 LIMITS = LLParserLimits(verbose_errors=False)
 """The library's own: a million units of work, about 20 ms, for the lexer of a grammar, 200,000 for one mask."""
 

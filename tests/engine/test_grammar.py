@@ -349,6 +349,13 @@ def test_what_is_not_closed_does_not_take_long(text: str) -> None:
         lark_of(f"root ::= {text}")
 
 
+def test_a_chain_of_as_many_rules_as_fit_a_form() -> None:
+    """With too small a stack this would be the process's end."""
+    text = "start: r0\n" + "\n".join(f"r{i:x}:r{i + 1:x}" for i in range(19_000)) + f'\nr{19_000:x}: "a"'
+    assert 2**17 < len(text) < compiler.SIZE
+    assert permitted(grammar(Lark(text)).begin()) == {ord("a")}
+
+
 def test_a_deep_schema_is_refused_before_native_code_sees_it() -> None:
     deep: Any = {"type": "string"}
     for _ in range(DEPTH // 2 - 1):
