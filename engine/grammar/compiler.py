@@ -36,8 +36,9 @@ NICE = 10
 STACK = 2**29
 """Bytes, reserved and not used: grammars are read recursively, a rule inside of another, and a chain of as many as fit
 a form needs more than 64 MiB."""
-LIMITS = LLParserLimits(verbose_errors=False)
-"""The library's own: a million units of work, about 20 ms, for the lexer of a grammar, 200,000 for one mask."""
+LIMITS = LLParserLimits(verbose_errors=False, max_lexer_states=50_000)
+"""The library's own: a million units of work, about 20 ms, for the lexer of a grammar, 200,000 for one mask. But of its
+250,000 states of 1 to 2 kB, which stay with a grammar that is kept, a fifth."""
 
 JSON = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
 """Between the parts of a JSON text stands what llama.cpp's grammars permit: a model cannot lose itself in spaces."""
@@ -51,12 +52,18 @@ class Grammar:
         self.form = form
         self.size = size
         """Tokens of the vocabulary."""
+        self.spent = False
+        """Whether a text failed, as when it took more states than there may be. All texts of a grammar share these, so it
+        must be made anew."""
         self._native = native
         self._ends = ends
 
     def begin(self) -> Matcher:
         """The start of a text. May be called from any thread."""
-        return Matcher(self._native, self._ends)
+        return Matcher(self._native, self._ends, self._spend)
+
+    def _spend(self) -> None:
+        self.spent = True
 
 
 class Grammars:
@@ -99,9 +106,13 @@ class Grammars:
 
     def _known(self, key: bytes) -> Grammar | None:
         with self._lock:
-            if key in self._kept:
+            known = self._kept.get(key)
+            if known is not None and known.spent:
+                del self._kept[key]
+                known = None
+            elif known is not None:
                 self._kept.move_to_end(key)
-            return self._kept.get(key)
+            return known
 
     # ── on a worker thread ──
 

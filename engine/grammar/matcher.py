@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
@@ -22,13 +22,15 @@ ASTRAY = 4
 class Matcher:
     """A function of the tokens it took, so nothing ever needs to be taken back. Belongs to the engine thread."""
 
-    def __init__(self, start: LLMatcher, ends: frozenset[int]) -> None:
-        """`start` is where texts begin, and stays there; `ends` are the tokens that end a text."""
+    def __init__(self, start: LLMatcher, ends: frozenset[int], failed: Callable[[], None] = lambda: None) -> None:
+        """`start` is where texts begin, and stays there; `ends` are the tokens that end a text. `failed` is called when
+        the grammar cannot be followed further."""
         self.native = start.deep_copy()
         self._start = start
         self._taken: list[int] = []
         self._recovered = 0
         self._ends = ends
+        self._failed = failed
 
     def take(self, token: int) -> None:
         """The text goes on with `token`, which a mask permitted and which does not end it. Raises GrammarError if
@@ -54,6 +56,7 @@ class Matcher:
     def check(self) -> None:
         """Raises GrammarError if the grammar turned out to be too complex to follow."""
         if self.native.is_error():
+            self._failed()
             raise GrammarError(self.native.get_error().partition("\n")[0])
 
     @property

@@ -447,3 +447,17 @@ def test_matchers_do_not_know_of_each_other() -> None:
     assert permitted(one) == {ord("b")}
     with pytest.raises(GrammarError):
         one.take(ord("a"))
+
+
+async def test_a_grammar_whose_states_are_spent_is_made_anew() -> None:
+    made = Grammars(ASCII)
+    form = Regex("[ab]{3}")
+    first = await made.compile(form)
+    assert await made.compile(form) is first
+    (wrong,) = ASCII.tokenize("c", special=False)
+    with pytest.raises(GrammarError):
+        first.begin().take(wrong)
+    second = await made.compile(form)
+    assert second is not first
+    assert await made.compile(form) is second
+    made.close()
