@@ -53,7 +53,7 @@ class Grammar:
         self.size = size
         """Tokens of the vocabulary."""
         self.spent = False
-        """Whether a text failed, as when it took more states than there may be. All texts of a grammar share these, so it
+        """Whether a text failed, as when it took more states than there may be. All texts of a grammar share these: it
         must be made anew."""
         self._native = native
         self._ends = ends
