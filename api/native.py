@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from msgspec import UNSET
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from api.completions import Choices, asked_of
+from api.completions import Choices, asked_of, check_count
 from api.constraints import constraint_of, grammar_of
 from api.exchange import exchange_of
 from api.logprobs import LEAST
@@ -39,6 +40,7 @@ class Native:
         _check(asked, served)
         _spell_out(asked, served.engine.vocab)
         constraint = constraint_of(asked)
+        check_count(served, len(asked.prompts), asked.n or 1)
         choices = Choices(
             served,
             exchange_of(request.scope),
@@ -88,6 +90,7 @@ async def _tokens_of(served: Served, prompt: str | Pieces) -> tuple[int, ...]:
         if isinstance(piece, int):
             tokens.append(piece)
         else:
+            await asyncio.sleep(0)  # others go on between two
             tokens += await served.prompts.of_piece(piece, add=index == 0, parse=True)
     return tuple(tokens)
 

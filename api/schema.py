@@ -101,7 +101,7 @@ class Completion(Struct, kw_only=True):
     dry_sequence_breakers: list[str] | None = None
     xtc_probability: float | None = None
     xtc_threshold: float | None = None
-    logit_bias: dict[str, float] | list[tuple[int | str, float | bool]] | None = None
+    logit_bias: dict[str, float] | Annotated[list[tuple[int | str, float | bool]], Meta(max_length=2**16)] | None = None
 
     response_format: ResponseFormat | None = None
     grammar: str | None = None

@@ -310,6 +310,19 @@ async def test_refusals(app: ASGIApp, engine: FakeEngine, body: dict[str, Any], 
     assert engine.log == []
 
 
+async def test_too_much_is_refused_before_it_is_read(
+    app: ASGIApp, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.vocab, "tokenize", None)
+    bodies = {
+        "n": {"prompt": ["a"] * 100, "n_cmpl": 3},
+        "logit_bias": {"prompt": "x", "logit_bias": [[1, 0.5]] * (2**16 + 1)},
+    }
+    for param, body in bodies.items():
+        answer = await post(app, PATH, body)
+        assert (answer.status, answer.json["error"]["param"]) == (400, param)
+
+
 async def test_what_a_context_that_forgets_keeps_is_the_servers(engine: FakeEngine) -> None:
     app = create_app(site_of(engine, options={"batch": {"context_shift": True, "keep": 8}}))
     assert (await post(app, PATH, {"prompt": "x", "n_keep": 8, "n_discard": 0})).status == 200
