@@ -147,13 +147,14 @@ class StepCost:
 
         Beside streams the step may take `step_seconds`. If that is 0, prompts get as much time as the streams, which
         so keep half their speed; and where several read for each that streams, `readers`, so many times as much: few
-        must not hold up many. With no stream running the step may take `idle_step_seconds`.
+        must not hold up many. But never more than `idle_step_seconds`, which the step may take with no stream running.
         """
         if decode_rows and self._mixed >= REFRESH:
             return 0
         if decode_rows:
             alone = self.decode_seconds(decode_rows, cells)
-            budget = max(step_seconds - alone, 0.0) if step_seconds else alone * max(1.0, readers)
+            equal = min(alone * max(1.0, readers), idle_step_seconds)
+            budget = max(step_seconds - alone, 0.0) if step_seconds else equal
             rows = self._shaped(decode_rows, _fit(budget, self._beside or self._alone))
             rows = min(rows, GROWTH * self._last_beside)
         else:

@@ -378,3 +378,4 @@ def test_few_streams_do_not_hold_up_many_readers() -> None:
     assert cost.prompt_rows(4, 0.0, 0.5) == cost.prompt_rows(4, 0.0, 0.5, readers=0.25) == 4
     assert cost.prompt_rows(1, 0.0, 0.5, readers=7.0) > 6
     assert cost.prompt_rows(1, 0.02, 0.5, readers=7.0) == cost.prompt_rows(1, 0.02, 0.5)
+    assert cost.prompt_rows(1, 0.0, 0.03, readers=7.0) == 3
