@@ -11,6 +11,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -34,6 +35,20 @@ def spread(values: Sequence[float], scale: float = 1000.0) -> dict[str, float]:
         return {}
     figures = {"p50": median(values), "p90": percentile(values, 0.9), "p99": percentile(values, 0.99)}
     return {name: round(scale * value, 3) for name, value in (figures | {"max": max(values)}).items()}
+
+
+def figure(of: Mapping[str, Any], path: str) -> float:
+    """A figure of one round, `path` with a dot for each table that it lies in; not a number if there is none."""
+    value: Any = of
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def ratios(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], path: str) -> list[float]:
+    """Our figure to theirs, round for round; nothing for rounds in which they have none."""
+    pairs = zip(ours, theirs, strict=False)
+    return [figure(one, path) / divisor for one, other in pairs if (divisor := figure(other, path)) > 0]
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

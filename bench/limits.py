@@ -8,15 +8,11 @@ neither computes nor waits for a core it waits for Python's lock. The client is 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
-import time
 from typing import Any
 
-import uvloop
-
 from bench.figures import save, show
-from bench.load import closed_loop, report
+from bench.load import closed_loop, measured
 from bench.server import QUEUED, Server, free_port, running
 from bench.workloads import story
 
@@ -36,15 +32,12 @@ def engine_thread(server: Server) -> int:
 
 def client(port: int, clients: int, count: int, tokens: int, words: int) -> dict[str, Any]:
     """All requests from so many clients."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        begun, cpu = time.perf_counter(), time.process_time()
-        outcomes = runner.run(closed_loop(port, clients, [[story(number, tokens, words)] for number in range(count)]))
-        seconds = time.perf_counter() - begun
-    figures = report(outcomes, seconds, time.process_time() - cpu)
-    return {**figures, "seconds": seconds, "events": sum(len(outcome.arrivals) for outcome in outcomes)}
+    sessions = [[story(number, tokens, words)] for number in range(count)]
+    figures, outcomes = measured(closed_loop(port, clients, sessions))
+    return {**figures, "events": sum(len(outcome.arrivals) for outcome in outcomes)}
 
 
-def measured(server: Server, slots: int, options: argparse.Namespace) -> dict[str, Any]:
+def shares(server: Server, slots: int, options: argparse.Namespace) -> dict[str, Any]:
     """One run, with what the server's threads computed."""
     client(server.port, slots, slots, 8, options.words)
     before, queued, whole = server.thread_seconds(), server.thread_seconds(QUEUED), server.cpu_seconds()
@@ -71,7 +64,7 @@ def run(slots: int, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of a server with so many slots. Raises RuntimeError if it does not start."""
     port = free_port()
     with running(command(port, slots, options.cost, options.accept, options.more), port, 60) as server:
-        return measured(server, slots, options)
+        return shares(server, slots, options)
 
 
 def main() -> None:

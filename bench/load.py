@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import uvloop
@@ -83,16 +83,26 @@ def report(
     }
 
 
-async def run(options: argparse.Namespace) -> dict[str, Any]:
+def measured(
+    asking: Coroutine[Any, Any, list[Outcome]], limits: tuple[float, float] = GOOD
+) -> tuple[dict[str, Any], list[Outcome]]:
+    """Asks, on an event loop of its own: the figures of that, its seconds among them, and what came of each request."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        begun, cpu = time.perf_counter(), time.process_time()
+        outcomes = runner.run(asking)
+        seconds, spent = time.perf_counter() - begun, time.process_time() - cpu
+    return {**report(outcomes, seconds, spent, limits), "seconds": seconds}, outcomes
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Warms the server up with one session, then measures the next ones."""
     warm, *sessions = workload(options.workload, 1 + options.sessions, options.tokens)
-    await play(options.port, warm)
-    begun, cpu = time.perf_counter(), time.process_time()
+    measured(play(options.port, warm))
     if options.rate:
-        outcomes = await open_loop(options.port, options.rate, sessions)
+        asking = open_loop(options.port, options.rate, sessions)
     else:
-        outcomes = await closed_loop(options.port, options.clients, sessions)
-    return report(outcomes, time.perf_counter() - begun, time.process_time() - cpu, options.good)
+        asking = closed_loop(options.port, options.clients, sessions)
+    return measured(asking, options.good)[0]
 
 
 def main() -> None:
@@ -114,8 +124,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.sessions = min(options.sessions, 10_000)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        figures = runner.run(run(options))
+    figures = run(options)
     rows = [[name, *(value.values() if isinstance(value, dict) else [value])] for name, value in figures.items()]
     show(f"load, {options.workload}", ["", "p50 or value", "p90", "p99", "max"], rows)
     save("load", figures)

@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from bench.figures import OUT, markdown, plot
+from bench.example import EXAMPLE
+from bench.figures import OUT, figure, markdown, plot, ratios
 from bench.peers import PACELINE
 
 Run = dict[str, Any]
@@ -34,25 +35,11 @@ def read(folder: Path) -> dict[str, Run]:
     return runs
 
 
-def figure(of: Run, path: str) -> float:
-    """A figure of a round, `path` with a dot for each table; not a number where there is none."""
-    value: Any = of
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return float(value) if isinstance(value, int | float) else float("nan")
-
-
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """The median, and the least and the greatest."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
-
-
-def ratios(rounds: dict[str, list[Run]], name: str, path: str) -> list[float]:
-    """Paceline's figure to that of `name`, round for round; nothing for rounds in which that has none."""
-    pairs = zip(rounds[PACELINE], rounds[name], strict=False)
-    return [figure(ours, path) / theirs for ours, other in pairs if (theirs := figure(other, path)) > 0]
 
 
 def best(rounds: dict[str, list[Run]], path: str, *, least: bool = False) -> str:
@@ -77,11 +64,15 @@ def versus(run: Run, name: str) -> str:
             if not runs:
                 continue
             speeds, late = [figure(of, "tokens_per_second") for of in runs], [figure(of, "gap_ms.p99") for of in runs]
-            share = ratios(rounds, who, "tokens_per_second")
+            share = ratios(rounds[PACELINE], runs, "tokens_per_second")
             row = [clients, who, spread(speeds, 1), spread(share)]
             if who != BOUND:
                 gaps.setdefault(who, []).append((int(clients), median(late)))
-                row += [spread(late, 0), spread(ratios(rounds, who, "gap_ms.p99")), figure(runs[-1], "resident_mib")]
+                row += [
+                    spread(late, 0),
+                    spread(ratios(rounds[PACELINE], runs, "gap_ms.p99")),
+                    figure(runs[-1], "resident_mib"),
+                ]
             rows.append(row + [""] * (7 - len(row)))
             lines.setdefault(who, []).append((int(clients), median(speeds)))
     plot(f"{name}_speed", "tokens a second", "clients", "tokens a second", lines)
@@ -101,7 +92,7 @@ def stall(run: Run, name: str) -> str:
             who,
             spread([figure(of, medians) for of in runs], 0),
             spread([figure(of, largest) for of in runs], 0),
-            spread(ratios(rounds, who, largest)),
+            spread(ratios(rounds[PACELINE], runs, largest)),
             spread([figure(of, "prompt_seconds") for of in runs], 1),
         ]
         for who, runs in rounds.items()
@@ -178,8 +169,11 @@ def headline(runs: dict[str, Run]) -> str:
 
 
 def _against(what: str, rounds: dict[str, list[Run]], path: str, *, least: bool) -> list[list[object]]:
-    names = (best(rounds, path, least=least), "llama-cpp-python", BOUND)
-    cells = [spread(found) if name in rounds and (found := ratios(rounds, name, path)) else "" for name in names]
+    names = (best(rounds, path, least=least), EXAMPLE, BOUND)
+    cells = [
+        spread(found) if name in rounds and (found := ratios(rounds[PACELINE], rounds[name], path)) else ""
+        for name in names
+    ]
     return [[what, *cells]] if any(cells) else []
 
 

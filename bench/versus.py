@@ -21,14 +21,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import uvloop
 from msgspec import Struct
 from rich.progress import Progress
 
 from bench.client import Outcome
 from bench.example import EXAMPLE, adapted, example_server
-from bench.figures import save, show
-from bench.load import GOOD, closed_loop, report
+from bench.figures import figure, ratios, save, show
+from bench.load import closed_loop, measured
 from bench.models import SOURCES, Refused
 from bench.peers import MODES, PACELINE, TUNED, Settings, started
 from bench.scenarios import long_prompt
@@ -42,6 +41,9 @@ CONTENDERS = (PACELINE, *MODES, *TUNED, EXAMPLE)
 
 Rounds = dict[str, list[dict[str, Any]]]
 """By contender the figures of each round."""
+
+
+SPEED = "tokens_per_second"
 
 
 class Field(Struct):
@@ -60,6 +62,10 @@ class Field(Struct):
         """What it is asked."""
         return [Asked(asked.path, adapted(asked.body, self.ends_for(name))) for asked in session]
 
+    def order(self, number: int) -> list[str]:
+        """Who comes after whom in a round: it alternates."""
+        return [*self.names] if number % 2 == 0 else [*self.names][::-1]
+
     def ends_for(self, name: str) -> tuple[int, ...]:
         """The end tokens for who must be told them."""
         return self.ends if name == EXAMPLE else ()
@@ -67,14 +73,11 @@ class Field(Struct):
 
 def run(server: Server, sessions: Sequence[Session], clients: int) -> tuple[dict[str, Any], list[Outcome]]:
     """One turn. Raises RuntimeError if a request failed."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        begun, cpu, own = time.perf_counter(), server.cpu_seconds(), time.process_time()
-        outcomes = runner.run(closed_loop(server.port, clients, sessions))
-        seconds = time.perf_counter() - begun
+    cpu = server.cpu_seconds()
+    figures, outcomes = measured(closed_loop(server.port, clients, sessions))
     for outcome in outcomes:
         if outcome.failed:
             raise RuntimeError(f"a request failed ({outcome.status}): {outcome.error}")
-    figures = report(outcomes, seconds, time.process_time() - own, GOOD)
     figures["server_cpu_seconds"] = server.cpu_seconds() - cpu
     figures["resident_mib"] = server.resident() / 2**20
     return figures, outcomes
@@ -109,14 +112,14 @@ def throughput(field: Field, options: argparse.Namespace) -> dict[int, Rounds]:
             for number in range(options.rounds):
                 sessions = workload(options.workload, each, options.tokens, skip=asked)
                 asked += each
-                measured = step_costs(_config(field.settings), lambda share: None) if options.bound else None
-                for name in field.names if number % 2 == 0 else [*field.names][::-1]:
+                costs = step_costs(_config(field.settings), lambda share: None) if options.bound else None
+                for name in field.order(number):
                     progress.update(bar, description=f"{clients} clients, {name}")
                     adapted_to = [field.adapt(name, session) for session in sessions]
                     figures, outcomes = run(servers[name], adapted_to, clients)
                     rounds[name].append(figures)
-                    if measured is not None and name == PACELINE:
-                        rounds["bound"].append({"tokens_per_second": bound(measured, outcomes, clients)})
+                    if costs is not None and name == PACELINE:
+                        rounds["bound"].append({SPEED: bound(costs, outcomes, clients)})
                     progress.advance(bar)
                 keep(options, field, cells)
     return cells
@@ -136,25 +139,12 @@ def keep(options: argparse.Namespace, field: Field, cells: object) -> None:
     save(options.name, {**about, "options": told, "cells": cells}, quiet=True)
 
 
-def middle(rounds: Sequence[dict[str, Any]], path: Sequence[str]) -> float:
-    """The median over rounds of a figure, which may lie in a table of figures; not a number where nobody has it."""
-    values = []
-    for figures in rounds:
-        value: Any = figures
-        for name in path:
-            value = value.get(name, {}) if isinstance(value, dict) else {}
-        if isinstance(value, int | float):
-            values.append(float(value))
-    return median(values) if values else float("nan")
+def middle(rounds: Sequence[dict[str, Any]], path: str) -> float:
+    """The median over rounds of a figure; not a number if there is none."""
+    return median(figure(of, path) for of in rounds)
 
 
-def ratio(rounds: Rounds, name: str, path: Sequence[str]) -> float:
-    """Paceline's figure to that of `name`: the median over the rounds."""
-    pairs = zip(rounds[PACELINE], rounds[name], strict=True)
-    return median(middle([ours], path) / middle([theirs], path) for ours, theirs in pairs)
-
-
-SPEED, GAP, FIRST = ("tokens_per_second",), ("gap_ms", "p99"), ("ttft_ms", "p50")
+PATHS = ("gap_ms.p50", "gap_ms.p99", "ttft_ms.p50", "server_cpu_seconds", "resident_mib")
 COLUMNS = ("clients", "", "tokens/s", "of Paceline's", "gap p50 ms", "p99 ms", "first text ms", "CPU s", "MiB")
 
 
@@ -164,9 +154,8 @@ def rows(cells: dict[int, Rounds]) -> list[list[object]]:
     for clients, rounds in cells.items():
         for name, of in rounds.items():
             if of:
-                share = 1 / ratio(rounds, name, SPEED)
-                paths = (("gap_ms", "p50"), GAP, FIRST, ("server_cpu_seconds",), ("resident_mib",))
-                table.append([clients, name, middle(of, SPEED), share, *(middle(of, path) for path in paths)])
+                share = 1 / median(ratios(rounds[PACELINE], of, SPEED))
+                table.append([clients, name, middle(of, SPEED), share, *(middle(of, path) for path in PATHS)])
     return table
 
 
@@ -175,12 +164,10 @@ def stall(field: Field, options: argparse.Namespace) -> dict[str, Rounds]:
     cells: dict[str, Rounds] = {"stall": {name: [] for name in field.names}}
     rounds = cells["stall"]
     for number in range(options.rounds):
-        for name in field.names if number % 2 == 0 else [*field.names][::-1]:
+        for name in field.order(number):
             with field.start(name) as server:
-                measured = long_prompt(
-                    server, prompt=options.prompt, change=partial(adapted, ends=field.ends_for(name))
-                )
-                rounds[name].append(asyncio.run(measured))
+                change = partial(adapted, ends=field.ends_for(name))
+                rounds[name].append(asyncio.run(long_prompt(server, prompt=options.prompt, change=change)))
             print(f"round {number + 1}, {name}: {rounds[name][-1]['largest_gap_while_reading_ms']:.0f} ms", flush=True)
         keep(options, field, cells)
     return cells
@@ -190,7 +177,7 @@ def show_stall(rounds: Rounds) -> None:
     """Prints the medians, a contender a line."""
     names = ("median_gap_before_ms", "p99_gap_while_reading_ms", "largest_gap_while_reading_ms", "prompt_seconds")
     table = [
-        [name, *(middle(of, (figure,)) for figure in names), 1 / ratio(rounds, name, (names[2],))]
+        [name, *(middle(of, path) for path in names), 1 / median(ratios(rounds[PACELINE], of, names[2]))]
         for name, of in rounds.items()
     ]
     show(

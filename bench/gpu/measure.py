@@ -20,12 +20,11 @@ import msgspec
 from msgspec import Struct
 
 from bench import overhead, scenarios, step_cost
-from bench.client import closed, stream
 from bench.figures import OUT, save
 from bench.gpu import tables
 from bench.gpu.models import path_of
 from bench.gpu.synthetic import rates
-from bench.load import report
+from bench.load import closed_loop, measured
 from bench.models import FOLDER
 from bench.peers import MODES, PACELINE, Settings, llama_server
 from bench.server import Server, free_port, running, serving
@@ -151,16 +150,9 @@ def share(bench: Bench, cells: Cells) -> None:
 
 def load(server: Server, extent: Extent, slots: int) -> dict[str, Any]:
     """So many clients who each ask twice, after one who warms the server up."""
-
-    async def run() -> dict[str, Any]:
-        send = partial(stream, server.port, "/v1/chat/completions")
-        await send(story(10**6, 4, extent.words).body)
-        begun, cpu = time.perf_counter(), time.process_time()
-        asked = (story(number, extent.tokens, extent.words).body for number in range(2 * slots))
-        outcomes = await closed(slots, asked, send)
-        return report(outcomes, time.perf_counter() - begun, time.process_time() - cpu)
-
-    return asyncio.run(run())
+    measured(closed_loop(server.port, 1, [[story(10**6, 4, extent.words)]]))
+    sessions = [[story(number, extent.tokens, extent.words)] for number in range(2 * slots)]
+    return measured(closed_loop(server.port, slots, sessions))[0]
 
 
 def served(bench: Bench, slots: int) -> Settings:
