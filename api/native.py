@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -85,14 +84,7 @@ async def _tokens_of(served: Served, prompt: str | Pieces) -> tuple[int, ...]:
     """The tokens of a prompt; what the model wants before a text comes before it if it begins with one."""
     if isinstance(prompt, str):
         return await served.prompts.of_text(prompt)
-    tokens: list[int] = []
-    for index, piece in enumerate(prompt):
-        if isinstance(piece, int):
-            tokens.append(piece)
-        else:
-            await asyncio.sleep(0)  # others go on between two
-            tokens += await served.prompts.of_piece(piece, add=index == 0, parse=True)
-    return tuple(tokens)
+    return tuple(await served.prompts.of_pieces(prompt, add=True, parse=True))
 
 
 class Told:

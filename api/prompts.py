@@ -5,9 +5,10 @@ The names that a chat template may use are those that Hugging Face's `apply_chat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio.to_thread
 import msgspec
@@ -19,6 +20,8 @@ from api.schema import ChatRequest, Message, Part, Prediction
 from api.templates import ChatTemplate, TemplateTrouble, compiled, names_of, wanted
 from api.tools import as_text, offered, taught, with_objects
 from engine import ModelInfo, RequestRefused, Vocab
+
+Made = TypeVar("Made")
 
 LONG = 20_000
 """Characters from which on a text is worth a worker thread: some 5 ms of tokenizing."""
@@ -51,9 +54,7 @@ class Prompts:
 
     async def of_text(self, text: str) -> tuple[int, ...]:
         """The tokens of a text, special ones in it recognised. Raises RequestRefused if there are none."""
-        if len(text) < LONG:
-            return self.tokens(text)
-        return await anyio.to_thread.run_sync(self.tokens, text)
+        return await _aside(self.tokens, text)
 
     async def of_prediction(self, prediction: Prediction | None) -> tuple[int, ...]:
         """The tokens of what a client expects, none special; empty if nothing. Raises RequestRefused."""
@@ -61,18 +62,27 @@ class Prompts:
             return ()
         content = prediction.content
         text = content if isinstance(content, str) else "".join(_texts(content, "prediction.content"))
-        tokenize = partial(self._vocab.tokenize, text, special=False)
-        return tuple(tokenize() if len(text) < LONG else await anyio.to_thread.run_sync(tokenize))
+        return tuple(await _aside(partial(self._vocab.tokenize, special=False), text))
 
     async def of_piece(self, text: str, *, add: bool, parse: bool) -> list[int]:
         """The tokens of any text, also of none: `add` what the model wants before and after a text, `parse` the
         names of special tokens in it."""
-        tokenize = partial(self._vocab.tokenize, text, special=parse)
-        tokens = tokenize() if len(text) < LONG else await anyio.to_thread.run_sync(tokenize)
-        before, after = ([token] if token >= 0 else [] for token in self._vocab.added)
+        tokens = await _aside(partial(self._vocab.tokenize, special=parse), text)
         if add and not parse:
+            before, after = ([token] if token >= 0 else [] for token in self._vocab.added)
             return [*before, *tokens, *after]
-        return tokens if add or not parse else tokens[len(before) : len(tokens) - len(after)]
+        return tokens if add or not parse else self._stripped(tokens)
+
+    async def of_pieces(self, pieces: Sequence[str | int], *, add: bool, parse: bool) -> list[int]:
+        """The tokens of texts and tokens by turns; what the model wants around a text goes around the first piece."""
+        tokens: list[int] = []
+        for index, piece in enumerate(pieces):
+            if isinstance(piece, int):
+                tokens.append(piece)
+            else:
+                await asyncio.sleep(0)  # others go on between two
+                tokens += await self.of_piece(piece, add=add and index == 0, parse=parse)
+        return tokens
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text that tokens stand for."""
@@ -172,7 +182,10 @@ class Prompts:
 
     def _bare(self, text: str) -> list[int]:
         """The tokens of `text` without those that the model wants around a text."""
-        tokens = self._vocab.tokenize(text, special=True)
+        return self._stripped(self._vocab.tokenize(text, special=True))
+
+    def _stripped(self, tokens: list[int]) -> list[int]:
+        """`tokens` without those that the model wants around a text."""
         before, after = self._vocab.added
         start = int(bool(tokens) and tokens[0] == before)
         return tokens[start : len(tokens) - int(len(tokens) > start and tokens[-1] == after)]
@@ -234,6 +247,11 @@ class Prompts:
         else:
             fields["content"] = message.content or ""
         return fields
+
+
+async def _aside(function: Callable[[str], Made], text: str) -> Made:
+    """What `function` makes of `text`, on a worker thread if that is long."""
+    return function(text) if len(text) < LONG else await anyio.to_thread.run_sync(function, text)
 
 
 def _mark(message: dict[str, Any]) -> None:

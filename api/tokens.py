@@ -157,14 +157,8 @@ def _counted(served: Served, tokens: tuple[int, ...], spelled: bool | None) -> C
 async def _pieces(served: Served, asked: PiecesRequest) -> PiecesReply:
     """The tokens of a text, or of texts and tokens by turns: what the model adds goes around the first piece."""
     pieces = [asked.content] if isinstance(asked.content, str) else asked.content
-    parse = asked.parse_special is not False
-    tokens: list[int] = []
-    for index, piece in enumerate(pieces):
-        if isinstance(piece, int):
-            tokens.append(piece)
-        else:
-            add = bool(asked.add_special) and index == 0
-            tokens += await served.prompts.of_piece(piece, add=add, parse=parse)
+    add, parse = bool(asked.add_special), asked.parse_special is not False
+    tokens = await served.prompts.of_pieces(pieces, add=add, parse=parse)
     if not asked.with_pieces:
         return PiecesReply(tokens)
     size = served.engine.vocab.size
