@@ -53,11 +53,8 @@ class TextStream:
         >>> stream.feed(b"NDless").text, stream.stopped_by
         ('', 'END')
         """
-        if not self._stops and not self._spans:  # nothing is held back, and whole characters need not be
-            try:
-                return Shown(piece.decode(), 1)
-            except UnicodeDecodeError:
-                pass
+        if (text := self.whole(piece)) is not None:
+            return Shown(text, 1)
         if self.stopped_by is not None:
             return Shown("", 0)
         start = self._decoded

@@ -149,11 +149,15 @@ def _of_schema(schema: Schema, tokens: LLTokenizer) -> LLMatcher:
     def complaint(changed: Schema) -> str:
         return LLMatcher.validate_grammar(_json(changed), tokens, limits=LIMITS)
 
-    if said := complaint(schema):
-        pointer = blamed(schema, said, complaint)
-        where = f" at {pointer}" if pointer else ""
-        raise GrammarError(f"The schema cannot be followed{where}: {_first_line(said)}", pointer)
-    return _matcher(_json(schema), tokens, "The schema")
+    source = _json(schema)
+    try:
+        return _matcher(source, tokens, "The schema")
+    except GrammarError:
+        if not (said := complaint(schema)):
+            raise
+    pointer = blamed(schema, said, complaint)
+    where = f" at {pointer}" if pointer else ""
+    raise GrammarError(f"The schema cannot be followed{where}: {_first_line(said)}", pointer)
 
 
 def _matcher(source: str, tokens: LLTokenizer, kind: str) -> LLMatcher:

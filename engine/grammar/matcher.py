@@ -22,7 +22,7 @@ ASTRAY = 4
 class Matcher:
     """A function of the tokens it took, so nothing ever needs to be taken back. Belongs to the engine thread."""
 
-    def __init__(self, start: LLMatcher, ends: frozenset[int], failed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, start: LLMatcher, ends: frozenset[int], failed: Callable[[], None]) -> None:
         """`start` is where texts begin, and stays there; `ends` are the tokens that end a text. `failed` is called when
         the grammar cannot be followed further."""
         self.native = start.deep_copy()

@@ -50,4 +50,9 @@ def cells(free: Mapping[str, int], needed: Mapping[str, Need], reserve: int, mos
         if left < LEAST * need.cell:
             raise TooLittle(f"{device} has {free[device] / 2**20:.0f} MiB free, too little for any context")
         count = min(count, left / need.cell)
+    return rounded(count)
+
+
+def rounded(count: float) -> int:
+    """So many cells or a little less, as the library's contexts have them."""
     return max(LEAST, int(count) // LEAST * LEAST)

@@ -196,7 +196,7 @@ def _fitting(config: EngineConfig, model: Any, trained: int, params_of: Callable
         found = fit.cells(library.free_memory(), needed, reserve, config.batch.slots * trained)
     except (fit.TooLittle, OSError) as reason:
         raise ModelError(f"cannot fit {config.model.path}: {reason}") from None
-    return max(fit.LEAST, int(share * found) // fit.LEAST * fit.LEAST)
+    return fit.rounded(share * found)
 
 
 PIECES, PIECE = 64, 2**20
