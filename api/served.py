@@ -104,10 +104,7 @@ class Served:
         self.name = options.server.alias or file.stem
         self.created = int(time.time())
         self.prompts = Prompts(info, engine.vocab, options.chat)
-        profile = options.model
-        identity = f"{VERSION} {info.digest} {info.build} {info.exact} {profile.flash_attention}"
-        identity += f" {profile.cache_type_k} {profile.cache_type_v}"
-        self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10]
+        self.fingerprint = "fp_" + hashlib.sha256(f"{VERSION} {info.layout}".encode()).hexdigest()[:10]
         self._names = {self.name, file.name, file.stem, info.path}
 
     @property

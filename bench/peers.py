@@ -51,14 +51,15 @@ MODES = {"llama-server-unified": ("--kv-unified",), "llama-server-split": ("--no
 """llama-server's two ways to keep cells: one pool for all slots, or an equal part of the context for each."""
 
 TUNED = {
+    "llama-server-flash": (*MODES["llama-server-unified"], "-fa", "on", "-ctv", "bf16"),
     "llama-server-b256": (*MODES["llama-server-unified"], "-b", "256"),
     "llama-server-ngram-mod": (
         *MODES["llama-server-unified"],
         *("--spec-type", "ngram-mod", "--spec-ngram-mod-n-match", "16", "--spec-ngram-mod-n-min", "4"),
     ),
 }
-"""The same pool with what helps it most: small batches against stalls, drafts long enough to pay and short enough to
-come about."""
+"""The same pool with what helps it most: flash attention with many slots, small batches against stalls, drafts long
+enough to pay and short enough to come about."""
 
 CONTENDERS = (PACELINE, *MODES)
 

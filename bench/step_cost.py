@@ -1,7 +1,8 @@
 """What one step costs: milliseconds by rows, by cells that are resident beside them, and by cells they look at.
 
 Decode rows belong to one sequence each, as in continuous batching; prompt rows all to one, which has nothing before
-them, or has all the resident cells before them.
+them, or has all the resident cells before them. With `--streams` instead: a row for each of so many sequences, each
+with `--own` cells behind it.
 """
 
 from __future__ import annotations
@@ -71,31 +72,48 @@ def measure(
     return figures
 
 
+def streams(context: Context, count: int, own: int, repeats: int) -> float:
+    """Median milliseconds of a row where each of `count` sequences has one, behind `own` cells."""
+    for seq in range(count):
+        fill(context, seq, own)
+    parts = [(seq, 1) for seq in range(count)]
+    return round(1000 * median([seconds(context, parts) for _ in range(repeats + 1)][1:]) / count, 2)
+
+
 def main() -> None:
-    """Prints three tables and writes `step_cost.json`."""
+    """Prints three tables, or one figure, and writes `step_cost.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
-    parser.add_argument("-fa", "--flash-attn", choices=["auto", "on", "off"], default="auto", help="flash attention")
+    parser.add_argument("-fa", "--flash-attn", choices=["auto", "on", "off"], default="off", help="flash attention")
+    parser.add_argument("-ctv", "--cache-type-v", default="f16", help="type of a cell's values")
     parser.add_argument("--deterministic", action="store_true", help="in the deterministic profile")
     parser.add_argument("--repeats", type=int, default=3, help="measured decodes of each kind; the median counts")
+    parser.add_argument("--streams", type=int, default=0, help="only that: sequences with a row each, 64 at most")
+    parser.add_argument("--own", type=int, default=150, help="cells of each of those sequences")
     options = parser.parse_args()
-    profile = "deterministic" if options.deterministic else f"flash attention {options.flash_attn}"
+    kind = f"flash attention {options.flash_attn}, {options.cache_type_v}"
+    profile = "deterministic" if options.deterministic else kind
     config = EngineConfig.of(
         path=options.model,
         slots=64,
-        context=8192,
+        context=max(8192, options.streams * (options.own + 1)),
         flash_attention=options.flash_attn,
+        cache_type_v=options.cache_type_v,
         deterministic=options.deterministic,
     )
     backend = open_gguf(config, lambda share: None, lambda: True)
     try:
+        if options.streams:
+            row = streams(backend.context, options.streams, options.own, options.repeats)
+            print(f"{options.streams} rows, each behind {options.own} cells: {row} ms each ({profile})")
+            return
         figures = measure(backend.context, options.repeats)
     finally:
         backend.close()
     for kind, table in figures.items():
         rows = [[f"{cells} resident", *by_rows.values()] for cells, by_rows in table.items()]
         show(f"{KINDS[kind]}: milliseconds of a step ({profile})", ["", *map(str, ROWS)], rows)
-    save(f"step_cost_{profile.replace(' ', '_')}", figures)
+    save("step_cost_" + profile.replace(",", "").replace(" ", "_"), figures)
 
 
 if __name__ == "__main__":

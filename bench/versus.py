@@ -1,6 +1,6 @@
 """Paceline, llama-server and llama-cpp-python's example server, side by side: `python -m bench.versus -m model.gguf`.
 
-All servers run all the while, with equal threads, context, slots and flash attention, and take turns: in each round
+All servers run all the while, with equal threads, context and slots, and take turns: in each round
 each is asked the same, and the order alternates. Ratios compare runs of one round; the median of the rounds counts,
 and of llama-server's modes the best one. `python -m bench.peers build` comes first.
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 from rich.progress import Progress
 
 from bench.client import Outcome
@@ -55,7 +55,10 @@ class Field(Struct):
     """The model's end tokens."""
 
     def start(self, name: str) -> AbstractContextManager[Server]:
-        """A contender, served for the length of a block."""
+        """A contender, served for the length of a block. Paceline chooses by itself whether attention is flash
+        attention; of the others one tries it."""
+        if name == PACELINE:
+            return started(name, structs.replace(self.settings, flash_attention="auto"))
         return example_server(self.settings) if name == EXAMPLE else started(name, self.settings)
 
     def adapt(self, name: str, session: Session) -> Session:

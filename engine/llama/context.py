@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from llama_cpp import llama_cpp as native
+from msgspec import structs
 
 from engine.backend import Aborted, Logits, Meanwhile, NativeFault, NoFreeCells, State, nothing
 from engine.batch import Batch
@@ -48,18 +49,26 @@ def native_batch(batch: Batch) -> tuple[Any, Any]:
 SCORES = 2**30
 """Bytes of attention scores that may be kept at once for doing without flash attention."""
 
+MANY = 32
+"""Slots from which on a CPU attends with flash attention, for want of another wish."""
 
-def flash_attention(model: ModelConfig, gpu: bool, scores: int) -> int:
-    """The library's setting for `model.flash_attention`; `scores` are the bytes of a pass's scores without it.
 
-    `auto` is the library's own choice on a GPU. On a CPU it is off, where that needs no more than `SCORES` bytes: the
-    CPU's kernel for fewer than 64 rows visits cells one by one and takes 2.5 to 4 times as long beside 2,000 of them
-    (`python -m bench.step_cost -fa on`). Quantised values need it.
+def settled(model: ModelConfig, slots: int, gpu: bool, scores: int) -> ModelConfig:
+    """`model` with what `auto` means for flash attention; `scores` are the bytes of a pass's scores without it.
+
+    On a GPU it stays the library's own choice. On a CPU few slots do without, if that needs no more than `SCORES`
+    bytes: the CPU's kernel for fewer than 64 rows visits cells one by one and takes 2.5 to 4 times as long beside 2,000
+    of them (`python -m bench.step_cost -fa on`). But it passes over those of other sequences, which every row visits
+    otherwise: 32 rows with 150 cells each take 0.4 to 0.8 of the time (`--streams 32 -fa on -ctv bf16`), least with
+    BF16 values, as F16 ones are summed in F16. Quantised values need it.
     """
     plain = model.cache_type_v in ("f32", "f16", "bf16")
-    if model.flash_attention == "auto" and not gpu and plain and scores <= SCORES:
-        return FLASH_ATTENTION["off"]
-    return FLASH_ATTENTION[model.flash_attention]
+    if model.flash_attention != "auto" or gpu or not plain:
+        return model
+    if slots >= MANY:
+        values = "bf16" if (model.cache_type_k, model.cache_type_v) == ("f16", "f16") else model.cache_type_v
+        return structs.replace(model, cache_type_v=values)
+    return structs.replace(model, flash_attention="off") if scores <= SCORES else model
 
 
 def context_params(model: ModelConfig, batch: BatchConfig, cells: int, threads: int, heads: int, gpu: bool) -> Any:
@@ -73,7 +82,8 @@ def context_params(model: ModelConfig, batch: BatchConfig, cells: int, threads: 
     params.n_outputs_max = min(params.n_batch, max(params.n_seq_max, outputs))
     params.n_threads = threads
     params.n_threads_batch = model.threads_batch if model.threads_batch > 0 else threads
-    params.flash_attn_type = flash_attention(model, gpu, 4 * heads * params.n_ubatch * params.n_ctx)
+    model = settled(model, batch.slots, gpu, 4 * heads * params.n_ubatch * params.n_ctx)
+    params.flash_attn_type = FLASH_ATTENTION[model.flash_attention]
     params.type_k = CACHE_TYPES[model.cache_type_k]
     params.type_v = CACHE_TYPES[model.cache_type_v]
     params.kv_unified = True

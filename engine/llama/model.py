@@ -166,7 +166,7 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     vocab = LlamaVocab(model)
     device = gpu or f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     info = _describe(path, model, vocab, context, device)
-    types = f"{config.model.cache_type_k} {config.model.cache_type_v} {params.flash_attn_type}"
+    types = f"{params.type_k} {params.type_v} {params.flash_attn_type}"
     kind = "exact" if config.model.deterministic else f"moved {config.memory.reuse > 0}"
     layout = f"{info.digest} {info.build} {types} {kind}"
     return LlamaBackend(model, vocab, context, structs.replace(info, layout=layout, exact=config.model.deterministic))

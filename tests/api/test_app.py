@@ -176,18 +176,11 @@ async def test_the_log_tells_what_ended_a_stream(
     assert "error='no luck'" in caplog.text
 
 
-def test_the_fingerprint_is_of_model_build_and_profile() -> None:
-    def fingerprint(digest: str = "a", build: str = "b", *, exact: bool = False, values: str = "f16") -> str:
-        engine = FakeEngine(info=structs.replace(INFO, digest=digest, build=build, exact=exact))
-        site = site_of(engine, options={"model": {"path": INFO.path, "cache_type_v": values}})
-        return site.open.fingerprint
+def test_the_fingerprint_is_of_what_decides_the_logits() -> None:
+    """Of the model, the library, and the types and kernels of its context, which the layout of states names."""
 
-    seen = [
-        fingerprint(),
-        fingerprint("c"),
-        fingerprint(build="c"),
-        fingerprint(exact=True),
-        fingerprint(values="q8_0"),
-    ]
-    assert fingerprint() == seen[0]
-    assert len(set(seen)) == 5
+    def fingerprint(layout: str) -> str:
+        return site_of(FakeEngine(info=structs.replace(INFO, layout=layout))).open.fingerprint
+
+    assert fingerprint("a") == fingerprint("a")
+    assert len({fingerprint("a"), fingerprint("b"), fingerprint("")}) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from engine.backend import Aborted, Context, Logits, NativeFault, NoFreeCells
 from engine.config import EngineConfig
 from engine.contract import EngineFault, ModelError
 from engine.llama import library, open_gguf, open_vocabulary
+from engine.llama.context import SCORES, settled
 from engine.llama.model import LlamaBackend
 from tests.native.conftest import MODEL
 
@@ -221,3 +223,25 @@ def test_a_running_decode_is_aborted_from_another_thread() -> None:
         assert time.perf_counter() - begun < 2.0, "2,000 rows would take several seconds"
     finally:
         backend.close()
+
+
+def test_flash_attention_is_for_many_slots_on_a_cpu() -> None:
+    def chosen(slots: int, gpu: bool = False, scores: int = 0, **given: Any) -> tuple[str, str]:
+        found = settled(EngineConfig.of(path=MODEL, **given).model, slots, gpu, scores)
+        return found.flash_attention, found.cache_type_v
+
+    assert chosen(31) == ("off", "f16")
+    assert chosen(32) == ("auto", "bf16")
+    assert chosen(4, scores=2 * SCORES) == chosen(32, gpu=True) == ("auto", "f16")
+    assert chosen(32, flash_attention="off") == ("off", "f16")
+    assert chosen(32, cache_type_v="q8_0") == ("auto", "q8_0")
+
+
+def test_contexts_whose_attention_differs_differ_in_the_layout_of_states(backend: LlamaBackend) -> None:
+    many = open_gguf(EngineConfig.of(path=MODEL, slots=32, context=512), lambda share: None, lambda: True)
+    try:
+        rows = feed(many.context, 0, 0, many.vocab.tokenize(PROMPT, special=False))
+        assert np.isfinite(rows).all()
+        assert many.info.layout != backend.info.layout
+    finally:
+        many.close()
