@@ -91,6 +91,8 @@ class Lease:
 
     def ready(self, known: int) -> int:
         """How many of `known` tokens can be computed before the next piece is to be loaded, or all to be saved."""
+        if not (self.coming or self.stops):  # as nearly always, and asked for each stream and step
+            return known - self.length
         return min([known, *self.stops[:1], *(coming.start for coming in islice(self.coming, 1))]) - self.length
 
     def stop_at(self, length: int) -> bool:

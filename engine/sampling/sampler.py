@@ -19,7 +19,6 @@ from engine.text import spelling
 
 _COLDEST = 1e-300  # a temperature below would overflow the quotient, and picks no differently
 APART = 2**32  # no request has so many choices
-_highest = np.maximum.reduce
 _LARGEST = 1e30  # bias: more would overflow float32
 _NEVER = np.float32(-np.inf)
 
@@ -99,8 +98,7 @@ class Sampler:
             return token
         if self._apart is None:
             return None
-        second = max(_highest(row[:token], initial=-np.inf), _highest(row[token + 1 :], initial=-np.inf))
-        return token if float(second) < float(peak) + self._apart else None
+        return token if _second(row, token) < float(peak) + self._apart else None
 
     def _drawn(self, found: Candidates, position: int) -> int:
         """The law of `engine.sampling.noise`."""
@@ -162,6 +160,14 @@ class _Bias:
 
 def _ids(tokens: Iterable[int]) -> NDArray[np.intp]:
     return np.array(list(tokens), np.intp)
+
+
+def _second(row: Row, token: int) -> float:
+    """The highest logit of all tokens but one; -inf if there is no other."""
+    if 0 < token < len(row) - 1:
+        before, _, after = np.maximum.reduceat(row, (0, token, token + 1)).tolist()
+        return float(max(before, after))
+    return float(max(row[:token].max(initial=-np.inf), row[token + 1 :].max(initial=-np.inf)))
 
 
 def _apart(params: SamplingParams) -> float | None:
