@@ -36,6 +36,8 @@ def verify(stream: Stream, draft: Sequence[int], rows: Logits, permits: Permits 
 
     def pick(row: int) -> int:
         permitted = None if permits is None else permits(row)
+        if (token := stream.forced) is not None and (permitted is None or permitted[token]):
+            return token
         return stream.sampler.pick(rows[row], stream.tokens, stream.prompt_length, stream.forgotten, permitted)
 
     ids: list[int] = []
