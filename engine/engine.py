@@ -30,7 +30,7 @@ from engine.contract import (
     SpeculatorType,
 )
 from engine.generation import Generation
-from engine.grammar import Form, Grammar, GrammarError, Grammars
+from engine.grammar import Closed, Form, Grammar, GrammarError, Grammars
 from engine.outbox import News
 from engine.pace import Measured
 from engine.runner import SHUTTING_DOWN, Runner
@@ -214,12 +214,16 @@ class Engine:
         """What `Request.grammar` takes; compiled aside, or known from before.
 
         Raises RequestRefused if that cannot be, with the JSON pointer of the keyword to blame as its field if there
-        is one.
+        is one, and what entering a generation raises if the engine is ending.
         """
+        if self._refusal is not None:
+            raise self._refusal()
         try:
             return await self._grammars.compile(form)
         except GrammarError as error:
             raise RequestRefused(str(error), field=error.pointer) from None
+        except Closed:
+            raise Draining from None
 
     def generate(self, request: Request) -> Generation:
         """A continuation of `request.prompt`, which starts when the Generation is entered.
@@ -305,6 +309,7 @@ class Engine:
     async def drain(self, grace: float) -> None:
         """Takes nothing new, gives what runs `grace` seconds to end, and fails the rest with an EngineFault."""
         self._refusal = Draining
+        self._grammars.close()
         try:
             await asyncio.wait_for(self._empty.wait(), grace)
         except TimeoutError:

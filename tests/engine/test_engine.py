@@ -18,11 +18,13 @@ from engine import (
     Finished,
     FinishReason,
     ModelError,
+    Regex,
     Request,
     SamplingParams,
     Tokens,
     Update,
 )
+from engine.grammar import compiler
 from tests.toy import VOCABULARY, ToyBackend, ToyContext, failing, opener
 
 CONFIG = EngineConfig.of(path="toy.gguf", slots=2, queue=4)
@@ -157,6 +159,22 @@ async def test_what_cannot_be_submitted_takes_no_place() -> None:
         updates = await read(engine, Request(prompt=(1,), max_tokens=2, ignore_eos=True))
         assert isinstance(updates[-1], Finished)
         await asyncio.wait_for(engine.drain(20), 20)
+
+
+@pytest.mark.parametrize("drained", [False, True])
+async def test_who_waits_for_a_grammar_is_told_of_the_end(monkeypatch: pytest.MonkeyPatch, drained: bool) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(compiler, "_compiled", lambda form, tokens: go_on.wait(5))
+    async with Engine.open(CONFIG, opener=opener(toy())) as engine:
+        waiting = [asyncio.create_task(engine.compile(Regex(pattern))) for pattern in "aabcd"]
+        await asyncio.sleep(0.01)
+        if drained:
+            await engine.drain(0)
+            with pytest.raises(Draining):
+                await engine.compile(Regex("e"))
+    ends = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(end) for end in ends] == [Draining] * 5
+    go_on.set()
 
 
 async def test_drain_waits_for_what_ends_in_time() -> None:
