@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
+import anyio.to_thread
 import msgspec
 from msgspec import UNSET
 from starlette.requests import Request as HTTPRequest
@@ -19,6 +20,7 @@ from api.logprobs import LEAST
 from api.native_schema import NativeChunk, NativeReply, NativeRequest, Pieces, Progress, TokenProb, TopProb
 from api.replies import Content, TimingsReply, event
 from api.responses import Answer, Emit, EventStream
+from api.schema import BIASES, Bias
 from api.served import Served, Site
 from api.settings import settings_of
 from engine import Finished, FinishReason, Logprob, Request, RequestRefused, Tokens, Update, Vocab
@@ -37,7 +39,7 @@ class Native:
         served = self._site.open
         asked = await asked_of(request, served, _DECODER)
         _check(asked, served)
-        _spell_out(asked, served.engine.vocab)
+        await _spell_out(asked, served.engine.vocab)
         constraint = constraint_of(asked)
         check_count(served, len(asked.prompts), asked.n or 1)
         choices = Choices(
@@ -70,14 +72,24 @@ def _check(asked: NativeRequest, served: Served) -> None:
         asked.cache_salt = uuid4().hex  # nobody else's prefix has it
 
 
-def _spell_out(asked: NativeRequest, vocab: Vocab) -> None:
-    """Biases of texts become those of their tokens."""
-    if isinstance(asked.logit_bias, list):
-        asked.logit_bias = [
-            (each, bias)
-            for token, bias in asked.logit_bias
-            for each in (vocab.tokenize(token, special=False) if isinstance(token, str) else (token,))
-        ]
+async def _spell_out(asked: NativeRequest, vocab: Vocab) -> None:
+    """Biases of texts become those of their tokens. Raises RequestRefused for too much text."""
+    biases = asked.logit_bias
+    if not isinstance(biases, list):
+        return
+    texts = [token for token, _ in biases if isinstance(token, str)]
+    if sum(map(len, texts)) > BIASES:
+        raise RequestRefused(f"The texts in logit_bias have more than {BIASES} characters.", field="logit_bias")
+    if texts:
+        asked.logit_bias = await anyio.to_thread.run_sync(_of_tokens, biases, vocab)
+
+
+def _of_tokens(biases: Sequence[Bias], vocab: Vocab) -> list[Bias]:
+    return [
+        (each, bias)
+        for token, bias in biases
+        for each in (vocab.tokenize(token, special=False) if isinstance(token, str) else (token,))
+    ]
 
 
 async def _tokens_of(served: Served, prompt: str | Pieces) -> tuple[int, ...]:

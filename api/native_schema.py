@@ -53,8 +53,9 @@ class NativeRequest(Completion, kw_only=True):
         """The prompts. A list with a token in it is one prompt, another is one of prompts. Raises RequestRefused."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        numbers = any(isinstance(item, int) for item in self.prompt)
-        if not self.prompt or (numbers and any(isinstance(item, list) for item in self.prompt)):
+        kinds = set(map(type, self.prompt))
+        numbers = int in kinds
+        if not kinds or (numbers and list in kinds):
             raise RequestRefused(
                 "prompt must be a text, a list of texts and token ids, or a list of such prompts, and not empty.",
                 field="prompt",

@@ -314,13 +314,20 @@ async def test_too_much_is_refused_before_it_is_read(
     app: ASGIApp, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.vocab, "tokenize", None)
-    bodies = {
-        "n": {"prompt": ["a"] * 100, "n_cmpl": 3},
-        "logit_bias": {"prompt": "x", "logit_bias": [[1, 0.5]] * (2**16 + 1)},
-    }
-    for param, body in bodies.items():
-        answer = await post(app, PATH, body)
-        assert (answer.status, answer.json["error"]["param"]) == (400, param)
+    biases: list[Any] = [
+        [[1, 0.5]] * (2**16 + 1),
+        [["x" * 2**15, 0.5]] * 3,
+        {str(token): 0.5 for token in range(2**16 + 1)},
+    ]
+    wishes = [{"prompt": ["a"] * 100, "n_cmpl": 3}, *({"prompt": [1], "logit_bias": bias} for bias in biases)]
+    for wish in wishes:
+        answer = await post(app, PATH, wish)
+        assert (answer.status, answer.json["error"]["param"]) == (400, "n" if "n_cmpl" in wish else "logit_bias")
+
+
+async def test_texts_that_come_to_too_many_biases(app: ASGIApp) -> None:
+    answer = await post(app, PATH, {"prompt": "x", "logit_bias": [["€" * 11_000, 0.5]] * 2})
+    assert (answer.status, answer.json["error"]["param"]) == (400, "logit_bias")
 
 
 async def test_what_a_context_that_forgets_keeps_is_the_servers(engine: FakeEngine) -> None:
