@@ -116,6 +116,8 @@ class Engine:
         try:
             engine._opened = await engine._thread.open()
             with closing(Grammars(engine.vocab)) as engine._grammars:
+                if config.model.warmup:
+                    await engine._grammars.warm_up()
                 yield engine
         finally:
             await engine._thread.close()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from functools import partial
 
 import msgspec
@@ -81,6 +82,12 @@ class Grammars:
             return await self._jobs.run(key, partial(self._make, key, form))
         except Late:
             raise GrammarError(f"{_kind(form)} was not compiled within {SECONDS:.0f} seconds.") from None
+
+    async def warm_up(self) -> None:
+        """Compiles a first grammar before streams run: for it the library reads the vocabulary, all the while with
+        Python's lock. Where that takes longer than a request would wait, it goes on meanwhile."""
+        with suppress(GrammarError):
+            await self.compile(JsonObject())
 
     def close(self) -> None:
         """Compiles nothing any more; for those who wait, and for who comes later, that is Closed."""

@@ -21,9 +21,9 @@ DEPTH = 100
 """Levels of nested objects and lists: the library reads no more than 128, and a schema level takes two or three."""
 DIGITS = 10
 """Of an index in a pointer; Python reads no number of thousands."""
-MULTIPLES = 2**19
+MULTIPLES = 2**17
 """What the different `multipleOf` of a schema may add up to, and be multiplied, without the powers of ten in them: the
-library goes through all remainders, in some microseconds and 200 bytes each, and nothing bounds it."""
+library goes through all remainders, in some microseconds and 500 bytes each, and nothing bounds it."""
 SEARCH = 1.0
 """Seconds for which the keyword to blame is looked for."""
 
