@@ -17,13 +17,22 @@ from api.completions import Choices, asked_of, check_count
 from api.constraints import constraint_of, grammar_of
 from api.exchange import exchange_of
 from api.logprobs import LEAST
-from api.native_schema import NativeChunk, NativeReply, NativeRequest, Pieces, Progress, TokenProb, TopProb
+from api.native_schema import (
+    NativeChunk,
+    NativeReply,
+    NativeRequest,
+    Pieces,
+    Progress,
+    PromptProgress,
+    TokenProb,
+    TopProb,
+)
 from api.replies import Content, TimingsReply, event
 from api.responses import Answer, Emit, EventStream
 from api.schema import BIASES, Bias
 from api.served import Served, Site
 from api.settings import settings_of
-from engine import Finished, FinishReason, Logprob, Request, RequestRefused, Tokens, Update, Vocab
+from engine import Finished, FinishReason, Logprob, Reading, Request, RequestRefused, Tokens, Update, Vocab
 
 _DECODER = msgspec.json.Decoder(NativeRequest)
 
@@ -51,6 +60,7 @@ class Native:
             logprobs=asked.n_probs or None,
             prediction=await served.prompts.of_prediction(asked.prediction),
             grammar=await grammar_of(served.engine, constraint),
+            progress=bool(asked.stream and asked.return_progress),
         )
         told = Told(served, asked, choices)
         if asked.stream:
@@ -117,6 +127,8 @@ class Told:
             choice = self._each[index]
             if isinstance(update, Finished):
                 await emit(event(self._shaped(choice.end(update))))
+            elif update.reading is not None:
+                await emit(event(choice.progress(update.reading)))
             else:
                 await emit(event(choice.chunk(update)))
                 self._mind(index)
@@ -190,6 +202,17 @@ class Choice:
         self._ids += update.ids
         self._texts.append(update.text)
         self._probabilities += _probabilities(self._served.engine.vocab, update.logprobs)
+
+    def progress(self, reading: Reading) -> NativeChunk:
+        """An event before it says anything."""
+        return NativeChunk(
+            index=self._index,
+            content="",
+            tokens=(),
+            tokens_predicted=0,
+            tokens_evaluated=len(self._prompt),
+            prompt_progress=PromptProgress.of(reading),
+        )
 
     def chunk(self, update: Tokens) -> NativeChunk:
         """The same, as an event."""

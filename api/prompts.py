@@ -99,7 +99,7 @@ class Prompts:
 
     def text_with_names_of(self, tokens: Sequence[int]) -> str:
         """The text that tokens stand for, special ones by their names."""
-        return b"".join(map(self.spelled, tokens)).decode("utf-8", "replace")
+        return b"".join(each_of(tokens, self.spelled)).decode("utf-8", "replace")
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """What `of_text` returns, computed here and now."""
@@ -252,6 +252,12 @@ class Prompts:
         else:
             fields["content"] = message.content or ""
         return fields
+
+
+def each_of(tokens: Sequence[int], function: Callable[[int], Made]) -> list[Made]:
+    """What `function` makes of each token; it is asked once for those that are equal."""
+    made = {token: function(token) for token in set(tokens)}
+    return [made[token] for token in tokens]
 
 
 async def aside(function: Callable[[Given], Made], given: Given) -> Made:

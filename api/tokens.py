@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from api.bodies import read
 from api.completions import asked_in, asked_of
-from api.prompts import aside
+from api.prompts import Prompts, aside, each_of
 from api.responses import JSONReply
 from api.schema import ChatRequest, Count, decode
 from api.served import Served, Site
@@ -157,7 +157,7 @@ async def _counted(served: Served, tokens: tuple[int, ...], spelled: bool | None
     strings = None
     if spelled:
         _check(served, tokens, "return_token_strs")
-        strings = await aside(lambda tokens: [served.engine.vocab.text(token) for token in tokens], tokens)
+        strings = await aside(partial(each_of, function=served.engine.vocab.text), tokens)
     return CountReply(len(tokens), served.engine.request_limit, list(tokens), strings)
 
 
@@ -172,7 +172,7 @@ async def _pieces(served: Served, asked: PiecesRequest) -> PiecesReply:
     if not asked.with_pieces:
         return PiecesReply(tokens)
     _check(served, tokens, "content")
-    return PiecesReply(await aside(partial(_spelled, served), tokens))
+    return PiecesReply(await aside(partial(each_of, function=partial(_piece, prompts)), tokens))
 
 
 def _check(served: Served, tokens: Sequence[int], field: str) -> None:
@@ -184,12 +184,9 @@ def _check(served: Served, tokens: Sequence[int], field: str) -> None:
         raise RequestRefused(f"These are {len(tokens)} tokens; at most {MOST} are spelled.", field=field)
 
 
-def _spelled(served: Served, tokens: Sequence[int]) -> list[Piece]:
-    return [Piece(token, _text_or_bytes(served.prompts.spelled(token))) for token in tokens]
-
-
-def _text_or_bytes(piece: bytes) -> str | list[int]:
+def _piece(prompts: Prompts, token: int) -> Piece:
+    spelled = prompts.spelled(token)
     try:
-        return piece.decode()
+        return Piece(token, spelled.decode())
     except UnicodeDecodeError:
-        return list(piece)
+        return Piece(token, list(spelled))

@@ -24,6 +24,7 @@ from engine.contract import (
     FinishReason,
     ModelError,
     Overloaded,
+    Reading,
     Request,
     RequestRefused,
     Speculation,
@@ -295,14 +296,16 @@ class Engine:
         self._inbox.put(lambda runner: runner.end(generation.key, reason))
 
     def _deliver(self, items: list[News]) -> None:
-        for key, ids, logprobs, end in items:
+        for key, ids, logprobs, other in items:
             generation = self._open.get(key)
             if generation is None:
                 continue
-            if end is None:
+            if other is None:
                 generation.deliver_tokens(ids, logprobs)
+            elif isinstance(other, Reading):
+                generation.deliver_reading(other)
             else:
-                generation.deliver_end(end)
+                generation.deliver_end(other)
                 del self._open[key]
                 self._wanted.discard(key)
         if not self._open:

@@ -251,6 +251,7 @@ class Runner:
         now = time.perf_counter()
         for rows, first in zip(plan, firsts, strict=True):
             stream = self.running[rows.key]
+            self._outbox.reading(stream.key, stream.reading)
             if stream.behind:
                 continue
             self._emit(stream, logits[first : first + rows.drafts + 1], now)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engine.batch import Batch
-from engine.contract import Finished, FinishReason, Request, Timings, Usage
+from engine.contract import Finished, FinishReason, Reading, Request, Timings, Usage
 from engine.grammar import Want
 from engine.memory import Lease
 from engine.sampling import Budget, Sampler
@@ -171,6 +171,14 @@ class Stream:
         self.cached = max(0, self.prompt_length - self.computed)
         self.moved = min(self.held.moved, self.cached)
         return self.cached
+
+    @property
+    def reading(self) -> Reading | None:
+        """How far its prompt is read; None if nobody asks, or it has gone on from there."""
+        if not self.request.progress or self.first_token is not None:
+            return None
+        known, seconds = min(self.held.length, self.prompt_length), time.perf_counter() - (self.admitted or 0.0)
+        return Reading(self.prompt_length, self.found, known, seconds)
 
     @property
     def done_reading(self) -> FinishReason | None:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from api.app import create_app
 from api.native_schema import NativeRequest
-from engine import EngineFault, Finished, FinishReason, Timings, Usage, derive_seed
+from engine import EngineFault, Finished, FinishReason, Reading, Timings, Usage, derive_seed
 from tests.api.asgi import post
 from tests.api.conftest import Apps
 from tests.api.fake import BOS, INFO, START, FakeEngine, site_of
@@ -245,6 +245,22 @@ async def test_timings_as_it_goes(app: ASGIApp) -> None:
     *chunks, _ = (await post(app, PATH, {"prompt": "x", "stream": True, "timings_per_token": True})).events
     assert [chunk["timings"]["predicted_n"] for chunk in chunks] == [3, 5, 12]
     assert all(chunk["timings"]["predicted_per_second"] > 0 for chunk in chunks[1:])
+
+
+@pytest.mark.parametrize("fields", [{"return_progress": True}, {"return_progress": False}, {}], ids=str)
+async def test_how_far_the_prompt_is_read(app: ASGIApp, engine: FakeEngine, fields: Any) -> None:
+    engine.script = lambda request: [Reading(100, 20, 20, 0.0), 0.005, Reading(100, 20, 60, 0.5004), 0.005, b"ab"]
+    events = (await post(app, PATH, {"prompt": "x", "stream": True, **fields})).events
+    told = [each["prompt_progress"] for each in events if "prompt_progress" in each]
+    assert [each["content"] for each in events] == [*[""] * len(told), "ab", ""]
+    if fields.get("return_progress"):
+        first = {"total": 100, "cache": 20, "processed": 20, "time_ms": 0}
+        assert told == [first, {**first, "processed": 60, "time_ms": 500}]
+        assert events[0]["tokens_evaluated"] == 1
+        assert events[0]["stop"] is False
+    else:
+        assert told == []
+    assert (await post(app, PATH, {"prompt": "x", **fields})).json["content"] == "ab"
 
 
 @pytest.mark.parametrize("stream", [True, False])

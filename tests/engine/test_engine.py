@@ -17,9 +17,12 @@ from engine import (
     EngineFault,
     Finished,
     FinishReason,
+    Form,
+    JsonObject,
     ModelError,
     Regex,
     Request,
+    RequestRefused,
     SamplingParams,
     Tokens,
     Update,
@@ -29,6 +32,9 @@ from tests.toy import VOCABULARY, ToyBackend, ToyContext, failing, opener
 
 CONFIG = EngineConfig.of(path="toy.gguf", slots=2, queue=4)
 ENDLESS = Request(prompt=(1, 2, 3), ignore_eos=True)
+
+
+FEW = Request(prompt=(1, 2, 3), max_tokens=3, ignore_eos=True)
 
 
 async def read(engine: Engine, request: Request) -> list[Update]:
@@ -159,6 +165,38 @@ async def test_what_cannot_be_submitted_takes_no_place() -> None:
         updates = await read(engine, Request(prompt=(1,), max_tokens=2, ignore_eos=True))
         assert isinstance(updates[-1], Finished)
         await asyncio.wait_for(engine.drain(20), 20)
+
+
+async def test_how_far_a_prompt_is_read() -> None:
+    async with Engine.open(CONFIG, opener=opener(toy(pace=0.005))) as engine:
+        request = Request(prompt=(*range(1, 40),) * 5, max_tokens=3, ignore_eos=True, progress=True)
+        for known in (0, 194):
+            *updates, end = await read(engine, request)
+            told = [update.reading for update in updates if isinstance(update, Tokens) and update.reading]
+            processed = [reading.processed for reading in told]
+            assert processed == sorted({*processed, 195})
+            assert {(reading.prompt, reading.cached) for reading in told} == {(195, known)}
+            assert isinstance(end, Finished)
+            assert len(told) > 2 or known
+        assert not any(update.reading for update in await read(engine, FEW) if isinstance(update, Tokens))
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+async def test_the_first_grammar_is_compiled_before_anybody_comes(
+    monkeypatch: pytest.MonkeyPatch, warmup: bool
+) -> None:
+    forms: list[Form] = []
+    monkeypatch.setattr(compiler, "_compiled", lambda form, tokens: forms.append(form))
+    config = EngineConfig.of(path="toy.gguf", slots=2, warmup=warmup)
+    async with Engine.open(config, opener=opener(toy())):
+        assert forms == [JsonObject()] * warmup
+
+
+async def test_a_first_grammar_that_takes_long_does_not_end_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "SECONDS", 0.0)
+    async with Engine.open(CONFIG, opener=opener(toy())) as engine:
+        with pytest.raises(RequestRefused, match="was not compiled"):
+            await engine.compile(Regex("a"))
 
 
 @pytest.mark.parametrize("drained", [False, True])
