@@ -12,7 +12,9 @@ from functools import partial
 from typing import Generic, TypeVar
 
 AT_ONCE = 2
-"""Threads that work, those that were given up not counted."""
+"""Threads that work, those not counted that have done so for long."""
+LONG = 2.0
+"""Seconds after which others may begin beside them."""
 THREADS = 8
 """Threads at most. One ends only with its work, so no more than this can be given up."""
 NICE = 10
@@ -43,6 +45,8 @@ class Job(Generic[Made]):
         self.wanted = 0
         """Those who wait for it."""
         self.timer: asyncio.TimerHandle | None = None
+        self.long = False
+        """Whether others may begin beside it."""
         self.late = False
         """Whether it was given up."""
 
@@ -99,7 +103,7 @@ class Jobs(Generic[Made]):
             self._working += 1
             self._threads += 1
             thread = self._thread(job)
-            job.timer = job.loop.call_later(self._seconds, self._give_up, job, thread)
+            job.timer = job.loop.call_later(min(LONG, self._seconds), self._pass_on, job, thread)
 
     def _thread(self, job: Job[Made]) -> threading.Thread:
         """The thread that does it. A process may end without it."""
@@ -111,20 +115,25 @@ class Jobs(Generic[Made]):
         finally:
             threading.stack_size(before)
 
-    def _give_up(self, job: Job[Made], thread: threading.Thread) -> None:
-        """Gives others the place of work that still runs, and its thread only what nobody else wants."""
-        job.late = True
+    def _pass_on(self, job: Job[Made], thread: threading.Thread) -> None:
+        """Gives others the place of work that still runs."""
+        job.long = True
         self._working -= 1
+        job.timer = job.loop.call_later(self._seconds - LONG, self._give_up, job, thread)
+        self._begin()
+
+    def _give_up(self, job: Job[Made], thread: threading.Thread) -> None:
+        """Leaves work that still runs only what nobody else wants."""
+        job.late = True
         with suppress(AttributeError, OSError):
             os.sched_setscheduler(thread.native_id or 0, os.SCHED_IDLE, os.sched_param(0))
-        self._begin()
 
     def _end(self, job: Job[Made], tell: Callable[[], None]) -> None:
         assert job.timer is not None, "it was begun"
         job.timer.cancel()
         del self._jobs[job.key]
         self._threads -= 1
-        self._working -= not job.late
+        self._working -= not job.long
         self._settle(job, tell)
         self._begin()
 

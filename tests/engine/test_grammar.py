@@ -473,6 +473,16 @@ async def test_work_that_takes_too_long_is_given_up_and_others_go_on() -> None:
     assert await work.run(keys[0], lambda: "again") == "again"
 
 
+async def test_long_work_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "LONG", 0.01)
+    work, go_on = Jobs[bool]("test", 5.0), threading.Event()
+    slow = [asyncio.create_task(work.run(bytes([key]), lambda: go_on.wait(5))) for key in range(jobs.AT_ONCE)]
+    await asyncio.sleep(0)
+    assert await work.run(b"quick", go_on.is_set) is False
+    go_on.set()
+    assert await asyncio.gather(*slow) == [True] * jobs.AT_ONCE
+
+
 async def test_work_that_nobody_waits_for_is_not_begun() -> None:
     work, go_on, begun = Jobs[None]("test", 5.0), threading.Event(), list[int]()
     first = [asyncio.create_task(work.run(bytes([key]), lambda: begun.append(go_on.wait(5)))) for key in range(2)]
