@@ -65,6 +65,7 @@ class Choices:
         spelled: tuple[tuple[int, str], ...] = (),
         reasoning: ReasoningBudget | None = None,
         grammar: Grammar | None = None,
+        progress: bool = False,
     ) -> None:
         """Nothing is submitted yet. Raises RequestRefused. Of `prediction`, what no text could reach is dropped."""
         self.n = asked.n or 1
@@ -93,6 +94,7 @@ class Choices:
                     prediction=prediction,
                     spelled=spelled,
                     reasoning=reasoning,
+                    progress=progress,
                     id=exchange.id,
                 )
             )
@@ -140,7 +142,7 @@ class Choices:
 
     async def _follow(self, index: int, tell: Callable[[int, Update], Awaitable[None]]) -> None:
         async for update in self._generations[index]:
-            if self._silent:
+            if self._silent and not (isinstance(update, Tokens) and update.reading):
                 self._silent = False
                 self._exchange.first_token = self._exchange.age
             if isinstance(update, Finished):

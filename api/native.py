@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
+import anyio.to_thread
 import msgspec
 from msgspec import UNSET
 from starlette.requests import Request as HTTPRequest
@@ -16,12 +17,22 @@ from api.completions import Choices, asked_of, check_count
 from api.constraints import constraint_of, grammar_of
 from api.exchange import exchange_of
 from api.logprobs import LEAST
-from api.native_schema import NativeChunk, NativeReply, NativeRequest, Pieces, Progress, TokenProb, TopProb
+from api.native_schema import (
+    NativeChunk,
+    NativeReply,
+    NativeRequest,
+    Pieces,
+    Progress,
+    PromptProgress,
+    TokenProb,
+    TopProb,
+)
 from api.replies import Content, TimingsReply, event
 from api.responses import Answer, Emit, EventStream
+from api.schema import BIASES, Bias
 from api.served import Served, Site
 from api.settings import settings_of
-from engine import Finished, FinishReason, Logprob, Request, RequestRefused, Tokens, Update, Vocab
+from engine import Finished, FinishReason, Logprob, Reading, Request, RequestRefused, Tokens, Update, Vocab
 
 _DECODER = msgspec.json.Decoder(NativeRequest)
 
@@ -37,7 +48,7 @@ class Native:
         served = self._site.open
         asked = await asked_of(request, served, _DECODER)
         _check(asked, served)
-        _spell_out(asked, served.engine.vocab)
+        await _spell_out(asked, served.engine.vocab)
         constraint = constraint_of(asked)
         check_count(served, len(asked.prompts), asked.n or 1)
         choices = Choices(
@@ -49,6 +60,7 @@ class Native:
             logprobs=asked.n_probs or None,
             prediction=await served.prompts.of_prediction(asked.prediction),
             grammar=await grammar_of(served.engine, constraint),
+            progress=bool(asked.stream and asked.return_progress),
         )
         told = Told(served, asked, choices)
         if asked.stream:
@@ -70,14 +82,24 @@ def _check(asked: NativeRequest, served: Served) -> None:
         asked.cache_salt = uuid4().hex  # nobody else's prefix has it
 
 
-def _spell_out(asked: NativeRequest, vocab: Vocab) -> None:
-    """Biases of texts become those of their tokens."""
-    if isinstance(asked.logit_bias, list):
-        asked.logit_bias = [
-            (each, bias)
-            for token, bias in asked.logit_bias
-            for each in (vocab.tokenize(token, special=False) if isinstance(token, str) else (token,))
-        ]
+async def _spell_out(asked: NativeRequest, vocab: Vocab) -> None:
+    """Biases of texts become those of their tokens. Raises RequestRefused for too much text."""
+    biases = asked.logit_bias
+    if not isinstance(biases, list):
+        return
+    texts = [token for token, _ in biases if isinstance(token, str)]
+    if sum(map(len, texts)) > BIASES:
+        raise RequestRefused(f"The texts in logit_bias have more than {BIASES} characters.", field="logit_bias")
+    if texts:
+        asked.logit_bias = await anyio.to_thread.run_sync(_of_tokens, biases, vocab)
+
+
+def _of_tokens(biases: Sequence[Bias], vocab: Vocab) -> list[Bias]:
+    return [
+        (each, bias)
+        for token, bias in biases
+        for each in (vocab.tokenize(token, special=False) if isinstance(token, str) else (token,))
+    ]
 
 
 async def _tokens_of(served: Served, prompt: str | Pieces) -> tuple[int, ...]:
@@ -105,6 +127,8 @@ class Told:
             choice = self._each[index]
             if isinstance(update, Finished):
                 await emit(event(self._shaped(choice.end(update))))
+            elif update.reading is not None:
+                await emit(event(choice.progress(update.reading)))
             else:
                 await emit(event(choice.chunk(update)))
                 self._mind(index)
@@ -178,6 +202,17 @@ class Choice:
         self._ids += update.ids
         self._texts.append(update.text)
         self._probabilities += _probabilities(self._served.engine.vocab, update.logprobs)
+
+    def progress(self, reading: Reading) -> NativeChunk:
+        """An event before it says anything."""
+        return NativeChunk(
+            index=self._index,
+            content="",
+            tokens=(),
+            tokens_predicted=0,
+            tokens_evaluated=len(self._prompt),
+            prompt_progress=PromptProgress.of(reading),
+        )
 
     def chunk(self, update: Tokens) -> NativeChunk:
         """The same, as an event."""

@@ -12,7 +12,7 @@ from api.complaints import nearest
 from api.replies import TimingsReply
 from api.schema import Choices, Completion, Count, Int
 from api.settings import SAMPLERS
-from engine import RequestRefused, SamplingParams
+from engine import Reading, RequestRefused, SamplingParams
 
 Pieces = list[str | int]
 """A prompt of texts and tokens by turns."""
@@ -25,12 +25,14 @@ class NativeRequest(Completion, kw_only=True):
     n_cmpl: Choices | None = None
     n_probs: Annotated[int, Meta(ge=0, le=100)] | None = None
     id_slot: Int | None = None
+    """No slot has prefixes of its own here, so any will do: one that there is, or -1, is taken and changes nothing."""
     cache_prompt: bool | None = None
     return_tokens: bool | None = None
     response_fields: Annotated[list[str], Meta(max_length=64)] | None = None
     samplers: str | list[str] | None = None
     t_max_predict_ms: Int | None = None
     timings_per_token: bool | None = None
+    return_progress: bool | None = None
 
     grammar_lazy: bool | None = None
     n_keep: Int | None = None
@@ -53,8 +55,9 @@ class NativeRequest(Completion, kw_only=True):
         """The prompts. A list with a token in it is one prompt, another is one of prompts. Raises RequestRefused."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        numbers = any(isinstance(item, int) for item in self.prompt)
-        if not self.prompt or (numbers and any(isinstance(item, list) for item in self.prompt)):
+        kinds = set(map(type, self.prompt))
+        numbers = int in kinds
+        if not kinds or (numbers and list in kinds):
             raise RequestRefused(
                 "prompt must be a text, a list of texts and token ids, or a list of such prompts, and not empty.",
                 field="prompt",
@@ -152,6 +155,20 @@ class Progress(Struct, frozen=True):
     predicted_per_second: float
 
 
+class PromptProgress(Struct, frozen=True):
+    """How far the prompt is read, in tokens; those from the cache count as processed."""
+
+    total: int
+    cache: int
+    processed: int
+    time_ms: int
+
+    @classmethod
+    def of(cls, reading: Reading) -> PromptProgress:
+        """As the engine tells it."""
+        return cls(reading.prompt, reading.cached, reading.processed, round(reading.seconds * 1e3))
+
+
 class NativeChunk(Struct, frozen=True, kw_only=True):
     """An event of a stream, all but the last of each choice."""
 
@@ -165,6 +182,7 @@ class NativeChunk(Struct, frozen=True, kw_only=True):
     tokens_evaluated: int
     """Of the prompt."""
     timings: Progress | UnsetType = UNSET
+    prompt_progress: PromptProgress | UnsetType = UNSET
     completion_probabilities: Sequence[TokenProb] | UnsetType = UNSET
 
 

@@ -5,8 +5,7 @@ The names that a chat template may use are those that Hugging Face's `apply_chat
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,10 +20,11 @@ from api.templates import ChatTemplate, TemplateTrouble, compiled, names_of, wan
 from api.tools import as_text, offered, taught, with_objects
 from engine import ModelInfo, RequestRefused, Vocab
 
+Given = TypeVar("Given", bound=Sized)
 Made = TypeVar("Made")
 
 LONG = 20_000
-"""Characters from which on a text is worth a worker thread: some 5 ms of tokenizing."""
+"""Characters from which on a text is worth a worker thread, some 5 ms of tokenizing; or tokens, to be spelled."""
 
 # The space tells whether the template strips the content, in which case the space is gone.
 _CUT = "\ue000paceline cuts here\ue001 "
@@ -54,7 +54,7 @@ class Prompts:
 
     async def of_text(self, text: str) -> tuple[int, ...]:
         """The tokens of a text, special ones in it recognised. Raises RequestRefused if there are none."""
-        return await _aside(self.tokens, text)
+        return await aside(self.tokens, text)
 
     async def of_prediction(self, prediction: Prediction | None) -> tuple[int, ...]:
         """The tokens of what a client expects, none special; empty if nothing. Raises RequestRefused."""
@@ -62,26 +62,31 @@ class Prompts:
             return ()
         content = prediction.content
         text = content if isinstance(content, str) else "".join(_texts(content, "prediction.content"))
-        return tuple(await _aside(partial(self._vocab.tokenize, special=False), text))
+        return tuple(await aside(partial(self._vocab.tokenize, special=False), text))
 
     async def of_piece(self, text: str, *, add: bool, parse: bool) -> list[int]:
         """The tokens of any text, also of none: `add` what the model wants before and after a text, `parse` the
         names of special tokens in it."""
-        tokens = await _aside(partial(self._vocab.tokenize, special=parse), text)
+        return await aside(partial(self._piece, add=add, parse=parse), text)
+
+    async def of_pieces(self, pieces: Sequence[str | int], *, add: bool, parse: bool) -> list[int]:
+        """The tokens of texts and tokens by turns; what the model wants around a text goes around the first piece."""
+        return await anyio.to_thread.run_sync(partial(self._pieces, pieces, add=add, parse=parse))
+
+    def _piece(self, text: str, *, add: bool, parse: bool) -> list[int]:
+        tokens = self._vocab.tokenize(text, special=parse)
         if add and not parse:
             before, after = ([token] if token >= 0 else [] for token in self._vocab.added)
             return [*before, *tokens, *after]
         return tokens if add or not parse else self._stripped(tokens)
 
-    async def of_pieces(self, pieces: Sequence[str | int], *, add: bool, parse: bool) -> list[int]:
-        """The tokens of texts and tokens by turns; what the model wants around a text goes around the first piece."""
+    def _pieces(self, pieces: Sequence[str | int], *, add: bool, parse: bool) -> list[int]:
         tokens: list[int] = []
         for index, piece in enumerate(pieces):
             if isinstance(piece, int):
                 tokens.append(piece)
             else:
-                await asyncio.sleep(0)  # others go on between two
-                tokens += await self.of_piece(piece, add=add and index == 0, parse=parse)
+                tokens += self._piece(piece, add=add and index == 0, parse=parse)
         return tokens
 
     def text_of(self, tokens: Sequence[int]) -> str:
@@ -94,7 +99,7 @@ class Prompts:
 
     def text_with_names_of(self, tokens: Sequence[int]) -> str:
         """The text that tokens stand for, special ones by their names."""
-        return b"".join(map(self.spelled, tokens)).decode("utf-8", "replace")
+        return b"".join(each_of(tokens, self.spelled)).decode("utf-8", "replace")
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """What `of_text` returns, computed here and now."""
@@ -249,9 +254,15 @@ class Prompts:
         return fields
 
 
-async def _aside(function: Callable[[str], Made], text: str) -> Made:
-    """What `function` makes of `text`, on a worker thread if that is long."""
-    return function(text) if len(text) < LONG else await anyio.to_thread.run_sync(function, text)
+def each_of(tokens: Sequence[int], function: Callable[[int], Made]) -> list[Made]:
+    """What `function` makes of each token; it is asked once for those that are equal."""
+    made = {token: function(token) for token in set(tokens)}
+    return [made[token] for token in tokens]
+
+
+async def aside(function: Callable[[Given], Made], given: Given) -> Made:
+    """What `function` makes of a text, or of tokens, on a worker thread if they are long."""
+    return function(given) if len(given) < LONG else await anyio.to_thread.run_sync(function, given)
 
 
 def _mark(message: dict[str, Any]) -> None:

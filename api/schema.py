@@ -26,6 +26,9 @@ Int = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 BANNED = -1e9
 """The bias that llama-server writes as `false`: far below any logit, and still a number."""
+BIASES = 2**16
+"""Tokens that one request may weigh otherwise."""
+Bias = tuple[int | str, float | bool]
 Stop = Annotated[str, Meta(max_length=512)]
 Stops = Annotated[list[Stop], Meta(max_length=64)]
 
@@ -101,7 +104,7 @@ class Completion(Struct, kw_only=True):
     dry_sequence_breakers: list[str] | None = None
     xtc_probability: float | None = None
     xtc_threshold: float | None = None
-    logit_bias: dict[str, float] | Annotated[list[tuple[int | str, float | bool]], Meta(max_length=2**16)] | None = None
+    logit_bias: dict[str, float] | Annotated[list[Bias], Meta(max_length=BIASES)] | None = None
 
     response_format: ResponseFormat | None = None
     grammar: str | None = None
@@ -145,6 +148,8 @@ class Completion(Struct, kw_only=True):
             raise refused(error) from None
 
     def _biases(self) -> list[tuple[int, float]]:
+        if len(self.logit_bias or ()) > BIASES:
+            raise RequestRefused(f"logit_bias names more than {BIASES} tokens.", field="logit_bias")
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias or ()
         biases = []
         for token, bias in pairs:

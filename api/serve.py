@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -18,9 +18,9 @@ import uvloop
 
 from api.app import create_app
 from api.flags import Options
-from api.served import Core, Served, Site
+from api.served import Served, Site
 from api.terminal import Bar, address_of, say, welcome
-from engine import Engine, EngineError, JsonObject, RequestRefused
+from engine import Engine, EngineError
 
 KEEP_ALIVE = 75
 """Seconds that an idle connection is kept: longer than clients' pools keep theirs, so that they close first."""
@@ -69,8 +69,6 @@ async def _live(options: Options, listener: socket.socket) -> int:
             engine = await _opened(options, engines, signals)
             if engine is None:
                 return 0
-            if options.model.warmup:
-                await warm_up(engine)
             site.served = Served(engine, options)
             say(welcome(site.served, address_of(options.server, listener.getsockname()[1])))
             await signals.end.wait()
@@ -83,13 +81,6 @@ async def _live(options: Options, listener: socket.socket) -> int:
         return 1
     finally:
         await server.end(serving)
-
-
-async def warm_up(engine: Core) -> None:
-    """Compiles a first grammar, which holds up everybody, before they come; where that takes longer than a request
-    would wait, it goes on meanwhile."""
-    with suppress(RequestRefused):
-        await engine.compile(JsonObject())
 
 
 async def _opened(options: Options, engines: AsyncExitStack, signals: Signals) -> Engine | None:

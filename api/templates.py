@@ -1,21 +1,24 @@
 """Chat templates, run as Hugging Face's `apply_chat_template` runs them.
 
-A template is a program of strangers: it runs sandboxed, and whatever it fails with is the request's failure.
+A template is a program of strangers: it runs sandboxed, and whatever it fails with is the request's failure. How long
+it runs, and how much memory it takes, is bounded for single products and powers only, not for loops of loops, or for
+texts that these make longer and longer. So only who is trusted may bring one (`--trust-request-chat-template`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from msgspec import Struct
 
@@ -26,6 +29,8 @@ from engine import RequestRefused
 
 RENDERED = 2**24
 """Characters that a template may make of a conversation."""
+BITS = 2**12
+"""Of a number that a template may make."""
 SAID = 500
 """Characters of its complaint that are told, which may be a whole conversation."""
 
@@ -49,6 +54,22 @@ class Capabilities(Struct, frozen=True, kw_only=True):
     supports_preserve_reasoning: bool
     """Whether reasoning of earlier turns can be kept."""
     supports_reasoning_effort: bool
+
+
+Found = TypeVar("Found")
+
+
+class found_once(Generic[Found]):
+    """A property that is found when first asked for. In Python 3.11 `cached_property` has a lock, which all templates
+    would share: one that takes for ever must not hold up the others."""
+
+    def __init__(self, find: Callable[[Any], Found]) -> None:
+        self.__doc__ = find.__doc__
+        self._find = find
+
+    def __get__(self, owner: Any, kind: type) -> Found:
+        found = owner.__dict__[self._find.__name__] = self._find(owner)
+        return found
 
 
 class ChatTemplate:
@@ -101,12 +122,12 @@ class ChatTemplate:
             role = "system"
         return {**message, "role": role, "content": content}
 
-    @cached_property
+    @found_once
     def reads_text(self) -> bool:
         """Whether content may be a text."""
         return _NEEDLE in self._tried([_user(_NEEDLE)])
 
-    @cached_property
+    @found_once
     def reads_parts(self) -> bool:
         """Whether content may be a list of parts."""
         shown = self._tried([_user([{"type": "text", "text": _NEEDLE}])])
@@ -114,7 +135,7 @@ class ChatTemplate:
             return shown == self._tried([_user(_NEEDLE)])
         return _NEEDLE in shown and "'text'" not in shown and '"text"' not in shown
 
-    @cached_property
+    @found_once
     def capabilities(self) -> Capabilities:
         """What it makes use of."""
         called = self._tried([_user("x"), _calling({"place": _NEEDLE}), _user("y")])
@@ -246,8 +267,28 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Refuses operations that would make something of any size at once: nothing can interrupt one, and meanwhile no
+    other thread gets its turn."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if _too_much(operator, left, right):
+            raise TemplateError(f"what {operator} makes is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _too_much(operator: str, left: Any, right: Any) -> bool:
+    if isinstance(left, int) and isinstance(right, int):
+        many = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+        return many > BITS
+    repeated, times = (left, right) if isinstance(right, int) else (right, left)
+    return isinstance(times, int) and isinstance(repeated, Sized) and len(repeated) * times > RENDERED
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", _GenerationTag],

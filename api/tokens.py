@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -11,11 +13,15 @@ from starlette.responses import Response
 
 from api.bodies import read
 from api.completions import asked_in, asked_of
+from api.prompts import Prompts, aside, each_of
 from api.responses import JSONReply
 from api.schema import ChatRequest, Count, decode
 from api.served import Served, Site
 from api.turns import turn_of
 from engine import RequestRefused
+
+MOST = 2**20
+"""Tokens that are spelled for one request, or texts and tokens that one holds."""
 
 
 class Shape(Struct):
@@ -29,7 +35,7 @@ class Shape(Struct):
 class PiecesRequest(Struct):
     """llama-server's POST /tokenize."""
 
-    content: str | list[str | int]
+    content: str | Annotated[list[str | int], Meta(max_length=MOST)]
     add_special: bool | None = None
     parse_special: bool | None = None
     with_pieces: bool | None = None
@@ -53,7 +59,7 @@ class ChatTokens(ChatRequest, kw_only=True):
 class TokensRequest(Struct):
     """POST /detokenize."""
 
-    tokens: Annotated[list[Count], Meta(max_length=2**22)]
+    tokens: Annotated[list[Count], Meta(max_length=MOST)]
     model: str | None = None
 
 
@@ -116,12 +122,12 @@ class Tokens:
         if bytes(shape.messages) != b"null":
             chat = asked_in(body, served, _CHAT)
             turn = await turn_of(chat, served.prompts)
-            return JSONReply(_counted(served, turn.prompt, chat.return_token_strs))
+            return JSONReply(await _counted(served, turn.prompt, chat.return_token_strs))
         if bytes(shape.prompt) != b"null":
             text = decode(_TEXT, body)
             served.check_model(text.model)
             tokens = await _tokens_of(served, text)
-            return JSONReply(_counted(served, tokens, text.return_token_strs))
+            return JSONReply(await _counted(served, tokens, text.return_token_strs))
         raise RequestRefused("Send content, as to llama-server, or prompt or messages, as to vLLM.", field="content")
 
     async def detokenize(self, request: Request) -> Response:
@@ -129,10 +135,8 @@ class Tokens:
         served = self._site.open
         asked = decode(_TOKENS, await read(request, served.options.server.max_body))
         served.check_model(asked.model)
-        size = served.engine.vocab.size
-        if any(token >= size for token in asked.tokens):
-            raise RequestRefused(f"tokens holds a token id outside 0..{size - 1}.", field="tokens")
-        text = served.prompts.text_with_names_of(asked.tokens)
+        _check(served, asked.tokens, "tokens")
+        text = await aside(served.prompts.text_with_names_of, asked.tokens)
         return JSONReply(TextReply(text, text))
 
     async def apply_template(self, request: Request) -> Response:
@@ -149,26 +153,40 @@ async def _tokens_of(served: Served, asked: TextTokens) -> tuple[int, ...]:
     return await served.prompts.of_text(asked.prompt)
 
 
-def _counted(served: Served, tokens: tuple[int, ...], spelled: bool | None) -> CountReply:
-    strings = [served.engine.vocab.text(token) for token in tokens] if spelled else None
+async def _counted(served: Served, tokens: tuple[int, ...], spelled: bool | None) -> CountReply:
+    strings = None
+    if spelled:
+        _check(served, tokens, "return_token_strs")
+        strings = await aside(partial(each_of, function=served.engine.vocab.text), tokens)
     return CountReply(len(tokens), served.engine.request_limit, list(tokens), strings)
 
 
 async def _pieces(served: Served, asked: PiecesRequest) -> PiecesReply:
     """The tokens of a text, or of texts and tokens by turns: what the model adds goes around the first piece."""
-    pieces = [asked.content] if isinstance(asked.content, str) else asked.content
+    content, prompts = asked.content, served.prompts
     add, parse = bool(asked.add_special), asked.parse_special is not False
-    tokens = await served.prompts.of_pieces(pieces, add=add, parse=parse)
+    if isinstance(content, str):
+        tokens = await prompts.of_piece(content, add=add, parse=parse)
+    else:
+        tokens = await prompts.of_pieces(content, add=add, parse=parse)
     if not asked.with_pieces:
         return PiecesReply(tokens)
+    _check(served, tokens, "content")
+    return PiecesReply(await aside(partial(each_of, function=partial(_piece, prompts)), tokens))
+
+
+def _check(served: Served, tokens: Sequence[int], field: str) -> None:
+    """Raises RequestRefused for tokens that cannot be spelled: what is none, and too many of them."""
     size = served.engine.vocab.size
-    if any(not 0 <= token < size for token in tokens):
-        raise RequestRefused(f"content holds a token id outside 0..{size - 1}.", field="content")
-    return PiecesReply([Piece(token, _text_or_bytes(served.prompts.spelled(token))) for token in tokens])
+    if tokens and not 0 <= min(tokens) <= max(tokens) < size:
+        raise RequestRefused(f"{field} holds a token id outside 0..{size - 1}.", field=field)
+    if len(tokens) > MOST:
+        raise RequestRefused(f"These are {len(tokens)} tokens; at most {MOST} are spelled.", field=field)
 
 
-def _text_or_bytes(piece: bytes) -> str | list[int]:
+def _piece(prompts: Prompts, token: int) -> Piece:
+    spelled = prompts.spelled(token)
     try:
-        return piece.decode()
+        return Piece(token, spelled.decode())
     except UnicodeDecodeError:
-        return list(piece)
+        return Piece(token, list(spelled))

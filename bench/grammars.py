@@ -173,7 +173,6 @@ async def noticed(model: Path, streams: int, size: int, times: int) -> dict[str,
     gaps: dict[str, list[float]] = {"alone": [], "compiling": []}
     compiling: list[float] = []
     async with Engine.open(config) as engine:
-        await engine.compile(JsonSchema(b"{}"))
         prompt = tuple(engine.vocab.tokenize(PROMPT, special=True))
         busy = ended = 0.0
 

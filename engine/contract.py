@@ -198,6 +198,8 @@ class Request(Struct, frozen=True, kw_only=True):
     """Control tokens that are shown, each with its text. Others have none."""
     reasoning: ReasoningBudget | None = None
     """How long it may think; None is as long as it likes."""
+    progress: bool = False
+    """Whether to tell after each step how far its prompt is read."""
     id: str = ""
     """The caller's name for the request, for logs."""
 
@@ -218,6 +220,17 @@ class Logprob(Struct, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Reading(Struct, frozen=True):
+    """How far a prompt is read, so many seconds after that began."""
+
+    prompt: int
+    cached: int
+    """Of the prompt's tokens, those that needed no computing."""
+    processed: int
+    """Of the prompt's tokens, those that are known, `cached` included."""
+    seconds: float
+
+
 class Tokens(Struct, frozen=True):
     """New tokens in order, and the text that may be shown now that they are known.
 
@@ -227,6 +240,8 @@ class Tokens(Struct, frozen=True):
     ids: tuple[int, ...]
     text: str
     logprobs: tuple[Logprob, ...] = ()
+    reading: Reading | None = None
+    """How far the prompt is read; an update that tells this has no tokens."""
 
 
 class Usage(Struct, frozen=True):

@@ -24,13 +24,14 @@ from engine.contract import (
     FinishReason,
     ModelError,
     Overloaded,
+    Reading,
     Request,
     RequestRefused,
     Speculation,
     SpeculatorType,
 )
 from engine.generation import Generation
-from engine.grammar import Form, Grammar, GrammarError, Grammars
+from engine.grammar import Closed, Form, Grammar, GrammarError, Grammars
 from engine.outbox import News
 from engine.pace import Measured
 from engine.runner import SHUTTING_DOWN, Runner
@@ -116,6 +117,8 @@ class Engine:
         try:
             engine._opened = await engine._thread.open()
             with closing(Grammars(engine.vocab)) as engine._grammars:
+                if config.model.warmup:
+                    await engine._grammars.warm_up()
                 yield engine
         finally:
             await engine._thread.close()
@@ -214,12 +217,16 @@ class Engine:
         """What `Request.grammar` takes; compiled aside, or known from before.
 
         Raises RequestRefused if that cannot be, with the JSON pointer of the keyword to blame as its field if there
-        is one.
+        is one, and what entering a generation raises if the engine is ending.
         """
+        if self._refusal is not None:
+            raise self._refusal()
         try:
             return await self._grammars.compile(form)
         except GrammarError as error:
             raise RequestRefused(str(error), field=error.pointer) from None
+        except Closed:
+            raise Draining from None
 
     def generate(self, request: Request) -> Generation:
         """A continuation of `request.prompt`, which starts when the Generation is entered.
@@ -289,14 +296,16 @@ class Engine:
         self._inbox.put(lambda runner: runner.end(generation.key, reason))
 
     def _deliver(self, items: list[News]) -> None:
-        for key, ids, logprobs, end in items:
+        for key, ids, logprobs, other in items:
             generation = self._open.get(key)
             if generation is None:
                 continue
-            if end is None:
+            if other is None:
                 generation.deliver_tokens(ids, logprobs)
+            elif isinstance(other, Reading):
+                generation.deliver_reading(other)
             else:
-                generation.deliver_end(end)
+                generation.deliver_end(other)
                 del self._open[key]
                 self._wanted.discard(key)
         if not self._open:
@@ -305,6 +314,7 @@ class Engine:
     async def drain(self, grace: float) -> None:
         """Takes nothing new, gives what runs `grace` seconds to end, and fails the rest with an EngineFault."""
         self._refusal = Draining
+        self._grammars.close()
         try:
             await asyncio.wait_for(self._empty.wait(), grace)
         except TimeoutError:

@@ -8,7 +8,7 @@ from typing import Self
 
 import msgspec
 
-from engine.contract import Failed, Finished, FinishReason, Logprob, Request, Tokens, Update
+from engine.contract import Failed, Finished, FinishReason, Logprob, Reading, Request, Tokens, Update
 from engine.text import Piece, TextStream, spelling
 
 
@@ -41,6 +41,7 @@ class Generation:
         self._out = 0  # how many of them may be read
         self._shown = ""
         self._count = 0  # tokens received, up to the one that completed a stop string
+        self._reading: Reading | None = None  # unread
         self._end: Finished | Failed | None = None
         self._enough = False
         self._drained = False
@@ -64,9 +65,12 @@ class Generation:
     async def __anext__(self) -> Update:
         if self._drained:
             raise StopAsyncIteration
-        if not (self._out or self._shown or self._end):
+        if not (self._reading or self._out or self._shown or self._end):
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
+        if self._reading is not None:
+            reading, self._reading = self._reading, None
+            return Tokens((), "", reading=reading)
         if self._out or self._shown:
             return self._take()
         self._drained = True
@@ -104,6 +108,11 @@ class Generation:
                 break
         if self._out or self._shown:
             self._wake()
+
+    def deliver_reading(self, reading: Reading) -> None:
+        """Takes how far its prompt is read, on the event loop; one that was not read by then is no more."""
+        self._reading = reading
+        self._wake()
 
     def deliver_end(self, end: Finished | Failed) -> None:
         """Takes the terminal update, on the event loop; a second one is ignored."""

@@ -6,16 +6,16 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from engine.contract import Failed, Finished, Logprob
+from engine.contract import Failed, Finished, Logprob, Reading
 
 
 class News(NamedTuple):
-    """New tokens of one stream, or its terminal update."""
+    """New tokens of one stream, how far its prompt is read, or its terminal update."""
 
     key: int
     ids: Sequence[int]
     logprobs: Sequence[Logprob]
-    end: Finished | Failed | None
+    other: Finished | Failed | Reading | None
 
 
 class Outbox:
@@ -29,6 +29,11 @@ class Outbox:
     def tokens(self, key: int, ids: Sequence[int], logprobs: Sequence[Logprob]) -> None:
         """Adds tokens of a stream."""
         self._items.append(News(key, ids, logprobs, None))
+
+    def reading(self, key: int, reading: Reading | None) -> None:
+        """Adds how far a stream's prompt is read, if that is to be told."""
+        if reading is not None:
+            self._items.append(News(key, (), (), reading))
 
     def end(self, key: int, end: Finished | Failed) -> None:
         """Adds the one terminal update of a stream."""

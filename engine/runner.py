@@ -11,12 +11,11 @@ from functools import partial
 
 from engine import scheduler
 from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
-from engine.contract import EngineError, EngineFault, Failed, FinishReason, RequestRefused
-from engine.grammar import GrammarError, Masks
+from engine.contract import EngineError, EngineFault, Failed, FinishReason
+from engine.grammar import Masks
 from engine.memory import Cells, Store
 from engine.outbox import Outbox
 from engine.pace import Load, Pace
-from engine.sampling import BadLogits
 from engine.scheduler import Limits, Plan, Room, Rows, StreamView
 from engine.slots import Slots
 from engine.speculate import LEARN, Drafter, Drafting, Wish
@@ -252,14 +251,10 @@ class Runner:
         now = time.perf_counter()
         for rows, first in zip(plan, firsts, strict=True):
             stream = self.running[rows.key]
+            self._outbox.reading(stream.key, stream.reading)
             if stream.behind:
                 continue
-            try:
-                self._emit(stream, logits[first : first + rows.drafts + 1], now)
-            except BadLogits as error:
-                self._fail(stream, EngineFault(str(error)))
-            except GrammarError as error:
-                self._fail(stream, RequestRefused(f"The text cannot go on in its grammar: {error}."))
+            self._emit(stream, logits[first : first + rows.drafts + 1], now)
 
     def _emit(self, stream: Stream, rows: Logits, now: float) -> None:
         """Picks the stream's next tokens, keeps the cells of those that the draft had right, and tells its reader."""
@@ -269,6 +264,13 @@ class Runner:
         lease = stream.held
         drafts = len(rows) - 1
         verdict = verify(stream, stream.draft[:drafts], rows, self._masks.of(stream.key))
+        if verdict.ids:
+            self.counters.emitted(len(verdict.ids), stream.tick(now), now - stream.submitted)
+        if verdict.shown:
+            self._outbox.tokens(stream.key, verdict.shown, verdict.logprobs)
+        if verdict.error is not None:
+            self._fail(stream, verdict.error)
+            return
         assert verdict.ids, "a verified row commits a token"
         intact = True
         if drafts:
@@ -280,9 +282,6 @@ class Runner:
         made = self._chooser.verified(drafts, verdict.accepted)
         stream.drafter.observe(stream.tokens, verdict.ids, made)
         stream.draft = ()
-        self.counters.emitted(len(verdict.ids), stream.tick(now), now - stream.submitted)
-        if verdict.shown:
-            self._outbox.tokens(stream.key, verdict.shown, verdict.logprobs)
         if verdict.reason is not None:
             self._finish(stream, verdict.reason)
         elif stream.full:

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engine.batch import Batch
-from engine.contract import Finished, FinishReason, Request, Timings, Usage
+from engine.contract import Finished, FinishReason, Reading, Request, Timings, Usage
 from engine.grammar import Want
 from engine.memory import Lease
-from engine.sampling import Sampler
+from engine.sampling import Budget, Sampler
 from engine.scheduler import Rows, StreamView
 from engine.speculate import Drafter
+from engine.text import spelling
 
 if TYPE_CHECKING:
     from engine.backend import Vocab
@@ -39,6 +40,8 @@ class Stream:
         self.sampler = Sampler(request, seed, vocab.ends, vocab.piece)
         self.matcher = request.grammar.begin() if request.grammar is not None else None
         """Where the emitted tokens are in its grammar."""
+        self.budget = Budget(request.reasoning, spelling(request.spelled, vocab.piece)) if request.reasoning else None
+        """Where they are in its reasoning, if that is bounded."""
         self.drafter = Drafter({})
         """Who guesses for it; the runner says."""
         self.lease: Lease | None = None
@@ -76,6 +79,11 @@ class Stream:
     def emitted(self) -> int:
         """Tokens picked so far, an end token included."""
         return len(self.tokens) + self.forgotten - self.prompt_length
+
+    @property
+    def forced(self) -> int | None:
+        """The next token where that is not the model's to pick, as its reasoning has become too long."""
+        return None if self.budget is None else self.budget.forced
 
     @property
     def behind(self) -> int:
@@ -138,6 +146,8 @@ class Stream:
         """Takes the next token, and says whether the stream ends with it. Raises GrammarError if its grammar turns out
         to be too complex."""
         self.tokens.append(token)
+        if self.budget is not None:
+            self.budget.take(token)
         if token in self._ends:
             self.stop_token = token
             return FinishReason.STOP
@@ -161,6 +171,14 @@ class Stream:
         self.cached = max(0, self.prompt_length - self.computed)
         self.moved = min(self.held.moved, self.cached)
         return self.cached
+
+    @property
+    def reading(self) -> Reading | None:
+        """How far its prompt is read; None if nobody asks, or it has gone on from there."""
+        if not self.request.progress or self.first_token is not None:
+            return None
+        known, seconds = min(self.held.length, self.prompt_length), time.perf_counter() - (self.admitted or 0.0)
+        return Reading(self.prompt_length, self.found, known, seconds)
 
     @property
     def done_reading(self) -> FinishReason | None:

@@ -121,7 +121,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     warmup: Annotated[
         bool,
         Meta(
-            description="run a few rows at start: pages the weights in and measures how fast the machine is",
+            description="run a few rows and compile a grammar at start: pages the weights in, measures the machine",
             extra=flags("--warmup"),
         ),
     ] = True

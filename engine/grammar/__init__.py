@@ -6,16 +6,19 @@ gbnf       llama.cpp's grammars as Lark
 bridge     a model's tokens as llguidance wants to know them
 matcher    where one text is in its grammar
 masks      the tokens permitted at all rows of a step
+jobs       what is done on threads of its own, and given up when it takes too long
 compiler   from forms to grammars: off the event loop, with limits, kept for the next time
 """
 
 from engine.grammar.compiler import Grammar, Grammars
 from engine.grammar.forms import Choice, Form, Gbnf, GrammarError, JsonObject, JsonSchema, Lark, Regex
+from engine.grammar.jobs import Closed
 from engine.grammar.masks import Masks, Permits, Want
 from engine.grammar.matcher import Matcher
 
 __all__ = [
     "Choice",
+    "Closed",
     "Form",
     "Gbnf",
     "Grammar",

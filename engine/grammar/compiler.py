@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
-import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -19,8 +16,9 @@ from engine.backend import Vocab
 from engine.grammar.bridge import tokenizer
 from engine.grammar.forms import Choice, Form, Gbnf, GrammarError, JsonObject, JsonSchema, Lark, Regex
 from engine.grammar.gbnf import lark_of
+from engine.grammar.jobs import Jobs, Late
 from engine.grammar.matcher import Matcher
-from engine.grammar.schema import Schema, blamed, parsed, with_any_of
+from engine.grammar.schema import Schema, blamed, check_multiples, embedded, parsed, with_any_of
 
 SIZE = 2**18
 """Bytes of a form at most."""
@@ -30,12 +28,6 @@ SECONDS = 10.0
 """Seconds that a request waits for its grammar, those in the queue before it included."""
 KEPT = 256
 """Grammars that are kept for the next request that asks for the same."""
-THREADS = 2
-NICE = 10
-"""Of these threads: how far they step back where threads have priorities of their own."""
-STACK = 2**29
-"""Bytes, reserved and not used: grammars are read recursively, a rule inside of another, and a chain of as many as fit
-a form needs more than 64 MiB."""
 LIMITS = LLParserLimits(verbose_errors=False, max_lexer_states=50_000)
 """The library's own: a million units of work, about 20 ms, for the lexer of a grammar, 200,000 for one mask. But of its
 250,000 states of 1 to 2 kB, which stay with a grammar that is kept, a fifth."""
@@ -75,10 +67,11 @@ class Grammars:
         self._lock = threading.Lock()  # for what is kept
         self._building = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
-        self._threads: ThreadPoolExecutor | None = None
+        self._jobs: Jobs[Grammar] = Jobs("paceline-grammar", SECONDS)
 
     async def compile(self, form: Form) -> Grammar:
-        """The grammar of `form`. Raises GrammarError if there is none, or if it is too large or takes too long."""
+        """The grammar of `form`. Raises GrammarError if there is none, or if it is too large or takes too long, and
+        Closed once this is closed."""
         encoded = msgspec.msgpack.encode(form)
         if len(encoded) > SIZE:
             raise GrammarError(f"{_kind(form)} of {len(encoded)} bytes is too large; at most {SIZE} are taken.")
@@ -86,23 +79,19 @@ class Grammars:
         if (known := self._known(key)) is not None:
             return known
         try:
-            return await asyncio.wait_for(self._start(lambda: self._known(key) or self._make(key, form)), SECONDS)
-        except TimeoutError:
+            return await self._jobs.run(key, partial(self._make, key, form))
+        except Late:
             raise GrammarError(f"{_kind(form)} was not compiled within {SECONDS:.0f} seconds.") from None
 
-    def close(self) -> None:
-        """Compiles nothing any more."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+    async def warm_up(self) -> None:
+        """Compiles a first grammar before streams run: for it the library reads the vocabulary, all the while with
+        Python's lock. Where that takes longer than a request would wait, it goes on meanwhile."""
+        with suppress(GrammarError):
+            await self.compile(JsonObject())
 
-    def _start(self, job: Callable[[], Grammar]) -> asyncio.Future[Grammar]:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(THREADS, "paceline-grammar", _step_back)
-        before = threading.stack_size(STACK)
-        try:
-            return asyncio.wrap_future(self._threads.submit(job))
-        finally:
-            threading.stack_size(before)
+    def close(self) -> None:
+        """Compiles nothing any more; for those who wait, and for who comes later, that is Closed."""
+        self._jobs.close()
 
     def _known(self, key: bytes) -> Grammar | None:
         with self._lock:
@@ -130,12 +119,6 @@ class Grammars:
             if self._tokenizer is None:
                 self._tokenizer = tokenizer(self._vocab)
             return self._tokenizer
-
-
-def _step_back() -> None:
-    """Lets this thread have what the others leave: a grammar can wait, running streams cannot."""
-    with suppress(AttributeError, OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 def _compiled(form: Form, tokens: LLTokenizer) -> LLMatcher:
@@ -195,6 +178,8 @@ def _source(form: Form) -> str:
             return LLMatcher.grammar_from_lark(lark_of(text))
         case Lark(text):
             _shallow(text, "The grammar")
+            for schema in embedded(text):
+                check_multiples(schema)
             return LLMatcher.grammar_from_lark(text)
     raise AssertionError("schemas are compiled elsewhere")
 

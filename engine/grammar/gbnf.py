@@ -11,7 +11,7 @@ from llguidance.gbnf_to_lark import ASTNode, GrammarParser, RuleNode, RuleRefNod
 from engine.grammar.forms import GrammarError
 
 # What is not closed counts up to the end, so that nothing is gone through twice.
-_PARTS = re.compile(r'("(?:[^"\\]|\\.)*+"?|\[(?:[^\]\\]|\\.)*+\]?)|#[^\n]*|\bstart\b(?![-\w])')
+_PARTS = re.compile(r'("(?:[^"\\]|\\.)*+"?|\[(?:[^\]\\]|\\.)*+\]?)|#[^\r\n]*|\bstart\b(?![-\w])')
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
 
 
@@ -58,8 +58,10 @@ def _named(node: ASTNode) -> set[str]:
 
 
 def _convertible(part: re.Match[str]) -> str:
-    """A part of a GBNF grammar as the converter can take it: characters above ASCII as themselves, and no rule with the
-    name that it gives to `root`."""
+    """A part of a GBNF grammar as the converter can take it: characters above ASCII as themselves, no comments, all of
+    which it would copy for each, and no rule with the name that it gives to `root`."""
+    if part[0].startswith("#"):
+        return ""
     if part[0] == "start":
         return "start-of-start"
     return _ESCAPE.sub(_character, part[0]) if part[1] else part[0]

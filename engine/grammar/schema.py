@@ -1,11 +1,15 @@
-"""JSON schemas before they are compiled, and after that failed: their depth, and the keyword that is to blame."""
+"""JSON schemas before they are compiled, and after that failed: what would be too much, and the keyword to blame."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from decimal import Decimal
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -17,6 +21,9 @@ DEPTH = 100
 """Levels of nested objects and lists: the library reads no more than 128, and a schema level takes two or three."""
 DIGITS = 10
 """Of an index in a pointer; Python reads no number of thousands."""
+MULTIPLES = 2**17
+"""What the different `multipleOf` of a schema may add up to, and be multiplied, without the powers of ten in them: the
+library goes through all remainders, in some microseconds and 500 bytes each, and nothing bounds it."""
 SEARCH = 1.0
 """Seconds for which the keyword to blame is looked for."""
 
@@ -57,16 +64,44 @@ def parsed(text: bytes) -> Schema:
         raise GrammarError("A schema must be a JSON object.")
     if (depth := depth_of(schema)) > DEPTH:
         raise GrammarError(f"The schema is nested {depth} levels deep; at most {DEPTH} are taken.")
+    check_multiples(schema)
     return schema
+
+
+def embedded(lark: str) -> Iterator[Schema]:
+    """The schemas in a grammar in Lark, as far as they are JSON."""
+    for found in re.finditer(r"%json\s*(?={)", lark):
+        with suppress(ValueError, RecursionError):
+            yield json.JSONDecoder().raw_decode(lark, found.end())[0]
+
+
+def check_multiples(schema: Schema) -> None:
+    """Raises GrammarError if a text would have to be a multiple of too large a number."""
+    total, together = 0, 1
+    for number in {value for level in levels(schema) for item in level for value in _multiples(item)}:
+        total, together = total + number, math.lcm(together, number)
+        if max(total, together) > MULTIPLES:
+            raise GrammarError("The schema cannot be followed: its multipleOf is too large, or they are together.")
+
+
+def _multiples(item: Any) -> Iterator[int]:
+    """The number that the item wants a multiple of, without powers of ten."""
+    value = item.get("multipleOf") if isinstance(item, dict) else None
+    if isinstance(value, int | float) and value and math.isfinite(value):
+        yield int("".join(map(str, Decimal(str(value)).normalize().as_tuple().digits)))
 
 
 def depth_of(value: object) -> int:
     """Levels of nested objects and lists."""
-    depth, level = 0, [value]
+    return sum(1 for _ in levels(value))
+
+
+def levels(value: object) -> Iterator[list[Any]]:
+    """The objects and lists at each level, the outermost first."""
+    level: list[Any] = [value]
     while level := [item for item in level if isinstance(item, dict | list)]:
-        depth += 1
+        yield level
         level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
-    return depth
 
 
 def blamed(schema: Schema, complaint: str, compiled: Callable[[Schema], str]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from engine.contract import ReasoningBudget
 
@@ -13,46 +13,47 @@ _CHARACTER = 4
 
 
 class Budget:
-    """Which tokens are not the model's to pick. Has no state, so that drafts are verified and repeated as they were."""
+    """Where one text is in its reasoning: a function of the tokens it took, which are those that were emitted, so that
+    neither drafts nor what is forgotten later count."""
 
     def __init__(self, budget: ReasoningBudget, piece: Callable[[int], bytes]) -> None:
-        self._budget = budget
         self._opens, self._closes = budget.opens.encode(), budget.closes.encode()
+        self._closing = budget.closing
         self._piece = piece
+        self._look = max(len(self._opens), len(self._closes), _CHARACTER)
+        self._text = b""  # the end of it, in which a tag or a character may have begun
+        self._opening = _OPENING if self._opens else 0
+        self._left = budget.tokens
+        self._due = budget.closing if not (self._opens or budget.tokens) else ()
+        self._over = False
 
-    def forced(self, history: Sequence[int], start: int) -> int | None:
-        """The token that must follow `history`, whose own text begins at `start`; None if the model may pick."""
-        budget, count = self._budget, len(history) - start
-        latest = budget.tokens + _CHARACTER + (_OPENING if self._opens else 0)
-        if not budget.tokens <= count < latest + len(budget.closing):
-            return None
-        begun = self._begun(history[start : start + _OPENING])
-        spent = None if begun is None else self._spent(history, start, begun + budget.tokens)
-        if spent is None or not spent <= count < spent + len(budget.closing):
-            return None
-        return budget.closing[count - spent]
+    @property
+    def forced(self) -> int | None:
+        """The token that must follow; None if the model may pick."""
+        return self._due[0] if self._due else None
 
-    def _begun(self, tokens: Sequence[int]) -> int | None:
-        """After how many tokens reasoning begins; None if it does not."""
-        text, count = b"", 0
-        while self._opens not in text:
-            if count == len(tokens):
-                return None
-            text += self._piece(tokens[count])
-            count += 1
-        return count
-
-    def _spent(self, history: Sequence[int], start: int, count: int) -> int | None:
-        """After how many tokens the budget is spent and a character complete; None if reasoning ended before."""
-        for size in range(count, count + _CHARACTER):
-            if start + size > len(history):
-                return None
-            text = b"".join(map(self._piece, history[start : start + size]))
-            if self._closes in text:
-                return None
-            if _complete(text):
-                return size
-        return count + _CHARACTER
+    def take(self, token: int) -> None:
+        """The text goes on with `token`, which is another than the forced one only if a grammar forbade that: then the
+        end follows as soon as it may."""
+        if self._over:
+            return
+        if token == self.forced:
+            self._due = self._due[1:]
+            self._over = not self._due
+            return
+        text = self._text + self._piece(token)
+        self._text = text[-self._look :]
+        if not self._opening:
+            self._left = (0 if self._due else self._left) - 1
+        elif self._opens in text:
+            self._opening = 0
+        else:
+            self._opening -= 1
+            self._over = not self._opening
+            return
+        self._over = self._closes in text
+        spent = self._left <= 0 and (_complete(text) or self._left <= -_CHARACTER)
+        self._due = self._closing if spent and not self._over else ()
 
 
 def _complete(text: bytes) -> bool:

@@ -10,12 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.contract import Request, SamplingParams
-from engine.sampling.budget import Budget
 from engine.sampling.candidates import Candidates, Row, likeliest
 from engine.sampling.noise import derive, gumbel, uniform
 from engine.sampling.penalties import Dry, penalise_seen
 from engine.sampling.truncate import survivors
-from engine.text import spelling
 
 _COLDEST = 1e-300  # a temperature below would overflow the quotient, and picks no differently
 APART = 2**32  # no request has so many choices
@@ -38,7 +36,6 @@ class Sampler:
         self._bias = _Bias(params.logit_bias) if params.logit_bias else None
         self._dry = Dry(params, piece) if _dries(params) else None
         self._penalises = _penalises(params)
-        self._budget = Budget(request.reasoning, spelling(request.spelled, piece)) if request.reasoning else None
         self._min_tokens = request.min_tokens
         self._never = ends if request.ignore_eos else frozenset()
         self._not_yet = ends.union(request.stop_tokens)
@@ -69,10 +66,6 @@ class Sampler:
 
         Raises BadLogits if the row holds NaN or its maximum is infinite, or if every token is banned.
         """
-        if self._budget is not None and not forgotten:
-            token = self._budget.forced(history, prompt_length)
-            if token is not None and (permitted is None or permitted[token]):
-                return token
         position = len(history) + forgotten
         emitted = position - prompt_length
         if permitted is not None:

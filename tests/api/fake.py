@@ -28,6 +28,7 @@ from engine import (
     ModelInfo,
     Moved,
     Ran,
+    Reading,
     Request,
     RequestRefused,
     SamplingParams,
@@ -43,8 +44,9 @@ from engine.grammar import GrammarError, Grammars
 BOS, EOS, START, END = 256, 257, 258, 259
 SPECIAL = {"<s>": BOS, "</s>": EOS, "<|im_start|>": START, "<|im_end|>": END}
 
-Step = bytes | float | asyncio.Event | EngineError
-"""Bytes are the tokens of one step, a number is a pause in seconds, an event is waited for, an error ends it."""
+Step = bytes | float | asyncio.Event | Reading | EngineError
+"""Bytes are the tokens of one step, a number is a pause in seconds, an event is waited for, a reading is told to
+who asked for it, an error ends it."""
 Script = Callable[[Request], Iterable[Step]]
 
 
@@ -254,6 +256,9 @@ class FakeEngine:
                     return
                 case asyncio.Event():
                     await step.wait()
+                case Reading():
+                    if request.progress:
+                        generation.deliver_reading(step)
                 case bytes():
                     tokens = list(step[: most - count])
                     count += len(tokens)

@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp
 
-from api.serve import warm_up
-from engine import Choice, Form, Gbnf, JsonObject, JsonSchema, Lark, Regex, RequestRefused
-from engine.grammar import compiler
+from engine import Choice, Form, Gbnf, JsonObject, JsonSchema, Lark, Regex
 from tests.api.asgi import post
 from tests.api.fake import FakeEngine
 
@@ -90,12 +88,3 @@ async def test_what_cannot_be(
     assert answer.json["error"]["param"] == param
     assert says in answer.json["error"]["message"]
     assert engine.log == []
-
-
-async def test_a_first_grammar_that_takes_long_does_not_end_the_server(
-    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compiler, "SECONDS", 0.0)
-    with pytest.raises(RequestRefused, match="was not compiled"):
-        await engine.compile(JsonObject())
-    await warm_up(engine)

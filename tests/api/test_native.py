@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from api.app import create_app
 from api.native_schema import NativeRequest
-from engine import EngineFault, Finished, FinishReason, Timings, Usage, derive_seed
+from engine import EngineFault, Finished, FinishReason, Reading, Timings, Usage, derive_seed
 from tests.api.asgi import post
 from tests.api.conftest import Apps
 from tests.api.fake import BOS, INFO, START, FakeEngine, site_of
@@ -247,6 +247,22 @@ async def test_timings_as_it_goes(app: ASGIApp) -> None:
     assert all(chunk["timings"]["predicted_per_second"] > 0 for chunk in chunks[1:])
 
 
+@pytest.mark.parametrize("fields", [{"return_progress": True}, {"return_progress": False}, {}], ids=str)
+async def test_how_far_the_prompt_is_read(app: ASGIApp, engine: FakeEngine, fields: Any) -> None:
+    engine.script = lambda request: [Reading(100, 20, 20, 0.0), 0.005, Reading(100, 20, 60, 0.5004), 0.005, b"ab"]
+    events = (await post(app, PATH, {"prompt": "x", "stream": True, **fields})).events
+    told = [each["prompt_progress"] for each in events if "prompt_progress" in each]
+    assert [each["content"] for each in events] == [*[""] * len(told), "ab", ""]
+    if fields.get("return_progress"):
+        first = {"total": 100, "cache": 20, "processed": 20, "time_ms": 0}
+        assert told == [first, {**first, "processed": 60, "time_ms": 500}]
+        assert events[0]["tokens_evaluated"] == 1
+        assert events[0]["stop"] is False
+    else:
+        assert told == []
+    assert (await post(app, PATH, {"prompt": "x", **fields})).json["content"] == "ab"
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_time_is_up(app: ASGIApp, engine: FakeEngine, stream: bool) -> None:
     engine.script = lambda request: [b"ab", 0.05, b"c\n", 0.05, b"d", asyncio.Event()]
@@ -314,13 +330,20 @@ async def test_too_much_is_refused_before_it_is_read(
     app: ASGIApp, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.vocab, "tokenize", None)
-    bodies = {
-        "n": {"prompt": ["a"] * 100, "n_cmpl": 3},
-        "logit_bias": {"prompt": "x", "logit_bias": [[1, 0.5]] * (2**16 + 1)},
-    }
-    for param, body in bodies.items():
-        answer = await post(app, PATH, body)
-        assert (answer.status, answer.json["error"]["param"]) == (400, param)
+    biases: list[Any] = [
+        [[1, 0.5]] * (2**16 + 1),
+        [["x" * 2**15, 0.5]] * 3,
+        {str(token): 0.5 for token in range(2**16 + 1)},
+    ]
+    wishes = [{"prompt": ["a"] * 100, "n_cmpl": 3}, *({"prompt": [1], "logit_bias": bias} for bias in biases)]
+    for wish in wishes:
+        answer = await post(app, PATH, wish)
+        assert (answer.status, answer.json["error"]["param"]) == (400, "n" if "n_cmpl" in wish else "logit_bias")
+
+
+async def test_texts_that_come_to_too_many_biases(app: ASGIApp) -> None:
+    answer = await post(app, PATH, {"prompt": "x", "logit_bias": [["€" * 11_000, 0.5]] * 2})
+    assert (answer.status, answer.json["error"]["param"]) == (400, "logit_bias")
 
 
 async def test_what_a_context_that_forgets_keeps_is_the_servers(engine: FakeEngine) -> None:

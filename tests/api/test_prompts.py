@@ -86,6 +86,7 @@ def test_a_last_message_that_is_not_shown_cannot_go_on() -> None:
         ("{{ messages[0].name }}|{{ messages[0].tool_calls is defined }}", "|False"),
         ("{% if tools %}tools{% endif %}{{ enable_thinking }}", "False"),
         ("{{ messages[0].content.split('i')[0] }}{{ messages | length }}", "h1"),
+        ("{{ 2 ** 10 }}{{ 'ab' * 2 }}{{ 1.5 * 2 }}", "1024abab3.0"),
         ("{{ tools is none }}{{ documents is none }}{{ nobody is defined }}", "TrueTrueFalse"),
     ],
 )
@@ -108,6 +109,10 @@ def test_the_time() -> None:
         ("{{ messages[0].content + 1 }}", "TypeError"),
         ("{{ messages | nonsense }}", "nonsense"),
         ("{% for i in range(100000) %}{{ 'x' * 1000 }}{% endfor %}", "writes too much"),
+        ("{{ 10 ** (10 ** 8) }}", "too large"),
+        ("{% set n = namespace(n=3) %}{% for i in range(64) %}{% set n.n = n.n * n.n %}{% endfor %}", "too large"),
+        ("{{ ('x' * 10 ** 12) | length }}", "too large"),
+        ("{{ (10 ** 12 * [messages]) | length }}", "too large"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ],
 )
@@ -271,7 +276,7 @@ async def test_long_texts_go_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(await made.of_prediction(Prediction("content", "x" * 100))) == 100
     assert len(await made.of_prediction(Prediction("content", "x" * prompts.LONG))) == prompts.LONG
     assert len(await made.of_piece("x" * prompts.LONG, add=False, parse=False)) == prompts.LONG
-    assert ran == ["render", "tokens", "tokenize", "tokenize"]
+    assert ran == ["render", "tokens", "tokenize", "_piece"]
     made = prompts_of("<tool_call>{{ messages[0].content }}")
     await made.text_of_chat(chat(tools=[{"description": "x" * prompts.LONG}]))
     await made.text_of_chat(chat(*[HI] * 1000))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
 
+from api import templates
 from api.builtin_templates import BUILTIN
 from api.config import ChatConfig
 from api.templates import ChatTemplate, TemplateTrouble, compiled, named, names_of, wanted
@@ -350,6 +352,24 @@ def test_messages_are_fitted_to_the_template() -> None:
     assert fitted(ONLY_PARTS, "") == {"role": "user", "content": ""}
     assert fitted(TAGS, "a", "developer")["role"] == "system"
     assert fitted(TAGS + "{# developer #}", "a", "developer")["role"] == "developer"
+
+
+def test_a_template_that_takes_for_ever_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = Event(), Event()
+
+    def wait(form: str) -> None:
+        begun.set()
+        go_on.wait(5)
+
+    monkeypatch.setitem(templates._ENVIRONMENT.globals, "strftime_now", wait)
+    slow = ChatTemplate("{{ strftime_now('') }}")
+    thread = Thread(target=lambda: slow.reads_text)
+    thread.start()
+    assert begun.wait(5)
+    assert ChatTemplate("{{ messages[0].content }}").reads_text
+    assert thread.is_alive()
+    go_on.set()
+    thread.join()
 
 
 def test_templates_by_name() -> None:

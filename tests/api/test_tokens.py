@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from starlette.types import ASGIApp
 
 from api.app import create_app
+from api.prompts import LONG
+from api.tokens import MOST
 from tests.api.asgi import call, post
 from tests.api.fake import BOS, END, INFO, START, FakeEngine, site_of
 from tests.api.test_refusals import VALUES
@@ -75,6 +77,29 @@ async def test_token_strings(app: ASGIApp) -> None:
     answer = await post(app, "/tokenize", {"messages": HELLO, "return_token_strs": True})
     assert answer.json["token_strs"][:6] == ["<|im_start|>", "u", "s", "e", "r", "\n"]
     assert (await post(app, "/tokenize", {"prompt": "hi", "return_token_strs": True})).json["token_strs"] == ["h", "i"]
+
+
+async def test_what_is_long_is_spelled_on_a_thread(app: ASGIApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    async def run_sync(function: Any, *arguments: Any) -> Any:
+        ran.append(function)
+        return function(*arguments)
+
+    monkeypatch.setattr("anyio.to_thread.run_sync", run_sync)
+    tokens = [104] * LONG
+    assert (await post(app, "/detokenize", {"tokens": tokens})).json["content"] == "h" * LONG
+    assert len(ran) == 1
+    for body in ({"prompt": "h" * LONG, "return_token_strs": True}, {"content": "h" * LONG, "with_pieces": True}):
+        ran.clear()
+        assert len((await post(app, "/tokenize", body)).json["tokens"]) == LONG
+        assert len(ran) == 2
+
+
+async def test_too_much_is_refused(app: ASGIApp) -> None:
+    for path, field in (("/detokenize", "tokens"), ("/tokenize", "content")):
+        answer = await post(app, path, {field: [1] * (MOST + 1)})
+        assert (answer.status, answer.json["error"]["param"]) == (400, field)
 
 
 async def test_detokenize(app: ASGIApp) -> None:
@@ -212,6 +237,14 @@ async def test_all_agree_on_the_tokens(
     assert engine.requests[-1].prompt == request.prompt
     if fields.get("tools") and fields.get("tool_choice") != "none":
         assert "weather" in shown["prompt"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions/render", "/tokenize", "/apply-template"])
+async def test_who_asks_for_tokens_waits_for_no_grammar(app: ASGIApp, path: str) -> None:
+    """A schema that cannot be followed changes no token: the completion refuses it."""
+    body = {"messages": HELLO, "json_schema": {"not": {"type": "string"}}}
+    assert (await post(app, path, body)).status == 200
+    assert (await post(app, "/v1/chat/completions", body)).status == 400
 
 
 @pytest.mark.parametrize(

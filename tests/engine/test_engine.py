@@ -17,16 +17,24 @@ from engine import (
     EngineFault,
     Finished,
     FinishReason,
+    Form,
+    JsonObject,
     ModelError,
+    Regex,
     Request,
+    RequestRefused,
     SamplingParams,
     Tokens,
     Update,
 )
+from engine.grammar import compiler
 from tests.toy import VOCABULARY, ToyBackend, ToyContext, failing, opener
 
 CONFIG = EngineConfig.of(path="toy.gguf", slots=2, queue=4)
 ENDLESS = Request(prompt=(1, 2, 3), ignore_eos=True)
+
+
+FEW = Request(prompt=(1, 2, 3), max_tokens=3, ignore_eos=True)
 
 
 async def read(engine: Engine, request: Request) -> list[Update]:
@@ -157,6 +165,54 @@ async def test_what_cannot_be_submitted_takes_no_place() -> None:
         updates = await read(engine, Request(prompt=(1,), max_tokens=2, ignore_eos=True))
         assert isinstance(updates[-1], Finished)
         await asyncio.wait_for(engine.drain(20), 20)
+
+
+async def test_how_far_a_prompt_is_read() -> None:
+    async with Engine.open(CONFIG, opener=opener(toy(pace=0.005))) as engine:
+        request = Request(prompt=(*range(1, 40),) * 5, max_tokens=3, ignore_eos=True, progress=True)
+        for known in (0, 194):
+            *updates, end = await read(engine, request)
+            told = [update.reading for update in updates if isinstance(update, Tokens) and update.reading]
+            processed = [reading.processed for reading in told]
+            assert processed == sorted({*processed, 195})
+            assert {(reading.prompt, reading.cached) for reading in told} == {(195, known)}
+            assert isinstance(end, Finished)
+            assert len(told) > 2 or known
+        assert not any(update.reading for update in await read(engine, FEW) if isinstance(update, Tokens))
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+async def test_the_first_grammar_is_compiled_before_anybody_comes(
+    monkeypatch: pytest.MonkeyPatch, warmup: bool
+) -> None:
+    forms: list[Form] = []
+    monkeypatch.setattr(compiler, "_compiled", lambda form, tokens: forms.append(form))
+    config = EngineConfig.of(path="toy.gguf", slots=2, warmup=warmup)
+    async with Engine.open(config, opener=opener(toy())):
+        assert forms == [JsonObject()] * warmup
+
+
+async def test_a_first_grammar_that_takes_long_does_not_end_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "SECONDS", 0.0)
+    async with Engine.open(CONFIG, opener=opener(toy())) as engine:
+        with pytest.raises(RequestRefused, match="was not compiled"):
+            await engine.compile(Regex("a"))
+
+
+@pytest.mark.parametrize("drained", [False, True])
+async def test_who_waits_for_a_grammar_is_told_of_the_end(monkeypatch: pytest.MonkeyPatch, drained: bool) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(compiler, "_compiled", lambda form, tokens: go_on.wait(5))
+    async with Engine.open(CONFIG, opener=opener(toy())) as engine:
+        waiting = [asyncio.create_task(engine.compile(Regex(pattern))) for pattern in "aabcd"]
+        await asyncio.sleep(0.01)
+        if drained:
+            await engine.drain(0)
+            with pytest.raises(Draining):
+                await engine.compile(Regex("e"))
+    ends = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(end) for end in ends] == [Draining] * 5
+    go_on.set()
 
 
 async def test_drain_waits_for_what_ends_in_time() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from engine.batch import Batch
 from engine.config import SpeculationConfig
-from engine.contract import Finished, FinishReason, Request, SamplingParams
+from engine.contract import Finished, FinishReason, ReasoningBudget, Request, SamplingParams
 from engine.streams import Stream
 from tests.engine.test_same_as_alone import Bench
 from tests.toy import ToyContext, ToyVocab
@@ -87,3 +88,14 @@ def test_a_context_that_is_not_forgotten_ends_the_request() -> None:
     end = bench.ends[0]
     assert isinstance(end, Finished)
     assert (end.reason, end.usage.completion, end.forgotten) == (FinishReason.LENGTH, LIMIT - 20, 0)
+
+
+def test_reasoning_is_bounded_by_what_was_emitted_whatever_is_forgotten() -> None:
+    """By more tokens than the context holds."""
+    closing = (30, 31, 32)
+    bound = ReasoningBudget(70, "", "never written", closing)
+    bench = Bench(ToyContext(cells=150))
+    stream = submit(bench, 0, structs.replace(asked(120), reasoning=bound), 4)
+    bench.run()
+    assert stream.forgotten > len(stream.request.prompt)
+    assert [place for place in range(120) if tuple(bench.got[0][place : place + 3]) == closing] == [70]

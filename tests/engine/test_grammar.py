@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 from random import Random
 from typing import Any
 
@@ -27,9 +28,11 @@ from engine.grammar import (
     Regex,
     Want,
     compiler,
+    jobs,
 )
 from engine.grammar.bridge import BLOCK, tokenizer
 from engine.grammar.gbnf import lark_of
+from engine.grammar.jobs import Jobs, Late
 from engine.grammar.schema import DEPTH, depth_of, keywords, with_any_of
 from tests.engine.vocabularies import ASCII, PAIRS, AsciiVocab, bytes_of, grammar
 from tests.toy import END
@@ -317,6 +320,9 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_pointer(wrong: Any, poin
         (Lark("start: <|nowhere|>"), "special token"),
         (Lark("start: ((((((" * 1000), "nested"),
         (JsonSchema(b'{"enum": ["' + b"x" * 2**18 + b'"]}'), "too large"),
+        (schema({"type": "integer", "multipleOf": 999_999_937}), "multipleOf is too large"),
+        (schema({"type": "integer", "allOf": [{"multipleOf": each} for each in (97, 89, 83, 79)]}), "multipleOf"),
+        (Lark('start: "x" %json {"type": "integer", "multipl\\u0065Of": 999999937}'), "multipleOf"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else value,
 )
@@ -329,11 +335,17 @@ def test_what_cannot_be_used_is_refused(form: Form, says: str) -> None:
     "text",
     [
         'root ::= item ("," item)* "."\nitem ::= [a-c] digit{2}\ndigit ::= [0-9]',
-        'root ::= a-b | "x" # a comment\na-b ::= "(" root ")" | cD\ncD ::= e e\ne ::= "y" | e "z"\nf ::= cD',
+        'root ::= a-b | "x"\na-b ::= "(" root ")" | cD\ncD ::= e e\ne ::= "y" | e "z"\nf ::= cD',
     ],
 )
 def test_gbnf_is_what_the_converter_makes_of_it(text: str) -> None:
     assert lark_of(text).split() == gbnf_to_lark(text).split()
+
+
+def test_comments_are_left_out() -> None:
+    """The converter would copy all of them for each: seconds for as many as fit a form."""
+    text = "# one\n" + "#\n" * 100_000 + 'root ::= "#" [#] # the last'
+    assert lark_of(text).split() == ["%llguidance", "{}", "start:", '"#"', "/[#]/"]
 
 
 def test_a_chain_of_rules_does_not_take_long() -> None:
@@ -429,6 +441,59 @@ async def test_equal_forms_are_compiled_once(monkeypatch: pytest.MonkeyPatch) ->
     assert await kept.compile(Regex("a")) is first, "it was used after b"
     assert await kept.compile(Regex("b")) not in both
     kept.close()
+
+
+def test_usual_multiples() -> None:
+    fields = {f"f{value}": {"type": "number", "multipleOf": value} for value in (0.01, 0.25, 5, 12, 15, 60, 86_400)}
+    grammar(schema({"properties": fields}))
+
+
+async def test_work_that_takes_too_long_is_given_up_and_others_go_on() -> None:
+    work, go_on = Jobs[str]("test", 0.02), threading.Event()
+
+    def slow() -> str:
+        go_on.wait(5)
+        return "done"
+
+    for each in range(jobs.THREADS // jobs.AT_ONCE - 1):
+        keys = [bytes([each, number]) for number in range(jobs.AT_ONCE)]
+        ends = await asyncio.gather(*(work.run(key, slow) for key in keys), return_exceptions=True)
+        assert {type(end) for end in ends} == {Late}
+        assert await work.run(b"quick", lambda: "done") == "done"
+    with pytest.raises(Late):
+        await asyncio.wait_for(work.run(keys[0], slow), 0.01)
+    keys = [bytes([99, number]) for number in range(jobs.AT_ONCE)]
+    await asyncio.gather(*(work.run(key, slow) for key in keys), return_exceptions=True)
+    with pytest.raises(Late):
+        await work.run(b"quick", lambda: "done")
+    go_on.set()
+    for thread in [each for each in threading.enumerate() if each.name == "test"]:
+        thread.join()
+    await asyncio.sleep(0)
+    assert await work.run(keys[0], lambda: "again") == "again"
+
+
+async def test_long_work_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "LONG", 0.01)
+    work, go_on = Jobs[bool]("test", 5.0), threading.Event()
+    slow = [asyncio.create_task(work.run(bytes([key]), lambda: go_on.wait(5))) for key in range(jobs.AT_ONCE)]
+    await asyncio.sleep(0)
+    assert await work.run(b"quick", go_on.is_set) is False
+    go_on.set()
+    assert await asyncio.gather(*slow) == [True] * jobs.AT_ONCE
+
+
+async def test_work_that_nobody_waits_for_is_not_begun() -> None:
+    work, go_on, begun = Jobs[None]("test", 5.0), threading.Event(), list[int]()
+    first = [asyncio.create_task(work.run(bytes([key]), lambda: begun.append(go_on.wait(5)))) for key in range(2)]
+    left = asyncio.create_task(work.run(b"left", lambda: begun.append(2)))
+    await asyncio.sleep(0)
+    left.cancel()
+    await asyncio.gather(left, return_exceptions=True)
+    go_on.set()
+    await asyncio.gather(*first)
+    await work.run(b"last", lambda: begun.append(3))
+    assert begun == [True, True, 3]
 
 
 async def test_who_waits_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

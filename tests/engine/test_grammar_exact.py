@@ -209,25 +209,29 @@ def test_a_grammar_survives_what_is_forgotten() -> None:
     assert ("ABCDEFGH" * 30).startswith(text)
 
 
-def test_a_grammar_that_cannot_be_followed_fails_its_request_alone() -> None:
-    """The vocabulary has no letter after h."""
-    context = ToyContext(cells=300)
-    bench = Bench(context, backend=backend(context))
-    bench.submit(0, asked(Regex("[A-H]{4}[xyz]"), max_tokens=20))
-    bench.submit(1, Request(prompt=(4, 5), max_tokens=5, ignore_eos=True))
-    bench.run()
-    assert len(bytes_of(bench.got[0], PAIRS)) == 4
-    assert isinstance(bench.ends[0], Failed)
-    assert isinstance(bench.ends[0].error, RequestRefused)
-    assert isinstance(bench.ends[1], Finished)
-    assert len(bench.got[1]) == 5
-
-
 class Stubborn(Oracle):
     """Guesses the same at every step."""
 
     def propose(self, limit: int) -> Draft:
         return Draft(self.truth[:limit])
+
+
+@pytest.mark.parametrize("guessed", [False, True])
+def test_a_grammar_that_cannot_be_followed_fails_its_request_alone(guessed: bool) -> None:
+    """The vocabulary has no letter after h. What was picked before is told, also if that was in the same step."""
+    context = ToyContext(cells=300)
+    bench = Bench(context, backend=backend(context))
+    likely = SamplingParams(temperature=0.0, logit_bias=((41, 50.0),))
+    request = asked(Regex("(AB){3}[xyz]"), sampling=likely, logprobs=0, speculation=Speculation(order="fixed"))
+    bench.submit(0, request, Stubborn(request, [41, 41], 0.0, Random(0)) if guessed else None)
+    bench.submit(1, Request(prompt=(4, 5), max_tokens=5, ignore_eos=True))
+    bench.run()
+    assert bytes_of(bench.got[0], PAIRS) == b"ABABAB"
+    assert isinstance(bench.ends[0], Failed)
+    assert isinstance(bench.ends[0].error, RequestRefused)
+    assert isinstance(bench.ends[1], Finished)
+    assert len(bench.got[1]) == 5
+    assert bench.runner.counters.completion_tokens == 8
 
 
 @pytest.mark.parametrize("aside", [False, True])

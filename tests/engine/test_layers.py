@@ -24,7 +24,7 @@ runner
 thread slotfiles
 engine
 """
-GRAMMAR = "forms bridge\nschema gbnf matcher\nmasks compiler"
+GRAMMAR = "forms bridge jobs\nschema gbnf matcher\nmasks compiler"
 SAMPLING = "noise candidates budget\nlogprobs truncate penalties verify\nsampler"
 MEMORY = "radix ordered disk idle textfile\npieces\nshelf lease\nstore\nmoves\ncells\ntransfer"
 PACE = "curve acceptance journal\ncost lengths\ncalibration chooser"

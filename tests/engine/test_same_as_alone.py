@@ -116,7 +116,7 @@ class Bench:
         for key, ids, _, end in items:
             assert key not in self.ends, "nothing follows the terminal update"
             self.got[key] += ids
-            if end is not None:
+            if isinstance(end, Finished | Failed):
                 self.ends[key] = end
 
     def submit(self, key: int, request: Request, speculator: Speculator | None = None) -> None:

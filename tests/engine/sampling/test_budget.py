@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Container
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.contract import ReasoningBudget, Request, SamplingParams
-from engine.sampling import Sampler
+from engine.contract import ReasoningBudget
+from engine.sampling import Budget
 
 CLOSING = tuple(b"</t>")
 
 
-def written(budget: int, model: bytes, *, opens: str = "", prompt: bytes = b"?") -> bytes:
-    """What is emitted if the model would write `model`, a byte a token."""
-    bound = ReasoningBudget(budget, opens, "</t>", CLOSING)
-    request = Request(prompt=tuple(prompt), sampling=SamplingParams(temperature=0), reasoning=bound)
-    sampler = Sampler(request, 1, frozenset(), lambda token: bytes([token]))
-    history = list(prompt)
-    while len(history) - len(prompt) < len(model):
-        row = np.zeros(256, np.float32)
-        row[model[len(history) - len(prompt)]] = 1.0
-        history.append(sampler.pick(row, history, len(prompt)))
-    return bytes(history[len(prompt) :])
+def written(budget: int, model: bytes, *, opens: str = "", forbidden: Container[int] = ()) -> bytes:
+    """What is emitted if the model would write `model`, a byte a token, where a grammar forbids that nothing is
+    `forbidden` at these places."""
+    bound = Budget(ReasoningBudget(budget, opens, "</t>", CLOSING), lambda token: bytes([token]))
+    found = bytearray()
+    for place, own in enumerate(model):
+        forced = bound.forced
+        token = own if forced is None or place in forbidden else forced
+        bound.take(token)
+        found.append(token)
+    return bytes(found)
 
 
 def test_it_is_closed_when_the_budget_is_spent() -> None:
@@ -36,15 +37,18 @@ def test_what_ends_in_time_is_left_alone() -> None:
 
 def test_a_budget_of_none_closes_at_once() -> None:
     assert written(0, b"abcdefg") == b"</t>efg"
+    assert written(0, b"<t>abcdefg", opens="<t>") == b"<t></t>efg"
 
 
 def test_a_character_is_not_cut() -> None:
     assert written(2, "a👩bcdefgh".encode()) == "a👩</t>fgh".encode()
 
 
-def test_it_counts_from_where_reasoning_begins() -> None:
+@pytest.mark.parametrize(("late", "found"), [(13, b"</t>efg"), (14, b"abcdefg")])
+def test_it_counts_from_where_reasoning_begins(late: int, found: bytes) -> None:
     assert written(2, b"<t>abcdefgh", opens="<t>") == b"<t>ab</t>gh"
-    assert written(2, b"abcdefgh", opens="<t>") == b"abcdefgh"
+    assert written(2, b"abcdefgh" * 4, opens="<t>") == b"abcdefgh" * 4
+    assert written(2, b"." * late + b"<t>ababcdefg", opens="<t>") == b"." * late + b"<t>ab" + found
 
 
 @given(st.integers(0, 12), st.text(min_size=1, max_size=20))
@@ -57,23 +61,11 @@ def test_what_was_emitted_is_whole_text_with_one_end(budget: int, text: str) -> 
     found.partition(b"</t>")[0].decode()
 
 
-@pytest.mark.parametrize("forgotten", [1, 5])
-def test_it_is_no_matter_to_who_forgot_something(forgotten: int) -> None:
-    bound = ReasoningBudget(0, "", "</t>", CLOSING)
-    request = Request(prompt=(1,), sampling=SamplingParams(temperature=0), reasoning=bound)
-    sampler = Sampler(request, 1, frozenset(), lambda token: bytes([token]))
-    row = np.zeros(256, np.float32)
-    row[7] = 1.0
-    assert sampler.pick(row, [1, 2, 3], 1, forgotten) == 7
+def test_bytes_that_are_no_text_do_not_go_on_for_ever() -> None:
+    assert written(2, b"\xf0" * 20).index(b"</t>") == 6
 
 
-def test_where_a_grammar_forbids_it_the_model_goes_on() -> None:
-    bound = ReasoningBudget(0, "", "</t>", CLOSING)
-    request = Request(prompt=(1,), sampling=SamplingParams(temperature=0), reasoning=bound)
-    sampler = Sampler(request, 1, frozenset(), lambda token: bytes([token]))
-    row = np.zeros(256, np.float32)
-    row[7] = 1.0
-    permitted = np.ones(256, np.bool_)
-    assert sampler.pick(row, [1], 1, 0, permitted) == CLOSING[0]
-    permitted[CLOSING[0]] = False
-    assert sampler.pick(row, [1], 1, 0, permitted) == 7
+def test_where_a_grammar_forbids_it_the_end_comes_when_it_may() -> None:
+    assert written(0, b"abcdefgh", forbidden={0}) == b"a</t>fgh"
+    assert written(0, b"abcdefghi", forbidden={2}) == b"</c</t>hi"
+    assert written(0, "a👩cdefghijk".encode(), forbidden={0, 1}) == "a👩</t>ghijk".encode()
