@@ -10,7 +10,7 @@ from uuid import uuid4
 from msgspec import Struct
 
 from api.formats.deltas import Arguments, Begun, Content, Delta, Reasoning
-from api.formats.lark import Bare, Lark, Repeated, Thought
+from api.formats.lark import Lark, Repeated, Thought, Untagged
 from api.formats.source import Reading, Source
 
 
@@ -186,6 +186,8 @@ class Tagged(Format):
     triggers: ClassVar[tuple[str, ...]]
     interrupts: ClassVar[tuple[str, ...]] = ()
     """Triggers that end reasoning too."""
+    fences: ClassVar[tuple[str, ...]] = ()
+    """Triggers that are text unless a call follows; others are not shown where the text ends before that is known."""
 
     @abstractmethod
     def call(self, parser: Parser, trigger: str) -> Reading[bool]:
@@ -199,7 +201,7 @@ class Tagged(Format):
             source.mark(len(trigger))
             if (yield from self.call(parser, trigger)):
                 source.forget()
-            elif source.ended:
+            elif source.ended and trigger not in self.fences:
                 return  # cut off before it was a call
             else:
                 source.rewind()
@@ -236,17 +238,17 @@ class Tagged(Format):
 
     def grammar(self, lark: Lark, rules: Rules) -> None:
         # Where nothing but calls or one kind of answer may come, the tags are no trouble.
-        bare = None if rules.calls.required or rules.answer else self.untagged(lark, rules.calls)
-        self.message(lark, rules, self.bodies(lark, rules.calls), parallel=rules.calls.parallel, bare=bare)
+        untagged = None if rules.calls.required or rules.answer else self.untagged(lark, rules)
+        self.message(lark, rules, self.bodies(lark, rules.calls), parallel=rules.calls.parallel, untagged=untagged)
 
     def message(
-        self, lark: Lark, rules: Rules, bodies: Sequence[str], *, parallel: bool, bare: Bare | None = None
+        self, lark: Lark, rules: Rules, bodies: Sequence[str], *, parallel: bool, untagged: Untagged | None = None
     ) -> None:
         """The rules of a message in which `trigger` and one of `bodies` may come, several times if `parallel`, or
-        `bare` calls."""
+        `untagged` calls."""
         opens = self.opens if rules.thinks and self.closes else ()
         thought = Thought(opens, self.closes if rules.thinks else "", rules.opened)
-        calls = Repeated(self.trigger, bodies, self.joint, parallel, rules.calls.required, bare)
+        calls = Repeated(self.trigger, bodies, self.joint, parallel, rules.calls.required, untagged)
         lark.message(calls, thought, rules.answer)
 
     def section(self, lark: Lark, rules: Rules, end: str) -> None:
@@ -261,8 +263,8 @@ class Tagged(Format):
         """A rule for each tool."""
         return [lark.rule(f"tool_{index}", self.body(lark, tool, index)) for index, tool in enumerate(calls.tools)]
 
-    def untagged(self, lark: Lark, calls: Calls) -> Bare | None:
-        """The calls that may stand where the answer begins, without a trigger."""
+    def untagged(self, lark: Lark, rules: Rules) -> Untagged | None:
+        """The calls that need no trigger."""
         return None
 
     @abstractmethod

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
 
 from engine import RequestRefused
 
-ANY = r"(.|\n)*"
-"""Any text."""
+ANY, SOME = r"(.|\n)*", r"(.|\n)+"
+"""Any text, and any but none."""
 
 # As models were shown them: after commas and colons a space, and no other white space to get lost in.
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -26,12 +26,14 @@ class Thought(Struct, frozen=True):
     opened: bool
 
 
-class Bare(Struct, frozen=True):
-    """Calls without a trigger, which may stand where an answer begins: a rule of each, and a regular expression of
-    what every text begins with that is one."""
+class Untagged(Struct, frozen=True):
+    """Calls without a trigger. Regular expressions of what they begin with where an answer begins, and anywhere, and of
+    what must follow for there to be such a tool; and for each tool an expression from there on."""
 
-    bodies: Sequence[str]
-    begins: str
+    first: str
+    anywhere: str
+    names: str
+    calls: Sequence[str]
 
 
 class Repeated(Struct, frozen=True):
@@ -43,7 +45,7 @@ class Repeated(Struct, frozen=True):
     joint: str
     parallel: bool
     required: bool
-    bare: Bare | None = None
+    untagged: Untagged | None = None
 
 
 MOST = 32
@@ -120,7 +122,7 @@ class Lark:
         """What matches `text` and does not begin like `unless`."""
         if not unless:
             return f"/{text}/"
-        return self.rule(f"{name.upper()}_TEXT", f"/{text}/ & ~/{unless}{ANY}/")
+        return self.rule(f"{name.upper()}_TEXT", f"/{text}/ & ~/({unless}){ANY}/")
 
     def message(self, calls: Repeated, thought: Thought, answer: str | None) -> None:
         """The rules of a message: reasoning perhaps, then calls, an answer, or any text with calls in it.
@@ -148,15 +150,28 @@ class Lark:
         self.rule("start", " | ".join(self._thoughts(thought, rest, without, "")))
 
     def _answer(self, name: str, calls: Repeated, body: str, text: str) -> str:
-        """A rule of any text with calls in it, that begins with what matches `text`, or with bare calls."""
-        bare = calls.bare
-        unless = bare.begins if bare else ""
-        more = self.rule("more", f"({self.before('head', calls.trigger)} {body})* TEXT") if calls.parallel else ""
-        called = f"{self.before(f'{name}_head', calls.trigger, text, unless)} {body} {more}"
-        ways = [self._terminal(name, text, unless), called]
-        if bare:
-            ways.append(f"{self.rule('bare', self.any_of(bare.bodies))} {'rest' if calls.parallel else ''}")
-        return self.rule(name, " | ".join(ways))
+        """A rule of any text with calls in it, that begins with what matches `text`."""
+        untagged = calls.untagged
+        if untagged is None:
+            return self.rule(name, " | ".join(self._texts(name, calls, body, text)))
+        others = self._texts("other", calls, body, ANY, f"{ANY}{untagged.anywhere}", untagged.names)
+        more = "rest" if calls.parallel else ""
+        self.rule("found", " | ".join([*(f"{call} {more}" for call in untagged.calls), *others]))
+        begins = f"({untagged.first}|{text}{untagged.anywhere})"
+        return self.rule(name, " | ".join(self._texts(name, calls, body, text, begins)))
+
+    def _texts(
+        self, name: str, calls: Repeated, body: str, text: str, begins: str = "", unless: str = ""
+    ) -> Iterator[str]:
+        """The ways to go on with what matches `text` and does not begin like `unless`: to the end, to a call, and to
+        where what `begins` calls without a trigger is found. Greedy terminals tell that: with lazy ones every mask
+        would go through the whole vocabulary."""
+        free = "|".join(filter(None, (begins, unless)))
+        yield self._terminal(name, text, free)
+        yield f"{self.before(f'{name}_head', calls.trigger, text, free)} {body} {'rest' if calls.parallel else ''}"
+        if begins:
+            at = f"/{begins}/ & ~/{begins}{SOME}/{f' & ~/{unless}{ANY}/' if unless else ''}"
+            yield f"{self.rule(f'{name.upper()}_FOUND', at)} found"
 
     def _thoughts(self, thought: Thought, after: str, without: str, space: str) -> list[str]:
         """The alternatives of a message: what comes `after` reasoning, or `without` it."""

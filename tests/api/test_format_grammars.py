@@ -55,6 +55,8 @@ def take(matcher: Matcher, text: str) -> str:
         f"{BERN}\n</tool_call>",
         f"a {TAGGED} b",
         f"{NOW} then {TAGGED}{TAGGED}",
+        f"So:\n```json\n{BERN}\n```\n```\n[{NOW},\n {BERN}]\n``` and {TAGGED}",
+        '```json\n{"name": "other", "arguments": 7}\n```',
     ],
 )
 async def test_what_may_be_said(text: str, thinks: bool) -> None:
@@ -73,7 +75,11 @@ async def test_what_may_be_said(text: str, thinks: bool) -> None:
         (CALLS, f'{NOW}\n{{"name": "weather", "arguments": ', "7"),
         (CALLS, '<think></think>\n{"name": "weather", "arguments": ', "7"),
         (CALLS, f'{NOW}<tool_call>\n{{"name": "weather", "arguments": ', "7"),
+        (CALLS, 'So: ```json\n{\n "name": "weather", "arguments":', "7"),
+        (CALLS, f'```\n[{NOW}, {{"name": "weather", "arguments":', "7"),
+        (CALLS, f'{TAGGED} ```\n{{"name": "weather", "arguments":', "7"),
         (ONE, NOW, " "),
+        (ONE, f"```json\n{NOW}", "\n"),
         (ONE, TAGGED, " "),
         (replace(CALLS, required=True), "", BERN),
     ],
@@ -83,7 +89,7 @@ async def test_what_may_not_follow(calls: Calls, said: str, then: str) -> None:
     assert take(matcher, said + then) == said
 
 
-SIGNS = [*"{}:,7x \n\u00a0\x1c", '"name"', '"weather"', '"arguments"', '"parameters"']
+SIGNS = [*"[]{}:,7x` \n\u00a0\x1c", "```\n", "```json\n", '"name"', '"weather"', '"arguments"', '"parameters"']
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 WHOLE = [BERN, NOW, TAGGED, '{"city": "Bern"}', '{"name": "weather", "arguments": ', '{"name": "other", "arguments": ']
 
