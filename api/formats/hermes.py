@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from api.formats.base import Parser, Rules, Tagged, Tool
+from api.formats.base import Calls, Parser, Tagged, Tool
 from api.formats.lark import Lark, Untagged
 from api.formats.objects import FENCE, FENCES, object_body, read_object, read_untagged, untagged_calls
 from api.formats.source import Reading
@@ -39,8 +39,8 @@ class Hermes(Tagged):
         end = lark.text("\n</tool_call>")
         return f'"\\n" {object_body(lark, tool, index)} {end}'
 
-    def untagged(self, lark: Lark, rules: Rules) -> Untagged | None:
-        return untagged_calls(lark, rules, self.opens, self.closes)
+    def untagged(self, lark: Lark, calls: Calls) -> Untagged | None:
+        return untagged_calls(lark, calls)
 
 
 class Generic(Hermes):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 import jiter
 
-from api.formats.base import Parser, Rules, Tool
-from api.formats.lark import ANY, Lark, Untagged, literal
+from api.formats.base import Calls, Parser, Tool
+from api.formats.lark import SPACE, Lark, Untagged, literal
 from api.formats.source import Reading
 
 ARGUMENTS = ("arguments", "parameters")
@@ -17,11 +16,8 @@ FENCE = "```"
 """What Markdown has around code, where small models put calls."""
 FENCES = (f"{FENCE}json\n", f"{FENCE}\n")
 """How it begins."""
-_BLANK = r"[\s\x1c-\x1f]"
-"""What Python takes for white space, as a regular expression."""
-_SPACE = f"{_BLANK}*"
-_HEAD = _SPACE + _SPACE.join((r"[\[,]?", r"\{", '"name"', ":", '"'))
-_TAIL = '"' + _SPACE + _SPACE.join((",", f'"({"|".join(ARGUMENTS)})"', ":"))
+_HEAD = SPACE + SPACE.join((r"[\[,]?", r"\{", '"name"', ":", '"'))
+_TAIL = '"' + SPACE + SPACE.join((",", f'"({"|".join(ARGUMENTS)})"', ":"))
 """What `read_untagged` asks for before and after a tool's name."""
 _GAP = r"\s{0,8}"
 """White space where nothing else than the call may follow: bounded, or a model loses itself in it."""
@@ -150,18 +146,15 @@ def object_body(lark: Lark, tool: Tool, index: int, arguments: str = "arguments"
     return f'{head} {_value(lark, tool, index)} "}}"'
 
 
-def untagged_calls(lark: Lark, rules: Rules, opens: Sequence[str], closes: str) -> Untagged:
-    """The grammar of calls without tags, in whatever layout a model writes JSON. Reasoning may come first that the
-    rules do not know of: of a model that is not known to reason, or after white space."""
+def untagged_calls(lark: Lark, calls: Calls) -> Untagged:
+    """The grammar of calls without tags, in whatever layout a model writes JSON."""
     gap, end = lark.rule("GAP", f"/{_GAP}/"), lark.rule("UNTAGGED_END", f"/{_GAP}\\}}/")
-    calls = [
+    rules = [
         f"{lark.rule(f'NAME_{index}', f'/{literal(tool.name)}{_TAIL}/')} {gap} {_value(lark, tool, index)} {end}"
-        for index, tool in enumerate(rules.calls.tools)
+        for index, tool in enumerate(calls.tools)
     ]
-    names = "|".join(literal(tool.name) for tool in rules.calls.tools)
-    opening = f"{_BLANK}{'+' if rules.thinks else '*'}({'|'.join(map(literal, opens))})"
-    first = f"({opening}{ANY}{literal(closes)})?{_HEAD}"
-    return Untagged(first, f"({'|'.join(map(literal, FENCES))}){_HEAD}", f"({names}){_TAIL}", calls)
+    names, fences = ("|".join(map(literal, texts)) for texts in ([tool.name for tool in calls.tools], FENCES))
+    return Untagged(_HEAD, f"({fences})", f"({names}){_TAIL}", rules)
 
 
 def _value(lark: Lark, tool: Tool, index: int) -> str:
