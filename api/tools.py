@@ -50,6 +50,8 @@ class NamedTool(Struct):
 
 
 CHOICES = ("auto", "none", "required")
+LEVELS = 100
+"""Of a schema that are looked at; grammars take no deeper ones."""
 LIKE = 64
 """Tools among which the one is looked for that was probably meant: comparing names takes time."""
 
@@ -97,8 +99,28 @@ def _tools(asked: Sequence[Any]) -> tuple[Tool, ...]:
                 "The parameters of a function are an object: their type must be 'object'.",
                 field=f"tools[{index}].function.parameters.type",
             )
-        found[name] = Tool(name, {"type": "object", **parameters})
+        found[name] = Tool(name, closed({"type": "object", **parameters}))
     return tuple(found.values())
+
+
+def closed(schema: Any, levels: int = LEVELS) -> Any:
+    """The schema without other properties than it names, where it names some and does not say: as with llama-server,
+    since a small model finds no end of others."""
+    if not isinstance(schema, Mapping) or not levels:
+        return schema
+    made = dict(schema)
+    if "items" in made:
+        made["items"] = closed(made["items"], levels - 1)
+    if isinstance(properties := made.get("properties"), Mapping):
+        made["properties"] = {name: closed(each, levels - 1) for name, each in properties.items()}
+        required = made.get("required", [])
+        if not _ELSEWHERE & made.keys() and isinstance(required, list) and set(map(str, required)) <= properties.keys():
+            made.setdefault("additionalProperties", False)
+    return made
+
+
+_ELSEWHERE = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "unevaluatedProperties"}
+"""Where properties may be named besides."""
 
 
 def _chosen(choice: Mapping[str, Any], tools: Sequence[Tool]) -> Tool:

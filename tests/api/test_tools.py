@@ -195,6 +195,28 @@ async def test_choices_are_enforced(choice: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("parameters", "open_"),
+    [
+        ({"properties": {"a": {"type": "integer"}}}, False),
+        ({"properties": {"a": {"type": "integer"}}, "additionalProperties": True}, True),
+        ({"properties": {"a": {"type": "integer"}}, "required": ["b"]}, True),
+        ({"properties": {"a": {"type": "integer"}}, "anyOf": [{"required": ["b"]}, {"required": ["a"]}]}, True),
+        ({}, False),
+        ({"type": "object"}, True),
+    ],
+)
+async def test_no_property_is_written_that_a_tool_does_not_name(parameters: Any, open_: bool) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    engine = speaking("</think>ok")
+    await ask(engine, tools=[tool], tool_choice="required")
+    grammar = engine.requests[-1].grammar
+    assert grammar is not None
+    matcher = (await Grammars(ByteVocab()).compile(grammar.form)).begin()
+    said = b'</think>\n\n<tool_call>\n{"name": "f", "arguments": {"'
+    assert (matcher.permits(said + b"b") > len(said)) == open_
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"tool_choice": "required"}, "tool_choice"),
