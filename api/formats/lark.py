@@ -107,6 +107,10 @@ class Lark:
             raise RequestRefused(f"The schemas make a grammar of more than {LARGEST} characters; no more are taken.")
         return f"%json {text}"
 
+    def value(self, name: str, schema: Any) -> str:
+        """A rule of the same, unless there is one; its name."""
+        return name if name in self._rules else self.rule(name, self.json(schema))
+
     def members(self, name: str, members: Sequence[tuple[str, bool]], joint: str) -> str:
         """These in turn with `joint` between two; those that are not required may be left out."""
         comma, first, more = self.text(joint), '""', '""'

@@ -159,4 +159,4 @@ def untagged_calls(lark: Lark, calls: Calls) -> Untagged:
 
 def _value(lark: Lark, tool: Tool, index: int) -> str:
     """A rule of a tool's arguments, for all ways to write its call."""
-    return lark.rule(f"arguments_{index}", lark.json(tool.parameters))
+    return lark.value(f"arguments_{index}", tool.parameters)

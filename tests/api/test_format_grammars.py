@@ -147,6 +147,12 @@ async def test_a_thought_that_the_prompt_began_ends_before_a_call(sign: str, fir
         assert take(matcher, said + then) == said
 
 
+async def test_an_empty_line_may_follow_a_thought_that_was_ended() -> None:
+    matcher = await begun(Rules(CALLS, thinks=True, opened=True), format_of("<|open|>"))
+    said = "hm<|close|>think<|sep|>\n\n<|open|>response<|sep|>Yes<|close|>response<|sep|>"
+    assert take(matcher, said) == said
+
+
 async def test_what_ends_a_thought_is_what_belongs_to_its_beginning() -> None:
     matcher = await begun(Rules(CALLS, thinks=True), format_of("[ARGS]"))
     assert take(matcher, "<think>[/THINK][TOOL_CALLS]x</think>[TOOL_CALLS]y").endswith("</think>[TOOL_CALLS]")
@@ -183,3 +189,8 @@ async def test_gemmas_notation_follows_references_and_patterns() -> None:
     matcher = await begun(Rules(Calls((tool,), required=True)), format_of("<|tool_call>"))
     said = '<|tool_call>call:f{n:{id:<|"|>ab<|"|>,next:{id:<|"|>c'
     assert take(matcher, said + "d") == said
+
+
+async def test_a_schema_that_several_ways_to_call_share_is_counted_once() -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["x" * 140_000]}}}
+    assert (await begun(Rules(Calls((Tool("f", schema),))))).permits(b"hi") == 2
