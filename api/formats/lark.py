@@ -124,9 +124,12 @@ class Lark:
 
     def before(self, name: str, marker: str, text: str = ANY, unless: str = "") -> str:
         """A rule of the text up to the first `marker`, and that; of no text that begins like `unless`."""
-        if any(name in marker for name in self._special):
+        if self._special_in(marker):
             return self.rule(name, f"{self.free(name, text, unless)} {self.text(marker)}")
         return self.rule(f"{name}[lazy]", self.free(name, text + literal(marker), unless))
+
+    def _special_in(self, text: str) -> bool:
+        return any(name in text for name in self._special)
 
     def free(self, name: str, text: str, unless: str) -> str:
         """Text that matches `text` and does not begin like `unless`."""
@@ -140,7 +143,7 @@ class Lark:
 
     def without(self, triggers: Sequence[str]) -> str:
         """Any text that has none of these."""
-        told = "|".join(literal(trigger) for trigger in triggers if trigger not in self._special)
+        told = "|".join(literal(trigger) for trigger in triggers if not self._special_in(trigger))
         return self.free("without", ANY, f"{ANY}({told})" if told else "")
 
     def message(self, calls: Repeated, thought: Thought, answer: str | None) -> None:
@@ -162,7 +165,7 @@ class Lark:
 
     def opening(self, thought: Thought) -> str:
         """A regular expression of what begins reasoning; empty if no text does."""
-        tags = "|".join(literal(tag) for tag, _ in thought.tags if tag not in self._special)
+        tags = "|".join(literal(tag) for tag, _ in thought.tags if not self._special_in(tag))
         return f"{SPACE}({tags})" if tags else ""
 
     def start(
@@ -172,11 +175,14 @@ class Lark:
         reasoning."""
         ways = [] if thought.opened and thought.tags else [without]
         for index, (tag, closes) in enumerate(thought.tags[:1] if thought.opened else thought.tags):
-            begins = self.text(tag) if tag in self._special else self.rule(f"OPEN_{index}", f"/{SPACE}{literal(tag)}/")
-            done = self.before(f"thought_{index}", closes)
-            ends = (f"{done} {space} {after}", *interrupted)
-            ways += [end if thought.opened else f"{begins} {end}" for end in ends]
+            ends = (f"{self.before(f'thought_{index}', closes)} {space} {after}", *interrupted)
+            begins = "" if thought.opened else self._opened(f"OPEN_{index}", tag)
+            ways += [f"{begins} {end}" for end in ends]
         self.rule("start", " | ".join(ways))
+
+    def _opened(self, name: str, tag: str) -> str:
+        """What begins reasoning: white space too, but not before special tokens."""
+        return self.text(tag) if self._special_in(tag) else self.rule(name, f"/{SPACE}{literal(tag)}/")
 
     def _interrupted(self, calls: Repeated, more: str) -> list[str]:
         """The ways in which reasoning may end in a call; after that comes `more`."""

@@ -147,6 +147,13 @@ async def test_a_thought_that_the_prompt_began_ends_before_a_call(sign: str, fir
         assert take(matcher, said + then) == said
 
 
+def test_a_tag_of_which_only_a_part_is_a_special_token() -> None:
+    written = Lark({"<|channel>": 7, "<channel|>": 8})
+    format_of("<|tool_call>").grammar(written, Rules(CALLS))
+    assert '| <[7]> "thought" thought_0' in str(written)
+    assert "channel" not in str(written)
+
+
 async def test_an_empty_line_may_follow_a_thought_that_was_ended() -> None:
     matcher = await begun(Rules(CALLS, thinks=True, opened=True), format_of("<|open|>"))
     said = "hm<|close|>think<|sep|>\n\n<|open|>response<|sep|>Yes<|close|>response<|sep|>"
