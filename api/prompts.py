@@ -119,7 +119,8 @@ class Prompts:
         if "tool_calls" not in template.source:
             messages = list(map(as_text, messages))
         if isinstance(format, Generic) and tools:
-            messages, tools = taught(messages, tools), None
+            system = template.capabilities.supports_system_role
+            messages, tools = taught(messages, tools, system=system), None
         if any("tool_calls" in message for message in messages) and template.capabilities.supports_object_arguments:
             messages = list(map(with_objects, messages))
         messages = list(map(template.fitted, messages))

@@ -50,6 +50,8 @@ class NamedTool(Struct):
 
 
 CHOICES = ("auto", "none", "required")
+LEVELS = 100
+"""Of a schema that are looked at; grammars take no deeper ones."""
 LIKE = 64
 """Tools among which the one is looked for that was probably meant: comparing names takes time."""
 
@@ -63,7 +65,7 @@ def calls_of(request: ChatRequest) -> Calls:
         )
     choice = request.tool_choice
     if choice == "none":
-        return Calls()
+        return Calls(withheld=bool(request.tools))
     tools = _tools(request.tools or [])
     if isinstance(choice, Mapping):
         tools = (_chosen(choice, tools),)
@@ -97,8 +99,28 @@ def _tools(asked: Sequence[Any]) -> tuple[Tool, ...]:
                 "The parameters of a function are an object: their type must be 'object'.",
                 field=f"tools[{index}].function.parameters.type",
             )
-        found[name] = Tool(name, {"type": "object", **parameters})
+        found[name] = Tool(name, closed({"type": "object", **parameters}))
     return tuple(found.values())
+
+
+def closed(schema: Any, levels: int = LEVELS) -> Any:
+    """The schema without other properties than it names, where it names some and does not say: as with llama-server,
+    since a small model finds no end of others."""
+    if not isinstance(schema, Mapping) or not levels:
+        return schema
+    made = dict(schema)
+    if "items" in made:
+        made["items"] = closed(made["items"], levels - 1)
+    if isinstance(properties := made.get("properties"), Mapping):
+        made["properties"] = {name: closed(each, levels - 1) for name, each in properties.items()}
+        required = made.get("required", [])
+        if not _ELSEWHERE & made.keys() and isinstance(required, list) and set(map(str, required)) <= properties.keys():
+            made.setdefault("additionalProperties", False)
+    return made
+
+
+_ELSEWHERE = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "unevaluatedProperties"}
+"""Where properties may be named besides."""
 
 
 def _chosen(choice: Mapping[str, Any], tools: Sequence[Tool]) -> Tool:
@@ -117,8 +139,9 @@ def _chosen(choice: Mapping[str, Any], tools: Sequence[Tool]) -> Tool:
 
 
 def offered(request: ChatRequest) -> list[dict[str, Any]] | None:
-    """The tools that a template is told of: none if none may be called."""
-    return request.tools if request.tools and request.tool_choice != "none" else None
+    """The tools that a template is told of, also if none may be called, as vLLM and llama-server tell of them: earlier
+    messages may have calls of them, and the prompt goes on as it began."""
+    return request.tools or None
 
 
 def with_objects(message: Message) -> Message:
@@ -140,11 +163,14 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def taught(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """The messages for a template that knows no tools: a system text describes them."""
+def taught(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, system: bool) -> list[Message]:
+    """The messages for a template that knows no tools: a system text describes them, or the beginning of what the user
+    says first if the template knows no `system` either."""
     first, text = messages[0], described(tools)
     if first["role"] in ("system", "developer"):
         return [{**first, "content": _extended(first["content"], text)}, *messages[1:]]
+    if not system and first["role"] == "user":
+        return [{**first, "content": _preceded(first["content"], text)}, *messages[1:]]
     return [{"role": "system", "content": text}, *messages]
 
 
@@ -176,3 +202,10 @@ def _extended(content: Any, text: str) -> Any:
     if isinstance(content, str):
         return f"{content}\n\n{text}" if content else text
     return [*content, {"type": "text", "text": text}]
+
+
+def _preceded(content: Any, text: str) -> Any:
+    """Content with a text before it."""
+    if isinstance(content, str):
+        return f"{text}\n\n{content}"
+    return [{"type": "text", "text": text}, *content]

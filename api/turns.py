@@ -58,7 +58,7 @@ class Turn(Struct, frozen=True):
         constraint; None if anything will do. Raises RequestRefused, which names the field."""
         constraint = self.constraint
         alone = await grammar_of(engine, constraint)  # what is wrong with it is said of it alone
-        if not self.calls.tools and not (self.thinks and constraint):
+        if not self.calls.tools and not (self.thinks if constraint else self.calls.withheld):
             return alone
         if constraint is not None and not isinstance(constraint.form, _EXPRESSIONS):
             if not self.calls.tools and not self.opened:

@@ -10,7 +10,7 @@ from uuid import uuid4
 from msgspec import Struct
 
 from api.formats.deltas import Arguments, Begun, Content, Delta, Reasoning
-from api.formats.lark import Bare, Lark, Repeated, Thought
+from api.formats.lark import Lark, Repeated, Thought, Untagged
 from api.formats.source import Reading, Source
 
 
@@ -31,6 +31,8 @@ class Calls(Struct, frozen=True):
     """Whether there must be one at least."""
     parallel: bool = True
     """Whether there may be several."""
+    withheld: bool = False
+    """Whether the model was told of tools none of which may be called."""
 
     def schema(self, name: str) -> Mapping[str, Any]:
         """The schema of a tool's arguments; of any object if there is no such tool."""
@@ -186,6 +188,8 @@ class Tagged(Format):
     triggers: ClassVar[tuple[str, ...]]
     interrupts: ClassVar[tuple[str, ...]] = ()
     """Triggers that end reasoning too."""
+    fences: ClassVar[tuple[str, ...]] = ()
+    """Triggers that are text unless a call follows; others are not shown where the text ends before that is known."""
 
     @abstractmethod
     def call(self, parser: Parser, trigger: str) -> Reading[bool]:
@@ -199,7 +203,7 @@ class Tagged(Format):
             source.mark(len(trigger))
             if (yield from self.call(parser, trigger)):
                 source.forget()
-            elif source.ended:
+            elif source.ended and trigger not in self.fences:
                 return  # cut off before it was a call
             else:
                 source.rewind()
@@ -236,33 +240,61 @@ class Tagged(Format):
 
     def grammar(self, lark: Lark, rules: Rules) -> None:
         # Where nothing but calls or one kind of answer may come, the tags are no trouble.
-        bare = None if rules.calls.required or rules.answer else self.untagged(lark, rules.calls)
-        self.message(lark, rules, self.bodies(lark, rules.calls), parallel=rules.calls.parallel, bare=bare)
+        untagged = None if rules.calls.required or rules.answer else self.untagged(lark, rules.calls)
+        self.message(lark, rules, self.bodies(lark, rules.calls), parallel=rules.calls.parallel, untagged=untagged)
 
     def message(
-        self, lark: Lark, rules: Rules, bodies: Sequence[str], *, parallel: bool, bare: Bare | None = None
+        self,
+        lark: Lark,
+        rules: Rules,
+        bodies: Sequence[str],
+        *,
+        parallel: bool,
+        untagged: Untagged | None = None,
+        others: Sequence[tuple[str, str]] = (),
+        interrupts: Sequence[tuple[str, str]] = (),
     ) -> None:
-        """The rules of a message in which `trigger` and one of `bodies` may come, several times if `parallel`, or
-        `bare` calls."""
-        opens = self.opens if rules.thinks and self.closes else ()
-        thought = Thought(opens, self.closes if rules.thinks else "", rules.opened)
-        calls = Repeated(self.trigger, bodies, self.joint, parallel, rules.calls.required, bare)
-        lark.message(calls, thought, rules.answer)
+        """The rules of a message in which `trigger` and one of `bodies` may come, several times if `parallel`, and the
+        calls that begin otherwise."""
+        if not bodies:
+            self.silent(lark, rules)
+            return
+        body = lark.rule("body", lark.any_of(bodies))
+        calls = Repeated(self.trigger, body, self.joint, parallel, rules.calls.required, others, untagged, interrupts)
+        # Whoever may say anything may reason, known for it or not, and is read so.
+        free = not rules.calls.required and not rules.answer
+        lark.message(calls, self.thought(rules, always=free), rules.answer)
+
+    def silent(self, lark: Lark, rules: Rules) -> None:
+        """The rules of a message without calls."""
+        triggers = [trigger for trigger in self.triggers if trigger not in self.fences]
+        text = lark.without(triggers) if rules.calls.withheld else "TEXT"
+        rest = lark.rule("rest", rules.answer or text)
+        lark.start(self.thought(rules), rest, rest)
+
+    def thought(self, rules: Rules, *, always: bool = False) -> Thought:
+        """The reasoning that may come first."""
+        may = self.closes and (always or rules.thinks)
+        return Thought([(tag, self.closing(tag)) for tag in self.opens] if may else [], rules.opened)
+
+    def closing(self, tag: str) -> str:
+        """What ends reasoning that began with `tag`."""
+        return self.closes
 
     def section(self, lark: Lark, rules: Rules, end: str) -> None:
         """The rules of a message in which all calls stand together, between `trigger` and `end`."""
         bodies = []
         if tools := self.bodies(lark, rules.calls):
-            one = lark.rule("one", lark.any_of(tools))
-            bodies = [lark.rule("section", f"{one}{'+' if rules.calls.parallel else ''} {lark.text(end)}")]
+            several = lark.several(lark.rule("one", lark.any_of(tools)), "", rules.calls.parallel)
+            bodies = [lark.rule("section", f"{several} {lark.text(end)}")]
         self.message(lark, rules, bodies, parallel=False)
 
     def bodies(self, lark: Lark, calls: Calls) -> list[str]:
         """A rule for each tool."""
         return [lark.rule(f"tool_{index}", self.body(lark, tool, index)) for index, tool in enumerate(calls.tools)]
 
-    def untagged(self, lark: Lark, calls: Calls) -> Bare | None:
-        """The calls that may stand where the answer begins, without a trigger."""
+    def untagged(self, lark: Lark, calls: Calls) -> Untagged | None:
+        """The calls that need no trigger."""
         return None
 
     @abstractmethod

@@ -73,10 +73,9 @@ class Dsml(Tagged):
     def grammar(self, lark: Lark, rules: Rules) -> None:
         bodies = []
         if tools := self.bodies(lark, rules.calls):
-            one = lark.rule("one", lark.any_of(tools))
-            more = "+" if rules.calls.parallel else ""
+            several = lark.several(lark.rule("one", lark.any_of(tools)), "", rules.calls.parallel)
             kinds = ("function_calls", "tool_calls")  # which of them the model knows is not told here
-            bodies = [f"{lark.text(f'{kind}>{_LINE}')} {one}{more} {lark.text(f'</{_DSML}{kind}>')}" for kind in kinds]
+            bodies = [f"{lark.text(f'{kind}>{_LINE}')} {several} {lark.text(f'</{_DSML}{kind}>')}" for kind in kinds]
         self.message(lark, rules, bodies, parallel=False)
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
@@ -84,6 +83,6 @@ class Dsml(Tagged):
             text = types(schema, tool.parameters) == {"string"}
             return f'<{_DSML}parameter name="{key}" string="{"true" if text else "false"}">'
 
-        rules = parameter_rules(lark, tool, index, opening, f"</{_DSML}parameter>\n")
+        rules = parameter_rules(lark, tool, index, opening, f"</{_DSML}parameter>\n", '">')
         head, foot = lark.text(f'<{_DSML}invoke name="{tool.name}">\n'), lark.text(f"</{_DSML}invoke>\n")
         return f"{head} {rules} {foot}"

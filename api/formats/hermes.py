@@ -1,4 +1,4 @@
-"""Hermes and Qwen: JSON in <tool_call> tags, or bare. Also what templates without tools are taught."""
+"""Hermes and Qwen: JSON in <tool_call> tags, in fences or bare. Also what templates without tools are taught."""
 
 from __future__ import annotations
 
@@ -7,41 +7,40 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from api.formats.base import Calls, Parser, Tagged, Tool
-from api.formats.lark import Bare, Lark
-from api.formats.objects import bare_calls, object_body, read_bare, read_object
+from api.formats.lark import Lark, Untagged
+from api.formats.objects import FENCE, FENCES, object_body, read_object, read_untagged, untagged_calls
 from api.formats.source import Reading
 
 
 class Hermes(Tagged):
-    """<tool_call>{"name": ..., "arguments": {...}}</tool_call>; small models leave the tags out where they begin."""
+    """<tool_call>{"name": ..., "arguments": {...}}</tool_call>. Small models write a fence of Markdown instead of the
+    tags, or nothing at all where they begin, as llama.cpp reads them too."""
 
     name = "hermes"
     signs = ("<tool_call>",)
-    triggers = ("<tool_call>",)
+    triggers = ("<tool_call>", *FENCES)
+    fences = FENCES
     markers = ("<tool_call>", "</tool_call>", "<think>", "</think>")
 
     def call(self, parser: Parser, trigger: str) -> Reading[bool]:
-        if not (yield from read_object(parser)):
-            return False
-        yield from parser.source.takes("</tool_call>")
-        return True
+        if trigger in FENCES:
+            end, found = FENCE, (yield from read_untagged(parser))
+        else:
+            end, found = "</tool_call>", (yield from read_object(parser))
+        if found:
+            yield from parser.source.takes(end)
+        return found
 
     def first(self, parser: Parser) -> Reading[None]:
-        source = parser.source
-        while parser.calls.tools and (yield from source.sees("{")):
-            source.mark()
-            if not (yield from read_bare(parser)):
-                source.rewind()
-                break
-        if parser.begun:
-            yield from source.takes("</tool_call>")
+        if parser.calls.tools and (yield from read_untagged(parser)):
+            yield from parser.source.takes("</tool_call>")
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         end = lark.text("\n</tool_call>")
         return f'"\\n" {object_body(lark, tool, index)} {end}'
 
-    def untagged(self, lark: Lark, calls: Calls) -> Bare | None:
-        return bare_calls(lark, calls, self.opens, self.closes) if calls.tools else None
+    def untagged(self, lark: Lark, calls: Calls) -> Untagged | None:
+        return untagged_calls(lark, calls)
 
 
 class Generic(Hermes):

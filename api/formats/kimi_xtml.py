@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from api.formats.base import Format, Parser, Rules, Tool
-from api.formats.lark import Lark
+from api.formats.lark import BREAK, Lark
 from api.formats.parameters import Members, parameter_rules
 from api.formats.source import Reading
 from api.formats.values import raw_json, types
@@ -83,7 +83,7 @@ class KimiXtml(Format):
         return True
 
     def grammar(self, lark: Lark, rules: Rules) -> None:
-        thought = lark.before("thought", self.closes)
+        thought = f"{lark.before('thought', self.closes)} {BREAK}"
         if not rules.opened:
             thought = f"({lark.text(self.opens[0])} {thought})?"
         start, end = lark.text(_RESPONSE), lark.text(f"{_CLOSE}response{_SEP}")
@@ -97,7 +97,7 @@ class KimiXtml(Format):
         tools = [
             lark.rule(f"tool_{index}", self._body(lark, each, index)) for index, each in enumerate(rules.calls.tools)
         ]
-        calls = f"{lark.any_of(tools)}{'+' if rules.calls.parallel else ''}"
+        calls = lark.several(lark.rule("one", lark.any_of(tools)), "", rules.calls.parallel)
         section = f"{lark.text(f'{_OPEN}tools{_SEP}')} {calls} {lark.text(f'{_CLOSE}tools{_SEP}')}"
         if rules.calls.required:
             lark.rule("start", f"{thought} ({start}? {end})? {section} {done}")

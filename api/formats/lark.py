@@ -4,54 +4,62 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
 
 from engine import RequestRefused
 
-ANY = r"(.|\n)*"
-"""Any text."""
+ANY, SOME = r"(.|\n)*", r"(.|\n)+"
+"""Any text, and any but none."""
+SPACE = r"[\s\x1c-\x1f]*"
+"""What Python takes for white space, as a regular expression."""
 
 # As models were shown them: after commas and colons a space, and no other white space to get lost in.
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Thought(Struct, frozen=True):
-    """How reasoning is written: what may begin it, what ends it, and whether the prompt has begun it already."""
+    """How reasoning is written: each text that may begin it, with what ends it then, and whether the prompt has begun
+    it already, with the first of them."""
 
-    opens: Sequence[str]
-    closes: str
-    opened: bool
+    tags: Sequence[tuple[str, str]] = ()
+    opened: bool = False
 
 
-class Bare(Struct, frozen=True):
-    """Calls without a trigger, which may stand where an answer begins: a rule of each, and a regular expression of
-    what every text begins with that is one."""
+class Untagged(Struct, frozen=True):
+    """Calls without a trigger, where an answer begins or after a fence. Regular expressions of what they begin with,
+    of fences, and of what must follow for there to be such a tool; and for each tool an expression from there on."""
 
-    bodies: Sequence[str]
-    begins: str
+    head: str
+    fence: str
+    names: str
+    calls: Sequence[str]
 
 
 class Repeated(Struct, frozen=True):
-    """Calls: what each begins with, what may follow that, what stands between two, whether there may be several,
-    whether there must be one, and those that need no trigger."""
+    """Calls: what each begins with and a rule of what follows that, what stands between two, whether there may be
+    several, and whether there must be one. If there need not be: other beginnings and what follows them, and calls
+    without any. And beginnings that end reasoning, and what follows them."""
 
     trigger: str
-    bodies: Sequence[str]
+    body: str
     joint: str
     parallel: bool
     required: bool
-    bare: Bare | None = None
+    others: Sequence[tuple[str, str]] = ()
+    untagged: Untagged | None = None
+    interrupts: Sequence[tuple[str, str]] = ()
 
 
 MOST = 32
-"""Calls of a message that must be nothing else."""
+"""Calls one after the other where nothing else may come: a small model may find no end."""
 LARGEST = 2**18
 """Characters of the schemas in a grammar: the engine takes no larger one. Definitions are repeated where they are
 referred to, so that a small request could make a grammar that fits no memory."""
-_BREAK = r"/\s{0,2}/"
+BREAK = r"/\s{0,2}/"
+"""What may follow reasoning."""
 
 
 class Lark:
@@ -99,6 +107,10 @@ class Lark:
             raise RequestRefused(f"The schemas make a grammar of more than {LARGEST} characters; no more are taken.")
         return f"%json {text}"
 
+    def value(self, name: str, schema: Any) -> str:
+        """A rule of the same, unless there is one; its name."""
+        return name if name in self._rules else self.rule(name, self.json(schema))
+
     def members(self, name: str, members: Sequence[tuple[str, bool]], joint: str) -> str:
         """These in turn with `joint` between two; those that are not required may be left out."""
         comma, first, more = self.text(joint), '""', '""'
@@ -112,74 +124,96 @@ class Lark:
 
     def before(self, name: str, marker: str, text: str = ANY, unless: str = "") -> str:
         """A rule of the text up to the first `marker`, and that; of no text that begins like `unless`."""
-        if any(name in marker for name in self._special):
-            return self.rule(name, f"{self._terminal(name, text, unless)} {self.text(marker)}")
-        return self.rule(f"{name}[lazy]", self._terminal(name, text + literal(marker), unless))
+        if self._special_in(marker):
+            return self.rule(name, f"{self.free(name, text, unless)} {self.text(marker)}")
+        return self.rule(f"{name}[lazy]", self.free(name, text + literal(marker), unless))
 
-    def _terminal(self, name: str, text: str, unless: str) -> str:
-        """What matches `text` and does not begin like `unless`."""
+    def _special_in(self, text: str) -> bool:
+        return any(name in text for name in self._special)
+
+    def free(self, name: str, text: str, unless: str) -> str:
+        """Text that matches `text` and does not begin like `unless`."""
         if not unless:
             return f"/{text}/"
-        return self.rule(f"{name.upper()}_TEXT", f"/{text}/ & ~/{unless}{ANY}/")
+        return self.rule(f"{name.upper()}_TEXT", f"/{text}/ & ~/({unless}){ANY}/")
+
+    def several(self, one: str, joint: str, parallel: bool) -> str:
+        """One of these after the other with `joint` between two, or just one."""
+        return f"{one} ({self.text(joint)} {one}){{0,{MOST - 1}}}" if parallel else one
+
+    def without(self, triggers: Sequence[str]) -> str:
+        """Any text that has none of these."""
+        told = "|".join(literal(trigger) for trigger in triggers if not self._special_in(trigger))
+        return self.free("without", ANY, f"{ANY}({told})" if told else "")
 
     def message(self, calls: Repeated, thought: Thought, answer: str | None) -> None:
         """The rules of a message: reasoning perhaps, then calls, an answer, or any text with calls in it.
 
         If calls are required nothing else may come; with `answer` either these or that; else any text that is no call.
         """
-        if not calls.bodies:
-            rest = self.rule("rest", answer or "TEXT")
-            self.rule("start", " | ".join(self._thoughts(thought, rest, rest, _BREAK)))
-            return
-        body = self.rule("body", self.any_of(calls.bodies))
-        call = self.rule("call", f"{self.text(calls.trigger)} {body}")
         if calls.required or answer:
-            # Bounded: a small model may find no end, where nothing but another call may come.
-            more = f"({self.text(calls.joint)} {call}){{0,{MOST - 1}}}"
-            several = f"{call} {more}" if calls.parallel else call
+            call = self.rule("call", f"{self.text(calls.trigger)} {calls.body}")
+            several = self.several(call, calls.joint, calls.parallel)
             rest = self.rule("rest", several if calls.required else f"{several} | {answer}")
-            self.rule("start", " | ".join(self._thoughts(thought, rest, rest, _BREAK)))
+            more = f"({self.text(calls.joint)} {call}){{0,{MOST - 1}}}" if calls.parallel else ""
+            self.start(thought, rest, rest, BREAK, self._interrupted(calls, more))
             return
-        without = rest = self._answer("rest", calls, body, ANY)
-        tags = [tag for tag in thought.opens if tag not in self._special]
-        if tags and not thought.opened:
-            # It may speak of triggers if it begins with reasoning.
-            without = self._answer("plain", calls, body, f"({unlike(tags)}{ANY})?")
-        self.rule("start", " | ".join(self._thoughts(thought, rest, without, "")))
+        more = "rest" if calls.parallel else ""
+        rest = self._answer("rest", calls)
+        without = rest if thought.opened else self._answer("plain", calls, self.opening(thought))
+        self.start(thought, rest, without, "", self._interrupted(calls, more))
 
-    def _answer(self, name: str, calls: Repeated, body: str, text: str) -> str:
-        """A rule of any text with calls in it, that begins with what matches `text`, or with bare calls."""
-        bare = calls.bare
-        unless = bare.begins if bare else ""
-        more = self.rule("more", f"({self.before('head', calls.trigger)} {body})* TEXT") if calls.parallel else ""
-        called = f"{self.before(f'{name}_head', calls.trigger, text, unless)} {body} {more}"
-        ways = [self._terminal(name, text, unless), called]
-        if bare:
-            ways.append(f"{self.rule('bare', self.any_of(bare.bodies))} {'rest' if calls.parallel else ''}")
-        return self.rule(name, " | ".join(ways))
+    def opening(self, thought: Thought) -> str:
+        """A regular expression of what begins reasoning; empty if no text does."""
+        tags = "|".join(literal(tag) for tag, _ in thought.tags if not self._special_in(tag))
+        return f"{SPACE}({tags})" if tags else ""
 
-    def _thoughts(self, thought: Thought, after: str, without: str, space: str) -> list[str]:
-        """The alternatives of a message: what comes `after` reasoning, or `without` it."""
-        if not thought.closes:
-            return [without]
-        done = self.before("thought", thought.closes)
-        if thought.opened:
-            return [f"{done} {space} {after}"]
-        return [*(f"{self.text(tag)} {done} {space} {after}" for tag in thought.opens), without]
+    def start(
+        self, thought: Thought, after: str, without: str, space: str = BREAK, interrupted: Sequence[str] = ()
+    ) -> None:
+        """The rule of a whole message: what comes `after` reasoning and `space`, or instead of its end, or `without`
+        reasoning."""
+        ways = [] if thought.opened and thought.tags else [without]
+        for index, (tag, closes) in enumerate(thought.tags[:1] if thought.opened else thought.tags):
+            ends = (f"{self.before(f'thought_{index}', closes)} {space} {after}", *interrupted)
+            begins = "" if thought.opened else self._opened(f"OPEN_{index}", tag)
+            ways += [f"{begins} {end}" for end in ends]
+        self.rule("start", " | ".join(ways))
 
+    def _opened(self, name: str, tag: str) -> str:
+        """What begins reasoning: white space too, but not before special tokens."""
+        return self.text(tag) if self._special_in(tag) else self.rule(name, f"/{SPACE}{literal(tag)}/")
 
-def unlike(tags: Sequence[str]) -> str:
-    """A regular expression of the shortest texts that no tag begins with.
+    def _interrupted(self, calls: Repeated, more: str) -> list[str]:
+        """The ways in which reasoning may end in a call; after that comes `more`."""
+        return [
+            f"{self.before(f'interrupt_{index}', trigger)} {body} {more}"
+            for index, (trigger, body) in enumerate(calls.interrupts)
+        ]
 
-    >>> unlike(["ab"])
-    '([^a]|a[^b])'
-    """
-    beginnings = sorted({tag[:size] for tag in tags for size in range(len(tag))})
-    parts = []
-    for begun in beginnings:
-        following = sorted({tag[len(begun)] for tag in tags if tag.startswith(begun)})
-        parts.append(f"{literal(begun)}[^{''.join(map(literal, following))}]")
-    return f"({'|'.join(parts)})"
+    def _answer(self, name: str, calls: Repeated, unless: str = "") -> str:
+        """A rule of any text with calls in it that does not begin like `unless`."""
+        untagged = calls.untagged
+        if untagged is None:
+            return self.rule(name, " | ".join(self._texts(name, calls, "", unless)))
+        fenced = f"{ANY}{untagged.fence}{untagged.head}"
+        more = "rest" if calls.parallel else ""
+        found = [f"{call} {more}" for call in untagged.calls]
+        self.rule("found", " | ".join([*found, *self._texts("other", calls, fenced, untagged.names)]))
+        return self.rule(name, " | ".join(self._texts(name, calls, f"({untagged.head}|{fenced})", unless)))
+
+    def _texts(self, name: str, calls: Repeated, begins: str, unless: str) -> Iterator[str]:
+        """The ways to go on with what does not begin like `unless`: to the end, to a call, and to where what `begins`
+        calls without a trigger is found. Greedy terminals tell that: with lazy ones every mask would go through the
+        whole vocabulary."""
+        free = "|".join(filter(None, (begins, unless)))
+        yield self.free(name, ANY, free)
+        for index, (trigger, body) in enumerate([(calls.trigger, calls.body), *calls.others]):
+            head = self.before(f"{name}_head_{index}", trigger, ANY, free)
+            yield f"{head} {body} {'rest' if calls.parallel else ''}"
+        if begins:
+            at = f"/{begins}/ & ~/{begins}{SOME}/{f' & ~/{unless}{ANY}/' if unless else ''}"
+            yield f"{self.rule(f'{name.upper()}_FOUND', at)} found"
 
 
 def literal(text: str) -> str:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import ast
+import re
+from abc import abstractmethod
+from typing import ClassVar
 
 from api.formats.base import Parser, Rules, Tagged, Tool
-from api.formats.lark import Lark
+from api.formats.lark import ANY, Lark, literal
 from api.formats.objects import object_body, read_object
-from api.formats.source import Reading
-from api.formats.values import properties, with_definitions, written
+from api.formats.source import Reading, Source
+from api.formats.values import properties, refused, with_definitions, written
 
 
 class Bare(Tagged):
     """A format in which a call may also stand at the very beginning, without a trigger."""
 
-    bare: str
+    bare: ClassVar[str]
     """What a bare call begins with."""
 
     def first(self, parser: Parser) -> Reading[None]:
@@ -27,6 +30,29 @@ class Bare(Tagged):
             return
         source.rewind()
         parser.content(source.skip(len(source.rest) - len(source.rest.lstrip()) + len(self.bare)))
+
+    @abstractmethod
+    def calls(self, lark: Lark, rules: Rules) -> str:
+        """All calls of a message."""
+
+    def grammar(self, lark: Lark, rules: Rules) -> None:
+        if not rules.calls.tools:
+            self.silent(lark, rules)
+            return
+        calls, thought = lark.rule("calls", self.calls(lark, rules)), self.thought(rules)
+        if rules.calls.required or rules.answer is not None:
+            rest = lark.rule("rest", calls if rules.calls.required else f"{calls} | {rules.answer}")
+            lark.start(thought, rest, rest)
+            return
+        thought = self.thought(rules, always=True)
+        rest, plain = self._answer(lark, "rest", calls), self._answer(lark, "plain", calls, lark.opening(thought))
+        lark.start(thought, rest, plain)
+
+    def _answer(self, lark: Lark, name: str, calls: str, unless: str = "") -> str:
+        """A rule of calls, or of text that does not begin like them or like `unless`, perhaps with calls in it."""
+        text = rf"\s*([^{literal(self.bare)}\s]{ANY})?"  # the reader takes a call for one after white space too
+        head = lark.before(f"{name}_head", self.trigger, text, unless)
+        return lark.rule(name, f"{calls} | {lark.free(name, text, unless)} | {head} {calls}")
 
 
 class Llama(Bare):
@@ -47,20 +73,8 @@ class Llama(Bare):
                 break
         return True
 
-    def grammar(self, lark: Lark, rules: Rules) -> None:
-        if not rules.calls.tools:
-            self.message(lark, rules, [], parallel=False)
-            return
-        call = lark.rule("call", lark.any_of(self.bodies(lark, rules.calls)))
-        calls = f'{call} ("; " {call})*' if rules.calls.parallel else call
-        if rules.calls.required:
-            lark.rule("start", calls)
-        elif rules.answer is not None:
-            lark.rule("start", f"{calls} | {rules.answer}")
-        else:
-            text = r"\s*([^{\s](.|\n)*)?"  # the reader takes a call for one after white space too
-            tag = lark.before("head", "<|python_tag|>", text)
-            lark.rule("start", f"/{text}/ | {calls} | {tag} {calls}")
+    def calls(self, lark: Lark, rules: Rules) -> str:
+        return lark.several(lark.rule("call", lark.any_of(self.bodies(lark, rules.calls))), "; ", rules.calls.parallel)
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         return object_body(lark, tool, index, "parameters")
@@ -87,30 +101,21 @@ class Pythonic(Bare):
                 return parser.begun > begun
             if end is None or name not in parser.calls:
                 return parser.begun > begun
-            source.mark(1)
-            source.rewind()
-            parts: list[str] = []
-            if not (yield from source.value(parts.append, "\"'")):
-                return parser.begun > begun
-            arguments = _arguments("".join(parts))
+            arguments = yield from _arguments(source)
             if arguments is None:
                 return parser.begun > begun
             parser.begin(name)
             parser.arguments(arguments)
 
-    def grammar(self, lark: Lark, rules: Rules) -> None:
-        if not rules.calls.tools:
-            self.message(lark, rules, [], parallel=False)
-            return
+    def calls(self, lark: Lark, rules: Rules) -> str:
         call = lark.rule("call", lark.any_of(self.bodies(lark, rules.calls)))
-        more = f'(", " {call})*' if rules.calls.parallel else ""
-        calls = f'"[" {call} {more} "]"'
-        answer = r"/\s*([^\[\s](.|\n)*)?/" if rules.answer is None else rules.answer
-        lark.rule("start", calls if rules.calls.required else f"{calls} | {answer}")
+        return f'"[" {lark.several(call, ", ", rules.calls.parallel)} "]"'
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         members = []
         for key, schema, required in properties(tool.parameters, tool.name):
+            if re.search(r"[\s=(),]", key):
+                raise refused(tool.name, f"a property named {key[:64]!r}")
             value = lark.json(with_definitions(schema, tool.parameters))
             members.append((f"{lark.text(f'{key}=')} {value}", required))
         return f"{lark.text(f'{tool.name}(')} {lark.members(f'm{index}', members, ', ')} {lark.text(')')}"
@@ -124,14 +129,23 @@ class _Literals(ast.NodeTransformer):
         return ast.Constant(values[node.id]) if node.id in values else node
 
 
-def _arguments(text: str) -> str | None:
-    """The JSON of `(a="b", c=1)`; None if that is no list of named literals."""
-    try:
-        call = _Literals().visit(ast.parse(f"f{text}", mode="eval")).body
-        assert isinstance(call, ast.Call), "a name and brackets are a call"
-        if call.args or any(each.arg is None for each in call.keywords):
+def _arguments(source: Source) -> Reading[str | None]:
+    """Reads `a="b", c=1)`; its JSON, or None if that is no list of named literals. Names may be any, also Python's."""
+    values: dict[str, object] = {}
+    while not (yield from source.takes(")")):
+        key, sign = yield from source.collect(("=", ")"))
+        parts: list[str] = []
+        if sign != "=" or not (yield from source.value(parts.append, "\"'")):
             return None
-        values = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+        try:
+            values[key.strip()] = ast.literal_eval(_Literals().visit(ast.parse("".join(parts), mode="eval")))
+        except _UNREADABLE:
+            return None
+        yield from source.takes(",")
+    try:
         return written(values)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+    except _UNREADABLE:
         return None
+
+
+_UNREADABLE = ValueError, TypeError, SyntaxError, MemoryError, RecursionError

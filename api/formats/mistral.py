@@ -28,10 +28,13 @@ class Mistral(Tagged):
             return
         if not parser.opened:
             parser.tag(tag)
-        end = yield from source.until((_CLOSES[tag],), parser.reasoning)
+        end = yield from source.until((self.closing(tag),), parser.reasoning)
         if end is not None:
             parser.tag(end)
         parser.thought()
+
+    def closing(self, tag: str) -> str:
+        return tag.replace("<", "</").replace("[", "[/")
 
     def call(self, parser: Parser, trigger: str) -> Reading[bool]:
         source = parser.source
@@ -66,9 +69,6 @@ class Mistral(Tagged):
         return f"{lark.text(tool.name + '[ARGS]')} {lark.json(tool.parameters)}"
 
 
-_CLOSES = {"[THINK]": "[/THINK]", "<think>": "</think>"}
-
-
 class MistralList(Mistral):
     """[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...], up to 2024."""
 
@@ -78,9 +78,8 @@ class MistralList(Mistral):
     def grammar(self, lark: Lark, rules: Rules) -> None:
         body = ""
         if tools := self.bodies(lark, rules.calls):
-            one = lark.rule("one", lark.any_of(tools))
-            more = f'(", " {one})*' if rules.calls.parallel else ""
-            body = lark.rule("list", f'/ ?/ "[" {one} {more} "]"')
+            several = lark.several(lark.rule("one", lark.any_of(tools)), ", ", rules.calls.parallel)
+            body = lark.rule("list", f'/ ?/ "[" {several} "]"')
         self.message(lark, rules, [body] if body else [], parallel=False)
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 import jiter
 
 from api.formats.base import Calls, Parser, Tool
-from api.formats.lark import ANY, Bare, Lark, literal
+from api.formats.lark import SPACE, Lark, Untagged, literal
 from api.formats.source import Reading
 
 ARGUMENTS = ("arguments", "parameters")
 """Under which of these the arguments may be."""
-_SPACE = r"[\s\x1c-\x1f]*"
-"""What Python takes for white space, as a regular expression."""
-_HEAD = _SPACE + _SPACE.join((r"\{", '"name"', ":", '"'))
-_TAIL = '"' + _SPACE + _SPACE.join((",", f'"({"|".join(ARGUMENTS)})"', ":"))
-"""What `read_bare` asks for before and after a tool's name."""
+FENCE = "```"
+"""What Markdown has around code, where small models put calls."""
+FENCES = (f"{FENCE}json\n", f"{FENCE}\n")
+"""How it begins."""
+_HEAD = SPACE + SPACE.join((r"[\[,]?", r"\{", '"name"', ":", '"'))
+_TAIL = '"' + SPACE + SPACE.join((",", f'"({"|".join(ARGUMENTS)})"', ":"))
+"""What `read_untagged` asks for before and after a tool's name."""
 _GAP = r"\s{0,8}"
 """White space where nothing else than the call may follow: bounded, or a model loses itself in it."""
 
@@ -27,9 +28,23 @@ def read_object(parser: Parser, *, known: bool = False, id: str = "") -> Reading
     return (yield from _Object(parser, known, id).read())
 
 
-def read_bare(parser: Parser) -> Reading[bool]:
-    """Reads a call without a tag and tells it. False if it does not begin with the name of a tool that there is and
-    with arguments: then it is JSON of another kind."""
+def read_untagged(parser: Parser) -> Reading[bool]:
+    """Reads calls without tags, one after the other or in a list, and tells them. False if there is none."""
+    source, begun = parser.source, parser.begun
+    source.mark()
+    listed = yield from source.takes("[")
+    while (yield from _read_bare(parser)):
+        source.mark()
+        yield from source.takes(",")
+    source.rewind()
+    if listed and parser.begun > begun:
+        yield from source.takes("]")
+    return parser.begun > begun
+
+
+def _read_bare(parser: Parser) -> Reading[bool]:
+    """Reads one of them. False if it does not begin with the name of a tool that there is and with arguments: then
+    it is JSON of another kind."""
     source = parser.source
     names = tuple(f'"{tool.name}"' for tool in parser.calls.tools)
     keys = tuple(f'"{key}"' for key in ARGUMENTS)
@@ -131,20 +146,17 @@ def object_body(lark: Lark, tool: Tool, index: int, arguments: str = "arguments"
     return f'{head} {_value(lark, tool, index)} "}}"'
 
 
-def bare_calls(lark: Lark, calls: Calls, opens: Sequence[str], closes: str) -> Bare:
-    """The grammar of calls without a tag, and of what they begin with, in whatever layout a model writes JSON.
-    Reasoning may come first, also of a model that is not known to reason."""
-    head, tail = lark.rule("BARE_HEAD", f"/{_HEAD}/"), lark.rule("BARE_TAIL", f"/{_TAIL}{_GAP}/")
-    end = lark.rule("BARE_END", f"/{_GAP}\\}}/")
-    bodies = []
-    for index, tool in enumerate(calls.tools):
-        begin = lark.rule(f"BARE_{index}", f"{head} {lark.text(tool.name)} {tail}")
-        bodies.append(lark.rule(f"bare_{index}", f"{begin} {_value(lark, tool, index)} {end}"))
-    names = "|".join(literal(tool.name) for tool in calls.tools)
-    thought = f"({_SPACE}({'|'.join(map(literal, opens))}){ANY}{literal(closes)})?"
-    return Bare(bodies, f"{thought}{_HEAD}({names}){_TAIL}")
+def untagged_calls(lark: Lark, calls: Calls) -> Untagged:
+    """The grammar of calls without tags, in whatever layout a model writes JSON."""
+    gap, end = lark.rule("GAP", f"/{_GAP}/"), lark.rule("UNTAGGED_END", f"/{_GAP}\\}}/")
+    rules = [
+        f"{lark.rule(f'NAME_{index}', f'/{literal(tool.name)}{_TAIL}/')} {gap} {_value(lark, tool, index)} {end}"
+        for index, tool in enumerate(calls.tools)
+    ]
+    names, fences = ("|".join(map(literal, texts)) for texts in ([tool.name for tool in calls.tools], FENCES))
+    return Untagged(_HEAD, f"({fences})", f"({names}){_TAIL}", rules)
 
 
 def _value(lark: Lark, tool: Tool, index: int) -> str:
     """A rule of a tool's arguments, for all ways to write its call."""
-    return lark.rule(f"arguments_{index}", lark.json(tool.parameters))
+    return lark.value(f"arguments_{index}", tool.parameters)

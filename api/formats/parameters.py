@@ -8,7 +8,7 @@ from typing import Any
 
 from api.formats.base import Parser, Tool
 from api.formats.lark import Lark
-from api.formats.values import as_json, properties, value_rule
+from api.formats.values import as_json, properties, refused, value_rule
 
 
 class Members:
@@ -49,10 +49,17 @@ class Members:
             self._parser.begin(self._name, self._id)
 
 
-def parameter_rules(lark: Lark, tool: Tool, index: int, opening: Callable[[str, Any], str], close: str) -> str:
-    """The grammar of the arguments in the order of the schema's properties, optional ones perhaps."""
+def parameter_rules(
+    lark: Lark, tool: Tool, index: int, opening: Callable[[str, Any], str], close: str, signs: str = ""
+) -> str:
+    """The grammar of the arguments in the order of the schema's properties, optional ones perhaps. Raises
+    RequestRefused for what cannot be said, such as a name with one of `signs`."""
     parts: list[str] = []
     for name, schema, required in properties(tool.parameters, tool.name):
-        value = value_rule(lark, f"v{index}_{len(parts)}", schema, tool.parameters, close, tool=tool.name, key=name)
+        if set(name) & set(signs):
+            raise refused(tool.name, f"a property named {name[:64]!r}")
+        value = value_rule(
+            lark, f"v{index}_{len(parts)}", schema, tool.parameters, close, tool=tool.name, path=f"/properties/{name}"
+        )
         parts.append(f"({lark.text(opening(name, schema))} {value}){'' if required else '?'}")
     return " ".join(parts)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from api.formats.base import Parser, Tagged, Tool
+from api.formats.base import Parser, Rules, Tagged, Tool
 from api.formats.lark import Lark
 from api.formats.parameters import Members, parameter_rules
 from api.formats.source import Reading
 
+_LINE = "\n"
 _AFTER: dict[str, tuple[str, ...]] = {
     "</parameter>": ("<parameter=", "</function>", "</tool_call>"),
     "\n<parameter=": (),
@@ -65,7 +66,14 @@ class QwenXml(Tagged):
             source.rewind()
             parts.append(source.skip(len(end)))
 
+    def grammar(self, lark: Lark, rules: Rules) -> None:
+        tagged = self.bodies(lark, rules.calls)
+        inner = lark.any_of([f"call_{index}" for index in range(len(tagged))])
+        others, interrupts = [("<function=", inner)], [(self.interrupts[0], inner)]
+        parallel = rules.calls.parallel
+        self.message(lark, rules, tagged, parallel=parallel, others=others, interrupts=interrupts)
+
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        rules = parameter_rules(lark, tool, index, lambda key, _: f"<parameter={key}>\n", "\n</parameter>\n")
-        head, foot = lark.text(f"\n<function={tool.name}>\n"), lark.text("</function>\n</tool_call>")
-        return f"{head} {rules} {foot}"
+        rules = parameter_rules(lark, tool, index, lambda key, _: f"<parameter={key}>\n", "\n</parameter>\n", ">")
+        call = lark.rule(f"call_{index}", f"{lark.text(f'{tool.name}>{_LINE}')} {rules} {lark.text('</function>')}")
+        return f"{lark.text(f'{_LINE}<function=')} {call} {lark.text(f'{_LINE}</tool_call>')}"

@@ -31,7 +31,7 @@ def types(schema: Any, root: Schema) -> frozenset[str]:
     if not isinstance(schema, Mapping):
         return frozenset()
     if isinstance(ref := schema.get("$ref"), str):
-        return types(_resolved(ref, root), {})  # what it refers to may refer to itself
+        return types(_found(ref, root), {})  # what it refers to may refer to itself
     if isinstance(kind := schema.get("type"), str):
         return frozenset((kind, "null")) if schema.get("nullable") is True else frozenset((kind,))
     if isinstance(kind, Sequence):
@@ -98,7 +98,15 @@ def _kind(value: Any) -> str:
     return "null" if value is None else _KINDS.get(type(value), "string")
 
 
-def _resolved(ref: str, root: Schema) -> Any:
+def resolved(schema: Schema, root: Schema) -> Schema:
+    """The schema with what it refers to in it."""
+    found = _found(schema["$ref"], root) if isinstance(schema.get("$ref"), str) else None
+    if not isinstance(found, Mapping):
+        return schema
+    return {**found, **{name: value for name, value in schema.items() if name != "$ref"}}
+
+
+def _found(ref: str, root: Schema) -> Any:
     value: Any = root
     for name in ref.removeprefix("#/").split("/"):
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -162,16 +170,15 @@ def with_definitions(schema: Schema, root: Schema) -> Schema:
     return {**schema, **{key: root[key] for key in ("$defs", "definitions") if key in root}}
 
 
-def value_rule(lark: Lark, name: str, schema: Schema, root: Schema, close: str, *, tool: str, key: str) -> str:
-    """A rule of a bare value and of `close` after it. Raises RequestRefused for what a text cannot follow."""
+def value_rule(lark: Lark, name: str, schema: Schema, root: Schema, close: str, *, tool: str, path: str) -> str:
+    """A rule of a bare value and of `close` after it. Raises RequestRefused for what a text cannot follow; a `format`
+    is no more than a remark, as it is by default in JSON Schema."""
     if types(schema, root) != {"string"}:
         return lark.rule(name, f"{lark.json(with_definitions(schema, root))} {lark.text(close)}")
-    path = f"/properties/{key}"
-    if isinstance(ref := schema.get("$ref"), str):  # as pydantic writes an enumeration
-        schema = {**_resolved(ref, root), **{name: value for name, value in schema.items() if name != "$ref"}}
+    schema = resolved(schema, root)  # a reference is how pydantic writes an enumeration
     if (values := choices(schema, tool)) is not None:
         return lark.rule(name, lark.any_of([lark.text(f"{value}{close}") for value in values]))
-    if unknown := set(schema) - SILENT - {"minLength", "maxLength", "pattern"}:
+    if unknown := set(schema) - SILENT - {"minLength", "maxLength", "pattern", "format"}:
         raise refused(tool, f"{path}/{min(unknown)}")
     limits = _checked(schema, Limits, tool)
     text = ANY if limits.pattern is None else _pattern(limits.pattern)

@@ -68,6 +68,28 @@ SAMPLES = [
     Sample("hermes", '{"name": "weather", "city": "Bern"}', '{"name": "weather", "city": "Bern"}', "", ()),
     Sample("hermes", ' {"name": "now", "arguments": 7} 👩‍👩‍👧', ' {"name": "now", "arguments": 7} 👩‍👩‍👧', "", ()),
     Sample(
+        "hermes",
+        f'<think>\nhm\n</think>\n\nSo:\n```json\n{{\n  "name": "weather",\n  "arguments": {ZÜRICH}\n}}\n```\nDone.',
+        "So:\n\nDone.",
+        "hm",
+        (("weather", ZÜRICH),),
+    ),
+    Sample(
+        "hermes",
+        f'```\n[{{"name": "weather", "arguments": {ZÜRICH}}},\n {{"name": "now", "parameters": {{}}}}]\n```',
+        "",
+        "",
+        (("weather", ZÜRICH), ("now", "{}")),
+    ),
+    Sample(
+        "hermes",
+        '```py\nf()\n```\n```json\n{"name": "x", "arguments": {}}\n```\n```json\n{"name": "now", "arguments": {}}, ```',
+        '```py\nf()\n```\n```json\n{"name": "x", "arguments": {}}\n```\n, ```',
+        "",
+        (("now", "{}"),),
+    ),
+    Sample("hermes", 'See ```json\n[{"name": "weather"}]\n```', 'See ```json\n[{"name": "weather"}]\n```', "", ()),
+    Sample(
         "qwen-xml",
         f"I see.\n<tool_call>\n<function=weather>\n<parameter=city>\n{CITY}\n</parameter>\n<parameter=days>\n3\n"
         "</parameter>\n</function>\n</tool_call>",

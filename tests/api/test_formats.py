@@ -227,6 +227,19 @@ def test_half_a_character_is_written_as_an_escape() -> None:
     assert read(Sample("pythonic", text, "", "", ()), [text])[2] == (("weather", r'{"city": "\ud83d"}'),)
 
 
+def test_names_that_python_does_not_know() -> None:
+    text = "[weather(from='a, b)', x-y=[1, {'c': None}], days = -2, late=false)]"
+    arguments = '{"from": "a, b)", "x-y": [1, {"c": null}], "days": -2, "late": false}'
+    assert read(Sample("pythonic", text, "", "", ()), list(text))[2] == (("weather", arguments),)
+
+
+@pytest.mark.parametrize(("name", "key"), [("qwen-xml", "a>b"), ("dsml", 'a"b'), ("pythonic", "a=b"), ("gemma", "a:b")])
+def test_properties_whose_names_cannot_be_written_are_refused(name: str, key: str) -> None:
+    calls = Calls((Tool("f", {"type": "object", "properties": {key: {"type": "string"}}}),))
+    with pytest.raises(RequestRefused, match="a property named"):
+        Sample(name, "", "", "", ()).reader.grammar(Lark({}), Rules(calls))
+
+
 def test_definitions_that_are_repeated_have_an_end() -> None:
     properties = {f"p{index}": {"$ref": "#/$defs/a"} for index in range(100)}
     schema = {"type": "object", "properties": properties, "$defs": {"a": {"enum": ["x" * 10_000, 1]}}}

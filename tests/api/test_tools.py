@@ -12,8 +12,9 @@ from starlette.types import ASGIApp
 
 from api.app import create_app
 from engine import Lark, Request
+from engine.grammar import Grammars
 from tests.api.asgi import post
-from tests.api.fake import INFO, FakeEngine, site_of
+from tests.api.fake import INFO, ByteVocab, FakeEngine, site_of
 
 WEATHER = {
     "type": "function",
@@ -108,14 +109,29 @@ async def test_a_call_that_was_cut_off_ends_by_length() -> None:
     assert reply["choices"][0]["finish_reason"] == "length"
 
 
-async def test_without_tools_or_with_choice_none_a_call_is_text() -> None:
-    for fields in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
-        engine = speaking(f"</think>{CALL}")
-        reply = await ask(engine, **fields)
-        assert reply["choices"][0]["message"]["content"] == CALL
-        assert reply["choices"][0]["finish_reason"] == "stop"
-        assert engine.requests[-1].grammar is None
-        assert "weather" not in prompt_of(engine)
+async def test_without_tools_a_call_is_text() -> None:
+    engine = speaking(f"</think>{CALL}")
+    reply = await ask(engine)
+    assert reply["choices"][0]["message"]["content"] == CALL
+    assert reply["choices"][0]["finish_reason"] == "stop"
+    assert engine.requests[-1].grammar is None
+
+
+async def test_with_choice_none_the_prompt_stays_and_the_grammar_permits_no_call() -> None:
+    engine = speaking("</think>Sunny.")
+    prompts = []
+    for choice in ("auto", "none"):
+        reply = await ask(engine, tools=[WEATHER], tool_choice=choice)
+        assert reply["choices"][0]["message"]["content"] == "Sunny."
+        prompts.append(prompt_of(engine))
+    assert prompts[0] == prompts[1]
+    grammar = engine.requests[-1].grammar
+    assert grammar is not None
+    assert isinstance(grammar.form, Lark)
+    matcher = (await Grammars(ByteVocab()).compile(grammar.form)).begin()
+    said = b"hm</think>\n\nI <tool it."
+    assert matcher.permits(said) == len(said)
+    assert matcher.permits(f"hm</think>{CALL}".encode()) == len("hm</think><tool_call")
 
 
 async def test_templates_get_tools_and_earlier_calls_as_objects() -> None:
@@ -150,6 +166,20 @@ async def test_templates_without_tools_are_taught() -> None:
     assert reply["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "weather"
 
 
+@pytest.mark.parametrize("content", ["hi", [{"type": "text", "text": "hi"}]])
+async def test_templates_without_system_messages_are_taught_by_the_user(content: Any) -> None:
+    gemma = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    )
+    engine = speaking(CALL, gemma)
+    engine.request_limit = 4096
+    reply = await ask(engine, tools=[WEATHER], messages=[{"role": "user", "content": content}])
+    assert reply["choices"][0]["message"]["tool_calls"]
+    assert prompt_of(engine).startswith("[user] You may call functions")
+    assert prompt_of(engine).endswith("hi\n")
+
+
 def constrained(**fields: Any) -> Callable[[], Any]:
     async def grammar() -> Any:
         engine = speaking("</think>ok")
@@ -162,6 +192,28 @@ def constrained(**fields: Any) -> Callable[[], Any]:
 @pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "weather"}}])
 async def test_choices_are_enforced(choice: Any) -> None:
     assert await constrained(tool_choice=choice)() is not None
+
+
+@pytest.mark.parametrize(
+    ("parameters", "open_"),
+    [
+        ({"properties": {"a": {"type": "integer"}}}, False),
+        ({"properties": {"a": {"type": "integer"}}, "additionalProperties": True}, True),
+        ({"properties": {"a": {"type": "integer"}}, "required": ["b"]}, True),
+        ({"properties": {"a": {"type": "integer"}}, "anyOf": [{"required": ["b"]}, {"required": ["a"]}]}, True),
+        ({}, False),
+        ({"type": "object"}, True),
+    ],
+)
+async def test_no_property_is_written_that_a_tool_does_not_name(parameters: Any, open_: bool) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    engine = speaking("</think>ok")
+    await ask(engine, tools=[tool], tool_choice="required")
+    grammar = engine.requests[-1].grammar
+    assert grammar is not None
+    matcher = (await Grammars(ByteVocab()).compile(grammar.form)).begin()
+    said = b'</think>\n\n<tool_call>\n{"name": "f", "arguments": {"'
+    assert (matcher.permits(said + b"b") > len(said)) == open_
 
 
 @pytest.mark.parametrize(
