@@ -268,8 +268,8 @@ def _tojson(
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses operations that would make something of any size at once: nothing can interrupt one, and meanwhile no
-    other thread gets its turn."""
+    """Refuses products and powers that would make something of any size at once: nothing can interrupt one, and
+    meanwhile no other thread gets its turn."""
 
     intercepted_binops = frozenset({"*", "**"})
 

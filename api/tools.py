@@ -111,6 +111,13 @@ def closed(schema: Any, levels: int = LEVELS) -> Any:
     made = dict(schema)
     if "items" in made:
         made["items"] = closed(made["items"], levels - 1)
+    if not {"properties", "allOf"} & made.keys():  # else what one branch names another would forbid
+        for key in ("anyOf", "oneOf"):
+            if isinstance(branches := made.get(key), list):
+                made[key] = [closed(each, levels - 1) for each in branches]
+    for key in ("$defs", "definitions"):
+        if isinstance(parts := made.get(key), Mapping) and b'"allOf"' not in msgspec.json.encode(schema):
+            made[key] = {name: closed(each, levels - 1) for name, each in parts.items()}
     if isinstance(properties := made.get("properties"), Mapping):
         made["properties"] = {name: closed(each, levels - 1) for name, each in properties.items()}
         required = made.get("required", [])
@@ -119,8 +126,8 @@ def closed(schema: Any, levels: int = LEVELS) -> Any:
     return made
 
 
-_ELSEWHERE = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "unevaluatedProperties"}
-"""Where properties may be named besides."""
+_ELSEWHERE = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "unevaluatedProperties", "minProperties"}
+"""Where properties may be named, or wanted, besides."""
 
 
 def _chosen(choice: Mapping[str, Any], tools: Sequence[Tool]) -> Tool:

@@ -11,7 +11,7 @@ from api.prompts import Prompts
 from api.schema import ChatRequest
 from api.served import Core
 from api.tools import calls_of
-from engine import Choice, Form, Grammar, JsonObject, JsonSchema, ReasoningBudget, RequestRefused
+from engine import Choice, CompiledTooSlowly, Form, Grammar, JsonObject, JsonSchema, ReasoningBudget, RequestRefused
 from engine import Lark as LarkForm
 
 _TAIL = 32
@@ -68,7 +68,8 @@ class Turn(Struct, frozen=True):
         try:
             return await engine.compile(LarkForm(self._lark(constraint)))
         except RequestRefused as error:
-            await self._blame(engine)
+            if not isinstance(error, CompiledTooSlowly):
+                await self._blame(engine)
             error.field = error.field or ("tools" if self.calls.tools or constraint is None else constraint.path)
             raise
 

@@ -13,6 +13,7 @@ from engine.config import (
 )
 from engine.contract import (
     SPECULATOR_TYPES,
+    CompiledTooSlowly,
     ContextExceeded,
     Drafts,
     Draining,
@@ -50,6 +51,7 @@ __all__ = [
     "SPECULATOR_TYPES",
     "BatchConfig",
     "Choice",
+    "CompiledTooSlowly",
     "ContextExceeded",
     "DraftConfig",
     "Drafts",

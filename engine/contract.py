@@ -33,6 +33,10 @@ class RequestRefused(EngineError):
         self.field = field
 
 
+class CompiledTooSlowly(RequestRefused):
+    """The grammar was not ready in time, maybe as others were being made."""
+
+
 class ContextExceeded(RequestRefused):
     """The prompt of `prompt_tokens` leaves no room for one new token in a context of `limit`."""
 

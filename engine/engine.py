@@ -16,6 +16,7 @@ from engine.backend import Backend, ModelInfo, NativeFault, Progress, Vocab
 from engine.config import EngineConfig
 from engine.contract import (
     SPECULATOR_TYPES,
+    CompiledTooSlowly,
     ContextExceeded,
     Draining,
     EngineError,
@@ -31,7 +32,7 @@ from engine.contract import (
     SpeculatorType,
 )
 from engine.generation import Generation
-from engine.grammar import Closed, Form, Grammar, GrammarError, Grammars
+from engine.grammar import Closed, Form, Grammar, GrammarError, Grammars, TooSlow
 from engine.outbox import News
 from engine.pace import Measured
 from engine.runner import SHUTTING_DOWN, Runner
@@ -217,12 +218,14 @@ class Engine:
         """What `Request.grammar` takes; compiled aside, or known from before.
 
         Raises RequestRefused if that cannot be, with the JSON pointer of the keyword to blame as its field if there
-        is one, and what entering a generation raises if the engine is ending.
+        is one, CompiledTooSlowly if it takes too long, and what entering a generation raises if the engine is ending.
         """
         if self._refusal is not None:
             raise self._refusal()
         try:
             return await self._grammars.compile(form)
+        except TooSlow as error:
+            raise CompiledTooSlowly(str(error)) from None
         except GrammarError as error:
             raise RequestRefused(str(error), field=error.pointer) from None
         except Closed:

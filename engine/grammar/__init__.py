@@ -11,7 +11,7 @@ compiler   from forms to grammars: off the event loop, with limits, kept for the
 """
 
 from engine.grammar.compiler import Grammar, Grammars
-from engine.grammar.forms import Choice, Form, Gbnf, GrammarError, JsonObject, JsonSchema, Lark, Regex
+from engine.grammar.forms import Choice, Form, Gbnf, GrammarError, JsonObject, JsonSchema, Lark, Regex, TooSlow
 from engine.grammar.jobs import Closed
 from engine.grammar.masks import Masks, Permits, Want
 from engine.grammar.matcher import Matcher
@@ -31,5 +31,6 @@ __all__ = [
     "Matcher",
     "Permits",
     "Regex",
+    "TooSlow",
     "Want",
 ]

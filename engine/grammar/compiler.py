@@ -14,7 +14,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.backend import Vocab
 from engine.grammar.bridge import tokenizer
-from engine.grammar.forms import Choice, Form, Gbnf, GrammarError, JsonObject, JsonSchema, Lark, Regex
+from engine.grammar.forms import Choice, Form, Gbnf, GrammarError, JsonObject, JsonSchema, Lark, Regex, TooSlow
 from engine.grammar.gbnf import lark_of
 from engine.grammar.jobs import Jobs, Late
 from engine.grammar.matcher import Matcher
@@ -81,7 +81,7 @@ class Grammars:
         try:
             return await self._jobs.run(key, partial(self._make, key, form))
         except Late:
-            raise GrammarError(f"{_kind(form)} was not compiled within {SECONDS:.0f} seconds.") from None
+            raise TooSlow(f"{_kind(form)} was not compiled within {SECONDS:.0f} seconds.") from None
 
     async def warm_up(self) -> None:
         """Compiles a first grammar before streams run: for it the library reads the vocabulary, all the while with
@@ -178,8 +178,7 @@ def _source(form: Form) -> str:
             return LLMatcher.grammar_from_lark(lark_of(text))
         case Lark(text):
             _shallow(text, "The grammar")
-            for schema in embedded(text):
-                check_multiples(schema)
+            check_multiples([*embedded(text)])
             return LLMatcher.grammar_from_lark(text)
     raise AssertionError("schemas are compiled elsewhere")
 

@@ -14,6 +14,10 @@ class GrammarError(Exception):
         self.pointer = pointer
 
 
+class TooSlow(GrammarError):
+    """A form whose grammar takes too long to make, maybe only as others are made."""
+
+
 class JsonSchema(Struct, frozen=True, tag=True):
     """JSON that a schema describes. Properties come in the schema's order."""
 

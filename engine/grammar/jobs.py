@@ -79,8 +79,8 @@ class Jobs(Generic[Made]):
         if job.late:
             raise Late
         job.wanted += 1
-        self._begin()
         try:
+            self._begin()
             return await asyncio.wait_for(asyncio.shield(job.made), self._seconds)
         except TimeoutError:
             raise Late from None
@@ -100,9 +100,14 @@ class Jobs(Generic[Made]):
             if not job.wanted:
                 del self._jobs[job.key]
                 continue
+            try:
+                thread = self._thread(job)
+            except RuntimeError as error:  # there are too many threads: others may have better luck
+                del self._jobs[job.key]
+                self._settle(job, partial(job.made.set_exception, error))
+                continue
             self._working += 1
             self._threads += 1
-            thread = self._thread(job)
             job.timer = job.loop.call_later(min(LONG, self._seconds), self._pass_on, job, thread)
 
     def _thread(self, job: Job[Made]) -> threading.Thread:

@@ -75,10 +75,11 @@ def embedded(lark: str) -> Iterator[Schema]:
             yield json.JSONDecoder().raw_decode(lark, found.end())[0]
 
 
-def check_multiples(schema: Schema) -> None:
-    """Raises GrammarError if a text would have to be a multiple of too large a number."""
+def check_multiples(schemas: object) -> None:
+    """Raises GrammarError if a text would have to be a multiple of too large a number. Takes a schema, or several that
+    are followed together."""
     total, together = 0, 1
-    for number in {value for level in levels(schema) for item in level for value in _multiples(item)}:
+    for number in {value for level in levels(schemas) for item in level for value in _multiples(item)}:
         total, together = total + number, math.lcm(together, number)
         if max(total, together) > MULTIPLES:
             raise GrammarError("The schema cannot be followed: its multipleOf is too large, or they are together.")
@@ -87,7 +88,7 @@ def check_multiples(schema: Schema) -> None:
 def _multiples(item: Any) -> Iterator[int]:
     """The number that the item wants a multiple of, without powers of ten."""
     value = item.get("multipleOf") if isinstance(item, dict) else None
-    if isinstance(value, int | float) and value and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and value and math.isfinite(value):
         yield int("".join(map(str, Decimal(str(value)).normalize().as_tuple().digits)))
 
 

@@ -25,6 +25,7 @@ class Budget:
         self._opening = _OPENING if self._opens else 0
         self._left = budget.tokens
         self._due = budget.closing if not (self._opens or budget.tokens) else ()
+        self._closed = False  # whether what was forced holds the tag
         self._over = False
 
     @property
@@ -34,15 +35,19 @@ class Budget:
 
     def take(self, token: int) -> None:
         """The text goes on with `token`, which is another than the forced one only if a grammar forbade that: then the
-        end follows as soon as it may."""
+        end follows as soon as it may, but for what follows its tag."""
         if self._over:
-            return
-        if token == self.forced:
-            self._due = self._due[1:]
-            self._over = not self._due
             return
         text = self._text + self._piece(token)
         self._text = text[-self._look :]
+        if token == self.forced:
+            self._closed = self._closed or self._closes in text
+            self._due = self._due[1:]
+            self._over = not self._due
+            return
+        if self._closed:  # what was to follow the tag is forbidden
+            self._over, self._due = True, ()
+            return
         if not self._opening:
             self._left = (0 if self._due else self._left) - 1
         elif self._opens in text:

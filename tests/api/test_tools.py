@@ -11,6 +11,7 @@ import pytest
 from starlette.types import ASGIApp
 
 from api.app import create_app
+from api.tools import closed
 from engine import Lark, Request
 from engine.grammar import Grammars
 from tests.api.asgi import post
@@ -214,6 +215,18 @@ async def test_no_property_is_written_that_a_tool_does_not_name(parameters: Any,
     matcher = (await Grammars(ByteVocab()).compile(grammar.form)).begin()
     said = b'</think>\n\n<tool_call>\n{"name": "f", "arguments": {"'
     assert (matcher.permits(said + b"b") > len(said)) == open_
+
+
+def test_models_in_models_are_closed_too() -> None:
+    inner = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    shut = {**inner, "additionalProperties": False}
+    optional = {"anyOf": [inner, {"type": "null"}]}
+    found = closed({"properties": {"a": {"$ref": "#/$defs/A"}, "b": optional}, "$defs": {"A": inner}})
+    assert found["$defs"]["A"] == found["properties"]["b"]["anyOf"][0] == shut
+    refined = {"properties": {"a": {"allOf": [{"$ref": "#/$defs/A"}]}}, "$defs": {"A": inner}}
+    assert closed(refined)["$defs"]["A"] == inner
+    assert closed({**inner, "anyOf": [inner]}) == {**inner, "anyOf": [inner]}
+    assert closed({**inner, "minProperties": 2}) == {**inner, "minProperties": 2}
 
 
 @pytest.mark.parametrize(

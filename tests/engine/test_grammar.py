@@ -448,6 +448,26 @@ def test_usual_multiples() -> None:
     grammar(schema({"properties": fields}))
 
 
+def test_multiples_count_together_and_true_is_none() -> None:
+    with pytest.raises(GrammarError, match="multipleOf"):
+        grammar(Lark('start: %json {"multipleOf": 509} %json {"multipleOf": 521}'))
+    with pytest.raises(GrammarError):
+        grammar(schema({"multipleOf": True}))
+
+
+async def test_a_thread_that_cannot_start_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    work = Jobs[str]("test", 5.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", full)
+        for key in (b"1", b"2", b"3"):
+            with pytest.raises(RuntimeError, match="start"):
+                await work.run(key, lambda: "done")
+    assert await work.run(b"1", lambda: "done") == "done"
+
+
 async def test_work_that_takes_too_long_is_given_up_and_others_go_on() -> None:
     work, go_on = Jobs[str]("test", 0.02), threading.Event()
 

@@ -69,3 +69,15 @@ def test_where_a_grammar_forbids_it_the_end_comes_when_it_may() -> None:
     assert written(0, b"abcdefgh", forbidden={0}) == b"a</t>fgh"
     assert written(0, b"abcdefghi", forbidden={2}) == b"</c</t>hi"
     assert written(0, "a👩cdefghijk".encode(), forbidden={0, 1}) == "a👩</t>ghijk".encode()
+
+
+def test_the_tag_is_said_once_even_if_what_follows_it_is_forbidden() -> None:
+    bound = Budget(ReasoningBudget(1, "", "</t>", (*CLOSING, 10)), lambda token: bytes([token]))
+    for token in b"a</t>":
+        bound.take(token)
+    assert bound.forced == 10
+    bound.take(ord("b"))
+    assert bound.forced is None
+    for token in b"cdefgh":
+        bound.take(token)
+        assert bound.forced is None
