@@ -42,6 +42,11 @@ def seconds(context: Context, parts: Sequence[tuple[int, int]], *, every: bool =
     return spent
 
 
+def typical(context: Context, parts: Sequence[tuple[int, int]], repeats: int, *, every: bool = False) -> float:
+    """Milliseconds of the same: the median of `repeats` decodes after a first one."""
+    return 1000 * median([seconds(context, parts, every=every) for _ in range(repeats + 1)][1:])
+
+
 def fill(context: Context, seq: int, cells: int) -> None:
     """Makes `cells` cells resident in one sequence."""
     while (length := context.length(seq)) < cells:
@@ -67,8 +72,8 @@ def measure(
         for rows in counts:
             parts = {"decode": spread(rows, last), "prompt": [(0, rows)], "behind": [(last, rows)]}
             for kind in KINDS:
-                times = [seconds(context, parts[kind], every=kind == "decode") for _ in range(repeats + 1)][1:]
-                figures[kind].setdefault(cells, {})[rows] = round(1000 * median(times), 2)
+                spent = typical(context, parts[kind], repeats, every=kind == "decode")
+                figures[kind].setdefault(cells, {})[rows] = round(spent, 2)
     return figures
 
 
@@ -76,12 +81,11 @@ def streams(context: Context, count: int, own: int, repeats: int) -> float:
     """Median milliseconds of a row where each of `count` sequences has one, behind `own` cells."""
     for seq in range(count):
         fill(context, seq, own)
-    parts = [(seq, 1) for seq in range(count)]
-    return round(1000 * median([seconds(context, parts) for _ in range(repeats + 1)][1:]) / count, 2)
+    return round(typical(context, spread(count, count), repeats) / count, 2)
 
 
 def main() -> None:
-    """Prints three tables, or one figure, and writes `step_cost.json`."""
+    """Prints one figure, or three tables, which it writes as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
     parser.add_argument("-fa", "--flash-attn", choices=["auto", "on", "off"], default="off", help="flash attention")
@@ -97,7 +101,7 @@ def main() -> None:
         path=options.model,
         slots=64,
         context=max(8192, options.streams * (options.own + 1)),
-        flash_attention=options.flash_attn,
+        flash_attention="auto" if options.deterministic else options.flash_attn,
         cache_type_v=options.cache_type_v,
         deterministic=options.deterministic,
     )

@@ -285,7 +285,7 @@ class Tagged(Format):
         """The rules of a message in which all calls stand together, between `trigger` and `end`."""
         bodies = []
         if tools := self.bodies(lark, rules.calls):
-            several = lark.several(lark.rule("one", lark.any_of(tools)), "", rules.calls.parallel)
+            several = lark.several(tools, "", rules.calls.parallel)
             bodies = [lark.rule("section", f"{several} {lark.text(end)}")]
         self.message(lark, rules, bodies, parallel=False)
 

@@ -73,7 +73,7 @@ class Dsml(Tagged):
     def grammar(self, lark: Lark, rules: Rules) -> None:
         bodies = []
         if tools := self.bodies(lark, rules.calls):
-            several = lark.several(lark.rule("one", lark.any_of(tools)), "", rules.calls.parallel)
+            several = lark.several(tools, "", rules.calls.parallel)
             kinds = ("function_calls", "tool_calls")  # which of them the model knows is not told here
             bodies = [f"{lark.text(f'{kind}>{_LINE}')} {several} {lark.text(f'</{_DSML}{kind}>')}" for kind in kinds]
         self.message(lark, rules, bodies, parallel=False)

@@ -97,7 +97,7 @@ class KimiXtml(Format):
         tools = [
             lark.rule(f"tool_{index}", self._body(lark, each, index)) for index, each in enumerate(rules.calls.tools)
         ]
-        calls = lark.several(lark.rule("one", lark.any_of(tools)), "", rules.calls.parallel)
+        calls = lark.several(tools, "", rules.calls.parallel)
         section = f"{lark.text(f'{_OPEN}tools{_SEP}')} {calls} {lark.text(f'{_CLOSE}tools{_SEP}')}"
         if rules.calls.required:
             lark.rule("start", f"{thought} ({start}? {end})? {section} {done}")

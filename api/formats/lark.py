@@ -137,9 +137,14 @@ class Lark:
             return f"/{text}/"
         return self.rule(f"{name.upper()}_TEXT", f"/{text}/ & ~/({unless}){ANY}/")
 
-    def several(self, one: str, joint: str, parallel: bool) -> str:
+    def several(self, bodies: Sequence[str], joint: str, parallel: bool) -> str:
         """One of these after the other with `joint` between two, or just one."""
-        return f"{one} ({self.text(joint)} {one}){{0,{MOST - 1}}}" if parallel else one
+        one = self.rule("one", self.any_of(bodies))
+        return f"{one} {self.more(one, joint, parallel)}"
+
+    def more(self, one: str, joint: str, parallel: bool) -> str:
+        """The others that may come after the first one."""
+        return f"({self.text(joint)} {one}){{0,{MOST - 1}}}" if parallel else ""
 
     def without(self, triggers: Sequence[str]) -> str:
         """Any text that has none of these."""
@@ -153,9 +158,9 @@ class Lark:
         """
         if calls.required or answer:
             call = self.rule("call", f"{self.text(calls.trigger)} {calls.body}")
-            several = self.several(call, calls.joint, calls.parallel)
+            more = self.more(call, calls.joint, calls.parallel)
+            several = f"{call} {more}"
             rest = self.rule("rest", several if calls.required else f"{several} | {answer}")
-            more = f"({self.text(calls.joint)} {call}){{0,{MOST - 1}}}" if calls.parallel else ""
             self.start(thought, rest, rest, BREAK, self._interrupted(calls, more))
             return
         more = "rest" if calls.parallel else ""

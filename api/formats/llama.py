@@ -74,7 +74,7 @@ class Llama(Bare):
         return True
 
     def calls(self, lark: Lark, rules: Rules) -> str:
-        return lark.several(lark.rule("call", lark.any_of(self.bodies(lark, rules.calls))), "; ", rules.calls.parallel)
+        return lark.several(self.bodies(lark, rules.calls), "; ", rules.calls.parallel)
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         return object_body(lark, tool, index, "parameters")
@@ -108,8 +108,7 @@ class Pythonic(Bare):
             parser.arguments(arguments)
 
     def calls(self, lark: Lark, rules: Rules) -> str:
-        call = lark.rule("call", lark.any_of(self.bodies(lark, rules.calls)))
-        return f'"[" {lark.several(call, ", ", rules.calls.parallel)} "]"'
+        return f'"[" {lark.several(self.bodies(lark, rules.calls), ", ", rules.calls.parallel)} "]"'
 
     def body(self, lark: Lark, tool: Tool, index: int) -> str:
         members = []

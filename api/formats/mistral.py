@@ -78,7 +78,7 @@ class MistralList(Mistral):
     def grammar(self, lark: Lark, rules: Rules) -> None:
         body = ""
         if tools := self.bodies(lark, rules.calls):
-            several = lark.several(lark.rule("one", lark.any_of(tools)), ", ", rules.calls.parallel)
+            several = lark.several(tools, ", ", rules.calls.parallel)
             body = lark.rule("list", f'/ ?/ "[" {several} "]"')
         self.message(lark, rules, [body] if body else [], parallel=False)
 

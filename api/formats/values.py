@@ -39,7 +39,7 @@ def types(schema: Any, root: Schema) -> frozenset[str]:
     for name in ("anyOf", "oneOf", "allOf"):
         if isinstance(options := schema.get(name), Sequence):
             return frozenset().union(*(types(option, root) for option in options))
-    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    values = _left(schema)
     return frozenset(map(_kind, values)) if isinstance(values, list) else frozenset()
 
 
@@ -159,10 +159,14 @@ def _checked(schema: Schema, kind: type[Keywords], tool: str) -> Keywords:
 
 def choices(schema: Schema, tool: str) -> list[Any] | None:
     """The values among which `enum` or `const` leaves the choice; None if neither is there. Raises RequestRefused."""
-    found = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    found = _left(schema)
     if found is not None and not (isinstance(found, list) and found):
         raise refused(tool, "an enum that is no list of values")
     return found
+
+
+def _left(schema: Schema) -> Any:
+    return schema.get("enum", [schema["const"]] if "const" in schema else None)
 
 
 def with_definitions(schema: Schema, root: Schema) -> Schema:
