@@ -4,9 +4,9 @@ All servers run all the while, with equal threads, context and slots, and take t
 each is asked the same, and the order alternates. Ratios compare runs of one round; the median of the rounds counts,
 and of llama-server's modes the best one. `python -m bench.peers build` comes first.
 
-With the throughput stands the bound: what the decodes alone would take, by the cost of a step as `paceline cost`
-measures it here before each round. With `--stall` instead: the gaps of four running streams while a long prompt is
-read.
+With the throughput stands the bound: what the rows of the same requests alone would take, by the cost of a step as
+`paceline cost` measures it here before each round. With `--stall` instead: the gaps of four running streams while a
+long prompt is read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -86,14 +87,32 @@ def run(server: Server, sessions: Sequence[Session], clients: int) -> tuple[dict
     return figures, outcomes
 
 
+class Running(Struct):
+    """A request of the bound: tokens in cells, and those still to come."""
+
+    cells: int
+    left: int
+
+
 def bound(measured: Measured, outcomes: Sequence[Outcome], clients: int) -> float:
-    """Tokens a second if nothing took time but the rows: each prompt read once, then steps of one row for each client
-    beside the cells that they hold in the mean."""
-    prompts = sum(outcome.prompt_tokens - outcome.cached_tokens for outcome in outcomes)
-    tokens = sum(outcome.completion_tokens for outcome in outcomes)
-    each = sum(outcome.prompt_tokens + outcome.completion_tokens / 2 for outcome in outcomes) / len(outcomes)
-    step = Curve(measured.rows).seconds(clients) + measured.row_cell * clients * clients * each
-    return tokens / (prompts * measured.prompt_row + tokens / clients * step)
+    """Tokens a second if nothing took time but the rows, for the same requests in the order in which they came.
+
+    Each client's next prompt is read at once, at the cost of a row of a prompt read alone; with its last row comes the
+    first token. Then a step is a row for each client that still has a request: fewer towards the end, as in life.
+    """
+    curve, seconds = Curve(measured.rows), 0.0
+    waiting, running = deque(sorted(outcomes, key=lambda outcome: outcome.begun)), list[Running]()
+    while waiting or running:
+        while waiting and len(running) < clients:
+            asked = waiting.popleft()
+            seconds += (asked.prompt_tokens - asked.cached_tokens) * measured.prompt_row
+            running.append(Running(asked.prompt_tokens, asked.completion_tokens - 1))
+        seconds += curve.seconds(len(running))
+        seconds += measured.row_cell * len(running) * sum(one.cells for one in running)
+        for one in running:
+            one.cells, one.left = one.cells + 1, one.left - 1
+        running = [one for one in running if one.left > 0]
+    return sum(outcome.completion_tokens for outcome in outcomes) / seconds
 
 
 def throughput(field: Field, options: argparse.Namespace) -> dict[int, Rounds]:

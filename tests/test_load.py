@@ -138,8 +138,17 @@ def test_goodput_counts_what_meets_both_limits() -> None:
 
 def test_the_bound_is_the_rows_alone() -> None:
     measured = Measured({1: 0.01, 4: 0.02}, 0.0, 0.001)
-    outcomes = [outcome(0.1, [0.1] * 3, tokens=50) for _ in range(4)]
-    assert versus.bound(measured, outcomes, 4) == pytest.approx(200 / (40 * 0.001 + 50 * 0.02))
+    outcomes = [outcome(0.1, [0.1] * 3, tokens=51) for _ in range(4)]
+    assert versus.bound(measured, outcomes, 4) == pytest.approx(204 / (40 * 0.001 + 50 * 0.02))
+
+
+def test_the_bound_ends_as_a_run_does() -> None:
+    measured = Measured({1: 0.01, 2: 0.015}, 0.0, 0.001)
+    outcomes = [outcome(0.1, [0.1] * 3, tokens=tokens) for tokens in (11, 21, 11)]
+    three = 43 / (30 * 0.001 + 20 * 0.015)  # the third begins as the first ends, and ends with the second
+    assert versus.bound(measured, outcomes, 2) == pytest.approx(three)
+    two = 32 / (20 * 0.001 + 10 * 0.015 + 10 * 0.01)  # the second is alone in the end
+    assert versus.bound(measured, outcomes[:2], 2) == pytest.approx(two)
 
 
 def test_the_example_server_is_told_the_same() -> None:
