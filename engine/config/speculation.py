@@ -28,9 +28,9 @@ class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     order: Annotated[
         Literal["measured", "fixed"],
         Meta(
-            description="measured: the drafts and lengths that yield most tokens per second by the measured cost of a "
-            "step and what became of earlier drafts; fixed: the first type that answers, the draft model last, and "
-            "all that it says",
+            description="measured: the drafts and lengths that make a step fastest for all who take part, by its "
+            "measured cost and what became of earlier drafts; fixed: the first type that answers, the draft model "
+            "last, and all that it says",
             extra=flags("--spec-order"),
         ),
     ] = "measured"

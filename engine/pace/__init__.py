@@ -4,7 +4,7 @@ curve        seconds by rows, with every jump
 cost         what a step costs, learnt from every step; how many prompt rows fit beside the streams
 calibration  the same measured at start, and kept for the next
 acceptance   how likely a draft's tokens are right
-lengths      the most tokens a second of a whole step: a pure function
+lengths      which drafts make a step fastest for all who take part: a pure function
 chooser      which drafts, how much of them, and what is only tried
 journal      a line in the log for every hundred steps
 """

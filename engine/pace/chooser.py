@@ -44,7 +44,7 @@ class Choice(NamedTuple):
     picked: list[int]
     lengths: list[int]
     rate: float
-    """Tokens a second."""
+    """Tokens a second, as `share` counts them."""
     gain: float
     """Tokens that are likely to be accepted."""
     trial: bool = False
@@ -104,7 +104,7 @@ class Chooser:
         return self._decided.trial
 
     def choose(self, slots: Sequence[Sequence[Chances]], load: Load, *, trial: bool = False) -> Choice:
-        """What yields most tokens a second of the whole step; now and then, with `trial`, what might.
+        """What makes the step fastest for all who take part; now and then, with `trial`, what might.
 
         `slots` are each slot's drafts, at least one, as the chances of their tokens.
         """

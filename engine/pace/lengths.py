@@ -22,32 +22,47 @@ class Shares(NamedTuple):
     gain: float
     """Tokens that are likely to be accepted."""
     rate: float
-    """Tokens a second of the step, those that need no guess included."""
+    """Tokens a second of the step, were they as many for each as their geometric mean."""
 
 
 def share(
     curves: Sequence[Chances], seconds: Seconds, sure: float, weights: Sequence[float] = (), least: int = 0
 ) -> Shares:
-    """The lengths with which a step yields most tokens a second, and at least `least` tokens in all.
+    """The lengths with which a step is fastest for all who take part, and at least `least` tokens in all.
 
-    `seconds[k]` is the cost of the step with `k` drafted tokens, `sure` what it yields without any. For a given number
-    of tokens the best gain is the sum of the largest chances, so one sorted scan over every total finds the optimum
-    however the cost jumps from one total to the next. With `weights`, one for each curve, a token of one counts for
-    more than that of another: for those who are late, or were promised a speed.
+    `seconds[k]` is the cost of the step with `k` drafted tokens; of `sure` streams each gets a token without any. The
+    product of all streams' speeds is made as large as it can be (Nash 1950; proportional fairness, Kelly et al. 1998):
+    what a draft gives one stream must be more, as a factor, than what the longer step takes from all others together.
+    The sum of speeds would let one that repeats itself hold up everybody else.
+
+    The logarithm of that product gains less with each token of a draft. So for a given number of tokens the largest
+    gains are best, and one sorted scan over every total finds the optimum however the cost jumps from one total to the
+    next. With `weights`, one for each curve, a token of one counts for more than that of another: for those who are
+    late, or were promised a speed.
     """
     chances = np.array([*chain.from_iterable(curves)])
     sizes = [*map(len, curves)]
+    worth = np.concatenate([_worth(curve) for curve in curves])
     if weights:
-        chances *= np.repeat(weights, sizes)
-    order = np.argsort(-chances)[: len(seconds) - 1]
-    gains = np.concatenate(((0.0,), np.cumsum(chances[order])))
-    rates = (sure + gains) / seconds[: len(gains)]
+        worth *= np.repeat(weights, sizes)
+    order = np.argsort(-worth)[: len(seconds) - 1]
+    rates = sure * np.exp(_sums(worth[order]) / sure) / seconds[: 1 + len(order)]
     total = least + int(np.argmax(rates[least:])) if least < len(rates) else len(order)
     if not total:
         return Shares([0] * len(curves), 0.0, float(rates[0]))
-    owners = np.repeat(np.arange(len(curves)), sizes)[order[:total]]
-    lengths: list[int] = np.bincount(owners, minlength=len(curves)).tolist()
-    return Shares(lengths, float(gains[total]), float(rates[total]))
+    chosen = order[:total]
+    lengths: list[int] = np.bincount(np.repeat(np.arange(len(curves)), sizes)[chosen], minlength=len(curves)).tolist()
+    return Shares(lengths, float(chances[chosen].sum()), float(rates[total]))
+
+
+def _worth(curve: Chances) -> Seconds:
+    """By how much each token of a draft raises the logarithm of its stream's speed."""
+    return np.diff(np.log1p(_sums(curve)))
+
+
+def _sums(values: Chances | Seconds) -> Seconds:
+    """Of none, one, two ... values."""
+    return np.concatenate(((0.0,), np.cumsum(values)))
 
 
 def pick(candidates: Sequence[Chances], price: float) -> int:
@@ -68,17 +83,17 @@ def places(
     curves: Sequence[Chances], seconds: Seconds, sure: float, each: float, most: int, least: int = 1
 ) -> tuple[int, float]:
     """How far, from `least` to `most` tokens, the draft model should guess for everybody in `curves`, and the tokens a
-    second with that.
+    second with that, as `share` counts them.
 
     Each place costs `each` seconds for all of them together; all that is guessed is verified. 0 is nothing.
     """
     most = min(most, (len(seconds) - 1) // max(1, len(curves)))
-    gains = np.zeros(most + 1)
+    worth = np.zeros(most + 1)
     for curve in curves:
-        reached = curve[:most]
-        gains[1 : len(reached) + 1] += reached
+        sums = np.log1p(_sums(curve[:most]))
+        worth += np.concatenate((sums, np.full(most + 1 - len(sums), sums[-1])))
     rows = len(curves) * np.arange(most + 1)
-    rates = (sure + np.cumsum(gains)) / (seconds[rows] + each * np.arange(most + 1))
+    rates = sure * np.exp(worth / sure) / (seconds[rows] + each * np.arange(most + 1))
     rates[1:least] = 0.0
     best = int(np.argmax(rates))
     return best, float(rates[best])

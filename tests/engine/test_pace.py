@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate, product
 from operator import mul
 from pathlib import Path
+from statistics import geometric_mean
 
 import numpy as np
 import pytest
@@ -250,12 +251,15 @@ curves = st.lists(st.lists(st.floats(0.05, 1.0), max_size=5), min_size=1, max_si
 
 
 def brute_force(chances: Sequence[Sequence[float]], seconds: Sequence[float]) -> float:
-    """The best rate of all lengths there are."""
+    """The best rate of all lengths there are: the streams' geometric mean, for each of them."""
     best = 0.0
     for lengths in product(*(range(len(curve) + 1) for curve in chances)):
         if sum(lengths) < len(seconds):
-            gain = sum(sum(curve[:length]) for curve, length in zip(chances, lengths, strict=True))
-            best = max(best, (len(chances) + gain) / seconds[sum(lengths)])
+            speeds = [
+                (1 + sum(curve[:length])) / seconds[sum(lengths)]
+                for curve, length in zip(chances, lengths, strict=True)
+            ]
+            best = max(best, len(speeds) * geometric_mean(speeds))
     return best
 
 
@@ -268,6 +272,14 @@ def test_lengths_are_the_best_for_any_cost_curve(raw: list[list[float]], seconds
     assert found.gain == pytest.approx(gain)
     assert all(length <= len(curve) for curve, length in zip(chances, found.lengths, strict=True))
     assert found.rate == pytest.approx(brute_force(chances, seconds[:most]))
+
+
+def test_one_that_repeats_itself_does_not_hold_up_the_others() -> None:
+    certain, rows = [1.0] * 64, np.arange(65, dtype=np.float64)
+    assert share([certain], 0.025 + 0.005 * rows, 1).lengths == [64], "alone"
+    beside_three = share([certain], 0.04 + 0.005 * rows, 4)
+    assert beside_three.lengths == [1], "64 would make twice as many tokens a second, and the others wait 9 times"
+    assert share([certain], 0.04 + 0.00005 * rows, 4).lengths == [64], "where rows are nearly free"
 
 
 def test_a_weight_moves_rows_to_a_slot() -> None:
@@ -288,7 +300,9 @@ def test_places_of_a_draft_model_are_the_best(raw: list[list[float]], each: floa
     costs = np.array([1.0 + 0.1 * rows for rows in range(13)])
     most, rate = places(chances, costs, len(chances), each, max(map(len, chances)))
     rates = [
-        (len(chances) + sum(sum(curve[:count]) for curve in chances)) / (costs[count * len(chances)] + each * count)
+        len(chances)
+        * geometric_mean([1 + sum(curve[:count]) for curve in chances])
+        / (costs[count * len(chances)] + each * count)
         for count in range(max(map(len, chances)) + 1)
     ]
     assert rate == pytest.approx(max(rates))
