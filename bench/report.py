@@ -158,8 +158,9 @@ def headline(runs: dict[str, Run]) -> str:
     rows: list[list[object]] = []
     if "versus" in runs:
         for clients, rounds in runs["versus"]["figures"]["cells"].items():
-            rows += _against(f"tokens a second, {clients} clients", rounds, "tokens_per_second", least=False)
-            rows += _against(f"99th percentile of gaps, {clients} clients", rounds, "gap_ms.p99", least=True)
+            whose = f"{clients} client{'s' if clients != '1' else ''}"
+            rows += _against(f"tokens a second, {whose}", rounds, "tokens_per_second", least=False)
+            rows += _against(f"99th percentile of gaps, {whose}", rounds, "gap_ms.p99", least=True)
     if "stall" in runs:
         rounds = runs["stall"]["figures"]["cells"]["stall"]
         rows += _against("largest gap while a long prompt is read", rounds, "largest_gap_while_reading_ms", least=True)
