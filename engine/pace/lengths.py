@@ -7,6 +7,7 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.pace.curve import Seconds
 
@@ -41,8 +42,8 @@ def share(
     late, or were promised a speed.
     """
     chances = np.array([*chain.from_iterable(curves)])
-    sizes = [*map(len, curves)]
-    worth = np.concatenate([_worth(curve) for curve in curves])
+    sizes = np.array([*map(len, curves)])
+    worth = _worth(chances, sizes)
     if weights:
         worth *= np.repeat(weights, sizes)
     order = np.argsort(-worth)[: len(seconds) - 1]
@@ -55,9 +56,16 @@ def share(
     return Shares(lengths, float(chances[chosen].sum()), float(rates[total]))
 
 
-def _worth(curve: Chances) -> Seconds:
-    """By how much each token of a draft raises the logarithm of its stream's speed."""
-    return np.diff(np.log1p(_sums(curve)))
+def _worth(chances: Seconds, sizes: NDArray[np.intp]) -> Seconds:
+    """By how much each token of drafts of these sizes, one after the other, raises the logarithm of its stream's
+    speed."""
+    sums = _sums(chances)
+    starts = np.cumsum(sizes) - sizes
+    logs = np.log1p(sums[1:] - np.repeat(sums[starts], sizes))
+    before = np.concatenate(((0.0,), logs))[:-1]
+    before[starts[sizes > 0]] = 0.0
+    worth: Seconds = logs - before
+    return worth
 
 
 def _sums(values: Chances | Seconds) -> Seconds:
