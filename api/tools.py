@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from api.complaints import nearest, refused
 from api.formats import Calls, Tool, described
 from api.schema import ChatRequest
-from engine import RequestRefused
+from engine import SCHEMA_DEPTH, RequestRefused
 
 Message = dict[str, Any]
 """A message as templates know it."""
@@ -50,8 +50,6 @@ class NamedTool(Struct):
 
 
 CHOICES = ("auto", "none", "required")
-LEVELS = 100
-"""Of a schema that are looked at; grammars take no deeper ones."""
 LIKE = 64
 """Tools among which the one is looked for that was probably meant: comparing names takes time."""
 
@@ -103,7 +101,7 @@ def _tools(asked: Sequence[Any]) -> tuple[Tool, ...]:
     return tuple(found.values())
 
 
-def closed(schema: Any, levels: int = LEVELS) -> Any:
+def closed(schema: Any, levels: int = SCHEMA_DEPTH) -> Any:
     """The schema without other properties than it names, where it names some and does not say: as with llama-server,
     since a small model finds no end of others."""
     if not isinstance(schema, Mapping) or not levels:

@@ -38,6 +38,8 @@ from engine.contract import (
 )
 from engine.engine import Engine, MemoryInfo, open_vocabulary, step_costs
 from engine.generation import Generation
+from engine.grammar import DEPTH as SCHEMA_DEPTH
+from engine.grammar import SIZE as FORM_SIZE
 from engine.grammar import Choice, Form, Gbnf, Grammar, JsonObject, JsonSchema, Lark, Regex
 from engine.pace import Measured
 from engine.sampling import derive as derive_seed
@@ -47,6 +49,8 @@ from engine.speculate.lookup import build_lookup
 from engine.stats import Histogram, Stats
 
 __all__ = [
+    "FORM_SIZE",
+    "SCHEMA_DEPTH",
     "SIM",
     "SPECULATOR_TYPES",
     "BatchConfig",

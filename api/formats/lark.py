@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from engine import RequestRefused
+from engine import FORM_SIZE, RequestRefused
 
 ANY, SOME = r"(.|\n)*", r"(.|\n)+"
 """Any text, and any but none."""
@@ -55,9 +55,6 @@ class Repeated(Struct, frozen=True):
 
 MOST = 32
 """Calls one after the other where nothing else may come: a small model may find no end."""
-LARGEST = 2**18
-"""Characters of the schemas in a grammar: the engine takes no larger one. Definitions are repeated where they are
-referred to, so that a small request could make a grammar that fits no memory."""
 BREAK = r"/\s{0,2}/"
 """What may follow reasoning."""
 
@@ -103,8 +100,9 @@ class Lark:
         """JSON that is valid by `schema`. Raises RequestRefused if the schemas become too large together."""
         text = json.dumps({**schema, "x-guidance": _SPACING} if isinstance(schema, Mapping) else {})
         self._size += len(text)
-        if self._size > LARGEST:
-            raise RequestRefused(f"The schemas make a grammar of more than {LARGEST} characters; no more are taken.")
+        # Definitions are repeated where they are referred to: a small request could make what fits no memory.
+        if self._size > FORM_SIZE:
+            raise RequestRefused(f"The schemas make a grammar of more than {FORM_SIZE} characters; no more are taken.")
         return f"%json {text}"
 
     def value(self, name: str, schema: Any) -> str:

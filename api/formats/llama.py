@@ -11,7 +11,7 @@ from api.formats.base import Parser, Rules, Tagged, Tool
 from api.formats.lark import ANY, Lark, literal
 from api.formats.objects import object_body, read_object
 from api.formats.source import Reading, Source
-from api.formats.values import properties, refused, with_definitions, written
+from api.formats.values import properties, unwritable, with_definitions, written
 
 
 class Bare(Tagged):
@@ -114,7 +114,7 @@ class Pythonic(Bare):
         members = []
         for key, schema, required in properties(tool.parameters, tool.name):
             if re.search(r"[\s=(),]", key):
-                raise refused(tool.name, f"a property named {key[:64]!r}")
+                raise unwritable(tool.name, key)
             value = lark.json(with_definitions(schema, tool.parameters))
             members.append((f"{lark.text(f'{key}=')} {value}", required))
         return f"{lark.text(f'{tool.name}(')} {lark.members(f'm{index}', members, ', ')} {lark.text(')')}"

@@ -15,6 +15,7 @@ from api.formats.values import (
     refused,
     resolved,
     types,
+    unwritable,
     value_rule,
     with_definitions,
 )
@@ -33,7 +34,7 @@ class Notation:
         members = []
         for key, each, required in properties(schema, self._tool):
             if ":" in key:
-                raise refused(self._tool, f"a property named {key[:64]!r}")
+                raise unwritable(self._tool, key)
             value = self.value(each, f"{path}/properties/{key}")
             members.append((f"{self._lark.text(f'{key}:')} {value}", required))
         return f'"{{" {self._lark.members(self._name(), members, ",")} "}}"'

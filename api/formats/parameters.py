@@ -8,7 +8,7 @@ from typing import Any
 
 from api.formats.base import Parser, Tool
 from api.formats.lark import Lark
-from api.formats.values import as_json, properties, refused, value_rule
+from api.formats.values import as_json, properties, unwritable, value_rule
 
 
 class Members:
@@ -57,7 +57,7 @@ def parameter_rules(
     parts: list[str] = []
     for name, schema, required in properties(tool.parameters, tool.name):
         if set(name) & set(signs):
-            raise refused(tool.name, f"a property named {name[:64]!r}")
+            raise unwritable(tool.name, name)
         value = value_rule(
             lark, f"v{index}_{len(parts)}", schema, tool.parameters, close, tool=tool.name, path=f"/properties/{name}"
         )

@@ -219,3 +219,8 @@ def refused(tool: str, what: str) -> RequestRefused:
         f"The parameters of {tool!r} cannot be enforced in the way this model writes calls: {what} is not supported.",
         field="tools",
     )
+
+
+def unwritable(tool: str, name: str) -> RequestRefused:
+    """The same of a property's name with a sign in it that ends names where the model writes them."""
+    return refused(tool, f"a property named {name[:64]!r}")

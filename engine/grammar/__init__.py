@@ -10,13 +10,16 @@ jobs       what is done on threads of its own, and given up when it takes too lo
 compiler   from forms to grammars: off the event loop, with limits, kept for the next time
 """
 
-from engine.grammar.compiler import Grammar, Grammars
+from engine.grammar.compiler import SIZE, Grammar, Grammars
 from engine.grammar.forms import Choice, Form, Gbnf, GrammarError, JsonObject, JsonSchema, Lark, Regex, TooSlow
 from engine.grammar.jobs import Closed
 from engine.grammar.masks import Masks, Permits, Want
 from engine.grammar.matcher import Matcher
+from engine.grammar.schema import DEPTH
 
 __all__ = [
+    "DEPTH",
+    "SIZE",
     "Choice",
     "Closed",
     "Form",

@@ -47,7 +47,7 @@ def share(
     if weights:
         worth *= np.repeat(weights, sizes)
     order = np.argsort(-worth)[: len(seconds) - 1]
-    rates = sure * np.exp(_sums(worth[order]) / sure) / seconds[: 1 + len(order)]
+    rates = _rates(_sums(worth[order]), seconds[: 1 + len(order)], sure)
     total = least + int(np.argmax(rates[least:])) if least < len(rates) else len(order)
     if not total:
         return Shares([0] * len(curves), 0.0, float(rates[0]))
@@ -66,6 +66,13 @@ def _worth(chances: Seconds, sizes: NDArray[np.intp]) -> Seconds:
     before[starts[sizes > 0]] = 0.0
     worth: Seconds = logs - before
     return worth
+
+
+def _rates(worth: Seconds, seconds: Seconds, sure: float) -> Seconds:
+    """Tokens a second of steps that take so long, for the geometric mean of `sure` streams; `worth` is by how much the
+    logarithms of their speeds are raised together."""
+    rates: Seconds = sure * np.exp(worth / sure) / seconds
+    return rates
 
 
 def _sums(values: Chances | Seconds) -> Seconds:
@@ -101,7 +108,7 @@ def places(
         sums = np.log1p(_sums(curve[:most]))
         worth += np.concatenate((sums, np.full(most + 1 - len(sums), sums[-1])))
     rows = len(curves) * np.arange(most + 1)
-    rates = sure * np.exp(worth / sure) / (seconds[rows] + each * np.arange(most + 1))
+    rates = _rates(worth, seconds[rows] + each * np.arange(most + 1), sure)
     rates[1:least] = 0.0
     best = int(np.argmax(rates))
     return best, float(rates[best])
