@@ -90,8 +90,6 @@ IGNORED = (
     "--no-ui",
     "-cb",
     "--cont-batching",
-    "-kvu",
-    "--kv-unified",
     "--log-disable",
     "--spec-draft-backend-sampling",
     "--no-spec-draft-backend-sampling",
@@ -185,6 +183,8 @@ class Flag(Struct, frozen=True):
                 return "on" if self.default else "off"
             case tuple():
                 return " ".join(map(repr, self.default)) or "none"
+            case None if self.switch:
+                return "chosen at start"
             case None | "":
                 return "none"
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)

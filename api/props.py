@@ -32,6 +32,10 @@ class Guessing(Struct, frozen=True):
 class Memory(Struct, frozen=True):
     """How prefixes are kept and shared."""
 
+    kv_unified: bool
+    """True if all slots share the KV cells, False if each has its own."""
+    kv_reason: str
+    """Why, in one line."""
     sharing: Literal["any token", "whole texts"]
     """Where a prefix that requests share may end."""
     window: int
@@ -50,6 +54,8 @@ class Memory(Struct, frozen=True):
     def of(cls, memory: MemoryInfo, *, by_key: bool) -> Memory:
         """The same for clients."""
         return cls(
+            memory.kv_unified,
+            memory.kv_reason,
             "any token" if memory.partial else "whole texts",
             memory.window,
             memory.ram_bytes,

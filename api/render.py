@@ -111,7 +111,7 @@ class Render:
 def _rendered(served: Served, asked: Completion, tokens: tuple[int, ...], name: str, limit: int | None) -> Rendered:
     """Raises ContextExceeded as the completion would."""
     if len(tokens) >= served.engine.request_limit:
-        raise ContextExceeded(len(tokens), served.engine.request_limit)
+        raise served.engine.context_exceeded(len(tokens))
     return Rendered(
         request_id=name,
         token_ids=tokens,

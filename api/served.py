@@ -14,6 +14,7 @@ from api.flags import Options
 from api.problems import Loading, UnknownModel
 from api.prompts import Prompts
 from engine import (
+    ContextExceeded,
     Draining,
     EngineFault,
     Form,
@@ -57,7 +58,10 @@ class Core(Protocol):
 
     @property
     def request_limit(self) -> int:
-        """Tokens of prompt and completion that one request may have."""
+        """Tokens of prompt and output that one request may have."""
+
+    def context_exceeded(self, prompt_tokens: int) -> ContextExceeded:
+        """The refusal of a prompt of so many tokens, with the flags that would help."""
 
     @property
     def speculators(self) -> tuple[SpeculatorType, ...]:

@@ -63,13 +63,16 @@ def welcome(served: Served, address: str) -> str:
     facts = [
         f"Serving {served.name} on {address}",
         f"{engine.slots} slot{'s' if engine.slots > 1 else ''}",
-        f"{engine.info.context} tokens of context",
+        f"unified KV, {engine.info.context} tokens"
+        if engine.memory.kv_unified
+        else f"per-slot KV, {engine.request_limit} tokens each",
         engine.info.device,
         *(["deterministic"] if engine.info.exact else []),
     ]
     key = " -H 'Authorization: Bearer YOUR_KEY'" if served.options.server.api_keys else ""
     lines = [
         " · ".join(facts),
+        *([f"KV layout: {engine.memory.kv_reason}"] if engine.memory.kv_reason else []),
         *_guessing(served),
         f"Try: curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} \\",
         """  -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}'""",

@@ -1,4 +1,4 @@
-"""A streaming client that costs little: one connection for each request, parsed by httptools and msgspec.
+"""A streaming client with little CPU time: one connection for each request, parsed by httptools and msgspec.
 
 Tokens are counted from `usage`, never from events, since one event may hold several tokens.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import httptools
@@ -15,9 +16,16 @@ import msgspec
 
 from bench.server import HOST
 
+# `Outcome.error` of a request whose connection the client closed on purpose.
+ABANDONED = "abandoned"
+
 
 class Outcome(msgspec.Struct):
-    """One request: when its text arrived (seconds on `time.perf_counter`), and what the server says of it."""
+    """One request: arrival times of its output (seconds on `time.perf_counter`), and the server's counts.
+
+    `tokens` and `logprobs` are filled only if the request asks for `logprobs`. `finish_reasons` and `done_markers`
+    count the terminal events of the stream; a complete stream of one choice has exactly one of each.
+    """
 
     begun: float
     status: int = 0
@@ -28,20 +36,26 @@ class Outcome(msgspec.Struct):
     completion_tokens: int = 0
     text: str = ""
     error: str = ""
+    tokens: list[bytes] = msgspec.field(default_factory=list)
+    logprobs: list[float] = msgspec.field(default_factory=list)
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    finish_reasons: int = 0
+    done_markers: int = 0
 
     @property
     def failed(self) -> bool:
-        """Whether it did not end well."""
+        """True for an error, a hang-up and any status other than 200."""
         return bool(self.error) or self.status != 200
 
     @property
     def ttft(self) -> float:
-        """Seconds from sending the request to its first text."""
+        """Time to first token: seconds from sending the request to its first output; not a number without output."""
         return self.arrivals[0] - self.begun if self.arrivals else float("nan")
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between arrivals of text."""
+        """Seconds between consecutive arrivals of output."""
         return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
@@ -60,18 +74,30 @@ class _Delta(msgspec.Struct, frozen=True):
     tool_calls: tuple[_Call, ...] | None = None
 
 
+class _Token(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: tuple[int, ...] | None = None
+
+
+class _Logprobs(msgspec.Struct, frozen=True):
+    content: tuple[_Token, ...] | None = None
+
+
 class _Choice(msgspec.Struct):
     delta: _Delta = _Delta()
     text: str | None = None
+    logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
 
     @property
-    def said(self) -> str:
-        """All that came: text, reasoning, names and arguments of calls."""
+    def output(self) -> str:
+        """Text, reasoning, and names and arguments of calls, in this order."""
         delta = self.delta
-        said = (self.text or "") + (delta.reasoning_content or "") + (delta.content or "")
+        output = (self.text or "") + (delta.reasoning_content or "") + (delta.content or "")
         for call in delta.tool_calls or ():
-            said += (call.function.name or "") + (call.function.arguments or "")
-        return said
+            output += (call.function.name or "") + (call.function.arguments or "")
+        return output
 
 
 class _Cached(msgspec.Struct):
@@ -84,17 +110,24 @@ class _Usage(msgspec.Struct):
     prompt_tokens_details: _Cached | None = None
 
 
+class _Timings(msgspec.Struct):
+    draft_n: int = 0
+    draft_n_accepted: int = 0
+
+
 class _Event(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
+    timings: _Timings | None = None
     error: msgspec.Raw = msgspec.Raw(b"")
 
 
 class _Stream(asyncio.Protocol):
-    """Feeds a response to httptools and its events to an Outcome."""
+    """Feeds a response to httptools and its events to an Outcome; closes the connection after `most_arrivals`."""
 
-    def __init__(self, outcome: Outcome, request: bytes) -> None:
+    def __init__(self, outcome: Outcome, request: bytes, most_arrivals: int | None = None) -> None:
         self.outcome = outcome
+        self._most_arrivals = most_arrivals
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._request = request
         self._parser = httptools.HttpResponseParser(self)
@@ -123,19 +156,30 @@ class _Stream(asyncio.Protocol):
         for event in events:
             if event.startswith(b"data: {"):
                 self._event(self._decoder.decode(event[6:]), now)
+            elif event.startswith(b"data: [DONE]"):
+                self.outcome.done_markers += 1
 
     def _event(self, event: _Event, now: float) -> None:
         outcome = self.outcome
-        if text := "".join(choice.said for choice in event.choices):
+        if text := "".join(choice.output for choice in event.choices):
             outcome.arrivals.append(now)
             outcome.text += text
+        for choice in event.choices:
+            outcome.finish_reasons += choice.finish_reason is not None
+            for token in (choice.logprobs and choice.logprobs.content) or ():
+                outcome.tokens.append(token.token.encode() if token.bytes is None else bytes(token.bytes))
+                outcome.logprobs.append(token.logprob)
         if event.usage is not None:
             outcome.prompt_tokens = event.usage.prompt_tokens
             outcome.completion_tokens = event.usage.completion_tokens
             details = event.usage.prompt_tokens_details
             outcome.cached_tokens = details.cached_tokens if details else 0
+        if event.timings is not None:
+            outcome.draft_tokens, outcome.accepted_tokens = event.timings.draft_n, event.timings.draft_n_accepted
         if event.error:
             outcome.error = bytes(event.error).decode()
+        if len(outcome.arrivals) == self._most_arrivals:
+            self._finish(ABANDONED)
 
     def on_message_complete(self) -> None:
         self._finish("")
@@ -150,11 +194,18 @@ class _Stream(asyncio.Protocol):
 
 
 async def stream(
-    port: int, path: str, body: dict[str, Any], *, abandon_after: float | None = None, outcome: Outcome | None = None
+    port: int,
+    path: str,
+    body: dict[str, Any],
+    *,
+    abandon_after: float | None = None,
+    most_arrivals: int | None = None,
+    outcome: Outcome | None = None,
 ) -> Outcome:
-    """Sends one streaming request and reads it to its end, or hangs up after so many seconds.
+    """Sends one streaming request and receives the response to its end.
 
-    An `outcome` that is given is filled as the text arrives, and returned.
+    The connection is closed early, with `ABANDONED` as the error, after `abandon_after` seconds or after
+    `most_arrivals` events with output. A given `outcome` is filled as the output arrives, and returned.
     """
     payload = msgspec.json.encode({**body, "stream": True, "stream_options": {"include_usage": True}})
     head = (
@@ -164,12 +215,14 @@ async def stream(
     outcome = outcome or Outcome(0.0)
     outcome.begun = time.perf_counter()
     loop = asyncio.get_running_loop()
-    transport, protocol = await loop.create_connection(lambda: _Stream(outcome, head.encode() + payload), HOST, port)
+    transport, protocol = await loop.create_connection(
+        partial(_Stream, outcome, head.encode() + payload, most_arrivals), HOST, port
+    )
     try:
         async with asyncio.timeout(abandon_after):
             await protocol.done
     except TimeoutError:
-        outcome.error = "abandoned"
+        outcome.error = ABANDONED
     finally:
         transport.close()
     return outcome
@@ -180,7 +233,7 @@ Got = TypeVar("Got")
 
 
 async def closed(clients: int, bodies: Iterable[Asked], send: Callable[[Asked], Awaitable[Got]]) -> list[Got]:
-    """Sends all requests from `clients` clients, each of which sends the next one when its last has ended."""
+    """Sends all requests from `clients` clients; each client sends its next request when its last one has ended."""
     waiting = iter(bodies)
 
     async def client() -> list[Got]:
@@ -190,7 +243,7 @@ async def closed(clients: int, bodies: Iterable[Asked], send: Callable[[Asked], 
 
 
 def chat(messages: list[dict[str, str]], tokens: int, **more: object) -> dict[str, Any]:
-    """The body of a chat request for exactly `tokens` tokens, if nothing in `more` says otherwise."""
+    """The body of a chat request for exactly `tokens` tokens; `more` overrides any field."""
     return {"messages": messages, "max_tokens": tokens, "ignore_eos": True, "temperature": 0.8, "seed": 1, **more}
 
 

@@ -1,8 +1,8 @@
-"""Does anything change the text? Token ids and log probabilities of the same requests, served in many ways.
+"""Token ids and log probabilities of the same requests, served in many ways and compared.
 
-The reference is each request alone, without speculation, its prompt read whole. In the deterministic profile every
-other way must give the same to the bit, or the exit code is 1; for the default profile the table tells how far that
-is from true.
+The reference is each request alone, without speculation, its prompt prefilled in one step. In the deterministic profile
+every other way must give the same to the bit, or the exit code is 1; for the default profile the table shows how far
+the ways differ.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import cycle, islice
 from pathlib import Path
@@ -31,25 +31,26 @@ from bench.speculators import Question, questions
 from engine.config import EngineConfig
 from engine.contract import SPECULATOR_TYPES, Finished, Logprob, Request, SamplingParams, Usage
 from engine.engine import Engine
-from engine.memory import Ordered
 from engine.pace import StepCost
 from engine.runner import Runner
 from engine.speculate.draft import matching
 
+# The workloads of the requests, in turn.
 WORKLOADS = ("edit", "chat", "completion", "chat", "completion")
-"""Whom requests come from, in turn."""
-MOST = 50
-"""There are twenty prompts of `chat`."""
-ARRIVAL = 0.03
-"""Seconds that a client waits before a request, on average."""
-WRONG = 4
-"""Of so many tokens of a prediction one is wrong."""
+# Requests at most, as there are twenty prompts of `chat`.
+MOST_REQUESTS = 50
+# Mean pause of a client before a request.
+PAUSE_SECONDS = 0.03
+# One of so many tokens of a prediction is wrong.
+WRONG_EVERY = 4
+# With per-slot KV the cells of a slot.
+SLOT_CELLS = 1024
+# Settings with which drafts are frequent, and verified whatever that costs.
 EAGER = {"order": "fixed", "size_n": 3, "size_m": 8, "mod_match": 3, "mod_min": 0}
-"""Settings with which drafts are frequent, and verified whatever that costs."""
 
 
-class Said(Struct, frozen=True):
-    """What came of a request."""
+class Output(Struct, frozen=True):
+    """The tokens of a request, with their log probabilities."""
 
     ids: tuple[int, ...]
     logprobs: tuple[Logprob, ...]
@@ -60,21 +61,23 @@ class Way(Struct, frozen=True):
     """How requests are served: by an engine of their own, to so many clients that take the next one each."""
 
     name: str
-    """Its first letter says what it is about."""
+    """The first letter names the group."""
     clients: int = 4
     types: tuple[str, ...] = ()
-    """Who guesses. A prediction, which every request has for `prediction` and every second one for `auto`, is the
-    reference with errors."""
+    """Types of speculation. A prediction, which every request has for `prediction` and every second one for `auto`, is
+    the reference with errors."""
     shares: bool = True
-    """Whether prefixes of one request may serve another."""
+    """False if no request may use a prefix of another."""
     times: int = 1
     """How often each request is sent, one time after the other."""
     rows: int = 0
-    """Prompt rows of a step at most; 0 is what fits by the measured cost."""
+    """Prefill rows of a step at most; 0 is what fits by the measured cost."""
+    slots: int = 0
+    """0 is one for each client."""
     cells: int = 0
-    """0 is enough for all."""
-    retract: float = 0.0
-    """The chance that after an update some running request has to give up its cells."""
+    """Cells of one pool, with unified KV; 0 is per-slot KV with enough for each slot."""
+    preempt: float = 0.0
+    """The chance that after an update some running request is preempted."""
 
 
 ALONE = Way("a alone", clients=1, shares=False, rows=2**20)
@@ -84,17 +87,22 @@ WAYS = (
     *(Way(f"d {clients} at once", clients=clients) for clients in (1, 3, 8, 16)),
     *(Way(f"e {rows} rows", rows=rows) for rows in (5, 33, 200)),
     Way("f sent twice", times=2),
-    Way("g retracted", types=("auto",), retract=0.2),
+    Way("g preempted", types=("auto",), preempt=0.2),
+)
+# With the deterministic profile, which has per-slot KV: slots are overwritten, and their contents saved and restored.
+FEW_SLOTS = (Way("g 2 slots", clients=8, slots=2), Way("g 1 slot, auto", clients=8, slots=1, types=("auto",)))
+# With the default profile: sequences are preempted, and blocks saved and restored.
+FEW_CELLS = (
     Way("g 512 cells", clients=8, cells=512),
     Way("g 256 cells, auto", clients=8, cells=256, types=("auto",)),
 )
 
 
-# ── what is asked ──
+# ── requests ──
 
 
 def requests_of(engine: Engine, count: int, tokens: int) -> list[Request]:
-    """Workloads in turn, the shortest prompts of each first; every second request with noise."""
+    """Requests of the workloads in turn, the shortest prompts of each first; every second one is sampled."""
     made = Prompts(engine.info, engine.vocab)
     prompts = {
         workload: iter(sorted((prompt_of(made, question) for question in questions(workload, 1000)), key=len))
@@ -105,9 +113,11 @@ def requests_of(engine: Engine, count: int, tokens: int) -> list[Request]:
 
 
 def prompt_of(made: Prompts, question: Question) -> tuple[int, ...]:
-    """The tokens of a conversation, or of a text."""
-    text, _ = question
-    return made.tokens(text if isinstance(text, str) else made.render(msgspec.convert({"messages": text}, ChatRequest)))
+    """The tokens of a conversation, or of a prompt without a template."""
+    asked, _ = question
+    if isinstance(asked, str):
+        return made.tokens(asked)
+    return made.tokens(made.render(msgspec.convert({"messages": asked}, ChatRequest)))
 
 
 def request_of(prompt: tuple[int, ...], number: int, tokens: int) -> Request:
@@ -117,8 +127,8 @@ def request_of(prompt: tuple[int, ...], number: int, tokens: int) -> Request:
     return Request(prompt=prompt, max_tokens=tokens, sampling=sampling, logprobs=3, id=str(number))
 
 
-def in_way(way: Way, requests: Sequence[Request], reference: Sequence[Said]) -> list[Request]:
-    """The requests as they are sent; without a reference nothing is predicted."""
+def in_way(way: Way, requests: Sequence[Request], reference: Sequence[Output]) -> list[Request]:
+    """The requests as they are sent; without a reference they have no predictions."""
     every = 1 if "prediction" in way.types else 2 if "auto" in way.types else 0
     sent = [structs.replace(asked, salt="" if way.shares else asked.id) for asked in requests]
     for number in range(0, len(reference) if every else 0, every or 1):
@@ -128,85 +138,85 @@ def in_way(way: Way, requests: Sequence[Request], reference: Sequence[Said]) -> 
 
 def mistaken(ids: Sequence[int]) -> tuple[int, ...]:
     """Tokens of which some are wrong."""
-    return tuple(0 if place % WRONG == WRONG - 1 else token for place, token in enumerate(ids))
+    return tuple(0 if place % WRONG_EVERY == WRONG_EVERY - 1 else token for place, token in enumerate(ids))
 
 
-# ── how it is served ──
+# ── serving ──
 
 
-async def serve(engine: Engine, way: Way, requests: Sequence[Request]) -> list[list[Said]]:
-    """What came of each request each time. Clients take them in shuffled order and pause before each."""
+async def serve(engine: Engine, way: Way, requests: Sequence[Request]) -> list[list[Output]]:
+    """The outputs of each request. Clients take requests in shuffled order and pause before each."""
     rng = Random(way.name)
-    said: list[list[Said]] = [[] for _ in requests]
+    outputs: list[list[Output]] = [[] for _ in requests]
     order = iter(rng.sample(range(len(requests)), len(requests)))
 
-    def updated() -> None:
-        if rng.random() < way.retract:
-            engine._inbox.put(retract)
+    async def updated() -> None:
+        if rng.random() < way.preempt:
+            await engine.ask(preempt_one)
 
     async def client() -> None:
         for number in order:
             for _ in range(way.times):
-                await asyncio.sleep(rng.expovariate(1 / ARRIVAL))
-                said[number].append(await read(engine, requests[number], updated))
+                await asyncio.sleep(rng.expovariate(1 / PAUSE_SECONDS))
+                outputs[number].append(await collect(engine, requests[number], updated))
 
     await asyncio.gather(*(client() for _ in range(way.clients)))
-    return said
+    return outputs
 
 
-def retract(runner: Runner) -> None:
-    """Takes the cells of some running request, as the scheduler does when they run out."""
+def preempt_one(runner: Runner) -> None:
+    """Preempts some running sequence, as the scheduler does when cells run out."""
     if runner.running:
-        runner._retract(random.choice([*runner.running.values()]))
+        runner._preempt(random.choice([*runner.running.values()]))
 
 
-async def read(engine: Engine, request: Request, updated: Callable[[], None] = lambda: None) -> Said:
-    """What comes of one request, calling `updated` at each update."""
+async def collect(engine: Engine, request: Request, updated: Callable[[], Awaitable[None]]) -> Output:
+    """The output of one request; `updated` is called after each update."""
     ids: list[int] = []
     logprobs: list[Logprob] = []
     async with engine.generate(request) as updates:
         async for update in updates:
             if isinstance(update, Finished):
-                return Said(tuple(ids), tuple(logprobs), update.usage)
+                return Output(tuple(ids), tuple(logprobs), update.usage)
             ids += update.ids
             logprobs += update.logprobs
-            updated()
+            await updated()
     raise AssertionError("no terminal update")
 
 
 def config(way: Way, model: Path, draft: Path | None, *, deterministic: bool) -> EngineConfig:
-    """The engine of a way."""
+    """The configuration of a way."""
+    slots = way.slots or way.clients
     wanted = draft is not None and bool({"auto", "draft"} & set(way.types))
     return EngineConfig.of(
         path=model,
         deterministic=deterministic,
-        slots=way.clients,
-        context=way.cells or max(2048, 256 * way.clients),
+        slots=slots,
+        context=way.cells or SLOT_CELLS * slots,
+        kv_unified=bool(way.cells),
         speculation={"types": way.types, **EAGER},
         draft={"path": str(draft), "n_max": 4} if wanted else {},
     )
 
 
 def prompt_rows(rows: int) -> AbstractContextManager[object]:
-    """While entered, steps hold so many prompt rows at most."""
+    """While entered, steps have so many prefill rows at most."""
     return patch.object(StepCost, "prompt_rows", lambda *_: rows) if rows else nullcontext()
 
 
-# ── what came of it ──
+# ── comparison ──
 
 
 class Outcome(Struct, frozen=True):
-    """A way beside the reference."""
+    """A way compared with the reference."""
 
     equal: int
-    """Requests that said the same, with log probabilities equal to the bit."""
+    """Requests with the same tokens, and log probabilities equal to the bit."""
     differing: dict[str, int]
-    """Of those with other tokens: the place of the first one."""
+    """By request the position of the first token that differs."""
     drift: float
-    """The largest difference of a log probability at places before that."""
-    retractions: int
-    restarts: int
-    """How often all cells were freed because too few could be freed singly."""
+    """The largest difference of a log probability before that."""
+    preemptions: int
     seconds: float
     completion: int
     cached: int
@@ -216,18 +226,18 @@ class Outcome(Struct, frozen=True):
     def row(self) -> list[object]:
         """As a row of a table under `COLUMNS`."""
         first = min(self.differing.values(), default="")
-        said = [self.completion, self.equal, len(self.differing), first, f"{self.drift:.1g}"]
-        work = [self.cached, self.drafted, self.accepted, self.retractions, self.restarts, f"{self.seconds:.0f}"]
-        return [*said, *work]
+        outputs = [self.completion, self.equal, len(self.differing), first, f"{self.drift:.1g}"]
+        return [*outputs, self.cached, self.drafted, self.accepted, self.preemptions, f"{self.seconds:.0f}"]
 
 
-COLUMNS = ("way", "tokens", "equal", "other", "from", "drift", "found", "drafted", "right", "paused", "freed", "s")
-"""Tokens said; requests equal to the bit, those with other tokens and the first place of one; how far log
-probabilities are apart before that; prompt tokens found; tokens drafted and right; retractions; restarts; seconds."""
+# Tokens emitted; requests equal to the bit, those with other tokens and the first position of one; the largest
+# difference of log probabilities before that; prompt tokens cached; tokens drafted and accepted; preemptions; seconds.
+COLUMNS = ("way", "tokens", "equal", "other", "from", "drift", "cached", "drafted", "accepted", "preempted", "s")
 
 
-def compared(one: Said, other: Said) -> tuple[int | None, float]:
-    """The first place with another token, if there is one, and the largest difference of a log probability before."""
+def compared(one: Output, other: Output) -> tuple[int | None, float]:
+    """The first position with another token, if there is one, and the largest difference of a log probability before
+    it."""
     same = matching(one.ids, other.ids)
     drift = 0.0
     for a, b in zip(one.logprobs[:same], other.logprobs[:same], strict=True):
@@ -238,78 +248,78 @@ def compared(one: Said, other: Said) -> tuple[int | None, float]:
 
 
 class Series(Struct):
-    """Ways in which requests are served one after the other, each compared with the first."""
+    """Ways in which requests are served one after the other, each compared with the first, the reference."""
 
     model: Path
     draft: Path | None
     deterministic: bool
     requests: Sequence[Request]
-    reference: Sequence[Said] = ()
+    reference: Sequence[Output] = ()
 
     async def run(self, way: Way) -> Outcome:
-        """One way; what comes of the first is the reference."""
+        """Serves one way; the outputs of the first are the reference."""
         opened = Engine.open(config(way, self.model, self.draft, deterministic=self.deterministic))
-        with prompt_rows(way.rows), patch.object(Ordered, "clear", autospec=True, side_effect=Ordered.clear) as cleared:
+        with prompt_rows(way.rows):
             async with opened as engine:
                 sent = in_way(way, self.requests, self.reference)
                 begun = time.perf_counter()
-                said = await serve(engine, way, sent)
+                outputs = await serve(engine, way, sent)
                 seconds = time.perf_counter() - begun
                 stats = engine.stats()
-        self.reference = self.reference or [first for first, *_ in said]
-        return self.outcome(said, stats.retractions, cleared.call_count, seconds)
+        self.reference = self.reference or [first for first, *_ in outputs]
+        return self.outcome(outputs, stats.retractions, seconds)
 
-    def outcome(self, said: Sequence[Sequence[Said]], retractions: int, restarts: int, seconds: float) -> Outcome:
-        """What was said beside the reference."""
+    def outcome(self, outputs: Sequence[Sequence[Output]], preemptions: int, seconds: float) -> Outcome:
+        """The outputs compared with the reference."""
         equal, drift, differing = 0, 0.0, dict[str, int]()
-        for request, before, times in zip(self.requests, self.reference, said, strict=True):
+        for request, before, times in zip(self.requests, self.reference, outputs, strict=True):
             equal += all((now.ids, now.logprobs) == (before.ids, before.logprobs) for now in times)
             for now in times:
                 place, apart = compared(before, now)
                 drift = max(drift, apart)
                 if place is not None:
                     differing[request.id] = min(place, differing.get(request.id, place))
-        every = [now for times in said for now in times]
+        every = [now for times in outputs for now in times]
         sums = {
             name: sum(getattr(now.usage, name) for now in every)
             for name in ("completion", "cached", "drafted", "accepted")
         }
-        return Outcome(equal, differing, drift, retractions, restarts, seconds, **sums)
+        return Outcome(equal, differing, drift, preemptions, seconds, **sums)
 
 
-def chosen(ways: str, draft: Path | None) -> Iterator[Way]:
-    """The ways whose names begin like one of those asked for; without a draft model all but that one."""
-    for way in WAYS:
+def chosen(ways: str, draft: Path | None, *, deterministic: bool) -> Iterator[Way]:
+    """The ways of a profile whose names begin like one of `ways`; without a draft model not that of type `draft`."""
+    for way in (*WAYS, *(FEW_SLOTS if deterministic else FEW_CELLS)):
         if way.name.startswith(tuple(ways.split(","))) and (draft or way.types != ("draft",)):
             yield way
 
 
 async def compare(options: argparse.Namespace) -> dict[str, Outcome]:
-    """By way what came of it."""
+    """The outcome of each way, by its name."""
     deterministic = options.profile == "deterministic"
     async with Engine.open(config(ALONE, options.model, None, deterministic=deterministic)) as engine:
         requests = requests_of(engine, options.requests, options.tokens)
     series = Series(options.model, options.model_draft, deterministic, requests)
     outcomes: dict[str, Outcome] = {}
-    for way in (ALONE, *chosen(options.ways, options.model_draft)):
+    for way in (ALONE, *chosen(options.ways, options.model_draft, deterministic=deterministic)):
         outcomes[way.name] = await series.run(way)
         print(way.name, *outcomes[way.name].row(), flush=True)
     return outcomes
 
 
 def main() -> None:
-    """Prints a table, writes it as JSON and fails if something differs that must not."""
+    """Prints a table, writes it as JSON, and exits with 1 if an output differs that must not."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-m", "--model", type=Path, default=SOURCES["smollm2"].path, help="GGUF file")
     parser.add_argument("-md", "--model-draft", type=Path, help="GGUF file of a draft model")
-    parser.add_argument("--requests", type=int, default=40, help=f"at most {MOST}")
-    parser.add_argument("--tokens", type=int, default=24, help="of each answer at most")
+    parser.add_argument("--requests", type=int, default=40, help=f"at most {MOST_REQUESTS}")
+    parser.add_argument("--tokens", type=int, default=24, help="of each output at most")
     parser.add_argument("--profile", choices=["deterministic", "default", "both"], default="deterministic")
     parser.add_argument("--ways", default="", help="beginnings of names, separated by commas, like b,g; all if empty")
     options = parser.parse_args()
-    if not 0 < options.requests <= MOST:
-        parser.error(f"--requests is {options.requests}, from 1 to {MOST} are possible")
-    if options.profile == "both":  # a process each: the library decides once how it multiplies
+    if not 0 < options.requests <= MOST_REQUESTS:
+        parser.error(f"--requests is {options.requests}, from 1 to {MOST_REQUESTS} are possible")
+    if options.profile == "both":  # a process each, as the library decides once how it multiplies
         command = [sys.executable, "-m", "bench.exactness", *sys.argv[1:], "--profile"]
         sys.exit(max(subprocess.run([*command, profile]).returncode for profile in ("deterministic", "default")))
     outcomes = asyncio.run(compare(options))
@@ -317,7 +327,7 @@ def main() -> None:
     show(title, COLUMNS, [[name, *outcome.row()] for name, outcome in outcomes.items()])
     save(f"exactness_{options.profile}_{options.model.stem}", outcomes)
     if options.profile == "deterministic" and any(outcome.equal < options.requests for outcome in outcomes.values()):
-        sys.exit("Something changes the text.")
+        sys.exit("An output depends on how it is served.")
 
 
 if __name__ == "__main__":

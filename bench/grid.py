@@ -1,13 +1,13 @@
 """Speculators by workload by clients, against none: `python -m bench.grid -m target.gguf [-md draft.gguf]`.
 
-One engine serves everything; each run asks for its speculator itself, under a salt of its own, so that no run finds
-prefixes or past texts of another. The settings take turns and the rounds run in alternating order, each with prompts of
-its own; a ratio compares two runs of one round, and the median of the rounds counts. On a shared machine many short
-rounds tell more than a few long ones. Tokens a second are completion tokens by the time of the whole
+One engine serves all runs; the requests of a run name their speculator and have a salt of their own, so that no run
+finds prefixes or outputs of another. The settings take turns and the rounds run in alternating order, each with prompts
+of its own; a ratio compares two runs of one round, and the median of the rounds counts. On a shared machine many short
+rounds are more reliable than a few long ones. Tokens per second are completion tokens divided by the time of the whole
 run, prompts included.
 
 A setting is `none`, `auto`, a type (measured lengths), `type:n` (always n tokens), or `synthetic:p`: a drafter that
-knows what the target will say and is wrong with chance 1 - p at each token (`synthetic:0` is always wrong).
+knows the target's output and is wrong with chance 1 - p at each token (`synthetic:0` is always wrong).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class Figures(Struct):
-    """One run. Gaps are milliseconds between a request's texts."""
+    """Result of one run. Gaps are milliseconds between the events of a request."""
 
     tokens_per_second: float
     drafted: int
@@ -53,18 +53,18 @@ class Figures(Struct):
     gap_p99: float
     seconds: float
     ratio: float = 1.0
-    """Of its tokens a second to those of `none` in the same round."""
+    """Tokens per second relative to `none` in the same round."""
 
 
 class Prompt(Struct, frozen=True):
-    """A request's tokens, and those that its client may predict."""
+    """The tokens of a request, and those of the client's prediction."""
 
     tokens: tuple[int, ...]
     predicted: tuple[int, ...] = ()
 
 
 def workload(engine: Engine, name: str, number: int) -> list[Prompt]:
-    """The first prompts of a workload, over again if there are fewer."""
+    """Returns `number` prompts of a workload, repeated if it has fewer."""
     problems = prompts.human_eval()
     if name == "completion":
         texts = prompts.completion(problems)
@@ -82,33 +82,33 @@ def workload(engine: Engine, name: str, number: int) -> list[Prompt]:
 
 
 class Said:
-    """What the target answers to a prompt, as far as it was heard."""
+    """The target's outputs by prompt."""
 
     def __init__(self) -> None:
         self._answers: dict[tuple[int, ...], list[int]] = {}
 
     def heard(self, prompt: tuple[int, ...], tokens: Sequence[int]) -> None:
-        """It said `tokens`."""
+        """Records the output of a prompt."""
         self._answers.setdefault(prompt, [*tokens])
 
     def text(self, prompt: tuple[int, ...]) -> Known:
-        """Prompt and answer as one text, and zeros behind."""
+        """Returns prompt and output as one text, followed by zeros."""
         return Known([*prompt, *self._answers.get(prompt, ())])
 
 
 class Known:
-    """A text that a synthetic drafter knows."""
+    """A text for a synthetic drafter."""
 
     def __init__(self, tokens: list[int]) -> None:
         self._tokens = tokens
 
     def upto(self, length: int) -> list[int]:
-        """Its first tokens."""
+        """Returns the first tokens."""
         return self._tokens[:length] + [0] * (length - len(self._tokens))
 
 
 def speculation(setting: str) -> Speculation:
-    """What a request says to get `setting`. Raises msgspec.ValidationError if there is none of that name."""
+    """Returns the speculation of a request with `setting`. Raises msgspec.ValidationError if there is no such type."""
     kind, _, length = setting.partition(":")
     if kind == "none":
         return Speculation()
@@ -118,7 +118,7 @@ def speculation(setting: str) -> Speculation:
 
 
 class Grid:
-    """Runs cells of the grid on one engine."""
+    """Runs the cells of the grid on one engine."""
 
     def __init__(self, engine: Engine, said: Said, tokens: int) -> None:
         self._engine = engine
@@ -127,7 +127,7 @@ class Grid:
         self._runs = count()
 
     async def run(self, setting: str, asked: Sequence[Prompt], clients: int) -> Figures:
-        """All of `asked` from so many clients, each of which asks again when it was answered."""
+        """Runs all of `asked` from `clients` clients; each sends its next request when the last was answered."""
         salt = f"run {next(self._runs)}"
         sends = (self._request(setting, prompt, salt) for prompt in asked)
         begun = time.perf_counter()
@@ -144,14 +144,14 @@ class Grid:
         )
 
     async def round(self, settings: Sequence[str], asked: Sequence[Prompt], clients: int) -> dict[str, Figures]:
-        """A run of each setting, `none` among them, with the ratios to that."""
+        """Returns a run of each setting, `none` among them, with the ratios to that."""
         ran = {setting: await self.run(setting, asked, clients) for setting in settings}
         for figures in ran.values():
             figures.ratio = figures.tokens_per_second / ran["none"].tokens_per_second
         return ran
 
     def _request(self, setting: str, prompt: Prompt, salt: str) -> Request:
-        """Its `id` tells a synthetic drafter how often it is to be right."""
+        """Returns a request whose `id` is the setting, which names the rate of a synthetic drafter."""
         predicted = prompt.predicted if setting.startswith("prediction") else ()
         return Request(
             prompt=prompt.tokens,
@@ -177,27 +177,28 @@ class Grid:
 
 
 class Answer(Outcome):
-    """One request, with what became of its drafts."""
+    """Result of one request, with the counts of its drafts."""
 
     drafted: int = 0
     accepted: int = 0
 
     def take(self, end: Finished) -> None:
-        """How it ended."""
+        """Takes the counts of the end."""
         self.completion_tokens = end.usage.completion
         self.drafted, self.accepted = end.usage.drafted, end.usage.accepted
 
 
 Cells = dict[str, dict[int, dict[str, list[Figures]]]]
-"""By workload, clients and setting the rounds."""
+"""Rounds by workload, clients and setting."""
 
 
 async def measure(options: argparse.Namespace, settings: Sequence[str], said: Said, *, synthetic: bool) -> Cells:
-    """All cells, round after round; what is measured is written after each."""
+    """Measures all cells, round after round, and saves the results after each."""
     config = EngineConfig.of(
         path=options.model,
         slots=max(options.clients),
         context=max(options.clients) * 1024,
+        kv_unified=options.kv == "unified",
         draft={"path": str(options.model_draft), "n_max": 16} if options.model_draft and not synthetic else {},
     )
 
@@ -220,7 +221,7 @@ async def measure(options: argparse.Namespace, settings: Sequence[str], said: Sa
                 rounds = cells.setdefault(name, {}).setdefault(clients, {})
                 for number in range(options.rounds):
                     progress.update(bar, description=f"{name}, {clients} clients", completed=total_of(cells))
-                    # What a synthetic drafter is to know must have been said first.
+                    # A synthetic drafter needs the output of a run without it.
                     order = settings if synthetic or number % 2 == 0 else settings[::-1]
                     ran = await grid.round(order, asked[number * each : (number + 1) * each], clients)
                     for setting, figures in ran.items():
@@ -231,12 +232,12 @@ async def measure(options: argparse.Namespace, settings: Sequence[str], said: Sa
 
 
 def total_of(cells: Cells) -> int:
-    """Runs so far."""
+    """Returns the number of runs so far."""
     return sum(len(rounds) for of in cells.values() for by in of.values() for rounds in by.values())
 
 
 def middle(rounds: Sequence[Figures]) -> Figures:
-    """The medians of several rounds."""
+    """Returns the medians of several rounds."""
     values = [msgspec.structs.astuple(figures) for figures in rounds]
     drafted, accepted = (int(median(column)) for column in [*zip(*values, strict=True)][1:3])
     others = [float(median(column)) for column in zip(*values, strict=True)]
@@ -247,7 +248,7 @@ COLUMNS = ("workload", "clients", "setting", "tokens/s", "to none", "accepted", 
 
 
 def rows(cells: Cells) -> list[list[object]]:
-    """The table under `COLUMNS`."""
+    """Returns the table with the columns `COLUMNS`."""
     table: list[list[object]] = []
     for name, by_clients in cells.items():
         for clients, by_setting in by_clients.items():
@@ -272,7 +273,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="of each cell")
     parser.add_argument("--each", type=int, default=1, help="requests of each client")
     parser.add_argument("--least", type=int, default=4, help="requests of a run at least")
-    parser.add_argument("--tokens", type=int, default=128, help="of each answer at most")
+    parser.add_argument("--tokens", type=int, default=128, help="of each output at most")
+    parser.add_argument("--kv", choices=["per-slot", "unified"], default="per-slot", help="KV layout")
     parser.add_argument("--name", default="grid", help="of the files")
     options = parser.parse_args()
     options.workloads = options.workloads.split(",")
@@ -282,7 +284,9 @@ def main() -> None:
     chosen = rates or (options.settings.split(",") if options.settings else usual)
     settings = [*dict.fromkeys(["none", *chosen])]
     cells = asyncio.run(measure(options, settings, Said(), synthetic=bool(rates)))
-    title = f"{options.model.stem}: {options.rounds} rounds, at most {options.tokens} tokens of an answer"
+    title = (
+        f"{options.model.stem}: {options.rounds} rounds, {options.kv} KV, at most {options.tokens} tokens of an output"
+    )
     show(title, COLUMNS, rows(cells))
     (OUT / f"{options.name}.md").write_text(markdown(COLUMNS, rows(cells)))
     lines = {
@@ -291,7 +295,7 @@ def main() -> None:
         for setting in settings
         if setting != "none"
     }
-    plot(options.name, title, "clients", "tokens a second, of those without drafts", lines)
+    plot(options.name, title, "clients", "tokens per second, relative to no drafts", lines)
 
 
 if __name__ == "__main__":

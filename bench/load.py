@@ -1,7 +1,8 @@
-"""Load over HTTP against a running server: closed loop (so many clients) or open loop (so many sessions a second).
+"""Load over HTTP against a running server: closed loop (`--clients`) or open loop (`--rate` sessions a second).
 
-Prints time to first text, gaps between texts, tokens per second and goodput, and writes `load.json`. The client's own
-share of a core is printed too: on a small machine it is taken from the server. Tokens are those of `usage`.
+Prints time to first token, gaps between outputs, finish times, tokens per second and goodput, and writes `load.json`.
+The client's own share of a core is printed too: on a small machine the server lacks this share. Tokens are counted from
+`usage`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import uvloop
 
 from bench.client import Outcome, closed, stream
 from bench.figures import save, show, spread
-from bench.workloads import WORKLOADS, Asked, Session, workload
+from bench.workloads import PROMPT_TOKENS, WORKLOADS, Asked, Session, workload
 
+# Limits of a good request: milliseconds to its first token, and the mean of milliseconds between tokens.
 GOOD = (1000.0, 100.0)
-"""Milliseconds to a request's first text, and between tokens in the mean, that still count as good."""
 
 
 async def ask(port: int, asked: Asked) -> Outcome:
-    """One request. If the server does not tell how long the answer is, it is as long as it was to be."""
+    """Sends one request. Without a count in `usage`, `max_tokens` counts as the length of the answer."""
     outcome = await stream(port, asked.path, asked.body)
     if not outcome.failed and not outcome.completion_tokens:
         outcome.completion_tokens = asked.body["max_tokens"]
@@ -32,12 +33,12 @@ async def ask(port: int, asked: Asked) -> Outcome:
 
 
 async def play(port: int, session: Session) -> list[Outcome]:
-    """A session's requests, one after the other."""
+    """Sends a session's requests, one after the other."""
     return [await ask(port, asked) for asked in session]
 
 
 async def closed_loop(port: int, clients: int, sessions: Sequence[Session]) -> list[Outcome]:
-    """All sessions from so many clients, each of which begins the next one when its last has ended."""
+    """Sends all sessions from `clients` clients; each client begins its next session when its last one has ended."""
 
     async def send(session: Session) -> list[Outcome]:
         return await play(port, session)
@@ -46,7 +47,7 @@ async def closed_loop(port: int, clients: int, sessions: Sequence[Session]) -> l
 
 
 async def open_loop(port: int, rate: float, sessions: Sequence[Session]) -> list[Outcome]:
-    """Sessions that begin as a Poisson process of `rate` a second, whatever became of the others."""
+    """Begins sessions as a Poisson process of `rate` a second, independently of the progress of the others."""
     rng, tasks = random.Random(0), []
     async with asyncio.TaskGroup() as group:
         for session in sessions:
@@ -56,16 +57,24 @@ async def open_loop(port: int, rate: float, sessions: Sequence[Session]) -> list
 
 
 def is_good(outcome: Outcome, limits: tuple[float, float]) -> bool:
-    """Whether a request that ended well was answered within both limits, in milliseconds."""
+    """True if a successful request was answered within both limits, in milliseconds."""
     first, each = limits
     later = max(1, outcome.completion_tokens - 1)
     return outcome.ttft * 1000 <= first and sum(outcome.gaps) * 1000 / later <= each
 
 
+def finish_times(outcomes: Sequence[Outcome]) -> list[float]:
+    """Returns the seconds from the start of the first request to the end of each request, in the order given."""
+    start = min((outcome.begun for outcome in outcomes), default=0.0)
+    return [outcome.ended - start for outcome in outcomes]
+
+
 def report(
     outcomes: Sequence[Outcome], seconds: float, cpu: float, limits: tuple[float, float] = GOOD
 ) -> dict[str, Any]:
-    """The figures of one run of `seconds`, for which the client computed `cpu` seconds."""
+    """Returns the figures of one run of `seconds`, in which the client used `cpu` seconds of CPU time.
+
+    `finish_s` are the seconds from the start of the first request to the end of each."""
     good = [outcome for outcome in outcomes if not outcome.failed]
     tokens = sum(outcome.completion_tokens for outcome in good)
     return {
@@ -79,6 +88,7 @@ def report(
         "good_requests_per_second": round(sum(is_good(outcome, limits) for outcome in good) / seconds, 3),
         "ttft_ms": spread([outcome.ttft for outcome in good if outcome.arrivals]),
         "gap_ms": spread([gap for outcome in good for gap in outcome.gaps]),
+        "finish_s": spread(finish_times(good), scale=1.0),
         "client_cpu_percent": round(100 * cpu / seconds, 2),
     }
 
@@ -86,7 +96,7 @@ def report(
 def measured(
     asking: Coroutine[Any, Any, list[Outcome]], limits: tuple[float, float] = GOOD
 ) -> tuple[dict[str, Any], list[Outcome]]:
-    """Asks, on an event loop of its own: the figures of that, its seconds among them, and what came of each request."""
+    """Runs `asking` on a new event loop; returns its figures, with its `seconds`, and the outcome of each request."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         begun, cpu = time.perf_counter(), time.process_time()
         outcomes = runner.run(asking)
@@ -95,8 +105,10 @@ def measured(
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Warms the server up with one session, then measures the next ones."""
-    warm, *sessions = workload(options.workload, 1 + options.sessions, options.tokens)
+    """Sends one session as warm-up and measures the next ones."""
+    warm, *sessions = workload(
+        options.workload, 1 + options.sessions, options.tokens, prompt_tokens=options.prompt_tokens
+    )
     measured(play(options.port, warm))
     if options.rate:
         asking = open_loop(options.port, options.rate, sessions)
@@ -109,18 +121,19 @@ def main() -> None:
     """Prints one table and writes `load.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8000, help="port of the server on this machine")
-    parser.add_argument("--workload", choices=WORKLOADS, default="chat", help="what is asked")
+    parser.add_argument("--workload", choices=WORKLOADS, default="chat", help="kind of requests")
     parser.add_argument("--clients", type=int, default=8, help="closed loop: clients at once")
     parser.add_argument("--rate", type=float, default=0.0, help="open loop: sessions a second; 0 is closed loop")
     parser.add_argument("--sessions", type=int, default=32, help="sessions in all, 10000 at most")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help="of each prompt of context")
     parser.add_argument(
         "--good",
         type=float,
         nargs=2,
         default=GOOD,
         metavar=("FIRST", "EACH"),
-        help="milliseconds to the first text, and between tokens in the mean, of a good request",
+        help="limits of a good request: milliseconds to the first token, and between tokens in the mean",
     )
     options = parser.parse_args()
     options.sessions = min(options.sessions, 10_000)

@@ -1,8 +1,8 @@
-"""What Paceline adds to llama.cpp: decode speed against a bare loop, Python's share of a step, the event loop's
-share of a token.
+"""The overhead of Paceline over llama.cpp: decode speed compared with a bare loop, Python's share of a step, and the
+event loop's share of a token.
 
-The bare loop calls `llama_decode` with the same rows at the same positions and nothing else. Both run in turn in
-one process, so that the machine's moods fall on both, and begin with empty cells.
+The bare loop calls `llama_decode` with the same rows at the same positions and nothing else. Both run in turn in one
+process, so that changes of the machine's speed affect both, and begin with empty cells.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from engine.llama import open_gguf
 from engine.runner import Runner
 
 PROMPT = "Write a story about a lighthouse keeper who finds a map."
+# Cells of a slot at least, with which per-slot KV is the default.
+SLOT_CELLS = 1024
 
 
 class Opened:
@@ -36,7 +38,7 @@ class Opened:
 
 
 def bare(backend: Backend, streams: int, prompt: int, tokens: int) -> float:
-    """Tokens per second of nothing but decodes of `streams` rows. Runs on the engine thread."""
+    """Tokens per second of decodes of `streams` rows and nothing else. Runs on the engine thread."""
     context = backend.context
     for seq in range(context.sequences):
         context.cut(seq, 0)
@@ -96,7 +98,7 @@ async def served(engine: Engine, prompt: tuple[int, ...], streams: int, tokens: 
 
 async def compare(model: Path, streams: int, tokens: int, rounds: int, gpu_layers: int = -1) -> dict[str, float]:
     """Interleaved rounds of the bare loop and the engine, greedy and sampled."""
-    opened, cells = Opened(), max(4096, streams * (tokens + 64))
+    opened, cells = Opened(), streams * max(SLOT_CELLS, tokens + 64)
     config = EngineConfig.of(
         path=model, slots=streams, context=cells, gpu_layers=gpu_layers, speculation={"types": ["none"]}
     )
@@ -106,14 +108,12 @@ async def compare(model: Path, streams: int, tokens: int, rounds: int, gpu_layer
 
         async def emptied(then: Callable[[], float]) -> float:
             """Runs `then` on the engine thread, between two steps, with no idle prefix left in the cells."""
-            loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
-            def work(runner: Runner) -> None:
-                runner.cells.reclaim(runner.context.cells)
-                loop.call_soon_threadsafe(done.set_result, then())
+            def work(runner: Runner) -> float:
+                runner.kv.drop_idle()
+                return then()
 
-            engine._inbox.put(work)
-            return float(await done)
+            return await engine.ask(work)
 
         def loop_alone() -> float:
             return bare(opened.backend, streams, len(prompt) + 1, tokens)
@@ -131,7 +131,7 @@ async def compare(model: Path, streams: int, tokens: int, rounds: int, gpu_layer
 async def loop_cost(model: Path, streams: int, seconds: float = 10.0) -> dict[str, float]:
     """Microseconds of the server's event loop for each token streamed over HTTP, while all streams run.
 
-    A stream gets one event for each token here, so texts that arrive count as tokens.
+    Each token is one event here, so that events are counted.
     """
     with serving(model, ["-np", str(streams), "-c", "8192", "--spec-type", "none"]) as server:
         outcomes = [Outcome(time.perf_counter()) for _ in range(streams)]

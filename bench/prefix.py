@@ -1,8 +1,8 @@
-"""What a shared prefix costs, against llama-server: `python -m bench.peers build` once, then this.
+"""The cost of a shared prefix, against llama-server: `python -m bench.peers build` once, then this.
 
-24 requests from 8 clients begin with one long system prompt; the servers take turns, each turn on a server of its
-own and each round with a system prompt of its own. With `--resident` instead: the decode speed of one stream on a
-server that knows so many idle prefixes against one that knows none.
+24 requests from 8 clients begin with one long system prompt. In each round every server is started anew, one after the
+other, and each round has its own system prompt. Paceline has its default flags but for context, slots and threads.
+With `--resident` the decode speed of one stream is measured instead, beside cached idle prefixes and without them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from bench.server import Server
 from bench.workloads import TOPICS, text_of
 from engine.config import physical_cores
 
+# One round of one server.
 Figures = dict[str, float]
-"""One turn of one server."""
 
+# Number of idle prefixes that are requested again at the end.
 RECALLED = 8
-"""Of how many idle prefixes it is asked, in the end, whether the server still knows them."""
 
 
 async def ask(port: int, body: dict[str, Any]) -> Outcome:
-    """One chat request. Raises RuntimeError unless it ends well."""
+    """Sends one chat request. Raises RuntimeError if it fails."""
     outcome = await stream(port, "/v1/chat/completions", body)
     if outcome.failed:
         raise RuntimeError(f"a request failed ({outcome.status}): {outcome.error}")
@@ -41,12 +41,12 @@ async def ask(port: int, body: dict[str, Any]) -> Outcome:
 
 
 async def warm_up(server: Server) -> None:
-    """A first request, which measures nothing."""
+    """Sends a first request, which is not measured."""
     await ask(server.port, chat(user("Good morning."), 8, temperature=0))
 
 
 def questions(number: int, prompt: int, requests: int, tokens: int) -> list[dict[str, Any]]:
-    """The requests of a round: one system prompt of about `prompt` tokens, unlike that of any other round."""
+    """Returns the requests of a round, with one system prompt of about `prompt` tokens that no other round has."""
     system = {"role": "system", "content": f"Volume {number} of the log. {text_of(prompt)}"}
     return [
         chat([system, *user(f"Question {n}: what does it say about {TOPICS[n % len(TOPICS)]}?")], tokens, temperature=0)
@@ -55,9 +55,9 @@ def questions(number: int, prompt: int, requests: int, tokens: int) -> list[dict
 
 
 async def turn(server: Server, clients: int, bodies: Sequence[dict[str, Any]]) -> Figures:
-    """All requests from `clients` clients, each of which sends the next one when its last has ended.
+    """Sends all requests from `clients` clients; each client sends its next request when its last one has ended.
 
-    Raises RuntimeError if one fails, since the others then took less than their time.
+    Raises RuntimeError if a request fails, as the seconds of the others would then be too few.
     """
     await warm_up(server)
     begun, cpu, own = time.perf_counter(), server.cpu_seconds(), time.process_time()
@@ -77,7 +77,7 @@ async def turn(server: Server, clients: int, bodies: Sequence[dict[str, Any]]) -
 
 
 def shared(names: Sequence[str], settings: Settings, options: argparse.Namespace) -> dict[str, list[Figures]]:
-    """Every server's turns, by name; in each round all servers have one, one after the other."""
+    """Returns the rounds of every server by name; in each round the servers run one after the other."""
     turns: dict[str, list[Figures]] = {name: [] for name in names}
     for number in range(options.rounds):
         bodies = questions(number, options.prompt, options.requests, options.tokens)
@@ -89,12 +89,12 @@ def shared(names: Sequence[str], settings: Settings, options: argparse.Namespace
 
 
 def medians(turns: Sequence[Figures]) -> Figures:
-    """The median of each figure."""
+    """Returns the median of each figure."""
     return {name: median(figures[name] for figures in turns) for name in turns[0]}
 
 
 def ratios(turns: dict[str, list[Figures]]) -> Figures:
-    """How many times Paceline's seconds each server takes: the median over the rounds; nothing without Paceline."""
+    """Returns each server's seconds to Paceline's, the median over the rounds; empty without Paceline."""
     return {
         name: median(one["seconds"] / ours["seconds"] for one, ours in zip(rounds, turns[PACELINE], strict=True))
         for name, rounds in turns.items()
@@ -103,18 +103,18 @@ def ratios(turns: dict[str, list[Figures]]) -> Figures:
 
 
 def best_peer(turns: dict[str, list[Figures]]) -> str:
-    """The way to run llama-server that takes the fewest seconds; empty if none ran."""
+    """Returns the mode of llama-server with the fewest seconds; empty if none ran."""
     peers = {name: medians(rounds)["seconds"] for name, rounds in turns.items() if name != PACELINE}
     return min(peers, key=peers.__getitem__, default="")
 
 
 def idle_prompt(number: int, tokens: int, answer: int = 1) -> dict[str, Any]:
-    """A request whose prompt shares nothing with that of another number."""
+    """Returns a request whose prompt shares only the chat template with that of another number."""
     return chat(user(f"{number} is the number of this log. {text_of(tokens)}"), answer, temperature=0)
 
 
 async def fill(server: Server, prefixes: int, tokens: int) -> None:
-    """Makes the server know so many prefixes of about `tokens` tokens; says how far it is."""
+    """Fills the server's cache with `prefixes` prefixes of about `tokens` tokens; prints its progress."""
     begun = time.perf_counter()
     for number in range(prefixes):
         await ask(server.port, idle_prompt(number, tokens))
@@ -122,20 +122,20 @@ async def fill(server: Server, prefixes: int, tokens: int) -> None:
 
 
 async def decode_speed(server: Server, number: int, tokens: int) -> float:
-    """Tokens per second of one stream after its first text."""
+    """Returns the tokens per second of one stream after its first token."""
     outcome = await ask(server.port, chat(user(f"Story {number}: a lighthouse keeper."), tokens, temperature=0))
     return (outcome.completion_tokens - 1) / (outcome.arrivals[-1] - outcome.arrivals[0])
 
 
 async def recall(server: Server, numbers: Iterable[int], tokens: int) -> float:
-    """The share of these prefixes' tokens that the server needs not compute again."""
+    """Returns the share of these prefixes' tokens that the server has cached."""
     outcomes = [await ask(server.port, idle_prompt(number, tokens)) for number in numbers]
     return sum(one.cached_tokens for one in outcomes) / sum(one.prompt_tokens for one in outcomes)
 
 
 def resident(name: str, settings: Settings, options: argparse.Namespace) -> list[Figures]:
-    """One server's rounds: its decode speed with no idle prefix and with all, in turn on two servers, and what share
-    of the prefixes it still knows in the end.
+    """Returns one server's rounds: its decode speed without idle prefixes and beside all, alternately on two instances,
+    and the share of the prefixes that is cached at the end.
     """
     with started(name, settings) as empty, started(name, settings) as full:
         print(f"{name}: filling", flush=True)
@@ -174,7 +174,10 @@ def compare_shared(names: Sequence[str], settings: Settings, options: argparse.N
     show_servers(f"{options.requests} requests, {options.clients} clients, one system prompt", figures)
     if peer in against:
         print(f"best of llama-server: {peer}, {against[peer]:.2f} times Paceline's seconds")
-    save("prefix", {"settings": told(settings, options), "medians": figures, "best_peer": peer, "rounds": turns})
+    save(
+        "prefix",
+        {"settings": described_settings(settings, options), "medians": figures, "best_peer": peer, "rounds": turns},
+    )
 
 
 def compare_resident(names: Sequence[str], settings: Settings, options: argparse.Namespace) -> None:
@@ -182,11 +185,11 @@ def compare_resident(names: Sequence[str], settings: Settings, options: argparse
     turns = {name: resident(name, settings, options) for name in names}
     figures = {name: medians(rounds) for name, rounds in turns.items()}
     show_servers(f"one stream beside {options.resident} idle prefixes of about {options.prompt} tokens", figures)
-    save("prefix_resident", {"settings": told(settings, options), "medians": figures, "rounds": turns})
+    save("prefix_resident", {"settings": described_settings(settings, options), "medians": figures, "rounds": turns})
 
 
-def told(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
-    """What a result was measured with."""
+def described_settings(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings of a result."""
     counts = {name: value for name, value in vars(options).items() if isinstance(value, int)}
     return counts | {"model": settings.model.name, "flags": " ".join(settings.flags())}
 
@@ -195,19 +198,18 @@ def main() -> None:
     """Prints one table and writes one file of figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
-    parser.add_argument("-c", "--context", type=int, default=0, help="tokens of all slots; 0 is enough for the clients")
-    parser.add_argument("-t", "--threads", type=int, default=physical_cores(), help="threads of either server")
-    parser.add_argument("-fa", "--flash-attn", choices=["on", "off"], default="off", help="flash attention in either")
-    parser.add_argument("--clients", type=int, default=8, help="clients at once, and slots")
+    parser.add_argument("-c", "--context", type=int, default=0, help="tokens of all slots; 0 fits the clients")
+    parser.add_argument("-t", "--threads", type=int, default=physical_cores(), help="threads of each server")
+    parser.add_argument("--clients", type=int, default=8, help="concurrent clients, and slots")
     parser.add_argument("--requests", type=int, default=24, help="requests in all")
-    parser.add_argument("--prompt", type=int, default=2100, help="tokens of a long prompt, about")
+    parser.add_argument("--prompt", type=int, default=2100, help="approximate tokens of a long prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of each answer")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds; medians count")
-    parser.add_argument("--resident", type=int, nargs="?", const=64, default=0, help="the other part: idle prefixes")
-    parser.add_argument("--only", nargs="+", choices=[PACELINE, "llama-server", *MODES], help="not the others")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
+    parser.add_argument("--resident", type=int, nargs="?", const=64, default=0, help="idle prefixes beside one stream")
+    parser.add_argument("--only", nargs="+", choices=[PACELINE, "llama-server", *MODES], help="only these servers")
     options = parser.parse_args()
     context = options.context or options.clients * (options.prompt + options.tokens + 512)
-    settings = Settings(options.model, context, options.clients, options.threads, options.flash_attn)
+    settings = Settings(options.model, context, options.clients, options.threads)
     names = [name for name in CONTENDERS if name.startswith(tuple(options.only or CONTENDERS))]
     try:
         (compare_resident if options.resident else compare_shared)(names, settings, options)

@@ -1,8 +1,8 @@
-"""The policy against simulated machines and drafters: `python -m bench.simulated`.
+"""The drafting policy against simulated machines and drafters: `python -m bench.simulated`.
 
-Time is virtual: a step takes what a curve says, a draft's tokens are right with a set chance, and the engine's own
-drafters and chooser decide. Beside them: no drafts, and an oracle that knows curve and chances and always verifies the
-one length that yields most tokens a second.
+Time is virtual: a pass takes what a curve says, a draft's tokens are right with a set chance, and the engine's own
+drafters and chooser decide. The table compares with no drafts, and with an oracle that knows curve and chances and
+always verifies the one length that yields most tokens per second in a single pass.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import product
 from math import inf
 from random import Random
 from statistics import median
@@ -21,7 +22,7 @@ from msgspec import Struct
 from bench.figures import save, show
 from engine.config import DraftConfig, SpeculationConfig
 from engine.contract import Request
-from engine.pace import Chooser, Load, StepCost
+from engine.pace import Chooser, Layout, Load, SequenceRows, StepCost
 from engine.pace.calibration import SEEN
 from engine.pace.curve import Curve
 from engine.sim.context import flat, linear
@@ -29,47 +30,51 @@ from engine.speculate import Draft, Drafter, Drafting, Shared, Wish
 from engine.speculate.draft import matching
 
 Machine = Callable[[int], float]
-"""Seconds of a step by its rows."""
+"""Seconds of a pass by its rows."""
 Rate = Callable[[int], float]
 """The chance of a drafted token by the number of the step."""
 
+# Drafted tokens of a step at most.
 MOST = 112
-"""Drafted tokens of a step at most."""
+# Tokens of a draft at most.
 LONGEST = 32
-"""Tokens of a draft at most."""
 
 
 def jumping(rows: int) -> float:
-    """As measured on two CPU cores: cheap by fours, dear between."""
+    """Returns seconds as measured on two CPU cores: multiples of four rows are cheap, counts between them are not."""
     return 0.015 + 0.012 * rows + (0.020 if rows % 4 else 0.0)
 
 
 MACHINES: dict[str, Machine] = {"flat": flat, "linear": linear, "jumps": jumping}
 
 
+UNIFIED, PER_SLOT = Layout(unified=True), Layout(unified=False, flash=True)
+LAYOUTS = {"unified": UNIFIED, "per slot": PER_SLOT}
+
+
 class Text(Protocol):
-    """What a request will say."""
+    """The output of a request."""
 
     def upto(self, length: int) -> list[int]:
-        """Its first tokens."""
+        """Returns the first tokens."""
 
 
 class Truth:
-    """What a request will say, token after token; nobody else knows."""
+    """The output of a request, drawn token by token."""
 
     def __init__(self, random: Random) -> None:
         self._random = random
         self.tokens: list[int] = []
 
     def upto(self, length: int) -> list[int]:
-        """Its first tokens."""
+        """Returns the first tokens."""
         while len(self.tokens) < length:
             self.tokens.append(self._random.randrange(1, 1000))
         return self.tokens[:length]
 
 
 class Synthetic:
-    """A speculator that is right with a set chance, and has `length` tokens to say."""
+    """A speculator that drafts `length` tokens, each right with a set chance."""
 
     def __init__(self, truth: Text, rate: Callable[[], float], random: Random, length: int = LONGEST) -> None:
         self._truth = truth
@@ -90,82 +95,93 @@ class Synthetic:
         self._known += len(emitted)
 
     def truncate(self, length: int) -> None:
-        raise AssertionError("nothing is cut here")
+        raise AssertionError("no history is cut here")
 
     def shift(self, keep: int, discard: int) -> None:
-        raise AssertionError("nothing is shifted here")
+        raise AssertionError("no context is shifted here")
 
     def end(self) -> None:
         pass
 
 
 class Ran(Struct):
-    """What came of a simulation."""
+    """Result of a simulation."""
 
     tokens: int = 0
     seconds: float = 0.0
     rows: int = 0
     tried: int = 0
-    """Rows of drafts that were expected to yield less than none."""
+    """Drafted rows of trials."""
     drafted: list[int] = []
     """Drafted tokens by step."""
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return self.tokens / self.seconds
 
 
 class NoVocabulary:
-    """A speculator's vocabulary, where none is needed."""
+    """A vocabulary for speculators that need none."""
 
     size = 1000
     ends: frozenset[int] = frozenset()
 
     def text(self, token: int) -> str:
-        """Nothing."""
+        """Returns an empty text."""
         return ""
 
 
-def calibrated(machine: Machine, counts: Sequence[int]) -> StepCost:
-    """What is known of a machine once those numbers of rows were measured."""
-    return StepCost(Curve({rows: machine(rows) for rows in counts}, SEEN))
+def calibrated(machine: Machine, counts: Sequence[int], layout: Layout) -> StepCost:
+    """Returns the cost of steps on a machine of which these numbers of rows were measured."""
+    return StepCost(Curve({rows: machine(rows) for rows in counts}, SEEN), layout)
 
 
 def simulate(
-    machine: Machine, rates: Sequence[Rate], steps: int, *, seed: int = 0, noise: float = 0.05, before: int = 0
+    machine: Machine,
+    rates: Sequence[Rate],
+    steps: int,
+    *,
+    seed: int = 0,
+    noise: float = 0.05,
+    before: int = 0,
+    layout: Layout = UNIFIED,
 ) -> Ran:
-    """The engine's policy for one stream for each of `rates`; a step's time varies by about `noise`, and one in fifty
-    is held up threefold. Tokens and seconds of the first steps, `before` the others, do not count."""
+    """Runs the engine's policy for one sequence for each of `rates`.
+
+    The time of a step varies by about `noise`, and one step in fifty takes three times as long. Tokens and seconds of
+    the first `before` steps do not count.
+    """
     random = Random(seed)
-    cost = calibrated(machine, (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128))
+    cost = calibrated(machine, (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128), layout)
     config = SpeculationConfig()
     ran = Ran()
-    streams: list[tuple[Truth, Drafter, array[int]]] = []
+    sequences: list[tuple[Truth, Drafter, array[int]]] = []
     made: dict[str, Synthetic] = {}
     shared = Shared(config, NoVocabulary())  # type: ignore[arg-type]
     drafting = Drafting(shared, config, DraftConfig(), speculate=lambda _: made, cost=cost)
     for rate in rates:
         truth = Truth(random)
         made = {"synthetic": Synthetic(truth, lambda rate=rate: rate(len(ran.drafted)), random)}  # type: ignore[misc]
-        streams.append((truth, drafting.drafter(Request(prompt=(1,))), array("i", truth.upto(1))))
+        sequences.append((truth, drafting.drafter(Request(prompt=(1,))), array("i", truth.upto(1))))
     for step in range(before + steps):
         if step == before:
             ran.tokens, ran.seconds = 0, 0.0
-        for _, drafter, tokens in streams:
+        for _, drafter, tokens in sequences:
             drafter.learn(tokens, 10)
-        load = Load(len(streams), len(streams), 0, MOST)
-        wishes = [Wish(drafter, LONGEST) for _, drafter, _ in streams]
-        drafts = drafting.propose(wishes, [], load, inf)  # the time that guessing itself takes is not simulated
+        load = Load(tuple(SequenceRows(seq) for seq in range(len(sequences))), len(sequences), 0, MOST)
+        wishes = [Wish(drafter, LONGEST, 1, seq) for seq, (_, drafter, _) in enumerate(sequences)]
+        drafts = drafting.propose(wishes, [], load, inf)  # the time of drafting itself is not simulated
         total = sum(len(draft.tokens) for draft in drafts)
-        held_up = 3.0 if random.random() < 0.02 else 1.0
-        seconds = machine(len(streams) + total) * held_up * (1 + noise * random.gauss())
-        drafting.chooser.saw(len(streams), total, 0, 0, seconds)
-        ran.seconds += machine(len(streams) + total)
-        ran.rows += len(streams) + total
+        rows = [SequenceRows(seq, 1 + len(draft.tokens)) for seq, draft in enumerate(drafts)]
+        seconds = sum(map(machine, layout.shape(rows).passes))
+        delay = 3.0 if random.random() < 0.02 else 1.0
+        drafting.chooser.saw(rows, 0, 0, seconds * delay * (1 + noise * random.gauss()))
+        ran.seconds += seconds
+        ran.rows += len(sequences) + total
         ran.tried += total if drafting.chooser.trying else 0
         ran.drafted.append(total)
-        for (truth, drafter, tokens), draft in zip(streams, drafts, strict=True):
+        for (truth, drafter, tokens), draft in zip(sequences, drafts, strict=True):
             length = len(tokens)
             coming = truth.upto(length + len(draft.tokens) + 1)[length:]
             right = matching(draft.tokens, coming)
@@ -176,7 +192,7 @@ def simulate(
 
 
 def oracle(machine: Machine, chances: Sequence[float]) -> float:
-    """Tokens a second of somebody who knows the curve and each stream's chance, and does not learn."""
+    """Returns the tokens per second of the best lengths by the true curve and chances, in a single pass."""
     offers = sorted((chance**place for chance in chances for place in range(1, LONGEST + 1)), reverse=True)[:MOST]
     best, gain = len(chances) / machine(len(chances)), 0.0
     for rows, chance in enumerate(offers, 1):
@@ -185,15 +201,16 @@ def oracle(machine: Machine, chances: Sequence[float]) -> float:
     return best
 
 
-def decision_seconds(streams: int, length: int = 16, times: int = 500) -> float:
-    """Median seconds of one decision: which of two drafts of so many tokens each of the streams gets, and how much."""
-    cost = calibrated(jumping, (1, 2, 4, 8, 16, 32, 64, 128))
+def decision_seconds(sequences: int, layout: Layout, length: int = 16, times: int = 500) -> float:
+    """Returns the median seconds of one decision between two drafts of `length` tokens for each of `sequences`."""
+    cost = calibrated(jumping, (1, 2, 4, 8, 16, 32, 64, 128), layout)
+    load = Load(tuple(SequenceRows(seq, 1, 60) for seq in range(sequences)), sequences, 1000, MOST)
     random, chooser, spent = Random(0), Chooser(cost), list[float]()
     for _ in range(times):
-        chances = [[random.uniform(0.5, 1.0) for _ in range(2)] for _ in range(streams)]
+        chances = [[random.uniform(0.5, 1.0) for _ in range(2)] for _ in range(sequences)]
         slots = [[[chance**place for place in range(1, length + 1)] for chance in pair] for pair in chances]
         begun = time.perf_counter()
-        chooser.decide(slots, Load(streams, streams, 1000, MOST))
+        chooser.decide(slots, range(sequences), load)
         spent.append(time.perf_counter() - begun)
     return median(spent)
 
@@ -205,17 +222,20 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[list[object]] = []
     for name, machine in MACHINES.items():
-        for chance in (0.0, 0.3, 0.6, 0.8, 0.95):
-            for clients in (1, 4, 16):
-                ran = simulate(machine, [lambda _, chance=chance: chance] * clients, options.steps)  # type: ignore[misc]
-                none, best = clients / machine(clients), oracle(machine, [chance] * clients)
-                tried = f"{100 * ran.tried / ran.rows:.2f} %"
-                each = sum(ran.drafted) / len(ran.drafted) / clients
-                rows.append([name, chance, clients, ran.rate / none, best / none, ran.rate / best, each, tried])
-    columns = ("machine", "right", "clients", "auto / none", "oracle / none", "auto / oracle", "drafted", "tried")
-    show("tokens a second; drafted tokens of a stream and step; rows of trials", columns, rows)
-    decisions = {streams: round(1e6 * decision_seconds(streams), 1) for streams in (1, 4, 16)}
-    print(f"microseconds of a decision by streams: {decisions}")
+        for chance, clients, (kind, layout) in product((0.0, 0.3, 0.6, 0.8, 0.95), (1, 4, 16), LAYOUTS.items()):
+            rates: list[Rate] = [lambda _, chance=chance: chance] * clients  # type: ignore[misc]
+            ran = simulate(machine, rates, options.steps, layout=layout)
+            none, best = clients / machine(clients), oracle(machine, [chance] * clients)
+            tried = f"{100 * ran.tried / ran.rows:.2f} %"
+            each = sum(ran.drafted) / len(ran.drafted) / clients
+            rows.append([name, kind, chance, clients, ran.rate / none, best / none, ran.rate / best, each, tried])
+    columns = ("machine", "KV", "right", "clients", "auto / none", "oracle / none", "auto / oracle", "drafted", "tried")
+    show("tokens per second; drafted tokens of a sequence and step; rows of trials", columns, rows)
+    decisions = {
+        kind: {sequences: round(1e6 * decision_seconds(sequences, layout), 1) for sequences in (1, 4, 16)}
+        for kind, layout in LAYOUTS.items()
+    }
+    print(f"microseconds of a decision by sequences: {decisions}")
     save("simulated", {"columns": columns, "rows": rows, "decision_us": decisions})
 
 

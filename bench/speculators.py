@@ -35,7 +35,7 @@ from engine.engine import Engine, open_vocabulary
 from engine.llama import open_gguf
 from engine.pace import Verified
 from engine.speculate import NO_DRAFT, Bounds, Draft, Drafter, Drafting, DraftModel, Shared
-from engine.speculate.draft import Pick, Seat, Want, matching
+from engine.speculate.draft import DraftRequest, DraftSequence, Pick, matching
 
 SLOTS, GREEDY = 16, SamplingParams(temperature=0.0)
 MOST = 112
@@ -188,14 +188,14 @@ def theirs() -> dict[str, Make]:
     }
 
 
-class Asked(Seat):
+class Asked(DraftSequence):
     """A seat whose draft model computes when the seat is asked."""
 
     def __init__(self, model: DraftModel, n_max: int, case: Case, pick: Pick | None = None) -> None:
         super().__init__(model, "", Bounds(n_max), pick)
 
     def propose(self, limit: int) -> Draft:
-        self._model.draft([Want(self, min(limit, self.bounds.n_max or limit))], PATIENCE)
+        self._model.draft([DraftRequest(self, min(limit, self.bounds.n_max or limit))], PATIENCE)
         return super().propose(limit)
 
 

@@ -1,8 +1,10 @@
-"""What one step costs: milliseconds by rows, by cells that are resident beside them, and by cells they look at.
+"""Cost of one step: milliseconds by rows, and by the cells that are resident or attended to.
 
-Decode rows belong to one sequence each, as in continuous batching; prompt rows all to one, which has nothing before
-them, or has all the resident cells before them. With `--streams` instead: a row for each of so many sequences, each
-with `--own` cells behind it.
+Decode rows belong to one sequence each, as in continuous batching; prompt rows all to one sequence, which is empty or
+has all the resident cells. With unified KV the resident cells are those of one other sequence; with per-slot KV, where
+these would cost nothing, every decoding sequence has as many. With `--sequences` only one figure is measured: a row for
+each of so many sequences, each with `--own` cells. With `--rows` only one: a step with these rows for the sequence ids
+from 0 on, such as 1,4,1,1, where 0 leaves an id out.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ from bench.figures import save, show
 from engine.backend import Context
 from engine.config import EngineConfig
 from engine.llama import open_gguf
+from engine.pace import Layout, SequenceRows
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 RESIDENT = (0, 1024, 2048, 4096)
+# Slots with unified KV, which need no cells of their own, and with per-slot KV.
+SLOTS, PER_SLOT_SLOTS = 64, 16
 KINDS = {
     "decode": "decode rows, each of a sequence of its own if there are so many",
     "prompt": "prompt rows at the start of a sequence",
@@ -28,8 +33,10 @@ KINDS = {
 
 
 def seconds(context: Context, parts: Sequence[tuple[int, int]], *, every: bool = False) -> float:
-    """One decode of so many more rows for each sequence, the last with logits, or `every` one; they are dropped
-    again."""
+    """Returns the seconds of one decode of `parts`, pairs of a sequence id and its rows.
+
+    The last row of each, or `every` one, has logits. The sequences are cut back afterwards.
+    """
     lengths = [context.length(seq) for seq, _ in parts]
     context.batch.clear()
     for (seq, rows), length in zip(parts, lengths, strict=True):
@@ -37,18 +44,18 @@ def seconds(context: Context, parts: Sequence[tuple[int, int]], *, every: bool =
     begun = time.perf_counter()
     context.decode()
     spent = time.perf_counter() - begun
-    for (seq, _), length in reversed([*zip(parts, lengths, strict=True)]):  # from the top, so that none is wasted
+    for (seq, _), length in zip(parts, lengths, strict=True):
         context.cut(seq, length)
     return spent
 
 
 def typical(context: Context, parts: Sequence[tuple[int, int]], repeats: int, *, every: bool = False) -> float:
-    """Milliseconds of the same: the median of `repeats` decodes after a first one."""
+    """Returns the milliseconds of the same: the median of `repeats` decodes after a first one."""
     return 1000 * median([seconds(context, parts, every=every) for _ in range(repeats + 1)][1:])
 
 
 def fill(context: Context, seq: int, cells: int) -> None:
-    """Makes `cells` cells resident in one sequence."""
+    """Extends one sequence to `cells` cells."""
     while (length := context.length(seq)) < cells:
         context.batch.clear()
         context.batch.add(seq, length, [5] * min(512, cells - length), 0)
@@ -56,7 +63,7 @@ def fill(context: Context, seq: int, cells: int) -> None:
 
 
 def spread(rows: int, sequences: int) -> list[tuple[int, int]]:
-    """So many rows, one for each sequence, or as evenly as they can be shared out if those are fewer."""
+    """Returns `rows` rows, one for each sequence, or divided evenly among `sequences` if those are fewer."""
     few, more = divmod(rows, sequences)
     return [(seq, few + (seq < more)) for seq in range(min(rows, sequences))]
 
@@ -64,58 +71,97 @@ def spread(rows: int, sequences: int) -> list[tuple[int, int]]:
 def measure(
     context: Context, repeats: int, counts: Sequence[int] = ROWS, residents: Sequence[int] = RESIDENT
 ) -> dict[str, dict[int, dict[int, float]]]:
-    """Median milliseconds: kind of rows -> resident cells -> rows."""
+    """Returns median milliseconds: kind of rows -> resident cells -> rows."""
     figures: dict[str, dict[int, dict[int, float]]] = {kind: {} for kind in KINDS}
     last = context.sequences - 1
     for cells in residents:
-        fill(context, last, cells)
+        for seq in [last] if context.unified else range(context.sequences):
+            fill(context, seq, cells)
         for rows in counts:
-            parts = {"decode": spread(rows, last), "prompt": [(0, rows)], "behind": [(last, rows)]}
-            for kind in KINDS:
-                spent = typical(context, parts[kind], repeats, every=kind == "decode")
-                figures[kind].setdefault(cells, {})[rows] = round(spent, 2)
+            figures["decode"].setdefault(cells, {})[rows] = _rounded(context, spread(rows, last), repeats, every=True)
+            figures["behind"].setdefault(cells, {})[rows] = _rounded(context, [(last, rows)], repeats)
+        if not context.unified:
+            context.cut(last, 0)
+        empty = 0 if context.unified else last
+        for rows in counts:
+            figures["prompt"].setdefault(cells, {})[rows] = _rounded(context, [(empty, rows)], repeats)
     return figures
 
 
-def streams(context: Context, count: int, own: int, repeats: int) -> float:
-    """Median milliseconds of a row where each of `count` sequences has one, behind `own` cells."""
+def _rounded(context: Context, parts: Sequence[tuple[int, int]], repeats: int, *, every: bool = False) -> float:
+    return round(typical(context, parts, repeats, every=every), 2)
+
+
+def even(context: Context, count: int, own: int, repeats: int) -> float:
+    """Returns the median milliseconds of a row where each of `count` sequences has one, behind `own` cells."""
     for seq in range(count):
         fill(context, seq, own)
     return round(typical(context, spread(count, count), repeats) / count, 2)
 
 
-def main() -> None:
-    """Prints one figure, or three tables, which it writes as JSON."""
+def one_step(context: Context, counts: Sequence[int], own: int, repeats: int) -> str:
+    """Returns a line about the step in which the sequence id i has `counts[i]` rows, behind `own` cells."""
+    parts = [(seq, rows) for seq, rows in enumerate(counts) if rows]
+    for seq, _ in parts:
+        fill(context, seq, own)
+    shape = Layout.of(context).shape([SequenceRows(seq, rows, own) for seq, rows in parts], own * len(parts))
+    spent = typical(context, parts, repeats, every=True)
+    return f"{spent:.2f} ms, passes of {', '.join(map(str, shape.passes))} rows, {shape.attended} attended cells"
+
+
+def arguments() -> argparse.Namespace:
+    """Returns the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
+    parser.add_argument("--kv", choices=["per-slot", "unified"], default="per-slot", help="KV layout")
     parser.add_argument("-fa", "--flash-attn", choices=["auto", "on", "off"], default="off", help="flash attention")
     parser.add_argument("-ctv", "--cache-type-v", default="f16", help="type of a cell's values")
     parser.add_argument("--deterministic", action="store_true", help="in the deterministic profile")
     parser.add_argument("--repeats", type=int, default=3, help="measured decodes of each kind; the median counts")
-    parser.add_argument("--streams", type=int, default=0, help="only that: sequences with a row each, 64 at most")
+    parser.add_argument("--sequences", "--streams", type=int, default=0, help="only that: sequences with a row each")
+    parser.add_argument("--rows", default="", help="only that: rows of the sequences, separated by commas")
     parser.add_argument("--own", type=int, default=150, help="cells of each of those sequences")
     options = parser.parse_args()
-    kind = f"flash attention {options.flash_attn}, {options.cache_type_v}"
-    profile = "deterministic" if options.deterministic else kind
-    config = EngineConfig.of(
+    options.counts = [int(rows) for rows in options.rows.split(",")] if options.rows else []
+    return options
+
+
+def configuration(options: argparse.Namespace) -> EngineConfig:
+    """Returns a configuration with the cells that the measurement needs."""
+    unified = options.kv == "unified"
+    few = len(options.counts) or options.sequences
+    slots = SLOTS if unified else few or PER_SLOT_SLOTS
+    own = options.own + max(options.counts, default=1) if few else max(RESIDENT) + max(ROWS)
+    return EngineConfig.of(
         path=options.model,
-        slots=64,
-        context=max(8192, options.streams * (options.own + 1)),
+        slots=slots,
+        context=max(8192, (few or 1) * own) if unified else slots * own,
+        kv_unified=unified,
         flash_attention="auto" if options.deterministic else options.flash_attn,
         cache_type_v=options.cache_type_v,
         deterministic=options.deterministic,
     )
-    backend = open_gguf(config, lambda share: None, lambda: True)
+
+
+def main() -> None:
+    """Prints one figure, or three tables, which it writes as JSON."""
+    options = arguments()
+    kind = f"{options.kv} KV, flash attention {options.flash_attn}, {options.cache_type_v}"
+    profile = "deterministic" if options.deterministic else kind
+    backend = open_gguf(configuration(options), lambda share: None, lambda: True)
     try:
-        if options.streams:
-            row = streams(backend.context, options.streams, options.own, options.repeats)
-            print(f"{options.streams} rows, each behind {options.own} cells: {row} ms each ({profile})")
+        if options.counts:
+            print(one_step(backend.context, options.counts, options.own, options.repeats), f"({profile})")
+            return
+        if options.sequences:
+            row = even(backend.context, options.sequences, options.own, options.repeats)
+            print(f"{options.sequences} rows, each behind {options.own} cells: {row} ms each ({profile})")
             return
         figures = measure(backend.context, options.repeats)
     finally:
         backend.close()
     for kind, table in figures.items():
-        rows = [[f"{cells} resident", *by_rows.values()] for cells, by_rows in table.items()]
+        rows = [[f"{cells} cells", *by_rows.values()] for cells, by_rows in table.items()]
         show(f"{KINDS[kind]}: milliseconds of a step ({profile})", ["", *map(str, ROWS)], rows)
     save("step_cost_" + profile.replace(",", "").replace(" ", "_"), figures)
 

@@ -1,12 +1,13 @@
 """Paceline, llama-server and llama-cpp-python's example server, side by side: `python -m bench.versus -m model.gguf`.
 
-All servers run all the while, with equal threads, context and slots, and take turns: in each round
-each is asked the same, and the order alternates. Ratios compare runs of one round; the median of the rounds counts,
-and of llama-server's modes the best one. `python -m bench.peers build` comes first.
+All servers are up during the whole measurement, with equal threads, context and slots; Paceline has its default flags
+otherwise. In each round every server gets the same requests, one server after the other, and the order alternates.
+`python -m bench.peers build` comes first. A second table holds the ratios of Paceline's medians over the rounds to
+those of llama-server's mode with the most tokens per second, and to those of the best mode for each figure.
 
-With the throughput stands the bound: what the rows of the same requests alone would take, by the cost of a step as
-`paceline cost` measures it here before each round. With `--stall` instead: the gaps of four running streams while a
-long prompt is read.
+With `--bound` the first table has the throughput that the rows of the same requests alone would have, by the cost of a
+step as `paceline cost` measures it before each round. With `--stall` the gaps of four running streams are measured
+instead, while a long prompt is prefilled.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from math import isnan
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from msgspec import Struct, structs
+from msgspec import Struct
 from rich.progress import Progress
 
 from bench.client import Outcome
@@ -31,52 +33,48 @@ from bench.figures import figure, ratios, save, show
 from bench.load import closed_loop, measured
 from bench.models import SOURCES, Refused
 from bench.peers import MODES, PACELINE, TUNED, Settings, started
+from bench.report import best, spread
 from bench.scenarios import long_prompt
 from bench.server import Server
-from bench.workloads import WORKLOADS, Asked, Session, workload
+from bench.workloads import PROMPT_TOKENS, WORKLOADS, Asked, Session, workload
 from engine import EngineConfig, Measured, open_vocabulary, step_costs
 from engine.config import physical_cores
 from engine.pace import Curve
 
 CONTENDERS = (PACELINE, *MODES, *TUNED, EXAMPLE)
 
+# The figures of each round by contender.
 Rounds = dict[str, list[dict[str, Any]]]
-"""By contender the figures of each round."""
-
 
 SPEED = "tokens_per_second"
 
 
 class Field(Struct):
-    """Who takes part, and what they run on."""
+    """The contenders and their settings. `ends` are the model's end tokens, for the example server only."""
 
     settings: Settings
     names: Sequence[str]
     ends: tuple[int, ...]
-    """The model's end tokens."""
 
     def start(self, name: str) -> AbstractContextManager[Server]:
-        """A contender, served for the length of a block. Paceline chooses by itself whether attention is flash
-        attention; of the others one tries it."""
-        if name == PACELINE:
-            return started(name, structs.replace(self.settings, flash_attention="auto"))
+        """Runs a contender for the length of a block."""
         return example_server(self.settings) if name == EXAMPLE else started(name, self.settings)
 
     def adapt(self, name: str, session: Session) -> Session:
-        """What it is asked."""
+        """Returns the session with the bodies that the contender supports."""
         return [Asked(asked.path, adapted(asked.body, self.ends_for(name))) for asked in session]
 
     def order(self, number: int) -> list[str]:
-        """Who comes after whom in a round: it alternates."""
+        """Returns the contenders in the order of a round; odd rounds are reversed."""
         return [*self.names] if number % 2 == 0 else [*self.names][::-1]
 
     def ends_for(self, name: str) -> tuple[int, ...]:
-        """The end tokens for who must be told them."""
+        """Returns the end tokens that a contender needs in its requests."""
         return self.ends if name == EXAMPLE else ()
 
 
 def run(server: Server, sessions: Sequence[Session], clients: int) -> tuple[dict[str, Any], list[Outcome]]:
-    """One turn. Raises RuntimeError if a request failed."""
+    """Measures one contender in one round. Raises RuntimeError if a request fails."""
     cpu = server.cpu_seconds()
     figures, outcomes = measured(closed_loop(server.port, clients, sessions))
     for outcome in outcomes:
@@ -84,21 +82,22 @@ def run(server: Server, sessions: Sequence[Session], clients: int) -> tuple[dict
             raise RuntimeError(f"a request failed ({outcome.status}): {outcome.error}")
     figures["server_cpu_seconds"] = server.cpu_seconds() - cpu
     figures["resident_mib"] = server.resident() / 2**20
+    figures["prompt_tokens_per_request"] = figures["prompt_tokens"] / max(1, len(outcomes))
     return figures, outcomes
 
 
 class Running(Struct):
-    """A request of the bound: tokens in cells, and those still to come."""
+    """A running request of the bound: tokens in cells, and tokens to generate."""
 
     cells: int
     left: int
 
 
 def bound(measured: Measured, outcomes: Sequence[Outcome], clients: int) -> float:
-    """Tokens a second if nothing took time but the rows, for the same requests in the order in which they came.
+    """Returns the tokens per second of the same requests, in the same order, if only rows took time.
 
-    Each client's next prompt is read at once, at the cost of a row of a prompt read alone; with its last row comes the
-    first token. Then a step is a row for each client that still has a request: fewer towards the end, as in life.
+    Each client's next prompt is prefilled at once, at the cost of a row of a prompt alone; its last row yields the
+    first token. Each step has a row for every client with a request left, so the last steps have fewer rows.
     """
     curve, seconds = Curve(measured.rows), 0.0
     waiting, running = deque(sorted(outcomes, key=lambda outcome: outcome.begun)), list[Running]()
@@ -116,7 +115,7 @@ def bound(measured: Measured, outcomes: Sequence[Outcome], clients: int) -> floa
 
 
 def throughput(field: Field, options: argparse.Namespace) -> dict[int, Rounds]:
-    """By clients the rounds of all contenders, and of the bound."""
+    """Returns the rounds of all contenders and of the bound, by number of clients."""
     cells: dict[int, Rounds] = {}
     with ExitStack() as stack, Progress() as progress:
         bar = progress.add_task("starting", total=len(options.clients) * options.rounds * len(field.names))
@@ -126,13 +125,14 @@ def throughput(field: Field, options: argparse.Namespace) -> dict[int, Rounds]:
             servers[name] = stack.enter_context(field.start(name))
             options.start[name] = time.perf_counter() - begun
         for name, server in servers.items():
-            run(server, [field.adapt(name, session) for session in workload("chat", 1, 8)], 1)
+            warm = workload(options.workload, 1, 8, prompt_tokens=options.prompt_tokens)
+            run(server, [field.adapt(name, session) for session in warm], 1)
         asked = 1
         for clients in options.clients:
             rounds = cells[clients] = {name: [] for name in [*field.names, "bound"]}
             each = max(options.least, clients * options.each)
             for number in range(options.rounds):
-                sessions = workload(options.workload, each, options.tokens, skip=asked)
+                sessions = workload(options.workload, each, options.tokens, asked, options.prompt_tokens)
                 asked += each
                 costs = step_costs(_config(field.settings), lambda share: None) if options.bound else None
                 for name in field.order(number):
@@ -148,41 +148,89 @@ def throughput(field: Field, options: argparse.Namespace) -> dict[int, Rounds]:
 
 
 def _config(settings: Settings) -> EngineConfig:
-    """How the steps are measured that the bound is made of."""
+    """Returns the engine's settings for the step costs of the bound."""
     return EngineConfig.of(
         path=settings.model, context=settings.context, slots=settings.slots, threads=settings.threads
     )
 
 
 def keep(options: argparse.Namespace, field: Field, cells: object) -> None:
-    """Writes what is measured so far."""
-    told = {name: value for name, value in vars(options).items() if isinstance(value, int | str | list | dict)}
+    """Writes the rounds measured so far."""
+    settings = {name: value for name, value in vars(options).items() if isinstance(value, int | str | list | dict)}
     about = {"model": field.settings.model.name, "flags": " ".join(field.settings.flags())}
-    save(options.name, {**about, "options": told, "cells": cells}, quiet=True)
+    save(options.name, {**about, "options": settings, "cells": cells}, quiet=True)
+
+
+# ── tables ──
 
 
 def middle(rounds: Sequence[dict[str, Any]], path: str) -> float:
-    """The median over rounds of a figure; not a number if there is none."""
+    """Returns the median of a figure over the rounds; not a number if no round has it."""
     return median(figure(of, path) for of in rounds)
 
 
-PATHS = ("gap_ms.p50", "gap_ms.p99", "ttft_ms.p50", "server_cpu_seconds", "resident_mib")
-COLUMNS = ("clients", "", "tokens/s", "of Paceline's", "gap p50 ms", "p99 ms", "first text ms", "CPU s", "MiB")
+PATHS = ("gap_ms.p50", "gap_ms.p99", "ttft_ms.p50", "ttft_ms.p99", "finish_s.p50", "finish_s.max", "resident_mib")
+COLUMNS = ("", "tok/s", "ratio", "gap p50", "gap p99", "TTFT p50", "TTFT p99", "end p50", "end last", "MiB")
 
 
-def rows(cells: dict[int, Rounds]) -> list[list[object]]:
-    """The table under `COLUMNS`."""
+def rows(rounds: Rounds) -> list[list[object]]:
+    """Returns the rows of medians under `COLUMNS`, a contender a row; gaps and times to first token in milliseconds,
+    finish times in seconds."""
     table: list[list[object]] = []
-    for clients, rounds in cells.items():
-        for name, of in rounds.items():
-            if of:
-                share = 1 / median(ratios(rounds[PACELINE], of, SPEED))
-                table.append([clients, name, middle(of, SPEED), share, *(middle(of, path) for path in PATHS)])
+    for name, of in rounds.items():
+        if of:
+            share = 1 / median(ratios(rounds[PACELINE], of, SPEED))
+            values = [middle(of, path) for path in PATHS]
+            table.append([name, middle(of, SPEED), share, *("" if isnan(value) else round(value) for value in values)])
     return table
 
 
+# Title, path and whether less is better.
+COMPARED = (
+    ("tokens/s", SPEED, False),
+    ("gap p99", "gap_ms.p99", True),
+    ("time to first token p50", "ttft_ms.p50", True),
+    ("time to first token p99", "ttft_ms.p99", True),
+    ("end of the last request", "finish_s.max", True),
+)
+RATIO_COLUMNS = ("", "Paceline", "peer", "mode of the peer", "ratio", "by round")
+
+
+def ratio_rows(rounds: Rounds) -> list[list[object]]:
+    """Returns the rows of ratios under `RATIO_COLUMNS`; none without a mode of llama-server.
+
+    Each figure is compared with that of the mode with the most tokens per second, and with that of the best mode for
+    the figure, if it is another. A ratio is Paceline's median to the mode's; `by round` has those within the rounds.
+    """
+    table: list[list[object]] = []
+    fastest = best(rounds, SPEED)
+    for title, path, less in COMPARED if fastest else ():
+        for mode in dict.fromkeys((fastest, best(rounds, path, least=less))):
+            ours, theirs = middle(rounds[PACELINE], path), middle(rounds[mode], path)
+            ratio = ours / theirs if theirs else float("nan")
+            within = ratios(rounds[PACELINE], rounds[mode], path)
+            kind = "fastest" if mode == fastest else "best here"
+            where = f"{mode.removeprefix('llama-server-')} ({kind})"
+            table.append([title, ours, theirs, where, ratio, spread(within) if within else ""])
+    return table
+
+
+def show_throughput(options: argparse.Namespace, model: str, cells: dict[int, Rounds]) -> None:
+    """Prints the medians of all contenders and the ratios, for each number of clients."""
+    for clients, rounds in cells.items():
+        asked = round(middle(rounds[PACELINE], "prompt_tokens_per_request"))
+        title = f"{options.workload}, {model}, {clients} clients, prompts of {asked} tokens on average"
+        units = "gap and TTFT (time to first token) in ms, end in s, ratio to Paceline's tok/s"
+        show(f"{title}\n{units}", COLUMNS, rows(rounds))
+        if table := ratio_rows(rounds):
+            show(f"{clients} clients, Paceline to llama-server, ratios of medians", RATIO_COLUMNS, table)
+
+
+# ── a long prompt beside running streams ──
+
+
 def stall(field: Field, options: argparse.Namespace) -> dict[str, Rounds]:
-    """The rounds of all contenders: each reads a long prompt beside four running streams."""
+    """Returns the rounds of all contenders; in each a long prompt is prefilled beside four running streams."""
     cells: dict[str, Rounds] = {"stall": {name: [] for name in field.names}}
     rounds = cells["stall"]
     for number in range(options.rounds):
@@ -197,51 +245,65 @@ def stall(field: Field, options: argparse.Namespace) -> dict[str, Rounds]:
 
 def show_stall(rounds: Rounds) -> None:
     """Prints the medians, a contender a line."""
-    names = ("median_gap_before_ms", "p99_gap_while_reading_ms", "largest_gap_while_reading_ms", "prompt_seconds")
+    titles = {
+        "median_gap_before_ms": "median gap before, ms",
+        "p99_gap_while_reading_ms": "p99 gap during prefill, ms",
+        "largest_gap_while_reading_ms": "largest gap during prefill, ms",
+        "prompt_seconds": "prefill, s",
+    }
     table = [
-        [name, *(middle(of, path) for path in names), 1 / median(ratios(rounds[PACELINE], of, names[2]))]
+        [
+            name,
+            *(middle(of, path) for path in titles),
+            1 / median(ratios(rounds[PACELINE], of, "largest_gap_while_reading_ms")),
+        ]
         for name, of in rounds.items()
     ]
-    show(
-        "a long prompt beside four streams", ["", *(name.replace("_", " ") for name in names), "largest, ratio"], table
-    )
+    show("a long prompt beside four streams", ["", *titles.values(), "largest gap to Paceline's"], table)
 
 
-def main() -> None:
-    """Prints a table and writes it as JSON after each round."""
+def arguments() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", type=Path, default=SOURCES["smollm2"].path, help="GGUF file")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=[*CONTENDERS], help="not the others")
-    parser.add_argument("--workload", choices=WORKLOADS, default="chat", help="what is asked")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="clients at once")
-    parser.add_argument("--rounds", type=int, default=3, help="of each number of clients")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=[*CONTENDERS], help="Paceline and these only")
+    parser.add_argument("--workload", choices=WORKLOADS, default="chat", help="kind of requests")
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help="of each prompt of context")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="concurrent clients")
+    parser.add_argument("--rounds", type=int, default=3, help="for each number of clients")
     parser.add_argument("--each", type=int, default=2, help="sessions of each client")
     parser.add_argument("--least", type=int, default=4, help="sessions of a run at least")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--context", type=int, default=1024, help="tokens of context for each slot")
     parser.add_argument("--bound", action=argparse.BooleanOptionalAction, default=True, help="measure the bound too")
-    parser.add_argument("--stall", action="store_true", help="the other part: a long prompt beside four streams")
-    parser.add_argument("--prompt", type=int, default=4000, help="tokens of that prompt, about")
+    parser.add_argument("--stall", action="store_true", help="measure a long prompt beside four streams instead")
+    parser.add_argument("--prompt", type=int, default=4000, help="approximate tokens of that prompt")
     parser.add_argument("-t", "--threads", type=int, default=physical_cores(), help="threads of each server")
-    parser.add_argument("--name", default="", help="of the file; versus or stall for want of it")
-    options = parser.parse_args()
-    options.start = {}  # seconds until each is healthy
+    parser.add_argument("--name", default="", help="of the result file (default: versus or stall)")
+    return parser
+
+
+def main() -> None:
+    """Prints the tables and writes the figures as JSON after each round."""
+    options = arguments().parse_args()
+    options.start = {}  # seconds until each server is healthy
     options.name = options.name or ("stall" if options.stall else "versus")
     slots = 8 if options.stall else max(options.clients)
     each = (options.prompt + 4096) // 2 if options.stall else options.context
-    with open_vocabulary(options.model) as vocab:
-        ends = tuple(vocab.ends)
     settings = Settings(options.model, slots * each, slots, options.threads)
     names = [name for name in CONTENDERS if name in {PACELINE, *options.only}]
+    ends: tuple[int, ...] = ()
+    if EXAMPLE in names:
+        with open_vocabulary(options.model) as vocab:
+            ends = tuple(vocab.ends)
     field = Field(settings, names, ends)
     try:
         if options.stall:
             show_stall(stall(field, options)["stall"])
-            return
-        cells = throughput(field, options)
+        else:
+            show_throughput(options, settings.model.stem, throughput(field, options))
     except (Refused, RuntimeError) as error:
         raise SystemExit(f"\n{error}") from None
-    show(f"{options.workload}, {settings.model.stem}", COLUMNS, rows(cells))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""What clients ask in load tests, over HTTP: sessions of requests, each sent when the one before was answered.
+"""The workloads of the load tests: sessions of requests, each sent when the request before is answered.
 
-The same call always returns the same sessions in the same order. Questions and recorded sessions are read from files
-that `python bench/models.py mt-bench`, `agents`, `human-eval` and `bfcl` bring.
+The same call always returns the same sessions in the same order. `python bench/models.py mt-bench`, `agents`,
+`human-eval` and `bfcl` download the questions and recorded sessions; `context`, `shared` and `long` need no files.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from typing import Any
 
 import msgspec
@@ -20,36 +20,54 @@ from bench.models import SOURCES
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
+# Characters of a recorded message at most: the longest message would fill a small context.
 MESSAGE = 1500
-"""Characters of a recorded message at most: the longest alone would fill a small context."""
+# Characters of a recorded session at most, some 1,500 tokens.
 CONTEXT = 6000
-"""Characters of a recorded session at most, some 1,500 tokens."""
+# Approximate tokens of the system prompt that all requests of `shared` have.
 SYSTEM = 2000
-"""Tokens, about, of a system prompt that all share."""
+# Approximate tokens of the long prompt of `long`, and one in how many requests has it.
 LONG, EVERY = 4000, 8
-"""Tokens, about, of the long prompt that one request of so many has."""
+# Tokens of the prompts of `context`, the chat template not counted.
+PROMPT_TOKENS = 1000
+# Tokens of a sentence of `context`, its full stop counted.
+SENTENCE_TOKENS = 12
+
+# Behind a space each of these words is one token in the vocabularies of SmolLM2 and Qwen.
+WORD_LIST = (
+    "time people way day man thing woman life child world school state family student group country problem hand "
+    "part place case week company system program question work government number night point home water room mother "
+    "area money story fact month lot right study book eye job word business issue side kind head house service "
+    "friend father power hour game line end member law car city community name team minute idea body level door "
+    "office health person art war history party result change morning reason river stone garden winter summer light "
+    "music paper table window bridge market field street north south east west green black white small large early "
+    "young important public good find give tell feel become leave call keep begin show hear play run move live "
+    "believe bring happen write provide the of and to in is that it was for on are with as at be this have from or "
+    "had by not but what all were"
+)
+COMMON_WORDS = tuple(WORD_LIST.split())
 
 WORDS = "the keeper of the lighthouse wrote down every ship that passed in the night and what it carried "
 
 
 class Asked(Struct, frozen=True):
-    """One request."""
+    """A request's path and body."""
 
     path: str
     body: dict[str, Any]
 
 
+# Requests that one client sends one after the other.
 Session = Sequence[Asked]
-"""Requests that one client sends one after the other."""
 
 
 def text_of(tokens: int) -> str:
-    """English text of about so many tokens."""
+    """Returns English text of about `tokens` tokens."""
     return (WORDS * (tokens // 18 + 1))[: int(tokens * 5.2)]
 
 
 class Conversation(Struct):
-    """One of MT-bench's."""
+    """A conversation of MT-bench."""
 
     question_id: int
     category: str
@@ -57,14 +75,14 @@ class Conversation(Struct):
 
 
 class Recorded(Struct):
-    """One agent's session."""
+    """A recorded session of a coding agent."""
 
     id: str
     messages: list[dict[str, Any]]
 
 
 class Recordings(Struct):
-    """The file of them."""
+    """The file of recorded sessions."""
 
     cases: list[Recorded]
 
@@ -73,15 +91,15 @@ TOPICS = ("the sea", "a clock", "the desert", "an orchestra", "a lighthouse", "s
 
 
 def story(number: int, tokens: int, words: int = 20) -> Asked:
-    """A request of its own for each number, its prompt of about so many words, of which no file is needed."""
+    """Returns the request of this number, unlike that of any other, with a prompt of about `words` words."""
     rng = random.Random(number)
     topic, filler = TOPICS[number % len(TOPICS)], " ".join(rng.choice(TOPICS) for _ in range(words // 2))
     return Asked(CHAT, chat(user(f"Story {number}: write about {topic}. {filler}"), tokens, seed=number))
 
 
 def mt_bench(tokens: int) -> Iterator[Session]:
-    """MT-bench's first questions, in an order that mixes the categories; answers of half to one and a half times so
-    many tokens, so that clients do not keep step."""
+    """Yields MT-bench's first questions with the categories mixed. Answers have half to one and a half times `tokens`
+    tokens, so that clients do not run in lockstep."""
     lines = SOURCES["mt-bench"].path.read_bytes().splitlines()
     asked = [msgspec.json.decode(line, type=Conversation) for line in lines]
     rng = random.Random(0)
@@ -93,20 +111,20 @@ def mt_bench(tokens: int) -> Iterator[Session]:
 
 
 def edit(tokens: int) -> Iterator[Session]:
-    """Rewrite a function with one small change."""
+    """Yields requests to rewrite a function with one small change."""
     for messages in cycle(prompts.edit(prompts.human_eval())):
         yield [Asked(CHAT, chat(messages, tokens, temperature=0))]
 
 
 def completion(tokens: int) -> Iterator[Session]:
-    """Go on with the beginning of a function."""
+    """Yields requests to complete the beginning of a function."""
     for text in cycle(prompts.completion(prompts.human_eval())):
         body = {"prompt": text, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
         yield [Asked(TEXT, body)]
 
 
 def agent(tokens: int) -> Iterator[Session]:
-    """Recorded sessions: each request holds all messages before it, tools' answers included."""
+    """Yields recorded sessions: each request holds all messages before it, results of tools included."""
     cases = msgspec.json.decode(SOURCES["agents"].path.read_bytes(), type=Recordings).cases
     for case in cycle(cases):
         if session := _turns(case, tokens):
@@ -114,7 +132,7 @@ def agent(tokens: int) -> Iterator[Session]:
 
 
 def _turns(case: Recorded, tokens: int) -> list[Asked]:
-    """A request for each of its messages that somebody answers, as far as the context goes."""
+    """Returns a request for each user message of a session, up to CONTEXT characters."""
     asked: list[Asked] = []
     messages: list[dict[str, str]] = []
     for message in case.messages:
@@ -127,8 +145,8 @@ def _turns(case: Recorded, tokens: int) -> list[Asked]:
 
 
 def tools(tokens: int) -> Iterator[Session]:
-    """Questions of the function calling leaderboard, each with the function that it may call. Here an answer has at
-    most so many tokens: a call ends where it is whole."""
+    """Yields questions of the function calling leaderboard, each with its function. An answer has at most `tokens`
+    tokens, since it may end earlier."""
     for number, one in enumerate(cycle(bfcl.questions("simple_python"))):
         offered = [function.tool for function in one.function or []]
         body = chat(one.question[0], tokens, seed=number, tools=offered, tool_choice="auto", ignore_eos=False)
@@ -136,19 +154,40 @@ def tools(tokens: int) -> Iterator[Session]:
 
 
 def shared(tokens: int) -> Iterator[Session]:
-    """One long system prompt before a short question each."""
+    """Yields requests of one long system prompt and a short question each."""
     system = {"role": "system", "content": text_of(SYSTEM)}
     for number, question in enumerate(cycle(prompts.QUESTIONS)):
         yield [Asked(CHAT, chat([system, *user(question)], tokens, seed=number))]
 
 
 def long(tokens: int) -> Iterator[Session]:
-    """A long prompt now and then among short ones; no two alike."""
+    """Yields short prompts, all different, with a long one in every EVERY."""
     for number, question in enumerate(cycle(prompts.QUESTIONS)):
         text = f"Letter {number}. {text_of(LONG)}" if number % EVERY == EVERY - 1 else question
         yield [Asked(CHAT, chat(user(text), tokens, seed=number))]
 
 
+def context(tokens: int, prompt_tokens: int = PROMPT_TOKENS) -> Iterator[Session]:
+    """Yields requests with distinct prompts of `prompt_tokens` tokens that share only the chat template. Answers have
+    exactly `tokens` tokens."""
+    for number in count():
+        yield [Asked(CHAT, chat(user(random_text(number, prompt_tokens)), tokens, seed=number))]
+
+
+def random_text(number: int, tokens: int) -> str:
+    """Returns seeded random text of `tokens` tokens for vocabularies in which each of COMMON_WORDS is one token.
+
+    The first two words differ between any two numbers below the square of the number of words.
+    """
+    rng = random.Random(number)
+    first, second = number % len(COMMON_WORDS), number // len(COMMON_WORDS) % len(COMMON_WORDS)
+    chosen = [COMMON_WORDS[first], COMMON_WORDS[second], *rng.choices(COMMON_WORDS, k=max(0, tokens - 2))][:tokens]
+    sentences = (chosen[at : at + SENTENCE_TOKENS] for at in range(0, tokens, SENTENCE_TOKENS))
+    # The full stop takes the place of a whole sentence's last word, as it is a token too.
+    return " ".join(" ".join(part[:-1]) + "." if len(part) == SENTENCE_TOKENS else " ".join(part) for part in sentences)
+
+
+# By name, each without end.
 WORKLOADS: dict[str, Callable[[int], Iterator[Session]]] = {
     "chat": mt_bench,
     "edit": edit,
@@ -157,10 +196,14 @@ WORKLOADS: dict[str, Callable[[int], Iterator[Session]]] = {
     "tools": tools,
     "shared": shared,
     "long": long,
+    "context": context,
 }
-"""By name, without end."""
 
 
-def workload(name: str, sessions: int, tokens: int, skip: int = 0) -> list[Session]:
-    """So many sessions of a workload after the first `skip`, with answers of `tokens` tokens."""
-    return list(islice(WORKLOADS[name](tokens), skip, skip + sessions))
+def workload(name: str, sessions: int, tokens: int, skip: int = 0, prompt_tokens: int = PROMPT_TOKENS) -> list[Session]:
+    """Returns `sessions` sessions of a workload after the first `skip`, with answers of `tokens` tokens.
+
+    `prompt_tokens` is the length of the prompts of `context`; the other workloads have their own.
+    """
+    every = context(tokens, prompt_tokens) if name == "context" else WORKLOADS[name](tokens)
+    return list(islice(every, skip, skip + sessions))

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from msgspec import Struct
@@ -29,6 +29,21 @@ State = NDArray[np.uint8]
 """The content of cells as bytes, for the same model and the same kind of context only."""
 
 
+class Part(NamedTuple):
+    """The cells at positions from `start` up to `end` of a state, which may hold more."""
+
+    state: State
+    start: int
+    end: int
+
+
+class Snapshot(Protocol):
+    """What one sequence held when it was saved. Valid until the sequence changes."""
+
+    def cut(self, start: int, end: int) -> State | None:
+        """The state of the positions from `start` up to `end`; None if some of them are gone."""
+
+
 class NoFreeCells(Exception):
     """The batch does not fit the cells; nothing was computed and nothing changed."""
 
@@ -42,7 +57,7 @@ class NativeFault(Exception):
 
 
 class ModelInfo(Struct, frozen=True):
-    """What is served, for people and clients."""
+    """The loaded model, as operators and clients see it."""
 
     name: str
     path: str
@@ -53,24 +68,28 @@ class ModelInfo(Struct, frozen=True):
     trained_context: int
     """Tokens."""
     context: int
-    """Cells shared by all sequences."""
+    """KV cells of all sequences together."""
     device: str
     chat_template: str | None
     bos: str
     """The text of the token that begins a sequence; empty if there is none."""
     eos: str
     bos_added: bool
-    """Whether `Vocab.tokenize` with `special` begins with that token."""
+    """True if `Vocab.tokenize` with `special` begins with `bos`."""
     digest: str = ""
-    """Of the model file's content."""
+    """Digest of the model file's content."""
     build: str = ""
-    """Of the library."""
+    """Version and features of the library."""
     layout: str = ""
-    """Of a saved state: equal where one can be loaded that was saved elsewhere."""
+    """Format of saved states: two contexts with equal values can load each other's states."""
     offloaded: bool = False
-    """Whether steps are computed elsewhere, so that the processor is free meanwhile."""
+    """True if steps are computed on a GPU, so that the CPU is free meanwhile."""
     exact: bool = False
-    """Whether a request's tokens depend on nothing but itself: not on its company, its drafts or how it was read."""
+    """True if a request's tokens depend on nothing but the request: not on other requests, drafts or prefill chunks."""
+    kv_unified: bool = True
+    """True for unified KV, False for per-slot KV."""
+    kv_reason: str = ""
+    """Reason of that layout, with the flag that changes it."""
 
 
 class Vocab(Protocol):
@@ -109,15 +128,28 @@ class Vocab(Protocol):
 
 
 class Context(Protocol):
-    """Cells, and decodes over them. Only the engine thread calls it, `abort` excepted."""
+    """KV cells, and decodes over them. Only the engine thread calls it, `abort` excepted.
+
+    There are two layouts (llama.cpp: `kv_unified`). With unified KV all sequences share one pool of cells, and a copy
+    shares them. With per-slot KV each sequence id has `sequence_cells` cells of its own, a copy has cells of its own
+    too, and one pass over the weights takes the rows of consecutive ids only, as many of each.
+    """
 
     @property
     def batch(self) -> Batch:
         """The rows of the next decode; its capacity is the most that one decode takes."""
 
     @property
+    def unified(self) -> bool:
+        """True if all sequences share one pool of cells, False if each id has cells of its own."""
+
+    @property
     def cells(self) -> int:
-        """Cells that all sequences share."""
+        """Cells of all sequences together."""
+
+    @property
+    def sequence_cells(self) -> int:
+        """Cells that one sequence can have: all of them with unified KV, its slot's with per-slot KV."""
 
     @property
     def sequences(self) -> int:
@@ -133,11 +165,20 @@ class Context(Protocol):
 
     @property
     def partial(self) -> bool:
-        """Whether a sequence can be cut and copied at any position; if not, only as a whole."""
+        """True if a sequence can be cut at any position; False if it can only be dropped as a whole."""
+
+    @property
+    def divisible(self) -> bool:
+        """True if a saved sequence can be cut into states of some of its positions, and several such states can be
+        loaded one after the other; False if a state is always of a whole sequence."""
 
     @property
     def window(self) -> int:
-        """Positions that a row of some layers looks back on, older ones may be forgotten; 0 if all look on all."""
+        """Positions that a row of some layers attends to, 0 for all; older cells may be overwritten."""
+
+    @property
+    def shifts(self) -> bool:
+        """True if `shift` can move a state to other positions."""
 
     def decode(self, meanwhile: Meanwhile = nothing) -> Logits:
         """The logits of the batch's rows that asked for them.
@@ -148,51 +189,38 @@ class Context(Protocol):
         """
 
     def copy(self, source: int, target: int, length: int) -> bool:
-        """Lets the empty sequence `target` share the first `length` cells of `source`.
+        """Gives the empty sequence `target` the first `length` positions of `source`: the same cells with unified KV,
+        cells of its own with per-slot KV. All positions of `source` if states are not divisible.
 
         False if `source` no longer has them all, as with a sliding window: `target` is then empty.
         """
 
-    def share(self, source: int, target: int, start: int, end: int) -> None:
-        """Lets `target`, for which nothing is ever computed, hold the cells of positions from `start` up to `end`."""
-
     def cut(self, seq: int, length: int) -> bool:
         """Drops what `seq` has from position `length` on. False if the model cannot do that: nothing changed."""
 
-    def save(self, seq: int, start: int, end: int) -> State | None:
-        """What `seq` has at positions from `start` up to `end`; all or nothing of it if the context is not partial.
+    def save(self, seq: int) -> Snapshot | None:
+        """What `seq` holds; None if it cannot be saved. Nothing changes. Takes time in proportion to its length."""
 
-        None if it no longer has them all. Nothing changes.
+    def load(self, seq: int, parts: Sequence[Part]) -> bool:
+        """Appends `parts`, which are consecutive, to `seq`, which ends where the first of them starts.
+
+        The positions get cells of their own. False, with nothing changed, if there are too few cells or a state does
+        not fit this context.
         """
 
-    def load(self, seq: int, state: State, start: int, end: int, shift: int = 0) -> bool:
-        """Appends to `seq`, which has `start` positions, those up to `end` of a `state` that was saved from `start`
-        or before. They get cells of their own. False, with nothing changed, if there are too few or it does not fit.
-
-        With `shift` the state is of positions so many before these. The cells may not be saved before a decode then.
-        """
-
-    @property
-    def shifts(self) -> bool:
-        """Whether states can be loaded at other positions than they were saved from."""
+    def shift(self, state: State, start: int, end: int, by: int) -> State | None:
+        """The state of positions from `start + by` up to `end + by`, made of that of `start` up to `end`. None if it
+        cannot be made. Computes a row; no sequence changes."""
 
     def intact(self, seq: int, length: int) -> bool:
-        """Whether `seq` has `length` positions, and of these all that a next row may look at: with a sliding window
+        """True if `seq` has `length` positions, and of these all that a next row may attend to: with a sliding window
         a cut can leave less."""
 
     def length(self, seq: int) -> int:
         """Positions that `seq` has."""
 
-    @property
-    def ordered(self) -> bool:
-        """Whether a sequence's cells lie in the order of its positions always; only `clear` frees all then."""
-
-    @property
-    def wasted(self) -> int:
-        """Cells that no sequence has and none gets."""
-
     def clear(self) -> None:
-        """Frees every cell; no sequence has any."""
+        """Frees every cell."""
 
     def abort(self) -> None:
         """Makes the running decode, and every later one, raise Aborted soon. Callable from any thread."""

@@ -40,10 +40,13 @@ class CompiledTooSlowly(RequestRefused):
 class ContextExceeded(RequestRefused):
     """The prompt of `prompt_tokens` leaves no room for one new token in a context of `limit`."""
 
-    def __init__(self, prompt_tokens: int, limit: int) -> None:
+    def __init__(self, prompt_tokens: int, limit: int, slots: int = 0) -> None:
+        """`slots` is the number of slots that share the context evenly; 0 if a request may have all of it."""
+        share = f" (each of {slots} slots has its own part of --ctx-size)" if slots else ""
+        remedy = "a larger --ctx-size, fewer --parallel slots or --kv-unified" if slots else "a larger --ctx-size"
         super().__init__(
-            f"This model's maximum context length is {limit} tokens, but the prompt has {prompt_tokens}. "
-            "Shorten the prompt or serve with a larger --ctx-size.",
+            f"This model's maximum context length is {limit} tokens{share}, but the prompt has {prompt_tokens}. "
+            f"Shorten the prompt or serve with {remedy}.",
             field="prompt",
         )
         self.prompt_tokens = prompt_tokens

@@ -40,8 +40,19 @@ from engine.slotfiles import Moved
 from engine.slots import SlotState
 from engine.speculate import Speculate
 from engine.stats import Stats
-from engine.streams import Stream
-from engine.thread import Answer, EngineThread, Opened, Opener, Reader, calibrated, open_model
+from engine.thread import (
+    Answer,
+    Cancel,
+    EngineThread,
+    FailAll,
+    Listener,
+    Opened,
+    Opener,
+    Submit,
+    calibrated,
+    open_model,
+    request_limit,
+)
 
 
 def open_vocabulary(path: Path) -> AbstractContextManager[Vocab]:
@@ -65,8 +76,12 @@ def step_costs(config: EngineConfig, progress: Progress) -> Measured:
 class MemoryInfo(Struct, frozen=True):
     """How prefixes are kept and shared."""
 
+    kv_unified: bool
+    """True if all slots share the KV cells, False if each has its own."""
+    kv_reason: str
+    """Why, in one line."""
     partial: bool
-    """Whether requests share a prefix that ends at any token; if not, only where an earlier text ended."""
+    """Whether requests share a prefix that ends at any token; if not, only where an earlier sequence ended."""
     window: int
     """Positions that some layers look back on; 0 if all look on all."""
     ram_bytes: int
@@ -87,7 +102,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, opener: Opener, speculate: Speculate | None, progress: Progress) -> None:
         self._config = config
-        self._thread = EngineThread(config, opener, speculate, Reader(progress, self._deliver, self._die))
+        self._thread = EngineThread(config, opener, speculate, Listener(progress, self._deliver, self._die))
         self._inbox = self._thread.inbox
         self._open: dict[int, Generation] = {}  # until their terminal update
         self._wanted: set[int] = set()  # of those, the ones that nobody has left
@@ -143,20 +158,28 @@ class Engine:
 
     @property
     def request_limit(self) -> int:
-        """Tokens that one request may have, prompt and continuation together."""
-        return min(self._model.context.cells, self.info.trained_context or 2**30)
+        """Tokens that one request may have, prompt and output together."""
+        return request_limit(self._model.context, self.info)
+
+    def context_exceeded(self, prompt_tokens: int) -> ContextExceeded:
+        """The refusal of a prompt that is too long, with the flags that would help."""
+        context = self._model.context
+        shared = not context.unified and self.slots > 1 and context.sequence_cells == self.request_limit
+        return ContextExceeded(prompt_tokens, self.request_limit, self.slots if shared else 0)
 
     @property
     def memory(self) -> MemoryInfo:
         """How prefixes are kept and shared."""
         context, memory = self._model.context, self._config.memory
         return MemoryInfo(
+            kv_unified=context.unified,
+            kv_reason=self.info.kv_reason,
             partial=context.partial,
             window=context.window,
             ram_bytes=memory.ram_bytes,
             disk=bool(memory.disk),
             disk_bytes=memory.disk_bytes if memory.disk else 0,
-            moved_from=self._opened.runner.cells.reuse,
+            moved_from=self._opened.runner.kv.reuse,
         )
 
     @property
@@ -247,7 +270,7 @@ class Engine:
         if min(request.prompt) < 0 or max(request.prompt) >= size:
             raise RequestRefused(f"The prompt holds a token id outside 0..{size - 1}.", field="prompt")
         if len(request.prompt) >= self.request_limit:
-            raise ContextExceeded(len(request.prompt), self.request_limit)
+            raise self.context_exceeded(len(request.prompt))
         if (request.max_tokens or 0) < 0:
             raise RequestRefused("max_tokens must be 0 or more.", field="max_tokens")
         if any(not 0 <= token < size for token, _ in request.sampling.logit_bias):
@@ -272,20 +295,12 @@ class Engine:
         if len(self._wanted) >= self.places:
             raise Overloaded(self._retry_after())
         key, request = next(self._keys), generation.request
-        seed, batch = request.sampling.seed, self._config.batch
-        stream = Stream(
-            key,
-            request,
-            secrets.randbits(63) if seed is None else seed,
-            self.vocab,
-            self.request_limit,
-            batch.keep if batch.context_shift else None,
-        )
+        seed = request.sampling.seed
         generation.key = key
         self._open[key] = generation
         self._wanted.add(key)
         self._empty.clear()
-        self._inbox.put(lambda runner: runner.submit(stream))
+        self._inbox.put(Submit(key, request, secrets.randbits(63) if seed is None else seed))
 
     def _retry_after(self) -> float:
         """Seconds until a place in the queue is likely to be free, from the pace so far; 1 to 60."""
@@ -296,7 +311,7 @@ class Engine:
     def _cancel(self, generation: Generation) -> None:
         self._wanted.discard(generation.key)
         reason = FinishReason.STOP if generation.complete else FinishReason.CANCELLED
-        self._inbox.put(lambda runner: runner.end(generation.key, reason))
+        self._inbox.put(Cancel(generation.key, reason))
 
     def _deliver(self, items: list[News]) -> None:
         for key, ids, logprobs, other in items:
@@ -321,7 +336,7 @@ class Engine:
         try:
             await asyncio.wait_for(self._empty.wait(), grace)
         except TimeoutError:
-            self._inbox.put(lambda runner: runner.fail_all(SHUTTING_DOWN))
+            self._inbox.put(FailAll(SHUTTING_DOWN))
             await self._empty.wait()
 
     def _die(self, fault: EngineFault) -> None:

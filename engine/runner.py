@@ -1,38 +1,39 @@
-"""Carries out steps: admit, plan, fill, decode, verify, commit, roll back, emit, draft.
+"""Carries out steps: admit, plan, execute, process, then draft.
 
-The only place where cells and tokens change together, and the one order in which they do.
+The only place where KV cells and tokens change together, and the one order in which they do.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections import abc
 from functools import partial
 
 from engine import scheduler
 from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
 from engine.contract import EngineError, EngineFault, Failed, FinishReason
 from engine.grammar import Masks
-from engine.memory import Cells, Store
+from engine.kv import Allocation, Costs, KVCache, Offload
 from engine.outbox import Outbox
 from engine.pace import Load, Pace
-from engine.scheduler import Limits, Plan, Room, Rows, StreamView
+from engine.running import Running
+from engine.scheduler import Limits, Plan, Room, Rows
+from engine.sequence import Sequence
 from engine.slots import Slots
-from engine.speculate import LEARN, Drafter, Drafting, Wish
+from engine.speculate import LEARN, Drafting
 from engine.stats import Counters
-from engine.streams import Stream
 from engine.verify import verify
 from engine.waiting import Waiting
 
-MOVING = 0.1
-"""Share of a step for which states are loaded, and again saved, while streams run."""
-TIDYING = 0.02
-"""Seconds for which idle prefixes are saved before the inbox is looked at again."""
+# Share of a step that may be spent on loading blocks, and again on saving them, while sequences run.
+MOVE_SHARE = 0.1
+# Seconds that an idle engine saves prefixes between two looks at its inbox.
+IDLE_SAVE_SECONDS = 0.02
 SHUTTING_DOWN = "The server is shutting down."
 
 
 class Runner:
-    """The streams of one engine. All of it belongs to the engine thread."""
+    """The sequences of one engine. All of it belongs to the engine thread."""
 
     def __init__(
         self,
@@ -41,18 +42,20 @@ class Runner:
         pace: Pace,
         outbox: Outbox,
         drafting: Drafting,
-        store: Store | None = None,
+        offload: Offload | None = None,
         reuse: int = 0,
     ) -> None:
-        assert backend.context.sequences > slots, "an id stays free while a slot is"
-        assert min(backend.context.outputs, backend.context.batch.capacity) >= slots, "every slot may decode"
-        self.context = backend.context
-        self.cells = Cells(backend.context, store, reuse)
+        context = backend.context
+        assert context.sequences >= slots + context.unified, "an id stays free while a slot is, with unified KV"
+        assert min(context.outputs, context.batch.capacity) >= slots, "every slot may decode"
+        self.backend = backend
+        self.context = context
+        self.kv = KVCache(context, offload, reuse)
         self._chooser = drafting.chooser
         self.cost = self._chooser.cost
-        self.counters = Counters(backend.context.cells, lambda: drafting.drafts, self.cost.decode_seconds)
-        self.running: dict[int, Stream] = {}  # oldest first
-        self.waiting = Waiting(self.cells)
+        self.counters = Counters(context.cells, lambda: drafting.drafts, self.cost.even_seconds)
+        self.running = Running(self.kv)
+        self.waiting = Waiting(self.kv)
         self.slots = Slots(slots)
         self._pace = pace
         self._outbox = outbox
@@ -62,285 +65,286 @@ class Runner:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to step."""
+        """True if there is anything to step."""
         return bool(self.running or self.waiting)
 
     @property
     def draft_fault(self) -> str:
-        """Why the draft model guesses no more, if it failed. Any thread may ask."""
+        """Why the draft model drafts no more, if it failed. Any thread may call it."""
         return self._drafting.model.fault if self._drafting.model is not None else ""
 
-    def submit(self, stream: Stream) -> None:
+    def submit(self, sequence: Sequence) -> None:
         """Takes a new request."""
-        stream.drafter = self._drafting.drafter(stream.request, stream.sampler, stream.matcher)
-        self.waiting.put(stream)
+        sequence.drafter = self._drafting.drafter(sequence.request, sequence.sampler, sequence.matcher)
+        self.waiting.put(sequence)
+
+    def reject(self, key: int, error: EngineError) -> None:
+        """Ends a request that cannot be taken."""
+        self.counters.finished["error"] += 1
+        self._outbox.end(key, Failed(error))
 
     def end(self, key: int, reason: FinishReason) -> None:
-        """Ends a request that its reader left or found complete, wherever it is; one that has ended is nobody's."""
-        if (stream := self.running.get(key) or self.waiting.get(key)) is not None:
-            self._finish(stream, reason)
+        """Ends a request that its client left or found complete, running or waiting; no effect on one that ended."""
+        if (sequence := self.running.get(key) or self.waiting.get(key)) is not None:
+            self._finish(sequence, reason)
 
     def fail_all(self, message: str) -> None:
-        """Ends every request with an EngineFault; the cells keep nothing of them."""
-        for stream in [*self.running.values(), *self.waiting]:
-            self._fail(stream, EngineFault(message))
+        """Ends every request with an EngineFault; nothing of them stays in the KV cache."""
+        self._fail_each([*self.running.values(), *self.waiting], message)
+
+    def _fail_each(self, sequences: abc.Iterable[Sequence], message: str) -> None:
+        for sequence in sequences:
+            self._fail(sequence, EngineFault(message))
 
     def step(self) -> None:
-        """One decode for everyone who runs, and what follows from it. With nobody, only tells the readers."""
+        """One decode for everything that runs, and what follows from it. With nothing to decode it only reports."""
         begun, steps = time.perf_counter(), self.counters.steps
         self._admit()
-        self.cells.expect(sum(1 + len(stream.draft) for stream in self.running.values()) * self.cost.cell)
-        self.cells.compute = self.cost.prompt_row
-        self.cells.tend(MOVING * self._seconds)
-        if self._worn():
-            self._start_over()
-        self._restore()
+        self._maintain()
         plan = self._plan()
-        for key in plan.retract:
-            self._retract(self.running[key])
+        for key in plan.preempt:
+            self._preempt(self.running[key])
         if plan.rows:
-            self._decode(plan.rows)
-        self._gauge()
+            self._execute(plan.rows)
+        self.counters.gauge(len(self.running), len(self.waiting), self.kv.stats())
         self._outbox.flush()
-        if self.counters.steps > steps:  # the decode came to its end
-            self.cost.beside(time.perf_counter() - begun - self._seconds)
+        if self.counters.steps > steps:  # the decode completed
+            self.cost.add_host_time(time.perf_counter() - begun - self._seconds)
         self._draft()
         self.counters.busy_seconds += time.perf_counter() - begun
 
-    def rest(self) -> None:
-        """Called when nothing runs: proves that tree and context still agree. Raises AssertionError if not."""
-        self.cells.check()
+    def check_idle(self) -> None:
+        """Proves that tree and context agree. Called when nothing runs; raises AssertionError if they do not."""
+        self.kv.check()
 
-    def tidy(self) -> bool:
-        """Called when nothing runs: does a little of what had to wait until then. Whether there is more."""
-        self.cells.expect(0.0)
-        more = self.cells.tend(TIDYING)
-        self._gauge()
+    def maintain_idle(self) -> bool:
+        """Saves prefixes for a while. Called when nothing runs; True if there is more to save."""
+        self.kv.price(Costs())
+        more = self.kv.maintain(IDLE_SAVE_SECONDS)
+        self.counters.gauge(len(self.running), len(self.waiting), self.kv.stats())
         return more
 
     def close(self) -> None:
-        """Ends what outlives requests: files are written. Nothing is called afterwards."""
+        """Writes what outlives requests to its files. Nothing is called afterwards."""
         self._drafting.close()
         self._masks.close()
-        self.cells.close()
+        self.kv.close()
 
-    # ── before the decode ──
+    # ── admit ──
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < len(self.slots):
-            key = scheduler.admit(self.waiting.views(), self._views(), self._room())
-            if key is None:
+            views = self.waiting.views(self.running)
+            admission = scheduler.admit(views, self.running.views(), self._room())
+            for hold in admission.holds:
+                self.kv.save_at(self.running[hold.on].seq, hold.length)
+            self.waiting.hold(admission.holds)
+            sequence = self.waiting.get(admission.start) if admission.start is not None else None
+            if sequence is None:
                 return
-            self._start(self.waiting.take(key))
+            self._start(sequence)
 
-    def _start(self, stream: Stream) -> None:
-        first = stream.admitted is None
-        stream.start(self.cells.claim(stream.tokens, stream.request.salt))
-        self.running[stream.key] = stream
-        self.slots.take(stream)
-        self.waiting.promise(stream)
-        self.counters.restores += bool(stream.held.coming)
+    def _start(self, sequence: Sequence) -> None:
+        first = sequence.admitted is None
+        match = sequence.match or self.kv.match(sequence.tokens, sequence.request.salt)
+        self.waiting.discard(sequence)
+        sequence.start(self.kv.allocate(match))
+        self.running[sequence.key] = sequence
+        self.slots.take(sequence)
+        self.waiting.prefilling(sequence)
+        for length in scheduler.save_points(len(sequence.tokens), divisible=self.context.divisible):
+            self.kv.save_at(sequence.seq, length)
+        self.counters.restores += self.kv.loading(sequence.seq)
         if first:
-            self.counters.queue.add(time.perf_counter() - stream.submitted)
-            self.counters.prompt_tokens += stream.prompt_length
+            self.counters.queue.add(time.perf_counter() - sequence.submitted)
+            self.counters.prompt_tokens += sequence.prompt_length
 
-    def _views(self) -> list[StreamView]:
-        tight = self.cells.free + self.cells.idle <= len(self.running)  # somebody may have to be retracted
-        return [stream.view(self.cells.tree.alone(stream.held.seq) if tight else 0) for stream in self.running.values()]
+    def _maintain(self) -> None:
+        """Evicts, saves and loads for a small share of a step, and closes gaps among the slots."""
+        rows = sum(1 + len(sequence.draft) for sequence in self.running.values())
+        resident, extra_pass = self.cost.resident_cell(rows), self.cost.extra_pass
+        self.kv.price(Costs(compute=self.cost.prompt_row, resident=resident, extra_pass=extra_pass))
+        self.kv.maintain(MOVE_SHARE * self._seconds)
+        if (moved := self.kv.close_gap()) is not None:
+            sequence = next(sequence for sequence in self.running.values() if sequence.seq == moved[0])
+            sequence.allocation = Allocation(moved[1], sequence.computed)
+        self._load()
 
-    def _room(self) -> Room:
-        return Room(len(self.slots) - len(self.running), self.cells.free, self.cells.idle)
-
-    def _worn(self) -> bool:
-        """Whether it pays to free all cells: where they must stay in order, if those are needed that cannot be freed
-        one by one, for the next rows or for who waits; elsewhere, if free ones lie among the used."""
-        if not self.context.ordered:
-            return self.cells.scattered
-        stuck = self.context.wasted + self.cells.kept
-        blocked = bool(self.waiting) and len(self.running) < len(self.slots)
-        return self.cells.free < len(self.running) or (blocked and 2 * stuck > self.context.cells)
-
-    def _start_over(self) -> None:
-        """Frees all cells: who runs starts again, the oldest first."""
-        for stream in reversed([*self.running.values()]):
-            self._retract(stream)
-        self.cells.clear()
-        self._admit()
-
-    def _restore(self) -> None:
-        """Loads what is to be loaded next, for a small share of a step while others run."""
-        waiting = [stream for stream in self.running.values() if stream.loading]
-        alone = len(waiting) == len(self.running)
-        until = time.perf_counter() + (self._pace.idle_step if alone else MOVING * self._seconds)
-        for stream in waiting:
-            while stream.loading and stream.held.fetch(wait=alone and stream is waiting[0]) and stream.held.restore():
+    def _load(self) -> None:
+        """Loads the blocks that come next, for a small share of a step while others run."""
+        loading = [sequence for sequence in self.running.values() if self.kv.loading(sequence.seq)]
+        alone = len(loading) == len(self.running)
+        until = time.perf_counter() + (self._pace.idle_step if alone else MOVE_SHARE * self._seconds)
+        for sequence in loading:
+            while self.kv.loading(sequence.seq):
+                wait = alone and sequence is loading[0]
+                loaded = self.kv.load(sequence.seq, until - time.perf_counter(), wait=wait)
+                if not loaded.tokens:
+                    break
+                sequence.load(*loaded)
                 if time.perf_counter() >= until:
                     return
 
-    def _plan(self) -> Plan:
-        streams = sum(stream.behind == 1 for stream in self.running.values())
-        decoding = streams + sum(len(stream.draft) for stream in self.running.values())
-        readers = (len(self.running) - streams) / max(1, streams)
-        prompt_rows = self.cost.prompt_rows(decoding, *self._pace, self.cells.tree.cells, readers)
-        limits = Limits(self.context.batch.capacity, self.context.outputs, prompt_rows)
-        return scheduler.plan(self._views(), self._room(), limits)
+    # ── plan ──
 
-    def _retract(self, stream: Stream, *, keep: bool = True) -> None:
-        """Takes a stream's slot and lets its cells count as idle if `keep`; it starts again before all others."""
-        self._leave(stream, keep=keep)
-        stream.drafter.pause()
-        self.waiting.put_first(stream)
+    def _plan(self) -> Plan:
+        decoding = self.running.decoding()
+        prefilling = (len(self.running) - len(decoding)) / max(1, len(decoding))
+        shape = self.cost.layout.shape(decoding, self.kv.resident)
+        prompt_rows = self.cost.prompt_rows(shape, *self._pace, prefilling)
+        limits = Limits(self.context.batch.capacity, self.context.outputs, prompt_rows)
+        return scheduler.plan(self.running.views(), self._room(), limits)
+
+    def _room(self) -> Room:
+        return Room(len(self.slots) - len(self.running), self.kv.free, self.kv.evictable)
+
+    def _preempt(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Takes a sequence's slot; its cells count as idle if `keep`. It starts again before all others."""
+        self._leave(sequence, keep=keep)
+        sequence.drafter.pause()
+        self.waiting.put_first(sequence)
         self.counters.retractions += 1
 
-    # ── the decode ──
+    # ── execute ──
 
-    def _decode(self, rows: Sequence[Rows]) -> None:
-        """Decodes `rows`, or what of them finds cells, and settles it.
+    def _execute(self, rows: abc.Sequence[Rows]) -> None:
+        """Decodes `rows`, or what of them finds cells, and processes the logits.
 
         The count of free cells is exact for plain attention; should the model have fewer all the same, idle prefixes
-        leave and the step is tried with less, down to one row. A stream fails only if not even that row fits.
+        are evicted and the step is tried with fewer rows, down to one. A sequence fails only if that finds no cell.
         """
         while True:
-            self.cells.reclaim(sum(part.tokens + part.drafts for part in rows))
-            firsts, cells = self._fill(rows), self.cells.tree.cells
-            counts = scheduler.count(rows, lambda key: self.running[key].behind == 1)
+            self.kv.evict(sum(part.tokens + part.drafts for part in rows))
+            placed = self.running.ordered(rows)
+            firsts, cells = self._fill(placed), self.kv.resident
+            failed = [self.running[part.key] for part in rows]
+            decoding, prompt_rows = self.running.kinds(placed)
+            passes = len(self.cost.layout.passes(self.running.sequence_rows(placed)))
             begun = time.perf_counter()
             try:
-                logits = self.context.decode(partial(self._commit, rows))
+                logits = self.context.decode(partial(self._commit, placed))
             except NoFreeCells:
-                self.cells.reclaim(self.context.cells)
+                self.kv.evict(self.context.cells)
                 if less := scheduler.lessen(rows):
                     rows = less
                     continue
-                self._fail_rows(rows, "the model finds no cells for a single row of it")
+                self._fail_each(failed, "the model finds no cells for a single row of it")
             except Aborted:
-                self._fail_rows(rows, SHUTTING_DOWN)
+                self._fail_each(failed, SHUTTING_DOWN)
             except NativeFault as error:
-                self._fail_rows(rows, f"the step failed: {error}")
+                self._fail_each(failed, f"the step failed: {error}")
             else:
                 self._seconds = time.perf_counter() - begun
-                self._chooser.saw(*counts, cells, self._seconds)
-                self.counters.decoded(sum(counts), self.context.ubatch, self._seconds)
-                self._settle(rows, firsts, logits)
+                self._chooser.saw(decoding, prompt_rows, cells, self._seconds)
+                self.counters.decoded(passes, self._seconds)
+                self._process(placed, firsts, logits)
             return
 
-    def _fill(self, plan: Iterable[Rows]) -> list[int]:
-        """Writes the batch and makes the masks; for each stream the index of its first row of logits."""
+    def _fill(self, rows: abc.Iterable[Rows]) -> list[int]:
+        """Writes the batch and starts the masks; for each sequence the index of its first row of logits."""
         self.context.batch.clear()
-        self._masks.begin([want for rows in plan if (want := self.running[rows.key].want(rows)) is not None])
-        return [self.running[rows.key].fill(self.context.batch, rows) for rows in plan]
+        self._masks.begin([want for part in rows if (want := self.running[part.key].want(part)) is not None])
+        return [self.running[part.key].fill(self.context.batch, part) for part in rows]
 
-    def _fail_rows(self, plan: Iterable[Rows], reason: str) -> None:
-        for rows in plan:
-            self._fail(self.running[rows.key], EngineFault(reason))
-
-    def _commit(self, plan: Iterable[Rows]) -> None:
-        """Takes the known tokens of `plan` as computed, which a GPU may still be doing."""
-        for rows in plan:
-            stream = self.running[rows.key]
-            stream.commit(rows.tokens)
-            if stream.behind:
+    def _commit(self, rows: abc.Iterable[Rows]) -> None:
+        """Counts the known tokens of `rows` as computed, which a GPU may still be doing."""
+        for part in rows:
+            sequence = self.running[part.key]
+            self.kv.commit(sequence.seq, sequence.commit(part.tokens))
+            if sequence.num_uncomputed:
                 continue
-            if cached := stream.has_read():
+            if cached := sequence.prompt_done():
                 self.counters.cached_tokens += cached
                 self.counters.hits += 1
-            self.waiting.unpromise(stream)
-        self.cells.age()
+            self.waiting.prefilled(sequence)
+        self.kv.step()
 
-    def _settle(self, plan: Iterable[Rows], firsts: Iterable[int], logits: Logits) -> None:
+    # ── process ──
+
+    def _process(self, rows: abc.Iterable[Rows], firsts: abc.Iterable[int], logits: Logits) -> None:
         now = time.perf_counter()
-        for rows, first in zip(plan, firsts, strict=True):
-            stream = self.running[rows.key]
-            self._outbox.reading(stream.key, stream.reading)
-            if stream.behind:
-                continue
-            self._emit(stream, logits[first : first + rows.drafts + 1], now)
+        for part, first in zip(rows, firsts, strict=True):
+            sequence = self.running[part.key]
+            self._outbox.reading(sequence.key, sequence.reading)
+            if not sequence.num_uncomputed:
+                self._emit(sequence, logits[first : first + part.drafts + 1], now)
 
-    def _emit(self, stream: Stream, rows: Logits, now: float) -> None:
-        """Picks the stream's next tokens, keeps the cells of those that the draft had right, and tells its reader."""
-        if (reason := stream.done_reading) is not None:
-            self._finish(stream, reason)
+    def _emit(self, sequence: Sequence, rows: Logits, now: float) -> None:
+        """Picks the sequence's next tokens, keeps the cells of accepted drafts, rolls back the others, and reports."""
+        if (reason := sequence.done_reading) is not None:
+            self._finish(sequence, reason)
             return
-        lease = stream.held
-        drafts = len(rows) - 1
-        verdict = verify(stream, stream.draft[:drafts], rows, self._masks.of(stream.key))
+        drafts, draft = len(rows) - 1, sequence.draft
+        verdict = verify(sequence, draft[:drafts], rows, self._masks.of(sequence.key))
         if verdict.ids:
-            self.counters.emitted(len(verdict.ids), stream.tick(now), now - stream.submitted)
+            self.counters.emitted(len(verdict.ids), sequence.tick(now), now - sequence.submitted)
         if verdict.shown:
-            self._outbox.tokens(stream.key, verdict.shown, verdict.logprobs)
+            self._outbox.tokens(sequence.key, verdict.shown, verdict.logprobs)
         if verdict.error is not None:
-            self._fail(stream, verdict.error)
+            self._fail(sequence, verdict.error)
             return
         assert verdict.ids, "a verified row commits a token"
-        intact = True
-        if drafts:
-            lease.commit(stream.draft[: verdict.accepted])
-            if verdict.accepted < drafts:
-                intact = lease.roll_back()
-            self.counters.drafted_tokens += drafts
-            self.counters.accepted_tokens += verdict.accepted
+        intact = self._keep_accepted(sequence, drafts, verdict.accepted)
         made = self._chooser.verified(drafts, verdict.accepted)
-        stream.drafter.observe(stream.tokens, verdict.ids, made)
-        stream.draft = ()
+        sequence.drafter.observe(sequence.tokens, verdict.ids, made)
+        sequence.draft = ()
         if verdict.reason is not None:
-            self._finish(stream, verdict.reason)
-        elif stream.full:
-            self._retract(stream)
-            stream.drafter.shift(*stream.forget())
+            self._finish(sequence, verdict.reason)
+        elif sequence.full:
+            self._preempt(sequence)
+            sequence.drafter.shift(*sequence.shift())
         elif not intact:
-            self._retract(stream, keep=False)
+            self._preempt(sequence, keep=False)
+
+    def _keep_accepted(self, sequence: Sequence, drafts: int, accepted: int) -> bool:
+        """Commits the accepted ones of `drafts` drafted tokens, which are in cells, and rolls the others back. False
+        if what is left cannot be continued."""
+        if not drafts:
+            return True
+        self.kv.commit(sequence.seq, sequence.draft[:accepted])
+        sequence.computed += accepted
+        self.counters.drafted_tokens += drafts
+        self.counters.accepted_tokens += accepted
+        return accepted == drafts or self.kv.rollback(sequence.seq)
+
+    # ── draft ──
 
     def _draft(self) -> None:
-        """Asks the speculators for the next step, while the readers already have this one's tokens."""
+        """Asks the proposers for the next step's drafts, while the clients already have this step's tokens."""
         if not self.context.partial:
             return
-        context, count, left = self.context, len(self.running), LEARN
-        most = min(context.outputs - len(self.slots), context.batch.capacity - count, self.cells.free - count)
-        wishes: dict[int, Wish] = {}
-        reading: list[Drafter] = []
-        for stream in self.running.values():
-            left -= stream.drafter.learn(stream.tokens, left)
-            if stream.behind > 1:
-                reading.append(stream.drafter)
-            elif stream.drafter.knows(stream.tokens) and (limit := min(stream.room(), most)) > 0:
-                wishes[stream.key] = Wish(stream.drafter, limit, stream.room())
-        streams = count - len(reading)
-        load = Load(streams, streams, self.cells.tree.cells, max(0, most))
-        drafts = self._drafting.propose([*wishes.values()], reading, load, self._seconds)
+        context, count = self.context, len(self.running)
+        most = min(context.outputs - len(self.slots), context.batch.capacity - count, self.kv.free - count)
+        prefilling = self.running.learn(LEARN)
+        wishes = self.running.wishes(most)
+        decoding = self.running.decoding()
+        load = Load(tuple(decoding), len(decoding), self.kv.resident, max(0, most))
+        drafts = self._drafting.propose([*wishes.values()], prefilling, load, self._seconds)
         for key, draft in zip(wishes, drafts, strict=True):
             self.running[key].draft = draft.tokens
 
-    # ── the end of a stream ──
+    # ── the end of a sequence ──
 
-    def _finish(self, stream: Stream, reason: FinishReason) -> None:
-        self._leave(stream, keep=True)
-        self._end_drafts(stream)
-        self.counters.finished[reason.value] += 1
-        self._outbox.end(stream.key, stream.finished(reason))
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._close(sequence, reason.value, keep=True)
+        self._outbox.end(sequence.key, sequence.finished(reason))
 
-    def _fail(self, stream: Stream, error: EngineError) -> None:
-        self._leave(stream, keep=False)
-        self._end_drafts(stream)
-        self.counters.finished["error"] += 1
-        self._outbox.end(stream.key, Failed(error))
+    def _fail(self, sequence: Sequence, error: EngineError) -> None:
+        self._close(sequence, "error", keep=False)
+        self._outbox.end(sequence.key, Failed(error))
 
-    def _end_drafts(self, stream: Stream) -> None:
-        stream.drafter.end()
-        if stream.admitted is not None:
-            self._drafting.report(stream.drafter)
+    def _close(self, sequence: Sequence, outcome: str, *, keep: bool) -> None:
+        self._leave(sequence, keep=keep)
+        sequence.drafter.end()
+        if sequence.admitted is not None:
+            self._drafting.report(sequence.drafter)
+        self.counters.finished[outcome] += 1
 
-    def _leave(self, stream: Stream, *, keep: bool) -> None:
-        """Takes the stream out of wherever it is; its sequence stays resident if `keep`."""
-        self.slots.leave(stream)
-        stream.leave(keep=keep)
-        self.waiting.unpromise(stream)
-        if self.running.pop(stream.key, None) is None:
-            self.waiting.discard(stream)
-
-    def _gauge(self) -> None:
-        counters, cells = self.counters, self.cells
-        counters.running, counters.waiting = len(self.running), len(self.waiting)
-        counters.cells_used, counters.cells_idle = cells.tree.cells, cells.kept
-        counters.saved_tokens, counters.restored_tokens = cells.saved, cells.restored
-        if cells.store is not None:
-            counters.ram_bytes, counters.disk_bytes = cells.store.ram.bytes, cells.store.disk.bytes
+    def _leave(self, sequence: Sequence, *, keep: bool) -> None:
+        """Takes the sequence out of its slot or the queue; its cells stay resident if `keep`."""
+        self.slots.leave(sequence)
+        self.running.pop(sequence.key, None)
+        self.waiting.discard(sequence)
+        if sequence.allocation is not None:
+            self.kv.release(sequence.seq, keep=keep)
+            sequence.stop()

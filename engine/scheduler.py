@@ -1,63 +1,78 @@
-"""Who may run and which rows the next step holds. Pure policy: values in, values out; no tokens, no clock.
+"""Which requests start, and which rows the next step has. Pure policy: values in, values out; no tokens, no clock.
 
-There are no phases. A stream is only more or less *behind*: its known tokens minus its computed ones. One token
-behind, it decodes, and may have drafts verified with it; further behind, it reads its prompt, or reads again what
-it had before it was retracted. When cells run out, drafts go first, then idle prefixes, then the newest stream.
+There are no phases. A sequence only has more or fewer *uncomputed* tokens: known tokens that are not in cells. With one
+it decodes, and may have drafts verified with it; with more it is prefilled, or recomputes what it had before it was
+preempted. When cells run out, drafts go first, then idle prefixes, then the newest sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from msgspec import Struct
 
-HOLD_BACK = 32
-"""A shared prefix of fewer tokens than this is not worth the wait for another's rows."""
-HEADROOM = 16
-"""Cells kept free for each running stream when another is admitted, so that it is not retracted at once."""
+# A prefix in flight of fewer tokens than this is not worth holding a request for.
+HOLD_TOKENS = 32
+# Cells kept free for each running sequence when another is admitted, so that it is not preempted at once.
+HEADROOM_CELLS = 16
+# Tokens at the end of a prompt that are computed again when the prompt comes back, where only whole states are saved:
+# the last token always is, and templates often end with some that the next turn spells otherwise.
+TAIL_TOKENS = 4
 
 
-class StreamView(Struct, frozen=True):
-    """What the policy may know of a running stream: counts in tokens. Streams are listed oldest first."""
+class SequenceView(Struct, frozen=True):
+    """What the policy sees of a running sequence: counts in tokens. Sequences are listed oldest first."""
 
     key: int
     known: int
     computed: int
     drafts: int = 0
-    alone: int = 0
-    """Cells that nobody else holds."""
-    coming: int = 0
-    """Known tokens that cannot be computed yet, as others before them are to be loaded first."""
+    exclusive: int = 0
+    """Cells that no other sequence holds."""
+    blocked: int = 0
+    """Known tokens that cannot be computed yet, as blocks before them are to be loaded first."""
+    waited: float = 0.0
+    """Seconds since the request was submitted."""
 
     @property
-    def behind(self) -> int:
+    def num_uncomputed(self) -> int:
         """Tokens to compute or load before the next can be picked."""
         return self.known - self.computed
 
     @property
     def ready(self) -> int:
         """Tokens that can be computed now."""
-        return self.behind - self.coming
+        return self.num_uncomputed - self.blocked
+
+
+class InFlight(Struct, frozen=True):
+    """A prefix that a running sequence has or will have in cells."""
+
+    key: int
+    """The sequence."""
+    length: int
+    can_save: bool = True
+    """False if the prefix cannot be shared because only whole states can, and this one will not be saved."""
 
 
 class WaitingView(Struct, frozen=True):
-    """What the policy may know of a waiting request, in tokens. The first to come is listed first."""
+    """What the policy sees of a waiting request, in tokens. Requests are listed in the order of their arrival."""
 
     key: int
     known: int
     resident: int
-    """Longest prefix of it that could be shared now."""
+    """Longest prefix that could be shared now."""
     idle: int
-    """The part of that which no running stream holds."""
-    promised: int
-    """Longest prefix of it that a running stream holds or will have computed once its prompt is read."""
+    """The part of that which no running sequence holds."""
     reach: int = 0
-    """Longest prefix of it that needs no computing now: resident, or to be loaded."""
+    """Longest prefix that needs no computing now: resident, or to be loaded."""
+    in_flight: InFlight | None = None
+    """The longest prefix that a sequence being prefilled will have, if there is one."""
 
 
 class Room(Struct, frozen=True):
-    """What is left to give: slots, free cells, and cells that idle prefixes would free."""
+    """What is left: slots, free cells, and cells that evicting idle prefixes would free."""
 
     slots: int
     free: int
@@ -65,7 +80,7 @@ class Room(Struct, frozen=True):
 
 
 class Limits(Struct, frozen=True):
-    """What one step may hold."""
+    """The most that one step may have."""
 
     rows: int
     outputs: int
@@ -73,69 +88,85 @@ class Limits(Struct, frozen=True):
 
 
 class Rows(Struct, frozen=True):
-    """A stream's part of a step: `tokens` known ones, then `drafts` guessed ones."""
+    """A sequence's part of a step: `tokens` known ones, then `drafts` drafted ones."""
 
     key: int
     tokens: int
     drafts: int = 0
 
 
-class Counts(NamedTuple):
-    """The rows of a step: a token each of so many streams, drafted ones, those of prompts."""
+class Hold(NamedTuple):
+    """A request that is held until the sequence `on` has `length` tokens in cells, to share them."""
 
-    streams: int
-    drafts: int
-    prompt_rows: int
+    key: int
+    on: int
+    length: int
+
+
+class Admission(Struct, frozen=True):
+    """The request that starts now, if any, and the requests that are held from now on."""
+
+    start: int | None
+    holds: tuple[Hold, ...] = ()
 
 
 class Plan(Struct, frozen=True):
-    """One step: who is retracted before it, oldest last, and the rows of the others."""
+    """One step: the sequences preempted before it, newest first, and the rows of the others."""
 
     rows: tuple[Rows, ...]
-    retract: tuple[int, ...] = ()
+    preempt: tuple[int, ...] = ()
 
 
-def admit(waiting: Iterable[WaitingView], running: Sequence[StreamView], room: Room) -> int | None:
-    """The first request that may start now, if any: only one, as each changes what the next would find.
+def admit(waiting: Iterable[WaitingView], running: Sequence[SequenceView], room: Room) -> Admission:
+    """The first request that can start now: only one, as each start changes what the next would match.
 
-    First come, first served, with one exception: a request whose prefix is being computed for another waits for
-    those rows, and lets others pass. A request starts when its prompt fits beside what the running streams still
-    have to read; if none runs, any request starts.
+    First come, first served, with one exception: a request whose prefix is in flight is held until those rows are
+    computed, and lets others pass. A request starts when its prompt fits beside what the running sequences still have
+    to compute; if nothing runs, any request starts.
     """
     if not room.slots:
-        return None
-    reserved = sum(view.behind + HEADROOM for view in running)
+        return Admission(None)
+    reserved = sum(view.num_uncomputed + HEADROOM_CELLS for view in running)
+    holds: list[Hold] = []
     for view in waiting:
-        if running and view.promised >= max(view.resident, view.reach) + HOLD_BACK:
+        if running and view.in_flight is not None and _worth_holding(view, view.in_flight):
+            holds.append(Hold(view.key, view.in_flight.key, view.in_flight.length))
             continue
-        need = view.known - view.resident + HEADROOM
-        if not running or need + reserved <= room.free + room.idle - view.idle:
-            return view.key
-        return None
-    return None
+        need = view.known - view.resident + HEADROOM_CELLS
+        fits = not running or need + reserved <= room.free + room.idle - view.idle
+        return Admission(view.key if fits else None, tuple(holds))
+    return Admission(None, tuple(holds))
 
 
-def plan(running: Sequence[StreamView], room: Room, limits: Limits) -> Plan:
-    """The next step's rows: each decoding stream's next token, then drafts, then prompts.
+def _worth_holding(view: WaitingView, in_flight: InFlight) -> bool:
+    return in_flight.can_save and in_flight.length >= max(view.resident, view.reach) + HOLD_TOKENS
 
-    Somebody always gets a row: while cells do not suffice, the newest stream is retracted and its cells count as
+
+def save_points(tokens: int, *, divisible: bool) -> tuple[int, ...]:
+    """The lengths at which a prompt of `tokens` is saved while it is prefilled, where only whole states are: shortly
+    before its end, from where the next turn can continue."""
+    return () if divisible or tokens <= HOLD_TOKENS else (tokens - TAIL_TOKENS,)
+
+
+def plan(running: Sequence[SequenceView], room: Room, limits: Limits) -> Plan:
+    """The next step's rows: each decoding sequence's next token, then drafts, then prompts.
+
+    At least one sequence always gets a row: while cells do not suffice, the newest is preempted and its cells count as
     idle; the last one left always fits, as no request is longer than the cells.
     """
-    streams, retract = list(running), []
+    sequences, preempt = list(running), []
     cells = room.free + room.idle
-    while len(streams) > 1 and not _fits(streams, cells):
-        newest = streams.pop()
-        retract.append(newest.key)
-        cells += newest.alone
-    rows = _rows(streams, cells, room.free if not retract else 0, limits)
-    return Plan(tuple(rows), tuple(retract))
+    while len(sequences) > 1 and not _fits(sequences, cells):
+        newest = sequences.pop()
+        preempt.append(newest.key)
+        cells += newest.exclusive
+    rows = _rows(sequences, cells, room.free if not preempt else 0, limits)
+    return Plan(tuple(rows), tuple(preempt))
 
 
 def lessen(rows: Sequence[Rows]) -> tuple[Rows, ...]:
-    """Less than `rows`: without drafts; if there are none, half of each prompt; if nobody reads, the older half.
-
-    A single row becomes nothing.
-    """
+    """Fewer rows than `rows`: without drafts; if there are none, half of each prompt; if there are none, the older
+    half of the sequences. A single row becomes nothing."""
     if any(part.drafts for part in rows):
         return tuple(Rows(part.key, part.tokens) for part in rows)
     if any(part.tokens > 1 for part in rows):
@@ -143,52 +174,41 @@ def lessen(rows: Sequence[Rows]) -> tuple[Rows, ...]:
     return tuple(rows[: len(rows) // 2])
 
 
-def count(rows: Iterable[Rows], decodes: Callable[[int], bool]) -> Counts:
-    """The rows of a step; `decodes` says of a stream's key whether it is only one token behind."""
-    parts = [*rows]
-    streaming = [part for part in parts if decodes(part.key)]
-    drafts = sum(part.drafts for part in streaming)
-    total = sum(part.tokens + part.drafts for part in parts)
-    return Counts(len(streaming), drafts, total - len(streaming) - drafts)
+def _fits(sequences: Sequence[SequenceView], cells: int) -> bool:
+    """True if every decoding sequence gets its row, and a row is left if one is being prefilled."""
+    decoding = sum(view.num_uncomputed == 1 for view in sequences)
+    return decoding + (decoding < len(sequences)) <= cells
 
 
-def _fits(streams: Sequence[StreamView], cells: int) -> bool:
-    """Whether every decoding stream gets its row, and a row is left if somebody reads a prompt."""
-    decoding = sum(view.behind == 1 for view in streams)
-    return decoding + (decoding < len(streams)) <= cells
-
-
-def _rows(streams: Sequence[StreamView], cells: int, free: int, limits: Limits) -> list[Rows]:
-    decoding = [view for view in streams if view.behind == 1]
-    reading = [view for view in streams if view.behind > 1 and view.ready]
-    count, outputs = len(decoding), limits.outputs - len(streams)
+def _rows(sequences: Sequence[SequenceView], cells: int, free: int, limits: Limits) -> list[Rows]:
+    decoding = [view for view in sequences if view.num_uncomputed == 1]
+    prefilling = [view for view in sequences if view.num_uncomputed > 1 and view.ready]
+    count, outputs = len(decoding), limits.outputs - len(sequences)
     drafts = _share(
         [view.drafts for view in decoding],
-        max(0, min(limits.rows - len(streams), outputs, free - len(streams))),
+        max(0, min(limits.rows - len(sequences), outputs, free - len(sequences))),
     )
     count += sum(drafts)
     chunk = min(limits.prompt_rows, limits.rows - count, cells - count)
-    prompts = _read([view.ready for view in reading], max(0, chunk))
     rows = [Rows(view.key, 1, more) for view, more in zip(decoding, drafts, strict=True)]
-    rows += [Rows(view.key, size) for view, size in zip(reading, prompts, strict=True) if size]
+    return rows + _prefill(prefilling, max(0, chunk))
+
+
+def _prefill(sequences: Sequence[SequenceView], total: int) -> list[Rows]:
+    """Splits the rows for prompts: highest response ratio next (Hansen 1971), that is by the time waited per token to
+    compute. Short prompts pass long ones, prompts of equal length finish in the order of their arrival, and a long one
+    gains weight as it waits."""
+    rows: list[Rows] = []
+    for view in sorted(sequences, key=lambda view: -view.waited / view.num_uncomputed):
+        if size := min(view.ready, total):
+            rows.append(Rows(view.key, size))
+            total -= size
     return rows
 
 
-def _read(wants: Sequence[int], total: int) -> list[int]:
-    """Splits the rows for prompts: half of them evenly, so that none stands still; with the others those are finished
-    that lack least, so that most begin soon."""
-    given = _share(wants, (total + 1) // 2)
-    left = total - sum(given)
-    for i in sorted(range(len(wants)), key=lambda i: wants[i] - given[i]):
-        more = min(wants[i] - given[i], left)
-        given[i] += more
-        left -= more
-    return given
-
-
 def _share(wants: Sequence[int], total: int) -> list[int]:
-    """Splits `total` evenly: nobody gets more than it wants, what one leaves goes to the others, and a rest that
-    cannot be split goes to the first ones."""
+    """Splits `total` evenly: no part exceeds its want, what one leaves goes to the others, and a rest that cannot be
+    split goes to the first ones."""
     given = [0] * len(wants)
     open_ = [i for i, want in enumerate(wants) if want]
     while total and open_:

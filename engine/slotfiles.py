@@ -1,6 +1,6 @@
-"""Saves, restores and erases what a slot ran last: states on the engine thread, files on a worker.
+"""Saves, restores and erases what a slot ran last: states on the engine thread, files on a worker thread.
 
-Between two steps only so much is moved that streams hardly notice.
+Between two steps only so much is moved that the gaps between tokens hardly grow.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from typing import Protocol, TypeVar
 from msgspec import Struct
 
 from engine.contract import EngineFault, RequestRefused
-from engine.memory import transfer
-from engine.memory.textfile import Damaged, Part, Reader, Writer
+from engine.kv.record import Damaged
+from engine.kv.sequence_file import Part, Reader, Writer
+from engine.kv.transfer import Exported
 from engine.runner import Runner
 from engine.slots import NOTHING, Text
 
-GATHERING = 0.01
-"""Seconds for which states are gathered between two steps."""
-PATIENCE = 0.005
-"""Seconds until the engine is asked again for what is being read from disk."""
-AT_ONCE = 2**24
-"""Bytes of states that are read and then given to the engine at a time."""
+# Seconds for which states are gathered between two steps.
+GATHER_SECONDS = 0.01
+# Seconds until the engine is asked again for blocks that are being read from disk.
+RETRY_SECONDS = 0.005
+# Bytes of states that are read from a file and then given to the engine at a time.
+READ_CHUNK_BYTES = 2**24
 
 Answer = TypeVar("Answer")
 
@@ -35,11 +36,11 @@ class Ask(Protocol):
     """`engine.Engine.ask`."""
 
     async def __call__(self, function: Callable[[Runner], Answer], /) -> Answer:
-        """What `function` answers on the engine thread."""
+        """The result of `function` on the engine thread."""
 
 
 class Moved(Struct, frozen=True):
-    """What was saved or restored."""
+    """The size of what was saved or restored."""
 
     tokens: int
     bytes: int
@@ -48,9 +49,11 @@ class Moved(Struct, frozen=True):
 
 
 async def save(ask: Ask, number: int, path: Path, layout: str) -> Moved:
-    """Writes what slot `number` ran last, or runs, as far as it is kept, to `path`, whole or not at all.
+    """Writes the tokens and states of what slot `number` runs or ran last, as far as they are kept, to `path`, whole or
+    not at all.
 
-    `layout` is of the states. Raises RequestRefused if there is nothing, EngineFault if the file cannot be written.
+    `layout` names the format of the states. Raises RequestRefused if there is nothing, EngineFault if the file
+    cannot be written.
     """
     begun = time.perf_counter()
     text, identity = await ask(lambda runner: (runner.slots.text(number), _identity(runner, layout)))
@@ -69,7 +72,7 @@ async def save(ask: Ask, number: int, path: Path, layout: str) -> Moved:
 
 
 async def _gather(ask: Ask, text: Text, file: Writer) -> int:
-    """Writes the parts of `text` that can be had; how many tokens they have."""
+    """Writes the parts of `text` that are kept. Returns their number of tokens."""
     end, more = 0, True
     while more:
         parts, more = await ask(partial(_gathered, text, end))
@@ -77,19 +80,19 @@ async def _gather(ask: Ask, text: Text, file: Writer) -> int:
             await asyncio.to_thread(file.write, parts)
             end = parts[-1].end
         elif more:
-            await asyncio.sleep(PATIENCE)
+            await asyncio.sleep(RETRY_SECONDS)
     return end
 
 
-def _gathered(text: Text, start: int, runner: Runner) -> transfer.Gathered:
-    return transfer.gather(runner.cells, *text, start, GATHERING)
+def _gathered(text: Text, start: int, runner: Runner) -> Exported:
+    return runner.kv.transfer.gather(*text, start, GATHER_SECONDS)
 
 
 async def restore(ask: Ask, number: int, path: Path, layout: str) -> Moved:
-    """Puts the text of a file into the store, and makes it what slot `number` ran last.
+    """Puts the blocks of a file into the offload tiers; slot `number` counts as having run them last.
 
-    Raises RequestRefused, with nothing changed, if the slot is busy, there is no store, or the file is not a whole one
-    of this `layout`; and also if the store has no room for any of it.
+    Raises RequestRefused, with nothing changed, if the slot is busy, there is no offload tier, or the file is not
+    a whole one of this `layout`; and also if the tiers have no room for any of it.
     """
     begun = time.perf_counter()
     identity = await ask(lambda runner: _ready(runner, number, layout))
@@ -110,21 +113,21 @@ async def restore(ask: Ask, number: int, path: Path, layout: str) -> Moved:
 def _ready(runner: Runner, number: int, layout: str) -> str:
     """The identity that a file must have to be restored now."""
     runner.slots.idle(number)
-    if runner.cells.store is None:
+    if not runner.kv.offloads:
         raise RequestRefused("Slots are restored into RAM, of which --cache-ram leaves none here.")
     return _identity(runner, layout)
 
 
 def _open(path: Path, identity: str) -> Reader:
-    if not path.is_file():  # nor a pipe, which would be waited for
+    if not path.is_file():  # a pipe would block
         raise RequestRefused(f"There is no file {path.name!r}.", field="filename")
     return Reader(path, identity)
 
 
 async def _put(ask: Ask, file: Reader) -> Text:
-    """Puts all parts of a file into the store; their text."""
+    """Puts all parts of a file into the offload tiers. Returns their tokens."""
     tokens = array("i")
-    while parts := await asyncio.to_thread(file.read, AT_ONCE):
+    while parts := await asyncio.to_thread(file.read, READ_CHUNK_BYTES):
         if not _continue(parts, len(tokens)):
             raise Damaged("its parts do not continue each other")
         for part in parts:
@@ -134,7 +137,7 @@ async def _put(ask: Ask, file: Reader) -> Text:
 
 
 def _kept(text: Text, parts: list[Part], runner: Runner) -> None:
-    transfer.put(runner.cells, *text, parts)
+    runner.kv.transfer.put(*text, parts)
 
 
 def _continue(parts: list[Part], start: int) -> bool:
@@ -143,7 +146,7 @@ def _continue(parts: list[Part], start: int) -> bool:
 
 
 def _remember(runner: Runner, number: int, text: Text) -> int:
-    tokens = transfer.known(runner.cells, *text)
+    tokens = runner.kv.transfer.known(*text)
     if not tokens:
         raise RequestRefused("There is no room for any of it: serve with a larger --cache-ram.")
     runner.slots.remember(number, Text(text.tokens[:tokens], text.salt))
@@ -151,7 +154,7 @@ def _remember(runner: Runner, number: int, text: Text) -> int:
 
 
 async def erase(ask: Ask, number: int) -> int:
-    """Forgets what slot `number` ran last as far as no other text begins so; tokens that are known no more.
+    """Drops what slot `number` ran last as far as no other sequence begins so. Returns the number of tokens dropped.
 
     Raises RequestRefused if the slot is busy.
     """
@@ -160,11 +163,10 @@ async def erase(ask: Ask, number: int) -> int:
 
 def _erase(runner: Runner, number: int) -> int:
     text = runner.slots.idle(number).last
-    running = {stream.held.seq for stream in runner.running.values()}
-    erased = transfer.erase(runner.cells, *text, running)
+    erased = runner.kv.transfer.erase(*text)
     runner.slots.remember(number, NOTHING)
     return erased
 
 
 def _identity(runner: Runner, layout: str) -> str:
-    return f"{layout} {'pieces' if runner.context.partial else 'whole'}"
+    return f"{layout} {'blocks' if runner.context.divisible else 'whole'}"

@@ -1,4 +1,4 @@
-"""Who runs in which slot, and what each slot ran last."""
+"""The sequence that runs in each slot, and what each slot ran last."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 from msgspec import Struct, structs
 
 from engine.contract import Drafts, RequestRefused, SamplingParams
-from engine.streams import Stream
+from engine.sequence import Sequence
 
 
 class Text(NamedTuple):
-    """Tokens of one namespace. Nobody changes them."""
+    """Tokens of one namespace; never changed."""
 
     tokens: array[int]
     salt: str
@@ -23,91 +23,91 @@ NOTHING = Text(array("i"), "")
 
 
 class Ran(Struct, frozen=True):
-    """A request as of a moment, in tokens; nothing of its text."""
+    """A snapshot of a request, in tokens, without its text."""
 
     key: int
-    """The engine's number of it."""
+    """The engine's number of the request."""
     prompt: int
     cached: int
-    """Of the prompt, those that needed no computing."""
+    """Tokens of the prompt that needed no computing."""
     processed: int
-    """Of the prompt, those that were computed so far."""
+    """Tokens of the prompt that were computed so far."""
     emitted: int
     most: int | None
-    """How many it may emit; None if it may fill its context."""
+    """Tokens that it may emit; None if it may fill its context."""
     sampling: SamplingParams
-    """What was asked for, with the seed that is used."""
+    """The request's parameters, with the seed in use."""
     min_tokens: int
     ignore_eos: bool
     guessers: tuple[str, ...]
-    """The types that guess for it."""
+    """The types of its proposers."""
     draft: int
-    """The draft that the next step verifies."""
+    """Length of the draft that the next step verifies."""
     drafts: tuple[Drafts, ...]
-    """What became of earlier ones, by type."""
+    """Counts of earlier drafts, by type."""
 
     @classmethod
-    def of(cls, stream: Stream) -> Ran:
-        """The request of `stream`, which runs."""
-        request, length = stream.request, stream.held.length
-        read = stream.prompt_length if stream.first_token is not None else min(length, stream.prompt_length)
+    def of(cls, sequence: Sequence) -> Ran:
+        """The snapshot of a running sequence."""
+        request, length = sequence.request, sequence.computed
+        read = sequence.prompt_length if sequence.first_token is not None else min(length, sequence.prompt_length)
         return cls(
-            stream.key,
-            stream.prompt_length,
-            stream.found,
-            max(0, read - stream.found),
-            stream.emitted,
+            sequence.key,
+            sequence.prompt_length,
+            sequence.found,
+            max(0, read - sequence.found),
+            sequence.emitted,
             request.max_tokens,
-            structs.replace(request.sampling, seed=stream.seed, logit_bias=()),
+            structs.replace(request.sampling, seed=sequence.seed, logit_bias=()),
             request.min_tokens,
             request.ignore_eos,
-            tuple(stream.drafter.types),
-            len(stream.draft),
-            stream.drafter.drafts,
+            tuple(sequence.drafter.types),
+            len(sequence.draft),
+            sequence.drafter.drafts,
         )
 
 
 class SlotState(Struct, frozen=True):
-    """A slot as of a moment."""
+    """A snapshot of a slot."""
 
     number: int
     busy: bool
     tokens: int
-    """Computed tokens of the request that runs, or of what the slot ran last."""
+    """Tokens in cells of the running request, or of the last one."""
     ran: Ran | None
-    """The request that runs, or the last one; None if there was none."""
+    """The running request, or the last one; None if there was none."""
 
 
 class Slot:
-    """A place to run. It knows what ran there last."""
+    """A slot, with what it ran last."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.stream: Stream | None = None
-        """Who runs there."""
+        self.sequence: Sequence | None = None
+        """The running sequence."""
         self.last = NOTHING
-        """What was computed of the last one."""
+        """The computed tokens of the last sequence."""
         self._ran: Ran | None = None
 
     @property
     def text(self) -> Text:
-        """What is computed of the request that runs, or was of the last one."""
-        if self.stream is None:
+        """The computed tokens of the running sequence, or of the last one."""
+        if self.sequence is None:
             return self.last
-        return Text(self.stream.tokens[: self.stream.held.length], self.stream.request.salt)
+        return Text(self.sequence.tokens[: self.sequence.computed], self.sequence.request.salt)
 
     @property
     def state(self) -> SlotState:
-        """As of now."""
-        if self.stream is not None:
-            return SlotState(self.number, True, self.stream.held.length, Ran.of(self.stream))
+        """The snapshot as of now."""
+        if self.sequence is not None:
+            return SlotState(self.number, True, self.sequence.computed, Ran.of(self.sequence))
         return SlotState(self.number, False, len(self.last.tokens), self._ran)
 
     def leave(self) -> None:
-        """Its stream, which still has its lease, runs no more."""
-        assert self.stream is not None, "somebody runs"
-        self.last, self._ran = self.text, structs.replace(Ran.of(self.stream), draft=0)
-        self.stream = None
+        """Its sequence, which still has its allocation, leaves the slot."""
+        assert self.sequence is not None, "a sequence runs"
+        self.last, self._ran = self.text, structs.replace(Ran.of(self.sequence), draft=0)
+        self.sequence = None
 
 
 class Slots:
@@ -121,38 +121,38 @@ class Slots:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def take(self, stream: Stream) -> None:
-        """Gives `stream`, which has just got its lease, the lowest free slot. There is one."""
-        slot = self._taken[stream.key] = self._slots[heappop(self._free)]
-        slot.stream = stream
+    def take(self, sequence: Sequence) -> None:
+        """Gives `sequence`, which has just got its allocation, the lowest free slot. There is one."""
+        slot = self._taken[sequence.key] = self._slots[heappop(self._free)]
+        slot.sequence = sequence
 
-    def leave(self, stream: Stream) -> None:
-        """Frees the slot of `stream`, which still has its lease; one that waits has none."""
-        slot = self._taken.pop(stream.key, None)
+    def leave(self, sequence: Sequence) -> None:
+        """Frees the slot of `sequence`, which still has its allocation; a waiting one has none."""
+        slot = self._taken.pop(sequence.key, None)
         if slot is not None:
             slot.leave()
             heappush(self._free, slot.number)
 
     def states(self) -> tuple[SlotState, ...]:
-        """All, as of now."""
+        """Snapshots of all slots."""
         return tuple(slot.state for slot in self._slots)
 
     def text(self, number: int) -> Text:
-        """What is computed of what the slot runs or ran last. Raises RequestRefused if that is nothing."""
+        """The computed tokens of what the slot runs or ran last. Raises RequestRefused if there are none."""
         text = self._slot(number).text
         if not text.tokens:
             raise RequestRefused(f"Slot {number} has run nothing yet, or what it ran was erased.", field="id_slot")
         return text
 
     def idle(self, number: int) -> Slot:
-        """The slot. Raises RequestRefused if somebody runs there."""
+        """The slot. Raises RequestRefused if a sequence runs there."""
         slot = self._slot(number)
-        if slot.stream is not None:
+        if slot.sequence is not None:
             raise RequestRefused(f"Slot {number} is busy: try again when its request has ended.", field="id_slot")
         return slot
 
     def remember(self, number: int, text: Text) -> None:
-        """`text` counts as what the slot ran last, unless somebody runs there by now."""
+        """`text` counts as what the slot ran last, unless a sequence runs there by now."""
         self._slot(number).last = text
 
     def _slot(self, number: int) -> Slot:

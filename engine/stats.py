@@ -8,6 +8,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from engine.contract import Drafts
+from engine.kv import KVStats
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the histograms' buckets."""
@@ -27,7 +28,7 @@ class Histogram(Struct, frozen=True):
 class Stats(Struct, frozen=True):
     """A snapshot. Counts and seconds grow from the start; `running` and what follows it are as of the last step.
 
-    `native_passes` are passes over the weights as one stream of cells takes them: rows / ubatch of each step.
+    `native_passes` is the number of passes over the weights, as the library splits the rows of each step.
     """
 
     requests_finished: dict[str, int]
@@ -127,11 +128,18 @@ class Counters:
         else:
             self.gap.add(gap)
 
-    def decoded(self, rows: int, ubatch: int, seconds: float) -> None:
-        """A decode of so many rows took so long."""
+    def decoded(self, passes: int, seconds: float) -> None:
+        """Records a decode that took `passes` passes and `seconds`."""
         self.steps += 1
-        self.native_passes += -(-rows // ubatch)
+        self.native_passes += passes
         self.native_seconds += seconds
+
+    def gauge(self, running: int, waiting: int, kv: KVStats) -> None:
+        """Sets what is as of now."""
+        self.running, self.waiting = running, waiting
+        self.cells_used, self.cells_idle = kv.used, kv.idle
+        self.saved_tokens, self.restored_tokens = kv.saved_tokens, kv.restored_tokens
+        self.ram_bytes, self.disk_bytes = kv.ram_bytes, kv.disk_bytes
 
     def snapshot(self) -> Stats:
         """The counts now. Read while the engine goes on, two of them may be a step apart."""

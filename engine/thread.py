@@ -14,21 +14,53 @@ from contextlib import ExitStack
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
-from engine.backend import Backend, Progress
+from msgspec import Struct
+
+from engine.backend import Backend, Context, ModelInfo, Progress
 from engine.config import EngineConfig, processor
-from engine.contract import SPECULATOR_TYPES, EngineError, EngineFault
-from engine.memory import Store, open_store
+from engine.contract import SPECULATOR_TYPES, EngineError, EngineFault, FinishReason, Request
+from engine.kv import Offload, open_offload
 from engine.outbox import News, Outbox
-from engine.pace import Measured, Pace, StepCost, calibrate, keep, kept, warm_up
+from engine.pace import Layout, Measured, Pace, StepCost, calibrate, keep, kept, warm_up
 from engine.runner import SHUTTING_DOWN, Runner
+from engine.sequence import Sequence
 from engine.sim import open_sim, speculators
 from engine.speculate import Drafting, DraftModel, Shared, Speculate, difference
 
 log = logging.getLogger("paceline.speculation")
 
 Answer = TypeVar("Answer")
-Command = Callable[[Runner], None]
-"""Runs on the engine thread between two steps."""
+
+
+class Submit(Struct, frozen=True):
+    """A new request."""
+
+    key: int
+    request: Request
+    seed: int
+
+
+class Cancel(Struct, frozen=True):
+    """Ends a request, running or waiting; no effect on one that ended."""
+
+    key: int
+    reason: FinishReason
+
+
+class FailAll(Struct, frozen=True):
+    """Ends every request with an EngineFault."""
+
+    message: str
+
+
+class Query(Struct, frozen=True):
+    """Runs `function` between two steps; `answer` gets its result on the event loop."""
+
+    function: Callable[[Runner], Any]
+    answer: asyncio.Future[Any]
+
+
+Command = Submit | Cancel | FailAll | Query
 Opener = Callable[[EngineConfig, Progress, Callable[[], bool]], Backend]
 """Opens a model on the engine thread, told of its progress and asked whether to go on; raises EngineError."""
 
@@ -48,21 +80,27 @@ def calibrated(config: EngineConfig, backend: Backend, *, anew: bool = False) ->
     model, info = config.model, backend.info
     settings = f"{model.threads} {model.threads_batch} {config.batch.ubatch} {backend.context.outputs}"
     settings += f" {model.gpu_layers} {model.device} {model.split_mode} {model.tensor_split} {model.main_gpu}"
-    key = f"{info.layout} {info.device} {settings} {processor()}"
+    layout = Layout.of(backend.context)
+    key = f"{info.layout} {info.device} {settings} {layout} {backend.context.sequences} {processor()}"
     measured = None if anew else kept(key)
     if measured is None:
         keep(key, measured := calibrate(backend.context))
     return measured
 
 
-class Reader(NamedTuple):
-    """Who hears of the thread, on the event loop."""
+def request_limit(context: Context, info: ModelInfo) -> int:
+    """Tokens that one request may have, prompt and output together."""
+    return min(context.sequence_cells, info.trained_context or 2**30)
+
+
+class Listener(NamedTuple):
+    """Receives what the thread reports, on the event loop."""
 
     progress: Progress
     deliver: Callable[[list[News]], None]
-    """Takes what a step has to tell."""
+    """Takes the outputs of a step."""
     die: Callable[[EngineFault], None]
-    """Told why the thread serves nothing more."""
+    """Takes the reason for which the thread serves nothing more."""
 
 
 class Opened(NamedTuple):
@@ -78,11 +116,11 @@ class Opened(NamedTuple):
 class EngineThread:
     """The thread, as the event loop that made it sees it."""
 
-    def __init__(self, config: EngineConfig, opener: Opener, speculate: Speculate | None, reader: Reader) -> None:
+    def __init__(self, config: EngineConfig, opener: Opener, speculate: Speculate | None, listener: Listener) -> None:
         self._config = config
         self._opener = opener
         self._speculate = speculate
-        self._reader = reader
+        self._listener = listener
         self._loop = asyncio.get_running_loop()
         self.inbox: SimpleQueue[Command | None] = SimpleQueue()
         self._opened: asyncio.Future[Opened] = self._loop.create_future()
@@ -122,7 +160,7 @@ class EngineThread:
             raise EngineFault(self._end, fatal=True)
         answer: asyncio.Future[Answer] = self._loop.create_future()
         self._asked.add(answer)
-        self.inbox.put(lambda runner: self._answer(runner, function, answer))
+        self.inbox.put(Query(function, answer))
         try:
             return await answer
         finally:
@@ -135,13 +173,35 @@ class EngineThread:
 
     def _die(self, fault: EngineFault) -> None:
         self._answer_nobody(str(fault))
-        self._reader.die(fault)
+        self._listener.die(fault)
 
     # ── on the engine thread ──
 
     def _call_soon(self, function: Callable[..., None], *arguments: object) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _carry_out(self, runner: Runner, command: Command) -> None:
+        match command:
+            case Submit(key, request, seed):
+                try:
+                    sequence = self._sequence(runner, key, request, seed)
+                except Exception as error:  # of the library that follows grammars
+                    runner.reject(key, EngineFault(f"the request cannot start: {error}"))
+                else:
+                    runner.submit(sequence)
+            case Cancel(key, reason):
+                runner.end(key, reason)
+            case FailAll(message):
+                runner.fail_all(message)
+            case Query(function, answer):
+                self._answer(runner, function, answer)
+
+    def _sequence(self, runner: Runner, key: int, request: Request, seed: int) -> Sequence:
+        batch, info = self._config.batch, runner.backend.info
+        limit = request_limit(runner.context, info)
+        keep = batch.keep if batch.context_shift else None
+        return Sequence(key, request, seed, runner.backend.vocab, limit, keep)
 
     def _answer(self, runner: Runner, function: Callable[[Runner], Answer], answer: asyncio.Future[Answer]) -> None:
         try:
@@ -156,15 +216,15 @@ class EngineThread:
             try:
                 backend = self._open_model(stack)
                 draft = self._open_draft(backend, stack) if self._config.draft.path else None
-                store = open_store(self._config.memory, backend.info, whole=not backend.context.partial)
+                offload = open_offload(self._config.memory, backend.info, whole=not backend.context.divisible)
             except Exception as error:
                 self._call_soon(_settle, self._opened, None, error)
                 return
-            self._serve_with(backend, draft, store)
+            self._serve_with(backend, draft, offload)
 
     def _open_model(self, stack: ExitStack) -> Backend:
         backend = self._opener(
-            self._config, lambda share: self._call_soon(self._reader.progress, share), self._is_wanted
+            self._config, lambda share: self._call_soon(self._listener.progress, share), self._is_wanted
         )
         stack.callback(backend.close)
         self._backends.append(backend)
@@ -194,9 +254,9 @@ class EngineThread:
         self._silent["draft"] = reason
         log.warning("no drafts from a model: %s", reason)
 
-    def _serve_with(self, backend: Backend, draft: Backend | None, store: Store | None) -> None:
+    def _serve_with(self, backend: Backend, draft: Backend | None, offload: Offload | None) -> None:
         try:
-            runner = self._runner(backend, draft, store)
+            runner = self._runner(backend, draft, offload)
             self._call_soon(_settle, self._opened, Opened(backend, runner, self._silent), None)
             self._run(runner)
             runner.close()
@@ -209,7 +269,7 @@ class EngineThread:
             while not self._closing.is_set() and self.inbox.get() is not None:
                 pass
 
-    def _runner(self, backend: Backend, draft: Backend | None, store: Store | None) -> Runner:
+    def _runner(self, backend: Backend, draft: Backend | None, offload: Offload | None) -> Runner:
         config, batch = self._config, self._config.batch
         pace = Pace(batch.step_ms / 1000, batch.idle_step_ms / 1000)
         cost = self._cost(config, backend)
@@ -220,29 +280,29 @@ class EngineThread:
         shared = Shared(config.speculation, backend.vocab)
         speculate = self._speculate or speculators(config)
         drafting = Drafting(shared, config.speculation, config.draft, model, speculate, cost)
-        outbox = Outbox(self._loop, self._reader.deliver)
-        return Runner(backend, batch.slots, pace, outbox, drafting, store, config.memory.reuse)
+        outbox = Outbox(self._loop, self._listener.deliver)
+        return Runner(backend, batch.slots, pace, outbox, drafting, offload, config.memory.reuse)
 
     def _cost(self, config: EngineConfig, backend: Backend) -> StepCost:
         """What the steps of `backend` cost: measured, now or at an earlier start."""
         if not config.model.warmup:
-            return StepCost()
+            return StepCost(layout=Layout.of(backend.context))
         return warm_up(backend.context, calibrated(config, backend) if config.model.calibrate else None)
 
     def _run(self, runner: Runner) -> None:
         """Steps until told to stop; sleeps when there is nothing to step."""
         while True:
             if not runner.busy:
-                runner.rest()
+                runner.check_idle()
             while not runner.busy or not self.inbox.empty():
-                while not runner.busy and self.inbox.empty() and runner.tidy():
+                while not runner.busy and self.inbox.empty() and runner.maintain_idle():
                     pass
                 command = self.inbox.get()
                 if command is None:
                     runner.fail_all(SHUTTING_DOWN)
                     runner.step()
                     return
-                command(runner)
+                self._carry_out(runner, command)
                 if not runner.busy:
                     runner.step()
             runner.step()

@@ -1,8 +1,8 @@
-"""Picks a stream's next tokens from its rows of logits, verifying its draft on the way."""
+"""Picks a sequence's next tokens from its rows of logits and verifies its draft."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 
 from msgspec import Struct
 
@@ -10,35 +10,37 @@ from engine.backend import Logits
 from engine.contract import EngineError, EngineFault, FinishReason, Logprob, RequestRefused
 from engine.grammar import GrammarError, Permits
 from engine.sampling import BadLogits, accept, logprob
-from engine.streams import Stream
+from engine.sequence import Sequence
 
 
-class Verdict(Struct, frozen=True):
-    """What a stream's rows came to: the tokens picked, those to show, and how many were drafted rightly."""
+class VerificationResult(Struct, frozen=True):
+    """The tokens picked from a sequence's rows, those of them to stream, and how many drafted ones were accepted."""
 
-    ids: Sequence[int]
-    shown: Sequence[int]
-    """`ids` without a token that ends the stream."""
-    logprobs: Sequence[Logprob]
+    ids: abc.Sequence[int]
+    shown: abc.Sequence[int]
+    """`ids` without an end token."""
+    logprobs: abc.Sequence[Logprob]
     accepted: int
     reason: FinishReason | None
     error: EngineError | None
-    """Why nothing can follow, if the stream cannot go on."""
+    """Set if the sequence cannot continue."""
 
 
-def verify(stream: Stream, draft: Sequence[int], rows: Logits, permits: Permits | None = None) -> Verdict:
-    """Appends to `stream` the tokens that `rows` emit: one, and one more for each draft token that was right, up to
-    the stream's end. Row j is the one that saw the first j draft tokens, and `permits` tells what it may emit.
+def verify(
+    sequence: Sequence, draft: abc.Sequence[int], rows: Logits, permits: Permits | None = None
+) -> VerificationResult:
+    """Appends to `sequence` the tokens that `rows` emit: one, and one more for each accepted draft token, up to the
+    sequence's end. Row j attended to the first j draft tokens; `permits` gives the mask of each row.
 
-    Where nothing can be picked, or the stream's grammar cannot be followed further, that is the verdict's error; the
-    tokens before it count, as they would have come in steps of their own.
+    If no token can be picked, or the sequence's grammar cannot be followed further, the result has an error; the tokens
+    before it count, as they would have come in steps of their own.
     """
 
     def pick(row: int) -> int:
         permitted = None if permits is None else permits(row)
-        if (token := stream.forced) is not None and (permitted is None or permitted[token]):
+        if (token := sequence.forced) is not None and (permitted is None or permitted[token]):
             return token
-        return stream.sampler.pick(rows[row], stream.tokens, stream.prompt_length, stream.forgotten, permitted)
+        return sequence.sampler.pick(rows[row], sequence.tokens, sequence.prompt_length, sequence.discarded, permitted)
 
     ids: list[int] = []
     logprobs: list[Logprob] = []
@@ -48,9 +50,9 @@ def verify(stream: Stream, draft: Sequence[int], rows: Logits, permits: Permits 
     try:
         for token in accept(draft, pick):
             place = len(ids)
-            reason = stream.append(token)
-            if stream.request.logprobs is not None and stream.stop_token is None:
-                logprobs.append(logprob(rows[place], token, stream.request.logprobs))
+            reason = sequence.append(token)
+            if sequence.request.logprobs is not None and sequence.stop_token is None:
+                logprobs.append(logprob(rows[place], token, sequence.request.logprobs))
             ids.append(token)
             accepted += place < len(draft) and draft[place] == token
             if reason is not None:
@@ -59,5 +61,5 @@ def verify(stream: Stream, draft: Sequence[int], rows: Logits, permits: Permits 
         error = EngineFault(str(fault))
     except GrammarError as refusal:
         error = RequestRefused(f"The text cannot go on in its grammar: {refusal}.")
-    shown = ids if stream.stop_token is None else ids[:-1]
-    return Verdict(ids, shown, logprobs, accepted, reason, error)
+    shown = ids if sequence.stop_token is None else ids[:-1]
+    return VerificationResult(ids, shown, logprobs, accepted, reason, error)

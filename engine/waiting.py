@@ -1,88 +1,87 @@
-"""Who waits for a slot, and whose prompts are being read that others wait for."""
+"""The requests without a slot, and the prefixes in flight that they may share."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
-from engine.memory import Cells, RadixTree
-from engine.scheduler import HOLD_BACK, WaitingView
-from engine.streams import Stream
-
-AGAIN = 4
-"""Tokens at the end of a prompt that are computed again when it comes back, by a model that keeps one state for all of
-a text: the last one always is, and templates often end with some that the next turn spells otherwise."""
+from engine.kv import KVCache, PrefixTree
+from engine.scheduler import Hold, InFlight, WaitingView
+from engine.sequence import Sequence
 
 
 class Waiting:
-    """The streams that wait, the first to come first, and the prompts that running streams have promised to read."""
+    """The waiting sequences in the order of their arrival, preempted ones first. Belongs to the engine thread."""
 
-    def __init__(self, cells: Cells) -> None:
-        self._cells = cells
-        self._queue: deque[Stream] = deque()
-        self._promises = RadixTree()
-        self._readers: dict[int, Stream] = {}
+    def __init__(self, kv: KVCache) -> None:
+        self._kv = kv
+        self._queue: deque[Sequence] = deque()
+        self._holds: dict[int, Hold] = {}
+        self._in_flight = PrefixTree()  # the tokens of the sequences that are being prefilled, by key
 
     def __len__(self) -> int:
         return len(self._queue)
 
-    def __iter__(self) -> Iterator[Stream]:
+    def __iter__(self) -> Iterator[Sequence]:
         return iter(self._queue)
 
-    def put(self, stream: Stream) -> None:
-        """Adds a stream at the end."""
-        self._queue.append(stream)
+    def put(self, sequence: Sequence) -> None:
+        """Adds a sequence at the end."""
+        self._queue.append(sequence)
 
-    def put_first(self, stream: Stream) -> None:
-        """Adds one that was retracted: it starts again before all others."""
-        self._queue.appendleft(stream)
+    def put_first(self, sequence: Sequence) -> None:
+        """Adds a preempted sequence: it starts before all others."""
+        self._queue.appendleft(sequence)
 
-    def get(self, key: int) -> Stream | None:
-        """The stream of that key, if it waits."""
-        return next((stream for stream in self._queue if stream.key == key), None)
+    def get(self, key: int) -> Sequence | None:
+        """The sequence of that key, if it waits."""
+        return next((sequence for sequence in self._queue if sequence.key == key), None)
 
-    def take(self, key: int) -> Stream:
-        """Takes out the stream of that key, which waits."""
-        stream = self.get(key)
-        assert stream is not None, "it waits"
-        self._queue.remove(stream)
-        return stream
+    def discard(self, sequence: Sequence) -> None:
+        """Takes `sequence` out if it waits; its prefix is no longer in flight."""
+        self.prefilled(sequence)
+        self._holds.pop(sequence.key, None)
+        if sequence in self._queue:
+            self._queue.remove(sequence)
 
-    def discard(self, stream: Stream) -> None:
-        """Takes `stream` out if it waits."""
-        if stream in self._queue:
-            self._queue.remove(stream)
+    def hold(self, holds: Iterable[Hold]) -> None:
+        """Holds requests from now on."""
+        for hold in holds:
+            self._holds[hold.key] = hold
 
-    def promise(self, stream: Stream) -> None:
-        """`stream` runs and will have all its tokens in cells soon; if they are more than one."""
-        if stream.behind > 1:
-            self._readers[stream.key] = stream
-            self._promises.begin(stream.key, stream.request.salt)
-            self._promises.extend(stream.key, stream.tokens)
-            if not self._cells.context.partial and len(stream.tokens) > HOLD_BACK:
-                stream.held.stop_at(len(stream.tokens) - AGAIN)
+    # ── prefixes in flight ──
 
-    def unpromise(self, stream: Stream) -> None:
-        """Nobody need wait for the prompt of `stream` any more: it was read, or will not be."""
-        if self._readers.pop(stream.key, None) is not None:
-            self._promises.remove(stream.key)
+    def prefilling(self, sequence: Sequence) -> None:
+        """`sequence` runs and will have all its tokens in cells, if they are more than one."""
+        if sequence.num_uncomputed > 1:
+            self._in_flight.begin(sequence.key, sequence.request.salt)
+            self._in_flight.extend(sequence.key, sequence.tokens)
 
-    def _stopped(self, stream: Stream) -> bool:
-        """Whether what `stream` shares with the prompt that is being read will be saved on the way."""
-        reader = self._readers.get(stream.waits_for)
-        return reader is not None and stream.promised >= HOLD_BACK and reader.held.stop_at(stream.promised)
+    def prefilled(self, sequence: Sequence) -> None:
+        """The tokens of `sequence` are in cells, or will not be. No effect if it is not being prefilled."""
+        if sequence.key in self._in_flight:
+            self._in_flight.remove(sequence.key)
 
-    def views(self) -> Iterator[WaitingView]:
-        """What the policy may know of those who wait, one by one: what is not looked at costs nothing."""
-        return map(self._view, self._queue)
+    # ── views ──
 
-    def _view(self, stream: Stream) -> WaitingView:
-        known, salt = len(stream.tokens), stream.request.salt
-        reader = self._readers.get(stream.waits_for)
-        if reader is not None and reader.held.length < stream.promised:
-            return WaitingView(stream.key, known, 0, 0, stream.promised)
-        found = self._cells.find(stream.tokens, salt)
-        stream.waits_for, stream.promised = self._promises.match(stream.tokens[:-1], salt)
-        if not self._cells.context.partial and not self._stopped(stream):
-            stream.promised = 0
-        return WaitingView(stream.key, known, found.length, found.idle, stream.promised, found.reach)
+    def views(self, running: Mapping[int, Sequence]) -> Iterator[WaitingView]:
+        """What the scheduler sees of the sequences that are not held, one by one: a view that is not asked for costs
+        nothing. A hold ends when its rows are computed or its sequence no longer runs."""
+        for sequence in self._queue:
+            hold = self._holds.get(sequence.key)
+            on = running.get(hold.on) if hold is not None else None
+            if hold is not None and on is not None and on.computed < hold.length:
+                continue
+            if hold is not None:
+                del self._holds[sequence.key]
+                sequence.match = None  # the rows that it was held for are not in its match
+            yield self._view(sequence, running)
+
+    def _view(self, sequence: Sequence, running: Mapping[int, Sequence]) -> WaitingView:
+        tokens, salt = sequence.tokens, sequence.request.salt
+        sequence.match = match = self._kv.match(tokens, salt, sequence.match)
+        key, length = self._in_flight.match(tokens[:-1], salt)
+        in_flight = None
+        if key in running:
+            in_flight = InFlight(key, length, self._kv.can_share_at(running[key].seq, length))
+        return WaitingView(sequence.key, len(tokens), match.length, match.idle, match.reach, in_flight)

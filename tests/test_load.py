@@ -1,7 +1,8 @@
-"""The load tests: what is asked, what is counted, and what the report makes of it."""
+"""The load tests: workloads, figures, ratios, the report, repeatability and the soak test's counts."""
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from bench import bfcl, client, models, report, versus, workloads
+from bench import bfcl, client, models, repeat, report, soak, versus, workloads
 from bench.client import Outcome
 from bench.example import adapted, configuration
 from bench.figures import OUT
@@ -50,6 +51,30 @@ def test_rounds_ask_different_things() -> None:
     first, second = workloads.workload("shared", 3, 8), workloads.workload("shared", 3, 8, skip=3)
     assert first != second
     assert first == workloads.workload("shared", 3, 8)
+
+
+def test_context_prompts_are_deterministic_distinct_and_of_the_length_asked() -> None:
+    asked = workloads.workload("context", 64, 64, prompt_tokens=500)
+    assert asked == workloads.workload("context", 64, 64, prompt_tokens=500)
+    assert asked[40:] == workloads.workload("context", 24, 64, skip=40, prompt_tokens=500)
+    texts = [session[0].body["messages"][0]["content"] for session in asked]
+    assert {len(re.findall(r"\w+|\.", text)) for text in texts} == {500}
+    assert len({text.split()[0] for text in texts}) == len(texts)  # only the template is shared
+    assert {session[0].body["max_tokens"] for session in asked} == {64}
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 11, 12, 13, 1000])
+def test_a_random_text_has_the_number_of_tokens_asked(tokens: int) -> None:
+    words = re.findall(r"\w+|\.", workloads.random_text(7, tokens))
+    assert len(words) == tokens
+    assert set(words) <= {*workloads.COMMON_WORDS, "."}
+
+
+def test_the_first_two_words_differ_for_all_numbers() -> None:
+    numbers = range(2 * len(workloads.COMMON_WORDS))
+    begins = {tuple(workloads.random_text(number, 4).split()[:2]) for number in numbers}
+    assert len(set(workloads.COMMON_WORDS)) == len(workloads.COMMON_WORDS)
+    assert len(begins) == len(numbers)
 
 
 AREA = {
@@ -120,6 +145,22 @@ async def test_calls_count_as_they_come() -> None:
     assert (made.text, made.arrivals) == ("hmf{}", [1.0, 2.0, 3.0])
 
 
+async def test_terminal_events_tokens_and_drafts_are_counted() -> None:
+    made = Outcome(0.0)
+    stream = client._Stream(made, b"")
+    made.status = 200
+    logprobs = {"content": [{"token": "?", "logprob": -0.5, "bytes": [226]}, {"token": "b", "logprob": -1.0}]}
+    events: list[dict[str, Any]] = [
+        {"choices": [{"delta": {"content": "ab"}, "logprobs": logprobs, "finish_reason": None}]},
+        {"choices": [{"delta": {}, "logprobs": None, "finish_reason": "length"}]},
+        {"choices": [], "timings": {"draft_n": 3, "draft_n_accepted": 2, "prompt_n": 1}},
+    ]
+    stream.on_body(b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events) + b"data: [DONE]\n\n")
+    assert (made.finish_reasons, made.done_markers) == (1, 1)
+    assert (made.tokens, made.logprobs) == ([b"\xe2", b"b"], [-0.5, -1.0])
+    assert (made.draft_tokens, made.accepted_tokens) == (3, 2)
+
+
 @pytest.mark.parametrize("name", ["mt-bench", "agents", "human-eval", "bfcl"])
 def test_data_is_never_committed(name: str) -> None:
     assert SOURCES[name].path.parent.name == ".models"
@@ -134,6 +175,7 @@ def test_goodput_counts_what_meets_both_limits() -> None:
     assert (figures["requests"], figures["failed"], figures["completion_tokens"]) == (4, 1, 12)
     assert (figures["tokens_per_second"], figures["good_requests_per_second"]) == (6.0, 0.5)
     assert figures["client_cpu_percent"] == 5.0
+    assert figures["finish_s"]["max"] == pytest.approx(2.15)
 
 
 def test_the_bound_is_the_rows_alone() -> None:
@@ -149,6 +191,84 @@ def test_the_bound_ends_as_a_run_does() -> None:
     assert versus.bound(measured, outcomes, 2) == pytest.approx(three)
     two = 32 / (20 * 0.001 + 10 * 0.015 + 10 * 0.01)  # the second is alone in the end
     assert versus.bound(measured, outcomes[:2], 2) == pytest.approx(two)
+
+
+def test_the_first_difference_counts_ends() -> None:
+    assert repeat.first_difference("abc", "abc") is None
+    assert repeat.first_difference("abc", "abd") == 2
+    assert repeat.first_difference("abc", "ab") == repeat.first_difference("ab", "abc") == 2
+    assert repeat.first_difference("", "") is None
+
+
+def answer(tokens: list[bytes], text: str = "", last: float = -1.0) -> repeat.Answer:
+    """An answer with one log probability."""
+    return repeat.Answer(tuple(tokens), (last,), text, cached=3, accepted=2)
+
+
+def test_a_comparison_names_the_first_differing_token_of_all_answers() -> None:
+    reference, situation = answer([b"a", b"b", b"c"], "abc"), repeat.situations(4)[0]
+    others = [reference, answer([b"a", b"b", b"c"], "abc", last=-1.1), answer([b"a", b"x"]), answer([b"a", b"b", b"x"])]
+    made = repeat.compared("greedy", 8, situation, reference, others, 5)
+    assert (made.answers, made.same, made.differs_at, made.same_bits) == (4, 2, 1, 1)
+    assert (made.cached, made.accepted, made.others_accepted) == (12, 8, 5)
+    assert repeat.compared("greedy", 8, situation, reference, [reference], 0).differs_at is None
+    assert repeat.differs_at(reference, answer([b"a", b"b", b"c"], "ab?")) == 3
+
+
+def test_the_slope_is_that_of_the_second_half() -> None:
+    samples = [soak.Sample(ended, 10**6 if ended < 50 else 10**8 + 300 * ended) for ended in range(0, 101, 5)]
+    assert soak.slope(samples) == pytest.approx(300)
+    assert soak.slope(samples[:1]) == soak.slope([]) == 0.0
+
+
+def test_a_request_is_lost_without_exactly_one_terminal_event() -> None:
+    def kind(status: int = 200, error: str = "", finishes: int = 1, dones: int = 1) -> str:
+        return soak.kind_of(Outcome(0.0, status, error=error, finish_reasons=finishes, done_markers=dones))
+
+    assert kind() == "complete"
+    assert kind(error=client.ABANDONED, finishes=0, dones=0) == "abandoned"
+    assert [kind(dones=0), kind(finishes=0), kind(finishes=2)] == ["lost"] * 3
+    assert kind(error="the connection was closed", finishes=0, dones=0) == "lost"
+    assert kind(status=503, error='{"error": {}}', finishes=0, dones=0) == "failed"
+    assert kind(status=0, error="[Errno 111] refused", finishes=0, dones=0) == "lost"
+
+
+def test_the_soak_sends_the_same_requests_in_every_run() -> None:
+    made = soak.shots(400, 8, 0.4)
+    assert made == soak.shots(400, 8, 0.4)
+    abandoned = [shot for shot in made if shot.seconds is not None or shot.events is not None]
+    assert 120 < len(abandoned) < 200
+    assert all(soak.SHORTEST <= shot.seconds <= soak.LONGEST for shot in abandoned if shot.seconds is not None)
+
+
+METRICS = """# HELP paceline_requests_total Requests
+paceline_requests_total{reason="stop"} 1.0
+paceline_requests_total{reason="length"} 7.0
+paceline_requests_total{reason="cancelled"} 2.0
+paceline_requests_total{reason="error"} 0.0
+paceline_requests_running 0.0
+paceline_requests_waiting 1.0
+paceline_prompt_tokens_total 100.0
+paceline_completion_tokens_total 50.0
+"""
+
+
+def test_the_counts_of_the_server_may_not_contradict_those_of_the_client() -> None:
+    start = soak.Counts({"length": 1}, 0, 10, 5)
+    server = soak.counts_of(METRICS).since(start)
+    assert (server.finished["length"], server.prompt_tokens, server.completion_tokens) == (6, 90, 45)
+    agreed = soak.Summary(10, complete=6, abandoned=4, failed=0, lost=0, prompt_tokens=90, completion_tokens=45)
+    assert soak.disagreements(agreed, server) == ["1 requests are still in progress"]
+    quiet = msgspec.structs.replace(server, in_progress=0)
+    assert soak.disagreements(agreed, quiet) == []
+    more = msgspec.structs.replace(agreed, complete=9, abandoned=1, completion_tokens=46)
+    assert soak.disagreements(more, quiet) == [
+        "7 requests finished, 9 to 10 expected",
+        "2 requests cancelled, at most 1 expected",
+        "45 completion tokens, at least 46 expected",
+    ]
+    failed = msgspec.structs.replace(quiet, finished={**quiet.finished, "error": 1})
+    assert soak.disagreements(agreed, failed) == ["1 requests ended otherwise"]
 
 
 def test_the_example_server_is_told_the_same() -> None:

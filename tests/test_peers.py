@@ -1,4 +1,5 @@
-"""llama-server is built of the pinned sources with the project's flags, and told what Paceline is told."""
+"""llama-server is built from the pinned sources with the project's flags, and has equal settings;
+ratios are those of medians to its best mode."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ import sys
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench import peers, prefix
+from bench import peers, prefix, versus
 from bench.models import Refused
 from bench.server import HOST
 
@@ -128,7 +130,7 @@ def test_progress_is_told_and_everything_said_is_kept(tmp_path: Path) -> None:
 
 def test_a_command_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
     say = "import sys; print('no compiler'); sys.exit(3)"
-    with pytest.raises(Refused, match=r"no compiler\n.* failed; all it said is in .*log"):
+    with pytest.raises(Refused, match=r"no compiler\n.* failed; its output is in .*log"):
         peers.carry_out([sys.executable, "-c", say], {}, tmp_path / "log", lambda done, total: None)
 
 
@@ -138,12 +140,25 @@ def test_elsewhere_than_on_a_terminal_each_tenth_is_a_line(capsys: pytest.Captur
     assert capsys.readouterr().out.splitlines() == [f"  compiled {done}/40" for done in range(4, 41, 4)]
 
 
-def test_both_servers_are_told_the_same() -> None:
-    flags = ["-c", "4096", "-np", "8", "-t", "2", "-tb", "2", "-fa", "off"]
-    assert SETTINGS.flags() == flags
+def test_both_servers_have_equal_settings() -> None:
+    common = ["-c", "4096", "-np", "8", "-t", "2", "-tb", "2"]
+    assert SETTINGS.common() == common
     line = peers.command_line(Path("bin/llama-server"), SETTINGS, 1234, ("--kv-unified",))
     assert line[:7] == ["bin/llama-server", "-m", "toy.gguf", "--host", HOST, "--port", "1234"]
-    assert line[-11:] == [*flags, "--kv-unified"]
+    assert line[-11:] == [*common, "-fa", "off", "--kv-unified"]
+
+
+def test_paceline_chooses_flash_attention_and_the_layout_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = list[tuple[Path, list[str]]]()
+    monkeypatch.setattr(peers, "serving", lambda model, flags: served.append((model, flags)))
+    peers.started("paceline", SETTINGS)
+    assert served == [(SETTINGS.model, SETTINGS.common())]
+
+
+def test_the_flags_of_a_mode_come_last() -> None:
+    mode = peers.MODES["llama-server-split-flash"]
+    line = peers.command_line(Path("bin/llama-server"), SETTINGS, 1234, mode)
+    assert line[-5:] == ["-fa", "off", "--no-kv-unified", "-fa", "on"]
 
 
 def test_a_server_that_is_not_built_says_how_to_build_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,3 +201,49 @@ def test_ratios_are_of_the_same_round_and_the_best_peer_counts() -> None:
     del turns["paceline"]
     assert prefix.ratios(turns) == {}
     assert prefix.best_peer({}) == ""
+
+
+def compared_rounds(speed: float, gap: float, first: float) -> list[dict[str, Any]]:
+    """Three rounds, the last one half as fast."""
+    return [
+        {
+            "tokens_per_second": speed / factor,
+            "gap_ms": {"p99": gap * factor},
+            "ttft_ms": {"p50": first * factor, "p99": 2 * first * factor},
+            "finish_s": {"max": 100 / speed * factor},
+        }
+        for factor in (1, 1, 2)
+    ]
+
+
+def test_ratios_are_of_medians_to_the_fastest_mode_and_to_the_best_for_a_figure() -> None:
+    table = versus.ratio_rows(
+        {
+            peers.PACELINE: compared_rounds(30.0, 10.0, 300.0),
+            "llama-server-split": compared_rounds(20.0, 80.0, 200.0),
+            "llama-server-unified": compared_rounds(10.0, 40.0, 400.0),
+            "bound": [],
+        }
+    )
+    found = {(title, mode): (ours, theirs, ratio) for title, ours, theirs, mode, ratio, _ in table}
+    assert found == {
+        ("tokens/s", "split (fastest)"): (30.0, 20.0, 1.5),
+        ("gap p99", "split (fastest)"): (10.0, 80.0, 0.125),
+        ("gap p99", "unified (best here)"): (10.0, 40.0, 0.25),
+        ("time to first token p50", "split (fastest)"): (300.0, 200.0, 1.5),
+        ("time to first token p99", "split (fastest)"): (600.0, 400.0, 1.5),
+        ("end of the last request", "split (fastest)"): (100 / 30, 5.0, pytest.approx(2 / 3)),
+    }
+    assert {within for *_, within in table if str(within).startswith("1.50")} == {"1.50 (1.50–1.50)"}
+    assert versus.ratio_rows({peers.PACELINE: compared_rounds(30.0, 10.0, 300.0)}) == []
+
+
+def test_the_table_has_a_row_for_each_contender_that_ran() -> None:
+    rounds = {
+        peers.PACELINE: compared_rounds(30.0, 10.0, 300.0),
+        "bound": [{"tokens_per_second": 60.0}] * 3,
+        "none": [],
+    }
+    first, second = versus.rows(rounds)
+    assert first[:6] == [peers.PACELINE, 30.0, 1.0, "", 10, 300]
+    assert second == ["bound", 60.0, 2.0, *[""] * (len(versus.COLUMNS) - 3)]

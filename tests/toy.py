@@ -1,14 +1,14 @@
 """A context in miniature that cannot be fooled, and an engine's worth of parts around it.
 
-Its logits are a hash of exactly the tokens that a row can see. Any slip in positions, sharing, rollback or
-retraction changes the output, so "the same tokens as alone" is a complete test of the bookkeeping.
+Its logits are a hash of exactly the tokens that a row attends to. Any slip in positions, sharing, rollback or
+preemption changes the output, so "the same tokens as alone" is a complete test of the bookkeeping.
 """
 
 from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,6 +20,7 @@ from engine.backend import (
     ModelInfo,
     NativeFault,
     NoFreeCells,
+    Part,
     Progress,
     State,
     nothing,
@@ -41,8 +42,27 @@ class Cell:
         self.place = place
 
 
+class ToySnapshot:
+    """Implements `engine.backend.Snapshot`."""
+
+    def __init__(self, context: ToyContext, seq: int) -> None:
+        self._context = context
+        self._tokens = {pos: cell.token for pos, cell in context.held[seq].items()}
+
+    def cut(self, start: int, end: int) -> State | None:
+        """The tokens at these positions; only all of them if states are not divisible."""
+        if not self._context.divisible and (start, end) != (0, len(self._tokens)):
+            return None
+        if self._context.lost() or not all(pos in self._tokens for pos in range(start, end)):
+            return None
+        return np.array([start, *(self._tokens[pos] for pos in range(start, end))], np.int32).view(np.uint8)
+
+
 class ToyContext:
-    """Implements `engine.backend.Context`, checks what llama.cpp would refuse, and fails when told to."""
+    """Implements `engine.backend.Context`, asserts the library's rules, and fails on request.
+
+    With `unified` False each sequence has `sequence_cells` cells of its own.
+    """
 
     def __init__(
         self,
@@ -52,30 +72,35 @@ class ToyContext:
         outputs: int = 32,
         *,
         partial: bool = True,
+        divisible: bool | None = None,
         other: float = 0.0,
         by_place: bool = False,
+        unified: bool = True,
     ) -> None:
+        """With per-slot KV `cells` are those of one slot."""
         self.batch = Batch(rows)
-        self.cells = cells
+        self.unified = unified
+        self.sequence_cells = cells
+        self.cells = cells if unified else cells * sequences
         self.sequences = sequences
         self.outputs = outputs
         self.ubatch = rows
+        self.flash = True
         self.partial = partial
-        self.other = other  # share of histories about which it thinks otherwise than the other toys
-        self.by_place = by_place  # whether logits also depend on the order in which the cells lie
-        self.ordered, self.wasted = False, 0
+        self.divisible = partial if divisible is None else divisible
+        self.other = other  # share of histories for which it answers otherwise than the other toys
+        self.by_place = by_place  # whether logits also depend on the order of the cells
         self.window = 0
-        self.shifts = partial
+        self.shifts = self.divisible
         self.damaged: Callable[[], bool] = lambda: False  # whether the next cut leaves a sliding window with a gap
         self.decodes = 0
         self.computed = 0  # rows of all decodes so far
+        self.copied = 0  # cells that copies took, with per-slot KV
         self.faults: Callable[[int], Exception | None] = lambda decode: None
         self.lost: Callable[[], bool] = lambda: False  # whether the next state cannot be saved or loaded
         self.aborted = False
         self.before_decode: Callable[[], None] = lambda: None
-        self._held: list[dict[int, Cell]] = [{} for _ in range(sequences)]
-        self._nobodys: dict[int, Cell] = {}
-        self._nobody = -1
+        self.held: list[dict[int, Cell]] = [{} for _ in range(sequences)]
 
     def decode(self, meanwhile: Meanwhile = nothing) -> Logits:
         """Logits of the rows that ask for them; leaves the cells alone when the batch does not fit."""
@@ -88,20 +113,27 @@ class ToyContext:
         batch = self.batch
         assert 0 < batch.rows <= batch.capacity
         assert batch.outputs <= self.outputs
-        if len(self._distinct()) + batch.rows > self.cells:
+        ids = batch.seq[: batch.rows].tolist()
+        if self.unified and len(self._distinct()) + batch.rows > self.cells:
             raise NoFreeCells
-        rows = list(zip(batch.seq[: batch.rows], batch.pos[: batch.rows], batch.token[: batch.rows], strict=True))
-        free = iter(self._free())
+        if not self.unified:
+            assert ids == sorted(ids), "rows are in the order of their ids"
+            if any(len(self.held[seq]) + ids.count(seq) > self.sequence_cells for seq in set(ids)):
+                raise NoFreeCells
+        rows = list(zip(ids, batch.pos[: batch.rows], batch.token[: batch.rows], strict=True))
+        places = {-1: self._places(self.held)} if self.unified else {seq: self._places([self.held[seq]]) for seq in ids}
+        lengths = {seq: self.length(seq) for seq in ids}
         for seq, pos, token in rows:
-            assert pos == self.length(seq), f"sequence {seq}: position {pos} after {self.length(seq)} tokens"
-            self._held[seq][int(pos)] = Cell(int(token), next(free))
+            assert pos == lengths[seq], f"sequence {seq}: position {pos} after {lengths[seq]} tokens"
+            self.held[seq][int(pos)] = Cell(int(token), next(places[-1 if self.unified else seq]))
+            lengths[seq] += 1
         self.computed += len(rows)
         meanwhile()
         out = [self._logits(seq, pos) for (seq, pos, _), on in zip(rows, batch.output, strict=False) if on]
         return np.stack(out) if out else np.empty((0, VOCABULARY), np.float32)
 
     def _logits(self, seq: int, pos: int) -> Logits:
-        held = self._held[seq].items()
+        held = self.held[seq].items()
         order = sorted(held, key=lambda item: item[1].place) if self.by_place else sorted(held)
         seen = array("i", (value for place, cell in order if place <= pos for value in (place, cell.token)))
         bits = zlib.crc32(seen)
@@ -109,71 +141,75 @@ class ToyContext:
         return rng.standard_normal(VOCABULARY, np.float32) * 3
 
     def _distinct(self) -> set[int]:
-        return {id(cell) for held in [*self._held, self._nobodys] for cell in held.values()}
+        return {id(cell) for held in self.held for cell in held.values()}
+
+    def _places(self, rivals: Sequence[dict[int, Cell]]) -> Iterator[int]:
+        """The free cells, the lowest first, as llama.cpp takes them."""
+        taken = {cell.place for held in rivals for cell in held.values()}
+        return (place for place in range(self.cells) if place not in taken)
 
     def copy(self, source: int, target: int, length: int) -> bool:
-        """Shares cells, as llama.cpp does with one unified stream."""
-        assert not self._held[target], "the target must be empty"
-        self._held[target] = {pos: cell for pos, cell in self._held[source].items() if pos < length}
+        """Shares cells with unified KV, copies them with per-slot KV."""
+        assert not self.held[target], "the target must be empty"
+        assert self.divisible or length == self.length(source), "only whole states can be copied"
+        kept = {pos: cell for pos, cell in self.held[source].items() if pos < length}
+        if not self.unified:
+            if self.lost():
+                return False
+            kept = {pos: Cell(cell.token, pos) for pos, cell in kept.items()}
+            self.copied += length
+        self.held[target] = kept
         return True
-
-    def share(self, source: int, target: int, start: int, end: int) -> None:
-        """Adds cells to a sequence that may have others at these positions."""
-        for pos in range(start, end):
-            self._nobodys[len(self._nobodys)] = self._held[source][pos]
-        self._nobody = target
 
     def clear(self) -> None:
         """Drops all."""
-        self._nobodys.clear()
-        for held in self._held:
+        for held in self.held:
             held.clear()
 
     def cut(self, seq: int, length: int) -> bool:
         """Drops positions from `length` on; all or nothing if sequences are not partial."""
-        if length and not self.partial:
+        if length and not self.partial and length < self.length(seq):
             return False
-        if seq == self._nobody:
-            self._nobodys.clear()
-        self._held[seq] = {pos: cell for pos, cell in self._held[seq].items() if pos < length}
+        self.held[seq] = {pos: cell for pos, cell in self.held[seq].items() if pos < length}
         return True
 
-    def save(self, seq: int, start: int, end: int) -> State | None:
-        """The tokens at these positions, or of the whole sequence if it is not partial, as llama.cpp would have it."""
-        if not self.partial and (start, end) != (0, self.length(seq)):
-            return None
-        held = self._held[seq]
-        if self.lost() or not all(pos in held for pos in range(start, end)):
-            return None
-        return np.array([start, *(held[pos].token for pos in range(start, end))], np.int32).view(np.uint8)
+    def save(self, seq: int) -> ToySnapshot | None:
+        """What the sequence holds now."""
+        return ToySnapshot(self, seq)
 
-    def load(self, seq: int, state: State, start: int, end: int, shift: int = 0) -> bool:
-        """Gives cells to all of the state, and then frees those that are not wanted."""
+    def load(self, seq: int, parts: Sequence[Part]) -> bool:
+        """Appends the tokens of all parts, or of none."""
+        tokens: list[int] = []
+        for state, start, end in parts:
+            first, *saved = state.view(np.int32).tolist()
+            assert first <= start == self.length(seq) + len(tokens), "continues what is there"
+            assert end <= first + len(saved), "has what is wanted"
+            tokens += saved[start - first : end - first]
+        room = self.cells - len(self._distinct()) if self.unified else self.sequence_cells - len(self.held[seq])
+        if self.lost() or len(tokens) > room:
+            return False
+        places = self._places(self.held if self.unified else [self.held[seq]])
+        start = self.length(seq)
+        self.held[seq] |= {start + at: Cell(token, next(places)) for at, token in enumerate(tokens)}
+        return True
+
+    def shift(self, state: State, start: int, end: int, by: int) -> State | None:
+        """The same tokens at other positions."""
         first, *tokens = state.view(np.int32).tolist()
-        first += shift
-        assert first <= start == self.length(seq), "continues what is there"
-        assert end <= first + len(tokens), "has what is wanted"
-        if self.lost() or len(self._distinct()) + len(tokens) > self.cells:
-            return False
-        for pos, (token, place) in enumerate(zip(tokens, self._free(), strict=False), first):
-            if start <= pos < end:
-                self._held[seq][pos] = Cell(token, place)
-        return True
-
-    def _free(self) -> list[int]:
-        taken = {cell.place for held in [*self._held, self._nobodys] for cell in held.values()}
-        return [place for place in range(self.cells) if place not in taken]
+        if self.lost():
+            return None
+        return np.array([start + by, *tokens[start - first : end - first]], np.int32).view(np.uint8)
 
     def intact(self, seq: int, length: int) -> bool:
-        """As it is told."""
+        """True unless `damaged` says otherwise."""
         return self.length(seq) == length and not self.damaged()
 
     def length(self, seq: int) -> int:
         """Positions of `seq`."""
-        return max(self._held[seq], default=-1) + 1
+        return max(self.held[seq], default=-1) + 1
 
     def used(self) -> int:
-        """Cells that somebody holds."""
+        """Cells in use."""
         return len(self._distinct())
 
     def abort(self) -> None:
@@ -182,7 +218,7 @@ class ToyContext:
 
 
 class ToyVocab:
-    """Token t is the character with code 64 + t, so that text shows tokens; token 0 ends a text."""
+    """Token t is the character with code 64 + t, so that outputs show tokens; token 0 ends an output."""
 
     size = VOCABULARY
     ends = frozenset({END})
@@ -204,7 +240,7 @@ class ToyVocab:
 
 
 def describe(context: ToyContext) -> ModelInfo:
-    """What a toy model says of itself."""
+    """The description of a toy model."""
     return ModelInfo(
         name="toy",
         path="toy.gguf",
@@ -252,6 +288,6 @@ def opener(backend: ToyBackend) -> Callable[[EngineConfig, Progress, Callable[[]
 def failing(context: ToyContext, decodes: Iterable[int], fault: Exception | None = None) -> Iterator[None]:
     """Lets the decodes of these numbers, counted from now, fail."""
     numbers = {context.decodes + n for n in decodes}
-    context.faults = lambda n: (fault or NativeFault("told to fail")) if n in numbers else None
+    context.faults = lambda n: (fault or NativeFault("injected")) if n in numbers else None
     yield
     context.faults = lambda n: None

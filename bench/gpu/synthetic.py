@@ -20,8 +20,8 @@ from engine import runner
 from engine.backend import Logits
 from engine.grammar import Permits
 from engine.sampling import Sampler
-from engine.streams import Stream
-from engine.verify import Verdict, verify
+from engine.sequence import Sequence as EngineSequence
+from engine.verify import VerificationResult, verify
 
 
 class Agreeing(Sampler):
@@ -57,7 +57,9 @@ class Verifier:
         self._rate = rate
         self._random = Random(0)
 
-    def __call__(self, stream: Stream, draft: Sequence[int], rows: Logits, permits: Permits | None = None) -> Verdict:
+    def __call__(
+        self, stream: EngineSequence, draft: Sequence[int], rows: Logits, permits: Permits | None = None
+    ) -> VerificationResult:
         """As `engine.verify.verify`."""
         own = stream.sampler
         stream.sampler = Agreeing(own, draft, len(stream.tokens), self._rate, self._random)

@@ -1,4 +1,4 @@
-"""How much at once."""
+"""Context, slots and batch sizes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from engine.config.flags import flags
 
 
 class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much is held, and how much one step may do."""
+    """Cells and slots, and the rows and the time of one step."""
 
     context: Annotated[
         int,
         Meta(
             ge=0,
             le=2**24,
-            description="cells (tokens) shared by all requests; 0 is the model's training context",
+            description="cells (tokens) of all slots together; 0 is chosen at start: with per-slot KV the training "
+            "context for each slot, at most 8,192 and a quarter of the free memory; with unified KV the training "
+            "context",
             extra=flags("-c", "--ctx-size", env="LLAMA_ARG_CTX_SIZE"),
         ),
     ] = 0
@@ -26,7 +28,7 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=1,
             le=256,
-            description="requests decoded together",
+            description="slots: sequences that are decoded together",
             extra=flags("-np", "--parallel", env="LLAMA_ARG_N_PARALLEL"),
         ),
     ] = 16
@@ -35,7 +37,7 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=0,
             le=100_000,
-            description="requests that may wait for a slot; one more gets 429 with Retry-After",
+            description="requests that may be queued for a slot; one more gets 429 with Retry-After",
             extra=flags("--queue"),
         ),
     ] = 256
@@ -70,7 +72,8 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     context_shift: Annotated[
         bool,
         Meta(
-            description="a request that fills its context forgets half of it and goes on, instead of ending",
+            description="context shift: a sequence that fills its context discards half of it and continues, instead "
+            "of ending",
             extra=flags("--context-shift", env="LLAMA_ARG_CONTEXT_SHIFT"),
         ),
     ] = False
@@ -79,7 +82,8 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=-1,
             le=2**24,
-            description="tokens at a prompt's start that are never forgotten, at most half of the context; -1 is all",
+            description="tokens at the start of a prompt that a context shift keeps, at most half of the context; "
+            "-1 is all",
             extra=flags("--keep"),
         ),
     ] = 0
@@ -88,9 +92,9 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=0.0,
             le=60_000.0,
-            description="milliseconds a step may take while prompts are read beside running streams; "
-            "0 is twice a step without prompts, so that streams keep half their speed, and more where more prompts are "
-            "read than streams run",
+            description="milliseconds that a step with both prefill and decode rows may take; 0 is twice a step "
+            "without prefill, so that decoding sequences keep half their speed, and more if more sequences are "
+            "prefilled than decoded",
             extra=flags("--step-ms"),
         ),
     ] = 0.0
@@ -99,7 +103,7 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=1.0,
             le=60_000.0,
-            description="milliseconds a step may take while only prompts are read",
+            description="milliseconds that a step with prefill rows only may take",
             extra=flags("--idle-step-ms"),
         ),
     ] = 500.0

@@ -1,4 +1,4 @@
-"""All of it."""
+"""The configuration of an engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from engine.config.speculation import DraftConfig, SpeculationConfig
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All of it. `EngineConfig.of(path="model.gguf", slots=4)` fills the first two concerns by field name."""
+    """The configuration of an engine.
+
+    `EngineConfig.of(path="model.gguf", slots=4)` fills the fields of `model` and `batch` by their names.
+    """
 
     model: ModelConfig
     batch: BatchConfig = BatchConfig()
@@ -35,7 +38,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         sim: SimConfig | dict[str, object] | None = None,
         **fields: object,
     ) -> EngineConfig:
-        """A checked configuration: `fields` by name of the model's or the batch's, the other concerns whole.
+        """A checked configuration of `fields`, which are those of `model` and `batch`, and of the other concerns.
 
         Raises `msgspec.ValidationError`, which names the field, for a wrong type or range or an unknown name.
         """
@@ -53,12 +56,16 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return msgspec.convert(concerns | {"model": model, "batch": batch}, cls)
 
     def of_draft(self, cells: int) -> EngineConfig:
-        """How the draft model is opened: as the model, which has `cells`, but for its own settings."""
+        """The configuration of the draft model, for a target model whose slots have `cells` together.
+
+        It has the target's settings but for those of `draft`. Its KV layout is chosen at start, unless the target has
+        per-slot KV by `--no-kv-unified`; with per-slot KV each slot gets as many tokens as the target's.
+        """
         draft = self.draft
         threads = draft.threads if draft.threads > 0 else self.model.threads
         for_batches = draft.threads_batch if draft.threads_batch > 0 else draft.threads
-        like = ModelConfig(path=draft.path)  # devices of its own are not shared as the model's are
-        shared = like if draft.device else self.model
+        # The split over devices is the target's only if the draft model has the same devices.
+        shared = ModelConfig(path=draft.path) if draft.device else self.model
         model = structs.replace(
             self.model,
             path=draft.path,
@@ -70,6 +77,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             fit="off",
             threads=threads,
             threads_batch=for_batches if for_batches > 0 else self.model.threads_batch,
+            kv_unified=False if self.model.kv_unified is False else None,
             cache_type_k=draft.cache_type_k,
             cache_type_v=draft.cache_type_v,
             deterministic=False,

@@ -1,4 +1,4 @@
-"""Which model, and what computes it."""
+"""The model file and the devices, threads and KV cells that compute it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which model, and what computes it."""
+    """The model file and the devices, threads and KV cells that compute it."""
 
     path: Annotated[
         str, Meta(min_length=1, description="GGUF file", extra=flags("-m", "--model", env="LLAMA_ARG_MODEL"))
@@ -31,22 +31,23 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     device: Annotated[
         str,
         Meta(
-            description="devices that compute it by ggml's names, separated by commas; empty is the library's choice",
+            description="devices that compute the model, by ggml's names, separated by commas; empty is the library's "
+            "choice",
             extra=flags("-dev", "--device", env="LLAMA_ARG_DEVICE"),
         ),
     ] = ""
     split_mode: Annotated[
         Literal["none", "layer", "row", "tensor"],
         Meta(
-            description="how several GPUs share the model: only --main-gpu has it, whole layers each, rows of the "
-            "weights each, or parts of every tensor",
+            description="how several GPUs share the model: all on --main-gpu, whole layers on each, rows of the "
+            "weights on each, or parts of every tensor on each",
             extra=flags("-sm", "--split-mode", env="LLAMA_ARG_SPLIT_MODE"),
         ),
     ] = "layer"
     tensor_split: Annotated[
         str,
         Meta(
-            description="in what proportion, as 3,1; empty is by their free memory",
+            description="proportions in which the devices share the model, as in 3,1; empty is by their free memory",
             extra=flags("-ts", "--tensor-split", env="LLAMA_ARG_TENSOR_SPLIT"),
         ),
     ] = ""
@@ -54,15 +55,15 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         int,
         Meta(
             ge=0,
-            description="the GPU that has all of it with --split-mode none, by its place among the devices",
+            description="number of the GPU that has the whole model with --split-mode none",
             extra=flags("-mg", "--main-gpu", env="LLAMA_ARG_MAIN_GPU"),
         ),
     ] = 0
     fit: Annotated[
         Literal["on", "off"],
         Meta(
-            description="on: as many cells as the memory that is free on the GPUs holds, at most the training context "
-            "for each slot, unless --ctx-size names a number",
+            description="on: as many cells as fit the free memory of the GPUs, at most the training context for each "
+            "slot, unless --ctx-size gives a number",
             extra=flags("-fit", "--fit", env="LLAMA_ARG_FIT"),
         ),
     ] = "off"
@@ -93,11 +94,20 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             extra=flags("-tb", "--threads-batch"),
         ),
     ] = -1
+    kv_unified: Annotated[
+        bool | None,
+        Meta(
+            description="unified KV: all slots share one pool of cells; --no-kv-unified gives each slot cells of its "
+            "own, which is faster with many clients. Chosen at start if neither is given: per-slot KV where each slot "
+            "gets at least 1,024 tokens, or the training context if that is less",
+            extra=flags("-kvu", "--kv-unified", env="LLAMA_ARG_KV_UNIFIED"),
+        ),
+    ] = None
     flash_attention: Annotated[
         Literal["auto", "on", "off"],
         Meta(
-            description="flash attention; auto is the library's choice on a GPU; on a CPU it is off, where few streams "
-            "are faster without, but on with 32 slots or more, for which F16 values become BF16",
+            description="flash attention; auto is the library's choice on a GPU; on a CPU it is off for fewer than 32 "
+            "slots, which are faster without, and on for 32 or more, with BF16 values in place of F16",
             extra=flags("-fa", "--flash-attn", env="LLAMA_ARG_FLASH_ATTN"),
         ),
     ] = "auto"
@@ -114,22 +124,25 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     deterministic: Annotated[
         bool,
         Meta(
-            description="the same seed gives the same text whatever else runs, to the bit, for a price in speed",
+            description="the same seed gives the same output whatever else runs, to the bit, but slower; needs "
+            "per-slot KV and a CPU",
             extra=flags("--deterministic"),
         ),
     ] = False
     warmup: Annotated[
         bool,
         Meta(
-            description="run a few rows and compile a grammar at start: pages the weights in, measures the machine",
+            description="decode a few rows and compile a grammar at start, which pages the weights in and measures the "
+            "machine",
             extra=flags("--warmup"),
         ),
     ] = True
     calibrate: Annotated[
         bool,
         Meta(
-            description="measure at start, in a few seconds, what a step of each number of rows costs; kept for the "
-            "next start in $XDG_CACHE_HOME/paceline. Without it, or without --warmup, only real steps tell",
+            description="measure at start, in a few seconds, what a step of each number of rows costs, and keep the "
+            "result for the next start in $XDG_CACHE_HOME/paceline; without it, or without --warmup, costs are learnt "
+            "from the steps that serve",
             extra=flags("--calibrate"),
         ),
     ] = True
@@ -144,7 +157,7 @@ def processor() -> str:
 
 
 def physical_cores() -> int:
-    """Cores this process may run on, hyper-threads of one core counted once; at least 1."""
+    """Number of cores this process may run on, hyper-threads of one core counted once; at least 1."""
     cores: set[str] = set()
     available = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     for cpu in available:

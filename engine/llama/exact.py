@@ -1,15 +1,15 @@
-"""The deterministic profile: settings under which a row's logits do not depend on the rows computed beside it.
+"""The deterministic profile: settings under which the logits of a row do not depend on the other rows of a decode.
 
-By default they do, in the last bits, and now and then a token with them. Of the library's CPU kernels (llama.cpp
-0c1e57098) these differ by how many rows are computed together, and the profile avoids each:
+By default the logits depend on them in their last bits, and now and then a token with them. The profile avoids each
+cause in the library's CPU kernels (llama.cpp 0c1e57098):
 
-- products with repacked K-quants take rows in fours (so no weights are repacked), those with plain K-quants are tiled
-  from 8 rows on (switched off by an environment variable that the library reads once), and those with F16, BF16, F32
-  and IQ4_NL weights are other kernels for a single row (so such models are refused);
-- attention over keys and values that are both F16 is split, summed in F16 or tiled, by the number of rows. If their
-  types differ, or are quantised, there is one kernel, which sums in F32, row by row.
-
-That kernel sums over cells in the order in which they lie, which `engine.memory.Ordered` keeps.
+- Products with repacked K-quants take rows in fours, so weights are not repacked. Products with plain K-quants are
+  tiled from 8 rows on, so tiling is switched off by an environment variable that the library reads once. Products with
+  F16, BF16, F32 and IQ4_NL weights have another kernel for a single row, so such models are refused.
+- Flash attention over keys and values that are both F16 is split, summed in F16 or tiled, by the number of rows. With
+  keys and values of different types, or quantised ones, there is one kernel, which sums in F32 row by row.
+- Attention sums over the cells of a sequence in the order in which they lie. With unified KV the order depends on the
+  other sequences; with per-slot KV it is always the order of positions. So the profile has per-slot KV.
 """
 
 from __future__ import annotations
@@ -23,21 +23,26 @@ from msgspec import structs
 
 from engine.config import ModelConfig
 
+# Types of keys and values for which attention has one kernel; the first is the default.
 CACHE_TYPES = (("f16", "bf16"), ("q8_0", "q8_0"), ("f16", "q8_0"))
-"""Types of keys and values for which attention has one kernel; the first is the default."""
+
+# Types of weights whose product with a single row is another kernel.
 UNEVEN = ("f32", "f16", "bf16", "iq4_nl")
-"""Types of weights whose product with a single row is another kernel."""
+
 TILED = "GGML_CPU_TILED_MM"
 
-_tiled = False  # whether a model was opened in this process for which the library may have decided to tile
+# True once a model was opened in this process for which the library may have decided to tile.
+_tiled = False
 
 
 class NotExact(Exception):
-    """Why a model or a setting cannot be exact, in one line that says what would be right."""
+    """A model or a setting excludes the profile; the message is one line and says what would be right."""
 
 
 def exact_config(config: ModelConfig, gpu: str) -> ModelConfig:
-    """`config` in the profile. Raises NotExact for a setting that contradicts it."""
+    """`config` with the settings of the profile. Raises NotExact for a setting that contradicts it."""
+    if config.kv_unified:
+        raise NotExact("with --kv-unified the order of a sequence's cells depends on the other sequences; leave it out")
     if gpu:
         raise NotExact(f"the kernels of {gpu} are chosen by the number of rows; use -ngl 0")
     if config.flash_attention == "off":
@@ -50,12 +55,12 @@ def exact_config(config: ModelConfig, gpu: str) -> ModelConfig:
         raise NotExact(
             f"attention over {types[0]} keys and {types[1]} values depends on the number of rows; use {known}"
         )
-    return structs.replace(config, flash_attention="on", cache_type_k=types[0], cache_type_v=types[1])
+    return structs.replace(config, kv_unified=False, flash_attention="on", cache_type_k=types[0], cache_type_v=types[1])
 
 
 def begin(path: Path, *, exact: bool) -> None:
-    """Called before a model is loaded: switches tiling off for an exact one. Raises NotExact if its weights, or what
-    this process did before, do not allow it."""
+    """Switches tiling off for an exact model; to be called before each model is loaded. Raises NotExact if the weights,
+    or a model that this process opened before, exclude the profile."""
     global _tiled
     if not exact:
         _tiled = True
@@ -73,7 +78,7 @@ def products(path: Path) -> dict[str, str]:
     """The types, by name, of the weights of a GGUF that rows are multiplied with."""
     found = types(path)
     if "output.weight" in found:
-        found.pop("token_embd.weight", None)  # only looked up
+        found.pop("token_embd.weight", None)  # looked up, not multiplied
     return {name: kind for name, kind in found.items() if "norm" not in name and name.endswith(".weight")}
 
 

@@ -1,4 +1,4 @@
-"""Opens a GGUF: model, vocabulary and context, or one clear line about what is wrong with it."""
+"""Opens a GGUF: model, vocabulary and context. A failure is a ModelError of one line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from msgspec import structs
 from engine.backend import Context, ModelInfo, NativeFault, Progress
 from engine.config import EngineConfig, ModelConfig, physical_cores
 from engine.contract import ModelError
-from engine.llama import exact, fit, library
-from engine.llama.context import SEQUENCES, LlamaContext, context_params
+from engine.llama import exact, fit, layout, library
+from engine.llama.context import LlamaContext
+from engine.llama.layout import KvLayout, Wanted
 from engine.llama.library import text_of
+from engine.llama.params import SEQUENCES, cell_bytes, context_params, metadata
 from engine.llama.vocab import LlamaVocab
-from engine.memory import Ordered
 
 
 class LlamaBackend:
@@ -27,25 +28,25 @@ class LlamaBackend:
 
     def __init__(self, model: Any, vocab: LlamaVocab, context: LlamaContext, info: ModelInfo) -> None:
         self._model = model
-        self._native = context
+        self._context = context
         self.vocab = vocab
-        self.context: Context = Ordered(context) if info.exact else context
+        self.context: Context = context
         self.info = info
 
     def close(self) -> None:
         """Frees the context, then the model."""
-        self._native.close()
+        self._context.close()
         self.vocab.close()
         native.llama_model_free(self._model)
 
 
 def open_gguf(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -> LlamaBackend:
-    """Opens `config.model.path`, telling `progress` the share that is loaded and asking `go_on` whether to.
+    """Opens `config.model.path`. `progress` is called with the loaded share; loading stops once `go_on` returns False.
 
     Raises ModelError, with nothing left in memory.
     """
     path = Path(config.model.path)
-    _look_at(path)
+    _check_file(path)
     library.start()
     config = _exact(config, path)
     model = _load(config, progress, go_on)
@@ -57,7 +58,7 @@ def open_gguf(config: EngineConfig, progress: Progress, go_on: Callable[[], bool
 
 
 def _exact(config: EngineConfig, path: Path) -> EngineConfig:
-    """`config` as the deterministic profile has it, if that is asked for. Raises ModelError where it cannot be."""
+    """`config`, with the settings of the deterministic profile if it has `deterministic`. Raises ModelError."""
     try:
         exact.begin(path, exact=config.model.deterministic)
         if not config.model.deterministic:
@@ -71,7 +72,7 @@ def _exact(config: EngineConfig, path: Path) -> EngineConfig:
 @contextmanager
 def open_vocabulary(path: Path) -> Iterator[LlamaVocab]:
     """The vocabulary of a GGUF, without its weights. Raises ModelError."""
-    _look_at(path)
+    _check_file(path)
     library.start()
     params = native.llama_model_default_params()
     params.vocab_only = True
@@ -86,8 +87,8 @@ def open_vocabulary(path: Path) -> Iterator[LlamaVocab]:
         native.llama_model_free(model)
 
 
-def _look_at(path: Path) -> None:
-    """Raises ModelError unless there is a file that begins like a GGUF."""
+def _check_file(path: Path) -> None:
+    """Raises ModelError unless `path` is a file that begins like a GGUF."""
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -121,9 +122,9 @@ def _load(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -
 
 
 def _place(config: ModelConfig, params: Any) -> tuple[Any, ...]:
-    """Tells `params` which devices have how much of the model, and returns what must live until it is loaded.
+    """Sets the devices and their shares in `params`, and returns what must live until the model is loaded.
 
-    Raises ValueError for devices that there are not, or no proportions.
+    Raises ValueError for unknown devices or wrong shares.
     """
     chosen, shares = library.devices(config.device), library.split(config.tensor_split)
     if chosen is not None:
@@ -142,46 +143,82 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     kinds = (native.llama_model_has_encoder, native.llama_model_is_diffusion)
     if any(kind(model) for kind in kinds) or not native.llama_model_has_decoder(model):
         raise ModelError(f"{path} is not a decoder-only language model; Paceline serves only those")
-    if config.batch.slots > SEQUENCES - 2:
-        raise ModelError(f"llama.cpp decodes at most {SEQUENCES - 2} requests together, not {config.batch.slots}")
-    trained: int = native.llama_model_n_ctx_train(model)
+    kind, window = _kind(model), native.llama_model_n_swa(model)
+    if config.model.deterministic and kind:
+        raise ModelError(f"{path} cannot be served with --deterministic: the model is {kind}")
     threads = config.model.threads if config.model.threads > 0 else physical_cores()
     gpu = library.accelerator() if config.model.gpu_layers else ""
     heads: int = native.llama_model_n_head(model)
 
-    def params_of(cells: int) -> Any:
-        return context_params(config.model, config.batch, cells, threads, heads, bool(gpu))
+    def params_of(chosen: KvLayout) -> Any:
+        return context_params(config.model, config.batch, chosen, threads, heads, bool(gpu))
 
     library.forget()
-    fits = bool(gpu) and config.model.fit == "on" and not config.batch.context
-    params = params_of(_fitting(config, model, trained, params_of) if fits else config.batch.context or trained)
-    partial = not (native.llama_model_is_recurrent(model) or native.llama_model_is_hybrid(model))
-    window: int = native.llama_model_n_swa(model)
-    if config.model.deterministic and (window or not partial):
-        raise ModelError(f"{path} cannot be served with --deterministic: its layers do not all see the whole context")
+    chosen = _layout(config, model, kind, gpu, params_of)
+    params = params_of(chosen)
+    partial = kind not in ("recurrent", "hybrid")
+    shifting = config.memory.reuse > 0 and not config.model.deterministic
     try:
-        context = LlamaContext(model, params, partial=partial, window=window)
+        context = LlamaContext(model, params, partial=partial, window=window, shifting=shifting)
     except NativeFault as fault:
         raise ModelError(f"cannot open a context of {params.n_ctx} tokens: {_reason(str(fault))}") from None
     vocab = LlamaVocab(model)
     device = gpu or f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     info = _describe(path, model, vocab, context, device)
-    types = f"{params.type_k} {params.type_v} {params.flash_attn_type}"
+    info = structs.replace(
+        info,
+        layout=f"{info.digest} {info.build} {_states(config, params, context)}",
+        exact=config.model.deterministic,
+        kv_unified=chosen.unified,
+        kv_reason=chosen.reason,
+    )
+    each = f"{context.cells} cells" if chosen.unified else f"{context.sequence_cells} cells for each slot"
+    library.log.info("%s KV, %s: %s", "unified" if chosen.unified else "per-slot", each, chosen.reason)
+    return LlamaBackend(model, vocab, context, info)
+
+
+def _kind(model: Any) -> str:
+    """The kind of a model with other layers than those that attend to the whole context; empty for one without."""
+    if native.llama_model_is_recurrent(model):
+        return "recurrent"
+    if native.llama_model_is_hybrid(model):
+        return "hybrid"
+    return "sliding-window" if native.llama_model_n_swa(model) else ""
+
+
+def _states(config: EngineConfig, params: Any, context: LlamaContext) -> str:
+    """Types and settings that saved states depend on: equal for both KV layouts if states are divisible."""
     kind = "exact" if config.model.deterministic else f"moved {config.memory.reuse > 0}"
-    layout = f"{info.digest} {info.build} {types} {kind}"
-    return LlamaBackend(model, vocab, context, structs.replace(info, layout=layout, exact=config.model.deterministic))
+    whole = "" if context.divisible or context.unified else f" {context.streams} streams"
+    return f"{params.type_k} {params.type_v} {params.flash_attn_type} {kind}{whole}"
 
 
+def _layout(config: EngineConfig, model: Any, kind: str, gpu: str, params_of: Callable[[KvLayout], Any]) -> KvLayout:
+    """The KV layout and its cells. Raises ModelError if --fit finds too little memory."""
+    trained: int = native.llama_model_n_ctx_train(model)
+    wanted = Wanted(config.model.kv_unified, config.batch.slots, config.batch.context, trained, kind)
+    if gpu and config.model.fit == "on" and not wanted.cells:
+        wanted = wanted._replace(cells=_fitting(config, model, trained, params_of), fitted=True)
+    if not wanted.cells:
+        free = sum(library.free_memory().values()) if gpu else layout.free_memory()
+        wanted = wanted._replace(room=int(layout.MEMORY_SHARE * free) // cell_bytes(config.model, model))
+    chosen = layout.choose(wanted)
+    most = SEQUENCES - 2 if chosen.unified else SEQUENCES
+    if config.batch.slots > most:
+        raise ModelError(f"llama.cpp decodes at most {most} requests together, not {config.batch.slots}")
+    return chosen._replace(reason="--deterministic needs it") if config.model.deterministic else chosen
+
+
+# Share of the memory left for cells that is kept for those of a draft model on the same GPUs.
 DRAFT_CELLS = 0.25
-"""Of the memory left for cells, the share that is kept for those of a draft model on the same GPUs."""
 
 
-def _fitting(config: EngineConfig, model: Any, trained: int, params_of: Callable[[int], Any]) -> int:
-    """The cells for which the GPUs have memory. Raises ModelError if they have too little."""
+def _fitting(config: EngineConfig, model: Any, trained: int, params_of: Callable[[KvLayout], Any]) -> int:
+    """The cells that fit the memory of the GPUs. Raises ModelError if they have too little."""
 
     def taken(cells: int) -> dict[str, int]:
         before = library.free_memory()
-        context = native.llama_init_from_model(model, params_of(cells))
+        context = native.llama_init_from_model(model, params_of(KvLayout(True, cells, "")))
         if not context:
             raise fit.TooLittle(_reason(f"no context of {cells} cells can be opened"))
         after = library.free_memory()
@@ -199,29 +236,26 @@ def _fitting(config: EngineConfig, model: Any, trained: int, params_of: Callable
     return fit.rounded(share * found)
 
 
-PIECES, PIECE = 64, 2**20
-"""How much of a large model is read for its digest: so many pieces of so many bytes."""
+# Pieces of a large model's file that its digest covers, and the bytes of each.
+PIECES, PIECE_BYTES = 64, 2**20
 
 
 def digest(path: Path) -> str:
-    """BLAKE2b of a file's size and content; of a file larger than all pieces, of pieces spread evenly over it."""
+    """BLAKE2b of a file's size and content; for a file larger than all pieces, of pieces spread evenly over it."""
     size = path.stat().st_size
     hashed = blake2b(str(size).encode(), digest_size=16)
-    step = max(PIECE, (size - PIECE) // (PIECES - 1))
+    step = max(PIECE_BYTES, (size - PIECE_BYTES) // (PIECES - 1))
     with path.open("rb") as file:
         for start in range(0, size, step):
             file.seek(start)
-            hashed.update(file.read(PIECE))
+            hashed.update(file.read(PIECE_BYTES))
     return hashed.hexdigest()
 
 
 def _describe(path: Path, model: Any, vocab: LlamaVocab, context: LlamaContext, device: str) -> ModelInfo:
-    def meta(key: str) -> str:
-        return text_of(lambda buffer, size: native.llama_model_meta_val_str(model, key.encode(), buffer, size))
-
     template: bytes | None = native.llama_model_chat_template(model, None)
     return ModelInfo(
-        name=meta("general.name") or path.stem,
+        name=metadata(model, "general.name") or path.stem,
         path=str(path),
         description=text_of(lambda buffer, size: native.llama_model_desc(model, buffer, size)),
         bytes=native.llama_model_size(model),

@@ -1,11 +1,12 @@
-"""What a step costs, what drafts are likely to yield, and what of them is therefore verified.
+"""Cost of a step, acceptance of drafts, and the number of draft tokens that a step verifies.
 
-curve        seconds by rows, with every jump
-cost         what a step costs, learnt from every step; how many prompt rows fit beside the streams
-calibration  the same measured at start, and kept for the next
-acceptance   how likely a draft's tokens are right
-lengths      which drafts make a step fastest for all who take part: a pure function
-chooser      which drafts, how much of them, and what is only tried
+curve        seconds of a pass by its rows, with every jump
+passes       passes and attended cells of a step, by KV layout: pure functions
+cost         cost of a step, learned from every step; number of prompt rows that fit
+calibration  the same measured at start, and kept for the next start
+acceptance   chance that the tokens of a draft are accepted
+lengths      lengths of drafts that make a step best for all sequences: pure functions
+chooser      choice among several drafts, their lengths, and exploration
 journal      a line in the log for every hundred steps
 """
 
@@ -14,15 +15,20 @@ from engine.pace.calibration import Measured, calibrate, keep, kept, warm_up
 from engine.pace.chooser import FIRST, Chooser, Load, Verified
 from engine.pace.cost import Pace, StepCost, blend
 from engine.pace.curve import Curve
+from engine.pace.passes import Layout, Pass, SequenceRows, Shape
 
 __all__ = [
     "FIRST",
     "Acceptance",
     "Chooser",
     "Curve",
+    "Layout",
     "Load",
     "Measured",
     "Pace",
+    "Pass",
+    "SequenceRows",
+    "Shape",
     "StepCost",
     "Verified",
     "blend",

@@ -1,177 +1,252 @@
-"""What a step costs, learnt from every step, and how many prompt rows fit beside the running streams."""
+"""Learned cost of a step, and the number of prompt rows that fit beside the decoding sequences."""
 
 from __future__ import annotations
 
+from collections import Counter
 from math import exp, log
 from typing import NamedTuple
 
 import numpy as np
 
 from engine.pace.curve import Curve, Seconds
+from engine.pace.passes import Columns, Heights, Indices, Layout, Shape, strips
 
+# Share of a new measurement in a running mean.
 WEIGHT = 0.2
-"""Share of a new measurement in a running mean."""
-WARY, HOPEFUL = 0.4, 0.1
-"""The same where an error one way makes steps too long and the other way only reads prompts more slowly: what counsels
-caution is believed sooner."""
+# The same for the cost of prompt rows: an estimate that is too low makes steps too long, one that is too high only
+# slows prefill down, so a rise is believed sooner than a fall.
+RISE_WEIGHT, FALL_WEIGHT = 0.4, 0.1
+# A measurement counts for at most this many times the mean: the machine is shared, and one delayed step must not make
+# the next ones long.
 OUTLIER = 1.5
-"""A measurement counts for at most this many times the mean: the machine is shared, and one step that was held up
-must not make the next ones long."""
-OWN = 0.04
-"""Share of an error that is blamed on the step's own number of rows, once that is well known; most of the rest is the
-machine's, which is as fast or slow for all of them."""
-STRANGE = 0.5
-"""The same for a number of rows that was never measured."""
+# Share of an error that is attributed to the rows of the pass, once that count is well known. Most of the rest is
+# attributed to the load factor, which all counts have in common.
+OWN_SHARE = 0.04
+# The same for a count that was never measured.
+NEW_SHARE = 0.5
+# Seconds of an attended cell, as a share of a pass of one row: a cost of zero could not be corrected by factors.
 LEAST_CELL = 1e-6
-"""Of a step of one row, by how much a resident cell makes it dearer at least: nothing could not be learnt from."""
-REFRESH = 16
-"""Of so many steps beside streams one holds no prompt rows, so that the streams' own cost is known as it changes."""
-SMALL = 4
-"""The end of a prompt, less than a chunk's size divided by this, says little about the cost of a row."""
+# One of so many steps beside decoding sequences has no prompt rows, so that the cost of decoding alone is measured.
+REFRESH_STEPS = 16
+# The end of a prompt, below this fraction of the allowed chunk, says little about the cost of a row.
+LEAST_CHUNK = 0.25
+# A step has at most this many times the prompt rows of the last one, so that no estimate is trusted far beyond what
+# was measured.
 GROWTH = 2
-"""A step holds at most this many times the prompt rows of the last one, so that no estimate is trusted far
-beyond what was measured."""
 
 
 def blend(mean: float | None, value: float, weight: float = WEIGHT) -> float:
-    """The running mean after one more measurement."""
+    """Returns the running mean after one more measurement; `None` is a mean of no measurements."""
     if mean is None:
         return value
     return mean + weight * (min(value, OUTLIER * mean) - mean)
 
 
 class Pace(NamedTuple):
-    """Seconds that a step may take: beside running streams (0 is twice theirs), and with prompts only."""
+    """Target seconds of a step: beside decoding sequences (0 is twice their own time), and with prefill only."""
 
     step: float
     idle_step: float
 
 
 class StepCost:
-    """Seconds of a step: of its rows and the resident cells while only streams run, and of each prompt row more.
+    """Seconds of a step by its passes and attended cells without prompts, and of each prompt row more.
 
-    Without prompts it is `machine * (curve[rows] + row_cell * rows * cells)`: the curve is the model's on this
-    machine and has jumps, every row looks at every resident cell, and how fast the machine is right now, which others
-    use too, is one factor. An error is shared out between the three, and counts for no more than `OUTLIER`.
+    The decode of a step without prompts takes `machine * (sum of curve[rows of a pass] + row_cell * attended)`. The
+    curve is the model's on this machine and has jumps. `machine` is the load factor. The error of a measurement is
+    divided among the three, and counts for no more than `OUTLIER`.
 
-    A prompt row is dearer beside streams than in a long chunk of its own, so the two are kept apart.
+    A prompt row costs more beside decoding sequences than in a long chunk alone, so there is a mean for each.
     """
 
-    def __init__(self, curve: Curve | None = None, first_rows: int = 64) -> None:
+    def __init__(self, curve: Curve | None = None, layout: Layout | None = None, first_rows: int = 64) -> None:
+        """`layout` is that of the context whose steps are measured; unified KV by default."""
         self.curve = curve or Curve()
+        self.layout = layout or Layout()
         self.row_cell = 0.0
-        """Seconds by which a resident cell makes each row dearer; 0 if not measured."""
+        """Seconds of a pair of a row and an attended cell; 0 if not measured."""
         self.machine = 1.0
-        """How much longer everything takes right now than when the curve was measured."""
-        self.aside = 0.0
+        """Load factor: the cost of everything now, relative to the time when the curve was measured."""
+        self.host_seconds = 0.0
         """Seconds of a step outside the decode."""
         self._beside: float | None = None
         self._alone: float | None = None
         self._last_beside = 4
         self._last_alone = first_rows
-        self._allowed = 0  # prompt rows that the last step might have held
-        self._mixed = 0  # steps with prompts beside streams since one without
+        self._allowed = 0  # prompt rows that the last step could have
+        self._mixed = 0  # steps with prompt rows beside decoding sequences since the last step without
+
+    def resident_cell(self, rows: int) -> float:
+        """Returns the seconds by which an idle resident cell lengthens a decode of `rows` rows; 0 with per-slot KV."""
+        return self.machine * self.row_cell * rows if self.layout.unified else 0.0
 
     @property
-    def cell(self) -> float:
-        """Seconds by which a resident cell makes each row dearer right now."""
-        return self.machine * self.row_cell
+    def extra_pass(self) -> float:
+        """Seconds by which a step grows if a pass of two rows is split; 0 with unified KV or if nothing was
+        measured."""
+        if self.layout.unified or not self.curve:
+            return 0.0
+        return self.machine * max(0.0, 2 * self.curve.seconds(1) - self.curve.seconds(2))
 
-    def beside(self, seconds: float) -> None:
-        """So much of a step was spent outside the decode."""
-        self.aside = blend(self.aside or None, max(0.0, seconds))
+    # ── learning ──
 
-    def start(self, rows: int, seconds: float) -> None:
-        """A step of `rows` rows takes so long just now."""
+    def add_host_time(self, seconds: float) -> None:
+        """Records the seconds of a step outside the decode."""
+        self.host_seconds = blend(self.host_seconds or None, max(0.0, seconds))
+
+    def start(self, shape: Shape, seconds: float) -> None:
+        """Sets the load factor by a step of one pass that takes `seconds` now."""
+        (rows,) = shape.passes
         if self.curve:
-            self.machine = seconds / self.curve.seconds(rows)
+            self.machine = seconds / self._unscaled(shape)
         else:
             self.curve.put(rows, seconds)
         self.row_cell = max(self.row_cell, LEAST_CELL * self.curve.seconds(1))
 
-    def observe(self, decode_rows: int, prompt_rows: int, seconds: float, cells: int = 0) -> None:
-        """Records a step beside `cells` resident cells whose decode was `seconds` long."""
+    def observe(self, decode: Shape, prompt_rows: int, seconds: float) -> None:
+        """Records a decode of `seconds`: `decode` is the shape of the step without its `prompt_rows`."""
         if not prompt_rows:
-            refresh = self._mixed >= REFRESH  # the only one in a while: it counts as several
-            self._learn(decode_rows, cells, seconds, WARY if refresh else WEIGHT)
+            refresh = self._mixed >= REFRESH_STEPS  # the first such step after many: it counts as several
+            self._learn(decode, seconds, RISE_WEIGHT if refresh else WEIGHT)
             self._mixed = 0
-        elif not decode_rows:
-            if SMALL * prompt_rows >= self._allowed:
+        elif not decode.passes:
+            if prompt_rows >= LEAST_CHUNK * self._allowed:
                 self._alone = blend(self._alone, seconds / prompt_rows)
                 self._last_alone = prompt_rows
         else:
             self._mixed += 1
-            self._observe_mixed(decode_rows, prompt_rows, seconds, cells)
+            self._observe_mixed(decode, prompt_rows, seconds)
 
-    def _learn(self, rows: int, cells: int, seconds: float, weight: float) -> None:
+    def _learn(self, shape: Shape, seconds: float, weight: float) -> None:
         if not self.curve:
-            self.curve.put(rows, seconds)
+            largest = max(shape.passes)
+            self.curve.put(largest, seconds * largest / shape.rows)
             return
-        seen, bare, of_cells = self.curve.seen(rows), self.curve.seconds(rows), self.row_cell * rows * cells
+        counts = Counter(shape.passes)
+        costs = {rows: times * self.curve.seconds(rows) for rows, times in counts.items()}
+        bare, of_cells = sum(costs.values()), self.row_cell * shape.attended
         expected = self.machine * (bare + of_cells)
         limit = log(OUTLIER)
         error = max(-limit, min(limit, log(max(seconds, 1e-9) / expected)))
-        own = max(OWN, 0.5 / seen) if seen else STRANGE
-        share = bare / (bare + of_cells)
-        self.curve.scale(rows, exp(own * share * error))
-        self.row_cell *= exp(OWN * (1 - share) * error)
-        self.machine *= exp(weight * error * (1 - own))
+        share, known = bare / (bare + of_cells), 0.0
+        for rows, cost in costs.items():
+            seen = self.curve.seen(rows)
+            own = (max(OWN_SHARE, 0.5 / seen) if seen else NEW_SHARE) * cost / bare
+            self.curve.scale(rows, exp(own * share * error))
+            known += own
+        self.row_cell *= exp(OWN_SHARE * (1 - share) * error)
+        self.machine *= exp(weight * error * (1 - known))
 
-    def _observe_mixed(self, decode_rows: int, prompt_rows: int, seconds: float, cells: int) -> None:
-        if (alone := self.decode_seconds(decode_rows, cells)) > seconds:
-            self.machine *= (seconds / alone) ** WARY  # without the prompt it would have been shorter still
-        if SMALL * prompt_rows >= self._allowed:
-            more = max(seconds - self.decode_seconds(decode_rows, cells), 0.05 * seconds)
-            dearer = self._beside is None or more / prompt_rows > self._beside
-            self._beside = blend(self._beside, more / prompt_rows, WARY if dearer else HOPEFUL)
+    def _observe_mixed(self, decode: Shape, prompt_rows: int, seconds: float) -> None:
+        if (alone := self.decode_seconds(decode)) > seconds:
+            self.machine *= (seconds / alone) ** RISE_WEIGHT  # without the prompt it would have been shorter still
+        if prompt_rows >= LEAST_CHUNK * self._allowed:
+            each = max(seconds - self.decode_seconds(decode), 0.05 * seconds) / prompt_rows
+            rises = self._beside is None or each > self._beside
+            self._beside = blend(self._beside, each, RISE_WEIGHT if rises else FALL_WEIGHT)
             self._last_beside = prompt_rows
+
+    # ── estimates ──
 
     @property
     def prompt_row(self) -> float:
-        """Seconds of a row of a prompt that is read alone; 0 if none was measured."""
+        """Seconds of a prompt row in a step without decoding sequences; 0 if none was measured."""
         return self._alone or 0.0
 
-    def decode_seconds(self, rows: int, cells: int = 0) -> float:
-        """A step of `rows` rows without prompts, beside so many resident cells; 0 if none was measured."""
-        return self.machine * (self.curve.seconds(rows) + self.row_cell * rows * cells)
+    def decode_seconds(self, shape: Shape) -> float:
+        """Returns the seconds of the decode of a step without prompt rows; 0 if nothing was measured."""
+        return self.machine * self._unscaled(shape)
 
-    def steps(self, first: int, more: int, cells: int) -> Seconds:
-        """The same, and what a step takes besides, for `first` rows and up to `more` more; some were measured."""
-        line = self.curve.line(first + more)[first : first + more + 1]
-        return self.machine * (line + self.row_cell * cells * np.arange(first, first + more + 1)) + self.aside
+    def even_seconds(self, sequences: int, cells: int = 0) -> float:
+        """Returns the same for one row of each of `sequences`, which have `cells` cells together. Any thread may
+        call."""
+        return self.decode_seconds(self.layout.even(sequences, cells))
 
-    def prompt_rows(
-        self, decode_rows: int, step_seconds: float, idle_step_seconds: float, cells: int = 0, readers: float = 1.0
-    ) -> int:
-        """Prompt rows that fit a step beside `decode_rows` others; at least 1, but for a step that measures the others.
+    def _unscaled(self, shape: Shape) -> float:
+        return sum(map(self.curve.seconds, shape.passes)) + self.row_cell * shape.attended
 
-        Beside streams the step may take `step_seconds`. If that is 0, prompts get as much time as the streams, which
-        so keep half their speed; and where several read for each that streams, `readers`, so many times as much: few
-        must not hold up many. But never more than `idle_step_seconds`, which the step may take with no stream running.
+    def unified_steps(self, first: int, more: int, cells: int) -> Seconds:
+        """Returns the seconds of steps, host time included, of `first` up to `first + more` rows with unified KV.
+
+        `cells` cells are resident. Something was measured.
         """
-        if decode_rows and self._mixed >= REFRESH:
+        rows, ubatch = np.arange(first, first + more + 1), self.layout.ubatch
+        line = self.curve.line(min(first + more, ubatch))
+        if first + more <= ubatch:
+            bare = line[first : first + more + 1]
+        else:
+            full, rest = np.divmod(rows, ubatch)
+            bare = full * line[ubatch] + np.where(rest, line[rest], 0.0)
+        return self.machine * (bare + self.row_cell * cells * rows) + self.host_seconds
+
+    def per_slot_steps(self, columns: Columns, heights: Heights) -> Seconds:
+        """Returns the seconds of each of the steps `heights`, host time included, with per-slot KV.
+
+        Something was measured.
+        """
+        found, steps = strips(columns, heights), heights.shape[1]
+        totals = found.sequences * found.rows
+        bare = self._of_strips(found.sequences, found.rows)
+        if not self.layout.flash:
+            bare += self.row_cell * totals * found.padded
+        seconds: Seconds = np.bincount(found.step, bare, steps).astype(np.float64)
+        if self.layout.flash:
+            seconds += self.row_cell * (columns.cells @ heights)
+        return self.machine * seconds + self.host_seconds
+
+    def _of_strips(self, sequences: Indices, rows: Indices) -> Seconds:
+        """Returns the seconds of strips without the cells that they attend to, before the load factor."""
+        totals, ubatch = sequences * rows, self.layout.ubatch
+        most = int(totals.max(initial=0))
+        line = self.curve.line(min(most, ubatch))
+        if most <= ubatch:
+            return line.take(totals)
+        each = np.maximum(1, ubatch // sequences)
+        full, rest = np.divmod(rows, each)
+        seconds: Seconds = full * _cut(line, each * sequences, ubatch)
+        seconds += np.where(rest, _cut(line, rest * sequences, ubatch), 0.0)
+        return seconds
+
+    # ── prompts ──
+
+    def prompt_rows(self, decode: Shape, step_seconds: float, idle_step_seconds: float, prefilling: float = 1.0) -> int:
+        """Returns the prompt rows that fit a step beside `decode`; at least 1, but 0 where the step measures `decode`.
+
+        Beside decoding sequences a step may take `step_seconds`. If that is 0, prefill gets as much time as decoding,
+        multiplied by `prefilling` if there are that many, more than one, prefilling sequences for each decoding one:
+        few must not hold up many. The limit is then `idle_step_seconds`, the time of a step without decoding sequences.
+        """
+        if decode.passes and self._mixed >= REFRESH_STEPS:
             return 0
-        if decode_rows:
-            alone = self.decode_seconds(decode_rows, cells)
-            equal = min(alone * max(1.0, readers), idle_step_seconds)
+        if decode.passes:
+            alone = self.decode_seconds(decode)
+            equal = min(alone * max(1.0, prefilling), idle_step_seconds)
             budget = max(step_seconds - alone, 0.0) if step_seconds else equal
-            rows = self._shaped(decode_rows, _fit(budget, self._beside or self._alone))
+            # With per-slot KV the chunk is a pass of its own.
+            in_pass = decode.rows if self.layout.unified else 0
+            rows = self._shaped(in_pass, _fit(budget, self._beside or self._alone))
             rows = min(rows, GROWTH * self._last_beside)
         else:
             rows = min(_fit(idle_step_seconds, self._alone or self._beside), GROWTH * self._last_alone)
         self._allowed = max(1, rows)
         return self._allowed
 
-    def _shaped(self, decode_rows: int, rows: int) -> int:
-        """About `rows`: so many more or less that a row of the whole step is cheapest, where counts were measured."""
-        most = decode_rows + rows + rows // 8
-        first = decode_rows + max(1, rows // 2)
+    def _shaped(self, others: int, rows: int) -> int:
+        """Returns about `rows` prompt rows, so many that a row of a pass with `others` is cheapest, where measured."""
+        most = others + rows + rows // 8
+        first = others + max(1, rows // 2)
         known = [total for total in self.curve.points if first <= total <= most]
         if not known or most > max(self.curve.points):
             return rows
         line = self.curve.line(most)[first : most + 1]
-        return first + int(np.argmin(line / np.arange(first, most + 1))) - decode_rows
+        return first + int(np.argmin(line / np.arange(first, most + 1))) - others
 
 
 def _fit(seconds: float, row_seconds: float | None) -> int:
     return int(seconds / row_seconds) if row_seconds else 2**30
+
+
+def _cut(line: Seconds, rows: Indices, ubatch: int) -> Seconds:
+    """Seconds of passes of `rows` rows; more than `ubatch` cost in proportion."""
+    seconds: Seconds = line[np.minimum(rows, ubatch)] * np.maximum(1.0, rows / ubatch)
+    return seconds

@@ -1,4 +1,4 @@
-"""Seconds of a step by its rows, with every jump: neighbouring counts may differ by half."""
+"""Seconds of a pass by its rows, with every jump: neighbouring counts may differ by half."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ Seconds = NDArray[np.float64]
 
 
 class Point(Struct):
-    """What is known of one number of rows."""
+    """The mean of the measurements of one number of rows."""
 
     seconds: float
     seen: int
-    """Measurements in it."""
+    """Number of measurements."""
 
 
 class Curve:
-    """A mean for each number of rows that was measured. Counts between two of these lie on a straight line, those
-    beyond the last cost in proportion to their rows, those before the first as much as it."""
+    """A mean for each number of rows that was measured.
+
+    Counts between two measured ones are interpolated linearly. Counts beyond the last cost in proportion to their rows,
+    counts before the first as much as the first.
+    """
 
     def __init__(self, points: Mapping[int, float] | None = None, seen: int = 1) -> None:
         """`points` are seconds by rows, each the mean of `seen` measurements."""
@@ -37,19 +40,19 @@ class Curve:
 
     @property
     def points(self) -> Mapping[int, Point]:
-        """By rows, what was measured."""
+        """The measured counts, by rows."""
         return self._points
 
     def put(self, rows: int, seconds: float, seen: int = 1) -> None:
-        """Sets what `rows` rows cost."""
+        """Sets the cost of `rows` rows."""
         known = rows in self._points
         self._points[rows] = Point(seconds, seen)
-        if not known:  # only now, as another thread may be looking
+        if not known:  # after the point is stored, as another thread may call `seconds`
             insort(self._counts, rows)
         self._line = np.empty(0)
 
     def scale(self, rows: int, factor: float) -> None:
-        """One more measurement of `rows` rows says that they cost `factor` times what was thought."""
+        """Records a measurement of `rows` rows that was `factor` times the expected cost."""
         point = self._points.get(rows)
         if point is None:
             self.put(rows, factor * self.seconds(rows))
@@ -59,18 +62,18 @@ class Curve:
         self._line = np.empty(0)
 
     def seen(self, rows: int) -> int:
-        """How often `rows` rows were measured."""
+        """Returns the number of measurements of `rows` rows."""
         point = self._points.get(rows)
         return point.seen if point is not None else 0
 
     def seconds(self, rows: int) -> float:
-        """Of a step of `rows` rows; 0 if none was measured."""
+        """Returns the seconds of a pass of `rows` rows; 0 if nothing was measured."""
         if (point := self._points.get(rows)) is not None:
             return point.seconds
         return float(self.line(rows)[rows]) if self._counts else 0.0
 
     def line(self, most: int) -> Seconds:
-        """Seconds by rows, from 0 to at least `most`; at least one count was measured. Not to be changed."""
+        """Returns the seconds by rows, from 0 to at least `most`. Read-only; at least one count was measured."""
         line = self._line
         if len(line) <= most:
             size = max(64, 1 << most.bit_length())

@@ -1,8 +1,14 @@
-"""How many tokens of each draft the next step verifies. Pure policy: values in, values out."""
+"""Number of tokens of each draft that the next step verifies. Pure functions.
+
+The lengths maximise the product of the speeds of all sequences (Nash 1950; proportional fairness, Kelly et al. 1998):
+the factor by which a draft speeds up one sequence must exceed the factors by which the longer step slows down all
+others together. The sum of the speeds would let one sequence that repeats itself hold up all others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
@@ -10,78 +16,177 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.pace.curve import Seconds
+from engine.pace.passes import Heights
 
 Chances = Sequence[float]
-"""For each token of a draft the chance that it and all before it are right; never rises."""
+"""For each token of a draft the chance that it and all before it are accepted; never rises."""
+Indices = NDArray[np.intp]
+
+# Alternative steps of which `share_per_slot` computes the cost; more would take longer than they can gain.
+MOST_STEPS = 512
 
 
 class Shares(NamedTuple):
-    """What to verify, and what it promises."""
+    """Lengths of drafts, and the expectation of a step with them."""
 
     lengths: list[int]
-    """Tokens for each draft."""
+    """Tokens of each draft."""
     gain: float
-    """Tokens that are likely to be accepted."""
+    """Expected accepted tokens."""
     rate: float
-    """Tokens a second of the step, were they as many for each as their geometric mean."""
+    """Tokens per second of the step if all sequences got as many as their geometric mean."""
+    price: float = 0.0
+    """Tokens that the step could yield in the time of one drafted token; of the first one if `lengths` are 0."""
 
 
 def share(
     curves: Sequence[Chances], seconds: Seconds, sure: float, weights: Sequence[float] = (), least: int = 0
 ) -> Shares:
-    """The lengths with which a step is fastest for all who take part, and at least `least` tokens in all.
+    """Returns the best lengths where the cost depends on the number of drafted tokens only, at least `least` in all.
 
-    `seconds[k]` is the cost of the step with `k` drafted tokens; of `sure` streams each gets a token without any. The
-    product of all streams' speeds is made as large as it can be (Nash 1950; proportional fairness, Kelly et al. 1998):
-    what a draft gives one stream must be more, as a factor, than what the longer step takes from all others together.
-    The sum of speeds would let one that repeats itself hold up everybody else.
+    `seconds[k]` is the cost of the step with `k` drafted tokens. Each of `sure` sequences gets a token without a draft.
+    `weights`, one for each curve, multiply the worth of its tokens.
 
-    The logarithm of that product gains less with each token of a draft. So for a given number of tokens the largest
-    gains are best, and one sorted scan over every total finds the optimum however the cost jumps from one total to the
-    next. With `weights`, one for each curve, a token of one counts for more than that of another: for those who are
-    late, or were promised a speed.
+    The logarithm of the product of speeds gains less with each token of a draft. So for a given number of tokens the
+    largest gains are best, and one sorted scan over every total finds the optimum for any `seconds`.
     """
-    chances = np.array([*chain.from_iterable(curves)])
-    sizes = np.array([*map(len, curves)])
-    worth = _worth(chances, sizes)
+    chances, sizes = _flat(curves)
+    _, worth = _worth(chances, sizes)
     if weights:
         worth *= np.repeat(weights, sizes)
     order = np.argsort(-worth)[: len(seconds) - 1]
-    rates = _rates(_sums(worth[order]), seconds[: 1 + len(order)], sure)
+    seconds = seconds[: 1 + len(order)]
+    rates = _rates(_sums(worth[order]), seconds, sure)
     total = least + int(np.argmax(rates[least:])) if least < len(rates) else len(order)
-    if not total:
-        return Shares([0] * len(curves), 0.0, float(rates[0]))
-    chosen = order[:total]
-    lengths: list[int] = np.bincount(np.repeat(np.arange(len(curves)), sizes)[chosen], minlength=len(curves)).tolist()
-    return Shares(lengths, float(chances[chosen].sum()), float(rates[total]))
+    lengths = np.bincount(np.repeat(np.arange(len(curves)), sizes)[order[:total]], minlength=len(curves))
+    price = _price(float(rates[total]), seconds, total, total) if len(seconds) > 1 else 0.0
+    return Shares(lengths.tolist(), float(chances[order[:total]].sum()), float(rates[total]), price)
 
 
-def _worth(chances: Seconds, sizes: NDArray[np.intp]) -> Seconds:
-    """By how much each token of drafts of these sizes, one after the other, raises the logarithm of its stream's
-    speed."""
+def share_per_slot(
+    curves: Sequence[Chances],
+    cost: Callable[[Heights], Seconds],
+    sure: float,
+    most: int,
+    least: int = 0,
+    steps: int = MOST_STEPS,
+) -> Shares:
+    """Returns good lengths where the cost depends on the length of every draft, from `least` to `most` tokens in all.
+
+    `cost(lengths)` returns the seconds of steps with `lengths[i, k]` tokens of draft i in step k; step 0 has none. A
+    step without drafts is among those that are compared, so the result is never worse by these costs. The others are:
+
+    - the nested steps of `share`: for each total the tokens of largest worth, best where every row has its price;
+    - for each length the drafts of largest worth, all of that length or to their end, best where a pass has its price.
+
+    No more than about `steps` steps are compared.
+    """
+    chances, sizes = _flat([curve[:most] for curve in curves])
+    logs, own = _worth(chances, sizes)
+    families = [_nested(own, sizes, most, steps // 2)]
+    if np.count_nonzero(sizes) > 1:
+        families.append(_equal(logs, sizes, most, steps // 2))
+    lengths, tokens, worth = (np.concatenate(parts, axis=-1) for parts in zip(*families, strict=True))
+    seconds = cost(lengths)
+    rates = _rates(worth, seconds, sure)
+    allowed = np.where(tokens >= min(least, int(tokens.max())), rates, 0.0) if least else rates
+    best = int(np.argmax(allowed))
+    chosen: list[int] = lengths[:, best].tolist()
+    gain = sum(sum(curve[:length]) for curve, length in zip(curves, chosen, strict=True) if length)
+    price = _price(float(rates[best]), seconds, best, int(tokens[best])) if len(seconds) > 1 else 0.0
+    return Shares(chosen, gain, float(rates[best]), price)
+
+
+class _Family(NamedTuple):
+    """Alternative steps as arrays."""
+
+    lengths: Heights
+    """Tokens of each draft, [drafts, steps]."""
+    tokens: Indices
+    """Tokens of all drafts."""
+    worth: Seconds
+    """Sum of the worth of all tokens."""
+
+
+def _nested(own: Seconds, sizes: Indices, most: int, steps: int) -> _Family:
+    """Returns for about `steps` totals of 0 to `most` tokens the tokens of largest worth."""
+    order = np.argsort(-own)[:most]
+    draft = np.repeat(np.arange(len(sizes)), sizes)[order]
+    totals = _spread(1 + len(order), steps)
+    more = np.zeros((len(sizes), len(totals)), np.int16)
+    np.add.at(more, (draft, np.searchsorted(totals, np.arange(1, 1 + len(order)))), 1)
+    return _Family(np.cumsum(more, axis=1, dtype=np.int16), totals, _sums(own[order])[totals])
+
+
+def _equal(logs: Seconds, sizes: Indices, most: int, steps: int) -> _Family:
+    """Returns for about `steps` pairs of a length and a number of drafts those of largest worth, each of that length or
+    to its end, at most `most` tokens in all."""
+    count, longest = int(np.count_nonzero(sizes)), int(sizes.max())
+    # Of a few drafts every length, of many drafts some.
+    length = 1 + _spread(longest, max(4, steps // count))
+    rank = count - 1 - _spread(count, max(4, steps // len(length)))
+    upto = np.minimum(length, sizes[:, None]).astype(np.int16)
+    ends = (sizes.cumsum() - sizes)[:, None] + upto - 1
+    worth = np.where(upto > 0, logs.take(ends, mode="clip"), 0.0)
+    worth -= 1e-9 * np.arange(len(sizes))[:, None]  # so that no two drafts have the same
+    ordered = np.sort(worth, axis=0)[::-1]
+    taken = worth[:, None, :] >= ordered[rank]
+    lengths = (taken * upto[:, None, :]).reshape(len(sizes), -1)
+    tokens = lengths.sum(axis=0)
+    kept = np.flatnonzero(tokens <= most)
+    return _Family(lengths.take(kept, axis=1), tokens[kept], ordered.cumsum(axis=0)[rank].ravel()[kept])
+
+
+@lru_cache(256)
+def _spread(count: int, most: int) -> Indices:
+    """Returns all indices below `count`, or about `most` of them, the first ones more densely. Read-only."""
+    if count <= most:
+        return np.arange(count)
+    return np.unique(np.geomspace(1, count, max(2, most)).astype(np.intp)) - 1
+
+
+def _flat(curves: Sequence[Chances]) -> tuple[Seconds, Indices]:
+    """The curves one after the other, and their sizes."""
+    sizes = np.array([*map(len, curves)], np.intp)
+    return np.fromiter(chain.from_iterable(curves), np.float64, int(sizes.sum())), sizes
+
+
+def _worth(chances: Seconds, sizes: Indices) -> tuple[Seconds, Seconds]:
+    """Returns for each token of the flattened drafts the logarithm of the factor by which the draft up to the token
+    raises its sequence's speed, and the token's own part of that."""
     sums = _sums(chances)
     starts = np.cumsum(sizes) - sizes
     logs = np.log1p(sums[1:] - np.repeat(sums[starts], sizes))
-    before = np.concatenate(((0.0,), logs))[:-1]
-    before[starts[sizes > 0]] = 0.0
-    worth: Seconds = logs - before
-    return worth
+    own = logs.copy()
+    own[1:] -= logs[:-1]
+    first = starts[sizes > 0]
+    own[first] = logs[first]
+    return logs, own
 
 
 def _rates(worth: Seconds, seconds: Seconds, sure: float) -> Seconds:
-    """Tokens a second of steps that take so long, for the geometric mean of `sure` streams; `worth` is by how much the
-    logarithms of their speeds are raised together."""
+    """Tokens per second of steps of `seconds`, for the geometric mean of `sure` sequences.
+
+    `worth` is the sum of the logarithms of the factors by which their speeds rise.
+    """
     rates: Seconds = sure * np.exp(worth / sure) / seconds
     return rates
 
 
-def _sums(values: Chances | Seconds) -> Seconds:
-    """Of none, one, two ... values."""
-    return np.concatenate(((0.0,), np.cumsum(values)))
+def _price(rate: float, seconds: Seconds, best: int, tokens: int) -> float:
+    """Tokens that a step of `rate` yields in the time of one of the `tokens` of step `best`."""
+    return rate * float(seconds[best or 1] - seconds[0]) / max(1, tokens)
+
+
+def _sums(values: Seconds) -> Seconds:
+    """Sums of none, one, two ... values."""
+    sums = np.zeros(1 + len(values))
+    values.cumsum(out=sums[1:])
+    return sums
 
 
 def pick(candidates: Sequence[Chances], price: float) -> int:
-    """Which of several drafts for one slot is worth most, where a row costs as much as `price` tokens."""
+    """Returns the index of the draft of largest worth for one sequence, where a row costs as much as `price` tokens."""
     best, most = 0, -1.0
     for i, curve in enumerate(candidates):
         worth = 0.0
@@ -94,21 +199,18 @@ def pick(candidates: Sequence[Chances], price: float) -> int:
     return best
 
 
-def places(
-    curves: Sequence[Chances], seconds: Seconds, sure: float, each: float, most: int, least: int = 1
-) -> tuple[int, float]:
-    """How far, from `least` to `most` tokens, the draft model should guess for everybody in `curves`, and the tokens a
-    second with that, as `share` counts them.
+def places(curves: Sequence[Chances], seconds: Seconds, sure: float, each: float, least: int = 1) -> tuple[int, float]:
+    """Returns the best number of tokens, 0 or at least `least`, that the draft model drafts for each of `curves`, and
+    the tokens per second with it, as in `Shares`.
 
-    Each place costs `each` seconds for all of them together; all that is guessed is verified. 0 is nothing.
+    `seconds[m]` is the cost of the step that verifies m tokens for each; drafting one token for each costs `each`.
     """
-    most = min(most, (len(seconds) - 1) // max(1, len(curves)))
-    worth = np.zeros(most + 1)
+    counts = np.arange(len(seconds))
+    worth = np.zeros(len(seconds))
     for curve in curves:
-        sums = np.log1p(_sums(curve[:most]))
-        worth += np.concatenate((sums, np.full(most + 1 - len(sums), sums[-1])))
-    rows = len(curves) * np.arange(most + 1)
-    rates = _rates(worth, seconds[rows] + each * np.arange(most + 1), sure)
+        sums = np.log1p(_sums(np.asarray(curve[: len(seconds) - 1], np.float64)))
+        worth += np.concatenate((sums, np.full(len(seconds) - len(sums), sums[-1])))
+    rates = _rates(worth, seconds + each * counts, sure)
     rates[1:least] = 0.0
     best = int(np.argmax(rates))
     return best, float(rates[best])

@@ -1,8 +1,8 @@
-"""A model that computes nothing: for load tests without weights, and to see what the engine itself costs.
+"""Load tests without weights: a backend in which everything is real but the model's computation.
 
-It says words at random, yet always the same ones after the same text: what follows depends on a hash of all tokens
-before. A speculator that knows them, and errs with a set chance, stands for all others. A step takes as long as a curve
-says.
+The simulated model emits words that depend on a hash of all tokens before, so equal histories have equal outputs. A
+speculator that knows the words and is wrong with a set chance takes the place of all others. A step takes as long as a
+curve says.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SimBackend:
         self.info = ModelInfo(
             name=config.model.path,
             path=config.model.path,
-            description="a model that computes nothing",
+            description="a simulated model",
             bytes=0,
             parameters=0,
             vocabulary=SIZE,
@@ -50,18 +50,18 @@ class SimBackend:
         )
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: no native object is held."""
 
 
 def open_sim(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -> SimBackend:
-    """The model that computes nothing. Raises ModelError if `config.sim.cost` makes no sense."""
+    """Returns the simulated backend. Raises ModelError if `config.sim.cost` names no cost."""
     context = SimContext(config, cost_of(config.sim.cost))
     progress(1.0)
     return SimBackend(config, context)
 
 
 def speculators(config: EngineConfig) -> Speculate | None:
-    """Who guesses for a model that computes nothing: the usual ones if nobody is to know what it says."""
+    """Returns the maker of simulated speculators; `None` if the usual speculators are to be used."""
     if not (config.sim.on and config.sim.accept):
         return None
 

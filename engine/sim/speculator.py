@@ -1,4 +1,4 @@
-"""A speculator that knows what the model that computes nothing will say."""
+"""A speculator that knows the output of the simulated model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from engine.sim.words import MASK, MIX, STEP, WORD, WORDS, following
 from engine.speculate import Draft
 
+# Tokens of a draft at most.
 LONGEST = 16
-"""Tokens of a draft at most."""
 COUNT = len(WORDS)
+# The bits of a hash that decide whether a draft token is right.
 BITS = 2**16 - 1
-"""Of a hash, those that say whether a guess is right."""
 
 
 class SimSpeculator:
-    """Knows what the model will say, and is right with chance `accept` at each token."""
+    """Drafts the output of the simulated model, with chance `accept` of being right at each token."""
 
     def __init__(self, seed: int, accept: float) -> None:
         self._accept = accept
@@ -24,34 +24,35 @@ class SimSpeculator:
         self._hashes = array("Q", (seed,))  # of none, one, two ... tokens
 
     def begin(self, tokens: Sequence[int]) -> None:
-        """The history."""
+        """Takes the history."""
         self.observe(tokens)
 
     def propose(self, limit: int) -> Draft:
-        """The words to come, with another one in the place of some; it goes on after the one that is wrong."""
+        """Returns the next words, some of them replaced by wrong ones; the words after a wrong one are not affected."""
         known, words, below = self._hashes[-1], list[int](), self._accept * BITS
         for _ in range(min(limit, LONGEST)):
             mixed = (known ^ known >> 31) * MIX & MASK
             drawn = mixed >> 40
             words.append(WORD + (drawn if (mixed >> 16 & BITS) < below else drawn + 1) % COUNT)
-            known = (known * STEP + WORD + drawn % COUNT + 1) & MASK  # as `following`, which would take half the time
+            # `following` inlined: the call would take half the time.
+            known = (known * STEP + WORD + drawn % COUNT + 1) & MASK
         return Draft(words)
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
-        """More of the history."""
+        """Appends to the history."""
         self._tokens.extend(emitted)
         for token in emitted:
             self._hashes.append(following(self._hashes[-1], token))
 
     def truncate(self, length: int) -> None:
-        """Less of it."""
+        """Cuts the history."""
         del self._tokens[length:], self._hashes[length + 1 :]
 
     def shift(self, keep: int, discard: int) -> None:
-        """What is left is another text."""
+        """Removes a part of the history; the hashes are those of the remaining tokens."""
         rest = self._tokens[keep + discard :]
         self.truncate(keep)
         self.observe(rest)
 
     def end(self) -> None:
-        """Nothing is learnt."""
+        """Does nothing: there is nothing to learn."""

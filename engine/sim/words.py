@@ -1,4 +1,4 @@
-"""What a model that computes nothing says, and how texts become tokens of it."""
+"""Vocabulary and output of the simulated model."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ _WORDS = (
     "than into them can only other time new some could these two may first then do any like my now over such our man "
     "me even most made after also did many"
 )
+# The words of the output, each emitted with a space before it.
 WORDS = _WORDS.split()
-"""What it says, each with a space before it."""
 
+# The token that ends an output.
 END = 0
-"""The token that ends a text."""
+# The first of the words: after the bytes, and before all pairs of small letters.
 WORD = 257
-"""The first of the words: after the bytes, and before all pairs of small letters."""
+# Tokens of the vocabulary.
 SIZE = WORD + len(WORDS) + 26 * 26
-"""Tokens of the vocabulary."""
+# Mean number of tokens of an output.
 ENDS_ONCE_IN = 256
-"""Tokens that it says before it ends, in the mean."""
 
+# Hashes are a linear congruential generator (Knuth's MMIX) that adds a token in each step; MIX mixes their bits.
 STEP, MIX, MASK = 6364136223846793005, 0x94D049BB133111EB, 2**64 - 1
-"""Of the hashes: a linear congruential generator (Knuth's MMIX) that takes in a token, and what mixes its bits."""
 
 
 def following(known: int, token: int) -> int:
-    """The hash of a text and one token more."""
+    """Returns the hash of a history with the hash `known` and one token more."""
     return (known * STEP + token + 1) & MASK
 
 
 class SimVocab:
-    """Bytes, some words and all pairs of small letters, so that any text has tokens and most have half as many."""
+    """Bytes, some words and all pairs of small letters: every text has tokens, most texts half as many as bytes."""
 
     kind = 0
     added = (-1, -1)
@@ -49,13 +49,13 @@ class SimVocab:
         assert self.size == SIZE, "every token has its place"
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """The longest pieces first; nothing in a text is special."""
+        """Returns the tokens of the longest pieces first; no text is special."""
         return [self._ids[piece] for piece in self._pattern.findall(text.encode("utf-8", "replace"))]
 
     def piece(self, token: int) -> bytes:
-        """The token's bytes; none for the one that ends a text."""
+        """Returns the bytes of a token; empty for the one that ends an output."""
         return self._pieces[token]
 
     def text(self, token: int) -> str:
-        """The same, readable."""
+        """Returns the token as readable text."""
         return "<end>" if token == END else self._pieces[token].decode("utf-8", "replace")

@@ -1,7 +1,7 @@
-"""Type `draft`: a smaller model with the same vocabulary guesses, for all requests in one batch per draft place.
+"""Type `draft`: a smaller model with the same vocabulary drafts for all requests, one batch per draft position.
 
-It has cells of its own, in which prefixes are shared as in the model's. A request's rows there are kept: of a draft
-the rows whose tokens came true are committed, the others cut, so that no accepted token is computed twice.
+It has a KV cache of its own, in which prefixes are shared as in the target model's. Of a draft the rows of accepted
+tokens are committed and the others rolled back, so that no accepted token is computed twice.
 """
 
 from __future__ import annotations
@@ -16,297 +16,315 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
-from engine.memory import Cells, Lease
-from engine.pace import StepCost, blend
+from engine.kv import Allocation, KVCache
+from engine.pace import SequenceRows, Shape, StepCost, blend
 from engine.sampling import BadLogits, likeliest, spread
 from engine.speculate.base import Bounds, Draft
 
 log = logging.getLogger("paceline.speculation")
 
 Pick = Callable[[Logits, Sequence[int], int], int]
-"""Picks a token from a row, a history, and how many tokens that has forgotten."""
+"""Picks a token from a row, a history, and the number of tokens that context shifts discarded from it."""
 
-BEHIND = 8
-"""A request so many tokens behind or fewer is caught up with in the pass of its first draft token."""
+# Up to so many uncomputed tokens of a history are computed in the pass of the first draft token.
+CATCH_UP_TOKENS = 8
 
 
-class Seat:
-    """One request's place in the draft model: its history, its lease while it has one, and its draft."""
+class DraftSequence:
+    """A request in the draft model: its history, its allocation while it has one, and its draft."""
 
     def __init__(self, model: DraftModel, salt: str, bounds: Bounds, pick: Pick | None = None) -> None:
-        """`pick` chooses its tokens; without it they are the likeliest."""
+        """`pick` chooses the draft's tokens; without it they are the likeliest ones."""
         self.salt = salt
         self.bounds = bounds
         self._pick = pick
-        self._forgotten = 0
+        self._discarded = 0
         self.history = array("i")
-        self.lease: Lease | None = None
-        self.tokens: list[int] = []
-        """The draft; its first `computed` tokens have rows after the lease's."""
-        self.chances: list[float] = []
+        self.allocation: Allocation | None = None
         self.computed = 0
+        """Tokens of the history in cells."""
+        self.tokens: list[int] = []
+        """The draft; its first `drafted` tokens have rows after those of the history."""
+        self.chances: list[float] = []
+        self.drafted = 0
         self.together = 1.0
-        """The chance of all of the draft, as the draft model sees it."""
+        """The probability of the whole draft by the draft model."""
         self._model = model
 
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens of the history that are not in cells."""
+        return len(self.history) - self.computed
+
+    @property
+    def seq(self) -> int:
+        """Its sequence id in the draft model's KV cache. Only with an allocation."""
+        assert self.allocation is not None, "an active draft sequence has an allocation"
+        return self.allocation.seq
+
     def begin(self, tokens: Sequence[int]) -> None:
-        """The history is `tokens`. Nothing is computed before a draft is wanted."""
+        """Sets the history. Nothing is computed before a draft is requested."""
         self.history.extend(tokens)
 
     def propose(self, limit: int) -> Draft:
-        """What `DraftModel.draft` made for it since the last `observe`."""
+        """The draft that `DraftModel.draft` made for it since the last `observe`."""
         return self.bounds.trim(Draft(tuple(self.tokens[:limit]), tuple(self.chances[:limit])))
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
-        """`emitted` follow the history: keeps the rows of those that were drafted and cuts the other drafted ones."""
+        """Appends `emitted` to the history: keeps the rows of drafted tokens among them and rolls the others back."""
         self.history.extend(emitted)
         self.settle(emitted)
 
     def settle(self, emitted: Sequence[int] = ()) -> None:
-        """Ends the draft: none of its rows is left but those of the first tokens of `emitted`, the history's end."""
-        if self.lease is not None and self.computed:
-            right = matching(self.tokens[: self.computed], emitted)
-            right = max(0, min(right, self.behind - 1))  # one row must be left: it gives the next draft
-            self.lease.commit(self.tokens[:right])
-            if right < self.computed:
-                self.lease.roll_back()
-        self.tokens, self.chances, self.computed, self.together = [], [], 0, 1.0
+        """Ends the draft. Of its rows only those of the first tokens of `emitted`, the history's end, stay."""
+        if self.allocation is not None and self.drafted:
+            right = matching(self.tokens[: self.drafted], emitted)
+            right = max(0, min(right, self.num_uncomputed - 1))  # one row must be left: it gives the next draft
+            self._model.kv.commit(self.seq, self.tokens[:right])
+            self.computed += right
+            if right < self.drafted:
+                self._model.kv.rollback(self.seq)
+        self.tokens, self.chances, self.drafted, self.together = [], [], 0, 1.0
 
     def truncate(self, length: int) -> None:
-        """The history is cut; its rows are shared again as far as they hold."""
+        """The history is cut; what remains of its prefix is matched again."""
         del self.history[length:]
         self.leave()
 
     def shift(self, keep: int, discard: int) -> None:
-        """The same for a history of which a part in the middle is gone."""
+        """Context shift of the history: what remains of its prefix is matched again."""
         del self.history[keep : keep + discard]
-        self._forgotten += discard
+        self._discarded += discard
         self.leave()
 
     def picked(self, row: Logits) -> int:
-        """The token that `row` of the draft model continues history and draft with. Raises BadLogits."""
+        """The token with which `row` of the draft model continues history and draft. Raises BadLogits."""
         if self._pick is None:
             return likeliest(row)
         drafted = len(self.tokens)
         self.history.extend(self.tokens)
         try:
-            return self._pick(row, self.history, self._forgotten)
+            return self._pick(row, self.history, self._discarded)
         finally:
             del self.history[len(self.history) - drafted :]
 
-    def leave(self, *, keep: bool = True) -> None:
-        """Gives the lease back; the rows stay as a prefix that others, or this request later, may share if `keep`."""
+    def leave(self) -> None:
+        """Releases the allocation; the rows stay resident as a prefix for others, or for this request later."""
         self.settle()
-        if self.lease is not None:
-            self.lease.leave(keep=keep)
-            self.lease = None
-            self._model.seated.remove(self)
+        if self.allocation is not None:
+            self._model.kv.release(self.seq, keep=True)
+            self.allocation, self.computed = None, 0
+            self._model.active.remove(self)
 
     def end(self) -> None:
         """The request has ended."""
         self.leave()
 
-    @property
-    def behind(self) -> int:
-        """Tokens of the history that are not computed."""
-        return len(self.history) - (self.lease.length if self.lease else 0)
 
+class DraftRequest(NamedTuple):
+    """A draft of at most `limit` tokens for a sequence; with 0 only its history is prefilled.
 
-class Want(NamedTuple):
-    """A seat that is to draft at most `limit` tokens, 0 if it only reads its history.
-
-    It ends its draft once that is less likely to be right as a whole than `floor`, by what the draft model says.
+    The draft ends once its probability as a whole, by the draft model, is below `floor`.
     """
 
-    seat: Seat
+    sequence: DraftSequence
     limit: int
     floor: float = 0.0
 
 
-class Part(NamedTuple):
-    """A seat's rows of one pass: tokens of the history, and whether the last gives the first draft token."""
+class HistoryRows(NamedTuple):
+    """A sequence's rows of one pass: tokens of the history, and whether the last gives the first draft token."""
 
-    want: Want
+    request: DraftRequest
     rows: int
     drafts: bool
 
 
 class DraftModel:
-    """The draft model of an engine. Belongs to the engine thread. `vocabulary` is the size of the model's own, `cost`
-    what its passes cost, as far as that is known."""
+    """The draft model of an engine. Belongs to the engine thread. `vocabulary` is the size of the target model's,
+    `cost` is what passes cost, as far as that is known."""
 
     def __init__(self, backend: Backend, vocabulary: int, cost: StepCost | None = None) -> None:
         self.context = backend.context
-        self.cells = Cells(backend.context)
-        self.seated: list[Seat] = []  # with a lease, the longest seated first
+        self.kv = KVCache(backend.context)
+        self.active: list[DraftSequence] = []  # with an allocation, the oldest first
         self.fault = ""
-        """Why it drafts no more, if it failed."""
+        """The reason if it failed: it drafts no more."""
         self._ends = backend.vocab.ends
         self._vocabulary = vocabulary
         self._narrow = backend.info.vocabulary if backend.info.vocabulary < vocabulary else 0
         self._cost = cost or StepCost()
-        self._guessing: float | None = None  # seconds to pick a token
+        self._pick_seconds: float | None = None
 
-    def draft(self, wants: Sequence[Want], seconds: float) -> None:
-        """Makes a draft for each of `wants`; none for those whose history is not computed yet.
+    def draft(self, requests: Sequence[DraftRequest], seconds: float) -> None:
+        """Makes a draft for each of `requests`; none for those whose history is not computed yet.
 
-        Histories are read for about `seconds` first. A seat that finds no cells drafts nothing.
+        Histories are prefilled for about `seconds` first. A sequence that finds no cells gets no draft.
         """
         if self.fault:
             return
         try:
-            active = self._read(wants, seconds)
+            active = self._prefill(requests, seconds)
             while active:
                 begun = time.perf_counter()
-                going = [want for want, row in active if self._guess(want, row)]
-                self._guessing = blend(self._guessing, (time.perf_counter() - begun) / len(active))
+                going = [request for request, row in active if self._add_token(request, row)]
+                self._pick_seconds = blend(self._pick_seconds, (time.perf_counter() - begun) / len(active))
                 active = self._extend(going)
         except NoFreeCells:
-            self._unseat()
+            self._preempt()
         except Aborted:
             pass  # the engine is closing
         except NativeFault as error:
             self._fail(str(error))
 
-    def pass_seconds(self, seats: int) -> float:
-        """One place of the drafts of so many seats; 0 if none was measured."""
-        return self._cost.decode_seconds(seats) + seats * (self._guessing or 0.0)
+    def pass_seconds(self, sequences: int) -> float:
+        """One position of the drafts of so many sequences; 0 if none was measured."""
+        return self._cost.even_seconds(sequences) + sequences * (self._pick_seconds or 0.0)
 
-    def unread(self, seat: Seat) -> int:
-        """Tokens of its history to be read before it can draft, but for those that take no pass of their own."""
-        behind = seat.behind
-        if seat.lease is None:
-            behind -= self.cells.find(seat.history, seat.salt).length
-        return max(0, behind - BEHIND)
+    def unread(self, sequence: DraftSequence) -> int:
+        """Tokens of its history to prefill before it can draft, except those that take no pass of their own."""
+        uncomputed = sequence.num_uncomputed
+        if sequence.allocation is None:
+            uncomputed -= self.kv.match(sequence.history, sequence.salt).length
+        return max(0, uncomputed - CATCH_UP_TOKENS)
 
     def reading_seconds(self, tokens: int) -> float:
-        """Until so many are read; 0 if none was measured."""
+        """The time to prefill so many tokens; 0 if none was measured."""
         return self._cost.prompt_row * tokens
 
     # ── histories ──
 
-    def _read(self, wants: Sequence[Want], seconds: float) -> list[tuple[Want, Logits]]:
-        """One pass over what the seats have not computed; the rows of those that can draft now."""
-        parts = self._parts([want for want in wants if self._admit(want)], seconds)
+    def _prefill(self, requests: Sequence[DraftRequest], seconds: float) -> list[tuple[DraftRequest, Logits]]:
+        """One pass over uncomputed tokens of the histories; the rows of the sequences that can draft now."""
+        parts = self._parts([request for request in requests if self._admit(request)], seconds)
         if not parts:
             return []
+        parts.sort(key=lambda part: part.request.sequence.seq)
         batch = self.context.batch
         batch.clear()
         firsts = []
-        for want, rows, drafts in parts:
-            lease, history = want.seat.lease, want.seat.history
-            assert lease is not None, "admitted"
-            firsts.append(batch.add(lease.seq, lease.length, history[lease.length : lease.length + rows], int(drafts)))
-        begun = time.perf_counter()
+        for (sequence, _, _), rows, drafts in parts:
+            start = sequence.computed
+            firsts.append(batch.add(sequence.seq, start, sequence.history[start : start + rows], int(drafts)))
+        begun, shape = time.perf_counter(), self._shape([(part.request.sequence, part.rows) for part in parts])
         logits = self._decode()
-        long = any(rows > BEHIND for _, rows, _ in parts)
-        self._cost.observe(0 if long else batch.rows, batch.rows if long else 0, time.perf_counter() - begun)
-        for want, rows, _ in parts:
-            lease = want.seat.lease
-            assert lease is not None, "admitted"
-            lease.commit(want.seat.history[lease.length : lease.length + rows])
-        return [(part.want, logits[first]) for part, first in zip(parts, firsts, strict=True) if part.drafts]
+        long = any(rows > CATCH_UP_TOKENS for _, rows, _ in parts)
+        self._cost.observe(Shape() if long else shape, batch.rows if long else 0, time.perf_counter() - begun)
+        for (sequence, _, _), rows, _ in parts:
+            self.kv.commit(sequence.seq, sequence.history[sequence.computed : sequence.computed + rows])
+            sequence.computed += rows
+        return [(part.request, logits[first]) for part, first in zip(parts, firsts, strict=True) if part.drafts]
 
-    def _parts(self, wants: Sequence[Want], seconds: float) -> list[Part]:
-        """First those that can draft at once, then as many rows of the longer ones as fit."""
+    def _parts(self, requests: Sequence[DraftRequest], seconds: float) -> list[HistoryRows]:
+        """First the sequences that can draft at once, then as many rows of the longer histories as fit."""
         room, parts = self.context.batch.capacity, []
-        for want in wants:
-            if want.seat.behind <= min(BEHIND, room):
-                parts.append(Part(want, want.seat.behind, want.limit > 0))
-                room -= want.seat.behind
-        rest = min(room, self._cost.prompt_rows(0, 0.0, seconds))
-        for want in wants:
-            behind = want.seat.behind
-            if behind > BEHIND and rest > 0:
-                rows = min(behind, rest)
+        for request in requests:
+            uncomputed = request.sequence.num_uncomputed
+            if uncomputed <= min(CATCH_UP_TOKENS, room):
+                parts.append(HistoryRows(request, uncomputed, request.limit > 0))
+                room -= uncomputed
+        rest = min(room, self._cost.prompt_rows(Shape(), 0.0, seconds))
+        for request in requests:
+            uncomputed = request.sequence.num_uncomputed
+            if uncomputed > CATCH_UP_TOKENS and rest > 0:
+                rows = min(uncomputed, rest)
                 rest -= rows
-                parts.append(Part(want, rows, rows == behind and want.limit > 0))
+                parts.append(HistoryRows(request, rows, rows == uncomputed and request.limit > 0))
         return parts
 
-    def _admit(self, want: Want) -> bool:
-        """Whether the seat has a lease, or gets one as its history and a draft fit the free cells."""
-        seat = want.seat
-        seat.settle()
-        if not seat.behind:  # its last draft was not verified, and the row that gave it is gone
-            seat.leave()
-        if not seat.history or (self._narrow and max(seat.history[-seat.behind :]) >= self._narrow):
+    def _admit(self, request: DraftRequest) -> bool:
+        """True if the sequence has an allocation, or gets one as its history and a draft fit the free cells."""
+        sequence = request.sequence
+        sequence.settle()
+        if not sequence.num_uncomputed:  # its last draft was not verified, and the row that gave it is gone
+            sequence.leave()
+        history = sequence.history
+        if not history or len(history) + request.limit > self.context.sequence_cells:
+            sequence.leave()
             return False
-        if seat.lease is None:
-            found = self.cells.find(seat.history, seat.salt)
-            need = len(seat.history) - found.length + want.limit
-            if need > self.cells.free + self.cells.idle - found.idle:
+        if self._narrow and max(history[sequence.computed :]) >= self._narrow:
+            return False
+        if sequence.allocation is None:
+            match = self.kv.match(history, sequence.salt)
+            need = len(history) - match.length + request.limit
+            if need > self.kv.free + self.kv.evictable - match.idle:
                 return False
-            seat.lease = self.cells.claim(seat.history, seat.salt)
-            self.seated.append(seat)
+            sequence.allocation = self.kv.allocate(match)
+            sequence.computed = sequence.allocation.cached
+            self.active.append(sequence)
         return True
 
     # ── drafts ──
 
-    def _guess(self, want: Want, row: Logits) -> bool:
-        """Adds the token that the seat picks from `row` to the draft; whether the draft is to go on."""
-        seat = want.seat
+    def _add_token(self, request: DraftRequest, row: Logits) -> bool:
+        """Adds the token picked from `row` to the draft. True if the draft continues."""
+        sequence = request.sequence
         row = self._aligned(row)
         try:
-            token, (peak, mass) = seat.picked(row), spread(row)
+            token, (peak, mass) = sequence.picked(row), spread(row)
         except BadLogits:
             return False
         chance = math.exp(float(row[token]) - peak) / mass
-        if chance < seat.bounds.p_min:
+        if chance < sequence.bounds.p_min:
             return False
-        seat.tokens.append(token)
-        seat.chances.append(chance)
-        seat.together *= chance
-        return len(seat.tokens) < want.limit and seat.together >= want.floor and token not in self._ends
+        sequence.tokens.append(token)
+        sequence.chances.append(chance)
+        sequence.together *= chance
+        return len(sequence.tokens) < request.limit and sequence.together >= request.floor and token not in self._ends
 
     def _aligned(self, row: Logits) -> Logits:
-        """The row with as many tokens as the model's have; those the draft model does not know are impossible."""
+        """The row with as many tokens as the target model's; those the draft model lacks are impossible."""
         missing = self._vocabulary - len(row)
         return np.pad(row, (0, missing), constant_values=-np.inf) if missing > 0 else row[: self._vocabulary]
 
-    def _extend(self, wants: Sequence[Want]) -> list[tuple[Want, Logits]]:
+    def _extend(self, requests: Sequence[DraftRequest]) -> list[tuple[DraftRequest, Logits]]:
         """One row more for each draft."""
-        if not wants:
+        if not requests:
             return []
         batch = self.context.batch
         batch.clear()
-        for want in wants:
-            lease = want.seat.lease
-            assert lease is not None, "it drafts"
-            batch.add(lease.seq, lease.length + want.seat.computed, want.seat.tokens[-1:], 1)
-        begun = time.perf_counter()
+        requests = sorted(requests, key=lambda request: request.sequence.seq)
+        for sequence, _, _ in requests:
+            batch.add(sequence.seq, sequence.computed + sequence.drafted, sequence.tokens[-1:], 1)
+        begun, shape = time.perf_counter(), self._shape([(sequence, 1) for sequence, _, _ in requests])
         logits = self._decode()
-        self._cost.observe(len(wants), 0, time.perf_counter() - begun)
-        for want in wants:
-            want.seat.computed += 1
-        return list(zip(wants, logits, strict=True))
+        self._cost.observe(shape, 0, time.perf_counter() - begun)
+        for request in requests:
+            request.sequence.drafted += 1
+        return list(zip(requests, logits, strict=True))
+
+    def _shape(self, rows: Sequence[tuple[DraftSequence, int]]) -> Shape:
+        parts = [SequenceRows(sequence.seq, count, sequence.computed) for sequence, count in rows]
+        return self._cost.layout.shape(parts, self.kv.resident)
 
     def _decode(self) -> Logits:
-        self.cells.reclaim(self.context.batch.rows)
+        self.kv.evict(self.context.batch.rows)
         logits = self.context.decode()
-        self.cells.age()
+        self.kv.step()
         return logits
 
     # ── trouble ──
 
-    def _unseat(self) -> None:
-        """The cells are full: the newest seat leaves, its rows only as long as nobody needs the cells."""
-        if self.seated:
-            self.seated[-1].leave()
+    def _preempt(self) -> None:
+        """The cells are full: releases the newest sequence, whose cells can then be evicted."""
+        if self.active:
+            self.active[-1].leave()
 
     def _fail(self, reason: str) -> None:
-        """After a failed pass nothing is known of the cells, so nothing is drafted any more."""
+        """After a failed pass the content of the cells is unknown, so nothing is drafted any more."""
         self.fault = f"the draft model failed and drafts no more: {reason}"
         log.error("%s", self.fault)
-        for seat in [*self.seated]:
-            seat.lease, seat.tokens, seat.chances, seat.computed = None, [], [], 0
-        self.seated.clear()
+        for sequence in [*self.active]:
+            sequence.allocation, sequence.computed, sequence.drafted = None, 0, 0
+            sequence.tokens, sequence.chances = [], []
+        self.active.clear()
 
 
 def matching(draft: Sequence[int], emitted: Sequence[int]) -> int:
-    """How many tokens of `draft`, from its first on, are those of `emitted`."""
+    """The number of leading tokens of `draft` that equal those of `emitted`."""
     count = 0
-    for guess, token in zip(draft, emitted, strict=False):
-        if guess != token:
+    for drafted, token in zip(draft, emitted, strict=False):
+        if drafted != token:
             break
         count += 1
     return count

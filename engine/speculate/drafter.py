@@ -9,7 +9,7 @@ from math import ceil, inf
 from engine.contract import Drafts
 from engine.pace import Verified
 from engine.speculate.base import NO_DRAFT, Bounds, Draft, Speculator
-from engine.speculate.draft import Seat
+from engine.speculate.draft import DraftSequence
 from engine.speculate.guesser import Book, Guesser
 
 ANY = Bounds()
@@ -52,10 +52,10 @@ class Drafter:
         self._chosen: Guesser | None = None
 
     @property
-    def seat(self) -> Seat | None:
+    def draft_sequence(self) -> DraftSequence | None:
         """The request's place in the draft model, if that may guess for it."""
-        seat = self._model.speculator if self._model is not None else None
-        return seat if isinstance(seat, Seat) else None
+        draft_sequence = self._model.speculator if self._model is not None else None
+        return draft_sequence if isinstance(draft_sequence, DraftSequence) else None
 
     @property
     def only_model(self) -> bool:
@@ -107,16 +107,16 @@ class Drafter:
         return 1 if effort <= budget or not budget else min(RARELY, ceil(effort / budget))
 
     def ask_model(self, limit: int, seconds: float) -> None:
-        """Takes what the draft model made for the seat; `seconds` were this request's share of its time."""
+        """Takes what the draft model made for the draft_sequence; `seconds` were this request's share of its time."""
         assert self._model is not None, "somebody to ask"
         self._model.ask(limit, self._bounds, seconds)
 
     def model_limit(self, limit: int) -> int:
         """Tokens that the draft model may guess, 0 if it may not, or another was first in a fixed order."""
-        seat = self.seat
-        if seat is None or (self.fixed and any(guesser.draft.tokens for guesser in self._plain)):
+        draft_sequence = self.draft_sequence
+        if draft_sequence is None or (self.fixed and any(guesser.draft.tokens for guesser in self._plain)):
             return 0
-        return min(limit, seat.bounds.n_max or limit)
+        return min(limit, draft_sequence.bounds.n_max or limit)
 
     @property
     def model_least(self) -> int:
@@ -143,7 +143,7 @@ class Drafter:
 
     def least(self, guesser: Guesser) -> int:
         """Tokens that a draft of one must have at least."""
-        own = self.seat.bounds.n_min if guesser is self._model and self.seat is not None else 0
+        own = self.draft_sequence.bounds.n_min if guesser is self._model and self.draft_sequence is not None else 0
         return max(own, self._bounds.n_min)
 
     def choose(self) -> Draft:
@@ -186,8 +186,8 @@ class Drafter:
         self._chosen = None
         for guesser in self._guessers.values():
             guesser.silent()
-        if self.seat is not None:
-            self.seat.leave()
+        if self.draft_sequence is not None:
+            self.draft_sequence.leave()
 
     def end(self) -> None:
         """The request has ended."""

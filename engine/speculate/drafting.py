@@ -13,7 +13,7 @@ from engine.grammar import Matcher
 from engine.pace import Chooser, Load, StepCost
 from engine.sampling import Sampler
 from engine.speculate.base import Bounds, Draft, Speculator
-from engine.speculate.draft import DraftModel, Seat
+from engine.speculate.draft import DraftModel, DraftSequence
 from engine.speculate.drafter import Drafter
 from engine.speculate.forced import Forced
 from engine.speculate.guesser import Book
@@ -143,7 +143,7 @@ class Drafting:
                     p_min=config.suffix_p_min if asked.p_min is None else asked.p_min,
                 )
             case "draft":
-                return self._seat(request, asked, sampler)
+                return self._draft_sequence(request, asked, sampler)
 
     def _sizes(self, kind: str, asked: Speculation) -> tuple[int, int, int]:
         """size_n, size_m and min_hits: the request's, the type's own, or those of all n-gram types."""
@@ -154,7 +154,7 @@ class Drafting:
             asked.min_hits or own[f"{kind}_min_hits"] or self._config.min_hits,
         )
 
-    def _seat(self, request: Request, asked: Speculation, sampler: Sampler | None) -> Seat | None:
+    def _draft_sequence(self, request: Request, asked: Speculation, sampler: Sampler | None) -> DraftSequence | None:
         if self.model is None:
             return None
         draft = self._draft
@@ -162,6 +162,8 @@ class Drafting:
         p_min = draft.p_min if asked.p_min is None else asked.p_min
         bounds = Bounds(min(asked.n_max or draft.n_max, max(draft.n_max, PLACES)), n_min, p_min)
         if sampler is None or draft.noise == "greedy":
-            return Seat(self.model, request.salt, bounds)
+            return DraftSequence(self.model, request.salt, bounds)
         own, start = sampler if draft.noise == "shared" else sampler.apart(), len(request.prompt)
-        return Seat(self.model, request.salt, bounds, lambda row, history, gone: own.pick(row, history, start, gone))
+        return DraftSequence(
+            self.model, request.salt, bounds, lambda row, history, gone: own.pick(row, history, start, gone)
+        )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from engine.pace import FIRST, Chooser, Load
 from engine.speculate.base import NO_DRAFT, Draft
-from engine.speculate.draft import DraftModel, Want
+from engine.speculate.draft import DraftModel, DraftRequest
 from engine.speculate.drafter import Drafter
 from engine.speculate.guesser import Guesser
 
@@ -19,11 +19,13 @@ GUESSING = 0.006
 
 
 class Wish(NamedTuple):
-    """A request that would have a draft of at most `limit` tokens verified, and may emit `room` tokens more."""
+    """A request that could have a draft of at most `limit` tokens verified, and may emit `room` tokens more; `seq` is
+    its sequence id."""
 
     drafter: Drafter
     limit: int
     room: int = 1
+    seq: int = 0
 
 
 class Asked(NamedTuple):
@@ -34,6 +36,7 @@ class Asked(NamedTuple):
     most: int
     room: int = 1
     floor: float = 0.0
+    seq: int = 0
 
 
 class Verify(NamedTuple):
@@ -41,6 +44,7 @@ class Verify(NamedTuple):
 
     length: int
     gain: float
+    seq: int = 0
 
 
 NOTHING = Verify(0, 0.0)
@@ -62,18 +66,17 @@ class Proposals:
         The last step took `seconds`.
         """
         budget = GUESSING * seconds / max(1, len(wishes))
-        for drafter, limit, _ in wishes:
-            drafter.propose(limit, budget)
+        for wish in wishes:
+            wish.drafter.propose(wish.limit, budget)
         if self.model is not None:
             self._ask_model(self.model, wishes, reading, load, seconds)
         return self._choose(wishes, load)
 
     def _choose(self, wishes: Sequence[Wish], load: Load) -> list[Draft]:
         drafts = [wish.drafter.choose() if wish.drafter.fixed else NO_DRAFT for wish in wishes]
-        fixed = sum(len(draft.tokens) for draft in drafts)
-        load = load._replace(rows=load.rows + fixed, most=max(0, load.most - fixed))
+        load = load.drafted({wish.seq: len(draft.tokens) for wish, draft in zip(wishes, drafts, strict=True)})
         offered = offers_of(wishes)
-        choice = self.chooser.decide(chances_of(offered), load)
+        choice = self.chooser.decide(chances_of(offered), [wishes[i].seq for i in offered], load)
         for (i, offers), picked, length in zip(offered.items(), choice.picked, choice.lengths, strict=True):
             drafts[i] = wishes[i].drafter.take(offers[picked], length)
         return drafts
@@ -84,17 +87,23 @@ class Proposals:
         self, model: DraftModel, wishes: Sequence[Wish], reading: Sequence[Drafter], load: Load, seconds: float
     ) -> None:
         able = [
-            Asked(drafter, most, room)
-            for drafter, limit, room in wishes
+            Asked(drafter, most, room, seq=seq)
+            for drafter, limit, room, seq in wishes
             if (most := drafter.model_limit(limit)) >= max(1, drafter.model_least)
         ]
         asked = [one for one in able if one.drafter.fixed]
         asked += self._worth_asking(model, [one for one in able if not one.drafter.fixed], wishes, load)
         along = [Asked(drafter, 0) for drafter in reading if drafter.only_model and (drafter.fixed or self._pays)]
-        wants = [Want(one.drafter.seat, one.most, one.floor) for one in asked + along if one.drafter.seat is not None]
+        wants = [
+            DraftRequest(one.drafter.draft_sequence, one.most, one.floor)
+            for one in asked + along
+            if one.drafter.draft_sequence is not None
+        ]
         if not wants:
             return
-        self._begun = {id(one.drafter) for one in asked if one.drafter.seat and model.unread(one.drafter.seat)}
+        self._begun = {
+            id(one.drafter) for one in asked if one.drafter.draft_sequence and model.unread(one.drafter.draft_sequence)
+        }
         begun = time.perf_counter()
         model.draft(wants, READING * seconds)
         each = (time.perf_counter() - begun) / len(wants)
@@ -126,23 +135,28 @@ class Proposals:
     def _without(self, wishes: Sequence[Wish], load: Load) -> tuple[dict[int, Verify], float]:
         """What would be verified of others' guesses, by drafter, and the tokens a second with that."""
         offered = offers_of(wishes)
-        choice = self.chooser.choose(chances_of(offered), load)
-        rate = choice.rate or load.sure / float(self.chooser.cost.steps(load.rows, 0, load.cells)[0])
+        choice = self.chooser.choose(chances_of(offered), [wishes[i].seq for i in offered], load)
+        rate = choice.rate or self.chooser.rate(load)
         chosen = zip(offered.items(), choice.picked, choice.lengths, strict=True)
         return {
-            id(wishes[i].drafter): Verify(length, sum(offers[picked].curve[:length]))
+            id(wishes[i].drafter): Verify(length, sum(offers[picked].curve[:length]), wishes[i].seq)
             for (i, offers), picked, length in chosen
         }, rate
 
     def _as_far_as_it_pays(
         self, model: DraftModel, able: Sequence[Asked], curves: Sequence[Sequence[float]], load: Load, rate: float
     ) -> list[Asked]:
-        unread = [model.reading_seconds(model.unread(one.drafter.seat)) for one in able if one.drafter.seat]
+        unread = [
+            model.reading_seconds(model.unread(one.drafter.draft_sequence))
+            for one in able
+            if one.drafter.draft_sequence
+        ]
         # Reading is paid for by all the tokens that are to come, most of which come in drafts.
         each = model.pass_seconds(len(able))
         each += sum(spent / max(1, one.room) for spent, one in zip(unread, able, strict=True))
         bounds = max(1, *(one.drafter.model_least for one in able)), max(one.most for one in able)
-        most, rate = self.chooser.places(curves, bounds, load, each, rate, sum(unread))
+        seqs = [one.seq for one in able]
+        most, rate = self.chooser.places(curves, seqs, bounds, load, each, rate, sum(unread))
         self._pays = most > 0
         floor = rate * each / len(able)
         return [
@@ -164,5 +178,4 @@ def chances_of(offered: Mapping[int, Sequence[Guesser]]) -> list[list[list[float
 
 def beside(load: Load, others: Mapping[int, Verify]) -> Load:
     """The step with what is verified of others' guesses."""
-    rows, gain = sum(each.length for each in others.values()), sum(each.gain for each in others.values())
-    return Load(load.rows + rows, load.sure + gain, load.cells, max(0, load.most - rows))
+    return load.drafted({each.seq: each.length for each in others.values()}, sum(each.gain for each in others.values()))

@@ -162,7 +162,16 @@ class FakeEngine:
         self.free = 0
         self.places = 512
         self.fault: EngineFault | None = None
-        self.memory = MemoryInfo(partial=True, window=0, ram_bytes=2**30, disk=False, disk_bytes=0, moved_from=0)
+        self.memory = MemoryInfo(
+            kv_unified=False,
+            kv_reason="each slot has 512 tokens",
+            partial=True,
+            window=0,
+            ram_bytes=2**30,
+            disk=False,
+            disk_bytes=0,
+            moved_from=0,
+        )
         self.states = SLOTS
         self.trouble: EngineError | None = None
         """Raised instead of saving, restoring or erasing."""
@@ -179,9 +188,12 @@ class FakeEngine:
         except GrammarError as error:
             raise RequestRefused(str(error), field=error.pointer) from None
 
+    def context_exceeded(self, prompt_tokens: int) -> ContextExceeded:
+        return ContextExceeded(prompt_tokens, self.request_limit)
+
     def generate(self, request: Request) -> Generation:
         if len(request.prompt) >= self.request_limit:
-            raise ContextExceeded(len(request.prompt), self.request_limit)
+            raise self.context_exceeded(len(request.prompt))
         if request.speculation is not None and any(kind in self.silent for kind in request.speculation.type):
             raise RequestRefused("Nobody can guess by that here.", field="speculative.type")
         self.requests.append(request)

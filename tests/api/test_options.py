@@ -253,7 +253,8 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     table = capsys.readouterr().out
     assert table == flag_table() + "\n"
     assert (
-        "| `-np`, `--parallel`, `$LLAMA_ARG_N_PARALLEL` | `slots` | 16 | requests decoded together (from 1 to 256) |"
+        "| `-np`, `--parallel`, `$LLAMA_ARG_N_PARALLEL` | `slots` | 16 | "
+        "slots: sequences that are decoded together (from 1 to 256) |"
         in table
     )
     rows = [line for line in table.split("\n") if line.startswith("| `")]

@@ -184,6 +184,8 @@ async def test_props(engine: FakeEngine) -> None:
             "unavailable": {"draft": "there is no draft model, see --model-draft"},
         },
         "memory": {
+            "kv_unified": False,
+            "kv_reason": "each slot has 512 tokens",
             "sharing": "any token",
             "window": 0,
             "ram_bytes": 2**30,

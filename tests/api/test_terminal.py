@@ -34,8 +34,9 @@ def test_welcome() -> None:
     info = msgspec.structs.replace(INFO, chat_template="{{ messages }}")
     served = site_of(FakeEngine(info=info), alias="me").served
     assert served is not None
-    first, guessing, *command = welcome(served, "http://127.0.0.1:8000").split("\n")
-    assert first == "Serving me on http://127.0.0.1:8000 · 4 slots · 2048 tokens of context · no device"
+    first, layout, guessing, *command = welcome(served, "http://127.0.0.1:8000").split("\n")
+    assert first == "Serving me on http://127.0.0.1:8000 · 4 slots · per-slot KV, 512 tokens each · no device"
+    assert layout == "KV layout: each slot has 512 tokens"
     assert guessing.startswith("Guessing ahead: prediction, ")
     assert command[0] == ("Try: curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\")
     assert "YOUR_KEY" not in str(command)

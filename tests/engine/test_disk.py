@@ -1,4 +1,4 @@
-"""Pieces on disk: whole or gone, in order, and never in the way."""
+"""Blocks on disk: whole or gone, in order, and without delay for the engine."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 
 from engine import replacement
 from engine.backend import State
-from engine.memory import disk as module
-from engine.memory.disk import Disk, UnusableFolder, Written
+from engine.kv import disk as module
+from engine.kv import record
+from engine.kv.disk import Disk, UnusableFolder, Written
 
 ROOT = "00" * 16
 KEYS = [f"{number:032x}" for number in range(1, 7)]
@@ -44,7 +45,7 @@ def equal(left: State | None, right: State | None) -> bool:
 
 
 def settle(disk: Disk) -> list[Written]:
-    """What became of all writes so far, once they are done."""
+    """The results of all writes so far, once they are done."""
     until = time.monotonic() + 5
     while disk.queued and time.monotonic() < until:
         time.sleep(0.0005)
@@ -75,10 +76,10 @@ class Gate:
         self.began, self.open, self._save = Event(), Event(), module._save
         monkeypatch.setattr(module, "_save", self.save)
 
-    def save(self, *piece: Any) -> int:
+    def save(self, *block: Any) -> int:
         self.began.set()
         assert self.open.wait(5)
-        return self._save(*piece)
+        return self._save(*block)
 
 
 @pytest.fixture
@@ -92,11 +93,11 @@ def gate(monkeypatch: pytest.MonkeyPatch, disk: Disk) -> Iterator[Gate]:
 
 
 @pytest.mark.parametrize("size", [0, 1, 50, 3_000_000])
-def test_what_was_written_is_read(tmp_path: Path, size: int) -> None:
+def test_written_blocks_are_read(tmp_path: Path, size: int) -> None:
     disk = Disk(tmp_path, "model a")
     before = time.time()
     written = put(disk, A, state_of(1, size))
-    path = disk.folder / f"{A}.piece"
+    path = disk.folder / f"{A}.block"
     assert written == path.stat().st_size >= size
     assert path.stat().st_mode & 0o077 == disk.folder.stat().st_mode & 0o077 == 0
     read = disk.read(A).result(5)
@@ -108,7 +109,7 @@ def test_what_was_written_is_read(tmp_path: Path, size: int) -> None:
     assert before - 0.01 <= entry.used <= time.time()
 
 
-def test_a_piece_may_be_written_again(disk: Disk) -> None:
+def test_a_block_may_be_written_again(disk: Disk) -> None:
     put(disk, A, state_of(1))
     put(disk, A, state_of(2))
     assert equal(disk.read(A).result(5), state_of(2))
@@ -119,7 +120,8 @@ def test_entries_come_in_the_order_of_use(disk: Disk) -> None:
     for key in (A, B, C):
         put(disk, key, state_of(1))
     assert [entry.key for entry in disk.entries()] == [A, B, C]
-    disk.touch([A, KEYS[5]])
+    disk.touch(A)
+    disk.touch(KEYS[5])
     disk.close()
     assert [entry.key for entry in disk.entries()] == [B, C, A]
 
@@ -141,7 +143,7 @@ def test_entries_read_no_state(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_every_flipped_bit_is_found(disk: Disk) -> None:
     put(disk, A, state_of(1))
-    path = disk.folder / f"{A}.piece"
+    path = disk.folder / f"{A}.block"
     whole = path.read_bytes()
     for at in range(len(whole)):
         damaged = bytearray(whole)
@@ -157,7 +159,7 @@ def test_every_flipped_bit_is_found(disk: Disk) -> None:
 
 def test_every_torn_file_is_found(disk: Disk) -> None:
     put(disk, A, state_of(1))
-    path = disk.folder / f"{A}.piece"
+    path = disk.folder / f"{A}.block"
     whole = path.read_bytes()
     for damaged in [*(whole[:size] for size in range(len(whole))), whole + b"\0", bytes(len(whole))]:
         path.write_bytes(damaged)
@@ -168,9 +170,9 @@ def test_every_torn_file_is_found(disk: Disk) -> None:
         assert not path.exists()
 
 
-def test_a_renamed_file_is_not_another_piece(disk: Disk) -> None:
+def test_a_renamed_file_is_not_another_block(disk: Disk) -> None:
     put(disk, A, state_of(1))
-    (disk.folder / f"{A}.piece").rename(disk.folder / f"{B}.piece")
+    (disk.folder / f"{A}.block").rename(disk.folder / f"{B}.block")
     assert disk.entries() == []
 
 
@@ -181,7 +183,7 @@ def test_identities_are_apart(tmp_path: Path, disk: Disk) -> None:
     for reader in (lambda: other.read(A).result(5), lambda: other.entries() or None):
         put(disk, A, state_of(1))
         assert reader() is None
-        shutil.copy(disk.folder / f"{A}.piece", other.folder)
+        shutil.copy(disk.folder / f"{A}.block", other.folder)
         assert reader() is None
         assert os.listdir(other.folder) == []
     assert len(disk.entries()) == 1
@@ -189,25 +191,25 @@ def test_identities_are_apart(tmp_path: Path, disk: Disk) -> None:
 
 
 def test_other_versions_are_removed(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_VERSION", 2)
+    monkeypatch.setattr(record, "_VERSION", 7)
     put(disk, A, state_of(1))
     monkeypatch.undo()
     assert disk.entries() == []
     assert os.listdir(disk.folder) == []
 
 
-def test_leftovers_go_and_other_peoples_files_stay(disk: Disk) -> None:
+def test_leftovers_are_removed_and_other_files_stay(disk: Disk) -> None:
     folder = disk.folder
-    for name in (f"{A}.abc_1234.part", "0.abcdefgh.part", f"{B}.piece"):
+    for name in (f"{A}.abc_1234.part", "0.abcdefgh.part", f"{B}.block"):
         (folder / name).write_bytes(b"half")
-    others = {"notes.piece", "ab.part", "x.abcdefgh.part", "AB.piece", "ab.piece.bak", ".piece", "ab.txt", "ab"}
+    others = {"notes.block", "ab.part", "x.abcdefgh.part", "AB.block", "ab.block.bak", ".block", "ab.txt", "ab"}
     for name in others:
         (folder / name).write_bytes(b"theirs")
-    (folder / f"{C}.piece").mkdir()
-    (folder / "cd.piece").symlink_to(folder / "ab.txt")
-    os.mkfifo(folder / "ef.piece")
+    (folder / f"{C}.block").mkdir()
+    (folder / "cd.block").symlink_to(folder / "ab.txt")
+    os.mkfifo(folder / "ef.block")
     assert disk.entries() == []
-    assert set(os.listdir(folder)) == others | {f"{C}.piece", "cd.piece", "ef.piece"}
+    assert set(os.listdir(folder)) == others | {f"{C}.block", "cd.block", "ef.block"}
 
 
 @pytest.mark.parametrize("below", ["file", "file/deeper"])
@@ -223,7 +225,7 @@ import sys
 from array import array
 from pathlib import Path
 import numpy as np
-from engine.memory.disk import Disk
+from engine.kv.disk import Disk
 disk = Disk(Path(sys.argv[1]), "model a")
 print("ready", flush=True)
 for number in range(10**6):
@@ -240,16 +242,16 @@ def test_a_kill_leaves_only_whole_files(tmp_path: Path) -> None:
     for (folder, wanted), child in zip(folders.items(), children, strict=True):
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"
-        while child.poll() is None and len(list(folder.glob("*/*.piece"))) < wanted:
+        while child.poll() is None and len(list(folder.glob("*/*.block"))) < wanted:
             time.sleep(0.001)
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
         disk = Disk(folder, "model a")
-        pieces = {path for path in os.listdir(disk.folder) if path.endswith(".piece")}
+        blocks = {path for path in os.listdir(disk.folder) if path.endswith(".block")}
         entries = disk.entries()
-        assert len(pieces) >= wanted
-        assert {f"{entry.key}.piece" for entry in entries} == pieces == set(os.listdir(disk.folder))
+        assert len(blocks) >= wanted
+        assert {f"{entry.key}.block" for entry in entries} == blocks == set(os.listdir(disk.folder))
         for entry in entries:
             state = disk.read(entry.key).result(5)
             assert state is not None
@@ -282,12 +284,12 @@ def test_reads_pass_writes(disk: Disk, gate: Gate) -> None:
     assert [written.key for written in settle(disk)] == [B, C, *KEYS[3:]]
 
 
-def test_what_waits_to_be_written_can_be_read(disk: Disk, gate: Gate) -> None:
+def test_queued_writes_can_be_read(disk: Disk, gate: Gate) -> None:
     disk.write(A, ROOT, 0, TOKENS, state_of(1))
     assert gate.began.wait(5)
     disk.write(B, ROOT, 0, TOKENS, state_of(2))
     first = disk.read(B)
-    disk.touch([B])
+    disk.touch(B)
     second = disk.read(B)
     disk.remove(B)
     third = disk.read(B)
@@ -298,7 +300,7 @@ def test_what_waits_to_be_written_can_be_read(disk: Disk, gate: Gate) -> None:
     assert all(map(equal, (read.result(5) for read in (first, second, third, fourth)), expected))
 
 
-def test_a_read_is_not_passed_by_what_was_asked_later(disk: Disk, gate: Gate) -> None:
+def test_a_read_is_not_passed_by_later_changes(disk: Disk, gate: Gate) -> None:
     gate.open.set()
     put(disk, A, state_of(1))
     gate.open.clear()
@@ -328,16 +330,16 @@ def test_a_removal_does_not_pass_its_write(disk: Disk, gate: Gate) -> None:
 def test_a_cancelled_read_is_not_done(disk: Disk, gate: Gate) -> None:
     disk.write(A, ROOT, 0, TOKENS, state_of(1))
     assert gate.began.wait(5)
-    (disk.folder / f"{B}.piece").write_bytes(b"torn")
+    (disk.folder / f"{B}.block").write_bytes(b"torn")
     disk.write(C, ROOT, 0, TOKENS, state_of(1))
-    reads = [disk.read(B), disk.read(C)]
-    assert all(read.cancel() for read in reads)
+    read = disk.read(B)
+    assert read.cancel()
     gate.open.set()
     assert equal(disk.read(C).result(5), state_of(1))
     disk.close()
-    assert (disk.folder / f"{B}.piece").exists()
+    assert (disk.folder / f"{B}.block").exists()
     with pytest.raises(CancelledError):
-        reads[0].result(0)
+        read.result(0)
 
 
 def test_no_state_stays_in_memory(disk: Disk) -> None:
@@ -390,8 +392,8 @@ def test_a_full_disk_pauses_writing(
     assert full.tries == 1
     assert disk.paused
     assert equal(disk.read(A).result(5), state_of(1))
-    assert os.listdir(disk.folder) == [f"{A}.piece"]
-    monkeypatch.setattr(module, "PAUSE", 0.0)
+    assert os.listdir(disk.folder) == [f"{A}.block"]
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.0)
     disk._resume = 0.0
     assert put(disk, B, state_of(2)) is None
     assert full.tries == 2
@@ -411,7 +413,7 @@ def test_the_folder_may_vanish(disk: Disk, caplog: pytest.LogCaptureFixture) -> 
     put(disk, A, state_of(1))
     shutil.rmtree(disk.folder.parent)
     assert disk.read(A).result(5) is None
-    disk.touch([A])
+    disk.touch(A)
     disk.remove(A)
     assert put(disk, B, state_of(1)) is None
     assert put(disk, C, state_of(1)) is None
@@ -436,7 +438,7 @@ def test_another_process_may_clear_leftovers_meanwhile(
     assert not caplog.records
 
 
-def test_whatever_a_read_meets_is_a_miss(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_failure_of_a_read_is_a_miss(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     put(disk, A, state_of(1))
     monkeypatch.setattr(module, "_head", lambda *_: 1 / 0)
     assert disk.read(A).result(5) is None
@@ -459,7 +461,7 @@ def test_closing_is_bounded(disk: Disk, gate: Gate) -> None:
     assert [(written.key, written.bytes is None) for written in settle(disk)] == [(A, False), (B, True)]
 
 
-def test_closing_finishes_what_was_asked(disk: Disk) -> None:
+def test_closing_finishes_queued_jobs(disk: Disk) -> None:
     for key in KEYS:
         disk.write(key, ROOT, 0, TOKENS, state_of(1, 100_000))
     read = disk.read(KEYS[-1])
@@ -470,7 +472,7 @@ def test_closing_finishes_what_was_asked(disk: Disk) -> None:
     assert equal(read.result(0), state_of(1, 100_000))
 
 
-def test_closing_what_was_never_used(disk: Disk) -> None:
+def test_closing_an_unused_disk(disk: Disk) -> None:
     disk.close()
     assert disk._thread is None
 
@@ -488,7 +490,7 @@ OPERATIONS = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(OPERATIONS)
 def test_as_a_dict(operations: list[tuple[str, str]]) -> None:
-    """Reads see exactly what was asked for before them, however far behind the worker is."""
+    """Reads see exactly the changes submitted before them, however late the worker is."""
     with tempfile.TemporaryDirectory() as name:
         disk = Disk(Path(name), "model a")
         model: dict[str, State] = {}
@@ -504,10 +506,10 @@ def test_as_a_dict(operations: list[tuple[str, str]]) -> None:
                     model.pop(key, None)
                     disk.remove(key)
                 case "touch":
-                    disk.touch([key])
+                    disk.touch(key)
                 case "vanish" | "tear":
                     settle_reads(disk, expected)
-                    path = disk.folder / f"{key}.piece"
+                    path = disk.folder / f"{key}.block"
                     if model.pop(key, None) is not None:
                         path.unlink() if operation == "vanish" else os.truncate(path, 180)
                 case _:

@@ -1,4 +1,4 @@
-"""The draft model beside the model, both of them toys: nothing is computed twice, nothing changes the text."""
+"""A toy draft model with a toy target: no token is computed twice, and drafts change no token."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from engine.backend import Aborted, Logits, NativeFault, NoFreeCells
 from engine.config import SpeculationConfig
 from engine.contract import Finished, Request, SamplingParams, Speculation
 from engine.speculate import Bounds, DraftModel, difference
-from engine.speculate.draft import Seat, Want
-from tests.engine.test_same_as_alone import Bench, alone
+from engine.speculate.draft import DraftRequest, DraftSequence
+from tests.engine.test_same_as_alone import LAYOUTS, Bench, alone, context_of
 from tests.toy import VOCABULARY, ToyBackend, ToyContext, ToyVocab
 
 CONFIG = SpeculationConfig(types=("draft",))
+
+both = pytest.mark.parametrize("unified", LAYOUTS)
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -27,8 +29,8 @@ def asked(key: int = 0, tokens: int = 30, **more: object) -> Request:
 
 
 def bench(draft: ToyContext, slots: int = 4) -> Bench:
-    """Four slots and a draft model."""
-    made = Bench(ToyContext(cells=400), slots, speculation=CONFIG, draft=draft)
+    """Four slots and a draft model, both in the layout of `draft`."""
+    made = Bench(context_of(draft.unified, 400), slots, speculation=CONFIG, draft=draft)
     cast("Any", made.drafting.model)._cost.prompt_rows = lambda *_: 1000
     return made
 
@@ -47,14 +49,15 @@ def model_of(made: Bench) -> ToyContext:
 
 
 def sound(made: Bench) -> None:
-    """The draft model's cells are as its tree says, and nobody is left in it."""
+    """The draft model's cache is consistent, and nothing is allocated in it."""
     assert made.drafting.model is not None
-    made.drafting.model.cells.check()
-    assert made.drafting.model.seated == []
+    made.drafting.model.kv.check()
+    assert made.drafting.model.active == []
 
 
-def test_a_draft_model_that_thinks_alike_is_always_right_and_computes_each_token_once() -> None:
-    made = bench(ToyContext(cells=400))
+@both
+def test_an_equal_draft_model_is_always_right_and_computes_each_token_once(unified: bool) -> None:
+    made = bench(context_of(unified, 400))
     before = model_of(made).computed
     made.submit(0, asked())
     made.run()
@@ -66,21 +69,23 @@ def test_a_draft_model_that_thinks_alike_is_always_right_and_computes_each_token
     sound(made)
 
 
+@both
 @pytest.mark.parametrize("other", [0.2, 1.0])
-def test_a_wrong_draft_is_cut_from_both(other: float) -> None:
-    made = bench(ToyContext(cells=400, other=other))
+def test_a_wrong_draft_is_rolled_back_in_both(other: float, unified: bool) -> None:
+    made = bench(context_of(unified, 400, other=other))
     made.submit(0, asked())
     while made.runner.busy:
         made.runner.step()
-        made.runner.cells.check()
+        made.runner.kv.check()
     made.run()
     assert made.got[0] == alone(asked(), 400)[0]
     assert end_of(made, 0).usage.accepted < end_of(made, 0).usage.drafted
     sound(made)
 
 
-def test_all_slots_share_one_batch_for_each_draft_place() -> None:
-    made = bench(ToyContext(cells=400))
+@both
+def test_all_slots_share_one_batch_for_each_draft_position(unified: bool) -> None:
+    made = bench(context_of(unified, 400))
     for key in range(4):
         made.submit(key, asked(key, tokens=80))
     for _ in range(3):
@@ -96,8 +101,9 @@ def test_all_slots_share_one_batch_for_each_draft_place() -> None:
     sound(made)
 
 
-def test_a_prefix_is_read_once_by_the_draft_model_too() -> None:
-    made = bench(ToyContext(cells=400))
+@both
+def test_a_prefix_is_prefilled_once_by_the_draft_model_too(unified: bool) -> None:
+    made = bench(context_of(unified, 400))
     before = model_of(made).computed
     for key in range(3):
         made.submit(key, asked(key, tokens=10))
@@ -105,7 +111,7 @@ def test_a_prefix_is_read_once_by_the_draft_model_too() -> None:
     assert model_of(made).computed - before <= 11 + 10 + 2 * (1 + 10)
 
 
-def test_a_request_that_does_not_draft_is_not_read() -> None:
+def test_a_request_without_drafts_is_not_prefilled() -> None:
     made = bench(ToyContext(cells=400))
     before = model_of(made).computed
     made.submit(0, asked(speculation=Speculation()))
@@ -114,9 +120,10 @@ def test_a_request_that_does_not_draft_is_not_read() -> None:
     assert end_of(made, 0).usage.drafted == 0
 
 
+@both
 @pytest.mark.parametrize("cells", [12, 24, 40])
-def test_too_few_cells_mean_fewer_drafts_and_the_same_text(cells: int) -> None:
-    made = bench(ToyContext(cells=cells))
+def test_too_few_cells_mean_fewer_drafts_and_the_same_tokens(cells: int, unified: bool) -> None:
+    made = bench(context_of(unified, cells))
     for key in range(4):
         made.submit(key, asked(key))
     made.run()
@@ -125,8 +132,9 @@ def test_too_few_cells_mean_fewer_drafts_and_the_same_text(cells: int) -> None:
     sound(made)
 
 
-def test_decodes_of_the_draft_model_that_find_no_cells() -> None:
-    made = bench(ToyContext(cells=400, other=0.3))
+@both
+def test_decodes_of_the_draft_model_that_find_no_cells(unified: bool) -> None:
+    made = bench(context_of(unified, 400, other=0.3))
     context = model_of(made)
     context.faults = lambda n: NoFreeCells() if n % 3 == 0 else None
     for key in range(4):
@@ -137,9 +145,10 @@ def test_decodes_of_the_draft_model_that_find_no_cells() -> None:
     sound(made)
 
 
-@pytest.mark.parametrize("fault", [NativeFault("told to"), Aborted()])
-def test_a_draft_model_that_fails_fails_nobody(fault: Exception) -> None:
-    made = bench(ToyContext(cells=400))
+@both
+@pytest.mark.parametrize("fault", [NativeFault("injected"), Aborted()])
+def test_a_draft_model_that_fails_fails_no_request(fault: Exception, unified: bool) -> None:
+    made = bench(context_of(unified, 400))
     model_of(made).faults = lambda n: fault if n > 8 else None
     for key in range(2):
         made.submit(key, asked(key))
@@ -150,14 +159,15 @@ def test_a_draft_model_that_fails_fails_nobody(fault: Exception) -> None:
     assert bool(made.drafting.model.fault) == isinstance(fault, NativeFault)
 
 
-def test_retracted_requests_give_up_their_draft_cells_and_go_on() -> None:
-    made = bench(ToyContext(cells=400, other=0.2))
+@both
+def test_preempted_requests_release_their_draft_cells_and_continue(unified: bool) -> None:
+    made = bench(context_of(unified, 400, other=0.2))
     for key in range(3):
         made.submit(key, asked(key))
     for turn in range(60):
         made.runner.step()
         if turn % 4 == 3 and made.runner.running:
-            made.runner._retract(list(made.runner.running.values())[-1])
+            made.runner._preempt(list(made.runner.running.values())[-1])
     made.run()
     for key in range(3):
         assert made.got[key] == alone(asked(key), 400)[0]
@@ -183,20 +193,21 @@ def test_unlikely_tokens_end_a_draft() -> None:
     sound(made)
 
 
-def test_tokens_the_draft_model_does_not_know_silence_it() -> None:
+def test_nothing_is_drafted_after_tokens_the_draft_model_lacks() -> None:
     model = DraftModel(ToyBackend(ToyContext()), VOCABULARY + 5)
-    seat = Seat(model, "", Bounds())
-    seat.begin([1, 2, VOCABULARY + 1])
-    model.draft([Want(seat, 3)], 1.0)
-    assert seat.propose(3).tokens == ()
-    seat = Seat(model, "", Bounds())
-    seat.begin([1, 2, 3])
-    model.draft([Want(seat, 3)], 1.0)
-    assert len(seat.propose(3).tokens) == 3
+    sequence = DraftSequence(model, "", Bounds())
+    sequence.begin([1, 2, VOCABULARY + 1])
+    model.draft([DraftRequest(sequence, 3)], 1.0)
+    assert sequence.propose(3).tokens == ()
+    sequence = DraftSequence(model, "", Bounds())
+    sequence.begin([1, 2, 3])
+    model.draft([DraftRequest(sequence, 3)], 1.0)
+    assert len(sequence.propose(3).tokens) == 3
 
 
-def test_catching_up_keeps_to_the_batch() -> None:
-    made = bench(ToyContext(cells=400, rows=16, outputs=16))
+@both
+def test_catching_up_keeps_to_the_batch(unified: bool) -> None:
+    made = bench(context_of(unified, 400, rows=16, outputs=16))
     for key in range(4):
         made.submit(key, structs.replace(asked(key), prompt=(1, 2, 3, 4, 5, 6, key + 7)))
     made.run()
@@ -208,20 +219,20 @@ def test_catching_up_keeps_to_the_batch() -> None:
 def test_a_draft_that_was_not_verified_leaves_nothing() -> None:
     made = bench(ToyContext(cells=400))
     assert made.drafting.model is not None
-    seat = Seat(made.drafting.model, "", Bounds())
-    seat.begin([1, 2, 3])
+    sequence = DraftSequence(made.drafting.model, "", Bounds())
+    sequence.begin([1, 2, 3])
     for _ in range(2):
-        made.drafting.model.draft([Want(seat, 4)], 1.0)
-        assert len(seat.propose(4).tokens) == 4
-        assert seat.lease is not None
-        assert model_of(made).length(seat.lease.seq) == 3 + 3
-    held = seat.lease
-    seat.settle()
+        made.drafting.model.draft([DraftRequest(sequence, 4)], 1.0)
+        assert len(sequence.propose(4).tokens) == 4
+        assert sequence.allocation is not None
+        assert model_of(made).length(sequence.seq) == 3 + 3
+    held = sequence.allocation
+    sequence.settle()
     assert held is not None
     assert model_of(made).length(held.seq) == 3
 
 
-def test_a_request_cannot_make_everybody_wait_for_a_long_draft() -> None:
+def test_a_request_cannot_delay_the_others_by_a_long_draft() -> None:
     made = bench(ToyContext(cells=400))
     made.submit(0, asked(tokens=90, speculation=Speculation(type=("draft",), n_max=1024, order="fixed")))
     made.run()
@@ -270,26 +281,26 @@ def test_a_draft_with_the_same_noise_agrees_at_any_temperature(noise: Any) -> No
     assert (usage.accepted == usage.drafted) == (noise == "shared")
 
 
-def test_shared_noise_knows_the_forgotten_and_a_smaller_vocabulary() -> None:
+def test_shared_noise_counts_discarded_tokens_and_a_smaller_vocabulary() -> None:
     heard: list[tuple[int, list[int], int]] = []
 
-    def pick(row: Logits, history: Sequence[int], forgotten: int) -> int:
-        heard.append((len(row), [*history], forgotten))
+    def pick(row: Logits, history: Sequence[int], discarded: int) -> int:
+        heard.append((len(row), [*history], discarded))
         return 7
 
     model = DraftModel(ToyBackend(ToyContext()), VOCABULARY + 5)
-    seat = Seat(model, "", Bounds(), pick)
-    seat.begin([1, 2, 3, 4, 5])
-    seat.shift(1, 2)
-    model.draft([Want(seat, 2)], 1.0)
-    assert seat.propose(2).tokens == (7, 7)
+    sequence = DraftSequence(model, "", Bounds(), pick)
+    sequence.begin([1, 2, 3, 4, 5])
+    sequence.shift(1, 2)
+    model.draft([DraftRequest(sequence, 2)], 1.0)
+    assert sequence.propose(2).tokens == (7, 7)
     assert heard == [(VOCABULARY + 5, [1, 4, 5], 2), (VOCABULARY + 5, [1, 4, 5, 7], 2)]
 
 
-# ── whether it pays ──
+# ── cost ──
 
 
-def test_one_whose_passes_cost_more_than_they_yield_is_not_asked() -> None:
+def test_a_draft_model_whose_passes_cost_more_than_they_save_is_not_used() -> None:
     draft = ToyContext(cells=400)
     made = bench(draft)
     cast("Any", made.drafting.model)._cost.curve.put(1, 100.0)  # a step of the model takes a second
@@ -299,11 +310,11 @@ def test_one_whose_passes_cost_more_than_they_yield_is_not_asked() -> None:
     assert end_of(made, 0).usage.drafted == 0
 
 
-def test_one_that_is_tried_reads_to_the_end_and_shows_what_it_can() -> None:
+def test_a_draft_model_on_trial_prefills_to_the_end_and_drafts() -> None:
     draft = ToyContext(cells=400)
     made = bench(draft)
     cost = cast("Any", made.drafting.model)._cost
-    cost.curve.put(1, 0.5)  # pays if it is right, which nobody knows yet
+    cost.curve.put(1, 0.5)  # pays if its drafts are right, which is unknown
     cast("Any", cost).observe = lambda *_: None
     cost.prompt_rows = lambda *_: 5
     cast("Any", made.drafting.chooser)._seconds = 2.5
@@ -315,7 +326,7 @@ def test_one_that_is_tried_reads_to_the_end_and_shows_what_it_can() -> None:
     assert usage.accepted == usage.drafted > 20
 
 
-def test_drafts_shorter_than_its_least_are_not_made() -> None:
+def test_drafts_shorter_than_n_min_are_not_made() -> None:
     draft = ToyContext(cells=400)
     made = bench(draft)
     made.submit(0, asked(tokens=60, speculation=Speculation(type=("draft",), n_min=5)))

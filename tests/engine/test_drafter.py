@@ -57,7 +57,7 @@ def step(drafter: Drafter, tokens: array[int], emitted: Sequence[int], limit: in
     return draft
 
 
-def test_a_long_history_is_shown_in_pieces() -> None:
+def test_a_long_history_is_fed_in_batches() -> None:
     guess = Guess([1])
     drafter = Drafter({"guess": guess})
     tokens = array("i", [1, 2, 3, 4, 5])
@@ -201,7 +201,7 @@ def test_those_with_nothing_to_say_are_asked_in_turns_where_asking_all_takes_too
     assert asked == {"mute": 30, "wrong": 30, "useful": 180}
 
 
-def test_who_is_not_asked_hears_it_all_later() -> None:
+def test_tokens_emitted_between_two_drafts_are_fed_in_one_batch() -> None:
     guess = Guess([])
     drafter = Drafter({"guess": guess})
     tokens = array("i", [1])
@@ -218,7 +218,7 @@ def test_who_is_not_asked_hears_it_all_later() -> None:
     assert guess.heard == heard
 
 
-def test_a_guess_that_is_not_verified_is_followed_until_it_fails() -> None:
+def test_a_draft_that_is_not_verified_is_compared_until_it_fails() -> None:
     guess = Guess([1, 2, 3, 9])
     drafter = Drafter({"guess": guess})
     tokens = array("i", [0])

@@ -72,7 +72,7 @@ async def test_updates_are_tokens_and_then_one_end() -> None:
     assert backend.closed
 
 
-async def test_a_slow_reader_gets_everything_merged() -> None:
+async def test_unread_tokens_are_merged() -> None:
     async with (
         Engine.open(CONFIG, opener=opener(toy())) as engine,
         engine.generate(Request(prompt=(1,), max_tokens=50, ignore_eos=True)) as generation,
@@ -121,7 +121,7 @@ async def test_a_stop_string_over_several_tokens() -> None:
     assert end.usage.completion == at + 3, "a token is a character here"
 
 
-async def test_a_failed_step_is_told_and_the_engine_goes_on() -> None:
+async def test_a_failed_step_is_reported_and_the_engine_continues() -> None:
     backend = toy()
     async with Engine.open(CONFIG, opener=opener(backend)) as engine:
         with failing(backend.context, [3]), pytest.raises(EngineFault, match="told to fail"):
@@ -135,7 +135,7 @@ class Panic(BaseException):
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, Panic])
-async def test_when_the_thread_dies_everyone_is_told_then_and_later(kind: Callable[[str], Exception]) -> None:
+async def test_when_the_thread_dies_every_request_fails_then_and_later(kind: Callable[[str], Exception]) -> None:
     backend = toy(pace=0.01)
     async with Engine.open(CONFIG, opener=opener(backend)) as engine:
         tasks = [asyncio.ensure_future(read(engine, ENDLESS)) for _ in range(4)]
@@ -149,7 +149,7 @@ async def test_when_the_thread_dies_everyone_is_told_then_and_later(kind: Callab
 
 
 class Broken:
-    """A grammar in which no text can begin."""
+    """A grammar that cannot begin."""
 
     size = VOCABULARY
 
@@ -157,17 +157,17 @@ class Broken:
         raise RuntimeError("no memory")
 
 
-async def test_what_cannot_be_submitted_takes_no_place() -> None:
+async def test_a_request_that_cannot_start_fails_alone_and_takes_no_place() -> None:
     async with Engine.open(CONFIG, opener=opener(toy())) as engine:
         for _ in range(engine.places + 1):
-            with pytest.raises(RuntimeError, match="no memory"):
-                await engine.generate(Request(prompt=(1,), grammar=cast("Any", Broken()))).__aenter__()
+            with pytest.raises(EngineFault, match="no memory"):
+                await read(engine, Request(prompt=(1,), grammar=cast("Any", Broken())))
         updates = await read(engine, Request(prompt=(1,), max_tokens=2, ignore_eos=True))
         assert isinstance(updates[-1], Finished)
         await asyncio.wait_for(engine.drain(20), 20)
 
 
-async def test_how_far_a_prompt_is_read() -> None:
+async def test_the_progress_of_a_prefill() -> None:
     async with Engine.open(CONFIG, opener=opener(toy(pace=0.005))) as engine:
         request = Request(prompt=(*range(1, 40),) * 5, max_tokens=3, ignore_eos=True, progress=True)
         for known in (0, 194):
@@ -182,7 +182,7 @@ async def test_how_far_a_prompt_is_read() -> None:
 
 
 @pytest.mark.parametrize("warmup", [True, False])
-async def test_the_first_grammar_is_compiled_before_anybody_comes(
+async def test_the_first_grammar_is_compiled_before_the_first_request(
     monkeypatch: pytest.MonkeyPatch, warmup: bool
 ) -> None:
     forms: list[Form] = []
@@ -200,7 +200,9 @@ async def test_a_first_grammar_that_takes_long_does_not_end_the_engine(monkeypat
 
 
 @pytest.mark.parametrize("drained", [False, True])
-async def test_who_waits_for_a_grammar_is_told_of_the_end(monkeypatch: pytest.MonkeyPatch, drained: bool) -> None:
+async def test_the_end_fails_requests_whose_grammar_is_being_compiled(
+    monkeypatch: pytest.MonkeyPatch, drained: bool
+) -> None:
     go_on = threading.Event()
     monkeypatch.setattr(compiler, "_compiled", lambda form, tokens: go_on.wait(5))
     async with Engine.open(CONFIG, opener=opener(toy())) as engine:

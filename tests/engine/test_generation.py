@@ -97,7 +97,7 @@ async def test_a_failure_is_raised_after_what_came_before_it() -> None:
         await anext(recorder.generation)
 
 
-async def test_who_has_enough_gets_what_came_so_far() -> None:
+async def test_a_generation_with_enough_keeps_its_tokens() -> None:
     recorder = Recorder("STOP")
     recorder.generation.deliver_tokens(b"all ST")
     recorder.generation.enough()

@@ -455,7 +455,7 @@ def test_multiples_count_together_and_true_is_none() -> None:
         grammar(schema({"multipleOf": True}))
 
 
-async def test_a_thread_that_cannot_start_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_thread_that_cannot_start_fails_its_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -503,7 +503,7 @@ async def test_long_work_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch
     assert await asyncio.gather(*slow) == [True] * jobs.AT_ONCE
 
 
-async def test_work_that_nobody_waits_for_is_not_begun() -> None:
+async def test_jobs_without_a_caller_are_not_begun() -> None:
     work, go_on, begun = Jobs[None]("test", 5.0), threading.Event(), list[int]()
     first = [asyncio.create_task(work.run(bytes([key]), lambda: begun.append(go_on.wait(5)))) for key in range(2)]
     left = asyncio.create_task(work.run(b"left", lambda: begun.append(2)))
@@ -516,7 +516,7 @@ async def test_work_that_nobody_waits_for_is_not_begun() -> None:
     assert begun == [True, True, 3]
 
 
-async def test_who_waits_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_job_that_takes_too_long_fails_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "SECONDS", 0.0)
     kept = Grammars(ASCII)
     with pytest.raises(GrammarError, match="was not compiled within 0 seconds"):

@@ -1,4 +1,4 @@
-"""Whatever else runs and whoever guesses, a text with a grammar is that it gets alone, and is of its form."""
+"""In any company and with any drafts a request with a grammar has the tokens it has alone, which follow the grammar."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from engine.contract import (
     Speculation,
 )
 from engine.grammar import Choice, Form, Gbnf, Lark, Regex
+from engine.sequence import Sequence
 from engine.speculate import Draft
-from engine.streams import Stream
 from tests.engine.test_same_as_alone import Bench, Oracle, draw_request
 from tests.engine.vocabularies import PAIRS, bytes_of, grammar
 from tests.toy import END, VOCABULARY, ToyBackend, ToyContext
@@ -61,7 +61,7 @@ def draw(random: Random, prefixes: list[list[int]]) -> tuple[Request, str]:
 
 @pytest.mark.parametrize("kind", [*SPECULATOR_TYPES, "auto", "fixed", "oracle"])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_text_is_that_alone_and_of_its_form(kind: Any, seed: int) -> None:
+def test_tokens_are_those_alone_and_follow_the_grammar(kind: Any, seed: int) -> None:
     random = Random(seed)
     order: Any = "measured" if kind == "auto" else "fixed"
     types: Any = ("auto",) if kind == "fixed" else (kind,)
@@ -93,7 +93,7 @@ def test_the_text_is_that_alone_and_of_its_form(kind: Any, seed: int) -> None:
             bench.runner.step()
             bench.check()
         if bench.runner.running and random.random() < 0.3:
-            bench.runner._retract(random.choice(list(bench.runner.running.values())))
+            bench.runner._preempt(random.choice(list(bench.runner.running.values())))
     bench.run()
     ends = {key: end.reason for key, end in bench.ends.items() if isinstance(end, Finished)}
     assert {key: (bench.got[key], ends[key]) for key in ends} == wanted
@@ -116,7 +116,7 @@ def asked(form: Form, **options: Any) -> Request:
     return Request(prompt=(1, 2, 3), grammar=grammar(form, PAIRS), **options)
 
 
-def test_a_whole_text_ends_by_itself() -> None:
+def test_a_complete_output_ends_by_itself() -> None:
     text, end = run(asked(Choice(("ABCD",)), max_tokens=9))
     assert text == "ABCD"
     assert (end.reason, end.stop) == (FinishReason.STOP, None)
@@ -125,14 +125,14 @@ def test_a_whole_text_ends_by_itself() -> None:
     assert (text, end.reason) == ("ABCD", FinishReason.STOP), "with its last token"
 
 
-def test_a_text_that_may_end_but_need_not_ends_by_a_token() -> None:
+def test_an_output_that_may_end_but_need_not_ends_by_a_token() -> None:
     likely = SamplingParams(temperature=0.0, logit_bias=((END, 50.0),))
     text, end = run(asked(Regex("AB*"), max_tokens=40, sampling=likely))
     assert text in ("A", "AB"), "one token"
     assert (end.reason, end.stop, end.usage.completion) == (FinishReason.STOP, END, 2)
 
 
-def test_a_text_that_is_nothing() -> None:
+def test_an_empty_output() -> None:
     text, end = run(asked(Regex("(ABCD)?"), sampling=SamplingParams(logit_bias=((END, 50.0),))))
     assert (text, end.reason) == ("", FinishReason.STOP)
 
@@ -166,20 +166,20 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     free = Request(prompt=(1, 2, 3), max_tokens=1, logprobs=3, sampling=SamplingParams(temperature=0.0))
     context = ToyContext(cells=300)
     bench = Bench(context, backend=backend(context))
-    told: dict[int, Any] = {}
+    found: dict[int, Any] = {}
     inner = bench.deliver
 
     def deliver(items: Any) -> None:
-        told.update({key: logprobs[0] for key, _, logprobs, _ in items if logprobs})
+        found.update({key: logprobs[0] for key, _, logprobs, _ in items if logprobs})
         inner(items)
 
     bench.runner._outbox._deliver = deliver
     bench.submit(0, free)
     bench.submit(1, structs.replace(free, grammar=grammar(Choice(("GH",)), PAIRS)))
     bench.run()
-    assert told[0].top == told[1].top, "what was likeliest is not what the grammar permits"
-    assert told[1].token != told[0].token
-    assert told[1].logprob < told[0].logprob
+    assert found[0].top == found[1].top, "the likeliest tokens are not those that the grammar permits"
+    assert found[1].token != found[0].token
+    assert found[1].logprob < found[0].logprob
 
 
 def test_forced_tokens_save_steps() -> None:
@@ -195,35 +195,35 @@ def test_forced_tokens_save_steps() -> None:
     assert context.decodes < end.usage.completion
 
 
-def test_a_grammar_survives_what_is_forgotten() -> None:
-    """With a context shift tokens leave the history, not the text."""
+def test_a_grammar_survives_a_context_shift() -> None:
+    """Discarded tokens leave the history, not the output."""
     context = ToyContext(cells=300)
     bench = Bench(context, backend=backend(context))
     made = asked(Regex("(ABCDEFGH)+"), max_tokens=100, ignore_eos=True)
-    stream = Stream(0, made, 5, PAIRS, 20, 2)
-    bench.got[0], bench.streams[0] = [], stream
-    bench.runner.submit(stream)
+    sequence = Sequence(0, made, 5, PAIRS, 20, 2)
+    bench.got[0], bench.sequences[0] = [], sequence
+    bench.runner.submit(sequence)
     bench.run()
     text = bytes_of(bench.got[0], PAIRS).decode()
-    assert stream.forgotten > 20
+    assert sequence.discarded > 20
     assert ("ABCDEFGH" * 30).startswith(text)
 
 
 class Stubborn(Oracle):
-    """Guesses the same at every step."""
+    """Drafts the same at every step."""
 
     def propose(self, limit: int) -> Draft:
         return Draft(self.truth[:limit])
 
 
-@pytest.mark.parametrize("guessed", [False, True])
-def test_a_grammar_that_cannot_be_followed_fails_its_request_alone(guessed: bool) -> None:
-    """The vocabulary has no letter after h. What was picked before is told, also if that was in the same step."""
+@pytest.mark.parametrize("drafted", [False, True])
+def test_a_grammar_that_cannot_be_followed_fails_its_request_alone(drafted: bool) -> None:
+    """The vocabulary has no letter after h. Tokens picked before are emitted, also those of the same step."""
     context = ToyContext(cells=300)
     bench = Bench(context, backend=backend(context))
     likely = SamplingParams(temperature=0.0, logit_bias=((41, 50.0),))
     request = asked(Regex("(AB){3}[xyz]"), sampling=likely, logprobs=0, speculation=Speculation(order="fixed"))
-    bench.submit(0, request, Stubborn(request, [41, 41], 0.0, Random(0)) if guessed else None)
+    bench.submit(0, request, Stubborn(request, [41, 41], 0.0, Random(0)) if drafted else None)
     bench.submit(1, Request(prompt=(4, 5), max_tokens=5, ignore_eos=True))
     bench.run()
     assert bytes_of(bench.got[0], PAIRS) == b"ABABAB"
@@ -235,7 +235,7 @@ def test_a_grammar_that_cannot_be_followed_fails_its_request_alone(guessed: bool
 
 
 @pytest.mark.parametrize("aside", [False, True])
-def test_a_guess_that_leads_nowhere_changes_nothing(aside: bool) -> None:
+def test_a_draft_that_cannot_be_continued_changes_nothing(aside: bool) -> None:
     """The vocabulary has no letter after h: an A and a B cannot be followed, but need not be."""
     likely = SamplingParams(temperature=0.0, logit_bias=((1, 80.0), (3, 50.0), (4, 50.0)))
     request = asked(Regex("(A(B[xyz]|CD)){3}"), sampling=likely, speculation=Speculation(order="fixed"))
@@ -244,20 +244,20 @@ def test_a_guess_that_leads_nowhere_changes_nothing(aside: bool) -> None:
     made = backend(context)
     made.info = structs.replace(made.info, offloaded=aside)
     bench = Bench(context, backend=made)
-    guessed: list[int] = []
+    drafted: list[int] = []
     bench.submit(0, request, Stubborn(request, [2, 8], 0.0, Random(0)))
     while bench.runner.busy:
-        guessed += bench.streams[0].draft
+        drafted += bench.sequences[0].draft
         bench.runner.step()
     assert bytes_of(bench.got[0], PAIRS) == b"ACDACDACD"
-    assert guessed == [2, 2, 2], "which was verified, and wrong"
+    assert drafted == [2, 2, 2], "which was verified, and wrong"
     bench.runner.close()
 
 
 @pytest.mark.parametrize("rule", ["x[max_tokens=3]: /[AB]+/", 'x[stop="C"]: /[AB]+/', "x[lazy]: /[AB]+C/"])
 @pytest.mark.parametrize("wrong", [0.0, 0.4])
-def test_what_cannot_be_taken_back_is_guessed_all_the_same(rule: str, wrong: float) -> None:
-    """The library takes no token back where a rule has one of the first two attributes."""
+def test_rules_without_rollback_have_drafts_too(rule: str, wrong: float) -> None:
+    """The library cannot roll back where a rule has one of the first two attributes."""
     for seed in range(6):
         likely = SamplingParams(temperature=1.0, seed=seed)
         form = Lark(f'start: (x "D")+ "E"\n{rule}')

@@ -14,20 +14,29 @@ batch text replacement
 backend
 grammar
 contract
-config stats outbox
-memory sampling pace scheduler
+config outbox
+kv sampling pace scheduler
 llama
 speculate
-streams generation sim
-verify waiting slots
+sequence generation sim stats
+verify waiting slots running
 runner
 thread slotfiles
 engine
 """
 GRAMMAR = "forms bridge jobs\nschema gbnf matcher\nmasks compiler"
 SAMPLING = "noise candidates budget\nlogprobs truncate penalties verify\nsampler"
-MEMORY = "radix ordered disk idle textfile\npieces\nshelf lease\nstore\nmoves\ncells\ntransfer"
-PACE = "curve acceptance journal\ncost lengths\ncalibration chooser"
+KV = """
+tree record idle placement
+block disk sequence_file
+tier allocation residents
+offload reuse
+offloader
+eviction
+allocator transfer
+cache
+"""
+PACE = "curve acceptance journal passes\ncost lengths\ncalibration chooser"
 SPECULATE = """
 base vocabulary files tally
 ngrams tree mod cache draft
@@ -36,7 +45,7 @@ shared drafter
 proposals lookup
 drafting
 """
-LLAMA = "library exact fit\nvocab context\nmodel"
+LLAMA = "library exact state layout\nfit params\ndecoder\nshift\nvocab context\nmodel"
 
 
 def imports(path: Path) -> set[str]:
@@ -71,7 +80,7 @@ def upward(package: str, layers: str) -> list[str]:
     ("package", "layers"),
     [
         ("engine", ENGINE),
-        ("engine.memory", MEMORY),
+        ("engine.kv", KV),
         ("engine.grammar", GRAMMAR),
         ("engine.pace", PACE),
         ("engine.llama", LLAMA),

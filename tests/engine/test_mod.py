@@ -147,7 +147,7 @@ def test_a_token_is_known_at_once_and_not_32_tokens_later() -> None:
     assert slot.propose(1).tokens == [3]
 
 
-def test_a_slot_that_guesses_badly_wipes_nothing() -> None:
+def test_a_slot_with_bad_drafts_wipes_nothing() -> None:
     pool = Pool(2)
     good, bad = NgramMod(pool, 1, n_min=1), NgramMod(pool, 1, n_min=1)
     good.begin([1, 2, 3, 4, 1, 2])

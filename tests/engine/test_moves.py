@@ -1,4 +1,4 @@
-"""Parts of a prompt that were computed at other places: found as a search through all places finds them, and moved."""
+"""Parts of a prompt that were computed at other positions: found as an exhaustive search finds them, and moved."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.contract import Finished, Request, SamplingParams
-from engine.memory import Ordered
-from engine.memory.moves import Run, runs
-from tests.engine.test_memory import text
-from tests.engine.test_same_as_alone import Bench, alone
-from tests.toy import ToyContext
+from engine.kv.reuse import Run, runs
+from tests.engine.test_memory import prompt_of
+from tests.engine.test_same_as_alone import LAYOUTS, Bench, alone, context_of
 
 
 def first(new: array[int], old: array[int], start: int, least: int) -> int | None:
-    """Where the first run begins, by comparing every place with every other."""
+    """The position of the first run, by comparing every position with every other."""
     windows = {tuple(old[at : at + least]) for at in range(len(old) - least + 1)}
     return next((at for at in range(start, len(new) - least + 1) if tuple(new[at : at + least]) in windows), None)
 
@@ -27,7 +25,9 @@ tokens = st.lists(st.integers(0, 2), max_size=40).map(lambda values: array("i", 
 
 
 @given(tokens, tokens, st.integers(0, 10), st.integers(1, 6))
-def test_runs_are_where_a_slow_search_begins_them(new: array[int], old: array[int], start: int, least: int) -> None:
+def test_runs_begin_where_an_exhaustive_search_finds_them(
+    new: array[int], old: array[int], start: int, least: int
+) -> None:
     found = runs(new, old, start, least)
     end = start
     for run in found:
@@ -39,26 +39,27 @@ def test_runs_are_where_a_slow_search_begins_them(new: array[int], old: array[in
 
 
 def test_a_changed_header_costs_a_run_on_each_side() -> None:
-    header, rest = array("i", text(10)), array("i", text(200, 1))
+    header, rest = array("i", prompt_of(10)), array("i", prompt_of(200, 1))
     old, new = header + array("i", (7, 8, 9)) + rest, header + array("i", (1, 2, 3, 4, 5)) + rest
     assert runs(new, old, 10, 64) == [Run(15, 13, 200)]
 
 
-def bench_with(reuse: int, cells: int = 2000) -> Bench:
+def bench_with(reuse: int, cells: int = 2000, *, unified: bool = True) -> Bench:
     """A runner that moves cells."""
-    return Bench(ToyContext(cells=cells, rows=512), store=10**6, reuse=reuse)
+    return Bench(context_of(unified, cells, rows=512), ram=10**6, reuse=reuse)
 
 
+@pytest.mark.parametrize("unified", LAYOUTS)
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("width", [3, 5])
-def test_what_follows_a_changed_line_is_moved(resident: bool, width: int) -> None:
-    head, rest = text(20), text(300, 1)
-    bench = bench_with(64)
+def test_the_part_after_a_changed_line_is_moved(resident: bool, width: int, unified: bool) -> None:
+    head, rest = prompt_of(20), prompt_of(300, 1)
+    bench = bench_with(64, unified=unified)
     context = bench.backend.context
     bench.submit(0, Request(prompt=(*head, 41, 42, 43, *rest, 5), max_tokens=1))
     bench.run()
     if not resident:
-        bench.runner.cells.reclaim(10**6)
+        bench.runner.kv.drop_idle()
     before = context.computed
     request = Request(prompt=(*head, *range(30, 30 + width), *rest, 6), max_tokens=9, sampling=SamplingParams(seed=1))
     bench.submit(1, request)
@@ -68,7 +69,7 @@ def test_what_follows_a_changed_line_is_moved(resident: bool, width: int) -> Non
     assert end.usage.cached == 20 + 300
     assert end.usage.moved == 300
     assert context.computed - before == width + 1 + len(bench.got[1]) - 1
-    assert bench.got[1] == alone(request, 2000)[0], "the toy's cells know only where they stand"
+    assert bench.got[1] == alone(request, 2000)[0], "the toy's cells know only their positions"
     bench.submit(2, Request(prompt=(*request.prompt, *bench.got[1], 3), max_tokens=1))
     bench.run()
     again = bench.ends[2]
@@ -76,10 +77,11 @@ def test_what_follows_a_changed_line_is_moved(resident: bool, width: int) -> Non
     assert again.usage.cached >= len(request.prompt)
 
 
-def test_nothing_is_moved_unless_it_is_asked_for_and_never_in_order_or_across_salts() -> None:
-    head, rest = text(20), text(300, 1)
+@pytest.mark.parametrize("unified", LAYOUTS)
+def test_nothing_is_moved_by_default_or_across_salts(unified: bool) -> None:
+    head, rest = prompt_of(20), prompt_of(300, 1)
     for reuse, salt in ((0, ""), (64, "other")):
-        bench = bench_with(reuse)
+        bench = bench_with(reuse, unified=unified)
         bench.submit(0, Request(prompt=(*head, 41, *rest, 5), max_tokens=1))
         bench.run()
         bench.submit(1, Request(prompt=(*head, 42, 43, *rest, 5), max_tokens=1, salt=salt))
@@ -87,14 +89,14 @@ def test_nothing_is_moved_unless_it_is_asked_for_and_never_in_order_or_across_sa
         end = bench.ends[1]
         assert isinstance(end, Finished)
         assert end.usage.moved == 0
-    assert not Ordered(ToyContext()).shifts
 
 
+@pytest.mark.parametrize("unified", LAYOUTS)
 @pytest.mark.parametrize("seed", range(10))
-def test_prompts_of_shuffled_parts_in_few_cells(seed: int) -> None:
+def test_prompts_of_shuffled_parts_in_few_cells(seed: int, unified: bool) -> None:
     random = Random(seed)
-    bench = bench_with(16, cells=random.choice([300, 600]))
-    parts = [text(random.randint(10, 60), n) for n in range(6)]
+    bench = bench_with(16, cells=random.choice([300, 600]), unified=unified)
+    parts = [prompt_of(random.randint(10, 60), n) for n in range(6)]
     wanted: dict[int, list[int]] = {}
     for key in range(20):
         prompt = tuple(token for part in random.sample(parts, random.randint(1, 4)) for token in part)
@@ -105,9 +107,9 @@ def test_prompts_of_shuffled_parts_in_few_cells(seed: int) -> None:
             bench.runner.step()
             bench.check()
         if bench.runner.running and random.random() < 0.3:
-            bench.runner._retract(random.choice([*bench.runner.running.values()]))
+            bench.runner._preempt(random.choice([*bench.runner.running.values()]))
         if random.random() < 0.3:
-            bench.runner.cells.reclaim(200)
+            bench.runner.kv.evict(200) if unified else bench.runner.kv.drop_idle()
     bench.run()
     assert bench.got == wanted
     assert any(isinstance(end, Finished) and end.usage.moved for end in bench.ends.values())

@@ -1,4 +1,4 @@
-"""Nothing that a request of one salt left, or is doing, shows in the time or the tokens of a request of another."""
+"""No request shows in the time or the tokens of a request with another salt."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 
 from engine.config import DraftConfig, SpeculationConfig
 from engine.contract import Finished, Request, Speculation
-from engine.memory import Store
-from engine.memory.disk import Disk
+from engine.kv import Offload
+from engine.kv.disk import Disk
 from engine.speculate import Drafting, Shared
-from tests.engine.test_same_as_alone import Bench
+from tests.engine.test_same_as_alone import LAYOUTS, Bench, context_of
 from tests.toy import VOCABULARY, ToyContext, ToyVocab
 
 PROMPT = tuple(Random(0).randrange(1, VOCABULARY) for _ in range(200))
@@ -25,7 +25,7 @@ def request(salt: str, tokens: int = 1) -> Request:
 
 
 def cost(bench: Bench, key: int, salt: str) -> tuple[int, int]:
-    """How many rows a request computes, and how many tokens it says it found."""
+    """The rows that a request computes, and the tokens that it reports as cached."""
     before = bench.backend.context.computed
     bench.submit(key, request(salt))
     bench.run()
@@ -34,18 +34,20 @@ def cost(bench: Bench, key: int, salt: str) -> tuple[int, int]:
     return bench.backend.context.computed - before, end.usage.cached
 
 
+@pytest.mark.parametrize("unified", LAYOUTS)
 @pytest.mark.parametrize("partial", [True, False])
 @pytest.mark.parametrize("where", ["cells", "RAM", "disk"])
-def test_anothers_text_saves_nothing(tmp_path: Path, where: str, partial: bool) -> None:
+def test_a_prefix_of_another_salt_saves_nothing(tmp_path: Path, where: str, partial: bool, unified: bool) -> None:
     def bench() -> Bench:
         disk = Disk(tmp_path, "toy") if where == "disk" else None
-        kept = Store(10**6, whole=not partial, disk=disk, disk_most=10**6)
-        return Bench(ToyContext(cells=2000, rows=512, partial=partial), kept=kept, prompt_rows=50)
+        offload = Offload(10**6, whole=not partial, disk=disk, disk_bytes=10**6)
+        context = context_of(unified, 2000, rows=512, partial=partial)
+        return Bench(context, offload=offload, prompt_rows=50)
 
     first = second = bench()
     assert cost(first, 0, "private") == (200, 0)
     if where != "cells":
-        first.runner.cells.reclaim(2000)
+        first.runner.kv.drop_idle()
         assert first.backend.context.used() == 0
     if where == "disk":
         first.runner.close()
@@ -57,67 +59,68 @@ def test_anothers_text_saves_nothing(tmp_path: Path, where: str, partial: bool) 
     second.runner.close()
 
 
+@pytest.mark.parametrize("unified", LAYOUTS)
 @pytest.mark.parametrize("partial", [True, False])
-def test_nobody_waits_for_anothers_rows(partial: bool) -> None:
-    bench = Bench(ToyContext(cells=2000, partial=partial), store=10**6, prompt_rows=20)
+def test_no_request_is_held_for_rows_of_another_salt(partial: bool, unified: bool) -> None:
+    bench = Bench(context_of(unified, 2000, partial=partial), ram=10**6, prompt_rows=20)
     bench.submit(0, request("private"))
     bench.runner.step()
     for key, salt in enumerate(["private", "", "public"], 1):
         bench.submit(key, request(salt))
     bench.runner.step()
-    assert sorted(bench.runner.running) == [0, 2, 3], "only the one of its own salt waits for its rows"
+    assert sorted(bench.runner.running) == [0, 2, 3], "only the one of its own salt is held"
     bench.run()
     assert bench.backend.context.computed == 3 * 200 + 1
 
 
-def test_nobody_sees_in_slots_what_was_said() -> None:
-    bench = Bench(ToyContext(cells=2000), store=10**6)
+def test_slot_states_show_neither_tokens_nor_salts() -> None:
+    bench = Bench(ToyContext(cells=2000), ram=10**6)
     cost(bench, 0, "private")
     shown = repr(bench.runner.slots.states())
     assert "private" not in shown
     assert str(PROMPT[0]) + ", " + str(PROMPT[1]) not in shown
 
 
-# ── guessing ──
+# ── speculation ──
 
 
 CONFIG = SpeculationConfig(types=("auto",), size_n=2, size_m=5, mod_match=2, mod_min=1)
-SAID = PROMPT[:120]
+EMITTED = PROMPT[:120]
 
 
 def drafting() -> Drafting:
     return Drafting(Shared(CONFIG, ToyVocab()), CONFIG, DraftConfig())
 
 
-def guesses(drafting: Drafting, kind: Any, salt: str, told: int) -> tuple[int, ...]:
-    """What is guessed for a request that has `told` tokens of SAID; it then says the others."""
-    asked = Request(prompt=SAID[:20], salt=salt, speculation=Speculation(type=(kind,), n_min=0))
+def draft_of(drafting: Drafting, kind: Any, salt: str, known: int) -> tuple[int, ...]:
+    """The draft for a request that has `known` tokens of EMITTED; it then emits the others."""
+    asked = Request(prompt=EMITTED[:20], salt=salt, speculation=Speculation(type=(kind,), n_min=0))
     speculator = drafting.speculators(asked)[kind]
-    speculator.begin(SAID[:20])
-    for token in SAID[20:told]:
+    speculator.begin(EMITTED[:20])
+    for token in EMITTED[20:known]:
         speculator.observe([token])
     draft = tuple(speculator.propose(4).tokens)
-    for token in SAID[told:]:
+    for token in EMITTED[known:]:
         speculator.observe([token])
     speculator.end()
     return draft
 
 
 @pytest.mark.parametrize("kind", ["ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache", "suffix"])
-def test_nobody_guesses_by_what_another_said(kind: Any) -> None:
+def test_no_draft_comes_from_outputs_of_another_salt(kind: Any) -> None:
     shared = drafting()
-    fresh = guesses(drafting(), kind, "public", 60)
-    guesses(shared, kind, "private", 60)
+    fresh = draft_of(drafting(), kind, "public", 60)
+    draft_of(shared, kind, "private", 60)
     for salt in ("public", "", "privat"):
-        assert guesses(shared, kind, salt, 60) == fresh
-    learnt = guesses(shared, kind, "private", 60)
+        assert draft_of(shared, kind, salt, 60) == fresh
+    learnt = draft_of(shared, kind, "private", 60)
     if kind in ("ngram-mod", "suffix"):
-        assert learnt == SAID[60:64], "requests of its own salt do"
+        assert learnt == EMITTED[60:64], "requests of its own salt do"
     if kind == "ngram-cache":
-        assert guesses(shared, kind, "", 60) == SAID[60:64], "those without a salt learn from each other"
+        assert draft_of(shared, kind, "", 60) == EMITTED[60:64], "those without a salt learn from each other"
 
 
-def test_the_draft_models_cells_are_apart_too() -> None:
+def test_the_draft_model_shares_nothing_across_salts() -> None:
     bench = Bench(
         ToyContext(cells=2000, rows=512),
         speculation=SpeculationConfig(types=("draft",)),
@@ -127,5 +130,5 @@ def test_the_draft_models_cells_are_apart_too() -> None:
     bench.run()
     model = bench.drafting.model
     assert model is not None
-    assert model.cells.find(array("i", PROMPT), "private").reach == 199
-    assert model.cells.find(array("i", PROMPT), "public").reach == 0
+    assert model.kv.match(array("i", PROMPT), "private").reach == 199
+    assert model.kv.match(array("i", PROMPT), "public").reach == 0

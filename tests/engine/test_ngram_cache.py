@@ -211,7 +211,7 @@ def test_the_next_request_does_not_inherit_the_context() -> None:
     assert second.propose(4) == Draft()
 
 
-def test_what_others_said_is_learnt_by_the_dynamic_counts_at_once() -> None:
+def test_outputs_of_others_enter_the_dynamic_counts_at_once() -> None:
     dynamic = NgramCounts()
     for _ in range(2):
         other = NgramCache(dynamic, NOTHING)
@@ -232,7 +232,7 @@ def test_short_histories_are_read_only_where_they_are(history: list[int]) -> Non
     assert slot.propose(1).tokens == ([7] if history else ())
 
 
-def test_a_truncated_or_shifted_history_is_forgotten_and_the_dynamic_counts_are_not() -> None:
+def test_a_truncated_or_shifted_history_is_dropped_and_the_dynamic_counts_are_not() -> None:
     dynamic = NgramCounts()
     slot = NgramCache(dynamic, NOTHING)
     slot.begin([1, 2, 3, 4, 5, 6])

@@ -200,7 +200,7 @@ def test_a_hundred_shifts(kind: type[NgramSpeculator]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_long_history_in_pieces_equals_one_in_one(kind: type[NgramSpeculator]) -> None:
+def test_a_history_in_batches_equals_one_in_one(kind: type[NgramSpeculator]) -> None:
     chance = random.Random(3)
     tokens = [chance.randrange(3) for _ in range(2000)]
     whole, pieces = kind(3, 5), kind(3, 5)
@@ -301,7 +301,7 @@ def test_a_right_draft_cut_short_says_nothing_against_a_long_one() -> None:
 
 
 @pytest.mark.parametrize("edit", ["truncate", "shift"])
-def test_an_edit_forgets_the_lengths(edit: str) -> None:
+def test_an_edit_drops_the_lengths(edit: str) -> None:
     speculator = learner()
     assert verify(speculator, right=3) == 12
     assert len(speculator.propose(100).tokens) == 3
@@ -312,7 +312,7 @@ def test_an_edit_forgets_the_lengths(edit: str) -> None:
     assert len(speculator.propose(100).tokens) == 12
 
 
-def test_the_length_learnt_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_length_learnt_longest_ago_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maps, "LEARNED", 2)
     speculator = NgramMapK(size_n=1, size_m=4)
     speculator.begin([1, 2, 3] * 9)

@@ -1,7 +1,8 @@
-"""What is learnt of a step's cost and of drafts, and how many prompt rows fit."""
+"""The learned cost of a step, acceptance of drafts, lengths of drafts, and the number of prompt rows that fit."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import accumulate, product
 from operator import mul
@@ -13,48 +14,73 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.simulated import Machine, jumping, oracle, simulate
-from engine.pace import Acceptance, Chooser, Load, StepCost, calibrate, keep, kept, warm_up
+from bench.simulated import PER_SLOT, UNIFIED, Machine, jumping, oracle, simulate
+from engine.backend import Logits, Meanwhile, State, nothing
+from engine.config import SIM, EngineConfig
+from engine.pace import (
+    Acceptance,
+    Chooser,
+    Layout,
+    Load,
+    SequenceRows,
+    Shape,
+    StepCost,
+    calibrate,
+    keep,
+    kept,
+    warm_up,
+)
 from engine.pace.acceptance import FAINT, HOPE
 from engine.pace.calibration import Measured
 from engine.pace.curve import Curve
 from engine.pace.lengths import pick, places, share
-from engine.sim.context import flat, linear
-from tests.toy import ToyContext
+from engine.sim.context import Cost, SimContext, flat, free, linear
+
+FREE = Cost(free)
 
 
-def test_streams_keep_half_their_speed() -> None:
+def decode(rows: int, cells: int = 0) -> Shape:
+    """A step of one pass with unified KV, beside so many resident cells."""
+    return Shape((rows,), rows * cells)
+
+
+def loaded(count: int, most: int) -> Load:
+    """A step of so many sequences, to which `most` rows may be added."""
+    return Load(tuple(SequenceRows(seq) for seq in range(count)), count, 0, most)
+
+
+def test_decoding_sequences_keep_half_their_speed() -> None:
     cost = StepCost()
     for _ in range(50):
-        cost.observe(4, 0, 0.020)
-        rows = cost.prompt_rows(4, 0.0, 0.5)
-        cost.observe(4, rows, 0.020 + rows * 0.004)
+        cost.observe(decode(4), 0, 0.020)
+        rows = cost.prompt_rows(decode(4), 0.0, 0.5)
+        cost.observe(decode(4), rows, 0.020 + rows * 0.004)
     assert rows == 5, "five rows of 4 ms fill the second 20 ms"
 
 
 def test_a_step_target_is_kept() -> None:
     cost = StepCost()
     for _ in range(50):
-        cost.observe(4, 0, 0.020)
-        rows = cost.prompt_rows(4, 0.1, 0.5)
-        cost.observe(4, rows, 0.020 + rows * 0.004)
+        cost.observe(decode(4), 0, 0.020)
+        rows = cost.prompt_rows(decode(4), 0.1, 0.5)
+        cost.observe(decode(4), rows, 0.020 + rows * 0.004)
     assert rows == 20
 
 
-def test_a_target_below_a_step_without_prompts_still_reads_one_row() -> None:
+def test_a_target_below_a_step_without_prompts_still_computes_one_row() -> None:
     cost = StepCost()
-    cost.observe(4, 0, 0.020)
-    cost.observe(4, 8, 0.060)
-    assert cost.prompt_rows(4, 0.005, 0.5) == 1
+    cost.observe(decode(4), 0, 0.020)
+    cost.observe(decode(4), 8, 0.060)
+    assert cost.prompt_rows(decode(4), 0.005, 0.5) == 1
 
 
 def test_flat_costs_open_the_gate_step_by_step() -> None:
     cost, sizes = StepCost(), []
-    cost.observe(1, 0, 0.010)
+    cost.observe(decode(1), 0, 0.010)
     for _ in range(40):
-        sizes.append(cost.prompt_rows(1, 0.0, 0.5))
-        cost.observe(1, sizes[-1], 0.0101)
-    opened = [size for size in sizes if size]  # now and then a step measures the streams alone
+        sizes.append(cost.prompt_rows(decode(1), 0.0, 0.5))
+        cost.observe(decode(1), sizes[-1], 0.0101)
+    opened = [size for size in sizes if size]  # now and then a step measures decoding alone
     assert opened == sorted(opened)
     assert opened[-1] > 1000
 
@@ -62,45 +88,109 @@ def test_flat_costs_open_the_gate_step_by_step() -> None:
 def test_alone_a_prompt_takes_what_the_idle_step_allows() -> None:
     cost = StepCost()
     for _ in range(20):
-        rows = cost.prompt_rows(0, 0.0, 0.5)
-        cost.observe(0, rows, rows * 0.002)
+        rows = cost.prompt_rows(Shape(), 0.0, 0.5)
+        cost.observe(Shape(), rows, rows * 0.002)
     assert rows == 250
 
 
 def test_an_outlier_moves_little() -> None:
     cost = StepCost()
     for _ in range(20):
-        cost.observe(2, 0, 0.010)
-    cost.observe(2, 0, 1.0)
-    assert cost.decode_seconds(2) < 0.0115
+        cost.observe(decode(2), 0, 0.010)
+    cost.observe(decode(2), 0, 1.0)
+    assert cost.decode_seconds(decode(2)) < 0.0115
 
 
 @pytest.mark.parametrize(("rows", "seconds"), [(1, 0.01), (2, 0.02), (3, 0.03), (8, 0.08), (16, 0.16)])
 def test_counts_that_were_not_measured_lie_between_those_that_were(rows: int, seconds: float) -> None:
     cost = StepCost()
-    assert cost.decode_seconds(rows) == 0.0
+    assert cost.decode_seconds(decode(rows)) == 0.0
     for known in (2, 4, 8):
         cost.curve.put(known, known / 100)
     expected = seconds if rows >= 2 else 0.02
-    assert cost.decode_seconds(rows) == pytest.approx(expected)
+    assert cost.decode_seconds(decode(rows)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("calibrated", [False, True])
-def test_the_first_steps_leave_no_cells(calibrated: bool) -> None:
-    context = ToyContext(cells=400)
-    cost = warm_up(context, calibrate(context) if calibrated else None)
-    assert context.used() == 0
-    assert cost.decode_seconds(1) > 0
-    assert len(cost.curve.points) == (21 if calibrated else 1), "as far as rows may have logits"
+class Clock:
+    """A clock that a simulated step moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Timed(SimContext):
+    """A context whose steps move a clock by what they cost, and whose states can be shifted."""
+
+    shifts = True
+
+    def __init__(self, clock: Clock, cost: Cost, *, unified: bool, cells: int) -> None:
+        super().__init__(EngineConfig.of(path=SIM, slots=16, context=cells, outputs=64, kv_unified=unified), FREE)
+        self._clock, self._true = clock, cost
+        self.flash = cost.flash
+        self.true = Layout(unified, self.ubatch, cost.flash)
+
+    def decode(self, meanwhile: Meanwhile = nothing) -> Logits:
+        """Adds the step's cost to the clock."""
+        self._clock.now += self._true.seconds(self.true.shape(self._step(), self.cells - len(self._free)))
+        return super().decode(meanwhile)
+
+    def shift(self, state: State, start: int, end: int, by: int) -> State | None:
+        """Moves the start of a state; its hashes stay."""
+        moved = state.view(np.uint64).copy()
+        moved[0] += by
+        return moved.view(np.uint8)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("unified", [False, True])
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_calibration_finds_what_passes_and_cells_cost(
+    measured: bool, unified: bool, flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, true = Clock(), Cost(lambda rows: 0.01 + 0.002 * rows, 2e-6, flash)
+    monkeypatch.setattr(time, "perf_counter", clock)
+    context = Timed(clock, true, unified=unified, cells=16 * 1200)
+    found = calibrate(context) if measured else None
+    cost = warm_up(context, found)
+    assert not any(context.length(seq) for seq in range(context.sequences))
+    assert cost.layout == context.true
+    assert len(cost.curve.points) == (24 if measured else 1), "as far as rows may have logits"
+    if found is not None:
+        assert (found.unified, found.flash) == (unified, flash)
+        assert found.row_cell == pytest.approx(2e-6, rel=0.05)
+        assert found.rows[16] == pytest.approx(0.042, rel=0.02)
+        shape = cost.layout.shape([SequenceRows(seq, 1, 700) for seq in range(8)], 8 * 700)
+        assert cost.decode_seconds(shape) == pytest.approx(true.seconds(shape), rel=0.02)
+
+
+def test_cells_are_computed_where_states_cannot_be_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    quick = Timed(clock, Cost(lambda rows: 0.01 + 0.002 * rows, 2e-6), unified=False, cells=16 * 1200)
+    slow = Timed(clock, Cost(lambda rows: 0.02 * rows, 2e-6), unified=False, cells=16 * 1200)
+    quick.shifts = slow.shifts = False
+    assert calibrate(quick).row_cell == pytest.approx(2e-6, rel=0.05)
+    begun = clock.now
+    assert calibrate(slow).row_cell == 0.0, "too few cells are computed in time"
+    assert clock.now - begun < 7
+
+
+def test_cells_that_cannot_be_copied_are_not_measured() -> None:
+    context = Timed(Clock(), Cost(free, 1.0), unified=False, cells=16 * 200)
+    context.partial = False
+    assert calibrate(context).row_cell == 0.0
 
 
 def test_a_step_that_was_held_up_does_not_make_the_next_ones_long() -> None:
     cost, sizes = StepCost(), []
     for step in range(200):
-        cost.observe(4, 0, 0.020)
-        sizes.append(cost.prompt_rows(4, 0.0, 0.5))
+        cost.observe(decode(4), 0, 0.020)
+        sizes.append(cost.prompt_rows(decode(4), 0.0, 0.5))
         held_up = 20.0 if step % 17 == 3 else 1.0
-        cost.observe(4, sizes[-1], held_up * (0.020 + sizes[-1] * 0.004))
+        cost.observe(decode(4), sizes[-1], held_up * (0.020 + sizes[-1] * 0.004))
     assert max(sizes[50:]) <= 5
 
 
@@ -112,10 +202,10 @@ def test_jumps_are_kept() -> None:
     for rows, seconds in {1: 0.02, 2: 0.04, 3: 0.06, 4: 0.03, 8: 0.05}.items():
         cost.curve.put(rows, seconds, 3)
     for _ in range(100):
-        cost.observe(3, 0, 0.06)
-        cost.observe(4, 0, 0.03)
-    assert cost.decode_seconds(3) == pytest.approx(0.06, rel=0.02)
-    assert cost.decode_seconds(4) == pytest.approx(0.03, rel=0.02)
+        cost.observe(decode(3), 0, 0.06)
+        cost.observe(decode(4), 0, 0.03)
+    assert cost.decode_seconds(decode(3)) == pytest.approx(0.06, rel=0.02)
+    assert cost.decode_seconds(decode(4)) == pytest.approx(0.03, rel=0.02)
 
 
 def test_a_machine_that_gets_slower_does_not_bend_the_curve() -> None:
@@ -123,9 +213,9 @@ def test_a_machine_that_gets_slower_does_not_bend_the_curve() -> None:
     for rows in (1, 2, 4, 8):
         cost.curve.put(rows, 0.01 + 0.002 * rows, 3)
     for _ in range(100):
-        cost.observe(1, 0, 3 * 0.012)
-    assert cost.decode_seconds(1) == pytest.approx(0.036, rel=0.05)
-    assert cost.decode_seconds(8) / cost.decode_seconds(1) == pytest.approx(0.026 / 0.012, rel=0.35)
+        cost.observe(decode(1), 0, 3 * 0.012)
+    assert cost.decode_seconds(decode(1)) == pytest.approx(0.036, rel=0.05)
+    assert cost.decode_seconds(decode(8)) / cost.decode_seconds(decode(1)) == pytest.approx(0.026 / 0.012, rel=0.35)
     assert cost.machine > 2
 
 
@@ -134,11 +224,11 @@ def test_a_jump_that_was_not_measured_at_start_is_learnt() -> None:
     for rows in (1, 8, 16):
         cost.curve.put(rows, 0.01 * rows, 3)
     for _ in range(30):
-        cost.observe(1, 0, 0.01)
-        cost.observe(9, 0, 0.18)
-    assert cost.decode_seconds(9) == pytest.approx(0.18, rel=0.1)
-    assert cost.decode_seconds(8) == pytest.approx(0.08, rel=0.25)
-    assert cost.decode_seconds(16) == pytest.approx(0.16, rel=0.25)
+        cost.observe(decode(1), 0, 0.01)
+        cost.observe(decode(9), 0, 0.18)
+    assert cost.decode_seconds(decode(9)) == pytest.approx(0.18, rel=0.1)
+    assert cost.decode_seconds(decode(8)) == pytest.approx(0.08, rel=0.25)
+    assert cost.decode_seconds(decode(16)) == pytest.approx(0.16, rel=0.25)
 
 
 def test_resident_cells_make_every_row_dearer() -> None:
@@ -146,22 +236,22 @@ def test_resident_cells_make_every_row_dearer() -> None:
     cost.curve.put(1, 0.01, 3)
     cost.curve.put(8, 0.03, 3)
     cost.row_cell = 1e-6
-    assert cost.decode_seconds(8, 1000) == pytest.approx(0.03 + 8e-3)
-    assert [*cost.steps(1, 7, 1000)][7] == pytest.approx(0.03 + 8e-3)
+    assert cost.decode_seconds(decode(8, 1000)) == pytest.approx(0.03 + 8e-3)
+    assert [*cost.unified_steps(1, 7, 1000)][7] == pytest.approx(0.03 + 8e-3)
     for _ in range(3000):  # it was twice that all along
         for rows in (1, 8):
-            cost.observe(rows, 0, (0.01 if rows == 1 else 0.03))
-            cost.observe(rows, 0, (0.01 if rows == 1 else 0.03) + 2e-6 * rows * 20_000, 20_000)
-    assert cost.cell == pytest.approx(2e-6, rel=0.15)
+            cost.observe(decode(rows), 0, (0.01 if rows == 1 else 0.03))
+            cost.observe(decode(rows, 20_000), 0, (0.01 if rows == 1 else 0.03) + 2e-6 * rows * 20_000)
+    assert cost.resident_cell(1) == pytest.approx(2e-6, rel=0.15)
 
 
 def test_prompt_rows_settle_where_a_row_is_cheapest() -> None:
     cost = StepCost()
     for rows in range(1, 65):
         cost.curve.put(rows, 0.01 + 0.002 * rows + (0.01 if rows % 4 else 0.0), 3)
-    cost.observe(3, 10, 0.06)
+    cost.observe(decode(3), 10, 0.06)
     for _ in range(8):
-        assert (3 + cost.prompt_rows(3, 0.06, 0.5)) % 4 == 0
+        assert (3 + cost.prompt_rows(decode(3), 0.06, 0.5)) % 4 == 0
 
 
 @given(st.dictionaries(st.integers(1, 300), st.floats(0.001, 9.0), min_size=1), st.integers(1, 500))
@@ -181,7 +271,7 @@ def test_a_curve_goes_through_what_was_measured(points: dict[int, float], rows: 
 def test_a_calibration_is_found_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert kept("this model") is None
-    measured = Measured({1: 0.01, 4: 0.02}, 1e-6, 0.003)
+    measured = Measured({1: 0.01, 4: 0.02}, 1e-6, 0.003, False, True)
     keep("this model", measured)
     assert kept("this model") == measured
     assert kept("another") is None
@@ -205,7 +295,7 @@ def test_where_nothing_can_be_kept_a_line_says_so(
 # ── chances ──
 
 
-def tell(acceptance: Acceptance, compared: int, right: int) -> None:
+def record(acceptance: Acceptance, compared: int, right: int) -> None:
     """Of a draft `right` tokens were right and, if `compared` is more, the next was not."""
     for place in range(min(compared, right + 1)):
         acceptance.observe(place, None, place < right)
@@ -215,7 +305,7 @@ def test_acceptance_is_learnt_from_drafts() -> None:
     everybody = Acceptance()
     assert everybody.chance(0) == HOPE
     for _ in range(100):
-        tell(everybody, 4, 2)  # the third token is always wrong
+        record(everybody, 4, 2)  # the third token is always wrong
     assert everybody.chance(0) > 0.95
     assert everybody.chance(2) < 0.1
     assert everybody.chance(3) < 0.1, "never reached, so most likely like the one before"
@@ -223,7 +313,7 @@ def test_acceptance_is_learnt_from_drafts() -> None:
     one = Acceptance(everybody)
     assert one.chance(2) == everybody.chance(2)
     for _ in range(50):
-        tell(one, 4, 4)
+        record(one, 4, 4)
     assert sum(one.curve(4)) > 3.5
 
 
@@ -240,7 +330,7 @@ def test_what_a_speculator_says_counts_by_what_became_of_it() -> None:
 def test_a_full_draft_says_only_that_it_was_long_enough() -> None:
     acceptance = Acceptance()
     for _ in range(100):
-        tell(acceptance, 2, 2)
+        record(acceptance, 2, 2)
     assert sum(acceptance.curve(8)) > 5
     assert [*acceptance.curve(8)] == sorted(acceptance.curve(8), reverse=True)
 
@@ -298,7 +388,8 @@ def test_the_dearer_a_row_the_shorter_draft_wins() -> None:
 def test_places_of_a_draft_model_are_the_best(raw: list[list[float]], each: float) -> None:
     chances = [[*accumulate(curve, mul)] for curve in raw]
     costs = np.array([1.0 + 0.1 * rows for rows in range(13)])
-    most, rate = places(chances, costs, len(chances), each, max(map(len, chances)))
+    by_place = costs[: len(chances) * max(map(len, chances)) + 1 : len(chances)]
+    most, rate = places(chances, by_place, len(chances), each)
     rates = [
         len(chances)
         * geometric_mean([1 + sum(curve[:count]) for curve in chances])
@@ -307,47 +398,50 @@ def test_places_of_a_draft_model_are_the_best(raw: list[list[float]], each: floa
     ]
     assert rate == pytest.approx(max(rates))
     assert rates[most] == pytest.approx(rate)
-    most, rate = places(chances, costs, len(chances), each, len(rates) - 1, 2)
+    most, rate = places(chances, by_place, len(chances), each, 2)
     assert rate == pytest.approx(max([rates[0], *rates[2:]]))
 
 
-def test_a_draft_model_that_cannot_pay_is_not_asked_however_much_is_saved_up() -> None:
+def test_a_draft_model_that_cannot_pay_does_not_draft_however_much_is_saved_up() -> None:
     cost = StepCost()
     cost.curve.put(1, 0.03, 3)
     cost.curve.put(32, 0.5, 3)
     chooser = Chooser(cost)
     for _ in range(1000):
-        chooser.saw(1, 0, 0, 0, 0.03)
-    load = Load(1, 1, 0, 100)
+        chooser.saw([SequenceRows(0)], 0, 0, 0.03)
+    load = loaded(1, 100)
     rate = 1 / 0.03
-    assert chooser.places([[0.7] * 8], (1, 8), load, 0.03, rate, 0.0) == (0, rate)
-    assert chooser.places([[0.2] * 8], (1, 8), load, 0.001, rate, 2.0) == (0, rate), "not enough is saved up"
-    most, _ = chooser.places([[0.2] * 8], (1, 8), load, 0.001, rate, 0.2)
+    assert chooser.places([[0.7] * 8], [0], (1, 8), load, 0.03, rate, 0.0) == (0, rate)
+    assert chooser.places([[0.2] * 8], [0], (1, 8), load, 0.001, rate, 2.0) == (0, rate), "not enough is saved up"
+    most, _ = chooser.places([[0.2] * 8], [0], (1, 8), load, 0.001, rate, 0.2)
     assert most > 0, "it may pay, which is tried"
-    assert chooser.places([[0.2] * 8], (1, 8), load, 0.001, rate, 0.2) == (0, rate), "once"
-    most, _ = chooser.places([[0.9**place for place in range(1, 9)]], (1, 8), load, 0.001, rate, 0.0)
+    assert chooser.places([[0.2] * 8], [0], (1, 8), load, 0.001, rate, 0.2) == (0, rate), "once"
+    most, _ = chooser.places([[0.9**place for place in range(1, 9)]], [0], (1, 8), load, 0.001, rate, 0.0)
     assert most > 2
     for _ in range(1000):
-        chooser.saw(1, 0, 0, 0, 0.03)
-    most, _ = chooser.places([[]], (1, 8), load, 0.001, rate, 0.0)
-    assert most > 0, "nobody is given up for good"
+        chooser.saw([SequenceRows(0)], 0, 0, 0.03)
+    most, _ = chooser.places([[]], [0], (1, 8), load, 0.001, rate, 0.0)
+    assert most > 0, "drafting is never given up for good"
 
 
 # ── all of it, in simulated time ──
 
 
+@pytest.mark.parametrize("layout", [UNIFIED, PER_SLOT], ids=["unified", "per slot"])
 @pytest.mark.parametrize("clients", [1, 4, 16])
-def test_on_a_flat_curve_it_comes_near_an_oracle(clients: int) -> None:
-    runs = [simulate(flat, [lambda _: 0.8] * clients, 1200 // clients, before=100, seed=seed) for seed in range(4)]
+def test_on_a_flat_curve_it_comes_near_an_oracle(clients: int, layout: Layout) -> None:
+    rates = [lambda _: 0.8] * clients
+    runs = [simulate(flat, rates, 1200 // clients, before=100, seed=seed, layout=layout) for seed in range(4)]
     rate = sum(ran.tokens for ran in runs) / sum(ran.seconds for ran in runs)
     assert rate > 0.96 * oracle(flat, [0.8] * clients), "3 %, and 1 % of chance"
 
 
+@pytest.mark.parametrize("layout", [UNIFIED, PER_SLOT], ids=["unified", "per slot"])
 @pytest.mark.parametrize("machine", [linear, jumping])
 @pytest.mark.parametrize("chance", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("clients", [1, 3, 8])
-def test_it_is_never_slower_than_no_drafts(machine: Machine, chance: float, clients: int) -> None:
-    ran = simulate(machine, [lambda _: chance] * clients, 500)
+def test_it_is_never_slower_than_no_drafts(machine: Machine, chance: float, clients: int, layout: Layout) -> None:
+    ran = simulate(machine, [lambda _: chance] * clients, 500, layout=layout)
     assert ran.rate > 0.98 * clients / machine(clients)
     assert ran.tried <= 0.02 * ran.rows
 
@@ -365,7 +459,7 @@ def test_the_decision_takes_microseconds() -> None:
     cost.curve.put(1, 0.02, 3)
     cost.curve.put(128, 0.03, 3)
     slots = [[[0.9**place for place in range(1, 65)]] * 2] * 16
-    choice = Chooser(cost).choose(slots, Load(16, 16, 0, 112))
+    choice = Chooser(cost).choose(slots, range(16), loaded(16, 112))
     assert sum(choice.lengths) == 112
 
 
@@ -376,20 +470,22 @@ def test_a_line_for_every_hundred_steps(caplog: pytest.LogCaptureFixture) -> Non
     cost.curve.put(8, 0.03, 3)
     chooser = Chooser(cost)
     for _ in range(150):
-        choice = chooser.decide([[[0.9, 0.8]]], Load(1, 1, 0, 8))
+        choice = chooser.decide([[[0.9, 0.8]]], [0], loaded(1, 8))
         assert choice.lengths == [2]
-        chooser.saw(1, 2, 0, 0, cost.decode_seconds(3))
+        chooser.saw([SequenceRows(0, 3)], 0, 0, cost.decode_seconds(decode(3)))
         made = chooser.verified(2, 1)
         assert made.saved == pytest.approx(0.02)
-        assert made.spent == pytest.approx(cost.decode_seconds(3) - 0.02)
+        assert made.spent == pytest.approx(cost.decode_seconds(decode(3)) - 0.02)
     (line,) = caplog.messages
-    assert line.startswith("100 steps: 1.0 streams, 2.0 drafted tokens, 1.70 expected to be right, 0.99 right; ")
+    assert line.startswith(
+        "100 steps: 1.0 sequences, 2.0 drafted tokens, 1.70 expected to be accepted, 0.99 accepted; "
+    )
 
 
-def test_few_streams_do_not_hold_up_many_readers() -> None:
+def test_few_decoding_sequences_do_not_hold_up_many_prefilling_ones() -> None:
     cost = StepCost(Curve({1: 0.01, 64: 0.64}))
-    cost.observe(0, 32, 0.32)
-    assert cost.prompt_rows(4, 0.0, 0.5) == cost.prompt_rows(4, 0.0, 0.5, readers=0.25) == 4
-    assert cost.prompt_rows(1, 0.0, 0.5, readers=7.0) > 6
-    assert cost.prompt_rows(1, 0.02, 0.5, readers=7.0) == cost.prompt_rows(1, 0.02, 0.5)
-    assert cost.prompt_rows(1, 0.0, 0.03, readers=7.0) == 3
+    cost.observe(Shape(), 32, 0.32)
+    assert cost.prompt_rows(decode(4), 0.0, 0.5) == cost.prompt_rows(decode(4), 0.0, 0.5, prefilling=0.25) == 4
+    assert cost.prompt_rows(decode(1), 0.0, 0.5, prefilling=7.0) > 6
+    assert cost.prompt_rows(decode(1), 0.02, 0.5, prefilling=7.0) == cost.prompt_rows(decode(1), 0.02, 0.5)
+    assert cost.prompt_rows(decode(1), 0.0, 0.03, prefilling=7.0) == 3

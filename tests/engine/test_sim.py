@@ -1,4 +1,4 @@
-"""The model that computes nothing behaves as one: what it says depends on what a row can see, and on nothing else."""
+"""The output of the simulated model depends on the tokens that a row can see, and on nothing else."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import SIM, Engine, EngineConfig, Finished, ModelError, Request, SamplingParams, Speculation
-from engine.backend import NoFreeCells
+from engine.backend import NoFreeCells, Part
 from engine.contract import Tokens
-from engine.pace import Measured
-from engine.sim.context import COSTS, SimContext, cost_of, free
+from engine.pace import Measured, Shape
+from engine.sim.context import COSTS, Cost, SimContext, cost_of
 from engine.sim.speculator import SimSpeculator
 from engine.sim.words import END, WORD, SimVocab
 
@@ -24,13 +24,17 @@ VOCAB = SimVocab()
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def opened(cells: int = 1024) -> SimContext:
+LAYOUTS = pytest.mark.parametrize("unified", [True, False])
+
+
+def opened(cells: int = 1024, *, unified: bool = True) -> SimContext:
     """A context in which a step takes no time."""
-    return SimContext(EngineConfig.of(path=SIM, slots=4, context=cells, sim={"on": True}), free)
+    config = EngineConfig.of(path=SIM, slots=4, context=cells, kv_unified=unified, sim={"on": True})
+    return SimContext(config, COSTS["free"])
 
 
-def said(context: SimContext, seq: int, tokens: Sequence[int]) -> int:
-    """What follows after `tokens`, the last of which are computed now."""
+def output(context: SimContext, seq: int, tokens: Sequence[int]) -> int:
+    """The token after `tokens`, the last of which are computed now."""
     start = context.length(seq)
     context.batch.clear()
     context.batch.add(seq, start, tokens[start:], 1)
@@ -50,39 +54,85 @@ def test_words_are_tokens() -> None:
 
 def test_what_follows_depends_on_all_before() -> None:
     context = opened()
-    alone = said(context, 0, [5, 6, 7, 8])
-    assert said(context, 1, [5, 6, 7, 8]) == alone
-    others = {said(opened(), 0, [first, 6, 7, 8]) for first in range(20)}
+    alone = output(context, 0, [5, 6, 7, 8])
+    assert output(context, 1, [5, 6, 7, 8]) == alone
+    others = {output(opened(), 0, [first, 6, 7, 8]) for first in range(20)}
     assert len(others) > 10
 
 
-def test_a_shared_and_a_loaded_prefix_are_the_same_as_a_computed_one() -> None:
-    context = opened()
+@LAYOUTS
+def test_a_copied_and_a_loaded_prefix_are_the_same_as_a_computed_one(unified: bool) -> None:
+    context = opened(unified=unified)
     tokens = [*range(1, 40)]
-    whole = said(context, 0, tokens)
+    whole = output(context, 0, tokens)
     context.copy(0, 1, 20)
-    assert said(context, 1, tokens) == whole
-    state = context.save(0, 10, 30)
-    assert state is not None
+    assert output(context, 1, tokens) == whole
+    snapshot = context.save(0)
+    assert snapshot is not None
+    assert snapshot.cut(10, 50) is None
+    early, late = snapshot.cut(0, 25), snapshot.cut(15, 39)
+    assert early is not None
+    assert late is not None
     context.cut(1, 10)
-    assert context.load(1, state, 10, 30)
-    assert said(context, 1, tokens) == whole
+    assert context.load(1, [Part(early, 10, 20), Part(late, 20, 30)])
+    assert output(context, 1, tokens) == whole
+    context.cut(1, 10)
+    assert not context.load(1, [Part(early, 10, 20), Part(early, 20, 30)]), "a state that is too short"
+    assert context.length(1) == 10
 
 
-def test_cells_are_shared_counted_and_freed() -> None:
+def test_cells_are_shared_counted_and_freed_with_unified_kv() -> None:
     context = opened(cells=64)
-    said(context, 0, [*range(1, 51)])
+    output(context, 0, [*range(1, 51)])
     context.copy(0, 1, 50)
     with pytest.raises(NoFreeCells):
-        said(context, 1, [*range(1, 101)])
+        output(context, 1, [*range(1, 101)])
     assert context.length(1) == 50
     context.cut(0, 0)
     with pytest.raises(NoFreeCells):
-        said(context, 2, [*range(1, 21)])
+        output(context, 2, [*range(1, 21)])
     context.cut(1, 10)
-    assert said(context, 2, [*range(1, 21)]) >= END
+    assert output(context, 2, [*range(1, 21)]) >= END
     context.clear()
     assert all(context.length(seq) == 0 for seq in range(context.sequences))
+
+
+def test_each_sequence_has_its_own_cells_with_per_slot_kv() -> None:
+    context = opened(cells=64, unified=False)
+    assert (context.sequences, context.sequence_cells) == (4, 16)
+    for seq in range(4):
+        output(context, seq, [*range(1, 17)])
+        with pytest.raises(NoFreeCells):
+            output(context, seq, [*range(1, 18)])
+    context.cut(1, 0)
+    context.copy(0, 1, 16)
+    context.cut(0, 15)
+    assert context.length(1) == 16
+    assert output(context, 0, [*range(1, 17)]) >= END
+
+
+def test_kv_is_per_slot_where_each_slot_gets_enough_tokens() -> None:
+    contexts = [SimContext(EngineConfig.of(path=SIM, slots=4, context=cells), COSTS["free"]) for cells in (4095, 4096)]
+    assert [context.unified for context in contexts] == [True, False]
+
+
+@LAYOUTS
+def test_a_step_costs_its_passes(unified: bool) -> None:
+    found: list[Shape] = []
+
+    class Recorded(Cost):
+        def seconds(self, shape: Shape) -> float:
+            found.append(shape)
+            return 0.0
+
+    config = EngineConfig.of(path=SIM, slots=4, context=8192, kv_unified=unified)
+    context = SimContext(config, Recorded(COSTS["free"].of_pass))
+    for rows in ((10, 1, 1, 1), (1, 3, 1, 1)):
+        context.batch.clear()
+        for seq, count in enumerate(rows):
+            context.batch.add(seq, context.length(seq), [1] * count, 1)
+        context.decode()
+    assert found == ([Shape((13,), 0), Shape((6,), 78)] if unified else [Shape((4, 9), 0), Shape((4, 2), 15)])
 
 
 def test_the_speculator_is_right_as_often_as_asked() -> None:
@@ -91,7 +141,7 @@ def test_the_speculator_is_right_as_often_as_asked() -> None:
     speculator.begin(tokens)
     for _ in range(900):
         (guess,) = speculator.propose(1).tokens
-        tokens.append(said(context, 0, tokens))
+        tokens.append(output(context, 0, tokens))
         right += guess == tokens[-1]
         speculator.observe(tokens[-1:])
     assert 0.65 < right / 900 < 0.75
@@ -114,15 +164,16 @@ def test_rows_hold_nothing_of_the_last_step() -> None:
     for seq in range(4):
         context.batch.add(seq, 0, [seq + 1, seq + 2], 2)
     assert np.count_nonzero(context.decode()) >= 8
-    said(context, 0, [1, 2, 3])
+    output(context, 0, [1, 2, 3])
     assert np.count_nonzero(context._rows) <= 2
 
 
 def test_costs_are_named_or_read(tmp_path: Path) -> None:
     assert cost_of("flat") is COSTS["flat"]
+    assert COSTS["linear"].seconds(Shape((3, 2), 1000)) == pytest.approx(0.1)
     path = tmp_path / "cost.json"
     path.write_bytes(msgspec.json.encode(Measured({1: 0.01, 4: 0.02}, 1e-6, 0.003)))
-    assert cost_of(str(path))(4, 1000) == pytest.approx(0.024)
+    assert cost_of(str(path)).seconds(Shape((4,), 4000)) == pytest.approx(0.024)
     with pytest.raises(ModelError, match="one of free, flat, linear or a file"):
         cost_of("round")
 
@@ -146,9 +197,15 @@ async def generated(engine: Engine, prompt: str, speculation: Speculation | None
     raise AssertionError("every request ends")
 
 
-async def test_an_engine_serves_it_with_drafts_and_without() -> None:
+@LAYOUTS
+async def test_an_engine_serves_it_with_drafts_and_without(unified: bool) -> None:
     simulated = EngineConfig.of(
-        path=SIM, slots=4, context=1024, warmup=False, sim={"on": True, "cost": "free", "accept": 0.8}
+        path=SIM,
+        slots=4,
+        context=1024,
+        kv_unified=unified,
+        warmup=False,
+        sim={"on": True, "cost": "free", "accept": 0.8},
     )
     drafts = msgspec.convert({"type": ["auto"], "n_max": 4, "order": "fixed"}, Speculation)
     async with Engine.open(simulated) as engine:

@@ -271,7 +271,7 @@ def test_a_short_match_is_worth_a_token() -> None:
     assert speculator.propose(9).tokens == [3]
 
 
-def test_most_frequent_continuation_is_drafted_and_its_chance_told() -> None:
+def test_most_frequent_continuation_is_drafted_with_its_chance() -> None:
     speculator = suffix()
     speculator.begin([1, 2, 7, 1, 2, 8, 1, 2, 8, 1, 2, 9, 1, 2])
     draft = speculator.propose(1)
@@ -328,7 +328,7 @@ def test_prompts_are_not_shared() -> None:
     assert second.propose(9).tokens == ()
 
 
-def test_history_is_preferred_to_what_others_said() -> None:
+def test_history_is_preferred_to_outputs_of_others() -> None:
     shared = SharedOutputs()
     suffix(shared).begin([1, 2, 8])
     speculator = suffix(shared, prompt_length=9)
@@ -374,7 +374,7 @@ def test_half_of_the_bound_is_always_remembered() -> None:
         assert list(reader.propose(1).tokens) == expected
 
 
-def test_the_salt_unused_for_longest_is_forgotten() -> None:
+def test_the_salt_unused_longest_is_dropped() -> None:
     shared = SharedOutputs(8)
     for salt in ("a", "b"):
         suffix(shared, salt).begin([1, 2, 3])

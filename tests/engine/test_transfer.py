@@ -1,4 +1,4 @@
-"""What a slot ran last is saved, restored and erased, and nothing else changes."""
+"""The last sequence of a slot is saved, restored and erased, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -7,37 +7,35 @@ import time
 from array import array
 from itertools import pairwise
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, EngineFault, Finished, Request, RequestRefused, SamplingParams
-from engine.memory import Store
-from engine.memory.disk import Disk
-from engine.memory.pieces import PIECE
-from engine.memory.textfile import Damaged, Part, Reader, Writer
-from engine.memory.transfer import Gathered, erase, gather, known, put
-from tests.engine.test_same_as_alone import Bench
-from tests.toy import VOCABULARY, ToyBackend, ToyContext, opener
+from engine.kv import Offload
+from engine.kv.block import BLOCK_TOKENS
+from engine.kv.disk import Disk
+from engine.kv.record import Damaged
+from engine.kv.sequence_file import Part, Reader, Writer
+from engine.kv.transfer import Exported, Transfer
+from tests.engine.test_memory import prompt_of
+from tests.engine.test_same_as_alone import LAYOUTS, Bench, context_of
+from tests.toy import ToyBackend, opener
 
-EVER = 1e9
-"""Seconds."""
+# More seconds than any test takes.
+LONG_SECONDS = 1e9
+
+both = pytest.mark.parametrize("unified", LAYOUTS)
 
 
-def text(length: int, seed: int = 0) -> tuple[int, ...]:
-    random = Random(seed)
-    return tuple(random.randrange(1, VOCABULARY) for _ in range(length))
-
-
-def bench_of(*, partial: bool = True, store: int = 10**6, kept: Store | None = None) -> Bench:
-    return Bench(ToyContext(cells=1000, rows=512, partial=partial), store=store, kept=kept)
+def bench_of(*, unified: bool = True, partial: bool = True, ram: int = 10**6, offload: Offload | None = None) -> Bench:
+    return Bench(context_of(unified, 1000, rows=512, partial=partial), ram=ram, offload=offload)
 
 
 def ask(bench: Bench, prompt: tuple[int, ...], salt: str = "") -> int:
-    """Runs a request that only reads its prompt, and says how much of that was known."""
-    key = len(bench.streams)
+    """Runs a request that emits one token. Returns how many tokens of its prompt were cached."""
+    key = len(bench.sequences)
     bench.submit(key, Request(prompt=prompt, max_tokens=1, ignore_eos=True, salt=salt))
     bench.run()
     end = bench.ends[key]
@@ -45,10 +43,23 @@ def ask(bench: Bench, prompt: tuple[int, ...], salt: str = "") -> int:
     return end.usage.cached
 
 
+def transfer_of(bench: Bench) -> Transfer:
+    return bench.runner.kv.transfer
+
+
 def gathered(bench: Bench, tokens: tuple[int, ...], salt: str = "") -> list[Part]:
-    found = gather(bench.runner.cells, array("i", tokens), salt, 0, EVER)
+    found = transfer_of(bench).gather(array("i", tokens), salt, 0, LONG_SECONDS)
     assert not found.more
     return found.parts
+
+
+def put(bench: Bench, tokens: tuple[int, ...], parts: list[Part]) -> None:
+    transfer_of(bench).put(array("i", tokens), "", parts)
+    bench.runner.check_idle()
+
+
+def known(bench: Bench, tokens: tuple[int, ...], salt: str = "") -> int:
+    return transfer_of(bench).known(array("i", tokens), salt)
 
 
 def spelled(parts: list[Part]) -> tuple[int, ...]:
@@ -59,138 +70,147 @@ def spelled(parts: list[Part]) -> tuple[int, ...]:
 # ── gathering and putting back ──
 
 
+@both
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 300])
-@pytest.mark.parametrize("where", ["cells", "store", "both"])
-def test_what_is_gathered_can_be_put_elsewhere(length: int, where: str) -> None:
-    bench, tokens = bench_of(), text(length)
+@pytest.mark.parametrize("where", ["cells", "RAM", "both"])
+def test_gathered_parts_can_be_put_elsewhere(length: int, where: str, unified: bool) -> None:
+    bench, tokens = bench_of(unified=unified), prompt_of(length)
     ask(bench, tokens)
-    if where != "cells":
-        bench.runner.cells.reclaim(1000 if where == "store" else 1000 - length // 2)
+    if where == "RAM" or (where == "both" and not unified):
+        bench.runner.kv.drop_idle()
+    if where == "both" and unified:
+        bench.runner.kv.evict(1000 - length // 2)
+    elif where == "both":
+        ask(bench, tokens[: max(1, length // 2)])
     parts = gathered(bench, tokens)
     assert spelled(parts) == tokens
-    other = bench_of()
-    put(other.runner.cells, array("i", tokens), "", parts)
-    other.runner.rest()
+    other = bench_of(unified=unified)
+    put(other, tokens, parts)
     assert ask(other, (*tokens, 7)) == length
     assert other.backend.context.computed == 1
 
 
-def test_a_whole_state_is_one_part() -> None:
-    bench, tokens = bench_of(partial=False), text(100)
+@both
+def test_a_whole_state_is_one_part(unified: bool) -> None:
+    bench, tokens = bench_of(unified=unified, partial=False), prompt_of(100)
     ask(bench, tokens)
-    bench.runner.cells.reclaim(1000)
+    bench.runner.kv.drop_idle()
     (part,) = gathered(bench, tokens)
     assert (part.start, tuple(part.tokens)) == (0, tokens)
-    other = bench_of(partial=False)
-    put(other.runner.cells, array("i", tokens), "", [part])
-    other.runner.rest()
+    other = bench_of(unified=unified, partial=False)
+    put(other, tokens, [part])
     assert ask(other, (*tokens, 7)) == 100
     assert gathered(other, tokens[:50]) == []
 
 
-def test_gathering_takes_no_longer_than_told_and_goes_on() -> None:
-    bench, tokens = bench_of(), text(300)
+@both
+def test_gathering_stops_in_time_and_continues(unified: bool) -> None:
+    bench, tokens = bench_of(unified=unified), prompt_of(300)
     ask(bench, tokens)
-    assert gather(bench.runner.cells, array("i", tokens), "", 0, 0.0) == Gathered([], True)
-    rest = gather(bench.runner.cells, array("i", tokens), "", 5 * PIECE, EVER)
-    assert (rest.parts[0].start, rest.parts[-1].end, rest.more) == (5 * PIECE, 300, False)
+    assert transfer_of(bench).gather(array("i", tokens), "", 0, 0.0) == Exported([], True)
+    rest = transfer_of(bench).gather(array("i", tokens), "", 5 * BLOCK_TOKENS, LONG_SECONDS)
+    assert (rest.parts[0].start, rest.parts[-1].end, rest.more) == (5 * BLOCK_TOKENS, 300, False)
 
 
-def test_what_is_missing_ends_what_is_gathered() -> None:
-    bench, tokens = bench_of(store=0), text(300)
+def test_gathering_ends_at_missing_cells() -> None:
+    bench, tokens = bench_of(ram=0), prompt_of(300)
     ask(bench, tokens)
-    bench.runner.cells.reclaim(1000 - 150)
+    bench.runner.kv.evict(1000 - 150)
     assert spelled(gathered(bench, tokens)) == tokens[:128]
     assert gathered(bench, tokens, "another salt") == []
-    assert gathered(bench_of(store=0), tokens) == []
+    assert gathered(bench_of(ram=0), tokens) == []
 
 
-def test_what_was_cut_inside_a_piece_is_gathered_to_the_cut() -> None:
-    bench, tokens = bench_of(), text(300)
+@both
+def test_a_prefix_that_ends_inside_a_block_is_gathered_to_its_end(unified: bool) -> None:
+    bench, tokens = bench_of(unified=unified), prompt_of(300)
     ask(bench, tokens)
     assert spelled(gathered(bench, (*tokens[:70], 9, 9, 9))) == tokens[:70]
 
 
-def test_what_is_on_disk_alone_is_waited_for(tmp_path: Path) -> None:
-    tokens = text(100)
-    bench = bench_of(kept=Store(10**6, disk=Disk(tmp_path, "toy"), disk_most=10**6))
+def test_blocks_on_disk_alone_are_read_first(tmp_path: Path) -> None:
+    tokens = prompt_of(100)
+    bench = bench_of(offload=Offload(10**6, disk=Disk(tmp_path, "toy"), disk_bytes=10**6))
     ask(bench, tokens)
     bench.rest()
     bench.runner.close()
-    again = bench_of(kept=Store(10**6, disk=Disk(tmp_path, "toy"), disk_most=10**6))
+    again = bench_of(offload=Offload(10**6, disk=Disk(tmp_path, "toy"), disk_bytes=10**6))
     parts: list[Part] = []
     more = True
     while more:
         start = parts[-1].end if parts else 0
-        found, more = gather(again.runner.cells, array("i", tokens), "", start, EVER)
+        found, more = transfer_of(again).gather(array("i", tokens), "", start, LONG_SECONDS)
         parts += found
     assert spelled(parts) == tokens
     again.runner.close()
 
 
-def test_pieces_that_there_are_already_stay() -> None:
-    bench, tokens = bench_of(), text(100)
+@both
+def test_blocks_that_are_stored_already_stay(unified: bool) -> None:
+    bench, tokens = bench_of(unified=unified), prompt_of(100)
     ask(bench, tokens)
     parts = gathered(bench, tokens)
-    bench.runner.cells.reclaim(1000)
-    put(bench.runner.cells, array("i", tokens), "", parts)
-    bench.runner.rest()
-    assert known(bench.runner.cells, array("i", tokens), "") == 100
+    bench.runner.kv.drop_idle()
+    put(bench, tokens, parts)
+    assert known(bench, tokens) == 100
 
 
-def test_what_finds_no_room_leaves_no_trace() -> None:
-    bench, tokens = bench_of(), text(100)
+@both
+def test_parts_without_room_leave_no_trace(unified: bool) -> None:
+    bench, tokens = bench_of(unified=unified), prompt_of(100)
     ask(bench, tokens)
-    other = bench_of(store=1)
-    put(other.runner.cells, array("i", tokens), "", gathered(bench, tokens))
-    other.runner.rest()
-    assert known(other.runner.cells, array("i", tokens), "") == 0
+    other = bench_of(unified=unified, ram=1)
+    put(other, tokens, gathered(bench, tokens))
+    assert known(other, tokens) == 0
 
 
 # ── erasing ──
 
 
+@both
 @pytest.mark.parametrize("partial", [True, False])
-@pytest.mark.parametrize("where", ["cells", "store", "both", "part"])
-def test_what_is_erased_is_known_no_more(where: str, partial: bool) -> None:
-    bench, tokens = bench_of(partial=partial), text(100)
-    cells = bench.runner.cells
+@pytest.mark.parametrize("where", ["cells", "RAM", "both", "part"])
+def test_erased_tokens_are_no_longer_known(where: str, partial: bool, unified: bool) -> None:
+    bench, tokens = bench_of(unified=unified, partial=partial), prompt_of(100)
+    kv = bench.runner.kv
     ask(bench, tokens)
-    if where != "cells":
-        cells.reclaim(1000 if where != "part" else 950)
+    if where in ("RAM", "both"):
+        kv.drop_idle()
+    elif where == "part":
+        kv.evict(950)
     if where == "both":
         ask(bench, (*tokens, 7))
-    assert erase(cells, array("i", (*tokens, 7) if where == "both" else tokens), "", ()) >= 100
-    bench.runner.rest()
-    assert known(cells, array("i", tokens), "") == 0
-    assert cells.store is not None
-    assert (cells.store.ram.bytes, len(cells.store.ram), cells.tree.cells) == (0, 0, 0)
+    assert transfer_of(bench).erase(array("i", (*tokens, 7) if where == "both" else tokens), "") >= 100
+    bench.runner.check_idle()
+    assert known(bench, tokens) == 0
+    assert (kv.stats().ram_bytes, kv.stats().used) == (0, 0)
     assert ask(bench, (*tokens, 8)) == 0
 
 
-def test_what_others_begin_with_stays() -> None:
-    bench, system = bench_of(), text(3 * PIECE)
-    one, two = (*system, *text(40, 1)), (*system, *text(40, 2))
+@both
+def test_shared_beginnings_stay(unified: bool) -> None:
+    bench, system = bench_of(unified=unified), prompt_of(3 * BLOCK_TOKENS)
+    one, two = (*system, *prompt_of(40, 1)), (*system, *prompt_of(40, 2))
     for stored in (False, True):
         ask(bench, one)
         ask(bench, two)
         ask(bench, one, "another salt")
         if stored:
-            bench.runner.cells.reclaim(1000)
-        erased = erase(bench.runner.cells, array("i", one), "", ())
-        assert erased == 40
-        assert known(bench.runner.cells, array("i", two), "") == len(two)
-        assert known(bench.runner.cells, array("i", one), "another salt") == len(one)
-        bench.runner.rest()
+            bench.runner.kv.drop_idle()
+        assert transfer_of(bench).erase(array("i", one), "") == 40
+        assert known(bench, two) == len(two)
+        assert known(bench, one, "another salt") == len(one)
+        bench.runner.check_idle()
 
 
-def test_what_runs_stays() -> None:
-    bench, tokens = bench_of(), text(100)
+@both
+def test_running_sequences_stay(unified: bool) -> None:
+    bench, tokens = bench_of(unified=unified), prompt_of(100)
     bench.submit(0, Request(prompt=tokens, ignore_eos=True))
     bench.runner.step()
-    (stream,) = bench.runner.running.values()
-    assert erase(bench.runner.cells, array("i", tokens), "", {stream.held.seq}) == 0
+    assert transfer_of(bench).erase(array("i", tokens), "") == 0
     bench.runner.step()
+    bench.check()
 
 
 # ── files ──
@@ -224,7 +244,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o77 == 0
 
 
-def test_a_file_that_is_given_up_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_discarded_file_leaves_the_earlier_one(tmp_path: Path) -> None:
     path = tmp_path / "x"
     content = written(path, part(0, 1))
     file = Writer(path, "toy", "")
@@ -254,12 +274,12 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
 
 
 def config(**memory: Any) -> EngineConfig:
-    nobody: dict[str, object] = {"types": ["none"]}
-    return EngineConfig.of(path="toy.gguf", slots=3, warmup=False, memory={"ram": 1, **memory}, speculation=nobody)
+    off: dict[str, object] = {"types": ["none"]}
+    return EngineConfig.of(path="toy.gguf", slots=3, warmup=False, memory={"ram": 1, **memory}, speculation=off)
 
 
-def backend(**options: Any) -> ToyBackend:
-    return ToyBackend(ToyContext(cells=1000, **options))
+def backend(*, unified: bool = True, **options: Any) -> ToyBackend:
+    return ToyBackend(context_of(unified, 1000, slots=3, **options))
 
 
 async def read(engine: Engine, prompt: tuple[int, ...], tokens: int = 5, salt: str = "") -> Finished:
@@ -271,14 +291,15 @@ async def read(engine: Engine, prompt: tuple[int, ...], tokens: int = 5, salt: s
     return updates[-1]
 
 
+@both
 @pytest.mark.parametrize("partial", [True, False])
-async def test_a_slot_outlives_the_engine(tmp_path: Path, partial: bool) -> None:
-    prompt, path = text(100), tmp_path / "x"
-    async with Engine.open(config(), opener=opener(backend(partial=partial))) as engine:
+async def test_a_slot_outlives_the_engine(tmp_path: Path, partial: bool, unified: bool) -> None:
+    prompt, path = prompt_of(100), tmp_path / "x"
+    async with Engine.open(config(), opener=opener(backend(unified=unified, partial=partial))) as engine:
         assert (await read(engine, prompt, salt="me")).usage.cached == 0
         saved = await engine.save_slot(0, path)
         assert (saved.tokens, saved.bytes) == (104, path.stat().st_size)
-    again = backend(partial=partial)
+    again = backend(unified=unified, partial=partial)
     async with Engine.open(config(), opener=opener(again)) as engine:
         restored = await engine.restore_slot(2, path)
         assert (restored.tokens, restored.bytes) == (104, saved.bytes)
@@ -286,7 +307,7 @@ async def test_a_slot_outlives_the_engine(tmp_path: Path, partial: bool) -> None
         if partial:
             assert (await read(engine, prompt, salt="me")).usage.cached == 99
             assert again.context.computed == 1 + 4
-        assert (await read(engine, prompt)).usage.cached == 0, "it is of its salt alone"
+        assert (await read(engine, prompt)).usage.cached == 0, "it belongs to its salt"
         assert await engine.save_slot(2, tmp_path / "y") is not None
         assert (tmp_path / "y").read_bytes() == path.read_bytes()
         assert await engine.erase_slot(2) == 104
@@ -295,13 +316,13 @@ async def test_a_slot_outlives_the_engine(tmp_path: Path, partial: bool) -> None
         assert await engine.erase_slot(2) == 0
 
 
-async def test_slots_are_taken_from_the_lowest_on() -> None:
+async def test_the_lowest_free_slot_is_taken() -> None:
     toy = backend()
     async with Engine.open(config(), opener=opener(toy)) as engine:
         assert [(state.busy, state.ran) for state in await engine.slot_states()] == [(False, None)] * 3
-        async with engine.generate(Request(prompt=text(10), ignore_eos=True)) as first:
+        async with engine.generate(Request(prompt=prompt_of(10), ignore_eos=True)) as first:
             await anext(first)
-            async with engine.generate(Request(prompt=text(20, 1), max_tokens=900, ignore_eos=True)) as second:
+            async with engine.generate(Request(prompt=prompt_of(20, 1), max_tokens=900, ignore_eos=True)) as second:
                 await anext(second)
                 one, two, three = await engine.slot_states()
                 assert (one.busy, two.busy, three.busy) == (True, True, False)
@@ -313,7 +334,7 @@ async def test_slots_are_taken_from_the_lowest_on() -> None:
                     await engine.erase_slot(0)
                 with pytest.raises(RequestRefused, match="busy"):
                     await engine.restore_slot(1, Path("x"))
-        await read(engine, text(5, 2))
+        await read(engine, prompt_of(5, 2))
         one, two, _ = await engine.slot_states()
         assert (one.busy, two.busy) == (False, False)
         assert one.ran is not None
@@ -322,19 +343,19 @@ async def test_slots_are_taken_from_the_lowest_on() -> None:
         assert two.ran.prompt == 20
 
 
-async def test_a_slot_that_runs_is_saved_as_far_as_it_is(tmp_path: Path) -> None:
+async def test_a_running_slot_is_saved_as_far_as_it_is_computed(tmp_path: Path) -> None:
     async with (
         Engine.open(config(), opener=opener(backend())) as engine,
-        engine.generate(Request(prompt=text(70), ignore_eos=True)) as generation,
+        engine.generate(Request(prompt=prompt_of(70), ignore_eos=True)) as generation,
     ):
         await anext(generation)
         assert (await engine.save_slot(0, tmp_path / "x")).tokens >= 70
 
 
-async def test_what_cannot_be_restored(tmp_path: Path) -> None:
+async def test_files_that_cannot_be_restored(tmp_path: Path) -> None:
     path = tmp_path / "x"
     async with Engine.open(config(), opener=opener(backend())) as engine:
-        await read(engine, text(100))
+        await read(engine, prompt_of(100))
         await engine.save_slot(0, path)
         with pytest.raises(RequestRefused, match="no slot 3"):
             await engine.restore_slot(3, path)
@@ -357,20 +378,21 @@ async def test_what_cannot_be_restored(tmp_path: Path) -> None:
     async with Engine.open(config(ram=0), opener=opener(backend())) as engine:
         with pytest.raises(RequestRefused, match="--cache-ram"):
             await engine.restore_slot(0, path)
-        await read(engine, text(100))
-        await engine.save_slot(0, tmp_path / "without a store")
+        await read(engine, prompt_of(100))
+        await engine.save_slot(0, tmp_path / "without a tier")
 
 
-async def test_streams_go_on_while_a_slot_is_saved_and_restored(tmp_path: Path) -> None:
-    async with Engine.open(config(), opener=opener(backend())) as engine:
-        alone = Request(prompt=text(50), max_tokens=200, ignore_eos=True, sampling=SamplingParams(seed=1))
+@both
+async def test_requests_continue_while_a_slot_is_saved_and_restored(tmp_path: Path, unified: bool) -> None:
+    async with Engine.open(config(), opener=opener(backend(unified=unified))) as engine:
+        alone = Request(prompt=prompt_of(50), max_tokens=200, ignore_eos=True, sampling=SamplingParams(seed=1))
 
         async def ids() -> list[int]:
             async with engine.generate(alone) as generation:
                 return [token async for update in generation for token in getattr(update, "ids", ())]
 
         wanted = await ids()
-        await read(engine, text(400, 1))
+        await read(engine, prompt_of(400, 1))
         asking = [asyncio.ensure_future(ids()) for _ in range(2)]
         await asyncio.sleep(0)
         await engine.save_slot(0, tmp_path / "x")
@@ -378,32 +400,32 @@ async def test_streams_go_on_while_a_slot_is_saved_and_restored(tmp_path: Path) 
         assert await asyncio.gather(*asking) == [wanted] * 2
 
 
-# ── asking the engine's thread ──
+# ── queries to the engine thread ──
 
 
-async def test_being_asked_keeps_nobody_from_tidying_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_queries_do_not_stop_idle_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = backend()
     save = toy.context.save
 
-    def slow(seq: int, start: int, end: int) -> Any:
+    def slow(seq: int) -> Any:
         time.sleep(0.01)
-        return save(seq, start, end)
+        return save(seq)
 
     def wait() -> None:
         until = time.monotonic() + 10
-        while len(list(tmp_path.glob("*/*.piece"))) < 10:
+        while len(list(tmp_path.glob("*/*.block"))) < 10:
             assert time.monotonic() < until, "nothing more is saved"
             time.sleep(0.01)
 
     monkeypatch.setattr(toy.context, "save", slow)
     async with Engine.open(config(disk=str(tmp_path)), opener=opener(toy)) as engine:
-        await read(engine, text(10 * PIECE), tokens=1)
+        await read(engine, prompt_of(10 * BLOCK_TOKENS), tokens=1)
         for _ in range(5):
             await engine.slot_states()
         await asyncio.to_thread(wait)
 
 
-async def test_a_bug_in_what_is_asked_ends_the_engine_and_all_who_wait() -> None:
+async def test_a_bug_in_a_query_ends_the_engine_and_all_queries() -> None:
     async with Engine.open(config(), opener=opener(backend())) as engine:
         asking = [asyncio.ensure_future(engine.ask(lambda runner: 1 // 0)) for _ in range(3)]
         for result in await asyncio.gather(*asking, return_exceptions=True):
@@ -413,7 +435,7 @@ async def test_a_bug_in_what_is_asked_ends_the_engine_and_all_who_wait() -> None
             await engine.slot_states()
 
 
-async def test_who_still_waits_at_the_end_is_told() -> None:
+async def test_queries_that_are_open_at_the_end_fail() -> None:
     toy = backend()
     async with Engine.open(config(), opener=opener(toy)) as engine:
         engine._inbox.put(None)

@@ -1,7 +1,7 @@
-"""Nothing that happens beside a request changes its text, on the real model: a part of `python -m bench.exactness`.
+"""Other requests, drafts and preemption do not change a request's output, on the real model: a part of
+`python -m bench.exactness`.
 
-In the deterministic profile tokens and log probabilities must be equal to the bit, not only likely so, with noise and
-penalties and without.
+In the deterministic profile tokens and log probabilities are equal to the bit, with noise and penalties and without.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def series() -> Series:
-    """What every text is continued with alone, to compare with."""
+    """The completions of all prompts, each computed alone, to compare with."""
     with open_vocabulary(MODEL) as vocab:
         prompts = [tuple(vocab.tokenize(text, special=True)) for text in TEXTS]
     made = Series(MODEL, None, True, [request_of(prompt, number, 12) for number, prompt in enumerate(prompts)])
     alone = asyncio.run(made.run(ALONE))
-    assert alone.cached == alone.drafted == alone.retractions == 0
+    assert alone.cached == alone.drafted == alone.preemptions == 0
     return made
 
 
-async def in_the_same_words(series: Series, way: Way) -> Outcome:
-    """What came of a way, in which every request says what it says alone."""
+async def equal_outputs(series: Series, way: Way) -> Outcome:
+    """The outcome of `way`, in which every request has the output that it has alone."""
     outcome = await series.run(way)
     assert outcome.differing == {}
     assert outcome.equal == len(TEXTS), "log probabilities are equal too"
@@ -48,43 +48,36 @@ async def in_the_same_words(series: Series, way: Way) -> Outcome:
 
 
 async def test_a_draft_with_errors(series: Series) -> None:
-    outcome = await in_the_same_words(series, Way("predicted", types=("prediction",)))
+    outcome = await equal_outputs(series, Way("predicted", types=("prediction",)))
     assert 20 < outcome.accepted < outcome.drafted
 
 
-async def test_many_clients_everybody_guesses_and_requests_are_retracted(series: Series) -> None:
-    outcome = await in_the_same_words(series, Way("retracted", clients=8, types=("auto",), retract=0.3))
+async def test_many_clients_with_all_drafts_and_preemption(series: Series) -> None:
+    outcome = await equal_outputs(series, Way("preempted", clients=8, types=("auto",), preempt=0.3))
     assert outcome.drafted > 0
-    assert outcome.retractions > 0
+    assert outcome.preemptions > 0
 
 
-async def test_cells_that_run_out_of_order_are_freed_all_at_once(series: Series) -> None:
-    way = Way("few cells", clients=8, cells=256, types=("auto",), shares=False, times=2)
-    outcome = await in_the_same_words(series, way)
-    assert outcome.restarts > 0
-    assert outcome.retractions > 0
-
-
-async def test_a_prompt_in_small_pieces(series: Series) -> None:
-    await in_the_same_words(series, Way("pieces", clients=3, rows=5))
+async def test_chunked_prefill(series: Series) -> None:
+    await equal_outputs(series, Way("chunks", clients=3, rows=5))
 
 
 async def test_a_prefix_that_is_found_instead_of_computed(series: Series) -> None:
-    outcome = await in_the_same_words(series, Way("twice", times=2))
+    outcome = await equal_outputs(series, Way("twice", times=2))
     assert outcome.cached >= sum(len(asked.prompt) - 1 for asked in series.requests)
 
 
-async def test_log_probabilities_of_one_who_reads_at_the_end(series: Series) -> None:
+async def test_log_probabilities_of_a_consumer_that_waits_for_the_end(series: Series) -> None:
     way = Way("at the end", types=("prediction",))
     asked = in_way(way, series.requests, series.reference)[0]
     opened = Engine.open(config(way, MODEL, None, deterministic=True))
     async with opened as engine, engine.generate(asked) as updates:
         await engine.drain(60.0)
-        said, end = [update async for update in updates]
-    assert isinstance(said, Tokens)
+        output, end = [update async for update in updates]
+    assert isinstance(output, Tokens)
     assert isinstance(end, Finished)
     assert end.usage.accepted > 0
-    assert (said.ids, said.logprobs) == (series.reference[0].ids, series.reference[0].logprobs)
-    for token in said.logprobs:
+    assert (output.ids, output.logprobs) == (series.reference[0].ids, series.reference[0].logprobs)
+    for token in output.logprobs:
         likeliest = [chance for _, chance in token.top]
         assert 0.0 > token.logprob == likeliest[0] > likeliest[1] > likeliest[2], "greedy, without penalties"

@@ -1,4 +1,4 @@
-"""The native layer on SmolLM2: what the rest of the engine relies on, and what must never reach the library."""
+"""The native layer on SmolLM2: what the engine relies on, and calls that must not reach the library."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.backend import Aborted, Context, Logits, NativeFault, NoFreeCells
+from engine.backend import Aborted, Context, Logits, NativeFault, NoFreeCells, Part
 from engine.config import EngineConfig
 from engine.contract import EngineFault, ModelError
 from engine.llama import library, open_gguf, open_vocabulary
-from engine.llama.context import SCORES, settled
 from engine.llama.model import LlamaBackend
+from engine.llama.params import SCORES_BYTES, settled
 from tests.native.conftest import MODEL
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then the dog"
 
 
 def feed(context: Context, seq: int, start: int, tokens: list[int], outputs: int = 1) -> Logits:
-    """Decodes one sequence's rows; a copy of the logits."""
+    """Decodes rows of one sequence; returns a copy of the logits."""
     context.batch.clear()
     context.batch.add(seq, start, tokens, outputs)
     return context.decode().copy()
 
 
 def close(left: Logits, right: Logits) -> bool:
-    """Equal up to what another batch shape may change."""
+    """True if the logits are equal but for what another shape of the batch may change."""
     return bool(np.corrcoef(left, right)[0, 1] > 0.999)
 
 
@@ -41,14 +41,14 @@ def test_tokens_and_bytes(backend: LlamaBackend) -> None:
     assert len(vocab.tokenize("<|im_start|>", special=True)) == 1
     assert len(vocab.tokenize("<|im_start|>", special=False)) > 1
     (start,) = vocab.tokenize("<|im_start|>", special=True)
-    assert vocab.piece(start) == b"", "a control token shows nothing"
+    assert vocab.piece(start) == b"", "a control token has no bytes"
     assert vocab.text(start) == "<|im_start|>"
     assert vocab.tokenize("\ud800", special=False) == vocab.tokenize("?", special=False)
     assert {vocab.tokenize(text, special=True)[0] for text in ("<|im_end|>", "<|endoftext|>")} <= vocab.ends
 
 
-def test_a_closed_vocabulary_reads_nothing_that_is_freed() -> None:
-    """A grammar may still be compiled, on a thread of its own, when the model is closed."""
+def test_a_closed_vocabulary_uses_no_freed_memory() -> None:
+    """A grammar may still be compiled on another thread when the model is closed."""
     with open_vocabulary(MODEL) as vocab:
         names = {token: vocab.text(token) for token in vocab.special}
         assert vocab.text(5000)
@@ -59,7 +59,7 @@ def test_a_closed_vocabulary_reads_nothing_that_is_freed() -> None:
             call()
 
 
-def test_texts_are_tokenized_side_by_side(backend: LlamaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_tokenized_concurrently(backend: LlamaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     vocab = backend.vocab
     begun, go, tokenize = threading.Event(), threading.Event(), vocab._tokenize
 
@@ -73,7 +73,7 @@ def test_texts_are_tokenized_side_by_side(backend: LlamaBackend, monkeypatch: py
     other = threading.Thread(target=vocab.tokenize, args=["long"], kwargs={"special": False})
     other.start()
     assert begun.wait(60)
-    assert vocab.tokenize("short", special=False), "which a lock would hold up for ever"
+    assert vocab.tokenize("short", special=False), "a lock would block this forever"
     go.set()
     other.join()
 
@@ -125,7 +125,7 @@ def test_cutting_and_sharing(backend: LlamaBackend) -> None:
     assert close(feed(context, 3, 5, ids[5:])[0], wanted)
     assert context.cut(3, 0)
     assert context.length(3) == 0
-    assert not context.copy(0, 3, 5), "what is gone cannot be shared"
+    assert not context.copy(0, 3, 5), "positions that were dropped cannot be shared"
     assert context.length(3) == 0
 
 
@@ -138,10 +138,13 @@ def test_rejected_rows_leave_no_trace(backend: LlamaBackend) -> None:
     assert close(feed(context, 0, 6, ids[6:])[0], wanted)
 
 
-def test_a_full_context_answers_and_changes_nothing(backend: LlamaBackend) -> None:
+def test_a_full_context_raises_and_changes_nothing(backend: LlamaBackend) -> None:
     context = backend.context
-    for seq in range(4):
-        feed(context, seq, 0, [5] * 256, 0)
+    feed(context, 0, 0, [5] * 256, 0)
+    snapshot = context.save(0)
+    state = snapshot.cut(0, 256) if snapshot is not None else None
+    assert state is not None
+    assert all(context.load(seq, [Part(state, 0, 256)]) for seq in (1, 2, 3))
     with pytest.raises(NoFreeCells):
         feed(context, 4, 0, [5])
     assert [context.length(seq) for seq in range(5)] == [256] * 4 + [0]
@@ -232,7 +235,7 @@ def test_flash_attention_is_for_many_slots_on_a_cpu() -> None:
 
     assert chosen(31) == ("off", "f16")
     assert chosen(32) == ("auto", "bf16")
-    assert chosen(4, scores=2 * SCORES) == chosen(32, gpu=True) == ("auto", "f16")
+    assert chosen(4, scores=2 * SCORES_BYTES) == chosen(32, gpu=True) == ("auto", "f16")
     assert chosen(32, flash_attention="off") == ("off", "f16")
     assert chosen(32, cache_type_v="q8_0") == ("auto", "q8_0")
 

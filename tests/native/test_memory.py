@@ -1,4 +1,4 @@
-"""Prefixes that move between cells, RAM and disk, on real models: the same tokens, and nothing computed twice."""
+"""Prefixes that move between cells, RAM and disk, on real models: the same tokens, and no token computed twice."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 
 from engine import Engine, EngineConfig, FinishReason, Request, SamplingParams
 from engine.contract import Failed, Finished
+from engine.kv import Offload
 from engine.llama import open_gguf
-from engine.memory import Store
-from tests.engine.test_same_as_alone import Bench, Oracle
+from tests.engine.test_same_as_alone import LAYOUTS, Bench, Oracle
 from tests.native import tiny
 from tests.native.conftest import MODEL
 from tests.native.test_engine import collect
@@ -30,35 +30,50 @@ def words(seed: int, count: int, start: int = 300, stop: int = 480) -> tuple[int
     return tuple(random.randrange(start, stop) for _ in range(count))
 
 
-def bench_of(path: Path, *, store: int = 64 * MIB, reuse: int = 0, **fields: Any) -> Bench:
+def bench_of(path: Path, *, ram: int = 64 * MIB, reuse: int = 0, **fields: Any) -> Bench:
     """A runner over a real model, without a thread."""
-    options: dict[str, Any] = {"path": path, "slots": 4, "rows": 128, "ubatch": 128} | fields
+    options: dict[str, Any] = {
+        "path": path,
+        "slots": 4,
+        "rows": 128,
+        "ubatch": 128,
+        "memory": {"reuse": reuse},
+    } | fields
     backend = open_gguf(EngineConfig.of(**options), lambda share: None, lambda: True)
-    kept = Store(store, whole=not backend.context.partial) if store else None
-    return Bench(backend.context, slots=4, prompt_rows=64, backend=backend, kept=kept, reuse=reuse)
+    offload = Offload(ram, whole=not backend.context.divisible) if ram else None
+    return Bench(backend.context, slots=4, prompt_rows=64, backend=backend, offload=offload, reuse=reuse)
 
 
 def alone(path: Path, requests: list[Request], **fields: Any) -> list[list[int]]:
-    """What each request gets by itself, without a store and without what others left."""
-    bench = bench_of(path, store=0, **fields)
+    """The tokens that each request has alone, without a tier and without prefixes of others."""
+    bench = bench_of(path, ram=0, **fields)
     for key, request in enumerate(requests):
         bench.submit(key, request)
         bench.run()
-        bench.runner.cells.reclaim(2**30)
+        bench.runner.kv.drop_idle()
     bench.backend.close()
     return [bench.got[key] for key in range(len(requests))]
 
 
 @pytest.fixture(scope="session", params=["recurrent", "hybrid", "windowed"])
 def small(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model of a kind of which parts cannot simply be cut or shared."""
+    """A tiny model whose sequences cannot simply be cut or shared."""
     make: Callable[..., Path] = getattr(tiny, request.param)
     path = tmp_path_factory.mktemp("tiny") / f"{request.param}.gguf"
     return make(path, 64) if request.param == "windowed" else make(path)
 
 
-def test_the_next_turn_computes_only_what_is_new(small: Path) -> None:
-    bench = bench_of(small, context=1024)
+both = pytest.mark.parametrize("unified", LAYOUTS)
+
+
+def cells(unified: bool, each: int) -> dict[str, Any]:
+    """Settings for four slots, in which a request can have `each` cells in either layout."""
+    return {"kv_unified": unified, "context": each if unified else 4 * each}
+
+
+@both
+def test_the_next_turn_computes_only_what_is_new(small: Path, unified: bool) -> None:
+    bench = bench_of(small, **cells(unified, 1024))
     first = words(1, 300)
     bench.submit(0, Request(prompt=first, max_tokens=40, ignore_eos=True, sampling=GREEDY))
     bench.run()
@@ -69,14 +84,15 @@ def test_the_next_turn_computes_only_what_is_new(small: Path) -> None:
         end = bench.ends[key]
         assert isinstance(end, Finished)
         assert end.usage.cached >= (339 if key == 1 else 355)
-        bench.runner.cells.reclaim(2**30)
-        assert bench.runner.cells.tree.cells == 0
+        bench.runner.kv.drop_idle()
+        assert bench.runner.kv.resident == 0
     assert bench.got[1] == bench.got[2]
     bench.backend.close()
 
 
-def test_one_prompt_for_many_is_computed_once(small: Path) -> None:
-    bench = bench_of(small, context=2048)
+@both
+def test_one_prompt_for_many_is_computed_once(small: Path, unified: bool) -> None:
+    bench = bench_of(small, **cells(unified, 2048))
     shared = words(1, 320)
     for key in range(4):
         prompt = (*shared, *words(key + 2, 10))
@@ -89,7 +105,7 @@ def test_one_prompt_for_many_is_computed_once(small: Path) -> None:
 
 
 def run_at_random(path: Path, seed: int, operations: int, longest: int, **fields: Any) -> Bench:
-    """Arrivals, cancellations, retractions, steps and reclaims in random order; every text as it is alone."""
+    """Arrivals, cancellations, preemptions, steps and evictions in random order; all tokens are those alone."""
     random = Random(seed)
     prefixes = [words(n, longest) for n in range(3)]
     requests = [
@@ -102,23 +118,24 @@ def run_at_random(path: Path, seed: int, operations: int, longest: int, **fields
         for n in range(operations // 20)
     ]
     wanted = alone(path, requests, **fields)
-    bench = bench_of(path, store=random.choice([MIB, 8 * MIB]), **fields)
+    bench = bench_of(path, ram=random.choice([MIB, 8 * MIB]), **fields)
     cancelled: set[int] = set()
     for _ in range(operations):
         draw = random.randrange(10)
-        key = len(bench.streams)
+        key = len(bench.sequences)
         if draw < 2 and key < len(requests):
             partial = bench.runner.context.partial
-            guess = Oracle(requests[key], wanted[key], 0.3, random) if partial and random.random() < 0.5 else None
-            bench.submit(key, requests[key], guess)
+            oracle = Oracle(requests[key], wanted[key], 0.3, random) if partial and random.random() < 0.5 else None
+            bench.submit(key, requests[key], oracle)
         elif draw == 2 and key and random.random() < 0.2:
             victim = random.randrange(key)
             bench.runner.end(victim, FinishReason.CANCELLED)
             cancelled.add(victim)
         elif draw == 3 and bench.runner.running:
-            bench.runner._retract(random.choice([*bench.runner.running.values()]))
+            bench.runner._preempt(random.choice([*bench.runner.running.values()]))
         elif draw == 4:
-            bench.runner.cells.reclaim(random.randint(0, bench.runner.context.cells))
+            kv = bench.runner.kv
+            kv.evict(random.randint(0, bench.runner.context.cells)) if kv.evictable else kv.drop_idle()
         else:
             bench.runner.step()
         bench.check()
@@ -132,22 +149,24 @@ def run_at_random(path: Path, seed: int, operations: int, longest: int, **fields
     return bench
 
 
-def test_random_operations_on_models_that_cannot_cut_or_share(small: Path) -> None:
+@both
+def test_random_operations_on_models_that_cannot_cut_or_share(small: Path, unified: bool) -> None:
     """Their Q8_0 weights and, with flash attention and BF16 values, their attention give a row the same bits in any
     company, if its cells are in order; recurrent states always do."""
-    bench = run_at_random(small, 1, 400, 200, context=512, flash_attention="on", cache_type_v="bf16")
-    assert bench.runner.cells.saved
-    assert bench.runner.cells.restored
+    bench = run_at_random(small, 1, 400, 200, flash_attention="on", cache_type_v="bf16", **cells(unified, 512))
+    assert bench.runner.kv.stats().saved_tokens
+    assert bench.runner.kv.stats().restored_tokens
 
 
 def test_random_operations_on_the_real_model() -> None:
-    bench = run_at_random(MODEL, 1, 500, 80, context=256, deterministic=True)
-    assert bench.runner.cells.saved
-    assert bench.runner.cells.restored
+    bench = run_at_random(MODEL, 1, 500, 80, context=512, deterministic=True)
+    assert bench.runner.kv.stats().saved_tokens
+    assert bench.runner.kv.stats().restored_tokens
 
 
-def test_what_follows_a_changed_line_is_moved_on_the_real_model() -> None:
-    bench = bench_of(MODEL, context=1024, reuse=32)
+@both
+def test_the_part_after_a_changed_line_is_moved_on_the_real_model(unified: bool) -> None:
+    bench = bench_of(MODEL, reuse=32, **cells(unified, 1024))
     tokens = bench.backend.vocab.tokenize
     story = "Anna has a red boat. Ben has a blue kite. The dog of Carla is called Dot. " * 4
     ask = "Question: What does Ben have? Answer: Ben has a blue"
@@ -155,7 +174,7 @@ def test_what_follows_a_changed_line_is_moved_on_the_real_model() -> None:
         prompt = tuple(tokens(f"Today is {day}.\n{story}{ask}", special=True))
         bench.submit(key, Request(prompt=prompt, max_tokens=1, logprobs=5, sampling=GREEDY))
         bench.run()
-        bench.runner.cells.reclaim(2**30)
+        bench.runner.kv.drop_idle()
     end = bench.ends[1]
     assert isinstance(end, Finished)
     assert end.usage.moved > 60
@@ -164,9 +183,9 @@ def test_what_follows_a_changed_line_is_moved_on_the_real_model() -> None:
     bench.backend.close()
 
 
-async def test_a_conversation_in_too_few_cells_goes_on_from_ram_and_after_a_restart_from_disk(tmp_path: Path) -> None:
+async def test_a_conversation_in_too_few_cells_continues_from_ram_and_after_a_restart_from_disk(tmp_path: Path) -> None:
     config = EngineConfig.of(
-        path=MODEL, slots=4, context=512, memory={"ram": 64, "disk": str(tmp_path), "disk_max": 64}
+        path=MODEL, slots=4, context=512, kv_unified=True, memory={"ram": 64, "disk": str(tmp_path), "disk_max": 64}
     )
     turns = [words(n, 30, 1000, 40_000) for n in range(8)]
     texts: list[tuple[int, ...]] = [words(100 + n, 100, 1000, 40_000) for n in range(4)]

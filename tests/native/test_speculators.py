@@ -159,4 +159,4 @@ async def test_a_second_start_measures_nothing(
     for _ in range(2):
         async with Engine.open(config()) as engine:
             assert engine.stats().step_seconds[16] > 0
-    assert caplog.text.count("measured what steps of") == 1
+    assert caplog.text.count("counts of rows in") == 1

@@ -1,7 +1,7 @@
-"""What the library does with saved states, on tiny models of each kind: the facts that prefixes in RAM rest on.
+"""The library's saved states on tiny models of each kind, without the engine: the facts that KV blocks rest on.
 
-A sequence is saved in pieces: a scratch sequence shares the piece's cells, its state is taken, and later loaded into
-the scratch sequence again, from which the target takes it over.
+With unified KV the library can save a sequence in blocks: a scratch sequence shares the block's cells, its state is
+saved, and later loaded into the scratch sequence again, from which the target gets the cells.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ TOKENS = [int(token) for token in np.random.default_rng(3).integers(3, 490, 400)
 class Cells:
     """A context of a tiny model, without anything of the engine around it."""
 
-    def __init__(self, path: Path, cells: int = 1024, flash: int = 0) -> None:
+    def __init__(self, path: Path, cells: int = 1024, flash: int = 0, unified: bool = True) -> None:
         library.start()
         self._model = native.llama_model_load_from_file(str(path).encode(), native.llama_model_default_params())
         params = native.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = cells, 256, 256, 20
+        params.n_ctx, params.n_batch, params.n_ubatch = cells, 256, 256
+        params.n_seq_max = 20 if unified else 4
         params.n_threads = params.n_threads_batch = 1
-        params.flash_attn_type, params.kv_unified = flash, True
+        params.flash_attn_type, params.kv_unified = flash, unified
         assert self._model, library.complaint()
         self._handle = native.llama_init_from_model(self._model, params)
         assert self._handle, library.complaint()
@@ -41,7 +42,7 @@ class Cells:
         self._batch = native.llama_batch_init(256, 0, 1)
 
     def feed(self, seq: int, start: int, tokens: Sequence[int]) -> int:
-        """Decodes rows of one sequence, the last with logits; what the library returns."""
+        """Decodes rows of one sequence, the last with logits; returns the library's code."""
         batch = self._batch
         batch.n_tokens = len(tokens)
         for row, token in enumerate(tokens):
@@ -50,13 +51,13 @@ class Cells:
         return int(native.llama_decode(self._handle, batch))
 
     def compute(self, seq: int, start: int, end: int) -> Logits:
-        """Feeds `TOKENS[start:end]`, in pieces if they are many; the logits of the last."""
+        """Decodes `TOKENS[start:end]`, in chunks of 256; returns the logits of the last."""
         for begin in range(start, end, 256):
             assert self.feed(seq, begin, TOKENS[begin : min(end, begin + 256)]) == 0
         return self.logits()
 
     def logits(self) -> Logits:
-        """A copy of those of the last row."""
+        """A copy of the logits of the last row."""
         size = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self._model))
         return np.ctypeslib.as_array(native.llama_get_logits_ith(self._handle, -1), (size,)).copy()
 
@@ -65,21 +66,21 @@ class Cells:
         return np.stack([self.compute(seq, position, position + 1) for position in range(start, start + 4)])
 
     def held(self, seq: int) -> tuple[int, int]:
-        """The first and last position of a sequence, as the library says."""
+        """The first and last position of a sequence by the library's own functions."""
         of = native.llama_memory_seq_pos_min, native.llama_memory_seq_pos_max
         return of[0](self._memory, seq), of[1](self._memory, seq)
 
     def share(self, source: int, target: int, start: int = -1, end: int = -1) -> None:
-        """Lets `target` have these cells too."""
+        """Adds these cells to `target`."""
         native.llama_memory_seq_cp(self._memory, source, target, start, end)
 
     def kind(self) -> tuple[bool, bool, int]:
-        """Whether the model is recurrent, whether it is hybrid, and its window."""
+        """Recurrent or not, hybrid or not, and the sliding window."""
         of = native.llama_model_is_recurrent, native.llama_model_is_hybrid, native.llama_model_n_swa
         return of[0](self._model), of[1](self._model), of[2](self._model)
 
     def drop(self, seq: int, start: int = -1, end: int = -1) -> bool:
-        """Takes cells from a sequence; what the library says of it."""
+        """Removes cells from a sequence; returns the library's answer."""
         return bool(native.llama_memory_seq_rm(self._memory, seq, start, end))
 
     def save(self, seq: int, flags: int = 0) -> bytes:
@@ -90,14 +91,14 @@ class Cells:
         return bytes(buffer)
 
     def load(self, seq: int, state: bytes, flags: int = 0) -> bool:
-        """Whether the library took the whole state; if not, it must have said 0."""
+        """True if the library took the whole state; otherwise it must have returned 0."""
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         took: int = native.llama_state_seq_set_data_ext(self._handle, buffer, len(state), seq, flags)
         assert took in (0, len(state))
         return took > 0
 
-    def pieces(self, seq: int, length: int, size: int) -> list[tuple[int, int, bytes]]:
-        """The first `length` positions of a sequence in states of `size`, each with where it begins and ends."""
+    def blocks(self, seq: int, length: int, size: int) -> list[tuple[int, int, bytes]]:
+        """The first `length` positions of a sequence in states of `size`, each with its start and end."""
         saved = []
         for start in range(0, length, size):
             end = min(length, start + size)
@@ -106,9 +107,9 @@ class Cells:
             self.drop(SCRATCH)
         return saved
 
-    def restore(self, seq: int, pieces: list[tuple[int, int, bytes]], length: int) -> None:
-        """Loads as much of them as the first `length` positions need."""
-        for start, end, state in pieces:
+    def restore(self, seq: int, blocks: list[tuple[int, int, bytes]], length: int) -> None:
+        """Loads the first `length` positions from `blocks`."""
+        for start, end, state in blocks:
             if start < length:
                 assert self.load(SCRATCH, state)
                 self.share(SCRATCH, seq, start, min(end, length))
@@ -136,7 +137,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[Open]:
-    """Opens contexts by the name of their kind."""
+    """Opens tiny models by kind."""
     made: list[Cells] = []
 
     def open_kind(kind: str, **settings: Any) -> Cells:
@@ -157,53 +158,53 @@ def opened(tmp_path: Path) -> Iterator[Open]:
         ("hybrid", (False, True, 0)),
     ],
 )
-def test_tiny_models_are_what_they_are_called_and_say_various_things(
+def test_tiny_models_are_of_their_kind_and_have_varied_outputs(
     opened: Open, name: str, kind: tuple[bool, bool, int]
 ) -> None:
     cells = opened(name)
     assert cells.kind() == kind
-    said = [int(cells.compute(0, 0, 10).argmax())]
+    chosen = [int(cells.compute(0, 0, 10).argmax())]
     for position in range(10, 50):
-        assert cells.feed(0, position, said[-1:]) == 0
-        said.append(int(cells.logits().argmax()))
-    assert len(set(said)) > 25
+        assert cells.feed(0, position, chosen[-1:]) == 0
+        chosen.append(int(cells.logits().argmax()))
+    assert len(set(chosen)) > 25
     assert not np.allclose(cells.compute(1, 0, 100), cells.compute(2, 90, 100), atol=1), "the context counts"
 
 
 @pytest.mark.parametrize("flash", [0, 1])
 @pytest.mark.parametrize("kind", ["plain", "windowed", "hybrid"])
-def test_a_sequence_comes_back_in_pieces(opened: Open, kind: str, flash: int) -> None:
+def test_a_sequence_is_restored_from_blocks(opened: Open, kind: str, flash: int) -> None:
     cells = opened(kind, flash=flash)
     cells.compute(0, 0, 200)
-    pieces = cells.pieces(0, 200, WINDOW)
+    blocks = cells.blocks(0, 200, WINDOW)
     wanted = cells.go_on(0, 200)
     cells.clear()
-    cells.restore(1, pieces, 200)
+    cells.restore(1, blocks, 200)
     assert cells.held(1) == ((199, 199) if kind == "hybrid" else (0, 199))
     assert np.array_equal(cells.go_on(1, 200), wanted)
 
 
 @pytest.mark.parametrize("kind", ["plain", "windowed"])
-def test_a_piece_comes_back_in_part(opened: Open, kind: str) -> None:
+def test_a_part_of_a_block_is_restored(opened: Open, kind: str) -> None:
     cells = opened(kind)
     cells.compute(0, 0, 200)
-    pieces = cells.pieces(0, 200, WINDOW)
+    blocks = cells.blocks(0, 200, WINDOW)
     cells.drop(0, 150)
     wanted = cells.go_on(0, 150)
     cells.clear()
-    cells.restore(1, pieces, 150)
+    cells.restore(1, blocks, 150)
     assert cells.held(1) == (0, 149)
     assert np.array_equal(cells.go_on(1, 150), wanted)
 
 
-def test_a_piece_longer_than_the_window_has_holes_that_nothing_shows(opened: Open) -> None:
+def test_a_block_longer_than_the_window_has_holes_that_nothing_shows(opened: Open) -> None:
     cells = opened("windowed")
     cells.compute(0, 0, 200)
-    pieces = cells.pieces(0, 200, 2 * WINDOW)
+    blocks = cells.blocks(0, 200, 2 * WINDOW)
     cells.drop(0, 165)
     wanted = cells.go_on(0, 165)
     cells.clear()
-    cells.restore(1, pieces, 165)
+    cells.restore(1, blocks, 165)
     assert cells.held(1) == (WINDOW, 164)
     assert not np.allclose(cells.go_on(1, 165), wanted, atol=1)
 
@@ -252,22 +253,22 @@ def test_a_recurrent_state_is_kept_whole_or_dropped(opened: Open, kind: str) -> 
     assert np.array_equal(cells.go_on(3, 150), wanted)
 
 
-def test_a_hybrid_prefix_is_pieces_and_a_checkpoint(opened: Open) -> None:
+def test_a_hybrid_prefix_is_blocks_and_a_checkpoint(opened: Open) -> None:
     cells = opened("hybrid")
     cells.compute(0, 0, 100)
     checkpoint = cells.save(0, native.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
     wanted = cells.go_on(0, 100)
     cells.compute(0, 104, 200)
-    pieces = cells.pieces(0, 200, 64)
+    blocks = cells.blocks(0, 200, 64)
     cells.clear()
-    cells.restore(1, pieces, 100)
-    assert cells.held(1) == (199, 99), "the recurrent part is the one of when the pieces were saved"
+    cells.restore(1, blocks, 100)
+    assert cells.held(1) == (199, 99), "the recurrent part is of the time when the blocks were saved"
     assert cells.load(1, checkpoint, native.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
     assert cells.held(1) == (99, 99)
     assert np.array_equal(cells.go_on(1, 100), wanted)
 
 
-def test_cells_behind_a_window_are_taken_by_others_and_only_the_first_position_tells(opened: Open) -> None:
+def test_cells_before_a_window_are_overwritten_and_only_the_first_position_shows_it(opened: Open) -> None:
     cells = opened("windowed")
     cells.compute(1, 0, 20)
     cells.compute(0, 0, 300)
@@ -278,5 +279,30 @@ def test_cells_behind_a_window_are_taken_by_others_and_only_the_first_position_t
     assert cells.held(3) == EMPTY
     cells.drop(3)
     assert cells.drop(0, 60)
-    assert cells.held(0) == (50, 59), "a row at 60 would see from 29 on"
+    assert cells.held(0) == (50, 59), "a row at 60 attends to positions from 29 on"
     assert cells.feed(0, 60, TOKENS[60:61]) == 0
+
+
+@pytest.mark.parametrize("flash", [0, 1])
+def test_a_state_of_one_slot_replaces_what_another_slot_has(opened: Open, flash: int) -> None:
+    cells = opened("plain", flash=flash, unified=False)
+    cells.compute(1, 0, 100)
+    cells.compute(3, 0, 50)
+    state = cells.save(1)
+    wanted = cells.go_on(1, 100)
+    assert cells.load(3, state)
+    assert cells.held(3) == (0, 99)
+    assert np.array_equal(cells.go_on(3, 100), wanted)
+    assert not cells.load(3, state[:1000])
+    assert cells.held(3) == EMPTY, "a state that is refused leaves nothing of what was there"
+    assert not cells.load(3, state[:-1])
+    assert cells.held(3) == (0, 99), "cells without content, which have to be dropped"
+    assert not opened("plain", flash=flash).load(3, state), "with unified KV there is another number of streams"
+
+
+def test_each_slot_has_cells_of_its_own(opened: Open) -> None:
+    cells = opened("plain", unified=False)
+    cells.compute(0, 0, 256)
+    assert cells.feed(0, 256, TOKENS[:1]) == 1, "though the other slots are empty"
+    assert cells.held(0) == (0, 255)
+    cells.compute(1, 0, 256)

@@ -71,7 +71,7 @@ def test_where_a_grammar_forbids_it_the_end_comes_when_it_may() -> None:
     assert written(0, "a👩cdefghijk".encode(), forbidden={0, 1}) == "a👩</t>ghijk".encode()
 
 
-def test_the_tag_is_said_once_even_if_what_follows_it_is_forbidden() -> None:
+def test_the_tag_is_emitted_once_even_if_its_continuation_is_forbidden() -> None:
     bound = Budget(ReasoningBudget(1, "", "</t>", (*CLOSING, 10)), lambda token: bytes([token]))
     for token in b"a</t>":
         bound.take(token)

@@ -1,4 +1,4 @@
-"""20,000 samples at one position follow the exact softmax of what truncation left, whoever guesses them.
+"""20,000 samples at one position follow the exact softmax of what truncation left, with any draft.
 
 The law, and the chance that a guess is right, are computed here anew, from their definitions.
 """
@@ -58,7 +58,7 @@ def law(row: Row, params: SamplingParams) -> Chances:
 
 
 def agreement(target: Chances, draft: Chances) -> dict[str, float]:
-    """The exact chance that a guess is right, by who guesses.
+    """The exact chance that a draft token is right, by its source.
 
     With the same Gumbel noise both models pick token i with chance 1 / sum over j of max(p_j / p_i, q_j / q_i)
     (Daliri, Musco, Suresh 2024). That is never less than p_i q_i, the chance if they pick apart.
@@ -74,7 +74,7 @@ def emitted(sampler: Sampler, *draft: int) -> int:
 
 
 @pytest.mark.parametrize("params", LAWS)
-def test_every_sample_follows_the_law_whoever_guesses(params: SamplingParams) -> None:
+def test_every_sample_follows_the_law_with_any_draft(params: SamplingParams) -> None:
     request = Request(prompt=(0,) * PROMPT, sampling=params)
     samplers = [Sampler(request, seed, frozenset(), piece) for seed in range(SAMPLES)]
     chances = law(TARGET, params)

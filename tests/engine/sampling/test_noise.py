@@ -31,7 +31,7 @@ def deviation(counts: NDArray[np.intp], expected: float) -> float:
 
 
 def test_the_law_is_pinned() -> None:
-    """Requests with a recorded seed give the same text in every release."""
+    """Requests with a recorded seed give the same tokens in every release."""
     tokens = np.array([0, 1, 49151, 151935])
     first = [1.0530590592834124, -0.6807578025137798, 0.7115001858537433, -0.19557984770366205]
     other = [-0.23160170097449095, -0.3379539671667559, 0.2597702829022208, -1.1083770024693613]

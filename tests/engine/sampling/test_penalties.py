@@ -210,7 +210,7 @@ def test_dry_takes_linear_time(history: list[int]) -> None:
     assert math.isfinite(row.min())
 
 
-def test_pieces_are_asked_once() -> None:
+def test_token_bytes_are_looked_up_once() -> None:
     asked: list[int] = []
 
     def piece(token: int) -> bytes:

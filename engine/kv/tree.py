@@ -1,11 +1,10 @@
-"""Which sequence holds which token prefix.
+"""Prefix tree: which sequence holds which token prefix.
 
 A path from a root spells the tokens of a sequence; a node is a run of tokens whose cells are held by the same
-sequences. Sequences share a node only if one was copied from the other, as their cells are shared only then, so
-**the summed length of all nodes is the number of cells in use**. Two sequences that came to the same tokens on
-their own have a node each, side by side.
+sequences. Two sequences share a node only after `share`, that is only if they share cells, so the summed length of all
+nodes is the number of cells in use. Sequences that arrived at equal tokens independently have sibling nodes.
 
-Each salt has a root of its own: what is under one is never found from another.
+Each salt has a root of its own: a prefix under one salt is never matched from another.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Match(NamedTuple):
+class Resident(NamedTuple):
     """The longest resident prefix: `length` tokens, all held by `seq`. `seq` is -1 if there is none."""
 
     seq: int
@@ -25,7 +24,7 @@ class Match(NamedTuple):
 
 
 class Node:
-    """A run of tokens after its parent's, and the sequences that go through all of it."""
+    """A run of tokens after its parent's, and the sequences whose path goes through all of it."""
 
     __slots__ = ("children", "holders", "parent", "tokens")
 
@@ -49,7 +48,7 @@ class Node:
 
 
 def common(left: array[int], right: array[int], start: int, at: int = 0) -> int:
-    """How many tokens of `left` from `at` on equal those of `right` from `start` on."""
+    """The number of tokens of `left` from `at` on that equal those of `right` from `start` on."""
     size = min(len(left) - at, len(right) - start)
     if size <= 0:
         return 0
@@ -59,8 +58,8 @@ def common(left: array[int], right: array[int], start: int, at: int = 0) -> int:
     return first if unequal[first] else size
 
 
-class RadixTree:
-    """The tree. Every sequence in it was begun once and is there until removed."""
+class PrefixTree:
+    """The tree. Every sequence in it was begun once and stays until it is removed."""
 
     def __init__(self) -> None:
         self._roots: dict[str, Node] = {}
@@ -68,6 +67,8 @@ class RadixTree:
         self._lengths: dict[int, int] = {}
         self._salts: dict[int, str] = {}
         self.cells = 0
+        self.version = 0
+        """Grows whenever a sequence is begun, cut or removed: a match found earlier may be longer than what is left."""
 
     def __contains__(self, seq: int) -> bool:
         return seq in self._tails
@@ -92,7 +93,7 @@ class RadixTree:
         return tokens
 
     def own(self, seq: int) -> int:
-        """How many cells at the end of `seq` nobody else holds."""
+        """The number of cells at the end of `seq` that no other sequence holds."""
         tail = self._tails[seq]
         return len(tail.tokens) if len(tail.holders) == 1 else 0
 
@@ -104,31 +105,36 @@ class RadixTree:
         root = self._roots[salt]
         root.holders.add(seq)
         self._tails[seq], self._lengths[seq], self._salts[seq] = root, 0, salt
+        self.version += 1
 
-    def match(self, tokens: array[int], salt: str = "", *, whole: bool = False) -> Match:
-        """The longest prefix of `tokens`, ended at any token, that some sequence of this salt holds; with `whole` ended
-        where a sequence ends."""
-        root = self._roots.get(salt)
-        if root is None or not tokens:
-            return Match(-1, 0)
-        best, reach, open_ = root, 0, [(root, 0)]
+    def match(self, tokens: array[int], salt: str = "", *, whole: bool = False) -> Resident:
+        """The longest prefix of `tokens`, of any length, that some sequence of this salt holds; with `whole` only
+        prefixes that are a whole sequence count."""
+        matches = self.matches(tokens, salt, whole=whole)
+        seq = max(matches, key=matches.__getitem__, default=-1)
+        return Resident(seq, matches[seq]) if seq >= 0 else Resident(-1, 0)
+
+    def matches(self, tokens: array[int], salt: str = "", *, whole: bool = False) -> dict[int, int]:
+        """For each sequence of this salt the length of the prefix that it shares with `tokens`, unless that is 0; with
+        `whole` only for sequences that are a prefix as a whole."""
+        root, found = self._roots.get(salt), dict[int, int]()
+        open_ = [(root, 0)] if root is not None and tokens else []
         while open_:
             node, start = open_.pop()
             for child in node.children.get(tokens[start], ()) if start < len(tokens) else ():
                 end = start + common(child.tokens, tokens, start)
                 complete = end - start == len(child.tokens)
-                if end > reach and (not whole or (complete and self._enders(child))):
-                    best, reach = child, end
+                if not whole:
+                    found.update(dict.fromkeys(child.holders, end))
+                elif complete:
+                    found.update(dict.fromkeys((seq for seq in child.holders if self._tails[seq] is child), end))
                 if complete:
                     open_.append((child, end))
-        return Match(next(iter(self._enders(best) if whole else best.holders)), reach) if reach else Match(-1, 0)
-
-    def _enders(self, node: Node) -> list[int]:
-        return [seq for seq in node.holders if self._tails[seq] is node]
+        return found
 
     def share(self, source: int, target: int, length: int) -> None:
         """Begins `target` with the first `length` cells of `source`, in its salt."""
-        assert length <= self._lengths[source], "shares no more than there is"
+        assert length <= self._lengths[source], "no more is shared than there is"
         self.begin(target, self._salts[source])
         node, end = self._tails[source], self._lengths[source]
         while end - len(node.tokens) >= length and node.parent is not None:
@@ -157,6 +163,7 @@ class RadixTree:
     def truncate(self, seq: int, length: int) -> None:
         """Drops what `seq` has from `length` on; cells that others hold stay with them."""
         node, end = self._tails[seq], self._lengths[seq]
+        self.version += end > length
         while end > length:
             start = end - len(node.tokens)
             if start < length:
@@ -171,7 +178,7 @@ class RadixTree:
         self._tails[seq], self._lengths[seq] = node, min(length, self._lengths[seq])
 
     def remove(self, seq: int) -> None:
-        """Takes `seq` out; cells that nobody else holds are free."""
+        """Takes `seq` out; cells that no other sequence holds are free."""
         self.truncate(seq, 0)
         salt = self._salts.pop(seq)
         root = self._roots[salt]
@@ -180,16 +187,16 @@ class RadixTree:
             del self._roots[salt]
         del self._tails[seq], self._lengths[seq]
 
-    def alone(self, seq: int) -> int:
+    def exclusive(self, seq: int) -> int:
         """Cells that removing `seq` would free."""
         return sum(len(node.tokens) for node in self._path(self._tails[seq]) if len(node.holders) == 1)
 
     def redundant(self, seq: int) -> bool:
-        """Whether every cell of `seq` is held by some other sequence to the same end."""
+        """True if every cell of `seq` is also held by another sequence."""
         return len(self._tails[seq].holders) > 1
 
     def runs(self) -> Iterator[tuple[int, set[int]]]:
-        """Each run of tokens: its size and who holds it."""
+        """Each node's number of tokens and its holders."""
         nodes = list(self._roots.values())
         while nodes:
             node = nodes.pop()
@@ -198,7 +205,7 @@ class RadixTree:
             nodes += (child for group in node.children.values() for child in group)
 
     def holders(self, seq: int, length: int) -> Iterator[tuple[int, set[int]]]:
-        """For each run of the first `length` tokens of `seq`, last first: its size and who holds it."""
+        """For each node on the first `length` tokens of `seq`, last first: its number of tokens and its holders."""
         end = self._lengths[seq]
         for node in self._path(self._tails[seq]):
             start = end - len(node.tokens)
@@ -216,7 +223,7 @@ class RadixTree:
         """Cuts `node` after `at` of its tokens and returns the upper part; the lower keeps what ends there."""
         parent = node.parent
         assert parent is not None, "the root is never split"
-        assert 0 < at < len(node.tokens), "splits inside a run"
+        assert 0 < at < len(node.tokens), "a node is split inside its run"
         parent.detach(node)
         upper = Node(parent, node.tokens[:at], set(node.holders))
         node.tokens = node.tokens[at:]
@@ -239,7 +246,7 @@ class RadixTree:
     def _merge(self, node: Node) -> None:
         """Joins `node` with its only child if both are held by the same sequences, of which none can end between.
 
-        So there are never more runs than twice the sequences. The child's object stays: tails point at it.
+        So there are never more nodes than twice the sequences. The child's object stays: tails point at it.
         """
         if node.parent is None or len(node.children) != 1:
             return
@@ -260,7 +267,7 @@ class RadixTree:
                 assert child.parent is node, "a child knows its parent"
                 assert child.tokens, "no run is empty"
                 assert child.holders, "every run is held"
-                assert child.holders <= node.holders, "who holds a run holds what precedes it"
+                assert child.holders <= node.holders, "the holders of a run hold what precedes it"
             total += len(node.tokens)
             nodes += below
         assert total == self.cells, f"the runs hold {total} tokens, counted are {self.cells}"

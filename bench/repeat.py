@@ -1,0 +1,294 @@
+"""Repeatability over HTTP: the same request, greedy and seeded, must give the same tokens in every situation.
+
+A server with its default flags gets each request alone without cached tokens, alone again from the cache, and with 8
+other clients, both without and with cached tokens; all of this for each number of slots (`--slots 1 8`). Half of the
+other clients send predictions of their own answers, so that drafts are accepted beside the request. The first answer of
+the first server is the reference. The exit code is 1 if the tokens or the text of any answer differ from it.
+
+`--server llama-server-split` measures a mode of llama-server instead. Further flags of the server come after `--`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from bench.client import Outcome, chat, stream, user
+from bench.figures import save, show
+from bench.models import SOURCES, Refused
+from bench.peers import MODES, PACELINE, TUNED, Settings, llama_server
+from bench.server import Server, serving
+from bench.workloads import CHAT, random_text
+from engine.config import physical_cores
+
+# Tokens of the other clients' prompts and answers.
+OTHER_PROMPT_TOKENS, OTHER_TOKENS = 120, 40
+
+PROMPTS = {
+    "story": "Tell a story about a lighthouse keeper who writes down every ship that passes in the night.",
+    "list": "Write the same line ten times: The keeper of the lighthouse wrote down every ship that passed.",
+}
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "seeded": {"temperature": 0.8, "top_p": 0.95, "seed": 7},
+}
+
+
+class Answer(Struct, frozen=True):
+    """One answer: its tokens with their log probabilities, its text, and the server's counts."""
+
+    tokens: tuple[bytes, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    cached: int
+    accepted: int
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> Answer:
+        """Returns the answer of a request. Raises RuntimeError if the request failed."""
+        if outcome.failed:
+            raise RuntimeError(f"a request failed ({outcome.status}): {outcome.error}")
+        counts = outcome.cached_tokens, outcome.accepted_tokens
+        return cls(tuple(outcome.tokens), tuple(outcome.logprobs), outcome.text, *counts)
+
+
+class Situation(Struct, frozen=True):
+    """How often a request is sent, with or without cached tokens, and with or without other clients."""
+
+    name: str
+    times: int
+    cached: bool
+    company: bool
+
+
+class Comparison(Struct, frozen=True):
+    """The answers of one request in one situation, compared with the reference.
+
+    `differs_at` is the first token that differs in any answer; `None` means that tokens and texts are all equal.
+    `same_bits` counts the answers whose log probabilities are also equal. `others_accepted` are the accepted draft
+    tokens of the other clients.
+    """
+
+    request: str
+    slots: int
+    situation: str
+    answers: int
+    same: int
+    differs_at: int | None
+    same_bits: int
+    cached: int
+    accepted: int
+    others_accepted: int
+
+    def row(self) -> list[object]:
+        """Returns the row under `COLUMNS`."""
+        place = "" if self.differs_at is None else self.differs_at
+        counts = [self.cached, self.accepted, self.others_accepted]
+        return [self.request, self.slots, self.situation, self.answers, self.same, place, self.same_bits, *counts]
+
+
+COLUMNS = (
+    *("request", "slots", "situation", "answers", "same", "differs at", "bits"),
+    *("cached", "accepted", "others'"),
+)
+
+
+def situations(times: int) -> list[Situation]:
+    """Returns the situations in the order in which they are measured."""
+    half = max(1, times // 2)
+    return [
+        Situation("alone", times, cached=False, company=False),
+        Situation("cache", times, cached=True, company=False),
+        Situation("company", half, cached=False, company=True),
+        Situation("company+cache", half, cached=True, company=True),
+    ]
+
+
+def first_difference(one: Sequence[object], other: Sequence[object]) -> int | None:
+    """Returns the first place at which two sequences differ, an end included; `None` if they are equal."""
+    for place, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return place
+    return None if len(one) == len(other) else min(len(one), len(other))
+
+
+def differs_at(reference: Answer, answer: Answer) -> int | None:
+    """Returns the first differing token; the number of tokens if only the text differs; `None` if all is equal."""
+    place = first_difference(reference.tokens, answer.tokens)
+    return len(answer.tokens) if place is None and reference.text != answer.text else place
+
+
+def compared(
+    request: str, slots: int, situation: Situation, reference: Answer, answers: Sequence[Answer], others: int
+) -> Comparison:
+    """Returns the comparison of the answers with the reference."""
+    places = [differs_at(reference, answer) for answer in answers]
+    return Comparison(
+        request=request,
+        slots=slots,
+        situation=situation.name,
+        answers=len(answers),
+        same=places.count(None),
+        differs_at=min((place for place in places if place is not None), default=None),
+        same_bits=sum(
+            place is None and answer.logprobs == reference.logprobs
+            for place, answer in zip(places, answers, strict=True)
+        ),
+        cached=sum(answer.cached for answer in answers),
+        accepted=sum(answer.accepted for answer in answers),
+        others_accepted=others,
+    )
+
+
+def requests(tokens: int) -> dict[str, dict[str, Any]]:
+    """Returns the bodies of the measured requests by name."""
+    return {
+        f"{sampling} {name}": chat(user(prompt), tokens, logprobs=True, **parameters)
+        for sampling, parameters in SAMPLING.items()
+        for name, prompt in PROMPTS.items()
+    }
+
+
+# ── the other clients ──
+
+
+class Company:
+    """Other clients that send requests one after the other until they are cancelled.
+
+    Clients of even numbers send distinct prompts. Clients of odd numbers send each prompt twice, the second time with
+    the first answer as the prediction, so that its drafts are accepted.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._numbers = count()
+        self.running = asyncio.Event()
+        self.accepted = 0
+
+    async def client(self, number: int) -> None:
+        """Sends requests without end. Raises RuntimeError if one fails."""
+        while True:
+            body = chat(user(random_text(next(self._numbers), OTHER_PROMPT_TOKENS)), OTHER_TOKENS, seed=number)
+            text = await self._send(body)
+            if number % 2:
+                await self._send({**body, "prediction": {"type": "content", "content": text}})
+
+    async def _send(self, body: dict[str, Any]) -> str:
+        outcome = await stream(self._port, CHAT, body)
+        if outcome.failed:
+            raise RuntimeError(f"a request of another client failed ({outcome.status}): {outcome.error}")
+        self.running.set()
+        self.accepted += outcome.accepted_tokens
+        return outcome.text
+
+
+@asynccontextmanager
+async def company(port: int, clients: int) -> AsyncIterator[Company]:
+    """Runs `clients` other clients for the length of the block, which begins after the first complete answer to them.
+
+    Raises RuntimeError, also within the block, if a request of theirs fails.
+    """
+    others = Company(port)
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(others.client(number)) for number in range(clients)]
+            if clients:
+                await others.running.wait()
+            yield others
+            for task in tasks:
+                task.cancel()
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+
+
+# ── the measurement ──
+
+
+class Salts:
+    """Cache salts: a new one for a request that must not find cached tokens."""
+
+    def __init__(self) -> None:
+        self._numbers = count()
+
+    def salted(self, body: dict[str, Any], *, cached: bool) -> dict[str, Any]:
+        """Returns the body with a new salt, or unchanged; `cache_prompt` has the same effect in llama-server."""
+        return body if cached else {**body, "cache_salt": f"repeat {next(self._numbers)}", "cache_prompt": False}
+
+
+async def answers(server: Server, situation: Situation, body: dict[str, Any], salts: Salts) -> list[Answer]:
+    """Returns the answers of one request in a situation. Raises RuntimeError if the request fails."""
+    made: list[Answer] = []
+    for _ in range(situation.times):
+        sent = salts.salted(body, cached=situation.cached)
+        made.append(Answer.of(await stream(server.port, CHAT, sent)))
+    return made
+
+
+async def measured(
+    server: Server, slots: int, options: argparse.Namespace, references: dict[str, Answer]
+) -> list[Comparison]:
+    """Returns the comparisons of one server; `references` gets the first answer of each request that has none yet."""
+    done: list[Comparison] = []
+    salts = Salts()
+    for situation in situations(options.times):
+        async with company(server.port, options.others if situation.company else 0) as others:
+            for name, body in requests(options.tokens).items():
+                accepted = others.accepted
+                made = await answers(server, situation, body, salts)
+                reference = references.setdefault(name, made[0])
+                done.append(compared(name, slots, situation, reference, made, others.accepted - accepted))
+                print(*done[-1].row(), flush=True)
+    return done
+
+
+def server_of(options: argparse.Namespace, slots: int) -> AbstractContextManager[Server]:
+    """Runs the server to be measured for the length of a block."""
+    if options.server != PACELINE:
+        context = options.context or 2048 * slots
+        settings = Settings(options.model, context, slots, physical_cores())
+        return llama_server(settings, [*(MODES | TUNED)[options.server], *options.more])
+    flags = ["-np", str(slots), *(["-c", str(options.context)] if options.context else []), *options.more]
+    return serving(options.model, flags)
+
+
+def run(options: argparse.Namespace) -> Iterator[Comparison]:
+    """Yields the comparisons of all servers. Raises RuntimeError if a server does not start or a request fails."""
+    references: dict[str, Answer] = {}
+    for slots in options.slots:
+        with server_of(options, slots) as server:
+            yield from asyncio.run(measured(server, slots, options, references))
+
+
+def main() -> None:
+    """Prints a table, writes it as JSON and exits with 1 if an answer differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--model", type=Path, default=SOURCES["smollm2"].path, help="GGUF file")
+    parser.add_argument("--slots", type=int, nargs="+", default=[1, 8], help="-np of each server, one after the other")
+    parser.add_argument("-c", "--context", type=int, default=0, help="-c of the server; 0 is the default")
+    parser.add_argument("--times", type=int, default=4, help="answers to each request alone, and from the cache")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens of each answer")
+    parser.add_argument("--others", type=int, default=8, help="other clients in the situations with company")
+    parser.add_argument("--server", choices=[PACELINE, *MODES, *TUNED], default=PACELINE, help="the server measured")
+    parser.add_argument("more", nargs="*", help="further flags of the server, after --")
+    options = parser.parse_args()
+    try:
+        done = list(run(options))
+    except (Refused, RuntimeError) as error:
+        raise SystemExit(f"\n{error}") from None
+    title = f"the same request in different situations, {options.server}, {options.model.stem}"
+    show(title, COLUMNS, [one.row() for one in done])
+    save(f"repeat_{options.server}_{options.model.stem}", done)
+    if different := sum(one.answers - one.same for one in done):
+        sys.exit(f"{different} of {sum(one.answers for one in done)} answers differ from the first one.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""Soak test over HTTP: thousands of requests with random hang-ups against one server.
+
+Part of the requests is abandoned at a random time or after a random number of events. The table has the slope of the
+server's resident memory over the second half of the requests, the lost requests, and each disagreement with `/metrics`.
+A request is lost if its stream lacks exactly one terminal event (a finish reason, then `[DONE]`) and the client has not
+closed it. The exit code is 1 if a request is lost or fails, a count disagrees, or the slope exceeds `--most-slope`.
+
+`--sim` serves a model without weights, `-m` a real one. The prefix cache in RAM is small, so that it is full before the
+second half. Further flags of the server come after `--`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from msgspec import Struct, structs
+
+from bench.client import ABANDONED, Outcome, closed, stream
+from bench.figures import save, show
+from bench.models import SOURCES
+from bench.server import HOST, Server, free_port, running, serving
+from bench.workloads import TEXT, Asked, random_text, story
+
+# One in how many requests repeats an earlier prompt, and the number of such prompts.
+REPEATED_EVERY, REPEATED = 3, 40
+# Seconds until an abandoned request is closed: uniform in the logarithm between these.
+SHORTEST, LONGEST = 0.0005, 1.0
+# Number of memory samples of a run.
+SAMPLES = 200
+# MiB of the prefix cache in RAM; the states of the model without weights take few bytes.
+CACHE_RAM_MIB, SIM_CACHE_RAM_MIB = 64, 1
+
+
+class Shot(Struct, frozen=True):
+    """A request and its hang-up: after seconds, after events with output, or never if both are `None`."""
+
+    asked: Asked
+    seconds: float | None = None
+    events: int | None = None
+
+
+class Sample(Struct, frozen=True):
+    """The server's resident bytes after a number of ended requests."""
+
+    ended: int
+    resident: int
+
+
+class Counts(Struct, frozen=True):
+    """The server's counts at `/metrics`: requests by finish reason, requests in progress, tokens."""
+
+    finished: dict[str, int]
+    in_progress: int
+    prompt_tokens: int
+    completion_tokens: int
+
+    def since(self, start: Counts) -> Counts:
+        """Returns the counts after `start`; requests in progress are those of now."""
+        return structs.replace(
+            self,
+            finished={reason: count - start.finished.get(reason, 0) for reason, count in self.finished.items()},
+            prompt_tokens=self.prompt_tokens - start.prompt_tokens,
+            completion_tokens=self.completion_tokens - start.completion_tokens,
+        )
+
+
+class Summary(Struct, frozen=True):
+    """The client's counts. Every request is complete, abandoned, failed (an error with a terminal event) or lost."""
+
+    requests: int
+    complete: int
+    abandoned: int
+    failed: int
+    lost: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def shots(number: int, tokens: int, hang_ups: float) -> list[Shot]:
+    """Returns `number` requests, the same in every run; a share of `hang_ups` is abandoned."""
+    rng = random.Random(number)
+    made: list[Shot] = []
+    for index in range(number):
+        prompt = rng.randrange(REPEATED) if index % REPEATED_EVERY == 0 else REPEATED + index
+        length = rng.randint(1, tokens)
+        if rng.random() < 0.5:
+            asked = story(prompt, length, words=8)
+        else:
+            body = {"prompt": random_text(prompt, 24), "max_tokens": length, "ignore_eos": True, "seed": index}
+            asked = Asked(TEXT, body)
+        if rng.random() >= hang_ups:
+            made.append(Shot(asked))
+        elif rng.random() < 0.5:
+            made.append(Shot(asked, events=rng.randint(1, tokens)))
+        else:
+            made.append(Shot(asked, seconds=SHORTEST * (LONGEST / SHORTEST) ** rng.random()))
+    return made
+
+
+async def fire(port: int, shot: Shot) -> Outcome:
+    """Sends one request. A refused connection is an outcome without status."""
+    asked = shot.asked
+    try:
+        return await stream(port, asked.path, asked.body, abandon_after=shot.seconds, most_arrivals=shot.events)
+    except OSError as error:
+        return Outcome(0.0, error=str(error))
+
+
+def summary(outcomes: Sequence[Outcome]) -> Summary:
+    """Returns the counts of the outcomes by kind."""
+    kinds = [kind_of(outcome) for outcome in outcomes]
+    complete = [outcome for outcome, kind in zip(outcomes, kinds, strict=True) if kind == "complete"]
+    return Summary(
+        requests=len(outcomes),
+        prompt_tokens=sum(outcome.prompt_tokens for outcome in complete),
+        completion_tokens=sum(outcome.completion_tokens for outcome in complete),
+        **{kind: kinds.count(kind) for kind in ("complete", "abandoned", "failed", "lost")},
+    )
+
+
+def kind_of(outcome: Outcome) -> str:
+    """Returns `complete`, `abandoned`, `failed` or `lost`.
+
+    A failed request has an error of the server as its only terminal event: a body of another status or an error event.
+    """
+    if outcome.error == ABANDONED:
+        return "abandoned"
+    terminal = (outcome.finish_reasons, outcome.done_markers)
+    if outcome.status == 200 and not outcome.error:
+        return "complete" if terminal == (1, 1) else "lost"
+    return "failed" if outcome.error.startswith("{") and not outcome.finish_reasons else "lost"
+
+
+def slope(samples: Sequence[Sample]) -> float:
+    """Returns the bytes per request of the least-squares line through the samples of the second half of the requests;
+    0 for less than two such samples."""
+    last = max((sample.ended for sample in samples), default=0)
+    half = [sample for sample in samples if 2 * sample.ended >= last]
+    x = sum(sample.ended for sample in half) / max(1, len(half))
+    y = sum(sample.resident for sample in half) / max(1, len(half))
+    spread = sum((sample.ended - x) ** 2 for sample in half)
+    return sum((sample.ended - x) * (sample.resident - y) for sample in half) / spread if spread else 0.0
+
+
+def disagreements(client: Summary, server: Counts) -> list[str]:
+    """Returns a sentence for each way in which the server's counts contradict the client's.
+
+    An abandoned request may be cancelled, may be finished before the server notices the hang-up, or may never reach the
+    engine; it counts at most once.
+    """
+    finished = sum(count for reason, count in server.finished.items() if reason in ("stop", "length"))
+    total, cancelled = sum(server.finished.values()), server.finished.get("cancelled", 0)
+    most = client.complete + client.abandoned
+    facts = {
+        f"{server.in_progress} requests are still in progress": server.in_progress != 0,
+        f"{finished} requests finished, {client.complete} to {most} expected": not client.complete <= finished <= most,
+        f"{cancelled} requests cancelled, at most {client.abandoned} expected": cancelled > client.abandoned,
+        f"{total} requests ended, at most {client.requests} were sent": total > client.requests,
+        f"{total - finished - cancelled} requests ended otherwise": total - finished - cancelled > client.failed,
+        f"{server.prompt_tokens} prompt tokens, at least {client.prompt_tokens} expected": (
+            server.prompt_tokens < client.prompt_tokens
+        ),
+        f"{server.completion_tokens} completion tokens, at least {client.completion_tokens} expected": (
+            server.completion_tokens < client.completion_tokens
+        ),
+    }
+    return [sentence for sentence, wrong in facts.items() if wrong]
+
+
+# ── the server from outside ──
+
+
+def resident(server: Server) -> int:
+    """Returns the server's resident bytes now."""
+    lines = Path(f"/proc/{server.pid}/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmRSS:")))
+
+
+def open_files(server: Server) -> int:
+    """Returns the number of the server's open file descriptors."""
+    return sum(1 for _ in Path(f"/proc/{server.pid}/fd").iterdir())
+
+
+def scraped(server: Server) -> str:
+    """Returns the text of `/metrics`."""
+    with urllib.request.urlopen(f"http://{HOST}:{server.port}/metrics", timeout=30) as response:
+        text: str = response.read().decode()
+    return text
+
+
+def counts_of(text: str) -> Counts:
+    """Returns the counts in the text of `/metrics`. Raises KeyError for a missing one."""
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
+    begin = 'paceline_requests_total{reason="'
+    return Counts(
+        finished={name[len(begin) : -2]: int(float(value)) for name, value in values.items() if name.startswith(begin)},
+        in_progress=int(float(values["paceline_requests_running"]) + float(values["paceline_requests_waiting"])),
+        prompt_tokens=int(float(values["paceline_prompt_tokens_total"])),
+        completion_tokens=int(float(values["paceline_completion_tokens_total"])),
+    )
+
+
+def settled(server: Server, seconds: float = 30.0) -> Counts:
+    """Returns the counts as soon as no request is in progress, or after `seconds`."""
+    until = time.monotonic() + seconds
+    while (counts := counts_of(scraped(server))).in_progress and time.monotonic() < until:
+        time.sleep(0.1)
+    return counts
+
+
+@contextmanager
+def served(options: argparse.Namespace) -> Iterator[Server]:
+    """Runs the server for the length of the block."""
+    ram = options.cache_ram if options.cache_ram >= 0 else SIM_CACHE_RAM_MIB if options.sim else CACHE_RAM_MIB
+    size = ["-np", str(options.slots), "-c", str(1024 * options.slots), "-cram", str(ram), *options.more]
+    if not options.sim:
+        with serving(options.model, size) as server:
+            yield server
+        return
+    port = free_port()
+    command = [sys.executable, "-m", "api", "serve", "--sim", "--sim-cost", "free", "--port", str(port), *size]
+    with running(command, port, 60) as server:
+        yield server
+
+
+async def bombard(server: Server, options: argparse.Namespace, samples: list[Sample]) -> list[Outcome]:
+    """Sends all requests and adds samples of the resident memory to `samples`."""
+    every, ended = max(1, options.requests // SAMPLES), 0
+
+    async def send(shot: Shot) -> Outcome:
+        nonlocal ended
+        outcome = await fire(server.port, shot)
+        ended += 1
+        if ended % every == 0:
+            samples.append(Sample(ended, resident(server)))
+        return outcome
+
+    return await closed(options.clients, shots(options.requests, options.tokens, options.hang_ups), send)
+
+
+def soak(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs the soak test and returns its figures. Raises RuntimeError if the server does not start."""
+    samples: list[Sample] = []
+    with served(options) as server:
+        before, files = settled(server), open_files(server)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            begun = time.perf_counter()
+            outcomes = runner.run(bombard(server, options, samples))
+            seconds = time.perf_counter() - begun
+        counts = settled(server).since(before)
+        files_after = open_files(server)
+    client = summary(outcomes)
+    return {
+        **structs.asdict(client),
+        "seconds": seconds,
+        "resident_mib_at_half": samples[len(samples) // 2].resident / 2**20 if samples else 0.0,
+        "resident_mib_at_end": samples[-1].resident / 2**20 if samples else 0.0,
+        "slope_bytes_per_request": slope(samples),
+        "open_files_more_than_before": files_after - files,
+        "server_finished": counts.finished,
+        "disagreements": disagreements(client, counts),
+        "samples": [(sample.ended, sample.resident) for sample in samples],
+    }
+
+
+def main() -> None:
+    """Prints a table, writes `soak.json` and exits with 1 if the server fails the test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--model", type=Path, default=SOURCES["smollm2"].path, help="GGUF file")
+    parser.add_argument("--sim", action="store_true", help="serve a model without weights")
+    parser.add_argument("--requests", type=int, default=5000, help="requests in all")
+    parser.add_argument("--clients", type=int, default=32, help="concurrent clients")
+    parser.add_argument("--slots", type=int, default=16, help="-np of the server, with 1024 tokens of context each")
+    parser.add_argument("--tokens", type=int, default=8, help="tokens of an answer at most")
+    parser.add_argument("--hang-ups", type=float, default=0.4, help="share of the requests that is abandoned")
+    parser.add_argument("--cache-ram", type=int, default=-1, help="MiB; -1 is 64, or 1 with --sim")
+    parser.add_argument("--most-slope", type=float, default=1024.0, help="bytes per request")
+    parser.add_argument("more", nargs="*", help="further flags of the server, after --")
+    options = parser.parse_args()
+    try:
+        figures = soak(options)
+    except RuntimeError as error:
+        raise SystemExit(f"\n{error}") from None
+    shown = {name: value for name, value in figures.items() if name != "samples"}
+    show("soak test", ["", ""], [[name.replace("_", " "), value] for name, value in shown.items()])
+    save("soak_sim" if options.sim else f"soak_{options.model.stem}", figures)
+    if figures["lost"] or figures["failed"] or figures["disagreements"]:
+        sys.exit("Requests are lost or failed, or the counts disagree.")
+    if figures["slope_bytes_per_request"] > options.most_slope:
+        sys.exit(f"The resident memory grows by more than {options.most_slope:.0f} bytes per request.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Gives ids of the context to prompts, and closes gaps among the allocated ones."""
+
+from __future__ import annotations
+
+from engine.backend import Context
+from engine.kv.allocation import Match
+from engine.kv.eviction import Eviction
+from engine.kv.placement import Costs, SlotOption, choose, displacement, move_target, worth_copying
+from engine.kv.residents import Residents
+
+
+class Allocator:
+    """The ids of one context. Belongs to the engine thread."""
+
+    def __init__(self, context: Context, residents: Residents, eviction: Eviction, *, offloads: bool) -> None:
+        """With `offloads` content that leaves the context can be restored."""
+        self._context = context
+        self._residents = residents
+        self._tree, self._idle = residents.tree, residents.idle
+        self._eviction = eviction
+        self._offloads = offloads
+        self.costs = Costs()
+        self._gap_seconds = 0.0  # that passes for a gap among the allocated ids have cost so far
+
+    def place(self, match: Match) -> tuple[int, int]:
+        """An allocated id, and the number of tokens of the prompt that it holds.
+
+        There is always one: no more ids are allocated than slots exist, and an idle sequence is evicted if none is
+        free.
+        """
+        # A stored state that is not divisible replaces all that a sequence has.
+        length = 0 if match.stored.blocks and not self._context.divisible else match.length
+        return self._share(match, length) if self._context.unified else self._take_slot(match, length)
+
+    def _share(self, match: Match, length: int) -> tuple[int, int]:
+        """Unified KV: a free id that shares cells."""
+        if (seq := self._residents.free_id) < 0:
+            self._eviction.evict(seq := self._idle.oldest(but=(match.seq,)))
+        if not length or not self._residents.copy(match.seq, seq, match.tokens[:length]):
+            length = 0
+            self._residents.begin(seq, match.salt)
+        self._eviction.use(match.seq)
+        return seq, length
+
+    def _take_slot(self, match: Match, length: int) -> tuple[int, int]:
+        """Per-slot KV: a slot that holds the prefix already, or gets a copy of it."""
+        holds = self._tree.matches(match.tokens[:-1], match.salt, whole=not self._context.partial)
+        allocated = self._residents.allocated
+        free = (seq for seq in range(self._context.sequences) if seq not in allocated)
+        options = [self._option(seq, min(length, holds.get(seq, 0))) for seq in free]
+        whole = bool(length) and length == self._tree.length(match.seq)
+        source = length if self._context.divisible or whole else 0  # only whole states can be copied
+        option = choose(options, source, allocated, self.costs, offloads=self._offloads)
+        copies = worth_copying(source, option.kept, self.costs)
+        seq, kept = option.seq, self._eviction.vacate(option.seq, 0 if copies else option.kept)
+        if copies and self._residents.copy(match.seq, seq, match.tokens[:length]):
+            self._eviction.use(match.seq)
+            return seq, length
+        if not kept:
+            self._residents.begin(seq, match.salt)
+        return seq, kept
+
+    def _option(self, seq: int, kept: int) -> SlotOption:
+        if seq not in self._tree:
+            return SlotOption(seq, 0, 0, 0, 0)
+        lost, unsaved = self._tree.length(seq) - kept, self._eviction.unsaved(seq, kept)
+        return SlotOption(seq, kept, lost, max(0, unsaved), self._idle.age(seq))
+
+    def close_gap(self) -> tuple[int, int] | None:
+        """Per-slot KV, once a step: moves an allocated sequence to another id, so that a step takes fewer passes, once
+        those that the gap has cost exceed the cost of moving (ski-rental rule). Returns the old and the new id."""
+        movable = self._context.divisible and not self._context.unified
+        found = move_target(self._residents.allocated) if movable else None
+        if found is None:
+            self._gap_seconds = 0.0
+            return None
+        source, gap = found
+        self._gap_seconds += self.costs.extra_pass
+        lost = displacement(self._option(gap, 0), self.costs, offloads=self._offloads)
+        if self._gap_seconds <= 2 * self.costs.move * self._tree.length(source) + lost:
+            return None
+        self._gap_seconds = 0.0
+        self._eviction.vacate(gap, 0)
+        if not self._residents.copy(source, gap, self._tree.tokens(source)):
+            return None
+        self._eviction.free(source)
+        return source, gap

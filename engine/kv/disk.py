@@ -1,0 +1,302 @@
+"""Blocks of prefixes on disk: a file each, which is one record, written and read by one thread beside the engine's.
+
+Files are their owner's only, as prompts can be read back from them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+from array import array
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from hashlib import blake2b
+from itertools import count
+from math import inf
+from pathlib import Path
+from queue import PriorityQueue
+from threading import Thread
+from time import monotonic, time
+from typing import BinaryIO, NamedTuple
+
+from engine.backend import State
+from engine.kv import record
+from engine.replacement import Replacement
+
+log = logging.getLogger("paceline.memory")
+
+# Seconds for which nothing is written after a write has failed.
+PAUSE_SECONDS = 60.0
+
+_KEY = re.compile(r"[0-9a-f]{1,64}")
+_BLOCK = re.compile(r"[0-9a-f]{1,64}\.block")
+_LEFTOVER = re.compile(r"[0-9a-f]{1,64}\.[a-z0-9_]{8}\.part")  # as tempfile names them
+# Priorities in the queue.
+_READ, _OTHER, _CLOSE = range(3)
+
+
+class UnusableFolder(OSError):
+    """Nothing can be stored in the folder; the message is one line with the folder and the reason."""
+
+
+class Entry(NamedTuple):
+    """A block's file without its state."""
+
+    key: str
+    """Hexadecimal; the name of the file without its suffix."""
+    parent: str
+    """The key of the block before it, or of its namespace's root."""
+    start: int
+    """Position of its first token."""
+    tokens: array[int]
+    bytes: int
+    """Size of the file."""
+    used: float
+    """Time of the last write or touch, in seconds since the epoch."""
+
+
+class Written(NamedTuple):
+    """The result of a write: the size of the file, or None if none was written."""
+
+    key: str
+    bytes: int | None
+
+
+class _Change(NamedTuple):
+    """A write or removal of a key that is not known to be done, and the state that it leaves."""
+
+    state: State | None
+
+
+class Disk:
+    """The blocks of one identity in a folder. Other processes may use and empty it at the same time.
+
+    All methods are for one thread, the engine's, and return at once, `entries` and `close` excepted. Operations on a
+    key take effect in the order of the calls, though reads pass queued writes of other keys. Equal identities mean that
+    states are interchangeable.
+    """
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        """Makes `folder` and one for `identity` in it; raises UnusableFolder if files cannot be made there."""
+        self.folder = folder / blake2b(identity.encode(), digest_size=8).hexdigest()
+        self._identity = record.hashed(identity)
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise UnusableFolder(f"cannot keep prefixes in {self.folder}: {error.strerror or error}") from error
+        self._jobs: PriorityQueue[tuple[int, int, Callable[[], object] | None]] = PriorityQueue()
+        self._number = count()
+        self._changes: dict[str, _Change] = {}  # the latest of each key
+        self._finished: deque[tuple[str, _Change, int | None]] = deque()
+        self._thread: Thread | None = None
+        self._deadline = inf  # by the monotonic clock; finite once closed
+        self._submitted_bytes = 0  # of states to be written, ever
+        self._done_bytes = 0  # of these; only the worker changes it
+        self._resume = -inf  # when writes are tried again, since the last one failed; only the worker changes it
+
+    def entries(self) -> list[Entry]:
+        """The blocks in the folder, the least recently used first. For the start, before anything is written.
+
+        Reads no states. Removes files that can never be used: blocks that are torn or of another version or identity,
+        and leftovers of processes that died while writing. Files with other names are left alone.
+        """
+        found: list[Entry] = []
+        useless: list[Path] = []
+        with os.scandir(self.folder) as names:
+            paths = [Path(name.path) for name in names if name.is_file(follow_symlinks=False)]
+        for path in paths:
+            if _LEFTOVER.fullmatch(path.name):
+                useless.append(path)
+            elif _BLOCK.fullmatch(path.name):
+                try:
+                    with suppress(OSError):
+                        found.append(_entry(path, self._identity))
+                except record.Damaged:
+                    useless.append(path)
+        for path in useless:
+            _unlink(path)
+        if useless:
+            log.info("removed %d unusable files from %s", len(useless), self.folder)
+        return sorted(found, key=lambda entry: entry.used)
+
+    def write(self, key: str, parent: str, start: int, tokens: array[int], state: State) -> None:
+        """Queues the write of a block, over an earlier one; `finished` gives the result. `tokens` and `state` are not
+        changed afterwards."""
+        assert tokens.typecode == "i", "tokens are C ints"
+        assert state.ndim == 1, "a state is one run of bytes"
+        assert state.flags.c_contiguous, "a state is one run of bytes"
+        assert _KEY.fullmatch(parent), f"{parent} is no key"
+        self._submitted_bytes += state.nbytes
+        self._change(key, state, partial(self._save, key, parent, start, tokens, state, time()))
+
+    def read(self, key: str) -> Future[State | None]:
+        """The state of a block, not to be changed; None if it is gone or damaged: then no file is left.
+
+        The future never has an exception. One that is cancelled in time reads nothing.
+        """
+        answer: Future[State | None] = Future()
+        change = self._changes.get(key)
+        if change is None:
+            self._submit(_READ, key, partial(self._answer, key, answer))
+        else:
+            answer.set_result(change.state)
+        return answer
+
+    def touch(self, key: str) -> None:
+        """Marks a block as used now, if it is there."""
+        self._submit(_OTHER, key, partial(_touch, self._path(key), time()))
+
+    def remove(self, key: str) -> None:
+        """Queues the removal of a block."""
+        self._change(key, None, partial(_unlink, self._path(key)))
+
+    def finished(self) -> list[Written]:
+        """The results of writes since the last call, in their order. Takes no lock."""
+        written: list[Written] = []
+        for _ in range(len(self._finished)):
+            key, change, size = self._finished.popleft()
+            if self._changes.get(key) is change:
+                del self._changes[key]
+            if change.state is not None:
+                written.append(Written(key, size))
+        return written
+
+    @property
+    def queued(self) -> int:
+        """Bytes of states in memory that are queued to be written."""
+        return self._submitted_bytes - self._done_bytes
+
+    @property
+    def paused(self) -> bool:
+        """True if writes fail untried, because one failed less than `PAUSE_SECONDS` ago."""
+        return monotonic() < self._resume
+
+    def close(self, seconds: float = 5.0) -> None:
+        """Waits until all is done, but no longer than `seconds`; nothing is submitted afterwards.
+
+        Jobs that are not begun by then are given up: reads have None, writes are not done.
+        """
+        self._deadline = monotonic() + seconds
+        if self._thread is not None:
+            self._jobs.put((_CLOSE, next(self._number), None))
+            self._thread.join(seconds)
+
+    def _change(self, key: str, state: State | None, job: Callable[[], int | None]) -> None:
+        self._changes[key] = change = _Change(state)
+        self._submit(_OTHER, key, partial(self._carry_out, key, change, job))
+
+    def _submit(self, priority: int, key: str, job: Callable[[], object]) -> None:
+        assert self._deadline == inf, "nothing is submitted to a closed disk"
+        assert _KEY.fullmatch(key), f"{key} is no key"
+        if self._thread is None:
+            # A daemon, as a process must be able to end while a network drive hangs.
+            self._thread = Thread(target=self._work, name="paceline-disk", daemon=True)
+            self._thread.start()
+        self._jobs.put((priority, next(self._number), job))
+
+    # ── on the worker thread ──
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()[2]) is not None:
+            job()
+            del job  # or its state would stay in memory until there is another
+
+    def _carry_out(self, key: str, change: _Change, job: Callable[[], int | None]) -> None:
+        self._finished.append((key, change, job()))
+        if change.state is not None:
+            self._done_bytes += change.state.nbytes
+
+    def _answer(self, key: str, answer: Future[State | None]) -> None:
+        if answer.set_running_or_notify_cancel():
+            answer.set_result(self._load(key))
+
+    def _load(self, key: str) -> State | None:
+        path = self._path(key)
+        if monotonic() >= self._deadline:
+            return None
+        try:
+            with path.open("rb") as file:
+                return record.read_state(file, _head(file, path, self._identity))
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            # Whatever it is, the future needs a result, and the block counts as gone from now on.
+            log.warning("removing %s, which cannot be read: %s", path, error)
+            _unlink(path)
+            return None
+
+    def _save(self, key: str, parent: str, start: int, tokens: array[int], state: State, at: float) -> int | None:
+        size = None
+        if not self.paused and monotonic() < self._deadline:
+            block = (key, parent), start, tokens, state
+            try:
+                try:
+                    size = _save(self._path(key), at, self._identity, *block)
+                except FileNotFoundError:
+                    # A process that begins to use the folder removes our temporary file as a leftover, but only once.
+                    size = _save(self._path(key), at, self._identity, *block)
+            except Exception as error:
+                self._pause(error)
+            else:
+                self._continue()
+        return size
+
+    def _pause(self, error: Exception) -> None:
+        if self._resume == -inf:
+            log.warning("cannot keep prefixes in %s: %s; trying again in %.0f s", self.folder, error, PAUSE_SECONDS)
+        self._resume = monotonic() + PAUSE_SECONDS
+
+    def _continue(self) -> None:
+        if self._resume > -inf:
+            log.info("prefixes are kept in %s again", self.folder)
+            self._resume = -inf
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.block"
+
+
+def _save(
+    path: Path, at: float, identity: bytes, labels: tuple[str, str], start: int, tokens: array[int], state: State
+) -> int:
+    """Puts the file of a block in place, as used at `at`, and returns its size. On failure the earlier file stays, and
+    nothing is left beside it.
+
+    It is not flushed to the device: a cache need not survive a power failure, and a checksum shows what did.
+    """
+    with Replacement(path, f"{path.stem}.", ".part") as new:
+        record.write(new.file, identity, labels, start, tokens, state)
+        new.file.flush()
+        os.utime(new.file.fileno(), (at, at))
+        return new.commit(durable=False)
+
+
+def _head(file: BinaryIO, path: Path, identity: bytes) -> record.Head:
+    """The head of the only record of a block's file. Raises Damaged."""
+    head = record.read_head(file, identity)
+    if head.labels[0] != path.stem or file.tell() + head.state_bytes != os.fstat(file.fileno()).st_size:
+        raise record.Damaged("it is torn or renamed")
+    return head
+
+
+def _entry(path: Path, identity: bytes) -> Entry:
+    with path.open("rb", buffering=0) as file:
+        (key, parent), start, tokens, _, _ = _head(file, path, identity)
+        about = os.fstat(file.fileno())
+    return Entry(key, parent, start, tokens, about.st_size, about.st_mtime)
+
+
+def _touch(path: Path, at: float) -> None:
+    with suppress(OSError):
+        os.utime(path, (at, at))
+
+
+def _unlink(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()

@@ -1,0 +1,144 @@
+"""Evicts idle sequences and saves them before: at once when cells are needed, and step by step when there is time."""
+
+from __future__ import annotations
+
+import time
+
+from engine.backend import Context, Snapshot
+from engine.kv.block import BLOCK_TOKENS
+from engine.kv.offloader import Offloader
+from engine.kv.placement import Costs
+from engine.kv.residents import Residents
+
+
+class Eviction:
+    """The idle sequences of one context. Belongs to the engine thread."""
+
+    def __init__(self, context: Context, residents: Residents, offloader: Offloader) -> None:
+        self._context = context
+        self._residents = residents
+        self._tree, self._idle = residents.tree, residents.idle
+        self._offloader = offloader
+        self._saved: dict[int, int] = {}  # idle sequences that are not saved whole, and up to where they are
+        self._snapshot: tuple[int, Snapshot | None] = -1, None  # the one that is being saved, in several calls
+        self._credit = 0.0  # seconds that may be spent
+
+    def add(self, seq: int) -> None:
+        """Makes `seq`, which was allocated, an idle sequence, or drops it if it holds nothing of its own."""
+        if not self._tree.length(seq):
+            self._residents.free(seq)
+            return
+        self._residents.release(seq)
+        if self._residents.redundant(seq):
+            self.evict(seq)
+        elif self._offloader.offload is not None:
+            self._saved[seq] = 0
+
+    def use(self, seq: int) -> None:
+        """Marks an idle sequence as used now; drops it if its user holds all of its cells. No effect on others."""
+        if seq in self._idle:
+            if self._residents.redundant(seq):
+                self.evict(seq)
+            else:
+                self._idle.use(seq)
+
+    def unsaved(self, seq: int, start: int = 0) -> int:
+        """Tokens of an idle sequence from `start` on that are not known to be saved."""
+        return self._tree.length(seq) - max(start, self._saved[seq]) if seq in self._saved else 0
+
+    def vacate(self, seq: int, keep: int) -> int:
+        """Takes an idle or free id over with the first `keep` tokens of what it holds; the rest is saved and dropped.
+
+        Returns the tokens kept: the id is then allocated; if that is 0, it is free.
+        """
+        if seq not in self._tree:
+            return 0
+        if self.unsaved(seq, keep) > 0:
+            self._offloader.save(seq, keep if self._context.divisible else 0)
+        if keep and self._cut(seq, keep):
+            self._saved.pop(seq, None)
+            self._residents.take(seq)
+            return keep
+        self.free(seq)
+        return 0
+
+    def make_room(self, cells: int, free: int) -> None:
+        """Unified KV: evicts the least recently used until `cells` are free, of which `free` are already, or none is
+        idle."""
+        before = self._tree.cells
+        while self._idle and free + before - self._tree.cells < cells:
+            self._shrink(self._idle.oldest(), cells - free - before + self._tree.cells)
+
+    def drop_all(self) -> None:
+        """Evicts every idle sequence."""
+        while self._idle:
+            self.evict(self._idle.oldest())
+
+    def _shrink(self, seq: int, wanted: int) -> None:
+        """Cuts at least `wanted` cells off the end of an idle sequence, or evicts it if it holds no more of its own."""
+        length, own = self._tree.length(seq), self._tree.own(seq)
+        keep = max(0, (length - wanted) // BLOCK_TOKENS * BLOCK_TOKENS)
+        if keep <= length - own or not self._context.partial or not self._context.divisible:
+            self.evict(seq)
+            return
+        self._offloader.save(seq, keep)
+        if not self._cut(seq, keep):
+            self.free(seq)
+
+    def _cut(self, seq: int, length: int) -> bool:
+        self._drop_snapshot(seq)
+        return self._residents.cut(seq, length)
+
+    def _drop_snapshot(self, seq: int) -> None:
+        """Drops the snapshot of `seq`, which is about to change."""
+        if self._snapshot[0] == seq:
+            self._snapshot = -1, None
+
+    def evict(self, seq: int) -> None:
+        """Drops an idle sequence; what no other holds of it is saved."""
+        if self._tree.length(seq) and not self._residents.redundant(seq):
+            shared = self._tree.length(seq) - self._tree.own(seq)
+            self._offloader.save(seq, shared if self._context.divisible else 0)
+        self.free(seq)
+
+    def free(self, seq: int) -> None:
+        """Drops a sequence without saving it."""
+        self._saved.pop(seq, None)
+        self._drop_snapshot(seq)
+        self._residents.free(seq)
+
+    def maintain(self, seconds: float, costs: Costs) -> bool:
+        """Evicts idle sequences that have cost enough and saves others, for about `seconds`; later calls make up for a
+        block that takes longer. True if an idle sequence is still to be saved."""
+        self._credit = min(self._credit + seconds, seconds)
+        while self._credit >= 0 and (self._evict_due(costs) or self._save_next()):
+            pass
+        return bool(self._saved)
+
+    def _evict_due(self, costs: Costs) -> bool:
+        """Cuts what the credit allows off the least recently used sequence, if keeping it has cost enough."""
+        offloads = self._offloader.offload is not None
+        if not self._context.unified or not self._idle.due(2 * costs.move if offloads else costs.compute):
+            return False
+        begun = time.perf_counter()
+        cells = BLOCK_TOKENS * self._offloader.blocks_in(self._credit) if offloads else self._context.cells
+        self._shrink(self._idle.oldest(), cells)
+        self._credit -= time.perf_counter() - begun
+        return True
+
+    def _save_next(self) -> bool:
+        """Saves what the credit allows of an idle sequence, so that it can be evicted at once."""
+        if not self._saved:
+            return False
+        begun = time.perf_counter()
+        seq, start = self._saved.popitem()
+        if seq in self._idle and start < self._tree.length(seq):
+            if self._snapshot[0] != seq:
+                self._snapshot = seq, self._context.save(seq)
+            end = self._offloader.save_some(seq, start, self._offloader.blocks_in(self._credit), self._snapshot[1])
+            if end < self._tree.length(seq):
+                self._saved[seq] = end
+            else:
+                self._drop_snapshot(seq)
+        self._credit -= time.perf_counter() - begun
+        return True

@@ -1,0 +1,118 @@
+"""The sequence ids of a context: allocated, idle or free, and the tokens that each holds.
+
+Context and prefix tree change here and nowhere else, and together.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from engine.backend import Context
+from engine.kv.idle import Idle
+from engine.kv.tree import PrefixTree, Resident
+
+
+class Residents:
+    """Belongs to the engine thread. An id that is in the tree is either in `allocated` or in `idle`, the others are
+    free."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.tree = PrefixTree()
+        self.idle = Idle()
+        self.allocated: set[int] = set()
+        self._idle_cells: int | None = 0  # None: to be counted again
+        self._moves = 0  # of ids between allocated and idle
+
+    @property
+    def version(self) -> int:
+        """Grows whenever a prefix is dropped, or cells become those of idle sequences only or cease to be."""
+        return self.tree.version + self._moves
+
+    def match(self, tokens: array[int], salt: str) -> Resident:
+        """The longest resident prefix of `tokens` that a sequence can begin with."""
+        return self.tree.match(tokens, salt, whole=not self.context.partial)
+
+    @property
+    def free_id(self) -> int:
+        """The lowest free id; -1 if none is free."""
+        return next((seq for seq in range(self.context.sequences) if seq not in self.tree), -1)
+
+    @property
+    def idle_cells(self) -> int:
+        """Cells that only idle sequences hold."""
+        if self._idle_cells is None:
+            self._idle_cells = sum(size for size, holders in self.tree.runs() if holders <= self.idle.sequences)
+        return self._idle_cells
+
+    def idle_part(self, match: Resident) -> int:
+        """Of the cells of `match`, those that only idle sequences hold."""
+        runs = self.tree.holders(match.seq, match.length) if match.length else ()
+        return sum(size for size, holders in runs if holders <= self.idle.sequences)
+
+    def redundant(self, seq: int) -> bool:
+        """True if every cell of `seq` stays resident without it."""
+        return self.context.partial and self.tree.redundant(seq)
+
+    def begin(self, seq: int, salt: str) -> None:
+        """Makes `seq`, which is free or empty, an allocated sequence without tokens."""
+        if seq in self.tree:
+            self.free(seq)
+        self.tree.begin(seq, salt)
+        self.allocated.add(seq)
+        self._idle_cells = None
+
+    def copy(self, source: int, seq: int, tokens: array[int]) -> bool:
+        """Allocates the free id `seq` with the cells of `tokens`, with which `source` begins: the same cells with
+        unified KV. False if `source` has lost some of them: `seq` is still free."""
+        if not self.context.copy(source, seq, len(tokens)):
+            return False
+        if self.context.unified:
+            self.tree.share(source, seq, len(tokens))
+        else:
+            self.tree.begin(seq, self.tree.salt(source))
+            self.tree.extend(seq, tokens)
+        self.allocated.add(seq)
+        self._idle_cells = None
+        return True
+
+    def take(self, seq: int) -> None:
+        """Makes an idle sequence an allocated one, with the tokens that it has."""
+        self.idle.remove(seq)
+        self.allocated.add(seq)
+        self._idle_cells = None
+        self._moves += 1
+
+    def release(self, seq: int) -> None:
+        """Makes an allocated sequence an idle one."""
+        self.allocated.remove(seq)
+        self.idle.use(seq)
+        self._idle_cells = None
+        self._moves += 1
+
+    def cut(self, seq: int, length: int) -> bool:
+        """Drops what `seq` has from `length` on. False if a sliding window then lacks cells before `length`: the
+        sequence cannot be continued and is to be freed."""
+        if length < self.tree.length(seq) or self.context.length(seq) > length:
+            self.context.cut(seq, length)
+            self.tree.truncate(seq, length)
+            self._idle_cells = None
+        return not self.context.window or self.context.intact(seq, length)
+
+    def free(self, seq: int) -> None:
+        """Drops `seq` with all its cells that no other sequence holds."""
+        if seq in self.idle:
+            self.idle.remove(seq)
+        self.allocated.discard(seq)
+        self.context.cut(seq, 0)
+        self.tree.remove(seq)
+        self._idle_cells = None
+
+    def check(self) -> None:
+        """Raises AssertionError unless the tree is sound and the context's sequences are as long as it says."""
+        self.tree.check()
+        for seq in range(self.context.sequences):
+            places = (seq in self.allocated) + (seq in self.idle)
+            assert places == (seq in self.tree), f"sequence {seq} is allocated, idle or free"
+            known, found = self.tree.length(seq) if seq in self.tree else 0, self.context.length(seq)
+            assert found == known, f"sequence {seq} has {found} positions, the tree says {known}"

@@ -1,0 +1,124 @@
+"""Exports one token sequence with its states, wherever they are, imports it again, and erases it.
+
+The states are in parts as blocks are: up to `BLOCK_TOKENS` tokens from a multiple of `BLOCK_TOKENS` on; or, where a
+state is not divisible, one part from the sequence's start.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from engine.backend import Context, Snapshot, State
+from engine.kv.block import BLOCK_TOKENS, Block
+from engine.kv.eviction import Eviction
+from engine.kv.offload import Offload
+from engine.kv.offloader import READ_AHEAD_BLOCKS
+from engine.kv.residents import Residents
+from engine.kv.sequence_file import Part
+
+
+class Exported(NamedTuple):
+    """Consecutive parts of a sequence."""
+
+    parts: list[Part]
+    more: bool
+    """True if there may be more: the next call continues where these end, soon if these are none."""
+
+
+class Transfer:
+    """Reads and writes the states of sequences that no request computes. Belongs to the engine thread."""
+
+    def __init__(self, context: Context, residents: Residents, eviction: Eviction, offload: Offload | None) -> None:
+        self._context = context
+        self._residents = residents
+        self._eviction = eviction
+        self._offload = offload
+
+    def gather(self, tokens: array[int], salt: str, start: int, seconds: float) -> Exported:
+        """Parts of `tokens` from `start` on, which is 0 or the end of the last call's parts, for about `seconds`.
+
+        Nothing changes, except that blocks on disk are read into RAM if there is room.
+        """
+        if not self._context.divisible:
+            return Exported([], False) if start else self._whole(tokens, salt)
+        until = time.perf_counter() + seconds
+        parts: list[Part] = []
+        seq, length = self._residents.match(tokens, salt)
+        snapshot = self._context.save(seq) if start < length else None
+        stored = self._offload.blocks_of(tokens, salt) if self._offload is not None else {}
+        while start < len(tokens) and time.perf_counter() < until:
+            end = min(start + BLOCK_TOKENS, len(tokens))
+            state = snapshot.cut(start, end) if snapshot is not None and end <= length else None
+            if state is None:
+                block = stored.get(start)
+                if block is None or block.end != end:
+                    return Exported(parts + _rest(snapshot, tokens, start, length), False)
+                if not self._fetched(stored, start):
+                    return Exported(parts, True)
+                if (state := self._state(block)) is None:
+                    return Exported(parts, False)
+            parts.append(Part(start, tokens[start:end], state))
+            start = end
+        return Exported(parts, start < len(tokens))
+
+    def _fetched(self, stored: dict[int, Block], start: int) -> bool:
+        """True if the block at `start` can be read now; those after it are read ahead."""
+        starts = range(start, start + READ_AHEAD_BLOCKS * BLOCK_TOKENS, BLOCK_TOKENS)
+        ahead = [stored[start] for start in starts if start in stored]
+        return self._offload is None or self._offload.prefetch(ahead, wait=False)
+
+    def _state(self, block: Block) -> State | None:
+        return self._offload.get(block) if self._offload is not None else None
+
+    def _whole(self, tokens: array[int], salt: str) -> Exported:
+        """The one state that reaches furthest."""
+        seq, length = self._residents.tree.match(tokens, salt, whole=True)
+        blocks = self._offload.match(tokens, salt, length).blocks if self._offload is not None else ()
+        if self._offload is not None and blocks:
+            if not self._offload.prefetch(blocks, wait=False):
+                return Exported([], True)
+            length, state = blocks[0].end, self._state(blocks[0])
+        else:
+            snapshot = self._context.save(seq) if length else None
+            state = snapshot.cut(0, length) if snapshot is not None else None
+        return Exported([] if state is None else [Part(0, tokens[:length], state)], False)
+
+    def put(self, tokens: array[int], salt: str, parts: Sequence[Part]) -> None:
+        """Stores consecutive parts of a sequence that has `tokens` up to the end of the last of them; what precedes
+        them was put before. Other blocks may be evicted. There is an offload tier."""
+        assert self._offload is not None, "there is a tier to store it in"
+        states = {part.end: part.state for part in parts}
+        for block in self._offload.missing(tokens, salt, parts[0].start):
+            state = states.get(block.end)
+            if state is None:
+                self._offload.prune(block)
+            else:
+                self._offload.put(block, state)
+
+    def known(self, tokens: array[int], salt: str) -> int:
+        """How many of `tokens` a request that begins with them would not have to compute."""
+        length = self._residents.match(tokens, salt).length
+        return max(length, self._offload.match(tokens, salt, length).length if self._offload is not None else 0)
+
+    def erase(self, tokens: array[int], salt: str) -> int:
+        """Drops `tokens` as far as no other sequence begins so: blocks, and idle sequences that hold nothing else.
+        Returns how many are no longer known."""
+        before, tree = self.known(tokens, salt), self._residents.tree
+        for seq in tree.sequences(salt):
+            held = tree.tokens(seq) if seq in self._residents.idle else None
+            if held is not None and held == tokens[: len(held)]:
+                self._eviction.free(seq)
+        if self._offload is not None:
+            self._offload.erase(tokens, salt)
+        return before - self.known(tokens, salt)
+
+
+def _rest(snapshot: Snapshot | None, tokens: array[int], start: int, end: int) -> list[Part]:
+    """The tokens from `start` to `end`, fewer than a block, that are resident: the last ones there are."""
+    if snapshot is None or not start < end < start + BLOCK_TOKENS:
+        return []
+    state = snapshot.cut(start, end)
+    return [] if state is None else [Part(start, tokens[start:end], state)]

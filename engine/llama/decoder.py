@@ -1,0 +1,167 @@
+"""One llama.cpp context: decodes, positions and states of its sequences.
+
+Everything that would end the process inside the library is refused before the call. Of the library's conditions
+(llama.cpp 0c1e57098) these abort rather than answer: more rows than `n_batch`, more outputs than `n_outputs_max`, a
+sequence id out of range in a memory operation, a partial copy between streams of cells, and logits read of a row that
+has none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from llama_cpp import llama_cpp as native
+
+from engine.backend import Aborted, Logits, Meanwhile, NativeFault, NoFreeCells, State, nothing
+from engine.batch import Batch
+from engine.llama.library import StopFlag
+
+
+def native_batch(batch: Batch) -> tuple[Any, Any]:
+    """A `llama_batch` over the arrays of `batch`, and what must be kept alive with it.
+
+    Each row belongs to one sequence, so `seq_id[i]` points at element i of one array.
+    """
+
+    def pointer(array: np.ndarray[Any, Any], kind: Any) -> Any:
+        return array.ctypes.data_as(ctypes.POINTER(kind))
+
+    counts = np.ones(batch.capacity, np.int32)
+    addresses = (batch.seq.ctypes.data + 4 * np.arange(batch.capacity)).astype(np.uint64)
+    struct = native.llama_batch(
+        n_tokens=0,
+        token=pointer(batch.token, native.llama_token),
+        embd=None,
+        pos=pointer(batch.pos, native.llama_pos),
+        n_seq_id=pointer(counts, ctypes.c_int32),
+        seq_id=pointer(addresses, ctypes.POINTER(native.llama_seq_id)),
+        logits=pointer(batch.output, ctypes.c_int8),
+    )
+    return struct, (counts, addresses)
+
+
+class Decoder:
+    """A native context of one model. Belongs to the thread that made it, `abort` excepted."""
+
+    def __init__(self, model: Any, params: Any, stop: StopFlag | None = None) -> None:
+        """`stop` may be the flag of another context. Raises NativeFault."""
+        self._handle = native.llama_init_from_model(model, params)
+        if not self._handle:
+            raise NativeFault("the context could not be created")
+        self._memory = native.llama_get_memory(self._handle)
+        if not self._memory:  # a decode would then be an encode, which aborts with more rows than outputs
+            native.llama_free(self._handle)
+            raise NativeFault("the model keeps no context: it computes embeddings, not text")
+        self.stop = stop or StopFlag()
+        self.stop.install(self._handle)
+        self.unified = bool(params.kv_unified)
+        self.cells: int = native.llama_n_ctx(self._handle)
+        self.sequence_cells: int = native.llama_n_ctx_seq(self._handle)
+        self.streams: int = 1 if self.unified else native.llama_n_seq_max(self._handle)
+        self.sequences: int = native.llama_n_seq_max(self._handle)
+        self.positions = self.sequence_cells
+        self.ubatch: int = native.llama_n_ubatch(self._handle)
+        self.batch = Batch(native.llama_n_batch(self._handle))
+        self.outputs: int = min(params.n_outputs_max, self.batch.capacity)
+        self._vocabulary: int = native.llama_vocab_n_tokens(native.llama_model_get_vocab(model))
+        self._native, self._alive = native_batch(self.batch)
+        self._rows: Logits = np.empty((0, self._vocabulary), np.float32)
+        self._address = 0
+
+    def decode(self, meanwhile: Meanwhile = nothing) -> Logits:
+        """The logits of the batch's rows that asked for them, valid until the next decode.
+
+        A GPU still computes when the library's call returns; `meanwhile` is called before its logits are waited for.
+        Raises NoFreeCells with the cells unchanged; after Aborted or NativeFault part of the batch may be in them.
+        """
+        self._guard()
+        self._native.n_tokens = self.batch.rows
+        match native.llama_decode(self._handle, self._native):
+            case 0:
+                meanwhile()
+                return self._logits()
+            case 1:
+                raise NoFreeCells
+            case 2:
+                raise Aborted
+            case code:
+                raise NativeFault(f"llama_decode returned {code}")
+
+    def _guard(self) -> None:
+        batch, rows = self.batch, self.batch.rows
+        if not 0 < rows <= batch.capacity:
+            raise NativeFault(f"a batch of {rows} rows; from 1 to {batch.capacity} are possible")
+        if batch.outputs > self.outputs:
+            raise NativeFault(f"{batch.outputs} rows of logits; {self.outputs} are possible")
+        if not 0 <= batch.token[:rows].min() <= batch.token[:rows].max() < self._vocabulary:
+            raise NativeFault("a token id outside the vocabulary")
+        if not 0 <= batch.seq[:rows].min() <= batch.seq[:rows].max() < self.sequences:
+            raise NativeFault(f"a sequence id outside 0..{self.sequences - 1}")
+        if batch.pos[:rows].max() >= self.positions:
+            raise NoFreeCells
+
+    def _logits(self) -> Logits:
+        outputs = self.batch.outputs
+        if not outputs:
+            native.llama_synchronize(self._handle)  # as reading logits would: a decode takes as long as it takes
+            return self._rows[:0]
+        pointer = native.llama_get_logits(self._handle)
+        address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
+        if address != self._address or outputs > len(self._rows):
+            # One view over all rows that may come: the library moves the buffer only to enlarge it.
+            self._rows = np.ctypeslib.as_array(pointer, (outputs, self._vocabulary))
+            self._address = address
+        return self._rows[:outputs]
+
+    def get_state(self, seq: int) -> State | None:
+        """The native state of a sequence; None if the library cannot make it."""
+        size: int = native.llama_state_seq_get_size(self._handle, seq)
+        state: State = np.empty(size, np.uint8)
+        return state if native.llama_state_seq_get_data(self._handle, _bytes(state), size, seq) == size else None
+
+    def set_state(self, seq: int, state: State) -> bool:
+        """Replaces what a sequence has by a native state. False if the library refuses it: the sequence is empty."""
+        taken: int = native.llama_state_seq_set_data(self._handle, _bytes(state), state.nbytes, seq)
+        if taken == state.nbytes:
+            return True
+        self.drop(seq)  # a state that ends early can leave cells without content
+        return False
+
+    def drop(self, seq: int, start: int = -1) -> bool:
+        """Drops the positions of a sequence from `start` on, all by default. False, with nothing changed, if the model
+        can only drop all."""
+        return bool(native.llama_memory_seq_rm(self._memory, seq, start, -1))
+
+    def first(self, seq: int) -> int:
+        """The first position of a sequence; -1 if it is empty."""
+        return int(native.llama_memory_seq_pos_min(self._memory, seq))
+
+    def last(self, seq: int) -> int:
+        """The last position of a sequence; -1 if it is empty."""
+        return int(native.llama_memory_seq_pos_max(self._memory, seq))
+
+    def move(self, seq: int, by: int) -> None:
+        """Adds `by` to all positions of a sequence; the next decode rotates its keys accordingly."""
+        native.llama_memory_seq_add(self._memory, seq, -1, -1, by)
+
+    def can_move(self) -> bool:
+        """True if the library can rotate keys to other positions."""
+        return bool(native.llama_memory_can_shift(self._memory))
+
+    def clear(self) -> None:
+        """Frees every cell."""
+        native.llama_memory_clear(self._memory, False)
+
+    def abort(self) -> None:
+        """Makes the running decode and all later ones raise Aborted. Any thread may call it."""
+        self.stop.set()
+
+    def close(self) -> None:
+        """Frees the context, which is not used again."""
+        native.llama_free(self._handle)
+
+
+def _bytes(state: State) -> Any:
+    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

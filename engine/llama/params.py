@@ -1,0 +1,103 @@
+"""Parameters of a llama.cpp context: cells, batch sizes and flash attention; and what a cell of a model takes."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from typing import Any
+
+from llama_cpp import llama_cpp as native
+from msgspec import structs
+
+from engine.config import BatchConfig, ModelConfig
+from engine.llama.layout import PAD_CELLS, KvLayout
+from engine.llama.library import CACHE_TYPES, FLASH_ATTENTION, text_of
+
+# Rows of logits of one step: enough for two long drafts, and for each slot's next token and seven drafted ones.
+OUTPUTS, OUTPUTS_PER_SLOT = 128, 8
+
+# Bytes of attention scores that may be kept at once without flash attention.
+SCORES_BYTES = 2**30
+
+# Slots from which on a CPU uses flash attention by default.
+MANY_SLOTS = 32
+
+# Sequence ids that the library has at most (LLAMA_MAX_SEQ).
+SEQUENCES = 256
+
+
+def settled(model: ModelConfig, slots: int, gpu: bool, scores: int) -> ModelConfig:
+    """`model` with `auto` flash attention resolved; `scores` are the bytes of a pass's scores without it.
+
+    On a GPU `auto` stays the library's own choice. On a CPU it is off for fewer than `MANY_SLOTS` slots, if the scores
+    need no more than `SCORES_BYTES`: the CPU's flash kernel for fewer than 64 rows visits cells one by one and takes
+    2.5 to 4 times as long beside 2,000 of them (`python -m bench.step_cost -fa on`). For more slots it is on, with BF16
+    values in place of F16, which that kernel sums in F16: 32 rows with 150 cells each take 0.4 to 0.8 of the time
+    (`--streams 32 -fa on -ctv bf16`). Quantised values need flash attention.
+    """
+    plain = model.cache_type_v in ("f32", "f16", "bf16")
+    if model.flash_attention != "auto" or gpu or not plain:
+        return model
+    if slots >= MANY_SLOTS:
+        values = "bf16" if (model.cache_type_k, model.cache_type_v) == ("f16", "f16") else model.cache_type_v
+        return structs.replace(model, cache_type_v=values)
+    return structs.replace(model, flash_attention="off") if scores <= SCORES_BYTES else model
+
+
+def sequences_for(slots: int, unified: bool) -> int:
+    """Native sequence ids for so many slots.
+
+    With per-slot KV one for each slot, as each id has cells of its own. With unified KV ids are free: as many again for
+    idle prefixes, and some more, the last of which is the spare that states pass through.
+    """
+    return min(SEQUENCES, 2 * slots + 17) if unified else slots
+
+
+def context_params(
+    model: ModelConfig, batch: BatchConfig, layout: KvLayout, threads: int, heads: int, gpu: bool
+) -> Any:
+    """Parameters of a context with the cells of `layout`, rounded up to the library's multiple."""
+    params = native.llama_context_default_params()
+    params.n_ctx = -(-layout.cells // PAD_CELLS) * PAD_CELLS
+    params.kv_unified = layout.unified
+    params.n_seq_max = sequences_for(batch.slots, layout.unified)
+    params.n_batch = max(batch.rows, params.n_seq_max)
+    params.n_ubatch = min(batch.ubatch, params.n_batch)
+    outputs = batch.outputs or max(OUTPUTS, OUTPUTS_PER_SLOT * batch.slots)
+    params.n_outputs_max = min(params.n_batch, max(params.n_seq_max, outputs))
+    params.n_threads = threads
+    params.n_threads_batch = model.threads_batch if model.threads_batch > 0 else threads
+    visible = params.n_ctx if layout.unified else params.n_ctx // batch.slots
+    model = settled(model, batch.slots, gpu, 4 * heads * params.n_ubatch * visible)
+    params.flash_attn_type = FLASH_ATTENTION[model.flash_attention]
+    params.type_k = CACHE_TYPES[model.cache_type_k]
+    params.type_v = CACHE_TYPES[model.cache_type_v]
+    params.no_perf = True
+    return params
+
+
+def metadata(model: Any, key: str) -> str:
+    """A value of the GGUF's metadata as text; empty if the file has none."""
+    return text_of(lambda buffer, size: native.llama_model_meta_val_str(model, key.encode(), buffer, size))
+
+
+def cell_bytes(config: ModelConfig, model: Any) -> int:
+    """Bytes of a cell of all layers, by the widths in the metadata; more than that where the library saves some."""
+    family = metadata(model, "general.architecture")
+    layers: int = native.llama_model_n_layer(model)
+    heads = [int(word) for word in re.findall(r"\d+", metadata(model, f"{family}.attention.head_count_kv"))]
+    if len(heads) != layers:
+        heads = [native.llama_model_n_head_kv(model)] * layers
+    width = native.llama_model_n_embd(model) // max(1, native.llama_model_n_head(model))
+    size = 0.0
+    for name, kind in (("key", config.cache_type_k), ("value", config.cache_type_v)):
+        given = metadata(model, f"{family}.attention.{name}_length")
+        size += _element_bytes(kind) * (int(given) if given.isdigit() else width)
+    return max(1, round(sum(heads) * size))
+
+
+def _element_bytes(kind: str) -> float:
+    """Bytes of a number of a cache type."""
+    lib = native._lib
+    lib.ggml_type_size.restype, lib.ggml_blck_size.restype = ctypes.c_size_t, ctypes.c_int64
+    return float(lib.ggml_type_size(CACHE_TYPES[kind]) / lib.ggml_blck_size(CACHE_TYPES[kind]))

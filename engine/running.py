@@ -1,0 +1,77 @@
+"""The running sequences, and what policies see of them."""
+
+from __future__ import annotations
+
+import time
+from collections import abc
+
+from engine.kv import KVCache
+from engine.pace import SequenceRows
+from engine.scheduler import Rows, SequenceView
+from engine.sequence import Sequence
+from engine.speculate import Drafter, Wish
+
+
+class Running(dict[int, Sequence]):
+    """The sequences with an allocation in `kv` by key, oldest first. Belongs to the engine thread."""
+
+    def __init__(self, kv: KVCache) -> None:
+        super().__init__()
+        self._kv = kv
+
+    def views(self) -> list[SequenceView]:
+        """What the scheduler sees of them."""
+        tight = self._kv.free + self._kv.evictable <= len(self)  # a sequence may have to be preempted
+        now = time.perf_counter()
+        return [self._view(sequence, tight, now) for sequence in self.values()]
+
+    def _view(self, sequence: Sequence, tight: bool, now: float) -> SequenceView:
+        known = len(sequence.tokens)
+        return SequenceView(
+            sequence.key,
+            known,
+            sequence.computed,
+            len(sequence.draft),
+            exclusive=self._kv.exclusive(sequence.seq) if tight else 0,
+            blocked=sequence.num_uncomputed - self._kv.ready(sequence.seq, known),
+            waited=now - sequence.submitted,
+        )
+
+    def decoding(self) -> list[SequenceRows]:
+        """The rows of the decoding sequences in the next step, drafts included, in the order of their ids."""
+        return sorted(
+            SequenceRows(sequence.seq, 1 + len(sequence.draft), sequence.computed)
+            for sequence in self.values()
+            if sequence.num_uncomputed == 1
+        )
+
+    def learn(self, tokens: int) -> list[Drafter]:
+        """Feeds up to `tokens` new tokens to the proposers. Returns those of the sequences that are being prefilled."""
+        for sequence in self.values():
+            tokens -= sequence.drafter.learn(sequence.tokens, tokens)
+        return [sequence.drafter for sequence in self.values() if sequence.num_uncomputed > 1]
+
+    def wishes(self, most: int) -> dict[int, Wish]:
+        """By key the decoding sequences that could have a draft of up to `most` tokens verified in the next step."""
+        return {
+            sequence.key: Wish(sequence.drafter, limit, sequence.room(), sequence.seq)
+            for sequence in self.values()
+            if sequence.num_uncomputed == 1
+            and sequence.drafter.knows(sequence.tokens)
+            and (limit := min(sequence.room(), most)) > 0
+        }
+
+    def ordered(self, rows: abc.Sequence[Rows]) -> list[Rows]:
+        """`rows` in the order of their sequence ids, which with per-slot KV decides what shares a pass."""
+        return sorted(rows, key=lambda part: self[part.key].seq)
+
+    def sequence_rows(self, rows: abc.Iterable[Rows]) -> list[SequenceRows]:
+        """`rows` by sequence id."""
+        return [SequenceRows(self[part.key].seq, part.tokens + part.drafts, self[part.key].computed) for part in rows]
+
+    def kinds(self, rows: abc.Sequence[Rows]) -> tuple[list[SequenceRows], int]:
+        """Of `rows`, which are in the order of their ids, those of decoding sequences, and the number of the others,
+        which are rows of prompts."""
+        decoding = self.sequence_rows(part for part in rows if self[part.key].num_uncomputed == 1)
+        total = sum(part.tokens + part.drafts for part in rows)
+        return decoding, total - sum(part.rows for part in decoding)
