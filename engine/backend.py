@@ -144,6 +144,10 @@ class Context(Protocol):
         """True if all sequences share one pool of cells, False if each id has cells of its own."""
 
     @property
+    def flash(self) -> bool:
+        """True with flash attention, which skips the cells that a row does not attend to."""
+
+    @property
     def cells(self) -> int:
         """Cells of all sequences together."""
 
@@ -162,6 +166,11 @@ class Context(Protocol):
     @property
     def ubatch(self) -> int:
         """Rows of one pass over the weights at most."""
+
+    @property
+    def prefill_rows(self) -> int:
+        """Rows of one sequence that a pass over a prompt has at least. 2 where a single row is computed by other
+        kernels than several: then all rows of prompts are computed alike, however the prompt is cut. Else 1."""
 
     @property
     def partial(self) -> bool:

@@ -192,7 +192,7 @@ class Runner:
         prefilling = (len(self.running) - len(decoding)) / max(1, len(decoding))
         shape = self.cost.layout.shape(decoding, self.kv.resident)
         prompt_rows = self.cost.prompt_rows(shape, *self._pace, prefilling)
-        limits = Limits(self.context.batch.capacity, self.context.outputs, prompt_rows)
+        limits = Limits(self.context.batch.capacity, self.context.outputs, prompt_rows, self.context.prefill_rows)
         return scheduler.plan(self.running.views(), self._room(), limits)
 
     def _room(self) -> Room:
@@ -215,7 +215,7 @@ class Runner:
         """
         while True:
             self.kv.evict(sum(part.tokens + part.drafts for part in rows))
-            placed = self.running.ordered(rows)
+            placed = self.running.ordered(rows, apart=self.context.prefill_rows > 1)
             firsts, cells = self._fill(placed), self.kv.resident
             failed = [self.running[part.key] for part in rows]
             decoding, prompt_rows = self.running.kinds(placed)

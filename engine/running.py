@@ -61,9 +61,22 @@ class Running(dict[int, Sequence]):
             and (limit := min(sequence.room(), most)) > 0
         }
 
-    def ordered(self, rows: abc.Sequence[Rows]) -> list[Rows]:
-        """`rows` in the order of their sequence ids, which with per-slot KV decides what shares a pass."""
-        return sorted(rows, key=lambda part: self[part.key].seq)
+    def ordered(self, rows: abc.Sequence[Rows], *, apart: bool = False) -> list[Rows]:
+        """`rows` in the order of their sequence ids, which with per-slot KV decides what shares a pass.
+
+        With `apart` no row of a prompt shares a pass with another sequence: a pass takes the next higher id wherever it
+        stands in the batch, so the runs of decoding sequences between prompts come in descending order.
+        """
+        placed = sorted(rows, key=lambda part: self[part.key].seq)
+        if not apart:
+            return placed
+        runs: list[list[Rows]] = [[]]
+        for part in placed:
+            if self[part.key].num_uncomputed > 1:
+                runs += [[part], []]
+            else:
+                runs[-1].append(part)
+        return [part for run in reversed(runs) for part in run]
 
     def sequence_rows(self, rows: abc.Iterable[Rows]) -> list[SequenceRows]:
         """`rows` by sequence id."""

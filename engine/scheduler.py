@@ -85,6 +85,8 @@ class Limits(Struct, frozen=True):
     rows: int
     outputs: int
     prompt_rows: int
+    least: int = 1
+    """Rows of a prompt that a step has at least, and leaves at least for a later one."""
 
 
 class Rows(Struct, frozen=True):
@@ -189,18 +191,26 @@ def _rows(sequences: Sequence[SequenceView], cells: int, free: int, limits: Limi
         max(0, min(limits.rows - len(sequences), outputs, free - len(sequences))),
     )
     count += sum(drafts)
-    chunk = min(limits.prompt_rows, limits.rows - count, cells - count)
+    # An odd rest cannot be split into two parts of `least`, so a prompt gets more at once.
+    wanted = max(limits.prompt_rows, 2 * limits.least - 1) if limits.prompt_rows else 0
+    chunk = min(wanted, limits.rows - count, cells - count)
     rows = [Rows(view.key, 1, more) for view, more in zip(decoding, drafts, strict=True)]
-    return rows + _prefill(prefilling, max(0, chunk))
+    prompts = _prefill(prefilling, max(0, chunk), limits.least)
+    if not (rows or prompts):  # there must be a row
+        prompts = _prefill(prefilling, max(0, chunk), 1)
+    return rows + prompts
 
 
-def _prefill(sequences: Sequence[SequenceView], total: int) -> list[Rows]:
+def _prefill(sequences: Sequence[SequenceView], total: int, least: int) -> list[Rows]:
     """Splits the rows for prompts: highest response ratio next (Hansen 1971), that is by the time waited per token to
     compute. Short prompts pass long ones, prompts of equal length finish in the order of their arrival, and a long one
     gains weight as it waits."""
     rows: list[Rows] = []
     for view in sorted(sequences, key=lambda view: -view.waited / view.num_uncomputed):
-        if size := min(view.ready, total):
+        size = min(view.ready, total)
+        if 0 < view.num_uncomputed - size < least:
+            size = view.num_uncomputed - least  # not to leave a rest that is too short
+        if size >= least:
             rows.append(Rows(view.key, size))
             total -= size
     return rows

@@ -10,6 +10,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 
 import numpy as np
 
@@ -27,19 +28,23 @@ from engine.backend import (
 )
 from engine.batch import Batch
 from engine.config import EngineConfig
+from engine.pace.passes import SequenceRows, passes
 
 VOCABULARY = 50
 END = 0
+SINGLE = 1000
+"""Added to a token in a state whose row was the only one of its sequence in a pass."""
 
 
 class Cell:
     """One token's place; shared cells are one object under several sequences."""
 
-    __slots__ = ("place", "token")
+    __slots__ = ("place", "single", "token")
 
-    def __init__(self, token: int, place: int) -> None:
+    def __init__(self, token: int, place: int, *, single: bool = False) -> None:
         self.token = token
         self.place = place
+        self.single = single  # whether it was the only row of its sequence in its pass
 
 
 class ToySnapshot:
@@ -47,7 +52,7 @@ class ToySnapshot:
 
     def __init__(self, context: ToyContext, seq: int) -> None:
         self._context = context
-        self._tokens = {pos: cell.token for pos, cell in context.held[seq].items()}
+        self._tokens = {pos: cell.token + SINGLE * cell.single for pos, cell in context.held[seq].items()}
 
     def cut(self, start: int, end: int) -> State | None:
         """The tokens at these positions; only all of them if states are not divisible."""
@@ -76,6 +81,7 @@ class ToyContext:
         other: float = 0.0,
         by_place: bool = False,
         unified: bool = True,
+        prefill_rows: int = 1,
     ) -> None:
         """With per-slot KV `cells` are those of one slot."""
         self.batch = Batch(rows)
@@ -85,6 +91,7 @@ class ToyContext:
         self.sequences = sequences
         self.outputs = outputs
         self.ubatch = rows
+        self.prefill_rows = prefill_rows
         self.flash = True
         self.partial = partial
         self.divisible = partial if divisible is None else divisible
@@ -117,28 +124,52 @@ class ToyContext:
         if self.unified and len(self._distinct()) + batch.rows > self.cells:
             raise NoFreeCells
         if not self.unified:
-            assert ids == sorted(ids), "rows are in the order of their ids"
+            self._check_order(ids)
             if any(len(self.held[seq]) + ids.count(seq) > self.sequence_cells for seq in set(ids)):
                 raise NoFreeCells
         rows = list(zip(ids, batch.pos[: batch.rows], batch.token[: batch.rows], strict=True))
         places = {-1: self._places(self.held)} if self.unified else {seq: self._places([self.held[seq]]) for seq in ids}
         lengths = {seq: self.length(seq) for seq in ids}
-        for seq, pos, token in rows:
+        single = self._single(ids) if self.prefill_rows > 1 else [False] * len(ids)
+        for (seq, pos, token), one in zip(rows, single, strict=True):
             assert pos == lengths[seq], f"sequence {seq}: position {pos} after {lengths[seq]} tokens"
-            self.held[seq][int(pos)] = Cell(int(token), next(places[-1 if self.unified else seq]))
+            self.held[seq][int(pos)] = Cell(int(token), next(places[-1 if self.unified else seq]), single=one)
             lengths[seq] += 1
         self.computed += len(rows)
         meanwhile()
         out = [self._logits(seq, pos) for (seq, pos, _), on in zip(rows, batch.output, strict=False) if on]
         return np.stack(out) if out else np.empty((0, VOCABULARY), np.float32)
 
+    def _check_order(self, ids: list[int]) -> None:
+        """Passes are as few as the order of ids allows; rows of prompts share none where single rows differ."""
+        if self.prefill_rows == 1:
+            assert ids == sorted(ids), "rows are in the order of their ids"
+            return
+        outputs = self.batch.output[: len(ids)].tolist()
+        for seq in set(ids):
+            first, count = ids.index(seq), ids.count(seq)
+            assert ids[first : first + count] == [seq] * count, "rows of a sequence are together"
+            if count > 1 and sum(outputs[first : first + count]) <= 1:  # a prompt's
+                assert seq + 1 not in ids[first:], "the next id comes before a prompt"
+
     def _logits(self, seq: int, pos: int) -> Logits:
         held = self.held[seq].items()
         order = sorted(held, key=lambda item: item[1].place) if self.by_place else sorted(held)
-        seen = array("i", (value for place, cell in order if place <= pos for value in (place, cell.token)))
+        cells = (cell for place, cell in order if place <= pos)
+        seen = array("i", (value for place, cell in enumerate(cells) for value in (place, cell.token, cell.single)))
         bits = zlib.crc32(seen)
         rng = np.random.default_rng(bits + (bits % 1000 < 1000 * self.other))
         return rng.standard_normal(VOCABULARY, np.float32) * 3
+
+    def _single(self, ids: list[int]) -> list[bool]:
+        """For each row whether it is the only one of its sequence in its pass."""
+        counts = [(seq, len([*same])) for seq, same in groupby(ids)]
+        single: dict[int, list[bool]] = {seq: [] for seq, _ in counts}
+        for first, sequences, rows in passes([SequenceRows(*part) for part in counts], self.unified, self.ubatch):
+            for seq, _ in counts[first : first + sequences]:
+                single[seq] += [rows == 1] * rows
+        assert all(len(single[seq]) == count for seq, count in counts), "every row is in a pass"
+        return [flag for seq, _ in counts for flag in single[seq]]
 
     def _distinct(self) -> set[int]:
         return {id(cell) for held in self.held for cell in held.values()}
@@ -156,7 +187,7 @@ class ToyContext:
         if not self.unified:
             if self.lost():
                 return False
-            kept = {pos: Cell(cell.token, pos) for pos, cell in kept.items()}
+            kept = {pos: Cell(cell.token, pos, single=cell.single) for pos, cell in kept.items()}
             self.copied += length
         self.held[target] = kept
         return True
@@ -181,16 +212,17 @@ class ToyContext:
         """Appends the tokens of all parts, or of none."""
         tokens: list[int] = []
         for state, start, end in parts:
-            first, *saved = state.view(np.int32).tolist()
+            first, *content = state.view(np.int32).tolist()
             assert first <= start == self.length(seq) + len(tokens), "continues what is there"
-            assert end <= first + len(saved), "has what is wanted"
-            tokens += saved[start - first : end - first]
+            assert end <= first + len(content), "has what is wanted"
+            tokens += content[start - first : end - first]
         room = self.cells - len(self._distinct()) if self.unified else self.sequence_cells - len(self.held[seq])
         if self.lost() or len(tokens) > room:
             return False
         places = self._places(self.held if self.unified else [self.held[seq]])
         start = self.length(seq)
-        self.held[seq] |= {start + at: Cell(token, next(places)) for at, token in enumerate(tokens)}
+        for at, saved in enumerate(tokens):
+            self.held[seq][start + at] = Cell(saved % SINGLE, next(places), single=saved >= SINGLE)
         return True
 
     def shift(self, state: State, start: int, end: int, by: int) -> State | None:

@@ -15,7 +15,7 @@ MAX_SAVE_POINTS = 4
 
 
 class Match(Struct, frozen=True):
-    """The longest known prefix of `tokens`, the last of them excluded, as one row must be computed."""
+    """The longest known prefix of `tokens`, without the last ones, which have to be computed."""
 
     tokens: array[int]
     salt: str

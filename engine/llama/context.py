@@ -14,7 +14,7 @@ from llama_cpp import llama_cpp as native
 
 from engine.backend import NativeFault, Part, Snapshot, State
 from engine.llama.decoder import Decoder
-from engine.llama.library import log
+from engine.llama.library import FLASH_ATTENTION, log
 from engine.llama.shift import Shifter
 from engine.llama.state import Cells, StateFormat, UnknownLayout
 
@@ -64,6 +64,9 @@ class LlamaContext(Decoder):
         super().__init__(model, params)
         self.partial = partial
         self.window = window
+        self.flash: bool = params.flash_attn_type != FLASH_ATTENTION["off"]
+        # Without flash attention llama.cpp multiplies a single row with the cells by another kernel on a CPU.
+        self.prefill_rows = 1 if self.flash or not partial else 2
         if self.unified:
             self.sequences -= 1
         self._spare = self.sequences

@@ -74,7 +74,7 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, context: Context) -> Layout:
         """Returns the layout of `context`."""
-        return cls(context.unified, context.ubatch, getattr(context, "flash", False))
+        return cls(context.unified, context.ubatch, context.flash)
 
     def passes(self, rows: Sequence[SequenceRows]) -> tuple[Pass, ...]:
         """Returns the passes of a step; see `passes`."""

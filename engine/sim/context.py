@@ -100,6 +100,7 @@ class SimContext:
     """Implements `engine.backend.Context`. Each cell holds one hash of all tokens up to its position."""
 
     partial, divisible, shifts = True, True, False
+    prefill_rows = 1
     window = 0
 
     def __init__(self, config: EngineConfig, cost: Cost) -> None:

@@ -254,8 +254,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert table == flag_table() + "\n"
     assert (
         "| `-np`, `--parallel`, `$LLAMA_ARG_N_PARALLEL` | `slots` | 16 | "
-        "slots: sequences that are decoded together (from 1 to 256) |"
-        in table
+        "slots: sequences that are decoded together (from 1 to 256) |" in table
     )
     rows = [line for line in table.split("\n") if line.startswith("| `")]
     assert len(rows) == len(FLAGS)

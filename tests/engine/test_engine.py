@@ -124,7 +124,7 @@ async def test_a_stop_string_over_several_tokens() -> None:
 async def test_a_failed_step_is_reported_and_the_engine_continues() -> None:
     backend = toy()
     async with Engine.open(CONFIG, opener=opener(backend)) as engine:
-        with failing(backend.context, [3]), pytest.raises(EngineFault, match="told to fail"):
+        with failing(backend.context, [3]), pytest.raises(EngineFault, match="injected"):
             await read(engine, ENDLESS)
         updates = await read(engine, Request(prompt=(1,), max_tokens=2, ignore_eos=True))
         assert isinstance(updates[-1], Finished)

@@ -316,6 +316,39 @@ def test_with_per_slot_kv_cells_are_in_the_order_of_positions(seed: int) -> None
     assert got == wanted
 
 
+OWN_TOKENS = range(40, VOCABULARY)
+"""Tokens that only prompts have, so that no prompt continues an output."""
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_of_prompts_are_never_single_and_share_no_pass(seed: int) -> None:
+    """Where logits depend on that, as on a CPU without flash attention, an output does not depend on chunks, on cached
+    prefixes or on the sequences beside it."""
+    random = Random(seed)
+
+    def context(slots: int) -> ToyContext:
+        return context_of(False, 100, slots, rows=64, outputs=16, prefill_rows=2)
+
+    bench = Bench(context(4), prompt_rows=random.choice([2, 3, 7, 100]), ram=random.choice([0, 10**6]))
+    prefixes = [[random.randrange(1, OWN_TOKENS[0]) for _ in range(40)] for _ in range(3)]
+    bias = tuple((token, -100.0) for token in OWN_TOKENS)
+    wanted: dict[int, list[int]] = {}
+    for key in range(14):
+        own = [random.choice(OWN_TOKENS) for _ in range(random.randint(1, 5))]
+        prompt = (*random.choice(prefixes)[: random.randint(1, 40)], *own)
+        sampling = SamplingParams(temperature=random.choice([0.0, 1.0]), seed=key, logit_bias=bias)
+        request = Request(prompt=prompt, max_tokens=random.randint(1, 20), sampling=sampling)
+        single = Bench(context(1), slots=1)
+        single.submit(0, request)
+        single.run()
+        wanted[key] = single.got[0]
+        bench.submit(key, request)
+        for _ in range(random.randint(0, 6)):
+            bench.runner.step()
+    bench.run()
+    assert bench.got == wanted
+
+
 def test_with_unified_kv_the_order_of_cells_can_change_the_text() -> None:
     """Else the test above would prove nothing."""
     got, wanted = run_by_place(2, unified=True)
