@@ -191,7 +191,7 @@ class Runner:
         decoding = self.running.decoding()
         prefilling = (len(self.running) - len(decoding)) / max(1, len(decoding))
         shape = self.cost.layout.shape(decoding, self.kv.resident)
-        prompt_rows = self.cost.prompt_rows(shape, *self._pace, prefilling)
+        prompt_rows = self.cost.prompt_rows(shape, *self._pace, prefilling, self.running.waited)
         limits = Limits(self.context.batch.capacity, self.context.outputs, prompt_rows, self.context.prefill_rows)
         return scheduler.plan(self.running.views(), self._room(), limits)
 

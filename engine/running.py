@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import abc
+from math import inf
 
 from engine.kv import KVCache
 from engine.pace import SequenceRows
@@ -44,6 +45,12 @@ class Running(dict[int, Sequence]):
             for sequence in self.values()
             if sequence.num_uncomputed == 1
         )
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the oldest request without a first token has waited; 0 if there is none."""
+        begun = (sequence.submitted for sequence in self.values() if sequence.first_token is None)
+        return max(0.0, time.perf_counter() - min(begun, default=inf))
 
     def learn(self, tokens: int) -> list[Drafter]:
         """Feeds up to `tokens` new tokens to the proposers. Returns those of the sequences that are being prefilled."""

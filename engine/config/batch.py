@@ -94,7 +94,7 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             le=60_000.0,
             description="milliseconds that a step with both prefill and decode rows may take; 0 is twice a step "
             "without prefill, so that decoding sequences keep half their speed, and more if more sequences are "
-            "prefilled than decoded",
+            "prefilled than decoded or a prompt has waited for seconds, up to --idle-step-ms, or twice that after 30 s",
             extra=flags("--step-ms"),
         ),
     ] = 0.0

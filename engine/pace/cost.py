@@ -26,6 +26,13 @@ OWN_SHARE = 0.04
 NEW_SHARE = 0.5
 # Seconds of an attended cell, as a share of a pass of one row: a cost of zero could not be corrected by factors.
 LEAST_CELL = 1e-6
+# A chunk of a prompt has at least as many rows as make a row cost no more than this, relative to the best pass.
+EFFICIENCY = 1.15
+# Seconds after which a waiting prompt gets twice the share of a step that it gets at first.
+WEIGHT_SECONDS = 3.0
+# Seconds after which a waiting prompt may lengthen a step beyond the usual limit. Where requests arrive faster than
+# their prompts can be computed, prompts would else wait longer and longer beside sequences that decode at full pace.
+PATIENCE_SECONDS = 15.0
 # One of so many steps beside decoding sequences has no prompt rows, so that the cost of decoding alone is measured.
 REFRESH_STEPS = 16
 # The end of a prompt, below this fraction of the allowed chunk, says little about the cost of a row.
@@ -209,27 +216,47 @@ class StepCost:
 
     # ── prompts ──
 
-    def prompt_rows(self, decode: Shape, step_seconds: float, idle_step_seconds: float, prefilling: float = 1.0) -> int:
+    def prompt_rows(
+        self,
+        decode: Shape,
+        step_seconds: float,
+        idle_step_seconds: float,
+        prefilling: float = 1.0,
+        waited: float = 0.0,
+    ) -> int:
         """Returns the prompt rows that fit a step beside `decode`; at least 1, but 0 where the step measures `decode`.
 
         Beside decoding sequences a step may take `step_seconds`. If that is 0, prefill gets as much time as decoding,
-        multiplied by `prefilling` if there are that many, more than one, prefilling sequences for each decoding one:
-        few must not hold up many. The limit is then `idle_step_seconds`, the time of a step without decoding sequences.
+        and a multiple of it where there are `prefilling` sequences, more than one, for each decoding one, as few must
+        not hold up many, or where a prompt has `waited` for its first token: once more for each `WEIGHT_SECONDS`. The
+        limit is then `idle_step_seconds`, the time of a step without decoding sequences, and twice that after
+        2 * `PATIENCE_SECONDS`. Within the limit a chunk is long enough to be efficient, see `EFFICIENCY`.
         """
         if decode.passes and self._mixed >= REFRESH_STEPS:
             return 0
         if decode.passes:
             alone = self.decode_seconds(decode)
-            equal = min(alone * max(1.0, prefilling), idle_step_seconds)
-            budget = max(step_seconds - alone, 0.0) if step_seconds else equal
+            limit = idle_step_seconds * min(2.0, max(1.0, waited / PATIENCE_SECONDS))
+            equal = min(alone * max(prefilling, 1.0 + waited / WEIGHT_SECONDS), limit)
+            row = self._beside or self._alone
             # With per-slot KV the chunk is a pass of its own.
             in_pass = decode.rows if self.layout.unified else 0
-            rows = self._shaped(in_pass, _fit(budget, self._beside or self._alone))
+            if step_seconds:
+                rows = self._shaped(in_pass, _fit(max(step_seconds - alone, 0.0), row))
+            else:
+                rows = max(self._shaped(in_pass, _fit(equal, row)), min(self._efficient, _fit(limit, row)))
             rows = min(rows, GROWTH * self._last_beside)
         else:
             rows = min(_fit(idle_step_seconds, self._alone or self._beside), GROWTH * self._last_alone)
         self._allowed = max(1, rows)
         return self._allowed
+
+    @property
+    def _efficient(self) -> int:
+        """The fewest rows of a pass that cost at most `EFFICIENCY` times as much each as the best measured pass;
+        0 if none was measured."""
+        each = {rows: point.seconds / rows for rows, point in self.curve.points.items()}
+        return min((rows for rows, cost in each.items() if cost <= EFFICIENCY * min(each.values())), default=0)
 
     def _shaped(self, others: int, rows: int) -> int:
         """Returns about `rows` prompt rows, so many that a row of a pass with `others` is cheapest, where measured."""
