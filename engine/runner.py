@@ -215,7 +215,7 @@ class Runner:
         """
         while True:
             self.kv.evict(sum(part.tokens + part.drafts for part in rows))
-            placed = self.running.ordered(rows, apart=self.context.prefill_rows > 1)
+            placed = self.running.ordered(rows, self.cost, apart=self.context.prefill_rows > 1)
             firsts, cells = self._fill(placed), self.kv.resident
             failed = [self.running[part.key] for part in rows]
             decoding, prompt_rows = self.running.kinds(placed)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import abc
+from itertools import pairwise
 from math import inf
 
 from engine.kv import KVCache
-from engine.pace import SequenceRows
+from engine.pace import SequenceRows, StepCost
 from engine.scheduler import Rows, SequenceView
 from engine.sequence import Sequence
 from engine.speculate import Drafter, Wish
@@ -68,30 +69,31 @@ class Running(dict[int, Sequence]):
             and (limit := min(sequence.room(), most)) > 0
         }
 
-    def ordered(self, rows: abc.Sequence[Rows], *, apart: bool = False) -> list[Rows]:
-        """`rows` in the order of their sequence ids, which with per-slot KV decides what shares a pass.
+    def ordered(self, rows: abc.Sequence[Rows], cost: StepCost, *, apart: bool = False) -> list[Rows]:
+        """`rows` in the order that decides which of them share a pass with per-slot KV: a pass takes the next higher id
+        wherever it stands in the batch. So ids ascend within a part, and parts descend.
 
-        With `apart` no row of a prompt shares a pass with another sequence: a pass takes the next higher id wherever it
-        stands in the batch, so the runs of decoding sequences between prompts come in descending order.
+        Parts are those that make the step cheapest. With `apart` each prompt is a part of its own.
         """
-        placed = sorted(rows, key=lambda part: self[part.key].seq)
-        if not apart:
-            return placed
         runs: list[list[Rows]] = [[]]
-        for part in placed:
-            if self[part.key].num_uncomputed > 1:
+        for part in sorted(rows, key=lambda part: self[part.key].seq):
+            if apart and self[part.key].num_uncomputed > 1:
                 runs += [[part], []]
             else:
                 runs[-1].append(part)
-        return [part for run in reversed(runs) for part in run]
+        parts = [run[start:end] for run in runs if run for start, end in pairwise((0, *self._cuts(run, cost)))]
+        return [part for run in reversed(parts) for part in run]
+
+    def _cuts(self, rows: abc.Sequence[Rows], cost: StepCost) -> list[int]:
+        return cost.cuts(self.sequence_rows(rows)) if len(rows) > 1 else [len(rows)]
 
     def sequence_rows(self, rows: abc.Iterable[Rows]) -> list[SequenceRows]:
         """`rows` by sequence id."""
         return [SequenceRows(self[part.key].seq, part.tokens + part.drafts, self[part.key].computed) for part in rows]
 
     def kinds(self, rows: abc.Sequence[Rows]) -> tuple[list[SequenceRows], int]:
-        """Of `rows`, which are in the order of their ids, those of decoding sequences, and the number of the others,
-        which are rows of prompts."""
+        """Of `rows`, those of decoding sequences, in their order, and the number of the others, which are rows of
+        prompts."""
         decoding = self.sequence_rows(part for part in rows if self[part.key].num_uncomputed == 1)
         total = sum(part.tokens + part.drafts for part in rows)
         return decoding, total - sum(part.rows for part in decoding)

@@ -106,8 +106,8 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     flash_attention: Annotated[
         Literal["auto", "on", "off"],
         Meta(
-            description="flash attention; auto is the library's choice on a GPU; on a CPU it is off for fewer than 32 "
-            "slots, which are faster without, and on for 32 or more, with BF16 values in place of F16",
+            description="flash attention; auto is the library's choice on a GPU; on a CPU it is off, which is faster, "
+            "but on for 32 slots or more with unified KV, with BF16 values in place of F16",
             extra=flags("-fa", "--flash-attn", env="LLAMA_ARG_FLASH_ATTN"),
         ),
     ] = "auto"

@@ -19,26 +19,26 @@ OUTPUTS, OUTPUTS_PER_SLOT = 128, 8
 # Bytes of attention scores that may be kept at once without flash attention.
 SCORES_BYTES = 2**30
 
-# Slots from which on a CPU uses flash attention by default.
-MANY_SLOTS = 32
-
 # Sequence ids that the library has at most (LLAMA_MAX_SEQ).
 SEQUENCES = 256
 
 
-def settled(model: ModelConfig, slots: int, gpu: bool, scores: int) -> ModelConfig:
+# Slots from which on a CPU uses flash attention by default with unified KV.
+MANY_SLOTS = 32
+
+
+def settled(model: ModelConfig, slots: int, gpu: bool, scores: int, *, unified: bool) -> ModelConfig:
     """`model` with `auto` flash attention resolved; `scores` are the bytes of a pass's scores without it.
 
-    On a GPU `auto` stays the library's own choice. On a CPU it is off for fewer than `MANY_SLOTS` slots, if the scores
-    need no more than `SCORES_BYTES`: the CPU's flash kernel for fewer than 64 rows visits cells one by one and takes
-    2.5 to 4 times as long beside 2,000 of them (`python -m bench.step_cost -fa on`). For more slots it is on, with BF16
-    values in place of F16, which that kernel sums in F16: 32 rows with 150 cells each take 0.4 to 0.8 of the time
-    (`--streams 32 -fa on -ctv bf16`). Quantised values need flash attention.
+    On a GPU `auto` stays the library's own choice. On a CPU it is off, if the scores need no more than `SCORES_BYTES`:
+    the CPU's flash kernel visits cells one by one and takes 1.4 times as long per row of a prompt
+    (`python -m bench.step_cost -fa on`). It is on for `MANY_SLOTS` slots or more with unified KV, where it skips the
+    cells of other sequences, with BF16 values in place of F16, which that kernel sums in F16. Quantised values need it.
     """
     plain = model.cache_type_v in ("f32", "f16", "bf16")
     if model.flash_attention != "auto" or gpu or not plain:
         return model
-    if slots >= MANY_SLOTS:
+    if unified and slots >= MANY_SLOTS:
         values = "bf16" if (model.cache_type_k, model.cache_type_v) == ("f16", "f16") else model.cache_type_v
         return structs.replace(model, cache_type_v=values)
     return structs.replace(model, flash_attention="off") if scores <= SCORES_BYTES else model
@@ -68,7 +68,7 @@ def context_params(
     params.n_threads = threads
     params.n_threads_batch = model.threads_batch if model.threads_batch > 0 else threads
     visible = params.n_ctx if layout.unified else params.n_ctx // batch.slots
-    model = settled(model, batch.slots, gpu, 4 * heads * params.n_ubatch * visible)
+    model = settled(model, batch.slots, gpu, 4 * heads * params.n_ubatch * visible, unified=layout.unified)
     params.flash_attn_type = FLASH_ATTENTION[model.flash_attention]
     params.type_k = CACHE_TYPES[model.cache_type_k]
     params.type_v = CACHE_TYPES[model.cache_type_v]

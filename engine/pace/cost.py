@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from math import exp, log
 from typing import NamedTuple
 
 import numpy as np
 
 from engine.pace.curve import Curve, Seconds
-from engine.pace.passes import Columns, Heights, Indices, Layout, Shape, strips
+from engine.pace.passes import Columns, Heights, Indices, Layout, SequenceRows, Shape, segments, strips
 
 # Share of a new measurement in a running mean.
 WEIGHT = 0.2
@@ -94,6 +95,13 @@ class StepCost:
         if self.layout.unified or not self.curve:
             return 0.0
         return self.machine * max(0.0, 2 * self.curve.seconds(1) - self.curve.seconds(2))
+
+    def cuts(self, rows: Sequence[SequenceRows]) -> list[int]:
+        """Returns where to cut decoding rows, in ascending order of their ids, into passes: the index after each part.
+        One part where attention skips what a row does not attend to, or its cost is not known."""
+        if self.layout.unified or self.layout.flash or not self.row_cell or not self.extra_pass:
+            return [len(rows)]
+        return segments(rows, self.extra_pass / (self.machine * self.row_cell))
 
     # ── learning ──
 

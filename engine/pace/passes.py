@@ -129,6 +129,32 @@ def attended(rows: Sequence[SequenceRows], found: Sequence[Pass], layout: Layout
     return sum(each.total * max(lengths[each.first : each.first + each.sequences]) for each in found)
 
 
+def segments(rows: Sequence[SequenceRows], pass_cells: float) -> list[int]:
+    """Returns where to cut `rows`, in ascending order of ids, into passes that are cheapest together: the index after
+    each segment, the last of them `len(rows)`.
+
+    Without flash attention a row costs as much as the longest sequence of its pass, so a long sequence between short
+    ones is cheaper in a pass of its own. `pass_cells` is the cost of a pass in pairs of a row and a cell. Optimal, by
+    dynamic programming over the cuts (as Bellman 1961 fits curves by segments), for segments of consecutive ids.
+    """
+    lengths, count = [padded(part.cells) for part in rows], len(rows)
+    if count < 2 or sum((max(lengths) - own) * part.rows for own, part in zip(lengths, rows, strict=True)) < pass_cells:
+        return [count] if count else []
+    best, last = [0.0], [0]
+    for end in range(1, count + 1):
+        cheapest, start, longest, total = float("inf"), end, 0, 0
+        for first in range(end - 1, -1, -1):
+            longest, total = max(longest, lengths[first]), total + rows[first].rows
+            if (cost := best[first] + pass_cells + total * longest) < cheapest:
+                cheapest, start = cost, first
+        best.append(cheapest)
+        last.append(start)
+    cuts = [count]
+    while last[cuts[-1]]:
+        cuts.append(last[cuts[-1]])
+    return cuts[::-1]
+
+
 def padded(cells: int) -> int:
     """Returns the cells that a row of a sequence with `cells` cells costs without flash attention."""
     return (cells // PADDED_CELLS + 1) * PADDED_CELLS

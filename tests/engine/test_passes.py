@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, product
+from itertools import accumulate, combinations, pairwise, product
 from operator import mul
 
 import numpy as np
@@ -15,7 +15,7 @@ from engine.pace import Chooser, Curve, Layout, Load, SequenceRows, Shape, StepC
 from engine.pace.chooser import CAUTION
 from engine.pace.curve import Seconds
 from engine.pace.lengths import share_per_slot
-from engine.pace.passes import Columns, Heights, Pass, padded, passes, strips
+from engine.pace.passes import Columns, Heights, Pass, padded, passes, segments, strips
 
 
 def split_equal(seq_ids: Sequence[int], n_ubatch: int) -> list[list[int]]:
@@ -287,3 +287,23 @@ def test_a_resident_cell_costs_nothing_with_per_slot_kv() -> None:
     assert cost.resident_cell(4) == pytest.approx(4e-6)
     assert cost.extra_pass == 0.0
     assert cost.even_seconds(2, 1000) == pytest.approx(0.014)
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 5000)), min_size=1, max_size=7), st.integers(0, 20_000))
+def test_segments_are_the_cheapest_of_all_cuts(shapes: list[tuple[int, int]], pass_cells: int) -> None:
+    rows = [SequenceRows(seq, count, cells) for seq, (count, cells) in enumerate(shapes)]
+
+    def cost(cuts: Sequence[int]) -> float:
+        parts = [rows[start:end] for start, end in pairwise((0, *cuts))]
+        return sum(pass_cells + sum(part.rows for part in of) * max(padded(part.cells) for part in of) for of in parts)
+
+    inner = [places for count in range(len(rows)) for places in combinations(range(1, len(rows)), count)]
+    found = segments(rows, pass_cells)
+    assert found[-1] == len(rows)
+    assert cost(found) <= min(cost((*places, len(rows))) for places in inner) + pass_cells
+
+
+def test_a_long_sequence_among_short_ones_has_a_pass_of_its_own() -> None:
+    rows = [SequenceRows(seq, 1, 4096 if seq == 2 else 100) for seq in range(5)]
+    assert segments(rows, 1000) == [2, 3, 5]
+    assert segments([part._replace(cells=100) for part in rows], 1000) == [5]

@@ -228,12 +228,12 @@ def test_a_running_decode_is_aborted_from_another_thread() -> None:
         backend.close()
 
 
-def test_flash_attention_is_for_many_slots_on_a_cpu() -> None:
-    def chosen(slots: int, gpu: bool = False, scores: int = 0, **given: Any) -> tuple[str, str]:
-        found = settled(EngineConfig.of(path=MODEL, **given).model, slots, gpu, scores)
+def test_flash_attention_is_for_many_slots_of_one_pool_on_a_cpu() -> None:
+    def chosen(slots: int, gpu: bool = False, scores: int = 0, unified: bool = True, **given: Any) -> tuple[str, str]:
+        found = settled(EngineConfig.of(path=MODEL, **given).model, slots, gpu, scores, unified=unified)
         return found.flash_attention, found.cache_type_v
 
-    assert chosen(31) == ("off", "f16")
+    assert chosen(31) == chosen(32, unified=False) == ("off", "f16")
     assert chosen(32) == ("auto", "bf16")
     assert chosen(4, scores=2 * SCORES_BYTES) == chosen(32, gpu=True) == ("auto", "f16")
     assert chosen(32, flash_attention="off") == ("off", "f16")
