@@ -189,7 +189,7 @@ class Engine:
     @property
     def silent(self) -> Mapping[str, str]:
         """Types of speculators that guess for nobody, each with the reason."""
-        fault = self._opened.runner.draft_fault
+        fault = self._opened.runner.drafting.fault
         return {**self._opened.silent, "draft": fault} if fault else self._opened.silent
 
     @property

@@ -59,7 +59,7 @@ class Runner:
         self.slots = Slots(slots)
         self._pace = pace
         self._outbox = outbox
-        self._drafting = drafting
+        self.drafting = drafting
         self._masks = Masks(backend.vocab.size, aside=backend.info.offloaded)
         self._seconds = 0.0  # of the last decode
 
@@ -68,14 +68,9 @@ class Runner:
         """True if there is anything to step."""
         return bool(self.running or self.waiting)
 
-    @property
-    def draft_fault(self) -> str:
-        """Why the draft model drafts no more, if it failed. Any thread may call it."""
-        return self._drafting.model.fault if self._drafting.model is not None else ""
-
     def submit(self, sequence: Sequence) -> None:
         """Takes a new request."""
-        sequence.drafter = self._drafting.drafter(sequence.request, sequence.sampler, sequence.matcher)
+        sequence.drafter = self.drafting.drafter(sequence.request, sequence.sampler, sequence.matcher)
         self.waiting.put(sequence)
 
     def reject(self, key: int, error: EngineError) -> None:
@@ -88,12 +83,9 @@ class Runner:
         if (sequence := self.running.get(key) or self.waiting.get(key)) is not None:
             self._finish(sequence, reason)
 
-    def fail_all(self, message: str) -> None:
-        """Ends every request with an EngineFault; nothing of them stays in the KV cache."""
-        self._fail_each([*self.running.values(), *self.waiting], message)
-
-    def _fail_each(self, sequences: abc.Iterable[Sequence], message: str) -> None:
-        for sequence in sequences:
+    def fail_all(self, message: str, sequences: abc.Iterable[Sequence] | None = None) -> None:
+        """Ends `sequences`, by default all, with an EngineFault; nothing of them stays in the KV cache."""
+        for sequence in [*self.running.values(), *self.waiting] if sequences is None else sequences:
             self._fail(sequence, EngineFault(message))
 
     def step(self) -> None:
@@ -115,7 +107,7 @@ class Runner:
 
     def check_idle(self) -> None:
         """Proves that tree and context agree. Called when nothing runs; raises AssertionError if they do not."""
-        self.kv.check()
+        self.kv.check(tiers=False)
 
     def maintain_idle(self) -> bool:
         """Saves prefixes for a while. Called when nothing runs; True if there is more to save."""
@@ -126,7 +118,7 @@ class Runner:
 
     def close(self) -> None:
         """Writes what outlives requests to its files. Nothing is called afterwards."""
-        self._drafting.close()
+        self.drafting.close()
         self._masks.close()
         self.kv.close()
 
@@ -178,7 +170,11 @@ class Runner:
         for sequence in loading:
             while self.kv.loading(sequence.seq):
                 wait = alone and sequence is loading[0]
-                loaded = self.kv.load(sequence.seq, until - time.perf_counter(), wait=wait)
+                try:
+                    loaded = self.kv.load(sequence.seq, until - time.perf_counter(), wait=wait)
+                except (Aborted, NativeFault) as error:
+                    self._fail(sequence, EngineFault(_reason(error)))
+                    break
                 if not loaded.tokens:
                     break
                 sequence.load(*loaded)
@@ -192,7 +188,8 @@ class Runner:
         prefilling = (len(self.running) - len(decoding)) / max(1, len(decoding))
         shape = self.cost.layout.shape(decoding, self.kv.resident)
         prompt_rows = self.cost.prompt_rows(shape, *self._pace, prefilling, self.running.waited)
-        limits = Limits(self.context.batch.capacity, self.context.outputs, prompt_rows, self.context.prefill_rows)
+        context = self.context
+        limits = Limits(context.batch.capacity, context.outputs, prompt_rows, context.prefill_rows, context.ubatch)
         return scheduler.plan(self.running.views(), self._room(), limits)
 
     def _room(self) -> Room:
@@ -201,6 +198,7 @@ class Runner:
     def _preempt(self, sequence: Sequence, *, keep: bool = True) -> None:
         """Takes a sequence's slot; its cells count as idle if `keep`. It starts again before all others."""
         self._leave(sequence, keep=keep)
+        self.waiting.unhold(sequence.key)
         sequence.drafter.pause()
         self.waiting.put_first(sequence)
         self.counters.retractions += 1
@@ -219,7 +217,7 @@ class Runner:
             firsts, cells = self._fill(placed), self.kv.resident
             failed = [self.running[part.key] for part in rows]
             decoding, prompt_rows = self.running.kinds(placed)
-            passes = len(self.cost.layout.passes(self.running.sequence_rows(placed)))
+            passes = self.cost.layout.passes(self.running.sequence_rows(placed))
             begun = time.perf_counter()
             try:
                 logits = self.context.decode(partial(self._commit, placed))
@@ -228,15 +226,13 @@ class Runner:
                 if less := scheduler.lessen(rows):
                     rows = less
                     continue
-                self._fail_each(failed, "the model finds no cells for a single row of it")
-            except Aborted:
-                self._fail_each(failed, SHUTTING_DOWN)
-            except NativeFault as error:
-                self._fail_each(failed, f"the step failed: {error}")
+                self.fail_all("the model finds no cells for a single row of it", failed)
+            except (Aborted, NativeFault) as error:
+                self.fail_all(_reason(error), failed)
             else:
                 self._seconds = time.perf_counter() - begun
                 self._chooser.saw(decoding, prompt_rows, cells, self._seconds)
-                self.counters.decoded(passes, self._seconds)
+                self.counters.decoded(len(passes), self._seconds)
                 self._process(placed, firsts, logits)
             return
 
@@ -289,7 +285,7 @@ class Runner:
         sequence.drafter.observe(sequence.tokens, verdict.ids, made)
         sequence.draft = ()
         if verdict.reason is not None:
-            self._finish(sequence, verdict.reason)
+            self._finish(sequence, verdict.reason, keep=intact)
         elif sequence.full:
             self._preempt(sequence)
             sequence.drafter.shift(*sequence.shift())
@@ -319,14 +315,14 @@ class Runner:
         wishes = self.running.wishes(most)
         decoding = self.running.decoding()
         load = Load(tuple(decoding), len(decoding), self.kv.resident, max(0, most))
-        drafts = self._drafting.propose([*wishes.values()], prefilling, load, self._seconds)
+        drafts = self.drafting.propose([*wishes.values()], prefilling, load, self._seconds)
         for key, draft in zip(wishes, drafts, strict=True):
             self.running[key].draft = draft.tokens
 
     # ── the end of a sequence ──
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._close(sequence, reason.value, keep=True)
+    def _finish(self, sequence: Sequence, reason: FinishReason, *, keep: bool = True) -> None:
+        self._close(sequence, reason.value, keep=keep)
         self._outbox.end(sequence.key, sequence.finished(reason))
 
     def _fail(self, sequence: Sequence, error: EngineError) -> None:
@@ -337,7 +333,7 @@ class Runner:
         self._leave(sequence, keep=keep)
         sequence.drafter.end()
         if sequence.admitted is not None:
-            self._drafting.report(sequence.drafter)
+            self.drafting.report(sequence.drafter)
         self.counters.finished[outcome] += 1
 
     def _leave(self, sequence: Sequence, *, keep: bool) -> None:
@@ -348,3 +344,7 @@ class Runner:
         if sequence.allocation is not None:
             self.kv.release(sequence.seq, keep=keep)
             sequence.stop()
+
+
+def _reason(error: Aborted | NativeFault) -> str:
+    return SHUTTING_DOWN if isinstance(error, Aborted) else f"the step failed: {error}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 # A prefix in flight of fewer tokens than this is not worth holding a request for.
 HOLD_TOKENS = 32
@@ -86,7 +86,9 @@ class Limits(Struct, frozen=True):
     outputs: int
     prompt_rows: int
     least: int = 1
-    """Rows of a prompt that a step has at least, and leaves at least for a later one."""
+    """Rows of a prompt that a pass has at least, see `Context.prefill_rows`."""
+    ubatch: int = 2**30
+    """Rows of a pass at most."""
 
 
 class Rows(Struct, frozen=True):
@@ -186,34 +188,39 @@ def _rows(sequences: Sequence[SequenceView], cells: int, free: int, limits: Limi
     decoding = [view for view in sequences if view.num_uncomputed == 1]
     prefilling = [view for view in sequences if view.num_uncomputed > 1 and view.ready]
     count, outputs = len(decoding), limits.outputs - len(sequences)
-    drafts = _share(
-        [view.drafts for view in decoding],
-        max(0, min(limits.rows - len(sequences), outputs, free - len(sequences))),
-    )
+    # An odd rest cannot be split into two parts of `least`, so a prompt gets at least one row more.
+    least_chunk = 2 * limits.least - 1
+    reserved = max(len(sequences), count + least_chunk if prefilling else 0)
+    drafts = _share([view.drafts for view in decoding], max(0, min(limits.rows - reserved, outputs, free - reserved)))
     count += sum(drafts)
-    # An odd rest cannot be split into two parts of `least`, so a prompt gets more at once.
-    wanted = max(limits.prompt_rows, 2 * limits.least - 1) if limits.prompt_rows else 0
-    chunk = min(wanted, limits.rows - count, cells - count)
+    wanted = max(limits.prompt_rows, least_chunk) if limits.prompt_rows else 0
+    chunk = max(0, min(wanted, limits.rows - count, cells - count))
     rows = [Rows(view.key, 1, more) for view, more in zip(decoding, drafts, strict=True)]
-    prompts = _prefill(prefilling, max(0, chunk), limits.least)
-    if not (rows or prompts):  # there must be a row
-        prompts = _prefill(prefilling, max(0, chunk), 1)
-    return rows + prompts
+    # Where nothing else fits, a single row is better than none.
+    return rows + (_prefill(prefilling, chunk, limits) or _prefill(prefilling, chunk, structs.replace(limits, least=1)))
 
 
-def _prefill(sequences: Sequence[SequenceView], total: int, least: int) -> list[Rows]:
+def _prefill(sequences: Sequence[SequenceView], total: int, limits: Limits) -> list[Rows]:
     """Splits the rows for prompts: highest response ratio next (Hansen 1971), that is by the time waited per token to
     compute. Short prompts pass long ones, prompts of equal length finish in the order of their arrival, and a long one
     gains weight as it waits."""
     rows: list[Rows] = []
     for view in sorted(sequences, key=lambda view: -view.waited / view.num_uncomputed):
-        size = min(view.ready, total)
-        if 0 < view.num_uncomputed - size < least:
-            size = view.num_uncomputed - least  # not to leave a rest that is too short
-        if size >= least:
+        if size := _chunk(view.ready, total, limits):
             rows.append(Rows(view.key, size))
             total -= size
     return rows
+
+
+def _chunk(ready: int, total: int, limits: Limits) -> int:
+    """How many of `ready` tokens a step with `total` rows computes: neither their passes nor the rest have fewer than
+    `limits.least` rows, unless so few are ready. 0 if that cannot be."""
+    size, least = min(ready, total), limits.least
+    if size < ready < size + least:
+        size = ready - least
+    if size > limits.ubatch and 0 < size % limits.ubatch < least:
+        size -= least
+    return size if size >= min(least, ready) else 0
 
 
 def _share(wants: Sequence[int], total: int) -> list[int]:

@@ -49,6 +49,13 @@ class Waiting:
         for hold in holds:
             self._holds[hold.key] = hold
 
+    def unhold(self, on: int) -> None:
+        """Ends the holds on a sequence that was preempted: it may come back without the prefix."""
+        for key in [key for key, hold in self._holds.items() if hold.on == on]:
+            del self._holds[key]
+            if (sequence := self.get(key)) is not None:
+                sequence.match = None
+
     # ── prefixes in flight ──
 
     def prefilling(self, sequence: Sequence) -> None:

@@ -155,8 +155,9 @@ class ToyContext:
     def _logits(self, seq: int, pos: int) -> Logits:
         held = self.held[seq].items()
         order = sorted(held, key=lambda item: item[1].place) if self.by_place else sorted(held)
-        cells = (cell for place, cell in order if place <= pos)
-        seen = array("i", (value for place, cell in enumerate(cells) for value in (place, cell.token, cell.single)))
+        cells = [(place, cell) for place, cell in order if place <= pos]
+        seen = array("i", (value for place, cell in cells for value in (place, cell.token)))
+        seen.extend(at for at, (_, cell) in enumerate(cells) if cell.single)
         bits = zlib.crc32(seen)
         rng = np.random.default_rng(bits + (bits % 1000 < 1000 * self.other))
         return rng.standard_normal(VOCABULARY, np.float32) * 3

@@ -62,6 +62,11 @@ class Drafting:
         """What became of all requests' drafts, by type. Any thread may ask."""
         return tuple(book.drafts for book in list(self._books.values()))
 
+    @property
+    def fault(self) -> str:
+        """Why the draft model drafts no more, if it failed. Any thread may call it."""
+        return self.model.fault if self.model is not None else ""
+
     def drafter(self, request: Request, sampler: Sampler | None = None, matcher: Matcher | None = None) -> Drafter:
         """The drafter of a new request, whose tokens are picked by `sampler`; the likeliest without one. Nobody drafts
         what the grammar at `matcher` forbids."""

@@ -26,7 +26,7 @@ SKY: Any = [{"role": "user", "content": "Why is the sky blue?"}]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving("-np", "16", "--alias", NAME) as server:
+    with serving("-np", "16", "-c", "16384", "--alias", NAME) as server:
         server.ready()
         yield server
         server.signal()
@@ -100,7 +100,7 @@ def test_stop(client: OpenAI) -> None:
 
 def test_a_seed_says_the_same_again(client: OpenAI) -> None:
     def ask(seed: int) -> str | None:
-        alone = {"speculative": False}  # rows are alone in their steps: beside others near-ties may fall differently
+        alone = {"speculative": False}  # a draft that is verified can turn a near-tie
         reply = client.chat.completions.create(
             model=NAME, messages=SKY, max_tokens=16, temperature=0.8, seed=seed, extra_body=alone
         )
@@ -272,5 +272,5 @@ def test_a_slot_outlives_the_server(tmp_path: Path) -> None:
     prompt = replies[0]["usage"]["prompt_tokens"]
     assert saved["n_saved"] == moved["n_restored"] == prompt + 7
     assert saved["n_written"] == moved["n_read"] == (tmp_path / "counting.bin").stat().st_size
-    assert [reply["usage"]["prompt_tokens_details"]["cached_tokens"] for reply in replies] == [0, prompt - 1]
+    assert [reply["usage"]["prompt_tokens_details"]["cached_tokens"] for reply in replies] == [0, prompt - 2]
     assert replies[0]["choices"][0]["text"] == replies[1]["choices"][0]["text"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from engine.scheduler import (
     Admission,
@@ -254,3 +255,41 @@ def test_a_plan_keeps_every_limit_and_always_has_rows(
         assert part.drafts <= each.drafts
     kept = [each for each in sequences if each.key not in made.preempt]
     assert {each.key for each in kept if each.num_uncomputed == 1} <= {part.key for part in made.rows}
+
+
+TWO = Limits(rows=64, outputs=64, prompt_rows=64, least=2, ubatch=16)
+"""Single rows are computed by other kernels than several."""
+
+
+@pytest.mark.parametrize(
+    ("case", "sequences", "limits", "rows"),
+    [
+        ("no rest of one row", [view(1, 11, 0)], structs.replace(TWO, prompt_rows=10), [Rows(1, 9)]),
+        ("three rows are not split", [view(1, 3, 0)], structs.replace(TWO, prompt_rows=2), [Rows(1, 3)]),
+        ("no pass of one row", [view(1, 17, 0)], TWO, [Rows(1, 15)]),
+        ("nor after several passes", [view(1, 33, 0)], TWO, [Rows(1, 31)]),
+        ("two rows in the last pass", [view(1, 18, 0)], TWO, [Rows(1, 18)]),
+        (
+            "one row before a block to load",
+            [view(1, 10, 9), structs.replace(view(2, 40, 8), blocked=31)],
+            TWO,
+            [Rows(1, 1), Rows(2, 1)],
+        ),
+        (
+            "drafts leave a prompt its rows",
+            [view(1, 10, 9, drafts=60), view(2, 40, 8)],
+            structs.replace(TWO, rows=16, prompt_rows=2),
+            [Rows(1, 1, 12), Rows(2, 3)],
+        ),
+        (
+            "where only one row fits, it is taken",
+            [view(1, 10, 9), view(2, 40, 8)],
+            structs.replace(TWO, rows=2),
+            [Rows(1, 1), Rows(2, 1)],
+        ),
+    ],
+)
+def test_rows_of_a_prompt_are_several_where_that_can_be(
+    case: str, sequences: list[SequenceView], limits: Limits, rows: list[Rows]
+) -> None:
+    assert plan(sequences, ROOMY, limits) == Plan(tuple(rows)), case
