@@ -185,11 +185,9 @@ class EngineThread:
         match command:
             case Submit(key, request, seed):
                 try:
-                    sequence = self._sequence(runner, key, request, seed)
+                    runner.submit(self._sequence(runner, key, request, seed))
                 except Exception as error:  # of the library that follows grammars
                     runner.reject(key, EngineFault(f"the request cannot start: {error}"))
-                else:
-                    runner.submit(sequence)
             case Cancel(key, reason):
                 runner.end(key, reason)
             case FailAll(message):

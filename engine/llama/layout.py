@@ -46,7 +46,9 @@ class Wanted(NamedTuple):
 def choose(wanted: Wanted) -> KvLayout:
     """The layout: per-slot KV where each slot gets `SLOT_TOKENS`, or the training context if that is less."""
     slots, tokens, source = wanted.slots, *_slot_tokens(wanted)
-    unified = wanted.cells or (min(wanted.trained, max(wanted.room, PAD_CELLS)) if wanted.room else wanted.trained)
+    unified = wanted.cells or wanted.trained
+    if wanted.room and not wanted.cells:
+        unified = min(unified, max(PAD_CELLS, wanted.room // PAD_CELLS * PAD_CELLS))
     if wanted.unified:
         return KvLayout(True, unified, "--kv-unified")
     per_slot = KvLayout(False, slots * _padded(tokens), "--no-kv-unified")

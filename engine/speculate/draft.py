@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
-from engine.kv import Allocation, KVCache
+from engine.kv import Allocation, Costs, KVCache
 from engine.pace import SequenceRows, Shape, StepCost, blend
 from engine.sampling import BadLogits, likeliest, spread
 from engine.speculate.base import Bounds, Draft
@@ -163,6 +163,7 @@ class DraftModel:
         """
         if self.fault:
             return
+        self._close_gap()
         try:
             active = self._prefill(requests, seconds)
             while active:
@@ -176,6 +177,15 @@ class DraftModel:
             pass  # the engine is closing
         except NativeFault as error:
             self._fail(str(error))
+
+    def _close_gap(self) -> None:
+        """Per-slot KV: keeps the ids of the sequences dense, as each draft token of all of them is a step."""
+        self.kv.price(Costs(compute=self._cost.prompt_row, extra_pass=self._cost.extra_pass))
+        if any(sequence.drafted for sequence in self.active):
+            return  # rows that are not committed cannot be moved
+        if (moved := self.kv.close_gap()) is not None:
+            sequence = next(sequence for sequence in self.active if sequence.seq == moved[0])
+            sequence.allocation = Allocation(moved[1], sequence.computed)
 
     def pass_seconds(self, sequences: int) -> float:
         """One position of the drafts of so many sequences; 0 if none was measured."""

@@ -33,7 +33,7 @@ def wanted(unified: bool | None = None, slots: int = 4, cells: int = 0, trained:
         (wanted(), False, 4 * 8192, "the training context gives each of 4 slots 8192 tokens"),
         (wanted(trained=131072), False, 4 * 8192, "the default of 8192 gives each of 4 slots 8192 tokens"),
         (wanted(room=4 * 3000), False, 4 * 2816, "a quarter of the free memory gives each of 4 slots 2816 tokens"),
-        (wanted(room=4 * 1000), True, 8192, "a quarter of the free memory leaves 768 tokens for each of 4 slots"),
+        (wanted(room=4 * 1000), True, 3840, "a quarter of the free memory leaves 768 tokens for each of 4 slots"),
         (wanted(trained=600), False, 4 * 768, "the training context gives each of 4 slots 600 tokens"),
         # --fit found the cells, which must not be exceeded.
         (wanted(cells=9999, fitted=True), False, 4 * 2304, "--fit with 9999 cells gives each of 4 slots 2304 tokens"),
