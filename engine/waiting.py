@@ -87,7 +87,7 @@ class Waiting:
     def _view(self, sequence: Sequence, running: Mapping[int, Sequence]) -> WaitingView:
         tokens, salt = sequence.tokens, sequence.request.salt
         sequence.match = match = self._kv.match(tokens, salt, sequence.match)
-        key, length = self._in_flight.match(self._kv.matchable(tokens), salt)
+        key, length = self._in_flight.match(match.wanted, salt)
         in_flight = None
         if key in running:
             in_flight = InFlight(key, length, self._kv.can_share_at(running[key].seq, length))

@@ -18,6 +18,8 @@ class Match(Struct, frozen=True):
     """The longest known prefix of `tokens`, without the last ones, which have to be computed."""
 
     tokens: array[int]
+    wanted: array[int]
+    """The part of `tokens` that may be matched: the rest gives the rows that have to be computed."""
     salt: str
     seq: int
     """The sequence that holds the resident part; -1 if nothing is resident."""

@@ -44,9 +44,7 @@ class Allocator:
 
     def _take_slot(self, match: Match, length: int) -> tuple[int, int]:
         """Per-slot KV: a slot that holds the prefix already, or gets a copy of it."""
-        holds = self._tree.matches(
-            match.tokens[: -self._context.prefill_rows], match.salt, whole=not self._context.partial
-        )
+        holds = self._tree.matches(match.wanted, match.salt, whole=not self._context.partial)
         allocated = self._residents.allocated
         free = (seq for seq in range(self._context.sequences) if seq not in allocated)
         options = [self._option(seq, min(length, holds.get(seq, 0))) for seq in free]

@@ -87,19 +87,15 @@ class KVCache:
         """Grows when a prefix is released, dropped or stored: a `Match` of another version may be out of date."""
         return self._residents.version + (self._offload.version if self._offload is not None else 0)
 
-    def matchable(self, tokens: array[int]) -> array[int]:
-        """The part of a prompt that may be matched: the rest gives the rows that have to be computed."""
-        return tokens[: -self._context.prefill_rows]
-
     def match(self, tokens: array[int], salt: str, last: Match | None = None) -> Match:
         """The longest known prefix of `tokens`; `last`, an earlier match of the same prompt, if it still holds."""
         if last is not None and last.version == self.version:
             return last
-        wanted = self.matchable(tokens)
+        wanted = tokens[: -self._context.prefill_rows]
         resident = self._residents.match(wanted, salt)
         idle = self._residents.idle_part(resident) if self._context.unified else 0
         stored = self._stored(wanted, salt, resident.length)
-        return Match(tokens, salt, resident.seq, resident.length, idle, stored, self.version)
+        return Match(tokens, wanted, salt, resident.seq, resident.length, idle, stored, self.version)
 
     def _stored(self, tokens: array[int], salt: str, start: int) -> BlockChain:
         return BlockChain((), start) if self._offload is None else self._offload.match(tokens, salt, start)
@@ -111,7 +107,7 @@ class KVCache:
         are to be loaded by `load`. There is always one, as no more are allocated than slots exist."""
         match = self.match(match.tokens, match.salt)
         seq, length = self._allocator.place(match)
-        wanted = self.matchable(match.tokens)
+        wanted = match.wanted
         stored = match.stored if length == match.length else self._stored(wanted, match.salt, length)
         to_load = self._to_load(stored, length)
         reach = to_load[-1].end if to_load else length
