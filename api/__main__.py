@@ -6,14 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from api.cost import show
-from api.flags import flag_table
-from api.lookup import build
-from api.options import OptionError, parse
-from api.serve import run
-from api.served import VERSION
-from api.templates import TemplateTrouble, names_of, wanted
-from api.terminal import say
+from api.commands.cost import show
+from api.commands.lookup import build
+from api.config.command_line import OptionError, parse
+from api.config.flags import flag_table
+from api.generation.loaded_model import VERSION
+from api.server.life import run
+from api.server.terminal import say
+from api.templates.chat_template import TemplateTrouble, names_of, wanted
 
 USAGE = """\
 usage: paceline serve -m model.gguf [flags]   serve a model over OpenAI's API

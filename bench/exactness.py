@@ -23,8 +23,8 @@ from unittest.mock import patch
 import msgspec
 from msgspec import Struct, structs
 
-from api.prompts import Prompts
-from api.schema import ChatRequest
+from api.schema.requests import ChatRequest
+from api.templates.prompts import Prompts
 from bench.figures import save, show
 from bench.models import SOURCES
 from bench.speculators import Question, questions

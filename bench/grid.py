@@ -25,8 +25,8 @@ import msgspec
 from msgspec import Struct
 from rich.progress import Progress
 
-from api.prompts import Prompts
-from api.schema import ChatRequest
+from api.schema.requests import ChatRequest
+from api.templates.prompts import Prompts
 from bench import prompts
 from bench.client import Outcome, closed
 from bench.figures import OUT, markdown, percentile, plot, save, show

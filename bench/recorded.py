@@ -1,4 +1,4 @@
-"""Recorded outputs of models that call tools, from the wheel of canitoolcall, read by the formats of api.formats."""
+"""Recorded outputs of models that call tools, from the wheel of canitoolcall, read by the formats of Paceline."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from api.formats import FORMATS, Calls, Format, Parser, Tool
-from api.messages import message_of
+from api.openai.messages import message_of
+from api.tools.formats import FORMATS, Calls, Format, Parser, Tool
 from bench import models
 
 FIXTURES = "canitoolcall/_data/fixtures/"

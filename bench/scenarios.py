@@ -82,10 +82,10 @@ async def run(model: Path, only: str) -> dict[str, dict[str, Any]]:
     """Each scenario on a server of its own."""
     figures: dict[str, dict[str, Any]] = {}
     if only in ("", "long"):
-        with serving(model, ["-c", "16384", "-np", "8"]) as server:
+        with serving(model, ["-c", "36864", "-np", "8"]) as server:
             figures["a long prompt beside four streams"] = await long_prompt(server)
     if only in ("", "prefix"):
-        with serving(model, ["-c", "8192", "-np", "8"]) as server:
+        with serving(model, ["-c", "24576", "-np", "8"]) as server:
             figures["24 requests, 8 clients, one system prompt"] = await shared_prefix(server)
     return figures
 

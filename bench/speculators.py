@@ -23,8 +23,8 @@ from typing import Protocol
 import msgspec
 from msgspec import Struct
 
-from api.prompts import Prompts
-from api.schema import ChatRequest
+from api.schema.requests import ChatRequest
+from api.templates.prompts import Prompts
 from bench import described, prompts
 from bench.figures import percentile, save, show
 from bench.models import SOURCES

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp
 
-from api.app import create_app
+from api.server.app import create_app
 from tests.api.fake import FakeEngine, hello, site_of
 
 Apps = Callable[..., ASGIApp]

@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from api.flags import Options
-from api.served import Core, Served, Site
+from api.config.flags import Options
+from api.generation.loaded_model import Core, Served, Site
 from engine import (
     SPECULATOR_TYPES,
     ContextExceeded,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from api.formats import FORMATS, Calls, Format, Tool
+from api.tools.formats import FORMATS, Calls, Format, Tool
 
 WEATHER: dict[str, Any] = {
     "type": "object",

@@ -11,9 +11,9 @@ from msgspec import structs
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp
 
-from api.app import create_app
-from api.config import ServerConfig
-from api.served import Site
+from api.config.server import ServerConfig
+from api.generation.loaded_model import Site
+from api.server.app import create_app
 from engine import EngineFault
 from tests.api.asgi import call, post
 from tests.api.conftest import Apps

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from api import cost
 from api.__main__ import main
+from api.commands import cost
 from engine import EngineConfig, Measured, ModelError
 from engine.backend import Progress
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from api.formats import FORMATS, Arguments, Begun, Calls, Format, Lark, Parser, Rules, Tool, format_of
-from api.formats.lark import MOST
+from api.tools.formats import FORMATS, Arguments, Begun, Calls, Format, Lark, Parser, Rules, Tool, format_of
+from api.tools.formats.lark import MOST
 from engine.grammar import Grammars, Matcher
 from engine.grammar import Lark as LarkForm
 from tests.api.fake import ByteVocab

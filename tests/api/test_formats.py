@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api import formats
-from api.formats import (
+from api.openai.messages import message_of
+from api.schema.replies import ChatMessage
+from api.tools import formats
+from api.tools.formats import (
     FORMATS,
     Arguments,
     Begun,
@@ -28,8 +30,6 @@ from api.formats import (
     source,
     values,
 )
-from api.messages import message_of
-from api.replies import ChatMessage
 from engine import Finished, FinishReason, Generation, Request, RequestRefused, Timings, Tokens, Usage
 from engine import Lark as LarkForm
 from tests.api.samples import CALLS, SAMPLES, Sample
@@ -267,4 +267,4 @@ def test_imports_point_down() -> None:
     parameters notation
     deepseek dsml gemma glm harmony hermes kimi kimi_xtml llama mistral qwen_xml
     """
-    assert upward("api.formats", layers) == []
+    assert upward("api.tools.formats", layers) == []

@@ -148,7 +148,7 @@ async def test_bug_after_the_first_byte(
         raise RuntimeError("secret")
 
     engine.script = lambda request: [b"a", 0.01, b"b"]
-    monkeypatch.setattr("api.completions._last", broken)
+    monkeypatch.setattr("api.generation.choices._last", broken)
     answer = await post(app, path, {**BODIES[path], "stream": True})
     assert answer.events[-1]["error"]["type"] == "server_error"
     assert "secret" not in str(answer.events)

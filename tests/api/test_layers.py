@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.engine.test_layers import ROOT, imports, upward
 
-LAYERS = """
-complaints config drafts tasks builtin_templates settings formats
-schema replies speculation templates
-problems exchange flags native_schema tools messages
-prompts responses options bodies logprobs
-served
-keys metrics completions constraints props slots
-turns text native
-chat render tokens
-app terminal
-serve lookup cost
+ROOMS = """
+http
+config
+schema
+tools
+templates
+generation
+openai llama_server
+server
+commands
 __main__
 """
+HTTP = "decode_errors events tasks request_body\nerror_responses request_context\nresponses\nkeys"
+CONFIG = "server\nflags\ncommand_line"
+SCHEMA = "requests drafts speculation\nreplies\nlogprobs"
+TOOLS = "formats\nrequested"
+TEMPLATES = "builtin\nchat_template\nprompts"
+GENERATION = "loaded_model\nconstraints choices\nturns"
+OPENAI = "messages\nchat completions\nrender"
+LLAMA_SERVER = "generation_settings\ncompletion_schema\ncompletion props slots tokenize"
+SERVER = "metrics terminal\napp\nlife"
+COMMANDS = "cost lookup"
 
 
-def test_imports_point_down() -> None:
-    assert upward("api", LAYERS) == []
+@pytest.mark.parametrize(
+    ("package", "layers"),
+    [
+        ("api", ROOMS),
+        ("api.http", HTTP),
+        ("api.config", CONFIG),
+        ("api.schema", SCHEMA),
+        ("api.tools", TOOLS),
+        ("api.templates", TEMPLATES),
+        ("api.generation", GENERATION),
+        ("api.openai", OPENAI),
+        ("api.llama_server", LLAMA_SERVER),
+        ("api.server", SERVER),
+        ("api.commands", COMMANDS),
+    ],
+)
+def test_imports_point_down(package: str, layers: str) -> None:
+    assert upward(package, layers) == []
 
 
 def test_only_public_names_of_the_engine() -> None:
@@ -30,4 +57,4 @@ def test_only_public_names_of_the_engine() -> None:
         for name in imports(path)
         if name.startswith("engine.") and name.count(".") > 1
     }
-    assert used == {("config", "engine.config.flags")}
+    assert used == {("server", "engine.config.flags")}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from api import lookup
 from api.__main__ import USAGE, main
-from api.lookup import PIECE, pieces
-from api.prompts import LONG
+from api.commands import lookup
+from api.commands.lookup import PIECE, pieces
+from api.templates.prompts import LONG
 from engine.speculate.cache import NgramCounts
 from engine.speculate.shared import key_of
 from tests.api.fake import ByteVocab

@@ -12,10 +12,10 @@ import msgspec
 import pytest
 from starlette.types import ASGIApp
 
-from api.app import create_app
-from api.flags import Options
-from api.keys import namespace_of
-from api.served import Served, Site
+from api.config.flags import Options
+from api.generation.loaded_model import Served, Site
+from api.http.keys import namespace_of
+from api.server.app import create_app
 from engine import Engine, EngineConfig
 from tests.api.asgi import call, post
 from tests.api.conftest import Apps

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.types import ASGIApp
 
-from api.app import create_app
-from api.native_schema import NativeRequest
+from api.llama_server.completion_schema import NativeRequest
+from api.server.app import create_app
 from engine import EngineFault, Finished, FinishReason, Reading, Timings, Usage, derive_seed
 from tests.api.asgi import post
 from tests.api.conftest import Apps

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from api.__main__ import USAGE, main
-from api.flags import FLAGS, IGNORED, IGNORED_WITH_VALUE, SECTIONS, Flag, Options, flag_table
-from api.options import OptionError, parse
+from api.config.command_line import OptionError, parse
+from api.config.flags import FLAGS, IGNORED, IGNORED_WITH_VALUE, SECTIONS, Flag, Options, flag_table
 from engine import BatchConfig
 
 EXAMPLES: dict[str, Any] = {

@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from api import prompts
-from api.config import ChatConfig
-from api.prompts import Prompts
-from api.schema import ChatRequest, Prediction, TextRequest
+from api.config.server import ChatConfig
+from api.schema.requests import ChatRequest, Prediction, TextRequest
+from api.templates import prompts
+from api.templates.prompts import Prompts
 from engine import RequestRefused
 from tests.api.fake import BOS, INFO, START, ByteVocab
 

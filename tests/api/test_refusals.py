@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from msgspec import Struct
 from starlette.types import ASGIApp
 
-from api.app import create_app
-from api.schema import ChatRequest, TextRequest
+from api.schema.requests import ChatRequest, TextRequest
+from api.server.app import create_app
 from tests.api.asgi import call, post
 from tests.api.conftest import Apps
 from tests.api.fake import FakeEngine, site_of

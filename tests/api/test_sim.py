@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from openai import AsyncOpenAI
 
-from api.options import OptionError, parse
+from api.config.command_line import OptionError, parse
 from engine import SIM
 from tests.api.server import Server
 

@@ -8,7 +8,7 @@ import pytest
 from msgspec import structs
 from starlette.types import ASGIApp
 
-from api.app import create_app
+from api.server.app import create_app
 from engine import SPECULATOR_TYPES, Drafts, Speculation
 from tests.api.asgi import call, post
 from tests.api.fake import FakeEngine, site_of

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from api import templates
-from api.builtin_templates import BUILTIN
-from api.config import ChatConfig
-from api.templates import ChatTemplate, TemplateTrouble, compiled, named, names_of, wanted
+from api.config.server import ChatConfig
+from api.templates import chat_template as templates
+from api.templates.builtin import BUILTIN
+from api.templates.chat_template import ChatTemplate, TemplateTrouble, compiled, named, names_of, wanted
 
 TALK = [
     {"role": "system", "content": "Be brief."},

@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from api.config import ServerConfig
-from api.serve import listen
-from api.terminal import Bar, address_of, welcome
+from api.config.server import ServerConfig
+from api.server.life import listen
+from api.server.terminal import Bar, address_of, welcome
 from tests.api.fake import INFO, FakeEngine, site_of
 
 

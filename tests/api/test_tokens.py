@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.types import ASGIApp
 
-from api.app import create_app
-from api.prompts import LONG
-from api.tokens import MOST
+from api.llama_server.tokenize import MOST
+from api.server.app import create_app
+from api.templates.prompts import LONG
 from tests.api.asgi import call, post
 from tests.api.fake import BOS, END, INFO, START, FakeEngine, site_of
 from tests.api.test_refusals import VALUES

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from starlette.types import ASGIApp
 
-from api.app import create_app
-from api.tools import closed
+from api.server.app import create_app
+from api.tools.requested import closed
 from engine import Lark, Request
 from engine.grammar import Grammars
 from tests.api.asgi import post

@@ -8,7 +8,7 @@ import pytest
 from msgspec import UNSET
 from starlette.types import ASGIApp
 
-from api.replies import TimingsReply
+from api.schema.replies import TimingsReply
 from engine import Finished, FinishReason, Timings, Usage, derive_seed
 from tests.api.asgi import call, post
 from tests.api.fake import FakeEngine
