@@ -4,7 +4,7 @@ Their faults are kept, since they are part of what is described: where a draft i
 never learnt, what is learnt from whom. Not kept is what would help nobody to compare: reads out of bounds, aborts,
 and what the ngram-map types keep of a slot's previous request, which could only cost them drafts.
 
-Each has what a request that is replayed needs of `engine.speculate.base.Speculator`: nothing edits its history. The
+Each has what a request that is replayed needs of `engine.speculate.base.Proposer`: nothing edits its history. The
 server tells them a history without its last token, and that token beside it; `history` here has both.
 """
 
@@ -19,7 +19,7 @@ from engine.speculate.base import Draft
 
 
 class Described:
-    """A speculator of one request, and its history. The server cuts a draft to `limit` after it was made."""
+    """A proposer of one request, and its history. The server cuts a draft to `limit` after it was made."""
 
     def __init__(self) -> None:
         self.history: list[int] = []

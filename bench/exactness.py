@@ -27,9 +27,9 @@ from api.schema.requests import ChatRequest
 from api.templates.prompts import Prompts
 from bench.figures import save, show
 from bench.models import SOURCES
-from bench.speculators import Question, questions
+from bench.proposers import Question, questions
 from engine.config import EngineConfig
-from engine.contract import SPECULATOR_TYPES, Finished, Logprob, Request, SamplingParams, Usage
+from engine.contract import PROPOSER_TYPES, Finished, Logprob, Request, SamplingParams, Usage
 from engine.engine import Engine
 from engine.pace import StepCost
 from engine.runner import Runner
@@ -82,7 +82,7 @@ class Way(Struct, frozen=True):
 
 ALONE = Way("a alone", clients=1, shares=False, rows=2**20)
 WAYS = (
-    *(Way(f"b {kind}", types=(kind,)) for kind in SPECULATOR_TYPES if kind != "grammar"),
+    *(Way(f"b {kind}", types=(kind,)) for kind in PROPOSER_TYPES if kind != "grammar"),
     Way("c auto", types=("auto",)),
     *(Way(f"d {clients} at once", clients=clients) for clients in (1, 3, 8, 16)),
     *(Way(f"e {rows} rows", rows=rows) for rows in (5, 33, 200)),

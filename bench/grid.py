@@ -1,6 +1,6 @@
-"""Speculators by workload by clients, against none: `python -m bench.grid -m target.gguf [-md draft.gguf]`.
+"""Proposers by workload by clients, against none: `python -m bench.grid -m target.gguf [-md draft.gguf]`.
 
-One engine serves all runs; the requests of a run name their speculator and have a salt of their own, so that no run
+One engine serves all runs; the requests of a run name their proposer and have a salt of their own, so that no run
 finds prefixes or outputs of another. The settings take turns and the rounds run in alternating order, each with prompts
 of its own; a ratio compares two runs of one round, and the median of the rounds counts. On a shared machine many short
 rounds are more reliable than a few long ones. Tokens per second are completion tokens divided by the time of the whole
@@ -35,7 +35,7 @@ from bench.simulated import Synthetic
 from engine.config import EngineConfig
 from engine.contract import Finished, Request, SamplingParams, Speculation, Tokens
 from engine.engine import Engine
-from engine.speculate import Speculator
+from engine.speculate import Proposer
 
 WORKLOADS = ("edit", "chat", "completion", "copy")
 SETTINGS = ("none", "prediction:16", "suffix:8", "suffix:16", "ngram-cache:8", "ngram-map-k:16", "auto")
@@ -202,14 +202,14 @@ async def measure(options: argparse.Namespace, settings: Sequence[str], said: Sa
         draft={"path": str(options.model_draft), "n_max": 16} if options.model_draft and not synthetic else {},
     )
 
-    def speculators(request: Request) -> Mapping[str, Speculator]:
+    def proposers(request: Request) -> Mapping[str, Proposer]:
         kind, _, rate = request.id.partition(":")
         if kind != "synthetic":
             return {}
         return {request.id: Synthetic(said.text(request.prompt), lambda: float(rate), Random(0))}
 
     cells: Cells = {}
-    async with Engine.open(config, speculate=speculators if synthetic else None) as engine:
+    async with Engine.open(config, speculate=proposers if synthetic else None) as engine:
         grid = Grid(engine, said, options.tokens)
         total = len(options.workloads) * len(options.clients) * options.rounds * len(settings)
         with Progress() as progress:

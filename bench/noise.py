@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.figures import save, show
 from bench.models import SOURCES
-from bench.speculators import SLOTS, Asked, Case, Count, answer, questions, replay
+from bench.proposers import SLOTS, Asked, Case, Count, answer, questions, replay
 from engine.backend import Vocab
 from engine.config import EngineConfig
 from engine.contract import Request, SamplingParams

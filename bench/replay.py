@@ -1,6 +1,6 @@
-"""The grid in virtual time: recorded output, replayed with the real speculators and the measured cost of a step.
+"""The grid in virtual time: recorded output, replayed with the real proposers and the measured cost of a step.
 
-`python -m bench.replay -m target.gguf` asks the target once (see `bench.speculators`) and measures its passes (see
+`python -m bench.replay -m target.gguf` asks the target once (see `bench.proposers`) and measures its passes (see
 `paceline cost`). Then a step takes what its passes and attended cells cost, a prompt what its rows cost, and drafting
 the time that it really takes, so that load on a shared machine changes nothing and differences of a few per cent show.
 Lengths of drafts are the engine's own choices; drafts of a model are not replayed. With per-slot KV each request has
@@ -20,8 +20,8 @@ from msgspec import Struct
 
 from bench.figures import save, show
 from bench.models import SOURCES
+from bench.proposers import Case, cases
 from bench.simulated import MOST, Ran
-from bench.speculators import Case, cases
 from engine import Measured, step_costs
 from engine.backend import Vocab
 from engine.config import DraftConfig, EngineConfig, SpeculationConfig

@@ -110,7 +110,7 @@ def prefix(run: Run, name: str) -> str:
 
 
 def grid(run: Run, name: str) -> str:
-    """Speculators by workload by clients, against none."""
+    """Proposers by workload by clients, against none."""
     rows = [
         [workload, clients, setting, spread([figure(of, "ratio") for of in runs])]
         for workload, by_clients in run["figures"]["cells"].items()

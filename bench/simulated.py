@@ -74,7 +74,7 @@ class Truth:
 
 
 class Synthetic:
-    """A speculator that drafts `length` tokens, each right with a set chance."""
+    """A proposer that drafts `length` tokens, each right with a set chance."""
 
     def __init__(self, truth: Text, rate: Callable[[], float], random: Random, length: int = LONGEST) -> None:
         self._truth = truth
@@ -122,7 +122,7 @@ class Ran(Struct):
 
 
 class NoVocabulary:
-    """A vocabulary for speculators that need none."""
+    """A vocabulary for proposers that need none."""
 
     size = 1000
     ends: frozenset[int] = frozenset()

@@ -125,7 +125,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
 
 
-SpeculatorType = Literal[
+ProposerType = Literal[
     "prediction",
     "grammar",
     "ngram-simple",
@@ -136,8 +136,8 @@ SpeculatorType = Literal[
     "suffix",
     "draft",
 ]
-"""The kinds of speculators, in the order in which a fixed order asks them."""
-SPECULATOR_TYPES: tuple[SpeculatorType, ...] = get_args(SpeculatorType)
+"""The kinds of proposers, in the order in which a fixed order asks them."""
+PROPOSER_TYPES: tuple[ProposerType, ...] = get_args(ProposerType)
 Length = Annotated[int, Meta(ge=0, le=1024)]
 """Tokens of a draft."""
 
@@ -145,14 +145,14 @@ Length = Annotated[int, Meta(ge=0, le=1024)]
 class Speculation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who guesses for a request, and how much. None of the bounds is the same as the server's."""
 
-    type: tuple[SpeculatorType | Literal["auto"], ...] = ()
+    type: tuple[ProposerType | Literal["auto"], ...] = ()
     """Nobody guesses if it is empty; `auto` is everyone there is."""
     n_max: Annotated[int, Meta(ge=1, le=1024)] | None = None
     """Tokens of a draft at most."""
     n_min: Length | None = None
     """A shorter draft is not verified."""
     p_min: Share | None = None
-    """A draft ends before a token that its speculator thinks less likely than this."""
+    """A draft ends before a token that its proposer thinks less likely than this."""
     size_n: Annotated[int, Meta(ge=1, le=1024)] | None = None
     """Tokens that must recur before `ngram-simple` and the `ngram-map` types guess."""
     min_hits: Annotated[int, Meta(ge=1, le=1024)] | None = None
@@ -195,7 +195,7 @@ class Request(Struct, frozen=True, kw_only=True):
     """What the continuation must look like, from `Engine.compile`: an end token is picked only where it may end, and
     where nothing else may follow it ends by itself."""
     salt: str = ""
-    """Prefixes, and what speculators learn from a text, are shared only between requests of equal salt."""
+    """Prefixes, and what proposers learn from a text, are shared only between requests of equal salt."""
     speculation: Speculation | None = None
     """Who guesses; None is the engine's default."""
     prediction: tuple[int, ...] = ()

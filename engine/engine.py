@@ -15,7 +15,7 @@ from engine import slotfiles
 from engine.backend import Backend, ModelInfo, NativeFault, Progress, Vocab
 from engine.config import EngineConfig
 from engine.contract import (
-    SPECULATOR_TYPES,
+    PROPOSER_TYPES,
     CompiledTooSlowly,
     ContextExceeded,
     Draining,
@@ -25,11 +25,11 @@ from engine.contract import (
     FinishReason,
     ModelError,
     Overloaded,
+    ProposerType,
     Reading,
     Request,
     RequestRefused,
     Speculation,
-    SpeculatorType,
 )
 from engine.generation import Generation
 from engine.grammar import Closed, Form, Grammar, GrammarError, Grammars, TooSlow
@@ -188,14 +188,14 @@ class Engine:
 
     @property
     def silent(self) -> Mapping[str, str]:
-        """Types of speculators that guess for nobody, each with the reason."""
+        """Types of proposers that guess for nobody, each with the reason."""
         fault = self._opened.runner.drafting.fault
         return {**self._opened.silent, "draft": fault} if fault else self._opened.silent
 
     @property
-    def speculators(self) -> tuple[SpeculatorType, ...]:
+    def proposers(self) -> tuple[ProposerType, ...]:
         """The types that a request may ask for."""
-        return tuple(kind for kind in SPECULATOR_TYPES if kind not in self.silent)
+        return tuple(kind for kind in PROPOSER_TYPES if kind not in self.silent)
 
     def stats(self) -> Stats:
         """What was done so far."""

@@ -18,13 +18,13 @@ from msgspec import Struct
 
 from engine.backend import Backend, Context, ModelInfo, Progress
 from engine.config import EngineConfig, processor
-from engine.contract import SPECULATOR_TYPES, EngineError, EngineFault, FinishReason, Request
+from engine.contract import PROPOSER_TYPES, EngineError, EngineFault, FinishReason, Request
 from engine.kv import Offload, open_offload
 from engine.outbox import News, Outbox
 from engine.pace import Layout, Measured, Pace, StepCost, calibrate, keep, kept, warm_up
 from engine.runner import SHUTTING_DOWN, Runner
 from engine.sequence import Sequence
-from engine.sim import open_sim, speculators
+from engine.sim import open_sim, proposers
 from engine.speculate import Drafting, DraftModel, Shared, Speculate, difference
 
 log = logging.getLogger("paceline.speculation")
@@ -110,7 +110,7 @@ class Opened(NamedTuple):
     runner: Runner
     """For commands; any thread may read its counters and what it says of itself."""
     silent: Mapping[str, str]
-    """Types of speculators that guess for nobody, each with the reason."""
+    """Types of proposers that guess for nobody, each with the reason."""
 
 
 class EngineThread:
@@ -227,7 +227,7 @@ class EngineThread:
         stack.callback(backend.close)
         self._backends.append(backend)
         if not backend.context.partial:
-            self._silent.update(dict.fromkeys(SPECULATOR_TYPES, "the model cannot forget single tokens"))
+            self._silent.update(dict.fromkeys(PROPOSER_TYPES, "the model cannot forget single tokens"))
         return backend
 
     def _open_draft(self, backend: Backend, stack: ExitStack) -> Backend | None:
@@ -276,7 +276,7 @@ class EngineThread:
             own = config.of_draft(backend.context.cells)
             model = DraftModel(draft, backend.info.vocabulary, self._cost(own, draft))
         shared = Shared(config.speculation, backend.vocab)
-        speculate = self._speculate or speculators(config)
+        speculate = self._speculate or proposers(config)
         drafting = Drafting(shared, config.speculation, config.draft, model, speculate, cost)
         outbox = Outbox(self._loop, self._listener.deliver)
         return Runner(backend, batch.slots, pace, outbox, drafting, offload, config.memory.reuse)

@@ -9,9 +9,9 @@ import pytest
 
 from bench.figures import markdown
 from bench.grid import speculation
+from bench.proposers import Case
 from bench.replay import replay
 from bench.simulated import NoVocabulary
-from bench.speculators import Case
 from engine import Measured, Speculation
 
 FLAT = Measured({1: 1.0, 16: 1.01, 128: 1.1}, 0.0, 0.01)

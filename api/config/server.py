@@ -45,7 +45,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     cache_salt_by_key: Annotated[
         bool,
         Meta(
-            description="prefixes, and what speculators learn, are shared only between requests of equal API key, "
+            description="prefixes, and what proposers learn, are shared only between requests of equal API key, "
             "besides equal cache_salt",
             extra=flags("--cache-salt-by-key"),
         ),

@@ -23,9 +23,9 @@ from engine import (
     MemoryInfo,
     ModelInfo,
     Moved,
+    ProposerType,
     Request,
     SlotState,
-    SpeculatorType,
     Stats,
     Vocab,
 )
@@ -64,7 +64,7 @@ class Core(Protocol):
         """The refusal of a prompt of so many tokens, with the flags that would help."""
 
     @property
-    def speculators(self) -> tuple[SpeculatorType, ...]:
+    def proposers(self) -> tuple[ProposerType, ...]:
         """The types that a request may ask to guess."""
 
     @property
@@ -112,10 +112,10 @@ class Served:
         self._names = {self.name, file.name, file.stem, info.path}
 
     @property
-    def guessers(self) -> tuple[SpeculatorType, ...]:
+    def guessers(self) -> tuple[ProposerType, ...]:
         """Who guesses for requests that do not say."""
         chosen = self.options.speculation.chosen
-        return tuple(kind for kind in self.engine.speculators if kind in chosen or "auto" in chosen)
+        return tuple(kind for kind in self.engine.proposers if kind in chosen or "auto" in chosen)
 
     def check_model(self, asked: str | None) -> None:
         """Raises UnknownModel unless `asked` is absent or means this one."""

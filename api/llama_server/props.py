@@ -116,7 +116,7 @@ def props_of(served: Served) -> Props:
         f"paceline {VERSION}, {info.build}",
         info.exact,
         served.fingerprint,
-        Guessing(served.guessers, engine.speculators, engine.silent),
+        Guessing(served.guessers, engine.proposers, engine.silent),
         Memory.of(engine.memory, by_key=served.options.server.cache_salt_by_key),
         served.options.server.slots_endpoint,
         template.capabilities if template else None,

@@ -9,15 +9,13 @@ import msgspec
 
 from api.config.flags import RENAMED
 from api.http.decode_errors import nearest, refused
-from engine import SPECULATOR_TYPES, RequestRefused, Speculation, SpeculatorType
+from engine import PROPOSER_TYPES, ProposerType, RequestRefused, Speculation
 
-_TYPES = (*SPECULATOR_TYPES, "auto", "none")
+_TYPES = (*PROPOSER_TYPES, "auto", "none")
 _FIELDS = Speculation.__struct_fields__
 
 
-def speculation_of(
-    wish: bool | str | Mapping[str, Any] | None, default: Iterable[SpeculatorType]
-) -> Speculation | None:
+def speculation_of(wish: bool | str | Mapping[str, Any] | None, default: Iterable[ProposerType]) -> Speculation | None:
     """What a request says about guessing; None if it says nothing. Raises RequestRefused, which names the field.
 
     False, or `none` among the types, is nobody. True, or an object without types, is those of the server's `default`,
@@ -35,7 +33,7 @@ def speculation_of(
     return _made({name: value for name, value in wish.items() if value is not None}, default)
 
 
-def _made(wish: dict[str, Any], default: Iterable[SpeculatorType]) -> Speculation:
+def _made(wish: dict[str, Any], default: Iterable[ProposerType]) -> Speculation:
     for name in wish:
         if name not in _FIELDS:
             path = f"speculative.{name[:64]}"

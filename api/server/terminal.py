@@ -92,7 +92,7 @@ def _notes(served: Served) -> Iterator[str]:
 
 def _guessing(served: Served) -> Iterator[str]:
     """A line about who guesses ahead, if anybody may."""
-    draft = served.options.draft.path if "draft" in served.engine.speculators else ""
+    draft = served.options.draft.path if "draft" in served.engine.proposers else ""
     if served.guessers:
         names = [f"draft ({Path(draft).name})" if kind == "draft" else kind for kind in served.guessers]
         yield f"Guessing ahead: {', '.join(names)}"

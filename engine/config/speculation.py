@@ -8,7 +8,7 @@ from msgspec import Meta, Struct
 
 from engine.config.flags import flags
 from engine.config.model import CacheType
-from engine.contract import Length, Share, SpeculatorType
+from engine.contract import Length, ProposerType, Share
 
 Size = Annotated[int, Meta(ge=1, le=1024)]
 """A number of tokens, or of occurrences."""
@@ -18,7 +18,7 @@ class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Draft types and their settings; requests may choose others."""
 
     types: Annotated[
-        tuple[SpeculatorType | Literal["none", "auto"], ...],
+        tuple[ProposerType | Literal["none", "auto"], ...],
         Meta(
             description="who guesses for requests that do not say: none, auto (every type, `draft` if there is a "
             "draft model), or types separated by commas",
@@ -147,7 +147,7 @@ class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ] = 100_000
 
     @property
-    def chosen(self) -> tuple[SpeculatorType | Literal["auto"], ...]:
+    def chosen(self) -> tuple[ProposerType | Literal["auto"], ...]:
         """The types for requests that do not say; `none` anywhere means nobody, as with llama-server."""
         if "none" in self.types:
             return ()

@@ -1,4 +1,4 @@
-"""Chance that the tokens of a speculator's drafts are accepted, learned from every draft."""
+"""Chance that the tokens of a proposer's drafts are accepted, learned from every draft."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from math import sqrt
 
 # Places in a draft that have an estimate of their own; later places share that of the last.
 PLACES = 16
-# Bounds of the classes of tokens whose speculator states a chance.
+# Bounds of the classes of tokens whose proposer states a chance.
 LEVELS = (0.2, 0.4, 0.55, 0.7, 0.8, 0.9, 0.96)
 # Weight of an observation after the next one of its kind: about twelve observations of one request count, so that a
 # change in the text is followed, and about a hundred of all requests.
@@ -45,7 +45,7 @@ class Acceptance:
     def observe(self, place: int, stated: float | None, right: bool) -> None:
         """Records whether the token at `place` was right; those before it were.
 
-        `stated` is the speculator's own estimate of the chance, `None` if it makes none. The prior is updated too.
+        `stated` is the proposer's own estimate of the chance, `None` if it makes none. The prior is updated too.
         """
         kinds = (_kind(place, None),) if stated is None else (_kind(place, None), _kind(place, stated))
         for one in (self,) if self._prior is None else (self._prior, self):
@@ -82,7 +82,7 @@ class Acceptance:
     def curve(self, length: int, stated: Sequence[float] = ()) -> list[float]:
         """Returns for each token of a draft the chance that it and all before it are accepted, down to `FAINT`.
 
-        `stated` are the speculator's own estimates; empty if it makes none.
+        `stated` are the proposer's own estimates; empty if it makes none.
         """
         if not length:
             return []

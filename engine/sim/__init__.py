@@ -1,7 +1,7 @@
 """Load tests without weights: a backend in which everything is real but the model's computation.
 
 The simulated model emits words that depend on a hash of all tokens before, so equal histories have equal outputs. A
-speculator that knows the words and is wrong with a set chance takes the place of all others. A step takes as long as a
+proposer that knows the words and is wrong with a set chance takes the place of all others. A step takes as long as a
 curve says.
 """
 
@@ -13,9 +13,9 @@ from engine.backend import ModelInfo, Progress
 from engine.config import EngineConfig
 from engine.contract import Request
 from engine.sim.context import SimContext, cost_of
-from engine.sim.speculator import SimSpeculator
+from engine.sim.proposer import SimProposer
 from engine.sim.words import END, SIZE, SimVocab
-from engine.speculate import Speculate, Speculator
+from engine.speculate import Proposer, Speculate
 
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -60,14 +60,14 @@ def open_sim(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]
     return SimBackend(config, context)
 
 
-def speculators(config: EngineConfig) -> Speculate | None:
-    """Returns the maker of simulated speculators; `None` if the usual speculators are to be used."""
+def proposers(config: EngineConfig) -> Speculate | None:
+    """Returns the maker of simulated proposers; `None` if the usual proposers are to be used."""
     if not (config.sim.on and config.sim.accept):
         return None
 
-    def speculate(request: Request) -> dict[str, Speculator]:
+    def speculate(request: Request) -> dict[str, Proposer]:
         if request.speculation is not None and not request.speculation.type:
             return {}
-        return {"simulated": SimSpeculator(config.sim.seed, config.sim.accept)}
+        return {"simulated": SimProposer(config.sim.seed, config.sim.accept)}
 
     return speculate

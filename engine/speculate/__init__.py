@@ -1,18 +1,18 @@
-"""Speculators: guesses at a request's next tokens, verified by the model in one step.
+"""Proposers: guesses at a request's next tokens, verified by the model in one step.
 
-base        what a speculator is, and what a draft is
+base        what a proposer is, and what a draft is
 simple, map, mod, cache, suffix, prediction, forced, draft    one type each
 ngrams, tree, files   what some of them are made of
 vocabulary  whether a draft model fits
-guesser     one type's speculator in one request, and how often it is right
-drafter     the speculators of one request
+guesser     one type's proposer in one request, and how often it is right
+drafter     the proposers of one request
 proposals   one step's drafts for all requests: who is asked, what is verified
-shared      what speculators share, and the files it is kept in
+shared      what proposers share, and the files it is kept in
 drafting    all of it for one engine
 tally       counts, and the lines in the log
 """
 
-from engine.speculate.base import NO_DRAFT, Bounds, Draft, Speculator
+from engine.speculate.base import NO_DRAFT, Bounds, Draft, Proposer
 from engine.speculate.draft import DraftModel
 from engine.speculate.drafter import LEARN, Drafter
 from engine.speculate.drafting import Drafting, Speculate
@@ -28,9 +28,9 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "Drafting",
+    "Proposer",
     "Shared",
     "Speculate",
-    "Speculator",
     "Wish",
     "difference",
 ]

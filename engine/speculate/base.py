@@ -1,4 +1,4 @@
-"""What a speculator is. A guess never changes the text: the runner emits what the model would have anyway."""
+"""What a proposer is. A guess never changes the text: the runner emits what the model would have anyway."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Draft(Struct, frozen=True):
 
     tokens: Sequence[int] = ()
     chances: Sequence[float] = ()
-    """For each token how likely it is, given those before it, as the speculator sees it; empty if it cannot tell."""
+    """For each token how likely it is, given those before it, as the proposer sees it; empty if it cannot tell."""
 
 
 NO_DRAFT = Draft()
@@ -27,7 +27,7 @@ class Bounds(Struct, frozen=True):
     n_min: int = 0
     """A shorter draft is none."""
     p_min: float = 0.0
-    """A draft ends before a token that its speculator thinks less likely than this."""
+    """A draft ends before a token that its proposer thinks less likely than this."""
     permits: Callable[[Sequence[int]], int] | None = None
     """How many of these tokens may come one after the other; None if all may."""
 
@@ -44,11 +44,11 @@ class Bounds(Struct, frozen=True):
         return draft if length == len(draft.tokens) else Draft(draft.tokens[:length], draft.chances[:length])
 
 
-class Speculator(Protocol):
+class Proposer(Protocol):
     """Guesses at how the history of one request goes on. Called on the engine thread only.
 
     The history is a list of token ids: what `begin` gave, grown by each `observe` and edited by `truncate` and
-    `shift`. After any edit the state equals that of a fresh speculator that was given the edited history.
+    `shift`. After any edit the state equals that of a fresh proposer that was given the edited history.
     """
 
     def begin(self, tokens: Sequence[int]) -> None:
@@ -58,7 +58,7 @@ class Speculator(Protocol):
         """At most `limit` tokens, at least 1, that may follow the history; none is a valid answer."""
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
-        """`emitted` follow the history. If they come from the verification of this speculator's last proposal, the
+        """`emitted` follow the history. If they come from the verification of this proposer's last proposal, the
         first `drafted` tokens of it were verified and the first `accepted` of those were right."""
 
     def truncate(self, length: int) -> None:

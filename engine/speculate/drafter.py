@@ -1,4 +1,4 @@
-"""The speculators of one request: shows them its tokens, asks them for drafts, and keeps count."""
+"""The proposers of one request: shows them its tokens, asks them for drafts, and keeps count."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from math import ceil, inf
 
 from engine.contract import Drafts
 from engine.pace import Verified
-from engine.speculate.base import NO_DRAFT, Bounds, Draft, Speculator
+from engine.speculate.base import NO_DRAFT, Bounds, Draft, Proposer
 from engine.speculate.draft import DraftSequence
 from engine.speculate.guesser import Book, Guesser
 
 ANY = Bounds()
 
 LEARN = 2048
-"""Tokens that all requests' speculators are shown in one step at most, besides those just emitted: some tens of
+"""Tokens that all requests' proposers are shown in one step at most, besides those just emitted: some tens of
 milliseconds, so that long prompts, or those found in the cells, do not hold up everybody's step."""
 USEFUL = 1.0
 """Tokens that a guess must be likely to have right for its type to be asked in the next step too, whatever it takes."""
@@ -24,14 +24,14 @@ RARELY = 16
 
 
 class Drafter:
-    """The speculators of one request, by type in the order in which a fixed order asks them.
+    """The proposers of one request, by type in the order in which a fixed order asks them.
 
     Belongs to the engine thread. `books` has the engine's counts of each type; the request's own start empty.
     """
 
     def __init__(
         self,
-        speculators: Mapping[str, Speculator],
+        proposers: Mapping[str, Proposer],
         *,
         books: Mapping[str, Book] | None = None,
         bounds: Bounds = ANY,
@@ -41,20 +41,20 @@ class Drafter:
         """Whether the first type that answers is taken, with all it says."""
         self._bounds = bounds
         self._guessers: dict[str, Guesser] = {}
-        for name, speculator in speculators.items():
+        for name, proposer in proposers.items():
             whole = (books or {}).get(name)
             own = Book.new(name, whole)
-            self._guessers[name] = Guesser(name, speculator, own, whole or own)
+            self._guessers[name] = Guesser(name, proposer, own, whole or own)
         self._model = self._guessers.get("draft")
         self._plain = [guesser for guesser in self._guessers.values() if guesser is not self._model]
-        self._known = 0  # tokens of the history that the speculators were shown, or will be when they are asked
+        self._known = 0  # tokens of the history that the proposers were shown, or will be when they are asked
         self._round = 0
         self._chosen: Guesser | None = None
 
     @property
     def draft_sequence(self) -> DraftSequence | None:
         """The request's place in the draft model, if that may guess for it."""
-        draft_sequence = self._model.speculator if self._model is not None else None
+        draft_sequence = self._model.proposer if self._model is not None else None
         return draft_sequence if isinstance(draft_sequence, DraftSequence) else None
 
     @property
@@ -73,7 +73,7 @@ class Drafter:
         return self._guessers.keys()
 
     def learn(self, tokens: array[int], most: int) -> int:
-        """Shows the speculators at most `most` more of `tokens`, the history, and says how many."""
+        """Shows the proposers at most `most` more of `tokens`, the history, and says how many."""
         part = tokens[self._known : self._known + most] if self._guessers else tokens[:0]
         if not part:
             return 0
@@ -83,7 +83,7 @@ class Drafter:
         return len(part)
 
     def knows(self, tokens: array[int]) -> bool:
-        """Whether the speculators were shown all of `tokens`, so that they may guess; false if there are none."""
+        """Whether the proposers were shown all of `tokens`, so that they may guess; false if there are none."""
         return bool(self._guessers) and self._known == len(tokens)
 
     # ── before a step ──

@@ -1,4 +1,4 @@
-"""All speculation of one engine: what speculators share, whom each request gets, and one draft for everybody a step."""
+"""All speculation of one engine: what proposers share, whom each request gets, and one draft for everybody a step."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from msgspec import structs
 
 from engine.config import DraftConfig, SpeculationConfig
-from engine.contract import SPECULATOR_TYPES, Drafts, Request, Speculation, SpeculatorType
+from engine.contract import PROPOSER_TYPES, Drafts, ProposerType, Request, Speculation
 from engine.grammar import Matcher
 from engine.pace import Chooser, Load, StepCost
 from engine.sampling import Sampler
-from engine.speculate.base import Bounds, Draft, Speculator
+from engine.speculate.base import Bounds, Draft, Proposer
 from engine.speculate.draft import DraftModel, DraftSequence
 from engine.speculate.drafter import Drafter
 from engine.speculate.forced import Forced
@@ -30,8 +30,8 @@ log = logging.getLogger("paceline.speculation")
 PLACES = 16
 """Places that a request may make the draft model guess if the engine's own bound is lower: everybody waits for them."""
 
-Speculate = Callable[[Request], Mapping[str, Speculator]]
-"""Makes the speculators of a request, by type: another choice of them, for tests and experiments."""
+Speculate = Callable[[Request], Mapping[str, Proposer]]
+"""Makes the proposers of a request, by type: another choice of them, for tests and experiments."""
 
 
 class Drafting:
@@ -71,13 +71,13 @@ class Drafting:
         """The drafter of a new request, whose tokens are picked by `sampler`; the likeliest without one. Nobody drafts
         what the grammar at `matcher` forbids."""
         asked = self._asked(request)
-        speculators = self._speculate(request) if self._speculate else self.speculators(request, sampler, matcher)
-        for name in speculators:
+        proposers = self._speculate(request) if self._speculate else self.proposers(request, sampler, matcher)
+        for name in proposers:
             self._books.setdefault(name, Book.new(name))
         permits = matcher.permits if matcher is not None else None
         bounds = Bounds(asked.n_max, asked.n_min or 0, asked.p_min or 0.0, permits)
         fixed = (asked.order or self._config.order) == "fixed"
-        return Drafter(speculators, books=self._books, bounds=bounds, fixed=fixed)
+        return Drafter(proposers, books=self._books, bounds=bounds, fixed=fixed)
 
     def propose(self, wishes: Sequence[Wish], reading: Sequence[Drafter], load: Load, seconds: float) -> list[Draft]:
         """What the next step is to verify for each of `wishes`; see `Proposals.make`."""
@@ -104,23 +104,23 @@ class Drafting:
             return structs.replace(asked, type=(*asked.type, "prediction"))
         return asked
 
-    def speculators(
+    def proposers(
         self, request: Request, sampler: Sampler | None = None, matcher: Matcher | None = None
-    ) -> dict[str, Speculator]:
-        """The speculators of a request, by type."""
+    ) -> dict[str, Proposer]:
+        """The proposers of a request, by type."""
         asked = self._asked(request)
-        wanted = SPECULATOR_TYPES if "auto" in asked.type else [kind for kind in SPECULATOR_TYPES if kind in asked.type]
+        wanted = PROPOSER_TYPES if "auto" in asked.type else [kind for kind in PROPOSER_TYPES if kind in asked.type]
         made = {kind: self._make(kind, request, asked, sampler, matcher) for kind in wanted}
-        return {kind: speculator for kind, speculator in made.items() if speculator is not None}
+        return {kind: proposer for kind, proposer in made.items() if proposer is not None}
 
     def _make(
         self,
-        kind: SpeculatorType,
+        kind: ProposerType,
         request: Request,
         asked: Speculation,
         sampler: Sampler | None,
         matcher: Matcher | None,
-    ) -> Speculator | None:
+    ) -> Proposer | None:
         config, shared = self._config, self._shared
         match kind:
             case "prediction":

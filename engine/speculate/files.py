@@ -1,4 +1,4 @@
-"""Files that speculators keep between runs: whole or refused.
+"""Files that proposers keep between runs: whole or refused.
 
     magic (8 bytes) | version (uint32) | vocabulary key (32 bytes) | body | BLAKE2b-256 of all before it
 

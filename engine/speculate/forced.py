@@ -9,7 +9,7 @@ from engine.speculate.base import NO_DRAFT, Draft
 
 
 class Forced:
-    """The `grammar` speculator of a request. Its matcher knows the emitted tokens already, and it is always right."""
+    """The `grammar` proposer of a request. Its matcher knows the emitted tokens already, and it is always right."""
 
     def __init__(self, matcher: Matcher) -> None:
         self._matcher = matcher

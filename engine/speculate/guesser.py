@@ -1,4 +1,4 @@
-"""One type's speculator in one request: what it was shown, what it guesses, and how often that comes true."""
+"""One type's proposer in one request: what it was shown, what it guesses, and how often that comes true."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from msgspec import Struct, structs
 
 from engine.contract import Drafts
 from engine.pace import Acceptance, Verified
-from engine.speculate.base import NO_DRAFT, Bounds, Speculator
+from engine.speculate.base import NO_DRAFT, Bounds, Proposer
 from engine.speculate.tally import Tally
 
 LAG = 64
@@ -40,12 +40,12 @@ class Book(Struct):
 
 
 class Guesser:
-    """A speculator and its book. What comes while nobody asks it, it is shown when somebody does, all at once."""
+    """A proposer and its book. What comes while nobody asks it, it is shown when somebody does, all at once."""
 
-    def __init__(self, name: str, speculator: Speculator, book: Book, whole: Book) -> None:
+    def __init__(self, name: str, proposer: Proposer, book: Book, whole: Book) -> None:
         """`book` is the request's, `whole` the engine's, which may be the same."""
         self.name = name
-        self.speculator = speculator
+        self.proposer = proposer
         self.book = book
         self._whole = whole
         self.draft = NO_DRAFT
@@ -68,9 +68,9 @@ class Guesser:
         """The history, or more of it."""
         begun = time.perf_counter()
         if self._begun:
-            self.speculator.observe(tokens)
+            self.proposer.observe(tokens)
         else:
-            self.speculator.begin(tokens)
+            self.proposer.begin(tokens)
         self.book.tally.learnt(time.perf_counter() - begun, first=not self._begun)
         self._begun = True
 
@@ -79,7 +79,7 @@ class Guesser:
         started = time.perf_counter()
         self.catch_up()
         begun = time.perf_counter()
-        draft = bounds.trim(self.speculator.propose(limit))
+        draft = bounds.trim(self.proposer.propose(limit))
         assert len(draft.tokens) <= limit, f"{self.name} keeps to the limit"
         self.draft = draft
         self.curve = self.book.acceptance.curve(len(draft.tokens), draft.chances)
@@ -101,10 +101,10 @@ class Guesser:
         self._compare(emitted)
         if verified is not None:
             begun = time.perf_counter()
-            self.speculator.observe(emitted, verified.drafted, verified.accepted)
+            self.proposer.observe(emitted, verified.drafted, verified.accepted)
             self.book.tally.verified(verified, sum(self.curve[: verified.drafted]), time.perf_counter() - begun)
         elif self.name == "draft":  # it has rows to give up
-            self.speculator.observe(emitted)
+            self.proposer.observe(emitted)
         else:
             self._unshown.extend(emitted)
             if len(self._unshown) >= LAG:
@@ -136,16 +136,16 @@ class Guesser:
         """The history is cut."""
         self.catch_up()
         self._followed = NO_DRAFT
-        self.speculator.truncate(length)
+        self.proposer.truncate(length)
 
     def shift(self, keep: int, discard: int) -> None:
         """A part of the history is gone."""
         self.catch_up()
         self._followed = NO_DRAFT
-        self.speculator.shift(keep, discard)
+        self.proposer.shift(keep, discard)
 
     def end(self) -> None:
         """The request has ended: others may learn from all of it."""
         if self._begun:
             self.catch_up()
-            self.speculator.end()
+            self.proposer.end()

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from operator import itemgetter
 
-from engine.speculate.ngrams import NgramSpeculator
+from engine.speculate.ngrams import NgramProposer
 
 WINDOW = 32
 """How many occurrences are asked, the latest first: enough for a majority, few enough to read them at every step."""
@@ -16,7 +16,7 @@ LEARNED = 4096
 """How many n-grams may have a length of their own, in less than a megabyte; the one learnt longest ago goes first."""
 
 
-class NgramMapK(NgramSpeculator):
+class NgramMapK(NgramProposer):
     """Follows the majority, token by token, of the occurrences that agree with the draft so far.
 
     Each n-gram has a length of its own, learnt from what became of the drafts after it: a draft that goes wrong
@@ -59,7 +59,7 @@ class NgramMapK(NgramSpeculator):
             del self._lengths[next(iter(self._lengths))]
 
 
-class NgramMapK4v(NgramSpeculator):
+class NgramMapK4v(NgramProposer):
     """Drafts the continuation of `size_m` tokens that clearly prevails.
 
     Of the latest occurrences that have `size_m` tokens after them, the four most recent distinct continuations are

@@ -1,4 +1,4 @@
-"""Where each n-gram of a history occurs, and what the speculators that copy from the history itself have in common."""
+"""Where each n-gram of a history occurs, and what the proposers that copy from the history itself have in common."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class NgramIndex:
         return [hash(data[at : at + width]) for at in range(0, len(data) - width, item)]
 
 
-class NgramSpeculator(ABC):
-    """A speculator that continues its history as an earlier occurrence of the last `size_n` tokens went on.
+class NgramProposer(ABC):
+    """A proposer that continues its history as an earlier occurrence of the last `size_n` tokens went on.
 
     Drafts at most `size_m` tokens, and none before those `size_n` have occurred `min_hits` times earlier; each of
     the three is at least 1. Its drafts have no chances.

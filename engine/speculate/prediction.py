@@ -22,7 +22,7 @@ NEAR = 8
 
 
 class Prediction:
-    """The `prediction` speculator of a request whose prompt has `prompt_length` tokens; what follows is its output.
+    """The `prediction` proposer of a request whose prompt has `prompt_length` tokens; what follows is its output.
 
     The *place* is how many tokens of `predicted` the output has come past, 0 at first. For each token of the output:
 

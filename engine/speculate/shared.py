@@ -63,7 +63,7 @@ class Shared:
         return SharedOutputs(self._config.suffix_tokens, depth=self._config.suffix_depth)
 
     def mod(self, salt: str, n_min: int, n_max: int) -> NgramMod:
-        """A request's speculator over the pool."""
+        """A request's proposer over the pool."""
         match self._config.pool_scope:
             case "shared":
                 scope = scope_of("shared")
@@ -74,7 +74,7 @@ class Shared:
         return NgramMod(self._pool, scope, n_min, n_max)
 
     def cache(self, salt: str, n_max: int) -> NgramCache:
-        """A request's speculator over its own counts, those of past requests and those of a corpus."""
+        """A request's proposer over its own counts, those of past requests and those of a corpus."""
         return NgramCache(NgramCounts(limit=0) if salt else self._dynamic, self._static, n_max)
 
     def save(self) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from array import array
 
-from engine.speculate.ngrams import NgramSpeculator
+from engine.speculate.ngrams import NgramProposer
 
 
-class NgramSimple(NgramSpeculator):
+class NgramSimple(NgramProposer):
     """Copies what followed the latest earlier occurrence."""
 
     def _guess(self, length: int) -> array[int]:

@@ -76,7 +76,7 @@ class Output:
 
 
 class Suffix:
-    """The `suffix` speculator of a request whose prompt has `prompt_length` tokens; what follows them is its output.
+    """The `suffix` proposer of a request whose prompt has `prompt_length` tokens; what follows them is its output.
 
     A tree over the whole history and those of the shared outputs each offer what mostly followed their longest match:
     at most `factor` tokens for each token of the match, but at least one, and as long as all together are at least

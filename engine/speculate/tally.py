@@ -1,4 +1,4 @@
-"""What the speculators of one type did, and the lines in which llama.cpp's users look for it."""
+"""What the proposers of one type did, and the lines in which llama.cpp's users look for it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Tally:
         self._spent = 0.0
 
     def learnt(self, seconds: float, *, first: bool) -> None:
-        """A speculator was shown a part of its history, the first one or another."""
+        """A proposer was shown a part of its history, the first one or another."""
         self._count(0, seconds, int(first))
 
     def proposed(self, seconds: float) -> None:
-        """A speculator was asked for a draft, which it took so long to make."""
+        """A proposer was asked for a draft, which it took so long to make."""
         self._count(1, seconds)
         tally: Tally | None = self
         while tally is not None:

@@ -12,7 +12,7 @@ import msgspec
 from api.config.flags import Options
 from api.generation.loaded_model import Core, Served, Site
 from engine import (
-    SPECULATOR_TYPES,
+    PROPOSER_TYPES,
     ContextExceeded,
     Drafts,
     EngineError,
@@ -27,13 +27,13 @@ from engine import (
     MemoryInfo,
     ModelInfo,
     Moved,
+    ProposerType,
     Ran,
     Reading,
     Request,
     RequestRefused,
     SamplingParams,
     SlotState,
-    SpeculatorType,
     Stats,
     Timings,
     Usage,
@@ -179,8 +179,8 @@ class FakeEngine:
         self._grammars = Grammars(self.vocab)
 
     @property
-    def speculators(self) -> tuple[SpeculatorType, ...]:
-        return tuple(kind for kind in SPECULATOR_TYPES if kind not in self.silent)
+    def proposers(self) -> tuple[ProposerType, ...]:
+        return tuple(kind for kind in PROPOSER_TYPES if kind not in self.silent)
 
     async def compile(self, form: Form) -> Grammar:
         try:

@@ -128,7 +128,7 @@ def test_the_command_line_wins_over_the_environment_and_that_over_a_file(tmp_pat
     ],
     ids=str,
 )
-def test_types_of_speculators(arguments: list[str], types: tuple[str, ...]) -> None:
+def test_types_of_proposers(arguments: list[str], types: tuple[str, ...]) -> None:
     assert parse(["-m", "x", *arguments]).speculation.types == types
 
 

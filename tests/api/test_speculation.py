@@ -9,7 +9,7 @@ from msgspec import structs
 from starlette.types import ASGIApp
 
 from api.server.app import create_app
-from engine import SPECULATOR_TYPES, Drafts, Speculation
+from engine import PROPOSER_TYPES, Drafts, Speculation
 from tests.api.asgi import call, post
 from tests.api.fake import FakeEngine, site_of
 
@@ -180,7 +180,7 @@ async def test_props(engine: FakeEngine) -> None:
         "eos_token": "</s>",
         "speculative": {
             "types": ["suffix"],
-            "available": list(engine.speculators),
+            "available": list(engine.proposers),
             "unavailable": {"draft": "there is no draft model, see --model-draft"},
         },
         "memory": {
@@ -217,7 +217,7 @@ async def test_props(engine: FakeEngine) -> None:
 
 async def test_props_of_a_model_that_cannot_cut(engine: FakeEngine) -> None:
     reason = "the model cannot forget single tokens"
-    engine.silent = dict.fromkeys(SPECULATOR_TYPES, reason)
+    engine.silent = dict.fromkeys(PROPOSER_TYPES, reason)
     engine.memory = structs.replace(engine.memory, partial=False)
     app = create_app(site_of(engine, options={"speculation": {"types": ["auto"]}}, cache_salt_by_key=True))
     props = (await call(app, "GET", "/props")).json
@@ -225,5 +225,5 @@ async def test_props_of_a_model_that_cannot_cut(engine: FakeEngine) -> None:
     assert props["speculative"] == {
         "types": [],
         "available": [],
-        "unavailable": dict.fromkeys(SPECULATOR_TYPES, reason),
+        "unavailable": dict.fromkeys(PROPOSER_TYPES, reason),
     }

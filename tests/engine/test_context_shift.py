@@ -66,7 +66,7 @@ def test_discarded_tokens_change_nothing_afterwards(keep: int, unified: bool) ->
 
 @pytest.mark.parametrize("unified", LAYOUTS)
 @pytest.mark.parametrize("kind", ["ngram-map-k", "suffix", "draft", "auto"])
-def test_every_speculator_survives_a_hundred_shifts(kind: Any, unified: bool) -> None:
+def test_every_proposer_survives_a_hundred_shifts(kind: Any, unified: bool) -> None:
     speculation = SpeculationConfig(
         types=(kind,), order="fixed", size_n=2, size_m=6, mod_match=2, mod_min=0, suffix_tokens=500
     )

@@ -1,4 +1,4 @@
-"""One request's speculators: what they are shown, whose draft is taken, and what is counted."""
+"""One request's proposers: what they are shown, whose draft is taken, and what is counted."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 
 from engine.config import DraftConfig, SpeculationConfig
-from engine.contract import SPECULATOR_TYPES, Drafts, Request, Speculation, SpeculatorType
+from engine.contract import PROPOSER_TYPES, Drafts, ProposerType, Request, Speculation
 from engine.pace import Acceptance, Verified
-from engine.speculate import Bounds, Draft, Drafter, Drafting, Shared, Speculator
+from engine.speculate import Bounds, Draft, Drafter, Drafting, Proposer, Shared
 from engine.speculate.guesser import Book
 from engine.speculate.tally import Tally
 from tests.toy import ToyVocab
@@ -141,16 +141,16 @@ def test_counts_and_the_line_in_the_log() -> None:
     )
 
 
-def alone(kind: SpeculatorType, prompt: Sequence[int]) -> Speculator:
+def alone(kind: ProposerType, prompt: Sequence[int]) -> Proposer:
     request = Request(
         prompt=tuple(prompt), prediction=(1, 2, 3, 1, 2, 2), salt="x", speculation=Speculation(type=(kind,))
     )
-    return Drafting(Shared(SMALL, ToyVocab()), SMALL, DraftConfig()).speculators(request)[kind]
+    return Drafting(Shared(SMALL, ToyVocab()), SMALL, DraftConfig()).proposers(request)[kind]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SPECULATOR_TYPES if kind not in ("draft", "grammar")])
+@pytest.mark.parametrize("kind", [kind for kind in PROPOSER_TYPES if kind not in ("draft", "grammar")])
 @pytest.mark.parametrize("seed", range(20))
-def test_a_shift_before_all_was_shown(kind: SpeculatorType, seed: int) -> None:
+def test_a_shift_before_all_was_shown(kind: ProposerType, seed: int) -> None:
     """What is shown after it follows what is left, as if the rest had never been in the history."""
     random = Random(seed)
     prompt = [random.randint(1, 3) for _ in range(20)]

@@ -11,7 +11,7 @@ from msgspec import structs
 
 from engine.config import SpeculationConfig
 from engine.contract import (
-    SPECULATOR_TYPES,
+    PROPOSER_TYPES,
     Failed,
     Finished,
     FinishReason,
@@ -59,7 +59,7 @@ def draw(random: Random, prefixes: list[list[int]]) -> tuple[Request, str]:
     return structs.replace(made, max_tokens=random.choice([1, 10, 60])), pattern
 
 
-@pytest.mark.parametrize("kind", [*SPECULATOR_TYPES, "auto", "fixed", "oracle"])
+@pytest.mark.parametrize("kind", [*PROPOSER_TYPES, "auto", "fixed", "oracle"])
 @pytest.mark.parametrize("seed", range(4))
 def test_tokens_are_those_alone_and_follow_the_grammar(kind: Any, seed: int) -> None:
     random = Random(seed)

@@ -95,14 +95,14 @@ def drafting() -> Drafting:
 def draft_of(drafting: Drafting, kind: Any, salt: str, known: int) -> tuple[int, ...]:
     """The draft for a request that has `known` tokens of EMITTED; it then emits the others."""
     asked = Request(prompt=EMITTED[:20], salt=salt, speculation=Speculation(type=(kind,), n_min=0))
-    speculator = drafting.speculators(asked)[kind]
-    speculator.begin(EMITTED[:20])
+    proposer = drafting.proposers(asked)[kind]
+    proposer.begin(EMITTED[:20])
     for token in EMITTED[20:known]:
-        speculator.observe([token])
-    draft = tuple(speculator.propose(4).tokens)
+        proposer.observe([token])
+    draft = tuple(proposer.propose(4).tokens)
     for token in EMITTED[known:]:
-        speculator.observe([token])
-    speculator.end()
+        proposer.observe([token])
+    proposer.end()
     return draft
 
 

@@ -1,4 +1,4 @@
-"""The speculators that copy from the history against their contracts, written down with plain lists and scans."""
+"""The proposers that copy from the history against their contracts, written down with plain lists and scans."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from engine.speculate import map as maps
 from engine.speculate.map import VALUES, WINDOW, NgramMapK, NgramMapK4v
-from engine.speculate.ngrams import NgramIndex, NgramSpeculator
+from engine.speculate.ngrams import NgramIndex, NgramProposer
 from engine.speculate.simple import NgramSimple
 
-KINDS: list[type[NgramSpeculator]] = [NgramSimple, NgramMapK, NgramMapK4v]
+KINDS: list[type[NgramProposer]] = [NgramSimple, NgramMapK, NgramMapK4v]
 Guess = Callable[["Naive", list[int], int], list[int]]
 
 
 class Naive:
-    """What a speculator is to do, with a list and a scan of it at every question."""
+    """What a proposer is to do, with a list and a scan of it at every question."""
 
     def __init__(self, guess: Guess, size_n: int, size_m: int, min_hits: int) -> None:
         self.guess, self.n, self.m, self.min_hits = guess, size_n, size_m, min_hits
@@ -75,7 +75,7 @@ def map_k4v(naive: Naive, starts: list[int], length: int) -> list[int]:
     return []
 
 
-GUESSES: dict[type[NgramSpeculator], Guess] = {NgramSimple: simple, NgramMapK: map_k, NgramMapK4v: map_k4v}
+GUESSES: dict[type[NgramProposer], Guess] = {NgramSimple: simple, NgramMapK: map_k, NgramMapK4v: map_k4v}
 
 
 class Operation(NamedTuple):
@@ -98,25 +98,25 @@ OPERATIONS = st.lists(st.binary(min_size=9, max_size=9).map(Operation.of), min_s
 
 
 class Pair:
-    """A speculator and its naive double, which say the same at each step."""
+    """A proposer and its naive double, which say the same at each step."""
 
-    def __init__(self, kind: type[NgramSpeculator], size_n: int, size_m: int, min_hits: int, alphabet: int = 5) -> None:
+    def __init__(self, kind: type[NgramProposer], size_n: int, size_m: int, min_hits: int, alphabet: int = 5) -> None:
         self.sizes = (size_n, size_m, min_hits)
-        self.speculator = kind(*self.sizes)
+        self.proposer = kind(*self.sizes)
         self.naive = Naive(GUESSES[kind], size_n, size_m, min_hits)
         self.alphabet = alphabet
 
     def begin(self, tokens: Sequence[int]) -> None:
-        self.speculator.begin(tokens)
+        self.proposer.begin(tokens)
         self.naive.history += tokens
 
     def propose(self, limit: int) -> list[int]:
-        draft = list(self.speculator.propose(limit).tokens)
+        draft = list(self.proposer.propose(limit).tokens)
         assert draft == self.naive.propose(limit)
         return draft
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
-        self.speculator.observe(emitted, drafted, accepted)
+        self.proposer.observe(emitted, drafted, accepted)
         if drafted:
             self.naive.learn(drafted, accepted)
         self.naive.history += emitted
@@ -131,19 +131,19 @@ class Pair:
         self.observe([*draft[:accepted], other], len(draft), accepted)
 
     def truncate(self, length: int) -> None:
-        self.speculator.truncate(length)
+        self.proposer.truncate(length)
         self._edited(self.naive.history[:length])
 
     def shift(self, keep: int, discard: int) -> None:
-        self.speculator.shift(keep, discard)
+        self.proposer.shift(keep, discard)
         self._edited(self.naive.history[:keep] + self.naive.history[keep + discard :])
 
     def _edited(self, history: list[int]) -> None:
         self.naive.history = history
         self.naive.lengths = {}
-        fresh = type(self.speculator)(*self.sizes)
+        fresh = type(self.proposer)(*self.sizes)
         fresh.begin(history)
-        assert state(self.speculator) == state(fresh)
+        assert state(self.proposer) == state(fresh)
 
     def apply(self, operation: Operation) -> None:
         name, limit, first, second, tokens = operation
@@ -161,9 +161,9 @@ class Pair:
                 self.shift(keep, min(second, size - keep))
 
 
-def state(speculator: NgramSpeculator) -> dict[str, object]:
-    """All that a speculator knows."""
-    return {**vars(speculator), "index": vars(speculator.index)}
+def state(proposer: NgramProposer) -> dict[str, object]:
+    """All that a proposer knows."""
+    return {**vars(proposer), "index": vars(proposer.index)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -175,7 +175,7 @@ def state(speculator: NgramSpeculator) -> dict[str, object]:
     operations=OPERATIONS,
 )
 def test_equals_the_naive_double(
-    kind: type[NgramSpeculator],
+    kind: type[NgramProposer],
     sizes: tuple[int, int, int, int],
     prompt: bytes,
     repeats: int,
@@ -190,7 +190,7 @@ def test_equals_the_naive_double(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_hundred_shifts(kind: type[NgramSpeculator]) -> None:
+def test_a_hundred_shifts(kind: type[NgramProposer]) -> None:
     pair, chance = Pair(kind, 2, 4, 1, alphabet=2), random.Random(7)
     pair.begin([chance.randrange(2) for _ in range(100)])
     for _ in range(100):
@@ -200,7 +200,7 @@ def test_a_hundred_shifts(kind: type[NgramSpeculator]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_history_in_batches_equals_one_in_one(kind: type[NgramSpeculator]) -> None:
+def test_a_history_in_batches_equals_one_in_one(kind: type[NgramProposer]) -> None:
     chance = random.Random(3)
     tokens = [chance.randrange(3) for _ in range(2000)]
     whole, pieces = kind(3, 5), kind(3, 5)
@@ -214,11 +214,11 @@ def test_a_history_in_batches_equals_one_in_one(kind: type[NgramSpeculator]) -> 
 
 
 @pytest.mark.parametrize("kind", [NgramSimple, NgramMapK])
-def test_a_periodic_text_is_continued_periodically(kind: type[NgramSpeculator]) -> None:
+def test_a_periodic_text_is_continued_periodically(kind: type[NgramProposer]) -> None:
     """Although each occurrence has only three tokens after it: they are copied on."""
-    speculator = kind(size_n=4, size_m=20)
-    speculator.begin([1, 2, 3] * 3)
-    assert list(speculator.propose(20).tokens) == [1, 2, 3] * 6 + [1, 2]
+    proposer = kind(size_n=4, size_m=20)
+    proposer.begin([1, 2, 3] * 3)
+    assert list(proposer.propose(20).tokens) == [1, 2, 3] * 6 + [1, 2]
 
 
 def test_a_run_of_one_token_goes_on() -> None:
@@ -237,128 +237,128 @@ def test_occurrences_are_the_latest_first_and_have_what_must_follow() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_drafted_before_min_hits(kind: type[NgramSpeculator]) -> None:
-    speculator = kind(size_n=2, size_m=1, min_hits=3)
-    speculator.begin([1, 2, 3] * 3 + [1, 2])
-    assert list(speculator.propose(4).tokens) == [3]
-    speculator.truncate(8)
-    assert not speculator.propose(4).tokens
-    speculator.observe([3, 4, 1, 2])
-    assert list(speculator.propose(4).tokens) == [3]
+def test_nothing_is_drafted_before_min_hits(kind: type[NgramProposer]) -> None:
+    proposer = kind(size_n=2, size_m=1, min_hits=3)
+    proposer.begin([1, 2, 3] * 3 + [1, 2])
+    assert list(proposer.propose(4).tokens) == [3]
+    proposer.truncate(8)
+    assert not proposer.propose(4).tokens
+    proposer.observe([3, 4, 1, 2])
+    assert list(proposer.propose(4).tokens) == [3]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("history", [[], [1], [1, 2], [1, 2, 3, 4]])
-def test_a_history_without_repetition_has_no_draft(kind: type[NgramSpeculator], history: list[int]) -> None:
-    speculator = kind(size_n=2)
-    speculator.begin(history)
-    assert not speculator.propose(8).tokens
+def test_a_history_without_repetition_has_no_draft(kind: type[NgramProposer], history: list[int]) -> None:
+    proposer = kind(size_n=2)
+    proposer.begin(history)
+    assert not proposer.propose(8).tokens
 
 
 def test_the_simple_one_copies_the_latest() -> None:
-    speculator = NgramSimple(size_n=1, size_m=2)
-    speculator.begin([1, 7, 7, 1, 7, 7, 1, 8, 9, 1])
-    assert list(speculator.propose(5).tokens) == [8, 9]
-    assert list(speculator.propose(1).tokens) == [8]
+    proposer = NgramSimple(size_n=1, size_m=2)
+    proposer.begin([1, 7, 7, 1, 7, 7, 1, 8, 9, 1])
+    assert list(proposer.propose(5).tokens) == [8, 9]
+    assert list(proposer.propose(1).tokens) == [8]
 
 
 def test_map_k_follows_the_majority_of_those_that_agree() -> None:
     """After 1: twice 2 and once 3; of the two that went on with 2, the latest decides the tie."""
-    speculator = NgramMapK(size_n=1, size_m=2)
-    speculator.begin([1, 2, 5, 1, 2, 6, 1, 3, 5, 1])
-    assert list(speculator.propose(2).tokens) == [2, 6]
+    proposer = NgramMapK(size_n=1, size_m=2)
+    proposer.begin([1, 2, 5, 1, 2, 6, 1, 3, 5, 1])
+    assert list(proposer.propose(2).tokens) == [2, 6]
 
 
 def learner() -> NgramMapK:
     """Its history ends with 1, 2, which were followed by twenty other tokens before."""
-    speculator = NgramMapK(size_n=2, size_m=12)
-    speculator.begin([1, 2, *range(10, 30), 1, 2])
-    return speculator
+    proposer = NgramMapK(size_n=2, size_m=12)
+    proposer.begin([1, 2, *range(10, 30), 1, 2])
+    return proposer
 
 
-def verify(speculator: NgramMapK, right: int) -> int:
+def verify(proposer: NgramMapK, right: int) -> int:
     """Has a draft verified of which `right` tokens are right, if there are so many, and adds 1, 2; the draft's size."""
-    draft = list(speculator.propose(100).tokens)
+    draft = list(proposer.propose(100).tokens)
     right = min(right, len(draft))
-    speculator.observe([*draft[:right], 99], len(draft), right)
-    speculator.observe([50, 1, 2])
+    proposer.observe([*draft[:right], 99], len(draft), right)
+    proposer.observe([50, 1, 2])
     return len(draft)
 
 
 def test_the_length_shrinks_and_grows_back() -> None:
-    speculator = learner()
-    assert [verify(speculator, right) for right in (3, 0, 100, 100, 100, 100, 100)] == [12, 3, 1, 2, 4, 8, 12]
+    proposer = learner()
+    assert [verify(proposer, right) for right in (3, 0, 100, 100, 100, 100, 100)] == [12, 3, 1, 2, 4, 8, 12]
 
 
 def test_a_right_draft_cut_short_says_nothing_against_a_long_one() -> None:
-    speculator = learner()
-    assert len(speculator.propose(100).tokens) == 12
-    speculator.observe([10, 99, 1, 2], drafted=1, accepted=1)
-    assert verify(speculator, right=8) == 12
-    assert len(speculator.propose(100).tokens) == 8
-    speculator.observe([10, 11, 99, 1, 2], drafted=2, accepted=2)
-    assert len(speculator.propose(100).tokens) == 8
+    proposer = learner()
+    assert len(proposer.propose(100).tokens) == 12
+    proposer.observe([10, 99, 1, 2], drafted=1, accepted=1)
+    assert verify(proposer, right=8) == 12
+    assert len(proposer.propose(100).tokens) == 8
+    proposer.observe([10, 11, 99, 1, 2], drafted=2, accepted=2)
+    assert len(proposer.propose(100).tokens) == 8
 
 
 @pytest.mark.parametrize("edit", ["truncate", "shift"])
 def test_an_edit_drops_the_lengths(edit: str) -> None:
-    speculator = learner()
-    assert verify(speculator, right=3) == 12
-    assert len(speculator.propose(100).tokens) == 3
+    proposer = learner()
+    assert verify(proposer, right=3) == 12
+    assert len(proposer.propose(100).tokens) == 3
     if edit == "truncate":
-        speculator.truncate(24)
+        proposer.truncate(24)
     else:
-        speculator.shift(keep=2, discard=1)
-    assert len(speculator.propose(100).tokens) == 12
+        proposer.shift(keep=2, discard=1)
+    assert len(proposer.propose(100).tokens) == 12
 
 
 def test_the_length_learnt_longest_ago_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maps, "LEARNED", 2)
-    speculator = NgramMapK(size_n=1, size_m=4)
-    speculator.begin([1, 2, 3] * 9)
+    proposer = NgramMapK(size_n=1, size_m=4)
+    proposer.begin([1, 2, 3] * 9)
     for key, right in ((1, 1), (2, 1), (1, 1), (3, 1)):
-        speculator.observe([key])
-        speculator.observe([], drafted=4, accepted=right)
+        proposer.observe([key])
+        proposer.observe([], drafted=4, accepted=right)
     sizes = []
     for key in (1, 2, 3):
-        speculator.observe([key])
-        sizes.append(len(speculator.propose(9).tokens))
+        proposer.observe([key])
+        sizes.append(len(proposer.propose(9).tokens))
     assert sizes == [1, 4, 1]
 
 
 def test_k4v_drafts_the_winner_and_not_the_last_seen() -> None:
-    speculator = NgramMapK4v(size_n=1, size_m=2)
-    speculator.begin([1, 7, 8] * 2 + [1, 5, 6, 1])
-    assert list(speculator.propose(9).tokens) == [7, 8]
-    assert list(speculator.propose(1).tokens) == [7]
+    proposer = NgramMapK4v(size_n=1, size_m=2)
+    proposer.begin([1, 7, 8] * 2 + [1, 5, 6, 1])
+    assert list(proposer.propose(9).tokens) == [7, 8]
+    assert list(proposer.propose(1).tokens) == [7]
 
 
 def test_k4v_drafts_nothing_without_a_clear_winner() -> None:
-    speculator = NgramMapK4v(size_n=1, size_m=2)
-    speculator.begin([1, 7, 8] * 3 + [1, 5, 6] * 2 + [1])
-    assert not speculator.propose(9).tokens
-    speculator.observe([7, 8, 1])
-    assert list(speculator.propose(9).tokens) == [7, 8]
+    proposer = NgramMapK4v(size_n=1, size_m=2)
+    proposer.begin([1, 7, 8] * 3 + [1, 5, 6] * 2 + [1])
+    assert not proposer.propose(9).tokens
+    proposer.observe([7, 8, 1])
+    assert list(proposer.propose(9).tokens) == [7, 8]
 
 
 def test_k4v_weighs_the_four_most_recent_values() -> None:
     """The one seen most often is the fifth and no longer counts."""
-    speculator = NgramMapK4v(size_n=1, size_m=1)
-    speculator.begin([1, 9] * 9 + [1, 2, 1, 3, 1, 4] + [1, 5] * 6 + [1])
-    assert list(speculator.propose(1).tokens) == [5]
+    proposer = NgramMapK4v(size_n=1, size_m=1)
+    proposer.begin([1, 9] * 9 + [1, 2, 1, 3, 1, 4] + [1, 5] * 6 + [1])
+    assert list(proposer.propose(1).tokens) == [5]
 
 
 def test_k4v_asks_the_latest_32_occurrences() -> None:
-    speculator = NgramMapK4v(size_n=1, size_m=1)
-    speculator.begin([1, 5] + [1, 7] * 21 + [1, 5] * 10 + [1])
-    assert not speculator.propose(1).tokens, "21 against 11"
-    speculator.observe([7, 1])
-    assert list(speculator.propose(1).tokens) == [7], "22 against 10: the first is out of sight"
+    proposer = NgramMapK4v(size_n=1, size_m=1)
+    proposer.begin([1, 5] + [1, 7] * 21 + [1, 5] * 10 + [1])
+    assert not proposer.propose(1).tokens, "21 against 11"
+    proposer.observe([7, 1])
+    assert list(proposer.propose(1).tokens) == [7], "22 against 10: the first is out of sight"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_end_lets_go_of_the_history(kind: type[NgramSpeculator]) -> None:
-    speculator = kind()
-    speculator.begin(range(100))
-    speculator.end()
-    assert not speculator.index.history
+def test_the_end_lets_go_of_the_history(kind: type[NgramProposer]) -> None:
+    proposer = kind()
+    proposer.begin(range(100))
+    proposer.end()
+    assert not proposer.index.history

@@ -317,7 +317,7 @@ def test_acceptance_is_learnt_from_drafts() -> None:
     assert sum(one.curve(4)) > 3.5
 
 
-def test_what_a_speculator_says_counts_by_what_became_of_it() -> None:
+def test_what_a_proposer_says_counts_by_what_became_of_it() -> None:
     boastful = Acceptance()
     for _ in range(100):
         boastful.observe(0, 0.99, False)

@@ -1,4 +1,4 @@
-"""The `prediction` speculator against its contract, written down with lists and scans of them."""
+"""The `prediction` proposer against its contract, written down with lists and scans of them."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ from msgspec import structs
 
 from engine.backend import NativeFault, NoFreeCells
 from engine.config import DraftConfig, SpeculationConfig
-from engine.contract import SPECULATOR_TYPES, Failed, Finished, FinishReason, Request, SamplingParams
+from engine.contract import PROPOSER_TYPES, Failed, Finished, FinishReason, Request, SamplingParams
 from engine.kv import Offload
 from engine.kv.idle import UNPRICED_STEPS
 from engine.outbox import News, Outbox
 from engine.pace import Layout, Pace, StepCost
 from engine.runner import Runner
 from engine.sequence import Sequence
-from engine.speculate import Draft, Drafting, DraftModel, Shared, Speculator
+from engine.speculate import Draft, Drafting, DraftModel, Proposer, Shared
 from tests.toy import VOCABULARY, ToyBackend, ToyContext
 
 
@@ -107,7 +107,7 @@ class Bench:
         self.got: dict[int, list[int]] = {}
         self.ends: dict[int, Finished | Failed] = {}
         outbox = Outbox(cast("Any", Direct()), self.deliver)
-        self.next: dict[str, Speculator] = {}
+        self.next: dict[str, Proposer] = {}
         self.drafting = Drafting(
             Shared(speculation or SpeculationConfig(), self.backend.vocab),
             speculation or SpeculationConfig(),
@@ -128,11 +128,11 @@ class Bench:
             if isinstance(end, Finished | Failed):
                 self.ends[key] = end
 
-    def submit(self, key: int, request: Request, speculator: Speculator | None = None) -> None:
+    def submit(self, key: int, request: Request, proposer: Proposer | None = None) -> None:
         seed = request.sampling.seed or 0
         context = self.backend.context
         sequence = Sequence(key, request, seed, self.backend.vocab, context.sequence_cells)
-        self.next = {"oracle": speculator} if speculator else {}
+        self.next = {"oracle": proposer} if proposer else {}
         self.got[key], self.sequences[key] = [], sequence
         self.runner.submit(sequence)
 
@@ -237,7 +237,7 @@ def test_random_interleavings(seed: int, unified: bool) -> None:
     assert context.used() == 0
 
 
-FREE = tuple(kind for kind in SPECULATOR_TYPES if kind != "grammar")
+FREE = tuple(kind for kind in PROPOSER_TYPES if kind != "grammar")
 """Types for requests without a grammar; for the others see test_grammar_exact.py."""
 LOOPS = SamplingParams(temperature=0.0, logit_bias=tuple((token, 8.0) for token in range(1, 5)))
 """Emits only four tokens, so that n-grams recur."""

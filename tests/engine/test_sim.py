@@ -17,7 +17,7 @@ from engine.backend import NoFreeCells, Part
 from engine.contract import Tokens
 from engine.pace import Measured, Shape
 from engine.sim.context import COSTS, Cost, SimContext, cost_of
-from engine.sim.speculator import SimSpeculator
+from engine.sim.proposer import SimProposer
 from engine.sim.words import END, WORD, SimVocab
 
 VOCAB = SimVocab()
@@ -135,27 +135,27 @@ def test_a_step_costs_its_passes(unified: bool) -> None:
     assert found == ([Shape((13,), 0), Shape((6,), 78)] if unified else [Shape((4, 9), 0), Shape((4, 2), 15)])
 
 
-def test_the_speculator_is_right_as_often_as_asked() -> None:
-    context, speculator = opened(), SimSpeculator(0, 0.7)
+def test_the_proposer_is_right_as_often_as_asked() -> None:
+    context, proposer = opened(), SimProposer(0, 0.7)
     tokens, right = [1], 0
-    speculator.begin(tokens)
+    proposer.begin(tokens)
     for _ in range(900):
-        (guess,) = speculator.propose(1).tokens
+        (guess,) = proposer.propose(1).tokens
         tokens.append(output(context, 0, tokens))
         right += guess == tokens[-1]
-        speculator.observe(tokens[-1:])
+        proposer.observe(tokens[-1:])
     assert 0.65 < right / 900 < 0.75
     assert min(tokens[1:]) == END < WORD  # it ends now and then
 
 
 @given(st.lists(st.integers(0, 999), min_size=1), st.integers(0, 20), st.integers(0, 20))
-def test_the_speculator_is_the_same_after_edits(tokens: list[int], keep: int, discard: int) -> None:
-    speculator, fresh = SimSpeculator(0, 0.5), SimSpeculator(0, 0.5)
-    speculator.begin([*tokens, 7, 8])
-    speculator.truncate(len(tokens))
-    speculator.shift(keep, discard)
+def test_the_proposer_is_the_same_after_edits(tokens: list[int], keep: int, discard: int) -> None:
+    proposer, fresh = SimProposer(0, 0.5), SimProposer(0, 0.5)
+    proposer.begin([*tokens, 7, 8])
+    proposer.truncate(len(tokens))
+    proposer.shift(keep, discard)
     fresh.begin([*tokens[:keep], *tokens[keep + discard :]])
-    assert speculator.propose(8) == fresh.propose(8)
+    assert proposer.propose(8) == fresh.propose(8)
 
 
 def test_rows_hold_nothing_of_the_last_step() -> None:

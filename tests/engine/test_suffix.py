@@ -1,4 +1,4 @@
-"""The suffix tree and the `suffix` speculator against their contracts, written down with bytes and scans of them."""
+"""The suffix tree and the `suffix` proposer against their contracts, written down with bytes and scans of them."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def operations(drawn: bytes) -> list[Operation]:
 
 @settings(max_examples=250, deadline=None)
 @given(st.binary(min_size=400, max_size=600).map(operations))
-def test_speculator_equals_the_naive_one(operations: list[Operation]) -> None:
+def test_proposer_equals_the_naive_one(operations: list[Operation]) -> None:
     requests = Requests()
     for operation in operations:
         requests.apply(*operation)
@@ -259,50 +259,50 @@ def suffix(shared: SharedOutputs | None = None, salt: str = "", prompt_length: i
 
 
 def test_draft_is_as_long_as_the_match() -> None:
-    speculator = suffix()
-    speculator.begin([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3])
-    assert speculator.propose(9).tokens == [4, 5, 6]
-    assert speculator.propose(2).tokens == [4, 5]
+    proposer = suffix()
+    proposer.begin([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3])
+    assert proposer.propose(9).tokens == [4, 5, 6]
+    assert proposer.propose(2).tokens == [4, 5]
 
 
 def test_a_short_match_is_worth_a_token() -> None:
-    speculator = suffix(factor=0.1)
-    speculator.begin([1, 2, 3, 4, 5, 1, 2])
-    assert speculator.propose(9).tokens == [3]
+    proposer = suffix(factor=0.1)
+    proposer.begin([1, 2, 3, 4, 5, 1, 2])
+    assert proposer.propose(9).tokens == [3]
 
 
 def test_most_frequent_continuation_is_drafted_with_its_chance() -> None:
-    speculator = suffix()
-    speculator.begin([1, 2, 7, 1, 2, 8, 1, 2, 8, 1, 2, 9, 1, 2])
-    draft = speculator.propose(1)
+    proposer = suffix()
+    proposer.begin([1, 2, 7, 1, 2, 8, 1, 2, 8, 1, 2, 9, 1, 2])
+    draft = proposer.propose(1)
     assert (draft.tokens, draft.chances) == ([8], [0.5 * (1 - 1 / 3)])
 
 
 def test_of_equally_frequent_ones_the_latest_is_drafted() -> None:
-    speculator = suffix()
-    speculator.begin([1, 2, 8, 1, 2, 7, 1, 2])
-    draft = speculator.propose(1)
+    proposer = suffix()
+    proposer.begin([1, 2, 8, 1, 2, 7, 1, 2])
+    draft = proposer.propose(1)
     assert (draft.tokens, draft.chances) == ([7], [0.5 * (1 - 1 / 3)])
 
 
 def test_draft_ends_before_it_gets_unlikely() -> None:
     history = [1, 2, 3, 1, 2, 4, 1, 2, 5, 1, 2]
     for p_min, length in ((0.4, 0), (0.3, 2)):
-        speculator = suffix(p_min=p_min)
-        speculator.begin(history)
-        assert len(speculator.propose(9).tokens) == length
+        proposer = suffix(p_min=p_min)
+        proposer.begin(history)
+        assert len(proposer.propose(9).tokens) == length
 
 
 def test_a_period_is_continued_beyond_the_history() -> None:
-    speculator = suffix()
-    speculator.begin([1, 2, 3] * 30)
-    assert speculator.propose(50).tokens == ([1, 2, 3] * 30)[:50]
+    proposer = suffix()
+    proposer.begin([1, 2, 3] * 30)
+    assert proposer.propose(50).tokens == ([1, 2, 3] * 30)[:50]
 
 
 def test_nothing_is_drafted_without_a_match() -> None:
-    speculator = suffix()
-    speculator.begin([1, 2, 3])
-    assert speculator.propose(4).tokens == ()
+    proposer = suffix()
+    proposer.begin([1, 2, 3])
+    assert proposer.propose(4).tokens == ()
 
 
 def test_another_requests_output_is_drafted_within_a_salt() -> None:
@@ -310,9 +310,9 @@ def test_another_requests_output_is_drafted_within_a_salt() -> None:
     suffix(shared, "a").begin([1, 2, 3, 4, 5, 6])
     drafts = []
     for salt in ("a", "b"):
-        speculator = suffix(shared, salt)
-        speculator.begin([2, 3])
-        drafts.append(list(speculator.propose(9).tokens))
+        proposer = suffix(shared, salt)
+        proposer.begin([2, 3])
+        drafts.append(list(proposer.propose(9).tokens))
     assert drafts == [[4, 5], []]
 
 
@@ -331,9 +331,9 @@ def test_prompts_are_not_shared() -> None:
 def test_history_is_preferred_to_outputs_of_others() -> None:
     shared = SharedOutputs()
     suffix(shared).begin([1, 2, 8])
-    speculator = suffix(shared, prompt_length=9)
-    speculator.begin([1, 2, 7, 1, 2])
-    assert speculator.propose(1).tokens == [7]
+    proposer = suffix(shared, prompt_length=9)
+    proposer.begin([1, 2, 7, 1, 2])
+    assert proposer.propose(1).tokens == [7]
 
 
 def test_no_seam_is_shared() -> None:
@@ -351,13 +351,13 @@ def test_no_seam_is_shared() -> None:
 
 def test_a_shift_takes_its_part_of_the_prompt() -> None:
     shared = SharedOutputs()
-    speculator = suffix(shared, prompt_length=4)
-    speculator.begin([1, 2, 3, 4, 5])
-    speculator.shift(1, 2)
-    speculator.observe([6])
+    proposer = suffix(shared, prompt_length=4)
+    proposer.begin([1, 2, 3, 4, 5])
+    proposer.shift(1, 2)
+    proposer.observe([6])
     assert shared.size == 2
-    speculator.truncate(1)
-    speculator.observe([7])
+    proposer.truncate(1)
+    proposer.observe([7])
     assert shared.size == 3
 
 
@@ -390,10 +390,10 @@ def test_the_salt_unused_longest_is_dropped() -> None:
 @pytest.mark.parametrize("bound", [0, 1])
 def test_without_room_nothing_is_shared(bound: int) -> None:
     shared = SharedOutputs(bound)
-    speculator = suffix(shared)
-    speculator.begin([1, 2, 3, 1, 2])
+    proposer = suffix(shared)
+    proposer.begin([1, 2, 3, 1, 2])
     assert shared.size == 0
-    assert speculator.propose(1).tokens == [3]
+    assert proposer.propose(1).tokens == [3]
 
 
 def test_outputs_stay_when_their_request_ends() -> None:

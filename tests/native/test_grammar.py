@@ -32,7 +32,7 @@ from engine import (
 from engine.grammar.bridge import tokenizer
 from engine.llama.model import LlamaBackend
 from tests.native.conftest import MODEL
-from tests.native.test_speculators import EXACT, read
+from tests.native.test_proposers import EXACT, read
 
 CITY: dict[str, Any] = {
     "type": "object",

@@ -1,4 +1,4 @@
-"""Speculators on the real model: the text is that without them, and a draft model that does not fit is told."""
+"""Proposers on the real model: the text is that without them, and a draft model that does not fit is told."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ async def test_a_draft_model_with_another_vocabulary_is_told_and_not_used(
     other = cut(MODEL, tmp_path / "other.gguf", 1, {1000: "no-such-word", 2000: "nor-this-one"})
     caplog.set_level(logging.WARNING, "paceline.speculation")
     async with Engine.open(config(types=["auto"], draft={"path": str(other)})) as engine:
-        assert "draft" not in engine.speculators
+        assert "draft" not in engine.proposers
         reason = engine.silent["draft"]
         assert f"{other} does not fit the model: its token 1000 is 'no-such-word', the model's is " in reason
         assert reason in caplog.text

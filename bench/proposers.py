@@ -1,4 +1,4 @@
-"""How well each type of speculator guesses, beside what llama-server's description of its own yields.
+"""How well each type of proposer guesses, beside what llama-server's description of its own yields.
 
 The target is asked once, greedily and without speculation, and what it said is kept beside the model. Since a guess
 never changes the text, every type is then replayed over those tokens: it hears and proposes what it would in a
@@ -30,7 +30,7 @@ from bench.figures import percentile, save, show
 from bench.models import SOURCES
 from engine.backend import Vocab
 from engine.config import DraftConfig, EngineConfig, SpeculationConfig
-from engine.contract import SPECULATOR_TYPES, Request, SamplingParams, Speculation, SpeculatorType, Tokens
+from engine.contract import PROPOSER_TYPES, ProposerType, Request, SamplingParams, Speculation, Tokens
 from engine.engine import Engine, open_vocabulary
 from engine.llama import open_gguf
 from engine.pace import Verified
@@ -108,7 +108,7 @@ async def answer(engine: Engine, question: Question, tokens: int, sampling: Samp
 
 
 class Guesser(Protocol):
-    """What a replay needs of `engine.speculate.base.Speculator`."""
+    """What a replay needs of `engine.speculate.base.Proposer`."""
 
     def begin(self, tokens: Sequence[int]) -> None: ...
     def propose(self, limit: int) -> Draft: ...
@@ -128,15 +128,15 @@ def ours(vocab: Vocab) -> dict[str, Make]:
         return Drafting(Shared(config, vocab), config, DraftConfig())
 
     both = {"auto": together(engine(), predicted=False), "auto+prediction": together(engine(), predicted=True)}
-    return {kind: alone(engine(), kind) for kind in SPECULATOR_TYPES if kind not in ("draft", "grammar")} | both
+    return {kind: alone(engine(), kind) for kind in PROPOSER_TYPES if kind not in ("draft", "grammar")} | both
 
 
-def alone(drafting: Drafting, kind: SpeculatorType) -> Make:
+def alone(drafting: Drafting, kind: ProposerType) -> Make:
     """One type."""
     asked = Speculation(type=(kind,))
 
     def make(case: Case) -> Guesser:
-        return drafting.speculators(Request(prompt=case.prompt, prediction=case.predicted, speculation=asked))[kind]
+        return drafting.proposers(Request(prompt=case.prompt, prediction=case.predicted, speculation=asked))[kind]
 
     return make
 
@@ -153,7 +153,7 @@ def together(drafting: Drafting, *, predicted: bool) -> Make:
 
 
 class All:
-    """The speculators of a request as one."""
+    """The proposers of a request as one."""
 
     def __init__(self, drafter: Drafter) -> None:
         self._drafter = drafter
@@ -330,7 +330,7 @@ def main() -> None:
     options = parser.parse_args()
     with open_vocabulary(options.model) as vocab:
         figures = micro(vocab) if options.micro else compare(options, vocab)
-    save("speculators_micro" if options.micro else "speculators", figures)
+    save("proposers_micro" if options.micro else "proposers", figures)
 
 
 def compare(options: argparse.Namespace, vocab: Vocab) -> dict[str, dict[str, list[object]]]:

@@ -1,4 +1,4 @@
-"""A speculator that knows the output of the simulated model."""
+"""A proposer that knows the output of the simulated model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COUNT = len(WORDS)
 BITS = 2**16 - 1
 
 
-class SimSpeculator:
+class SimProposer:
     """Drafts the output of the simulated model, with chance `accept` of being right at each token."""
 
     def __init__(self, seed: int, accept: float) -> None:
