@@ -6,43 +6,43 @@ import os
 import sys
 from collections.abc import Sequence
 
-from api.commands.cost import show
-from api.commands.lookup import build
+from api.commands.cost import run_cost
+from api.commands.flags import flag_reference
+from api.commands.lookup import run_lookup_build
 from api.config.command_line import OptionError, parse
-from api.config.flags import flag_table
-from api.generation.loaded_model import VERSION
-from api.server.life import run
-from api.server.terminal import say
-from api.templates.chat_template import TemplateTrouble, names_of, wanted
+from api.generation.loaded_model import PACELINE_VERSION
+from api.server.lifecycle import run
+from api.server.terminal import print_line
+from api.templates.chat_template import InvalidTemplate, configured_kwargs, configured_template
 
 USAGE = """\
 usage: paceline serve -m model.gguf [flags]   serve a model over OpenAI's API
        paceline serve --help                  every flag with its default
        paceline flags                         the same as Markdown
        paceline cost -m model.gguf [-o FILE.png|FILE.json] [flags]
-                                              what a step of each number of rows costs here
+                                              measure the cost of a step by its rows
        paceline lookup build TEXT... -m model.gguf -o FILE
-                                              count texts for ngram-cache
+                                              count n-grams of texts for ngram-cache
        paceline --version"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code; 2 for a command line that makes no sense."""
+    """Runs a command and returns its exit code; 2 means an invalid command line."""
     match list(sys.argv[1:] if arguments is None else arguments):
         case ["serve", *rest]:
             return _serve(rest)
         case ["flags"]:
-            sys.stdout.write(flag_table() + "\n")
+            sys.stdout.write(flag_reference())
         case ["cost", *rest]:
-            return show(rest)
+            return run_cost(rest)
         case ["lookup", "build", *rest]:
-            return build(rest)
+            return run_lookup_build(rest)
         case ["--version" | "-V"]:
-            sys.stdout.write(f"paceline {VERSION}\n")
+            sys.stdout.write(f"paceline {PACELINE_VERSION}\n")
         case [] | ["-h" | "--help" | "help"]:
             sys.stdout.write(USAGE + "\n")
         case _:
-            say(USAGE)
+            print_line(USAGE)
             return 2
     return 0
 
@@ -50,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(arguments: Sequence[str]) -> int:
     try:
         options = parse(arguments, os.environ)
-        wanted(options.chat)
-        names_of(options.chat)
-    except (OptionError, TemplateTrouble) as error:
-        say(f"paceline serve: {error}")
+        configured_template(options.chat)
+        configured_kwargs(options.chat)
+    except (OptionError, InvalidTemplate) as error:
+        print_line(f"paceline serve: {error}")
         return 2
     return run(options)
 

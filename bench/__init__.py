@@ -1,1 +1,1 @@
-"""What Paceline costs and gains, measured. Each module is a command: `python -m bench.NAME --help`."""
+"""Measurements of Paceline. Most modules are commands: `python -m bench.NAME --help`."""

@@ -1,6 +1,6 @@
-"""The Berkeley function calling leaderboard, read from the wheel that `python bench/models.py bfcl` brings.
+"""The Berkeley function calling leaderboard, read from its wheel (`python bench/models.py bfcl`).
 
-Its names of types become JSON Schema's.
+Its type names are translated to those of JSON Schema.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from bench.models import SOURCES
 
+# JSON Schema's type by the leaderboard's.
 TYPES = {
     **dict.fromkeys(("dict", "HashMap"), "object"),
     **dict.fromkeys(("tuple", "Array", "ArrayList"), "array"),
@@ -25,8 +26,8 @@ TYPES = {
 }
 
 
-class Function(Struct, frozen=True):
-    """A function that may be called."""
+class BfclFunction(Struct, frozen=True):
+    """A function of the leaderboard; `parameters` is a schema with the leaderboard's type names."""
 
     name: str
     description: str
@@ -34,39 +35,44 @@ class Function(Struct, frozen=True):
 
     @property
     def tool(self) -> dict[str, Any]:
-        """It as OpenAI's API describes it."""
+        """The function as a tool of OpenAI's API."""
         parameters = json_schema(self.parameters)
         about = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": about}
 
 
-class Question(Struct, frozen=True):
-    """What is asked, turn by turn, and what may be called for it."""
+class BfclQuestion(Struct, frozen=True):
+    """The user's messages by turn, and the functions offered, if the question has any."""
 
     id: str
     question: list[list[dict[str, str]]]
-    function: list[Function] | None = None
+    function: list[BfclFunction] | None = None
 
 
-def questions(category: str = "") -> Iterator[Question]:
-    """The questions of the files whose names end so, in their order; all without. Raises FileNotFoundError if the wheel
-    was not brought."""
+def questions(category: str = "") -> Iterator[BfclQuestion]:
+    """Yields the questions of the files whose names end in `category`, in their order; by default all questions.
+
+    Raises FileNotFoundError if the wheel is not downloaded.
+    """
     with zipfile.ZipFile(SOURCES["bfcl"].path) as archive:
         for name in archive.namelist():
             if "/data/BFCL_" in name and "format_sensitivity" not in name and Path(name).stem.endswith(category):
                 for line in archive.read(name).splitlines():
-                    yield msgspec.json.decode(line, type=Question)
+                    yield msgspec.json.decode(line, type=BfclQuestion)
 
 
 def schemas() -> Iterator[tuple[str, Any]]:
-    """The parameters of every function of every question, and where they stand."""
+    """Yields for every function of every question its name `question:function` and its parameters' JSON schema."""
     for question in questions():
         for function in question.function or []:
             yield f"{question.id}:{function.name}", json_schema(function.parameters)
 
 
 def json_schema(part: Any) -> Any:
-    """The leaderboard's schemas in JSON Schema's words; `any` is no type, and `optional` says what `required` does."""
+    """Returns a schema of the leaderboard as a JSON schema.
+
+    The type `any` is dropped, as is `optional`, which repeats `required`.
+    """
     if not isinstance(part, dict):
         return part
     made = {name: value for name, value in part.items() if name != "optional"}

@@ -16,14 +16,14 @@ import msgspec
 
 from bench.server import HOST
 
-# `Outcome.error` of a request whose connection the client closed on purpose.
+# `Outcome.error` of a request that the client abandoned.
 ABANDONED = "abandoned"
 
 
 class Outcome(msgspec.Struct):
     """One request: arrival times of its output (seconds on `time.perf_counter`), and the server's counts.
 
-    `tokens` and `logprobs` are filled only if the request asks for `logprobs`. `finish_reasons` and `done_markers`
+    `tokens` and `logprobs` are filled only for a request with `logprobs`. `finish_reasons` and `done_markers`
     count the terminal events of the stream; a complete stream of one choice has exactly one of each.
     """
 
@@ -45,17 +45,17 @@ class Outcome(msgspec.Struct):
 
     @property
     def failed(self) -> bool:
-        """True for an error, a hang-up and any status other than 200."""
+        """True after an error, after a hang-up, and for any status other than 200."""
         return bool(self.error) or self.status != 200
 
     @property
     def ttft(self) -> float:
-        """Time to first token: seconds from sending the request to its first output; not a number without output."""
+        """Time to first token: seconds from the start of the request to its first output; NaN without output."""
         return self.arrivals[0] - self.begun if self.arrivals else float("nan")
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between consecutive arrivals of output."""
+        """Seconds between consecutive events with output."""
         return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
@@ -84,7 +84,7 @@ class _Logprobs(msgspec.Struct, frozen=True):
     content: tuple[_Token, ...] | None = None
 
 
-class _Choice(msgspec.Struct):
+class _StreamChoice(msgspec.Struct):
     delta: _Delta = _Delta()
     text: str | None = None
     logprobs: _Logprobs | None = None
@@ -92,7 +92,7 @@ class _Choice(msgspec.Struct):
 
     @property
     def output(self) -> str:
-        """Text, reasoning, and names and arguments of calls, in this order."""
+        """Text, reasoning, and names and arguments of tool calls, in this order."""
         delta = self.delta
         output = (self.text or "") + (delta.reasoning_content or "") + (delta.content or "")
         for call in delta.tool_calls or ():
@@ -116,7 +116,7 @@ class _Timings(msgspec.Struct):
 
 
 class _Event(msgspec.Struct):
-    choices: list[_Choice] = []
+    choices: list[_StreamChoice] = []
     usage: _Usage | None = None
     timings: _Timings | None = None
     error: msgspec.Raw = msgspec.Raw(b"")
@@ -135,7 +135,7 @@ class _Stream(asyncio.Protocol):
         self._rest = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one by behaviour only
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transport is no subclass
         self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
@@ -228,25 +228,30 @@ async def stream(
     return outcome
 
 
-Asked = TypeVar("Asked")
-Got = TypeVar("Got")
+RequestT = TypeVar("RequestT")
+ResultT = TypeVar("ResultT")
 
 
-async def closed(clients: int, bodies: Iterable[Asked], send: Callable[[Asked], Awaitable[Got]]) -> list[Got]:
-    """Sends all requests from `clients` clients; each client sends its next request when its last one has ended."""
-    waiting = iter(bodies)
+async def closed(
+    clients: int, bodies: Iterable[RequestT], send: Callable[[RequestT], Awaitable[ResultT]]
+) -> list[ResultT]:
+    """Closed loop: `clients` clients share `bodies`, and each sends its next one when its last one has ended.
 
-    async def client() -> list[Got]:
-        return [await send(body) for body in waiting]
+    Returns the results grouped by client.
+    """
+    unsent = iter(bodies)
 
-    return [outcome for part in await asyncio.gather(*(client() for _ in range(clients))) for outcome in part]
+    async def client() -> list[ResultT]:
+        return [await send(body) for body in unsent]
+
+    return [result for results in await asyncio.gather(*(client() for _ in range(clients))) for result in results]
 
 
 def chat(messages: list[dict[str, str]], tokens: int, **more: object) -> dict[str, Any]:
-    """The body of a chat request for exactly `tokens` tokens; `more` overrides any field."""
+    """Returns the body of a chat request for exactly `tokens` tokens; `more` overrides any field."""
     return {"messages": messages, "max_tokens": tokens, "ignore_eos": True, "temperature": 0.8, "seed": 1, **more}
 
 
 def user(text: str) -> list[dict[str, str]]:
-    """A conversation of one message."""
+    """Returns a conversation of one user message."""
     return [{"role": "user", "content": text}]

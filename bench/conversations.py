@@ -1,7 +1,7 @@
-"""Agents' conversations in fewer cells than they need together: each turn should compute only what is new.
+"""Concurrent agent conversations in fewer cells than they need together: each turn should compute only its new tokens.
 
-`python -m bench.conversations -m model.gguf` serves the model with `--cache-disk`, runs conversations of many turns
-side by side, restarts the server, and asks for one more turn of each.
+`python -m bench.conversations -m model.gguf` serves the model with unified KV and `--cache-disk`, runs conversations of
+many turns concurrently, restarts the server, and sends one more turn of each conversation.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from typing import Any
 from bench.client import Outcome, chat, stream
 from bench.figures import save, show
 from bench.server import serving
+from bench.workloads import CHAT_PATH
 
 TOOLS = ("read_file", "list_folder", "run_tests", "search")
 NAMES = ("main", "parser", "server", "index", "queue", "tables", "report", "client")
 
 
 def system_prompt(number: int) -> str:
-    """What agent `number` is told first, a few hundred tokens."""
+    """Returns the system prompt of agent `number`, a few hundred tokens."""
     rules = " ".join(f"Rule {n}: use {TOOLS[(n + number) % 4]} before you change {NAMES[n % 8]}.py." for n in range(12))
     return f"You are agent {number}. You work on a program in small steps. {rules}"
 
 
 def tool_output(random: Random, lines: int) -> str:
-    """What a tool answered: lines as a program would print them."""
+    """Returns the random output of a tool."""
     return "\n".join(
         f"{random.choice(NAMES)}.py:{random.randint(1, 900)}: {random.choice(TOOLS)} took {random.random():.3f} s"
         for _ in range(lines)
@@ -37,27 +38,28 @@ def tool_output(random: Random, lines: int) -> str:
 
 
 async def turn(port: int, messages: list[dict[str, str]], random: Random, tokens: int) -> Outcome:
-    """Asks for the next answer, and adds question and answer to `messages`."""
+    """Sends the next turn, and appends question and answer to `messages`."""
     messages.append({"role": "user", "content": f"Tool output:\n{tool_output(random, 3)}\nWhat next?"})
-    outcome = await stream(port, "/v1/chat/completions", chat(messages, tokens, temperature=0.0))
+    outcome = await stream(port, CHAT_PATH, chat(messages, tokens, temperature=0.0))
     messages.append({"role": "assistant", "content": outcome.text})
     return outcome
 
 
 async def converse(port: int, number: int, turns: int, tokens: int) -> tuple[list[dict[str, str]], list[Outcome]]:
-    """One conversation, and what each turn cost."""
+    """Runs one conversation; returns its messages and the outcome of each turn."""
     random = Random(number)
     messages = [{"role": "system", "content": system_prompt(number)}]
     outcomes = [await turn(port, messages, random, tokens) for _ in range(turns)]
     return messages, outcomes
 
 
-def tally(outcomes: list[Outcome]) -> dict[str, Any]:
-    """Tokens computed in one conversation against those that are new: not in the prompt or the answer before."""
+def prefill_counts(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Returns the prompt tokens computed in one conversation, and those that are new: neither in the previous prompt
+    nor in the previous answer."""
     computed = new = known = 0
     for outcome in outcomes:
         computed += outcome.prompt_tokens - outcome.cached_tokens
-        new += outcome.prompt_tokens - max(0, known - 1)  # an answer's last token was never computed
+        new += outcome.prompt_tokens - max(0, known - 1)  # the last token of an answer is never computed
         known = outcome.prompt_tokens + outcome.completion_tokens
     return {
         "turns": len(outcomes),
@@ -70,21 +72,21 @@ def tally(outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 async def measure(options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
-    """All conversations, and a turn of each after a restart."""
+    """Runs all conversations, and one turn of each after a restart of the server."""
     begun = time.perf_counter()
     with serving(options.model, flags) as server:
-        talks = [converse(server.port, n, options.turns, options.tokens) for n in range(options.conversations)]
-        results = await asyncio.gather(*talks)
+        conversations = [converse(server.port, n, options.turns, options.tokens) for n in range(options.conversations)]
+        results = await asyncio.gather(*conversations)
         seconds = time.perf_counter() - begun
         counts = {name: server.metric(f"paceline_{name}_total") for name in ("retractions", "restores", "hits")}
-        await asyncio.sleep(1.0)  # what is idle is written down
+        await asyncio.sleep(1.0)  # time to write the idle prefixes to disk
     with serving(options.model, flags) as server:
         again = [await turn(server.port, messages, Random(99), options.tokens) for messages, _ in results]
     last = [outcomes[-1] for _, outcomes in results]
     known = [outcome.prompt_tokens + outcome.completion_tokens - 1 for outcome in last]
     return {
         "seconds": seconds,
-        "conversations": [tally(outcomes) for _, outcomes in results],
+        "conversations": [prefill_counts(outcomes) for _, outcomes in results],
         **counts,
         "after_restart_cached_of_known": [
             (outcome.cached_tokens, most) for outcome, most in zip(again, known, strict=True)
@@ -93,19 +95,19 @@ async def measure(options: argparse.Namespace, flags: list[str]) -> dict[str, An
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Prints a table and writes `conversations.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
-    parser.add_argument("-c", "--cells", type=int, default=4096, help="cells, which should be too few for all")
-    parser.add_argument("--conversations", type=int, default=4, help="how many at once")
-    parser.add_argument("--turns", type=int, default=20, help="turns of each")
+    parser.add_argument("-c", "--cells", type=int, default=4096, help="cells, fewer than all conversations need")
+    parser.add_argument("--conversations", type=int, default=4, help="concurrent conversations")
+    parser.add_argument("--turns", type=int, default=20, help="turns of each conversation")
     parser.add_argument("--tokens", type=int, default=24, help="tokens of each answer")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["-c", str(options.cells), "--cache-disk", folder]
+        flags = ["-c", str(options.cells), "--kv-unified", "--cache-disk", folder]
         figures = asyncio.run(measure(options, flags))
-    rows = [[number, *talk.values()] for number, talk in enumerate(figures["conversations"])]
-    show("Conversations: prompt tokens computed", ["", *figures["conversations"][0]], rows)
+    rows = [[number, *counts.values()] for number, counts in enumerate(figures["conversations"])]
+    show("prompt tokens of each conversation", ["", *figures["conversations"][0]], rows)
     print({name: value for name, value in figures.items() if name != "conversations"})
     save("conversations", figures)
 

@@ -1,11 +1,11 @@
-"""What ours are to be measured against: llama-server's own n-gram types, built naively from a description of them.
+"""Naive implementations of llama-server's n-gram proposers, written from a description of them, for comparison.
 
-Their faults are kept, since they are part of what is described: where a draft is refused, which entry wins, what is
-never learnt, what is learnt from whom. Not kept is what would help nobody to compare: reads out of bounds, aborts,
-and what the ngram-map types keep of a slot's previous request, which could only cost them drafts.
+The implementations reproduce the faults of the originals: rejected drafts, the entry that wins a bucket, tokens that
+are never learnt, and entries of other requests. They omit reads out of bounds, aborts, and the entries that the
+ngram-map types keep from the previous request of a slot, which only cost drafts.
 
-Each has what a request that is replayed needs of `engine.speculate.base.Proposer`: nothing edits its history. The
-server tells them a history without its last token, and that token beside it; `history` here has both.
+Each class has the methods of `engine.speculate.proposer.Proposer` that a replay calls; the history is never edited. The
+server passes the last token of a history separately; `history` here includes it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from functools import reduce
 
 from msgspec import Struct, field
 
-from engine.speculate.base import Draft
+from engine.speculate.proposer import Draft
 
 
 class Described:
-    """A proposer of one request, and its history. The server cuts a draft to `limit` after it was made."""
+    """A proposer of one request with its history. As in the server, a complete draft is truncated to `limit`."""
 
     def __init__(self) -> None:
         self.history: list[int] = []
@@ -28,10 +28,10 @@ class Described:
         self.history.extend(tokens)
 
     def propose(self, limit: int) -> Draft:
-        return Draft(self.guess()[:limit])
+        return Draft(self.draft_tokens()[:limit])
 
-    def guess(self) -> list[int]:
-        """The draft, however long."""
+    def draft_tokens(self) -> list[int]:
+        """Returns the whole draft."""
         raise NotImplementedError
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
@@ -42,17 +42,17 @@ class Described:
 
 
 class Simple(Described):
-    """`ngram-simple`: a backward scan for the last n tokens, and a copy of what followed.
+    """`ngram-simple`: scans backward for the last n tokens and copies the m tokens after the match.
 
-    The match at position 0 does not count, and one with fewer than n known tokens after it gives no draft, even if
-    an earlier one would.
+    A match at position 0 is ignored. A match with fewer than n tokens after it gives no draft, even if an earlier match
+    would.
     """
 
     def __init__(self, n: int = 12, m: int = 48) -> None:
         super().__init__()
         self.n, self.m = n, m
 
-    def guess(self) -> list[int]:
+    def draft_tokens(self) -> list[int]:
         known = len(self.history) - 1
         if known <= self.n + self.m + 1:
             return []
@@ -65,12 +65,12 @@ class Simple(Described):
 
 
 def bucket(ngram: Sequence[int], factor: int, size: int) -> int:
-    """The n-gram's place in a table of `size`, a power of two."""
+    """Returns the index of an n-gram in a table of `size` entries, a power of two."""
     return reduce(lambda bits, token: (bits * factor + token) % size, ngram, 0)
 
 
 class Value(Struct):
-    """A continuation of a key: where it begins, how often it was counted, and how long its next draft may be."""
+    """A continuation of a key: the length of its next draft, its position in the history, and its count."""
 
     length: int
     start: int = 0
@@ -78,7 +78,7 @@ class Value(Struct):
 
 
 class Key(Struct):
-    """An n-gram that was looked up: how often, up to where its occurrences were counted, its continuations."""
+    """An n-gram: its number of lookups, the position up to which its occurrences are counted, its continuations."""
 
     hits: int = 0
     counted: int = 0
@@ -86,10 +86,10 @@ class Key(Struct):
 
 
 class MapK(Described):
-    """`ngram-map-k`: n-grams by hash, each at the first place that took the bucket.
+    """`ngram-map-k`: a hash table from n-grams to positions; the first n-gram in a bucket stays.
 
-    A key's drafts are as long as the last one's accepted part, so they never grow again, and once nothing was
-    accepted there are none. `min_hits` has no effect.
+    A draft of a key is as long as the accepted part of the key's last draft, so drafts never grow again, and a key has
+    none after a draft without an accepted token. `min_hits` has no effect.
     """
 
     BUCKETS = 262_144
@@ -100,7 +100,7 @@ class MapK(Described):
         self.n, self.m, self.min_hits = n, m, min_hits
         self._prompt = 0
         self._buckets: dict[int, int] = {}
-        self._hashed = 0  # n-grams up to this place are in buckets
+        self._hashed = 0  # n-grams up to this position are in buckets
         self._keys: dict[tuple[int, ...], Key] = {}
         self._drafted: Value | None = None
 
@@ -108,7 +108,7 @@ class MapK(Described):
         super().begin(tokens)
         self._prompt = len(tokens)
 
-    def guess(self) -> list[int]:
+    def draft_tokens(self) -> list[int]:
         self._drafted = None
         known = len(self.history) - 1
         if known < 2 * self.n + self.m:
@@ -123,7 +123,7 @@ class MapK(Described):
         self._drafted = self._value(key, ngram, at)
         if self._drafted is None:
             return []
-        # Whichever value was chosen, what is copied stands after the place that was found.
+        # The tokens after the found position are copied, whichever value was chosen.
         return self.history[at + self.n : at + self.n + min(self.m, self._drafted.length)]
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
@@ -132,13 +132,14 @@ class MapK(Described):
         super().observe(emitted)
 
     def _value(self, key: Key, ngram: list[int], at: int) -> Value | None:
-        """The continuation that is to be drafted."""
+        """Returns the continuation to draft; `None` for no draft."""
         if not key.values:
             key.values.append(Value(self.m))
         return key.values[0]
 
     def _find(self, ngram: list[int], last: int) -> int:
-        """Where it is: by its bucket, else among the places not hashed yet, the prompt's first; 0 is nowhere."""
+        """Returns the position of an n-gram, 0 if there is none: by its bucket, then among the positions that are not
+        hashed yet, those in the prompt first."""
         hashed = self._buckets.get(bucket(ngram, self.FACTOR, self.BUCKETS), 0)
         if 0 < hashed < last and self._at(hashed) == ngram:
             return hashed
@@ -157,8 +158,8 @@ class MapK(Described):
 class MapK4v(MapK):
     """`ngram-map-k4v`: counts up to four continuations of a key, and drafts if one of them clearly prevails.
 
-    What it drafts is the continuation at the place that was found, be it another. The last place that was counted
-    is counted once more the next time.
+    The draft is the continuation at the found position, even if another one prevails. The last counted position is
+    counted again at the next lookup.
     """
 
     VALUES = 4
@@ -185,19 +186,20 @@ class MapK4v(MapK):
 
 
 class ModTable:
-    """What all slots of `ngram-mod` share: a token for each hash of n, whosever hash it is; the last one stays."""
+    """The table that all slots of `ngram-mod` share: the latest token after each hash of n tokens, without a check for
+    collisions."""
 
     def __init__(self) -> None:
         self.tokens: dict[int, int] = {}
         self.low = 0
-        """Drafts in a row that went badly, in the one slot there is."""
+        """Consecutive drafts with less than a quarter accepted; the replay has one slot."""
 
 
 class Mod(Described):
-    """`ngram-mod`: rolls through the table until it knows no more; fewer than `n_min` tokens are no draft.
+    """`ngram-mod`: chains lookups in the table until one fails; fewer than `n_min` tokens give no draft.
 
-    The table learns a request's tokens once it is more than `LAG` behind, and is wiped when it is a quarter full
-    after a prompt, or when five drafts in a row had less than a quarter accepted.
+    The tokens of a request enter the table in batches of more than `LAG`. The table is cleared if it is a quarter full
+    after a prompt, or if five consecutive drafts had less than a quarter accepted.
     """
 
     SIZE, FACTOR = 4 * 1024 * 1024, 6_364_136_223_846_793_005
@@ -207,7 +209,7 @@ class Mod(Described):
         super().__init__()
         self.n, self.n_min, self.n_max = n, n_min, n_max
         self._table = table
-        self._learnt = 0  # n-grams that begin before this place are in the table
+        self._learnt = 0  # n-grams that begin before this position are in the table
 
     def begin(self, tokens: Sequence[int]) -> None:
         super().begin(tokens)
@@ -215,7 +217,7 @@ class Mod(Described):
         if len(self._table.tokens) > self.FULL * self.SIZE:
             self._table.tokens.clear()
 
-    def guess(self) -> list[int]:
+    def draft_tokens(self) -> list[int]:
         known = self.history[:-1]
         if len(known) < self.n:
             return []
@@ -245,30 +247,30 @@ class Mod(Described):
 
 
 class CacheSlot:
-    """What a slot's `ngram-cache` keeps from request to request."""
+    """The state of `ngram-cache` that a slot keeps from request to request."""
 
     def __init__(self) -> None:
         self.counts: dict[tuple[int, ...], dict[int, int]] = {}
         self.size = 0
-        """Tokens of a history that were counted, whichever request's it was."""
+        """Number of counted tokens, not reset for a new request."""
 
 
 class Cache(Described):
-    """`ngram-cache` without files: the most frequent follower of the longest n-gram that was seen often enough.
+    """`ngram-cache` without files: drafts the most frequent follower of the longest n-gram with enough samples.
 
-    New tokens are counted without those before them, so a single one teaches nothing. The slot's counts and its
-    size outlive the request: of the next one only what is beyond the size is counted, among the counts of others.
+    New tokens are counted without the tokens before them, so a single new token adds no count. Counts and size of the
+    slot outlive the request, so of the next request only the tokens beyond that size are counted.
     """
 
     LAX = ((2, 66), (2, 50), (1, 50), (1, 50))
-    """By n-gram size: how often it must have been seen, and the percentage that the follower must have."""
+    """By n-gram size: minimum samples, and minimum percentage of the follower."""
     N_DRAFT = 8
 
     def __init__(self, slot: CacheSlot) -> None:
         super().__init__()
         self._slot = slot
 
-    def guess(self) -> list[int]:
+    def draft_tokens(self) -> list[int]:
         self._count(self.history[self._slot.size :])
         self._slot.size = max(self._slot.size, len(self.history))
         tail = self.history[-len(self.LAX) :]

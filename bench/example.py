@@ -1,13 +1,12 @@
-"""llama-cpp-python's own example server, `examples/server/server.py` of its sdist, started beside Paceline.
+"""Runs llama-cpp-python's example server, `examples/server/server.py` of its sdist, on the library of Paceline.
 
-It runs on the very library that Paceline uses. What it needs besides is installed into a folder of its own. It would
-load the library's part for images, which is not built here: an empty module stands for it.
+Its further dependencies are installed into a folder of their own. An empty module replaces the library's part for
+images, which the server imports and which is not built here.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,14 +16,14 @@ from typing import Any
 
 import msgspec
 
-from bench.models import Refused
+from bench.models import SetupError, run_pip
 from bench.peers import PEERS, Settings, pinned, sources
 from bench.server import HOST, Server, free_port, running
 
+# The name of the example server among the contenders.
 EXAMPLE = "llama-cpp-python"
-"""Its name among the contenders."""
 
-NEEDS = ("fastapi>=0.115,<1", "uvicorn>=0.40,<1", "pydantic>=2,<3", "jinja2>=3,<4", "openai>=3,<4")
+REQUIREMENTS = ("fastapi>=0.115,<1", "uvicorn>=0.40,<1", "pydantic>=2,<3", "jinja2>=3,<4", "openai>=3,<4")
 
 LAUNCH = """
 import runpy, sys, types, llama_cpp
@@ -35,18 +34,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def packages(folder: Path = PEERS) -> Path:
-    """Where its dependencies are; pip brings them if need be. Raises Refused if it cannot."""
+    """Returns the folder of the server's dependencies; installs them first if they are missing. Raises SetupError if
+    pip fails."""
     place = folder / "example"
     if not (place / "fastapi").exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        done = subprocess.run([*pip, "--target", str(place), *NEEDS], check=False, capture_output=True, text=True)
-        if done.returncode:
-            raise Refused(f"pip could not bring {', '.join(NEEDS)}: {done.stderr.strip().splitlines()[-1]}")
+        run_pip("install", "--quiet", "--target", str(place), *REQUIREMENTS)
     return place
 
 
 def configuration(settings: Settings, port: int) -> dict[str, Any]:
-    """Its settings, equal to the others'."""
+    """Returns the content of the server's configuration file."""
     model = {
         "path": str(settings.model),
         "n_ctx": settings.context,
@@ -63,7 +60,10 @@ def configuration(settings: Settings, port: int) -> dict[str, Any]:
 
 
 def adapted(body: dict[str, Any], ends: tuple[int, ...]) -> dict[str, Any]:
-    """`body` as it understands it: `ignore_eos` by a bias on `ends`, the tokens that end a text; as it is without."""
+    """Returns `body` with `ignore_eos` expressed as a bias against the end tokens `ends`, which the server supports.
+
+    A body without `ignore_eos` is returned unchanged, and every body if `ends` is empty.
+    """
     if not (ends and body.get("ignore_eos")):
         return body
     return {**body, "logit_bias": {str(token): -100 for token in ends}}
@@ -71,12 +71,12 @@ def adapted(body: dict[str, Any], ends: tuple[int, ...]) -> dict[str, Any]:
 
 @contextmanager
 def example_server(settings: Settings, seconds: float = 120) -> Iterator[Server]:
-    """Serves with it for the length of the block. Raises Refused if the sdist is not unpacked, RuntimeError with its
-    last words if it is not healthy in `seconds`.
+    """Runs the example server for the length of the block. Raises SetupError if the sdist is not unpacked, and
+    RuntimeError with the last lines of output if the server is not healthy in `seconds`.
     """
     script, port = sources(PEERS, pinned()) / "examples" / "server" / "server.py", free_port()
     if not script.exists():
-        raise Refused("the sdist is not here yet: python -m bench.peers build")
+        raise SetupError("the sdist is not unpacked yet: python -m bench.peers build")
     path = os.pathsep.join(filter(None, (str(packages()), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
         config = Path(folder) / "config.json"

@@ -1,4 +1,4 @@
-"""Percentiles, tables and result files, the same for every measurement."""
+"""Percentiles, printed tables, plots and result files, common to all measurements."""
 
 from __future__ import annotations
 
@@ -17,36 +17,38 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from engine.config import processor
+from engine.config import processor_name
 
+# Folder of the result files.
 OUT = Path(os.environ.get("OUT") or Path(__file__).parent / "out")
-"""Where the JSON of each measurement goes."""
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that `share` of them do not exceed; not a number if there are none."""
+    """Returns the smallest value that at least the fraction `share` of `values` does not exceed; NaN without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
 def spread(values: Sequence[float], scale: float = 1000.0) -> dict[str, float]:
-    """Median, 90th and 99th percentile and maximum; seconds become milliseconds."""
+    """Returns median, 90th and 99th percentile and maximum, times `scale` (by default from seconds to milliseconds);
+    empty without values."""
     if not values:
         return {}
     figures = {"p50": median(values), "p90": percentile(values, 0.9), "p99": percentile(values, 0.99)}
     return {name: round(scale * value, 3) for name, value in (figures | {"max": max(values)}).items()}
 
 
-def figure(of: Mapping[str, Any], path: str) -> float:
-    """A figure of one round, `path` with a dot for each table that it lies in; not a number if there is none."""
-    value: Any = of
+def figure(figures: Mapping[str, Any], path: str) -> float:
+    """Returns a figure of one round by the dotted `path` of its keys; NaN if there is none."""
+    value: Any = figures
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
 def ratios(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], path: str) -> list[float]:
-    """Our figure to theirs, round for round; nothing for rounds in which they have none."""
+    """Returns the ratio of a figure in `ours` to that in `theirs` for each round; rounds without a positive figure in
+    `theirs` are skipped."""
     pairs = zip(ours, theirs, strict=False)
     return [figure(one, path) / divisor for one, other in pairs if (divisor := figure(other, path)) > 0]
 
@@ -62,7 +64,7 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """The same as Markdown."""
+    """Returns a table as Markdown, with all columns but the first aligned right."""
     lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
     return "".join(f"| {' | '.join(map(_text, line))} |\n" for line in lines)
 
@@ -72,8 +74,8 @@ def _text(value: object) -> str:
 
 
 def plot(name: str, title: str, across: str, up: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Draws lines through points as a PNG, on a logarithmic axis across."""
-    from matplotlib.figure import Figure  # it takes a second, and few measurements draw
+    """Writes a PNG of lines through points to OUT; the horizontal axis is logarithmic."""
+    from matplotlib.figure import Figure  # imported here as the import takes a second
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
@@ -89,16 +91,16 @@ def plot(name: str, title: str, across: str, up: str, lines: Mapping[str, Sequen
 
 
 def versions() -> dict[str, str]:
-    """Of what is measured, and of Python."""
+    """Returns the versions of Python and of the measured packages."""
     found = {name: version(name) for name in ("paceline", "llama-cpp-python", "numpy", "uvicorn", "msgspec")}
     return {**found, "python": platform.python_version()}
 
 
 def save(name: str, figures: object, *, quiet: bool = False) -> None:
-    """Writes `figures`, and what, when and by which command they were measured, as JSON; says so unless `quiet`."""
+    """Writes `figures` as JSON with machine, versions, date and command; prints the path unless `quiet`."""
     OUT.mkdir(parents=True, exist_ok=True)
-    machine = {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-    words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]  # no path of this machine
+    machine = {"processor": processor_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+    words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]  # without the machine's folders
     command = shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *words])
     about = {"machine": machine, "versions": versions(), "date": date.today().isoformat(), "command": command}
     path = OUT / f"{name}.json"

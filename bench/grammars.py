@@ -1,7 +1,7 @@
-"""What structured output costs: masks as a share of a step, schemas that compile and how long that takes, and what
-running streams notice of a large one being compiled.
+"""The cost of structured output: masks as a fraction of a step, compile times of schemas, and gaps of running streams
+during the compilation of a large schema.
 
-The schemas are the tools of the Berkeley function calling leaderboard (`python bench/models.py bfcl`).
+The schemas are those of the tools of the Berkeley function calling leaderboard (`python bench/models.py bfcl`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from bench import bfcl
 from bench.figures import save, show, spread
 from engine import Engine, EngineConfig, JsonSchema, Request, RequestRefused, SamplingParams, Speculation, Tokens
 from engine.engine import open_vocabulary
-from engine.grammar import GrammarError, Grammars, masks, matcher
+from engine.grammar import GrammarCompiler, GrammarError, masks, matcher
 from engine.sampling import sampler
 
-PROMPT = "<|im_start|>user\nDescribe ten people as JSON.<|im_end|>\n<|im_start|>assistant\n"
+_PROMPT = "<|im_start|>user\nDescribe ten people as JSON.<|im_end|>\n<|im_start|>assistant\n"
 PERSON = {
     "type": "object",
     "properties": {
@@ -37,16 +37,16 @@ PERSON = {
     "additionalProperties": False,
 }
 PEOPLE = {"type": "array", "items": PERSON, "minItems": 10}
-NOBODY = Speculation()
+_NO_DRAFTS = Speculation()
 
 
-# ── schemas that compile ──
+# ── compile times ──
 
 
 async def compiled(model: Path) -> dict[str, Any]:
-    """How many of the tools' schemas compile, how long each different one takes, and the others with their reasons."""
+    """Returns the number of tools, the compile times of their distinct schemas, and the errors of the other schemas."""
     with open_vocabulary(model) as vocab:
-        grammars = Grammars(vocab)
+        grammars = GrammarCompiler(vocab)
         begun = time.perf_counter()
         await grammars.compile(JsonSchema(b"{}"))
         first = time.perf_counter() - begun
@@ -83,14 +83,14 @@ async def compiled(model: Path) -> dict[str, Any]:
 
 
 class Clock:
-    """Seconds spent in some functions."""
+    """Accumulates the seconds spent in functions, by name."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}
 
     @contextmanager
     def over(self, owner: Any, *names: str) -> Iterator[None]:
-        """Counts the time of the functions of these names while the block runs."""
+        """Measures the attributes `names` of `owner` for the length of the block."""
         before = {name: getattr(owner, name) for name in names}
         for name, function in before.items():
             setattr(owner, name, self._timed(f"{owner.__name__.rpartition('.')[2]}.{name}", function))
@@ -109,50 +109,54 @@ class Clock:
         return timed
 
 
-async def masked(model: Path, slots: int, tokens: int, temperature: float, guess: bool) -> dict[str, Any]:
-    """Shares of the steps of `slots` streams with a schema that go to masks, to picking up what they permit, and to
-    following the tokens."""
+async def masked(model: Path, slots: int, tokens: int, temperature: float, drafts: bool) -> dict[str, Any]:
+    """Returns the fraction of step time that masks and matchers take, for `slots` streams with a schema.
+
+    `drafts` enables drafts of tokens that the grammar forces.
+    """
     clock = Clock()
     config = EngineConfig.of(path=model, slots=slots, context=512 * slots)
     async with Engine.open(config) as engine:
         grammar = await engine.compile(JsonSchema(msgspec.json.encode(PEOPLE)))
-        prompt = tuple(engine.vocab.tokenize(PROMPT, special=True))
+        prompt = tuple(engine.vocab.tokenize(_PROMPT, special=True))
 
         async def one(seed: int, most: int) -> int:
             sampling = SamplingParams(temperature=temperature, seed=seed)
-            speculation = Speculation(type=("grammar",), order="fixed") if guess else NOBODY
-            asked = Request(prompt=prompt, max_tokens=most, sampling=sampling, grammar=grammar, speculation=speculation)
-            async with engine.generate(asked) as updates:
+            speculation = Speculation(type=("grammar",), order="fixed") if drafts else _NO_DRAFTS
+            request = Request(
+                prompt=prompt, max_tokens=most, sampling=sampling, grammar=grammar, speculation=speculation
+            )
+            async with engine.generate(request) as updates:
                 return sum([len(update.ids) async for update in updates if isinstance(update, Tokens)])
 
         await asyncio.gather(*(one(seed, 8) for seed in range(slots)))
         before = engine.stats()
         with (
             clock.over(masks.Masks, "begin", "of"),
-            clock.over(masks, "unpacked"),
-            clock.over(sampler, "permitted_of"),
-            clock.over(matcher.Matcher, "take", "permits", "forced"),
+            clock.over(masks, "unpack_bitmask"),
+            clock.over(sampler, "mask_row"),
+            clock.over(matcher.Matcher, "accept_token", "validate_tokens", "forced_tokens"),
         ):
             begun = time.perf_counter()
-            said = sum(await asyncio.gather(*(one(100 + seed, tokens) for seed in range(slots))))
+            emitted = sum(await asyncio.gather(*(one(100 + seed, tokens) for seed in range(slots))))
             wall = time.perf_counter() - begun
         after = engine.stats()
     busy, steps = after.busy_seconds - before.busy_seconds, after.steps - before.steps
     return {
         "share": sum(clock.spent.values()) / busy,
         "milliseconds_per_step": 1e3 * busy / steps,
-        "tokens_per_second": said / wall,
+        "tokens_per_second": emitted / wall,
         "steps": steps,
-        "tokens": said,
+        "tokens": emitted,
         "microseconds_per_step": {name: 1e6 * spent / steps for name, spent in clock.spent.items()},
     }
 
 
-# ── what others notice ──
+# ── gaps of other streams ──
 
 
 def large(size: int, number: int) -> bytes:
-    """A schema of about `size` bytes that nobody compiled before: sections of fields of all kinds."""
+    """Returns a schema of about `size` bytes that is distinct for each number: sections of fields of all kinds."""
     sections: dict[str, Any] = {}
     schema = {"type": "object", "properties": sections, "required": [], "additionalProperties": False}
     while len(text := msgspec.json.encode(schema)) < size:
@@ -167,20 +171,20 @@ def large(size: int, number: int) -> bytes:
     return text
 
 
-async def noticed(model: Path, streams: int, size: int, times: int) -> dict[str, Any]:
-    """Gaps between the texts of running streams, alone and while large schemas are compiled."""
+async def gaps_during_compilation(model: Path, streams: int, size: int, times: int) -> dict[str, Any]:
+    """Returns the gaps of running streams, alone and during the compilation of large schemas, in milliseconds."""
     config = EngineConfig.of(path=model, slots=streams, context=4096, speculation={"types": ["none"]})
     gaps: dict[str, list[float]] = {"alone": [], "compiling": []}
     compiling: list[float] = []
     async with Engine.open(config) as engine:
-        prompt = tuple(engine.vocab.tokenize(PROMPT, special=True))
+        prompt = tuple(engine.vocab.tokenize(_PROMPT, special=True))
         busy = ended = 0.0
 
         async def one(seed: int) -> None:
-            asked = Request(
+            request = Request(
                 prompt=prompt, max_tokens=700, ignore_eos=True, sampling=SamplingParams(seed=seed), salt=str(seed)
             )
-            async with engine.generate(asked) as updates:
+            async with engine.generate(request) as updates:
                 last = 0.0
                 async for _ in updates:
                     now = time.perf_counter()
@@ -210,8 +214,8 @@ def main() -> None:
     """Prints three tables and writes `grammars.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
-    parser.add_argument("--slots", type=int, default=8, help="streams with a schema at once")
-    parser.add_argument("--tokens", type=int, default=96, help="tokens of each")
+    parser.add_argument("--slots", type=int, default=8, help="concurrent streams with a schema")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens of each answer")
     parser.add_argument("--size", type=int, default=60_000, help="bytes of the large schema")
     options = parser.parse_args()
     ways = {
@@ -227,21 +231,21 @@ def main() -> None:
         [name, 100 * made["share"], made["milliseconds_per_step"], made["tokens_per_second"], made["tokens"]]
         for name, made in shares.items()
     ]
-    show(f"{options.slots} streams with a schema", ["", "% of a step", "ms a step", "tokens/s", "tokens"], rows)
-    gaps = asyncio.run(noticed(options.model, 4, options.size, 8))
+    show(f"{options.slots} streams with a schema", ["", "% of a step", "ms per step", "tokens/s", "tokens"], rows)
+    gaps = asyncio.run(gaps_during_compilation(options.model, 4, options.size, 8))
     show(
         f"a schema of {options.size} bytes beside 4 streams, milliseconds",
         ["", "p50", "p99", "max"],
         [[name, found["p50"], found["p99"], found["max"]] for name, found in gaps.items()],
     )
     schemas = asyncio.run(compiled(options.model))
-    good, times = 1 - len(schemas["failed"]) / schemas["tools"], schemas["milliseconds"]
+    compiling, times = 1 - len(schemas["failed"]) / schemas["tools"], schemas["milliseconds"]
     show(
         "tools of the leaderboard",
-        ["tools", "compile, %", "different", "of these not", "ms p50", "p99", "max", "the first, s"],
+        ["tools", "compile, %", "distinct", "of these fail", "ms p50", "p99", "max", "first, s"],
         [
             [
-                *(schemas["tools"], f"{100 * good:.3f}", schemas["different"], schemas["different_failed"]),
+                *(schemas["tools"], f"{100 * compiling:.3f}", schemas["different"], schemas["different_failed"]),
                 *(times["p50"], times["p99"], times["max"], schemas["first_seconds"]),
             ]
         ],

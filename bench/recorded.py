@@ -1,4 +1,4 @@
-"""Recorded outputs of models that call tools, from the wheel of canitoolcall, read by the formats of Paceline."""
+"""Recorded outputs of models that call tools, from the wheel of canitoolcall, parsed by the formats of Paceline."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from api.openai.messages import message_of
-from api.tools.formats import FORMATS, Calls, Format, Parser, Tool
+from api.openai.messages import message_from_deltas
+from api.tools.formats import CHAT_FORMATS, AllowedCalls, ChatFormat, MessageParser, Tool
 from bench import models
 
 FIXTURES = "canitoolcall/_data/fixtures/"
+# The name of the format by model family.
 FAMILIES = {
     "deepseek": "deepseek",
     "gemma4": "gemma",
@@ -29,7 +30,7 @@ FAMILIES = {
     "qwen3-hermes": "hermes",
     "qwen3-xml": "qwen-xml",
 }
-"""The format of each family."""
+# The name of the format by variant, for members of a family with another format.
 VARIANTS = {
     "deepseek-v32": "dsml",
     "deepseek-v4": "dsml",
@@ -37,57 +38,61 @@ VARIANTS = {
     "kimi-k3-xtml": "kimi-xtml",
     "llama4-pythonic": "pythonic",
 }
-"""The formats of members of a family that write otherwise."""
 
 
-class Read(Struct, frozen=True):
-    """What a text was taken for."""
+class ParsedOutput(Struct, frozen=True):
+    """Content, reasoning, and the name and the JSON arguments of each tool call."""
 
     content: str
     reasoning: str
     calls: tuple[tuple[str, str], ...]
-    """Names and arguments."""
 
 
-class Recorded(Struct, frozen=True):
-    """One output, and what it should be taken for; None if it was cut off or is malformed, and no call is due."""
+class RecordedOutput(Struct, frozen=True):
+    """One output and its expected parse.
+
+    `expected` is `None` for a truncated or malformed output, which must give no tool call, because of `reason`.
+    `opened` is true if the prompt ends inside the reasoning.
+    """
 
     name: str
-    format: Format
-    calls: Calls
+    format: ChatFormat
+    calls: AllowedCalls
     opened: bool
     text: str
-    expected: Read | None
+    expected: ParsedOutput | None
     reason: str
 
-    def read(self, pieces: Sequence[str]) -> Read:
-        """What the text is taken for, fed in these pieces."""
-        parser = Parser(self.format, self.calls, opened=self.opened)
-        deltas = [delta for piece in pieces for delta in parser.feed(piece)]
-        message = message_of([*deltas, *parser.finish()])
+    def parse(self, chunks: Sequence[str]) -> ParsedOutput:
+        """Returns the parse of the text when the parser is fed `chunks`."""
+        parser = MessageParser(self.format, self.calls, opened=self.opened)
+        deltas = [delta for chunk in chunks for delta in parser.feed(chunk)]
+        message = message_from_deltas([*deltas, *parser.finish()])
         calls = tuple((str(call.function.name), call.function.arguments) for call in message.tool_calls or ())
-        return Read(message.content or "", message.reasoning_content or "", calls)
+        return ParsedOutput(message.content or "", message.reasoning_content or "", calls)
 
-    def wrong(self, read: Read) -> str:
-        """What is wrong with a reading; empty if nothing is. White space around content and reasoning is not told."""
+    def mismatch(self, parsed: ParsedOutput) -> str:
+        """Returns the difference to the expected parse, white space around content and reasoning ignored; empty if the
+        parses are equal."""
         if self.expected is None:
-            return f"a call was told, but: {self.reason}" if read.calls else ""
-        found, due = _comparable(read), _comparable(self.expected)
-        return "" if found == due else f"read as {found}, not {due}"
+            return f"a tool call was found, but: {self.reason}" if parsed.calls else ""
+        found, due = _comparable(parsed), _comparable(self.expected)
+        return "" if found == due else f"parsed as {found}, expected {due}"
 
-    def cuts(self, count: int) -> Iterator[list[str]]:
-        """The text in pieces, in so many random ways: single characters first, then longer and longer ones."""
-        chance = random.Random(self.name)
+    def splits(self, count: int) -> Iterator[list[str]]:
+        """Yields `count` random splits of the text: into single characters first, then into chunks of at most 2, 3 and
+        more characters."""
+        rng = random.Random(self.name)
         for longest in range(1, count + 1):
             ends = [0]
             while ends[-1] < len(self.text):
-                ends.append(ends[-1] + chance.randint(1, longest))
+                ends.append(ends[-1] + rng.randint(1, longest))
             yield [self.text[start:end] for start, end in pairwise(ends)]
 
 
-def recorded(wheel: Path = models.SOURCES["canitoolcall"].path) -> list[Recorded]:
-    """All of them. Raises FileNotFoundError if the wheel was not brought."""
-    found: list[Recorded] = []
+def recorded_outputs(wheel: Path = models.SOURCES["canitoolcall"].path) -> list[RecordedOutput]:
+    """Returns all recorded outputs. Raises FileNotFoundError if the wheel is not downloaded."""
+    found: list[RecordedOutput] = []
     with zipfile.ZipFile(wheel) as archive:
         for family in FAMILIES:
             about = json.loads(archive.read(f"{FIXTURES}{family}/family.json"))
@@ -99,25 +104,27 @@ def recorded(wheel: Path = models.SOURCES["canitoolcall"].path) -> list[Recorded
     return found
 
 
-def _record(row: dict[str, Any], references: dict[str, Any]) -> Recorded:
+def _record(row: dict[str, Any], references: dict[str, Any]) -> RecordedOutput:
     reference = references[row["models"][0]]
     name = VARIANTS.get(reference.get("variant", ""), FAMILIES[row["family"]])
-    format = next(format for format in FORMATS if format.name == name)
+    format = next(format for format in CHAT_FORMATS if format.name == name)
     prompt = row.get("generation_prompt")
     prompt = reference.get("default_generation_prompt") or "" if prompt is None else prompt
     tools = tuple(Tool(tool["function"]["name"], tool["function"].get("parameters") or {}) for tool in row["tools"])
     due = row.get("expected")
-    expected = due and Read(
+    expected = due and ParsedOutput(
         due["content"] or "",
         due["reasoning_content"] or "",
         tuple((call["name"], json.dumps(call["arguments"])) for call in due["tool_calls"]),
     )
     reason = row.get("expected_error", {}).get("reason", "")
-    return Recorded(row["id"], format, Calls(tools), format.opened_by(prompt), row["raw_output"], expected, reason)
+    return RecordedOutput(
+        row["id"], format, AllowedCalls(tools), format.opens_reasoning(prompt), row["raw_output"], expected, reason
+    )
 
 
-def _comparable(read: Read) -> tuple[str, str, list[tuple[str, object]]]:
-    return read.content.strip(), read.reasoning.strip(), [(name, _value(text)) for name, text in read.calls]
+def _comparable(parsed: ParsedOutput) -> tuple[str, str, list[tuple[str, object]]]:
+    return parsed.content.strip(), parsed.reasoning.strip(), [(name, _value(text)) for name, text in parsed.calls]
 
 
 def _value(arguments: str) -> object:

@@ -1,9 +1,9 @@
-"""Repeatability over HTTP: the same request, greedy and seeded, must give the same tokens in every situation.
+"""Repeatability over HTTP: the same request, greedy or seeded, must give the same tokens in every situation.
 
-A server with its default flags gets each request alone without cached tokens, alone again from the cache, and with 8
-other clients, both without and with cached tokens; all of this for each number of slots (`--slots 1 8`). Half of the
-other clients send predictions of their own answers, so that drafts are accepted beside the request. The first answer of
-the first server is the reference. The exit code is 1 if the tokens or the text of any answer differ from it.
+Each request is sent to a server with default flags: alone without cached tokens, alone with cached tokens, and with 8
+other clients, without and with cached tokens; all of this for each number of slots (`--slots 1 8`). Half of the other
+clients send predictions of their own answers, so that drafts are accepted in the same steps. The first answer of the
+first server is the reference. The exit code is 1 if the tokens or the text of any answer differ from the reference.
 
 `--server llama-server-split` measures a mode of llama-server instead. Further flags of the server come after `--`.
 """
@@ -23,10 +23,10 @@ from msgspec import Struct
 
 from bench.client import Outcome, chat, stream, user
 from bench.figures import save, show
-from bench.models import SOURCES, Refused
+from bench.models import SOURCES, SetupError
 from bench.peers import MODES, PACELINE, TUNED, Settings, llama_server
 from bench.server import Server, serving
-from bench.workloads import CHAT, random_text
+from bench.workloads import CHAT_PATH, random_text
 from engine.config import physical_cores
 
 # Tokens of the other clients' prompts and answers.
@@ -42,8 +42,8 @@ SAMPLING: dict[str, dict[str, Any]] = {
 }
 
 
-class Answer(Struct, frozen=True):
-    """One answer: its tokens with their log probabilities, its text, and the server's counts."""
+class RepeatedAnswer(Struct, frozen=True):
+    """One answer, with the numbers of cached prompt tokens and of accepted draft tokens."""
 
     tokens: tuple[bytes, ...]
     logprobs: tuple[float, ...]
@@ -52,7 +52,7 @@ class Answer(Struct, frozen=True):
     accepted: int
 
     @classmethod
-    def of(cls, outcome: Outcome) -> Answer:
+    def of(cls, outcome: Outcome) -> RepeatedAnswer:
         """Returns the answer of a request. Raises RuntimeError if the request failed."""
         if outcome.failed:
             raise RuntimeError(f"a request failed ({outcome.status}): {outcome.error}")
@@ -61,7 +61,7 @@ class Answer(Struct, frozen=True):
 
 
 class Situation(Struct, frozen=True):
-    """How often a request is sent, with or without cached tokens, and with or without other clients."""
+    """A situation in which a request is sent `times` times: with or without cached tokens and other clients."""
 
     name: str
     times: int
@@ -72,7 +72,7 @@ class Situation(Struct, frozen=True):
 class Comparison(Struct, frozen=True):
     """The answers of one request in one situation, compared with the reference.
 
-    `differs_at` is the first token that differs in any answer; `None` means that tokens and texts are all equal.
+    `differs_at` is the first position with a differing token in any answer; `None` means that all answers are equal.
     `same_bits` counts the answers whose log probabilities are also equal. `others_accepted` are the accepted draft
     tokens of the other clients.
     """
@@ -89,13 +89,13 @@ class Comparison(Struct, frozen=True):
     others_accepted: int
 
     def row(self) -> list[object]:
-        """Returns the row under `COLUMNS`."""
+        """Returns the row under `_COLUMNS`."""
         place = "" if self.differs_at is None else self.differs_at
         counts = [self.cached, self.accepted, self.others_accepted]
         return [self.request, self.slots, self.situation, self.answers, self.same, place, self.same_bits, *counts]
 
 
-COLUMNS = (
+_COLUMNS = (
     *("request", "slots", "situation", "answers", "same", "differs at", "bits"),
     *("cached", "accepted", "others'"),
 )
@@ -113,21 +113,29 @@ def situations(times: int) -> list[Situation]:
 
 
 def first_difference(one: Sequence[object], other: Sequence[object]) -> int | None:
-    """Returns the first place at which two sequences differ, an end included; `None` if they are equal."""
+    """Returns the first position at which two sequences differ, an end included; `None` if they are equal."""
     for place, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
             return place
     return None if len(one) == len(other) else min(len(one), len(other))
 
 
-def differs_at(reference: Answer, answer: Answer) -> int | None:
-    """Returns the first differing token; the number of tokens if only the text differs; `None` if all is equal."""
+def differs_at(reference: RepeatedAnswer, answer: RepeatedAnswer) -> int | None:
+    """Returns the position of the first differing token, the number of tokens if only the text differs.
+
+    `None` means that tokens and text are equal.
+    """
     place = first_difference(reference.tokens, answer.tokens)
     return len(answer.tokens) if place is None and reference.text != answer.text else place
 
 
 def compared(
-    request: str, slots: int, situation: Situation, reference: Answer, answers: Sequence[Answer], others: int
+    request: str,
+    slots: int,
+    situation: Situation,
+    reference: RepeatedAnswer,
+    answers: Sequence[RepeatedAnswer],
+    others: int,
 ) -> Comparison:
     """Returns the comparison of the answers with the reference."""
     places = [differs_at(reference, answer) for answer in answers]
@@ -182,7 +190,7 @@ class Company:
                 await self._send({**body, "prediction": {"type": "content", "content": text}})
 
     async def _send(self, body: dict[str, Any]) -> str:
-        outcome = await stream(self._port, CHAT, body)
+        outcome = await stream(self._port, CHAT_PATH, body)
         if outcome.failed:
             raise RuntimeError(f"a request of another client failed ({outcome.status}): {outcome.error}")
         self.running.set()
@@ -192,9 +200,9 @@ class Company:
 
 @asynccontextmanager
 async def company(port: int, clients: int) -> AsyncIterator[Company]:
-    """Runs `clients` other clients for the length of the block, which begins after the first complete answer to them.
+    """Runs `clients` other clients for the length of the block, which begins after their first complete answer.
 
-    Raises RuntimeError, also within the block, if a request of theirs fails.
+    Raises RuntimeError, also within the block, if a request of the other clients fails.
     """
     others = Company(port)
     try:
@@ -213,29 +221,29 @@ async def company(port: int, clients: int) -> AsyncIterator[Company]:
 
 
 class Salts:
-    """Cache salts: a new one for a request that must not find cached tokens."""
+    """A source of new cache salts for requests that must not reuse cached tokens."""
 
     def __init__(self) -> None:
         self._numbers = count()
 
     def salted(self, body: dict[str, Any], *, cached: bool) -> dict[str, Any]:
-        """Returns the body with a new salt, or unchanged; `cache_prompt` has the same effect in llama-server."""
+        """Returns the body with a new salt, and with `cache_prompt` off for llama-server; unchanged if `cached`."""
         return body if cached else {**body, "cache_salt": f"repeat {next(self._numbers)}", "cache_prompt": False}
 
 
-async def answers(server: Server, situation: Situation, body: dict[str, Any], salts: Salts) -> list[Answer]:
+async def answers(server: Server, situation: Situation, body: dict[str, Any], salts: Salts) -> list[RepeatedAnswer]:
     """Returns the answers of one request in a situation. Raises RuntimeError if the request fails."""
-    made: list[Answer] = []
+    made: list[RepeatedAnswer] = []
     for _ in range(situation.times):
         sent = salts.salted(body, cached=situation.cached)
-        made.append(Answer.of(await stream(server.port, CHAT, sent)))
+        made.append(RepeatedAnswer.of(await stream(server.port, CHAT_PATH, sent)))
     return made
 
 
 async def measured(
-    server: Server, slots: int, options: argparse.Namespace, references: dict[str, Answer]
+    server: Server, slots: int, options: argparse.Namespace, references: dict[str, RepeatedAnswer]
 ) -> list[Comparison]:
-    """Returns the comparisons of one server; `references` gets the first answer of each request that has none yet."""
+    """Returns the comparisons of one server; stores the first answer of each request in `references`."""
     done: list[Comparison] = []
     salts = Salts()
     for situation in situations(options.times):
@@ -250,7 +258,7 @@ async def measured(
 
 
 def server_of(options: argparse.Namespace, slots: int) -> AbstractContextManager[Server]:
-    """Runs the server to be measured for the length of a block."""
+    """Runs the measured server for the length of a block."""
     if options.server != PACELINE:
         context = options.context or 2048 * slots
         settings = Settings(options.model, context, slots, physical_cores())
@@ -261,7 +269,7 @@ def server_of(options: argparse.Namespace, slots: int) -> AbstractContextManager
 
 def run(options: argparse.Namespace) -> Iterator[Comparison]:
     """Yields the comparisons of all servers. Raises RuntimeError if a server does not start or a request fails."""
-    references: dict[str, Answer] = {}
+    references: dict[str, RepeatedAnswer] = {}
     for slots in options.slots:
         with server_of(options, slots) as server:
             yield from asyncio.run(measured(server, slots, options, references))
@@ -281,10 +289,10 @@ def main() -> None:
     options = parser.parse_args()
     try:
         done = list(run(options))
-    except (Refused, RuntimeError) as error:
+    except (SetupError, RuntimeError) as error:
         raise SystemExit(f"\n{error}") from None
     title = f"the same request in different situations, {options.server}, {options.model.stem}"
-    show(title, COLUMNS, [one.row() for one in done])
+    show(title, _COLUMNS, [one.row() for one in done])
     save(f"repeat_{options.server}_{options.model.stem}", done)
     if different := sum(one.answers - one.same for one in done):
         sys.exit(f"{different} of {sum(one.answers for one in done)} answers differ from the first one.")

@@ -1,10 +1,10 @@
-"""The grid in virtual time: recorded output, replayed with the real proposers and the measured cost of a step.
+"""The grid in virtual time: recorded outputs, replayed with the real proposers and the measured cost of a step.
 
-`python -m bench.replay -m target.gguf` asks the target once (see `bench.proposers`) and measures its passes (see
-`paceline cost`). Then a step takes what its passes and attended cells cost, a prompt what its rows cost, and drafting
-the time that it really takes, so that load on a shared machine changes nothing and differences of a few per cent show.
-Lengths of drafts are the engine's own choices; drafts of a model are not replayed. With per-slot KV each request has
-the lowest free sequence id.
+`python -m bench.replay -m target.gguf` records the outputs of the target once (see `bench.outputs`) and measures its
+passes (see `paceline cost`). A step then takes the cost of its passes and attended cells, a prompt the cost of its
+rows, and drafting its real time, so that other load on the machine hardly changes the result and differences of a few
+per cent are visible. The engine chooses the draft lengths; a draft model is not replayed. With per-slot KV each request
+has the lowest free sequence id.
 """
 
 from __future__ import annotations
@@ -20,112 +20,112 @@ from msgspec import Struct
 
 from bench.figures import save, show
 from bench.models import SOURCES
-from bench.proposers import Case, cases
-from bench.simulated import MOST, Ran
-from engine import Measured, step_costs
+from bench.outputs import Case, cases
+from bench.simulated import MAX_DRAFT_ROWS, SimulationResult
+from engine import Calibration, measure_step_costs
 from engine.backend import Vocab
 from engine.config import DraftConfig, EngineConfig, SpeculationConfig
 from engine.contract import Request, Speculation
 from engine.engine import open_vocabulary
-from engine.pace import Layout, Load, SequenceRows, StepCost
-from engine.pace.calibration import SEEN
+from engine.pace import Layout, SequenceRows, StepCost, UpcomingStep
+from engine.pace.calibration import CALIBRATED_WEIGHT
 from engine.pace.curve import Curve
-from engine.speculate import Drafter, Drafting, Shared, Wish
-from engine.speculate.draft import matching
+from engine.speculate import DraftCandidate, SequenceProposers, SharedDraftData, SpeculativeDecoding, num_matching
 
-# Standard deviation of the step times that the engine learns from, as a share of a step.
+# Relative standard deviation of the step times that the policy observes.
 NOISE = 0.05
 
 
-class Going(Struct):
-    """A request under way."""
+class ReplayedRequest(Struct):
+    """A running request; `emitted` counts its output tokens in `history`."""
 
     case: Case
-    drafter: Drafter
+    proposers: SequenceProposers
     history: array[int]
     seq: int = 0
-    said: int = 1
+    emitted: int = 1
 
     def rows(self, drafts: int = 0) -> SequenceRows:
-        """Returns the rows of the next step: the last token, which has no cell yet, and a draft."""
+        """Returns the rows of the next step: the last token, which has no cell yet, and `drafts` draft tokens."""
         return SequenceRows(self.seq, 1 + drafts, len(self.history) - 1)
 
 
 def replay(
-    said: Sequence[Case],
-    measured: Measured,
+    recorded: Sequence[Case],
+    measured: Calibration,
     clients: int,
-    asked: Speculation,
+    speculation: Speculation,
     vocab: Vocab,
     tokens: int,
     seed: int = 0,
-) -> Ran:
-    """Runs all of `said` from `clients` clients, each of which sends its next request when the last was answered."""
-    random, truth = Random(seed), learned(measured)
+) -> SimulationResult:
+    """Replays `recorded` from `clients` clients in a closed loop, each output truncated to `tokens`."""
+    random, true_cost = Random(seed), learned(measured)
     config = SpeculationConfig()
-    drafting = Drafting(Shared(config, vocab), config, DraftConfig(), cost=learned(measured))
-    waiting = [Case(case.prompt, case.predicted, case.said[:tokens]) for case in said]
-    going, ran, last = list[Going](), Ran(), 0.0
-    while waiting or going:
-        while waiting and len(going) < clients:
+    decoding = SpeculativeDecoding(SharedDraftData(config, vocab), config, DraftConfig(), cost=learned(measured))
+    waiting = [Case(case.prompt, case.prediction, case.output[:tokens]) for case in recorded]
+    running, result, last = list[ReplayedRequest](), SimulationResult(), 0.0
+    while waiting or running:
+        while waiting and len(running) < clients:
             begun = time.perf_counter()
-            going.append(start(drafting, waiting.pop(0), asked))
-            going[-1].seq = min({*range(clients)} - {one.seq for one in going[:-1]})
-            ran.tokens += 1
-            ran.seconds += len(going[-1].case.prompt) * measured.prompt_row + time.perf_counter() - begun
-        going.sort(key=lambda one: one.seq)
+            running.append(start(decoding, waiting.pop(0), speculation))
+            running[-1].seq = min({*range(clients)} - {request.seq for request in running[:-1]})
+            result.tokens += 1
+            result.seconds += len(running[-1].case.prompt) * measured.prompt_row + time.perf_counter() - begun
+        running.sort(key=lambda request: request.seq)
         begun = time.perf_counter()
-        wishes = [
-            Wish(one.drafter, room, room, one.seq)
-            for one in going
-            if one.drafter.knows(one.history) and (room := min(MOST, len(one.case.said) - one.said - 1)) > 0
+        candidates = [
+            DraftCandidate(request.proposers, room, room, request.seq)
+            for request in running
+            if request.proposers.can_draft(request.history)
+            and (room := min(MAX_DRAFT_ROWS, len(request.case.output) - request.emitted - 1)) > 0
         ]
-        cells = sum(len(one.history) - 1 for one in going)
-        load = Load(tuple(one.rows() for one in going), len(going), cells, MOST)
-        made = drafting.propose(wishes, [], load, last)
-        drafts = {wish.seq: draft.tokens for wish, draft in zip(wishes, made, strict=True)}
+        cells = sum(len(request.history) - 1 for request in running)
+        load = UpcomingStep(tuple(request.rows() for request in running), len(running), cells, MAX_DRAFT_ROWS)
+        planned = decoding.planner.plan(candidates, [], load, last)
+        drafts = {candidate.seq: draft.tokens for candidate, draft in zip(candidates, planned, strict=True)}
         spent = time.perf_counter() - begun
-        rows = [one.rows(len(drafts.get(one.seq, ()))) for one in going]
-        last = truth.decode_seconds(truth.layout.shape(rows, cells))
-        drafting.chooser.saw(rows, 0, cells, last * (1 + NOISE * random.gauss()))
+        rows = [request.rows(len(drafts.get(request.seq, ()))) for request in running]
+        last = true_cost.decode_seconds(true_cost.layout.shape(rows, cells))
+        decoding.chooser.observe_step(rows, 0, cells, last * (1 + NOISE * random.gauss()))
         begun = time.perf_counter()
-        for one in going:
-            ran.tokens += verify(drafting, one, drafts.get(one.seq, ()))
-        ran.seconds += last + spent + time.perf_counter() - begun
-        ran.drafted.append(sum(map(len, drafts.values())))
-        going = [one for one in going if one.said < len(one.case.said)]
-    return ran
+        for request in running:
+            result.tokens += verify(decoding, request, drafts.get(request.seq, ()))
+        result.seconds += last + spent + time.perf_counter() - begun
+        result.drafted.append(sum(map(len, drafts.values())))
+        running = [request for request in running if request.emitted < len(request.case.output)]
+    return result
 
 
-def learned(measured: Measured) -> StepCost:
-    """Returns the cost of steps by a calibration, in the KV layout that was measured."""
-    cost = StepCost(Curve(measured.rows, SEEN), Layout(measured.unified, flash=measured.flash))
+def learned(measured: Calibration) -> StepCost:
+    """Returns the step cost of a calibration in its KV layout."""
+    cost = StepCost(Curve(measured.rows, CALIBRATED_WEIGHT), Layout(measured.unified, flash=measured.flash))
     cost.row_cell = measured.row_cell
     return cost
 
 
-def start(drafting: Drafting, case: Case, asked: Speculation) -> Going:
-    """Returns a request whose prompt is computed."""
-    history = array("i", [*case.prompt, *case.said[:1]])
-    drafter = drafting.drafter(Request(prompt=case.prompt, speculation=asked))
-    drafter.learn(history, len(history))
-    return Going(case, drafter, history)
+def start(decoding: SpeculativeDecoding, case: Case, speculation: Speculation) -> ReplayedRequest:
+    """Returns a running request whose prompt and first output token are in its history."""
+    history = array("i", [*case.prompt, *case.output[:1]])
+    proposers = decoding.sequence_proposers(Request(prompt=case.prompt, speculation=speculation))
+    proposers.feed(history, len(history))
+    return ReplayedRequest(case, proposers, history)
 
 
-def verify(drafting: Drafting, one: Going, draft: Sequence[int]) -> int:
-    """Appends the next tokens of the recorded output, and returns their number."""
-    coming = one.case.said[one.said : one.said + len(draft) + 1]
-    right = matching(draft, coming)
-    emitted = coming[: right + 1]
-    one.history.extend(emitted)
-    one.said += len(emitted)
-    one.drafter.observe(one.history, emitted, drafting.chooser.verified(len(draft), right))
-    if one.said >= len(one.case.said):
-        one.drafter.end()
+def verify(decoding: SpeculativeDecoding, request: ReplayedRequest, draft: Sequence[int]) -> int:
+    """Verifies a draft against the recorded output, appends the emitted tokens and returns their number."""
+    expected = request.case.output[request.emitted : request.emitted + len(draft) + 1]
+    right = num_matching(draft, expected)
+    emitted = expected[: right + 1]
+    request.history.extend(emitted)
+    request.emitted += len(emitted)
+    request.proposers.observe(request.history, emitted, decoding.chooser.assess(len(draft), right))
+    if request.emitted >= len(request.case.output):
+        request.proposers.end()
     return len(emitted)
 
 
-SETTINGS = {
+_SETTINGS = {
     "auto": Speculation(type=("auto",)),
     "suffix:8": Speculation(type=("suffix",), n_max=8, order="fixed"),
     "suffix:16": Speculation(type=("suffix",), n_max=16, order="fixed"),
@@ -138,27 +138,27 @@ def main() -> None:
     """Prints a table and writes `replay_<layout>.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", type=Path, default=SOURCES["smollm2"].path, help="GGUF file of the target")
-    parser.add_argument("--workloads", default="edit,chat,completion", help="separated by commas")
-    parser.add_argument("--clients", default="1,2,4,8,16", help="the same")
-    parser.add_argument("--requests", type=int, default=20, help="of each workload")
-    parser.add_argument("--tokens", type=int, default=192, help="of each answer at most")
+    parser.add_argument("--workloads", default="edit,chat,completion", help="workloads, separated by commas")
+    parser.add_argument("--clients", default="1,2,4,8,16", help="numbers of concurrent clients, separated by commas")
+    parser.add_argument("--requests", type=int, default=20, help="requests of each workload")
+    parser.add_argument("--tokens", type=int, default=192, help="maximum tokens of each answer")
     parser.add_argument("--kv", choices=["per-slot", "unified"], default="per-slot", help="KV layout")
     options = parser.parse_args()
     slots, unified = max(map(int, options.clients.split(","))), options.kv == "unified"
     config = EngineConfig.of(path=options.model, slots=slots, context=slots * 1024, kv_unified=unified)
-    measured = step_costs(config, lambda share: None)
+    measured = measure_step_costs(config, lambda share: None)
     rows: list[list[object]] = []
     with open_vocabulary(options.model) as vocab:
         for workload in options.workloads.split(","):
-            said = cases(options.model, workload, options.requests, options.tokens)
+            recorded = cases(options.model, workload, options.requests, options.tokens)
             for clients in map(int, options.clients.split(",")):
-                none = replay(said, measured, clients, Speculation(), vocab, options.tokens)
+                none = replay(recorded, measured, clients, Speculation(), vocab, options.tokens)
                 rates = [
-                    replay(said, measured, clients, asked, vocab, options.tokens).rate / none.rate
-                    for asked in SETTINGS.values()
+                    replay(recorded, measured, clients, speculation, vocab, options.tokens).rate / none.rate
+                    for speculation in _SETTINGS.values()
                 ]
                 rows.append([workload, clients, none.rate, *rates])
-    columns = ("workload", "clients", "none, tokens/s", *SETTINGS)
+    columns = ("workload", "clients", "none, tokens/s", *_SETTINGS)
     show(f"{options.model.stem} in virtual time, {options.kv} KV: tokens per second to none", columns, rows)
     save(f"replay_{options.kv}", {"measured": measured, "columns": columns, "rows": rows})
 

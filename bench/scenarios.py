@@ -1,4 +1,4 @@
-"""Two promises, measured over HTTP: a long prompt does not stall running streams, and a prefix is computed once."""
+"""Two scenarios over HTTP: gaps of running streams during a long prefill, and prefill of a shared prefix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from typing import Any
 from bench.client import Outcome, chat, closed, stream, user
 from bench.figures import percentile, save, show
 from bench.server import Server, serving
-from bench.workloads import text_of
+from bench.workloads import CHAT_PATH, text_of
+
+# Tokens of each stream that runs beside the long prompt.
+STREAM_TOKENS = 2500
+
+
+def slot_tokens(prompt: int) -> int:
+    """Returns the context of a slot for prompts of about `prompt` tokens and for the streams of `long_prompt`."""
+    return max(prompt, STREAM_TOKENS) + 608
 
 
 async def long_prompt(
@@ -23,21 +31,29 @@ async def long_prompt(
     lead: float = 6.0,
     change: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: body,
 ) -> dict[str, Any]:
-    """Gaps between texts of running streams, in the `lead` seconds before a long prompt and while it is read. Requests
-    are sent as `change` makes them."""
+    """Returns the gaps of running streams in the `lead` seconds before a long prompt and during its prefill.
+
+    `prompt` is the approximate length of the long prompt in tokens; a slot needs `slot_tokens(prompt)`. `change` adapts
+    the body of each request to the server.
+    """
     outcomes = [Outcome(0.0) for _ in range(streams)]
 
-    async def ask(text: str, tokens: int, seed: int, outcome: Outcome) -> Outcome:
+    async def send(text: str, tokens: int, seed: int, outcome: Outcome) -> Outcome:
         body = change(chat(user(text), tokens, seed=seed))
-        return await stream(server.port, "/v1/chat/completions", body, outcome=outcome)
+        return await stream(server.port, CHAT_PATH, body, outcome=outcome)
 
     async with asyncio.TaskGroup() as group:
-        running = [group.create_task(ask(f"Count slowly. {n}", 2500, n, outcome)) for n, outcome in enumerate(outcomes)]
+        running = [
+            group.create_task(send(f"Count slowly. {number}", STREAM_TOKENS, number, outcome))
+            for number, outcome in enumerate(outcomes)
+        ]
         await asyncio.sleep(lead)
-        long = await ask(text_of(prompt), 4, 1, Outcome(0.0))
+        long = await send(text_of(prompt), 4, 1, Outcome(0.0))
         still = sum(not task.done() for task in running)
         for task in running:
             task.cancel()
+    if long.failed:
+        raise RuntimeError(f"the long prompt failed ({long.status}): {long.error}")
     first = long.arrivals[0]
     pairs = [pair for outcome in outcomes for pair in zip(outcome.arrivals[8:], outcome.arrivals[9:], strict=False)]
     before = [later - earlier for earlier, later in pairs if later < long.begun]
@@ -45,33 +61,33 @@ async def long_prompt(
     return {
         "prompt_tokens": long.prompt_tokens,
         "prompt_seconds": first - long.begun,
-        "streams_running_all_the_while": still,
+        "streams_still_running": still,
         "median_gap_before_ms": 1000 * median(before),
-        "median_gap_while_reading_ms": 1000 * median(inside),
-        "p99_gap_while_reading_ms": 1000 * percentile(inside, 0.99),
-        "largest_gap_while_reading_ms": 1000 * max(inside),
+        "median_gap_during_prefill_ms": 1000 * median(inside),
+        "p99_gap_during_prefill_ms": 1000 * percentile(inside, 0.99),
+        "largest_gap_during_prefill_ms": 1000 * max(inside),
         "largest_against_median_before": max(inside) / median(before),
         "largest_against_median_of_all": max(inside) / median([*before, *inside]),
     }
 
 
 async def shared_prefix(server: Server, clients: int = 8, requests: int = 24, prompt: int = 2000) -> dict[str, Any]:
-    """How many prompt tokens are computed for requests that all begin with one long system prompt."""
+    """Returns the prompt tokens sent and computed for requests that all begin with one long system prompt."""
     system = {"role": "system", "content": text_of(prompt)}
     bodies = (chat([system, *user(f"Question {n}?")], 16, seed=n) for n in range(requests))
     loop = asyncio.get_running_loop()
     begun = loop.time()
-    outcomes = await closed(clients, bodies, partial(stream, server.port, "/v1/chat/completions"))
+    outcomes = await closed(clients, bodies, partial(stream, server.port, CHAT_PATH))
     seconds = loop.time() - begun
-    asked = sum(outcome.prompt_tokens for outcome in outcomes)
+    sent = sum(outcome.prompt_tokens for outcome in outcomes)
     cached = sum(outcome.cached_tokens for outcome in outcomes)
     return {
         "requests": len(outcomes),
         "failed": sum(outcome.failed for outcome in outcomes),
         "seconds": seconds,
         "prompt_tokens_of_one": max(outcome.prompt_tokens for outcome in outcomes),
-        "prompt_tokens_asked": asked,
-        "prompt_tokens_computed": asked - cached,
+        "prompt_tokens": sent,
+        "prompt_tokens_computed": sent - cached,
         "requests_that_computed_the_prefix": sum(
             outcome.cached_tokens < outcome.prompt_tokens // 2 for outcome in outcomes
         ),
@@ -79,13 +95,13 @@ async def shared_prefix(server: Server, clients: int = 8, requests: int = 24, pr
 
 
 async def run(model: Path, only: str) -> dict[str, dict[str, Any]]:
-    """Each scenario on a server of its own."""
+    """Returns the figures of each scenario, or of `only` one, each on a server of its own."""
     figures: dict[str, dict[str, Any]] = {}
     if only in ("", "long"):
-        with serving(model, ["-c", "36864", "-np", "8"]) as server:
+        with serving(model, ["-c", str(8 * slot_tokens(4000)), "-np", "8"]) as server:
             figures["a long prompt beside four streams"] = await long_prompt(server)
     if only in ("", "prefix"):
-        with serving(model, ["-c", "24576", "-np", "8"]) as server:
+        with serving(model, ["-c", str(8 * slot_tokens(2000)), "-np", "8"]) as server:
             figures["24 requests, 8 clients, one system prompt"] = await shared_prefix(server)
     return figures
 

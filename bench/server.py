@@ -1,4 +1,4 @@
-"""A `paceline serve` of its own for a measurement: started, awaited, read from outside, and ended."""
+"""Starts a server as a subprocess, waits until it is healthy, reads its CPU time and memory, and ends it."""
 
 from __future__ import annotations
 
@@ -17,46 +17,52 @@ from urllib.error import URLError
 import msgspec
 
 HOST = "127.0.0.1"
+# Fields of /proc/PID/task/TID/schedstat: nanoseconds on a core, and nanoseconds in a run queue.
 COMPUTED, QUEUED = 0, 1
-"""What Linux tells of a thread's time."""
 
 
 class Server(msgspec.Struct, frozen=True):
-    """A running server, and how to look at it without disturbing it."""
+    """A running server process on loopback."""
 
     port: int
     pid: int
 
     def loop_seconds(self) -> float:
-        """CPU time of the process's main thread, which is the event loop."""
-        return int(Path(f"/proc/{self.pid}/task/{self.pid}/schedstat").read_text().split()[0]) / 1e9
+        """Returns the CPU time of the main thread, which runs the event loop."""
+        return self.thread_seconds()[self.pid]
 
     def cpu_seconds(self) -> float:
-        """CPU time of the whole process."""
+        """Returns the CPU time of all running threads."""
         return sum(self.thread_seconds().values())
 
     def thread_seconds(self, field: int = COMPUTED) -> dict[int, float]:
-        """Seconds that each thread has COMPUTED, or was QUEUED for a core."""
+        """Returns by thread id the seconds on a core (COMPUTED) or in a run queue (QUEUED)."""
         tasks = Path(f"/proc/{self.pid}/task").iterdir()
         return {int(task.name): int((task / "schedstat").read_text().split()[field]) / 1e9 for task in tasks}
 
-    def resident(self) -> int:
-        """Bytes of memory that the process has, at its most."""
+    def resident_bytes(self, *, peak: bool = True) -> int:
+        """Returns the resident memory of the process, at its peak or now."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+        field = "VmHWM:" if peak else "VmRSS:"
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
 
     def metric(self, name: str) -> float:
-        """The sum of a metric's samples at `/metrics`."""
-        with urllib.request.urlopen(f"http://{HOST}:{self.port}/metrics", timeout=30) as response:
-            lines = response.read().decode().splitlines()
+        """Returns the sum of the samples of a metric. Raises KeyError if `/metrics` has no such metric."""
+        lines = self.metrics().splitlines()
         values = [float(line.split()[-1]) for line in lines if line.partition("{")[0].split(" ")[0] == name]
         if not values:
             raise KeyError(name)
         return sum(values)
 
+    def metrics(self) -> str:
+        """Returns the text of `/metrics`."""
+        with urllib.request.urlopen(f"http://{HOST}:{self.port}/metrics", timeout=30) as response:
+            text: str = response.read().decode()
+        return text
+
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Returns a port of loopback that no process listens on now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
@@ -64,7 +70,8 @@ def free_port() -> int:
 
 @contextmanager
 def serving(model: Path, arguments: Sequence[str] = (), seconds: float = 120) -> Iterator[Server]:
-    """Serves `model` for the length of the block. Raises RuntimeError if it is not healthy in `seconds`."""
+    """Runs `paceline serve` on `model` for the length of the block. Raises RuntimeError if it is not healthy in
+    `seconds`."""
     port = free_port()
     command = [sys.executable, "-m", "api", "serve", "-m", str(model), "--port", str(port), *arguments]
     with running(command, port, seconds) as server:
@@ -81,16 +88,16 @@ def running(
     health: str = "/health",
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """Runs a server's command for the length of the block, and what it says into `log`.
+    """Runs the command of a server for the length of the block; `log` gets its output.
 
-    Raises RuntimeError, with its last words if there is a log, if it is not healthy in `seconds`.
+    Raises RuntimeError, with the last lines of the log if there is one, if the server is not healthy in `seconds`.
     """
     out = log or subprocess.DEVNULL
     process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
     try:
         if not _healthy(f"http://{HOST}:{port}{health}", process, seconds):
-            words = f"the server did not become healthy (exit code {process.poll()})"
-            raise RuntimeError("\n".join([words, *_last(log)]))
+            failure = f"the server did not become healthy (exit code {process.poll()})"
+            raise RuntimeError("\n".join([failure, *_last_lines(log)]))
         yield Server(port, process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -108,7 +115,7 @@ def _healthy(url: str, process: subprocess.Popen[bytes], seconds: float) -> bool
     return False
 
 
-def _last(log: IO[str] | None) -> list[str]:
+def _last_lines(log: IO[str] | None) -> list[str]:
     if log is None:
         return []
     log.seek(0)

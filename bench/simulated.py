@@ -1,8 +1,8 @@
-"""The drafting policy against simulated machines and drafters: `python -m bench.simulated`.
+"""The speculation policy on simulated machines with synthetic proposers: `python -m bench.simulated`.
 
-Time is virtual: a pass takes what a curve says, a draft's tokens are right with a set chance, and the engine's own
-drafters and chooser decide. The table compares with no drafts, and with an oracle that knows curve and chances and
-always verifies the one length that yields most tokens per second in a single pass.
+Time is virtual: a pass takes the seconds of a given cost curve, each draft token is right with a given probability, and
+the engine's own chooser decides the draft lengths. The table compares the result with no drafts, and with an oracle
+that knows curve and probabilities and always verifies the length with most tokens per second in a single pass.
 """
 
 from __future__ import annotations
@@ -22,62 +22,68 @@ from msgspec import Struct
 from bench.figures import save, show
 from engine.config import DraftConfig, SpeculationConfig
 from engine.contract import Request
-from engine.pace import Chooser, Layout, Load, SequenceRows, StepCost
-from engine.pace.calibration import SEEN
+from engine.pace import DraftChooser, Layout, SequenceRows, StepCost, UpcomingStep
+from engine.pace.calibration import CALIBRATED_WEIGHT
 from engine.pace.curve import Curve
-from engine.sim.context import flat, linear
-from engine.speculate import Draft, Drafter, Drafting, Shared, Wish
-from engine.speculate.draft import matching
+from engine.sim.costs import flat, linear
+from engine.speculate import (
+    Draft,
+    DraftCandidate,
+    SequenceProposers,
+    SharedDraftData,
+    SpeculativeDecoding,
+    num_matching,
+)
 
+# The seconds of a pass by its number of rows.
 Machine = Callable[[int], float]
-"""Seconds of a pass by its rows."""
+# The probability that a draft token is right, by the number of the step.
 Rate = Callable[[int], float]
-"""The chance of a drafted token by the number of the step."""
 
-# Drafted tokens of a step at most.
-MOST = 112
-# Tokens of a draft at most.
-LONGEST = 32
+# Maximum drafted tokens of a step: the logits of an engine of 16 slots have so many rows more than slots.
+MAX_DRAFT_ROWS = 112
+# Maximum tokens of a draft.
+MAX_DRAFT_TOKENS = 32
 
 
 def jumping(rows: int) -> float:
-    """Returns seconds as measured on two CPU cores: multiples of four rows are cheap, counts between them are not."""
+    """Returns the seconds of a pass with the shape measured on two CPU cores: multiples of four rows are cheaper."""
     return 0.015 + 0.012 * rows + (0.020 if rows % 4 else 0.0)
 
 
 MACHINES: dict[str, Machine] = {"flat": flat, "linear": linear, "jumps": jumping}
-
-
 UNIFIED, PER_SLOT = Layout(unified=True), Layout(unified=False, flash=True)
 LAYOUTS = {"unified": UNIFIED, "per slot": PER_SLOT}
 
 
-class Text(Protocol):
+class TokenSource(Protocol):
     """The output of a request."""
 
-    def upto(self, length: int) -> list[int]:
-        """Returns the first tokens."""
+    def prefix(self, length: int) -> list[int]:
+        """Returns the first `length` tokens."""
 
 
-class Truth:
-    """The output of a request, drawn token by token."""
+class RandomOutput:
+    """The output of a request as random tokens."""
 
     def __init__(self, random: Random) -> None:
         self._random = random
         self.tokens: list[int] = []
 
-    def upto(self, length: int) -> list[int]:
-        """Returns the first tokens."""
+    def prefix(self, length: int) -> list[int]:
+        """Returns the first `length` tokens."""
         while len(self.tokens) < length:
             self.tokens.append(self._random.randrange(1, 1000))
         return self.tokens[:length]
 
 
-class Synthetic:
-    """A proposer that drafts `length` tokens, each right with a set chance."""
+class SyntheticProposer:
+    """A proposer of drafts of `length` tokens, each right with the probability that `rate()` returns."""
 
-    def __init__(self, truth: Text, rate: Callable[[], float], random: Random, length: int = LONGEST) -> None:
-        self._truth = truth
+    def __init__(
+        self, output: TokenSource, rate: Callable[[], float], random: Random, length: int = MAX_DRAFT_TOKENS
+    ) -> None:
+        self._output = output
         self._rate = rate
         self._random = random
         self._length = length
@@ -87,7 +93,7 @@ class Synthetic:
         self._known = len(tokens)
 
     def propose(self, limit: int) -> Draft:
-        right = self._truth.upto(self._known + self._length)[self._known :]
+        right = self._output.prefix(self._known + self._length)[self._known :]
         tokens = [token if self._random.random() < self._rate() else 0 for token in right]
         return Draft(tokens[: min(limit, self._length)])
 
@@ -95,25 +101,25 @@ class Synthetic:
         self._known += len(emitted)
 
     def truncate(self, length: int) -> None:
-        raise AssertionError("no history is cut here")
+        raise AssertionError("a simulation truncates no history")
 
     def shift(self, keep: int, discard: int) -> None:
-        raise AssertionError("no context is shifted here")
+        raise AssertionError("a simulation shifts no context")
 
     def end(self) -> None:
         pass
 
 
-class Ran(Struct):
-    """Result of a simulation."""
+class SimulationResult(Struct):
+    """Counts and virtual seconds of a simulation."""
 
     tokens: int = 0
     seconds: float = 0.0
     rows: int = 0
-    tried: int = 0
-    """Drafted rows of trials."""
+    trial_rows: int = 0
+    """Drafted rows of steps that explore draft lengths."""
     drafted: list[int] = []
-    """Drafted tokens by step."""
+    """Drafted tokens of each step."""
 
     @property
     def rate(self) -> float:
@@ -133,8 +139,25 @@ class NoVocabulary:
 
 
 def calibrated(machine: Machine, counts: Sequence[int], layout: Layout) -> StepCost:
-    """Returns the cost of steps on a machine of which these numbers of rows were measured."""
-    return StepCost(Curve({rows: machine(rows) for rows in counts}, SEEN), layout)
+    """Returns the step cost of a machine as measured at these numbers of rows."""
+    return StepCost(Curve({rows: machine(rows) for rows in counts}, CALIBRATED_WEIGHT), layout)
+
+
+class SimulatedSequence(Struct):
+    """A sequence with its proposers; `tokens` is the emitted part of `output`."""
+
+    output: RandomOutput
+    proposers: SequenceProposers
+    tokens: array[int]
+
+    def verify(self, draft: Draft, chooser: DraftChooser) -> int:
+        """Verifies a draft, appends the emitted tokens and returns their number."""
+        length = len(self.tokens)
+        expected = self.output.prefix(length + len(draft.tokens) + 1)[length:]
+        right = num_matching(draft.tokens, expected)
+        self.tokens.extend(expected[: right + 1])
+        self.proposers.observe(self.tokens, expected[: right + 1], chooser.assess(len(draft.tokens), right))
+        return right + 1
 
 
 def simulate(
@@ -146,69 +169,71 @@ def simulate(
     noise: float = 0.05,
     before: int = 0,
     layout: Layout = UNIFIED,
-) -> Ran:
-    """Runs the engine's policy for one sequence for each of `rates`.
+) -> SimulationResult:
+    """Simulates `steps` steps with one sequence for each of `rates`.
 
-    The time of a step varies by about `noise`, and one step in fifty takes three times as long. Tokens and seconds of
-    the first `before` steps do not count.
+    The step time that the policy observes varies by a relative `noise`, and is tripled in one step of fifty. `before`
+    steps run first; their tokens and seconds do not count.
     """
     random = Random(seed)
     cost = calibrated(machine, (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128), layout)
     config = SpeculationConfig()
-    ran = Ran()
-    sequences: list[tuple[Truth, Drafter, array[int]]] = []
-    made: dict[str, Synthetic] = {}
-    shared = Shared(config, NoVocabulary())  # type: ignore[arg-type]
-    drafting = Drafting(shared, config, DraftConfig(), speculate=lambda _: made, cost=cost)
+    result = SimulationResult()
+    sequences: list[SimulatedSequence] = []
+    synthetic: dict[str, SyntheticProposer] = {}
+    shared = SharedDraftData(config, NoVocabulary())  # type: ignore[arg-type]
+    decoding = SpeculativeDecoding(shared, config, DraftConfig(), factory=lambda _: synthetic, cost=cost)
     for rate in rates:
-        truth = Truth(random)
-        made = {"synthetic": Synthetic(truth, lambda rate=rate: rate(len(ran.drafted)), random)}  # type: ignore[misc]
-        sequences.append((truth, drafting.drafter(Request(prompt=(1,))), array("i", truth.upto(1))))
+        output = RandomOutput(random)
+        synthetic = {"synthetic": SyntheticProposer(output, lambda rate=rate: rate(len(result.drafted)), random)}  # type: ignore[misc]
+        proposers = decoding.sequence_proposers(Request(prompt=(1,)))
+        sequences.append(SimulatedSequence(output, proposers, array("i", output.prefix(1))))
     for step in range(before + steps):
         if step == before:
-            ran.tokens, ran.seconds = 0, 0.0
-        for _, drafter, tokens in sequences:
-            drafter.learn(tokens, 10)
-        load = Load(tuple(SequenceRows(seq) for seq in range(len(sequences))), len(sequences), 0, MOST)
-        wishes = [Wish(drafter, LONGEST, 1, seq) for seq, (_, drafter, _) in enumerate(sequences)]
-        drafts = drafting.propose(wishes, [], load, inf)  # the time of drafting itself is not simulated
+            result.tokens, result.seconds = 0, 0.0
+        for sequence in sequences:
+            sequence.proposers.feed(sequence.tokens, 10)
+        load = UpcomingStep(
+            tuple(SequenceRows(seq) for seq in range(len(sequences))), len(sequences), 0, MAX_DRAFT_ROWS
+        )
+        candidates = [DraftCandidate(one.proposers, MAX_DRAFT_TOKENS, 1, seq) for seq, one in enumerate(sequences)]
+        drafts = decoding.planner.plan(candidates, [], load, inf)  # the time of drafting itself is not simulated
         total = sum(len(draft.tokens) for draft in drafts)
         rows = [SequenceRows(seq, 1 + len(draft.tokens)) for seq, draft in enumerate(drafts)]
         seconds = sum(map(machine, layout.shape(rows).passes))
         delay = 3.0 if random.random() < 0.02 else 1.0
-        drafting.chooser.saw(rows, 0, 0, seconds * delay * (1 + noise * random.gauss()))
-        ran.seconds += seconds
-        ran.rows += len(sequences) + total
-        ran.tried += total if drafting.chooser.trying else 0
-        ran.drafted.append(total)
-        for (truth, drafter, tokens), draft in zip(sequences, drafts, strict=True):
-            length = len(tokens)
-            coming = truth.upto(length + len(draft.tokens) + 1)[length:]
-            right = matching(draft.tokens, coming)
-            tokens.extend(coming[: right + 1])
-            ran.tokens += right + 1
-            drafter.observe(tokens, coming[: right + 1], drafting.chooser.verified(len(draft.tokens), right))
-    return ran
+        decoding.chooser.observe_step(rows, 0, 0, seconds * delay * (1 + noise * random.gauss()))
+        result.seconds += seconds
+        result.rows += len(sequences) + total
+        result.trial_rows += total if decoding.chooser.trying else 0
+        result.drafted.append(total)
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            result.tokens += sequence.verify(draft, decoding.chooser)
+    return result
 
 
-def oracle(machine: Machine, chances: Sequence[float]) -> float:
-    """Returns the tokens per second of the best lengths by the true curve and chances, in a single pass."""
-    offers = sorted((chance**place for chance in chances for place in range(1, LONGEST + 1)), reverse=True)[:MOST]
-    best, gain = len(chances) / machine(len(chances)), 0.0
-    for rows, chance in enumerate(offers, 1):
-        gain += chance
-        best = max(best, (len(chances) + gain) / machine(len(chances) + rows))
+def oracle(machine: Machine, probabilities: Sequence[float]) -> float:
+    """Returns the tokens per second of the best draft lengths, by the true curve and probabilities, in one pass."""
+    offers = sorted(
+        (probability**place for probability in probabilities for place in range(1, MAX_DRAFT_TOKENS + 1)), reverse=True
+    )[:MAX_DRAFT_ROWS]
+    best, gain = len(probabilities) / machine(len(probabilities)), 0.0
+    for rows, probability in enumerate(offers, 1):
+        gain += probability
+        best = max(best, (len(probabilities) + gain) / machine(len(probabilities) + rows))
     return best
 
 
 def decision_seconds(sequences: int, layout: Layout, length: int = 16, times: int = 500) -> float:
     """Returns the median seconds of one decision between two drafts of `length` tokens for each of `sequences`."""
     cost = calibrated(jumping, (1, 2, 4, 8, 16, 32, 64, 128), layout)
-    load = Load(tuple(SequenceRows(seq, 1, 60) for seq in range(sequences)), sequences, 1000, MOST)
-    random, chooser, spent = Random(0), Chooser(cost), list[float]()
+    load = UpcomingStep(tuple(SequenceRows(seq, 1, 60) for seq in range(sequences)), sequences, 1000, MAX_DRAFT_ROWS)
+    random, chooser, spent = Random(0), DraftChooser(cost), list[float]()
     for _ in range(times):
-        chances = [[random.uniform(0.5, 1.0) for _ in range(2)] for _ in range(sequences)]
-        slots = [[[chance**place for place in range(1, length + 1)] for chance in pair] for pair in chances]
+        probabilities = [[random.uniform(0.5, 1.0) for _ in range(2)] for _ in range(sequences)]
+        slots = [
+            [[probability**place for place in range(1, length + 1)] for probability in pair] for pair in probabilities
+        ]
         begun = time.perf_counter()
         chooser.decide(slots, range(sequences), load)
         spent.append(time.perf_counter() - begun)
@@ -218,19 +243,31 @@ def decision_seconds(sequences: int, layout: Layout, length: int = 16, times: in
 def main() -> None:
     """Prints a table and writes `simulated.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000, help="of each simulation")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of each simulation")
     options = parser.parse_args()
     rows: list[list[object]] = []
     for name, machine in MACHINES.items():
-        for chance, clients, (kind, layout) in product((0.0, 0.3, 0.6, 0.8, 0.95), (1, 4, 16), LAYOUTS.items()):
-            rates: list[Rate] = [lambda _, chance=chance: chance] * clients  # type: ignore[misc]
-            ran = simulate(machine, rates, options.steps, layout=layout)
-            none, best = clients / machine(clients), oracle(machine, [chance] * clients)
-            tried = f"{100 * ran.tried / ran.rows:.2f} %"
-            each = sum(ran.drafted) / len(ran.drafted) / clients
-            rows.append([name, kind, chance, clients, ran.rate / none, best / none, ran.rate / best, each, tried])
-    columns = ("machine", "KV", "right", "clients", "auto / none", "oracle / none", "auto / oracle", "drafted", "tried")
-    show("tokens per second; drafted tokens of a sequence and step; rows of trials", columns, rows)
+        for probability, clients, (kind, layout) in product((0.0, 0.3, 0.6, 0.8, 0.95), (1, 4, 16), LAYOUTS.items()):
+            rates: list[Rate] = [lambda _, probability=probability: probability] * clients  # type: ignore[misc]
+            result = simulate(machine, rates, options.steps, layout=layout)
+            none, best = clients / machine(clients), oracle(machine, [probability] * clients)
+            trial_rows = f"{100 * result.trial_rows / result.rows:.2f} %"
+            each = sum(result.drafted) / len(result.drafted) / clients
+            rows.append(
+                [
+                    name,
+                    kind,
+                    probability,
+                    clients,
+                    result.rate / none,
+                    best / none,
+                    result.rate / best,
+                    each,
+                    trial_rows,
+                ]
+            )
+    columns = ("machine", "KV", "p", "clients", "auto / none", "oracle / none", "auto / oracle", "drafted", "trials")
+    show("tokens per second; drafted tokens per sequence and step; fraction of trial rows", columns, rows)
     decisions = {
         kind: {sequences: round(1e6 * decision_seconds(sequences, layout), 1) for sequences in (1, 4, 16)}
         for kind, layout in LAYOUTS.items()

@@ -16,7 +16,6 @@ import asyncio
 import random
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,13 +27,13 @@ from msgspec import Struct, structs
 from bench.client import ABANDONED, Outcome, closed, stream
 from bench.figures import save, show
 from bench.models import SOURCES
-from bench.server import HOST, Server, free_port, running, serving
-from bench.workloads import TEXT, Asked, random_text, story
+from bench.server import Server, free_port, running, serving
+from bench.workloads import COMPLETION_PATH, HttpRequest, random_text, story
 
-# One in how many requests repeats an earlier prompt, and the number of such prompts.
+# One request in REPEATED_EVERY has one of REPEATED shared prompts.
 REPEATED_EVERY, REPEATED = 3, 40
-# Seconds until an abandoned request is closed: uniform in the logarithm between these.
-SHORTEST, LONGEST = 0.0005, 1.0
+# The delay of a hang-up is log-uniform between these bounds.
+SHORTEST_HANG_UP_SECONDS, LONGEST_HANG_UP_SECONDS = 0.0005, 1.0
 # Number of memory samples of a run.
 SAMPLES = 200
 # MiB of the prefix cache in RAM; the states of the model without weights take few bytes.
@@ -44,7 +43,7 @@ CACHE_RAM_MIB, SIM_CACHE_RAM_MIB = 64, 1
 class Shot(Struct, frozen=True):
     """A request and its hang-up: after seconds, after events with output, or never if both are `None`."""
 
-    asked: Asked
+    request: HttpRequest
     seconds: float | None = None
     events: int | None = None
 
@@ -65,7 +64,7 @@ class Counts(Struct, frozen=True):
     completion_tokens: int
 
     def since(self, start: Counts) -> Counts:
-        """Returns the counts after `start`; requests in progress are those of now."""
+        """Returns the counts since `start`, except `in_progress`, which stays as it is."""
         return structs.replace(
             self,
             finished={reason: count - start.finished.get(reason, 0) for reason, count in self.finished.items()},
@@ -87,31 +86,32 @@ class Summary(Struct, frozen=True):
 
 
 def shots(number: int, tokens: int, hang_ups: float) -> list[Shot]:
-    """Returns `number` requests, the same in every run; a share of `hang_ups` is abandoned."""
+    """Returns `number` requests, the same in every run; a fraction of `hang_ups` is abandoned."""
     rng = random.Random(number)
     made: list[Shot] = []
     for index in range(number):
         prompt = rng.randrange(REPEATED) if index % REPEATED_EVERY == 0 else REPEATED + index
         length = rng.randint(1, tokens)
         if rng.random() < 0.5:
-            asked = story(prompt, length, words=8)
+            request = story(prompt, length, words=8)
         else:
             body = {"prompt": random_text(prompt, 24), "max_tokens": length, "ignore_eos": True, "seed": index}
-            asked = Asked(TEXT, body)
+            request = HttpRequest(COMPLETION_PATH, body)
         if rng.random() >= hang_ups:
-            made.append(Shot(asked))
+            made.append(Shot(request))
         elif rng.random() < 0.5:
-            made.append(Shot(asked, events=rng.randint(1, tokens)))
+            made.append(Shot(request, events=rng.randint(1, tokens)))
         else:
-            made.append(Shot(asked, seconds=SHORTEST * (LONGEST / SHORTEST) ** rng.random()))
+            spread = LONGEST_HANG_UP_SECONDS / SHORTEST_HANG_UP_SECONDS
+            made.append(Shot(request, seconds=SHORTEST_HANG_UP_SECONDS * spread ** rng.random()))
     return made
 
 
 async def fire(port: int, shot: Shot) -> Outcome:
-    """Sends one request. A refused connection is an outcome without status."""
-    asked = shot.asked
+    """Sends one request. A refused connection gives an outcome without status."""
+    path, body = shot.request.path, shot.request.body
     try:
-        return await stream(port, asked.path, asked.body, abandon_after=shot.seconds, most_arrivals=shot.events)
+        return await stream(port, path, body, abandon_after=shot.seconds, most_arrivals=shot.events)
     except OSError as error:
         return Outcome(0.0, error=str(error))
 
@@ -142,8 +142,8 @@ def kind_of(outcome: Outcome) -> str:
 
 
 def slope(samples: Sequence[Sample]) -> float:
-    """Returns the bytes per request of the least-squares line through the samples of the second half of the requests;
-    0 for less than two such samples."""
+    """Returns the slope, in bytes per request, of the least-squares line through the samples of the second half of the
+    requests; 0 for fewer than two such samples."""
     last = max((sample.ended for sample in samples), default=0)
     half = [sample for sample in samples if 2 * sample.ended >= last]
     x = sum(sample.ended for sample in half) / max(1, len(half))
@@ -180,26 +180,13 @@ def disagreements(client: Summary, server: Counts) -> list[str]:
 # ── the server from outside ──
 
 
-def resident(server: Server) -> int:
-    """Returns the server's resident bytes now."""
-    lines = Path(f"/proc/{server.pid}/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmRSS:")))
-
-
 def open_files(server: Server) -> int:
     """Returns the number of the server's open file descriptors."""
     return sum(1 for _ in Path(f"/proc/{server.pid}/fd").iterdir())
 
 
-def scraped(server: Server) -> str:
-    """Returns the text of `/metrics`."""
-    with urllib.request.urlopen(f"http://{HOST}:{server.port}/metrics", timeout=30) as response:
-        text: str = response.read().decode()
-    return text
-
-
 def counts_of(text: str) -> Counts:
-    """Returns the counts in the text of `/metrics`. Raises KeyError for a missing one."""
+    """Returns the counts in the text of `/metrics`. Raises KeyError if one is missing."""
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
     begin = 'paceline_requests_total{reason="'
     return Counts(
@@ -213,7 +200,7 @@ def counts_of(text: str) -> Counts:
 def settled(server: Server, seconds: float = 30.0) -> Counts:
     """Returns the counts as soon as no request is in progress, or after `seconds`."""
     until = time.monotonic() + seconds
-    while (counts := counts_of(scraped(server))).in_progress and time.monotonic() < until:
+    while (counts := counts_of(server.metrics())).in_progress and time.monotonic() < until:
         time.sleep(0.1)
     return counts
 
@@ -242,7 +229,7 @@ async def bombard(server: Server, options: argparse.Namespace, samples: list[Sam
         outcome = await fire(server.port, shot)
         ended += 1
         if ended % every == 0:
-            samples.append(Sample(ended, resident(server)))
+            samples.append(Sample(ended, server.resident_bytes(peak=False)))
         return outcome
 
     return await closed(options.clients, shots(options.requests, options.tokens, options.hang_ups), send)

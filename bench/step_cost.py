@@ -1,10 +1,10 @@
-"""Cost of one step: milliseconds by rows, and by the cells that are resident or attended to.
+"""Cost of one step: milliseconds by the number of rows and of resident cells.
 
-Decode rows belong to one sequence each, as in continuous batching; prompt rows all to one sequence, which is empty or
-has all the resident cells. With unified KV the resident cells are those of one other sequence; with per-slot KV, where
-these would cost nothing, every decoding sequence has as many. With `--sequences` only one figure is measured: a row for
-each of so many sequences, each with `--own` cells. With `--rows` only one: a step with these rows for the sequence ids
-from 0 on, such as 1,4,1,1, where 0 leaves an id out.
+Decode rows belong to one sequence each, as in continuous batching. Prompt rows belong to one sequence, which is empty
+or has all resident cells. With unified KV the resident cells are those of one other sequence; with per-slot KV, where
+such cells cost nothing, every decoding sequence has as many cells. `--sequences N` measures one row for each of N
+sequences with `--own` cells only. `--rows 1,4,1,1` measures one step with these rows for the sequence ids from 0 on; 0
+omits an id.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from engine.config import EngineConfig
 from engine.llama import open_gguf
 from engine.pace import Layout, SequenceRows
 
-ROWS = (1, 2, 4, 8, 16, 32, 64)
-RESIDENT = (0, 1024, 2048, 4096)
-# Slots with unified KV, which need no cells of their own, and with per-slot KV.
+ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+RESIDENT_CELLS = (0, 1024, 2048, 4096)
+# Slots with unified KV, and with per-slot KV, where each slot needs cells of its own.
 SLOTS, PER_SLOT_SLOTS = 64, 16
-KINDS = {
-    "decode": "decode rows, each of a sequence of its own if there are so many",
+ROW_KINDS = {
+    "decode": "decode rows, one for each sequence",
     "prompt": "prompt rows at the start of a sequence",
-    "behind": "prompt rows behind the resident cells",
+    "behind": "prompt rows after the resident cells",
 }
 
 
 def seconds(context: Context, parts: Sequence[tuple[int, int]], *, every: bool = False) -> float:
-    """Returns the seconds of one decode of `parts`, pairs of a sequence id and its rows.
+    """Returns the seconds of one decode of `parts`, pairs of a sequence id and its number of rows.
 
-    The last row of each, or `every` one, has logits. The sequences are cut back afterwards.
+    The last row of each part has logits, or every row if `every`. The sequences are then cut back to their lengths.
     """
     lengths = [context.length(seq) for seq, _ in parts]
     context.batch.clear()
@@ -50,7 +50,7 @@ def seconds(context: Context, parts: Sequence[tuple[int, int]], *, every: bool =
 
 
 def typical(context: Context, parts: Sequence[tuple[int, int]], repeats: int, *, every: bool = False) -> float:
-    """Returns the milliseconds of the same: the median of `repeats` decodes after a first one."""
+    """Returns the median milliseconds of `repeats` decodes of `parts` after a warm-up."""
     return 1000 * median([seconds(context, parts, every=every) for _ in range(repeats + 1)][1:])
 
 
@@ -63,16 +63,16 @@ def fill(context: Context, seq: int, cells: int) -> None:
 
 
 def spread(rows: int, sequences: int) -> list[tuple[int, int]]:
-    """Returns `rows` rows, one for each sequence, or divided evenly among `sequences` if those are fewer."""
+    """Returns pairs of a sequence id and its rows: `rows` divided evenly among at most `sequences` sequences."""
     few, more = divmod(rows, sequences)
     return [(seq, few + (seq < more)) for seq in range(min(rows, sequences))]
 
 
 def measure(
-    context: Context, repeats: int, counts: Sequence[int] = ROWS, residents: Sequence[int] = RESIDENT
+    context: Context, repeats: int, counts: Sequence[int] = ROW_COUNTS, residents: Sequence[int] = RESIDENT_CELLS
 ) -> dict[str, dict[int, dict[int, float]]]:
     """Returns median milliseconds: kind of rows -> resident cells -> rows."""
-    figures: dict[str, dict[int, dict[int, float]]] = {kind: {} for kind in KINDS}
+    figures: dict[str, dict[int, dict[int, float]]] = {kind: {} for kind in ROW_KINDS}
     last = context.sequences - 1
     for cells in residents:
         for seq in [last] if context.unified else range(context.sequences):
@@ -93,14 +93,14 @@ def _rounded(context: Context, parts: Sequence[tuple[int, int]], repeats: int, *
 
 
 def even(context: Context, count: int, own: int, repeats: int) -> float:
-    """Returns the median milliseconds of a row where each of `count` sequences has one, behind `own` cells."""
+    """Returns the median milliseconds per row of a step with one row for each of `count` sequences of `own` cells."""
     for seq in range(count):
         fill(context, seq, own)
     return round(typical(context, spread(count, count), repeats) / count, 2)
 
 
 def one_step(context: Context, counts: Sequence[int], own: int, repeats: int) -> str:
-    """Returns a line about the step in which the sequence id i has `counts[i]` rows, behind `own` cells."""
+    """Returns a line about a step in which sequence id i has `counts[i]` rows after `own` cells."""
     parts = [(seq, rows) for seq, rows in enumerate(counts) if rows]
     for seq, _ in parts:
         fill(context, seq, own)
@@ -116,10 +116,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kv", choices=["per-slot", "unified"], default="per-slot", help="KV layout")
     parser.add_argument("-fa", "--flash-attn", choices=["auto", "on", "off"], default="off", help="flash attention")
     parser.add_argument("-ctv", "--cache-type-v", default="f16", help="type of a cell's values")
-    parser.add_argument("--deterministic", action="store_true", help="in the deterministic profile")
-    parser.add_argument("--repeats", type=int, default=3, help="measured decodes of each kind; the median counts")
-    parser.add_argument("--sequences", "--streams", type=int, default=0, help="only that: sequences with a row each")
-    parser.add_argument("--rows", default="", help="only that: rows of the sequences, separated by commas")
+    parser.add_argument("--deterministic", action="store_true", help="use the deterministic profile")
+    parser.add_argument("--repeats", type=int, default=3, help="decodes of each kind; the result is their median")
+    parser.add_argument("--sequences", "--streams", type=int, default=0, help="measure only N sequences of a row each")
+    parser.add_argument("--rows", default="", help="measure only a step of these rows by sequence, separated by commas")
     parser.add_argument("--own", type=int, default=150, help="cells of each of those sequences")
     options = parser.parse_args()
     options.counts = [int(rows) for rows in options.rows.split(",")] if options.rows else []
@@ -127,11 +127,11 @@ def arguments() -> argparse.Namespace:
 
 
 def configuration(options: argparse.Namespace) -> EngineConfig:
-    """Returns a configuration with the cells that the measurement needs."""
+    """Returns an engine configuration with enough cells for the measurement."""
     unified = options.kv == "unified"
     few = len(options.counts) or options.sequences
     slots = SLOTS if unified else few or PER_SLOT_SLOTS
-    own = options.own + max(options.counts, default=1) if few else max(RESIDENT) + max(ROWS)
+    own = options.own + max(options.counts, default=1) if few else max(RESIDENT_CELLS) + max(ROW_COUNTS)
     return EngineConfig.of(
         path=options.model,
         slots=slots,
@@ -144,7 +144,7 @@ def configuration(options: argparse.Namespace) -> EngineConfig:
 
 
 def main() -> None:
-    """Prints one figure, or three tables, which it writes as JSON."""
+    """Prints one figure, or prints three tables and writes them as JSON."""
     options = arguments()
     kind = f"{options.kv} KV, flash attention {options.flash_attn}, {options.cache_type_v}"
     profile = "deterministic" if options.deterministic else kind
@@ -155,14 +155,14 @@ def main() -> None:
             return
         if options.sequences:
             row = even(backend.context, options.sequences, options.own, options.repeats)
-            print(f"{options.sequences} rows, each behind {options.own} cells: {row} ms each ({profile})")
+            print(f"{options.sequences} rows, each after {options.own} cells: {row} ms per row ({profile})")
             return
         figures = measure(backend.context, options.repeats)
     finally:
         backend.close()
     for kind, table in figures.items():
         rows = [[f"{cells} cells", *by_rows.values()] for cells, by_rows in table.items()]
-        show(f"{KINDS[kind]}: milliseconds of a step ({profile})", ["", *map(str, ROWS)], rows)
+        show(f"{ROW_KINDS[kind]}: milliseconds of a step ({profile})", ["", *map(str, ROW_COUNTS)], rows)
     save("step_cost_" + profile.replace(",", "").replace(" ", "_"), figures)
 
 

@@ -1,9 +1,9 @@
-"""Tool calls: recorded outputs of many models read whole and in pieces, and calls of a served model judged.
+"""Checks tool calls: recorded outputs of many models are parsed, or the tool calls of a served model are validated.
 
-Without a model, the 469 recorded outputs that `python bench/models.py canitoolcall` brings; each that is not read as
-expected is listed with the reason. With one (-m), questions of the Berkeley function calling leaderboard, which
-`python bench/models.py bfcl` brings, of all its categories, relevant to their tools or not, with `tool_choice`
-`required`: the arguments must be valid by their schemas, and a call that `max_tokens` cut off counts as a failure.
+Without `-m` the 469 recorded outputs of `python bench/models.py canitoolcall` are parsed, each whole and in random
+chunks; mismatches are listed. With `-m` the model gets questions of all categories of the Berkeley function calling
+leaderboard (`python bench/models.py bfcl`) with `tool_choice` `required`. The arguments of a call must be valid by its
+schema; a call truncated by `max_tokens` is a failure. Further flags are those of the server.
 """
 
 from __future__ import annotations
@@ -21,66 +21,70 @@ from urllib.error import HTTPError
 import jsonschema_rs
 
 from bench import bfcl
-from bench.recorded import Recorded, recorded
+from bench.recorded import RecordedOutput, recorded_outputs
 from bench.server import HOST, serving
+from bench.workloads import CHAT_PATH
 
-MOST, LONGEST, AT_ONCE = 512, 6000, 4
-"""Tokens of a call, as most tools bound no text and a small model may not find its end; characters of a question's
-tools; and requests."""
+# Most schemas do not bound the length of strings, and a small model may never end one.
+_MAX_TOKENS = 512
+# Questions with longer tools are skipped.
+_MAX_TOOL_CHARACTERS = 6000
+# Number of concurrent requests.
+_CLIENTS = 4
 
 
-def read_all(cuts: int) -> int:
-    """Reads all that is recorded, whole and in `cuts` ways; how many are not as expected."""
-    rows, failures = recorded(), 0
+def parse_all(splits: int) -> int:
+    """Parses all recorded outputs, whole and in `splits` random splits. Returns the number of mismatches."""
+    rows, failures = recorded_outputs(), 0
     counts: Counter[str] = Counter()
     for row in rows:
-        whole = row.read([row.text])
-        reason = row.wrong(whole) or _unequal(row, whole, cuts)
+        whole = row.parse([row.text])
+        reason = row.mismatch(whole) or _unequal(row, whole, splits)
         counts[row.format.name] += not reason
         if reason:
             failures += 1
             print(f"{row.name} ({row.format.name}): {reason}")
     totals = Counter(row.format.name for row in rows)
     print(", ".join(f"{name} {counts[name]} of {total}" for name, total in totals.items()))
-    print(f"{len(rows) - failures} of {len(rows)} read as expected, each whole and in {cuts} ways")
+    print(f"{len(rows) - failures} of {len(rows)} parsed as expected, each whole and in {splits} random splits")
     return failures
 
 
-def _unequal(row: Recorded, whole: object, cuts: int) -> str:
-    for pieces in row.cuts(cuts):
-        if (other := row.read(pieces)) != whole:
-            return f"in pieces {pieces} read as {other}"
+def _unequal(row: RecordedOutput, whole: object, splits: int) -> str:
+    for chunks in row.splits(splits):
+        if (other := row.parse(chunks)) != whole:
+            return f"in chunks {chunks} parsed as {other}"
     return ""
 
 
-def drawn(count: int) -> list[bfcl.Question]:
-    """So many of the leaderboard's questions that have tools, not too many to read, at even distances."""
-    found = [question for question in bfcl.questions() if question.function and _size(question) <= LONGEST]
+def sample(count: int) -> list[bfcl.BfclQuestion]:
+    """Returns `count` questions with tools of at most `_MAX_TOOL_CHARACTERS`, evenly spread over the leaderboard."""
+    found = [question for question in bfcl.questions() if question.function and _size(question) <= _MAX_TOOL_CHARACTERS]
     return [found[place * len(found) // count] for place in range(count)]
 
 
-def _size(question: bfcl.Question) -> int:
+def _size(question: bfcl.BfclQuestion) -> int:
     return len(json.dumps([function.tool for function in question.function or []]))
 
 
-def ask(port: int, model: str, question: bfcl.Question, tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The choice of one request. Raises RuntimeError with what the server says if it refuses."""
+def answer(port: int, model: str, question: bfcl.BfclQuestion, tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the choice of one request. Raises RuntimeError with the server's error if the request fails."""
     body: dict[str, Any] = {"model": model, "messages": question.question[0], "tools": list(tools)}
-    body |= {"tool_choice": "required", "parallel_tool_calls": False, "max_tokens": MOST, "seed": 7}
+    body |= {"tool_choice": "required", "parallel_tool_calls": False, "max_tokens": _MAX_TOKENS, "seed": 7}
     request = urllib.request.Request(
-        f"http://{HOST}:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"http://{HOST}:{port}{CHAT_PATH}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
         with urllib.request.urlopen(request, timeout=600) as response:
             reply = json.load(response)
     except HTTPError as error:
         raise RuntimeError(error.read().decode()) from None
-    made: dict[str, Any] = reply["choices"][0]
-    return made
+    choice: dict[str, Any] = reply["choices"][0]
+    return choice
 
 
-def judged(choice: dict[str, Any], tools: Sequence[dict[str, Any]]) -> str:
-    """What is wrong with a choice that had to be calls; empty if nothing is."""
+def fault(choice: dict[str, Any], tools: Sequence[dict[str, Any]]) -> str:
+    """Returns why a choice is not a complete list of valid tool calls; empty if it is."""
     schemas = {each["function"]["name"]: each["function"]["parameters"] for each in tools}
     calls = choice["message"].get("tool_calls") or []
     if not calls or choice["finish_reason"] != "tool_calls":
@@ -94,32 +98,32 @@ def judged(choice: dict[str, Any], tools: Sequence[dict[str, Any]]) -> str:
 
 
 def call_all(model: Path, count: int, arguments: Sequence[str]) -> int:
-    """Asks `count` questions, some at once; how many answers are no valid calls."""
+    """Sends `count` questions to a server on `model`. Returns the number of answers without valid tool calls."""
 
-    def failed(question: bfcl.Question) -> bool:
+    def failed(question: bfcl.BfclQuestion) -> bool:
         tools = [function.tool for function in question.function or []]
         try:
-            reason = judged(ask(server.port, model.stem, question, tools), tools)
+            reason = fault(answer(server.port, model.stem, question, tools), tools)
         except RuntimeError as error:
             reason = str(error)
         if reason:
             print(f"{question.id}: {reason}", flush=True)
         return bool(reason)
 
-    with serving(model, arguments) as server, ThreadPoolExecutor(AT_ONCE) as pool:
-        failures = sum(pool.map(failed, drawn(count)))
+    with serving(model, arguments) as server, ThreadPoolExecutor(_CLIENTS) as pool:
+        failures = sum(pool.map(failed, sample(count)))
     print(f"{count - failures} of {count} required calls of {model.stem} are valid by their schemas")
     return failures
 
 
 def main() -> None:
-    """Fails if anything is not as expected."""
+    """Prints the failures and their number; the exit code is 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--model", type=Path, help="GGUF whose calls are judged instead")
-    parser.add_argument("--calls", type=int, default=100, help="how many (default: 100)")
-    parser.add_argument("--cuts", type=int, default=12, help="ways to cut each recorded output (default: 12)")
+    parser.add_argument("-m", "--model", type=Path, help="GGUF file of the model whose tool calls are validated")
+    parser.add_argument("--calls", type=int, default=100, help="number of questions (default: 100)")
+    parser.add_argument("--cuts", type=int, default=12, help="random splits of each recorded output (default: 12)")
     arguments, rest = parser.parse_known_args()
-    failures = call_all(arguments.model, arguments.calls, rest) if arguments.model else read_all(arguments.cuts)
+    failures = call_all(arguments.model, arguments.calls, rest) if arguments.model else parse_all(arguments.cuts)
     raise SystemExit(min(failures, 1))
 
 

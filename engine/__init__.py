@@ -2,7 +2,7 @@
 
 from engine.backend import ModelInfo, Vocab
 from engine.config import (
-    SIM,
+    SIMULATED_MODEL,
     BatchConfig,
     DraftConfig,
     EngineConfig,
@@ -13,19 +13,19 @@ from engine.config import (
 )
 from engine.contract import (
     PROPOSER_TYPES,
-    CompiledTooSlowly,
     ContextExceeded,
-    Drafts,
+    DraftStats,
     Draining,
     EngineError,
     EngineFault,
     Finished,
     FinishReason,
+    GrammarTimeout,
     Logprob,
     ModelError,
     Overloaded,
+    PrefillProgress,
     ProposerType,
-    Reading,
     ReasoningBudget,
     Request,
     RequestRefused,
@@ -36,29 +36,39 @@ from engine.contract import (
     Update,
     Usage,
 )
-from engine.engine import Engine, MemoryInfo, open_vocabulary, step_costs
+from engine.engine import Engine, MemoryInfo, measure_step_costs, open_vocabulary
 from engine.generation import Generation
-from engine.grammar import DEPTH as SCHEMA_DEPTH
-from engine.grammar import SIZE as FORM_SIZE
-from engine.grammar import Choice, Form, Gbnf, Grammar, JsonObject, JsonSchema, Lark, Regex
-from engine.pace import Measured
-from engine.sampling import derive as derive_seed
-from engine.slotfiles import Moved
-from engine.slots import Ran, SlotState
+from engine.grammar import (
+    MAX_GRAMMAR_BYTES,
+    MAX_SCHEMA_DEPTH,
+    Gbnf,
+    Grammar,
+    GrammarSpec,
+    JsonObject,
+    JsonSchema,
+    Lark,
+    OneOfTexts,
+    Regex,
+    resolve_reference,
+)
+from engine.pace import Calibration
+from engine.sampling import derive_seed
+from engine.slotfiles import SlotTransfer
+from engine.slots import RequestState, SlotState
 from engine.speculate.lookup import build_lookup
 from engine.stats import Histogram, Stats
+from engine.text import partial_match_length
 
 __all__ = [
-    "FORM_SIZE",
+    "MAX_GRAMMAR_BYTES",
+    "MAX_SCHEMA_DEPTH",
     "PROPOSER_TYPES",
-    "SCHEMA_DEPTH",
-    "SIM",
+    "SIMULATED_MODEL",
     "BatchConfig",
-    "Choice",
-    "CompiledTooSlowly",
+    "Calibration",
     "ContextExceeded",
     "DraftConfig",
-    "Drafts",
+    "DraftStats",
     "Draining",
     "Engine",
     "EngineConfig",
@@ -66,33 +76,34 @@ __all__ = [
     "EngineFault",
     "FinishReason",
     "Finished",
-    "Form",
     "Gbnf",
     "Generation",
     "Grammar",
+    "GrammarSpec",
+    "GrammarTimeout",
     "Histogram",
     "JsonObject",
     "JsonSchema",
     "Lark",
     "Logprob",
-    "Measured",
     "MemoryConfig",
     "MemoryInfo",
     "ModelConfig",
     "ModelError",
     "ModelInfo",
-    "Moved",
+    "OneOfTexts",
     "Overloaded",
+    "PrefillProgress",
     "ProposerType",
-    "Ran",
-    "Reading",
     "ReasoningBudget",
     "Regex",
     "Request",
     "RequestRefused",
+    "RequestState",
     "SamplingParams",
     "SimConfig",
     "SlotState",
+    "SlotTransfer",
     "Speculation",
     "SpeculationConfig",
     "Stats",
@@ -103,6 +114,8 @@ __all__ = [
     "Vocab",
     "build_lookup",
     "derive_seed",
+    "measure_step_costs",
     "open_vocabulary",
-    "step_costs",
+    "partial_match_length",
+    "resolve_reference",
 ]

@@ -1,6 +1,6 @@
-"""What the engine needs of a model: the seam between scheduling and the native library.
+"""The protocols of an opened model, between scheduling and the native library.
 
-`engine.llama` fills it with a GGUF and llama.cpp; the tests fill it with a context that computes no model.
+`engine.llama` implements them with llama.cpp, `engine.sim` and the tests with contexts that compute no model.
 """
 
 from __future__ import annotations
@@ -14,23 +14,22 @@ from numpy.typing import NDArray
 
 from engine.batch import Batch
 
+# Rows of logits, [rows, vocabulary]. The next decode overwrites them.
 Logits = NDArray[np.float32]
-"""Rows of logits, [rows, vocabulary]; overwritten by the next decode."""
 
-Meanwhile = Callable[[], None]
-"""What can be done while a decode is computed: nothing that looks at its logits or at what it is computed from."""
+# Work that overlaps a decode. It must not use the decode's logits or change its inputs.
+HostWork = Callable[[], None]
 
-
-def nothing() -> None:
-    """Nothing is to be done meanwhile."""
-
-
+# The content of cells as bytes, for contexts of the same model and with equal `ModelInfo.layout` only.
 State = NDArray[np.uint8]
-"""The content of cells as bytes, for the same model and the same kind of context only."""
 
 
-class Part(NamedTuple):
-    """The cells at positions from `start` up to `end` of a state, which may hold more."""
+def no_host_work() -> None:
+    """Does nothing: the default of `Context.decode`."""
+
+
+class StatePart(NamedTuple):
+    """The cells of positions from `start` up to `end` in a state, which may contain more."""
 
     state: State
     start: int
@@ -38,18 +37,18 @@ class Part(NamedTuple):
 
 
 class Snapshot(Protocol):
-    """What one sequence held when it was saved. Valid until the sequence changes."""
+    """The saved cells of one sequence. Valid until the sequence changes."""
 
     def cut(self, start: int, end: int) -> State | None:
-        """The state of the positions from `start` up to `end`; None if some of them are gone."""
+        """Returns the state of positions from `start` up to `end`; None if a position is missing."""
 
 
 class NoFreeCells(Exception):
-    """The batch does not fit the cells; nothing was computed and nothing changed."""
+    """The batch does not fit the free cells; nothing was computed and nothing changed."""
 
 
 class Aborted(Exception):
-    """A decode was told to stop; part of the batch may be in the cells."""
+    """A decode was stopped by `abort`; part of the batch may be in the cells."""
 
 
 class NativeFault(Exception):
@@ -57,7 +56,7 @@ class NativeFault(Exception):
 
 
 class ModelInfo(Struct, frozen=True):
-    """The loaded model, as operators and clients see it."""
+    """Properties of the loaded model, for operators and clients."""
 
     name: str
     path: str
@@ -72,8 +71,9 @@ class ModelInfo(Struct, frozen=True):
     device: str
     chat_template: str | None
     bos: str
-    """The text of the token that begins a sequence; empty if there is none."""
+    """Text of the BOS token; empty if there is none."""
     eos: str
+    """Text of the EOS token; empty if there is none."""
     bos_added: bool
     """True if `Vocab.tokenize` with `special` begins with `bos`."""
     digest: str = ""
@@ -83,9 +83,9 @@ class ModelInfo(Struct, frozen=True):
     layout: str = ""
     """Format of saved states: two contexts with equal values can load each other's states."""
     offloaded: bool = False
-    """True if steps are computed on a GPU, so that the CPU is free meanwhile."""
+    """True if a GPU computes the steps, so that host work can overlap them."""
     exact: bool = False
-    """True if a request's tokens depend on nothing but the request: not on other requests, drafts or prefill chunks."""
+    """True if a request's tokens depend on the request only: not on other requests, drafts or prefill chunks."""
     kv_unified: bool = True
     """True for unified KV, False for per-slot KV."""
     kv_reason: str = ""
@@ -93,7 +93,7 @@ class ModelInfo(Struct, frozen=True):
 
 
 class Vocab(Protocol):
-    """Text to tokens and back. Safe to call from any thread."""
+    """Converts text to tokens and back. Any thread may call it."""
 
     @property
     def size(self) -> int:
@@ -101,47 +101,49 @@ class Vocab(Protocol):
 
     @property
     def ends(self) -> frozenset[int]:
-        """The tokens with which the model ends a turn or a text."""
+        """The end tokens (llama.cpp: EOG), of turns and of texts."""
 
     @property
     def kind(self) -> int:
-        """The library's number for how texts become tokens."""
+        """The type of the tokenizer (llama.cpp: `enum llama_vocab_type`)."""
 
     @property
     def added(self) -> tuple[int, int]:
-        """The tokens that the model wants before and after a text; -1 for none."""
+        """The BOS and EOS that the model expects around a text; -1 for none."""
 
     @property
     def special(self) -> frozenset[int]:
-        """The tokens that mean something to the model and are no text: control tokens, and those that were added to
-        the vocabulary with a name in angle brackets, such as `<tool_call>`. Their name is `text`."""
+        """Control tokens, and user-defined tokens with a name in angle brackets, such as `<tool_call>`. `text` returns
+        their name."""
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of `text`. With `special`, special tokens in it are recognised and a BOS is added if the
-        model wants one."""
+        """Returns the token ids of `text`.
+
+        With `special`, special tokens in the text are recognised and BOS is added if the model expects it.
+        """
 
     def piece(self, token: int) -> bytes:
-        """The token's bytes, not always whole characters; empty for a control token."""
+        """Returns the token's bytes, which can be a part of a character; empty for a control token."""
 
     def text(self, token: int) -> str:
-        """How the vocabulary spells a token, special or not."""
+        """Returns the token's text in the vocabulary; for a special token, its name."""
 
 
 class Context(Protocol):
-    """KV cells, and decodes over them. Only the engine thread calls it, `abort` excepted.
+    """KV cells, and decodes over them. Only the engine thread may call it, except `abort`.
 
     There are two layouts (llama.cpp: `kv_unified`). With unified KV all sequences share one pool of cells, and a copy
-    shares them. With per-slot KV each sequence id has `sequence_cells` cells of its own, a copy has cells of its own
-    too, and one pass over the weights takes the rows of consecutive ids only, as many of each.
+    shares its source's cells. With per-slot KV each sequence id has `sequence_cells` cells, a copy uses the target's
+    cells, and one pass over the weights computes rows of consecutive ids only, equally many of each.
     """
 
     @property
     def batch(self) -> Batch:
-        """The rows of the next decode; its capacity is the most that one decode takes."""
+        """The rows of the next decode. Its capacity is the maximum of rows in one decode."""
 
     @property
     def unified(self) -> bool:
-        """True if all sequences share one pool of cells, False if each id has cells of its own."""
+        """True for unified KV, False for per-slot KV."""
 
     @property
     def flash(self) -> bool:
@@ -153,7 +155,7 @@ class Context(Protocol):
 
     @property
     def sequence_cells(self) -> int:
-        """Cells that one sequence can have: all of them with unified KV, its slot's with per-slot KV."""
+        """Cells that one sequence can use: all with unified KV, those of its slot with per-slot KV."""
 
     @property
     def sequences(self) -> int:
@@ -161,98 +163,99 @@ class Context(Protocol):
 
     @property
     def outputs(self) -> int:
-        """Rows of logits of one decode at most."""
+        """Maximum rows of logits of one decode."""
 
     @property
     def ubatch(self) -> int:
-        """Rows of one pass over the weights at most."""
+        """Maximum rows of one pass over the weights."""
 
     @property
     def prefill_rows(self) -> int:
-        """Rows of one sequence that a pass over a prompt has at least. 2 where a single row is computed by other
-        kernels than several: then all rows of prompts are computed alike, however the prompt is cut. Else 1."""
+        """Minimum rows of one sequence in a prefill pass: 2 if a single row has other kernels than several rows, so
+        that prefill results do not depend on the chunking, and 1 if not."""
 
     @property
     def partial(self) -> bool:
-        """True if a sequence can be cut at any position; False if it can only be dropped as a whole."""
+        """True if a sequence can be cut at any position; False if only a whole sequence can be dropped."""
 
     @property
     def divisible(self) -> bool:
-        """True if a saved sequence can be cut into states of some of its positions, and several such states can be
-        loaded one after the other; False if a state is always of a whole sequence."""
+        """True if a saved sequence can be cut into states of some positions, which can be loaded one after the other;
+        False if a state always contains a whole sequence."""
 
     @property
     def window(self) -> int:
-        """Positions that a row of some layers attends to, 0 for all; older cells may be overwritten."""
+        """Sliding window of some layers, in positions; 0 for none. Cells before the window may be overwritten."""
 
     @property
     def shifts(self) -> bool:
         """True if `shift` can move a state to other positions."""
 
-    def decode(self, meanwhile: Meanwhile = nothing) -> Logits:
-        """The logits of the batch's rows that asked for them.
+    def decode(self, host_work: HostWork = no_host_work) -> Logits:
+        """Returns the logits of the batch's rows with `output`, in their order.
 
-        `meanwhile` is called once the rows have their cells: before they are computed where that goes on by itself,
-        as on a GPU, and not at all if this raises. Raises NoFreeCells with the cells unchanged; after Aborted or
-        NativeFault, `length` tells what each sequence still has.
+        `host_work` is called once the rows have cells: on a GPU while they are computed. It is not called if the
+        decode raises. Raises NoFreeCells with the cells unchanged. After Aborted or NativeFault, `length` returns the
+        positions that each sequence still has.
         """
 
     def copy(self, source: int, target: int, length: int) -> bool:
-        """Gives the empty sequence `target` the first `length` positions of `source`: the same cells with unified KV,
-        cells of its own with per-slot KV. All positions of `source` if states are not divisible.
+        """Copies the first `length` positions of `source` to the empty sequence `target`; all positions if states
+        are not divisible. With unified KV the sequences share the cells.
 
-        False if `source` no longer has them all, as with a sliding window: `target` is then empty.
+        Returns False, with `target` empty, if `source` lacks a position, as with a sliding window.
         """
 
     def cut(self, seq: int, length: int) -> bool:
-        """Drops what `seq` has from position `length` on. False if the model cannot do that: nothing changed."""
+        """Drops the positions of `seq` from `length` on. Returns False, with nothing changed, if the model cannot."""
 
     def save(self, seq: int) -> Snapshot | None:
-        """What `seq` holds; None if it cannot be saved. Nothing changes. Takes time in proportion to its length."""
+        """Returns the cells of `seq`, in time proportional to its length; None if they cannot be saved."""
 
-    def load(self, seq: int, parts: Sequence[Part]) -> bool:
-        """Appends `parts`, which are consecutive, to `seq`, which ends where the first of them starts.
+    def load(self, seq: int, parts: Sequence[StatePart]) -> bool:
+        """Appends consecutive `parts` to `seq`, which ends at the start of the first, in newly allocated cells.
 
-        The positions get cells of their own. False, with nothing changed, if there are too few cells or a state does
-        not fit this context.
+        Returns False, with nothing changed, if there are too few cells or a state does not fit this context.
         """
 
     def shift(self, state: State, start: int, end: int, by: int) -> State | None:
-        """The state of positions from `start + by` up to `end + by`, made of that of `start` up to `end`. None if it
-        cannot be made. Computes a row; no sequence changes."""
+        """Returns the cells of positions from `start` up to `end`, moved by `by` positions; None if that is impossible.
+
+        Computes one row. No sequence changes.
+        """
 
     def intact(self, seq: int, length: int) -> bool:
-        """True if `seq` has `length` positions, and of these all that a next row may attend to: with a sliding window
-        a cut can leave less."""
+        """Returns True if `seq` has `length` positions, and all of these that the next row attends to: with a sliding
+        window, a cut can leave fewer."""
 
     def length(self, seq: int) -> int:
-        """Positions that `seq` has."""
+        """Returns the number of positions of `seq`."""
 
     def clear(self) -> None:
         """Frees every cell."""
 
     def abort(self) -> None:
-        """Makes the running decode, and every later one, raise Aborted soon. Callable from any thread."""
+        """Makes the running decode and every later one raise Aborted soon. Any thread may call it."""
 
 
 class Backend(Protocol):
-    """An opened model. Created, used and closed on the engine thread; `vocab` and `info` are for everyone."""
+    """An opened model. Created, used and closed on the engine thread; any thread may use `vocab` and `info`."""
 
     @property
     def info(self) -> ModelInfo:
-        """What is served."""
+        """Properties of the model."""
 
     @property
     def vocab(self) -> Vocab:
-        """Its tokens."""
+        """The model's vocabulary."""
 
     @property
     def context(self) -> Context:
-        """Its cells."""
+        """The model's cells."""
 
     def close(self) -> None:
-        """Frees every native object; the context is not used again."""
+        """Frees every native object. The context must not be used again."""
 
 
-Progress = Callable[[float], None]
-"""Told the share of a load that is done, 0 to 1, on the engine thread."""
+# Called with the loaded share of a model, 0 to 1, on the engine thread.
+LoadProgress = Callable[[float], None]

@@ -1,4 +1,4 @@
-"""The rows of one decode, as arrays that the native library reads in place."""
+"""The rows of one decode, as arrays in the native library's layout."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 
 class Batch:
-    """Up to `capacity` rows, filled sequence by sequence and reused for every step.
+    """Up to `capacity` rows, added sequence by sequence. One batch is reused for every step.
 
-    Row i feeds `token[i]` at position `pos[i]` of sequence `seq[i]`, and yields a row of logits if `output[i]`.
-    Rows of logits come back in the order of the rows that asked for them.
+    Row i computes `token[i]` at position `pos[i]` of sequence `seq[i]`, with a row of logits if `output[i]` is 1.
+    Rows of logits have the order of their rows in the batch.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -27,17 +27,17 @@ class Batch:
         self.outputs = 0
 
     def clear(self) -> None:
-        """No rows."""
+        """Removes all rows."""
         self.rows = self.outputs = 0
 
     def add(self, seq: int, start: int, tokens: Sequence[int] | array[int], outputs: int) -> int:
-        """Adds `tokens` at positions from `start`, the last `outputs` of them with logits.
+        """Adds `tokens` at positions from `start` on, the last `outputs` of them with logits.
 
-        Returns the index of the first of those rows of logits.
+        Returns the index of the first added row of logits.
         """
         first, count = self.rows, len(tokens)
-        assert count, "a sequence takes part with at least one row"
-        assert outputs <= count, "no more rows of logits than rows"
+        assert count, "each sequence has at least one row"
+        assert outputs <= count, "each row of logits belongs to a row"
         assert first + count <= self.capacity, "the plan exceeds the batch"
         end = first + count
         if count == 1:

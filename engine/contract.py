@@ -1,12 +1,13 @@
-"""What crosses between a caller and the engine thread: requests in, updates out, and errors.
+"""The values between a caller and the engine thread: requests in, updates out, and errors.
 
     EngineError
-    ├── RequestRefused      the caller's fault: 400
-    │   └── ContextExceeded   the prompt alone is longer than a request may be
-    ├── Overloaded          try again later: 429 with Retry-After
-    ├── Draining            the engine is ending and takes nothing new: 503
-    ├── ModelError          the model cannot be opened; there is no engine
-    └── EngineFault         ours: 500; `fatal` says whether the engine survived
+    ├── RequestRefused        invalid request: 400
+    │   ├── ContextExceeded   the prompt is longer than the context of a request
+    │   └── GrammarTimeout    the grammar takes too long to compile
+    ├── Overloaded            the queue is full: 429 with Retry-After
+    ├── Draining              the engine is shutting down and refuses new requests: 503
+    ├── ModelError            the model cannot be opened; there is no engine
+    └── EngineFault           internal failure: 500; the engine continues unless `fatal`
 
 Every request gets any number of `Tokens` and then exactly one terminal update: `Finished` or `Failed`.
 """
@@ -22,26 +23,27 @@ from engine.grammar import Grammar
 
 
 class EngineError(Exception):
-    """Anything the engine reports to a caller."""
+    """Base of all errors that the engine reports to a caller."""
 
 
 class RequestRefused(EngineError):
-    """The request can never run as asked; `field` names the part of it that is wrong."""
+    """The request can never run. `field` names its wrong part; None if there is no single one."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
 
 
-class CompiledTooSlowly(RequestRefused):
-    """The grammar was not ready in time, maybe as others were being made."""
+class GrammarTimeout(RequestRefused):
+    """The grammar was not compiled in time, perhaps because other grammars were compiled before it."""
 
 
 class ContextExceeded(RequestRefused):
     """The prompt of `prompt_tokens` leaves no room for one new token in a context of `limit`."""
 
     def __init__(self, prompt_tokens: int, limit: int, slots: int = 0) -> None:
-        """`slots` is the number of slots that share the context evenly; 0 if a request may have all of it."""
+        """`limit` is in tokens. `slots` is the number of slots that share the context evenly; 0 if one request may use
+        all of it."""
         share = f" (each of {slots} slots has its own part of --ctx-size)" if slots else ""
         remedy = "a larger --ctx-size, fewer --parallel slots or --kv-unified" if slots else "a larger --ctx-size"
         super().__init__(
@@ -54,7 +56,7 @@ class ContextExceeded(RequestRefused):
 
 
 class Overloaded(EngineError):
-    """The queue is full; `retry_after` seconds is an estimate of when it will not be."""
+    """The queue is full. `retry_after` is an estimate of the seconds until it has room."""
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"All slots are busy and the queue is full. Retry in {retry_after:.0f} s.")
@@ -65,15 +67,15 @@ class Draining(EngineError):
     """The engine is shutting down."""
 
     def __init__(self) -> None:
-        super().__init__("The server is shutting down and takes no new requests.")
+        super().__init__("The server is shutting down and refuses new requests.")
 
 
 class ModelError(EngineError):
-    """The model cannot be opened; the message is one line that says why."""
+    """The model cannot be opened. The message is the reason, in one line."""
 
 
 class EngineFault(EngineError):
-    """A failure that is not the caller's; after a `fatal` one the engine serves nothing more."""
+    """An internal failure. After a `fatal` one the engine refuses all requests."""
 
     def __init__(self, message: str, *, fatal: bool = False) -> None:
         super().__init__(message)
@@ -81,47 +83,55 @@ class EngineFault(EngineError):
 
 
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
-"""A number from 0 to 1."""
-Window = Annotated[int, Meta(ge=-1)]
-"""A number of most recent tokens; -1 is all of them, 0 none."""
+# A number of most recent tokens; -1 is all of them, 0 none.
+TokenWindow = Annotated[int, Meta(ge=-1)]
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a token is picked from a row of logits. Defaults and names are llama-server's.
+    """Parameters of sampling, with the names and defaults of llama-server.
 
-    The stages run in this order: logit_bias, penalties, DRY, top_k, typical_p, top_p, min_p, XTC, temperature.
-    Ranges hold for values made by `msgspec.convert`; the constructor itself does not check them.
+    The stages run in this order: logit_bias, penalties, DRY, top_k, typical_p, top_p, min_p, XTC, temperature. The
+    three penalties and DRY look back on the prompt and the output, as llama-server's do. `msgspec.convert` checks the
+    ranges; the constructor does not.
     """
 
-    temperature: Annotated[float, Meta(ge=0.0, le=100.0, description="0 picks the likeliest token")] = 0.8
-    top_k: Annotated[int, Meta(ge=-1, description="keep the k likeliest tokens; 0 or -1 keeps all")] = 40
-    top_p: Annotated[Share, Meta(description="keep the likeliest tokens that together hold this share")] = 0.95
-    min_p: Annotated[Share, Meta(description="drop tokens below this share of the likeliest one's")] = 0.05
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0, description="0 picks the most likely token")] = 0.8
+    top_k: Annotated[int, Meta(ge=-1, description="keep the k most likely tokens; 0 or -1 keeps all")] = 40
+    top_p: Annotated[Share, Meta(description="keep the most likely tokens that together have this probability")] = 0.95
+    min_p: Annotated[Share, Meta(description="drop tokens below this part of the highest probability")] = 0.05
     typical_p: Annotated[Share, Meta(description="locally typical sampling; 1 is off")] = 1.0
-    repeat_penalty: Annotated[float, Meta(gt=0.0, le=100.0, description="weakens tokens seen already; 1 is off")] = 1.0
-    repeat_last_n: Annotated[Window, Meta(description="tokens that the three penalties look back on")] = 64
+    repeat_penalty: Annotated[
+        float, Meta(gt=0.0, le=100.0, description="lowers logits of tokens that occurred; 1 is off")
+    ] = 1.0
+    repeat_last_n: Annotated[
+        TokenWindow,
+        Meta(description="latest tokens that the three penalties look at; -1 is all"),
+    ] = 64
     presence_penalty: Annotated[
-        float, Meta(ge=-100.0, le=100.0, description="taken off the logit of a token seen already; 0 is off")
+        float, Meta(ge=-100.0, le=100.0, description="subtracted from the logit of a token that occurred; 0 is off")
     ] = 0.0
     frequency_penalty: Annotated[
-        float, Meta(ge=-100.0, le=100.0, description="the same, for each time it was seen; 0 is off")
+        float,
+        Meta(ge=-100.0, le=100.0, description="subtracted from its logit for each occurrence; 0 is off"),
     ] = 0.0
     dry_multiplier: Annotated[float, Meta(ge=0.0, le=100.0, description="DRY repetition penalty; 0 is off")] = 0.0
     dry_base: Annotated[float, Meta(ge=1.0, le=100.0, description="growth per repeated token")] = 1.75
-    dry_allowed_length: Annotated[int, Meta(ge=0, description="repeats up to this many tokens are free")] = 2
-    dry_penalty_last_n: Annotated[Window, Meta(description="tokens that DRY looks back on")] = 64
-    dry_sequence_breakers: Annotated[tuple[str, ...], Meta(description="texts that end a repeat")] = (
+    dry_allowed_length: Annotated[int, Meta(ge=0, description="repeats up to this many tokens have no DRY penalty")] = 2
+    dry_penalty_last_n: Annotated[TokenWindow, Meta(description="latest tokens that DRY looks at; -1 is all")] = 64
+    dry_sequence_breakers: Annotated[tuple[str, ...], Meta(description="strings that end a repeat for DRY")] = (
         "\n",
         ":",
         '"',
         "*",
     )
-    xtc_probability: Annotated[Share, Meta(description="chance that XTC acts on a token; 0 is off")] = 0.0
-    xtc_threshold: Annotated[Share, Meta(description="XTC drops all but the least of those above this")] = 0.1
-    logit_bias: Annotated[tuple[tuple[int, float], ...], Meta(description="added to a token's logit")] = ()
+    xtc_probability: Annotated[Share, Meta(description="chance that XTC is applied to a token; 0 is off")] = 0.0
+    xtc_threshold: Annotated[Share, Meta(description="XTC drops all but the least likely token above this")] = 0.1
+    logit_bias: Annotated[
+        tuple[tuple[int, float], ...], Meta(description="tokens and the numbers added to their logits")
+    ] = ()
     seed: Annotated[
         Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
-        Meta(description="seed for requests that bring none; without it each draws its own"),
+        Meta(description="default seed of requests; without it each request has a random one"),
     ] = None
 
 
@@ -136,41 +146,41 @@ ProposerType = Literal[
     "suffix",
     "draft",
 ]
-"""The kinds of proposers, in the order in which a fixed order asks them."""
+# In the order in which proposers are polled with `order = "fixed"`.
 PROPOSER_TYPES: tuple[ProposerType, ...] = get_args(ProposerType)
-Length = Annotated[int, Meta(ge=0, le=1024)]
-"""Tokens of a draft."""
+DraftLength = Annotated[int, Meta(ge=0, le=1024)]
 
 
 class Speculation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who guesses for a request, and how much. None of the bounds is the same as the server's."""
+    """Speculative decoding of one request. `None` means the server's default."""
 
     type: tuple[ProposerType | Literal["auto"], ...] = ()
-    """Nobody guesses if it is empty; `auto` is everyone there is."""
+    """Types of proposers; `auto` means all that are available. Empty turns speculation off."""
     n_max: Annotated[int, Meta(ge=1, le=1024)] | None = None
-    """Tokens of a draft at most."""
-    n_min: Length | None = None
-    """A shorter draft is not verified."""
+    """Maximum tokens of a draft."""
+    n_min: DraftLength | None = None
+    """Minimum tokens of a draft; shorter ones are not verified."""
     p_min: Share | None = None
-    """A draft ends before a token that its proposer thinks less likely than this."""
+    """A draft ends before a token whose estimated probability is below this."""
     size_n: Annotated[int, Meta(ge=1, le=1024)] | None = None
-    """Tokens that must recur before `ngram-simple` and the `ngram-map` types guess."""
+    """Length of the n-gram that has to recur for `ngram-simple` and the `ngram-map` types."""
     min_hits: Annotated[int, Meta(ge=1, le=1024)] | None = None
-    """How often they must have occurred."""
+    """Least number of earlier occurrences of that n-gram."""
     order: Literal["measured", "fixed"] | None = None
-    """Whether lengths and types are chosen by what was measured, or the first draft is verified whole."""
+    """`measured` chooses types and lengths by measured costs and acceptance; `fixed` verifies the whole draft of the
+    first proposer that has one."""
 
 
 class ReasoningBudget(Struct, frozen=True):
-    """A bound on what is thought before the answer: once so many tokens of it are there, `closing` follows."""
+    """A bound on the reasoning before the answer: after `tokens` tokens of reasoning, `closing` is emitted."""
 
     tokens: int
     opens: str
-    """The text that begins it; empty if the prompt ends with that."""
+    """Text that begins the reasoning; empty if the prompt ends with it."""
     closes: str
-    """The text that ends it."""
+    """Text that ends the reasoning."""
     closing: tuple[int, ...]
-    """The tokens of that text, emitted in turn whatever the model would pick."""
+    """Tokens of the closing text, emitted in place of sampled ones."""
 
 
 class Request(Struct, frozen=True, kw_only=True):
@@ -179,40 +189,40 @@ class Request(Struct, frozen=True, kw_only=True):
     prompt: tuple[int, ...]
     """Token ids, special ones included; at least one."""
     max_tokens: int | None = None
-    """New tokens at most; None is up to the end of the context. 0 only reads the prompt."""
+    """Maximum number of new tokens; 0 only prefills the prompt. None means up to the end of the context."""
     min_tokens: int = 0
-    """Neither an end token nor a stop token is picked before this many tokens, unless the grammar leaves no other."""
+    """Neither an end token nor a stop token is sampled before this many tokens, unless the grammar permits no other."""
     sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
-    """Texts that end the continuation; the earliest to appear wins and is never part of the text."""
+    """Strings that end the continuation. The earliest match ends it and is not part of the text."""
     stop_tokens: tuple[int, ...] = ()
-    """Tokens that end the continuation besides the model's own, and are never part of it."""
+    """Tokens that end the continuation besides the model's end tokens; not part of the text."""
     ignore_eos: bool = False
-    """The model's end tokens are never picked, unless the grammar leaves no other."""
+    """If True, the model's end tokens are never sampled, unless the grammar permits no other."""
     logprobs: int | None = None
-    """Alternatives to report for each token; None reports no logprobs at all."""
+    """Number of alternatives reported for each token. None reports no logprobs at all."""
     grammar: Grammar | None = None
-    """What the continuation must look like, from `Engine.compile`: an end token is picked only where it may end, and
-    where nothing else may follow it ends by itself."""
+    """Grammar of the continuation, from `Engine.compile`. An end token is sampled only where the grammar may end; where
+    the grammar permits nothing else, the continuation ends without one."""
     salt: str = ""
-    """Prefixes, and what proposers learn from a text, are shared only between requests of equal salt."""
+    """Namespace: cached prefixes and the shared data of proposers are shared between requests of equal salt only."""
     speculation: Speculation | None = None
-    """Who guesses; None is the engine's default."""
+    """None means the engine's default."""
     prediction: tuple[int, ...] = ()
-    """Token ids that the continuation is expected to have, in about this order; they are guessed from unless
-    `speculation` says nobody is."""
-    spelled: tuple[tuple[int, str], ...] = ()
-    """Control tokens that are shown, each with its text. Others have none."""
+    """Token ids of the expected continuation. The `prediction` proposer drafts from them unless `speculation` turns
+    speculation off."""
+    control_texts: tuple[tuple[int, str], ...] = ()
+    """Control tokens with the text that each has in the output. All other control tokens have no text."""
     reasoning: ReasoningBudget | None = None
-    """How long it may think; None is as long as it likes."""
+    """None means no bound on the reasoning."""
     progress: bool = False
-    """Whether to tell after each step how far its prompt is read."""
+    """If True, every step of the prefill is reported as a `PrefillProgress`."""
     id: str = ""
-    """The caller's name for the request, for logs."""
+    """The caller's identifier, for logs."""
 
 
 class FinishReason(StrEnum):
-    """Why a request came to its end."""
+    """The reason for the end of a request."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -220,101 +230,106 @@ class FinishReason(StrEnum):
 
 
 class Logprob(Struct, frozen=True):
-    """A token's log probability under the raw logits of the row that emitted it, and the likeliest tokens there."""
+    """Log probability of an emitted token under the raw logits of its row, and the most likely tokens of that row."""
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Reading(Struct, frozen=True):
-    """How far a prompt is read, so many seconds after that began."""
+class PrefillProgress(Struct, frozen=True):
+    """Progress of a prefill, in tokens of the prompt."""
 
     prompt: int
     cached: int
-    """Of the prompt's tokens, those that needed no computing."""
+    """Tokens that were loaded or shared, not computed."""
     processed: int
-    """Of the prompt's tokens, those that are known, `cached` included."""
+    """Tokens in cells so far, `cached` included."""
     seconds: float
+    """Seconds since the request started to run."""
 
 
 class Tokens(Struct, frozen=True):
-    """New tokens in order, and the text that may be shown now that they are known.
+    """New tokens in order, and the text that they complete.
 
-    The text lags behind the tokens while it could still become a stop string or lacks the rest of a character.
+    Text is held back while it may become a stop string or lacks the rest of a character.
     """
 
     ids: tuple[int, ...]
     text: str
     logprobs: tuple[Logprob, ...] = ()
-    reading: Reading | None = None
-    """How far the prompt is read; an update that tells this has no tokens."""
+    prefill_progress: PrefillProgress | None = None
+    """Set in updates during the prefill, which have no tokens."""
 
 
 class Usage(Struct, frozen=True):
-    """Tokens of one request. `cached` of the prompt's were not computed for it."""
+    """Token counts of one request."""
 
     prompt: int
     cached: int
+    """Prompt tokens that were loaded or shared, not computed."""
     completion: int
-    """Tokens picked, the end token included."""
+    """Emitted tokens, the end token included."""
     drafted: int = 0
     accepted: int = 0
     moved: int = 0
-    """Of the cached tokens, those that were computed at other places or after another text: not quite the same."""
+    """Of the cached tokens, those computed at other positions or after other tokens, whose KV is an approximation."""
 
 
-class Drafts(Struct, frozen=True):
-    """What became of the drafts of one type in one request."""
+class DraftStats(Struct, frozen=True):
+    """Statistics of the drafts of one proposer type."""
 
     type: str
     drafted: int
-    """Tokens verified."""
+    """Draft tokens verified."""
     by_accepted: tuple[int, ...]
-    """Drafts by how many of their tokens were right, from 0 on."""
+    """Item n: number of drafts with n accepted tokens."""
     expected: float = 0.0
-    """Tokens that were expected to be."""
+    """Accepted tokens expected by the acceptance estimates."""
     saved: float = 0.0
-    """Seconds that these would have taken everybody without drafts."""
+    """Estimated seconds of the whole batch that the accepted tokens would have taken without drafts."""
     spent: float = 0.0
-    """Seconds that making and verifying all of them took."""
+    """Seconds taken by proposing and verifying all drafts."""
     chance: float = 0.0
-    """As of now, that the first token of another one is right."""
+    """Current estimate of the chance that the first token of a draft is accepted."""
 
     @property
     def accepted(self) -> int:
-        """Tokens that were right."""
+        """Draft tokens accepted."""
         return sum(tokens * drafts for tokens, drafts in enumerate(self.by_accepted))
 
 
 class Timings(Struct, frozen=True):
-    """Seconds from submission to the first step, from there to the first token, and from there to the end."""
+    """Durations of a request, in seconds."""
 
     queue: float
+    """From submission to the start."""
     prompt: float
+    """From the start to the first token."""
     predicted: float
+    """From the first token to the end."""
 
 
 class Finished(Struct, frozen=True):
-    """The last update of a request that ran to its end, or was cancelled."""
+    """The terminal update of a request that ended by itself or was cancelled."""
 
     reason: FinishReason
     usage: Usage
     timings: Timings
     seed: int
     stop: str | int | None = None
-    """The stop string or token that ended it, if one did."""
-    drafts: tuple[Drafts, ...] = ()
-    """One for each type that was asked to guess."""
-    forgotten: int = 0
-    """Tokens that it dropped because its context was full."""
+    """The stop string or token that ended the request, if one did."""
+    drafts: tuple[DraftStats, ...] = ()
+    """One for each type of the request's proposers."""
+    discarded: int = 0
+    """Tokens discarded by context shifts."""
 
 
 class Failed(Struct, frozen=True):
-    """The last update of a request that did not."""
+    """The terminal update of a request that failed."""
 
     error: EngineError
 
 
+# The updates that a `Generation` yields; it raises the error of a `Failed`.
 Update = Tokens | Finished
-"""What a caller reads; a `Failed` reaches it as the error it holds, raised."""

@@ -1,4 +1,4 @@
-"""The engine as the event loop sees it: it is opened, asked for continuations, and closed."""
+"""The engine on the event loop: opening a model, generating, slots, statistics, closing."""
 
 from __future__ import annotations
 
@@ -12,61 +12,61 @@ from pathlib import Path
 from msgspec import Struct
 
 from engine import slotfiles
-from engine.backend import Backend, ModelInfo, NativeFault, Progress, Vocab
+from engine.backend import Backend, LoadProgress, ModelInfo, NativeFault, Vocab
 from engine.config import EngineConfig
 from engine.contract import (
     PROPOSER_TYPES,
-    CompiledTooSlowly,
     ContextExceeded,
     Draining,
     EngineError,
     EngineFault,
     Failed,
     FinishReason,
+    GrammarTimeout,
     ModelError,
     Overloaded,
+    PrefillProgress,
     ProposerType,
-    Reading,
     Request,
     RequestRefused,
-    Speculation,
 )
 from engine.generation import Generation
-from engine.grammar import Closed, Form, Grammar, GrammarError, Grammars, TooSlow
-from engine.outbox import News
-from engine.pace import Measured
-from engine.runner import SHUTTING_DOWN, Runner
-from engine.slotfiles import Moved
+from engine.grammar import CompilerClosed, CompileTimeout, Grammar, GrammarCompiler, GrammarError, GrammarSpec
+from engine.outbox import StepOutput
+from engine.pace import Calibration
+from engine.slotfiles import SlotTransfer
 from engine.slots import SlotState
-from engine.speculate import Speculate
+from engine.speculate import ProposerFactory
 from engine.stats import Stats
+from engine.step import SHUTTING_DOWN, EngineCore
 from engine.thread import (
-    Answer,
     Cancel,
     EngineThread,
     FailAll,
     Listener,
-    Opened,
+    LoadedEngine,
     Opener,
+    Result,
     Submit,
-    calibrated,
+    load_or_measure_costs,
     open_model,
     request_limit,
 )
+from engine.validation import check_parameters, check_prompt
 
 
 def open_vocabulary(path: Path) -> AbstractContextManager[Vocab]:
-    """The vocabulary of a GGUF, without its weights. Entering raises ModelError."""
+    """Returns a context manager of the vocabulary of a GGUF, without its weights. Entering raises ModelError."""
     from engine.llama import open_vocabulary
 
     return open_vocabulary(path)
 
 
-def step_costs(config: EngineConfig, progress: Progress) -> Measured:
-    """What the steps of a model cost, measured anew and kept for the next start. Raises ModelError."""
+def measure_step_costs(config: EngineConfig, progress: LoadProgress) -> Calibration:
+    """Measures the costs of a model's steps and saves them for later starts. Raises ModelError."""
     backend = open_model(config, progress, lambda: True)
     try:
-        return calibrated(config, backend, anew=True)
+        return load_or_measure_costs(config, backend, anew=True)
     except NativeFault as fault:
         raise ModelError(f"cannot compute {config.model.path}: {fault}") from None
     finally:
@@ -74,44 +74,46 @@ def step_costs(config: EngineConfig, progress: Progress) -> Measured:
 
 
 class MemoryInfo(Struct, frozen=True):
-    """How prefixes are kept and shared."""
+    """Layout and capacities of the KV cache."""
 
     kv_unified: bool
-    """True if all slots share the KV cells, False if each has its own."""
+    """True if all slots share the KV cells, False if each slot has its own."""
     kv_reason: str
-    """Why, in one line."""
+    """Reason of that layout, in one line."""
     partial: bool
-    """Whether requests share a prefix that ends at any token; if not, only where an earlier sequence ended."""
+    """True if requests share prefixes that end at any token, False if only those that are a whole earlier sequence."""
     window: int
-    """Positions that some layers look back on; 0 if all look on all."""
+    """Size in tokens of the sliding window of some layers; 0 if all layers attend to all tokens."""
     ram_bytes: int
-    """Prefixes in RAM at most."""
+    """Capacity of the RAM tier."""
     disk: bool
-    """Whether they outlive the engine."""
+    """True if there is a disk tier, which outlives the engine."""
     disk_bytes: int
-    """Prefixes on disk at most; 0 if there is none."""
-    moved_from: int
-    """Tokens that must recur for a part of a changed prompt to be moved instead of computed; 0 if none is."""
+    """Capacity of the disk tier; 0 if there is none."""
+    reuse_min_tokens: int
+    """Least length of a recurring part of a prompt that is moved instead of computed; 0 if none is moved."""
 
 
 class Engine:
-    """A served model. `Engine.open` makes one; everything else is called on the event loop that opened it."""
+    """A served model, created by `Engine.open`. All methods are called on the event loop that opened it."""
 
-    _opened: Opened
-    _grammars: Grammars
+    _opened: LoadedEngine
+    _grammars: GrammarCompiler
 
-    def __init__(self, config: EngineConfig, opener: Opener, speculate: Speculate | None, progress: Progress) -> None:
+    def __init__(
+        self, config: EngineConfig, opener: Opener, speculate: ProposerFactory | None, progress: LoadProgress
+    ) -> None:
         self._config = config
-        self._thread = EngineThread(config, opener, speculate, Listener(progress, self._deliver, self._die))
+        self._thread = EngineThread(config, opener, speculate, Listener(progress, self._deliver, self._on_fault))
         self._inbox = self._thread.inbox
         self._open: dict[int, Generation] = {}  # until their terminal update
-        self._wanted: set[int] = set()  # of those, the ones that nobody has left
+        self._active: set[int] = set()  # of those, the ones that were not cancelled
         self._keys = count(1)
         self._empty = asyncio.Event()
         self._empty.set()
         self._refusal: Callable[[], EngineError] | None = None
         self.fault: EngineFault | None = None
-        """Why the engine serves nothing more, if it failed for good."""
+        """Set once the engine has failed for good."""
         self.slots = config.batch.slots
 
     @classmethod
@@ -120,56 +122,56 @@ class Engine:
         cls,
         config: EngineConfig,
         *,
-        progress: Progress = lambda share: None,
+        progress: LoadProgress = lambda share: None,
         opener: Opener = open_model,
-        speculate: Speculate | None = None,
+        speculate: ProposerFactory | None = None,
     ) -> AsyncIterator[Engine]:
-        """Loads the model and serves it until the block is left, which ends whatever still runs.
+        """Returns a context manager that loads and serves the model. Leaving it ends all requests.
 
-        `progress` is called on the event loop with the share of the load that is done. Raises ModelError if the
-        model cannot be opened.
+        `progress` is called on the event loop with the share of the load that is done, 0 to 1. Entering raises
+        ModelError if the model cannot be opened.
         """
         engine = cls(config, opener, speculate, progress)
         try:
             engine._opened = await engine._thread.open()
-            with closing(Grammars(engine.vocab)) as engine._grammars:
+            with closing(GrammarCompiler(engine.vocab)) as engine._grammars:
                 if config.model.warmup:
                     await engine._grammars.warm_up()
                 yield engine
         finally:
             await engine._thread.close()
 
-    # ── what it is ──
+    # ── properties ──
 
     @property
     def info(self) -> ModelInfo:
-        """What is served."""
+        """The loaded model."""
         return self._model.info
 
     @property
     def vocab(self) -> Vocab:
-        """Text to tokens and back, from any thread."""
+        """The model's vocabulary; safe to use from any thread."""
         return self._model.vocab
 
     @property
-    def places(self) -> int:
-        """Requests that may run or wait at once."""
+    def max_requests(self) -> int:
+        """Largest number of requests that run or wait at once."""
         return self.slots + self._config.batch.queue
 
     @property
     def request_limit(self) -> int:
-        """Tokens that one request may have, prompt and output together."""
+        """Largest number of tokens of one request, prompt and output together."""
         return request_limit(self._model.context, self.info)
 
     def context_exceeded(self, prompt_tokens: int) -> ContextExceeded:
-        """The refusal of a prompt that is too long, with the flags that would help."""
+        """Returns the error for a prompt that is too long, with the flags that raise the limit."""
         context = self._model.context
         shared = not context.unified and self.slots > 1 and context.sequence_cells == self.request_limit
         return ContextExceeded(prompt_tokens, self.request_limit, self.slots if shared else 0)
 
     @property
     def memory(self) -> MemoryInfo:
-        """How prefixes are kept and shared."""
+        """Layout and capacities of the KV cache."""
         context, memory = self._model.context, self._config.memory
         return MemoryInfo(
             kv_unified=context.unified,
@@ -179,7 +181,7 @@ class Engine:
             ram_bytes=memory.ram_bytes,
             disk=bool(memory.disk),
             disk_bytes=memory.disk_bytes if memory.disk else 0,
-            moved_from=self._opened.runner.kv.reuse,
+            reuse_min_tokens=self._opened.core.kv.reuse,
         )
 
     @property
@@ -187,150 +189,129 @@ class Engine:
         return self._opened.backend
 
     @property
-    def silent(self) -> Mapping[str, str]:
-        """Types of proposers that guess for nobody, each with the reason."""
-        fault = self._opened.runner.drafting.fault
-        return {**self._opened.silent, "draft": fault} if fault else self._opened.silent
+    def unavailable_proposers(self) -> Mapping[str, str]:
+        """Types of proposers that no request can use, each with the reason."""
+        fault = self._opened.core.speculative_decoding.fault
+        return {**self._opened.unavailable_proposers, "draft": fault} if fault else self._opened.unavailable_proposers
 
     @property
     def proposers(self) -> tuple[ProposerType, ...]:
-        """The types that a request may ask for."""
-        return tuple(kind for kind in PROPOSER_TYPES if kind not in self.silent)
+        """Types of proposers that a request can use."""
+        return tuple(kind for kind in PROPOSER_TYPES if kind not in self.unavailable_proposers)
 
     def stats(self) -> Stats:
-        """What was done so far."""
-        return self._opened.runner.counters.snapshot()
+        """Returns a snapshot of the counters."""
+        return self._opened.core.counters.snapshot()
 
-    async def ask(self, function: Callable[[Runner], Answer]) -> Answer:
-        """What `function` answers on the engine thread between two steps, for which everybody waits.
+    async def query(self, function: Callable[[EngineCore], Result]) -> Result:
+        """Returns the result of `function`, called on the engine thread between two steps, which delays all requests.
 
-        Raises the EngineError that it raises, and EngineFault if the engine fails or closes before.
+        Raises the EngineError of `function`, and EngineFault if the engine fails or closes before the call.
         """
-        return await self._thread.ask(function)
+        return await self._thread.query(function)
 
     # ── slots ──
 
     async def slot_states(self) -> tuple[SlotState, ...]:
-        """The slots as of now, by number. Raises EngineFault if the engine has failed."""
-        return await self.ask(lambda runner: runner.slots.states())
+        """Returns snapshots of the slots, by number. Raises EngineFault if the engine has failed."""
+        return await self.query(lambda core: core.slots.states())
 
-    async def save_slot(self, number: int, path: Path) -> Moved:
-        """Writes what a slot ran last, as far as it is kept, to the file `path`, whole or not at all.
+    async def save_slot(self, number: int, path: Path) -> SlotTransfer:
+        """Writes the tokens and states of a slot's running or last sequence to the file `path`, whole or not at all.
 
-        Raises RequestRefused if there is nothing to save or no such slot, EngineFault if the file cannot be written.
+        Raises RequestRefused if there is no such slot or nothing to save, EngineFault if the file cannot be written.
         """
-        return await slotfiles.save(self.ask, number, path, self.info.layout)
+        return await slotfiles.save(self._thread, number, path, self.info.layout)
 
-    async def restore_slot(self, number: int, path: Path) -> Moved:
-        """Puts what a slot ran once back into RAM, from where the next request that begins so gets it; the slot counts
-        as having run it last.
+    async def restore_slot(self, number: int, path: Path) -> SlotTransfer:
+        """Loads the file `path` into RAM, where the next request with this prefix finds it, and into the slot's
+        content.
 
-        Raises RequestRefused if it is busy, or if the file is not one of this model's or damaged: nothing of it is
-        used then.
+        Raises RequestRefused if the slot is busy, RAM has no room, or the file is damaged or of another model; a bad
+        file changes nothing.
         """
-        return await slotfiles.restore(self.ask, number, path, self.info.layout)
+        return await slotfiles.restore(self._thread, number, path, self.info.layout)
 
     async def erase_slot(self, number: int) -> int:
-        """Forgets what a slot ran last, in cells, RAM and disk, as far as no other text begins so; tokens that are
-        known no more. Raises RequestRefused if the slot is busy."""
-        return await slotfiles.erase(self.ask, number)
+        """Empties a slot, and drops from cells, RAM and disk the states that no other sequence shares.
+
+        Returns the number of tokens dropped. Raises RequestRefused if the slot is busy.
+        """
+        return await slotfiles.erase(self._thread, number)
 
     # ── requests ──
 
-    async def compile(self, form: Form) -> Grammar:
-        """What `Request.grammar` takes; compiled aside, or known from before.
+    async def compile(self, spec: GrammarSpec) -> Grammar:
+        """Returns the grammar of `spec` for `Request.grammar`, compiled on a worker thread or cached.
 
-        Raises RequestRefused if that cannot be, with the JSON pointer of the keyword to blame as its field if there
-        is one, CompiledTooSlowly if it takes too long, and what entering a generation raises if the engine is ending.
+        Raises RequestRefused if the grammar is invalid, with the JSON pointer of the wrong keyword, if any, as its
+        field; GrammarTimeout if it takes too long; Draining or EngineFault if the engine takes no requests.
         """
         if self._refusal is not None:
             raise self._refusal()
         try:
-            return await self._grammars.compile(form)
-        except TooSlow as error:
-            raise CompiledTooSlowly(str(error)) from None
+            return await self._grammars.compile(spec)
+        except CompileTimeout as error:
+            raise GrammarTimeout(str(error)) from None
         except GrammarError as error:
             raise RequestRefused(str(error), field=error.pointer) from None
-        except Closed:
+        except CompilerClosed:
             raise Draining from None
 
     def generate(self, request: Request) -> Generation:
-        """A continuation of `request.prompt`, which starts when the Generation is entered.
+        """Returns a continuation of `request.prompt`, which starts when the Generation is entered.
 
-        Raises RequestRefused if it can never run. Entering raises Overloaded if slots and queue are full and
-        Draining if the engine is ending.
+        Raises RequestRefused if the request can never run. Entering raises Overloaded if slots and queue are full,
+        Draining or EngineFault if the engine takes no requests.
         """
-        self._check(request)
-        return Generation(request, self.vocab.piece, self._submit, self._cancel)
-
-    def _check(self, request: Request) -> None:
-        size = self.info.vocabulary
-        if not request.prompt:
-            raise RequestRefused("The prompt is empty: give at least one token.", field="prompt")
-        if min(request.prompt) < 0 or max(request.prompt) >= size:
-            raise RequestRefused(f"The prompt holds a token id outside 0..{size - 1}.", field="prompt")
+        check_prompt(request.prompt, self.vocab.size)
         if len(request.prompt) >= self.request_limit:
             raise self.context_exceeded(len(request.prompt))
-        if (request.max_tokens or 0) < 0:
-            raise RequestRefused("max_tokens must be 0 or more.", field="max_tokens")
-        if any(not 0 <= token < size for token, _ in request.sampling.logit_bias):
-            raise RequestRefused(f"logit_bias names a token id outside 0..{size - 1}.", field="logit_bias")
-        if request.prediction and (min(request.prediction) < 0 or max(request.prediction) >= size):
-            raise RequestRefused(f"The prediction holds a token id outside 0..{size - 1}.", field="prediction")
-        if request.grammar is not None and request.grammar.size != self.vocab.size:
-            raise RequestRefused("The grammar was compiled for another model.", field="grammar")
-        if request.speculation is not None:
-            self._check_types(request.speculation)
-        if any(not 0 <= token < size for token in request.stop_tokens):
-            raise RequestRefused(f"stop_token_ids has a token id outside 0..{size - 1}.", field="stop_token_ids")
-
-    def _check_types(self, asked: Speculation) -> None:
-        for kind in asked.type:
-            if reason := self.silent.get(kind):
-                raise RequestRefused(f"Nobody can guess by {kind!r} here: {reason}.", field="speculative.type")
+        check_parameters(request, self.vocab.size, self.unavailable_proposers)
+        return Generation(request, self.vocab.piece, self._submit, self._cancel)
 
     def _submit(self, generation: Generation) -> None:
         if self._refusal is not None:
             raise self._refusal()
-        if len(self._wanted) >= self.places:
+        if len(self._active) >= self.max_requests:
             raise Overloaded(self._retry_after())
         key, request = next(self._keys), generation.request
         seed = request.sampling.seed
         generation.key = key
         self._open[key] = generation
-        self._wanted.add(key)
+        self._active.add(key)
         self._empty.clear()
         self._inbox.put(Submit(key, request, secrets.randbits(63) if seed is None else seed))
 
     def _retry_after(self) -> float:
-        """Seconds until a place in the queue is likely to be free, from the pace so far; 1 to 60."""
+        """Returns the mean seconds per finished request, 1 to 60, as an estimate of when the queue has room."""
         stats = self.stats()
         done = stats.requests_finished["stop"] + stats.requests_finished["length"]
         return min(60.0, max(1.0, stats.busy_seconds / done if done else 1.0))
 
     def _cancel(self, generation: Generation) -> None:
-        self._wanted.discard(generation.key)
+        self._active.discard(generation.key)
         reason = FinishReason.STOP if generation.complete else FinishReason.CANCELLED
         self._inbox.put(Cancel(generation.key, reason))
 
-    def _deliver(self, items: list[News]) -> None:
-        for key, ids, logprobs, other in items:
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        for key, ids, logprobs, event in outputs:
             generation = self._open.get(key)
             if generation is None:
                 continue
-            if other is None:
+            if event is None:
                 generation.deliver_tokens(ids, logprobs)
-            elif isinstance(other, Reading):
-                generation.deliver_reading(other)
+            elif isinstance(event, PrefillProgress):
+                generation.deliver_progress(event)
             else:
-                generation.deliver_end(other)
+                generation.deliver_end(event)
                 del self._open[key]
-                self._wanted.discard(key)
+                self._active.discard(key)
         if not self._open:
             self._empty.set()
 
     async def drain(self, grace: float) -> None:
-        """Takes nothing new, gives what runs `grace` seconds to end, and fails the rest with an EngineFault."""
+        """Refuses new requests, waits up to `grace` seconds for the others, and fails the rest with an EngineFault."""
         self._refusal = Draining
         self._grammars.close()
         try:
@@ -339,8 +320,8 @@ class Engine:
             self._inbox.put(FailAll(SHUTTING_DOWN))
             await self._empty.wait()
 
-    def _die(self, fault: EngineFault) -> None:
-        """After the thread has failed: everyone who waits is told, and nobody is taken any more."""
+    def _on_fault(self, fault: EngineFault) -> None:
+        """Fails all requests, and every later one, after the thread has failed."""
         self.fault = fault
-        self._refusal = lambda: EngineFault(str(fault), fatal=True)  # one for each: raising one grows it
-        self._deliver([News(key, (), (), Failed(self._refusal())) for key in list(self._open)])
+        self._refusal = lambda: EngineFault(str(fault), fatal=True)  # new each time: raising extends a traceback
+        self._deliver([StepOutput(key, (), (), Failed(self._refusal())) for key in list(self._open)])

@@ -1,4 +1,4 @@
-"""One request seen from the event loop: entering submits it, reading yields its updates, leaving cancels it."""
+"""One request on the event loop: entering submits it, iterating yields its updates, leaving cancels it."""
 
 from __future__ import annotations
 
@@ -8,47 +8,48 @@ from typing import Self
 
 import msgspec
 
-from engine.contract import Failed, Finished, FinishReason, Logprob, Reading, Request, Tokens, Update
-from engine.text import Piece, TextStream, spelling
+from engine.contract import Failed, Finished, FinishReason, Logprob, PrefillProgress, Request, Tokens, Update
+from engine.text import Detokenizer, TokenBytes, with_control_texts
 
 
 class Generation:
-    """The updates of one request, in order: any number of `Tokens`, then one `Finished`, or its error raised.
+    """The updates of one request, in order: any number of `Tokens`, then one `Finished`, or the error is raised.
 
-    Unread tokens merge, so a slow reader costs memory in proportion to its own text and never the engine's time.
-    Leaving before the end cancels the request, so it cannot outlive the block that asked for it; nothing is
-    awaited on the way out, so a cancelled task can still leave. A stop string ends the generation at once: the
-    slot is given back, and `Finished` counts the tokens up to the one that completed the stop string.
+    Unread tokens merge, so a slow consumer costs memory in proportion to its own output and no time of the engine.
+    Leaving before the end cancels the request, so it cannot outlive its `async with` block; leaving awaits nothing, so
+    a cancelled task can still leave. A stop string ends the generation at once: the slot is freed, and `Finished`
+    counts the tokens up to the one that completed the stop string.
     """
 
     def __init__(
         self,
         request: Request,
-        piece: Piece,
+        piece: TokenBytes,
         submit: Callable[[Generation], None],
         cancel: Callable[[Generation], None],
     ) -> None:
         self.request = request
         self.key = 0
-        """The engine's name for it, given when it is submitted."""
-        self._piece = spelling(request.spelled, piece)
+        """The engine's number for the request; 0 until it is submitted."""
+        self._piece = with_control_texts(request.control_texts, piece)
         self._submit = submit
         self._cancel = cancel
-        self._text = TextStream(request.stop)
-        self._reader: asyncio.Future[None] | None = None  # of one who waits for something to read
-        self._ids: list[int] = []  # unread, those last whose text is still held back
+        self._text = Detokenizer(request.stop)
+        self._wakeup: asyncio.Future[None] | None = None  # set while `__anext__` awaits an update
+        # Unread tokens, then tokens whose text is held back.
+        self._ids: list[int] = []
         self._logprobs: list[Logprob] = []
-        self._out = 0  # how many of them may be read
-        self._shown = ""
+        self._released = 0  # number of unread tokens
+        self._released_text = ""
         self._count = 0  # tokens received, up to the one that completed a stop string
-        self._reading: Reading | None = None  # unread
+        self._progress: PrefillProgress | None = None  # unread
         self._end: Finished | Failed | None = None
         self._enough = False
         self._drained = False
 
     @property
     def complete(self) -> bool:
-        """Whether a stop string, or who has enough, has ended the text."""
+        """True after a stop string matched or the consumer called `enough()`."""
         return self._enough or self._text.stopped_by is not None
 
     async def __aenter__(self) -> Self:
@@ -65,73 +66,73 @@ class Generation:
     async def __anext__(self) -> Update:
         if self._drained:
             raise StopAsyncIteration
-        if not (self._reading or self._out or self._shown or self._end):
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
-        if self._reading is not None:
-            reading, self._reading = self._reading, None
-            return Tokens((), "", reading=reading)
-        if self._out or self._shown:
+        if not (self._progress or self._released or self._released_text or self._end):
+            self._wakeup = asyncio.get_running_loop().create_future()
+            await self._wakeup
+        if self._progress is not None:
+            progress, self._progress = self._progress, None
+            return Tokens((), "", prefill_progress=progress)
+        if self._released or self._released_text:
             return self._take()
         self._drained = True
         if isinstance(self._end, Failed):
             raise self._end.error
-        assert self._end is not None, "woken without anything to read"
+        assert self._end is not None, "woken by an update"
         return self._end
 
     def enough(self) -> None:
-        """Ends the request with what was delivered so far, as its limit would; nothing if it has come to an end."""
+        """Ends the request after the tokens delivered so far, with finish reason LENGTH. No effect after its end."""
         if self._end is None and not self.complete:
             self._enough = True
             self._cancel(self)
 
     def deliver_tokens(self, ids: Sequence[int], logprobs: Sequence[Logprob] = ()) -> None:
-        """Takes the tokens of one step, on the event loop."""
+        """Adds the tokens of one step. Called on the event loop."""
         if self._end is not None or self.complete:
             return
         self._logprobs += logprobs
         if (text := self._text.whole(b"".join(map(self._piece, ids)))) is not None:
             self._count += len(ids)
             self._ids += ids
-            self._out += len(ids)
-            self._shown += text
+            self._released += len(ids)
+            self._released_text += text
             self._wake()
             return
         for token in ids:
             self._count += 1
             self._ids.append(token)
-            text, out = self._text.feed(self._piece(token))
-            self._out += out
-            self._shown += text
+            text, released = self._text.feed(self._piece(token))
+            self._released += released
+            self._released_text += text
             if self._text.stopped_by is not None:
                 self._cancel(self)
                 break
-        if self._out or self._shown:
+        if self._released or self._released_text:
             self._wake()
 
-    def deliver_reading(self, reading: Reading) -> None:
-        """Takes how far its prompt is read, on the event loop; one that was not read by then is no more."""
-        self._reading = reading
+    def deliver_progress(self, progress: PrefillProgress) -> None:
+        """Sets the progress of the prefill, in place of an unread one. Called on the event loop."""
+        self._progress = progress
         self._wake()
 
     def deliver_end(self, end: Finished | Failed) -> None:
-        """Takes the terminal update, on the event loop; a second one is ignored."""
+        """Sets the terminal update; a second one is ignored. Called on the event loop."""
         if self._end is not None:
             return
         if isinstance(end, Finished):
-            text, out = self._text.finish()
-            self._out += out
-            self._shown += text
+            text, released = self._text.finish()
+            self._released += released
+            self._released_text += text
             end = self._stopped(end)
         self._end = end
         self._wake()
 
     def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
 
     def _stopped(self, end: Finished) -> Finished:
-        """`end` as the reader should see it if a stop string, or who has enough, came first."""
+        """Returns `end` with the reason and token count of an earlier stop string or call of `enough()`."""
         if not self.complete:
             return end
         stopped_by = self._text.stopped_by
@@ -140,8 +141,8 @@ class Generation:
         return msgspec.structs.replace(end, reason=reason, usage=usage, stop=stopped_by)
 
     def _take(self) -> Tokens:
-        out = self._out
-        update = Tokens(tuple(self._ids[:out]), self._shown, tuple(self._logprobs[:out]))
-        del self._ids[:out], self._logprobs[:out]
-        self._out, self._shown = 0, ""
+        count = self._released
+        update = Tokens(tuple(self._ids[:count]), self._released_text, tuple(self._logprobs[:count]))
+        del self._ids[:count], self._logprobs[:count]
+        self._released, self._released_text = 0, ""
         return update

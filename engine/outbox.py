@@ -1,4 +1,4 @@
-"""What one step has to tell its readers, handed to the event loop in a single call."""
+"""The outputs of one step for all sequences, passed to the event loop in a single call."""
 
 from __future__ import annotations
 
@@ -6,43 +6,42 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from engine.contract import Failed, Finished, Logprob, Reading
+from engine.contract import Failed, Finished, Logprob, PrefillProgress
 
 
-class News(NamedTuple):
-    """New tokens of one stream, how far its prompt is read, or its terminal update."""
+class StepOutput(NamedTuple):
+    """New tokens of one sequence, or an event: the progress of its prefill, or its terminal update."""
 
     key: int
     ids: Sequence[int]
     logprobs: Sequence[Logprob]
-    other: Finished | Failed | Reading | None
+    event: Finished | Failed | PrefillProgress | None
 
 
 class Outbox:
-    """Collects on the engine thread; `deliver` runs on the event loop, once for each flush."""
+    """Collects step outputs on the engine thread. `deliver` runs on the event loop, once for each flush."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[list[News]], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[list[StepOutput]], None]) -> None:
         self._loop = loop
         self._deliver = deliver
-        self._items: list[News] = []
+        self._outputs: list[StepOutput] = []
 
     def tokens(self, key: int, ids: Sequence[int], logprobs: Sequence[Logprob]) -> None:
-        """Adds tokens of a stream."""
-        self._items.append(News(key, ids, logprobs, None))
+        """Adds tokens of a sequence."""
+        self._outputs.append(StepOutput(key, ids, logprobs, None))
 
-    def reading(self, key: int, reading: Reading | None) -> None:
-        """Adds how far a stream's prompt is read, if that is to be told."""
-        if reading is not None:
-            self._items.append(News(key, (), (), reading))
+    def prefill_progress(self, key: int, progress: PrefillProgress) -> None:
+        """Adds the progress of a sequence's prefill."""
+        self._outputs.append(StepOutput(key, (), (), progress))
 
     def end(self, key: int, end: Finished | Failed) -> None:
-        """Adds the one terminal update of a stream."""
-        self._items.append(News(key, (), (), end))
+        """Adds the terminal update of a request."""
+        self._outputs.append(StepOutput(key, (), (), end))
 
     def flush(self) -> None:
-        """Hands everything over. A loop that has closed has no readers left."""
-        if not self._items:
+        """Schedules `deliver` with the collected outputs. No effect without outputs, or after the loop was closed."""
+        if not self._outputs:
             return
-        items, self._items = self._items, []
+        outputs, self._outputs = self._outputs, []
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, items)
+            self._loop.call_soon_threadsafe(self._deliver, outputs)

@@ -1,4 +1,4 @@
-"""The running sequences, and what policies see of them."""
+"""The running sequences, and their views for the policies."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from engine.kv import KVCache
 from engine.pace import SequenceRows, StepCost
 from engine.scheduler import Rows, SequenceView
 from engine.sequence import Sequence
-from engine.speculate import Drafter, Wish
+from engine.speculate import DraftCandidate, SequenceProposers
 
 
 class Running(dict[int, Sequence]):
-    """The sequences with an allocation in `kv` by key, oldest first. Belongs to the engine thread."""
+    """The sequences with an allocation in `kv`, by key, oldest first. Belongs to the engine thread."""
 
     def __init__(self, kv: KVCache) -> None:
         super().__init__()
         self._kv = kv
 
     def views(self) -> list[SequenceView]:
-        """What the scheduler sees of them."""
+        """Returns the scheduler's input, oldest sequence first."""
         tight = self._kv.free + self._kv.evictable <= len(self)  # a sequence may have to be preempted
         now = time.perf_counter()
         return [self._view(sequence, tight, now) for sequence in self.values()]
@@ -40,7 +40,7 @@ class Running(dict[int, Sequence]):
         )
 
     def decoding(self) -> list[SequenceRows]:
-        """The rows of the decoding sequences in the next step, drafts included, in the order of their ids."""
+        """Returns the rows of the decoding sequences in the next step, drafts included, in the order of their ids."""
         return sorted(
             SequenceRows(sequence.seq, 1 + len(sequence.draft), sequence.computed)
             for sequence in self.values()
@@ -49,31 +49,31 @@ class Running(dict[int, Sequence]):
 
     @property
     def waited(self) -> float:
-        """Seconds that the oldest request without a first token has waited; 0 if there is none."""
+        """Age in seconds of the oldest request without a first token; 0 if there is none."""
         begun = (sequence.submitted for sequence in self.values() if sequence.first_token is None)
         return max(0.0, time.perf_counter() - min(begun, default=inf))
 
-    def learn(self, tokens: int) -> list[Drafter]:
+    def feed_proposers(self, tokens: int) -> list[SequenceProposers]:
         """Feeds up to `tokens` new tokens to the proposers. Returns those of the sequences that are being prefilled."""
         for sequence in self.values():
-            tokens -= sequence.drafter.learn(sequence.tokens, tokens)
-        return [sequence.drafter for sequence in self.values() if sequence.num_uncomputed > 1]
+            tokens -= sequence.proposers.feed(sequence.tokens, tokens)
+        return [sequence.proposers for sequence in self.values() if sequence.num_uncomputed > 1]
 
-    def wishes(self, most: int) -> dict[int, Wish]:
-        """By key the decoding sequences that could have a draft of up to `most` tokens verified in the next step."""
+    def draft_candidates(self, most: int) -> dict[int, DraftCandidate]:
+        """Returns by key the decoding sequences for which the next step could verify a draft of up to `most` tokens."""
         return {
-            sequence.key: Wish(sequence.drafter, limit, sequence.room(), sequence.seq)
+            sequence.key: DraftCandidate(sequence.proposers, limit, sequence.draft_room(), sequence.seq)
             for sequence in self.values()
             if sequence.num_uncomputed == 1
-            and sequence.drafter.knows(sequence.tokens)
-            and (limit := min(sequence.room(), most)) > 0
+            and sequence.proposers.can_draft(sequence.tokens)
+            and (limit := min(sequence.draft_room(), most)) > 0
         }
 
     def ordered(self, rows: abc.Sequence[Rows], cost: StepCost, *, apart: bool = False) -> list[Rows]:
-        """`rows` in the order that decides which of them share a pass with per-slot KV: a pass takes the next higher id
-        wherever it stands in the batch. So ids ascend within a part, and parts descend.
+        """Returns `rows` in the batch order that makes the step cheapest with per-slot KV.
 
-        Parts are those that make the step cheapest. With `apart` each prompt is a part of its own.
+        A pass takes rows of consecutive ascending ids, wherever they are in the batch. Hence ids ascend within the rows
+        of one pass, and passes are ordered by descending ids. With `apart` each prompt has a pass of its own.
         """
         runs: list[list[Rows]] = [[]]
         for part in sorted(rows, key=lambda part: self[part.key].seq):
@@ -88,12 +88,11 @@ class Running(dict[int, Sequence]):
         return cost.cuts(self.sequence_rows(rows)) if len(rows) > 1 else [len(rows)]
 
     def sequence_rows(self, rows: abc.Iterable[Rows]) -> list[SequenceRows]:
-        """`rows` by sequence id."""
+        """Returns `rows` with the sequences' ids and computed tokens."""
         return [SequenceRows(self[part.key].seq, part.tokens + part.drafts, self[part.key].computed) for part in rows]
 
-    def kinds(self, rows: abc.Sequence[Rows]) -> tuple[list[SequenceRows], int]:
-        """Of `rows`, those of decoding sequences, in their order, and the number of the others, which are rows of
-        prompts."""
+    def split(self, rows: abc.Sequence[Rows]) -> tuple[list[SequenceRows], int]:
+        """Returns those of `rows` that decode, in the same order, and the number of prompt rows among `rows`."""
         decoding = self.sequence_rows(part for part in rows if self[part.key].num_uncomputed == 1)
         total = sum(part.tokens + part.drafts for part in rows)
         return decoding, total - sum(part.rows for part in decoding)

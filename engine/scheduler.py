@@ -1,8 +1,8 @@
-"""Which requests start, and which rows the next step has. Pure policy: values in, values out; no tokens, no clock.
+"""Scheduling: the requests that start, and the rows of the next step. Pure policy: values in, values out; no clock.
 
 There are no phases. A sequence only has more or fewer *uncomputed* tokens: known tokens that are not in cells. With one
-it decodes, and may have drafts verified with it; with more it is prefilled, or recomputes what it had before it was
-preempted. When cells run out, drafts go first, then idle prefixes, then the newest sequence.
+it decodes, and draft tokens may be verified with it; with more it is prefilled, or recomputed after a preemption. When
+cells run out, drafts go first, then idle prefixes, then the newest sequence.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import NamedTuple
 
 from msgspec import Struct, structs
 
-# A prefix in flight of fewer tokens than this is not worth holding a request for.
+# A request is not held for an in-flight prefix that saves fewer tokens than this.
 HOLD_TOKENS = 32
 # Cells kept free for each running sequence when another is admitted, so that it is not preempted at once.
 HEADROOM_CELLS = 16
-# Tokens at the end of a prompt that are computed again when the prompt comes back, where only whole states are saved:
-# the last token always is, and templates often end with some that the next turn spells otherwise.
+# Where only whole states are saved, so many tokens at the end of a prompt are computed again in the next turn: the last
+# one always is, and templates often end with tokens that differ in the next turn.
 TAIL_TOKENS = 4
 
 
 class SequenceView(Struct, frozen=True):
-    """What the policy sees of a running sequence: counts in tokens. Sequences are listed oldest first."""
+    """A running sequence, in tokens. Sequences are listed oldest first."""
 
     key: int
     known: int
@@ -31,13 +31,14 @@ class SequenceView(Struct, frozen=True):
     exclusive: int = 0
     """Cells that no other sequence holds."""
     blocked: int = 0
-    """Known tokens that cannot be computed yet, as blocks before them are to be loaded first."""
+    """Known tokens that cannot be computed yet, as blocks before them are to be loaded, or a save is due before
+    them."""
     waited: float = 0.0
     """Seconds since the request was submitted."""
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens to compute or load before the next can be picked."""
+        """Tokens to compute or load before the next one can be sampled."""
         return self.known - self.computed
 
     @property
@@ -53,26 +54,26 @@ class InFlight(Struct, frozen=True):
     """The sequence."""
     length: int
     can_save: bool = True
-    """False if the prefix cannot be shared because only whole states can, and this one will not be saved."""
+    """False if only whole states can be shared, and none is saved at this length."""
 
 
 class WaitingView(Struct, frozen=True):
-    """What the policy sees of a waiting request, in tokens. Requests are listed in the order of their arrival."""
+    """A waiting request, in tokens. Requests are listed in the order of their arrival."""
 
     key: int
     known: int
     resident: int
-    """Longest prefix that could be shared now."""
+    """Length of the longest resident prefix."""
     idle: int
-    """The part of that which no running sequence holds."""
+    """Of these, tokens in cells that no running sequence holds."""
     reach: int = 0
-    """Longest prefix that needs no computing now: resident, or to be loaded."""
+    """Length of the longest prefix that is resident or can be loaded."""
     in_flight: InFlight | None = None
-    """The longest prefix that a sequence being prefilled will have, if there is one."""
+    """The longest prefix in common with a prefilling sequence. None if there is none."""
 
 
 class Room(Struct, frozen=True):
-    """What is left: slots, free cells, and cells that evicting idle prefixes would free."""
+    """Free resources: slots, cells, and cells that evicting idle prefixes would free."""
 
     slots: int
     free: int
@@ -80,19 +81,19 @@ class Room(Struct, frozen=True):
 
 
 class Limits(Struct, frozen=True):
-    """The most that one step may have."""
+    """Upper limits of one step, in rows."""
 
     rows: int
     outputs: int
     prompt_rows: int
-    least: int = 1
-    """Rows of a prompt that a pass has at least, see `Context.prefill_rows`."""
+    min_prompt_rows: int = 1
+    """Least number of prompt rows in a pass, see `Context.prefill_rows`."""
     ubatch: int = 2**30
-    """Rows of a pass at most."""
+    """Maximum rows of a pass."""
 
 
 class Rows(Struct, frozen=True):
-    """A sequence's part of a step: `tokens` known ones, then `drafts` drafted ones."""
+    """A sequence's rows in a step: `tokens` known tokens, then `drafts` draft tokens."""
 
     key: int
     tokens: int
@@ -100,7 +101,7 @@ class Rows(Struct, frozen=True):
 
 
 class Hold(NamedTuple):
-    """A request that is held until the sequence `on` has `length` tokens in cells, to share them."""
+    """A request held until the sequence `on` has `length` tokens in cells, to share them."""
 
     key: int
     on: int
@@ -108,25 +109,25 @@ class Hold(NamedTuple):
 
 
 class Admission(Struct, frozen=True):
-    """The request that starts now, if any, and the requests that are held from now on."""
+    """The request that starts now, if any, and new holds."""
 
     start: int | None
     holds: tuple[Hold, ...] = ()
 
 
 class Plan(Struct, frozen=True):
-    """One step: the sequences preempted before it, newest first, and the rows of the others."""
+    """One step: its rows, and the sequences preempted before it, newest first."""
 
     rows: tuple[Rows, ...]
     preempt: tuple[int, ...] = ()
 
 
 def admit(waiting: Iterable[WaitingView], running: Sequence[SequenceView], room: Room) -> Admission:
-    """The first request that can start now: only one, as each start changes what the next would match.
+    """Returns the first request that can start now: only one, as each start changes the matches of the others.
 
     First come, first served, with one exception: a request whose prefix is in flight is held until those rows are
-    computed, and lets others pass. A request starts when its prompt fits beside what the running sequences still have
-    to compute; if nothing runs, any request starts.
+    computed, and later requests pass it. A request starts when the cells suffice for its prompt and the uncomputed
+    tokens of the running sequences; if nothing runs, any request starts.
     """
     if not room.slots:
         return Admission(None)
@@ -147,16 +148,16 @@ def _worth_holding(view: WaitingView, in_flight: InFlight) -> bool:
 
 
 def save_points(tokens: int, *, divisible: bool) -> tuple[int, ...]:
-    """The lengths at which a prompt of `tokens` is saved while it is prefilled, where only whole states are: shortly
-    before its end, from where the next turn can continue."""
+    """Returns the lengths at which a prompt of `tokens` tokens is saved during its prefill: none if states are
+    divisible, else shortly before its end, from where the next turn can continue."""
     return () if divisible or tokens <= HOLD_TOKENS else (tokens - TAIL_TOKENS,)
 
 
 def plan(running: Sequence[SequenceView], room: Room, limits: Limits) -> Plan:
-    """The next step's rows: each decoding sequence's next token, then drafts, then prompts.
+    """Returns the next step: each decoding sequence's next token, then drafts, then prompt rows.
 
-    At least one sequence always gets a row: while cells do not suffice, the newest is preempted and its cells count as
-    idle; the last one left always fits, as no request is longer than the cells.
+    At least one sequence gets a row: while cells do not suffice, the newest sequence is preempted and its cells count
+    as idle; the last one always fits, as no request is longer than the cells.
     """
     sequences, preempt = list(running), []
     cells = room.free + room.idle
@@ -168,9 +169,9 @@ def plan(running: Sequence[SequenceView], room: Room, limits: Limits) -> Plan:
     return Plan(tuple(rows), tuple(preempt))
 
 
-def lessen(rows: Sequence[Rows]) -> tuple[Rows, ...]:
-    """Fewer rows than `rows`: without drafts; if there are none, half of each prompt; if there are none, the older
-    half of the sequences. A single row becomes nothing."""
+def reduce_rows(rows: Sequence[Rows]) -> tuple[Rows, ...]:
+    """Returns fewer rows: without drafts; if there are none, half of each prompt's rows; if there are none, the older
+    half of the sequences. A single row is reduced to none."""
     if any(part.drafts for part in rows):
         return tuple(Rows(part.key, part.tokens) for part in rows)
     if any(part.tokens > 1 for part in rows):
@@ -179,7 +180,7 @@ def lessen(rows: Sequence[Rows]) -> tuple[Rows, ...]:
 
 
 def _fits(sequences: Sequence[SequenceView], cells: int) -> bool:
-    """True if every decoding sequence gets its row, and a row is left if one is being prefilled."""
+    """True if the cells suffice for a row of every decoding sequence, and for one prompt row if any is due."""
     decoding = sum(view.num_uncomputed == 1 for view in sequences)
     return decoding + (decoding < len(sequences)) <= cells
 
@@ -188,22 +189,25 @@ def _rows(sequences: Sequence[SequenceView], cells: int, free: int, limits: Limi
     decoding = [view for view in sequences if view.num_uncomputed == 1]
     prefilling = [view for view in sequences if view.num_uncomputed > 1 and view.ready]
     count, outputs = len(decoding), limits.outputs - len(sequences)
-    # An odd rest cannot be split into two parts of `least`, so a prompt gets at least one row more.
-    least_chunk = 2 * limits.least - 1
-    reserved = max(len(sequences), count + least_chunk if prefilling else 0)
+    # Up to 2 * `min_prompt_rows` - 1 tokens cannot be split into two chunks, so a prompt gets that many rows.
+    min_chunk = 2 * limits.min_prompt_rows - 1
+    reserved = max(len(sequences), count + min_chunk if prefilling else 0)
     drafts = _share([view.drafts for view in decoding], max(0, min(limits.rows - reserved, outputs, free - reserved)))
     count += sum(drafts)
-    wanted = max(limits.prompt_rows, least_chunk) if limits.prompt_rows else 0
-    chunk = max(0, min(wanted, limits.rows - count, cells - count))
+    chunk = max(limits.prompt_rows, min_chunk) if limits.prompt_rows else 0
+    chunk = max(0, min(chunk, limits.rows - count, cells - count))
     rows = [Rows(view.key, 1, more) for view, more in zip(decoding, drafts, strict=True)]
-    # Where nothing else fits, a single row is better than none.
-    return rows + (_prefill(prefilling, chunk, limits) or _prefill(prefilling, chunk, structs.replace(limits, least=1)))
+    # A chunk below the minimum is better than none.
+    relaxed = structs.replace(limits, min_prompt_rows=1)
+    return rows + (_prefill(prefilling, chunk, limits) or _prefill(prefilling, chunk, relaxed))
 
 
 def _prefill(sequences: Sequence[SequenceView], total: int, limits: Limits) -> list[Rows]:
-    """Splits the rows for prompts: highest response ratio next (Hansen 1971), that is by the time waited per token to
-    compute. Short prompts pass long ones, prompts of equal length finish in the order of their arrival, and a long one
-    gains weight as it waits."""
+    """Splits `total` prompt rows by highest response ratio next (Hansen 1971): by the time waited per token to compute.
+
+    Short prompts pass long ones, prompts of equal length finish in the order of their arrival, and the priority of a
+    long prompt grows as it waits.
+    """
     rows: list[Rows] = []
     for view in sorted(sequences, key=lambda view: -view.waited / view.num_uncomputed):
         if size := _chunk(view.ready, total, limits):
@@ -213,26 +217,26 @@ def _prefill(sequences: Sequence[SequenceView], total: int, limits: Limits) -> l
 
 
 def _chunk(ready: int, total: int, limits: Limits) -> int:
-    """How many of `ready` tokens a step with `total` rows computes: neither their passes nor the rest have fewer than
-    `limits.least` rows, unless so few are ready. 0 if that cannot be."""
-    size, least = min(ready, total), limits.least
-    if size < ready < size + least:
-        size = ready - least
-    if size > limits.ubatch and 0 < size % limits.ubatch < least:
-        size -= least
-    return size if size >= min(least, ready) else 0
+    """Returns how many of `ready` tokens a step with `total` rows computes: neither their passes nor the rest have
+    fewer than `min_prompt_rows` rows, unless so few are ready. 0 if that is impossible."""
+    size, minimum = min(ready, total), limits.min_prompt_rows
+    if size < ready < size + minimum:
+        size = ready - minimum
+    if size > limits.ubatch and 0 < size % limits.ubatch < minimum:
+        size -= minimum
+    return size if size >= min(minimum, ready) else 0
 
 
-def _share(wants: Sequence[int], total: int) -> list[int]:
-    """Splits `total` evenly: no part exceeds its want, what one leaves goes to the others, and a rest that cannot be
-    split goes to the first ones."""
-    given = [0] * len(wants)
-    open_ = [i for i, want in enumerate(wants) if want]
+def _share(demands: Sequence[int], total: int) -> list[int]:
+    """Splits `total` evenly among `demands`: no share exceeds its demand, and an indivisible rest goes to the first
+    ones."""
+    shares = [0] * len(demands)
+    open_ = [i for i, demand in enumerate(demands) if demand]
     while total and open_:
         each, more = divmod(total, len(open_))
-        for place, i in enumerate(open_):
-            size = min(wants[i] - given[i], each + (place < more))
-            given[i] += size
+        for order, i in enumerate(open_):
+            size = min(demands[i] - shares[i], each + (order < more))
+            shares[i] += size
             total -= size
-        open_ = [i for i in open_ if given[i] < wants[i]]
-    return given
+        open_ = [i for i in open_ if shares[i] < demands[i]]
+    return shares

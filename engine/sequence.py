@@ -8,32 +8,34 @@ from collections import abc
 from typing import TYPE_CHECKING
 
 from engine.batch import Batch
-from engine.contract import Finished, FinishReason, Reading, Request, Timings, Usage
-from engine.grammar import Want
+from engine.contract import Finished, FinishReason, PrefillProgress, Request, Timings, Usage
+from engine.grammar import MaskRequest
 from engine.kv import Allocation, Match
-from engine.sampling import Budget, Sampler
+from engine.sampling import ReasoningLimiter, Sampler
 from engine.scheduler import Rows
-from engine.speculate import Drafter
-from engine.text import spelling
+from engine.speculate import SequenceProposers
+from engine.text import with_control_texts
 
 if TYPE_CHECKING:
     from engine.backend import Vocab
 
 
 class Sequence:
-    """A request's tokens, its sampler and, while it runs, its allocation and its draft.
+    """A request's tokens, sampler and proposers and, while it runs, its allocation and draft.
 
-    `tokens` are known: the prompt and what was emitted. `computed` of them are in cells. A sequence without an
-    allocation waits; preemption takes the allocation and nothing else, so the sequence continues later with the same
+    `tokens` are the known tokens: prompt and emitted ones. The first `computed` of them are in cells. A sequence
+    without an allocation waits; preemption takes only the allocation, so the sequence continues later with the same
     tokens.
     """
 
     def __init__(
         self, key: int, request: Request, seed: int, vocab: Vocab, limit: int, keep: int | None = None
     ) -> None:
-        """`limit` is the most tokens that it may have at once. With `keep` a context shift then discards half of the
-        tokens after the first `keep` of its prompt (-1 for all of it), at most half of `limit` is kept; without, the
-        sequence ends."""
+        """`limit` is the largest number of tokens that the sequence may have at once.
+
+        `keep` enables context shifts at that length: the first `keep` tokens of the prompt (-1: all of it), at most
+        half of `limit`, are kept, and the earlier half of the rest is discarded. None: the sequence ends at `limit`.
+        """
         self.key = key
         self.request = request
         self.seed = seed
@@ -41,31 +43,32 @@ class Sequence:
         self.prompt_length = len(request.prompt)
         self.sampler = Sampler(request, seed, vocab.ends, vocab.piece)
         self.matcher = request.grammar.begin() if request.grammar is not None else None
-        """The position of the emitted tokens in its grammar."""
-        self.budget = Budget(request.reasoning, spelling(request.spelled, vocab.piece)) if request.reasoning else None
-        """The position of the emitted tokens in its reasoning, if that is bounded."""
-        self.drafter = Drafter({})
-        """Its proposers; set by the runner."""
+        """State of the grammar after the emitted tokens; None without a grammar."""
+        spell = with_control_texts(request.control_texts, vocab.piece)
+        self.budget = ReasoningLimiter(request.reasoning, spell) if request.reasoning else None
+        """State of the reasoning budget after the emitted tokens; None without a budget."""
+        self.proposers = SequenceProposers({})
+        """Set by `Lifecycle.submit`."""
         self.allocation: Allocation | None = None
         self.computed = 0
-        """Tokens in cells."""
+        """Number of tokens in cells."""
         self.match: Match | None = None
-        """While it waits: the last match of its tokens in the KV cache."""
+        """The last match of its tokens in the KV cache; None while it runs, or if it was never matched."""
         self.draft: abc.Sequence[int] = ()
         self.prefilled = 0
-        """Tokens computed for it, and not loaded or shared, until its prompt was in cells."""
+        """Tokens computed for this sequence."""
         self.cached: int | None = None
-        """Tokens of its prompt that were loaded or shared; None until its prompt is in cells."""
+        """Prompt tokens that were loaded or shared; None until the prompt is in cells."""
         self.moved = 0
-        """Of these, tokens that were computed at other positions."""
+        """Of the loaded prompt tokens, those computed at other positions."""
         self.stop_token: int | None = None
         self._ends = frozenset(request.stop_tokens) | vocab.ends
         self.discarded = 0
-        """Tokens that context shifts have discarded."""
+        """Tokens discarded by context shifts."""
         self._limit = limit
         self._keep = None if keep is None else self.prompt_length if keep < 0 else min(keep, self.prompt_length)
-        most = 2**62 if keep is not None else limit - self.prompt_length
-        self._most = most if request.max_tokens is None else min(request.max_tokens, most)
+        room = 2**62 if keep is not None else limit - self.prompt_length
+        self._max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
         self.submitted = time.perf_counter()
         self.admitted: float | None = None
         self.first_token: float | None = None
@@ -75,49 +78,49 @@ class Sequence:
 
     @property
     def seq(self) -> int:
-        """Its sequence id in the KV cache. Only while it runs."""
+        """The sequence id in the KV cache. Valid only while the sequence runs."""
         assert self.allocation is not None, "a running sequence has an allocation"
         return self.allocation.seq
 
     @property
     def emitted(self) -> int:
-        """Tokens picked so far, an end token included."""
+        """Number of emitted tokens, an end token included."""
         return len(self.tokens) + self.discarded - self.prompt_length
 
     @property
     def num_uncomputed(self) -> int:
-        """Known tokens that are not in cells. One while it decodes; more while it is prefilled."""
+        """Number of known tokens that are not in cells: one while decoding, more during prefill."""
         return len(self.tokens) - self.computed
 
     @property
     def forced(self) -> int | None:
-        """The next token where the model must not choose it, as the reasoning budget is used up."""
+        """The next token of the closing text once the reasoning budget is used up. None if the token is sampled."""
         return None if self.budget is None else self.budget.forced
 
     @property
-    def full(self) -> bool:
-        """True if a context shift is due before it can continue."""
+    def needs_shift(self) -> bool:
+        """True if a context shift is due before the next token."""
         return self._keep is not None and len(self.tokens) >= self._limit
 
-    def room(self) -> int:
-        """Tokens that a draft may have: one less than may still be emitted, or still fit."""
-        return min(self._most - self.emitted, self._limit - len(self.tokens)) - 1
+    def draft_room(self) -> int:
+        """Returns the largest useful draft length: one less than the tokens that may still be emitted, or still fit."""
+        return min(self._max_tokens - self.emitted, self._limit - len(self.tokens)) - 1
 
     # ── running ──
 
     def start(self, allocation: Allocation) -> None:
-        """Begins to run, or continues after a preemption."""
+        """Sets the allocation with which the sequence runs, first or again after a preemption."""
         self.allocation, self.match = allocation, None
         self.computed = allocation.cached
         if self.admitted is None:
             self.admitted = time.perf_counter()
 
     def stop(self) -> None:
-        """Gives up allocation and draft."""
+        """Drops allocation and draft."""
         self.draft, self.allocation, self.computed = (), None, 0
 
     def fill(self, batch: Batch, rows: Rows) -> int:
-        """Writes its `rows` into `batch`. Returns the index of the first of its rows of logits."""
+        """Writes the sequence's `rows` into `batch`. Returns the index of its first row of logits."""
         start, end = self.computed, self.computed + rows.tokens
         tokens = self.tokens[start:end]
         if rows.drafts:
@@ -125,28 +128,28 @@ class Sequence:
         last = end == len(self.tokens)
         return batch.add(self.seq, start, tokens, rows.drafts + 1 if last else 0)
 
-    def want(self, rows: Rows) -> Want | None:
-        """The masks that its `rows` of the next step need; None without a grammar, or if no token is picked yet."""
+    def mask_request(self, rows: Rows) -> MaskRequest | None:
+        """Returns the request for the masks of `rows`. None without a grammar, or if `rows` do not complete the
+        prefill."""
         if self.matcher is None or rows.tokens < self.num_uncomputed:
             return None
-        return Want(self.key, self.matcher, self.draft[: rows.drafts])
+        return MaskRequest(self.key, self.matcher, self.draft[: rows.drafts])
 
     def commit(self, count: int) -> abc.Sequence[int]:
-        """The next `count` known tokens are computed. Returns them."""
+        """Counts the next `count` known tokens as computed. Returns them."""
         tokens = self.tokens[self.computed : self.computed + count]
         self.computed += count
         self.prefilled += count
         return tokens
 
     def load(self, count: int, moved: int) -> None:
-        """The next `count` known tokens are in cells without having been computed for it, `moved` of them computed at
-        other positions."""
+        """Counts the next `count` known tokens as in cells: loaded or shared, `moved` of them from other positions."""
         self.computed += count
         self.moved += moved if self.cached is None else 0
 
     def append(self, token: int) -> FinishReason | None:
-        """Takes the next token. Returns the reason if the sequence ends with it. Raises GrammarError if its grammar
-        turns out to be too complex."""
+        """Appends an emitted token. Returns the reason if the sequence ends with it, else None. Raises GrammarError if
+        the grammar turns out to be too complex."""
         self.tokens.append(token)
         if self.budget is not None:
             self.budget.take(token)
@@ -154,13 +157,13 @@ class Sequence:
             self.stop_token = token
             return FinishReason.STOP
         if self.matcher is not None:
-            self.matcher.take(token)
+            self.matcher.accept_token(token)
             if self.matcher.complete:
                 return FinishReason.STOP
-        return FinishReason.LENGTH if self.emitted >= self._most else None
+        return FinishReason.LENGTH if self.emitted >= self._max_tokens else None
 
-    def tick(self, now: float) -> float | None:
-        """Its next tokens were picked. Returns the seconds since the last ones; None for the first."""
+    def mark_emission(self, now: float) -> float | None:
+        """Records the time of an emission. Returns the seconds since the last one; None for the first."""
         first, gap = self.first_token is None, now - self.last_token
         if first:
             self.first_token = now
@@ -168,25 +171,26 @@ class Sequence:
         return None if first else gap
 
     def shift(self) -> tuple[int, int]:
-        """Context shift: discards the earlier half of the tokens after those it keeps. Returns the number of tokens
-        kept before them and their own number. Only without an allocation, as cells and tokens change together."""
+        """Context shift: discards the earlier half of the tokens after the kept ones. Returns the numbers of kept and
+        of discarded tokens. Requires that the sequence has no allocation, as cells and tokens change together."""
         assert self._keep is not None, "context shift is on"
         assert self.allocation is None, "cells and tokens change together"
-        keep = min(self._keep, self._limit // 2)  # so that the next shift is not due soon
+        keep = min(self._keep, self._limit // 2)  # more would make the next shift due soon
         discard = (len(self.tokens) - keep + 1) // 2
         del self.tokens[keep : keep + discard]
         self.discarded += discard
         return keep, discard
 
-    # ── what is reported ──
+    # ── reports ──
 
     @property
-    def found(self) -> int:
-        """Tokens of its prompt that were loaded or shared so far."""
+    def cached_so_far(self) -> int:
+        """Prompt tokens that were loaded or shared so far."""
         return self.cached if self.cached is not None else max(0, self.computed - self.prefilled)
 
-    def prompt_done(self) -> int:
-        """Its prompt is in cells. Returns how many of its tokens were loaded or shared, the first time; then 0."""
+    def end_prefill(self) -> int:
+        """Records that the prompt is in cells. The first call returns how many prompt tokens were loaded or shared;
+        later calls return 0."""
         if self.cached is not None:
             return 0
         self.cached = max(0, self.prompt_length - self.prefilled)
@@ -194,24 +198,24 @@ class Sequence:
         return self.cached
 
     @property
-    def reading(self) -> Reading | None:
-        """The progress of its prefill; None if the client did not ask for it, or the prefill is over."""
+    def prefill_progress(self) -> PrefillProgress | None:
+        """The progress of the prefill. None if the request does not want reports, or once a token was emitted."""
         if not self.request.progress or self.first_token is not None:
             return None
         known, seconds = min(self.computed, self.prompt_length), time.perf_counter() - (self.admitted or 0.0)
-        return Reading(self.prompt_length, self.found, known, seconds)
+        return PrefillProgress(self.prompt_length, self.cached_so_far, known, seconds)
 
     @property
-    def done_reading(self) -> FinishReason | None:
-        """LENGTH if not a single token was asked for: the sequence ends with its prompt."""
-        return FinishReason.LENGTH if self._most == 0 else None
+    def ends_after_prefill(self) -> bool:
+        """True if `max_tokens` is 0."""
+        return self._max_tokens == 0
 
     def finished(self, reason: FinishReason) -> Finished:
-        """The terminal update, as of now."""
+        """Returns the terminal update, as of now."""
         now = time.perf_counter()
         admitted = self.admitted or now
         first = self.first_token or now
-        drafts = self.drafter.drafts
+        drafts = self.proposers.draft_stats
         drafted, accepted = sum(made.drafted for made in drafts), sum(made.accepted for made in drafts)
         return Finished(
             reason=reason,
@@ -220,5 +224,5 @@ class Sequence:
             seed=self.seed,
             stop=self.stop_token,
             drafts=drafts,
-            forgotten=self.discarded,
+            discarded=self.discarded,
         )

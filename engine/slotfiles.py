@@ -1,6 +1,6 @@
-"""Saves, restores and erases what a slot ran last: states on the engine thread, files on a worker thread.
+"""Saves, restores and erases the content of a slot: states on the engine thread, files on a worker thread.
 
-Between two steps only so much is moved that the gaps between tokens hardly grow.
+Little is moved between two steps, so that the gaps between tokens of running requests hardly grow.
 """
 
 from __future__ import annotations
@@ -8,39 +8,29 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
+from engine.checksummed import DamagedFile
 from engine.contract import EngineFault, RequestRefused
-from engine.kv.record import Damaged
-from engine.kv.sequence_file import Part, Reader, Writer
+from engine.kv.sequence_file import SequencePart, SequenceReader, SequenceWriter
 from engine.kv.transfer import Exported
-from engine.runner import Runner
-from engine.slots import NOTHING, Text
+from engine.slots import NO_CONTENT, SlotContent
+from engine.step import EngineCore
+from engine.thread import EngineThread
 
-# Seconds for which states are gathered between two steps.
-GATHER_SECONDS = 0.01
-# Seconds until the engine is asked again for blocks that are being read from disk.
+# Time for exporting states between two steps.
+EXPORT_SECONDS = 0.01
+# Pause while blocks are being read from disk.
 RETRY_SECONDS = 0.005
-# Bytes of states that are read from a file and then given to the engine at a time.
+# Size of the states that are read from a file and imported at a time.
 READ_CHUNK_BYTES = 2**24
 
-Answer = TypeVar("Answer")
 
-
-class Ask(Protocol):
-    """`engine.Engine.ask`."""
-
-    async def __call__(self, function: Callable[[Runner], Answer], /) -> Answer:
-        """The result of `function` on the engine thread."""
-
-
-class Moved(Struct, frozen=True):
-    """The size of what was saved or restored."""
+class SlotTransfer(Struct, frozen=True):
+    """The size and duration of a save or restore."""
 
     tokens: int
     bytes: int
@@ -48,34 +38,33 @@ class Moved(Struct, frozen=True):
     seconds: float
 
 
-async def save(ask: Ask, number: int, path: Path, layout: str) -> Moved:
-    """Writes the tokens and states of what slot `number` runs or ran last, as far as they are kept, to `path`, whole or
-    not at all.
+async def save(thread: EngineThread, number: int, path: Path, layout: str) -> SlotTransfer:
+    """Writes the tokens and states of the content of slot `number`, as far as they are resident or stored, to `path`.
 
-    `layout` names the format of the states. Raises RequestRefused if there is nothing, EngineFault if the file
-    cannot be written.
+    `layout` names the format of the states. Raises RequestRefused if nothing can be saved, EngineFault if the file
+    cannot be written; an earlier file at `path` then stays.
     """
     begun = time.perf_counter()
-    text, identity = await ask(lambda runner: (runner.slots.text(number), _identity(runner, layout)))
+    content, identity = await thread.query(lambda core: (core.slots.content(number), _identity(core, layout)))
     try:
-        file = await asyncio.to_thread(Writer, path, identity, text.salt)
+        file = await asyncio.to_thread(SequenceWriter, path, identity, content.salt)
         try:
-            tokens = await _gather(ask, text, file)
+            tokens = await _write_parts(thread, content, file)
             if not tokens:
-                raise RequestRefused(f"Nothing of what slot {number} ran last is kept any more.", field="id_slot")
+                raise RequestRefused(f"Nothing of the content of slot {number} is cached any more.", field="id_slot")
             size = await asyncio.to_thread(file.commit)
         finally:
             file.discard()
     except OSError as error:
         raise EngineFault(f"The file {path.name!r} cannot be written: {error.strerror}.") from error
-    return Moved(tokens, size, time.perf_counter() - begun)
+    return SlotTransfer(tokens, size, time.perf_counter() - begun)
 
 
-async def _gather(ask: Ask, text: Text, file: Writer) -> int:
-    """Writes the parts of `text` that are kept. Returns their number of tokens."""
+async def _write_parts(thread: EngineThread, content: SlotContent, file: SequenceWriter) -> int:
+    """Writes the resident or stored prefix of `content`. Returns its number of tokens."""
     end, more = 0, True
     while more:
-        parts, more = await ask(partial(_gathered, text, end))
+        parts, more = await thread.query(partial(_export, content, end))
         if parts:
             await asyncio.to_thread(file.write, parts)
             end = parts[-1].end
@@ -84,89 +73,88 @@ async def _gather(ask: Ask, text: Text, file: Writer) -> int:
     return end
 
 
-def _gathered(text: Text, start: int, runner: Runner) -> Exported:
-    return runner.kv.transfer.gather(*text, start, GATHER_SECONDS)
+def _export(content: SlotContent, start: int, core: EngineCore) -> Exported:
+    return core.kv.transfer.export(*content, start, EXPORT_SECONDS)
 
 
-async def restore(ask: Ask, number: int, path: Path, layout: str) -> Moved:
-    """Puts the blocks of a file into the offload tiers; slot `number` counts as having run them last.
+async def restore(thread: EngineThread, number: int, path: Path, layout: str) -> SlotTransfer:
+    """Puts the states of a file into the offload tiers, and its tokens into the content of slot `number`.
 
-    Raises RequestRefused, with nothing changed, if the slot is busy, there is no offload tier, or the file is not
-    a whole one of this `layout`; and also if the tiers have no room for any of it.
+    Raises RequestRefused if the tiers have no room for any of it; and, with nothing changed, if the slot is busy, there
+    is no offload tier, or the file is damaged or of another `layout`.
     """
     begun = time.perf_counter()
-    identity = await ask(lambda runner: _ready(runner, number, layout))
+    identity = await thread.query(lambda core: _check_restorable(core, number, layout))
     try:
         file = await asyncio.to_thread(_open, path, identity)
         try:
-            text = await _put(ask, file)
+            content = await _import_parts(thread, file)
         finally:
             file.close()
     except OSError as error:
         raise RequestRefused(f"The file {path.name!r} cannot be read: {error.strerror}.", field="filename") from None
-    except Damaged as error:
+    except DamagedFile as error:
         raise RequestRefused(f"The file {path.name!r} cannot be used: {error}.", field="filename") from None
-    tokens = await ask(lambda runner: _remember(runner, number, text))
-    return Moved(tokens, file.bytes, time.perf_counter() - begun)
+    tokens = await thread.query(lambda core: _set_content(core, number, content))
+    return SlotTransfer(tokens, file.bytes, time.perf_counter() - begun)
 
 
-def _ready(runner: Runner, number: int, layout: str) -> str:
-    """The identity that a file must have to be restored now."""
-    runner.slots.idle(number)
-    if not runner.kv.offloads:
-        raise RequestRefused("Slots are restored into RAM, of which --cache-ram leaves none here.")
-    return _identity(runner, layout)
+def _check_restorable(core: EngineCore, number: int, layout: str) -> str:
+    """Returns the identity of files that can be restored. Raises RequestRefused if none can be now."""
+    core.slots.idle(number)
+    if not core.kv.offloads:
+        raise RequestRefused("Slots are restored into RAM: serve with a --cache-ram other than 0.")
+    return _identity(core, layout)
 
 
-def _open(path: Path, identity: str) -> Reader:
+def _open(path: Path, identity: str) -> SequenceReader:
     if not path.is_file():  # a pipe would block
         raise RequestRefused(f"There is no file {path.name!r}.", field="filename")
-    return Reader(path, identity)
+    return SequenceReader(path, identity)
 
 
-async def _put(ask: Ask, file: Reader) -> Text:
+async def _import_parts(thread: EngineThread, file: SequenceReader) -> SlotContent:
     """Puts all parts of a file into the offload tiers. Returns their tokens."""
     tokens = array("i")
     while parts := await asyncio.to_thread(file.read, READ_CHUNK_BYTES):
         if not _continue(parts, len(tokens)):
-            raise Damaged("its parts do not continue each other")
+            raise DamagedFile("its parts do not continue each other")
         for part in parts:
             tokens.extend(part.tokens)
-        await ask(partial(_kept, Text(tokens[:], file.salt), parts))
-    return Text(tokens, file.salt)
+        await thread.query(partial(_import, SlotContent(tokens[:], file.salt), parts))
+    return SlotContent(tokens, file.salt)
 
 
-def _kept(text: Text, parts: list[Part], runner: Runner) -> None:
-    runner.kv.transfer.put(*text, parts)
+def _import(content: SlotContent, parts: list[SequencePart], core: EngineCore) -> None:
+    core.kv.transfer.put(*content, parts)
 
 
-def _continue(parts: list[Part], start: int) -> bool:
+def _continue(parts: list[SequencePart], start: int) -> bool:
     ends = [start, *(part.end for part in parts)]
     return all(part.start == end for part, end in zip(parts, ends, strict=False))
 
 
-def _remember(runner: Runner, number: int, text: Text) -> int:
-    tokens = runner.kv.transfer.known(*text)
+def _set_content(core: EngineCore, number: int, content: SlotContent) -> int:
+    tokens = core.kv.transfer.known(*content)
     if not tokens:
         raise RequestRefused("There is no room for any of it: serve with a larger --cache-ram.")
-    runner.slots.remember(number, Text(text.tokens[:tokens], text.salt))
+    core.slots.set_last_content(number, SlotContent(content.tokens[:tokens], content.salt))
     return tokens
 
 
-async def erase(ask: Ask, number: int) -> int:
-    """Drops what slot `number` ran last as far as no other sequence begins so. Returns the number of tokens dropped.
+async def erase(thread: EngineThread, number: int) -> int:
+    """Empties slot `number` and drops the states of its content that no other sequence shares.
 
-    Raises RequestRefused if the slot is busy.
+    Returns the number of tokens dropped. Raises RequestRefused if the slot is busy.
     """
-    return await ask(lambda runner: _erase(runner, number))
+    return await thread.query(lambda core: _erase(core, number))
 
 
-def _erase(runner: Runner, number: int) -> int:
-    text = runner.slots.idle(number).last
-    erased = runner.kv.transfer.erase(*text)
-    runner.slots.remember(number, NOTHING)
+def _erase(core: EngineCore, number: int) -> int:
+    erased = core.kv.transfer.erase(*core.slots.idle(number).last_content)
+    core.slots.set_last_content(number, NO_CONTENT)
     return erased
 
 
-def _identity(runner: Runner, layout: str) -> str:
-    return f"{layout} {'blocks' if runner.context.divisible else 'whole'}"
+def _identity(core: EngineCore, layout: str) -> str:
+    return f"{layout} {'blocks' if core.context.divisible else 'whole'}"

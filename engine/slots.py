@@ -1,4 +1,4 @@
-"""The sequence that runs in each slot, and what each slot ran last."""
+"""The sequence running in each slot, and the tokens of the last one."""
 
 from __future__ import annotations
 
@@ -8,62 +8,62 @@ from typing import NamedTuple
 
 from msgspec import Struct, structs
 
-from engine.contract import Drafts, RequestRefused, SamplingParams
+from engine.contract import DraftStats, RequestRefused, SamplingParams
 from engine.sequence import Sequence
 
 
-class Text(NamedTuple):
-    """Tokens of one namespace; never changed."""
+class SlotContent(NamedTuple):
+    """Computed tokens of a sequence and their namespace; never changed."""
 
     tokens: array[int]
     salt: str
 
 
-NOTHING = Text(array("i"), "")
+NO_CONTENT = SlotContent(array("i"), "")
 
 
-class Ran(Struct, frozen=True):
-    """A snapshot of a request, in tokens, without its text."""
+class RequestState(Struct, frozen=True):
+    """A snapshot of a request: counts in tokens and parameters, no text."""
 
     key: int
-    """The engine's number of the request."""
+    """The engine's number for the request."""
     prompt: int
     cached: int
-    """Tokens of the prompt that needed no computing."""
+    """Prompt tokens that were loaded or shared."""
     processed: int
-    """Tokens of the prompt that were computed so far."""
+    """Prompt tokens computed so far."""
     emitted: int
-    most: int | None
-    """Tokens that it may emit; None if it may fill its context."""
+    max_tokens: int | None
+    """The request's limit of emitted tokens; None if only the context limits it."""
     sampling: SamplingParams
     """The request's parameters, with the seed in use."""
     min_tokens: int
     ignore_eos: bool
-    guessers: tuple[str, ...]
-    """The types of its proposers."""
+    proposers: tuple[str, ...]
+    """Types of its proposers."""
     draft: int
     """Length of the draft that the next step verifies."""
-    drafts: tuple[Drafts, ...]
-    """Counts of earlier drafts, by type."""
+    drafts: tuple[DraftStats, ...]
+    """Statistics of earlier drafts, by type."""
 
     @classmethod
-    def of(cls, sequence: Sequence) -> Ran:
-        """The snapshot of a running sequence."""
+    def of(cls, sequence: Sequence) -> RequestState:
+        """Returns the snapshot of a running sequence."""
         request, length = sequence.request, sequence.computed
-        read = sequence.prompt_length if sequence.first_token is not None else min(length, sequence.prompt_length)
+        known = sequence.prompt_length if sequence.first_token is not None else min(length, sequence.prompt_length)
         return cls(
             sequence.key,
             sequence.prompt_length,
-            sequence.found,
-            max(0, read - sequence.found),
+            sequence.cached_so_far,
+            max(0, known - sequence.cached_so_far),
             sequence.emitted,
             request.max_tokens,
             structs.replace(request.sampling, seed=sequence.seed, logit_bias=()),
             request.min_tokens,
             request.ignore_eos,
-            tuple(sequence.drafter.types),
+            sequence.proposers.types,
             len(sequence.draft),
-            sequence.drafter.drafts,
+            sequence.proposers.draft_stats,
         )
 
 
@@ -73,45 +73,46 @@ class SlotState(Struct, frozen=True):
     number: int
     busy: bool
     tokens: int
-    """Tokens in cells of the running request, or of the last one."""
-    ran: Ran | None
-    """The running request, or the last one; None if there was none."""
+    """Computed tokens of the running request, or of the last one."""
+    request: RequestState | None
+    """The running request, or the last one. None if the slot never had one."""
 
 
 class Slot:
-    """A slot, with what it ran last."""
+    """A slot, its running sequence, and the content that the last one left."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.sequence: Sequence | None = None
-        """The running sequence."""
-        self.last = NOTHING
-        """The computed tokens of the last sequence."""
-        self._ran: Ran | None = None
+        """The running sequence; None if the slot is idle."""
+        self.last_content = NO_CONTENT
+        """The content of the last sequence."""
+        self._last_request: RequestState | None = None
 
     @property
-    def text(self) -> Text:
-        """The computed tokens of the running sequence, or of the last one."""
+    def content(self) -> SlotContent:
+        """The content of the running sequence, or of the last one."""
         if self.sequence is None:
-            return self.last
-        return Text(self.sequence.tokens[: self.sequence.computed], self.sequence.request.salt)
+            return self.last_content
+        return SlotContent(self.sequence.tokens[: self.sequence.computed], self.sequence.request.salt)
 
     @property
     def state(self) -> SlotState:
         """The snapshot as of now."""
         if self.sequence is not None:
-            return SlotState(self.number, True, self.sequence.computed, Ran.of(self.sequence))
-        return SlotState(self.number, False, len(self.last.tokens), self._ran)
+            return SlotState(self.number, True, self.sequence.computed, RequestState.of(self.sequence))
+        return SlotState(self.number, False, len(self.last_content.tokens), self._last_request)
 
     def leave(self) -> None:
-        """Its sequence, which still has its allocation, leaves the slot."""
+        """Frees the slot. Its sequence still has its allocation."""
         assert self.sequence is not None, "a sequence runs"
-        self.last, self._ran = self.text, structs.replace(Ran.of(self.sequence), draft=0)
+        self.last_content = self.content
+        self._last_request = structs.replace(RequestState.of(self.sequence), draft=0)
         self.sequence = None
 
 
 class Slots:
-    """The slots of one engine. Belongs to the engine thread."""
+    """All slots of an engine. Belongs to the engine thread."""
 
     def __init__(self, count: int) -> None:
         self._slots = [Slot(number) for number in range(count)]
@@ -122,38 +123,38 @@ class Slots:
         return len(self._slots)
 
     def take(self, sequence: Sequence) -> None:
-        """Gives `sequence`, which has just got its allocation, the lowest free slot. There is one."""
+        """Puts `sequence`, which has an allocation, into the lowest free slot. Requires a free slot."""
         slot = self._taken[sequence.key] = self._slots[heappop(self._free)]
         slot.sequence = sequence
 
     def leave(self, sequence: Sequence) -> None:
-        """Frees the slot of `sequence`, which still has its allocation; a waiting one has none."""
+        """Frees the slot of `sequence`, which still has its allocation. No effect on a waiting sequence."""
         slot = self._taken.pop(sequence.key, None)
         if slot is not None:
             slot.leave()
             heappush(self._free, slot.number)
 
     def states(self) -> tuple[SlotState, ...]:
-        """Snapshots of all slots."""
+        """Returns snapshots of all slots, by number."""
         return tuple(slot.state for slot in self._slots)
 
-    def text(self, number: int) -> Text:
-        """The computed tokens of what the slot runs or ran last. Raises RequestRefused if there are none."""
-        text = self._slot(number).text
-        if not text.tokens:
-            raise RequestRefused(f"Slot {number} has run nothing yet, or what it ran was erased.", field="id_slot")
-        return text
+    def content(self, number: int) -> SlotContent:
+        """Returns the content of a slot's running or last sequence. Raises RequestRefused if it is empty."""
+        content = self._slot(number).content
+        if not content.tokens:
+            raise RequestRefused(f"Slot {number} is empty: it has not run a request, or was erased.", field="id_slot")
+        return content
 
     def idle(self, number: int) -> Slot:
-        """The slot. Raises RequestRefused if a sequence runs there."""
+        """Returns the slot. Raises RequestRefused if a sequence runs in it."""
         slot = self._slot(number)
         if slot.sequence is not None:
             raise RequestRefused(f"Slot {number} is busy: try again when its request has ended.", field="id_slot")
         return slot
 
-    def remember(self, number: int, text: Text) -> None:
-        """`text` counts as what the slot ran last, unless a sequence runs there by now."""
-        self._slot(number).last = text
+    def set_last_content(self, number: int, content: SlotContent) -> None:
+        """Sets the content that the slot has while it is idle."""
+        self._slot(number).last_content = content
 
     def _slot(self, number: int) -> Slot:
         if not 0 <= number < len(self._slots):

@@ -1,4 +1,4 @@
-"""What the engine has done so far. Counted on the engine thread, read from any."""
+"""Counters of the engine, added to on the engine thread, with snapshots for any thread."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
-from engine.contract import Drafts
+from engine.contract import DraftStats
 from engine.kv import KVStats
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Upper bounds of the histograms' buckets."""
-
-ROWS = (1, 2, 4, 8, 16, 32, 64)
-"""Decodes of which it is told what they cost."""
+# Upper bounds of the histograms' buckets.
+BUCKET_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+# Numbers of rows for which a snapshot has the expected cost of a decode.
+DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Histogram(Struct, frozen=True):
-    """Observations by bucket, not cumulative; the last count is of those above every bound."""
+    """Observations by bucket, not cumulative. The last count is of observations above every bound."""
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
@@ -26,12 +25,14 @@ class Histogram(Struct, frozen=True):
 
 
 class Stats(Struct, frozen=True):
-    """A snapshot. Counts and seconds grow from the start; `running` and what follows it are as of the last step.
+    """A snapshot of the counters.
 
-    `native_passes` is the number of passes over the weights, as the library splits the rows of each step.
+    Fields before `running` grow from the start of the engine; `running` and the fields after it are as of the last
+    step.
     """
 
     requests_finished: dict[str, int]
+    """By finish reason, or "error"."""
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
@@ -39,11 +40,12 @@ class Stats(Struct, frozen=True):
     accepted_tokens: int
     steps: int
     native_passes: int
-    retractions: int
+    """Passes over the weights; the library splits the rows of a step into them."""
+    preemptions: int
     restores: int
-    """Requests that began, again or for the first time, with tokens loaded from the store."""
+    """Starts of requests, resumptions included, with tokens loaded from RAM or disk."""
     hits: int
-    """Requests that began with a known prefix."""
+    """Requests whose prompt had a cached prefix."""
     saved_tokens: int
     restored_tokens: int
     busy_seconds: float
@@ -58,39 +60,40 @@ class Stats(Struct, frozen=True):
     cells_idle: int
     ram_bytes: int
     disk_bytes: int
-    drafts: tuple[Drafts, ...]
-    """By type, of all requests."""
+    drafts: tuple[DraftStats, ...]
+    """Of all requests, by type."""
     step_seconds: dict[int, float]
-    """What a decode of so many rows is thought to take now, beside the cells that are resident."""
+    """Expected seconds of a decode, by its number of rows, with the current number of resident cells."""
 
 
 class Buckets:
-    """A histogram being filled; values are seconds."""
+    """A histogram that is being filled, in seconds."""
 
     def __init__(self) -> None:
-        self._counts = [0] * (len(SECONDS) + 1)
+        self._counts = [0] * (len(BUCKET_SECONDS) + 1)
         self._sum = 0.0
 
     def add(self, seconds: float) -> None:
         """Counts one value."""
-        self._counts[bisect_left(SECONDS, seconds)] += 1
+        self._counts[bisect_left(BUCKET_SECONDS, seconds)] += 1
         self._sum += seconds
 
     def snapshot(self) -> Histogram:
-        """The state now."""
-        return Histogram(SECONDS, tuple(self._counts), self._sum)
+        """Returns the current state."""
+        return Histogram(BUCKET_SECONDS, tuple(self._counts), self._sum)
 
 
 class Counters:
-    """The engine thread's own counts: plain fields, added to as things happen."""
+    """The counters. Changed on the engine thread only, and without locks."""
 
     def __init__(
         self,
         cells: int,
-        drafts: Callable[[], tuple[Drafts, ...]],
+        drafts: Callable[[], tuple[DraftStats, ...]],
         seconds: Callable[[int, int], float],
     ) -> None:
-        """`seconds` tells of a decode by its rows and the resident cells; any thread may call both."""
+        """`drafts` returns the statistics of all drafts, `seconds` the expected cost of a decode by its rows and the
+        resident cells. Any thread may call both."""
         self.finished = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -99,7 +102,7 @@ class Counters:
         self.accepted_tokens = 0
         self.steps = 0
         self.native_passes = 0
-        self.retractions = 0
+        self.preemptions = 0
         self.restores = 0
         self.hits = 0
         self.saved_tokens = 0
@@ -120,8 +123,8 @@ class Counters:
         self._seconds_of = seconds
 
     def emitted(self, tokens: int, gap: float | None, age: float) -> None:
-        """A request that came `age` seconds ago has so many tokens more, `gap` seconds after the last; None if they
-        are its first."""
+        """Records `tokens` tokens of a request submitted `age` seconds ago, `gap` seconds after its previous tokens.
+        `gap` is None for its first tokens."""
         self.completion_tokens += tokens
         if gap is None:
             self.ttft.add(age)
@@ -129,30 +132,30 @@ class Counters:
             self.gap.add(gap)
 
     def decoded(self, passes: int, seconds: float) -> None:
-        """Records a decode that took `passes` passes and `seconds`."""
+        """Records a decode."""
         self.steps += 1
         self.native_passes += passes
         self.native_seconds += seconds
 
     def gauge(self, running: int, waiting: int, kv: KVStats) -> None:
-        """Sets what is as of now."""
+        """Sets the values that are as of the last step."""
         self.running, self.waiting = running, waiting
         self.cells_used, self.cells_idle = kv.used, kv.idle
         self.saved_tokens, self.restored_tokens = kv.saved_tokens, kv.restored_tokens
         self.ram_bytes, self.disk_bytes = kv.ram_bytes, kv.disk_bytes
 
     def snapshot(self) -> Stats:
-        """The counts now. Read while the engine goes on, two of them may be a step apart."""
+        """Returns the current counts. While the engine runs, two of them may be a step apart."""
         return Stats(
             requests_finished=dict(self.finished),
             queue=self.queue.snapshot(),
             ttft=self.ttft.snapshot(),
             gap=self.gap.snapshot(),
             drafts=self._drafts(),
-            step_seconds={rows: self._seconds_of(rows, self.cells_used) for rows in ROWS},
-            **{name: getattr(self, name) for name in _PLAIN},
+            step_seconds={rows: self._seconds_of(rows, self.cells_used) for rows in DECODE_ROWS},
+            **{name: getattr(self, name) for name in _PLAIN_FIELDS},
         )
 
 
-_MADE = ("requests_finished", "queue", "ttft", "gap", "drafts", "step_seconds")
-_PLAIN = tuple(name for name in Stats.__struct_fields__ if name not in _MADE)
+_COMPUTED_FIELDS = ("requests_finished", "queue", "ttft", "gap", "drafts", "step_seconds")
+_PLAIN_FIELDS = tuple(name for name in Stats.__struct_fields__ if name not in _COMPUTED_FIELDS)

@@ -1,7 +1,7 @@
-"""The engine thread: opens the models, steps while there is anything to, carries out commands between steps.
+"""The engine thread: opens the models, runs steps while there are requests, and executes commands between steps.
 
-It owns every native object and all scheduling state. In: a queue of commands. Out: one call on the event loop for
-each step. Nothing else is shared, so there is no lock.
+The thread owns every native object and all scheduling state. In: a queue of commands. Out: one call on the event loop
+per step. Nothing else is shared, so there is no lock.
 """
 
 from __future__ import annotations
@@ -16,20 +16,29 @@ from typing import Any, NamedTuple, TypeVar
 
 from msgspec import Struct
 
-from engine.backend import Backend, Context, ModelInfo, Progress
-from engine.config import EngineConfig, processor
+from engine.backend import Backend, Context, LoadProgress, ModelInfo
+from engine.config import EngineConfig, processor_name
 from engine.contract import PROPOSER_TYPES, EngineError, EngineFault, FinishReason, Request
 from engine.kv import Offload, open_offload
-from engine.outbox import News, Outbox
-from engine.pace import Layout, Measured, Pace, StepCost, calibrate, keep, kept, warm_up
-from engine.runner import SHUTTING_DOWN, Runner
+from engine.outbox import Outbox, StepOutput
+from engine.pace import (
+    Calibration,
+    Layout,
+    StepCost,
+    StepTargets,
+    calibrate,
+    load_calibration,
+    save_calibration,
+    warm_up,
+)
 from engine.sequence import Sequence
-from engine.sim import open_sim, proposers
-from engine.speculate import Drafting, DraftModel, Shared, Speculate, difference
+from engine.sim import open_sim, sim_proposers
+from engine.speculate import DraftModel, ProposerFactory, SharedDraftData, SpeculativeDecoding, vocabulary_mismatch
+from engine.step import SHUTTING_DOWN, EngineCore
 
 log = logging.getLogger("paceline.speculation")
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class Submit(Struct, frozen=True):
@@ -41,7 +50,7 @@ class Submit(Struct, frozen=True):
 
 
 class Cancel(Struct, frozen=True):
-    """Ends a request, running or waiting; no effect on one that ended."""
+    """Ends a running or waiting request. No effect on a request that has ended."""
 
     key: int
     reason: FinishReason
@@ -54,19 +63,20 @@ class FailAll(Struct, frozen=True):
 
 
 class Query(Struct, frozen=True):
-    """Runs `function` between two steps; `answer` gets its result on the event loop."""
+    """Calls `function` between two steps and sets `future`, on the event loop, to its result."""
 
-    function: Callable[[Runner], Any]
-    answer: asyncio.Future[Any]
+    function: Callable[[EngineCore], Any]
+    future: asyncio.Future[Any]
 
 
 Command = Submit | Cancel | FailAll | Query
-Opener = Callable[[EngineConfig, Progress, Callable[[], bool]], Backend]
-"""Opens a model on the engine thread, told of its progress and asked whether to go on; raises EngineError."""
+# Opens a model on the engine thread, from configuration, progress callback and a function that returns False once the
+# load is to be given up. Raises EngineError.
+Opener = Callable[[EngineConfig, LoadProgress, Callable[[], bool]], Backend]
 
 
-def open_model(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -> Backend:
-    """Opens a GGUF with llama.cpp, or what stands for one. The native library is loaded here and not before."""
+def open_model(config: EngineConfig, progress: LoadProgress, go_on: Callable[[], bool]) -> Backend:
+    """Opens a GGUF with llama.cpp, or a simulated model. The native library is loaded on the first call."""
     if config.sim.on:
         return open_sim(config, progress, go_on)
     from engine.llama import open_gguf
@@ -74,106 +84,109 @@ def open_model(config: EngineConfig, progress: Progress, go_on: Callable[[], boo
     return open_gguf(config, progress, go_on)
 
 
-def calibrated(config: EngineConfig, backend: Backend, *, anew: bool = False) -> Measured:
-    """What the steps of `backend`, opened with `config`, cost: measured at an earlier start, or now, if need be or
-    if it is to be done `anew`."""
+def load_or_measure_costs(config: EngineConfig, backend: Backend, *, anew: bool = False) -> Calibration:
+    """Returns the measured costs of the steps of `backend`, which was opened with `config`: those of an earlier start,
+    or new ones if there are none or with `anew`."""
     model, info = config.model, backend.info
     settings = f"{model.threads} {model.threads_batch} {config.batch.ubatch} {backend.context.outputs}"
     settings += f" {model.gpu_layers} {model.device} {model.split_mode} {model.tensor_split} {model.main_gpu}"
     layout = Layout.of(backend.context)
-    key = f"{info.layout} {info.device} {settings} {layout} {backend.context.sequences} {processor()}"
-    measured = None if anew else kept(key)
+    key = f"{info.layout} {info.device} {settings} {layout} {backend.context.sequences} {processor_name()}"
+    measured = None if anew else load_calibration(key)
     if measured is None:
-        keep(key, measured := calibrate(backend.context))
+        save_calibration(key, measured := calibrate(backend.context))
     return measured
 
 
 def request_limit(context: Context, info: ModelInfo) -> int:
-    """Tokens that one request may have, prompt and output together."""
+    """Returns the largest number of tokens of one request, prompt and output together."""
     return min(context.sequence_cells, info.trained_context or 2**30)
 
 
 class Listener(NamedTuple):
-    """Receives what the thread reports, on the event loop."""
+    """Callbacks of the thread, called on the event loop."""
 
-    progress: Progress
-    deliver: Callable[[list[News]], None]
-    """Takes the outputs of a step."""
-    die: Callable[[EngineFault], None]
-    """Takes the reason for which the thread serves nothing more."""
+    on_progress: LoadProgress
+    """Called with the share of the load that is done."""
+    on_outputs: Callable[[list[StepOutput]], None]
+    """Called with the outputs of each step."""
+    on_fault: Callable[[EngineFault], None]
+    """Called once, when the thread has failed for good."""
 
 
-class Opened(NamedTuple):
-    """What is served."""
+class LoadedEngine(NamedTuple):
+    """The opened models and the core that runs them."""
 
     backend: Backend
-    runner: Runner
-    """For commands; any thread may read its counters and what it says of itself."""
-    silent: Mapping[str, str]
-    """Types of proposers that guess for nobody, each with the reason."""
+    core: EngineCore
+    """Used on the engine thread only, except for `counters.snapshot()`, `kv.reuse` and `speculative_decoding.fault`."""
+    unavailable_proposers: Mapping[str, str]
+    """Types of proposers that no request can use, each with the reason."""
 
 
 class EngineThread:
-    """The thread, as the event loop that made it sees it."""
+    """The engine thread, with its methods for the event loop on which it was created."""
 
-    def __init__(self, config: EngineConfig, opener: Opener, speculate: Speculate | None, listener: Listener) -> None:
+    def __init__(
+        self, config: EngineConfig, opener: Opener, speculate: ProposerFactory | None, listener: Listener
+    ) -> None:
         self._config = config
         self._opener = opener
         self._speculate = speculate
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self.inbox: SimpleQueue[Command | None] = SimpleQueue()
-        self._opened: asyncio.Future[Opened] = self._loop.create_future()
-        self._asked: set[asyncio.Future[Any]] = set()
-        self._end = ""  # why nothing is answered any more
+        self._opened: asyncio.Future[LoadedEngine] = self._loop.create_future()
+        self._queries: set[asyncio.Future[Any]] = set()
+        self._end_reason = ""  # of the thread; empty while it runs
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="paceline-engine")
         self._backends: list[Backend] = []
-        self._silent: dict[str, str] = {}
+        self._unavailable: dict[str, str] = {}
         if not config.draft.path:
-            self._silent["draft"] = "there is no draft model, see --model-draft"
+            self._unavailable["draft"] = "there is no draft model, see --model-draft"
 
     # ── on the event loop ──
 
-    async def open(self) -> Opened:
-        """Starts the thread and waits until it serves. Raises ModelError if the model cannot be opened."""
+    async def open(self) -> LoadedEngine:
+        """Starts the thread and waits until the model is loaded. Raises ModelError if it cannot be opened."""
         self._thread.start()
         return await asyncio.shield(self._opened)
 
     async def close(self) -> None:
-        """Ends whatever still runs, and waits for the thread's end."""
+        """Ends all requests, frees the models, and waits for the end of the thread."""
         self._opened.cancel()
         self._closing.set()
         for backend in self._backends:
             backend.context.abort()
         self.inbox.put(None)
         await asyncio.shield(asyncio.to_thread(self._thread.join))
-        self._answer_nobody(SHUTTING_DOWN)
+        self._fail_queries(SHUTTING_DOWN)
 
-    async def ask(self, function: Callable[[Runner], Answer]) -> Answer:
-        """What `function` answers on the thread, between two steps.
+    async def query(self, function: Callable[[EngineCore], Result]) -> Result:
+        """Returns the result of `function`, called on the engine thread between two steps.
 
-        Raises the EngineError that it raises, and EngineFault if the thread ends before; with any other exception the
-        thread dies.
+        Raises the EngineError of `function`, and EngineFault if the thread ends before the call. Any other exception of
+        `function` ends the thread.
         """
-        if self._end:
-            raise EngineFault(self._end, fatal=True)
-        answer: asyncio.Future[Answer] = self._loop.create_future()
-        self._asked.add(answer)
-        self.inbox.put(Query(function, answer))
+        if self._end_reason:
+            raise EngineFault(self._end_reason, fatal=True)
+        future: asyncio.Future[Result] = self._loop.create_future()
+        self._queries.add(future)
+        self.inbox.put(Query(function, future))
         try:
-            return await answer
+            return await future
         finally:
-            self._asked.discard(answer)
+            self._queries.discard(future)
 
-    def _answer_nobody(self, reason: str) -> None:
-        self._end = reason
-        for answer in self._asked:
-            _settle(answer, None, EngineFault(reason, fatal=True))
+    def _fail_queries(self, reason: str) -> None:
+        self._end_reason = reason
+        for future in self._queries:
+            _settle(future, None, EngineFault(reason, fatal=True))
 
-    def _die(self, fault: EngineFault) -> None:
-        self._answer_nobody(str(fault))
-        self._listener.die(fault)
+    def _on_fault(self, fault: EngineFault) -> None:
+        self._fail_queries(str(fault))
+        self._listener.on_fault(fault)
 
     # ── on the engine thread ──
 
@@ -181,33 +194,35 @@ class EngineThread:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _carry_out(self, runner: Runner, command: Command) -> None:
+    def _execute(self, core: EngineCore, command: Command) -> None:
         match command:
             case Submit(key, request, seed):
                 try:
-                    runner.submit(self._sequence(runner, key, request, seed))
+                    core.lifecycle.submit(self._sequence(core, key, request, seed))
                 except Exception as error:  # of the library that follows grammars
-                    runner.reject(key, EngineFault(f"the request cannot start: {error}"))
+                    core.lifecycle.reject(key, EngineFault(f"the request cannot start: {error}"))
             case Cancel(key, reason):
-                runner.end(key, reason)
+                core.lifecycle.end(key, reason)
             case FailAll(message):
-                runner.fail_all(message)
-            case Query(function, answer):
-                self._answer(runner, function, answer)
+                core.lifecycle.fail_all(message)
+            case Query(function, future):
+                self._run_query(core, function, future)
 
-    def _sequence(self, runner: Runner, key: int, request: Request, seed: int) -> Sequence:
-        batch, info = self._config.batch, runner.backend.info
-        limit = request_limit(runner.context, info)
+    def _sequence(self, core: EngineCore, key: int, request: Request, seed: int) -> Sequence:
+        batch, info = self._config.batch, core.backend.info
+        limit = request_limit(core.context, info)
         keep = batch.keep if batch.context_shift else None
-        return Sequence(key, request, seed, runner.backend.vocab, limit, keep)
+        return Sequence(key, request, seed, core.backend.vocab, limit, keep)
 
-    def _answer(self, runner: Runner, function: Callable[[Runner], Answer], answer: asyncio.Future[Answer]) -> None:
+    def _run_query(
+        self, core: EngineCore, function: Callable[[EngineCore], Result], future: asyncio.Future[Result]
+    ) -> None:
         try:
-            found = function(runner)
+            result = function(core)
         except EngineError as error:
-            self._call_soon(_settle, answer, None, error)
+            self._call_soon(_settle, future, None, error)
         else:
-            self._call_soon(_settle, answer, found, None)
+            self._call_soon(_settle, future, result, None)
 
     def _serve(self) -> None:
         with ExitStack() as stack:
@@ -222,22 +237,22 @@ class EngineThread:
 
     def _open_model(self, stack: ExitStack) -> Backend:
         backend = self._opener(
-            self._config, lambda share: self._call_soon(self._listener.progress, share), self._is_wanted
+            self._config, lambda share: self._call_soon(self._listener.on_progress, share), self._keep_loading
         )
         stack.callback(backend.close)
         self._backends.append(backend)
         if not backend.context.partial:
-            self._silent.update(dict.fromkeys(PROPOSER_TYPES, "the model cannot forget single tokens"))
+            self._unavailable.update(dict.fromkeys(PROPOSER_TYPES, "the model cannot roll back single tokens"))
         return backend
 
     def _open_draft(self, backend: Backend, stack: ExitStack) -> Backend | None:
-        """The draft model; None, with a line in the log, if it cannot guess for the model of `backend`."""
-        config = self._config.of_draft(backend.context.cells)
-        draft = self._opener(config, lambda share: None, self._is_wanted)
-        if reason := difference(backend.vocab, draft.vocab):
-            self._refuse_draft(f"{config.model.path} does not fit the model: {reason}")
+        """Returns the draft model. Returns None, after a line in the log, if it cannot draft for `backend`."""
+        config = self._config.for_draft_model(backend.context.cells)
+        draft = self._opener(config, lambda share: None, self._keep_loading)
+        if reason := vocabulary_mismatch(backend.vocab, draft.vocab):
+            self._disable_draft_model(f"{config.model.path} does not fit the model: {reason}")
         elif not (backend.context.partial and draft.context.partial):
-            self._refuse_draft("a model that cannot forget single tokens cannot verify or make drafts")
+            self._disable_draft_model("a model that cannot roll back single tokens can neither draft nor verify")
         else:
             stack.callback(draft.close)
             self._backends.append(draft)
@@ -245,69 +260,69 @@ class EngineThread:
         draft.close()
         return None
 
-    def _is_wanted(self) -> bool:
+    def _keep_loading(self) -> bool:
         return not self._closing.is_set()
 
-    def _refuse_draft(self, reason: str) -> None:
-        self._silent["draft"] = reason
-        log.warning("no drafts from a model: %s", reason)
+    def _disable_draft_model(self, reason: str) -> None:
+        self._unavailable["draft"] = reason
+        log.warning("draft model disabled: %s", reason)
 
     def _serve_with(self, backend: Backend, draft: Backend | None, offload: Offload | None) -> None:
         try:
-            runner = self._runner(backend, draft, offload)
-            self._call_soon(_settle, self._opened, Opened(backend, runner, self._silent), None)
-            self._run(runner)
-            runner.close()
-        except BaseException as error:  # a panic of a library in Rust is no Exception
+            core = self._create_core(backend, draft, offload)
+            self._call_soon(_settle, self._opened, LoadedEngine(backend, core, self._unavailable), None)
+            self._run(core)
+            core.close()
+        except BaseException as error:  # panics of Rust libraries are no Exceptions
             fault = EngineFault(f"the engine failed: {error!r}", fatal=True)
             fault.__cause__ = error
             self._call_soon(_settle, self._opened, None, fault)
-            self._call_soon(self._die, fault)
-            # Readers may still ask for tokens' text: close with the engine.
+            self._call_soon(self._on_fault, fault)
+            # The event loop still converts tokens to text: the model is freed only when the engine is closed.
             while not self._closing.is_set() and self.inbox.get() is not None:
                 pass
 
-    def _runner(self, backend: Backend, draft: Backend | None, offload: Offload | None) -> Runner:
+    def _create_core(self, backend: Backend, draft: Backend | None, offload: Offload | None) -> EngineCore:
         config, batch = self._config, self._config.batch
-        pace = Pace(batch.step_ms / 1000, batch.idle_step_ms / 1000)
+        targets = StepTargets(batch.step_ms / 1000, batch.idle_step_ms / 1000)
         cost = self._cost(config, backend)
         model = None
         if draft is not None:
-            own = config.of_draft(backend.context.cells)
+            own = config.for_draft_model(backend.context.cells)
             model = DraftModel(draft, backend.info.vocabulary, self._cost(own, draft))
-        shared = Shared(config.speculation, backend.vocab)
-        speculate = self._speculate or proposers(config)
-        drafting = Drafting(shared, config.speculation, config.draft, model, speculate, cost)
-        outbox = Outbox(self._loop, self._listener.deliver)
-        return Runner(backend, batch.slots, pace, outbox, drafting, offload, config.memory.reuse)
+        shared = SharedDraftData(config.speculation, backend.vocab)
+        speculate = self._speculate or sim_proposers(config)
+        speculative_decoding = SpeculativeDecoding(shared, config.speculation, config.draft, model, speculate, cost)
+        outbox = Outbox(self._loop, self._listener.on_outputs)
+        return EngineCore(backend, batch.slots, targets, outbox, speculative_decoding, offload, config.memory.reuse)
 
     def _cost(self, config: EngineConfig, backend: Backend) -> StepCost:
-        """What the steps of `backend` cost: measured, now or at an earlier start."""
+        """Returns the cost model of the steps of `backend`, from measurements unless `config` disables them."""
         if not config.model.warmup:
             return StepCost(layout=Layout.of(backend.context))
-        return warm_up(backend.context, calibrated(config, backend) if config.model.calibrate else None)
+        return warm_up(backend.context, load_or_measure_costs(config, backend) if config.model.calibrate else None)
 
-    def _run(self, runner: Runner) -> None:
-        """Steps until told to stop; sleeps when there is nothing to step."""
+    def _run(self, core: EngineCore) -> None:
+        """Runs steps and commands until `None` is in the inbox. Blocks on the inbox while there are no requests."""
         while True:
-            if not runner.busy:
-                runner.check_idle()
-            while not runner.busy or not self.inbox.empty():
-                while not runner.busy and self.inbox.empty() and runner.maintain_idle():
+            if not core.lifecycle.busy:
+                core.check_idle()
+            while not core.lifecycle.busy or not self.inbox.empty():
+                while not core.lifecycle.busy and self.inbox.empty() and core.maintain_idle():
                     pass
                 command = self.inbox.get()
                 if command is None:
-                    runner.fail_all(SHUTTING_DOWN)
-                    runner.step()
+                    core.lifecycle.fail_all(SHUTTING_DOWN)
+                    core.step()
                     return
-                self._carry_out(runner, command)
-                if not runner.busy:
-                    runner.step()
-            runner.step()
+                self._execute(core, command)
+                if not core.lifecycle.busy:
+                    core.step()
+            core.step()
 
 
-def _settle(future: asyncio.Future[Answer], result: Answer, error: Exception | None) -> None:
-    """On the event loop; one that is settled or cancelled stays so."""
+def _settle(future: asyncio.Future[Result], result: Result, error: Exception | None) -> None:
+    """Sets the result or exception of `future`. No effect on a done or cancelled future. Called on the event loop."""
     if future.done():
         return
     if error is not None:

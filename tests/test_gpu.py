@@ -1,4 +1,4 @@
-"""What goes to a GPU host: what is packed, models of random weights, what is found there, drafts by chance, tables."""
+"""The bundle for a GPU host, models of random weights, the search for CUDA, random acceptance, and tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from bench import step_cost
 from bench.gpu import build, bundle, measure, models, synthetic, tables
-from bench.models import SOURCES, Refused
+from bench.models import SOURCES, SetupError
 from bench.peers import PACKAGE, pinned
 from engine.config import EngineConfig
 from engine.llama import open_gguf
@@ -42,7 +42,7 @@ LLAMA = "vendor/llama.cpp"
         f"{LLAMA}/vendor/nlohmann/json.hpp",
     ],
 )
-def test_what_the_build_reads_is_kept(path: str) -> None:
+def test_files_of_the_build_are_kept(path: str) -> None:
     assert bundle.kept(path)
 
 
@@ -64,7 +64,7 @@ def test_what_the_build_reads_is_kept(path: str) -> None:
         f"{LLAMA}/CMakeLists.txt.orig",
     ],
 )
-def test_what_the_build_does_not_read_is_left_out(path: str) -> None:
+def test_other_files_are_dropped(path: str) -> None:
     assert not bundle.kept(path)
 
 
@@ -100,7 +100,7 @@ def test_the_archive_unpacks_to_one_folder(tmp_path: Path) -> None:
 
 def test_nothing_of_the_bundle_is_committed() -> None:
     ignored = (ROOT / ".gitignore").read_text().splitlines()
-    assert {f"{bundle.PARTS.name}/", f"{bundle.ARCHIVE.parent.name}/"} <= set(ignored)
+    assert {f"{bundle.PARTS_FOLDER.name}/", f"{bundle.ARCHIVE.parent.name}/"} <= set(ignored)
 
 
 # ── models of random weights ──
@@ -108,7 +108,7 @@ def test_nothing_of_the_bundle_is_committed() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2's vocabulary without its weights."""
+    """A GGUF with SmolLM2's vocabulary and no tensors."""
     return models.write_tokenizer(SOURCES["smollm2"].path, tmp_path_factory.mktemp("gpu") / "tokenizer.gguf")
 
 
@@ -116,7 +116,7 @@ def test_a_vocabulary_travels_without_weights(tokenizer: Path) -> None:
     assert tokenizer.stat().st_size < 3e6
 
 
-@pytest.mark.parametrize("kind", list(models.KINDS))
+@pytest.mark.parametrize("kind", list(models.WEIGHT_TYPES))
 def test_the_library_computes_a_random_model(tokenizer: Path, tmp_path: Path, kind: str) -> None:
     path = models.write(tmp_path / "toy.gguf", models.SHAPES["tiny"], kind, tokenizer)
     backend = open_gguf(EngineConfig.of(path=path, slots=2, context=256), lambda share: None, lambda: True)
@@ -131,29 +131,29 @@ def test_the_library_computes_a_random_model(tokenizer: Path, tmp_path: Path, ki
     finally:
         backend.close()
     deviation = logits.std(axis=1)
-    assert ((deviation > models.PEAKED / 2) & (deviation < 2 * models.PEAKED)).all()
+    assert ((deviation > models.LOGIT_DEVIATION / 2) & (deviation < 2 * models.LOGIT_DEVIATION)).all()
     chances = np.exp(logits - logits.max(axis=1, keepdims=True))
     assert 0.02 < np.median(1 / chances.sum(axis=1)) < 0.98, "sampling has a choice, but not everything"
-    assert len({*logits.argmax(axis=1).tolist()}) > 1, "it depends on what was said"
+    assert len({*logits.argmax(axis=1).tolist()}) > 1, "logits depend on the history"
 
 
-def test_an_unknown_model_is_told() -> None:
-    with pytest.raises(SystemExit, match="there is no '9b:q4_0': a model is one of tiny"):
+def test_an_unknown_model_is_refused() -> None:
+    with pytest.raises(SystemExit, match="unknown model '9b:q4_0': expected one of tiny"):
         models.parse("9b:q4_0")
 
 
-# ── what is found on the host ──
+# ── CUDA on the host ──
 
 
 def toolkit(top: Path) -> Path:
-    """A folder like CUDA's toolkit, without cuBLAS."""
+    """Makes a folder like CUDA's toolkit, without cuBLAS."""
     for name in ("include", "lib64", "bin"):
         (top / name).mkdir(parents=True)
     return top
 
 
 def blas(folder: Path, libraries: str) -> Path:
-    """A folder with cuBLAS's header and libraries."""
+    """Adds cuBLAS's header and libraries to a folder."""
     for path in (folder / "include" / "cublas_v2.h", *(folder / libraries / f"{n}.13" for n in build.CUDA_LIBRARIES)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -181,21 +181,21 @@ def test_cublas_of_a_wheel_is_found_and_linked_without_its_version(tmp_path: Pat
     assert (tmp_path / "links" / "libcublas.so").resolve() == libraries / "libcublas.so.13"
 
 
-def test_without_cublas_it_is_said_where_to_name_it(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"name its folder as \$CUBLAS"):
+def test_the_error_without_cublas_names_the_variable(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"set \$CUBLAS to its folder"):
         build.cublas(toolkit(tmp_path / "cuda"), [])
 
 
 @pytest.mark.parametrize("name", ["build.sh", "run.sh"])
-def test_the_scripts_can_be_read_by_bash(name: str) -> None:
+def test_the_scripts_are_valid_bash(name: str) -> None:
     assert subprocess.run(["bash", "-n", str(ROOT / "bench" / "gpu" / name)], check=False).returncode == 0
 
 
-# ── drafts that are right by chance ──
+# ── random acceptance ──
 
 
 class Picks(Sampler):
-    """Picks token 9 always."""
+    """A sampler that always returns token 9."""
 
     def __init__(self) -> None:
         pass
@@ -205,33 +205,33 @@ class Picks(Sampler):
 
 
 @pytest.mark.parametrize(("rate", "picked"), [(1.0, [3, 4, 9]), (0.0, [9, 9, 9])])
-def test_a_draft_is_right_by_chance(rate: float, picked: list[int]) -> None:
+def test_draft_tokens_are_accepted_at_random(rate: float, picked: list[int]) -> None:
     sampler = synthetic.Agreeing(Picks(), (3, 4), 5, rate, Random(0))
     row = np.zeros(10, np.float32)
     assert [sampler.pick(row, range(length), 1) for length in (5, 6, 7)] == picked
 
 
-def test_llama_server_is_told_the_chance_of_each_place() -> None:
+def test_the_rates_of_llama_server_are_cumulative() -> None:
     assert synthetic.rates(0.5, 3) == "0.500000,0.250000,0.125000"
 
 
-# ── what is measured, and the tables ──
+# ── measurements and tables ──
 
 
-def test_rows_are_shared_out_evenly() -> None:
+def test_rows_are_divided_evenly() -> None:
     assert step_cost.spread(3, 8) == [(0, 1), (1, 1), (2, 1)]
     assert step_cost.spread(5, 2) == [(0, 3), (1, 2)]
 
 
 def test_a_cell_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "KEPT", tmp_path)
+    monkeypatch.setattr(measure, "RESULTS_FOLDER", tmp_path)
     for value in (1, 2):
-        measure.Cells("share", "1b:q4_0").fill("8", lambda value=value: value)  # type: ignore[misc]
+        measure.PartFigures("share", "1b:q4_0").fill("8", lambda value=value: value)  # type: ignore[misc]
     assert msgspec.json.decode((tmp_path / "share-1b-q4_0.json").read_bytes()) == {"8": 1}
 
 
 def test_every_part_has_a_table() -> None:
-    assert set(tables.PARTS) == set(measure.PARTS)
+    assert set(tables.PART_TABLES) == set(measure.MEASUREMENTS)
     report = {
         "tokens_per_second": 100.0,
         "failed": 0,
@@ -250,6 +250,6 @@ def test_every_part_has_a_table() -> None:
         }
     )
     titles = [line for line in made.splitlines() if line.startswith("**")]
-    assert titles == [f"**1b-q4_0: {title}**" for title, _ in tables.PARTS.values()]
+    assert titles == [f"**1b-q4_0: {title}**" for title, _ in tables.PART_TABLES.values()]
     assert "| paceline, measured lengths | 8 | 100.00 | 1.00 | 2.00 | nan | nan | 0 |" in made
     assert "| 8 | 200.00 | 75.00 | 50.00 | 10.00 | 20.00 |" in made

@@ -1,4 +1,4 @@
-"""The measurements of speculation: what a setting asks for, and the replay in virtual time."""
+"""The measurements of speculation: settings, and the replay in virtual time."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 
 from bench.figures import markdown
 from bench.grid import speculation
-from bench.proposers import Case
+from bench.outputs import Case
 from bench.replay import replay
 from bench.simulated import NoVocabulary
-from engine import Measured, Speculation
+from engine import Calibration, Speculation
 
-FLAT = Measured({1: 1.0, 16: 1.01, 128: 1.1}, 0.0, 0.01)
-LINEAR = Measured({1: 1.0, 128: 128.0}, 0.0, 0.01)
+FLAT = Calibration({1: 1.0, 16: 1.01, 128: 1.1}, 0.0, 0.01)
+LINEAR = Calibration({1: 1.0, 128: 128.0}, 0.0, 0.01)
 VOCABULARY: Any = NoVocabulary()
 COPY = [Case(tuple(range(1, 200)), (), tuple(range(1, 100))) for _ in range(4)]
 NEW = [Case((1, 2, 3), (), tuple(range(10 * start, 10 * start + 60))) for start in range(1, 80, 10)]
@@ -23,7 +23,7 @@ AUTO, NONE = Speculation(type=("auto",)), Speculation()
 
 
 @pytest.mark.parametrize(
-    ("setting", "asked"),
+    ("setting", "expected"),
     [
         ("none", NONE),
         ("auto", AUTO),
@@ -32,11 +32,11 @@ AUTO, NONE = Speculation(type=("auto",)), Speculation()
         ("synthetic:0.8", AUTO),
     ],
 )
-def test_what_a_setting_asks_for(setting: str, asked: Speculation) -> None:
-    assert speculation(setting) == asked
+def test_the_speculation_of_a_setting(setting: str, expected: Speculation) -> None:
+    assert speculation(setting) == expected
 
 
-def test_a_setting_that_does_not_exist() -> None:
+def test_an_unknown_setting_is_refused() -> None:
     with pytest.raises(msgspec.ValidationError):
         speculation("sufix:8")
 
@@ -50,11 +50,11 @@ def test_a_replay_yields_all_tokens_and_is_faster_where_rows_are_free(clients: i
     assert auto.rate > 2 * none.rate
 
 
-@pytest.mark.parametrize("said", [COPY, NEW])
+@pytest.mark.parametrize("recorded", [COPY, NEW])
 @pytest.mark.parametrize("clients", [1, 3])
-def test_a_replay_is_not_slower_where_every_row_costs_the_same(said: list[Case], clients: int) -> None:
-    none = replay(said, LINEAR, clients, NONE, VOCABULARY, 60)
-    auto = replay(said, LINEAR, clients, AUTO, VOCABULARY, 60)
+def test_a_replay_is_not_slower_where_every_row_costs_the_same(recorded: list[Case], clients: int) -> None:
+    none = replay(recorded, LINEAR, clients, NONE, VOCABULARY, 60)
+    auto = replay(recorded, LINEAR, clients, AUTO, VOCABULARY, 60)
     assert auto.rate > 0.98 * none.rate
 
 

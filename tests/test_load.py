@@ -18,14 +18,14 @@ from bench.load import is_good
 from bench.load import report as loaded
 from bench.models import SOURCES
 from bench.peers import PACELINE, Settings
-from bench.workloads import Recorded
-from engine import Measured
+from bench.workloads import AgentSession
+from engine import Calibration
 
 SETTINGS = Settings(Path("toy.gguf"), 4096, 8, 2)
 
 
 def outcome(first: float, gaps: list[float], tokens: int = 4) -> Outcome:
-    """A request that began at 0."""
+    """Returns the outcome of a request that began at 0."""
     arrivals = [first]
     for gap in gaps:
         arrivals.append(arrivals[-1] + gap)
@@ -35,11 +35,11 @@ def outcome(first: float, gaps: list[float], tokens: int = 4) -> Outcome:
 def test_a_session_grows_until_it_is_too_long() -> None:
     turns = [("user", "a"), ("assistant", "b"), ("user", "c" * 9999), ("assistant", "d"), ("user", "e")]
     messages = [{"role": role, "content": text} for role, text in turns] * 3
-    asked = workloads._turns(Recorded("1", messages), 8)
-    lengths = [len(one.body["messages"]) for one in asked]
+    requests = workloads._turns(AgentSession("1", messages), 8)
+    lengths = [len(one.body["messages"]) for one in requests]
     assert lengths == [1, 3, 5, 6, 8, 10, 11, 13, 15]
-    assert len(asked[1].body["messages"][-1]["content"]) == workloads.MESSAGE
-    assert asked[1].body["messages"][:1] == asked[0].body["messages"]
+    assert len(requests[1].body["messages"][-1]["content"]) == workloads.MESSAGE_CHARACTERS
+    assert requests[1].body["messages"][:1] == requests[0].body["messages"]
 
 
 def test_long_prompts_come_among_short_ones() -> None:
@@ -47,24 +47,24 @@ def test_long_prompts_come_among_short_ones() -> None:
     assert [size > 10_000 for size in sizes] == ([False] * 7 + [True]) * 2
 
 
-def test_rounds_ask_different_things() -> None:
+def test_rounds_have_different_requests() -> None:
     first, second = workloads.workload("shared", 3, 8), workloads.workload("shared", 3, 8, skip=3)
     assert first != second
     assert first == workloads.workload("shared", 3, 8)
 
 
-def test_context_prompts_are_deterministic_distinct_and_of_the_length_asked() -> None:
-    asked = workloads.workload("context", 64, 64, prompt_tokens=500)
-    assert asked == workloads.workload("context", 64, 64, prompt_tokens=500)
-    assert asked[40:] == workloads.workload("context", 24, 64, skip=40, prompt_tokens=500)
-    texts = [session[0].body["messages"][0]["content"] for session in asked]
+def test_context_prompts_are_deterministic_and_distinct_and_have_the_requested_length() -> None:
+    requests = workloads.workload("context", 64, 64, prompt_tokens=500)
+    assert requests == workloads.workload("context", 64, 64, prompt_tokens=500)
+    assert requests[40:] == workloads.workload("context", 24, 64, skip=40, prompt_tokens=500)
+    texts = [session[0].body["messages"][0]["content"] for session in requests]
     assert {len(re.findall(r"\w+|\.", text)) for text in texts} == {500}
-    assert len({text.split()[0] for text in texts}) == len(texts)  # only the template is shared
-    assert {session[0].body["max_tokens"] for session in asked} == {64}
+    assert len({text.split()[0] for text in texts}) == len(texts)  # prompts share only the chat template
+    assert {session[0].body["max_tokens"] for session in requests} == {64}
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 11, 12, 13, 1000])
-def test_a_random_text_has_the_number_of_tokens_asked(tokens: int) -> None:
+def test_a_random_text_has_the_requested_number_of_tokens(tokens: int) -> None:
     words = re.findall(r"\w+|\.", workloads.random_text(7, tokens))
     assert len(words) == tokens
     assert set(words) <= {*workloads.COMMON_WORDS, "."}
@@ -94,8 +94,8 @@ AREA = {
 
 @pytest.fixture
 def leaderboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheel with three questions, one of which is of another kind."""
-    monkeypatch.setattr(models, "FOLDER", tmp_path)
+    """A wheel with three questions, one of them of another category."""
+    monkeypatch.setattr(models, "MODELS_FOLDER", tmp_path)
     rows = [
         {"id": f"row_{number}", "question": [[{"role": "user", "content": f"Which {number}?"}]], "function": [AREA]}
         for number in range(3)
@@ -107,12 +107,12 @@ def leaderboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("leaderboard")
-def test_tools_are_offered_as_openai_has_them() -> None:
-    asked = [session[0].body for session in workloads.workload("tools", 3, 8)]
-    assert [one["messages"][0]["content"] for one in asked] == ["Which 0?", "Which 1?", "Which 0?"]
-    assert [one["seed"] for one in asked] == [0, 1, 2]
-    assert all((one["tool_choice"], one["max_tokens"], one["ignore_eos"]) == ("auto", 8, False) for one in asked)
-    (tool,) = asked[0]["tools"]
+def test_tools_have_the_format_of_openai() -> None:
+    requests = [session[0].body for session in workloads.workload("tools", 3, 8)]
+    assert [one["messages"][0]["content"] for one in requests] == ["Which 0?", "Which 1?", "Which 0?"]
+    assert [one["seed"] for one in requests] == [0, 1, 2]
+    assert all((one["tool_choice"], one["max_tokens"], one["ignore_eos"]) == ("auto", 8, False) for one in requests)
+    (tool,) = requests[0]["tools"]
     assert (tool["type"], tool["function"]["name"]) == ("function", "math.area")
     assert tool["function"]["parameters"] == {
         "type": "object",
@@ -130,7 +130,7 @@ def test_schemas_of_all_kinds_of_questions() -> None:
     assert [where for where, _ in bfcl.schemas()] == [f"row_{number}:math.area" for number in range(3)]
 
 
-async def test_calls_count_as_they_come() -> None:
+async def test_tool_calls_count_as_output() -> None:
     made = Outcome(0.0)
     stream = client._Stream(made, b"")
     deltas: list[Any] = [
@@ -167,7 +167,7 @@ def test_data_is_never_committed(name: str) -> None:
     assert len(SOURCES[name].sha256) == 64
 
 
-def test_goodput_counts_what_meets_both_limits() -> None:
+def test_goodput_counts_requests_that_meet_both_limits() -> None:
     quick, late, slow = outcome(0.1, [0.05] * 3), outcome(2.0, [0.05] * 3), outcome(0.1, [0.5] * 3)
     assert [is_good(one, (1000.0, 100.0)) for one in (quick, late, slow)] == [True, False, False]
     failed = Outcome(0.0, 500, error="no")
@@ -179,17 +179,17 @@ def test_goodput_counts_what_meets_both_limits() -> None:
 
 
 def test_the_bound_is_the_rows_alone() -> None:
-    measured = Measured({1: 0.01, 4: 0.02}, 0.0, 0.001)
+    measured = Calibration({1: 0.01, 4: 0.02}, 0.0, 0.001)
     outcomes = [outcome(0.1, [0.1] * 3, tokens=51) for _ in range(4)]
     assert versus.bound(measured, outcomes, 4) == pytest.approx(204 / (40 * 0.001 + 50 * 0.02))
 
 
 def test_the_bound_ends_as_a_run_does() -> None:
-    measured = Measured({1: 0.01, 2: 0.015}, 0.0, 0.001)
+    measured = Calibration({1: 0.01, 2: 0.015}, 0.0, 0.001)
     outcomes = [outcome(0.1, [0.1] * 3, tokens=tokens) for tokens in (11, 21, 11)]
-    three = 43 / (30 * 0.001 + 20 * 0.015)  # the third begins as the first ends, and ends with the second
+    three = 43 / (30 * 0.001 + 20 * 0.015)  # the third begins when the first ends, and ends with the second
     assert versus.bound(measured, outcomes, 2) == pytest.approx(three)
-    two = 32 / (20 * 0.001 + 10 * 0.015 + 10 * 0.01)  # the second is alone in the end
+    two = 32 / (20 * 0.001 + 10 * 0.015 + 10 * 0.01)  # the second is alone in its last steps
     assert versus.bound(measured, outcomes[:2], 2) == pytest.approx(two)
 
 
@@ -200,9 +200,9 @@ def test_the_first_difference_counts_ends() -> None:
     assert repeat.first_difference("", "") is None
 
 
-def answer(tokens: list[bytes], text: str = "", last: float = -1.0) -> repeat.Answer:
-    """An answer with one log probability."""
-    return repeat.Answer(tuple(tokens), (last,), text, cached=3, accepted=2)
+def answer(tokens: list[bytes], text: str = "", last: float = -1.0) -> repeat.RepeatedAnswer:
+    """Returns an answer with one log probability."""
+    return repeat.RepeatedAnswer(tuple(tokens), (last,), text, cached=3, accepted=2)
 
 
 def test_a_comparison_names_the_first_differing_token_of_all_answers() -> None:
@@ -238,7 +238,11 @@ def test_the_soak_sends_the_same_requests_in_every_run() -> None:
     assert made == soak.shots(400, 8, 0.4)
     abandoned = [shot for shot in made if shot.seconds is not None or shot.events is not None]
     assert 120 < len(abandoned) < 200
-    assert all(soak.SHORTEST <= shot.seconds <= soak.LONGEST for shot in abandoned if shot.seconds is not None)
+    assert all(
+        soak.SHORTEST_HANG_UP_SECONDS <= shot.seconds <= soak.LONGEST_HANG_UP_SECONDS
+        for shot in abandoned
+        if shot.seconds is not None
+    )
 
 
 METRICS = """# HELP paceline_requests_total Requests
@@ -271,7 +275,7 @@ def test_the_counts_of_the_server_may_not_contradict_those_of_the_client() -> No
     assert soak.disagreements(agreed, failed) == ["1 requests ended otherwise"]
 
 
-def test_the_example_server_is_told_the_same() -> None:
+def test_the_example_server_has_equal_settings() -> None:
     model = configuration(SETTINGS, 80)["model"]
     assert (model["n_ctx"], model["n_seq_max"], model["threads"], model["threads_batch"]) == (4096, 8, 2, 2)
     assert adapted({"ignore_eos": True}, (7,))["logit_bias"] == {"7": -100}
@@ -279,13 +283,13 @@ def test_the_example_server_is_told_the_same() -> None:
 
 
 def rounds(speeds: list[float], gap: float) -> list[dict[str, Any]]:
-    """Rounds of one contender."""
+    """Returns the rounds of one contender."""
     return [{"tokens_per_second": speed, "gap_ms": {"p99": gap}, "resident_mib": 100.0} for speed in speeds]
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> dict[str, Any]:
-    """What two commands wrote, read back."""
+    """The result files of two commands, as `report.read` returns them."""
     cell = {
         PACELINE: rounds([10.0, 20.0, 30.0], 5.0),
         "llama-server-unified": rounds([5.0, 20.0, 15.0], 50.0),
@@ -309,9 +313,9 @@ def test_ratios_compare_runs_of_one_round(runs: dict[str, Any], monkeypatch: pyt
     assert report.section("unknown", runs["limits"]) == ""
 
 
-def test_the_readme_shows_the_best_mode_of_the_peer(runs: dict[str, Any], tmp_path: Path) -> None:
+def test_the_readme_has_the_best_mode_of_the_peer(runs: dict[str, Any], tmp_path: Path) -> None:
     table = report.headline(runs)
-    assert "| tokens a second, 8 clients | 2.00 (1.00–2.00) |  | 0.50 (0.25–0.75) |" in table
+    assert "| tokens per second, 8 clients | 2.00 (1.00–2.00) |  | 0.50 (0.25–0.75) |" in table
     assert "| 99th percentile of gaps, 8 clients | 0.25 (0.25–0.25) |" in table
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")

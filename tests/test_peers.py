@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bench import peers, prefix, versus
-from bench.models import Refused
+from bench.models import SetupError
 from bench.server import HOST
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,7 @@ LLAMA = "vendor/llama.cpp/CMakeLists.txt"
 
 
 def build_sdist(folder: Path, name: str) -> Path:
-    """An sdist with one empty file."""
+    """Writes an sdist with one empty file."""
     path = folder / "toy.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
         archive.addfile(tarfile.TarInfo(name), io.BytesIO())
@@ -32,12 +32,12 @@ def build_sdist(folder: Path, name: str) -> Path:
 
 @dataclass
 class Index:
-    """Stands in for pip: builds the sdist that is asked for, and notes it."""
+    """A replacement of pip: builds the requested sdist, and records the request."""
 
-    asked: list[str] = field(default_factory=list)
+    requested: list[str] = field(default_factory=list)
 
     def __call__(self, requirement: str, folder: Path) -> Path:
-        self.asked.append(requirement)
+        self.requested.append(requirement)
         return build_sdist(folder, f"llama_cpp_python-{requirement.partition('==')[2]}/{LLAMA}")
 
 
@@ -45,7 +45,7 @@ def test_the_version_is_the_pinned_one() -> None:
     assert f'"llama-cpp-python=={peers.pinned()}"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_the_kernels_are_compiled_as_the_makefile_does() -> None:
+def test_the_kernels_have_the_flags_of_the_makefile() -> None:
     assert f"NO_AMX := {' '.join(peers.KERNELS)}\n" in (ROOT / "Makefile").read_text()
 
 
@@ -53,11 +53,11 @@ def test_builds_are_ignored_by_git() -> None:
     assert peers.PEERS.relative_to(ROOT).parts[0] + "/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
-def test_the_sdist_is_brought_once_and_nothing_else_stays(tmp_path: Path) -> None:
+def test_the_sdist_is_downloaded_once_and_other_files_are_removed(tmp_path: Path) -> None:
     index, folder = Index(), tmp_path / "peers"
     for _ in range(2):
         source = peers.unpack(folder, "1.2", download=index)
-    assert index.asked == ["llama-cpp-python==1.2"]
+    assert index.requested == ["llama-cpp-python==1.2"]
     assert (source / LLAMA).exists()
     assert list(folder.iterdir()) == [source] == [folder / "llama_cpp_python-1.2"]
 
@@ -65,21 +65,21 @@ def test_the_sdist_is_brought_once_and_nothing_else_stays(tmp_path: Path) -> Non
 def test_a_given_sdist_is_not_downloaded(tmp_path: Path) -> None:
     index, sdist = Index(), build_sdist(tmp_path, f"llama_cpp_python-1.2/{LLAMA}")
     assert (peers.unpack(tmp_path / "peers", "1.2", sdist, index) / LLAMA).exists()
-    assert index.asked == []
+    assert index.requested == []
     assert sdist.exists()
 
 
 @pytest.mark.parametrize("name", [f"llama_cpp_python-1.3/{LLAMA}", "llama_cpp_python-1.2/setup.py"])
 def test_another_sdist_is_refused_and_leaves_nothing(tmp_path: Path, name: str) -> None:
     sdist = build_sdist(tmp_path, name)
-    with pytest.raises(Refused, match=r"no llama_cpp_python-1\.2/vendor"):
+    with pytest.raises(SetupError, match=r"no llama_cpp_python-1\.2/vendor"):
         peers.unpack(tmp_path / "peers", "1.2", sdist)
     assert list((tmp_path / "peers").iterdir()) == []
 
 
-def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
     (tmp_path / "toy.tar.gz").write_bytes(b"not one")
-    with pytest.raises(Refused, match="cannot be read"):
+    with pytest.raises(SetupError, match="cannot be read"):
         peers.unpack(tmp_path / "peers", "1.2", tmp_path / "toy.tar.gz")
 
 
@@ -91,7 +91,7 @@ def test_only_the_server_is_compiled_and_users_flags_come_last() -> None:
     assert peers.binary(Path("toy")) == Path("toy/build/bin/llama-server")
 
 
-def test_tools_that_are_here_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_tools_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/somewhere/{name}")
     monkeypatch.setenv("PATH", "mine")
     assert peers.with_tools(tmp_path)["PATH"] == "mine"
@@ -116,22 +116,22 @@ def test_tools_from_wheels_come_first_on_the_path(tmp_path: Path, monkeypatch: p
         ("-- x [1/2] y\n", None),
     ],
 )
-def test_ninja_says_how_far_it_is(line: str, counts: tuple[int, int] | None) -> None:
+def test_the_counter_of_ninja_is_parsed(line: str, counts: tuple[int, int] | None) -> None:
     assert peers.steps(line) == counts
 
 
-def test_progress_is_told_and_everything_said_is_kept(tmp_path: Path) -> None:
-    heard, log = list[tuple[int, int]](), tmp_path / "log"
-    say = "print('[1/2] first'); print('a warning'); print('[2/2] second')"
-    peers.carry_out([sys.executable, "-c", say], {}, log, lambda done, total: heard.append((done, total)))
-    assert heard == [(1, 2), (2, 2)]
+def test_progress_is_reported_and_all_output_is_logged(tmp_path: Path) -> None:
+    counts, log = list[tuple[int, int]](), tmp_path / "log"
+    script = "print('[1/2] first'); print('a warning'); print('[2/2] second')"
+    peers.run_logged([sys.executable, "-c", script], {}, log, lambda done, total: counts.append((done, total)))
+    assert counts == [(1, 2), (2, 2)]
     assert log.read_text() == "[1/2] first\na warning\n[2/2] second\n"
 
 
-def test_a_command_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
-    say = "import sys; print('no compiler'); sys.exit(3)"
-    with pytest.raises(Refused, match=r"no compiler\n.* failed; its output is in .*log"):
-        peers.carry_out([sys.executable, "-c", say], {}, tmp_path / "log", lambda done, total: None)
+def test_the_error_of_a_failed_command_has_the_last_lines_of_output(tmp_path: Path) -> None:
+    script = "import sys; print('no compiler'); sys.exit(3)"
+    with pytest.raises(SetupError, match=r"no compiler\n.* failed; its output is in .*log"):
+        peers.run_logged([sys.executable, "-c", script], {}, tmp_path / "log", lambda done, total: None)
 
 
 def test_elsewhere_than_on_a_terminal_each_tenth_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,13 +161,16 @@ def test_the_flags_of_a_mode_come_last() -> None:
     assert line[-5:] == ["-fa", "off", "--no-kv-unified", "-fa", "on"]
 
 
-def test_a_server_that_is_not_built_says_how_to_build_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_missing_build_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "PEERS", tmp_path)
-    with pytest.raises(Refused, match=r"python -m bench\.peers build"), peers.started("llama-server-split", SETTINGS):
+    with (
+        pytest.raises(SetupError, match=r"python -m bench\.peers build"),
+        peers.started("llama-server-split", SETTINGS),
+    ):
         raise AssertionError("it started")
 
 
-def test_a_server_that_ends_at_once_is_told_with_its_last_words(
+def test_the_error_of_a_failed_start_has_the_last_lines_of_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peers, "PEERS", tmp_path)
@@ -195,7 +198,9 @@ def test_ratios_are_of_the_same_round_and_the_best_peer_counts() -> None:
         "llama-server-split": [3.0, 6.0, 4.0],
         "llama-server-unified": [5.0, 5.0, 9],
     }
-    turns: dict[str, list[prefix.Figures]] = {name: [{"seconds": one} for one in all] for name, all in seconds.items()}
+    turns: dict[str, list[prefix.ServerFigures]] = {
+        name: [{"seconds": one} for one in all] for name, all in seconds.items()
+    }
     assert prefix.ratios(turns) == {"paceline": 1.0, "llama-server-split": 3.0, "llama-server-unified": 2.5}
     assert prefix.best_peer(turns) == "llama-server-split"
     del turns["paceline"]

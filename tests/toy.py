@@ -1,4 +1,4 @@
-"""A context in miniature that cannot be fooled, and an engine's worth of parts around it.
+"""A context without a model whose logits expose every bookkeeping error, and the parts of an engine around it.
 
 Its logits are a hash of exactly the tokens that a row attends to. Any slip in positions, sharing, rollback or
 preemption changes the output, so "the same tokens as alone" is a complete test of the bookkeeping.
@@ -16,15 +16,15 @@ import numpy as np
 
 from engine.backend import (
     Aborted,
+    HostWork,
+    LoadProgress,
     Logits,
-    Meanwhile,
     ModelInfo,
     NativeFault,
     NoFreeCells,
-    Part,
-    Progress,
     State,
-    nothing,
+    StatePart,
+    no_host_work,
 )
 from engine.batch import Batch
 from engine.config import EngineConfig
@@ -32,19 +32,19 @@ from engine.pace.passes import SequenceRows, passes
 
 VOCABULARY = 50
 END = 0
+# Added to a token in a state whose row was the only one of its sequence in a pass.
 SINGLE = 1000
-"""Added to a token in a state whose row was the only one of its sequence in a pass."""
 
 
 class Cell:
-    """One token's place; shared cells are one object under several sequences."""
+    """The cell of one token; shared cells are one object under several sequences."""
 
-    __slots__ = ("place", "single", "token")
+    __slots__ = ("index", "single", "token")
 
-    def __init__(self, token: int, place: int, *, single: bool = False) -> None:
+    def __init__(self, token: int, index: int, *, single: bool = False) -> None:
         self.token = token
-        self.place = place
-        self.single = single  # whether it was the only row of its sequence in its pass
+        self.index = index
+        self.single = single  # True if it was the only row of its sequence in its pass
 
 
 class ToySnapshot:
@@ -79,7 +79,7 @@ class ToyContext:
         partial: bool = True,
         divisible: bool | None = None,
         other: float = 0.0,
-        by_place: bool = False,
+        by_cell_order: bool = False,
         unified: bool = True,
         prefill_rows: int = 1,
     ) -> None:
@@ -95,22 +95,22 @@ class ToyContext:
         self.flash = True
         self.partial = partial
         self.divisible = partial if divisible is None else divisible
-        self.other = other  # share of histories for which it answers otherwise than the other toys
-        self.by_place = by_place  # whether logits also depend on the order of the cells
+        self.other = other  # share of histories for which the logits differ from those of other toys
+        self.by_cell_order = by_cell_order  # True if logits also depend on the order of the cells
         self.window = 0
         self.shifts = self.divisible
-        self.damaged: Callable[[], bool] = lambda: False  # whether the next cut leaves a sliding window with a gap
+        self.damaged: Callable[[], bool] = lambda: False  # True if the next cut leaves a sliding window with a gap
         self.decodes = 0
         self.computed = 0  # rows of all decodes so far
         self.copied = 0  # cells that copies took, with per-slot KV
         self.faults: Callable[[int], Exception | None] = lambda decode: None
-        self.lost: Callable[[], bool] = lambda: False  # whether the next state cannot be saved or loaded
+        self.lost: Callable[[], bool] = lambda: False  # True if the next state cannot be saved or loaded
         self.aborted = False
         self.before_decode: Callable[[], None] = lambda: None
         self.held: list[dict[int, Cell]] = [{} for _ in range(sequences)]
 
-    def decode(self, meanwhile: Meanwhile = nothing) -> Logits:
-        """Logits of the rows that ask for them; leaves the cells alone when the batch does not fit."""
+    def decode(self, host_work: HostWork = no_host_work) -> Logits:
+        """Returns the logits of the output rows; the cells are unchanged if the batch does not fit."""
         self.decodes += 1
         self.before_decode()
         if self.aborted:
@@ -128,15 +128,19 @@ class ToyContext:
             if any(len(self.held[seq]) + ids.count(seq) > self.sequence_cells for seq in set(ids)):
                 raise NoFreeCells
         rows = list(zip(ids, batch.pos[: batch.rows], batch.token[: batch.rows], strict=True))
-        places = {-1: self._places(self.held)} if self.unified else {seq: self._places([self.held[seq]]) for seq in ids}
+        free = (
+            {-1: self._free_cells(self.held)}
+            if self.unified
+            else {seq: self._free_cells([self.held[seq]]) for seq in ids}
+        )
         lengths = {seq: self.length(seq) for seq in ids}
         single = self._single(ids) if self.prefill_rows > 1 else [False] * len(ids)
         for (seq, pos, token), one in zip(rows, single, strict=True):
             assert pos == lengths[seq], f"sequence {seq}: position {pos} after {lengths[seq]} tokens"
-            self.held[seq][int(pos)] = Cell(int(token), next(places[-1 if self.unified else seq]), single=one)
+            self.held[seq][int(pos)] = Cell(int(token), next(free[-1 if self.unified else seq]), single=one)
             lengths[seq] += 1
         self.computed += len(rows)
-        meanwhile()
+        host_work()
         out = [self._logits(seq, pos) for (seq, pos, _), on in zip(rows, batch.output, strict=False) if on]
         return np.stack(out) if out else np.empty((0, VOCABULARY), np.float32)
 
@@ -154,9 +158,9 @@ class ToyContext:
 
     def _logits(self, seq: int, pos: int) -> Logits:
         held = self.held[seq].items()
-        order = sorted(held, key=lambda item: item[1].place) if self.by_place else sorted(held)
-        cells = [(place, cell) for place, cell in order if place <= pos]
-        seen = array("i", (value for place, cell in cells for value in (place, cell.token)))
+        order = sorted(held, key=lambda item: item[1].index) if self.by_cell_order else sorted(held)
+        cells = [(position, cell) for position, cell in order if position <= pos]
+        seen = array("i", (value for position, cell in cells for value in (position, cell.token)))
         seen.extend(at for at, (_, cell) in enumerate(cells) if cell.single)
         bits = zlib.crc32(seen)
         rng = np.random.default_rng(bits + (bits % 1000 < 1000 * self.other))
@@ -175,10 +179,10 @@ class ToyContext:
     def _distinct(self) -> set[int]:
         return {id(cell) for held in self.held for cell in held.values()}
 
-    def _places(self, rivals: Sequence[dict[int, Cell]]) -> Iterator[int]:
+    def _free_cells(self, rivals: Sequence[dict[int, Cell]]) -> Iterator[int]:
         """The free cells, the lowest first, as llama.cpp takes them."""
-        taken = {cell.place for held in rivals for cell in held.values()}
-        return (place for place in range(self.cells) if place not in taken)
+        taken = {cell.index for held in rivals for cell in held.values()}
+        return (index for index in range(self.cells) if index not in taken)
 
     def copy(self, source: int, target: int, length: int) -> bool:
         """Shares cells with unified KV, copies them with per-slot KV."""
@@ -206,24 +210,24 @@ class ToyContext:
         return True
 
     def save(self, seq: int) -> ToySnapshot | None:
-        """What the sequence holds now."""
+        """Returns the current content of a sequence."""
         return ToySnapshot(self, seq)
 
-    def load(self, seq: int, parts: Sequence[Part]) -> bool:
+    def load(self, seq: int, parts: Sequence[StatePart]) -> bool:
         """Appends the tokens of all parts, or of none."""
         tokens: list[int] = []
         for state, start, end in parts:
             first, *content = state.view(np.int32).tolist()
-            assert first <= start == self.length(seq) + len(tokens), "continues what is there"
-            assert end <= first + len(content), "has what is wanted"
+            assert first <= start == self.length(seq) + len(tokens), "continues the sequence"
+            assert end <= first + len(content), "contains the positions"
             tokens += content[start - first : end - first]
         room = self.cells - len(self._distinct()) if self.unified else self.sequence_cells - len(self.held[seq])
         if self.lost() or len(tokens) > room:
             return False
-        places = self._places(self.held if self.unified else [self.held[seq]])
+        free = self._free_cells(self.held if self.unified else [self.held[seq]])
         start = self.length(seq)
         for at, saved in enumerate(tokens):
-            self.held[seq][start + at] = Cell(saved % SINGLE, next(places), single=saved >= SINGLE)
+            self.held[seq][start + at] = Cell(saved % SINGLE, next(free), single=saved >= SINGLE)
         return True
 
     def shift(self, state: State, start: int, end: int, by: int) -> State | None:
@@ -234,7 +238,7 @@ class ToyContext:
         return np.array([start + by, *tokens[start - first : end - first]], np.int32).view(np.uint8)
 
     def intact(self, seq: int, length: int) -> bool:
-        """True unless `damaged` says otherwise."""
+        """True unless `damaged` returns True."""
         return self.length(seq) == length and not self.damaged()
 
     def length(self, seq: int) -> int:
@@ -301,15 +305,15 @@ class ToyBackend:
         self.closed = False
 
     def close(self) -> None:
-        """Remembers that it was closed."""
+        """Records the call."""
         assert not self.closed, "closed twice"
         self.closed = True
 
 
-def opener(backend: ToyBackend) -> Callable[[EngineConfig, Progress, Callable[[], bool]], ToyBackend]:
+def opener(backend: ToyBackend) -> Callable[[EngineConfig, LoadProgress, Callable[[], bool]], ToyBackend]:
     """Opens `backend` for `Engine.open`, with two reports of progress."""
 
-    def open_toy(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -> ToyBackend:
+    def open_toy(config: EngineConfig, progress: LoadProgress, go_on: Callable[[], bool]) -> ToyBackend:
         progress(0.5)
         progress(1.0)
         return backend

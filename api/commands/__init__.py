@@ -1,0 +1,1 @@
+"""Commands other than `serve`: each module runs one and returns its exit code."""

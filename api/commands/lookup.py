@@ -1,4 +1,4 @@
-"""`paceline lookup build`: counts a corpus for ngram-cache into the file that `--lookup-cache-static` takes."""
+"""`paceline lookup build`: counts the n-grams of a corpus into the file of `--lookup-cache-static`."""
 
 from __future__ import annotations
 
@@ -11,112 +11,110 @@ from typing import TextIO
 
 from msgspec import Struct
 
-from api.config.command_line import OptionError, Parser
-from api.server.terminal import Bar, say
-from api.templates.prompts import LONG
+from api.config.command_line import CommandParser, OptionError
+from api.server.terminal import ProgressBar, print_line
+from api.templates.prompts import LONG_TEXT_CHARS
 from engine import EngineError, build_lookup, open_vocabulary
 
-PIECE = 2**20
-"""Characters that are counted at once: however long the corpus is, this and the counts are all that is in memory."""
+# Text in memory at once, besides the counts.
+CHUNK_CHARS = 2**20
 
 
-class Unreadable(Exception):
-    """The corpus cannot be read; the text is one line."""
+class CorpusError(Exception):
+    """The corpus cannot be read; the message is one line."""
 
 
-class Job(Struct, frozen=True):
-    """What is to be counted, by which model's tokens, and where to."""
-
-    texts: tuple[Path, ...]
+class _Arguments(Struct, frozen=True):
+    corpus: tuple[Path, ...]
     model: Path
     output: Path
 
 
-def build(arguments: Sequence[str]) -> int:
-    """Runs the command and returns its exit code: 1 if there is no file in the end, 2 if the arguments make no sense.
+def run_lookup_build(arguments: Sequence[str]) -> int:
+    """Writes the file and returns the exit code: 1 means that no file was written, 2 that the arguments are invalid.
 
-    The file is written whole or not at all; one that was there before stays until then.
+    The file is replaced as a whole at the end; on failure the old file stays.
     """
     try:
-        job = _job(arguments)
+        given = _parse(arguments)
     except OptionError as error:
-        say(f"paceline lookup build: {error}")
+        print_line(f"paceline lookup build: {error}")
         return 2
     try:
-        _check(job.output)
-        _count(job)
-    except (EngineError, Unreadable) as error:
-        say(f"paceline: {error}")
+        _check_writable(given.output)
+        _build(given)
+    except (EngineError, CorpusError) as error:
+        print_line(f"paceline: {error}")
     except OSError as error:
-        say(f"paceline: cannot write {job.output}: {error.strerror}")
+        print_line(f"paceline: cannot write {given.output}: {error.strerror}")
     except KeyboardInterrupt:
-        say("paceline: interrupted; nothing was written")
+        print_line("paceline: interrupted; nothing was written")
     else:
-        say(f"Wrote {job.output}: serve with --spec-type ngram-cache --lookup-cache-static {job.output}")
+        print_line(f"Wrote {given.output}: serve with --spec-type ngram-cache --lookup-cache-static {given.output}")
         return 0
     return 1
 
 
-def _job(arguments: Sequence[str]) -> Job:
-    parser = Parser(prog="paceline lookup build", description=__doc__, allow_abbrev=False)
-    parser.add_argument("texts", nargs="+", type=Path, metavar="corpus.txt", help="UTF-8 texts like those to come")
-    parser.add_argument("-m", "--model", required=True, type=Path, help="GGUF file of the model that is to be served")
-    parser.add_argument("-o", "--output", required=True, type=Path, help="the file to write")
+def _parse(arguments: Sequence[str]) -> _Arguments:
+    parser = CommandParser(prog="paceline lookup build", description=__doc__, allow_abbrev=False)
+    parser.add_argument("corpus", nargs="+", type=Path, metavar="corpus.txt", help="UTF-8 text like the served outputs")
+    parser.add_argument("-m", "--model", required=True, type=Path, help="GGUF file of the served model")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="file to write")
     given = parser.parse_args(arguments)
-    return Job(tuple(given.texts), given.model, given.output)
+    return _Arguments(tuple(given.corpus), given.model, given.output)
 
 
-def _check(output: Path) -> None:
-    """Raises OSError if the file could not be written, before hours are spent on what it is to hold."""
-    if output.is_dir():
+def _check_writable(path: Path) -> None:
+    """Raises OSError, before counting takes hours, if `path` cannot be written."""
+    if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    tempfile.TemporaryFile(dir=output.parent).close()
+    tempfile.TemporaryFile(dir=path.parent).close()
 
 
-def _count(job: Job) -> None:
-    total = sum(map(_size, job.texts))
-    done = 0
-    words = f"Counting {job.texts[0].name if len(job.texts) == 1 else f'{len(job.texts)} texts'}"
-    with open_vocabulary(job.model) as vocab, Bar(words) as bar:
+def _build(given: _Arguments) -> None:
+    corpus = given.corpus
+    total, done = sum(map(_size_bytes, corpus)), 0
+    label = f"Counting {corpus[0].name if len(corpus) == 1 else f'{len(corpus)} texts'}"
+    with open_vocabulary(given.model) as vocab, ProgressBar(label) as bar:
 
-        def progress(read: int) -> None:
+        def progress(counted: int) -> None:
             nonlocal done
-            done += read
-            bar.show(min(1.0, done / total))
+            done += counted
+            bar.update(min(1.0, done / total))
 
-        build_lookup(vocab, pieces(job.texts), job.output, progress)
+        build_lookup(vocab, chunks(corpus), given.output, progress)
 
 
-def _size(path: Path) -> int:
-    """Bytes."""
+def _size_bytes(path: Path) -> int:
     try:
         with path.open("rb") as file:
             return file.seek(0, 2)
     except OSError as error:
-        raise Unreadable(f"cannot read {path}: {error.strerror}") from None
+        raise CorpusError(f"cannot read {path}: {error.strerror}") from None
 
 
-def pieces(paths: Iterable[Path]) -> Iterator[str]:
-    """The texts in pieces that end where a line does, and inside of lines only if these are longer than `LONG`.
+def chunks(paths: Iterable[Path]) -> Iterator[str]:
+    """Yields the texts in chunks of about `CHUNK_CHARS`, cut between lines and in lines over `LONG_TEXT_CHARS`.
 
-    Raises Unreadable.
+    Raises CorpusError.
     """
     for path in paths:
         try:
             with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-                yield from _pieces(file)
+                yield from _file_chunks(file)
         except OSError as error:
-            raise Unreadable(f"cannot read {path}: {error.strerror}") from None
+            raise CorpusError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _pieces(file: TextIO) -> Iterator[str]:
+def _file_chunks(file: TextIO) -> Iterator[str]:
     lines: list[str] = []
     size = 0
-    # A line has to end somewhere: some models make the library recurse for each character (see `STACK` in `life`).
-    while line := file.readline(LONG):
+    # Long lines are cut: for some models llama.cpp recurses for each character when it tokenizes (see
+    # `THREAD_STACK_BYTES` in `api.server.lifecycle`).
+    while line := file.readline(LONG_TEXT_CHARS):
         lines.append(line)
         size += len(line)
-        if size >= PIECE or not line.endswith("\n"):
+        if size >= CHUNK_CHARS or not line.endswith("\n"):
             yield "".join(lines)
             lines, size = [], 0
     if lines:

@@ -1,4 +1,4 @@
-"""The command line of `paceline serve`, the environment, and the configuration file: of these, the first wins."""
+"""Parses the options of `paceline serve`: command line, then environment, then configuration file; the first wins."""
 
 from __future__ import annotations
 
@@ -10,148 +10,154 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from api.config.flags import FLAGS, IGNORED, IGNORED_WITH_VALUE, RENAMED, SECTIONS, Flag, Options
-from api.http.decode_errors import nearest, refused
-from engine import SIM
+from api.config.flags import FLAGS, HEADINGS, Flag
+from api.config.options import Options
+from api.config.spellings import IGNORED_FLAGS, IGNORED_FLAGS_WITH_VALUE, PROPOSER_TYPE_ALIASES
+from api.http.decode_errors import as_refusal, nearest_hint
+from engine import SIMULATED_MODEL
 
-_SWITCHES = {
+# Booleans in environment variables, as llama-server spells them.
+_BOOLEANS = {
     **dict.fromkeys(("true", "1", "on", "enabled"), True),
     **dict.fromkeys(("false", "0", "off", "disabled"), False),
 }
-"""What llama-server takes for a switch in the environment."""
 
 
 class OptionError(Exception):
-    """One line about what is wrong with the options, and what would be right."""
+    """Invalid options; the message is one line that names the option and what would be right."""
 
 
-def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Options:
-    """The options. Raises OptionError; prints the help and exits with 0 if `--help` is among the arguments.
-
-    A variable of the environment that is empty sets nothing.
-    """
-    given, rest = _parser().parse_known_args([_dashes(argument) for argument in arguments])
-    if rest:
-        raise OptionError(_unknown(rest))
-    values: dict[str, Any] = vars(given)
-    tables = _file(values.pop("config")) if "config" in values else {}
-    for flag in FLAGS:
-        if flag.dest in values:
-            value = _value(flag, values[flag.dest], flag.spelled)
-        elif text := (environment or {}).get(flag.env):
-            value = _value(flag, [text] if flag.repeatable else text, flag.env)
-        else:
-            continue
-        tables.setdefault(flag.section, {})[flag.field] = value
-    if tables.get("sim", {}).get("on"):
-        tables.setdefault("model", {}).setdefault("path", SIM)
-    if not tables.get("model", {}).get("path"):
-        raise OptionError("no model is given: name a GGUF file with -m")
-    return msgspec.convert(tables, Options)
-
-
-class Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """Raises OptionError where argparse would end the process."""
 
     def error(self, message: str) -> NoReturn:
         raise OptionError(message.removeprefix("argument "))
 
 
-def _parser() -> argparse.ArgumentParser:
-    """Knows the spellings; values stay text, for msgspec to judge."""
-    parser = Parser(
+def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Options:
+    """Returns the options. Raises OptionError; for `--help` prints the help and raises SystemExit(0).
+
+    An empty environment variable counts as unset.
+    """
+    given, rest = _parser().parse_known_args([_dashed(argument) for argument in arguments])
+    if rest:
+        raise OptionError(_unknown_argument(rest))
+    values: dict[str, Any] = vars(given)
+    tables = _read_file(values.pop("config")) if "config" in values else {}
+    for flag in FLAGS:
+        if flag.dest in values:
+            value = _convert(flag, values[flag.dest], flag.spelled)
+        elif text := (environment or {}).get(flag.env):
+            value = _convert(flag, [text] if flag.repeatable else text, flag.env)
+        else:
+            continue
+        tables.setdefault(flag.table, {})[flag.field] = value
+    if tables.get("sim", {}).get("on"):
+        tables.setdefault("model", {}).setdefault("path", SIMULATED_MODEL)
+    if not tables.get("model", {}).get("path"):
+        raise OptionError("no model is given: name a GGUF file with -m")
+    return msgspec.convert(tables, Options)
+
+
+def _parser() -> CommandParser:
+    """Returns a parser that leaves values as text; `_convert` checks them."""
+    parser = CommandParser(
         prog="paceline serve",
         description="Serves a GGUF model to many clients at once, over OpenAI's API.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="a TOML file with the same settings; flags win over it")
-    for section, (subject, _) in SECTIONS.items():
-        group = parser.add_argument_group(subject)
+    parser.add_argument("--config", metavar="FILE", help="TOML file with the same settings; flags override it")
+    for table, heading in HEADINGS.items():
+        group = parser.add_argument_group(heading)
         for flag in FLAGS:
-            if flag.section == section:
+            if flag.table == table:
                 _add(group, flag)
-    for name in IGNORED:
+    for name in IGNORED_FLAGS:
         parser.add_argument(name, action="store_const", const=None, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    for name in IGNORED_WITH_VALUE:
+    for name in IGNORED_FLAGS_WITH_VALUE:
         parser.add_argument(name, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
 def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
     variable = f"; env: {flag.env}" if flag.env else ""
-    about = f"{flag.help} (default: {flag.default_text}{variable})".replace("%", "%%")
+    text = f"{flag.help} (default: {flag.default_text}{variable})".replace("%", "%%")
     if flag.switch:
         group.add_argument(
-            *flag.names, dest=flag.dest, action=argparse.BooleanOptionalAction, help=about, default=argparse.SUPPRESS
+            *flag.names, dest=flag.dest, action=argparse.BooleanOptionalAction, help=text, default=argparse.SUPPRESS
         )
         return
     action = "append" if flag.repeatable else "store"
-    group.add_argument(*flag.names, dest=flag.dest, action=action, metavar=flag.sign, help=about)
+    group.add_argument(*flag.names, dest=flag.dest, action=action, metavar=flag.metavar, help=text)
 
 
-def _value(flag: Flag, given: Any, where: str) -> object:
-    """What the field gets if `given` was typed. Raises OptionError, which begins with `where`."""
-    if flag.separated:
+def _convert(flag: Flag, given: Any, source: str) -> object:
+    """Returns the value of the field for `given`, a text or a list of texts; a boolean from the command line.
+
+    `source` names the flag or the variable in errors. Raises OptionError.
+    """
+    if flag.comma_separated:
         given = [word for text in given for each in text.split(",") if (word := each.strip())]
     if flag.switch:
-        given = _SWITCHES.get(given, given)
+        given = _BOOLEANS.get(given, given)
     try:
-        return msgspec.to_builtins(msgspec.convert(_renamed(flag, given, where), flag.type, strict=False))
+        return msgspec.to_builtins(msgspec.convert(_resolve_aliases(flag, given, source), flag.type, strict=False))
     except msgspec.ValidationError:
-        raise OptionError(f"{where}: expected {flag.expects}, not {given!r}") from None
+        raise OptionError(f"{source}: expected {flag.expects}, not {given!r}") from None
 
 
-def _renamed(flag: Flag, given: Any, where: str) -> Any:
-    """`given`; if it is a list of what are to be names, by their present ones. Raises OptionError for another."""
+def _resolve_aliases(flag: Flag, given: Any, source: str) -> Any:
+    """Returns `given`; a list of choices comes without llama-server's names. Raises OptionError for an unknown name."""
     if not flag.choices or not isinstance(given, list):
         return given
-    names = [RENAMED.get(name, name) if isinstance(name, str) else name for name in given]
+    names = [PROPOSER_TYPE_ALIASES.get(name, name) if isinstance(name, str) else name for name in given]
     for name in names:
         if isinstance(name, str) and name not in flag.choices:
-            raise OptionError(f"{where}: there is no {name!r}{nearest(name, flag.choices)}")
+            raise OptionError(f"{source}: unknown value {name!r}{nearest_hint(name, flag.choices)}")
     return names
 
 
-def _dashes(argument: str) -> str:
-    """llama-server takes underscores for dashes in the names of flags."""
+def _dashed(argument: str) -> str:
+    """Returns the argument with dashes for underscores in a flag's name, which llama-server accepts too."""
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
-def _unknown(rest: Sequence[str]) -> str:
+def _unknown_argument(rest: Sequence[str]) -> str:
     flag = next((argument for argument in rest if argument.startswith("-")), None)
     if flag is None:
         return f"unexpected argument {rest[0]!r}; a model is named with -m"
-    names = [name for known in FLAGS for name in known.names] + ["--config", *IGNORED, *IGNORED_WITH_VALUE]
-    return f"unknown flag {flag.partition('=')[0]}{nearest(flag.partition('=')[0], names)}"
+    name = flag.partition("=")[0]
+    names = [name for known in FLAGS for name in known.names]
+    return f"unknown flag {name}{nearest_hint(name, [*names, '--config', *IGNORED_FLAGS, *IGNORED_FLAGS_WITH_VALUE])}"
 
 
-def _file(name: str) -> dict[str, Any]:
-    """The tables of a configuration file, checked but for what the command line may still add."""
+def _read_file(path: str) -> dict[str, Any]:
+    """Returns the tables of a configuration file; each value is checked, missing ones are not. Raises OptionError."""
     try:
-        tables = tomllib.loads(Path(name).read_text("utf-8"))
+        tables = tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
-        raise OptionError(f"--config: cannot read {name}: {error.strerror}") from None
+        raise OptionError(f"--config: cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OptionError(f"--config: {name} is not TOML: {error}") from None
+        raise OptionError(f"--config: {path} is not TOML: {error}") from None
     for table, entries in tables.items():
-        if table not in SECTIONS or not isinstance(entries, dict):
-            raise OptionError(f"{name}: there is no table [{table}]{nearest(table, SECTIONS)}")
-        tables[table] = _entries(entries, table, f"{name}: [{table}]")
+        if table not in HEADINGS or not isinstance(entries, dict):
+            raise OptionError(f"{path}: unknown table [{table}]{nearest_hint(table, HEADINGS)}")
+        tables[table] = _check_table(entries, table, f"{path}: [{table}]")
     return tables
 
 
-def _entries(entries: dict[str, Any], table: str, where: str) -> dict[str, Any]:
-    """The entries of one table. Raises OptionError, which begins with `where`, for a wrong one."""
-    known = {flag.field: flag for flag in FLAGS if flag.section == table}
+def _check_table(entries: dict[str, Any], table: str, source: str) -> dict[str, Any]:
+    """Returns the entries of one table. Raises OptionError, which begins with `source`."""
+    flags = {flag.field: flag for flag in FLAGS if flag.table == table}
     checked: dict[str, Any] = {}
     for key, given in entries.items():
-        if key not in known:
-            raise OptionError(f"{where} has no key {key!r}{nearest(key, known)}")
-        checked[key] = _renamed(known[key], given, f"{where} {key}")
+        if key not in flags:
+            raise OptionError(f"{source} has no key {key!r}{nearest_hint(key, flags)}")
+        checked[key] = _resolve_aliases(flags[key], given, f"{source} {key}")
         try:
-            msgspec.convert(checked[key], known[key].type)
+            msgspec.convert(checked[key], flags[key].type)
         except msgspec.ValidationError as error:
-            raise OptionError(f"{where} {key}: {refused(error)}, not {given!r}") from None
+            raise OptionError(f"{source} {key}: {as_refusal(error)}, not {given!r}") from None
     return checked

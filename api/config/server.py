@@ -1,7 +1,4 @@
-"""How the server listens, answers and stops, and how it writes prompts.
-
-Fields carry their flags, units and ranges, as in `engine.config`.
-"""
+"""Configuration of the HTTP server and of the chat templates, in the form of `engine.config`."""
 
 from __future__ import annotations
 
@@ -9,129 +6,70 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from engine.config import flags
-
 
 class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The HTTP side."""
+    """Address, access, limits and shutdown of the HTTP server."""
 
-    host: Annotated[
-        str, Meta(min_length=1, description="address to listen on", extra=flags("--host", env="LLAMA_ARG_HOST"))
-    ] = "127.0.0.1"
-    port: Annotated[
-        int,
-        Meta(
-            ge=0,
-            le=65535,
-            description="port to listen on; 0 lets the system choose",
-            extra=flags("--port", env="LLAMA_ARG_PORT"),
-        ),
-    ] = 8000
-    alias: Annotated[
-        str,
-        Meta(
-            description="the model's name for clients; empty is the file's name without .gguf",
-            extra=flags("-a", "--alias", env="LLAMA_ARG_ALIAS"),
-        ),
-    ] = ""
+    host: Annotated[str, Meta(min_length=1, description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 is any free port")] = 8000
+    alias: Annotated[str, Meta(description="name of the model in the API; empty is the file's name without .gguf")] = ""
     api_keys: Annotated[
         tuple[str, ...],
         Meta(
-            description="keys, with commas between them, of which clients must send one as `Authorization: Bearer`; "
-            "without any, none is asked for",
-            extra={**flags("--api-key", env="LLAMA_API_KEY"), "separated": True},
+            description="API keys, separated by commas; each request needs one of them as `Authorization: Bearer`; "
+            "none is an open server"
         ),
     ] = ()
     cache_salt_by_key: Annotated[
         bool,
         Meta(
-            description="prefixes, and what proposers learn, are shared only between requests of equal API key, "
-            "besides equal cache_salt",
-            extra=flags("--cache-salt-by-key"),
+            description="share cached prefixes and learnt n-grams only between requests with the same API key, in "
+            "addition to the same cache_salt"
         ),
     ] = False
-    slots_endpoint: Annotated[
-        bool,
-        Meta(
-            description="tell at GET /slots what runs in each slot, in numbers",
-            extra=flags("--slots", env="LLAMA_ARG_ENDPOINT_SLOTS"),
-        ),
-    ] = True
+    slots_endpoint: Annotated[bool, Meta(description="report slot states at GET /slots, without texts")] = True
     slot_save_path: Annotated[
         str,
-        Meta(
-            description="folder in which POST /slots/{id} saves what a slot ran last; empty is none",
-            extra=flags("--slot-save-path"),
-        ),
+        Meta(description="folder in which POST /slots/{id} saves and restores KV caches of slots; empty is no folder"),
     ] = ""
     sse_ping: Annotated[
         float,
-        Meta(
-            ge=0.0,
-            le=3600.0,
-            description="seconds of silence after which a stream gets a comment line; 0 is off",
-            extra=flags("--sse-ping", "--sse-ping-interval", env="LLAMA_ARG_SSE_PING_INTERVAL"),
-        ),
+        Meta(ge=0.0, le=3600.0, description="seconds without an event before a stream gets a comment line; 0 is off"),
     ] = 15.0
     grace: Annotated[
-        float,
-        Meta(
-            ge=0.0,
-            le=3600.0,
-            description="seconds that running requests have to finish at shutdown",
-            extra=flags("--grace"),
-        ),
+        float, Meta(ge=0.0, le=3600.0, description="seconds that running requests have to finish at shutdown")
     ] = 5.0
-    max_body: Annotated[
-        int,
-        Meta(ge=1024, le=2**30, description="bytes of a request's body at most", extra=flags("--max-body")),
-    ] = 8 * 2**20
-    verbose: Annotated[
-        bool, Meta(description="log health checks, scrapes and details too", extra=flags("-v", "--verbose"))
-    ] = False
+    max_body: Annotated[int, Meta(ge=1024, le=2**30, description="maximum bytes of a request body")] = 8 * 2**20
+    verbose: Annotated[bool, Meta(description="also log health checks, metric scrapes and details")] = False
 
 
 class ChatConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How conversations become prompts."""
+    """Rendering of conversations to prompts, and parsing of reasoning."""
 
     template: Annotated[
         str,
         Meta(
-            description="chat template: the name of a built-in one, such as chatml, llama3 or gemma, or Jinja; "
-            "empty is the model's own",
-            extra=flags("--chat-template", env="LLAMA_ARG_CHAT_TEMPLATE"),
+            description="chat template: the name of a built-in one, such as chatml, llama3 or gemma, or Jinja source; "
+            "empty is the model's own"
         ),
     ] = ""
-    template_file: Annotated[
-        str,
-        Meta(
-            description="file with a chat template in Jinja; empty is none",
-            extra=flags("--chat-template-file", env="LLAMA_ARG_CHAT_TEMPLATE_FILE"),
-        ),
-    ] = ""
+    template_file: Annotated[str, Meta(description="file of a chat template in Jinja; empty is no file")] = ""
     template_kwargs: Annotated[
         str,
         Meta(
-            description='JSON object of names for the template, such as `{"enable_thinking": false}`; those of a '
-            "request's chat_template_kwargs win",
-            extra=flags(
-                "--chat-template-kwargs", "--default-chat-template-kwargs", env="LLAMA_ARG_CHAT_TEMPLATE_KWARGS"
-            ),
+            description='JSON object of variables for the template, such as `{"enable_thinking": false}`; '
+            "chat_template_kwargs of a request override them"
         ),
     ] = ""
     trust_request_template: Annotated[
         bool,
-        Meta(
-            description="let requests bring a chat_template of their own, which is a program: it may take long",
-            extra=flags("--trust-request-chat-template"),
-        ),
+        Meta(description="accept chat_template in requests; a template is a program and may run for long"),
     ] = False
     reasoning_format: Annotated[
         Literal["auto", "deepseek", "none"],
         Meta(
-            description="what a model thinks before it answers: told apart as `reasoning_content` (auto, deepseek), "
-            "or left in the content",
-            extra=flags("--reasoning-format", env="LLAMA_ARG_THINK"),
+            description="place of the model's reasoning: auto and deepseek put it into `reasoning_content`, none "
+            "leaves it in the content"
         ),
     ] = "auto"
     reasoning_budget: Annotated[
@@ -139,16 +77,14 @@ class ChatConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(
             ge=-1,
             le=2**30,
-            description="tokens that a model may think before it must answer; 0 asks it not to think, -1 is any "
-            "number; of requests that do not say",
-            extra=flags("--reasoning-budget", env="LLAMA_ARG_THINK_BUDGET"),
+            description="default limit of reasoning tokens before the answer; 0 sets `enable_thinking` to false in the "
+            "template, -1 is no limit",
         ),
     ] = -1
     prefill_assistant: Annotated[
         bool,
         Meta(
-            description="go on with the last message if it is the assistant's and the request says neither "
-            "add_generation_prompt nor continue_final_message",
-            extra=flags("--prefill-assistant", env="LLAMA_ARG_PREFILL_ASSISTANT"),
+            description="continue the last message if its role is assistant, unless the request has "
+            "add_generation_prompt or continue_final_message"
         ),
     ] = True

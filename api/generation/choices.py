@@ -1,4 +1,4 @@
-"""From a request to its choices, and from their updates to events or to one body. Knows no endpoint's shapes."""
+"""Runs the choices of one HTTP request and forms their updates into a stream or a body, whatever the endpoint."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import msgspec
 from msgspec import UNSET
 from starlette.requests import Request as HTTPRequest
 
-from api.generation.loaded_model import Served
-from api.http.events import DONE, event
-from api.http.request_body import read
-from api.http.request_context import Exchange
-from api.http.responses import Answer, Emit, EventStream
-from api.http.tasks import together
-from api.schema.drafts import MetricsReply, SpeculativeReply
-from api.schema.replies import ChatChoice, Reply, TextChoice, TimingsReply, UsageReply
-from api.schema.requests import Completion, decode, refuse_unsupported
-from api.schema.speculation import speculation_of
+from api.generation.loaded_model import LoadedModel
+from api.http.events import DONE_EVENT, sse_event
+from api.http.request_body import read_body
+from api.http.request_context import RequestContext
+from api.http.responses import EventStreamResponse, PendingJSONResponse, SendEvents
+from api.http.tasks import run_concurrently
+from api.schema.replies import ChatChoice, CompletionReply, TextChoice, TimingsReply, UsageReply
+from api.schema.requests import GenerationRequest, decode_body, refuse_unsupported
+from api.schema.speculation import parse_speculation
+from api.schema.speculation_stats import MetricsReply, SpeculativeReply
 from engine import (
     EngineFault,
     Finished,
@@ -39,236 +39,254 @@ from engine import (
     derive_seed,
 )
 
-MOST_CHOICES = 256
-"""Choices of one HTTP request, over all its prompts."""
+# Choices of one HTTP request, over all its prompts.
+_MAX_CHOICES = 256
 
-EXACT = 2**53
-"""Seeds that we draw are below this, so that every JSON parser reads them back exactly."""
+# Drawn seeds are below 2^53, which every JSON parser reads exactly.
+_DRAWN_SEED_LIMIT = 2**53
+
+OnUpdate = Callable[[int, Update], Awaitable[None]]
+_RequestT = TypeVar("_RequestT", bound=GenerationRequest)
 
 
 class Choices:
-    """The choices of one HTTP request: `n` for each prompt, those of one prompt side by side.
+    """The choices of one HTTP request: `n` for each prompt, all generated concurrently.
 
-    Choice i of a prompt samples with seed `derive_seed(seed, i)`, so a prompt's choices do not depend on the
-    prompts it came with.
+    Choice p * n + i is choice i of prompt p and samples with seed `derive_seed(seed, i)`, so the choices of a prompt do
+    not depend on the request's other prompts.
     """
 
     def __init__(
         self,
-        served: Served,
-        exchange: Exchange,
-        asked: Completion,
+        model: LoadedModel,
+        context: RequestContext,
+        request: GenerationRequest,
         prompts: Sequence[tuple[int, ...]],
         *,
-        limit: int | None,
+        token_limit: int | None,
         logprobs: int | None,
         prediction: tuple[int, ...],
-        spelled: tuple[tuple[int, str], ...] = (),
+        control_texts: tuple[tuple[int, str], ...] = (),
         reasoning: ReasoningBudget | None = None,
         grammar: Grammar | None = None,
         progress: bool = False,
     ) -> None:
-        """Nothing is submitted yet. Raises RequestRefused. Of `prediction`, what no text could reach is dropped."""
-        self.n = asked.n or 1
-        check_count(served, len(prompts), self.n)
-        self.seed = _seed(asked.seed, served.options.sampling.seed)
-        sampling = asked.sampling(served.options.sampling)
-        self.speculation = speculation_of(asked.speculative, served.guessers)
-        """What was asked for."""
-        prediction = prediction[: served.engine.request_limit]
-        self._served = served
-        self._exchange = exchange
+        """Creates the generations without submitting them. Raises RequestRefused.
+
+        `prediction` is cut to the longest possible output.
+        """
+        self.n = request.n or 1
+        check_choice_count(model, len(prompts), self.n)
+        self.seed = _choose_seed(request.seed, model.options.sampling.seed)
+        sampling = request.sampling_params(model.options.sampling)
+        self.speculation = parse_speculation(request.speculative, model.default_proposers)
+        """The request's `speculative` field. None if the request has no such field."""
+        prediction = prediction[: model.engine.request_limit]
+        self._context = context
         self._generations = [
-            served.engine.generate(
+            model.engine.generate(
                 Request(
                     prompt=prompt,
-                    max_tokens=None if limit in (None, -1) else limit,
-                    min_tokens=asked.min_tokens or 0,
+                    max_tokens=None if token_limit in (None, -1) else token_limit,
+                    min_tokens=request.min_tokens or 0,
                     sampling=msgspec.structs.replace(sampling, seed=derive_seed(self.seed, choice)),
-                    stop=asked.stops,
-                    stop_tokens=tuple(asked.stop_token_ids or ()),
-                    ignore_eos=bool(asked.ignore_eos),
+                    stop=request.stop_strings,
+                    stop_tokens=tuple(request.stop_token_ids or ()),
+                    ignore_eos=bool(request.ignore_eos),
                     logprobs=logprobs,
                     grammar=grammar,
-                    salt=exchange.salt(asked.cache_salt),
+                    salt=context.cache_salt(request.cache_salt),
                     speculation=self.speculation,
                     prediction=prediction,
-                    spelled=spelled,
+                    control_texts=control_texts,
                     reasoning=reasoning,
                     progress=progress,
-                    id=exchange.id,
+                    id=context.id,
                 )
             )
             for prompt in prompts
             for choice in range(self.n)
         ]
         self._ends: list[Finished | None] = [None] * len(self)
-        self._silent = True
 
     def __len__(self) -> int:
         return len(self._generations)
 
     @property
     def requests(self) -> list[Request]:
-        """What the engine is asked for each."""
+        """The engine requests, by index of the choice."""
         return [generation.request for generation in self._generations]
 
-    def enough(self, index: int) -> None:
-        """Ends a choice that runs with what it has said so far, as if at its limit."""
-        self._generations[index].enough()
-
     @property
-    def finished(self) -> bool:
-        """Whether all have come to their end."""
+    def all_finished(self) -> bool:
+        """True if every choice has finished."""
         return None not in self._ends
 
     @property
-    def ends(self) -> list[list[Finished]]:
-        """The ends by prompt, of those that have one."""
-        ends = [end for end in self._ends if end is not None]
-        return [ends[at : at + self.n] for at in range(0, len(ends), self.n)]
+    def ends_by_prompt(self) -> list[list[Finished]]:
+        """The terminal updates, one list for each prompt. All choices must have finished."""
+        ends = self.ends
+        return [ends[start : start + self.n] for start in range(0, len(ends), self.n)]
 
-    async def run(self, tell: Callable[[int, Update], Awaitable[None]]) -> None:
-        """Submits all and tells the updates of each in order, with the index of the choice.
+    @property
+    def ends(self) -> list[Finished]:
+        """The terminal updates of the choices that have finished, in order of the index."""
+        return [end for end in self._ends if end is not None]
 
-        The first error ends all and is raised; leaving by it or by being cancelled cancels what still runs.
+    def enough(self, index: int) -> None:
+        """Ends the running choice with the tokens emitted so far and finish reason `length`."""
+        self._generations[index].enough()
+
+    async def run(self, on_update: OnUpdate) -> None:
+        """Submits all choices and calls `on_update` with the index and each update of a choice, in order.
+
+        The first error cancels all choices and is raised. Cancelling this coroutine cancels the running choices.
         """
         async with AsyncExitStack() as stack:
             for generation in self._generations:
                 await stack.enter_async_context(generation)
             try:
-                await together([partial(self._follow, index, tell) for index in range(len(self))])
+                await run_concurrently([partial(self._follow, index, on_update) for index in range(len(self))])
             finally:
-                self._exchange.ends = [end for end in self._ends if end is not None]
+                self._context.finished = self.ends
 
-    async def _follow(self, index: int, tell: Callable[[int, Update], Awaitable[None]]) -> None:
+    async def _follow(self, index: int, on_update: OnUpdate) -> None:
         async for update in self._generations[index]:
-            if self._silent and not (isinstance(update, Tokens) and update.reading):
-                self._silent = False
-                self._exchange.first_token = self._exchange.age
+            has_token = not (isinstance(update, Tokens) and update.prefill_progress)
+            if has_token and self._context.first_token_seconds is None:
+                self._context.first_token_seconds = self._context.age_seconds
             if isinstance(update, Finished):
                 if update.reason is FinishReason.CANCELLED:
                     raise EngineFault("The server ended the request.")
                 self._ends[index] = update
-            await tell(index, update)
+            await on_update(index, update)
 
 
-def check_count(served: Served, prompts: int, n: int) -> None:
-    """Raises RequestRefused for more choices than an HTTP request may have."""
-    most = min(MOST_CHOICES, served.engine.places)
-    if prompts * n > most:
+def check_choice_count(model: LoadedModel, prompts: int, n: int) -> None:
+    """Raises RequestRefused if `n` choices for each of `prompts` prompts are more than one HTTP request may have."""
+    limit = min(_MAX_CHOICES, model.engine.max_requests)
+    if prompts * n > limit:
+        field = "n" if n > 1 else "prompt"
         raise RequestRefused(
-            f"{prompts} prompts with {n} choices each are more than {most} choices.", field="n" if n > 1 else "prompt"
+            f"{field}: {prompts} prompts with {n} choices each are {prompts * n} choices; request at most {limit}.",
+            field=field,
         )
 
 
-Asked = TypeVar("Asked", bound=Completion)
+async def read_generation_request(
+    http_request: HTTPRequest, model: LoadedModel, decoder: msgspec.json.Decoder[_RequestT]
+) -> _RequestT:
+    """Receives and parses the body. Raises HTTPException 413 if the body is too large, and RequestRefused."""
+    body = await read_body(http_request, model.options.server.max_body)
+    return parse_generation_request(body, model, decoder)
 
 
-async def asked_of(request: HTTPRequest, served: Served, decoder: msgspec.json.Decoder[Asked]) -> Asked:
-    """What the client asks for. Raises RequestRefused, also for another model and for what is not supported."""
-    return asked_in(await read(request, served.options.server.max_body), served, decoder)
+def parse_generation_request(body: bytes, model: LoadedModel, decoder: msgspec.json.Decoder[_RequestT]) -> _RequestT:
+    """Returns the request in `body`. Raises RequestRefused for wrong JSON, another model or an unsupported field."""
+    request = decode_body(decoder, body)
+    model.check_name(request.model)
+    refuse_unsupported(request)
+    return request
 
 
-def asked_in(body: bytes, served: Served, decoder: msgspec.json.Decoder[Asked]) -> Asked:
-    """The same of a body that was read already."""
-    asked = decode(decoder, body)
-    served.check_model(asked.model)
-    refuse_unsupported(asked)
-    return asked
+def _choose_seed(requested: int | None, default: int | None) -> int:
+    """Returns a seed below 2^63; without a seed, or for llama-server's -1, a random one below 2^53."""
+    seed = default if requested is None else requested
+    return secrets.randbelow(_DRAWN_SEED_LIMIT) if seed is None or seed == -1 else seed & (2**63 - 1)
 
 
-def _seed(asked: int | None, default: int | None) -> int:
-    """The seed to use: below 2^63, and for -1, which means none to llama-server, one of our own."""
-    seed = default if asked is None else asked
-    return secrets.randbelow(EXACT) if seed is None or seed == -1 else seed & (2**63 - 1)
+class ReplyBuilder(ABC):
+    """Builds the events of a stream or the choices of a body in one endpoint's shape.
 
-
-class Writer(ABC):
-    """One endpoint's shapes: writes the events of a stream, or the choices of a body.
-
-    `chunk` is changed and encoded again for every event.
+    One `chunk` is modified and encoded for every event.
     """
 
-    def __init__(self, served: Served, asked: Completion, kind: str, prefix: str) -> None:
-        self.chunk = Reply(
-            id=prefix + uuid4().hex,
+    def __init__(self, model: LoadedModel, request: GenerationRequest, kind: str, id_prefix: str) -> None:
+        """`kind` is the reply's `object`."""
+        self.chunk = CompletionReply(
+            id=id_prefix + uuid4().hex,
             object=kind,
             created=int(time.time()),
-            model=served.name,
-            system_fingerprint=served.fingerprint,
+            model=model.name,
+            system_fingerprint=model.fingerprint,
             choices=(),
-            # OpenAI says null in every chunk but the one with the usage.
-            usage=None if asked.stream and asked.with_usage else UNSET,
+            # In OpenAI's API, usage is null in every chunk before the usage chunk.
+            usage=None if request.stream and request.include_usage else UNSET,
         )
 
     @abstractmethod
-    def tokens(self, index: int, update: Tokens) -> bytes:
-        """The event that shows `update`; empty if it has nothing to show yet."""
+    def token_event(self, index: int, update: Tokens) -> bytes:
+        """Returns the event for `update`; empty if the client gets nothing new."""
 
     @abstractmethod
-    def end(self, index: int, end: Finished) -> None:
-        """Sets `chunk` to the one that ends the choice."""
+    def set_final_chunk(self, index: int, end: Finished) -> None:
+        """Sets `chunk` to the last chunk of the choice."""
 
     @abstractmethod
-    def whole(self, index: int, text: str, logprobs: Sequence[Logprob], end: Finished) -> ChatChoice | TextChoice:
-        """The whole choice of a body."""
+    def whole_choice(
+        self, index: int, text: str, logprobs: Sequence[Logprob], end: Finished
+    ) -> ChatChoice | TextChoice:
+        """Returns the choice of a body."""
 
 
-def respond(asked: Completion, choices: Choices, writer: Writer, ping: float) -> Answer | EventStream:
-    """The response: a stream if one was asked for."""
-    if not asked.stream:
-        return Answer(partial(_body, choices, writer))
-    return EventStream(partial(_stream, choices, writer, asked.with_usage), ping)
+def respond(
+    request: GenerationRequest, choices: Choices, builder: ReplyBuilder, ping_seconds: float
+) -> PendingJSONResponse | EventStreamResponse:
+    """Returns the response, an event stream if the request has `stream`."""
+    if not request.stream:
+        return PendingJSONResponse(partial(_body, choices, builder))
+    return EventStreamResponse(partial(_stream, choices, builder, request.include_usage), ping_seconds)
 
 
-async def _stream(choices: Choices, writer: Writer, with_usage: bool, emit: Emit) -> None:
-    async def tell(index: int, update: Update) -> None:
+async def _stream(choices: Choices, builder: ReplyBuilder, include_usage: bool, send_events: SendEvents) -> None:
+    async def on_update(index: int, update: Update) -> None:
         if isinstance(update, Tokens):
-            if shown := writer.tokens(index, update):
-                await emit(shown)
+            if events := builder.token_event(index, update):
+                await send_events(events)
         else:
-            writer.end(index, update)
-            await emit(_last(choices, writer.chunk, with_usage) if choices.finished else event(writer.chunk))
+            builder.set_final_chunk(index, update)
+            chunk = builder.chunk
+            await send_events(_last_events(choices, chunk, include_usage) if choices.all_finished else sse_event(chunk))
 
-    await choices.run(tell)
+    await choices.run(on_update)
 
 
-def _last(choices: Choices, chunk: Reply, with_usage: bool) -> bytes:
-    """The chunk that ends the last choice, the usage if asked for, and the end. The last chunk sums up."""
-    before = b""
-    if with_usage:
-        before = event(chunk)
+def _last_events(choices: Choices, chunk: CompletionReply, include_usage: bool) -> bytes:
+    """Returns the chunk that ends the last choice, the usage chunk if included, and [DONE].
+
+    The last chunk has the statistics of the request.
+    """
+    events = b""
+    if include_usage:
+        events = sse_event(chunk)
         chunk.choices = ()
-        chunk.usage = UsageReply.of(choices.ends)
-    _sum_up(choices, chunk)
-    return before + event(chunk) + DONE
+        chunk.usage = UsageReply.of(choices.ends_by_prompt)
+    _set_statistics(choices, chunk)
+    return events + sse_event(chunk) + DONE_EVENT
 
 
-def _sum_up(choices: Choices, reply: Reply) -> None:
-    """Tells what is known at the end."""
-    ends = [end for group in choices.ends for end in group]
-    reply.timings = TimingsReply.of(choices.ends)
-    reply.metrics = MetricsReply.of(ends)
-    reply.speculative = SpeculativeReply.of(choices.speculation, ends)
+def _set_statistics(choices: Choices, reply: CompletionReply) -> None:
+    """Sets the fields that are known after the last choice has finished."""
+    reply.timings = TimingsReply.of(choices.ends_by_prompt)
+    reply.metrics = MetricsReply.of(choices.ends)
+    reply.speculative = SpeculativeReply.of(choices.speculation, choices.ends)
     reply.seed = choices.seed
 
 
-async def _body(choices: Choices, writer: Writer) -> Reply:
+async def _body(choices: Choices, builder: ReplyBuilder) -> CompletionReply:
     texts: list[list[str]] = [[] for _ in range(len(choices))]
     logprobs: list[list[Logprob]] = [[] for _ in range(len(choices))]
 
-    async def tell(index: int, update: Update) -> None:
+    async def on_update(index: int, update: Update) -> None:
         if isinstance(update, Tokens):
             texts[index].append(update.text)
             logprobs[index].extend(update.logprobs)
 
-    await choices.run(tell)
-    ends = choices.ends
-    writer.chunk.choices = [
-        writer.whole(index, "".join(texts[index]), logprobs[index], end)
-        for index, end in enumerate(end for group in ends for end in group)
+    await choices.run(on_update)
+    builder.chunk.choices = [
+        builder.whole_choice(index, "".join(texts[index]), logprobs[index], end)
+        for index, end in enumerate(choices.ends)
     ]
-    writer.chunk.usage = UsageReply.of(ends)
-    _sum_up(choices, writer.chunk)
-    return writer.chunk
+    builder.chunk.usage = UsageReply.of(choices.ends_by_prompt)
+    _set_statistics(choices, builder.chunk)
+    return builder.chunk

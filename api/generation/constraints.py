@@ -1,4 +1,4 @@
-"""What a client says the text must look like, in whichever of four dialects: OpenAI's, llama-server's, vLLM's two."""
+"""Output constraints of a request in four dialects: OpenAI's, llama-server's and vLLM's two."""
 
 from __future__ import annotations
 
@@ -8,96 +8,115 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from api.generation.loaded_model import Core
-from api.schema.requests import Completion, ResponseFormat, StructuredOutputs
-from engine import Choice, Form, Gbnf, Grammar, JsonObject, JsonSchema, Lark, Regex, RequestRefused
+from api.schema.requests import GenerationRequest, ResponseFormat, StructuredOutputs
+from engine import (
+    Engine,
+    Gbnf,
+    Grammar,
+    GrammarSpec,
+    JsonObject,
+    JsonSchema,
+    Lark,
+    OneOfTexts,
+    Regex,
+    RequestRefused,
+)
 
-FORMATS = ("text", "json_object", "json_schema")
-_LARK = re.compile(r"^[^\S\n]*(%llguidance\b|start\s*:(?!:=))", re.MULTILINE)  # a line at a time: in linear time
+_RESPONSE_FORMATS = ("text", "json_object", "json_schema")
+
+# The start of a line that GBNF cannot have. One line per match, so that the search takes linear time.
+_LARK_LINE = re.compile(r"^[^\S\n]*(%llguidance\b|start\s*:(?!:=))", re.MULTILINE)
 
 
 class Constraint(NamedTuple):
-    """A form, and the field that asks for it."""
+    """The grammar that a request demands, and the path of the field that demands the grammar."""
 
-    form: Form
+    spec: GrammarSpec
     path: str
 
 
-def constraint_of(asked: Completion) -> Constraint | None:
-    """What the text must look like; None if that is up to the model. Raises RequestRefused for more than one form."""
-    found = list(_found(asked))
-    if len(found) > 1:
+def parse_constraint(request: GenerationRequest) -> Constraint | None:
+    """Returns the constraint on the output; None if there is none. Raises RequestRefused for more than one."""
+    constraints = list(_constraints(request))
+    if len(constraints) > 1:
+        first, second = constraints[0].path, constraints[1].path
         raise RequestRefused(
-            f"{found[0].path} and {found[1].path} exclude each other: a text has one form.", field=found[1].path
+            f"{first} and {second} exclude each other: an output has one grammar; send one of them.", field=second
         )
-    return found[0] if found else None
+    return constraints[0] if constraints else None
 
 
-async def grammar_of(engine: Core, constraint: Constraint | None) -> Grammar | None:
-    """The constraint as the engine takes it. Raises RequestRefused, with the field and, of a schema, the JSON pointer
-    of the keyword that cannot be followed."""
+async def compile_constraint(engine: Engine, constraint: Constraint | None) -> Grammar | None:
+    """Returns the compiled grammar of `constraint`; None without a constraint.
+
+    Raises RequestRefused. Its field is the constraint's path, followed by the JSON pointer of the unsupported keyword
+    if the grammar is a schema.
+    """
     if constraint is None:
         return None
     try:
-        return await engine.compile(constraint.form)
+        return await engine.compile(constraint.spec)
     except RequestRefused as error:
         error.field = constraint.path + (error.field or "")
         raise
 
 
-def _found(asked: Completion) -> Iterator[Constraint]:
-    if asked.response_format is not None:
-        yield from _of_format(asked.response_format)
-    if asked.grammar:
-        yield Constraint(_grammar(asked.grammar), "grammar")
-    if asked.json_schema is not None:
-        yield Constraint(_schema(asked.json_schema), "json_schema")
-    if asked.structured_outputs is not None:
-        yield from _of_outputs(asked.structured_outputs)
-    guided = StructuredOutputs(asked.guided_json, None, asked.guided_regex, asked.guided_choice, asked.guided_grammar)
-    yield from _of_outputs(guided, "guided_")
+def _constraints(request: GenerationRequest) -> Iterator[Constraint]:
+    if request.response_format is not None:
+        yield from _from_response_format(request.response_format)
+    if request.grammar:
+        yield Constraint(_gbnf_or_lark(request.grammar), "grammar")
+    if request.json_schema is not None:
+        yield Constraint(_schema(request.json_schema), "json_schema")
+    if request.structured_outputs is not None:
+        yield from _from_structured_outputs(request.structured_outputs)
+    guided = StructuredOutputs(
+        request.guided_json, None, request.guided_regex, request.guided_choice, request.guided_grammar
+    )
+    yield from _from_structured_outputs(guided, "guided_")
 
 
-def _of_format(asked: ResponseFormat) -> Iterator[Constraint]:
-    match asked.type:
+def _from_response_format(response_format: ResponseFormat) -> Iterator[Constraint]:
+    match response_format.type:
         case "text":
             return
-        case "json_object" if asked.schema is not None:
-            yield Constraint(_schema(asked.schema), "response_format.schema")
+        case "json_object" if response_format.schema is not None:
+            yield Constraint(_schema(response_format.schema), "response_format.schema")
         case "json_object":
             yield Constraint(JsonObject(), "response_format")
         case "json_schema":
-            if asked.json_schema is None:
+            if response_format.json_schema is None:
                 raise RequestRefused(
-                    "response_format of type 'json_schema' needs json_schema with a schema.",
+                    "response_format.json_schema: the field is missing; type 'json_schema' needs an object with a "
+                    "schema.",
                     field="response_format.json_schema",
                 )
-            yield Constraint(_schema(asked.json_schema.schema), "response_format.json_schema.schema")
+            yield Constraint(_schema(response_format.json_schema.schema), "response_format.json_schema.schema")
         case other:
-            known = ", ".join(FORMATS)
             raise RequestRefused(
-                f"response_format {other[:64]!r} is not supported, only {known}.", field="response_format.type"
+                f"response_format.type: {other[:64]!r} is not supported; use one of {', '.join(_RESPONSE_FORMATS)}.",
+                field="response_format.type",
             )
 
 
-def _of_outputs(asked: StructuredOutputs, prefix: str = "structured_outputs.") -> Iterator[Constraint]:
-    if asked.json is not None:
-        yield Constraint(_schema(asked.json), f"{prefix}json")
-    if asked.json_object:
+def _from_structured_outputs(outputs: StructuredOutputs, prefix: str = "structured_outputs.") -> Iterator[Constraint]:
+    if outputs.json is not None:
+        yield Constraint(_schema(outputs.json), f"{prefix}json")
+    if outputs.json_object:
         yield Constraint(JsonObject(), f"{prefix}json_object")
-    if asked.regex is not None:
-        yield Constraint(Regex(asked.regex), f"{prefix}regex")
-    if asked.choice is not None:
-        yield Constraint(Choice(tuple(asked.choice)), f"{prefix}choice")
-    if asked.grammar:
-        yield Constraint(_grammar(asked.grammar), f"{prefix}grammar")
+    if outputs.regex is not None:
+        yield Constraint(Regex(outputs.regex), f"{prefix}regex")
+    if outputs.choice is not None:
+        yield Constraint(OneOfTexts(tuple(outputs.choice)), f"{prefix}choice")
+    if outputs.grammar:
+        yield Constraint(_gbnf_or_lark(outputs.grammar), f"{prefix}grammar")
 
 
 def _schema(schema: dict[str, Any] | str) -> JsonSchema:
-    """A schema, which vLLM's clients may send as text."""
+    """Returns a schema from an object or from JSON text, which clients of vLLM may send."""
     return JsonSchema(schema.encode() if isinstance(schema, str) else msgspec.json.encode(schema))
 
 
-def _grammar(text: str) -> Form:
-    """GBNF, or Lark if it says so or has a `start` rule."""
-    return Lark(text) if _LARK.search(text) else Gbnf(text)
+def _gbnf_or_lark(text: str) -> GrammarSpec:
+    """Returns a Lark grammar if `text` has an `%llguidance` line or a `start` rule, else a GBNF grammar."""
+    return Lark(text) if _LARK_LINE.search(text) else Gbnf(text)

@@ -1,0 +1,1 @@
+"""HTTP without knowledge of endpoints: middleware, request bodies, error responses, JSON and event-stream responses."""

@@ -1,4 +1,4 @@
-"""How wrong input is named: by its path, and with what it was probably meant to be."""
+"""Converts decode errors of msgspec to refusals that name the field by its path, and finds the nearest valid name."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ import msgspec
 
 from engine import RequestRefused
 
+# Clients may send names of megabytes; comparing takes quadratic time.
+_COMPARED_CHARS = 64
 
-def refused(error: msgspec.ValidationError, within: str = "") -> RequestRefused:
-    """The same complaint about the input, or about its part `within`, with the path in dots.
 
-    >>> refused(msgspec.ValidationError("Expected `str`, got `int` - at `$.messages[0].role`")).field
+def as_refusal(error: msgspec.ValidationError, parent: str = "") -> RequestRefused:
+    """Returns `error` as a RequestRefused whose field is the dotted path, below the field `parent` if one is given.
+
+    >>> as_refusal(msgspec.ValidationError("Expected `str`, got `int` - at `$.messages[0].role`")).field
     'messages[0].role'
-    >>> refused(msgspec.ValidationError("Expected `int` >= 1 - at `$.n_max`"), "speculative").field
+    >>> as_refusal(msgspec.ValidationError("Expected `int` >= 1 - at `$.n_max`"), "speculative").field
     'speculative.n_max'
     """
-    complaint, _, path = str(error).partition(" - at `$")
-    field = f"{within}{path.rstrip('`')}".lstrip(".") or None
-    return RequestRefused(f"{field}: {complaint}" if field else complaint, field=field)
+    reason, _, path = str(error).partition(" - at `$")
+    field = f"{parent}{path.rstrip('`')}".lstrip(".") or None
+    return RequestRefused(f"{field}: {reason}" if field else reason, field=field)
 
 
-LONGEST = 64
-"""Characters of a word that are compared: a client may send megabytes."""
+def nearest_hint(name: str, valid_names: Iterable[str]) -> str:
+    """Returns the end of an error message about an unknown `name`; empty if `valid_names` is empty.
 
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """The end of a sentence about a `word` that is none of `words`.
-
-    >>> nearest("sufix", ["draft", "suffix"])
+    >>> nearest_hint("sufix", ["draft", "suffix"])
     '; the nearest is suffix'
     """
-    close = get_close_matches(word[:LONGEST], list(words), n=1, cutoff=0.0)
+    close = get_close_matches(name[:_COMPARED_CHARS], list(valid_names), n=1, cutoff=0.0)
     return f"; the nearest is {close[0]}" if close else ""

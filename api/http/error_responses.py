@@ -1,4 +1,4 @@
-"""Errors as clients see them: which status, which body. The only place that decides."""
+"""Maps exceptions to HTTP error responses in OpenAI's shape. No other module chooses a status or an error type."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from starlette.exceptions import HTTPException
 
 from engine import ContextExceeded, Draining, EngineError, Overloaded, RequestRefused
 
+# Seconds for `Retry-After` while the model loads or no slot is idle, and while the server shuts down.
+_RETRY_SECONDS = 1.0
+_RESTART_SECONDS = 5.0
 
-class ErrorReply(Struct, frozen=True):
-    """What went wrong; `param` is the path of the field that is to blame."""
+# Characters of a client's text that an error message repeats.
+_QUOTED_CHARS = 128
+
+
+class ErrorInfo(Struct, frozen=True):
+    """The `error` object of an error body. `param` is the path of the wrong field."""
 
     message: str
     type: str
@@ -22,63 +29,66 @@ class ErrorReply(Struct, frozen=True):
 
 
 class ErrorBody(Struct, frozen=True):
-    """The body of every error, and the event of one in a stream."""
+    """The body of an error response, and the data of an error event in a stream."""
 
-    error: ErrorReply
+    error: ErrorInfo
+
+
+class ErrorResponse(Struct, frozen=True):
+    """The status, error object and headers of an error response."""
+
+    status: int
+    error: ErrorInfo
+    headers: dict[str, str] = {}
+
+    @property
+    def body(self) -> ErrorBody:
+        """The body to encode as JSON."""
+        return ErrorBody(self.error)
 
 
 class UnknownModel(RequestRefused):
-    """The client named a model that is not served."""
+    """The request names a model other than the loaded one: 404."""
 
-    def __init__(self, asked: str, served: str) -> None:
-        super().__init__(f"The model {asked[:128]!r} is not served here; {served!r} is.", field="model")
+    def __init__(self, requested: str, loaded: str) -> None:
+        super().__init__(
+            f"model: {requested[:_QUOTED_CHARS]!r} is not served here; use {loaded!r} or leave the field out.",
+            field="model",
+        )
 
 
-class Loading(EngineError):
-    """The model is not ready yet."""
+class ModelLoading(EngineError):
+    """The model is not loaded yet: 503. The message is llama-server's."""
 
     def __init__(self) -> None:
         super().__init__("Loading model")
 
 
-class KeyRefused(EngineError):
-    """No API key, or a wrong one."""
+class InvalidApiKey(EngineError):
+    """The request has no API key or an unknown one: 401."""
 
     def __init__(self) -> None:
-        super().__init__("A valid API key is needed: send it as 'Authorization: Bearer KEY'.")
+        super().__init__("The API key is missing or wrong; send a valid one as 'Authorization: Bearer KEY'.")
 
 
-class SwitchedOff(EngineError):
-    """What was asked for is not to be had with this server's settings; the text says which would be right."""
+class EndpointDisabled(EngineError):
+    """The server's flags disable the endpoint: 501. The message names the flag that enables the endpoint."""
 
 
 class NoIdleSlot(EngineError):
-    """All slots are busy, and the client wanted to know."""
+    """All slots are busy and the request has `fail_on_no_slot`: 503. The message is llama-server's."""
 
     def __init__(self) -> None:
         super().__init__("no slot available")
 
 
-class Problem(Struct, frozen=True):
-    """A status and what to say with it."""
-
-    status: int
-    error: ErrorReply
-    headers: dict[str, str] = {}
-
-    @property
-    def body(self) -> ErrorBody:
-        """As JSON is made of it."""
-        return ErrorBody(self.error)
-
-
-def problem_of(error: Exception) -> Problem:
-    """What `error` is to a client. Of a failure that is not an EngineError it learns nothing but that."""
+def error_response(error: Exception) -> ErrorResponse:
+    """Returns the response for `error`. The response to an unexpected exception does not contain its message."""
     match error:
         case ContextExceeded():
-            return Problem(
+            return ErrorResponse(
                 400,
-                ErrorReply(
+                ErrorInfo(
                     str(error),
                     "invalid_request_error",
                     error.field,
@@ -88,34 +98,39 @@ def problem_of(error: Exception) -> Problem:
                 ),
             )
         case UnknownModel():
-            return Problem(404, ErrorReply(str(error), "invalid_request_error", error.field, "model_not_found"))
+            return _invalid_request(404, str(error), error.field, "model_not_found")
         case RequestRefused():
-            return Problem(400, ErrorReply(str(error), "invalid_request_error", error.field))
+            return _invalid_request(400, str(error), error.field)
         case RecursionError():
-            return Problem(400, ErrorReply("The body is nested too deeply.", "invalid_request_error"))
-        case KeyRefused():
-            return Problem(
-                401,
-                ErrorReply(str(error), "invalid_request_error", None, "invalid_api_key"),
-                {"www-authenticate": "Bearer"},
-            )
+            return _invalid_request(400, "The body is nested too deeply; send JSON with fewer levels.")
+        case InvalidApiKey():
+            return _invalid_request(401, str(error), None, "invalid_api_key", {"www-authenticate": "Bearer"})
         case Overloaded():
-            return _later(429, ErrorReply(str(error), "rate_limit_error", None, "queue_full"), error.retry_after)
-        case Loading():
-            return _later(503, ErrorReply(str(error), "unavailable_error", None, 503), 1.0)
+            return _retry_later(429, ErrorInfo(str(error), "rate_limit_error", None, "queue_full"), error.retry_after)
+        case ModelLoading() | NoIdleSlot():
+            return _retry_later(503, ErrorInfo(str(error), "unavailable_error", None, 503), _RETRY_SECONDS)
         case Draining():
-            return _later(503, ErrorReply(str(error), "unavailable_error", None, "shutting_down"), 5.0)
-        case NoIdleSlot():
-            return _later(503, ErrorReply(str(error), "unavailable_error", None, 503), 1.0)
-        case SwitchedOff():
-            return Problem(501, ErrorReply(str(error), "not_supported_error", None, 501))
+            return _retry_later(
+                503, ErrorInfo(str(error), "unavailable_error", None, "shutting_down"), _RESTART_SECONDS
+            )
+        case EndpointDisabled():
+            return ErrorResponse(501, ErrorInfo(str(error), "not_supported_error", None, 501))
         case EngineError():
-            return Problem(500, ErrorReply(str(error), "server_error"))
+            return ErrorResponse(500, ErrorInfo(str(error), "server_error"))
         case HTTPException():
-            told = ErrorReply(error.detail, "invalid_request_error")
-            return Problem(error.status_code, told, dict(error.headers or {}))
-    return Problem(500, ErrorReply("The server failed to answer; its log says why.", "server_error"))
+            return _invalid_request(error.status_code, error.detail, headers=dict(error.headers or {}))
+    return ErrorResponse(500, ErrorInfo("The server failed to answer; its log has the reason.", "server_error"))
 
 
-def _later(status: int, error: ErrorReply, seconds: float) -> Problem:
-    return Problem(status, error, {"retry-after": str(max(1, ceil(seconds)))})
+def _invalid_request(
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> ErrorResponse:
+    return ErrorResponse(status, ErrorInfo(message, "invalid_request_error", param, code), headers or {})
+
+
+def _retry_later(status: int, error: ErrorInfo, seconds: float) -> ErrorResponse:
+    return ErrorResponse(status, error, {"retry-after": str(max(1, ceil(seconds)))})

@@ -1,4 +1,4 @@
-"""Bodies as JSON, and server-sent events."""
+"""Encodes JSON bodies and server-sent events."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-# A reply that can be a body: a struct, an object, or a list of these.
-Body = Struct | Mapping[str, Any] | Sequence[Struct | Mapping[str, Any]]
+# A JSON body: a struct, an object, or a list of these.
+JSONBody = Struct | Mapping[str, Any] | Sequence[Struct | Mapping[str, Any]]
 
 # The last event of a complete stream.
-DONE = b"data: [DONE]\n\n"
+DONE_EVENT = b"data: [DONE]\n\n"
 
-encode = msgspec.json.Encoder().encode
+encode_json = msgspec.json.Encoder().encode
 
 
-def event(reply: Struct | Mapping[str, Any]) -> bytes:
-    """Returns one server-sent event with `reply` as its data."""
-    return b"data: %b\n\n" % encode(reply)
+def sse_event(data: Struct | Mapping[str, Any]) -> bytes:
+    """Returns one server-sent event with `data` as JSON."""
+    return b"data: %b\n\n" % encode_json(data)

@@ -1,4 +1,4 @@
-"""Reads request bodies."""
+"""Receives request bodies up to a size limit."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 
-async def read(request: Request, limit: int) -> bytes:
-    """The whole body. Raises HTTPException 413 once it is known to be longer than `limit` bytes, which is before
-    it is read if its length was announced, and ClientDisconnect if the client goes first."""
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise _too_large(limit)
-    pieces: list[bytes] = []
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Returns the whole body.
+
+    Raises HTTPException 413 if the body is longer than `max_bytes`: before receiving anything if Content-Length exceeds
+    the limit, else at the first chunk beyond the limit. Raises ClientDisconnect if the client disconnects first.
+    """
+    content_length = request.headers.get("content-length", "")
+    if content_length.isdecimal() and int(content_length) > max_bytes:
+        raise _too_large(max_bytes)
+    chunks: list[bytes] = []
     size = 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > limit:
-            raise _too_large(limit)
-        pieces.append(piece)
-    return b"".join(pieces)
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
-def _too_large(limit: int) -> HTTPException:
-    return HTTPException(413, f"The body is larger than {limit} bytes, the most that is read.")
+def _too_large(max_bytes: int) -> HTTPException:
+    return HTTPException(413, f"The body is too large: send at most {max_bytes} bytes.")

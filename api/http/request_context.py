@@ -1,4 +1,4 @@
-"""One HTTP request as the log tells it: an id on every response, and one line at the end."""
+"""The context of one HTTP request: its id, on every response, and its line in the log."""
 
 from __future__ import annotations
 
@@ -13,81 +13,85 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine import Finished
 
-log = logging.getLogger("paceline")
+_log = logging.getLogger("paceline")
 
-HUNG_UP = 499
-"""The status that nginx made customary for a client that did not wait for the answer."""
+# nginx's status for a client that disconnected before the response was complete.
+CLIENT_CLOSED_REQUEST = 499
 
-_SANE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
-_ROUTINE = ("/health", "/metrics", "/slots")
+# A client's request id is kept if it cannot forge a line of the log.
+_SAFE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+
+# Monitoring requests are logged at DEBUG.
+_MONITORING_PATHS = ("/health", "/metrics", "/slots")
 
 
-class Exchange:
-    """What is known about a request while it is served. Endpoints add what only they know."""
+class RequestContext:
+    """The facts about one HTTP request while the server answers the request. Endpoints add theirs."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
-        given = Headers(scope=scope).get("x-request-id", "")
-        self.id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        client_id = Headers(scope=scope).get("x-request-id", "")
+        self.id = client_id if _SAFE_ID.fullmatch(client_id) else uuid.uuid4().hex
         self.send = send
-        """Straight to the client, past all middleware: for bodies only, and only after the start."""
+        """The server's `send`, past all middleware: only for body messages after the start of the response."""
         self.method: str = scope["method"]
         self.path: str = scope["path"]
-        self.status = HUNG_UP  # until a response starts
-        self.first_token: float | None = None
-        """Seconds until the first update from the engine."""
-        self.ends: list[Finished] = []
-        self.failure: Exception | None = None
-        """Why it was refused, or what ended it early."""
+        self.status = CLIENT_CLOSED_REQUEST  # until a response starts
+        self.first_token_seconds: float | None = None
+        """Seconds from the arrival to the first token; None before the first token."""
+        self.finished: list[Finished] = []
+        """The terminal updates of the choices that have finished."""
+        self.error: Exception | None = None
+        """The exception that refused the request or ended its stream; None if there was none."""
         self.namespace = ""
-        """What only requests of one client share, whatever salt they ask for; empty if all clients are one."""
+        """The namespace of the API key; empty if all keys share prefixes."""
         self._started = time.monotonic()
 
-    def salt(self, asked: str | None) -> str:
-        """The salt of a request that asks for one, or for none: unequal for unequal namespaces."""
-        return f"{self.namespace} {asked or ''}" if self.namespace else asked or ""
+    def cache_salt(self, requested: str | None) -> str:
+        """Returns the salt for a request with `cache_salt` `requested`: unequal in unequal namespaces."""
+        return f"{self.namespace} {requested or ''}" if self.namespace else requested or ""
 
     @property
-    def age(self) -> float:
-        """Seconds since the request came."""
+    def age_seconds(self) -> float:
+        """Seconds since the request arrived."""
         return time.monotonic() - self._started
 
     def __str__(self) -> str:
-        facts = [self.id, self.method, quote(self.path), str(self.status), f"{self.age:.3f}s"]
-        if self.ends:
-            facts.append("prompt={} cached={} completion={}".format(*self._tokens()))
-        if self.first_token is not None:
-            facts.append(f"ttft={self.first_token * 1e3:.0f}ms")
-        if self.ends:
-            facts.append(f"{self._rate():.1f} tok/s")
-            facts.append(",".join(sorted({end.reason for end in self.ends})))
-        if self.failure is not None:
-            facts.append(f"error={str(self.failure)!r}")
+        facts = [self.id, self.method, quote(self.path), str(self.status), f"{self.age_seconds:.3f}s"]
+        if self.finished:
+            facts.append("prompt={} cached={} completion={}".format(*self._token_counts()))
+        if self.first_token_seconds is not None:
+            facts.append(f"ttft={self.first_token_seconds * 1e3:.0f}ms")
+        if self.finished:
+            facts.append(f"{self._tokens_per_second():.1f} tok/s")
+            facts.append(",".join(sorted({end.reason for end in self.finished})))
+        if self.error is not None:
+            facts.append(f"error={str(self.error)!r}")
         return " ".join(facts)
 
-    def _tokens(self) -> tuple[int, int, int]:
-        usages = [end.usage for end in self.ends]
+    def _token_counts(self) -> tuple[int, int, int]:
+        usages = [end.usage for end in self.finished]
         return (
             sum(usage.prompt for usage in usages),
             sum(usage.cached for usage in usages),
             sum(usage.completion for usage in usages),
         )
 
-    def _rate(self) -> float:
-        """Tokens per second after the first, as `timings` counts them; choices ran side by side."""
-        tokens = sum(max(0, end.usage.completion - 1) for end in self.ends)
-        seconds = max(end.timings.predicted for end in self.ends)
+    def _tokens_per_second(self) -> float:
+        """Tokens after the first of each choice, over the seconds of the slowest choice, as in `timings`."""
+        tokens = sum(max(0, end.usage.completion - 1) for end in self.finished)
+        seconds = max(end.timings.predicted for end in self.finished)
         return tokens / seconds if seconds else 0.0
 
 
-def exchange_of(scope: Scope) -> Exchange:
-    """The exchange that `scope` belongs to."""
-    exchange = scope["state"]["exchange"]
-    assert isinstance(exchange, Exchange)
-    return exchange
+def request_context(scope: Scope) -> RequestContext:
+    """Returns the context of the request that `scope` describes."""
+    context = scope["state"]["context"]
+    assert isinstance(context, RequestContext)
+    return context
 
 
-class Exchanges:
-    """Middleware around everything else: gives each request its Exchange, and logs that at the end."""
+class RequestContextMiddleware:
+    """The outermost ASGI middleware: gives each request a RequestContext, and logs the context at the end."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -96,17 +100,17 @@ class Exchanges:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(scope, send)
-        scope.setdefault("state", {})["exchange"] = exchange
+        context = RequestContext(scope, send)
+        scope.setdefault("state", {})["context"] = context
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                exchange.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = exchange.id
+                context.status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = context.id
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            level = logging.DEBUG if exchange.path in _ROUTINE else logging.INFO
-            log.log(level, "%s", exchange)
+            level = logging.DEBUG if context.path in _MONITORING_PATHS else logging.INFO
+            _log.log(level, "%s", context)

@@ -1,4 +1,4 @@
-"""Responses that end when their client does."""
+"""JSON and event-stream responses whose work is cancelled when the client disconnects."""
 
 from __future__ import annotations
 
@@ -13,126 +13,127 @@ import anyio
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from api.http.error_responses import Problem, problem_of
-from api.http.events import Body, encode, event
-from api.http.request_context import HUNG_UP, exchange_of
-from api.http.tasks import unless_gone
+from api.http.error_responses import error_response
+from api.http.events import JSONBody, encode_json, sse_event
+from api.http.request_context import CLIENT_CLOSED_REQUEST, request_context
+from api.http.tasks import run_until_disconnect
 from engine import EngineError
 
-log = logging.getLogger("paceline")
+_log = logging.getLogger("paceline")
 
-PING = b": ping\n\n"
-"""A comment: keeps proxies from closing a silent stream, and is dropped by every parser of events."""
+# A comment: proxies keep the connection open, parsers of events drop it.
+_PING_COMMENT = b": ping\n\n"
 
-Emit = Callable[[bytes], Awaitable[None]]
+SendEvents = Callable[[bytes], Awaitable[None]]
 
 
-class JSONReply(Response):
-    """A reply as JSON."""
+class JSONResponse(Response):
+    """A response with a JSON body."""
 
     media_type = "application/json"
 
-    def __init__(self, reply: Body, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        super().__init__(encode(reply), status, headers)
+    def __init__(self, body: JSONBody, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        super().__init__(encode_json(body), status, headers)
 
 
-def problem_reply(problem: Problem) -> JSONReply:
-    """The response for `problem`."""
-    return JSONReply(problem.body, problem.status, problem.headers)
+def json_error(error: Exception) -> JSONResponse:
+    """Returns the JSON response for `error`."""
+    response = error_response(error)
+    return JSONResponse(response.body, response.status, response.headers)
 
 
-class Answer(Response):
-    """A reply that takes a while: `make` is cancelled when the client hangs up before it is made."""
+class PendingJSONResponse(Response):
+    """A JSON response whose body `make_body` computes. A disconnect of the client cancels `make_body`."""
 
-    def __init__(self, make: Callable[[], Awaitable[Body]]) -> None:
-        self.make = make
+    def __init__(self, make_body: Callable[[], Awaitable[JSONBody]]) -> None:
+        self.make_body = make_body
         self.status_code = 200
         self.background = None
         self.init_headers()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        made: list[Body] = []
+        bodies: list[JSONBody] = []
 
-        async def job() -> None:
-            made.append(await self.make())
+        async def compute() -> None:
+            bodies.append(await self.make_body())
 
-        if await unless_gone(receive, job):
-            await JSONReply(made[0])(scope, receive, send)
+        if await run_until_disconnect(receive, compute):
+            await JSONResponse(bodies[0])(scope, receive, send)
 
 
-class EventStream(Response):
-    """Server-sent events that stop the moment the client does.
+class EventStreamResponse(Response):
+    """A stream of server-sent events. A disconnect of the client cancels `produce`.
 
-    `produce` is given `emit` and calls it with one or more whole events at a time, also from several tasks. The
-    status line waits for the first of them, so a refused request is still a proper HTTP error; but after `ping`
-    seconds of silence (0: never) it goes out with a comment. From then on an error is an event, and the last one.
+    `produce` gets `send_events` and calls it with one or more whole events at a time, also from several tasks. The
+    response starts with the first event, so a request refused before gets an error status; or, with a comment, after
+    `ping_seconds` without an event (0 is never). An error after the start is sent as the last event.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, produce: Callable[[Emit], Awaitable[None]], ping: float) -> None:
+    def __init__(self, produce: Callable[[SendEvents], Awaitable[None]], ping_seconds: float) -> None:
         self.produce = produce
-        self.ping = ping
+        self.ping_seconds = ping_seconds
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
         self._started = False
-        self._spoke = time.monotonic()
-        self._turn = Lock()  # choices and pings may come first at once, and the status line must come before both
+        self._last_sent = time.monotonic()
+        self._start_lock = Lock()  # several choices and a ping may be first at the same time
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = exchange_of(scope)
-        # Starlette's layers only want to know of the start; each costs time for every message that passes.
-        send_body = exchange.send
+        context = request_context(scope)
+        # Starlette's middleware needs the start message only; each layer costs time for every body message.
+        send_body = context.send
 
-        async def emit(events: bytes) -> None:
+        async def send_events(events: bytes) -> None:
             if not self._started:
                 await self._start(send)
-            self._spoke = time.monotonic()
+            self._last_sent = time.monotonic()
             await send_body({"type": "http.response.body", "body": events, "more_body": True})
 
-        async def job() -> None:
+        async def stream() -> None:
             try:
-                await self.produce(emit)
+                await self.produce(send_events)
             except OSError:
-                raise _SocketGone from None
+                raise _SocketClosed from None
             except Exception as error:
-                async with self._turn:  # which a ping may have, to start the response
+                async with self._start_lock:  # a ping may be starting the response
                     if not self._started:
                         raise
-                exchange.failure = error
-                await emit(_last_event(error))
-            self._spoke = math.inf  # no ping may follow
+                context.error = error
+                await send_events(_error_event(error))
+            self._last_sent = math.inf  # no ping may follow the last event
             await send_body({"type": "http.response.body", "body": b"", "more_body": False})
 
         async def keep_alive() -> None:
             with suppress(OSError):
                 while True:
-                    left = self._spoke + self.ping - time.monotonic()
-                    if left > 0:
-                        await anyio.sleep(min(left, self.ping))
+                    remaining = self._last_sent + self.ping_seconds - time.monotonic()
+                    if remaining > 0:
+                        await anyio.sleep(min(remaining, self.ping_seconds))
                     else:
-                        await emit(PING)
+                        await send_events(_PING_COMMENT)
 
         try:
-            done = await unless_gone(receive, job, *([keep_alive] if self.ping else []))
-        except _SocketGone:
+            done = await run_until_disconnect(receive, stream, *([keep_alive] if self.ping_seconds else []))
+        except _SocketClosed:
             done = False
         if not done:
-            exchange.status = HUNG_UP
+            context.status = CLIENT_CLOSED_REQUEST
 
     async def _start(self, send: Send) -> None:
-        async with self._turn:
+        async with self._start_lock:
             if not self._started:
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 self._started = True
 
 
-class _SocketGone(Exception):
-    """`send` failed: the client went before `receive` could tell."""
+class _SocketClosed(Exception):
+    """`send` failed: the client disconnected before `receive` returned the disconnect message."""
 
 
-def _last_event(error: Exception) -> bytes:
+def _error_event(error: Exception) -> bytes:
     if not isinstance(error, EngineError):
-        log.error("A stream failed", exc_info=error)
-    return event(problem_of(error).body)
+        _log.error("The stream failed", exc_info=error)
+    return sse_event(error_response(error).body)

@@ -1,4 +1,4 @@
-"""Two ways to do several things at once and end cleanly. Errors come out as themselves, not in groups."""
+"""Runs coroutines concurrently with cancellation. Their errors are raised as they are, not in exception groups."""
 
 from __future__ import annotations
 
@@ -8,50 +8,50 @@ from typing import Any
 import anyio
 from starlette.types import Receive
 
-Job = Callable[[], Coroutine[Any, Any, None]]
+CoroutineFunction = Callable[[], Coroutine[Any, Any, None]]
 
 
-async def together(jobs: Sequence[Job]) -> None:
-    """Does all jobs at once; the first that fails ends the others, and its error is raised."""
-    if len(jobs) == 1:
-        await jobs[0]()
+async def run_concurrently(functions: Sequence[CoroutineFunction]) -> None:
+    """Runs all `functions` until they return. The first error cancels the others and is raised."""
+    if len(functions) == 1:
+        await functions[0]()
         return
-    failures: list[Exception] = []
+    errors: list[Exception] = []
     async with anyio.create_task_group() as tasks:
 
-        async def run(job: Job) -> None:
+        async def run(function: CoroutineFunction) -> None:
             try:
-                await job()
+                await function()
             except Exception as error:
-                failures.append(error)
+                errors.append(error)
                 tasks.cancel_scope.cancel()
 
-        for job in jobs:
-            tasks.start_soon(run, job)
-    if failures:
-        raise failures[0]
+        for function in functions:
+            tasks.start_soon(run, function)
+    if errors:
+        raise errors[0]
 
 
-async def unless_gone(receive: Receive, job: Job, *beside: Job) -> bool:
-    """Does `job` unless the client hangs up first: then `job` is cancelled and False is returned.
+async def run_until_disconnect(receive: Receive, function: CoroutineFunction, *background: CoroutineFunction) -> bool:
+    """Runs `function`, and returns True; a disconnect of the client cancels `function` and returns False.
 
-    The jobs `beside` it, which must not fail, run until it ends. The request's body must have been read.
+    The `background` functions run until `function` ends and must not raise. The request's body must have been received.
     """
     done = False
     failure: Exception | None = None
     async with anyio.create_task_group() as tasks:
 
-        async def hang_up() -> None:
+        async def cancel_on_disconnect() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
             tasks.cancel_scope.cancel()
 
-        for other in (hang_up, *beside):
+        for other in (cancel_on_disconnect, *background):
             tasks.start_soon(other)
         try:
-            await job()
+            await function()
             done = True
-        except Exception as error:  # raised outside the group, so that nobody has to unwrap it
+        except Exception as error:  # raised below, as the task group would wrap it in an exception group
             failure = error
         tasks.cancel_scope.cancel()
     if failure is not None:

@@ -1,4 +1,4 @@
-"""What clients send to llama-server's own POST /completion, and what they get."""
+"""Request and replies of POST /completion in llama-server's shape."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from api.http.decode_errors import nearest
+from api.http.decode_errors import nearest_hint
 from api.llama_server.generation_settings import SAMPLERS
 from api.schema.replies import TimingsReply
-from api.schema.requests import Choices, Completion, Count, Int
-from engine import Reading, RequestRefused, SamplingParams
+from api.schema.requests import ChoiceCount, GenerationRequest, Int32, NonNegativeInt
+from engine import PrefillProgress, RequestRefused, SamplingParams
 
-Pieces = list[str | int]
-"""A prompt of texts and tokens by turns."""
+# A prompt as a mixed list of texts and tokens.
+MixedPrompt = list[str | int]
 
 
-class NativeRequest(Completion, kw_only=True):
-    """POST /completion."""
+class LlamaCompletionRequest(GenerationRequest, kw_only=True):
+    """Request body of POST /completion."""
 
-    prompt: str | list[str | int | Pieces]
-    n_cmpl: Choices | None = None
+    prompt: str | list[str | int | MixedPrompt]
+    n_cmpl: ChoiceCount | None = None
     n_probs: Annotated[int, Meta(ge=0, le=100)] | None = None
-    id_slot: Int | None = None
-    """No slot has prefixes of its own here, so any will do: one that there is, or -1, is taken and changes nothing."""
+    id_slot: Int32 | None = None
+    """Accepted without effect if it is -1 or a valid slot, since all slots share the prefix cache."""
     cache_prompt: bool | None = None
     return_tokens: bool | None = None
     response_fields: Annotated[list[str], Meta(max_length=64)] | None = None
     samplers: str | list[str] | None = None
-    t_max_predict_ms: Int | None = None
+    t_max_predict_ms: Int32 | None = None
     timings_per_token: bool | None = None
     return_progress: bool | None = None
 
     grammar_lazy: bool | None = None
-    n_keep: Int | None = None
-    n_discard: Count | None = None
-    n_indent: Count | None = None
-    min_keep: Count | None = None
-    mirostat: Int | None = None
+    n_keep: Int32 | None = None
+    n_discard: NonNegativeInt | None = None
+    n_indent: NonNegativeInt | None = None
+    min_keep: NonNegativeInt | None = None
+    mirostat: Int32 | None = None
     dynatemp_range: float | None = None
     top_n_sigma: float | None = None
     adaptive_target: float | None = None
@@ -51,54 +51,60 @@ class NativeRequest(Completion, kw_only=True):
         self.n = self.n_cmpl if self.n is None else self.n
 
     @property
-    def prompts(self) -> Sequence[str | Pieces]:
-        """The prompts. A list with a token in it is one prompt, another is one of prompts. Raises RequestRefused."""
+    def prompts(self) -> Sequence[str | MixedPrompt]:
+        """The prompts. A list that contains a token is one prompt, another list is a list of prompts.
+
+        Raises RequestRefused for an empty list and for a list that mixes tokens and lists.
+        """
         if isinstance(self.prompt, str):
             return [self.prompt]
         kinds = set(map(type, self.prompt))
         numbers = int in kinds
         if not kinds or (numbers and list in kinds):
             raise RequestRefused(
-                "prompt must be a text, a list of texts and token ids, or a list of such prompts, and not empty.",
+                "prompt must be a text, a list of texts and token ids, or a non-empty list of such prompts.",
                 field="prompt",
             )
         if not numbers:
             return [item for item in self.prompt if not isinstance(item, int)]
         return [[item for item in self.prompt if not isinstance(item, list)]]
 
-    def sampling(self, defaults: SamplingParams) -> SamplingParams:
-        """The same as for every completion, without the stages that `samplers` leaves out."""
-        stages = self.stages
-        without = {name: value for stage, off in _OFF.items() if stage not in stages for name, value in off.items()}
-        return msgspec.structs.replace(super().sampling(defaults), **without)
+    def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
+        """Returns the sampling parameters, with neutral values for the stages that `samplers` omits."""
+        neutral: dict[str, float | int] = {}
+        for stage, values in _NEUTRAL_VALUES.items():
+            if stage not in self.sampler_stages:
+                neutral |= values
+        return msgspec.structs.replace(super().sampling_params(defaults), **neutral)
 
     @property
-    def stages(self) -> Sequence[str]:
-        """The stages that tokens are picked by. Raises RequestRefused for what is none, and for another order."""
-        return SAMPLERS if self.samplers is None else _stages(self.samplers)
+    def sampler_stages(self) -> Sequence[str]:
+        """The active sampler stages. Raises RequestRefused for unknown stages and for an order unlike `SAMPLERS`."""
+        return SAMPLERS if self.samplers is None else _parse_samplers(self.samplers)
 
     def refuse_unsupported(self) -> None:
-        """Raises RequestRefused for a wish that would silently not be met."""
+        """Raises RequestRefused for unsupported fields that are not off."""
         for name, (is_off, off) in _UNSUPPORTED.items():
             value = getattr(self, name)
             if value is not None and not is_off(value):
                 raise RequestRefused(f"{name} is not supported, only {off}.", field=name)
 
 
+# Unsupported fields: the test whether the value turns the field off, and the description of such values.
 _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "grammar_lazy": (lambda value: not value, "false: a grammar holds from the first token"),
+    "grammar_lazy": (lambda value: not value, "false: a grammar applies from the first token"),
     "n_indent": (lambda value: not value, "0"),
     "min_keep": (lambda value: value <= 1, "0 or 1: one token is always kept"),
     "mirostat": (lambda value: value == 0, "0"),
     "dynatemp_range": (lambda value: value == 0, "0"),
     "top_n_sigma": (lambda value: value <= 0, "0 or less"),
     "adaptive_target": (lambda value: value < 0, "less than 0"),
-    "post_sampling_probs": (lambda value: not value, "false: n_probs are those of the model"),
+    "post_sampling_probs": (lambda value: not value, "false: n_probs are computed before sampling"),
     "lora": (lambda value: not value, "an empty list"),
 }
-"""Fields that have to be off, whether they are, and how that is said."""
 
-_OFF: dict[str, dict[str, float | int]] = {
+# Parameters with which a stage has no effect.
+_NEUTRAL_VALUES: dict[str, dict[str, float | int]] = {
     "penalties": {"repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
     "dry": {"dry_multiplier": 0.0},
     "top_k": {"top_k": 0},
@@ -108,27 +114,31 @@ _OFF: dict[str, dict[str, float | int]] = {
     "xtc": {"xtc_probability": 0.0},
     "temperature": {"temperature": 1.0},
 }
-"""What stands for the absence of a stage."""
 
-_LETTERS = dict(zip("edskypmxt", SAMPLERS, strict=True))
-_RENAMED = {"typical_p": "typ_p", "top-k": "top_k", "top-p": "top_p", "min-p": "min_p", "temp": "temperature"}
+_SAMPLER_LETTERS = dict(zip("edskypmxt", SAMPLERS, strict=True))
+_SAMPLER_ALIASES = {"typical_p": "typ_p", "top-k": "top_k", "top-p": "top_p", "min-p": "min_p", "temp": "temperature"}
 
 
-def _stages(samplers: str | list[str]) -> list[str]:
-    """The stages by name. Raises RequestRefused."""
-    known = _LETTERS if isinstance(samplers, str) else dict.fromkeys(SAMPLERS)
+def _parse_samplers(samplers: str | list[str]) -> list[str]:
+    """Returns the stages of `samplers`: names, or letters in one string. Raises RequestRefused."""
+    known = _SAMPLER_LETTERS if isinstance(samplers, str) else dict.fromkeys(SAMPLERS)
     for name in samplers:
-        if name not in known and name not in _RENAMED:
-            raise RequestRefused(f"samplers: there is no {name[:32]!r}{nearest(name, known)}", field="samplers")
-    stages = [_LETTERS[name] if isinstance(samplers, str) else _RENAMED.get(name, name) for name in samplers]
-    if [SAMPLERS.index(stage) for stage in stages] != sorted({SAMPLERS.index(stage) for stage in stages}):
-        order = ", ".join(SAMPLERS)
-        raise RequestRefused(f"samplers may leave stages out, but run in this order: {order}.", field="samplers")
+        if name not in known and name not in _SAMPLER_ALIASES:
+            raise RequestRefused(
+                f"samplers contains an unknown stage {name[:32]!r}{nearest_hint(name, known)}", field="samplers"
+            )
+    names = _SAMPLER_LETTERS if isinstance(samplers, str) else _SAMPLER_ALIASES
+    stages = [names.get(name, name) for name in samplers]
+    places = [SAMPLERS.index(stage) for stage in stages]
+    if places != sorted(set(places)):
+        raise RequestRefused(
+            f"samplers may omit stages but must keep this order: {', '.join(SAMPLERS)}.", field="samplers"
+        )
     return stages
 
 
 class TopProb(Struct, frozen=True):
-    """A likely token."""
+    """A candidate token and its log probability."""
 
     id: int
     token: str
@@ -137,7 +147,7 @@ class TopProb(Struct, frozen=True):
 
 
 class TokenProb(Struct, frozen=True):
-    """A token of the text, and those likeliest in its place."""
+    """An emitted token, and the most probable tokens at its position."""
 
     id: int
     token: str
@@ -146,8 +156,8 @@ class TokenProb(Struct, frozen=True):
     top_logprobs: list[TopProb]
 
 
-class Progress(Struct, frozen=True):
-    """The part of `timings` that is known while a choice runs."""
+class RunningTimings(Struct, frozen=True):
+    """The fields of `timings` that are known before the end."""
 
     predicted_n: int
     predicted_ms: float
@@ -156,7 +166,7 @@ class Progress(Struct, frozen=True):
 
 
 class PromptProgress(Struct, frozen=True):
-    """How far the prompt is read, in tokens; those from the cache count as processed."""
+    """Prefill progress in tokens; `processed` includes tokens from the cache."""
 
     total: int
     cache: int
@@ -164,13 +174,13 @@ class PromptProgress(Struct, frozen=True):
     time_ms: int
 
     @classmethod
-    def of(cls, reading: Reading) -> PromptProgress:
-        """As the engine tells it."""
-        return cls(reading.prompt, reading.cached, reading.processed, round(reading.seconds * 1e3))
+    def of(cls, progress: PrefillProgress) -> PromptProgress:
+        """Returns the reply form of `progress`."""
+        return cls(progress.prompt, progress.cached, progress.processed, round(progress.seconds * 1e3))
 
 
-class NativeChunk(Struct, frozen=True, kw_only=True):
-    """An event of a stream, all but the last of each choice."""
+class LlamaCompletionChunk(Struct, frozen=True, kw_only=True):
+    """An event of a stream before the end of its choice."""
 
     index: int
     content: str
@@ -178,16 +188,16 @@ class NativeChunk(Struct, frozen=True, kw_only=True):
     stop: bool = False
     id_slot: int = -1
     tokens_predicted: int
-    """So far."""
+    """Tokens emitted so far."""
     tokens_evaluated: int
-    """Of the prompt."""
-    timings: Progress | UnsetType = UNSET
+    """Tokens of the prompt."""
+    timings: RunningTimings | UnsetType = UNSET
     prompt_progress: PromptProgress | UnsetType = UNSET
     completion_probabilities: Sequence[TokenProb] | UnsetType = UNSET
 
 
-class NativeReply(Struct, frozen=True, kw_only=True):
-    """A choice at its end: the last event of a stream, with nothing in `content`, or a body."""
+class LlamaCompletionReply(Struct, frozen=True, kw_only=True):
+    """A finished choice: the last event of a stream, with empty `content`, or a response body."""
 
     index: int
     content: str
@@ -201,16 +211,16 @@ class NativeReply(Struct, frozen=True, kw_only=True):
     prompt: str
     has_new_line: bool
     truncated: bool
-    """Whether the context was full: a part was forgotten, or it is the end."""
+    """True if the context was full: a context shift discarded tokens, or the completion ended."""
     stop_type: str
     stopping_word: str
     tokens_cached: int
-    """Tokens that are kept, for the next request that begins so."""
+    """Tokens that remain in the prefix cache."""
     timings: TimingsReply
     completion_probabilities: Sequence[TokenProb] | UnsetType = UNSET
 
-    def only(self, fields: Sequence[str]) -> dict[str, Any]:
-        """These fields alone, each under its path with slashes; what there is not is left out."""
+    def selected(self, fields: Sequence[str]) -> dict[str, Any]:
+        """Returns the selected fields by path, with slashes between nested names. Unknown paths are omitted."""
         whole = msgspec.to_builtins(self)
         found = {}
         for path in fields:

@@ -1,4 +1,4 @@
-"""What a request is generated with, as llama-server tells it in `generation_settings` and in /props."""
+"""The parameters of a request, as in llama-server's `generation_settings` and /props."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import msgspec
 
 from engine import Request, SamplingParams
 
+# Sampler stages in the order of execution, by llama-server's names. `top_n_sigma` is always off.
 SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
-"""The stages in the order in which they run, by llama-server's names. Nothing is ever cut by `top_n_sigma`."""
 
 
 def default_settings(defaults: SamplingParams) -> dict[str, object]:
-    """Those of a request that does not say."""
+    """Returns the parameters of a request without any fields."""
     settings = msgspec.structs.asdict(defaults)
     del settings["logit_bias"]
     return {
@@ -31,14 +31,14 @@ def default_settings(defaults: SamplingParams) -> dict[str, object]:
     }
 
 
-def settings_of(request: Request, seed: int, *, stream: bool) -> dict[str, object]:
-    """Those of `request`; `seed` is what its client may send to get the same again."""
-    most = -1 if request.max_tokens is None else request.max_tokens
+def request_settings(request: Request, seed: int, *, stream: bool) -> dict[str, object]:
+    """Returns the parameters of `request`. `seed` is the client's seed, which reproduces the completion."""
+    max_tokens = -1 if request.max_tokens is None else request.max_tokens
     speculation = request.speculation
     settings = default_settings(request.sampling) | {
         "seed": seed,
-        "n_predict": most,
-        "max_tokens": most,
+        "n_predict": max_tokens,
+        "max_tokens": max_tokens,
         "min_tokens": request.min_tokens,
         "ignore_eos": request.ignore_eos,
         "stop": request.stop,

@@ -1,4 +1,4 @@
-"""GET /props: what is served and what requests default to, in llama-server's shape."""
+"""GET /props: the loaded model, the server's settings and the default parameters, in llama-server's shape."""
 
 from __future__ import annotations
 
@@ -7,52 +7,52 @@ from typing import Literal
 
 from msgspec import Struct
 
-from api.generation.loaded_model import VERSION, Served
+from api.generation.loaded_model import PACELINE_VERSION, LoadedModel
 from api.llama_server.generation_settings import default_settings
 from api.templates.chat_template import Capabilities
 from engine import MemoryInfo
 
 
-class Defaults(Struct, frozen=True):
-    """What a request gets that does not say."""
+class DefaultSettings(Struct, frozen=True):
+    """Default parameters of a request."""
 
     n_ctx: int
-    """Tokens that it may have, prompt and continuation together."""
+    """Maximum tokens of a request, prompt and completion together."""
     params: dict[str, object]
 
 
-class Guessing(Struct, frozen=True):
-    """Who guesses for requests that do not say, who could, and why the others cannot."""
+class SpeculationProps(Struct, frozen=True):
+    """Proposer types: the default of requests, the available ones, and the others with the reason."""
 
     types: Sequence[str]
     available: Sequence[str]
     unavailable: Mapping[str, str]
 
 
-class Memory(Struct, frozen=True):
-    """How prefixes are kept and shared."""
+class PrefixCacheProps(Struct, frozen=True):
+    """The layout of the KV cache and the sharing of prefixes."""
 
     kv_unified: bool
-    """True if all slots share the KV cells, False if each has its own."""
+    """True if all slots share the KV cells, False if each slot has cells of its own."""
     kv_reason: str
-    """Why, in one line."""
+    """The reason for the layout, in one line."""
     sharing: Literal["any token", "whole texts"]
-    """Where a prefix that requests share may end."""
+    """Where a shared prefix may end."""
     window: int
-    """Positions that some layers look back on; 0 if all look on all."""
+    """Size of the sliding attention window in tokens, 0 without one."""
     ram_bytes: int
-    """Prefixes in RAM at most."""
+    """Size of the RAM tier."""
     disk: bool
-    """Whether prefixes outlive the server."""
+    """True if prefixes survive a restart."""
     disk_bytes: int
     moved_from: int
-    """Tokens that must recur for a part of a changed prompt to be moved instead of computed; 0 if none is."""
+    """Minimum tokens of a repeated part of a prompt that is moved instead of computed, 0 if parts are never moved."""
     by_key: bool
-    """Whether only requests of equal API key share."""
+    """True if only requests with the same API key share prefixes."""
 
     @classmethod
-    def of(cls, memory: MemoryInfo, *, by_key: bool) -> Memory:
-        """The same for clients."""
+    def of(cls, memory: MemoryInfo, *, by_key: bool) -> PrefixCacheProps:
+        """Returns the reply form of `memory`."""
         return cls(
             memory.kv_unified,
             memory.kv_reason,
@@ -61,13 +61,13 @@ class Memory(Struct, frozen=True):
             memory.ram_bytes,
             memory.disk,
             memory.disk_bytes,
-            memory.moved_from,
+            memory.reuse_min_tokens,
             by_key,
         )
 
 
 class Modalities(Struct, frozen=True):
-    """What a request may hold besides text."""
+    """Supported inputs besides text."""
 
     vision: bool = False
     audio: bool = False
@@ -75,9 +75,9 @@ class Modalities(Struct, frozen=True):
 
 
 class Props(Struct, frozen=True):
-    """The reply."""
+    """The reply of GET /props."""
 
-    default_generation_settings: Defaults
+    default_generation_settings: DefaultSettings
     total_slots: int
     model_alias: str
     model_path: str
@@ -86,15 +86,15 @@ class Props(Struct, frozen=True):
     eos_token: str
     build_info: str
     deterministic: bool
-    """Whether the same seed gives the same text, whatever else runs."""
+    """True if the same seed gives the same completion under any load."""
     system_fingerprint: str
-    """Equal only where that text is the same: of the model file, the library's build and the profile."""
-    speculative: Guessing
-    memory: Memory
+    """Hash of the model file, the library build and the numeric profile; equal only where that completion is equal."""
+    speculative: SpeculationProps
+    memory: PrefixCacheProps
     endpoint_slots: bool
-    """Whether GET /slots answers."""
+    """True if GET /slots is enabled."""
     chat_template_caps: Capabilities | None
-    """None if the template cannot be used."""
+    """None if the template is invalid."""
     model_ftype: str
     endpoint_props: bool = False
     endpoint_metrics: bool = True
@@ -102,23 +102,23 @@ class Props(Struct, frozen=True):
     is_sleeping: bool = False
 
 
-def props_of(served: Served) -> Props:
-    """The properties of what is served."""
-    engine, info, template = served.engine, served.engine.info, served.prompts.template
+def props_reply(model: LoadedModel) -> Props:
+    """Returns the properties of the loaded model and its server."""
+    engine, info, template = model.engine, model.engine.info, model.prompts.template
     return Props(
-        Defaults(engine.request_limit, default_settings(served.options.sampling)),
+        DefaultSettings(engine.request_limit, default_settings(model.options.sampling)),
         engine.slots,
-        served.name,
+        model.name,
         info.path,
         template.source if template else info.chat_template or "",
         info.bos,
         info.eos,
-        f"paceline {VERSION}, {info.build}",
+        f"paceline {PACELINE_VERSION}, {info.build}",
         info.exact,
-        served.fingerprint,
-        Guessing(served.guessers, engine.proposers, engine.silent),
-        Memory.of(engine.memory, by_key=served.options.server.cache_salt_by_key),
-        served.options.server.slots_endpoint,
+        model.fingerprint,
+        SpeculationProps(model.default_proposers, engine.proposers, engine.unavailable_proposers),
+        PrefixCacheProps.of(engine.memory, by_key=model.options.server.cache_salt_by_key),
+        model.options.server.slots_endpoint,
         template.capabilities if template else None,
         info.description,
     )

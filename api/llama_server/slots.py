@@ -11,206 +11,211 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.generation.loaded_model import Served, Site
-from api.http.decode_errors import nearest
-from api.http.error_responses import NoIdleSlot, SwitchedOff
-from api.http.request_body import read
-from api.http.responses import JSONReply
-from api.schema.requests import decode
-from engine import Drafts, Ran, RequestRefused, SlotState
+from api.generation.loaded_model import AppState, LoadedModel
+from api.http.decode_errors import nearest_hint
+from api.http.error_responses import EndpointDisabled, NoIdleSlot
+from api.http.request_body import read_body
+from api.http.responses import JSONResponse
+from api.schema.requests import decode_body
+from engine import DraftStats, RequestRefused, RequestState, SlotState
 
-ACTIONS = ("save", "restore", "erase")
-LONGEST = 255
-"""Bytes of a file's name."""
-CONTROLS = frozenset(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
-FORBIDDEN = CONTROLS | frozenset('/\\:*?"<>|\uff0e\u2215\u2216\ufffd\ufeff')
-"""Characters that no file's name may have: separators and what looks like them, those that some system cannot have,
-and control characters."""
+_ACTIONS = ("save", "restore", "erase")
+_MAX_FILENAME_BYTES = 255
+_CONTROL_CHARACTERS = frozenset(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
+# Separators and their look-alikes, and characters that file names of some system cannot contain.
+_FORBIDDEN_CHARACTERS = _CONTROL_CHARACTERS | frozenset('/\\:*?"<>|\uff0e\u2215\u2216\ufffd\ufeff')
 
 
 class NextToken(Struct, frozen=True):
-    """How far a request is."""
+    """The progress of a request, in tokens."""
 
     has_next_token: bool
     n_remain: int
-    """Tokens that it may still emit; -1 if its context is the only limit."""
+    """Tokens until `max_tokens`, -1 without that limit."""
     n_decoded: int
 
 
-class DraftsReply(Struct, frozen=True):
-    """What became of one type's drafts, in tokens."""
+class DraftStatsReply(Struct, frozen=True):
+    """The results of one proposer type's drafts, in tokens."""
 
     type: str
     drafted: int
     accepted: int
     expected: float
-    """Of those drafted, how many were expected to be right."""
+    """Expected number of accepted tokens."""
     chance: float
-    """As of now, that the first token of another draft is right."""
+    """Current probability that the first token of a draft is accepted."""
     gain_ms: float
-    """Milliseconds of everybody's that the right ones saved, less those that all of them took."""
+    """Milliseconds saved by accepted tokens minus milliseconds spent on drafting and verifying, over all slots."""
 
     @classmethod
-    def of(cls, drafts: Drafts) -> DraftsReply:
-        """The same for clients."""
+    def of(cls, drafts: DraftStats) -> DraftStatsReply:
+        """Returns the reply form of `drafts`."""
         gain = 1e3 * (drafts.saved - drafts.spent)
         return cls(drafts.type, drafts.drafted, drafts.accepted, drafts.expected, drafts.chance, gain)
 
 
 class SlotReply(Struct, frozen=True, kw_only=True):
-    """A slot, and the request that it runs or ran last; nothing of a text."""
+    """A slot and its running or last request, without any text."""
 
     id: int
     n_ctx: int
     speculative: bool
-    """Whether anybody guesses."""
+    """True if the slot has proposers."""
     is_processing: bool
     id_task: int | UnsetType = UNSET
     n_prompt_tokens: int | UnsetType = UNSET
-    """As with llama-server, all tokens that are computed, emitted ones too."""
+    """Computed tokens, emitted ones included, as in llama-server."""
     n_prompt_tokens_processed: int | UnsetType = UNSET
     n_prompt_tokens_cache: int | UnsetType = UNSET
     params: dict[str, object] | UnsetType = UNSET
     next_token: Sequence[NextToken] | UnsetType = UNSET
     n_draft: int | UnsetType = UNSET
-    """Tokens of the draft that the next step verifies."""
-    drafts: Sequence[DraftsReply] | UnsetType = UNSET
+    """Length of the draft that the next step verifies."""
+    drafts: Sequence[DraftStatsReply] | UnsetType = UNSET
 
     @classmethod
-    def of(cls, state: SlotState, served: Served) -> SlotReply:
-        """The same for clients."""
-        limit, ran = served.engine.request_limit, state.ran
-        if ran is None:
-            return cls(id=state.number, n_ctx=limit, speculative=bool(served.guessers), is_processing=False)
-        remaining = -1 if ran.most is None else ran.most - ran.emitted
+    def of(cls, state: SlotState, model: LoadedModel) -> SlotReply:
+        """Returns the reply form of `state`."""
+        limit, request = model.engine.request_limit, state.request
+        if request is None:
+            return cls(id=state.number, n_ctx=limit, speculative=bool(model.default_proposers), is_processing=False)
+        remaining = -1 if request.max_tokens is None else request.max_tokens - request.emitted
         return cls(
             id=state.number,
             n_ctx=limit,
-            speculative=bool(ran.guessers),
+            speculative=bool(request.proposers),
             is_processing=state.busy,
-            id_task=ran.key,
+            id_task=request.key,
             n_prompt_tokens=state.tokens,
-            n_prompt_tokens_processed=ran.processed,
-            n_prompt_tokens_cache=ran.cached,
-            params=_params(ran),
-            next_token=[NextToken(state.busy, remaining, ran.emitted)],
-            n_draft=ran.draft,
-            drafts=[DraftsReply.of(drafts) for drafts in ran.drafts],
+            n_prompt_tokens_processed=request.processed,
+            n_prompt_tokens_cache=request.cached,
+            params=_params(request),
+            next_token=[NextToken(state.busy, remaining, request.emitted)],
+            n_draft=request.draft,
+            drafts=[DraftStatsReply.of(drafts) for drafts in request.drafts],
         )
 
 
-def _params(ran: Ran) -> dict[str, object]:
-    """What the request asked for, but for texts and tokens."""
-    sampling = msgspec.structs.asdict(ran.sampling)
+def _params(request: RequestState) -> dict[str, object]:
+    """Returns the parameters of a request, without texts and tokens."""
+    sampling = msgspec.structs.asdict(request.sampling)
     del sampling["logit_bias"], sampling["dry_sequence_breakers"]
-    most = -1 if ran.most is None else ran.most
+    max_tokens = -1 if request.max_tokens is None else request.max_tokens
     return {
         **sampling,
-        "n_predict": most,
-        "max_tokens": most,
-        "min_tokens": ran.min_tokens,
-        "ignore_eos": ran.ignore_eos,
-        "speculative.types": ",".join(ran.guessers) or "none",
+        "n_predict": max_tokens,
+        "max_tokens": max_tokens,
+        "min_tokens": request.min_tokens,
+        "ignore_eos": request.ignore_eos,
+        "speculative.types": ",".join(request.proposers) or "none",
     }
 
 
-class Timings(Struct, frozen=True, omit_defaults=True):
-    """Milliseconds that it took."""
+class SlotFileTimings(Struct, frozen=True, omit_defaults=True):
+    """Duration of a save or a restore, in milliseconds."""
 
     save_ms: float | UnsetType = UNSET
     restore_ms: float | UnsetType = UNSET
 
 
-class SavedReply(Struct, frozen=True):
-    """What a file was given."""
+class SlotSavedReply(Struct, frozen=True):
+    """The result of a save."""
 
     id_slot: int
     filename: str
     n_saved: int
-    """Tokens."""
+    """Tokens written."""
     n_written: int
-    """Bytes."""
-    timings: Timings
+    """Bytes written."""
+    timings: SlotFileTimings
 
 
-class RestoredReply(Struct, frozen=True):
-    """What a file had."""
+class SlotRestoredReply(Struct, frozen=True):
+    """The result of a restore."""
 
     id_slot: int
     filename: str
     n_restored: int
+    """Tokens loaded."""
     n_read: int
-    timings: Timings
+    """Bytes loaded."""
+    timings: SlotFileTimings
 
 
-class ErasedReply(Struct, frozen=True):
-    """What is known no more."""
+class SlotErasedReply(Struct, frozen=True):
+    """The result of an erase."""
 
     id_slot: int
     n_erased: int
+    """Tokens erased."""
 
 
-class FileRequest(Struct):
-    """The body of save and restore."""
+class SlotFileRequest(Struct):
+    """Request body of save and restore."""
 
     filename: str
 
 
-_DECODER = msgspec.json.Decoder(FileRequest)
+_SLOT_FILE = msgspec.json.Decoder(SlotFileRequest)
 
 
-class Slots:
-    """The endpoints."""
+class SlotEndpoints:
+    """The endpoints below /slots."""
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
+    def __init__(self, state: AppState) -> None:
+        self._state = state
 
     async def show(self, request: Request) -> Response:
-        """All slots; with `fail_on_no_slot` 503 if none is idle."""
-        served = self._site.open
-        if not self._site.config.slots_endpoint:
-            raise SwitchedOff("This server does not support slots endpoint. Start it with `--slots`")
-        states = await served.engine.slot_states()
+        """Returns all slots. Raises NoIdleSlot if the query has `fail_on_no_slot` and all slots are busy."""
+        model = self._state.model
+        if not self._state.config.slots_endpoint:
+            raise EndpointDisabled("This server does not support slots endpoint. Start it with `--slots`")
+        states = await model.engine.slot_states()
         if request.query_params.get("fail_on_no_slot", "0") not in ("", "0") and all(state.busy for state in states):
             raise NoIdleSlot
-        return JSONReply([SlotReply.of(state, served) for state in states])
+        return JSONResponse([SlotReply.of(state, model) for state in states])
 
     async def act(self, request: Request) -> Response:
-        """Saves, restores or erases what a slot ran last. It is done to its end, also if the client goes."""
-        served, config = self._site.open, self._site.config
+        """Saves, restores or erases the last sequence of a slot. The action completes without the client, too."""
+        model, config = self._state.model, self._state.config
         action = request.query_params.get("action", "")
-        if action not in ACTIONS:
-            raise RequestRefused(f"Invalid action {action[:32]!r}{nearest(action, ACTIONS)}.", field="action")
+        if action not in _ACTIONS:
+            raise RequestRefused(f"Invalid action {action[:32]!r}{nearest_hint(action, _ACTIONS)}.", field="action")
         if not config.slot_save_path and not (action == "erase" and config.slots_endpoint):
-            raise SwitchedOff("This server does not support slots action. Start it with `--slot-save-path`")
-        number = _number(request.path_params["id"], served.engine.slots)
+            raise EndpointDisabled("This server does not support slots action. Start it with `--slot-save-path`")
+        number = _slot_number(request.path_params["id"], model.engine.slots)
         if action == "erase":
-            return JSONReply(ErasedReply(number, await served.engine.erase_slot(number)))
-        name = decode(_DECODER, await read(request, config.max_body)).filename
-        path = Path(config.slot_save_path) / checked(name)
+            return JSONResponse(SlotErasedReply(number, await model.engine.erase_slot(number)))
+        name = decode_body(_SLOT_FILE, await read_body(request, config.max_body)).filename
+        path = Path(config.slot_save_path) / _checked_filename(name)
         if action == "save":
-            saved = await served.engine.save_slot(number, path)
-            timings = Timings(save_ms=saved.seconds * 1e3)
-            return JSONReply(SavedReply(number, name, saved.tokens, saved.bytes, timings))
-        found = await served.engine.restore_slot(number, path)
-        timings = Timings(restore_ms=found.seconds * 1e3)
-        return JSONReply(RestoredReply(number, name, found.tokens, found.bytes, timings))
+            saved = await model.engine.save_slot(number, path)
+            timings = SlotFileTimings(save_ms=saved.seconds * 1e3)
+            return JSONResponse(SlotSavedReply(number, name, saved.tokens, saved.bytes, timings))
+        restored = await model.engine.restore_slot(number, path)
+        timings = SlotFileTimings(restore_ms=restored.seconds * 1e3)
+        return JSONResponse(SlotRestoredReply(number, name, restored.tokens, restored.bytes, timings))
 
 
-def _number(text: str, slots: int) -> int:
-    """The number of a slot that there is. Raises HTTPException 404."""
-    if not (text.isascii() and text.isdecimal() and len(text) < LONGEST) or int(text) >= slots:
-        raise HTTPException(404, f"There is no slot {text[:32]!r}, only 0 to {slots - 1}.")
+def _slot_number(text: str, slots: int) -> int:
+    """Returns a valid slot number. Raises HTTPException 404 for another text."""
+    if not (text.isascii() and text.isdecimal() and len(text) < _MAX_FILENAME_BYTES) or int(text) >= slots:
+        raise HTTPException(404, f"There is no slot {text[:32]!r}; slots are 0 to {slots - 1}.")
     return int(text)
 
 
-def checked(name: str) -> str:
-    """`name`, if it names a file in the folder itself on every system. Raises RequestRefused."""
-    dressed = name != name.strip(" ").rstrip(".") or ".." in name
-    if dressed or FORBIDDEN.intersection(name) or not 0 < len(name.encode("utf-8", "replace")) <= LONGEST:
+def _checked_filename(name: str) -> str:
+    """Returns `name` if it is a portable name of a file directly in the folder. Raises RequestRefused otherwise."""
+    altered = name != name.strip(" ").rstrip(".") or ".." in name
+    if (
+        altered
+        or _FORBIDDEN_CHARACTERS.intersection(name)
+        or not 0 < len(name.encode("utf-8", "replace")) <= _MAX_FILENAME_BYTES
+    ):
         raise RequestRefused(
-            f"Invalid filename: 1 to {LONGEST} bytes without separators, '..' or control characters are possible, "
-            "and no space or full stop at the end.",
+            f"Invalid filename: it must have 1 to {_MAX_FILENAME_BYTES} bytes, without separators, '..' and control "
+            "characters, without a leading space, and without a space or full stop at the end.",
             field="filename",
         )
     return name

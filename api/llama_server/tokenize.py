@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in llama-server's and in vLLM's shape, and POST /apply-template."""
+"""POST /tokenize and /detokenize, in llama-server's and in vLLM's shapes, and POST /apply-template."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from msgspec import Meta, Raw, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.generation.choices import asked_in, asked_of
-from api.generation.loaded_model import Served, Site
-from api.generation.turns import turn_of
-from api.http.request_body import read
-from api.http.responses import JSONReply
-from api.schema.requests import ChatRequest, Count, decode
-from api.templates.prompts import Prompts, aside, each_of
+from api.generation.choices import parse_generation_request, read_generation_request
+from api.generation.loaded_model import AppState, LoadedModel
+from api.generation.prepared_chat import prepare_chat
+from api.http.request_body import read_body
+from api.http.responses import JSONResponse
+from api.schema.requests import ChatRequest, NonNegativeInt, decode_body
+from api.templates.prompts import PromptRenderer, map_distinct, run_long_in_thread
 from engine import RequestRefused
 
-MOST = 2**20
-"""Tokens that are spelled for one request, or texts and tokens that one holds."""
+# Maximum tokens of one request that are converted to text, and maximum texts and tokens in one request.
+MAX_DETOKENIZED = 2**20
 
 
-class Shape(Struct):
-    """What tells whose request it is; null is the same as absent."""
+class _BodyKind(Struct):
+    """The fields that distinguish the shapes of /tokenize; null counts as absent."""
 
     content: Raw = Raw(b"null")
     prompt: Raw = Raw(b"null")
     messages: Raw = Raw(b"null")
 
 
-class PiecesRequest(Struct):
-    """llama-server's POST /tokenize."""
+class LlamaTokenizeRequest(Struct):
+    """POST /tokenize in llama-server's shape."""
 
-    content: str | Annotated[list[str | int], Meta(max_length=MOST)]
+    content: str | Annotated[list[str | int], Meta(max_length=MAX_DETOKENIZED)]
     add_special: bool | None = None
     parse_special: bool | None = None
     with_pieces: bool | None = None
 
 
-class TextTokens(Struct):
-    """vLLM's POST /tokenize of a text."""
+class TokenizeCompletionRequest(Struct):
+    """POST /tokenize of a prompt in vLLM's shape."""
 
     prompt: str
     model: str | None = None
@@ -50,34 +50,34 @@ class TextTokens(Struct):
     return_token_strs: bool | None = None
 
 
-class ChatTokens(ChatRequest, kw_only=True):
-    """vLLM's POST /tokenize of a conversation."""
+class TokenizeChatRequest(ChatRequest, kw_only=True):
+    """POST /tokenize of a conversation in vLLM's shape."""
 
     return_token_strs: bool | None = None
 
 
-class TokensRequest(Struct):
+class DetokenizeRequest(Struct):
     """POST /detokenize."""
 
-    tokens: Annotated[list[Count], Meta(max_length=MOST)]
+    tokens: Annotated[list[NonNegativeInt], Meta(max_length=MAX_DETOKENIZED)]
     model: str | None = None
 
 
-class Piece(Struct, frozen=True):
-    """A token and its text, or its bytes if they are no whole characters."""
+class TokenPiece(Struct, frozen=True):
+    """A token and its text, or its bytes if the text is not valid UTF-8."""
 
     id: int
     piece: str | list[int]
 
 
-class PiecesReply(Struct, frozen=True):
-    """What llama-server's clients get."""
+class LlamaTokenizeReply(Struct, frozen=True):
+    """Reply of /tokenize in llama-server's shape."""
 
-    tokens: list[int] | list[Piece]
+    tokens: list[int] | list[TokenPiece]
 
 
-class CountReply(Struct, frozen=True):
-    """What vLLM's clients get."""
+class TokenizeReply(Struct, frozen=True):
+    """Reply of /tokenize in vLLM's shape."""
 
     count: int
     max_model_len: int
@@ -85,108 +85,114 @@ class CountReply(Struct, frozen=True):
     token_strs: list[str] | None
 
 
-class TextReply(Struct, frozen=True):
-    """The text of tokens, under llama-server's name and vLLM's."""
+class DetokenizeReply(Struct, frozen=True):
+    """Reply of /detokenize: the text as `content`, as in llama-server, and as `prompt`, as in vLLM."""
 
     content: str
     prompt: str
 
 
-class PromptReply(Struct, frozen=True):
-    """A conversation as the model reads it."""
+class ApplyTemplateReply(Struct, frozen=True):
+    """Reply of /apply-template: the prompt of a conversation."""
 
     prompt: str
 
 
-_SHAPE = msgspec.json.Decoder(Shape)
-_PIECES = msgspec.json.Decoder(PiecesRequest)
-_TEXT = msgspec.json.Decoder(TextTokens)
-_CHAT = msgspec.json.Decoder(ChatTokens)
-_TOKENS = msgspec.json.Decoder(TokensRequest)
-_CONVERSATION = msgspec.json.Decoder(ChatRequest)
+_BODY_KIND = msgspec.json.Decoder(_BodyKind)
+_LLAMA_TOKENIZE = msgspec.json.Decoder(LlamaTokenizeRequest)
+_TOKENIZE_COMPLETION = msgspec.json.Decoder(TokenizeCompletionRequest)
+_TOKENIZE_CHAT = msgspec.json.Decoder(TokenizeChatRequest)
+_DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
+_CHAT_REQUEST = msgspec.json.Decoder(ChatRequest)
 
 
-class Tokens:
-    """The endpoints."""
+class TokenizeEndpoints:
+    """The endpoints that convert between text and tokens."""
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
+    def __init__(self, state: AppState) -> None:
+        self._state = state
 
     async def tokenize(self, request: Request) -> Response:
-        """The tokens of `content`, as llama-server, or of `prompt` or `messages`, as vLLM."""
-        served = self._site.open
-        body = await read(request, served.options.server.max_body)
-        shape = decode(_SHAPE, body)
+        """Returns the tokens of `content` in llama-server's shape, or of `prompt` or `messages` in vLLM's shape."""
+        model = self._state.model
+        body = await read_body(request, model.options.server.max_body)
+        shape = decode_body(_BODY_KIND, body)
         if bytes(shape.content) != b"null":
-            return JSONReply(await _pieces(served, decode(_PIECES, body)))
+            return JSONResponse(await _llama_tokenize_reply(model, decode_body(_LLAMA_TOKENIZE, body)))
         if bytes(shape.messages) != b"null":
-            chat = asked_in(body, served, _CHAT)
-            turn = await turn_of(chat, served.prompts)
-            return JSONReply(await _counted(served, turn.prompt, chat.return_token_strs))
+            chat = parse_generation_request(body, model, _TOKENIZE_CHAT)
+            prepared = await prepare_chat(chat, model.prompts)
+            return JSONResponse(await _tokenize_reply(model, prepared.prompt, chat.return_token_strs))
         if bytes(shape.prompt) != b"null":
-            text = decode(_TEXT, body)
-            served.check_model(text.model)
-            tokens = await _tokens_of(served, text)
-            return JSONReply(await _counted(served, tokens, text.return_token_strs))
-        raise RequestRefused("Send content, as to llama-server, or prompt or messages, as to vLLM.", field="content")
+            text = decode_body(_TOKENIZE_COMPLETION, body)
+            model.check_name(text.model)
+            tokens = await _tokenize_completion(model, text)
+            return JSONResponse(await _tokenize_reply(model, tokens, text.return_token_strs))
+        raise RequestRefused(
+            "The body needs content (llama-server's shape), or prompt or messages (vLLM's shape).", field="content"
+        )
 
     async def detokenize(self, request: Request) -> Response:
-        """The text of `tokens`, special ones by their names."""
-        served = self._site.open
-        asked = decode(_TOKENS, await read(request, served.options.server.max_body))
-        served.check_model(asked.model)
-        _check(served, asked.tokens, "tokens")
-        text = await aside(served.prompts.text_with_names_of, asked.tokens)
-        return JSONReply(TextReply(text, text))
+        """Returns the text of `tokens`, with special tokens as their names."""
+        model = self._state.model
+        body = decode_body(_DETOKENIZE, await read_body(request, model.options.server.max_body))
+        model.check_name(body.model)
+        _check_tokens(model, body.tokens, "tokens")
+        text = await run_long_in_thread(model.prompts.detokenize, body.tokens)
+        return JSONResponse(DetokenizeReply(text, text))
 
     async def apply_template(self, request: Request) -> Response:
-        """The conversation as the model reads it, to send as a prompt."""
-        served = self._site.open
-        asked = await asked_of(request, served, _CONVERSATION)
-        return JSONReply(PromptReply((await turn_of(asked, served.prompts)).text))
+        """Returns the prompt of a conversation, which the completion endpoints accept."""
+        model = self._state.model
+        body = await read_generation_request(request, model, _CHAT_REQUEST)
+        return JSONResponse(ApplyTemplateReply((await prepare_chat(body, model.prompts)).prompt_text))
 
 
-async def _tokens_of(served: Served, asked: TextTokens) -> tuple[int, ...]:
-    """The tokens that a completion of the text would have, unless asked for without those that the model adds."""
-    if asked.add_special_tokens is False or not asked.prompt:
-        return tuple(await served.prompts.of_piece(asked.prompt, add=asked.add_special_tokens is not False, parse=True))
-    return await served.prompts.of_text(asked.prompt)
+async def _tokenize_completion(model: LoadedModel, body: TokenizeCompletionRequest) -> tuple[int, ...]:
+    """Returns the tokens of a prompt as for a completion, or with `add_special_tokens: false` without added tokens."""
+    add = body.add_special_tokens is not False
+    if not add or not body.prompt:
+        return tuple(await model.prompts.tokenize_text(body.prompt, add=add, parse=True))
+    return await model.prompts.tokenize_prompt(body.prompt)
 
 
-async def _counted(served: Served, tokens: tuple[int, ...], spelled: bool | None) -> CountReply:
+async def _tokenize_reply(model: LoadedModel, tokens: tuple[int, ...], with_strings: bool | None) -> TokenizeReply:
     strings = None
-    if spelled:
-        _check(served, tokens, "return_token_strs")
-        strings = await aside(partial(each_of, function=served.engine.vocab.text), tokens)
-    return CountReply(len(tokens), served.engine.request_limit, list(tokens), strings)
+    if with_strings:
+        _check_tokens(model, tokens, "return_token_strs")
+        strings = await run_long_in_thread(partial(map_distinct, function=model.engine.vocab.text), tokens)
+    return TokenizeReply(len(tokens), model.engine.request_limit, list(tokens), strings)
 
 
-async def _pieces(served: Served, asked: PiecesRequest) -> PiecesReply:
-    """The tokens of a text, or of texts and tokens by turns: what the model adds goes around the first piece."""
-    content, prompts = asked.content, served.prompts
-    add, parse = bool(asked.add_special), asked.parse_special is not False
+async def _llama_tokenize_reply(model: LoadedModel, body: LlamaTokenizeRequest) -> LlamaTokenizeReply:
+    """Returns the tokens of a text or of a mixed list of texts and tokens, with `with_pieces` also their text."""
+    content, prompts = body.content, model.prompts
+    add, parse = bool(body.add_special), body.parse_special is not False
     if isinstance(content, str):
-        tokens = await prompts.of_piece(content, add=add, parse=parse)
+        tokens = await prompts.tokenize_text(content, add=add, parse=parse)
     else:
-        tokens = await prompts.of_pieces(content, add=add, parse=parse)
-    if not asked.with_pieces:
-        return PiecesReply(tokens)
-    _check(served, tokens, "content")
-    return PiecesReply(await aside(partial(each_of, function=partial(_piece, prompts)), tokens))
+        tokens = await prompts.tokenize_parts(content, add=add, parse=parse)
+    if not body.with_pieces:
+        return LlamaTokenizeReply(tokens)
+    _check_tokens(model, tokens, "content")
+    pieces = partial(map_distinct, function=partial(_token_piece, prompts))
+    return LlamaTokenizeReply(await run_long_in_thread(pieces, tokens))
 
 
-def _check(served: Served, tokens: Sequence[int], field: str) -> None:
-    """Raises RequestRefused for tokens that cannot be spelled: what is none, and too many of them."""
-    size = served.engine.vocab.size
+def _check_tokens(model: LoadedModel, tokens: Sequence[int], field: str) -> None:
+    """Raises RequestRefused for ids outside of the vocabulary and for too many tokens."""
+    size = model.engine.vocab.size
     if tokens and not 0 <= min(tokens) <= max(tokens) < size:
-        raise RequestRefused(f"{field} holds a token id outside 0..{size - 1}.", field=field)
-    if len(tokens) > MOST:
-        raise RequestRefused(f"These are {len(tokens)} tokens; at most {MOST} are spelled.", field=field)
+        raise RequestRefused(f"{field} contains a token id outside of 0 to {size - 1}.", field=field)
+    if len(tokens) > MAX_DETOKENIZED:
+        raise RequestRefused(
+            f"{field} has {len(tokens)} tokens; at most {MAX_DETOKENIZED} are converted to text.", field=field
+        )
 
 
-def _piece(prompts: Prompts, token: int) -> Piece:
-    spelled = prompts.spelled(token)
+def _token_piece(prompts: PromptRenderer, token: int) -> TokenPiece:
+    text = prompts.token_bytes(token)
     try:
-        return Piece(token, spelled.decode())
+        return TokenPiece(token, text.decode())
     except UnicodeDecodeError:
-        return Piece(token, list(spelled))
+        return TokenPiece(token, list(text))

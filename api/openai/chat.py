@@ -6,105 +6,110 @@ from collections.abc import Sequence
 
 import msgspec
 from msgspec import UNSET
-from starlette.requests import Request
+from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from api.generation.choices import Choices, Writer, asked_of, respond
-from api.generation.loaded_model import Served, Site
-from api.generation.turns import Turn, turn_of
-from api.http.events import event
-from api.http.request_context import exchange_of
-from api.openai.messages import message_of, show
+from api.generation.choices import Choices, ReplyBuilder, read_generation_request, respond
+from api.generation.loaded_model import AppState, LoadedModel
+from api.generation.prepared_chat import PreparedChat, prepare_chat
+from api.http.events import sse_event
+from api.http.request_context import request_context
+from api.openai.messages import message_from_deltas, set_fields
 from api.schema.logprobs import chat_logprobs
-from api.schema.replies import ChatChoice, ChatDelta, ChatMessage, Delta
+from api.schema.replies import ChatChoice, ChatChunkChoice, ChatMessage, DeltaMessage
 from api.schema.requests import ChatRequest
-from api.tools.formats import Parser
+from api.tools.formats import MessageParser
 from engine import ContextExceeded, Finished, FinishReason, Logprob, Tokens
 
 _DECODER = msgspec.json.Decoder(ChatRequest)
 
 
-class Chat:
+class ChatCompletionEndpoint:
     """The endpoint."""
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
+    def __init__(self, state: AppState) -> None:
+        self._state = state
 
-    async def complete(self, request: Request) -> Response:
-        """A conversation's next turn."""
-        served = self._site.open
-        asked = await asked_of(request, served, _DECODER)
-        turn = await turn_of(asked, served.prompts)
-        prediction = await served.prompts.of_prediction(asked.prediction)
+    async def create(self, http_request: HTTPRequest) -> Response:
+        """Generates the assistant's next message, `n` times."""
+        model = self._state.model
+        request = await read_generation_request(http_request, model, _DECODER)
+        chat = await prepare_chat(request, model.prompts)
+        prediction = await model.prompts.tokenize_prediction(request.prediction)
         try:
             choices = Choices(
-                served,
-                exchange_of(request.scope),
-                asked,
-                [turn.prompt],
-                limit=asked.limit,
-                logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+                model,
+                request_context(http_request.scope),
+                request,
+                [chat.prompt],
+                token_limit=request.token_limit,
+                logprobs=(request.top_logprobs or 0) if request.logprobs else None,
                 prediction=prediction,
-                spelled=turn.spelled,
-                reasoning=turn.budget,
-                grammar=await turn.grammar(served.engine),
+                control_texts=chat.control_texts,
+                reasoning=chat.reasoning_budget,
+                grammar=await chat.grammar(model.engine),
             )
         except ContextExceeded as error:
             error.field = "messages"
             raise
-        return respond(asked, choices, ChatWriter(served, asked, turn, len(choices)), served.options.server.sse_ping)
+        builder = ChatReplyBuilder(model, request, chat, len(choices))
+        return respond(request, choices, builder, model.options.server.sse_ping)
 
 
-class ChatWriter(Writer):
-    """Chat chunks: the first of each choice names the role, the last the reason of its end."""
+class ChatReplyBuilder(ReplyBuilder):
+    """Builds chat chunks and choices. The first chunk of a choice has the role, the last one the finish reason."""
 
-    def __init__(self, served: Served, asked: ChatRequest, turn: Turn, choices: int) -> None:
-        super().__init__(served, asked, "chat.completion.chunk" if asked.stream else "chat.completion", "chatcmpl-")
-        self._vocab = served.engine.vocab
-        self._choices = [(ChatDelta(index, Delta("assistant", "")),) for index in range(choices)]
-        self._parsers = [turn.parser() for _ in range(choices)]
+    def __init__(self, model: LoadedModel, request: ChatRequest, chat: PreparedChat, choices: int) -> None:
+        kind = "chat.completion.chunk" if request.stream else "chat.completion"
+        super().__init__(model, request, kind, "chatcmpl-")
+        self._vocab = model.engine.vocab
+        self._choices = [(ChatChunkChoice(index, DeltaMessage("assistant", "")),) for index in range(choices)]
+        self._parsers = [chat.parser() for _ in range(choices)]
 
-    def tokens(self, index: int, update: Tokens) -> bytes:
+    def token_event(self, index: int, update: Tokens) -> bytes:
         if not update.text and not update.logprobs:
             return b""
         self.chunk.choices = choices = self._choices[index]
         choice = choices[0]
-        if not self._show(index, update.text, choice.delta) and not update.logprobs:
+        if not self._set_delta(index, update.text, choice.delta) and not update.logprobs:
             return b""
         choice.logprobs = chat_logprobs(self._vocab, update.logprobs) if update.logprobs else None
-        shown = event(self.chunk)
+        event = sse_event(self.chunk)
         choice.delta.role = UNSET
-        return shown
+        return event
 
-    def _show(self, index: int, text: str, delta: Delta) -> bool:
-        """Sets the fields of `delta` to what `text` adds to the message; whether that is anything."""
+    def _set_delta(self, index: int, text: str, message: DeltaMessage) -> bool:
+        """Sets the fields that `text` adds to the message. Returns False if `text` adds nothing yet."""
         parser = self._parsers[index]
         if parser is None:
-            delta.content = text
+            message.content = text
             return True
         deltas = parser.feed(text)
-        show(deltas, delta)
+        set_fields(message, deltas)
         return bool(deltas)
 
-    def end(self, index: int, end: Finished) -> None:
+    def set_final_chunk(self, index: int, end: Finished) -> None:
         self.chunk.choices = choices = self._choices[index]
         choice = choices[0]
         parser = self._parsers[index]
-        show(parser.finish() if parser else (), choice.delta)
-        # A choice without any text has not had its first chunk: this is the first and the last.
+        set_fields(choice.delta, parser.finish() if parser else ())
+        # A choice without output had no first chunk, so its final chunk has the role and the content too.
         if choice.delta.role is not UNSET and choice.delta.content is UNSET:
             choice.delta.content = ""
         choice.logprobs = None
-        choice.finish_reason = reason_of(end, parser)
+        choice.finish_reason = _finish_reason(end, parser)
 
-    def whole(self, index: int, text: str, logprobs: Sequence[Logprob], end: Finished) -> ChatChoice:
-        told = chat_logprobs(self._vocab, logprobs) if logprobs else None
+    def whole_choice(self, index: int, text: str, logprobs: Sequence[Logprob], end: Finished) -> ChatChoice:
         parser = self._parsers[index]
-        message = ChatMessage(content=text) if parser is None else message_of([*parser.feed(text), *parser.finish()])
-        return ChatChoice(index, message, told, reason_of(end, parser))
+        if parser is None:
+            message = ChatMessage(content=text)
+        else:
+            message = message_from_deltas([*parser.feed(text), *parser.finish()])
+        reply_logprobs = chat_logprobs(self._vocab, logprobs) if logprobs else None
+        return ChatChoice(index, message, reply_logprobs, _finish_reason(end, parser))
 
 
-def reason_of(end: Finished, parser: Parser | None) -> str:
-    """Why the message ends: with calls, unless it was cut off."""
-    calls = parser is not None and parser.begun > 0 and end.reason is FinishReason.STOP
-    return "tool_calls" if calls else end.reason
+def _finish_reason(end: Finished, parser: MessageParser | None) -> str:
+    """Returns `tool_calls` for a message with calls that was not cut off, else the engine's finish reason."""
+    has_calls = parser is not None and parser.num_calls > 0
+    return "tool_calls" if has_calls and end.reason is FinishReason.STOP else end.reason

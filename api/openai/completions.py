@@ -6,97 +6,98 @@ import asyncio
 from collections.abc import Sequence
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from api.generation.choices import Choices, Writer, asked_of, check_count, respond
-from api.generation.constraints import constraint_of, grammar_of
-from api.generation.loaded_model import Served, Site
-from api.http.events import event
-from api.http.request_context import exchange_of
-from api.schema.logprobs import Offsets
+from api.generation.choices import Choices, ReplyBuilder, check_choice_count, read_generation_request, respond
+from api.generation.constraints import compile_constraint, parse_constraint
+from api.generation.loaded_model import AppState, LoadedModel
+from api.http.events import sse_event
+from api.http.request_context import request_context
+from api.schema.logprobs import TextLogprobsBuilder
 from api.schema.replies import TextChoice
 from api.schema.requests import TextRequest
 from engine import Finished, Logprob, Tokens
 
-DEFAULT_LIMIT = 16
-"""New tokens if the client does not say: OpenAI's number, kept by vLLM."""
+# New tokens of a request without a limit, as with OpenAI and vLLM.
+DEFAULT_MAX_TOKENS = 16
 
 _DECODER = msgspec.json.Decoder(TextRequest)
 
 
-class Text:
+class TextCompletionEndpoint:
     """The endpoint."""
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
+    def __init__(self, state: AppState) -> None:
+        self._state = state
 
-    async def complete(self, request: Request) -> Response:
-        """Continuations of one or more prompts; choice i of prompt p has index p * n + i."""
-        served = self._site.open
-        asked = await asked_of(request, served, _DECODER)
-        constraint = constraint_of(asked)
-        texts = asked.prompts
-        prompts = await tokens_of(served, texts)
+    async def create(self, http_request: HTTPRequest) -> Response:
+        """Generates `n` continuations of each prompt; choice i of prompt p has index p * n + i."""
+        model = self._state.model
+        request = await read_generation_request(http_request, model, _DECODER)
+        constraint = parse_constraint(request)
+        texts = request.prompts
         choices = Choices(
-            served,
-            exchange_of(request.scope),
-            asked,
-            prompts,
-            limit=DEFAULT_LIMIT if asked.limit is None else asked.limit,
-            logprobs=asked.logprobs,
-            prediction=await served.prompts.of_prediction(asked.prediction),
-            grammar=await grammar_of(served.engine, constraint),
+            model,
+            request_context(http_request.scope),
+            request,
+            await tokenize_prompts(model, texts),
+            token_limit=DEFAULT_MAX_TOKENS if request.token_limit is None else request.token_limit,
+            logprobs=request.logprobs,
+            prediction=await model.prompts.tokenize_prediction(request.prediction),
+            grammar=await compile_constraint(model.engine, constraint),
         )
         echoes = [
-            (text if isinstance(text, str) else served.prompts.text_of(text)) if asked.echo else ""
+            (text if isinstance(text, str) else model.prompts.plain_text(text)) if request.echo else ""
             for text in texts
             for _ in range(choices.n)
         ]
-        return respond(asked, choices, TextWriter(served, asked, echoes), served.options.server.sse_ping)
+        return respond(request, choices, TextReplyBuilder(model, request, echoes), model.options.server.sse_ping)
 
 
-async def tokens_of(served: Served, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
-    """The tokens of prompts, each text or tokens. Raises RequestRefused, also if they are too many."""
-    check_count(served, len(prompts), 1)
-    found: list[tuple[int, ...]] = []
-    for each in prompts:
-        await asyncio.sleep(0)  # others go on between two
-        found.append(await served.prompts.of_text(each) if isinstance(each, str) else tuple(each))
-    return found
+async def tokenize_prompts(model: LoadedModel, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
+    """Returns the token ids of `prompts`, each a text or token ids. Raises RequestRefused for too many prompts."""
+    check_choice_count(model, len(prompts), 1)
+    tokenized: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        await asyncio.sleep(0)  # lets the event loop serve other requests between two prompts
+        tokens = await model.prompts.tokenize_prompt(prompt) if isinstance(prompt, str) else tuple(prompt)
+        tokenized.append(tokens)
+    return tokenized
 
 
-class TextWriter(Writer):
-    """Text chunks; the first of each choice begins with its echo."""
+class TextReplyBuilder(ReplyBuilder):
+    """Builds text chunks and choices. The first chunk of a choice begins with the echo of the prompt."""
 
-    def __init__(self, served: Served, asked: TextRequest, echoes: Sequence[str]) -> None:
-        super().__init__(served, asked, "text_completion", "cmpl-")
+    def __init__(self, model: LoadedModel, request: TextRequest, echoes: Sequence[str]) -> None:
+        """`echoes` are the texts to echo, by index of the choice; empty texts without `echo`."""
+        super().__init__(model, request, "text_completion", "cmpl-")
         self._echoes = list(echoes)
-        self._top = asked.logprobs or 0
-        self._offsets = [Offsets(served.engine.vocab) for _ in echoes]
+        self._top_logprobs = request.logprobs or 0
+        self._logprobs = [TextLogprobsBuilder(model.engine.vocab) for _ in echoes]
         self._choices = [(TextChoice(index, ""),) for index in range(len(echoes))]
 
-    def tokens(self, index: int, update: Tokens) -> bytes:
+    def token_event(self, index: int, update: Tokens) -> bytes:
         if not update.text and not update.logprobs:
             return b""
         self.chunk.choices = choices = self._choices[index]
         choice = choices[0]
-        choice.text = self._echo(index) + update.text
-        choice.logprobs = self._offsets[index].logprobs(update.logprobs, self._top) if update.logprobs else None
-        return event(self.chunk)
+        choice.text = self._take_echo(index) + update.text
+        choice.logprobs = self._logprobs[index].build(update.logprobs, self._top_logprobs) if update.logprobs else None
+        return sse_event(self.chunk)
 
-    def end(self, index: int, end: Finished) -> None:
+    def set_final_chunk(self, index: int, end: Finished) -> None:
         self.chunk.choices = choices = self._choices[index]
         choice = choices[0]
-        choice.text = self._echo(index)
+        choice.text = self._take_echo(index)
         choice.logprobs = None
         choice.finish_reason = end.reason
 
-    def whole(self, index: int, text: str, logprobs: Sequence[Logprob], end: Finished) -> TextChoice:
-        told = self._offsets[index].logprobs(logprobs, self._top) if logprobs else None
-        return TextChoice(index, self._echo(index) + text, told, end.reason)
+    def whole_choice(self, index: int, text: str, logprobs: Sequence[Logprob], end: Finished) -> TextChoice:
+        reply_logprobs = self._logprobs[index].build(logprobs, self._top_logprobs) if logprobs else None
+        return TextChoice(index, self._take_echo(index) + text, reply_logprobs, end.reason)
 
-    def _echo(self, index: int) -> str:
-        """The prompt, the first time."""
+    def _take_echo(self, index: int) -> str:
+        """Returns the echo of the choice at the first call, an empty text afterwards."""
         echo, self._echoes[index] = self._echoes[index], ""
         return echo

@@ -1,4 +1,4 @@
-"""What readers of a text told, as fields of a message or of its part in a chunk."""
+"""Converts parsed deltas to a whole message, or to the fields of a chunk."""
 
 from __future__ import annotations
 
@@ -6,33 +6,32 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import UNSET, UnsetType
 
-from api.schema.replies import CallDelta, CallReply, ChatMessage, FunctionReply
-from api.schema.replies import Delta as Shown
-from api.tools.formats import Arguments, Begun, Content, Delta, Reasoning
+from api.schema.replies import ChatMessage, DeltaMessage, FunctionCallReply, ToolCallChunk, ToolCallReply
+from api.tools.formats import ArgumentsDelta, ContentDelta, MessageDelta, ReasoningDelta, ToolCallStart
 
 
-def show(deltas: Sequence[Delta], shown: Shown) -> None:
-    """Sets the fields of a chunk, all but the role, to what `deltas` amount to."""
-    shown.content = _text(each.text for each in deltas if isinstance(each, Content))
-    shown.reasoning_content = _text(each.text for each in deltas if isinstance(each, Reasoning))
-    calls: dict[int, CallDelta] = {}
-    for each in deltas:
-        if isinstance(each, Begun):
-            calls[each.index] = CallDelta(each.index, FunctionReply("", each.name), each.id, "function")
-        elif isinstance(each, Arguments):
-            call = calls.setdefault(each.index, CallDelta(each.index, FunctionReply("")))
-            call.function.arguments += each.text
-    shown.tool_calls = list(calls.values()) or UNSET
+def set_fields(message: DeltaMessage, deltas: Sequence[MessageDelta]) -> None:
+    """Sets all fields of `message` but the role to the concatenation of `deltas`. Fields without a delta are unset."""
+    message.content = _text(delta.text for delta in deltas if isinstance(delta, ContentDelta))
+    message.reasoning_content = _text(delta.text for delta in deltas if isinstance(delta, ReasoningDelta))
+    calls: dict[int, ToolCallChunk] = {}
+    for delta in deltas:
+        if isinstance(delta, ToolCallStart):
+            calls[delta.index] = ToolCallChunk(delta.index, FunctionCallReply("", delta.name), delta.id, "function")
+        elif isinstance(delta, ArgumentsDelta):
+            call = calls.setdefault(delta.index, ToolCallChunk(delta.index, FunctionCallReply("")))
+            call.function.arguments += delta.text
+    message.tool_calls = list(calls.values()) or UNSET
 
 
-def message_of(deltas: Sequence[Delta]) -> ChatMessage:
-    """The whole message that `deltas` amount to."""
-    shown = Shown()
-    show(deltas, shown)
-    if shown.tool_calls is UNSET:
-        return ChatMessage(content=shown.content or "", reasoning_content=shown.reasoning_content)
-    calls = [CallReply(str(call.id), call.function) for call in shown.tool_calls]
-    return ChatMessage(content=shown.content or None, reasoning_content=shown.reasoning_content, tool_calls=calls)
+def message_from_deltas(deltas: Sequence[MessageDelta]) -> ChatMessage:
+    """Returns the message whose deltas are `deltas`. With tool calls, empty content is null, as in OpenAI's API."""
+    fields = DeltaMessage()
+    set_fields(fields, deltas)
+    if fields.tool_calls is UNSET:
+        return ChatMessage(content=fields.content or "", reasoning_content=fields.reasoning_content)
+    calls = [ToolCallReply(str(call.id), call.function) for call in fields.tool_calls]
+    return ChatMessage(content=fields.content or None, reasoning_content=fields.reasoning_content, tool_calls=calls)
 
 
 def _text(texts: Iterable[str]) -> str | UnsetType:

@@ -1,6 +1,6 @@
-"""POST /v1/chat/completions/render and /v1/completions/render: vLLM's, what a completion would be asked for.
+"""POST /v1/chat/completions/render and /v1/completions/render, vLLM's: token ids and parameters without generation.
 
-Routers take the token ids from here to send equal prefixes to one server.
+Routers use the token ids to send requests with equal prefixes to the same server.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from uuid import uuid4
 
 import msgspec
 from msgspec import Struct
-from starlette.requests import Request
+from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from api.generation.choices import asked_of
-from api.generation.loaded_model import Served, Site
-from api.generation.turns import turn_of
-from api.http.responses import JSONReply
-from api.openai.completions import DEFAULT_LIMIT, tokens_of
-from api.schema.requests import ChatRequest, Completion, StreamOptions, TextRequest
+from api.generation.choices import read_generation_request
+from api.generation.loaded_model import AppState, LoadedModel
+from api.generation.prepared_chat import prepare_chat
+from api.http.responses import JSONResponse
+from api.openai.completions import DEFAULT_MAX_TOKENS, tokenize_prompts
+from api.schema.requests import ChatRequest, GenerationRequest, StreamOptions, TextRequest
 from engine import ContextExceeded
 
-_CHAT = msgspec.json.Decoder(ChatRequest)
-_TEXT = msgspec.json.Decoder(TextRequest)
+_CHAT_DECODER = msgspec.json.Decoder(ChatRequest)
+_TEXT_DECODER = msgspec.json.Decoder(TextRequest)
 
 
-class Sampling(Struct, frozen=True, kw_only=True):
-    """What tokens are picked by, under vLLM's names."""
+class RenderedSampling(Struct, frozen=True, kw_only=True):
+    """The sampling parameters of a request by vLLM's names, with the server's defaults."""
 
     n: int
     temperature: float
@@ -43,11 +43,11 @@ class Sampling(Struct, frozen=True, kw_only=True):
     min_tokens: int
 
     @classmethod
-    def of(cls, asked: Completion, served: Served, limit: int | None) -> Sampling:
-        """Of a request, with the server's defaults. Raises RequestRefused."""
-        sampling = asked.sampling(served.options.sampling)
+    def of(cls, request: GenerationRequest, model: LoadedModel, token_limit: int | None) -> RenderedSampling:
+        """Returns the parameters of `request`. Raises RequestRefused for a value out of range."""
+        sampling = request.sampling_params(model.options.sampling)
         return cls(
-            n=asked.n or 1,
+            n=request.n or 1,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
@@ -55,22 +55,22 @@ class Sampling(Struct, frozen=True, kw_only=True):
             repetition_penalty=sampling.repeat_penalty,
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
-            seed=asked.seed,
-            stop=asked.stops,
-            stop_token_ids=asked.stop_token_ids or [],
-            ignore_eos=bool(asked.ignore_eos),
-            max_tokens=None if limit == -1 else limit,
-            min_tokens=asked.min_tokens or 0,
+            seed=request.seed,
+            stop=request.stop_strings,
+            stop_token_ids=request.stop_token_ids or [],
+            ignore_eos=bool(request.ignore_eos),
+            max_tokens=None if token_limit == -1 else token_limit,
+            min_tokens=request.min_tokens or 0,
         )
 
 
-class Rendered(Struct, frozen=True, kw_only=True):
-    """One prompt, as vLLM's disaggregated servers pass it on."""
+class RenderedPrompt(Struct, frozen=True, kw_only=True):
+    """One prompt in the shape of vLLM's disaggregated servers."""
 
     request_id: str
     token_ids: tuple[int, ...]
     features: None = None
-    sampling_params: Sampling
+    sampling_params: RenderedSampling
     model: str
     stream: bool
     stream_options: StreamOptions | None
@@ -79,45 +79,51 @@ class Rendered(Struct, frozen=True, kw_only=True):
     kv_transfer_params: None = None
 
 
-class Render:
+class RenderEndpoints:
     """The endpoints."""
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
+    def __init__(self, state: AppState) -> None:
+        self._state = state
 
-    async def chat(self, request: Request) -> Response:
-        """The prompt of a conversation."""
-        served = self._site.open
-        asked = await asked_of(request, served, _CHAT)
-        turn = await turn_of(asked, served.prompts)
+    async def chat(self, http_request: HTTPRequest) -> Response:
+        """Returns the prompt of a chat completion."""
+        model = self._state.model
+        request = await read_generation_request(http_request, model, _CHAT_DECODER)
+        chat = await prepare_chat(request, model.prompts)
         try:
-            return JSONReply(_rendered(served, asked, turn.prompt, f"chatcmpl-{uuid4().hex}", asked.limit))
+            rendered = _render(model, request, chat.prompt, f"chatcmpl-{uuid4().hex}", request.token_limit)
         except ContextExceeded as error:
             error.field = "messages"
             raise
+        return JSONResponse(rendered)
 
-    async def text(self, request: Request) -> Response:
-        """The prompts of a completion."""
-        served = self._site.open
-        asked = await asked_of(request, served, _TEXT)
-        limit = DEFAULT_LIMIT if asked.limit is None else asked.limit
-        prompts = await tokens_of(served, asked.prompts)
-        name = f"cmpl-{uuid4().hex}"
-        return JSONReply(
-            [_rendered(served, asked, prompt, f"{name}-{index}", limit) for index, prompt in enumerate(prompts)]
+    async def text(self, http_request: HTTPRequest) -> Response:
+        """Returns the prompts of a text completion, a list."""
+        model = self._state.model
+        request = await read_generation_request(http_request, model, _TEXT_DECODER)
+        token_limit = DEFAULT_MAX_TOKENS if request.token_limit is None else request.token_limit
+        prompts = await tokenize_prompts(model, request.prompts)
+        request_id = f"cmpl-{uuid4().hex}"
+        return JSONResponse(
+            [
+                _render(model, request, prompt, f"{request_id}-{index}", token_limit)
+                for index, prompt in enumerate(prompts)
+            ]
         )
 
 
-def _rendered(served: Served, asked: Completion, tokens: tuple[int, ...], name: str, limit: int | None) -> Rendered:
-    """Raises ContextExceeded as the completion would."""
-    if len(tokens) >= served.engine.request_limit:
-        raise served.engine.context_exceeded(len(tokens))
-    return Rendered(
-        request_id=name,
+def _render(
+    model: LoadedModel, request: GenerationRequest, tokens: tuple[int, ...], request_id: str, token_limit: int | None
+) -> RenderedPrompt:
+    """Returns one rendered prompt. Raises ContextExceeded, as the completion would."""
+    if len(tokens) >= model.engine.request_limit:
+        raise model.engine.context_exceeded(len(tokens))
+    return RenderedPrompt(
+        request_id=request_id,
         token_ids=tokens,
-        sampling_params=Sampling.of(asked, served, limit),
-        model=served.name,
-        stream=bool(asked.stream),
-        stream_options=asked.stream_options,
-        cache_salt=asked.cache_salt,
+        sampling_params=RenderedSampling.of(request, model, token_limit),
+        model=model.name,
+        stream=bool(request.stream),
+        stream_options=request.stream_options,
+        cache_salt=request.cache_salt,
     )

@@ -1,4 +1,4 @@
-"""Log probabilities as the two kinds of completions tell them."""
+"""Log probabilities in the shapes of chat completions and of text completions."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from api.schema.replies import ChatLogprobs, TextLogprobs, TokenLogprob, TopLogprob
 from engine import Logprob, Vocab
 
-LEAST = -9999.0
-"""What stands for minus infinity, which JSON cannot say."""
+# JSON has no minus infinity; OpenAI's API has this value instead.
+MIN_LOGPROB = -9999.0
 
 
 def chat_logprobs(vocab: Vocab, logprobs: Sequence[Logprob]) -> ChatLogprobs:
-    """The tokens with their bytes."""
+    """Returns the log probabilities of a chat choice or chunk, each token with its bytes."""
     return ChatLogprobs(
         [
             TokenLogprob(
                 _text(vocab.piece(entry.token)),
-                max(LEAST, entry.logprob),
+                max(MIN_LOGPROB, entry.logprob),
                 list(vocab.piece(entry.token)),
                 [
-                    TopLogprob(_text(vocab.piece(token)), max(LEAST, logprob), list(vocab.piece(token)))
+                    TopLogprob(_text(vocab.piece(token)), max(MIN_LOGPROB, logprob), list(vocab.piece(token)))
                     for token, logprob in entry.top
                 ],
             )
@@ -30,29 +30,29 @@ def chat_logprobs(vocab: Vocab, logprobs: Sequence[Logprob]) -> ChatLogprobs:
     )
 
 
-class Offsets:
-    """Writes the logprobs of one text as they come, and knows how far into the text they are."""
+class TextLogprobsBuilder:
+    """Builds the log probabilities of one text choice, chunk by chunk, with character offsets in the choice's text."""
 
     def __init__(self, vocab: Vocab) -> None:
         self._vocab = vocab
         self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def logprobs(self, logprobs: Sequence[Logprob], top: int) -> TextLogprobs:
-        """The next tokens, with their `top` likeliest."""
+    def build(self, logprobs: Sequence[Logprob], top: int) -> TextLogprobs:
+        """Returns the log probabilities of the next tokens; without `top_logprobs` if `top` is 0."""
         offsets = []
         for entry in logprobs:
             offsets.append(self._offset)
             self._offset += len(self._decoder.decode(self._vocab.piece(entry.token)))
         return TextLogprobs(
             [_text(self._vocab.piece(entry.token)) for entry in logprobs],
-            [max(LEAST, entry.logprob) for entry in logprobs],
-            [self._likeliest(entry) for entry in logprobs] if top else None,
+            [max(MIN_LOGPROB, entry.logprob) for entry in logprobs],
+            [self._top_logprobs(entry) for entry in logprobs] if top else None,
             offsets,
         )
 
-    def _likeliest(self, entry: Logprob) -> dict[str, float]:
-        return {_text(self._vocab.piece(token)): max(LEAST, logprob) for token, logprob in entry.top}
+    def _top_logprobs(self, entry: Logprob) -> dict[str, float]:
+        return {_text(self._vocab.piece(token)): max(MIN_LOGPROB, logprob) for token, logprob in entry.top}
 
 
 def _text(piece: bytes) -> str:

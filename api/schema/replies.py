@@ -1,7 +1,7 @@
-"""What clients get: bodies, chunks and errors in the shapes of OpenAI's API, with llama-server's `timings`.
+"""Bodies and chunks of replies in the shapes of OpenAI's API, with llama-server's `timings`.
 
-Chunks are not frozen: a stream keeps one of each and changes only its text, which spares the hot path two objects
-and a dictionary per token.
+Structs of chunks are mutable: a stream reuses one chunk and one choice per index and changes only the text, which saves
+two objects and a dictionary per token.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from api.schema.drafts import MetricsReply, SpeculativeReply
+from api.schema.speculation_stats import MetricsReply, SpeculativeReply
 from engine import Finished
 
 
 class PromptDetails(Struct, frozen=True):
-    """How much of the prompt needed no computing."""
+    """Prompt tokens by origin; cached tokens were not computed for the request."""
 
     cached_tokens: int
 
 
 class CompletionDetails(Struct, frozen=True):
-    """What became of the drafts."""
+    """Draft tokens by verification result. The counts cover all proposer types, not only `prediction`."""
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
 
 
 class UsageReply(Struct, frozen=True):
-    """Tokens of a whole HTTP request; the prompt of several choices counts once."""
+    """Tokens of one HTTP request. A prompt with several choices counts once."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -39,7 +39,7 @@ class UsageReply(Struct, frozen=True):
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[Finished]]) -> UsageReply:
-        """The sum over prompts, each given as the ends of its choices."""
+        """Returns the sum over `prompts`, each the terminal updates of its choices."""
         ends = [end for choices in prompts for end in choices]
         prompt = sum(choices[0].usage.prompt for choices in prompts)
         completion = sum(end.usage.completion for end in ends)
@@ -54,7 +54,7 @@ class UsageReply(Struct, frozen=True):
 
 
 class TimingsReply(Struct, frozen=True):
-    """Counts, milliseconds and rates as llama-server names them. Of choices side by side, the longest counts."""
+    """llama-server's counts, milliseconds and rates. Choices run concurrently: times are the slowest one's."""
 
     cache_n: int
     prompt_n: int
@@ -68,50 +68,50 @@ class TimingsReply(Struct, frozen=True):
     draft_n: int | UnsetType = UNSET
     draft_n_accepted: int | UnsetType = UNSET
     truncated: bool | UnsetType = UNSET
-    """True if a choice forgot a part of its context."""
+    """True if a context shift discarded tokens of a choice."""
     moved_n: int | UnsetType = UNSET
-    """Of `cache_n`, those that were computed at other places or after another text."""
+    """Tokens of `cache_n` that were computed at other positions or after another text."""
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[Finished]]) -> TimingsReply:
-        """The same for the ends of the choices of each prompt."""
+        """Returns the timings over `prompts`, each the terminal updates of its choices."""
         ends = [end for choices in prompts for end in choices]
         cached = sum(_cached(choices) for choices in prompts)
-        read = sum(choices[0].usage.prompt for choices in prompts) - cached
-        reading = max(end.timings.prompt for end in ends)
+        prefilled = sum(choices[0].usage.prompt for choices in prompts) - cached
+        prefill_seconds = max(end.timings.prompt for end in ends)
         predicted = sum(end.usage.completion for end in ends)
-        # The first token of each comes with the prompt's last row, so the time is that of the others.
-        timed = sum(max(0, end.usage.completion - 1) for end in ends)
-        predicting = max(end.timings.predicted for end in ends)
+        # The last prefill step emits the first token of a choice, so the decode time covers the other tokens only.
+        decoded = sum(max(0, end.usage.completion - 1) for end in ends)
+        decode_seconds = max(end.timings.predicted for end in ends)
         drafted = sum(end.usage.drafted for end in ends)
         return cls(
             cached,
-            read,
-            reading * 1e3,
-            _ratio(reading * 1e3, read),
-            _ratio(read, reading),
+            prefilled,
+            prefill_seconds * 1e3,
+            _ratio(prefill_seconds * 1e3, prefilled),
+            _ratio(prefilled, prefill_seconds),
             predicted,
-            predicting * 1e3,
-            _ratio(predicting * 1e3, timed),
-            _ratio(timed, predicting),
+            decode_seconds * 1e3,
+            _ratio(decode_seconds * 1e3, decoded),
+            _ratio(decoded, decode_seconds),
             drafted or UNSET,
             sum(end.usage.accepted for end in ends) if drafted else UNSET,
-            any(end.forgotten for end in ends) or UNSET,
+            any(end.discarded for end in ends) or UNSET,
             sum(min(end.usage.moved for end in choices) for choices in prompts) or UNSET,
         )
 
 
 def _cached(choices: Sequence[Finished]) -> int:
-    # The other choices share what the first to run has computed; counting that would hide it.
+    # The other choices find the prefix that the first one computed; the minimum is the first one's count.
     return min(end.usage.cached for end in choices)
 
 
-def _ratio(above: float, below: float) -> float:
-    return above / below if below else 0.0
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else 0.0
 
 
 class TopLogprob(Struct, frozen=True):
-    """A likely token."""
+    """One of the most likely tokens at a position."""
 
     token: str
     logprob: float
@@ -119,7 +119,7 @@ class TopLogprob(Struct, frozen=True):
 
 
 class TokenLogprob(Struct, frozen=True):
-    """A token of the text, and those likeliest in its place."""
+    """An emitted token, and the most likely tokens at its position."""
 
     token: str
     logprob: float
@@ -128,13 +128,13 @@ class TokenLogprob(Struct, frozen=True):
 
 
 class ChatLogprobs(Struct, frozen=True):
-    """The tokens of a chat choice or chunk."""
+    """The log probabilities of a chat choice or chunk."""
 
     content: list[TokenLogprob]
 
 
 class TextLogprobs(Struct, frozen=True):
-    """The same as /v1/completions tells it; offsets are in characters of the choice's text."""
+    """The log probabilities of a text choice or chunk. Offsets are in characters of the choice's text."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -142,42 +142,42 @@ class TextLogprobs(Struct, frozen=True):
     text_offset: list[int]
 
 
-class FunctionReply(Struct):
-    """A function that the model calls, whole or its part of a chunk."""
+class FunctionCallReply(Struct):
+    """The function of a tool call: whole in a message, a part in a chunk."""
 
     arguments: str
-    """JSON."""
+    """JSON text."""
     name: str | UnsetType = UNSET
 
 
-class CallReply(Struct):
-    """A call in a whole message."""
+class ToolCallReply(Struct):
+    """A tool call of a whole message."""
 
     id: str
-    function: FunctionReply
+    function: FunctionCallReply
     type: Literal["function"] = "function"
 
 
-class CallDelta(Struct):
-    """A call's part of a chunk: id, type and name come once, with the first."""
+class ToolCallChunk(Struct):
+    """A chunk's part of a tool call. Only the first part has the id, the type and the name."""
 
     index: int
-    function: FunctionReply
+    function: FunctionCallReply
     id: str | UnsetType = UNSET
     type: Literal["function"] | UnsetType = UNSET
 
 
 class ChatMessage(Struct, frozen=True, kw_only=True):
-    """The assistant's turn."""
+    """The assistant's message of a chat choice."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
     reasoning_content: str | UnsetType = UNSET
-    tool_calls: list[CallReply] | UnsetType = UNSET
+    tool_calls: list[ToolCallReply] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, frozen=True):
-    """A whole chat choice."""
+    """A chat choice of a body."""
 
     index: int
     message: ChatMessage
@@ -185,26 +185,26 @@ class ChatChoice(Struct, frozen=True):
     finish_reason: str
 
 
-class Delta(Struct):
-    """What a chunk adds to the message."""
+class DeltaMessage(Struct):
+    """The fields that a chunk adds to the message."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
-    tool_calls: list[CallDelta] | UnsetType = UNSET
+    tool_calls: list[ToolCallChunk] | UnsetType = UNSET
 
 
-class ChatDelta(Struct):
-    """A chat choice's part of a chunk."""
+class ChatChunkChoice(Struct):
+    """A chat choice of a chunk."""
 
     index: int
-    delta: Delta
+    delta: DeltaMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
 
 
 class TextChoice(Struct):
-    """A choice of /v1/completions, whole or its part of a chunk."""
+    """A choice of POST /v1/completions, in a body or a chunk."""
 
     index: int
     text: str
@@ -212,25 +212,25 @@ class TextChoice(Struct):
     finish_reason: str | None = None
 
 
-class Reply(Struct, kw_only=True):
-    """A body or a chunk."""
+class CompletionReply(Struct, kw_only=True):
+    """The body or a chunk of an OpenAI completion, chat or text."""
 
     id: str
     object: str
     created: int
     model: str
     system_fingerprint: str
-    choices: Sequence[ChatChoice | ChatDelta | TextChoice]
+    choices: Sequence[ChatChoice | ChatChunkChoice | TextChoice]
     usage: UsageReply | UnsetType | None = UNSET
     timings: TimingsReply | UnsetType = UNSET
     metrics: MetricsReply | UnsetType = UNSET
     speculative: SpeculativeReply | UnsetType = UNSET
     seed: int | UnsetType = UNSET
-    """What the choices were drawn with, whether asked for or not."""
+    """The seed of the choices, from the request or drawn by the server."""
 
 
 class ModelMeta(Struct, frozen=True):
-    """What llama-server tells about a model."""
+    """llama-server's facts about a model: counts of tokens and parameters, and the size in bytes."""
 
     n_vocab: int
     n_ctx: int
@@ -251,13 +251,13 @@ class ModelReply(Struct, frozen=True):
 
 
 class ModelList(Struct, frozen=True):
-    """GET /v1/models."""
+    """The body of GET /v1/models."""
 
     data: list[ModelReply]
     object: Literal["list"] = "list"
 
 
-class Health(Struct, frozen=True):
-    """GET /health while requests are served."""
+class HealthReply(Struct, frozen=True):
+    """The body of GET /health while the server accepts requests."""
 
     status: Literal["ok"] = "ok"

@@ -1,7 +1,7 @@
-"""What clients send: the requests of OpenAI's API, with the extras of llama-server and vLLM.
+"""Bodies of OpenAI's generation requests, with the fields that llama-server and vLLM add.
 
-Unknown fields are ignored and null is the same as absent. Types are checked while the JSON is read, ranges of the
-sampling parameters when they are merged with the server's defaults, so that every range is stated once.
+Unknown fields are ignored; null is the same as an absent field. The decoder checks types. The ranges of sampling
+parameters are checked in `GenerationRequest.sampling_params`, so that each range stands once, in `SamplingParams`.
 """
 
 from __future__ import annotations
@@ -13,34 +13,39 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from api.http.decode_errors import refused
+from api.http.decode_errors import as_refusal
 from engine import RequestRefused, SamplingParams
 
-Count = Annotated[int, Meta(ge=0, le=2**53)]
-Limit = Annotated[int, Meta(ge=-1, le=2**53)]
-"""A number of tokens at most; -1 is no limit."""
-Choices = Annotated[int, Meta(ge=1, le=128)]
-Alternatives = Annotated[int, Meta(ge=0, le=20)]
-Int = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
-"""Wide enough for any setting, and narrow enough for native code."""
-Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-BANNED = -1e9
-"""The bias that llama-server writes as `false`: far below any logit, and still a number."""
-BIASES = 2**16
-"""Tokens that one request may weigh otherwise."""
-Bias = tuple[int | str, float | bool]
-Stop = Annotated[str, Meta(max_length=512)]
-Stops = Annotated[list[Stop], Meta(max_length=64)]
+# Every JSON parser reads integers up to 2^53 exactly.
+NonNegativeInt = Annotated[int, Meta(ge=0, le=2**53)]
+# A maximum number of tokens; -1 is unlimited.
+TokenLimit = Annotated[int, Meta(ge=-1, le=2**53)]
+ChoiceCount = Annotated[int, Meta(ge=1, le=128)]
+TopLogprobCount = Annotated[int, Meta(ge=0, le=20)]
+Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+SignedSeed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+StopString = Annotated[str, Meta(max_length=512)]
+StopStrings = Annotated[list[StopString], Meta(max_length=64)]
+# A token id, or a text whose tokens get the bias (POST /completion only), and the bias; false bans the token.
+LogitBias = tuple[int | str, float | bool]
+
+# Entries of one request's `logit_bias`.
+MAX_LOGIT_BIASES = 2**16
+# The bias of a banned token: far below any logit, and finite.
+_BAN_BIAS = -1e9
+_TOKEN_ID = re.compile(r"\d{1,19}")
+
+_BodyT = TypeVar("_BodyT", bound=Struct)
 
 
 class StreamOptions(Struct):
-    """What a stream tells besides the text."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
 
 class NamedSchema(Struct):
-    """A JSON schema in OpenAI's shape. It holds whether `strict` or not."""
+    """A JSON schema in OpenAI's shape. The grammar enforces the schema with and without `strict`."""
 
     schema: dict[str, Any]
     name: str | None = None
@@ -48,7 +53,7 @@ class NamedSchema(Struct):
 
 
 class ResponseFormat(Struct):
-    """The form that the text must have; `schema` is llama-server's, of `json_object`."""
+    """OpenAI's constraint on the output; `schema` is llama-server's field of type `json_object`."""
 
     type: str
     json_schema: NamedSchema | None = None
@@ -56,7 +61,7 @@ class ResponseFormat(Struct):
 
 
 class StructuredOutputs(Struct, forbid_unknown_fields=True):
-    """The same in vLLM's shape: one of these."""
+    """vLLM's constraint on the output: one of the fields."""
 
     json: dict[str, Any] | str | None = None
     json_object: bool | None = None
@@ -65,46 +70,57 @@ class StructuredOutputs(Struct, forbid_unknown_fields=True):
     grammar: str | None = None
 
 
-class Completion(Struct, kw_only=True):
-    """The fields that every kind of completion has.
+class ContentPart(Struct):
+    """One part of a message's content."""
 
-    Those named as fields of `SamplingParams` mean the same; `sampling` merges them with the server's defaults.
-    """
+    type: str
+    text: str | None = None
+
+
+class PredictedOutput(Struct):
+    """OpenAI's `prediction`: a text that the output is likely to repeat in large part."""
+
+    type: Literal["content"]
+    content: str | list[ContentPart]
+
+
+class GenerationRequest(Struct, kw_only=True):
+    """The fields that all generation endpoints share. Fields named as in `SamplingParams` have the same meaning."""
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Choices | None = None
-    stop: Stop | Stops | None = None
-    stop_token_ids: Annotated[list[Count], Meta(max_length=1024)] | None = None
-    max_tokens: Limit | None = None
-    max_completion_tokens: Limit | None = None
-    n_predict: Limit | None = None
-    min_tokens: Count | None = None
+    n: ChoiceCount | None = None
+    stop: StopString | StopStrings | None = None
+    stop_token_ids: Annotated[list[NonNegativeInt], Meta(max_length=1024)] | None = None
+    max_tokens: TokenLimit | None = None
+    max_completion_tokens: TokenLimit | None = None
+    n_predict: TokenLimit | None = None
+    min_tokens: NonNegativeInt | None = None
     ignore_eos: bool | None = None
     cache_salt: Annotated[str, Meta(max_length=1024)] | None = None
     speculative: bool | str | dict[str, Any] | None = None
-    prediction: Prediction | None = None
+    prediction: PredictedOutput | None = None
 
-    seed: Seed | None = None
+    seed: SignedSeed | None = None
     temperature: float | None = None
-    top_k: Int | None = None
+    top_k: Int32 | None = None
     top_p: float | None = None
     min_p: float | None = None
     typical_p: float | None = None
     repeat_penalty: float | None = None
     repetition_penalty: float | None = None
-    repeat_last_n: Int | None = None
+    repeat_last_n: Int32 | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     dry_multiplier: float | None = None
     dry_base: float | None = None
-    dry_allowed_length: Int | None = None
-    dry_penalty_last_n: Int | None = None
+    dry_allowed_length: Int32 | None = None
+    dry_penalty_last_n: Int32 | None = None
     dry_sequence_breakers: list[str] | None = None
     xtc_probability: float | None = None
     xtc_threshold: float | None = None
-    logit_bias: dict[str, float] | Annotated[list[Bias], Meta(max_length=BIASES)] | None = None
+    logit_bias: dict[str, float] | Annotated[list[LogitBias], Meta(max_length=MAX_LOGIT_BIASES)] | None = None
 
     response_format: ResponseFormat | None = None
     grammar: str | None = None
@@ -116,84 +132,75 @@ class Completion(Struct, kw_only=True):
     guided_grammar: str | None = None
 
     @property
-    def limit(self) -> int | None:
-        """New tokens at most, under whichever name; None if the client did not say."""
-        for value in (self.max_completion_tokens, self.max_tokens, self.n_predict):
-            if value is not None:
-                return value
-        return None
+    def token_limit(self) -> int | None:
+        """The maximum number of new tokens, -1 for unlimited. None if no field has a limit."""
+        return _first_given(self.max_completion_tokens, self.max_tokens, self.n_predict)
 
     @property
-    def with_usage(self) -> bool:
-        """Whether a stream is to end with a chunk that tells the usage."""
+    def include_usage(self) -> bool:
+        """True if a stream ends with a usage chunk."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings."""
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings; empty if there are none."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def sampling(self, defaults: SamplingParams) -> SamplingParams:
-        """`defaults` with what the client asked for, all but the seed. Raises RequestRefused."""
-        asked = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+    def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
+        """Returns `defaults` updated with the request's fields, all but the seed.
+
+        Raises RequestRefused for a value out of range.
+        """
+        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         if self.repetition_penalty is not None:
-            asked.setdefault("repeat_penalty", self.repetition_penalty)
+            given.setdefault("repeat_penalty", self.repetition_penalty)
         if self.logit_bias:
-            asked["logit_bias"] = self._biases()
-        if not asked:
+            given["logit_bias"] = self._logit_biases()
+        if not given:
             return defaults
         try:
-            return msgspec.convert(msgspec.structs.asdict(defaults) | asked, SamplingParams)
+            return msgspec.convert(msgspec.structs.asdict(defaults) | given, SamplingParams)
         except msgspec.ValidationError as error:
-            raise refused(error) from None
+            raise as_refusal(error) from None
 
-    def _biases(self) -> list[tuple[int, float]]:
-        if len(self.logit_bias or ()) > BIASES:
-            raise RequestRefused(f"logit_bias names more than {BIASES} tokens.", field="logit_bias")
+    def _logit_biases(self) -> list[tuple[int, float]]:
+        if len(self.logit_bias or ()) > MAX_LOGIT_BIASES:
+            raise RequestRefused(
+                f"logit_bias: {len(self.logit_bias or ())} entries are too many; send at most {MAX_LOGIT_BIASES}.",
+                field="logit_bias",
+            )
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias or ()
         biases = []
         for token, bias in pairs:
-            if not _TOKEN.fullmatch(str(token)) or bias is True:
-                raise RequestRefused("logit_bias maps token ids to numbers.", field="logit_bias")
-            biases.append((int(token), BANNED if bias is False else float(bias)))
+            if not _TOKEN_ID.fullmatch(str(token)) or bias is True:
+                raise RequestRefused(
+                    f"logit_bias: {str(token)[:32]!r}: {bias!r} is not a bias; map token ids to numbers.",
+                    field="logit_bias",
+                )
+            biases.append((int(token), _BAN_BIAS if bias is False else float(bias)))
         return biases
 
 
-_TOKEN = re.compile(r"\d{1,19}")
-_SAMPLING = tuple(name for name in SamplingParams.__struct_fields__ if name not in ("seed", "logit_bias"))
+_SAMPLING_FIELDS = tuple(name for name in SamplingParams.__struct_fields__ if name not in ("seed", "logit_bias"))
 
 
-class Part(Struct):
-    """A piece of a message's content."""
-
-    type: str
-    text: str | None = None
-
-
-class Prediction(Struct):
-    """What the client expects the text to be, more or less."""
-
-    type: Literal["content"]
-    content: str | list[Part]
-
-
-class Message(Struct, omit_defaults=True):
-    """One turn of a conversation, as the chat template gets it."""
+class ChatMessageParam(Struct, omit_defaults=True):
+    """One message of a conversation, with the fields that chat templates use."""
 
     role: Annotated[str, Meta(min_length=1, max_length=64)]
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
 
-class ChatRequest(Completion, kw_only=True):
-    """POST /v1/chat/completions."""
+class ChatRequest(GenerationRequest, kw_only=True):
+    """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
+    messages: Annotated[list[ChatMessageParam], Meta(min_length=1)]
     logprobs: bool | None = None
-    top_logprobs: Alternatives | None = None
+    top_logprobs: TopLogprobCount | None = None
     tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -202,9 +209,9 @@ class ChatRequest(Completion, kw_only=True):
     reasoning_format: Literal["auto", "deepseek", "none"] | None = None
     reasoning_effort: Annotated[str, Meta(max_length=32)] | None = None
     enable_thinking: bool | None = None
-    reasoning_budget: Limit | None = None
-    reasoning_budget_tokens: Limit | None = None
-    thinking_budget_tokens: Limit | None = None
+    reasoning_budget: TokenLimit | None = None
+    reasoning_budget_tokens: TokenLimit | None = None
+    thinking_budget_tokens: TokenLimit | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
@@ -213,25 +220,22 @@ class ChatRequest(Completion, kw_only=True):
 
     @property
     def thinking_budget(self) -> int | None:
-        """Tokens that may be thought, under whichever name; None if the client did not say."""
-        for value in (self.reasoning_budget, self.reasoning_budget_tokens, self.thinking_budget_tokens):
-            if value is not None:
-                return value
-        return None
+        """The maximum number of reasoning tokens, -1 for unlimited. None if no field has a budget."""
+        return _first_given(self.reasoning_budget, self.reasoning_budget_tokens, self.thinking_budget_tokens)
 
 
-class TextRequest(Completion, kw_only=True):
-    """POST /v1/completions."""
+class TextRequest(GenerationRequest, kw_only=True):
+    """The body of POST /v1/completions."""
 
     prompt: str | list[str | int | list[int]]
-    logprobs: Alternatives | None = None
+    logprobs: TopLogprobCount | None = None
     echo: bool | None = None
     suffix: str | None = None
-    best_of: Choices | None = None
+    best_of: ChoiceCount | None = None
 
     @property
     def prompts(self) -> Sequence[str | list[int]]:
-        """The prompts, each text or tokens. Raises RequestRefused for a list that is empty or of mixed kinds."""
+        """The prompts, each a text or token ids. Raises RequestRefused for an empty list or one of mixed types."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         texts = [item for item in self.prompt if isinstance(item, str)]
@@ -241,38 +245,42 @@ class TextRequest(Completion, kw_only=True):
             if prompts and len(texts) + len(lists) + len(tokens) == len(texts or lists or tokens):
                 return prompts
         raise RequestRefused(
-            "prompt must be a text, a list of texts, a list of token ids or a list of such lists, and not empty.",
+            "prompt: the list is empty or mixes types; send a text, a list of texts, a list of token ids or a list of "
+            "lists of token ids.",
             field="prompt",
         )
 
 
-Body = TypeVar("Body", bound=Struct)
-
-
-def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
-    """The request in `body`. Raises RequestRefused, which names the field, for anything but the right JSON."""
+def decode_body(decoder: msgspec.json.Decoder[_BodyT], body: bytes) -> _BodyT:
+    """Returns the request in `body`. Raises RequestRefused, with the field if one is to blame, for other JSON."""
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise refused(error) from None
+        raise as_refusal(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestRefused(f"The body is not valid JSON: {error}") from None
 
 
-def refuse_unsupported(request: Completion) -> None:
-    """Raises RequestRefused for a wish that would silently not be met."""
+def refuse_unsupported(request: GenerationRequest) -> None:
+    """Raises RequestRefused for a field that the server would otherwise ignore against the client's intention."""
     if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
-        raise RequestRefused("top_logprobs needs logprobs to be true.", field="top_logprobs")
+        raise RequestRefused("top_logprobs: logprobs is not set; set logprobs to true.", field="top_logprobs")
     if isinstance(request, TextRequest):
-        _refuse_legacy(request)
+        _refuse_unsupported_text(request)
 
 
-def _refuse_legacy(request: TextRequest) -> None:
+def _refuse_unsupported_text(request: TextRequest) -> None:
     if request.suffix:
-        raise RequestRefused("suffix is not supported yet.", field="suffix")
+        raise RequestRefused("suffix: insertion is not supported; leave the field out.", field="suffix")
     if request.best_of is not None and request.best_of != (request.n or 1):
-        raise RequestRefused("best_of is not supported, other than equal to n.", field="best_of")
-    if request.echo and request.logprobs is not None:
         raise RequestRefused(
-            "echo cannot be combined with logprobs: logprobs of the prompt are not computed.", field="echo"
+            f"best_of: {request.best_of} is not supported; leave the field out or set it to n, {request.n or 1}.",
+            field="best_of",
         )
+    if request.echo and request.logprobs is not None:
+        raise RequestRefused("echo: logprobs of the prompt are not computed; leave out echo or logprobs.", field="echo")
+
+
+def _first_given(*values: int | None) -> int | None:
+    """Returns the first of `values` that is not None."""
+    return next((value for value in values if value is not None), None)

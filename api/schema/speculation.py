@@ -1,4 +1,4 @@
-"""`speculative` of a request: who is to guess for it, and how much."""
+"""Parses the `speculative` field of a request: the proposer types and the bounds on drafts."""
 
 from __future__ import annotations
 
@@ -7,58 +7,66 @@ from typing import Any
 
 import msgspec
 
-from api.config.flags import RENAMED
-from api.http.decode_errors import nearest, refused
+from api.config.spellings import PROPOSER_TYPE_ALIASES
+from api.http.decode_errors import as_refusal, nearest_hint
 from engine import PROPOSER_TYPES, ProposerType, RequestRefused, Speculation
 
 _TYPES = (*PROPOSER_TYPES, "auto", "none")
 _FIELDS = Speculation.__struct_fields__
 
 
-def speculation_of(wish: bool | str | Mapping[str, Any] | None, default: Iterable[ProposerType]) -> Speculation | None:
-    """What a request says about guessing; None if it says nothing. Raises RequestRefused, which names the field.
+def parse_speculation(
+    field: bool | str | Mapping[str, Any] | None, default_types: Iterable[ProposerType]
+) -> Speculation | None:
+    """Returns the value of a request's `speculative` field; None if the request has no such field.
 
-    False, or `none` among the types, is nobody. True, or an object without types, is those of the server's `default`,
-    and if they are none, everyone.
+    False, or `none` among the types, disables speculation. True, or an object without types, stands for the server's
+    `default_types`, or for all types if there are no default types. Raises RequestRefused, which names the field.
     """
-    match wish:
+    match field:
         case None:
             return None
         case False:
             return Speculation()
         case True:
-            return _made({}, default)
+            return _parse_object({}, default_types)
         case str():
-            return msgspec.convert({"type": _types([wish], ["speculative"])}, Speculation)
-    return _made({name: value for name, value in wish.items() if value is not None}, default)
+            return msgspec.convert({"type": _parse_types([field], ["speculative"])}, Speculation)
+    return _parse_object({name: value for name, value in field.items() if value is not None}, default_types)
 
 
-def _made(wish: dict[str, Any], default: Iterable[ProposerType]) -> Speculation:
-    for name in wish:
+def _parse_object(fields: dict[str, Any], default_types: Iterable[ProposerType]) -> Speculation:
+    for name in fields:
         if name not in _FIELDS:
             path = f"speculative.{name[:64]}"
-            raise RequestRefused(f"{path}: there is no such field{nearest(name, _FIELDS)}", field=path)
-    match wish.setdefault("type", list(default) or "auto"):
+            raise RequestRefused(f"{path}: there is no such field{nearest_hint(name, _FIELDS)}", field=path)
+    match fields.setdefault("type", list(default_types) or "auto"):
         case str(name):
-            wish["type"] = _types([name], ["speculative.type"])
+            fields["type"] = _parse_types([name], ["speculative.type"])
         case list(names):
-            wish["type"] = _types(names, [f"speculative.type[{index}]" for index in range(len(names))])
+            fields["type"] = _parse_types(names, [f"speculative.type[{index}]" for index in range(len(names))])
     try:
-        made = msgspec.convert(wish, Speculation)
+        speculation = msgspec.convert(fields, Speculation)
     except msgspec.ValidationError as error:
-        raise refused(error, "speculative") from None
-    if made.n_min is not None and made.n_max is not None and made.n_min > made.n_max:
-        raise RequestRefused("speculative.n_min is above n_max: no draft could be both", field="speculative.n_min")
-    return made
+        raise as_refusal(error, "speculative") from None
+    n_min, n_max = speculation.n_min, speculation.n_max
+    if n_min is not None and n_max is not None and n_min > n_max:
+        raise RequestRefused(
+            f"speculative.n_min: {n_min} is above n_max; set it to at most {n_max}.", field="speculative.n_min"
+        )
+    return speculation
 
 
-def _types(names: Sequence[object], paths: Sequence[str]) -> list[str]:
-    """The types by our names, none of them twice; empty if nobody is to guess."""
+def _parse_types(names: Sequence[object], paths: Sequence[str]) -> list[str]:
+    """Returns the proposer types without duplicates, llama-server's spellings replaced; empty with `none` in `names`.
+
+    `paths` are the fields of the names, for errors.
+    """
     types: list[str] = []
     for name, path in zip(names, paths, strict=True):
         if not isinstance(name, str):
-            raise RequestRefused(f"{path}: a type is a text", field=path)
-        types.append(RENAMED.get(name, name))
+            raise RequestRefused(f"{path}: {str(name)[:32]} is not a string; use a proposer type.", field=path)
+        types.append(PROPOSER_TYPE_ALIASES.get(name, name))
         if types[-1] not in _TYPES:
-            raise RequestRefused(f"{path}: there is no type {name[:64]!r}{nearest(name, _TYPES)}", field=path)
+            raise RequestRefused(f"{path}: there is no type {name[:64]!r}{nearest_hint(name, _TYPES)}", field=path)
     return [] if "none" in types else list(dict.fromkeys(types))

@@ -1,4 +1,4 @@
-"""The application: routes, errors and what stands before them."""
+"""The ASGI application: routes, error handlers and middleware."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from api.generation.loaded_model import Served, Site
-from api.http.error_responses import problem_of
-from api.http.keys import Keys
-from api.http.request_context import HUNG_UP, Exchanges, exchange_of
-from api.http.responses import JSONReply, problem_reply
-from api.llama_server.completion import Native
-from api.llama_server.props import props_of
-from api.llama_server.slots import Slots
-from api.llama_server.tokenize import Tokens
-from api.openai.chat import Chat
-from api.openai.completions import Text
-from api.openai.render import Render
-from api.schema.replies import Health, ModelList, ModelMeta, ModelReply
-from api.server.metrics import registry_of
+from api.generation.loaded_model import AppState, LoadedModel
+from api.http.api_keys import ApiKeyMiddleware
+from api.http.request_context import CLIENT_CLOSED_REQUEST, RequestContextMiddleware, request_context
+from api.http.responses import JSONResponse, json_error
+from api.llama_server.completion import CompletionEndpoint
+from api.llama_server.props import props_reply
+from api.llama_server.slots import SlotEndpoints
+from api.llama_server.tokenize import TokenizeEndpoints
+from api.openai.chat import ChatCompletionEndpoint
+from api.openai.completions import TextCompletionEndpoint
+from api.openai.render import RenderEndpoints
+from api.schema.replies import HealthReply, ModelList, ModelMeta, ModelReply
+from api.server.metrics import metrics_registry
 from engine import EngineError
 
 
-def create_app(site: Site) -> ASGIApp:
-    """The server's ASGI application. While `site` serves nothing yet, everything answers 503."""
-    chat, text, status, slots = Chat(site), Text(site), Status(site), Slots(site)
-    native, render, tokens = Native(site), Render(site), Tokens(site)
+def create_app(state: AppState) -> ASGIApp:
+    """Returns the ASGI application. While `state` has no loaded model, every route answers 503."""
+    chat, text, render = ChatCompletionEndpoint(state), TextCompletionEndpoint(state), RenderEndpoints(state)
+    native, tokens, slots = CompletionEndpoint(state), TokenizeEndpoints(state), SlotEndpoints(state)
+    status = StatusEndpoints(state)
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", chat.complete, methods=["POST"]),
-            Route("/chat/completions", chat.complete, methods=["POST"]),
-            Route("/v1/completions", text.complete, methods=["POST"]),
+            Route("/v1/chat/completions", chat.create, methods=["POST"]),
+            Route("/chat/completions", chat.create, methods=["POST"]),
+            Route("/v1/completions", text.create, methods=["POST"]),
             Route("/completion", native.complete, methods=["POST"]),
             Route("/completions", native.complete, methods=["POST"]),
             Route("/v1/chat/completions/render", render.chat, methods=["POST"]),
@@ -54,67 +54,70 @@ def create_app(site: Site) -> ASGIApp:
             Route("/slots/{id}", slots.act, methods=["POST"]),
         ],
         exception_handlers={
-            EngineError: _tell,
-            HTTPException: _tell_http,
-            ClientDisconnect: _gone,
-            RecursionError: _tell,
-            Exception: _tell,
+            EngineError: _on_error,
+            HTTPException: _on_http_error,
+            ClientDisconnect: _on_disconnect,
+            RecursionError: _on_error,
+            Exception: _on_error,
         },
     )
-    # Around Starlette, not inside it: its own answer to a crash needs an id too.
-    return Exchanges(Keys(app, site.config.api_keys, apart=site.config.cache_salt_by_key))
+    config = state.config
+    # Around Starlette, not inside: Starlette's response to an unexpected exception needs a request id too.
+    return RequestContextMiddleware(
+        ApiKeyMiddleware(app, config.api_keys, separate_namespaces=config.cache_salt_by_key)
+    )
 
 
-class Status:
-    """The endpoints that tell about the server."""
+class StatusEndpoints:
+    """The endpoints that report on the server: /health, /metrics, /props and /v1/models."""
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
+    def __init__(self, state: AppState) -> None:
+        self._state = state
         self._registry: CollectorRegistry | None = None
 
     async def health(self, request: Request) -> Response:
-        """200 once requests are served, until the server ends or its engine failed for good."""
-        _ = self._site.open
-        return JSONReply(Health())
+        """Returns 200 from the end of loading to the start of draining, unless the engine has failed."""
+        _ = self._state.model
+        return JSONResponse(HealthReply())
 
     async def metrics(self, request: Request) -> Response:
-        """The Prometheus text."""
+        """Returns the metrics in Prometheus' text format."""
         if self._registry is None:
-            self._registry = registry_of(self._site.open.engine)
+            self._registry = metrics_registry(self._state.model.engine)
         return Response(generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def props(self, request: Request) -> Response:
-        """What is served and what requests default to."""
-        return JSONReply(props_of(self._site.open))
+        """Returns the properties of the model and the defaults of requests, in llama-server's shape."""
+        return JSONResponse(props_reply(self._state.model))
 
     async def models(self, request: Request) -> Response:
-        """The one model."""
-        return JSONReply(ModelList([_model(self._site.open)]))
+        """Returns a list with the loaded model."""
+        return JSONResponse(ModelList([_model_reply(self._state.model)]))
 
     async def model(self, request: Request) -> Response:
-        """The model under any of its names."""
-        served = self._site.open
-        served.check_model(request.path_params["id"])
-        return JSONReply(_model(served))
+        """Returns the loaded model. Raises UnknownModel if the path names another one."""
+        model = self._state.model
+        model.check_name(request.path_params["id"])
+        return JSONResponse(_model_reply(model))
 
 
-def _model(served: Served) -> ModelReply:
-    info = served.engine.info
+def _model_reply(model: LoadedModel) -> ModelReply:
+    info = model.engine.info
     meta = ModelMeta(info.vocabulary, info.context, info.trained_context, info.parameters, info.bytes)
-    return ModelReply(served.name, served.created, served.engine.request_limit, meta)
+    return ModelReply(model.name, model.created, model.engine.request_limit, meta)
 
 
-async def _tell(request: Request, error: Exception) -> Response:
-    exchange_of(request.scope).failure = error
-    return problem_reply(problem_of(error))
+async def _on_error(request: Request, error: Exception) -> Response:
+    request_context(request.scope).error = error
+    return json_error(error)
 
 
-async def _tell_http(request: Request, error: Exception) -> Response:
+async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.detail == HTTPStatus(error.status_code).phrase:
         error.detail = f"{error.detail}: {request.method} {request.url.path}"
-    return await _tell(request, error)
+    return await _on_error(request, error)
 
 
-async def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=HUNG_UP)  # nobody is left to read it
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)  # for the log; the client has closed the connection

@@ -1,4 +1,4 @@
-"""GET /metrics: the engine's counts for Prometheus, and the names of vLLM that dashboards and load tools look for."""
+"""GET /metrics: the engine's statistics for Prometheus, also under the names of vLLM that dashboards use."""
 
 from __future__ import annotations
 
@@ -10,134 +10,140 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from api.generation.loaded_model import VERSION, Core
-from api.schema.drafts import by_accepted, by_position
-from engine import Histogram, Stats
+from api.generation.loaded_model import PACELINE_VERSION
+from api.schema.speculation_stats import by_accepted, by_position
+from engine import Engine, Histogram, Stats
 
+# Fields of Stats, each with the name of its metric after `paceline_` and the help text.
 _COUNTERS = {
-    "prompt_tokens": "Tokens of prompts, cached ones included",
-    "cached_tokens": "Tokens of prompts that needed no computing",
-    "completion_tokens": "Tokens picked",
-    "drafted_tokens": "Draft tokens verified",
-    "accepted_tokens": "Draft tokens that were right",
-    "steps": "Steps of the engine",
-    "native_passes": "Passes over the weights",
-    "retractions": "Preemptions of requests for lack of KV cells",
-    "restores": "Times that a request began with tokens loaded from RAM or disk",
-    "hits": "Requests whose prompt had a cached prefix",
-    "saved_tokens": "Tokens of KV saved to RAM",
-    "restored_tokens": "Tokens of KV loaded from RAM or disk",
-    "busy_seconds": "Seconds spent in steps",
-    "native_seconds": "Seconds of these inside the native library",
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens, cached tokens included"),
+    "cached_tokens": ("cached_tokens", "Prompt tokens found in the prefix cache"),
+    "completion_tokens": ("completion_tokens", "Tokens emitted"),
+    "drafted_tokens": ("drafted_tokens", "Draft tokens verified"),
+    "accepted_tokens": ("accepted_tokens", "Draft tokens accepted"),
+    "steps": ("steps", "Engine steps"),
+    "native_passes": ("native_passes", "Forward passes over the weights"),
+    "preemptions": ("retractions", "Requests preempted because KV cells ran out"),
+    "restores": ("restores", "Requests that loaded prompt tokens from RAM or disk"),
+    "hits": ("hits", "Requests with a cached prefix"),
+    "saved_tokens": ("saved_tokens", "Tokens whose KV was saved to RAM"),
+    "restored_tokens": ("restored_tokens", "Tokens whose KV was loaded from RAM or disk"),
+    "busy_seconds": ("busy_seconds", "Seconds spent in engine steps"),
+    "native_seconds": ("native_seconds", "Seconds of engine steps spent in the native library"),
 }
 _GAUGES = {
-    "running": ("requests_running", "Requests that have a slot"),
-    "waiting": ("requests_waiting", "Requests that wait for one"),
+    "running": ("requests_running", "Requests that occupy a slot"),
+    "waiting": ("requests_waiting", "Requests in the queue"),
     "cells_used": ("cells_used", "KV cells in use"),
-    "cells_idle": ("cells_idle", "KV cells in use by idle prefixes only"),
-    "cells": ("cells", "KV cells"),
+    "cells_idle": ("cells_idle", "KV cells that hold only prefixes of no running request"),
+    "cells": ("cells", "KV cells in total"),
     "ram_bytes": ("prefix_ram_bytes", "Bytes of prefixes in RAM"),
     "disk_bytes": ("prefix_disk_bytes", "Bytes of prefixes on disk"),
 }
 _HISTOGRAMS = {
     "ttft": ("time_to_first_token_seconds", "Seconds from submission to the first token"),
-    "gap": ("inter_token_seconds", "Seconds between one step with tokens of a request and the next"),
+    "gap": ("inter_token_seconds", "Seconds between two consecutive steps that emit tokens of the same request"),
     "queue": ("queue_seconds", "Seconds from submission to the first step"),
 }
 
 
 class EngineCollector(Collector):
-    """Reads the engine's counts at each scrape."""
+    """Collects the metrics of one snapshot of the engine's statistics at each scrape."""
 
-    def __init__(self, engine: Core) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        """All families, from one snapshot."""
+        """Yields all metric families."""
         stats = self._engine.stats()
-        build = GaugeMetricFamily("paceline_build_info", "Always 1", labels=["version"])
-        build.add_metric([VERSION], 1)
+        build = GaugeMetricFamily("paceline_build_info", "The version of Paceline; always 1", labels=["version"])
+        build.add_metric([PACELINE_VERSION], 1)
         yield build
-        yield from _own(stats)
-        yield from _drafts(stats)
-        yield from _steps(stats)
-        yield from _of_vllm(stats)
+        yield from _engine_metrics(stats)
+        yield from _speculation_metrics(stats)
+        yield from _step_metrics(stats)
+        yield from _vllm_metrics(stats)
 
 
-def registry_of(engine: Core) -> CollectorRegistry:
-    """A registry with the engine's counts and this process's memory, CPU time and files."""
+def metrics_registry(engine: Engine) -> CollectorRegistry:
+    """Returns a registry with the engine's metrics and this process's memory, CPU time and open files."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(EngineCollector(engine))
     ProcessCollector(registry=registry)
     return registry
 
 
-def _own(stats: Stats) -> Iterator[Metric]:
-    requests = CounterMetricFamily("paceline_requests", "Requests that came to an end, by how", labels=["reason"])
+def _engine_metrics(stats: Stats) -> Iterator[Metric]:
+    requests = _counter("paceline_requests", "Requests finished, by reason", "reason")
     for reason, count in stats.requests_finished.items():
         requests.add_metric([reason], count)
     yield requests
-    for field, help_text in _COUNTERS.items():
-        yield CounterMetricFamily(f"paceline_{field}", help_text, value=getattr(stats, field))
+    for field, (name, help_text) in _COUNTERS.items():
+        yield CounterMetricFamily(f"paceline_{name}", help_text, value=getattr(stats, field))
     for field, (name, help_text) in _GAUGES.items():
         yield GaugeMetricFamily(f"paceline_{name}", help_text, value=getattr(stats, field))
     for field, (name, help_text) in _HISTOGRAMS.items():
         yield _histogram(f"paceline_{name}", help_text, getattr(stats, field))
 
 
-def _drafts(stats: Stats) -> Iterator[Metric]:
-    made = _counter("paceline_spec_drafts", "Drafts verified", "type")
-    drafted = _counter("paceline_spec_draft_tokens", "Tokens of drafts verified", "type")
-    accepted = _counter("paceline_spec_accepted_tokens", "Tokens of these that were right", "type")
-    places = _counter("paceline_spec_accepted_tokens_per_pos", "The same by position in the draft", "type", "position")
-    for drafts in stats.drafts:
-        made.add_metric([drafts.type], sum(drafts.by_accepted))
-        drafted.add_metric([drafts.type], drafts.drafted)
-        accepted.add_metric([drafts.type], drafts.accepted)
-        for position, count in enumerate(by_position(drafts.by_accepted)):
-            places.add_metric([drafts.type, str(position)], count)
-    yield from (made, drafted, accepted, places)
-    chance = GaugeMetricFamily(
-        "paceline_spec_chance", "The chance that the first token of the next draft is right", labels=["type"]
+def _speculation_metrics(stats: Stats) -> Iterator[Metric]:
+    drafts = _counter("paceline_spec_drafts", "Drafts verified, by proposer type", "type")
+    drafted = _counter("paceline_spec_draft_tokens", "Draft tokens verified, by proposer type", "type")
+    accepted = _counter("paceline_spec_accepted_tokens", "Draft tokens accepted, by proposer type", "type")
+    positions = _counter(
+        "paceline_spec_accepted_tokens_per_pos",
+        "Draft tokens accepted, by proposer type and position in the draft",
+        "type",
+        "position",
     )
-    sums = {
-        "expected": _counter(
-            "paceline_spec_expected_tokens", "Tokens of drafts that were expected to be right", "type"
-        ),
-        "saved": _counter("paceline_spec_saved_seconds", "Seconds that the right ones would have taken", "type"),
-        "spent": _counter("paceline_spec_spent_seconds", "Seconds that making and verifying them took", "type"),
+    chance = GaugeMetricFamily(
+        "paceline_spec_chance", "Estimated acceptance rate of the next draft's first token", labels=["type"]
+    )
+    estimates = {
+        "expected": _counter("paceline_spec_expected_tokens", "Draft tokens expected to be accepted", "type"),
+        "saved": _counter("paceline_spec_saved_seconds", "Seconds of decoding saved by accepted draft tokens", "type"),
+        "spent": _counter("paceline_spec_spent_seconds", "Seconds spent on making and verifying drafts", "type"),
     }
-    for drafts in stats.drafts:
-        chance.add_metric([drafts.type], drafts.chance)
-        for name, family in sums.items():
-            family.add_metric([drafts.type], getattr(drafts, name))
-    yield from (chance, *sums.values())
+    for each in stats.drafts:
+        drafts.add_metric([each.type], sum(each.by_accepted))
+        drafted.add_metric([each.type], each.drafted)
+        accepted.add_metric([each.type], each.accepted)
+        for position, count in enumerate(by_position(each.by_accepted)):
+            positions.add_metric([each.type, str(position)], count)
+        chance.add_metric([each.type], each.chance)
+        for field, family in estimates.items():
+            family.add_metric([each.type], getattr(each, field))
+    yield from (drafts, drafted, accepted, positions, chance, *estimates.values())
 
 
-def _steps(stats: Stats) -> Iterator[Metric]:
-    seconds = GaugeMetricFamily("paceline_step_seconds", "What a decode of so many rows takes now", labels=["rows"])
-    for rows, spent in stats.step_seconds.items():
-        seconds.add_metric([str(rows)], spent)
+def _step_metrics(stats: Stats) -> Iterator[Metric]:
+    seconds = GaugeMetricFamily(
+        "paceline_step_seconds", "Estimated seconds of a decode step, by its number of rows", labels=["rows"]
+    )
+    for rows, estimate in stats.step_seconds.items():
+        seconds.add_metric([str(rows)], estimate)
     yield seconds
 
 
-def _of_vllm(stats: Stats) -> Iterator[Metric]:
-    yield GaugeMetricFamily("vllm:num_requests_running", "Requests that have a slot", value=stats.running)
-    yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests that wait for one", value=stats.waiting)
+def _vllm_metrics(stats: Stats) -> Iterator[Metric]:
+    yield GaugeMetricFamily("vllm:num_requests_running", "Requests that occupy a slot", value=stats.running)
+    yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests in the queue", value=stats.waiting)
     used = (stats.cells_used - stats.cells_idle) / stats.cells if stats.cells else 0.0
-    yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of cells that requests need, 0 to 1", value=used)
-    yield CounterMetricFamily("vllm:prompt_tokens", "Tokens of prompts", value=stats.prompt_tokens)
-    yield CounterMetricFamily("vllm:generation_tokens", "Tokens picked", value=stats.completion_tokens)
-    yield _histogram("vllm:time_to_first_token_seconds", "Seconds to the first token", stats.ttft)
-    counts, drafted = by_accepted(stats.drafts), sum(drafts.drafted for drafts in stats.drafts)
-    accepted = sum(drafts.accepted for drafts in stats.drafts)
+    yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV cells in use by requests, 0 to 1", value=used)
+    yield CounterMetricFamily("vllm:prompt_tokens", "Prompt tokens", value=stats.prompt_tokens)
+    yield CounterMetricFamily("vllm:generation_tokens", "Tokens emitted", value=stats.completion_tokens)
+    yield _histogram("vllm:time_to_first_token_seconds", "Seconds from submission to the first token", stats.ttft)
+    counts, drafted = by_accepted(stats.drafts), sum(each.drafted for each in stats.drafts)
+    accepted = sum(each.accepted for each in stats.drafts)
     yield CounterMetricFamily("vllm:spec_decode_num_drafts", "Drafts verified", value=sum(counts))
-    yield CounterMetricFamily("vllm:spec_decode_num_draft_tokens", "Tokens of these", value=drafted)
-    yield CounterMetricFamily("vllm:spec_decode_num_accepted_tokens", "Of these, the right ones", value=accepted)
-    places = _counter("vllm:spec_decode_num_accepted_tokens_per_pos", "The same by position in the draft", "position")
+    yield CounterMetricFamily("vllm:spec_decode_num_draft_tokens", "Draft tokens verified", value=drafted)
+    yield CounterMetricFamily("vllm:spec_decode_num_accepted_tokens", "Draft tokens accepted", value=accepted)
+    positions = _counter(
+        "vllm:spec_decode_num_accepted_tokens_per_pos", "Draft tokens accepted, by position in the draft", "position"
+    )
     for position, count in enumerate(by_position(counts)):
-        places.add_metric([str(position)], count)
-    yield places
+        positions.add_metric([str(position)], count)
+    yield positions
 
 
 def _counter(name: str, help_text: str, *labels: str) -> CounterMetricFamily:

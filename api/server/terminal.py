@@ -1,4 +1,4 @@
-"""What the person who started the server sees."""
+"""Terminal output on stderr: progress of long operations and the lines after the start."""
 
 from __future__ import annotations
 
@@ -12,56 +12,58 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from api.config.server import ServerConfig
-from api.generation.loaded_model import Served
+from api.generation.loaded_model import LoadedModel
 
-QUARTER = 0.25
+# Without a terminal, one line for each quarter.
+_LINE_SHARE = 0.25
 
 
-def say(line: str) -> None:
-    """One line on stderr, as it is."""
+def print_line(line: str) -> None:
+    """Writes one line to stderr."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
 
-class Bar:
-    """Shows how far something is done: a bar on a terminal, elsewhere a line for each quarter."""
+class ProgressBar:
+    """Shows the progress of an operation: a bar on a terminal, else a line for each quarter. A context manager."""
 
-    def __init__(self, words: str) -> None:
-        self._words = words
-        self._next = QUARTER
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._next_share = _LINE_SHARE
         console = Console(stderr=True)
-        self._bar: Progress | None = None
+        self._progress: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=console, transient=True)
-            self._task = self._bar.add_task(self._words, total=1.0)
+            self._progress = Progress(*columns, console=console, transient=True)
+            self._task = self._progress.add_task(self._title, total=1.0)
 
     def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
+        if self._progress is not None:
+            self._progress.start()
         else:
-            say(self._words)
+            print_line(self._title)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._progress is not None:
+            self._progress.stop()
 
-    def show(self, share: float) -> None:
-        """The share that is done, 0 to 1."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=share)
+    def update(self, share: float) -> None:
+        """Sets the completed share, 0 to 1."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=share)
             return
-        if share >= self._next:
-            say(f"{self._words}: {int(share / QUARTER) * 25} %")
-            self._next = (int(share / QUARTER) + 1) * QUARTER
+        if share >= self._next_share:
+            quarters = int(share / _LINE_SHARE)
+            print_line(f"{self._title}: {quarters * 25} %")
+            self._next_share = (quarters + 1) * _LINE_SHARE
 
 
-def welcome(served: Served, address: str) -> str:
-    """What is served and where, and a command that tries it."""
-    engine = served.engine
+def start_message(model: LoadedModel, url: str) -> str:
+    """Returns the lines after the start: warnings, the model, its URL and settings, and a command that tries it."""
+    engine = model.engine
     facts = [
-        f"Serving {served.name} on {address}",
+        f"Serving {model.name} on {url}",
         f"{engine.slots} slot{'s' if engine.slots > 1 else ''}",
         f"unified KV, {engine.info.context} tokens"
         if engine.memory.kv_unified
@@ -69,38 +71,40 @@ def welcome(served: Served, address: str) -> str:
         engine.info.device,
         *(["deterministic"] if engine.info.exact else []),
     ]
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if served.options.server.api_keys else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if model.options.server.api_keys else ""
     lines = [
+        *(f"Note: {warning}" for warning in _warnings(model)),
         " · ".join(facts),
         *([f"KV layout: {engine.memory.kv_reason}"] if engine.memory.kv_reason else []),
-        *_guessing(served),
-        f"Try: curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} \\",
+        *_speculation_lines(model),
+        f"Try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\",
         """  -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}'""",
     ]
-    return "\n".join([*(f"Note: {note}" for note in _notes(served)), *lines])
+    return "\n".join(lines)
 
 
-def _notes(served: Served) -> Iterator[str]:
-    """What the person may have expected otherwise."""
-    if served.prompts.trouble:
-        yield served.prompts.trouble
-    wanted = {*served.options.speculation.chosen, *(["draft"] if served.options.draft.path else [])}
-    for kind, reason in served.engine.silent.items():
-        if kind in wanted:
-            yield f"Nobody guesses by {kind}: {reason}."
+def _warnings(model: LoadedModel) -> Iterator[str]:
+    """Yields deviations from the options: an unusable chat template, and requested proposer types without effect."""
+    if model.prompts.warning:
+        yield model.prompts.warning
+    requested = {*model.options.speculation.default_types, *(["draft"] if model.options.draft.path else [])}
+    for kind, reason in model.engine.unavailable_proposers.items():
+        if kind in requested:
+            yield f"Proposer {kind} is off: {reason}."
 
 
-def _guessing(served: Served) -> Iterator[str]:
-    """A line about who guesses ahead, if anybody may."""
-    draft = served.options.draft.path if "draft" in served.engine.proposers else ""
-    if served.guessers:
-        names = [f"draft ({Path(draft).name})" if kind == "draft" else kind for kind in served.guessers]
-        yield f"Guessing ahead: {', '.join(names)}"
+def _speculation_lines(model: LoadedModel) -> Iterator[str]:
+    """Yields a line with the proposer types of requests without `speculative`; nothing if speculation is off."""
+    draft = model.options.draft.path if "draft" in model.engine.proposers else ""
+    if model.default_proposers:
+        names = [f"draft ({Path(draft).name})" if kind == "draft" else kind for kind in model.default_proposers]
+        mode = "auto" if "auto" in model.options.speculation.default_types else "on"
+        yield f"Speculation: {mode} ({', '.join(names)})"
     elif draft:
-        yield f"{Path(draft).name} guesses only for requests that ask for it; for all with --spec-type draft"
+        yield f"Speculation: off; requests can select draft ({Path(draft).name}); --spec-type draft is for all"
 
 
-def address_of(config: ServerConfig, port: int) -> str:
-    """Where a client on this machine reaches the server."""
+def client_url(config: ServerConfig, port: int) -> str:
+    """Returns the URL at which a client on this machine reaches the server."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
     return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}"

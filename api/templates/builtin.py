@@ -1,19 +1,19 @@
-"""The formats of model families by name, for GGUF files whose template is missing or wrong.
+"""Chat templates of model families by llama-server's names, for GGUF files without a correct template.
 
-The names are llama-server's. They show system, user and assistant messages; for tools use the model's own template.
+They render system, user and assistant messages. Tools need the model's own template.
 """
 
 from __future__ import annotations
 
+# The template for models without one.
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""The template for models that bring none."""
 
 
-def _bracketed(before: str, inside: str, said: str = "message.content") -> str:
-    """Mistral's: turns in `[INST]`, with these spaces around and in them, a system message before the next user's."""
+def _bracketed(before: str, inside: str, content: str = "message.content") -> str:
+    """Mistral before tokenizer v7: spaces `before` and `inside` of `[INST]`, system text in the next user turn."""
     return (
         "{{ bos_token }}{% set ns = namespace(open=false) %}{% for message in messages %}"
         "{% if not ns.open and message.role != 'assistant' %}{% set ns.open = true %}"
@@ -22,13 +22,13 @@ def _bracketed(before: str, inside: str, said: str = "message.content") -> str:
         "{% elif message.role == 'user' %}"
         f"{{{{ message.content }}}}{before}[/INST]"
         "{% else %}{% set ns.open = false %}"
-        f"{inside}{{{{ {said} }}}}"
+        f"{inside}{{{{ {content} }}}}"
         "{{ eos_token }}{% endif %}{% endfor %}"
     )
 
 
 def _tagged_system(space: str) -> str:
-    """Mistral's since its seventh tokenizer: the system message has tags of its own."""
+    """Mistral since tokenizer v7: the system message has tags of its own."""
     return (
         "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}"
         f"[SYSTEM_PROMPT]{space}{{{{ message.content }}}}[/SYSTEM_PROMPT]"
@@ -40,12 +40,12 @@ def _tagged_system(space: str) -> str:
     )
 
 
-def _headed(start: str, end: str, over: str) -> str:
-    """Llama's since its third version: the role in a header, trimmed content, a token that ends the turn."""
+def _headed(start: str, end: str, end_of_turn: str) -> str:
+    """Llama since version 3: the role in a header, trimmed content, an end-of-turn token."""
     head = f"{start}{{{{ role }}}}{end}\n\n"
     return (
         "{{ bos_token }}{% for message in messages %}{% set role = message.role %}"
-        f"{head}{{{{ message.content | trim }}}}{over}"
+        f"{head}{{{{ message.content | trim }}}}{end_of_turn}"
         "{% endfor %}{% if add_generation_prompt %}{% set role = 'assistant' %}"
         f"{head}"
         "{% endif %}"
@@ -53,7 +53,7 @@ def _headed(start: str, end: str, over: str) -> str:
 
 
 def _barred(between: str, after: str) -> str:
-    """`<|role|>`, a line break and the content."""
+    """The role as `<|role|>`, the text `between`, the content, and the text `after`."""
     return (
         "{% for message in messages %}"
         f"<|{{{{ message.role }}}}|>{between}{{{{ message.content }}}}{after}"
@@ -63,10 +63,10 @@ def _barred(between: str, after: str) -> str:
     )
 
 
-# A template of Jinja drops the line break that ends it and that follows a tag: those that count are written as values.
+# Jinja drops line breaks after tags and at the end of a template; as an expression a line break is kept.
 _BREAK = "{{ '\n' }}"
 
-BUILTIN = {
+BUILTIN_TEMPLATES = {
     "chatml": CHATML,
     "llama2": (
         "{% for message in messages %}{% if message.role == 'system' %}"
@@ -128,4 +128,3 @@ BUILTIN = {
         "{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"
     ),
 }
-"""Jinja by name."""

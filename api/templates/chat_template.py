@@ -1,8 +1,8 @@
-"""Chat templates, run as Hugging Face's `apply_chat_template` runs them.
+"""Jinja chat templates, rendered as by Hugging Face's `apply_chat_template`.
 
-A template is a program of strangers: it runs sandboxed, and whatever it fails with is the request's failure. How long
-it runs, and how much memory it takes, is bounded for single products and powers only, not for loops of loops, or for
-texts that these make longer and longer. So only who is trusted may bring one (`--trust-request-chat-template`).
+A template is untrusted code: it runs sandboxed, and its errors fail the request alone. Time and memory are bounded for
+single products and powers only, not for nested loops or for texts that loops extend. Requests may therefore bring
+templates only with `--trust-request-chat-template`.
 """
 
 from __future__ import annotations
@@ -23,139 +23,145 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from msgspec import Struct
 
 from api.config.server import ChatConfig
-from api.http.decode_errors import nearest
-from api.templates.builtin import BUILTIN
+from api.http.decode_errors import nearest_hint
+from api.templates.builtin import BUILTIN_TEMPLATES
 from engine import RequestRefused
 
-RENDERED = 2**24
-"""Characters that a template may make of a conversation."""
-BITS = 2**12
-"""Of a number that a template may make."""
-SAID = 500
-"""Characters of its complaint that are told, which may be a whole conversation."""
+# Longest text that a template may render or repeat.
+MAX_RENDERED_CHARS = 2**24
+# Largest integer that a template may compute.
+MAX_INTEGER_BITS = 2**12
+# A template's error message is cut to this length, as it may contain the whole conversation.
+_MAX_ERROR_CHARS = 500
+
+# A message as templates render it.
+TemplateMessage = dict[str, Any]
 
 
-class TemplateTrouble(Exception):
-    """A template, or a setting about templates, cannot be used; the message is one line."""
+class InvalidTemplate(Exception):
+    """A template, or a setting about templates, is invalid. The message is one line."""
 
 
 class Capabilities(Struct, frozen=True, kw_only=True):
-    """What a template makes use of, found out by trying, under llama-server's names."""
+    """The features of a template, under llama-server's names. Found by rendering test conversations."""
 
     supports_string_content: bool
     supports_typed_content: bool
-    """Whether content may be a list of parts."""
+    """True if content may be a list of parts."""
     supports_system_role: bool
     supports_tools: bool
     supports_tool_calls: bool
     supports_parallel_tool_calls: bool
     supports_object_arguments: bool
-    """Whether a call's arguments are shown as JSON if they come as an object."""
+    """True if arguments of a call that are an object are rendered as JSON."""
     supports_preserve_reasoning: bool
-    """Whether reasoning of earlier turns can be kept."""
+    """True if the reasoning of earlier turns can be rendered."""
     supports_reasoning_effort: bool
 
 
-Found = TypeVar("Found")
+_Value = TypeVar("_Value")
 
 
-class found_once(Generic[Found]):
-    """A property that is found when first asked for. In Python 3.11 `cached_property` has a lock, which all templates
-    would share: one that takes for ever must not hold up the others."""
+class lazy_property(Generic[_Value]):
+    """A property that is computed at the first access.
 
-    def __init__(self, find: Callable[[Any], Found]) -> None:
-        self.__doc__ = find.__doc__
-        self._find = find
+    `cached_property` of Python 3.11 has one lock for all instances: a template that never ends would block the others.
+    """
 
-    def __get__(self, owner: Any, kind: type) -> Found:
-        found = owner.__dict__[self._find.__name__] = self._find(owner)
-        return found
+    def __init__(self, compute: Callable[[Any], _Value]) -> None:
+        self.__doc__ = compute.__doc__
+        self._compute = compute
+
+    def __get__(self, owner: Any, kind: type) -> _Value:
+        value = owner.__dict__[self._compute.__name__] = self._compute(owner)
+        return value
 
 
 class ChatTemplate:
-    """A compiled template. Safe to use from any thread."""
+    """A compiled template. Thread-safe."""
 
     def __init__(self, source: str) -> None:
-        """Raises TemplateTrouble if it is not Jinja."""
+        """Raises InvalidTemplate if `source` is not valid Jinja."""
         self.source = source
         try:
             self._template: Template = _ENVIRONMENT.from_string(source)
         except TemplateSyntaxError as error:
-            raise TemplateTrouble(f"{error.message} (line {error.lineno})") from None
+            raise InvalidTemplate(f"{error.message} (line {error.lineno})") from None
         except Exception as error:
-            raise TemplateTrouble(f"{type(error).__name__}: {error}") from None
+            raise InvalidTemplate(f"{type(error).__name__}: {error}") from None
 
-    def render(self, names: Mapping[str, Any]) -> str:
-        """What it makes of `names`. Raises RequestRefused with what it says."""
-        pieces: list[str] = []
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """Returns the rendered text. Raises RequestRefused with the template's error message."""
+        chunks: list[str] = []
         size = 0
         try:
-            for piece in self._template.generate(names):
-                pieces.append(piece)
-                size += len(piece)
-                if size > RENDERED:
-                    raise TemplateError("it writes too much")
+            for chunk in self._template.generate(variables):
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > MAX_RENDERED_CHARS:
+                    raise TemplateError(f"the text is longer than {MAX_RENDERED_CHARS} characters")
         except TemplateError as error:
             raise RequestRefused(
-                f"The chat template refuses this conversation: {str(error)[:SAID]}", field="messages"
+                f"The chat template refuses this conversation: {str(error)[:_MAX_ERROR_CHARS]}", field="messages"
             ) from None
         except Exception as error:
             kind = type(error).__name__
             raise RequestRefused(
-                f"The chat template fails on this conversation: {kind}: {str(error)[:SAID]}", field="messages"
+                f"The chat template fails on this conversation: {kind}: {str(error)[:_MAX_ERROR_CHARS]}",
+                field="messages",
             ) from None
-        return "".join(pieces)
+        return "".join(chunks)
 
-    def fitted(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The message with content in a form that the template reads, and in a role that it knows.
+    def adapted(self, message: TemplateMessage) -> TemplateMessage:
+        """Returns the message with content in a form, and in a role, that the template renders.
 
-        A list of parts becomes one text, a part a line, unless the template goes through lists; a text becomes a list
-        if it reads nothing else.
+        A list of parts becomes a string of one line for each part, unless the template accepts lists. A string becomes
+        a list if the template accepts lists only. The role `developer` becomes `system` unless the template names it.
         """
         content = message["content"]
-        if isinstance(content, list) and not self.reads_parts:
+        if isinstance(content, list) and not self.accepts_parts:
             content = "\n".join(part["text"] for part in content)
-        elif isinstance(content, str) and content and not self.reads_text and self.reads_parts:
+        elif isinstance(content, str) and content and not self.accepts_text and self.accepts_parts:
             content = [{"type": "text", "text": content}]
         role = message["role"]
         if role == "developer" and "developer" not in self.source:
             role = "system"
         return {**message, "role": role, "content": content}
 
-    @found_once
-    def reads_text(self) -> bool:
-        """Whether content may be a text."""
-        return _NEEDLE in self._tried([_user(_NEEDLE)])
+    @lazy_property
+    def accepts_text(self) -> bool:
+        """True if content may be a string."""
+        return _NEEDLE in self._probe([_user(_NEEDLE)])
 
-    @found_once
-    def reads_parts(self) -> bool:
-        """Whether content may be a list of parts."""
-        shown = self._tried([_user([{"type": "text", "text": _NEEDLE}])])
-        if self.reads_text:
-            return shown == self._tried([_user(_NEEDLE)])
-        return _NEEDLE in shown and "'text'" not in shown and '"text"' not in shown
+    @lazy_property
+    def accepts_parts(self) -> bool:
+        """True if content may be a list of parts."""
+        rendered = self._probe([_user([{"type": "text", "text": _NEEDLE}])])
+        if self.accepts_text:
+            return rendered == self._probe([_user(_NEEDLE)])
+        return _NEEDLE in rendered and "'text'" not in rendered and '"text"' not in rendered
 
-    @found_once
+    @lazy_property
     def capabilities(self) -> Capabilities:
-        """What it makes use of."""
-        called = self._tried([_user("x"), _calling({"place": _NEEDLE}), _user("y")])
-        several = self._tried([_user("x"), _calling({}, {}), _user("y")])
-        thought = [_user("x"), {"role": "assistant", "content": "x", "reasoning_content": _NEEDLE}, _user("y")]
-        efforts = {self._tried([_user("x")], reasoning_effort=effort) for effort in ("low", "high")}
+        """The features of the template."""
+        one_call = self._probe([_user("x"), _assistant_calls({"place": _NEEDLE}), _user("y")])
+        two_calls = self._probe([_user("x"), _assistant_calls({}, {}), _user("y")])
+        reasoning = [_user("x"), {"role": "assistant", "content": "x", "reasoning_content": _NEEDLE}, _user("y")]
+        efforts = {self._probe([_user("x")], reasoning_effort=effort) for effort in ("low", "high")}
         return Capabilities(
-            supports_string_content=self.reads_text,
-            supports_typed_content=self.reads_parts,
-            supports_system_role=_NEEDLE in self._tried([{"role": "system", "content": _NEEDLE}, _user("x")]),
-            supports_tools=_NEEDLE in self._tried([_user("x")], tools=[_TOOL]),
-            supports_tool_calls="call_0" in called or "call_0" in several,
-            supports_parallel_tool_calls="call_0" in several and "call_1" in several,
-            supports_object_arguments=_NEEDLE in called and "{'place'" not in called,
-            supports_preserve_reasoning=_NEEDLE in self._tried(thought, **_KEEP_REASONING),
+            supports_string_content=self.accepts_text,
+            supports_typed_content=self.accepts_parts,
+            supports_system_role=_NEEDLE in self._probe([{"role": "system", "content": _NEEDLE}, _user("x")]),
+            supports_tools=_NEEDLE in self._probe([_user("x")], tools=[_TOOL]),
+            supports_tool_calls="call_0" in one_call or "call_0" in two_calls,
+            supports_parallel_tool_calls="call_0" in two_calls and "call_1" in two_calls,
+            supports_object_arguments=_NEEDLE in one_call and "{'place'" not in one_call,
+            supports_preserve_reasoning=_NEEDLE in self._probe(reasoning, **_KEEP_REASONING),
             supports_reasoning_effort=len(efforts) > 1,
         )
 
-    def _tried(self, messages: Sequence[dict[str, Any]], **names: Any) -> str:
-        """What it makes of `messages`; empty if it refuses them."""
+    def _probe(self, messages: Sequence[TemplateMessage], **variables: Any) -> str:
+        """Returns the rendered test conversation, empty if the template refuses it."""
         try:
             return self.render(
                 {
@@ -165,7 +171,7 @@ class ChatTemplate:
                     "eos_token": "",
                     "tools": None,
                     "documents": None,
-                    **names,
+                    **variables,
                 }
             )
         except RequestRefused:
@@ -174,7 +180,7 @@ class ChatTemplate:
 
 _NEEDLE = "needle"
 _TOOL = {"type": "function", "function": {"name": _NEEDLE, "description": "", "parameters": {"type": "object"}}}
-# The names that families give to keeping the reasoning of earlier turns.
+# The variables with which model families keep the reasoning of earlier turns.
 _KEEP_REASONING = {
     "preserve_thinking": True,
     "clear_thinking": False,
@@ -183,12 +189,12 @@ _KEEP_REASONING = {
 }
 
 
-def _user(content: Any) -> dict[str, Any]:
+def _user(content: Any) -> TemplateMessage:
     return {"role": "user", "content": content}
 
 
-def _calling(*arguments: dict[str, Any]) -> dict[str, Any]:
-    """An assistant's message with calls of these arguments."""
+def _assistant_calls(*arguments: dict[str, Any]) -> TemplateMessage:
+    """Returns an assistant message with one call for each of these arguments."""
     calls = [
         {"type": "function", "id": f"id{index:07}", "function": {"name": f"call_{index}", "arguments": each}}
         for index, each in enumerate(arguments)
@@ -197,54 +203,54 @@ def _calling(*arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=16)
-def compiled(text: str) -> ChatTemplate:
-    """The template that a request brings, as its name or as Jinja. Raises TemplateTrouble."""
-    return ChatTemplate(named(text))
+def compile_template(text: str) -> ChatTemplate:
+    """Returns the compiled template of a request, given by name or as Jinja. Raises InvalidTemplate."""
+    return ChatTemplate(resolve_template(text))
 
 
-def named(text: str) -> str:
-    """The built-in template of that name, or `text` itself if it is Jinja. Raises TemplateTrouble."""
-    if text in BUILTIN:
-        return BUILTIN[text]
+def resolve_template(text: str) -> str:
+    """Returns the built-in template of this name, or `text` itself if it is Jinja. Raises InvalidTemplate."""
+    if text in BUILTIN_TEMPLATES:
+        return BUILTIN_TEMPLATES[text]
     if "{" not in text:
-        raise TemplateTrouble(f"there is no chat template named {text[:64]!r}{nearest(text, BUILTIN)}")
+        raise InvalidTemplate(f"there is no chat template named {text[:64]!r}{nearest_hint(text, BUILTIN_TEMPLATES)}")
     return text
 
 
-def wanted(chat: ChatConfig) -> str | None:
-    """The template that the settings ask for; None if they leave it to the model. Raises TemplateTrouble."""
+def configured_template(chat: ChatConfig) -> str | None:
+    """Returns the template of the settings, None if the settings have none. Raises InvalidTemplate."""
     if chat.template and chat.template_file:
-        raise TemplateTrouble("--chat-template and --chat-template-file exclude each other")
+        raise InvalidTemplate("--chat-template and --chat-template-file exclude each other: give one of them")
     if chat.template_file:
         try:
             return Path(chat.template_file).read_text("utf-8")
         except OSError as error:
-            raise TemplateTrouble(f"--chat-template-file: cannot read {chat.template_file}: {error.strerror}") from None
+            raise InvalidTemplate(f"--chat-template-file: cannot read {chat.template_file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
-            raise TemplateTrouble(f"--chat-template-file: {chat.template_file} is not a text: {error}") from None
+            raise InvalidTemplate(f"--chat-template-file: {chat.template_file} is not UTF-8 text: {error}") from None
     try:
-        return named(chat.template) if chat.template else None
-    except TemplateTrouble as error:
-        raise TemplateTrouble(f"--chat-template: {error}") from None
+        return resolve_template(chat.template) if chat.template else None
+    except InvalidTemplate as error:
+        raise InvalidTemplate(f"--chat-template: {error}") from None
 
 
-def names_of(chat: ChatConfig) -> dict[str, Any]:
-    """The names that templates get besides those of a request. Raises TemplateTrouble."""
+def configured_kwargs(chat: ChatConfig) -> dict[str, Any]:
+    """Returns the template variables of the settings. Raises InvalidTemplate."""
     try:
         return msgspec.json.decode(chat.template_kwargs or "{}", type=dict[str, Any])
     except msgspec.DecodeError as error:
-        raise TemplateTrouble(f"--chat-template-kwargs: expected a JSON object: {error}") from None
+        raise InvalidTemplate(f"--chat-template-kwargs: expected a JSON object: {error}") from None
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's text for training; here its body is all that counts."""
+    """`{% generation %}`, which marks the assistant's text for training. Only its body is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A scope of its own, as in transformers, where it is a call block: what is set in it ends with it.
+        # The tag has a scope of its own, as in transformers, where it is a call block.
         return nodes.Scope(body, lineno=line)
 
 
@@ -263,28 +269,27 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # As in transformers: jinja2's own would escape HTML, and msgspec spaces JSON unlike what models were shown.
+    # As in transformers: jinja2's filter escapes HTML, and msgspec omits the spaces that models were trained with.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses products and powers that would make something of any size at once: nothing can interrupt one, and
-    meanwhile no other thread gets its turn."""
+    """Refuses products and powers of excessive size: one such operation cannot be interrupted and holds the GIL."""
 
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if _too_much(operator, left, right):
-            raise TemplateError(f"what {operator} makes is too large")
+        if _is_excessive(operator, left, right):
+            raise TemplateError(f"the result of {operator} is too large")
         return super().call_binop(context, operator, left, right)
 
 
-def _too_much(operator: str, left: Any, right: Any) -> bool:
+def _is_excessive(operator: str, left: Any, right: Any) -> bool:
     if isinstance(left, int) and isinstance(right, int):
-        many = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
-        return many > BITS
+        bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+        return bits > MAX_INTEGER_BITS
     repeated, times = (left, right) if isinstance(right, int) else (right, left)
-    return isinstance(times, int) and isinstance(repeated, Sized) and len(repeated) * times > RENDERED
+    return isinstance(times, int) and isinstance(repeated, Sized) and len(repeated) * times > MAX_RENDERED_CHARS
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

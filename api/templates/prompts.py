@@ -1,6 +1,6 @@
-"""Conversations and texts to token ids, and back.
+"""Prompts: chat requests rendered by the chat template, and text converted to tokens and back.
 
-The names that a chat template may use are those that Hugging Face's `apply_chat_template` offers.
+Chat templates get the variables that Hugging Face's `apply_chat_template` offers.
 """
 
 from __future__ import annotations
@@ -13,211 +13,144 @@ import anyio.to_thread
 import msgspec
 
 from api.config.server import ChatConfig
-from api.schema.requests import ChatRequest, Message, Part, Prediction
+from api.schema.requests import ChatMessageParam, ChatRequest, ContentPart, PredictedOutput
 from api.templates.builtin import CHATML
-from api.templates.chat_template import ChatTemplate, TemplateTrouble, compiled, names_of, wanted
-from api.tools.formats import Format, Generic, format_of
-from api.tools.requested import as_text, offered, taught, with_objects
+from api.templates.chat_template import (
+    ChatTemplate,
+    InvalidTemplate,
+    TemplateMessage,
+    compile_template,
+    configured_kwargs,
+    configured_template,
+)
+from api.templates.tool_messages import calls_as_text, with_argument_objects, with_tool_instructions
+from api.tools.formats import ChatFormat, Generic, format_of
 from engine import ModelInfo, RequestRefused, Vocab
 
-Given = TypeVar("Given", bound=Sized)
-Made = TypeVar("Made")
+_Argument = TypeVar("_Argument", bound=Sized)
+_Result = TypeVar("_Result")
 
-LONG = 20_000
-"""Characters from which on a text is worth a worker thread, some 5 ms of tokenizing; or tokens, to be spelled."""
+# Characters or tokens from which on work runs on a worker thread: 20,000 characters take some 5 ms to tokenize.
+LONG_TEXT_CHARS = 20_000
 
-# The space tells whether the template strips the content, in which case the space is gone.
-_CUT = "\ue000paceline cuts here\ue001 "
+# Marks the end of a message to continue. Its trailing space shows whether the template strips the content.
+_END_MARK = "\ue000paceline cuts here\ue001 "
 
 
-class Prompts:
-    """The model's way to write prompts."""
+class PromptRenderer:
+    """Renders chat requests and converts between text and tokens, for one model."""
 
     def __init__(self, info: ModelInfo, vocab: Vocab, chat: ChatConfig = ChatConfig()) -> None:  # noqa: B008 (frozen)
-        """Raises TemplateTrouble if the settings make no sense."""
+        """Raises InvalidTemplate for invalid settings."""
         self._info = info
         self._vocab = vocab
         self.chat = chat
-        """The settings."""
-        self._names = names_of(chat)
-        self.trouble: str | None = None
-        """What is wrong with the template that is served, for people; None if nothing is."""
-        self.template = self._served_template()
-        """What conversations are written with; None if it is not Jinja: only texts can be completed then."""
+        self._default_variables = configured_kwargs(chat)
+        self.warning: str | None = None
+        """The defect of the server's template, as a sentence. None if there is none."""
+        self.template = self._server_template()
+        """The server's template. None if it is not valid Jinja; only text completions work then."""
 
-    async def text_of_chat(self, request: ChatRequest) -> str:
-        """A conversation as the model reads it, up to where the assistant goes on, special tokens by their names.
-        Raises RequestRefused."""
-        if request.chat_template is None and _size(request) < LONG:
+    # ── chat ──
+
+    async def render_chat(self, request: ChatRequest) -> str:
+        """Returns `render(request)`, computed on a worker thread if it may take long. Raises RequestRefused."""
+        if request.chat_template is None and _request_bytes(request) < LONG_TEXT_CHARS:
             return self.render(request)
         return await anyio.to_thread.run_sync(self.render, request)
 
-    async def of_text(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text, special ones in it recognised. Raises RequestRefused if there are none."""
-        return await aside(self.tokens, text)
-
-    async def of_prediction(self, prediction: Prediction | None) -> tuple[int, ...]:
-        """The tokens of what a client expects, none special; empty if nothing. Raises RequestRefused."""
-        if prediction is None:
-            return ()
-        content = prediction.content
-        text = content if isinstance(content, str) else "".join(_texts(content, "prediction.content"))
-        return tuple(await aside(partial(self._vocab.tokenize, special=False), text))
-
-    async def of_piece(self, text: str, *, add: bool, parse: bool) -> list[int]:
-        """The tokens of any text, also of none: `add` what the model wants before and after a text, `parse` the
-        names of special tokens in it."""
-        return await aside(partial(self._piece, add=add, parse=parse), text)
-
-    async def of_pieces(self, pieces: Sequence[str | int], *, add: bool, parse: bool) -> list[int]:
-        """The tokens of texts and tokens by turns; what the model wants around a text goes around the first piece."""
-        return await anyio.to_thread.run_sync(partial(self._pieces, pieces, add=add, parse=parse))
-
-    def _piece(self, text: str, *, add: bool, parse: bool) -> list[int]:
-        tokens = self._vocab.tokenize(text, special=parse)
-        if add and not parse:
-            before, after = ([token] if token >= 0 else [] for token in self._vocab.added)
-            return [*before, *tokens, *after]
-        return tokens if add or not parse else self._stripped(tokens)
-
-    def _pieces(self, pieces: Sequence[str | int], *, add: bool, parse: bool) -> list[int]:
-        tokens: list[int] = []
-        for index, piece in enumerate(pieces):
-            if isinstance(piece, int):
-                tokens.append(piece)
-            else:
-                tokens += self._piece(piece, add=add and index == 0, parse=parse)
-        return tokens
-
-    def text_of(self, tokens: Sequence[int]) -> str:
-        """The text that tokens stand for."""
-        return b"".join(map(self._vocab.piece, tokens)).decode("utf-8", "replace")
-
-    def spelled(self, token: int) -> bytes:
-        """A token's bytes; of a special one its name."""
-        return self._vocab.piece(token) or self._vocab.text(token).encode()
-
-    def text_with_names_of(self, tokens: Sequence[int]) -> str:
-        """The text that tokens stand for, special ones by their names."""
-        return b"".join(each_of(tokens, self.spelled)).decode("utf-8", "replace")
-
-    def tokens(self, text: str) -> tuple[int, ...]:
-        """What `of_text` returns, computed here and now."""
-        info = self._info
-        if info.bos_added and info.bos:
-            text = text.removeprefix(info.bos)  # many templates write it; the tokenizer would add a second
-        tokens = self._vocab.tokenize(text, special=True)
-        if not tokens:
-            raise RequestRefused("The prompt is empty.", field="prompt")
-        return tuple(tokens)
-
     def render(self, request: ChatRequest) -> str:
-        """The conversation as the model wants to read it. Raises RequestRefused with what the template says."""
-        template, format, tools = self.template_for(request), self.format_for(request), offered(request)
-        extend = self._extends(request)
-        messages = [self._message(index, message) for index, message in enumerate(request.messages)]
+        """Returns the prompt of a conversation, with special tokens as their names. Raises RequestRefused with the
+        template's error message."""
+        template = self.template_for(request)
+        # Templates get the tools even if `tool_choice` is "none", as in vLLM and llama-server: earlier messages may
+        # contain calls, and the prompt keeps its prefix.
+        tools = request.tools or None
+        continues = self._continues_last_message(request)
+        messages = [self._template_message(index, message) for index, message in enumerate(request.messages)]
         if "tool_calls" not in template.source:
-            messages = list(map(as_text, messages))
-        if isinstance(format, Generic) and tools:
+            messages = list(map(calls_as_text, messages))
+        if tools and isinstance(self.format_for(request), Generic):
             system = template.capabilities.supports_system_role
-            messages, tools = taught(messages, tools, system=system), None
+            messages, tools = with_tool_instructions(messages, tools, system=system), None
         if any("tool_calls" in message for message in messages) and template.capabilities.supports_object_arguments:
-            messages = list(map(with_objects, messages))
-        messages = list(map(template.fitted, messages))
-        if extend:
-            _mark(messages[-1])
-        names = {
+            messages = list(map(with_argument_objects, messages))
+        messages = list(map(template.adapted, messages))
+        if continues:
+            _append_end_mark(messages[-1])
+        variables = {
             "documents": None,
-            **self._names,
-            **self._thinking(request),
+            **self._default_variables,
+            **self._reasoning_variables(request),
             **(request.chat_template_kwargs or {}),
             "messages": messages,
-            "add_generation_prompt": not extend and request.add_generation_prompt is not False,
+            "add_generation_prompt": not continues and request.add_generation_prompt is not False,
             "bos_token": self._info.bos,
             "eos_token": self._info.eos,
             "tools": tools,
         }
         if request.documents is not None:
-            names["documents"] = request.documents
-        text = template.render(names)
-        return _cut(text) if extend else text
+            variables["documents"] = request.documents
+        text = template.render(variables)
+        return _cut_at_end_mark(text) if continues else text
 
-    def _served_template(self) -> ChatTemplate | None:
-        source = wanted(self.chat) or self._info.chat_template
+    def template_for(self, request: ChatRequest) -> ChatTemplate:
+        """Returns the template of the request, or the server's. Raises RequestRefused if it cannot be used."""
+        if request.chat_template is not None:
+            return self._request_template(request.chat_template)
+        if self.template is None:
+            raise RequestRefused(f"{self.warning} Use /v1/completions.")
+        return self.template
+
+    def format_for(self, request: ChatRequest) -> ChatFormat:
+        """Returns the format of reasoning and tool calls. Raises RequestRefused if the template cannot be used."""
+        return format_of(self.template_for(request).source)
+
+    def reasoning_budget(self, request: ChatRequest) -> int:
+        """Returns the maximum number of reasoning tokens, -1 for unlimited."""
+        budget = request.thinking_budget
+        return self.chat.reasoning_budget if budget is None else budget
+
+    def _server_template(self) -> ChatTemplate | None:
+        source = configured_template(self.chat) or self._info.chat_template
         if source is None:
-            self.trouble = "The model has no chat template; ChatML is used."
+            self.warning = "The model has no chat template; ChatML is used."
             return ChatTemplate(CHATML)
         try:
             template = ChatTemplate(source)
-        except TemplateTrouble as error:
-            self.trouble = f"The chat template cannot be used: {error}."
+        except InvalidTemplate as error:
+            self.warning = f"The chat template cannot be used: {error}."
             return None
-        if not (template.reads_text or template.reads_parts):
-            self.trouble = "The chat template shows nothing of a user's plain message, or fails on it."
+        if not (template.accepts_text or template.accepts_parts):
+            self.warning = "The chat template fails on a plain user message or does not show its content."
         return template
 
-    def _thinking(self, request: ChatRequest) -> dict[str, Any]:
-        """What templates are told of how much to think, under the names that families use."""
-        names: dict[str, Any] = {}
-        if request.reasoning_effort is not None:
-            names["reasoning_effort"] = request.reasoning_effort
-        thinks = request.enable_thinking
-        if thinks is None and (request.reasoning_effort == "none" or self.budget_of(request) == 0):
-            thinks = False
-        if thinks is not None:
-            names["enable_thinking"] = names["thinking"] = thinks
-        return names
-
-    def budget_of(self, request: ChatRequest) -> int:
-        """Tokens that may be thought; -1 is any number."""
-        asked = request.thinking_budget
-        return self.chat.reasoning_budget if asked is None else asked
-
-    def format_for(self, request: ChatRequest) -> Format:
-        """How the request's model writes calls. Raises RequestRefused."""
-        return format_of(self.template_for(request).source)
-
-    def special_token(self, text: str) -> int | None:
-        """The special token that is spelled like this; None if there is none."""
-        tokens = self._bare(text)
-        return tokens[0] if len(tokens) == 1 and tokens[0] in self._vocab.special else None
-
-    def closing(self, text: str) -> tuple[int, ...]:
-        """The tokens of a tag and an empty line after it."""
-        return (*self._bare(text), *self._vocab.tokenize("\n\n", special=False))
-
-    def _bare(self, text: str) -> list[int]:
-        """The tokens of `text` without those that the model wants around a text."""
-        return self._stripped(self._vocab.tokenize(text, special=True))
-
-    def _stripped(self, tokens: list[int]) -> list[int]:
-        """`tokens` without those that the model wants around a text."""
-        before, after = self._vocab.added
-        start = int(bool(tokens) and tokens[0] == before)
-        return tokens[start : len(tokens) - int(len(tokens) > start and tokens[-1] == after)]
-
-    def template_for(self, request: ChatRequest) -> ChatTemplate:
-        """The template that the request is written with. Raises RequestRefused."""
-        if request.chat_template is not None:
-            return self._brought(request.chat_template)
-        if self.template is None:
-            raise RequestRefused(f"{self.trouble} Use /v1/completions.")
-        return self.template
-
-    def _brought(self, source: str) -> ChatTemplate:
+    def _request_template(self, text: str) -> ChatTemplate:
         if not self.chat.trust_request_template:
             raise RequestRefused(
-                "This server takes no chat_template from requests: leave it out, or serve with "
+                "This server accepts no chat_template from requests: omit the field, or start the server with "
                 "--trust-request-chat-template.",
                 field="chat_template",
             )
         try:
-            return compiled(source)
-        except TemplateTrouble as error:
+            return compile_template(text)
+        except InvalidTemplate as error:
             raise RequestRefused(f"chat_template cannot be used: {error}.", field="chat_template") from None
 
-    def _extends(self, request: ChatRequest) -> bool:
-        """Whether the last message is to go on, instead of a new one. Raises RequestRefused."""
+    def _reasoning_variables(self, request: ChatRequest) -> dict[str, Any]:
+        """Returns the template variables that control reasoning, under the names that model families use."""
+        variables: dict[str, Any] = {}
+        if request.reasoning_effort is not None:
+            variables["reasoning_effort"] = request.reasoning_effort
+        enabled = request.enable_thinking
+        if enabled is None and (request.reasoning_effort == "none" or self.reasoning_budget(request) == 0):
+            enabled = False
+        if enabled is not None:
+            variables["enable_thinking"] = variables["thinking"] = enabled
+        return variables
+
+    def _continues_last_message(self, request: ChatRequest) -> bool:
+        """True if the completion continues the last message instead of a new one. Raises RequestRefused."""
         last = request.messages[-1]
         if request.continue_final_message is None and request.add_generation_prompt is None:
             return self.chat.prefill_assistant and last.role == "assistant" and not last.tool_calls
@@ -225,15 +158,18 @@ class Prompts:
             return False
         if request.add_generation_prompt:
             raise RequestRefused(
-                "add_generation_prompt and continue_final_message exclude each other.",
+                "add_generation_prompt and continue_final_message exclude each other: set only one of them.",
                 field="continue_final_message",
             )
         if last.tool_calls:
-            raise RequestRefused("A message with tool calls cannot be continued.", field="continue_final_message")
+            raise RequestRefused(
+                "A message with tool calls cannot be continued: omit continue_final_message.",
+                field="continue_final_message",
+            )
         return True
 
-    def _message(self, index: int, message: Message) -> dict[str, Any]:
-        """The message as templates know it: with nothing that the client left out but content, a text or parts."""
+    def _template_message(self, index: int, message: ChatMessageParam) -> TemplateMessage:
+        """Returns the fields that the client sent, and the content as a string or as a list of text parts."""
         if message.content is None and message.role != "assistant":
             raise RequestRefused(
                 f"A message of role {message.role!r} needs content.", field=f"messages[{index}].content"
@@ -241,58 +177,146 @@ class Prompts:
         for place, call in enumerate(message.tool_calls or ()):
             if not isinstance(call.get("function"), dict):
                 raise RequestRefused(
-                    "A call needs a function, an object with its name and its arguments.",
+                    "A tool call needs a function: an object with a name and arguments.",
                     field=f"messages[{index}].tool_calls[{place}].function",
                 )
-        fields: dict[str, Any] = msgspec.to_builtins(message)
+        fields: TemplateMessage = msgspec.to_builtins(message)
         if not message.tool_calls:
-            fields.pop("tool_calls", None)  # to templates an empty list would be a message of calls
+            fields.pop("tool_calls", None)  # templates take an empty list for a message with calls
         if isinstance(message.content, list):
-            texts = _texts(message.content, f"messages[{index}].content")
+            texts = _part_texts(message.content, f"messages[{index}].content")
             fields["content"] = [{"type": "text", "text": text} for text in texts]
         else:
             fields["content"] = message.content or ""
         return fields
 
+    # ── text to tokens ──
 
-def each_of(tokens: Sequence[int], function: Callable[[int], Made]) -> list[Made]:
-    """What `function` makes of each token; it is asked once for those that are equal."""
-    made = {token: function(token) for token in set(tokens)}
-    return [made[token] for token in tokens]
+    async def tokenize_prompt(self, text: str) -> tuple[int, ...]:
+        """Returns `tokenize(text)`, computed on a worker thread if the text is long. Raises RequestRefused."""
+        return await run_long_in_thread(self.tokenize, text)
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """Returns the tokens of a prompt, with the names of special tokens parsed and the model's tokens added around
+        the text. Raises RequestRefused for an empty prompt."""
+        info = self._info
+        if info.bos_added and info.bos:
+            text = text.removeprefix(info.bos)  # many templates write it, and the tokenizer adds it
+        tokens = self._vocab.tokenize(text, special=True)
+        if not tokens:
+            raise RequestRefused("The prompt is empty.", field="prompt")
+        return tuple(tokens)
+
+    async def tokenize_prediction(self, prediction: PredictedOutput | None) -> tuple[int, ...]:
+        """Returns the tokens of a predicted output without special tokens, none without a prediction. Raises
+        RequestRefused."""
+        if prediction is None:
+            return ()
+        content = prediction.content
+        text = content if isinstance(content, str) else "".join(_part_texts(content, "prediction.content"))
+        return tuple(await run_long_in_thread(partial(self._vocab.tokenize, special=False), text))
+
+    async def tokenize_text(self, text: str, *, add: bool, parse: bool) -> list[int]:
+        """Returns the tokens of a text, which may be empty. `add` adds the model's tokens around the text, `parse`
+        parses the names of special tokens."""
+        return await run_long_in_thread(partial(self._tokenize_text, add=add, parse=parse), text)
+
+    async def tokenize_parts(self, parts: Sequence[str | int], *, add: bool, parse: bool) -> list[int]:
+        """Returns the tokens of a mixed list of texts and tokens. The model's tokens are added around the first part
+        only, and only if that part is a text."""
+        return await anyio.to_thread.run_sync(partial(self._tokenize_parts, parts, add=add, parse=parse))
+
+    def _tokenize_text(self, text: str, *, add: bool, parse: bool) -> list[int]:
+        tokens = self._vocab.tokenize(text, special=parse)
+        if add and not parse:
+            before, after = ([token] if token >= 0 else [] for token in self._vocab.added)
+            return [*before, *tokens, *after]
+        return tokens if add or not parse else self._without_added(tokens)
+
+    def _tokenize_parts(self, parts: Sequence[str | int], *, add: bool, parse: bool) -> list[int]:
+        tokens: list[int] = []
+        for index, part in enumerate(parts):
+            if isinstance(part, int):
+                tokens.append(part)
+            else:
+                tokens += self._tokenize_text(part, add=add and index == 0, parse=parse)
+        return tokens
+
+    def special_token(self, text: str) -> int | None:
+        """Returns the special token with this name, None if there is none."""
+        tokens = self._tokenize_bare(text)
+        return tokens[0] if len(tokens) == 1 and tokens[0] in self._vocab.special else None
+
+    def closing_tokens(self, tag: str) -> tuple[int, ...]:
+        """Returns the tokens of a closing tag and an empty line after it."""
+        return (*self._tokenize_bare(tag), *self._vocab.tokenize("\n\n", special=False))
+
+    def _tokenize_bare(self, text: str) -> list[int]:
+        return self._without_added(self._vocab.tokenize(text, special=True))
+
+    def _without_added(self, tokens: list[int]) -> list[int]:
+        """Returns `tokens` without those that the model adds around a text."""
+        before, after = self._vocab.added
+        start = int(bool(tokens) and tokens[0] == before)
+        return tokens[start : len(tokens) - int(len(tokens) > start and tokens[-1] == after)]
+
+    # ── tokens to text ──
+
+    def plain_text(self, tokens: Sequence[int]) -> str:
+        """Returns the text of tokens without special tokens."""
+        return b"".join(map(self._vocab.piece, tokens)).decode("utf-8", "replace")
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Returns the text of tokens, with special tokens as their names."""
+        return b"".join(map_distinct(tokens, self.token_bytes)).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns a token's bytes, or the name of a special token."""
+        return self._vocab.piece(token) or self._vocab.text(token).encode()
 
 
-async def aside(function: Callable[[Given], Made], given: Given) -> Made:
-    """What `function` makes of a text, or of tokens, on a worker thread if they are long."""
-    return function(given) if len(given) < LONG else await anyio.to_thread.run_sync(function, given)
+def map_distinct(tokens: Sequence[int], function: Callable[[int], _Result]) -> list[_Result]:
+    """Returns `function` of each token, calling it once for equal tokens."""
+    results = {token: function(token) for token in set(tokens)}
+    return [results[token] for token in tokens]
 
 
-def _mark(message: dict[str, Any]) -> None:
-    """Puts the mark at the end of the message's text."""
+async def run_long_in_thread(function: Callable[[_Argument], _Result], argument: _Argument) -> _Result:
+    """Returns `function(argument)`, computed on a worker thread if the argument is long."""
+    if len(argument) < LONG_TEXT_CHARS:
+        return function(argument)
+    return await anyio.to_thread.run_sync(function, argument)
+
+
+def _append_end_mark(message: TemplateMessage) -> None:
+    """Appends the end mark to the message's text, in place."""
     content = message["content"]
     if isinstance(content, str):
-        message["content"] = content + _CUT
+        message["content"] = content + _END_MARK
     else:
-        message["content"] = [*content[:-1], {"type": "text", "text": (content[-1]["text"] if content else "") + _CUT}]
+        last = content[-1]["text"] if content else ""
+        message["content"] = [*content[:-1], {"type": "text", "text": last + _END_MARK}]
 
 
-def _cut(text: str) -> str:
-    """`text` up to the mark, stripped as the template would have stripped what stands before it."""
-    at = text.rfind(_CUT.rstrip())
+def _cut_at_end_mark(text: str) -> str:
+    """Returns `text` up to the end mark, stripped if the template strips content. Raises RequestRefused without a
+    mark."""
+    at = text.rfind(_END_MARK.rstrip())
     if at < 0:
         raise RequestRefused(
             "The chat template does not show the last message, so it cannot be continued.",
             field="continue_final_message",
         )
-    return text[:at] if text.startswith(_CUT, at) else text[:at].rstrip()
+    return text[:at] if text.startswith(_END_MARK, at) else text[:at].rstrip()
 
 
-def _size(request: ChatRequest) -> int:
-    """Bytes of JSON of what a template goes through."""
+def _request_bytes(request: ChatRequest) -> int:
+    """Returns the size, as JSON, of everything that the template renders."""
     return len(msgspec.json.encode((request.messages, request.tools, request.documents, request.chat_template_kwargs)))
 
 
-def _texts(parts: Sequence[Part], path: str) -> list[str]:
-    """The texts of parts, all of which must be text."""
+def _part_texts(parts: Sequence[ContentPart], path: str) -> list[str]:
+    """Returns the texts of content parts. Raises RequestRefused for parts of another type."""
     for index, part in enumerate(parts):
         if part.type != "text":
             raise RequestRefused(

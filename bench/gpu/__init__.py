@@ -1,1 +1,1 @@
-"""Paceline on a GPU host without a network: packed and built, measured on models of random weights."""
+"""Measurements on a GPU host without a network: an archive, a build, and models of random weights."""

@@ -1,7 +1,7 @@
 """Builds libllama, llama-server and the binding from the bundled sources, without a network: see build.sh.
 
-Both servers run the very library that is built here: llama-server is linked with it, and llama-cpp-python, which is
-installed without one of its own, gets links to it. A build that was cut off goes on where it was.
+Both servers run the same library: llama-server is linked with it, and llama-cpp-python, which is installed without a
+library of its own, gets links to it. An interrupted build is resumed.
 """
 
 from __future__ import annotations
@@ -15,43 +15,44 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from sysconfig import get_path
 
-from bench.gpu.bundle import PARTS, ROOT
-from bench.models import Refused
+from bench.gpu.bundle import PARTS_FOLDER, ROOT
+from bench.models import SetupError
 from bench.peers import PEERS, binary, build, pinned, sources
 
-LINKS = PARTS / "links"
-"""Where the linker finds CUDA's libraries under the names that it asks for."""
+# CUDA's libraries under their names without a version, as the linker needs them.
+LINKS = PARTS_FOLDER / "links"
 CUDA_LIBRARIES = ("libcublas.so", "libcublasLt.so")
 DRIVER = "libcuda.so"
-DRIVERS = ("/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib64")
-"""Where the driver's own library may be, besides the linker's cache and the toolkit's stubs."""
+# Folders of the driver's library, in addition to the linker's cache and the toolkit's stubs.
+DRIVER_FOLDERS = ("/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib64")
 
 
 def toolkit() -> Path:
-    """The folder of the CUDA toolkit that `nvcc` belongs to. Raises Refused if there is none."""
+    """Returns the folder of the CUDA toolkit of `nvcc`. Raises SetupError if there is no nvcc."""
     if (compiler := shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")) is None:
-        raise Refused("there is no nvcc: put the CUDA toolkit's bin on the PATH, or build with BACKEND=cpu")
-    tops = [line.partition(" TOP=")[2] for line in said(compiler, "--dryrun", "-x", "cu", "-c", os.devnull)]
+        raise SetupError("there is no nvcc: put the CUDA toolkit's bin on the PATH, or build with BACKEND=cpu")
+    tops = [line.partition(" TOP=")[2] for line in output_lines(compiler, "--dryrun", "-x", "cu", "-c", os.devnull)]
     return Path(next(filter(None, tops), Path(compiler).resolve().parents[1])).resolve()
 
 
-def said(*command: str) -> list[str]:
-    """The lines that a command writes, whatever becomes of it."""
+def output_lines(*command: str) -> list[str]:
+    """Returns the output of a command, even if the command fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     return done.stdout.splitlines()
 
 
 def site_packages() -> list[Path]:
-    """The folders of installed packages of every Python on the PATH."""
+    """Returns the folders of installed packages of every Python on the PATH."""
     pythons = [str(python) for folder in os.get_exec_path() if (python := Path(folder) / "python3").exists()]
-    lines = [line for python in pythons for line in said(python, "-c", "import sys; print(*sys.path, sep='\\n')")]
+    lines = [
+        line for python in pythons for line in output_lines(python, "-c", "import sys; print(*sys.path, sep='\\n')")
+    ]
     return [*dict.fromkeys(Path(line) for line in lines if line.endswith("-packages"))]
 
 
 def cublas(top: Path, packages: Iterable[Path]) -> tuple[Path, Path]:
-    """The folders of cuBLAS's headers and libraries: the toolkit's, `$CUBLAS`, or those of an installed nvidia-cublas.
-
-    Raises Refused if there are none.
+    """Returns the folders of cuBLAS's headers and libraries: of the toolkit, of `$CUBLAS`, or of an installed
+    nvidia-cublas. Raises SetupError if there are none.
     """
     places = [top, *(Path(place) for place in [os.environ.get("CUBLAS", "")] if place)]
     places += [package / "nvidia" / name for package in packages for name in ("cu13", "cublas")]
@@ -59,19 +60,19 @@ def cublas(top: Path, packages: Iterable[Path]) -> tuple[Path, Path]:
         for libraries in (place / "lib64", place / "lib"):
             if (place / "include" / "cublas_v2.h").exists() and any(libraries.glob(f"{CUDA_LIBRARIES[0]}*")):
                 return place / "include", libraries
-    raise Refused(f"cuBLAS is neither in {top} nor in a Python's nvidia-cublas; name its folder as $CUBLAS")
+    raise SetupError(f"cuBLAS is neither in {top} nor in a Python's nvidia-cublas; set $CUBLAS to its folder")
 
 
 def driver(top: Path) -> Path | None:
-    """The driver's library, or what stands for it when linking; None if there is neither."""
-    listed = [Path(line.rpartition("=> ")[2]) for line in said("/sbin/ldconfig", "-p") if DRIVER in line]
-    folders = [*map(Path, DRIVERS), top / "lib64" / "stubs", top / "lib" / "stubs"]
+    """Returns the driver's library or the toolkit's stub of it. `None` means that there is neither."""
+    listed = [Path(line.rpartition("=> ")[2]) for line in output_lines("/sbin/ldconfig", "-p") if DRIVER in line]
+    folders = [*map(Path, DRIVER_FOLDERS), top / "lib64" / "stubs", top / "lib" / "stubs"]
     listed += [path for folder in folders for path in sorted(folder.glob(f"{DRIVER}*"))]
     return next((path for path in listed if path.exists()), None)
 
 
 def link(libraries: Iterable[Path], folder: Path) -> None:
-    """Puts links to libraries into `folder`: by their own names, and by those without a version."""
+    """Links libraries in `folder` under their own names and under their names without a version."""
     folder.mkdir(parents=True, exist_ok=True)
     for library in libraries:
         for name in (library.name, f"{library.name.partition('.so')[0]}.so"):
@@ -81,7 +82,7 @@ def link(libraries: Iterable[Path], folder: Path) -> None:
 
 
 def cuda_flags() -> list[str]:
-    """What tells CMake to build for the GPUs of this host. Raises Refused if a part of CUDA is missing."""
+    """Returns CMake's flags for the GPUs of this host. Raises SetupError if a part of CUDA is missing."""
     top = toolkit()
     headers, libraries = cublas(top, site_packages())
     link((path for name in CUDA_LIBRARIES for path in sorted(libraries.glob(f"{name}*"))), LINKS)
@@ -94,21 +95,21 @@ def cuda_flags() -> list[str]:
         f"-DCUDA_cublasLt_LIBRARY={LINKS / CUDA_LIBRARIES[1]}",
     ]
     if (found := driver(top)) is None:
-        return [*flags, "-DGGML_CUDA_NO_VMM=ON"]  # the one use of the driver's library
+        return [*flags, "-DGGML_CUDA_NO_VMM=ON"]  # VMM is the only use of the driver's library
     link([found], LINKS)
     return [*flags, f"-DCUDA_cuda_driver_LIBRARY={LINKS / DRIVER}"]
 
 
 def install(*packages: str) -> None:
-    """Installs packages with what is in the environment already. Raises Refused if pip fails."""
-    (pip,) = (PARTS / "wheels").glob("pip-*.whl")
+    """Installs packages without their dependencies, which are installed already. Raises SetupError if pip fails."""
+    (pip,) = (PARTS_FOLDER / "wheels").glob("pip-*.whl")
     words = ["install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--force-reinstall", *packages]
     if subprocess.run([sys.executable, f"{pip}/pip", *words], check=False).returncode:
-        raise Refused(f"{packages[-1]} could not be installed")
+        raise SetupError(f"{packages[-1]} could not be installed")
 
 
 def install_binding(source: Path, libraries: Path) -> None:
-    """Installs llama-cpp-python's Python part, with links to the libraries of the build. Raises Refused."""
+    """Installs llama-cpp-python without its library, and links the built libraries. Raises SetupError if pip fails."""
     os.environ["CMAKE_ARGS"] = "-DLLAMA_BUILD=OFF"
     install(str(source))
     link(sorted(libraries.glob("lib*.so*")), Path(get_path("purelib")) / "llama_cpp" / "lib")
@@ -117,17 +118,17 @@ def install_binding(source: Path, libraries: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Builds for CUDA or the CPU, and installs the binding and Paceline."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backend", choices=["cuda", "cpu"])
+    parser.add_argument("backend", choices=["cuda", "cpu"], help="backend of the library")
     options = parser.parse_args(arguments)
     try:
         given = os.environ.get("CMAKE_ARGS", "")
         flags = cuda_flags() if options.backend == "cuda" else []
         os.environ["CMAKE_ARGS"] = " ".join([*flags, given])
         source = sources(PEERS, pinned())
-        program = build(PARTS / f"{source.name}.tar.gz")
+        program = build(PARTS_FOLDER / f"{source.name}.tar.gz")
         install_binding(source, program.parent)
         install("--editable", str(ROOT))
-    except (Refused, OSError) as error:
+    except (SetupError, OSError) as error:
         raise SystemExit(f"\n{error}") from None
     print(f"{program}\n{binary(source).parent / 'libllama.so'}")
 

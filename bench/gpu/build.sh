@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Sets Paceline up from the bundle on a host without a network: bash bench/gpu/build.sh
-# Cut off, it goes on where it was when called again.
+# Installs Paceline from the bundle on a host without a network: bash bench/gpu/build.sh
+# After an interruption the same command resumes.
 #
-#   BACKEND=cpu         the same for the CPU, which is how it is rehearsed; cuda otherwise
-#   PYTHON=python3.12   a CPython 3.12
-#   CUBLAS=FOLDER       include/ and lib/ of cuBLAS, if neither the toolkit nor a Python's nvidia-cublas has them
-#   CUDA_ARCHITECTURES  as CMake spells them; otherwise those of this host's GPUs
-#   TESTS=              no tests
+#   BACKEND=cpu         builds for the CPU, for a trial run (default: cuda)
+#   PYTHON=python3.12   path of a CPython 3.12
+#   CUBLAS=FOLDER       folder with include/ and lib/ of cuBLAS, if neither the toolkit nor a Python has cuBLAS
+#   CUDA_ARCHITECTURES  value of CMAKE_CUDA_ARCHITECTURES (default: native, the GPUs of this host)
+#   TESTS=              runs no tests
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -19,7 +19,7 @@ find_python() {
     for python in "${PYTHON:-python3.12}" python3; do
         "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && { echo "$python"; return; }
     done
-    echo "There is no CPython 3.12 here, for which the bundle's wheels are: name one as PYTHON=" >&2
+    echo "The bundle's wheels need CPython 3.12, which is not on the PATH: set PYTHON to its path" >&2
     return 1
 }
 
@@ -36,11 +36,11 @@ if [ ! -f ".venv/.$BACKEND" ]; then
     touch ".venv/.$BACKEND"
 fi
 
-# The GPU is hidden first: a row's bits depend on its batch there, and most tests compare bits.
+# Most tests compare bits, which depend on the batch on a GPU, so the GPU is hidden from them.
 if [ -n "${TESTS-yes}" ] && [ -f "$SMOLLM" ]; then
     CUDA_VISIBLE_DEVICES= "$BIN/python" -m pytest -q tests/native
     [ "$BACKEND" = cpu ] || "$BIN/python" -m pytest -q tests/native/test_llama.py tests/native/test_engine.py
 elif [ -n "${TESTS-yes}" ]; then
-    echo "Without $SMOLLM only tests on tiny models can run"
+    echo "Without $SMOLLM only the tests on tiny models run"
     CUDA_VISIBLE_DEVICES= "$BIN/python" -m pytest -q tests/native/test_state.py
 fi

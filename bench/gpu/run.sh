@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Measures a GPU host that bench/gpu/build.sh has set up: bash bench/gpu/run.sh
-# Every part takes 10 minutes at most and goes on where it was when cut off. All that is known is in gpu.md and gpu.json
-# in $OUT, or bench/out, after each part.
+# Measures a GPU host after bench/gpu/build.sh: bash bench/gpu/run.sh
+# Every part takes at most 10 minutes; the same command resumes after an interruption. After each part gpu.md and
+# gpu.json in $OUT, by default bench/out, have all results so far.
 #
-#   MODELS="1b:q4_0 8b:q4_0"   which, as bench.gpu.models names them
-#   DRAFT=0.1b:q8_0            the draft model of the part `synthetic`
-#   PARTS="cost share ..."     which parts
+#   MODELS="1b:q4_0 8b:q4_0"   names of models in bench.gpu.models
+#   DRAFT=0.1b:q8_0            draft model of the part `synthetic`
+#   PARTS="cost share ..."     names of parts
 #   LAYERS=99                  layers on the GPU
-#   QUICK=1                    little of everything, as a rehearsal
+#   QUICK=1                    small sizes, for a trial run
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -21,7 +21,7 @@ export PYTHONPATH=.
 for part in ${PARTS:-cost share serve synthetic gaps}; do
     for model in $MODELS; do
         timeout 600 "$PYTHON" -m bench.gpu.measure "$part" "$model" --draft "$DRAFT" -ngl "${LAYERS:-99}" \
-            ${QUICK:+--quick} || failed="${failed:-}$part of $model broke off (exit code $?); call this again to go on"$'\n'
+            ${QUICK:+--quick} || failed="${failed:-}$part of $model failed (exit code $?); the same command resumes"$'\n'
     done
 done
 printf '%s' "${failed:-}" >&2

@@ -1,4 +1,4 @@
-"""The figures of `bench.gpu.measure` as Markdown."""
+"""Renders the figures of `bench.gpu.measure` as Markdown tables."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bench.figures import markdown
-from bench.step_cost import KINDS
+from bench.step_cost import ROW_KINDS
 
-Figures = Mapping[str, Any]
-"""What was measured of one part and model, by cell."""
+# The figures of one part and model, by cell.
+CellFigures = Mapping[str, Any]
+# Columns and rows.
 Table = tuple[Sequence[str], Sequence[Sequence[object]]]
-"""Columns and rows."""
 
 
-def cost(figures: Figures) -> Table:
-    """Milliseconds, a line for each kind of rows and number of resident cells."""
+def cost(figures: CellFigures) -> Table:
+    """Returns the milliseconds of a step by kind of rows and number of resident cells."""
     step = figures["step"]
     counts = list(next(iter(next(iter(step.values())).values())))
-    rows = [[KINDS[kind], cells, *by_rows.values()] for kind, of in step.items() for cells, by_rows in of.items()]
+    rows = [[ROW_KINDS[kind], cells, *by_rows.values()] for kind, of in step.items() for cells, by_rows in of.items()]
     return ("milliseconds of a step of rows", "resident cells", *counts), rows
 
 
-def share(figures: Figures) -> Table:
-    """Tokens a second of a bare loop, the engine's share of these, Python's share of a step, a line for each slots."""
+def share(figures: CellFigures) -> Table:
+    """Returns by number of slots the tokens per second of a bare loop, those of the engine in per cent of the bare
+    loop, and Python's fraction of a step."""
     rows = [
         [
             slots,
@@ -37,8 +38,8 @@ def share(figures: Figures) -> Table:
     return (*columns, "sampled, %"), rows
 
 
-def load(figures: Figures) -> Table:
-    """Tokens a second over HTTP, time to first text and gaps, a line for each slots and server."""
+def load(figures: CellFigures) -> Table:
+    """Returns by server and number of slots the tokens per second over HTTP, time to first token and gaps."""
     rows = []
     for cell, of in figures.items():
         slots, _, name = cell.partition(" ")
@@ -49,29 +50,29 @@ def load(figures: Figures) -> Table:
 
 
 SPANS = (("ttft_ms", "p50"), ("ttft_ms", "p99"), ("gap_ms", "p50"), ("gap_ms", "p99"))
-TITLES = {"ttft_ms": "first text", "gap_ms": "gap"}
+TITLES = {"ttft_ms": "TTFT", "gap_ms": "gap"}
 
 
-def gaps(figures: Figures) -> Table:
-    """A line for each server."""
+def gaps(figures: CellFigures) -> Table:
+    """Returns the gaps of running streams by server."""
     names = list(next(iter(figures.values())))
     rows = [[server, *of.values()] for server, of in figures.items()]
     return ("server", *(name.replace("_", " ") for name in names)), rows
 
 
-PARTS: Mapping[str, tuple[str, Callable[[Figures], Table]]] = {
-    "cost": ("what a step costs", cost),
-    "share": ("what Python takes", share),
+PART_TABLES: Mapping[str, tuple[str, Callable[[CellFigures], Table]]] = {
+    "cost": ("cost of a step", cost),
+    "share": ("overhead of Python", share),
     "serve": ("over HTTP, without speculation", load),
-    "synthetic": ("over HTTP, each drafted token right by chance", load),
-    "gaps": ("streams beside a long prompt", gaps),
+    "synthetic": ("over HTTP, with random acceptance of draft tokens", load),
+    "gaps": ("running streams during a long prefill", gaps),
 }
 
 
-def all_of(figures: Mapping[str, Figures]) -> str:
-    """A table for each part and model, by name `part-model`, in the order of the parts."""
+def all_of(figures: Mapping[str, CellFigures]) -> str:
+    """Returns a table for each part and model; the keys of `figures` are `part-model`."""
     found = []
-    for part, (title, table) in PARTS.items():
+    for part, (title, table) in PART_TABLES.items():
         for name, cells in figures.items():
             if name.startswith(f"{part}-") and cells:
                 found.append(f"**{name.removeprefix(f'{part}-')}: {title}**\n\n{markdown(*table(cells))}")

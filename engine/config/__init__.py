@@ -1,19 +1,19 @@
-"""How an engine is opened. One frozen Struct per concern; every field has its flags, unit and range.
+"""Configuration of an engine: one frozen Struct per concern; each field has a type, a range, a default and a sentence.
 
-The command line, the keys of a TOML file and the README's table are made from these fields, so nothing is said
-twice. Ranges are checked by `msgspec.convert`, not by the constructors: use `convert` for values from elsewhere.
+The command line, the keys of a TOML file and `api/FLAGS.md` are generated from these fields. `msgspec.convert` checks
+ranges and the constructors do not: values from outside go through `convert`.
 """
 
 from engine.config.batch import BatchConfig
 from engine.config.engine import EngineConfig
-from engine.config.flags import flags
+from engine.config.machine import physical_cores, processor_name
 from engine.config.memory import MemoryConfig
-from engine.config.model import CacheType, ModelConfig, physical_cores, processor
-from engine.config.sim import SIM, SimConfig
+from engine.config.model import CacheType, ModelConfig
+from engine.config.sim import SIMULATED_MODEL, SimConfig
 from engine.config.speculation import DraftConfig, SpeculationConfig
 
 __all__ = [
-    "SIM",
+    "SIMULATED_MODEL",
     "BatchConfig",
     "CacheType",
     "DraftConfig",
@@ -22,7 +22,6 @@ __all__ = [
     "ModelConfig",
     "SimConfig",
     "SpeculationConfig",
-    "flags",
     "physical_cores",
-    "processor",
+    "processor_name",
 ]

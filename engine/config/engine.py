@@ -16,10 +16,7 @@ from engine.config.speculation import DraftConfig, SpeculationConfig
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The configuration of an engine.
-
-    `EngineConfig.of(path="model.gguf", slots=4)` fills the fields of `model` and `batch` by their names.
-    """
+    """All settings of an engine; `EngineConfig.of(path="model.gguf", slots=4)` is the short form."""
 
     model: ModelConfig
     batch: BatchConfig = BatchConfig()
@@ -38,45 +35,47 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         sim: SimConfig | dict[str, object] | None = None,
         **fields: object,
     ) -> EngineConfig:
-        """A checked configuration of `fields`, which are those of `model` and `batch`, and of the other concerns.
+        """Returns a checked configuration; `fields` are those of `model` and `batch`.
 
         Raises `msgspec.ValidationError`, which names the field, for a wrong type or range or an unknown name.
         """
-        concerns: dict[str, object] = {
+        model: dict[str, object] = {}
+        batch: dict[str, object] = {}
+        for name, value in fields.items():
+            table = batch if name in BatchConfig.__struct_fields__ else model
+            table[name] = os.fspath(value) if isinstance(value, Path) else value
+        tables = {
+            "model": model,
+            "batch": batch,
             "memory": memory or {},
             "speculation": speculation or {},
             "draft": draft or {},
             "sim": sim or {},
         }
-        model: dict[str, object] = {}
-        batch: dict[str, object] = {}
-        for name, value in fields.items():
-            concern = batch if name in BatchConfig.__struct_fields__ else model
-            concern[name] = os.fspath(value) if isinstance(value, Path) else value
-        return msgspec.convert(concerns | {"model": model, "batch": batch}, cls)
+        return msgspec.convert(tables, cls)
 
-    def of_draft(self, cells: int) -> EngineConfig:
-        """The configuration of the draft model, for a target model whose slots have `cells` together.
+    def for_draft_model(self, cells: int) -> EngineConfig:
+        """Returns the configuration of the draft model's engine, for a target model with `cells` KV cells in all.
 
-        It has the target's settings but for those of `draft`. Its KV layout is chosen at start, unless the target has
-        per-slot KV by `--no-kv-unified`; with per-slot KV each slot gets as many tokens as the target's.
+        Settings that `draft` does not have are the target's. The KV layout is chosen at start, unless the target has
+        `--no-kv-unified`; with per-slot KV each slot gets as many tokens as the target's.
         """
         draft = self.draft
         threads = draft.threads if draft.threads > 0 else self.model.threads
-        for_batches = draft.threads_batch if draft.threads_batch > 0 else draft.threads
+        threads_batch = draft.threads_batch if draft.threads_batch > 0 else draft.threads
         # The split over devices is the target's only if the draft model has the same devices.
-        shared = ModelConfig(path=draft.path) if draft.device else self.model
+        split = ModelConfig(path=draft.path) if draft.device else self.model
         model = structs.replace(
             self.model,
             path=draft.path,
             gpu_layers=draft.gpu_layers,
             device=draft.device or self.model.device,
-            split_mode=shared.split_mode,
-            tensor_split=shared.tensor_split,
-            main_gpu=shared.main_gpu,
+            split_mode=split.split_mode,
+            tensor_split=split.tensor_split,
+            main_gpu=split.main_gpu,
             fit="off",
             threads=threads,
-            threads_batch=for_batches if for_batches > 0 else self.model.threads_batch,
+            threads_batch=threads_batch if threads_batch > 0 else self.model.threads_batch,
             kv_unified=False if self.model.kv_unified is False else None,
             cache_type_k=draft.cache_type_k,
             cache_type_v=draft.cache_type_v,

@@ -1,30 +1,28 @@
-"""Where prefixes go that nobody needs right now."""
+"""Prefix cache: offload tiers for KV blocks that leave the cells."""
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from engine.config.flags import flags
+from engine.config.machine import memory_bytes
 
-MEBIBYTE = 2**20
-EIGHTH = 8
-"""Of the machine's memory, the share of prefixes in RAM if nothing is said."""
+_MIB = 2**20
+# Without --cache-ram the RAM tier gets this fraction of the machine's memory.
+_DEFAULT_RAM_FRACTION = 1 / 8
 
 
 class MemoryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where prefixes go that nobody needs right now."""
+    """Sizes of the RAM tier and the disk tier of the prefix cache, and approximate reuse of KV blocks."""
 
     ram: Annotated[
         int,
         Meta(
             ge=-1,
             le=2**30,
-            description="MiB of RAM for prefixes that left the cells, and for requests that had to give theirs up; "
-            "0 is none, -1 an eighth of the machine's memory",
-            extra=flags("-cram", "--cache-ram", env="LLAMA_ARG_CACHE_RAM"),
+            description="MiB of RAM for evicted prefixes and swapped-out sequences; 0 is no RAM tier, -1 is an eighth "
+            "of the machine's memory",
         ),
     ] = -1
     reuse: Annotated[
@@ -32,41 +30,27 @@ class MemoryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Meta(
             ge=0,
             le=2**20,
-            description="tokens that must recur (16 at least) for what follows a changed part of a prompt to be moved "
-            "instead of computed, which is not exact; 0 moves nothing, as always with --deterministic",
-            extra=flags("--cache-reuse", env="LLAMA_ARG_CACHE_REUSE"),
+            description="minimum length in tokens (raised to 16) of a part of a prompt that is reused at another "
+            "position, after a changed part, instead of being computed; the result is not exact; 0 and "
+            "--deterministic reuse exact prefixes only",
         ),
     ] = 0
-    disk: Annotated[
-        str,
-        Meta(
-            description="folder in which prefixes outlive the server; empty is none",
-            extra=flags("--cache-disk"),
-        ),
-    ] = ""
+    disk: Annotated[str, Meta(description="folder of prefixes that survive a restart; empty is no disk tier")] = ""
     disk_max: Annotated[
-        int,
-        Meta(
-            ge=1,
-            le=2**40,
-            description="MiB of that folder for this model at most",
-            extra=flags("--cache-disk-max"),
-        ),
+        int, Meta(ge=1, le=2**40, description="maximum MiB of this model's files in the folder of --cache-disk")
     ] = 16_384
 
     @property
     def ram_bytes(self) -> int:
-        """Bytes of RAM for prefixes."""
-        if self.ram >= 0:
-            return self.ram * MEBIBYTE
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // EIGHTH
+        """Capacity of the RAM tier."""
+        return self.ram * _MIB if self.ram >= 0 else int(memory_bytes() * _DEFAULT_RAM_FRACTION)
 
     @property
-    def keeps(self) -> bool:
-        """Whether prefixes that leave the cells are kept anywhere."""
+    def offloads(self) -> bool:
+        """True if evicted prefixes go to the RAM tier or the disk tier."""
         return bool(self.ram_bytes or self.disk)
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of files at most."""
-        return self.disk_max * MEBIBYTE
+        """Capacity of the disk tier, if `disk` names a folder."""
+        return self.disk_max * _MIB

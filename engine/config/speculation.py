@@ -1,4 +1,7 @@
-"""Who guesses ahead, and how. Defaults are llama-server's where lengths do not follow from measurement."""
+"""Speculative decoding: types of proposers, their settings, and the draft model.
+
+Defaults are llama-server's, except for draft lengths, which follow from measured step costs.
+"""
 
 from __future__ import annotations
 
@@ -6,149 +9,104 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from engine.config.flags import flags
 from engine.config.model import CacheType
-from engine.contract import Length, ProposerType, Share
+from engine.contract import DraftLength, ProposerType, Share
 
-Size = Annotated[int, Meta(ge=1, le=1024)]
-"""A number of tokens, or of occurrences."""
+# Tokens or occurrences.
+_Positive = Annotated[int, Meta(ge=1, le=1024)]
 
 
 class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Draft types and their settings; requests may choose others."""
+    """Default types of proposers, which a request may override, and the settings of each type."""
 
     types: Annotated[
         tuple[ProposerType | Literal["none", "auto"], ...],
         Meta(
-            description="who guesses for requests that do not say: none, auto (every type, `draft` if there is a "
-            "draft model), or types separated by commas",
-            extra=flags("--spec-type", env="LLAMA_ARG_SPEC_TYPE"),
+            description="default types of proposers, separated by commas; none is no speculative decoding, auto is "
+            "every type, `draft` only with a draft model"
         ),
     ] = ("auto",)
     order: Annotated[
         Literal["measured", "fixed"],
         Meta(
-            description="measured: the drafts and lengths that make a step fastest for all who take part, by its "
-            "measured cost and what became of earlier drafts; fixed: the first type that answers, the draft model "
-            "last, and all that it says",
-            extra=flags("--spec-order"),
+            description="choice between drafts: measured verifies the drafts and lengths with the most expected tokens "
+            "per second of the whole batch, by measured step costs and acceptance; fixed verifies the whole draft of "
+            "the first type that has one, the draft model last"
         ),
     ] = "measured"
-    default: Annotated[bool, Meta(description="the same as --spec-type ngram-mod", extra=flags("--spec-default"))] = (
-        False
-    )
+    default: Annotated[bool, Meta(description="the same as --spec-type ngram-mod")] = False
     size_n: Annotated[
-        Size,
-        Meta(
-            description="tokens that must recur before ngram-simple and the ngram-map types guess",
-            extra=flags("--spec-ngram-size-n"),
-        ),
+        _Positive, Meta(description="n-gram length in tokens of ngram-simple, ngram-map-k and ngram-map-k4v")
     ] = 12
     size_m: Annotated[
-        Size, Meta(description="tokens that these guess at most", extra=flags("--spec-ngram-size-m", "--spec-ngram-m"))
+        _Positive, Meta(description="maximum draft length in tokens of ngram-simple, ngram-map-k and ngram-map-k4v")
     ] = 48
     min_hits: Annotated[
-        Size, Meta(description="how often the tokens must have occurred", extra=flags("--spec-ngram-min-hits"))
-    ] = 1
-    simple_size_n: Annotated[
-        Size | None, Meta(description="--spec-ngram-size-n of this type", extra=flags("--spec-ngram-simple-size-n"))
-    ] = None
-    simple_size_m: Annotated[
-        Size | None, Meta(description="--spec-ngram-size-m of this type", extra=flags("--spec-ngram-simple-size-m"))
-    ] = None
-    simple_min_hits: Annotated[
-        Size | None, Meta(description="--spec-ngram-min-hits of this type", extra=flags("--spec-ngram-simple-min-hits"))
-    ] = None
-    map_k_size_n: Annotated[
-        Size | None, Meta(description="--spec-ngram-size-n of this type", extra=flags("--spec-ngram-map-k-size-n"))
-    ] = None
-    map_k_size_m: Annotated[
-        Size | None, Meta(description="--spec-ngram-size-m of this type", extra=flags("--spec-ngram-map-k-size-m"))
-    ] = None
-    map_k_min_hits: Annotated[
-        Size | None, Meta(description="--spec-ngram-min-hits of this type", extra=flags("--spec-ngram-map-k-min-hits"))
-    ] = None
-    map_k4v_size_n: Annotated[
-        Size | None, Meta(description="--spec-ngram-size-n of this type", extra=flags("--spec-ngram-map-k4v-size-n"))
-    ] = None
-    map_k4v_size_m: Annotated[
-        Size | None, Meta(description="--spec-ngram-size-m of this type", extra=flags("--spec-ngram-map-k4v-size-m"))
-    ] = None
-    map_k4v_min_hits: Annotated[
-        Size | None,
-        Meta(description="--spec-ngram-min-hits of this type", extra=flags("--spec-ngram-map-k4v-min-hits")),
-    ] = None
-    mod_match: Annotated[
-        Size, Meta(description="tokens that ngram-mod's pool is asked by", extra=flags("--spec-ngram-mod-n-match"))
-    ] = 24
-    mod_min: Annotated[
-        Length,
+        _Positive,
         Meta(
-            description="tokens that the pool must know for ngram-mod to guess", extra=flags("--spec-ngram-mod-n-min")
+            description="occurrences of an n-gram before ngram-simple, ngram-map-k and ngram-map-k4v draft its "
+            "continuation"
         ),
+    ] = 1
+    simple_size_n: Annotated[_Positive | None, Meta(description="--spec-ngram-size-n of ngram-simple alone")] = None
+    simple_size_m: Annotated[_Positive | None, Meta(description="--spec-ngram-size-m of ngram-simple alone")] = None
+    simple_min_hits: Annotated[_Positive | None, Meta(description="--spec-ngram-min-hits of ngram-simple alone")] = None
+    map_k_size_n: Annotated[_Positive | None, Meta(description="--spec-ngram-size-n of ngram-map-k alone")] = None
+    map_k_size_m: Annotated[_Positive | None, Meta(description="--spec-ngram-size-m of ngram-map-k alone")] = None
+    map_k_min_hits: Annotated[_Positive | None, Meta(description="--spec-ngram-min-hits of ngram-map-k alone")] = None
+    map_k4v_size_n: Annotated[_Positive | None, Meta(description="--spec-ngram-size-n of ngram-map-k4v alone")] = None
+    map_k4v_size_m: Annotated[_Positive | None, Meta(description="--spec-ngram-size-m of ngram-map-k4v alone")] = None
+    map_k4v_min_hits: Annotated[_Positive | None, Meta(description="--spec-ngram-min-hits of ngram-map-k4v alone")] = (
+        None
+    )
+    mod_match: Annotated[_Positive, Meta(description="n-gram length in tokens of ngram-mod's pool")] = 24
+    mod_min: Annotated[
+        DraftLength, Meta(description="minimum draft length in tokens of ngram-mod; a shorter draft is dropped")
     ] = 48
-    mod_max: Annotated[
-        Size, Meta(description="tokens that ngram-mod guesses at most", extra=flags("--spec-ngram-mod-n-max"))
-    ] = 64
+    mod_max: Annotated[_Positive, Meta(description="maximum draft length in tokens of ngram-mod")] = 64
     pool_scope: Annotated[
         Literal["salt", "shared", "slot"],
         Meta(
-            description="who shares ngram-mod's pool: requests of equal cache_salt, all, or nobody",
-            extra=flags("--spec-pool-scope"),
+            description="requests that share n-grams in ngram-mod's pool: salt is those of equal cache_salt, shared is "
+            "all, slot is none"
         ),
     ] = "salt"
     pool_file: Annotated[
         str,
-        Meta(
-            description="file that ngram-mod's pool is loaded from at start and saved to at the end",
-            extra=flags("--spec-pool-file"),
-        ),
+        Meta(description="file of ngram-mod's pool, loaded at start and saved at shutdown; empty is no file"),
     ] = ""
-    cache_max: Annotated[
-        Size, Meta(description="tokens that ngram-cache guesses at most", extra=flags("--spec-ngram-cache-n-max"))
-    ] = 8
+    cache_max: Annotated[_Positive, Meta(description="maximum draft length in tokens of ngram-cache")] = 8
     lookup_static: Annotated[
         str,
         Meta(
-            description="ngram-cache's counts of a corpus, made by `paceline lookup build`",
-            extra=flags("-lcs", "--lookup-cache-static"),
+            description="file of ngram-cache's counts of a corpus, written by `paceline lookup build`; empty is no file"
         ),
     ] = ""
     lookup_dynamic: Annotated[
         str,
         Meta(
-            description="file with ngram-cache's counts of past requests, loaded at start and saved at the end",
-            extra=flags("-lcd", "--lookup-cache-dynamic"),
+            description="file of ngram-cache's counts of past requests, loaded at start and saved at shutdown; empty "
+            "is no file"
         ),
     ] = ""
     suffix_factor: Annotated[
         float,
-        Meta(
-            gt=0.0,
-            le=64.0,
-            description="tokens that suffix guesses for each token of its match",
-            extra=flags("--spec-suffix-factor"),
-        ),
+        Meta(gt=0.0, le=64.0, description="maximum draft tokens of suffix for each token of the match"),
     ] = 1.0
-    suffix_depth: Annotated[
-        Annotated[int, Meta(ge=2, le=1024)],
-        Meta(description="tokens that a match of suffix may have", extra=flags("--spec-suffix-depth")),
-    ] = 64
-    suffix_p_min: Annotated[
-        Share,
-        Meta(description="suffix guesses no further than this likely", extra=flags("--spec-suffix-p-min")),
-    ] = 0.1
+    suffix_depth: Annotated[int, Meta(ge=2, le=1024, description="maximum length in tokens of a match of suffix")] = 64
+    suffix_p_min: Annotated[Share, Meta(description="minimum estimated probability of a draft token of suffix")] = 0.1
     suffix_tokens: Annotated[
-        Annotated[int, Meta(ge=0, le=2**28)],
+        int,
         Meta(
-            description="tokens of past outputs that suffix remembers, about 300 bytes each; the oldest leave",
-            extra=flags("--spec-suffix-tokens"),
+            ge=0,
+            le=2**28,
+            description="tokens of past outputs that suffix keeps, about 300 bytes each; the oldest are evicted",
         ),
     ] = 100_000
 
     @property
-    def chosen(self) -> tuple[ProposerType | Literal["auto"], ...]:
-        """The types for requests that do not say; `none` anywhere means nobody, as with llama-server."""
+    def default_types(self) -> tuple[ProposerType | Literal["auto"], ...]:
+        """Types for requests without `speculative`; `none` anywhere in `types` means none, as in llama-server."""
         if "none" in self.types:
             return ()
         named = tuple(kind for kind in self.types if kind != "none")
@@ -158,43 +116,20 @@ class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The draft model: a smaller one with the same vocabulary. Settings not named here are the model's."""
+    """The draft model, a smaller model with the same vocabulary. Settings without a field here are the target's."""
 
-    path: Annotated[
-        str,
-        Meta(
-            description="GGUF file; empty is none",
-            extra=flags("-md", "--model-draft", "--spec-draft-model", env="LLAMA_ARG_SPEC_DRAFT_MODEL"),
-        ),
-    ] = ""
+    path: Annotated[str, Meta(description="GGUF file of the draft model; empty is no draft model")] = ""
     context: Annotated[
-        int,
-        Meta(
-            ge=0,
-            le=2**24,
-            description="cells of the draft model; 0 is as many as the model has",
-            extra=flags("-cd", "--ctx-size-draft", env="LLAMA_ARG_CTX_SIZE_DRAFT"),
-        ),
+        int, Meta(ge=0, le=2**24, description="KV cells of the draft model; 0 is as many as the target model has")
     ] = 0
     gpu_layers: Annotated[
-        int,
-        Meta(
-            ge=-1,
-            description="its layers kept on the GPU; -1 is all of them",
-            extra=flags(
-                "-ngld",
-                "--gpu-layers-draft",
-                "--n-gpu-layers-draft",
-                "--spec-draft-ngl",
-                env="LLAMA_ARG_N_GPU_LAYERS_DRAFT",
-            ),
-        ),
+        int, Meta(ge=-1, description="layers of the draft model offloaded to the GPU; -1 is all of them")
     ] = -1
     device: Annotated[
         str,
         Meta(
-            description="devices that compute it by ggml's names, separated by commas; empty is the model's",
-            extra=flags("-devd", "--device-draft", "--spec-draft-device"),
+            description="devices that compute the draft model, as ggml names them, separated by commas; empty is the "
+            "target model's"
         ),
     ] = ""
     threads: Annotated[
@@ -202,8 +137,7 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=-1,
             le=512,
-            description="threads of a pass with one row; -1 or 0 is the same as --threads",
-            extra=flags("-td", "--threads-draft", "--spec-draft-threads"),
+            description="threads of a draft model's step with one row; -1 or 0 is the same as --threads",
         ),
     ] = -1
     threads_batch: Annotated[
@@ -211,54 +145,24 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=-1,
             le=512,
-            description="threads of a pass with more rows; -1 or 0 is the same as --threads-draft",
-            extra=flags("-tbd", "--threads-batch-draft", "--spec-draft-threads-batch"),
+            description="threads of a draft model's step with several rows; -1 or 0 is the same as --threads-draft",
         ),
     ] = -1
-    cache_type_k: Annotated[
-        CacheType,
-        Meta(
-            description="type of a cell's keys",
-            extra=flags(
-                "-ctkd", "--cache-type-k-draft", "--spec-draft-type-k", env="LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_K"
-            ),
-        ),
-    ] = "f16"
-    cache_type_v: Annotated[
-        CacheType,
-        Meta(
-            description="type of a cell's values",
-            extra=flags(
-                "-ctvd", "--cache-type-v-draft", "--spec-draft-type-v", env="LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_V"
-            ),
-        ),
-    ] = "f16"
+    cache_type_k: Annotated[CacheType, Meta(description="type of the keys in the draft model's KV cache")] = "f16"
+    cache_type_v: Annotated[CacheType, Meta(description="type of the values in the draft model's KV cache")] = "f16"
     noise: Annotated[
         Literal["shared", "greedy", "off"],
         Meta(
-            description="how the draft model picks: with the noise that will pick the model's token, so that both "
-            "often agree at any temperature; its likeliest token; or with noise of its own",
-            extra=flags("--draft-noise"),
+            description="sampling of draft tokens: shared uses the noise of the target model's sampling, which raises "
+            "acceptance at any temperature; greedy takes the likeliest token; off uses independent noise"
         ),
     ] = "shared"
-    n_max: Annotated[
-        Size,
-        Meta(
-            description="tokens that the draft model guesses at most",
-            extra=flags("--draft-max", "--draft", "--draft-n", "--spec-draft-n-max", env="LLAMA_ARG_SPEC_DRAFT_N_MAX"),
-        ),
-    ] = 16
+    n_max: Annotated[_Positive, Meta(description="maximum draft length in tokens of the draft model")] = 16
     n_min: Annotated[
-        Length,
-        Meta(
-            description="shorter drafts of it are not verified",
-            extra=flags("--draft-min", "--draft-n-min", "--spec-draft-n-min", env="LLAMA_ARG_SPEC_DRAFT_N_MIN"),
-        ),
+        DraftLength,
+        Meta(description="minimum draft length in tokens of the draft model; a shorter draft is not verified"),
     ] = 0
     p_min: Annotated[
         Share,
-        Meta(
-            description="it stops before a token that it thinks less likely than this",
-            extra=flags("--draft-p-min", "--spec-draft-p-min", env="LLAMA_ARG_SPEC_DRAFT_P_MIN"),
-        ),
+        Meta(description="minimum probability of a draft token by the draft model; a less likely token ends the draft"),
     ] = 0.0

@@ -1,39 +1,52 @@
-"""Structured output: what a text must look like, and which tokens that leaves at every row. By llguidance.
+"""Structured output by llguidance: compiles grammar specs and computes the tokens that a grammar permits at each row.
 
-forms      what may be asked for, and what is wrong with it
-schema     JSON schemas: how deep, and which keyword is to blame
+spec       what a request may ask for, and the errors
+pointer    JSON pointers and `$ref`
+schema     JSON schemas: limits, and the keyword that makes a schema unusable
 gbnf       llama.cpp's grammars as Lark
-bridge     a model's tokens as llguidance wants to know them
-matcher    where one text is in its grammar
-masks      the tokens permitted at all rows of a step
-jobs       what is done on threads of its own, and given up when it takes too long
-compiler   from forms to grammars: off the event loop, with limits, kept for the next time
+tokenizer  a model's vocabulary for llguidance
+matcher    state of one output in its grammar
+masks      token masks of all rows of a step
+jobs       worker threads with time limits
+compiler   specs to grammars: off the event loop, cached
 """
 
-from engine.grammar.compiler import SIZE, Grammar, Grammars
-from engine.grammar.forms import Choice, Form, Gbnf, GrammarError, JsonObject, JsonSchema, Lark, Regex, TooSlow
-from engine.grammar.jobs import Closed
-from engine.grammar.masks import Masks, Permits, Want
+from engine.grammar.compiler import MAX_GRAMMAR_BYTES, Grammar, GrammarCompiler
+from engine.grammar.jobs import CompilerClosed
+from engine.grammar.masks import MaskRequest, Masks, RowMasks
 from engine.grammar.matcher import Matcher
-from engine.grammar.schema import DEPTH
+from engine.grammar.pointer import resolve_reference
+from engine.grammar.schema import MAX_SCHEMA_DEPTH
+from engine.grammar.spec import (
+    CompileTimeout,
+    Gbnf,
+    GrammarError,
+    GrammarSpec,
+    JsonObject,
+    JsonSchema,
+    Lark,
+    OneOfTexts,
+    Regex,
+)
 
 __all__ = [
-    "DEPTH",
-    "SIZE",
-    "Choice",
-    "Closed",
-    "Form",
+    "MAX_GRAMMAR_BYTES",
+    "MAX_SCHEMA_DEPTH",
+    "CompileTimeout",
+    "CompilerClosed",
     "Gbnf",
     "Grammar",
+    "GrammarCompiler",
     "GrammarError",
-    "Grammars",
+    "GrammarSpec",
     "JsonObject",
     "JsonSchema",
     "Lark",
+    "MaskRequest",
     "Masks",
     "Matcher",
-    "Permits",
+    "OneOfTexts",
     "Regex",
-    "TooSlow",
-    "Want",
+    "RowMasks",
+    "resolve_reference",
 ]

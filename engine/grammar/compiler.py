@@ -1,4 +1,4 @@
-"""From forms to grammars, off the event loop and within limits."""
+"""Compiles grammar specs off the event loop, within limits of size and time."""
 
 from __future__ import annotations
 
@@ -13,178 +13,202 @@ import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.backend import Vocab
-from engine.grammar.bridge import tokenizer
-from engine.grammar.forms import Choice, Form, Gbnf, GrammarError, JsonObject, JsonSchema, Lark, Regex, TooSlow
-from engine.grammar.gbnf import lark_of
-from engine.grammar.jobs import Jobs, Late
+from engine.grammar.gbnf import lark_from_gbnf
+from engine.grammar.jobs import JobQueue, JobTimeout
 from engine.grammar.matcher import Matcher
-from engine.grammar.schema import Schema, blamed, check_multiples, embedded, parsed, with_any_of
+from engine.grammar.schema import (
+    Schema,
+    check_multiples,
+    embedded_schemas,
+    one_of_as_any_of,
+    parse_schema,
+    unusable_keyword,
+)
+from engine.grammar.spec import (
+    CompileTimeout,
+    Gbnf,
+    GrammarError,
+    GrammarSpec,
+    JsonObject,
+    JsonSchema,
+    Lark,
+    OneOfTexts,
+    Regex,
+)
+from engine.grammar.tokenizer import build_tokenizer
 
-SIZE = 2**18
-"""Bytes of a form at most."""
-NESTED = 200
-"""Brackets of a grammar or an expression that may be open at once."""
-SECONDS = 10.0
-"""Seconds that a request waits for its grammar, those in the queue before it included."""
-KEPT = 256
-"""Grammars that are kept for the next request that asks for the same."""
-LIMITS = LLParserLimits(verbose_errors=False, max_lexer_states=50_000)
-"""The library's own: a million units of work, about 20 ms, for the lexer of a grammar, 200,000 for one mask. But of its
-250,000 states of 1 to 2 kB, which stay with a grammar that is kept, a fifth."""
+# Bytes of an encoded spec.
+MAX_GRAMMAR_BYTES = 2**18
+# Brackets of a grammar or an expression that are open at once.
+MAX_BRACKET_DEPTH = 200
+# Time from a request's arrival to its grammar, including the queue.
+COMPILE_SECONDS = 10.0
+CACHED_GRAMMARS = 256
+# The library's own limits are one million units of work, about 20 ms, for the lexer of a grammar, and 200,000 for one
+# mask. Of its 250,000 lexer states of 1-2 kB, which live as long as the grammar, a fifth is allowed.
+PARSER_LIMITS = LLParserLimits(verbose_errors=False, max_lexer_states=50_000)
 
-JSON = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
-"""Between the parts of a JSON text stands what llama.cpp's grammars permit: a model cannot lose itself in spaces."""
-STRICT = {"lenient": False}
+# The whitespace of llama.cpp's JSON grammars: a model cannot emit spaces without end.
+JSON_DEFAULTS = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
+JSON_OVERRIDES = {"lenient": False}
 
 
 class Grammar:
-    """A form made ready, for any number of texts over one vocabulary."""
+    """A compiled spec, for any number of outputs over one vocabulary."""
 
-    def __init__(self, form: Form, native: LLMatcher, size: int, ends: frozenset[int]) -> None:
-        self.form = form
+    def __init__(self, spec: GrammarSpec, native: LLMatcher, size: int, ends: frozenset[int]) -> None:
+        self.spec = spec
         self.size = size
         """Tokens of the vocabulary."""
-        self.spent = False
-        """Whether a text failed, as when it took more states than there may be. All texts of a grammar share these: it
-        must be made anew."""
+        self.exhausted = False
+        """True after an output failed, as by too many lexer states. All outputs of a grammar share the states, so the
+        spec must be compiled again."""
         self._native = native
         self._ends = ends
 
     def begin(self) -> Matcher:
-        """The start of a text. May be called from any thread."""
-        return Matcher(self._native, self._ends, self._spend)
+        """Returns the state of an empty output. May be called from any thread."""
+        return Matcher(self._native, self._ends, self._exhaust)
 
-    def _spend(self) -> None:
-        self.spent = True
+    def _exhaust(self) -> None:
+        self.exhausted = True
 
 
-class Grammars:
-    """The grammars of one model. `compile` is called on the event loop."""
+class GrammarCompiler:
+    """Compiles and caches the grammars of one model. `compile` runs on the event loop."""
 
     def __init__(self, vocab: Vocab) -> None:
         self._vocab = vocab
-        self._kept: OrderedDict[bytes, Grammar] = OrderedDict()
-        self._lock = threading.Lock()  # for what is kept
-        self._building = threading.Lock()
+        self._cache: OrderedDict[bytes, Grammar] = OrderedDict()
+        self._cache_lock = threading.Lock()
+        self._tokenizer_lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
-        self._jobs: Jobs[Grammar] = Jobs("paceline-grammar", SECONDS)
+        self._jobs: JobQueue[Grammar] = JobQueue("paceline-grammar", COMPILE_SECONDS)
 
-    async def compile(self, form: Form) -> Grammar:
-        """The grammar of `form`. Raises GrammarError if there is none, or if it is too large or takes too long, and
-        Closed once this is closed."""
-        encoded = msgspec.msgpack.encode(form)
-        if len(encoded) > SIZE:
-            raise GrammarError(f"{_kind(form)} of {len(encoded)} bytes is too large; at most {SIZE} are taken.")
+    async def compile(self, spec: GrammarSpec) -> Grammar:
+        """Returns the grammar of `spec`.
+
+        Raises GrammarError if the spec is invalid, unsupported or too large, CompileTimeout after `COMPILE_SECONDS`,
+        and CompilerClosed once the compiler is closed.
+        """
+        encoded = msgspec.msgpack.encode(spec)
+        if len(encoded) > MAX_GRAMMAR_BYTES:
+            raise GrammarError(
+                f"{_subject(spec)} of {len(encoded)} bytes is too large; at most {MAX_GRAMMAR_BYTES} are allowed."
+            )
         key = hashlib.sha256(encoded).digest()
-        if (known := self._known(key)) is not None:
-            return known
+        if (cached := self._cached(key)) is not None:
+            return cached
         try:
-            return await self._jobs.run(key, partial(self._make, key, form))
-        except Late:
-            raise TooSlow(f"{_kind(form)} was not compiled within {SECONDS:.0f} seconds.") from None
+            return await self._jobs.run(key, partial(self._compile, key, spec))
+        except JobTimeout:
+            raise CompileTimeout(f"{_subject(spec)} was not compiled within {COMPILE_SECONDS:.0f} seconds.") from None
 
     async def warm_up(self) -> None:
-        """Compiles a first grammar before streams run: for it the library reads the vocabulary, all the while with
-        Python's lock. Where that takes longer than a request would wait, it goes on meanwhile."""
+        """Compiles a first grammar, for which the library analyses the vocabulary with the GIL held: best done before
+        requests run. The analysis continues in the background after `COMPILE_SECONDS`."""
         with suppress(GrammarError):
             await self.compile(JsonObject())
 
     def close(self) -> None:
-        """Compiles nothing any more; for those who wait, and for who comes later, that is Closed."""
+        """Raises CompilerClosed in all running and later calls of `compile`."""
         self._jobs.close()
 
-    def _known(self, key: bytes) -> Grammar | None:
-        with self._lock:
-            known = self._kept.get(key)
-            if known is not None and known.spent:
-                del self._kept[key]
-                known = None
-            elif known is not None:
-                self._kept.move_to_end(key)
-            return known
+    def _cached(self, key: bytes) -> Grammar | None:
+        with self._cache_lock:
+            cached = self._cache.get(key)
+            if cached is not None and cached.exhausted:
+                del self._cache[key]
+                cached = None
+            elif cached is not None:
+                self._cache.move_to_end(key)
+            return cached
 
     # ── on a worker thread ──
 
-    def _make(self, key: bytes, form: Form) -> Grammar:
-        native = _compiled(form, self._tokens())
-        made = Grammar(form, native, self._vocab.size, self._vocab.ends)
-        with self._lock:
-            self._kept[key] = made
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        return made
+    def _compile(self, key: bytes, spec: GrammarSpec) -> Grammar:
+        native = _compile_native(spec, self._get_tokenizer())
+        grammar = Grammar(spec, native, self._vocab.size, self._vocab.ends)
+        with self._cache_lock:
+            self._cache[key] = grammar
+            if len(self._cache) > CACHED_GRAMMARS:
+                self._cache.popitem(last=False)
+        return grammar
 
-    def _tokens(self) -> LLTokenizer:
-        with self._building:
+    def _get_tokenizer(self) -> LLTokenizer:
+        with self._tokenizer_lock:
             if self._tokenizer is None:
-                self._tokenizer = tokenizer(self._vocab)
+                self._tokenizer = build_tokenizer(self._vocab)
             return self._tokenizer
 
 
-def _compiled(form: Form, tokens: LLTokenizer) -> LLMatcher:
+def _compile_native(spec: GrammarSpec, tokenizer: LLTokenizer) -> LLMatcher:
     """Raises GrammarError."""
-    if isinstance(form, JsonSchema):
-        return _of_schema(parsed(form.schema), tokens)
-    return _matcher(_source(form), tokens, _kind(form))
+    if isinstance(spec, JsonSchema):
+        return _compile_schema(parse_schema(spec.schema), tokenizer)
+    return _matcher(_source(spec), tokenizer, _subject(spec))
 
 
-def _of_schema(schema: Schema, tokens: LLTokenizer) -> LLMatcher:
-    def complaint(changed: Schema) -> str:
-        return LLMatcher.validate_grammar(_json(changed), tokens, limits=LIMITS)
+def _compile_schema(schema: Schema, tokenizer: LLTokenizer) -> LLMatcher:
+    """Raises GrammarError with the JSON pointer of the keyword that causes the library's error."""
 
-    source = _json(schema)
+    def error_of(variant: Schema) -> str:
+        return LLMatcher.validate_grammar(_json_grammar(variant), tokenizer, limits=PARSER_LIMITS)
+
+    source = _json_grammar(schema)
     try:
-        return _matcher(source, tokens, "The schema")
+        return _matcher(source, tokenizer, "The schema")
     except GrammarError:
-        if not (said := complaint(schema)):
+        if not (error := error_of(schema)):
             raise
-    pointer = blamed(schema, said, complaint)
+    pointer = unusable_keyword(schema, error, error_of)
     where = f" at {pointer}" if pointer else ""
-    raise GrammarError(f"The schema cannot be followed{where}: {_first_line(said)}", pointer)
+    raise GrammarError(f"The schema cannot be followed{where}: {_first_line(error)}", pointer)
 
 
-def _matcher(source: str, tokens: LLTokenizer, kind: str) -> LLMatcher:
-    native = LLMatcher(tokens, source, log_level=0, limits=LIMITS)
+def _matcher(source: str, tokenizer: LLTokenizer, subject: str) -> LLMatcher:
+    native = LLMatcher(tokenizer, source, log_level=0, limits=PARSER_LIMITS)
     if not native.is_error():
-        native.compute_bitmask()  # the lexer's first states are made here and not in a step
+        native.compute_bitmask()  # builds the lexer's first states here, not in the first step
     if native.is_error():
-        raise GrammarError(f"{kind} cannot be used: {_first_line(native.get_error())}")
+        raise GrammarError(f"{subject} cannot be used: {_first_line(native.get_error())}")
     return native
 
 
-def _json(schema: Schema) -> str:
-    text = json.dumps(with_any_of(schema))
+def _json_grammar(schema: Schema) -> str:
+    text = json.dumps(one_of_as_any_of(schema))
     try:
-        made: str = LLMatcher.grammar_from_json_schema(text, defaults=JSON, overrides=STRICT)  # type: ignore[arg-type]
-    except ValueError as error:  # such as a number that is out of range
+        grammar: str = LLMatcher.grammar_from_json_schema(text, defaults=JSON_DEFAULTS, overrides=JSON_OVERRIDES)  # type: ignore[arg-type]
+    except ValueError as error:  # for example a number out of range
         raise GrammarError(f"The schema cannot be followed: {_first_line(str(error))}") from None
-    return made
+    return grammar
 
 
-def _source(form: Form) -> str:
-    match form:
+def _source(spec: GrammarSpec) -> str:
+    """Returns llguidance's source of a spec other than a schema. Raises GrammarError."""
+    match spec:
         case JsonObject():
-            return _json({"type": "object"})
+            return _json_grammar({"type": "object"})
         case Regex(pattern):
-            _shallow(pattern, "The expression")
+            _check_bracket_depth(pattern, "The expression")
             return LLMatcher.grammar_from_regex(pattern)
-        case Choice(texts):
+        case OneOfTexts(texts):
             if not texts:
                 raise GrammarError("A choice needs at least one text.")
             alternatives = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
             return LLMatcher.grammar_from_lark(f"start: {alternatives}")
         case Gbnf(text):
-            _shallow(text, "The grammar")
-            return LLMatcher.grammar_from_lark(lark_of(text))
+            _check_bracket_depth(text, "The grammar")
+            return LLMatcher.grammar_from_lark(lark_from_gbnf(text))
         case Lark(text):
-            _shallow(text, "The grammar")
-            check_multiples([*embedded(text)])
+            _check_bracket_depth(text, "The grammar")
+            check_multiples([*embedded_schemas(text)])
             return LLMatcher.grammar_from_lark(text)
-    raise AssertionError("schemas are compiled elsewhere")
+    raise AssertionError("schemas are compiled by _compile_schema")
 
 
-def _shallow(text: str, kind: str) -> None:
-    """Raises GrammarError if too many brackets are open at once; those in quotes count, too."""
+def _check_bracket_depth(text: str, subject: str) -> None:
+    """Raises GrammarError if too many brackets are open at once. Brackets in quotes count as well."""
     depth = deepest = 0
     for char in text:
         if char in "([{":
@@ -192,16 +216,16 @@ def _shallow(text: str, kind: str) -> None:
             deepest = max(deepest, depth)
         elif char in ")]}":
             depth = max(0, depth - 1)
-    if deepest > NESTED:
-        raise GrammarError(f"{kind} is nested {deepest} levels deep; at most {NESTED} are taken.")
+    if deepest > MAX_BRACKET_DEPTH:
+        raise GrammarError(f"{subject} is nested {deepest} levels deep; at most {MAX_BRACKET_DEPTH} are allowed.")
 
 
-def _kind(form: Form) -> str:
-    names = {JsonSchema: "The schema", Regex: "The expression", Choice: "The choice"}
-    return names.get(type(form), "The grammar")
+def _subject(spec: GrammarSpec) -> str:
+    names = {JsonSchema: "The schema", Regex: "The expression", OneOfTexts: "The choice"}
+    return names.get(type(spec), "The grammar")
 
 
-def _first_line(said: str) -> str:
-    """What the library complains of, without what it tells about its state."""
-    line = said.strip().partition("\n")[0][:500]
+def _first_line(error: str) -> str:
+    """Returns the library's reason without its dump of internal state."""
+    line = error.strip().partition("\n")[0][:500]
     return "no text is of this form" if line.startswith("NoExtension") else line

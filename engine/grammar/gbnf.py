@@ -1,5 +1,4 @@
-"""GBNF, which is how llama.cpp's grammars are written, as Lark: by llguidance's converter, in time that grows with the
-text and no faster."""
+"""GBNF, the grammars of llama.cpp, as Lark: by llguidance's converter, in time linear in the length of the grammar."""
 
 from __future__ import annotations
 
@@ -8,33 +7,36 @@ from collections.abc import Mapping
 
 from llguidance.gbnf_to_lark import ASTNode, GrammarParser, RuleNode, RuleRefNode, resolve
 
-from engine.grammar.forms import GrammarError
+from engine.grammar.spec import GrammarError
 
-# What is not closed counts up to the end, so that nothing is gone through twice.
+# An unclosed literal or class extends to the end of the text, so that no part is scanned twice.
 _PARTS = re.compile(r'("(?:[^"\\]|\\.)*+"?|\[(?:[^\]\\]|\\.)*+\]?)|#[^\r\n]*|\bstart\b(?![-\w])')
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
 
 
-def lark_of(gbnf: str) -> str:
-    """The same grammar in Lark. Raises GrammarError if it is none."""
+def lark_from_gbnf(gbnf: str) -> str:
+    """Returns the same grammar in Lark. Raises GrammarError if `gbnf` is invalid."""
     try:
         rules = GrammarParser().parse(_PARTS.sub(_convertible, gbnf))
         mark_terminals(rules)
         resolve(rules)
         ordered = sorted(rules.values(), key=lambda rule: rule.order)
         return "\n".join(["%llguidance {}", *map(str, ordered), ""])
-    except Exception as error:  # the converter raises many kinds
+    except Exception as error:  # the converter raises exceptions of many types
         raise GrammarError(f"The grammar is not valid GBNF: {str(error) or type(error).__name__}") from None
 
 
 def mark_terminals(rules: Mapping[str, RuleNode]) -> None:
-    """Marks the rules that refer to none but such, which `resolve` would go through all rules again for each of."""
+    """Marks the rules that refer to terminals only. `root` is never a terminal.
+
+    `resolve` computes the same marks by one pass over all rules for each of them, in quadratic time.
+    """
     users: dict[str, list[str]] = {}
     missing: dict[str, int] = {}
     for name, rule in rules.items():
-        named = _named(rule.alternatives)
-        missing[name] = len(named) + (name == "root")  # where a text begins is never one
-        for other in named:
+        referenced = _referenced_rules(rule.alternatives)
+        missing[name] = len(referenced) + (name == "root")
+        for other in referenced:
             users.setdefault(other, []).append(name)
     ready = [name for name, count in missing.items() if not count]
     while ready:
@@ -46,20 +48,22 @@ def mark_terminals(rules: Mapping[str, RuleNode]) -> None:
                 ready.append(user)
 
 
-def _named(node: ASTNode) -> set[str]:
-    """The rules that are referred to."""
-    names, left = set[str](), [node]
-    while left:
-        node = left.pop()
+def _referenced_rules(node: ASTNode) -> set[str]:
+    names, nodes = set[str](), [node]
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, RuleRefNode):
             names.add(node.name)
-        left += node.children()
+        nodes += node.children()
     return names
 
 
 def _convertible(part: re.Match[str]) -> str:
-    """A part of a GBNF grammar as the converter can take it: characters above ASCII as themselves, no comments, all of
-    which it would copy for each, and no rule with the name that it gives to `root`."""
+    """Returns a part of a GBNF grammar as the converter accepts it.
+
+    Escaped characters above ASCII become themselves. Comments are dropped, as the converter copies all comments for
+    each of them. A rule `start` is renamed, as the converter renames `root` to `start`.
+    """
     if part[0].startswith("#"):
         return ""
     if part[0] == "start":

@@ -1,23 +1,31 @@
-"""Which tokens are permitted at the rows of one step, for all requests that have a grammar."""
+"""Token masks of the rows of one step, for all sequences with a grammar."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from llguidance import LLExecutor, LLMatcher
+from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
 from numpy.typing import NDArray
 
-from engine.grammar.matcher import Bits, Matcher, empty, fill
+from engine.grammar.matcher import Matcher
 
-Permits = Callable[[int], NDArray[np.bool_]]
-"""Which tokens row j permits, [vocabulary]; it saw the first j tokens of the draft, which the matcher took by then."""
+# Masks, [rows, words]: bit b of word w is 1 if token 32 w + b is permitted.
+Bitmasks = NDArray[np.int32]
+
+# Returns the mask of row j, [vocabulary], once the matcher has accepted the first j draft tokens.
+RowMasks = Callable[[int], NDArray[np.bool_]]
 
 
-class Want(NamedTuple):
-    """A request whose next step has a row for where its matcher is, and one after each token of `draft`, all of which
-    the grammar permits."""
+class MaskRequest(NamedTuple):
+    """The rows of one sequence that need masks: one at the matcher's state, and one after each token of `draft`.
+
+    The grammar permits all tokens of `draft`.
+    """
 
     key: int
     matcher: Matcher
@@ -25,67 +33,91 @@ class Want(NamedTuple):
 
 
 class Masks:
-    """The masks of one step at a time, over `size` tokens. Belongs to the engine thread.
+    """The masks of one step at a time, over a vocabulary of `size` tokens. Belongs to the engine thread.
 
-    `aside` is for steps that leave the processor alone: masks are then made while the step is computed, else before,
-    as cores that are shared with the step would make it much longer.
+    With `overlapped`, a thread computes the masks during the step: for steps on a GPU. On a CPU the masks are computed
+    before the step, as threads that compete with the step's for cores would make it much longer.
     """
 
-    def __init__(self, size: int, *, aside: bool = False) -> None:
+    def __init__(self, size: int, *, overlapped: bool = False) -> None:
         self._size = size
-        self._bits = empty(0, size)
-        self._wants: dict[int, tuple[int, Matcher]] = {}
-        self._aside = ThreadPoolExecutor(1, "paceline-masks") if aside else None
-        self._made: Future[None] | None = None
+        self._bitmasks = allocate_bitmasks(0, size)
+        self._sequences: dict[int, tuple[int, Matcher]] = {}  # first row and matcher, by key
+        self._thread = ThreadPoolExecutor(1, "paceline-masks") if overlapped else None
+        self._running: Future[None] | None = None
 
-    def begin(self, wants: Sequence[Want]) -> None:
-        """Makes the masks of the next step; those of the last are gone. Matchers take nothing until `of` was called."""
+    def begin(self, requests: Sequence[MaskRequest]) -> None:
+        """Starts the masks of the next step and drops those of the last.
+
+        The requests' matchers must not change until `of` returned.
+        """
         self._wait()
-        self._wants = {}
+        self._sequences = {}
         rows = 0
-        for want in wants:
-            self._wants[want.key] = rows, want.matcher
-            rows += len(want.draft) + 1
+        for request in requests:
+            self._sequences[request.key] = rows, request.matcher
+            rows += len(request.draft) + 1
         if not rows:
             return
-        if rows > len(self._bits):
-            self._bits = empty(rows, self._size)
-        firsts = [first for first, _ in self._wants.values()]
-        jobs = [(want.matcher.native, first, [*want.draft]) for first, want in zip(firsts, wants, strict=True)]
-        if self._aside is None:
-            fill(self._bits, jobs)
+        if rows > len(self._bitmasks):
+            self._bitmasks = allocate_bitmasks(rows, self._size)
+        firsts = [first for first, _ in self._sequences.values()]
+        jobs = [(each.matcher.native, first, [*each.draft]) for first, each in zip(firsts, requests, strict=True)]
+        if self._thread is None:
+            fill_bitmasks(self._bitmasks, jobs)
         else:
-            self._made = self._aside.submit(fill, self._bits, jobs)
+            self._running = self._thread.submit(fill_bitmasks, self._bitmasks, jobs)
 
-    def of(self, key: int) -> Permits | None:
-        """The masks of a request's rows, to be asked for in turn; None if it has no grammar. A mask raises GrammarError
-        if the grammar cannot be followed up to there, but not if only a draft that is wrong would lead there."""
-        if key not in self._wants:
+    def of(self, key: int) -> RowMasks | None:
+        """Returns the masks of a sequence's rows, to be called row by row. Returns None if it has no grammar.
+
+        A call raises GrammarError if the grammar cannot be followed up to that row. A wrong draft alone raises no
+        error: the mask is then computed again from the accepted tokens.
+        """
+        if key not in self._sequences:
             return None
         self._wait()
-        first, matcher = self._wants[key]
+        first, matcher = self._sequences[key]
         if matcher.recover():
-            return lambda row: self._now(matcher)
-        return lambda row: unpacked(self._bits[first + row], self._size)
+            return lambda row: self._current_mask(matcher)
+        return lambda row: unpack_bitmask(self._bitmasks[first + row], self._size)
 
-    def _now(self, matcher: Matcher) -> NDArray[np.bool_]:
-        """What is permitted where `matcher` is now. Raises GrammarError."""
-        bits = empty(1, self._size)
-        fill(bits, [(matcher.native, 0, [])])
+    def _current_mask(self, matcher: Matcher) -> NDArray[np.bool_]:
+        bitmasks = allocate_bitmasks(1, self._size)
+        fill_bitmasks(bitmasks, [(matcher.native, 0, [])])
         matcher.check()
-        return unpacked(bits[0], self._size)
+        return unpack_bitmask(bitmasks[0], self._size)
 
     def _wait(self) -> None:
-        if self._made is not None:
-            made, self._made = self._made, None
-            made.result()
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.result()
 
     def close(self) -> None:
-        """Nothing is called any more."""
-        if self._aside is not None:
-            self._aside.shutdown()
+        """Ends the thread. No method may be called afterwards."""
+        if self._thread is not None:
+            self._thread.shutdown()
 
 
-def unpacked(words: Bits, size: int) -> NDArray[np.bool_]:
-    """The bits of one mask as booleans, [size]."""
+def allocate_bitmasks(rows: int, size: int) -> Bitmasks:
+    """Returns uninitialized masks over `size` tokens."""
+    return np.empty((rows, (size + 31) // 32), np.int32)
+
+
+def fill_bitmasks(bitmasks: Bitmasks, jobs: list[tuple[LLMatcher, int, list[int]]]) -> None:
+    """Writes for each (matcher, row, draft) the mask of the matcher's state to `row`, and those after each draft token
+    to the rows that follow. Uses several cores and releases the GIL."""
+    if drafts := [job for job in jobs if job[2]]:
+        fill_next_token_bitmask_par_with_draft_tokens(_executor(), drafts, bitmasks)
+    if plain := [(matcher, row) for matcher, row, draft in jobs if not draft]:
+        fill_next_token_bitmask_par(_executor(), plain, bitmasks)
+
+
+@cache
+def _executor() -> LLExecutor:
+    return LLExecutor()
+
+
+def unpack_bitmask(words: NDArray[np.int32], size: int) -> NDArray[np.bool_]:
+    """Returns one mask as booleans, [size]."""
     return np.unpackbits(words.view(np.uint8), count=size, bitorder="little").view(np.bool_)

@@ -1,103 +1,82 @@
-"""Where one text is in its grammar."""
+"""State of one output in its grammar."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
-import numpy as np
-from llguidance import LLExecutor, LLMatcher
-from numpy.typing import NDArray
+from llguidance import LLMatcher
 
-from engine.grammar.forms import GrammarError
+from engine.grammar.spec import GrammarError
 
-Bits = NDArray[np.uint32]
-"""Masks, [rows, words]: bit b of word w says whether token 32 w + b is permitted."""
-
-
-ASTRAY = 4
-"""Times that guesses may make a matcher begin again, which takes all its tokens once more; then there are none."""
+# Each recovery feeds all accepted tokens to a new native matcher. After so many the output gets no more drafts.
+MAX_RECOVERIES = 4
 
 
 class Matcher:
-    """A function of the tokens it took, so nothing ever needs to be taken back. Belongs to the engine thread."""
+    """The grammar state of one output: a function of its accepted tokens, so nothing is ever rolled back.
+
+    Belongs to the engine thread.
+    """
 
     def __init__(self, start: LLMatcher, ends: frozenset[int], failed: Callable[[], None]) -> None:
-        """`start` is where texts begin, and stays there; `ends` are the tokens that end a text. `failed` is called when
-        the grammar cannot be followed further."""
+        """`start` is the state of an empty output and is only copied. `ends` are the end tokens. `failed` is called
+        when the grammar is too complex to be followed further."""
         self.native = start.deep_copy()
         self._start = start
-        self._taken: list[int] = []
-        self._recovered = 0
+        self._tokens: list[int] = []
+        self._recoveries = 0
         self._ends = ends
         self._failed = failed
 
-    def take(self, token: int) -> None:
-        """The text goes on with `token`, which a mask permitted and which does not end it. Raises GrammarError if
-        the grammar cannot be followed any further."""
+    def accept_token(self, token: int) -> None:
+        """Advances by `token`, which a mask permitted and which is not an end token.
+
+        Raises GrammarError if the grammar cannot be followed further.
+        """
         if not self.native.consume_token(token):
             self.check()
             raise GrammarError(f"the grammar does not permit token {token}")
-        self._taken.append(token)
+        self._tokens.append(token)
 
     def recover(self) -> bool:
-        """Whether something went wrong since the last token was taken; then it is again where that led.
+        """Restores the state after the last accepted token if the native matcher failed since. Returns True if it had.
 
-        The native matcher never leaves an error, and it may be one of a guess that came to where nothing can follow, or
-        that cannot be taken back: with `max_tokens` or `stop` in a grammar none can.
+        A native matcher never leaves its error state. A wrong draft can cause the error: by a token after which none
+        can follow, or by a rule with `max_tokens` or `stop`, which the library cannot roll back.
         """
         if not self.native.is_error():
             return False
-        self._recovered += 1
+        self._recoveries += 1
         self.native = self._start.deep_copy()
-        self.native.consume_tokens(self._taken)
+        self.native.consume_tokens(self._tokens)
         return True
 
     def check(self) -> None:
-        """Raises GrammarError if the grammar turned out to be too complex to follow."""
+        """Raises GrammarError if the native matcher failed, as when the grammar is too complex."""
         if self.native.is_error():
             self._failed()
             raise GrammarError(self.native.get_error().partition("\n")[0])
 
     @property
     def complete(self) -> bool:
-        """Whether the text is whole, and nothing can follow."""
+        """True if the output matches the grammar and no token can follow."""
         return self.native.is_stopped()
 
-    def permits(self, draft: Sequence[int]) -> int:
-        """How many tokens from the start of `draft` may come one after the other. One that ends the text is not
-        counted: no row after it would be used."""
-        if self._recovered >= ASTRAY:
+    def validate_tokens(self, draft: Sequence[int]) -> int:
+        """Returns the length of the longest prefix of `draft` that the grammar permits. Changes no state.
+
+        The prefix ends before an end token, as no row after that would be used. 0 after `MAX_RECOVERIES`.
+        """
+        if self._recoveries >= MAX_RECOVERIES:
             return 0
         tokens = [*draft]
-        end = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
+        end = next((index for index, token in enumerate(tokens) if token in self._ends), len(tokens))
         return self.native.validate_tokens(tokens[:end])
 
-    def forced(self, most: int) -> list[int]:
-        """The next tokens as far as there is no other, at most `most`. Where a text is forced, masks permit only the
-        tokens in which it is usually written."""
-        tokens = self.native.compute_ff_tokens()[:most]
-        return tokens[: self.permits(tokens)]
+    def forced_tokens(self, limit: int) -> list[int]:
+        """Returns at most `limit` next tokens to which the grammar has no alternative.
 
-
-def empty(rows: int, size: int) -> Bits:
-    """Room for masks over `size` tokens."""
-    return np.empty((rows, (size + 31) // 32), np.uint32)
-
-
-def fill(bits: Bits, wants: list[tuple[LLMatcher, int, list[int]]]) -> None:
-    """Writes for each matcher, from its row on, the mask of where it is, and then those after each token of its draft.
-
-    Works on several cores, without Python's lock.
-    """
-    rows, words = bits.shape
-    place = bits.ctypes.data, words * bits.itemsize, rows
-    if drafts := [want for want in wants if want[2]]:
-        _executor().unsafe_compute_mask_ptr_with_draft_token(drafts, *place)
-    if plain := [(native, row) for native, row, draft in wants if not draft]:
-        _executor().unsafe_compute_mask_ptr(plain, *place)
-
-
-@cache
-def _executor() -> LLExecutor:
-    return LLExecutor()
+        Where text is forced, masks permit only the tokens of its usual tokenization.
+        """
+        tokens = self.native.compute_ff_tokens()[:limit]
+        return tokens[: self.validate_tokens(tokens)]

@@ -1,14 +1,14 @@
 """The KV cache: which tokens are in which cells, in RAM and on disk, and which sequence uses them.
 
-cache          the façade, `KVCache`; nothing else here is used from outside, the values it takes and gives excepted
-allocation     those values: a prompt's match, an allocation, blocks to load
+cache          the façade, `KVCache`; besides it only its arguments and results are used from outside
+allocation     these values: a prompt's match, an allocation, blocks to load
 tree           prefix tree: which sequence id of the context holds which tokens
 residents      the ids: allocated, idle or free; context and tree change together
 idle           LRU order, and the ski-rental rule for keeping
-allocator      which id takes a prompt; placement is its policy for per-slot KV
-eviction       what leaves the context, saved before
+allocator      the id for a prompt; placement is its policy for per-slot KV
+eviction       saves and drops idle sequences
 offloader      moves blocks between context and tiers
-offload        the tiers: blocks in RAM and on disk; tier, block, disk are its parts
+offload        the tiers: states in RAM and on disk; block_tree, block, tier, disk are its parts
 reuse          parts of a prompt computed at other positions
 transfer       slots saved to and restored from files; sequence_file is such a file, record the format of both files
 """

@@ -10,26 +10,27 @@ from msgspec import Struct
 
 from engine.kv.block import Block, BlockChain
 
-# Save points of one sequence at most: each takes as long as the sequence is long, and ends a step.
+# A save takes time in proportion to the sequence's length, and a save point ends a prefill chunk.
 MAX_SAVE_POINTS = 4
 
 
 class Match(Struct, frozen=True):
-    """The longest known prefix of `tokens`, without the last ones, which have to be computed."""
+    """The longest known prefix of a prompt, without the last tokens, which have to be computed."""
 
     tokens: array[int]
-    wanted: array[int]
-    """The part of `tokens` that may be matched: the rest gives the rows that have to be computed."""
+    matchable: array[int]
+    """The part of `tokens` that may be matched. The rest is always computed, for the logits after the prompt."""
     salt: str
     seq: int
     """The sequence that holds the resident part; -1 if nothing is resident."""
     length: int
-    """Resident tokens."""
+    """Number of resident tokens."""
     idle: int
-    """Of these, cells that only idle sequences hold: they cannot be evicted while the prefix is used."""
+    """Of these, cells that only idle sequences hold. They cannot be evicted once the prefix is allocated."""
     stored: BlockChain
     """Blocks that continue the resident part."""
     version: int = 0
+    """`KVCache.version` at the time of the match."""
 
     @property
     def reach(self) -> int:
@@ -38,17 +39,18 @@ class Match(Struct, frozen=True):
 
 
 class Allocation(Struct, frozen=True):
-    """A sequence id of the context, given to one running request until `KVCache.release`."""
+    """A sequence id of the context, held by one running request until `KVCache.release`."""
 
     seq: int
     cached: int
-    """Tokens that were resident when it was allocated."""
+    """Tokens resident at the time of allocation."""
 
 
 class BlockToLoad(NamedTuple):
-    """A block to be loaded once a sequence has `start` tokens, after which it has `end`.
+    """A block to be loaded once a sequence has `start` tokens; afterwards the sequence has `end` tokens.
 
-    If `shift` is a number, the block was computed after other tokens, for positions `shift` before these.
+    `shift` is None for a block of the same prefix. Otherwise the block was computed after other tokens, at positions
+    lower by `shift`.
     """
 
     block: Block
@@ -58,33 +60,33 @@ class BlockToLoad(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """Tokens that one call of `KVCache.load` added, and of these the ones that were moved from other positions."""
+    """Tokens that one call of `KVCache.load` added, and of these the ones moved from other positions."""
 
     tokens: int = 0
     moved: int = 0
 
 
 class Active(Struct):
-    """What the cache keeps about an allocated sequence."""
+    """State of an allocated sequence inside the cache."""
 
     to_load: deque[BlockToLoad]
-    """In the order of their positions."""
+    """Ordered by position."""
     save_points: list[int] = []
     """Lengths, ascending, at which the whole sequence is saved, if its state is not divisible."""
-    waiting_since: float | None = None
-    """When the disk was first asked for the next block without an answer."""
+    pending_since: float | None = None
+    """Monotonic time since which the next block is being read from disk. None if no read is pending."""
     cursor: Block | None = None
-    """With a sliding window: the last block saved while the sequence grows."""
+    """The last block saved while the sequence grows, with a sliding window. None without one."""
     unsaved: array[int] = array("i")
-    """The tokens after `cursor`."""
+    """Tokens after `cursor`."""
 
     @property
     def reach(self) -> int:
-        """The length after everything in `to_load`; 0 if that is nothing."""
+        """Length of the sequence after all of `to_load`; 0 if `to_load` is empty."""
         return self.to_load[-1].end if self.to_load else 0
 
     def ready(self, length: int, known: int) -> int:
-        """The tokens after `length`, of `known`, to compute before the next block is loaded or the next save point."""
+        """Returns how many of the `known` tokens after `length` can be computed before the next load or save point."""
         if not (self.to_load or self.save_points):  # nearly always, and called for each sequence and step
             return known - length
         bounds = [known, *self.save_points[:1]]

@@ -1,4 +1,4 @@
-"""Gives ids of the context to prompts, and closes gaps among the allocated ones."""
+"""Allocates sequence ids of the context to prompts, and closes gaps among the allocated ids."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from engine.kv.residents import Residents
 
 
 class Allocator:
-    """The ids of one context. Belongs to the engine thread."""
+    """The sequence ids of one context. Belongs to the engine thread."""
 
     def __init__(self, context: Context, residents: Residents, eviction: Eviction, *, offloads: bool) -> None:
-        """With `offloads` content that leaves the context can be restored."""
+        """`offloads` is True if evicted sequences can be restored."""
         self._context = context
         self._residents = residents
         self._tree, self._idle = residents.tree, residents.idle
         self._eviction = eviction
         self._offloads = offloads
         self.costs = Costs()
-        self._gap_seconds = 0.0  # that passes for a gap among the allocated ids have cost so far
+        self._gap_seconds = 0.0  # cost so far of the extra passes for a gap among the allocated ids
 
     def place(self, match: Match) -> tuple[int, int]:
-        """An allocated id, and the number of tokens of the prompt that it holds.
+        """Allocates an id. Returns it and the number of the prompt's tokens that it holds.
 
-        There is always one: no more ids are allocated than slots exist, and an idle sequence is evicted if none is
+        An id is always available: no more are allocated than slots exist, and an idle sequence is evicted if none is
         free.
         """
         # A stored state that is not divisible replaces all that a sequence has.
@@ -33,7 +33,7 @@ class Allocator:
         return self._share(match, length) if self._context.unified else self._take_slot(match, length)
 
     def _share(self, match: Match, length: int) -> tuple[int, int]:
-        """Unified KV: a free id that shares cells."""
+        """Unified KV: allocates a free id that shares cells."""
         if (seq := self._residents.free_id) < 0:
             self._eviction.evict(seq := self._idle.oldest(but=(match.seq,)))
         if not length or not self._residents.copy(match.seq, seq, match.tokens[:length]):
@@ -43,8 +43,8 @@ class Allocator:
         return seq, length
 
     def _take_slot(self, match: Match, length: int) -> tuple[int, int]:
-        """Per-slot KV: a slot that holds the prefix already, or gets a copy of it."""
-        holds = self._tree.matches(match.wanted, match.salt, whole=not self._context.partial)
+        """Per-slot KV: allocates a slot that holds the prefix already, or gets a copy of it."""
+        holds = self._tree.matches(match.matchable, match.salt, whole=not self._context.partial)
         allocated = self._residents.allocated
         free = (seq for seq in range(self._context.sequences) if seq not in allocated)
         options = [self._option(seq, min(length, holds.get(seq, 0))) for seq in free]
@@ -67,8 +67,11 @@ class Allocator:
         return SlotOption(seq, kept, lost, max(0, unsaved), self._idle.age(seq))
 
     def close_gap(self) -> tuple[int, int] | None:
-        """Per-slot KV, once a step: moves an allocated sequence to another id, so that a step takes fewer passes, once
-        those that the gap has cost exceed the cost of moving (ski-rental rule). Returns the old and the new id."""
+        """Per-slot KV, once a step: moves an allocated sequence to another id, so that a step takes fewer passes.
+
+        Ski-rental rule: the move is made once the passes for the gap have cost more than moving. Returns the old and
+        the new id, or None if nothing moved.
+        """
         movable = self._context.divisible and not self._context.unified
         found = move_target(self._residents.allocated) if movable else None
         if found is None:

@@ -20,15 +20,16 @@ from engine.backend import Context
 from engine.kv.allocation import MAX_SAVE_POINTS, Active, Allocation, BlockToLoad, KVStats, Loaded, Match
 from engine.kv.allocator import Allocator
 from engine.kv.block import BLOCK_TOKENS, BlockChain
+from engine.kv.block_tree import RECENT_SEQUENCES
 from engine.kv.eviction import Eviction
-from engine.kv.offload import RECENT_SEQUENCES, Offload
+from engine.kv.offload import Offload
 from engine.kv.offloader import Offloader
 from engine.kv.placement import Costs
 from engine.kv.residents import Residents
-from engine.kv.reuse import LEAST_RUN_TOKENS, best_donor, shifted
+from engine.kv.reuse import MIN_RUN_TOKENS, best_donor, shifted
 from engine.kv.transfer import Transfer
 
-# The free cells of a slot, which no other sequence can take, are counted as so many.
+# Count of free cells with per-slot KV, where every slot has all the cells that its sequence may need.
 UNBOUNDED_CELLS = 2**30
 
 
@@ -36,7 +37,7 @@ class KVCache:
     """The KV cache of one context. Belongs to the engine thread."""
 
     def __init__(self, context: Context, offload: Offload | None = None, reuse: int = 0) -> None:
-        """`reuse` is the number of tokens that must recur for cells to be moved to other positions; 0 moves none."""
+        """`reuse` is the least number of recurring tokens that are moved to other positions; 0 disables moving."""
         self._context = context
         self._residents = Residents(context)
         self._tree, self._idle = self._residents.tree, self._residents.idle
@@ -47,19 +48,24 @@ class KVCache:
         self._active: dict[int, Active] = {}
         self.transfer = Transfer(context, self._residents, self._eviction, offload)
         """Exports, imports and erases sequences that no request computes."""
-        self.reuse = max(LEAST_RUN_TOKENS, reuse) if reuse and offload is not None and context.shifts else 0
-        """The number of tokens that must recur, as it is in force."""
+        self.reuse = max(MIN_RUN_TOKENS, reuse) if reuse and offload is not None and context.shifts else 0
+        """The least number of recurring tokens that are moved, in force; 0 if none are."""
 
     @property
     def offloads(self) -> bool:
-        """True if there is a tier that evicted prefixes go to."""
+        """True if evicted prefixes are saved to a tier."""
         return self._offload is not None
+
+    @property
+    def divisible(self) -> bool:
+        """True if the states of a sequence can be cut into blocks; False if only whole sequences can be saved."""
+        return self._context.divisible
 
     # ── room ──
 
     @property
     def free(self) -> int:
-        """Cells that no sequence holds. With per-slot KV there are always enough for what a slot may hold."""
+        """Cells that no sequence holds; `UNBOUNDED_CELLS` with per-slot KV."""
         return self._context.cells - self._tree.cells if self._context.unified else UNBOUNDED_CELLS
 
     @property
@@ -73,11 +79,11 @@ class KVCache:
         return self._tree.cells
 
     def exclusive(self, seq: int) -> int:
-        """Cells that only `seq` holds."""
+        """Returns the number of cells that only `seq` holds."""
         return self._tree.exclusive(seq)
 
     def length(self, seq: int) -> int:
-        """Tokens of `seq` in cells."""
+        """Returns the number of tokens of `seq` in cells."""
         return self._tree.length(seq)
 
     # ── matching ──
@@ -88,34 +94,35 @@ class KVCache:
         return self._residents.version + (self._offload.version if self._offload is not None else 0)
 
     def match(self, tokens: array[int], salt: str, last: Match | None = None) -> Match:
-        """The longest known prefix of `tokens`; `last`, an earlier match of the same prompt, if it still holds."""
+        """Returns the longest known prefix of `tokens`; or `last`, an earlier match of the same prompt, if it is
+        valid."""
         if last is not None and last.version == self.version:
             return last
-        wanted = tokens[: -self._context.prefill_rows]
-        resident = self._residents.match(wanted, salt)
+        matchable = tokens[: -self._context.prefill_rows]
+        resident = self._residents.match(matchable, salt)
         idle = self._residents.idle_part(resident) if self._context.unified else 0
-        stored = self._stored(wanted, salt, resident.length)
-        return Match(tokens, wanted, salt, resident.seq, resident.length, idle, stored, self.version)
+        stored = self._stored(matchable, salt, resident.length)
+        return Match(tokens, matchable, salt, resident.seq, resident.length, idle, stored, self.version)
 
     def _stored(self, tokens: array[int], salt: str, start: int) -> BlockChain:
-        return BlockChain((), start) if self._offload is None else self._offload.match(tokens, salt, start)
+        return BlockChain((), start) if self._offload is None else self._offload.tree.match(tokens, salt, start)
 
     # ── allocating ──
 
     def allocate(self, match: Match) -> Allocation:
-        """Gives a sequence id that begins with the longest resident prefix of the prompt; the blocks that continue it
-        are to be loaded by `load`. There is always one, as no more are allocated than slots exist."""
+        """Allocates a sequence id that holds the longest resident prefix of the prompt. The blocks that continue the
+        prefix are loaded by `load`. Always succeeds, as no more ids are allocated than slots exist."""
         match = self.match(match.tokens, match.salt)
         seq, length = self._allocator.place(match)
-        wanted = match.wanted
-        stored = match.stored if length == match.length else self._stored(wanted, match.salt, length)
+        matchable = match.matchable
+        stored = match.stored if length == match.length else self._stored(matchable, match.salt, length)
         to_load = self._to_load(stored, length)
         reach = to_load[-1].end if to_load else length
-        active = self._active[seq] = Active(deque(to_load + self._shifted(wanted, match.salt, reach, but=seq)))
+        active = self._active[seq] = Active(deque(to_load + self._shifted(matchable, match.salt, reach, but=seq)))
         if self._offload is not None and self._context.window and self._context.divisible:
             start = length // BLOCK_TOKENS * BLOCK_TOKENS
-            active.cursor = self._offload.pin(wanted[:start], match.salt)
-            active.unsaved = wanted[start:length]
+            active.cursor = self._offload.tree.pin(matchable[:start], match.salt)
+            active.unsaved = matchable[start:length]
         return Allocation(seq, length)
 
     def _to_load(self, stored: BlockChain, length: int) -> list[BlockToLoad]:
@@ -124,39 +131,39 @@ class KVCache:
         return [BlockToLoad(block, max(length, block.start), min(block.end, stored.length)) for block in stored.blocks]
 
     def _shifted(self, tokens: array[int], salt: str, start: int, but: int) -> list[BlockToLoad]:
-        """Blocks computed at other positions that hold parts of `tokens` from `start` on; none of `but`'s."""
+        """Returns blocks computed at other positions that hold parts of `tokens` from `start` on, none of `but`'s."""
         if not self.reuse or self._offload is None or len(tokens) - start < self.reuse:
             return []
         latest = islice((seq for seq in self._tree.sequences(salt) if seq != but), RECENT_SEQUENCES)
         candidates = [(seq, self._tree.tokens(seq)) for seq in latest]
-        candidates += [(-1, stored) for stored in self._offload.recent(tokens, salt)]
+        candidates += [(-1, stored) for stored in self._offload.tree.recent(tokens, salt)]
         donor = best_donor(tokens, start, self.reuse, candidates)
         if donor.runs and donor.seq >= 0:
             end = max(run.old + run.size for run in donor.runs)
             self._offloader.save(donor.seq, min(run.old for run in donor.runs), -(-end // BLOCK_TOKENS) * BLOCK_TOKENS)
-        blocks = self._offload.blocks_of(donor.tokens, salt)
+        blocks = self._offload.tree.blocks_of(donor.tokens, salt)
         return [block for run in donor.runs for block in shifted(run, blocks)]
 
     # ── running ──
 
     def ready(self, seq: int, known: int) -> int:
-        """How many of `known` tokens can be computed before the next block is to be loaded or the next save point."""
+        """Returns how many of `known` tokens can be computed before the next load or save point."""
         return self._active[seq].ready(self._tree.length(seq), known)
 
     def loading(self, seq: int) -> bool:
-        """True if a block is to be loaded before anything can be computed."""
+        """True if a block is to be loaded before the next token can be computed."""
         active = self._active[seq]
         return bool(active.to_load) and active.to_load[0].start == self._tree.length(seq)
 
     def load(self, seq: int, seconds: float, *, wait: bool) -> Loaded:
-        """Loads the next blocks for about `seconds`. Nothing more is to be loaded afterwards if one is gone or finds no
-        cells: the rest is to be computed. With `wait` a disk is waited for a little."""
+        """Loads the next blocks for about `seconds`. If a block is gone or finds no cells, the rest of the prompt is to
+        be computed instead. `wait` blocks up to `DISK_WAIT_SECONDS` for the disk."""
         active = self._active[seq]
         self.evict(self._offloader.cells_for(active, seconds))
         return self._offloader.load(seq, active, seconds, wait=wait)
 
     def commit(self, seq: int, tokens: Sequence[int]) -> None:
-        """Records `tokens`, which the last decode computed, as the sequence's next ones."""
+        """Appends `tokens`, which the last decode computed, to the sequence."""
         self._tree.extend(seq, tokens)
         active, length = self._active[seq], self._tree.length(seq)
         if active.save_points and length >= active.save_points[0]:
@@ -167,8 +174,8 @@ class KVCache:
             self._offloader.save_grown(seq, active)
 
     def can_share_at(self, seq: int, length: int) -> bool:
-        """True if others can continue from the first `length` tokens of the sequence once it has them: if states are
-        divisible, or if its state is saved at that length or `save_at` can still ask for that."""
+        """True if other sequences can continue from the first `length` tokens of `seq` once these are computed: if
+        states are divisible, or if the state at that length is or can still be registered by `save_at`."""
         if self._context.divisible or self._offload is None:
             return self._context.divisible
         active = self._active[seq]
@@ -176,19 +183,19 @@ class KVCache:
         return length in active.save_points or (length > ahead and len(active.save_points) < MAX_SAVE_POINTS)
 
     def save_at(self, seq: int, length: int) -> None:
-        """Saves all of the sequence once it has `length` tokens, for others to continue from, if `can_share_at`. No
-        effect if states are divisible, as no save is needed then."""
+        """Registers a save of the whole sequence at `length` tokens, for others to continue from, if `can_share_at`.
+        No effect if states are divisible: no save is needed then."""
         points = self._active[seq].save_points
         if not self._context.divisible and self.can_share_at(seq, length) and length not in points:
             insort(points, length)
 
     def rollback(self, seq: int) -> bool:
-        """Frees the cells of rows that were computed but not committed. False if the rest cannot be continued: the
-        sequence is to be released without keeping it."""
+        """Frees the cells of rows that were computed but not committed. False if the rest cannot be continued; the
+        caller then releases the sequence without keeping it."""
         return self._residents.cut(seq, self._tree.length(seq))
 
     def release(self, seq: int, *, keep: bool) -> None:
-        """Ends an allocation. With `keep` the tokens stay resident as long as the layout allows it."""
+        """Ends an allocation. With `keep` the sequence stays resident as an idle one."""
         self._offloader.leave(self._active.pop(seq))
         if keep:
             self._eviction.add(seq)
@@ -207,7 +214,7 @@ class KVCache:
         self._eviction.drop_all()
 
     def price(self, costs: Costs) -> None:
-        """Sets what computing, keeping and passes cost from now on; `move` is measured here."""
+        """Sets the costs of computing, keeping and passes; `Costs.move` is measured by the cache and ignored."""
         self._allocator.costs = structs.replace(costs, move=self._offloader.move_seconds)
         self._idle.rate = costs.resident if self._context.unified else 0.0
 
@@ -216,25 +223,25 @@ class KVCache:
         self._idle.step()
 
     def maintain(self, seconds: float) -> bool:
-        """Evicts and saves idle sequences for about `seconds`. True if an idle sequence is still to be saved."""
+        """Evicts and saves idle sequences for about `seconds`. True if idle sequences are still to be saved."""
         if self._offload is not None:
             self._offload.poll()
         return self._eviction.maintain(seconds, self._allocator.costs)
 
     def close_gap(self) -> tuple[int, int] | None:
-        """Per-slot KV, once a step: moves an allocated sequence to another id if that is cheaper than the passes that a
-        gap among the ids costs. Returns the old and the new id."""
+        """Per-slot KV, once a step: moves an allocated sequence to another id if a gap among the ids costs more.
+        Returns the old and the new id, or None if nothing moved."""
         if (moved := self._allocator.close_gap()) is not None:
             self._active[moved[1]] = self._active.pop(moved[0])
         return moved
 
     def close(self) -> None:
-        """Waits a while for what is being written to disk."""
+        """Waits some seconds for queued writes to disk."""
         if self._offload is not None:
             self._offload.close()
 
     def stats(self) -> KVStats:
-        """The counts as of now."""
+        """Returns the current counts."""
         ram, disk = (0, 0) if self._offload is None else (self._offload.ram.bytes, self._offload.disk.bytes)
         mover, cells = self._offloader, self._context.cells
         return KVStats(cells, self._tree.cells, self._residents.idle_cells, mover.saved, mover.restored, ram, disk)
@@ -243,6 +250,6 @@ class KVCache:
         """Raises AssertionError unless tree and context agree, each id is free, allocated or idle, and with `tiers` the
         offload tiers agree too, which takes time in proportion to their blocks."""
         self._residents.check()
-        assert self._residents.allocated == self._active.keys(), "what is allocated is known here"
+        assert self._residents.allocated == self._active.keys(), "every allocated id is active"
         if tiers and self._offload is not None:
             self._offload.check()

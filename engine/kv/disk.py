@@ -1,4 +1,4 @@
-"""Blocks of prefixes on disk: a file each, which is one record, written and read by one thread beside the engine's.
+"""Blocks of prefixes on disk: a file of one record each, written and read by a worker thread.
 
 Files are their owner's only, as prompts can be read back from them.
 """
@@ -25,13 +25,13 @@ from time import monotonic, time
 from typing import BinaryIO, NamedTuple
 
 from engine.backend import State
+from engine.checksummed import AtomicFile, DamagedFile
 from engine.kv import record
-from engine.replacement import Replacement
 
 log = logging.getLogger("paceline.memory")
 
-# Seconds for which nothing is written after a write has failed.
-PAUSE_SECONDS = 60.0
+# Writes pause for this long after a failure, so that a full disk does not fill the log.
+WRITE_PAUSE_SECONDS = 60.0
 
 _KEY = re.compile(r"[0-9a-f]{1,64}")
 _BLOCK = re.compile(r"[0-9a-f]{1,64}\.block")
@@ -41,16 +41,16 @@ _READ, _OTHER, _CLOSE = range(3)
 
 
 class UnusableFolder(OSError):
-    """Nothing can be stored in the folder; the message is one line with the folder and the reason."""
+    """The folder cannot be written to. The message is one line with the folder and the reason."""
 
 
-class Entry(NamedTuple):
+class DiskEntry(NamedTuple):
     """A block's file without its state."""
 
     key: str
-    """Hexadecimal; the name of the file without its suffix."""
+    """Hexadecimal; name of the file without its suffix."""
     parent: str
-    """The key of the block before it, or of its namespace's root."""
+    """Key of the block before it, or of its namespace's root."""
     start: int
     """Position of its first token."""
     tokens: array[int]
@@ -61,28 +61,28 @@ class Entry(NamedTuple):
 
 
 class Written(NamedTuple):
-    """The result of a write: the size of the file, or None if none was written."""
+    """Result of a write: the size of the file in bytes, or None if none was written."""
 
     key: str
     bytes: int | None
 
 
 class _Change(NamedTuple):
-    """A write or removal of a key that is not known to be done, and the state that it leaves."""
+    """A pending write or removal of a key. `state` is None for a removal."""
 
     state: State | None
 
 
 class Disk:
-    """The blocks of one identity in a folder. Other processes may use and empty it at the same time.
+    """The blocks of one identity in a folder, which other processes may use and empty at the same time.
 
-    All methods are for one thread, the engine's, and return at once, `entries` and `close` excepted. Operations on a
+    Belongs to the engine thread. All methods return at once, `entries` and `close` excepted. Operations on a
     key take effect in the order of the calls, though reads pass queued writes of other keys. Equal identities mean that
     states are interchangeable.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
-        """Makes `folder` and one for `identity` in it; raises UnusableFolder if files cannot be made there."""
+        """Creates `folder` and a subfolder for `identity`. Raises UnusableFolder if files cannot be created there."""
         self.folder = folder / blake2b(identity.encode(), digest_size=8).hexdigest()
         self._identity = record.hashed(identity)
         try:
@@ -90,24 +90,24 @@ class Disk:
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
         except OSError as error:
-            raise UnusableFolder(f"cannot keep prefixes in {self.folder}: {error.strerror or error}") from error
+            raise UnusableFolder(f"cannot write prefixes to {self.folder}: {error.strerror or error}") from error
         self._jobs: PriorityQueue[tuple[int, int, Callable[[], object] | None]] = PriorityQueue()
         self._number = count()
-        self._changes: dict[str, _Change] = {}  # the latest of each key
+        self._changes: dict[str, _Change] = {}  # the latest change of each key
         self._finished: deque[tuple[str, _Change, int | None]] = deque()
         self._thread: Thread | None = None
-        self._deadline = inf  # by the monotonic clock; finite once closed
-        self._submitted_bytes = 0  # of states to be written, ever
-        self._done_bytes = 0  # of these; only the worker changes it
-        self._resume = -inf  # when writes are tried again, since the last one failed; only the worker changes it
+        self._deadline = inf  # monotonic time; finite once closed
+        self._submitted_bytes = 0  # bytes of states submitted for writing, ever
+        self._done_bytes = 0  # of these, written or given up; changed by the worker only
+        self._resume = -inf  # monotonic time at which writes are tried again; -inf if the last succeeded; worker only
 
-    def entries(self) -> list[Entry]:
-        """The blocks in the folder, the least recently used first. For the start, before anything is written.
+    def entries(self) -> list[DiskEntry]:
+        """Returns the blocks in the folder, the least recently used first. Called at start, before any write.
 
-        Reads no states. Removes files that can never be used: blocks that are torn or of another version or identity,
-        and leftovers of processes that died while writing. Files with other names are left alone.
+        No states are read. Files that can never be used are removed: blocks that are torn or of another version or
+        identity, and temporary files of processes that died while writing. Files with other names are left alone.
         """
-        found: list[Entry] = []
+        found: list[DiskEntry] = []
         useless: list[Path] = []
         with os.scandir(self.folder) as names:
             paths = [Path(name.path) for name in names if name.is_file(follow_symlinks=False)]
@@ -118,7 +118,7 @@ class Disk:
                 try:
                     with suppress(OSError):
                         found.append(_entry(path, self._identity))
-                except record.Damaged:
+                except DamagedFile:
                     useless.append(path)
         for path in useless:
             _unlink(path)
@@ -127,8 +127,8 @@ class Disk:
         return sorted(found, key=lambda entry: entry.used)
 
     def write(self, key: str, parent: str, start: int, tokens: array[int], state: State) -> None:
-        """Queues the write of a block, over an earlier one; `finished` gives the result. `tokens` and `state` are not
-        changed afterwards."""
+        """Queues the write of a block, over an earlier file; `finished` returns the result later. The caller does not
+        change `tokens` and `state` afterwards."""
         assert tokens.typecode == "i", "tokens are C ints"
         assert state.ndim == 1, "a state is one run of bytes"
         assert state.flags.c_contiguous, "a state is one run of bytes"
@@ -137,20 +137,21 @@ class Disk:
         self._change(key, state, partial(self._save, key, parent, start, tokens, state, time()))
 
     def read(self, key: str) -> Future[State | None]:
-        """The state of a block, not to be changed; None if it is gone or damaged: then no file is left.
+        """Queues the read of a block. The result is its state, read-only, or None if the file is gone or damaged; a
+        damaged file is removed.
 
-        The future never has an exception. One that is cancelled in time reads nothing.
+        The future never has an exception. A future cancelled before its turn reads nothing.
         """
-        answer: Future[State | None] = Future()
+        result: Future[State | None] = Future()
         change = self._changes.get(key)
         if change is None:
-            self._submit(_READ, key, partial(self._answer, key, answer))
+            self._submit(_READ, key, partial(self._read, key, result))
         else:
-            answer.set_result(change.state)
-        return answer
+            result.set_result(change.state)
+        return result
 
     def touch(self, key: str) -> None:
-        """Marks a block as used now, if it is there."""
+        """Queues an update of the file's time of last use; no effect without a file."""
         self._submit(_OTHER, key, partial(_touch, self._path(key), time()))
 
     def remove(self, key: str) -> None:
@@ -158,7 +159,7 @@ class Disk:
         self._change(key, None, partial(_unlink, self._path(key)))
 
     def finished(self) -> list[Written]:
-        """The results of writes since the last call, in their order. Takes no lock."""
+        """Returns the results of writes since the last call, in the order of the calls. Takes no lock."""
         written: list[Written] = []
         for _ in range(len(self._finished)):
             key, change, size = self._finished.popleft()
@@ -170,18 +171,18 @@ class Disk:
 
     @property
     def queued(self) -> int:
-        """Bytes of states in memory that are queued to be written."""
+        """Bytes of states queued for writing."""
         return self._submitted_bytes - self._done_bytes
 
     @property
     def paused(self) -> bool:
-        """True if writes fail untried, because one failed less than `PAUSE_SECONDS` ago."""
+        """True if writes are skipped, as one failed less than `WRITE_PAUSE_SECONDS` ago."""
         return monotonic() < self._resume
 
     def close(self, seconds: float = 5.0) -> None:
-        """Waits until all is done, but no longer than `seconds`; nothing is submitted afterwards.
+        """Waits up to `seconds` for queued jobs; no method is called afterwards.
 
-        Jobs that are not begun by then are given up: reads have None, writes are not done.
+        Jobs not begun by then are given up: reads return None, writes are skipped.
         """
         self._deadline = monotonic() + seconds
         if self._thread is not None:
@@ -193,10 +194,10 @@ class Disk:
         self._submit(_OTHER, key, partial(self._carry_out, key, change, job))
 
     def _submit(self, priority: int, key: str, job: Callable[[], object]) -> None:
-        assert self._deadline == inf, "nothing is submitted to a closed disk"
+        assert self._deadline == inf, "a closed disk takes no jobs"
         assert _KEY.fullmatch(key), f"{key} is no key"
         if self._thread is None:
-            # A daemon, as a process must be able to end while a network drive hangs.
+            # A daemon thread, so that the process can end while a network drive hangs.
             self._thread = Thread(target=self._work, name="paceline-disk", daemon=True)
             self._thread.start()
         self._jobs.put((priority, next(self._number), job))
@@ -206,16 +207,16 @@ class Disk:
     def _work(self) -> None:
         while (job := self._jobs.get()[2]) is not None:
             job()
-            del job  # or its state would stay in memory until there is another
+            del job  # so that its state does not stay in memory until the next job
 
     def _carry_out(self, key: str, change: _Change, job: Callable[[], int | None]) -> None:
         self._finished.append((key, change, job()))
         if change.state is not None:
             self._done_bytes += change.state.nbytes
 
-    def _answer(self, key: str, answer: Future[State | None]) -> None:
-        if answer.set_running_or_notify_cancel():
-            answer.set_result(self._load(key))
+    def _read(self, key: str, result: Future[State | None]) -> None:
+        if result.set_running_or_notify_cancel():
+            result.set_result(self._load(key))
 
     def _load(self, key: str) -> State | None:
         path = self._path(key)
@@ -227,7 +228,7 @@ class Disk:
         except FileNotFoundError:
             return None
         except Exception as error:
-            # Whatever it is, the future needs a result, and the block counts as gone from now on.
+            # Any exception: the future needs a result, and the block counts as gone.
             log.warning("removing %s, which cannot be read: %s", path, error)
             _unlink(path)
             return None
@@ -250,12 +251,12 @@ class Disk:
 
     def _pause(self, error: Exception) -> None:
         if self._resume == -inf:
-            log.warning("cannot keep prefixes in %s: %s; trying again in %.0f s", self.folder, error, PAUSE_SECONDS)
-        self._resume = monotonic() + PAUSE_SECONDS
+            log.warning("cannot write prefixes to %s: %s; next try in %.0f s", self.folder, error, WRITE_PAUSE_SECONDS)
+        self._resume = monotonic() + WRITE_PAUSE_SECONDS
 
     def _continue(self) -> None:
         if self._resume > -inf:
-            log.info("prefixes are kept in %s again", self.folder)
+            log.info("prefixes are written to %s again", self.folder)
             self._resume = -inf
 
     def _path(self, key: str) -> Path:
@@ -265,12 +266,12 @@ class Disk:
 def _save(
     path: Path, at: float, identity: bytes, labels: tuple[str, str], start: int, tokens: array[int], state: State
 ) -> int:
-    """Puts the file of a block in place, as used at `at`, and returns its size. On failure the earlier file stays, and
-    nothing is left beside it.
+    """Writes the file of a block with the time of last use `at`. Returns its size. On failure the earlier file stays,
+    and no temporary file.
 
-    It is not flushed to the device: a cache need not survive a power failure, and a checksum shows what did.
+    The file is not flushed to the device: a cache need not survive a power failure, and checksums find damaged files.
     """
-    with Replacement(path, f"{path.stem}.", ".part") as new:
+    with AtomicFile(path, f"{path.stem}.", ".part") as new:
         record.write(new.file, identity, labels, start, tokens, state)
         new.file.flush()
         os.utime(new.file.fileno(), (at, at))
@@ -278,18 +279,18 @@ def _save(
 
 
 def _head(file: BinaryIO, path: Path, identity: bytes) -> record.Head:
-    """The head of the only record of a block's file. Raises Damaged."""
+    """Returns the head of the only record in a block's file. Raises DamagedFile."""
     head = record.read_head(file, identity)
     if head.labels[0] != path.stem or file.tell() + head.state_bytes != os.fstat(file.fileno()).st_size:
-        raise record.Damaged("it is torn or renamed")
+        raise DamagedFile("it is torn or renamed")
     return head
 
 
-def _entry(path: Path, identity: bytes) -> Entry:
+def _entry(path: Path, identity: bytes) -> DiskEntry:
     with path.open("rb", buffering=0) as file:
         (key, parent), start, tokens, _, _ = _head(file, path, identity)
         about = os.fstat(file.fileno())
-    return Entry(key, parent, start, tokens, about.st_size, about.st_mtime)
+    return DiskEntry(key, parent, start, tokens, about.st_size, about.st_mtime)
 
 
 def _touch(path: Path, at: float) -> None:

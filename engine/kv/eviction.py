@@ -1,4 +1,4 @@
-"""Evicts idle sequences and saves them before: at once when cells are needed, and step by step when there is time."""
+"""Evicts idle sequences after saving them: at once when cells are needed, and a few blocks at a time in spare time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Eviction:
         self._residents = residents
         self._tree, self._idle = residents.tree, residents.idle
         self._offloader = offloader
-        self._saved: dict[int, int] = {}  # idle sequences that are not saved whole, and up to where they are
-        self._snapshot: tuple[int, Snapshot | None] = -1, None  # the one that is being saved, in several calls
-        self._credit = 0.0  # seconds that may be spent
+        self._saved: dict[int, int] = {}  # by idle sequence that is not saved whole: the position up to which it is
+        self._snapshot: tuple[int, Snapshot | None] = -1, None  # of the sequence that several calls save
+        self._budget_seconds = 0.0  # for evicting and saving; negative after an overrun
 
     def add(self, seq: int) -> None:
-        """Makes `seq`, which was allocated, an idle sequence, or drops it if it holds nothing of its own."""
+        """Makes the allocated `seq` an idle sequence, or drops it if every cell of it is shared."""
         if not self._tree.length(seq):
             self._residents.free(seq)
             return
@@ -35,7 +35,8 @@ class Eviction:
             self._saved[seq] = 0
 
     def use(self, seq: int) -> None:
-        """Marks an idle sequence as used now; drops it if its user holds all of its cells. No effect on others."""
+        """Marks an idle sequence as used now; drops it if another sequence holds all of its cells. No effect on a
+        sequence that is not idle."""
         if seq in self._idle:
             if self._residents.redundant(seq):
                 self.evict(seq)
@@ -43,13 +44,13 @@ class Eviction:
                 self._idle.use(seq)
 
     def unsaved(self, seq: int, start: int = 0) -> int:
-        """Tokens of an idle sequence from `start` on that are not known to be saved."""
+        """Returns the number of tokens of an idle sequence from `start` on that are not known to be saved."""
         return self._tree.length(seq) - max(start, self._saved[seq]) if seq in self._saved else 0
 
     def vacate(self, seq: int, keep: int) -> int:
-        """Takes an idle or free id over with the first `keep` tokens of what it holds; the rest is saved and dropped.
+        """Takes over an idle or free id with the first `keep` of its tokens; the rest is saved and dropped.
 
-        Returns the tokens kept: the id is then allocated; if that is 0, it is free.
+        Returns the number of tokens kept. The id is then allocated, or free if that number is 0.
         """
         if seq not in self._tree:
             return 0
@@ -63,8 +64,8 @@ class Eviction:
         return 0
 
     def make_room(self, cells: int, free: int) -> None:
-        """Unified KV: evicts the least recently used until `cells` are free, of which `free` are already, or none is
-        idle."""
+        """Unified KV: evicts the least recently used sequences until `cells` cells are free or no sequence is idle.
+        `free` is the number of cells free before."""
         before = self._tree.cells
         while self._idle and free + before - self._tree.cells < cells:
             self._shrink(self._idle.oldest(), cells - free - before + self._tree.cells)
@@ -74,10 +75,10 @@ class Eviction:
         while self._idle:
             self.evict(self._idle.oldest())
 
-    def _shrink(self, seq: int, wanted: int) -> None:
-        """Cuts at least `wanted` cells off the end of an idle sequence, or evicts it if it holds no more of its own."""
+    def _shrink(self, seq: int, cells: int) -> None:
+        """Cuts at least `cells` cells off the end of an idle sequence, or evicts it if it has no more of its own."""
         length, own = self._tree.length(seq), self._tree.own(seq)
-        keep = max(0, (length - wanted) // BLOCK_TOKENS * BLOCK_TOKENS)
+        keep = max(0, (length - cells) // BLOCK_TOKENS * BLOCK_TOKENS)
         if keep <= length - own or not self._context.partial or not self._context.divisible:
             self.evict(seq)
             return
@@ -95,7 +96,7 @@ class Eviction:
             self._snapshot = -1, None
 
     def evict(self, seq: int) -> None:
-        """Drops an idle sequence; what no other holds of it is saved."""
+        """Drops an idle sequence after saving the part that no other sequence holds."""
         if self._tree.length(seq) and not self._residents.redundant(seq):
             shared = self._tree.length(seq) - self._tree.own(seq)
             self._offloader.save(seq, shared if self._context.divisible else 0)
@@ -108,26 +109,26 @@ class Eviction:
         self._residents.free(seq)
 
     def maintain(self, seconds: float, costs: Costs) -> bool:
-        """Evicts idle sequences that have cost enough and saves others, for about `seconds`; later calls make up for a
-        block that takes longer. True if an idle sequence is still to be saved."""
-        self._credit = min(self._credit + seconds, seconds)
-        while self._credit >= 0 and (self._evict_due(costs) or self._save_next()):
+        """Evicts idle sequences whose keeping cost more than restoring, and saves others, for about `seconds`; an
+        overrun shortens later calls. True if idle sequences are still to be saved."""
+        self._budget_seconds = min(self._budget_seconds + seconds, seconds)
+        while self._budget_seconds >= 0 and (self._evict_due(costs) or self._save_next()):
             pass
         return bool(self._saved)
 
     def _evict_due(self, costs: Costs) -> bool:
-        """Cuts what the credit allows off the least recently used sequence, if keeping it has cost enough."""
+        """Cuts as many blocks as the budget allows off the least recently used sequence, if its eviction is due."""
         offloads = self._offloader.offload is not None
         if not self._context.unified or not self._idle.due(2 * costs.move if offloads else costs.compute):
             return False
         begun = time.perf_counter()
-        cells = BLOCK_TOKENS * self._offloader.blocks_in(self._credit) if offloads else self._context.cells
+        cells = BLOCK_TOKENS * self._offloader.blocks_in(self._budget_seconds) if offloads else self._context.cells
         self._shrink(self._idle.oldest(), cells)
-        self._credit -= time.perf_counter() - begun
+        self._budget_seconds -= time.perf_counter() - begun
         return True
 
     def _save_next(self) -> bool:
-        """Saves what the credit allows of an idle sequence, so that it can be evicted at once."""
+        """Saves as many blocks of an idle sequence as the budget allows, so that a later eviction takes no time."""
         if not self._saved:
             return False
         begun = time.perf_counter()
@@ -135,10 +136,11 @@ class Eviction:
         if seq in self._idle and start < self._tree.length(seq):
             if self._snapshot[0] != seq:
                 self._snapshot = seq, self._context.save(seq)
-            end = self._offloader.save_some(seq, start, self._offloader.blocks_in(self._credit), self._snapshot[1])
+            count = self._offloader.blocks_in(self._budget_seconds)
+            end = self._offloader.save_some(seq, start, count, self._snapshot[1])
             if end < self._tree.length(seq):
                 self._saved[seq] = end
             else:
                 self._drop_snapshot(seq)
-        self._credit -= time.perf_counter() - begun
+        self._budget_seconds -= time.perf_counter() - begun
         return True

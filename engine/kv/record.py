@@ -4,8 +4,8 @@
     | position of the first token (int64) | tokens (uint32) | size of the state (uint64) | checksum of the state
     | the labels | the tokens (int32 each) | checksum of all before it | the state
 
-All little-endian; checksums are BLAKE2b-128. The second one covers the first, so that tokens can be trusted without
-reading the state.
+All little-endian; checksums are BLAKE2b-128. All before the state is one `FileFormat` envelope, so the tokens are
+verified without the state.
 """
 
 from __future__ import annotations
@@ -19,22 +19,19 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from engine.backend import State
+from engine.checksummed import PREFIX_BYTES, DamagedFile, FileFormat
 
-_MAGIC = b"paceline"
-_VERSION = 2
-_FIXED = struct.Struct("<8sI32sIIqIQ16s")
-_CHECKSUM_BYTES = 16
-
-
-class Damaged(Exception):
-    """The file is not whole, or not of this version and identity; the message says which."""
+_FORMAT = FileFormat(
+    b"paceline", 2, 16, "it was saved with another model, another build of the library or other types of cells"
+)
+_FIXED = struct.Struct("<IIqIQ16s")
 
 
 class Head(NamedTuple):
     """A record without its state."""
 
     labels: tuple[str, str]
-    """Two names, of which the owner of the file knows the meaning."""
+    """Two names; their meaning depends on the kind of file."""
     start: int
     """Position of the first token."""
     tokens: array[int]
@@ -44,7 +41,7 @@ class Head(NamedTuple):
 
 
 def hashed(identity: str) -> bytes:
-    """The form of an identity in files."""
+    """Returns the digest of an identity that is written to files."""
     return blake2b(identity.encode(), digest_size=32).digest()
 
 
@@ -54,41 +51,28 @@ def write(
     """Appends a record. Raises OSError."""
     first, second = (label.encode() for label in labels)
     sizes = len(first), len(second), start, len(tokens), state.nbytes
-    head = _FIXED.pack(_MAGIC, _VERSION, identity, *sizes, _checksum(state.data))
-    head += first + second + struct.pack(f"<{len(tokens)}i", *tokens)
-    file.write(head + _checksum(head))
+    fixed = _FIXED.pack(*sizes, _FORMAT.checksum(state.data))
+    file.write(_FORMAT.seal(identity, fixed + first + second + struct.pack(f"<{len(tokens)}i", *tokens)))
     file.write(state.data)
 
 
 def read_head(file: BinaryIO, identity: bytes) -> Head:
-    """Reads up to the state of the next record. Raises Damaged or OSError."""
-    fixed = file.read(_FIXED.size).ljust(_FIXED.size, b"\0")  # too short a file fails one of the checks
-    magic, version, owner, *sizes, checksum = _FIXED.unpack(fixed)
-    first, second, start, count, state = sizes
-    left = os.fstat(file.fileno()).st_size - file.tell()
-    size = first + second + 4 * count + _CHECKSUM_BYTES
-    if size + state > left:  # before a read as large as it says
-        raise Damaged("it is torn or damaged")
-    rest = file.read(size)
-    body = rest[:-_CHECKSUM_BYTES]
-    if _checksum(fixed + body) != rest[-_CHECKSUM_BYTES:]:
-        raise Damaged("it is torn or damaged")
-    if (magic, version) != (_MAGIC, _VERSION):
-        raise Damaged("it is of another version")
-    if owner != identity:
-        raise Damaged("it was saved with another model, another build of the library or other types of cells")
-    labels = body[:first].decode(), body[first : first + second].decode()
-    tokens = array("i", struct.unpack_from(f"<{count}i", body, first + second))
-    return Head(labels, start, tokens, state, checksum)
+    """Reads up to the state of the next record. Raises DamagedFile or OSError."""
+    fixed_bytes = PREFIX_BYTES + _FIXED.size
+    content = file.read(fixed_bytes).ljust(fixed_bytes, b"\0")  # a file that is too short fails one of the checks
+    first, second, start, count, state_bytes, checksum = _FIXED.unpack_from(content, PREFIX_BYTES)
+    rest_bytes = first + second + 4 * count + _FORMAT.checksum_bytes
+    if rest_bytes + state_bytes > os.fstat(file.fileno()).st_size - file.tell():
+        raise DamagedFile("it is torn or damaged")
+    labels_and_tokens = _FORMAT.unseal(content + file.read(rest_bytes), identity)[_FIXED.size :]
+    labels = labels_and_tokens[:first].decode(), labels_and_tokens[first : first + second].decode()
+    tokens = array("i", struct.unpack_from(f"<{count}i", labels_and_tokens, first + second))
+    return Head(labels, start, tokens, state_bytes, checksum)
 
 
 def read_state(file: BinaryIO, head: Head) -> State:
-    """Reads the state after `read_head`. Raises Damaged or OSError."""
+    """Reads the state after `read_head`. Raises DamagedFile or OSError."""
     state = np.empty(head.state_bytes, np.uint8)
-    if file.readinto(state.data) != head.state_bytes or _checksum(state.data) != head.checksum:  # type: ignore[attr-defined]
-        raise Damaged("it is torn or damaged")
+    if file.readinto(state.data) != head.state_bytes or _FORMAT.checksum(state.data) != head.checksum:  # type: ignore[attr-defined]
+        raise DamagedFile("it is torn or damaged")
     return state
-
-
-def _checksum(content: bytes | memoryview) -> bytes:
-    return blake2b(content, digest_size=_CHECKSUM_BYTES).digest()

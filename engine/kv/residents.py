@@ -1,6 +1,6 @@
-"""The sequence ids of a context: allocated, idle or free, and the tokens that each holds.
+"""The sequence ids of a context: allocated, idle or free, and the tokens of each.
 
-Context and prefix tree change here and nowhere else, and together.
+The only module that changes the context and the prefix tree, always both together.
 """
 
 from __future__ import annotations
@@ -13,24 +13,26 @@ from engine.kv.tree import PrefixTree, Resident
 
 
 class Residents:
-    """Belongs to the engine thread. An id that is in the tree is either in `allocated` or in `idle`, the others are
-    free."""
+    """The sequence ids of one context. Belongs to the engine thread.
+
+    An id in the tree is either in `allocated` or in `idle`; all others are free.
+    """
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.tree = PrefixTree()
         self.idle = Idle()
         self.allocated: set[int] = set()
-        self._idle_cells: int | None = 0  # None: to be counted again
-        self._moves = 0  # of ids between allocated and idle
+        self._idle_cells: int | None = 0  # None if it is to be counted again
+        self._transitions = 0  # of ids between allocated and idle
 
     @property
     def version(self) -> int:
-        """Grows whenever a prefix is dropped, or cells become those of idle sequences only or cease to be."""
-        return self.tree.version + self._moves
+        """Grows whenever a prefix is dropped, or an id changes between allocated and idle."""
+        return self.tree.version + self._transitions
 
     def match(self, tokens: array[int], salt: str) -> Resident:
-        """The longest resident prefix of `tokens` that a sequence can begin with."""
+        """Returns the longest resident prefix of `tokens` that a new sequence can begin with."""
         return self.tree.match(tokens, salt, whole=not self.context.partial)
 
     @property
@@ -46,7 +48,7 @@ class Residents:
         return self._idle_cells
 
     def idle_part(self, match: Resident) -> int:
-        """Of the cells of `match`, those that only idle sequences hold."""
+        """Returns the number of cells of `match` that only idle sequences hold."""
         runs = self.tree.holders(match.seq, match.length) if match.length else ()
         return sum(size for size, holders in runs if holders <= self.idle.sequences)
 
@@ -55,7 +57,7 @@ class Residents:
         return self.context.partial and self.tree.redundant(seq)
 
     def begin(self, seq: int, salt: str) -> None:
-        """Makes `seq`, which is free or empty, an allocated sequence without tokens."""
+        """Allocates `seq`, which is free or empty, without tokens."""
         if seq in self.tree:
             self.free(seq)
         self.tree.begin(seq, salt)
@@ -63,8 +65,8 @@ class Residents:
         self._idle_cells = None
 
     def copy(self, source: int, seq: int, tokens: array[int]) -> bool:
-        """Allocates the free id `seq` with the cells of `tokens`, with which `source` begins: the same cells with
-        unified KV. False if `source` has lost some of them: `seq` is still free."""
+        """Allocates the free id `seq` with the first `tokens` of `source`: the same cells with unified KV, a copy with
+        per-slot KV. False if `source` has lost some of them; `seq` is then still free."""
         if not self.context.copy(source, seq, len(tokens)):
             return False
         if self.context.unified:
@@ -77,22 +79,22 @@ class Residents:
         return True
 
     def take(self, seq: int) -> None:
-        """Makes an idle sequence an allocated one, with the tokens that it has."""
+        """Allocates an idle sequence with all its tokens."""
         self.idle.remove(seq)
         self.allocated.add(seq)
         self._idle_cells = None
-        self._moves += 1
+        self._transitions += 1
 
     def release(self, seq: int) -> None:
         """Makes an allocated sequence an idle one."""
         self.allocated.remove(seq)
         self.idle.use(seq)
         self._idle_cells = None
-        self._moves += 1
+        self._transitions += 1
 
     def cut(self, seq: int, length: int) -> bool:
-        """Drops what `seq` has from `length` on. False if a sliding window then lacks cells before `length`: the
-        sequence cannot be continued and is to be freed."""
+        """Drops the tokens of `seq` from `length` on. False if a sliding window then lacks cells before `length`; the
+        sequence cannot be continued and the caller frees it."""
         if length < self.tree.length(seq) or self.context.length(seq) > length:
             self.context.cut(seq, length)
             self.tree.truncate(seq, length)
@@ -100,7 +102,7 @@ class Residents:
         return not self.context.window or self.context.intact(seq, length)
 
     def free(self, seq: int) -> None:
-        """Drops `seq` with all its cells that no other sequence holds."""
+        """Frees `seq` and all its cells that no other sequence holds."""
         if seq in self.idle:
             self.idle.remove(seq)
         self.allocated.discard(seq)
@@ -109,10 +111,10 @@ class Residents:
         self._idle_cells = None
 
     def check(self) -> None:
-        """Raises AssertionError unless the tree is sound and the context's sequences are as long as it says."""
+        """Raises AssertionError unless the tree is sound and agrees with the lengths of the context's sequences."""
         self.tree.check()
         for seq in range(self.context.sequences):
-            places = (seq in self.allocated) + (seq in self.idle)
-            assert places == (seq in self.tree), f"sequence {seq} is allocated, idle or free"
+            states = (seq in self.allocated) + (seq in self.idle)
+            assert states == (seq in self.tree), f"sequence {seq} is allocated, idle or free"
             known, found = self.tree.length(seq) if seq in self.tree else 0, self.context.length(seq)
-            assert found == known, f"sequence {seq} has {found} positions, the tree says {known}"
+            assert found == known, f"sequence {seq} has {found} positions, {known} in the tree"

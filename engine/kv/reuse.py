@@ -1,4 +1,4 @@
-"""Which parts of a prompt were computed before, at other positions or after other tokens (`--cache-reuse`)."""
+"""Search for parts of a prompt that were computed at other positions or after other tokens (`--cache-reuse`)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 from engine.kv.allocation import BlockToLoad
 from engine.kv.block import BLOCK_TOKENS, Block
 from engine.kv.tree import common
+from engine.splitmix import GOLDEN_GAMMA
 
-# Tokens of a recurring part that is worth moving.
-LEAST_RUN_TOKENS = 16
+# Shorter runs are not worth moving.
+MIN_RUN_TOKENS = 16
 # Odd, so that it has an inverse modulo 2^64.
-HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
+HASH_BASE = np.uint64(GOLDEN_GAMMA)
 HASH_INVERSE = np.uint64(pow(int(HASH_BASE), -1, 2**64))
 
 
-class Run(NamedTuple):
-    """`size` tokens that stand at position `new` of one sequence and at `old` of another."""
+class TokenRun(NamedTuple):
+    """`size` equal tokens, at position `new` of one sequence and `old` of another."""
 
     new: int
     old: int
@@ -29,51 +30,52 @@ class Run(NamedTuple):
 
 
 class Donor(NamedTuple):
-    """The sequence of which most can be reused: its id, -1 if it is not resident, its tokens, and the runs."""
+    """The sequence with most tokens to reuse: its id, -1 if it is not resident, its tokens, and the runs."""
 
     seq: int
     tokens: array[int]
-    runs: list[Run]
+    runs: list[TokenRun]
 
 
-def runs(new: array[int], old: array[int], start: int, least: int) -> list[Run]:
-    """Runs of at least `least` tokens of `old` that `new` has from `start` on, in the order of `new`, without overlap.
+def runs(new: array[int], old: array[int], start: int, min_tokens: int) -> list[TokenRun]:
+    """Returns the runs of at least `min_tokens` tokens that `new`, from `start` on, has in common with `old`, in the
+    order of `new` and without overlap.
 
-    Greedy: at the first position of `new` where `least` tokens recur, the run is extended as far as it goes. Windows of
-    `least` tokens are found by polynomial hashes (Karp and Rabin 1987) and compared.
+    Greedy: the first `min_tokens` tokens of `new` that recur are extended as far as they are equal. Windows of
+    `min_tokens` tokens are found by polynomial hashes (Karp and Rabin 1987) and compared.
     """
-    found: list[Run] = []
-    if len(new) - start < least or len(old) < least:
+    found: list[TokenRun] = []
+    if len(new) - start < min_tokens or len(old) < min_tokens:
         return found
-    known = {value: at for at, value in enumerate(_hashes(old, least).tolist())}
-    hashes = _hashes(new, least)
+    known = {value: at for at, value in enumerate(_hashes(old, min_tokens).tolist())}
+    hashes = _hashes(new, min_tokens)
     hits = start + np.flatnonzero(np.isin(hashes[start:], np.fromiter(known, np.uint64, len(known))))
     end = start
     for at in hits.tolist():
         if at < end:
             continue
-        place = known[int(hashes[at])]
-        size = common(old, new, at, place)
-        if size >= least:
-            found.append(Run(at, place, size))
+        source = known[int(hashes[at])]
+        size = common(old, new, at, source)
+        if size >= min_tokens:
+            found.append(TokenRun(at, source, size))
             end = at + size
     return found
 
 
-def best_donor(new: array[int], start: int, least: int, candidates: Iterable[tuple[int, array[int]]]) -> Donor:
-    """Of `candidates`, ids with their tokens, the one that shares most of `new` from `start` on; without runs if none
-    shares anything."""
-    most, best = 0, Donor(-1, array("i"), [])
+def best_donor(new: array[int], start: int, min_tokens: int, candidates: Iterable[tuple[int, array[int]]]) -> Donor:
+    """Returns the candidate (id and tokens) with most tokens of `new` from `start` on; a donor without runs if none has
+    any."""
+    longest, best = 0, Donor(-1, array("i"), [])
     for seq, tokens in candidates:
-        found = runs(new, tokens, start, least)
-        if (size := sum(run.size for run in found)) > most:
-            most, best = size, Donor(seq, tokens, found)
+        found = runs(new, tokens, start, min_tokens)
+        if (size := sum(run.size for run in found)) > longest:
+            longest, best = size, Donor(seq, tokens, found)
     return best
 
 
-def shifted(run: Run, blocks: Mapping[int, Block]) -> list[BlockToLoad]:
-    """The blocks of the old sequence, given by their start, that hold `run`, to be loaded at its new positions, up to
-    the first that is missing."""
+def shifted(run: TokenRun, blocks: Mapping[int, Block]) -> list[BlockToLoad]:
+    """Returns the blocks of the old sequence that hold `run`, to be loaded at its new positions, up to the first
+    missing one. `blocks` are by their start."""
     to_load: list[BlockToLoad] = []
     shift = run.new - run.old
     for start in range(run.old // BLOCK_TOKENS * BLOCK_TOKENS, run.old + run.size, BLOCK_TOKENS):
@@ -86,7 +88,7 @@ def shifted(run: Run, blocks: Mapping[int, Block]) -> list[BlockToLoad]:
 
 
 def _hashes(tokens: array[int], width: int) -> NDArray[np.uint64]:
-    """A hash of each window of `width` tokens."""
+    """Returns a hash of each window of `width` tokens."""
     values = np.frombuffer(tokens, np.int32).astype(np.uint64) + np.uint64(1)
     powers = np.cumprod(np.full(len(values), HASH_BASE))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values * powers)])

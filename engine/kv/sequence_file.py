@@ -15,12 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.backend import State
+from engine.checksummed import AtomicFile, DamagedFile
 from engine.kv import record
-from engine.kv.record import Damaged
-from engine.replacement import Replacement
 
 
-class Part(NamedTuple):
+class SequencePart(NamedTuple):
     """Consecutive tokens, the first of them at position `start`, and the state of their cells."""
 
     start: int
@@ -33,22 +32,22 @@ class Part(NamedTuple):
         return self.start + len(self.tokens)
 
 
-class Writer:
-    """A temporary file that `commit` moves into place. Raises OSError."""
+class SequenceWriter:
+    """Writes a sequence to a temporary file that `commit` moves into place. Methods raise OSError."""
 
     def __init__(self, path: Path, identity: str, salt: str) -> None:
         """Creates the folder if need be."""
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._new = Replacement(path, "slot.", ".part")
+        self._new = AtomicFile(path, "slot.", ".part")
         self._identity, self._salt = record.hashed(identity), salt
 
-    def write(self, parts: Iterable[Part]) -> None:
+    def write(self, parts: Iterable[SequencePart]) -> None:
         """Appends consecutive parts."""
         for part in parts:
             record.write(self._new.file, self._identity, (self._salt, "part"), *part)
 
     def commit(self) -> int:
-        """Completes the file and moves it into place, over an earlier one. Returns its size in bytes."""
+        """Completes the file and moves it into place, over an earlier file. Returns its size in bytes."""
         record.write(self._new.file, self._identity, (self._salt, "end"), 0, array("i"), np.empty(0, np.uint8))
         return self._new.commit()
 
@@ -57,45 +56,45 @@ class Writer:
         self._new.discard()
 
 
-class Reader:
-    """A file that was read and verified as a whole when it was opened. Raises Damaged or OSError."""
+class SequenceReader:
+    """Reads a sequence file, which the constructor verifies as a whole. Methods raise DamagedFile or OSError."""
 
     def __init__(self, path: Path, identity: str) -> None:
         self._identity = record.hashed(identity)
         self._file = path.open("rb")
         try:
             self.bytes = os.fstat(self._file.fileno()).st_size
-            """The file's size."""
+            """Size of the file."""
             while (found := self._next())[1]:
                 pass
             if self._file.read(1):
-                raise Damaged("it is torn or damaged")
+                raise DamagedFile("it is torn or damaged")
             self.salt = found[0]
             self._file.seek(0)
         except BaseException:
             self.close()
             raise
 
-    def read(self, most: int) -> list[Part]:
-        """The next parts until they exceed `most` bytes; an empty list at the end."""
-        parts: list[Part] = []
-        while most > 0:
+    def read(self, max_bytes: int) -> list[SequencePart]:
+        """Returns the next parts until their states exceed `max_bytes`; an empty list at the end."""
+        parts: list[SequencePart] = []
+        while max_bytes > 0:
             before = self._file.tell()
             part = self._next()[1]
             if part is None:
                 self._file.seek(before)  # the next call finds the end again
                 break
             parts.append(part)
-            most -= part.state.nbytes
+            max_bytes -= part.state.nbytes
         return parts
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
-    def _next(self) -> tuple[str, Part | None]:
-        """The salt, and the next part; None at the end."""
+    def _next(self) -> tuple[str, SequencePart | None]:
+        """Returns the salt and the next part. The part is None at the end."""
         head = record.read_head(self._file, self._identity)
         state = record.read_state(self._file, head)
         salt, kind = head.labels
-        return salt, Part(head.start, head.tokens, state) if kind == "part" else None
+        return salt, SequencePart(head.start, head.tokens, state) if kind == "part" else None

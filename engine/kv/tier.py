@@ -1,7 +1,7 @@
-"""One tier of the offloaded blocks: which blocks it holds, and which leave when its bytes run out.
+"""One tier of the offloaded blocks: the blocks that it holds, and the order of their eviction.
 
 GreedyDual (Young 1994; Cao and Irani 1997, "Cost-aware WWW proxy caching algorithms"): a block's priority is the tier's
-clock at its last use plus its cost of recomputation per byte; the block of lowest priority leaves, and the clock
+clock at its last use plus its cost of recomputation per byte; the block of lowest priority is evicted, and the clock
 advances to that priority. With equal costs that is LRU.
 """
 
@@ -17,10 +17,10 @@ STALE_FACTOR = 4
 
 
 class Tier:
-    """At most `capacity` bytes of blocks. A block never leaves before its children."""
+    """At most `capacity` bytes of blocks. A block is never evicted before its children."""
 
     def __init__(self, capacity: int, *, whole: bool = False) -> None:
-        """With `whole` each block stands for all of a sequence up to its end."""
+        """With `whole` a block's state is that of the whole sequence up to its end."""
         self.capacity = capacity
         self._whole = whole
         self.bytes = 0

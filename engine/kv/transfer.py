@@ -1,4 +1,4 @@
-"""Exports one token sequence with its states, wherever they are, imports it again, and erases it.
+"""Exports a token sequence with its states from context and tiers, imports it, and erases it.
 
 The states are in parts as blocks are: up to `BLOCK_TOKENS` tokens from a multiple of `BLOCK_TOKENS` on; or, where a
 state is not divisible, one part from the sequence's start.
@@ -17,19 +17,20 @@ from engine.kv.eviction import Eviction
 from engine.kv.offload import Offload
 from engine.kv.offloader import READ_AHEAD_BLOCKS
 from engine.kv.residents import Residents
-from engine.kv.sequence_file import Part
+from engine.kv.sequence_file import SequencePart
 
 
 class Exported(NamedTuple):
     """Consecutive parts of a sequence."""
 
-    parts: list[Part]
+    parts: list[SequencePart]
     more: bool
-    """True if there may be more: the next call continues where these end, soon if these are none."""
+    """True if parts may follow. The next call continues at the end of these; without parts, after a short pause, as a
+    block is being read from disk."""
 
 
 class Transfer:
-    """Reads and writes the states of sequences that no request computes. Belongs to the engine thread."""
+    """Exports and imports states of sequences without a running request. Belongs to the engine thread."""
 
     def __init__(self, context: Context, residents: Residents, eviction: Eviction, offload: Offload | None) -> None:
         self._context = context
@@ -37,18 +38,19 @@ class Transfer:
         self._eviction = eviction
         self._offload = offload
 
-    def gather(self, tokens: array[int], salt: str, start: int, seconds: float) -> Exported:
-        """Parts of `tokens` from `start` on, which is 0 or the end of the last call's parts, for about `seconds`.
+    def export(self, tokens: array[int], salt: str, start: int, seconds: float) -> Exported:
+        """Exports parts of `tokens` from `start` on, which is 0 or the end of the last call's parts, for about
+        `seconds`.
 
-        Nothing changes, except that blocks on disk are read into RAM if there is room.
+        No state changes, except that blocks on disk are read into RAM if there is room.
         """
         if not self._context.divisible:
             return Exported([], False) if start else self._whole(tokens, salt)
         until = time.perf_counter() + seconds
-        parts: list[Part] = []
+        parts: list[SequencePart] = []
         seq, length = self._residents.match(tokens, salt)
         snapshot = self._context.save(seq) if start < length else None
-        stored = self._offload.blocks_of(tokens, salt) if self._offload is not None else {}
+        stored = self._offload.tree.blocks_of(tokens, salt) if self._offload is not None else {}
         while start < len(tokens) and time.perf_counter() < until:
             end = min(start + BLOCK_TOKENS, len(tokens))
             state = snapshot.cut(start, end) if snapshot is not None and end <= length else None
@@ -60,12 +62,12 @@ class Transfer:
                     return Exported(parts, True)
                 if (state := self._state(block)) is None:
                     return Exported(parts, False)
-            parts.append(Part(start, tokens[start:end], state))
+            parts.append(SequencePart(start, tokens[start:end], state))
             start = end
         return Exported(parts, start < len(tokens))
 
     def _fetched(self, stored: dict[int, Block], start: int) -> bool:
-        """True if the block at `start` can be read now; those after it are read ahead."""
+        """True if the block at `start` can be read now; the blocks after it are read ahead."""
         starts = range(start, start + READ_AHEAD_BLOCKS * BLOCK_TOKENS, BLOCK_TOKENS)
         ahead = [stored[start] for start in starts if start in stored]
         return self._offload is None or self._offload.prefetch(ahead, wait=False)
@@ -74,9 +76,9 @@ class Transfer:
         return self._offload.get(block) if self._offload is not None else None
 
     def _whole(self, tokens: array[int], salt: str) -> Exported:
-        """The one state that reaches furthest."""
+        """Exports the state of the longest stored prefix."""
         seq, length = self._residents.tree.match(tokens, salt, whole=True)
-        blocks = self._offload.match(tokens, salt, length).blocks if self._offload is not None else ()
+        blocks = self._offload.tree.match(tokens, salt, length).blocks if self._offload is not None else ()
         if self._offload is not None and blocks:
             if not self._offload.prefetch(blocks, wait=False):
                 return Exported([], True)
@@ -84,28 +86,28 @@ class Transfer:
         else:
             snapshot = self._context.save(seq) if length else None
             state = snapshot.cut(0, length) if snapshot is not None else None
-        return Exported([] if state is None else [Part(0, tokens[:length], state)], False)
+        return Exported([] if state is None else [SequencePart(0, tokens[:length], state)], False)
 
-    def put(self, tokens: array[int], salt: str, parts: Sequence[Part]) -> None:
-        """Stores consecutive parts of a sequence that has `tokens` up to the end of the last of them; what precedes
-        them was put before. Other blocks may be evicted. There is an offload tier."""
-        assert self._offload is not None, "there is a tier to store it in"
+    def put(self, tokens: array[int], salt: str, parts: Sequence[SequencePart]) -> None:
+        """Stores consecutive parts of a sequence, of which `tokens` are all up to the end of the last part; earlier
+        parts were put before. Other blocks may be evicted. Requires an offload tier."""
+        assert self._offload is not None, "there is a tier"
         states = {part.end: part.state for part in parts}
-        for block in self._offload.missing(tokens, salt, parts[0].start):
+        for block in self._offload.tree.missing(tokens, salt, parts[0].start):
             state = states.get(block.end)
             if state is None:
-                self._offload.prune(block)
+                self._offload.tree.prune(block)
             else:
                 self._offload.put(block, state)
 
     def known(self, tokens: array[int], salt: str) -> int:
-        """How many of `tokens` a request that begins with them would not have to compute."""
+        """Returns the length of the prefix of `tokens` that is resident or stored."""
         length = self._residents.match(tokens, salt).length
-        return max(length, self._offload.match(tokens, salt, length).length if self._offload is not None else 0)
+        return max(length, self._offload.tree.match(tokens, salt, length).length if self._offload is not None else 0)
 
     def erase(self, tokens: array[int], salt: str) -> int:
-        """Drops `tokens` as far as no other sequence begins so: blocks, and idle sequences that hold nothing else.
-        Returns how many are no longer known."""
+        """Drops the blocks of `tokens` that no other sequence shares, and idle sequences that are a prefix of `tokens`.
+        Returns by how much the known prefix became shorter."""
         before, tree = self.known(tokens, salt), self._residents.tree
         for seq in tree.sequences(salt):
             held = tree.tokens(seq) if seq in self._residents.idle else None
@@ -116,9 +118,9 @@ class Transfer:
         return before - self.known(tokens, salt)
 
 
-def _rest(snapshot: Snapshot | None, tokens: array[int], start: int, end: int) -> list[Part]:
-    """The tokens from `start` to `end`, fewer than a block, that are resident: the last ones there are."""
+def _rest(snapshot: Snapshot | None, tokens: array[int], start: int, end: int) -> list[SequencePart]:
+    """Exports the resident tokens from `start` up to `end`, fewer than a block, at the end of the sequence."""
     if snapshot is None or not start < end < start + BLOCK_TOKENS:
         return []
     state = snapshot.cut(start, end)
-    return [] if state is None else [Part(start, tokens[start:end], state)]
+    return [] if state is None else [SequencePart(start, tokens[start:end], state)]

@@ -1,4 +1,4 @@
-"""Prefix tree: which sequence holds which token prefix.
+"""Prefix tree of the resident sequences.
 
 A path from a root spells the tokens of a sequence; a node is a run of tokens whose cells are held by the same
 sequences. Two sequences share a node only after `share`, that is only if they share cells, so the summed length of all
@@ -17,14 +17,14 @@ import numpy as np
 
 
 class Resident(NamedTuple):
-    """The longest resident prefix: `length` tokens, all held by `seq`. `seq` is -1 if there is none."""
+    """The longest resident prefix: `length` tokens, all held by `seq`, which is -1 if there is none."""
 
     seq: int
     length: int
 
 
 class Node:
-    """A run of tokens after its parent's, and the sequences whose path goes through all of it."""
+    """A run of tokens after its parent's, and the sequences that hold all of it."""
 
     __slots__ = ("children", "holders", "parent", "tokens")
 
@@ -48,7 +48,7 @@ class Node:
 
 
 def common(left: array[int], right: array[int], start: int, at: int = 0) -> int:
-    """The number of tokens of `left` from `at` on that equal those of `right` from `start` on."""
+    """Returns the length of the common prefix of `left` from `at` on and `right` from `start` on."""
     size = min(len(left) - at, len(right) - start)
     if size <= 0:
         return 0
@@ -59,7 +59,7 @@ def common(left: array[int], right: array[int], start: int, at: int = 0) -> int:
 
 
 class PrefixTree:
-    """The tree. Every sequence in it was begun once and stays until it is removed."""
+    """The prefix tree of one context. A sequence is in it from `begin` or `share` until `remove`."""
 
     def __init__(self) -> None:
         self._roots: dict[str, Node] = {}
@@ -68,32 +68,32 @@ class PrefixTree:
         self._salts: dict[int, str] = {}
         self.cells = 0
         self.version = 0
-        """Grows whenever a sequence is begun, cut or removed: a match found earlier may be longer than what is left."""
+        """Grows whenever a sequence is begun, cut or removed; earlier matches may then be wrong."""
 
     def __contains__(self, seq: int) -> bool:
         return seq in self._tails
 
     def length(self, seq: int) -> int:
-        """Number of tokens of `seq`."""
+        """Returns the number of tokens of `seq`."""
         return self._lengths[seq]
 
     def salt(self, seq: int) -> str:
-        """The salt that `seq` was begun with."""
+        """Returns the salt of `seq`."""
         return self._salts[seq]
 
     def sequences(self, salt: str) -> list[int]:
-        """The sequences of this salt, the latest begun first."""
+        """Returns the sequences of this salt, the latest begun first."""
         return [seq for seq, own in reversed(self._salts.items()) if own == salt]
 
     def tokens(self, seq: int) -> array[int]:
-        """The tokens of `seq`."""
+        """Returns the tokens of `seq`."""
         tokens = array("i")
         for node in reversed([*self._path(self._tails[seq])]):
             tokens.extend(node.tokens)
         return tokens
 
     def own(self, seq: int) -> int:
-        """The number of cells at the end of `seq` that no other sequence holds."""
+        """Returns the number of cells at the end of `seq` that no other sequence holds."""
         tail = self._tails[seq]
         return len(tail.tokens) if len(tail.holders) == 1 else 0
 
@@ -108,15 +108,15 @@ class PrefixTree:
         self.version += 1
 
     def match(self, tokens: array[int], salt: str = "", *, whole: bool = False) -> Resident:
-        """The longest prefix of `tokens`, of any length, that some sequence of this salt holds; with `whole` only
-        prefixes that are a whole sequence count."""
+        """Returns the longest prefix of `tokens`, of any length, that a sequence of this salt holds; with `whole` only
+        whole sequences count as prefixes."""
         matches = self.matches(tokens, salt, whole=whole)
         seq = max(matches, key=matches.__getitem__, default=-1)
         return Resident(seq, matches[seq]) if seq >= 0 else Resident(-1, 0)
 
     def matches(self, tokens: array[int], salt: str = "", *, whole: bool = False) -> dict[int, int]:
-        """For each sequence of this salt the length of the prefix that it shares with `tokens`, unless that is 0; with
-        `whole` only for sequences that are a prefix as a whole."""
+        """Returns, by sequence of this salt, the length of its common prefix with `tokens`, unless that is 0; with
+        `whole` only of sequences that are a prefix as a whole."""
         root, found = self._roots.get(salt), dict[int, int]()
         open_ = [(root, 0)] if root is not None and tokens else []
         while open_:
@@ -134,7 +134,7 @@ class PrefixTree:
 
     def share(self, source: int, target: int, length: int) -> None:
         """Begins `target` with the first `length` cells of `source`, in its salt."""
-        assert length <= self._lengths[source], "no more is shared than there is"
+        assert length <= self._lengths[source], "a sequence shares only tokens that it has"
         self.begin(target, self._salts[source])
         node, end = self._tails[source], self._lengths[source]
         while end - len(node.tokens) >= length and node.parent is not None:
@@ -147,7 +147,7 @@ class PrefixTree:
             held.holders.add(target)
 
     def extend(self, seq: int, tokens: Sequence[int]) -> None:
-        """Adds cells of `tokens`, held by `seq` alone, at its end."""
+        """Appends cells of `tokens`, held by `seq` alone, to `seq`."""
         if not len(tokens):
             return
         node = self._tails[seq]
@@ -161,7 +161,7 @@ class PrefixTree:
         self.cells += len(tokens)
 
     def truncate(self, seq: int, length: int) -> None:
-        """Drops what `seq` has from `length` on; cells that others hold stay with them."""
+        """Drops the tokens of `seq` from `length` on; cells that other sequences hold stay."""
         node, end = self._tails[seq], self._lengths[seq]
         self.version += end > length
         while end > length:
@@ -178,7 +178,7 @@ class PrefixTree:
         self._tails[seq], self._lengths[seq] = node, min(length, self._lengths[seq])
 
     def remove(self, seq: int) -> None:
-        """Takes `seq` out; cells that no other sequence holds are free."""
+        """Removes `seq`; cells that no other sequence holds are free."""
         self.truncate(seq, 0)
         salt = self._salts.pop(seq)
         root = self._roots[salt]
@@ -188,7 +188,7 @@ class PrefixTree:
         del self._tails[seq], self._lengths[seq]
 
     def exclusive(self, seq: int) -> int:
-        """Cells that removing `seq` would free."""
+        """Returns the number of cells that only `seq` holds."""
         return sum(len(node.tokens) for node in self._path(self._tails[seq]) if len(node.holders) == 1)
 
     def redundant(self, seq: int) -> bool:
@@ -196,7 +196,7 @@ class PrefixTree:
         return len(self._tails[seq].holders) > 1
 
     def runs(self) -> Iterator[tuple[int, set[int]]]:
-        """Each node's number of tokens and its holders."""
+        """Yields the number of tokens and the holders of each node."""
         nodes = list(self._roots.values())
         while nodes:
             node = nodes.pop()
@@ -205,7 +205,8 @@ class PrefixTree:
             nodes += (child for group in node.children.values() for child in group)
 
     def holders(self, seq: int, length: int) -> Iterator[tuple[int, set[int]]]:
-        """For each node on the first `length` tokens of `seq`, last first: its number of tokens and its holders."""
+        """Yields the number of tokens and the holders of each node on the first `length` tokens of `seq`, last
+        first."""
         end = self._lengths[seq]
         for node in self._path(self._tails[seq]):
             start = end - len(node.tokens)
@@ -214,13 +215,14 @@ class PrefixTree:
             end = start
 
     def _path(self, node: Node) -> Iterator[Node]:
-        """From `node` up to the root, the root excluded."""
+        """Yields the nodes from `node` up to the root, the root excluded."""
         while node.parent is not None:
             yield node
             node = node.parent
 
     def _split(self, node: Node, at: int) -> Node:
-        """Cuts `node` after `at` of its tokens and returns the upper part; the lower keeps what ends there."""
+        """Splits `node` after `at` of its tokens. Returns the upper part; the lower part stays the tail of its
+        sequences."""
         parent = node.parent
         assert parent is not None, "the root is never split"
         assert 0 < at < len(node.tokens), "a node is split inside its run"
@@ -232,7 +234,7 @@ class PrefixTree:
         return upper
 
     def _drop(self, node: Node, seq: int) -> None:
-        """Takes `seq` out of `node`, and the node out of the tree with its last holder."""
+        """Removes `seq` from the holders of `node`, and the node from the tree with its last holder."""
         node.holders.discard(seq)
         parent = node.parent
         assert parent is not None, "the root is never dropped"
@@ -244,10 +246,8 @@ class PrefixTree:
             self._merge(node)
 
     def _merge(self, node: Node) -> None:
-        """Joins `node` with its only child if both are held by the same sequences, of which none can end between.
-
-        So there are never more nodes than twice the sequences. The child's object stays: tails point at it.
-        """
+        """Joins `node` with its only child if the same sequences hold both, so that there are never more nodes than
+        twice the sequences. The child's object stays, as tails point at it."""
         if node.parent is None or len(node.children) != 1:
             return
         ((child, *others),) = node.children.values()
@@ -264,10 +264,10 @@ class PrefixTree:
             node = nodes.pop()
             below = [child for group in node.children.values() for child in group]
             for child in below:
-                assert child.parent is node, "a child knows its parent"
+                assert child.parent is node, "children and parents agree"
                 assert child.tokens, "no run is empty"
                 assert child.holders, "every run is held"
-                assert child.holders <= node.holders, "the holders of a run hold what precedes it"
+                assert child.holders <= node.holders, "the holders of a run hold the runs before it"
             total += len(node.tokens)
             nodes += below
         assert total == self.cells, f"the runs hold {total} tokens, counted are {self.cells}"

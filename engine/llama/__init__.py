@@ -2,9 +2,9 @@
 
 import os
 
-# Threads of a step that wait for each other spin by default for milliseconds. If anything else wants the cores, the
-# event loop or another process, a step then takes up to 50 times as long, with stalls of seconds; spinning for
-# microseconds costs nothing measurable on a quiet machine. libgomp reads this when it is loaded: before the import.
+# By default the threads of a step spin for milliseconds at each barrier. If the event loop or another process needs the
+# cores, a step then takes up to 50 times as long, with stalls of seconds. Spinning for microseconds costs nothing
+# measurable on a quiet machine. libgomp uses the variable when it is loaded, so it is set before the import.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from engine.llama.model import open_gguf, open_vocabulary

@@ -1,7 +1,7 @@
-"""The KV cells of one model in either layout: copies, cuts, saved states and shifts, beside decodes.
+"""The KV cells of one model in either layout: copies, cuts, saved states and shifts, in addition to decodes.
 
-With unified KV states pass through a spare sequence id, from which the target gets the cells. With per-slot KV a state
-replaces what its sequence has: appending joins the old content and the new, by numpy.
+With unified KV a state is loaded into a spare sequence id, and the target shares its cells. With per-slot KV a state
+replaces the content of its sequence: to append, the old content and the new are joined by numpy.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from llama_cpp import llama_cpp as native
 
-from engine.backend import NativeFault, Part, Snapshot, State
+from engine.backend import NativeFault, Snapshot, State, StatePart
 from engine.llama.decoder import Decoder
-from engine.llama.library import FLASH_ATTENTION, log
+from engine.llama.library import FLASH_ATTENTION, native_log
 from engine.llama.shift import Shifter
-from engine.llama.state import Cells, StateFormat, UnknownLayout
+from engine.llama.state import StateCells, StateFormat, UnknownStateFormat
 
-# Tokens that are decoded when a context is opened, and the positions by which their state is moved.
+# Tokens that are decoded when a context is opened, and the positions by which their state is shifted.
 PROBE_TOKENS, PROBE_SHIFT = (1, 2, 3), 5
 
 
 class BlockSnapshot(NamedTuple):
-    """A native state that is cut by numpy."""
+    """A native state that numpy cuts."""
 
-    form: StateFormat
-    cells: Cells
+    state_format: StateFormat
+    cells: StateCells
 
     def cut(self, start: int, end: int) -> State | None:
-        """The block of these positions; None if some are missing."""
-        return self.form.cut(self.cells, start, end)
+        """Returns the block of these positions; None if a position is missing."""
+        return self.state_format.cut(self.cells, start, end)
 
 
 class WholeSnapshot(NamedTuple):
@@ -40,32 +40,32 @@ class WholeSnapshot(NamedTuple):
     length: int
 
     def cut(self, start: int, end: int) -> State | None:
-        """The state; None unless all positions are asked for."""
+        """Returns the state if the span contains all positions; None if not."""
         return self.state if (start, end) == (0, self.length) else None
 
 
 class SpareSnapshot(NamedTuple):
-    """A sequence of a unified context whose states are cut by the library."""
+    """A sequence of a context with unified KV whose states the library cuts."""
 
     context: LlamaContext
     seq: int
 
     def cut(self, start: int, end: int) -> State | None:
-        """The state of these positions; None if some are gone, or are more than the sliding window."""
+        """Returns the state of these positions; None if a position is missing or they exceed the sliding window."""
         return self.context.state_of(self.seq, start, end)
 
 
 class LlamaContext(Decoder):
-    """A context of one model. Belongs to the thread that made it, `abort` excepted."""
+    """A context of one model. Belongs to the thread that created it, except `abort`."""
 
     def __init__(self, model: Any, params: Any, *, partial: bool, window: int, shifting: bool = False) -> None:
-        """Decodes a few tokens to prove the format of states. With `shifting` a context for shifts is opened too, if
-        the model allows them. Raises NativeFault, with nothing left in memory."""
+        """Decodes a few tokens to verify the format of states. With `shifting`, also opens a context for shifts if the
+        library can shift the model's keys. Raises NativeFault, with nothing left in memory."""
         super().__init__(model, params)
         self.partial = partial
         self.window = window
         self.flash: bool = params.flash_attn_type != FLASH_ATTENTION["off"]
-        # Without flash attention llama.cpp multiplies a single row with the cells by another kernel on a CPU.
+        # On a CPU without flash attention, llama.cpp has another kernel for the product of a single row and the cells.
         self.prefill_rows = 1 if self.flash or not partial else 2
         if self.unified:
             self.sequences -= 1
@@ -84,31 +84,32 @@ class LlamaContext(Decoder):
 
     @property
     def divisible(self) -> bool:
-        """True if states can be cut: by numpy, or by the library with unified KV."""
+        """True if numpy can cut states, or with unified KV the library."""
         return self.partial and (self.unified or self._format is not None)
 
     def _probe(self) -> State | None:
-        """Learns the format of states and proves it: the state of a few tokens is cut, joined, loaded elsewhere and
-        compared. Returns that state; without proof None, and there is no format. The cells are empty afterwards."""
+        """Determines the format of states, and verifies it: the state of a few tokens is cut, loaded into another
+        sequence and compared. Returns the state. Returns None, with no format set, if the verification fails. The cells
+        are empty afterwards."""
         try:
             self.batch.add(0, 0, self._probe_tokens(), 0)
             self.decode()
             state, middle, end = self.get_state(0), len(PROBE_TOKENS) - 1, len(PROBE_TOKENS)
             if state is None:
-                raise UnknownLayout("the library saves no state")
+                raise UnknownStateFormat("the library saves no state")
             self._format = StateFormat.of(state)
-            blocks = [(self._format.join([Part(state, *span)]), *span) for span in ((0, middle), (middle, end))]
+            blocks = [(self._format.join([StatePart(state, *span)]), *span) for span in ((0, middle), (middle, end))]
             self.drop(0)
             target = self.sequences - 1
-            loaded = all(self.load(target, [Part(*block)]) for block in blocks)
+            loaded = all(self.load(target, [StatePart(*block)]) for block in blocks)
             again = self.get_state(target)
-            whole = [self._format.join([Part(each, 0, end)]) for each in (state, again) if each is not None]
+            whole = [self._format.join([StatePart(each, 0, end)]) for each in (state, again) if each is not None]
             if not loaded or len(whole) < 2 or not np.array_equal(whole[0], whole[1]):
-                raise UnknownLayout("a state differs after it was cut, joined and loaded")
-        except UnknownLayout as reason:
+                raise UnknownStateFormat("a state differs after it was cut, joined and loaded")
+        except UnknownStateFormat as reason:
             self._format = None
-            how = "the library cuts them" if self.unified else "they are kept whole"
-            log.warning("the format of saved states is unknown, %s: %s", how, reason)
+            effect = "the library cuts them" if self.unified else "they are kept whole"
+            native_log.warning("the format of saved states is unknown, %s: %s", effect, reason)
             return None
         finally:
             self.batch.clear()
@@ -118,25 +119,27 @@ class LlamaContext(Decoder):
     def _probe_tokens(self) -> list[int]:
         return [min(token, self._vocabulary - 1) for token in PROBE_TOKENS]
 
-    def _open_shifter(self, model: Any, params: Any, form: StateFormat, state: State) -> Shifter | None:
-        """A context for shifts; None, with a line in the log, if the library cannot shift the model's keys."""
+    def _open_shifter(self, model: Any, params: Any, state_format: StateFormat, state: State) -> Shifter | None:
+        """Opens a context for shifts. Returns None, with a warning, if the library cannot shift the model's keys."""
         shifter = None
         try:
-            shifter = Shifter(model, params, form, self.sequence_cells, self.stop)
-            if shifter.proven(state, self._probe_tokens(), PROBE_SHIFT):
+            shifter = Shifter(model, params, state_format, self.sequence_cells, self.stop)
+            if shifter.verify(state, self._probe_tokens(), PROBE_SHIFT):
                 return shifter
             reason = "the library does not rotate this model's keys correctly"
         except NativeFault as fault:
             reason = str(fault)
         if shifter is not None:
             shifter.close()
-        log.warning("cached tokens cannot be moved to other positions: %s", reason)
+        native_log.warning("cached tokens cannot be moved to other positions: %s", reason)
         return None
 
     def copy(self, source: int, target: int, length: int) -> bool:
-        """Gives the empty `target` the first `length` positions of `source`, all if states are not divisible. False,
-        with `target` empty, if some are gone or the library refuses the copy."""
-        self._known(source, target)
+        """Copies the first `length` positions of `source` to the empty `target`; all if states are not divisible.
+
+        Returns False, with `target` empty, if a position is missing or the library refuses the state.
+        """
+        self._check_ids(source, target)
         if not self.divisible:
             length = self.length(source)
         if not length:
@@ -157,38 +160,38 @@ class LlamaContext(Decoder):
         if self.divisible:
             assert self._format is not None
             try:
-                state = self._format.join([Part(state, 0, length)], self.streams, target)
-            except UnknownLayout:
+                state = self._format.join([StatePart(state, 0, length)], self.streams, target)
+            except UnknownStateFormat:
                 return False
         return self.set_state(target, state)
 
     def _share(self, source: int, target: int, start: int, end: int) -> None:
-        """Adds cells of `source` to `target`. The only call that would end the process with per-slot KV."""
+        """Adds cells of `source` to `target`. With per-slot KV the native call would end the process."""
         if not self.unified:
             raise NativeFault("cells of one slot cannot be shared with another")
         native.llama_memory_seq_cp(self._memory, source, target, start, end)
 
     def cut(self, seq: int, length: int) -> bool:
-        """Drops positions from `length` on. False, with nothing changed, if the model can only drop all."""
-        self._known(seq)
+        """Drops positions from `length` on. Returns False, with nothing changed, if the model can only drop all."""
+        self._check_ids(seq)
         return self.drop(seq, length or -1)
 
     def intact(self, seq: int, length: int) -> bool:
-        """True if `seq` has `length` positions, and of these all that a row after them may attend to."""
+        """Returns True if `seq` has `length` positions, and all of these that the next row attends to."""
         if self.length(seq) != length:
             return False
-        if not length or not self.partial:  # recurrent state has only its last position
+        if not length or not self.partial:  # a recurrent state has its last position only
             return True
         first = self.first(seq)
         return 0 <= first <= max(0, length - self.window) if self.window else first == 0
 
     def length(self, seq: int) -> int:
-        """Positions of `seq`."""
-        self._known(seq)
+        """Returns the number of positions of `seq`."""
+        self._check_ids(seq)
         return self.last(seq) + 1
 
     def save(self, seq: int) -> Snapshot | None:
-        """What `seq` holds; None if it is empty or the library cannot save it."""
+        """Returns the cells of `seq`; None if it is empty or the library cannot save it."""
         length = self.length(seq)
         if not length:
             return None
@@ -199,19 +202,20 @@ class LlamaContext(Decoder):
             return None
         return WholeSnapshot(state, length) if self._format is None else self._blocks(self._format, state)
 
-    def _blocks(self, form: StateFormat, state: State) -> Snapshot | None:
+    def _blocks(self, state_format: StateFormat, state: State) -> Snapshot | None:
         try:
-            return BlockSnapshot(form, form.cells(state))
-        except UnknownLayout as reason:
-            log.warning("a state cannot be saved: %s", reason)
+            return BlockSnapshot(state_format, state_format.cells(state))
+        except UnknownStateFormat as reason:
+            native_log.warning("a state cannot be saved: %s", reason)
             return None
 
     def state_of(self, seq: int, start: int, end: int) -> State | None:
-        """The state of these positions, which pass through the spare sequence; None if some are gone.
+        """Returns the state of these positions, saved from the spare sequence; None if a position is missing.
 
-        The library leaves out what no row after the last could see through a sliding window: longer ones are refused.
+        Returns None for more positions than a sliding window: the library leaves out cells that no later row attends
+        to.
         """
-        self._known(seq)
+        self._check_ids(seq)
         if self.window and end - start > self.window:
             return None
         self._share(seq, self._spare, start, end)
@@ -221,10 +225,11 @@ class LlamaContext(Decoder):
         finally:
             self.drop(self._spare)
 
-    def load(self, seq: int, parts: Sequence[Part]) -> bool:
-        """Appends `parts` to `seq`. False, with nothing changed, if there are too few cells or a state does not fit.
+    def load(self, seq: int, parts: Sequence[StatePart]) -> bool:
+        """Appends `parts` to `seq`. Returns False, with nothing changed, if there are too few cells or a state does not
+        fit.
 
-        Raises NativeFault if a load failed and what the sequence had could not be loaded again: it is empty then.
+        Raises NativeFault, with the sequence empty, if the library refused the new state and then the old one.
         """
         length = self.length(seq)
         assert [part.start for part in parts] == [length, *(part.end for part in parts[:-1])], "parts are consecutive"
@@ -236,26 +241,28 @@ class LlamaContext(Decoder):
             return self._load_each(seq, length, parts)
         try:
             return self._load_joined(self._format, seq, length, parts)
-        except UnknownLayout as reason:
-            log.debug("a state is not loaded: %s", reason)
+        except UnknownStateFormat as reason:
+            native_log.debug("a state is not loaded: %s", reason)
             return False
 
-    def _load_joined(self, form: StateFormat, seq: int, length: int, parts: Sequence[Part]) -> bool:
-        """Loads blocks as one state. Raises UnknownLayout, with nothing changed."""
+    def _load_joined(self, state_format: StateFormat, seq: int, length: int, parts: Sequence[StatePart]) -> bool:
+        """Loads blocks as one state. Raises UnknownStateFormat, with nothing changed."""
         if self.unified:
-            return self._load_spare(seq, form.join(parts), parts[0].start, parts[-1].end)
+            return self._load_spare(seq, state_format.join(parts), parts[0].start, parts[-1].end)
         before = self.get_state(seq) if length else None
         if before is None:
-            return not length and self.set_state(seq, form.join(parts, self.streams, seq))
-        state = form.join([Part(before, 0, length), *parts], self.streams, seq)
+            return not length and self.set_state(seq, state_format.join(parts, self.streams, seq))
+        state = state_format.join([StatePart(before, 0, length), *parts], self.streams, seq)
         if self.set_state(seq, state):
             return True
         if not self.set_state(seq, before):
-            raise NativeFault(f"sequence {seq} lost its {length} positions when more could not be loaded")
+            raise NativeFault(
+                f"sequence {seq} lost its {length} positions: its state could not be restored after a failed load"
+            )
         return False
 
-    def _load_each(self, seq: int, length: int, parts: Sequence[Part]) -> bool:
-        """Loads states that the library cut, one after the other."""
+    def _load_each(self, seq: int, length: int, parts: Sequence[StatePart]) -> bool:
+        """Loads states that the library has cut, one after the other."""
         for part in parts:
             if not self._load_spare(seq, part.state, part.start, part.end):
                 self.drop(seq, length or -1)
@@ -263,7 +270,7 @@ class LlamaContext(Decoder):
         return True
 
     def _load_spare(self, seq: int, state: State, start: int, end: int) -> bool:
-        """Loads a state into the spare sequence and gives `seq` its cells from `start` up to `end`."""
+        """Loads a state into the spare sequence, and shares its cells from `start` up to `end` with `seq`."""
         if not self.set_state(self._spare, state):
             return False
         if fits := self.first(self._spare) <= start and self.last(self._spare) >= end - 1:
@@ -271,7 +278,7 @@ class LlamaContext(Decoder):
         self.drop(self._spare)
         return fits
 
-    def _load_whole(self, seq: int, parts: Sequence[Part]) -> bool:
+    def _load_whole(self, seq: int, parts: Sequence[StatePart]) -> bool:
         """Loads one state that cannot be cut into an empty sequence."""
         state, start, end = parts[0]
         if len(parts) > 1 or start or not self.set_state(seq, state):
@@ -282,15 +289,16 @@ class LlamaContext(Decoder):
         return False
 
     def shift(self, state: State, start: int, end: int, by: int) -> State | None:
-        """The block of positions from `start + by` up to `end + by`; None if it cannot be made. Raises Aborted."""
+        """Returns the block of positions from `start` up to `end`, moved by `by`; None if that is impossible. Raises
+        Aborted."""
         return self._shifter.shift(state, start, end, by) if self._shifter is not None else None
 
-    def _known(self, *sequences: int) -> None:
+    def _check_ids(self, *sequences: int) -> None:
         if not all(0 <= seq < self.sequences for seq in sequences):
             raise NativeFault(f"a sequence id outside 0..{self.sequences - 1} in {sequences}")
 
     def close(self) -> None:
-        """Frees the context, which is not used again."""
+        """Frees the context, which must not be used again."""
         if self._shifter is not None:
             self._shifter.close()
         super().close()

@@ -1,9 +1,8 @@
 """One llama.cpp context: decodes, positions and states of its sequences.
 
-Everything that would end the process inside the library is refused before the call. Of the library's conditions
-(llama.cpp 0c1e57098) these abort rather than answer: more rows than `n_batch`, more outputs than `n_outputs_max`, a
-sequence id out of range in a memory operation, a partial copy between streams of cells, and logits read of a row that
-has none.
+Calls that end the process inside the library are refused before they are made. In llama.cpp 0c1e57098 these abort
+instead of returning an error: more rows than `n_batch`, more outputs than `n_outputs_max`, a sequence id out of range
+in a memory operation, a partial copy between streams of cells, and access to the logits of a row without logits.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from typing import Any
 import numpy as np
 from llama_cpp import llama_cpp as native
 
-from engine.backend import Aborted, Logits, Meanwhile, NativeFault, NoFreeCells, State, nothing
+from engine.backend import Aborted, HostWork, Logits, NativeFault, NoFreeCells, State, no_host_work
 from engine.batch import Batch
 from engine.llama.library import StopFlag
 
 
 def native_batch(batch: Batch) -> tuple[Any, Any]:
-    """A `llama_batch` over the arrays of `batch`, and what must be kept alive with it.
+    """Returns a `llama_batch` over the arrays of `batch`, and the arrays that must live as long as the result.
 
     Each row belongs to one sequence, so `seq_id[i]` points at element i of one array.
     """
@@ -43,17 +42,17 @@ def native_batch(batch: Batch) -> tuple[Any, Any]:
 
 
 class Decoder:
-    """A native context of one model. Belongs to the thread that made it, `abort` excepted."""
+    """A native context of one model. Belongs to the thread that created it, except `abort`."""
 
     def __init__(self, model: Any, params: Any, stop: StopFlag | None = None) -> None:
-        """`stop` may be the flag of another context. Raises NativeFault."""
+        """`stop` is the flag of another context, or None for a new flag. Raises NativeFault."""
         self._handle = native.llama_init_from_model(model, params)
         if not self._handle:
             raise NativeFault("the context could not be created")
         self._memory = native.llama_get_memory(self._handle)
-        if not self._memory:  # a decode would then be an encode, which aborts with more rows than outputs
+        if not self._memory:  # llama_decode is then llama_encode, which aborts with more rows than outputs
             native.llama_free(self._handle)
-            raise NativeFault("the model keeps no context: it computes embeddings, not text")
+            raise NativeFault("the model has no KV cache: it computes embeddings, not text")
         self.stop = stop or StopFlag()
         self.stop.install(self._handle)
         self.unified = bool(params.kv_unified)
@@ -70,17 +69,17 @@ class Decoder:
         self._rows: Logits = np.empty((0, self._vocabulary), np.float32)
         self._address = 0
 
-    def decode(self, meanwhile: Meanwhile = nothing) -> Logits:
-        """The logits of the batch's rows that asked for them, valid until the next decode.
+    def decode(self, host_work: HostWork = no_host_work) -> Logits:
+        """Returns the logits of the batch's rows with `output`, valid until the next decode.
 
-        A GPU still computes when the library's call returns; `meanwhile` is called before its logits are waited for.
-        Raises NoFreeCells with the cells unchanged; after Aborted or NativeFault part of the batch may be in them.
+        On a GPU the library's call returns before the rows are computed, so `host_work` overlaps them. Raises
+        NoFreeCells with the cells unchanged. After Aborted or NativeFault part of the batch may be in the cells.
         """
         self._guard()
         self._native.n_tokens = self.batch.rows
         match native.llama_decode(self._handle, self._native):
             case 0:
-                meanwhile()
+                host_work()
                 return self._logits()
             case 1:
                 raise NoFreeCells
@@ -92,7 +91,7 @@ class Decoder:
     def _guard(self) -> None:
         batch, rows = self.batch, self.batch.rows
         if not 0 < rows <= batch.capacity:
-            raise NativeFault(f"a batch of {rows} rows; from 1 to {batch.capacity} are possible")
+            raise NativeFault(f"a batch of {rows} rows; 1 to {batch.capacity} are possible")
         if batch.outputs > self.outputs:
             raise NativeFault(f"{batch.outputs} rows of logits; {self.outputs} are possible")
         if not 0 <= batch.token[:rows].min() <= batch.token[:rows].max() < self._vocabulary:
@@ -105,24 +104,24 @@ class Decoder:
     def _logits(self) -> Logits:
         outputs = self.batch.outputs
         if not outputs:
-            native.llama_synchronize(self._handle)  # as reading logits would: a decode takes as long as it takes
+            native.llama_synchronize(self._handle)  # as llama_get_logits does, so that decodes take their full time
             return self._rows[:0]
         pointer = native.llama_get_logits(self._handle)
         address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
         if address != self._address or outputs > len(self._rows):
-            # One view over all rows that may come: the library moves the buffer only to enlarge it.
+            # The library moves the buffer only to enlarge it, so one view serves until then.
             self._rows = np.ctypeslib.as_array(pointer, (outputs, self._vocabulary))
             self._address = address
         return self._rows[:outputs]
 
     def get_state(self, seq: int) -> State | None:
-        """The native state of a sequence; None if the library cannot make it."""
+        """Returns the native state of a sequence; None if the library cannot save it."""
         size: int = native.llama_state_seq_get_size(self._handle, seq)
         state: State = np.empty(size, np.uint8)
         return state if native.llama_state_seq_get_data(self._handle, _bytes(state), size, seq) == size else None
 
     def set_state(self, seq: int, state: State) -> bool:
-        """Replaces what a sequence has by a native state. False if the library refuses it: the sequence is empty."""
+        """Replaces the content of a sequence. Returns False, with the sequence empty, if `state` is refused."""
         taken: int = native.llama_state_seq_set_data(self._handle, _bytes(state), state.nbytes, seq)
         if taken == state.nbytes:
             return True
@@ -130,16 +129,16 @@ class Decoder:
         return False
 
     def drop(self, seq: int, start: int = -1) -> bool:
-        """Drops the positions of a sequence from `start` on, all by default. False, with nothing changed, if the model
-        can only drop all."""
+        """Drops the positions of a sequence from `start` on, all by default. Returns False, with nothing changed, if
+        the model can only drop all."""
         return bool(native.llama_memory_seq_rm(self._memory, seq, start, -1))
 
     def first(self, seq: int) -> int:
-        """The first position of a sequence; -1 if it is empty."""
+        """Returns the first position of a sequence; -1 if it is empty."""
         return int(native.llama_memory_seq_pos_min(self._memory, seq))
 
     def last(self, seq: int) -> int:
-        """The last position of a sequence; -1 if it is empty."""
+        """Returns the last position of a sequence; -1 if it is empty."""
         return int(native.llama_memory_seq_pos_max(self._memory, seq))
 
     def move(self, seq: int, by: int) -> None:
@@ -147,7 +146,7 @@ class Decoder:
         native.llama_memory_seq_add(self._memory, seq, -1, -1, by)
 
     def can_move(self) -> bool:
-        """True if the library can rotate keys to other positions."""
+        """Returns True if the library can rotate keys to other positions."""
         return bool(native.llama_memory_can_shift(self._memory))
 
     def clear(self) -> None:
@@ -155,11 +154,11 @@ class Decoder:
         native.llama_memory_clear(self._memory, False)
 
     def abort(self) -> None:
-        """Makes the running decode and all later ones raise Aborted. Any thread may call it."""
+        """Makes the running decode and every later one raise Aborted. Any thread may call it."""
         self.stop.set()
 
     def close(self) -> None:
-        """Frees the context, which is not used again."""
+        """Frees the context, which must not be used again."""
         native.llama_free(self._handle)
 
 

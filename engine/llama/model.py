@@ -1,4 +1,4 @@
-"""Opens a GGUF: model, vocabulary and context. A failure is a ModelError of one line."""
+"""Opens a GGUF: model, vocabulary and context. Failures raise ModelError, whose message is one line."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 from llama_cpp import llama_cpp as native
 from msgspec import structs
 
-from engine.backend import Context, ModelInfo, NativeFault, Progress
+from engine.backend import Context, LoadProgress, ModelInfo, NativeFault
 from engine.config import EngineConfig, ModelConfig, physical_cores
 from engine.contract import ModelError
 from engine.llama import exact, fit, layout, library
 from engine.llama.context import LlamaContext
-from engine.llama.layout import KvLayout, Wanted
-from engine.llama.library import text_of
-from engine.llama.params import SEQUENCES, cell_bytes, context_params, metadata
+from engine.llama.layout import KvLayout, LayoutInputs
+from engine.llama.library import native_log, read_string
+from engine.llama.params import MAX_SEQUENCES, cell_bytes, context_params, metadata
 from engine.llama.vocab import LlamaVocab
 
 
 class LlamaBackend:
-    """An opened GGUF. Belongs to the thread that opened it, `vocab` and `info` excepted."""
+    """An opened GGUF. Belongs to the thread that opened it, except `vocab` and `info`."""
 
     def __init__(self, model: Any, vocab: LlamaVocab, context: LlamaContext, info: ModelInfo) -> None:
         self._model = model
@@ -40,16 +40,16 @@ class LlamaBackend:
         native.llama_model_free(self._model)
 
 
-def open_gguf(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -> LlamaBackend:
-    """Opens `config.model.path`. `progress` is called with the loaded share; loading stops once `go_on` returns False.
+def open_gguf(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[], bool]) -> LlamaBackend:
+    """Opens `config.model.path`. Calls `progress` with the loaded share, and stops once `keep_loading` returns False.
 
     Raises ModelError, with nothing left in memory.
     """
     path = Path(config.model.path)
     _check_file(path)
-    library.start()
+    library.initialize()
     config = _exact(config, path)
-    model = _load(config, progress, go_on)
+    model = _load(config, progress, keep_loading)
     try:
         return _open(config, path, model)
     except BaseException:
@@ -58,12 +58,12 @@ def open_gguf(config: EngineConfig, progress: Progress, go_on: Callable[[], bool
 
 
 def _exact(config: EngineConfig, path: Path) -> EngineConfig:
-    """`config`, with the settings of the deterministic profile if it has `deterministic`. Raises ModelError."""
+    """Returns `config`, with the settings of the deterministic profile if requested. Raises ModelError."""
     try:
-        exact.begin(path, exact=config.model.deterministic)
+        exact.prepare(path, exact=config.model.deterministic)
         if not config.model.deterministic:
             return config
-        gpu = library.accelerator() if config.model.gpu_layers else ""
+        gpu = library.gpu_name() if config.model.gpu_layers else ""
         return structs.replace(config, model=exact.exact_config(config.model, gpu))
     except exact.NotExact as reason:
         raise ModelError(f"{path} cannot be served with --deterministic: {reason}") from None
@@ -71,9 +71,9 @@ def _exact(config: EngineConfig, path: Path) -> EngineConfig:
 
 @contextmanager
 def open_vocabulary(path: Path) -> Iterator[LlamaVocab]:
-    """The vocabulary of a GGUF, without its weights. Raises ModelError."""
+    """Opens the vocabulary of a GGUF, without its weights. Raises ModelError."""
     _check_file(path)
-    library.start()
+    library.initialize()
     params = native.llama_model_default_params()
     params.vocab_only = True
     model = native.llama_model_load_from_file(str(path).encode(), params)
@@ -88,7 +88,7 @@ def open_vocabulary(path: Path) -> Iterator[LlamaVocab]:
 
 
 def _check_file(path: Path) -> None:
-    """Raises ModelError unless `path` is a file that begins like a GGUF."""
+    """Raises ModelError if `path` is not a file with the magic number of GGUF."""
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -98,35 +98,35 @@ def _check_file(path: Path) -> None:
         raise ModelError(f"{path} is not a GGUF file: it begins with {start!r}, not b'GGUF'")
 
 
-def _load(config: EngineConfig, progress: Progress, go_on: Callable[[], bool]) -> Any:
+def _load(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[], bool]) -> Any:
     def report(share: float, user_data: object) -> bool:
         progress(share)
-        return go_on()
+        return keep_loading()
 
     callback = native.llama_progress_callback(report)
     params = native.llama_model_default_params()
     params.n_gpu_layers = config.model.gpu_layers
     params.progress_callback = callback
     try:
-        kept = _place(config.model, params)
+        references = _set_devices(config.model, params)
     except ValueError as error:
         raise ModelError(f"cannot load the model {config.model.path}: {error}") from None
-    if library.amx():
-        library.log.warning("llama.cpp was built with AMX, which can crash: weights are not repacked, which is slower")
-    params.use_extra_bufts = not (library.amx() or config.model.deterministic)
+    if library.built_with_amx():
+        native_log.warning("llama.cpp was built with AMX, which can crash; weights are not repacked, which is slower")
+    params.use_extra_bufts = not (library.built_with_amx() or config.model.deterministic)
     model = native.llama_model_load_from_file(config.model.path.encode(), params)
-    del kept
+    del references
     if not model:
         raise ModelError(f"cannot load the model {config.model.path}: {_reason('the library gave no reason')}")
     return model
 
 
-def _place(config: ModelConfig, params: Any) -> tuple[Any, ...]:
-    """Sets the devices and their shares in `params`, and returns what must live until the model is loaded.
+def _set_devices(config: ModelConfig, params: Any) -> tuple[Any, ...]:
+    """Sets the devices and their shares in `params`. Returns the objects that must live until the model is loaded.
 
     Raises ValueError for unknown devices or wrong shares.
     """
-    chosen, shares = library.devices(config.device), library.split(config.tensor_split)
+    chosen, shares = library.parse_devices(config.device), library.parse_tensor_split(config.tensor_split)
     if chosen is not None:
         params.devices = ctypes.cast(chosen, ctypes.c_void_p)
     if shares is not None:
@@ -135,8 +135,8 @@ def _place(config: ModelConfig, params: Any) -> tuple[Any, ...]:
     return chosen, shares
 
 
-def _reason(otherwise: str) -> str:
-    return library.complaint() or otherwise
+def _reason(default: str) -> str:
+    return library.first_error() or default
 
 
 def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
@@ -147,13 +147,13 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     if config.model.deterministic and kind:
         raise ModelError(f"{path} cannot be served with --deterministic: the model is {kind}")
     threads = config.model.threads if config.model.threads > 0 else physical_cores()
-    gpu = library.accelerator() if config.model.gpu_layers else ""
+    gpu = library.gpu_name() if config.model.gpu_layers else ""
     heads: int = native.llama_model_n_head(model)
 
     def params_of(chosen: KvLayout) -> Any:
         return context_params(config.model, config.batch, chosen, threads, heads, bool(gpu))
 
-    library.forget()
+    library.clear_errors()
     chosen = _layout(config, model, kind, gpu, params_of)
     params = params_of(chosen)
     partial = kind not in ("recurrent", "hybrid")
@@ -173,12 +173,12 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
         kv_reason=chosen.reason,
     )
     each = f"{context.cells} cells" if chosen.unified else f"{context.sequence_cells} cells for each slot"
-    library.log.info("%s KV, %s: %s", "unified" if chosen.unified else "per-slot", each, chosen.reason)
+    native_log.info("%s KV, %s: %s", "unified" if chosen.unified else "per-slot", each, chosen.reason)
     return LlamaBackend(model, vocab, context, info)
 
 
 def _kind(model: Any) -> str:
-    """The kind of a model with other layers than those that attend to the whole context; empty for one without."""
+    """Returns the kind of a model with layers that do not attend to the whole context; empty for other models."""
     if native.llama_model_is_recurrent(model):
         return "recurrent"
     if native.llama_model_is_hybrid(model):
@@ -187,68 +187,68 @@ def _kind(model: Any) -> str:
 
 
 def _states(config: EngineConfig, params: Any, context: LlamaContext) -> str:
-    """Types and settings that saved states depend on: equal for both KV layouts if states are divisible."""
+    """Returns the types and settings that saved states depend on: equal for both KV layouts if states are divisible."""
     kind = "exact" if config.model.deterministic else f"moved {config.memory.reuse > 0}"
     whole = "" if context.divisible or context.unified else f" {context.streams} streams"
     return f"{params.type_k} {params.type_v} {params.flash_attn_type} {kind}{whole}"
 
 
 def _layout(config: EngineConfig, model: Any, kind: str, gpu: str, params_of: Callable[[KvLayout], Any]) -> KvLayout:
-    """The KV layout and its cells. Raises ModelError if --fit finds too little memory."""
+    """Returns the KV layout and its cells. Raises ModelError if --fit finds too little memory."""
     trained: int = native.llama_model_n_ctx_train(model)
-    wanted = Wanted(config.model.kv_unified, config.batch.slots, config.batch.context, trained, kind)
-    if gpu and config.model.fit == "on" and not wanted.cells:
-        wanted = wanted._replace(cells=_fitting(config, model, trained, params_of), fitted=True)
-    if not wanted.cells:
+    inputs = LayoutInputs(config.model.kv_unified, config.batch.slots, config.batch.context, trained, kind)
+    if gpu and config.model.fit == "on" and not inputs.cells:
+        inputs = inputs._replace(cells=_fitting(config, model, trained, params_of), fitted=True)
+    if not inputs.cells:
         free = sum(library.free_memory().values()) if gpu else layout.free_memory()
-        wanted = wanted._replace(room=int(layout.MEMORY_SHARE * free) // cell_bytes(config.model, model))
-    chosen = layout.choose(wanted)
-    most = SEQUENCES - 2 if chosen.unified else SEQUENCES
-    if config.batch.slots > most:
-        raise ModelError(f"llama.cpp decodes at most {most} requests together, not {config.batch.slots}")
+        inputs = inputs._replace(room=int(layout.MEMORY_SHARE * free) // cell_bytes(config.model, model))
+    chosen = layout.choose_layout(inputs)
+    limit = MAX_SEQUENCES - 2 if chosen.unified else MAX_SEQUENCES
+    if config.batch.slots > limit:
+        raise ModelError(f"llama.cpp decodes at most {limit} requests together, not {config.batch.slots}")
     return chosen._replace(reason="--deterministic needs it") if config.model.deterministic else chosen
 
 
-# Share of the memory left for cells that is kept for those of a draft model on the same GPUs.
-DRAFT_CELLS = 0.25
+# Share of the cells' memory that is reserved for the cells of a draft model on the same GPUs.
+DRAFT_CELLS_SHARE = 0.25
 
 
 def _fitting(config: EngineConfig, model: Any, trained: int, params_of: Callable[[KvLayout], Any]) -> int:
-    """The cells that fit the memory of the GPUs. Raises ModelError if they have too little."""
+    """Returns the cells that fit the memory of the GPUs. Raises ModelError if they have too little."""
 
-    def taken(cells: int) -> dict[str, int]:
+    def measure(cells: int) -> dict[str, int]:
         before = library.free_memory()
         context = native.llama_init_from_model(model, params_of(KvLayout(True, cells, "")))
         if not context:
-            raise fit.TooLittle(_reason(f"no context of {cells} cells can be opened"))
+            raise fit.TooLittleMemory(_reason(f"no context of {cells} cells can be opened"))
         after = library.free_memory()
         native.llama_free(context)
         return {device: before[device] - after[device] for device in before}
 
     draft, reserve, share = config.draft, config.model.fit_target * 2**20, 1.0
     if draft.path and draft.gpu_layers and not draft.device:
-        reserve, share = reserve + Path(draft.path).stat().st_size, 1 - DRAFT_CELLS
+        reserve, share = reserve + Path(draft.path).stat().st_size, 1 - DRAFT_CELLS_SHARE
     try:
-        needed = fit.needs(taken)
-        found = fit.cells(library.free_memory(), needed, reserve, config.batch.slots * trained)
-    except (fit.TooLittle, OSError) as reason:
+        uses = fit.measure_memory(measure)
+        found = fit.fitting_cells(library.free_memory(), uses, reserve, config.batch.slots * trained)
+    except (fit.TooLittleMemory, OSError) as reason:
         raise ModelError(f"cannot fit {config.model.path}: {reason}") from None
-    return fit.rounded(share * found)
+    return fit.round_down(share * found)
 
 
-# Pieces of a large model's file that its digest covers, and the bytes of each.
-PIECES, PIECE_BYTES = 64, 2**20
+# Samples of a large model's file that its digest covers, and the bytes of each.
+DIGEST_SAMPLES, SAMPLE_BYTES = 64, 2**20
 
 
 def digest(path: Path) -> str:
-    """BLAKE2b of a file's size and content; for a file larger than all pieces, of pieces spread evenly over it."""
+    """Returns BLAKE2b of a file's size and content; of evenly spread samples if the file is larger than all samples."""
     size = path.stat().st_size
     hashed = blake2b(str(size).encode(), digest_size=16)
-    step = max(PIECE_BYTES, (size - PIECE_BYTES) // (PIECES - 1))
+    step = max(SAMPLE_BYTES, (size - SAMPLE_BYTES) // (DIGEST_SAMPLES - 1))
     with path.open("rb") as file:
         for start in range(0, size, step):
             file.seek(start)
-            hashed.update(file.read(PIECE_BYTES))
+            hashed.update(file.read(SAMPLE_BYTES))
     return hashed.hexdigest()
 
 
@@ -257,7 +257,7 @@ def _describe(path: Path, model: Any, vocab: LlamaVocab, context: LlamaContext, 
     return ModelInfo(
         name=metadata(model, "general.name") or path.stem,
         path=str(path),
-        description=text_of(lambda buffer, size: native.llama_model_desc(model, buffer, size)),
+        description=read_string(lambda buffer, size: native.llama_model_desc(model, buffer, size)),
         bytes=native.llama_model_size(model),
         parameters=native.llama_model_n_params(model),
         vocabulary=vocab.size,
@@ -269,6 +269,6 @@ def _describe(path: Path, model: Any, vocab: LlamaVocab, context: LlamaContext, 
         eos=vocab.eos,
         bos_added=vocab.adds_bos,
         digest=digest(path),
-        build=library.build(),
+        build=library.build_info(),
         offloaded=not device.startswith("CPU"),
     )

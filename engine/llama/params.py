@@ -1,4 +1,4 @@
-"""Parameters of a llama.cpp context: cells, batch sizes and flash attention; and what a cell of a model takes."""
+"""Parameters of a llama.cpp context: cells, batch sizes and flash attention; and the bytes of a cell."""
 
 from __future__ import annotations
 
@@ -11,64 +11,63 @@ from msgspec import structs
 
 from engine.config import BatchConfig, ModelConfig
 from engine.llama.layout import PAD_CELLS, KvLayout
-from engine.llama.library import CACHE_TYPES, FLASH_ATTENTION, text_of
+from engine.llama.library import CACHE_TYPES, FLASH_ATTENTION, read_string
 
 # Rows of logits of one step: enough for two long drafts, and for each slot's next token and seven drafted ones.
-OUTPUTS, OUTPUTS_PER_SLOT = 128, 8
-
-# Bytes of attention scores that may be kept at once without flash attention.
-SCORES_BYTES = 2**30
-
-# Sequence ids that the library has at most (LLAMA_MAX_SEQ).
-SEQUENCES = 256
-
-
-# Slots from which on a CPU uses flash attention by default with unified KV.
-MANY_SLOTS = 32
+MIN_OUTPUTS, OUTPUTS_PER_SLOT = 128, 8
+# Maximum of the attention scores of one pass without flash attention.
+MAX_SCORES_BYTES = 2**30
+# LLAMA_MAX_SEQ.
+MAX_SEQUENCES = 256
+# Minimum of slots for flash attention by default on a CPU with unified KV.
+FLASH_SLOTS = 32
 
 
-def settled(model: ModelConfig, slots: int, gpu: bool, scores: int, *, unified: bool) -> ModelConfig:
-    """`model` with `auto` flash attention resolved; `scores` are the bytes of a pass's scores without it.
+def resolve_flash_attention(
+    model: ModelConfig, slots: int, gpu: bool, scores_bytes: int, *, unified: bool
+) -> ModelConfig:
+    """Returns `model` with `auto` flash attention resolved. `scores_bytes` is the size of a pass's scores without it.
 
-    On a GPU `auto` stays the library's own choice. On a CPU it is off, if the scores need no more than `SCORES_BYTES`:
-    the CPU's flash kernel visits cells one by one and takes 1.4 times as long per row of a prompt
-    (`python -m bench.step_cost -fa on`). It is on for `MANY_SLOTS` slots or more with unified KV, where it skips the
+    On a GPU `auto` stays the library's own choice. On a CPU flash attention is off if the scores take no more than
+    `MAX_SCORES_BYTES`: the CPU's flash kernel visits cells one by one and takes 1.4 times as long per prefill row
+    (`python -m bench.step_cost -fa on`). It is on for `FLASH_SLOTS` slots or more with unified KV, where it skips the
     cells of other sequences, with BF16 values in place of F16, which that kernel sums in F16. Quantised values need it.
     """
     plain = model.cache_type_v in ("f32", "f16", "bf16")
     if model.flash_attention != "auto" or gpu or not plain:
         return model
-    if unified and slots >= MANY_SLOTS:
+    if unified and slots >= FLASH_SLOTS:
         values = "bf16" if (model.cache_type_k, model.cache_type_v) == ("f16", "f16") else model.cache_type_v
         return structs.replace(model, cache_type_v=values)
-    return structs.replace(model, flash_attention="off") if scores <= SCORES_BYTES else model
+    return structs.replace(model, flash_attention="off") if scores_bytes <= MAX_SCORES_BYTES else model
 
 
 def sequences_for(slots: int, unified: bool) -> int:
-    """Native sequence ids for so many slots.
+    """Returns the number of native sequence ids for a number of slots.
 
-    With per-slot KV one for each slot, as each id has cells of its own. With unified KV ids are free: as many again for
-    idle prefixes, and some more, the last of which is the spare that states pass through.
+    With per-slot KV each slot has one id, as each id has its own cells. With unified KV an id costs nothing: there are
+    as many more for idle prefixes, and 17 others. The last is the spare id for loading and cutting states.
     """
-    return min(SEQUENCES, 2 * slots + 17) if unified else slots
+    return min(MAX_SEQUENCES, 2 * slots + 17) if unified else slots
 
 
 def context_params(
     model: ModelConfig, batch: BatchConfig, layout: KvLayout, threads: int, heads: int, gpu: bool
 ) -> Any:
-    """Parameters of a context with the cells of `layout`, rounded up to the library's multiple."""
+    """Returns the parameters of a context with the cells of `layout`, rounded up to a multiple of `PAD_CELLS`."""
     params = native.llama_context_default_params()
     params.n_ctx = -(-layout.cells // PAD_CELLS) * PAD_CELLS
     params.kv_unified = layout.unified
     params.n_seq_max = sequences_for(batch.slots, layout.unified)
     params.n_batch = max(batch.rows, params.n_seq_max)
     params.n_ubatch = min(batch.ubatch, params.n_batch)
-    outputs = batch.outputs or max(OUTPUTS, OUTPUTS_PER_SLOT * batch.slots)
+    outputs = batch.outputs or max(MIN_OUTPUTS, OUTPUTS_PER_SLOT * batch.slots)
     params.n_outputs_max = min(params.n_batch, max(params.n_seq_max, outputs))
     params.n_threads = threads
     params.n_threads_batch = model.threads_batch if model.threads_batch > 0 else threads
     visible = params.n_ctx if layout.unified else params.n_ctx // batch.slots
-    model = settled(model, batch.slots, gpu, 4 * heads * params.n_ubatch * visible, unified=layout.unified)
+    scores_bytes = 4 * heads * params.n_ubatch * visible
+    model = resolve_flash_attention(model, batch.slots, gpu, scores_bytes, unified=layout.unified)
     params.flash_attn_type = FLASH_ATTENTION[model.flash_attention]
     params.type_k = CACHE_TYPES[model.cache_type_k]
     params.type_v = CACHE_TYPES[model.cache_type_v]
@@ -77,12 +76,13 @@ def context_params(
 
 
 def metadata(model: Any, key: str) -> str:
-    """A value of the GGUF's metadata as text; empty if the file has none."""
-    return text_of(lambda buffer, size: native.llama_model_meta_val_str(model, key.encode(), buffer, size))
+    """Returns a value of the GGUF's metadata as text; empty if the file has none."""
+    return read_string(lambda buffer, size: native.llama_model_meta_val_str(model, key.encode(), buffer, size))
 
 
 def cell_bytes(config: ModelConfig, model: Any) -> int:
-    """Bytes of a cell of all layers, by the widths in the metadata; more than that where the library saves some."""
+    """Returns the bytes of a cell in all layers, by the widths in the metadata: an upper bound, as the library stores
+    fewer cells of some layers, such as those with a sliding window."""
     family = metadata(model, "general.architecture")
     layers: int = native.llama_model_n_layer(model)
     heads = [int(word) for word in re.findall(r"\d+", metadata(model, f"{family}.attention.head_count_kv"))]
@@ -97,7 +97,7 @@ def cell_bytes(config: ModelConfig, model: Any) -> int:
 
 
 def _element_bytes(kind: str) -> float:
-    """Bytes of a number of a cache type."""
+    """Returns the mean bytes of one element of a cache type."""
     lib = native._lib
     lib.ggml_type_size.restype, lib.ggml_blck_size.restype = ctypes.c_size_t, ctypes.c_int64
     return float(lib.ggml_type_size(CACHE_TYPES[kind]) / lib.ggml_blck_size(CACHE_TYPES[kind]))

@@ -2,12 +2,12 @@
 
 The format is that of `llama_state_seq_get_data` over `llama_kv_cache::state_write` (llama.cpp 0c1e57098), for models
 whose layers all attend to the whole context: a magic number and a sequence id; the number of streams; for each stream a
-cell count and, unless that is 0, one record for each cell (position, 1, sequence id), whether V is transposed, the
-number of layers, K of each layer, then V of each layer that has V. K and V of a layer are a head of 12 bytes, which
-names the type and the sizes, and a row for each cell; or, for transposed V, a row of all cells for each element.
+cell count and, unless that is 0, one record for each cell (position, 1, sequence id), 1 if V is transposed, the
+number of layers, K of each layer, then V of each layer that has V. K and V of a layer are a head of 12 bytes, with the
+type and the sizes, and a row for each cell; transposed V has a row of all cells for each element instead.
 
-A block is such a state of one stream with sequence id 0: equal in both KV layouts, and loadable as it is with unified
-KV. A sequence has its cells in one stream, so a state of several streams differs from a block only by empty streams.
+A block is such a state of one stream with sequence id 0: it is equal in both KV layouts, and loadable unchanged with
+unified KV. All cells of a sequence are in one stream, so a state of several streams is a block plus empty streams.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backend import Part, State
+from engine.backend import State, StatePart
 
-MAGIC = 0xAF143CD8
+STATE_MAGIC = 0xAF143CD8
 HEAD_BYTES = 12
 PREAMBLE_BYTES = 12
 SHAPE_BYTES = 8
 
 _PLAIN = [("pos", "<i4"), ("count", "<u4")]
-CELLS = (
+# A cell's record, without and with M-RoPE, which adds a place in an image and a token.
+_CELL_RECORDS = (
     np.dtype([*_PLAIN, ("seq", "<i4")]),
     np.dtype([*_PLAIN, ("x", "<i4"), ("y", "<i4"), ("token", "<i4"), ("seq", "<i4")]),
 )
-"""A cell's record, and that of models with M-RoPE, which has a place in an image and a token too."""
 
 
-class UnknownLayout(ValueError):
-    """Bytes that are no state of the expected format."""
+class UnknownStateFormat(ValueError):
+    """The bytes are not a state of the expected format."""
 
 
-class Run(NamedTuple):
-    """Consecutive layers whose K, or whose V, have equal heads."""
+class LayerRun(NamedTuple):
+    """Consecutive layers with equal heads of K, or of V."""
 
     layers: int
     head: bytes
     width: int
-    """Rows of a layer along which the cells lie: 1, or one for each element if V is transposed."""
+    """Rows of a layer that contain all cells: 1, or one for each element if V is transposed."""
     item: int
     """Bytes of one cell in one of those rows."""
 
@@ -54,115 +54,119 @@ class Run(NamedTuple):
         return HEAD_BYTES + self.width * cells * self.item
 
 
-class View(NamedTuple):
-    """A state's memory as arrays."""
+class StateView(NamedTuple):
+    """A state as arrays that share its memory."""
 
     cells: NDArray[Any]
-    """The cells' records."""
+    """Records of the cells."""
     heads: list[NDArray[np.uint8]]
     """For each run, [layers, HEAD_BYTES]."""
     data: list[NDArray[np.uint8]]
     """For each run, [layers, width, cells, item]."""
 
 
-class Cells:
+class StateCells:
     """The cells of one state, addressed by position."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: StateView) -> None:
         self.view = view
         positions: NDArray[np.int32] = view.cells["pos"]
         self._order: NDArray[np.intp] | None = None
-        if not (np.diff(positions) > 0).all():  # unified KV puts a sequence's cells where others are free
+        if not (np.diff(positions) > 0).all():  # unified KV allocates any free cells
             self._order = np.argsort(positions)
             positions = positions[self._order]
             if not (np.diff(positions) > 0).all():
-                raise UnknownLayout("a state has two cells of one position")
+                raise UnknownStateFormat("a state has two cells of one position")
         self._positions = positions
 
     def find(self, start: int, end: int) -> slice | NDArray[np.intp] | None:
-        """Where the positions from `start` up to `end` lie, in order; None if some are missing."""
+        """Returns the indices of positions from `start` up to `end`, in order; None if a position is missing."""
         first = int(np.searchsorted(self._positions, start))
         found = self._positions[first : first + end - start]
         if not 0 < end - start == len(found) or (found[0], found[-1]) != (start, end - 1):
             return None
-        place = slice(first, first + len(found))
-        return place if self._order is None else self._order[place]
+        indices = slice(first, first + len(found))
+        return indices if self._order is None else self._order[indices]
+
+
+# A state, the indices of some of its cells, and their number.
+_Source = tuple[StateView, slice | NDArray[np.intp], int]
 
 
 class StateFormat(NamedTuple):
-    """Where the parts of a state lie, for one model with one type of K and of V."""
+    """The offsets and sizes in a state, for one model with one type of K and one of V."""
 
     cell: np.dtype[Any]
     transposed: bool
     layers: int
-    runs: tuple[Run, ...]
-    """Those of K, then those of V."""
+    runs: tuple[LayerRun, ...]
+    """The runs of K, then those of V."""
 
     @classmethod
     def of(cls, state: State) -> StateFormat:
-        """The format of a state with at least one cell. Raises UnknownLayout."""
+        """Returns the format of a state with at least one cell. Raises UnknownStateFormat."""
         reasons = []
-        for cell in CELLS:
+        for cell in _CELL_RECORDS:
             try:
                 found = _walk(state, cell)
                 found.cells(state)
-            except (UnknownLayout, struct.error) as reason:
+            except (UnknownStateFormat, struct.error) as reason:
                 reasons.append(str(reason))
             else:
                 return found
-        raise UnknownLayout("; ".join(reasons))
+        raise UnknownStateFormat("; ".join(reasons))
 
     @property
     def key_type(self) -> int:
-        """The library's number for the type of the first layer's K."""
+        """Type of the first layer's K (`enum ggml_type`)."""
         return int.from_bytes(self.runs[0].head[:4], "little")
 
-    def cells(self, state: State) -> Cells:
-        """The cells of `state`, whose memory they share. Raises UnknownLayout if it has another format."""
+    def cells(self, state: State) -> StateCells:
+        """Returns the cells of `state`, which share its memory. Raises UnknownStateFormat for another format."""
         streams, stream, count = _streams(state)
         if not count or len(state) != self.size(count, streams):
-            raise UnknownLayout(f"a state of {len(state)} bytes with {count} cells and {streams} streams")
+            raise UnknownStateFormat(f"a state of {len(state)} bytes with {count} cells and {streams} streams")
         view = self._view(state, count, stream)
         at = _first_cell(stream) + count * self.cell.itemsize
         trailing = state[len(state) - 4 * (streams - stream - 1) :]
         if struct.unpack_from("<II", state.data, at) != (self.transposed, self.layers) or trailing.any():
-            raise UnknownLayout("a state with another number of layers, transposition or stream")
+            raise UnknownStateFormat("a state with another number of layers, transposition or stream")
         if not (view.cells["count"] == 1).all():
-            raise UnknownLayout("a state with cells of several sequences")
+            raise UnknownStateFormat("a state with cells of several sequences")
         for run, heads in zip(self.runs, view.heads, strict=True):
             if not (heads == np.frombuffer(run.head, np.uint8)).all():
-                raise UnknownLayout("a state with other types or widths of K or V")
-        return Cells(view)
+                raise UnknownStateFormat("a state with other types or widths of K or V")
+        return StateCells(view)
 
     def size(self, count: int, streams: int = 1) -> int:
-        """Bytes of a state of `count` cells."""
+        """Returns the bytes of a state of `count` cells."""
         layers = sum(run.layers * run.bytes(count) for run in self.runs)
         return PREAMBLE_BYTES + 4 * streams + count * self.cell.itemsize + SHAPE_BYTES + layers
 
-    def cut(self, cells: Cells, start: int, end: int) -> State | None:
-        """The block of positions from `start` up to `end`; None if some are missing."""
-        place = cells.find(start, end)
-        return None if place is None else self._join([(cells.view, place, end - start)], 1, 0)
+    def cut(self, cells: StateCells, start: int, end: int) -> State | None:
+        """Returns the block of positions from `start` up to `end`; None if a position is missing."""
+        indices = cells.find(start, end)
+        return None if indices is None else self._join([(cells.view, indices, end - start)], 1, 0)
 
-    def join(self, parts: Sequence[Part], streams: int = 1, stream: int = 0) -> State:
-        """One state of all `parts`, for a context of `streams` streams with the sequence in `stream`.
+    def join(self, parts: Sequence[StatePart], streams: int = 1, stream: int = 0) -> State:
+        """Returns one state of all `parts`, for a context of `streams` streams with the sequence in `stream`.
 
-        Raises UnknownLayout if a part has another format or lacks a position.
+        Raises UnknownStateFormat if a part has another format or lacks a position.
         """
-        pieces: list[tuple[View, slice | NDArray[np.intp], int]] = []
+        sources: list[_Source] = []
         for part in parts:
             cells = self.cells(part.state)
-            place = cells.find(part.start, part.end)
-            if place is None:
-                raise UnknownLayout(f"a state that lacks a position from {part.start} to {part.end - 1}")
-            pieces.append((cells.view, place, part.end - part.start))
-        return self._join(pieces, streams, stream)
+            indices = cells.find(part.start, part.end)
+            if indices is None:
+                raise UnknownStateFormat(f"a state that lacks a position from {part.start} to {part.end - 1}")
+            sources.append((cells.view, indices, part.end - part.start))
+        return self._join(sources, streams, stream)
 
-    def _join(self, pieces: Sequence[tuple[View, slice | NDArray[np.intp], int]], streams: int, stream: int) -> State:
-        total = sum(count for _, _, count in pieces)
+    def _join(self, sources: Sequence[_Source], streams: int, stream: int) -> State:
+        total = sum(count for _, _, count in sources)
         made: State = np.empty(self.size(total, streams), np.uint8)
         first = _first_cell(stream)
-        struct.pack_into("<IiI", made.data, 0, MAGIC, 0, streams)
+        struct.pack_into("<IiI", made.data, 0, STATE_MAGIC, 0, streams)
         made[PREAMBLE_BYTES:first] = made[len(made) - 4 * (streams - stream - 1) :] = 0
         struct.pack_into("<I", made.data, first - 4, total)
         struct.pack_into("<II", made.data, first + total * self.cell.itemsize, self.transposed, self.layers)
@@ -170,15 +174,15 @@ class StateFormat(NamedTuple):
         for run, heads in zip(self.runs, view.heads, strict=True):
             heads[:] = np.frombuffer(run.head, np.uint8)
         at = 0
-        for source, place, count in pieces:
-            view.cells[at : at + count] = source.cells[place]
+        for source, indices, count in sources:
+            view.cells[at : at + count] = source.cells[indices]
             for target, data in zip(view.data, source.data, strict=True):
-                target[:, :, at : at + count] = data[:, :, place]
+                target[:, :, at : at + count] = data[:, :, indices]
             at += count
         view.cells["seq"] = 0
         return made
 
-    def _view(self, state: State, count: int, stream: int) -> View:
+    def _view(self, state: State, count: int, stream: int) -> StateView:
         at = _first_cell(stream)
         cells: NDArray[Any] = np.ndarray(count, self.cell, state, at)
         at += count * self.cell.itemsize + SHAPE_BYTES
@@ -189,39 +193,42 @@ class StateFormat(NamedTuple):
             shape, strides = (layers, width, count, item), (size, count * item, item, 1)
             data.append(np.ndarray(shape, np.uint8, state, at + HEAD_BYTES, strides))
             at += layers * size
-        return View(cells, heads, data)
+        return StateView(cells, heads, data)
 
 
 def _first_cell(stream: int) -> int:
-    """Where the records of the cells of `stream` begin if no stream before it has cells."""
+    """Returns the offset of the first cell's record if `stream` is the first stream with cells."""
     return PREAMBLE_BYTES + 4 * (stream + 1)
 
 
 def _streams(state: State) -> tuple[int, int, int]:
-    """The number of streams of a state, the first that has cells, and how many. Raises UnknownLayout."""
+    """Returns the number of streams of a state, the first stream with cells, and its number of cells.
+
+    Raises UnknownStateFormat.
+    """
     if len(state) < PREAMBLE_BYTES + 4:
-        raise UnknownLayout(f"a state of {len(state)} bytes")
+        raise UnknownStateFormat(f"a state of {len(state)} bytes")
     magic, _, streams = struct.unpack_from("<IiI", state.data)
-    if magic != MAGIC or not 0 < 4 * streams <= len(state) - PREAMBLE_BYTES:
-        raise UnknownLayout(f"a state that begins with {magic:#x} and has {streams} streams")
-    # The empty streams before the first cells are zeros; what follows those cells is not a count.
+    if magic != STATE_MAGIC or not 0 < 4 * streams <= len(state) - PREAMBLE_BYTES:
+        raise UnknownStateFormat(f"a state that begins with {magic:#x} and has {streams} streams")
+    # The counts of empty streams before the first cells are zeros. Later bytes are not counts.
     filled = np.flatnonzero(state[PREAMBLE_BYTES : PREAMBLE_BYTES + 4 * streams].view("<u4"))
     stream = int(filled[0]) if len(filled) else 0
     return streams, stream, struct.unpack_from("<I", state.data, PREAMBLE_BYTES + 4 * stream)[0]
 
 
 def _walk(state: State, cell: np.dtype[Any]) -> StateFormat:
-    """The format that a state claims to have, if its cells' records are like `cell`."""
+    """Returns the format by the state's heads, for cell records of type `cell`. Raises UnknownStateFormat."""
     streams, stream, count = _streams(state)
     at = _first_cell(stream) + count * cell.itemsize
     end = len(state) - 4 * (streams - stream - 1)
     transposed, layers = struct.unpack_from("<II", state.data, at)
     if not count or transposed > 1 or not 0 < layers * HEAD_BYTES <= len(state):
-        raise UnknownLayout(f"a state with {count} cells, transposition {transposed} and {layers} layers")
+        raise UnknownStateFormat(f"a state with {count} cells, transposition {transposed} and {layers} layers")
     at += SHAPE_BYTES
 
     def heads() -> Iterator[tuple[bytes, int, int]]:
-        """The heads of K, then of V, which some layers lack; each with width and item."""
+        """Yields the heads of K, then of V, which some layers lack; each with width and item."""
         nonlocal at
         layer = 0
         while at < end:
@@ -236,12 +243,12 @@ def _walk(state: State, cell: np.dtype[Any]) -> StateFormat:
 
     found = list(heads())
     if at != end or len(found) < layers:
-        raise UnknownLayout(f"a state with {end - at} bytes after its {len(found)} layers of K and V")
+        raise UnknownStateFormat(f"a state with {end - at} bytes after its {len(found)} layers of K and V")
     keys, values = _runs(found[:layers]), _runs(found[layers:])
     return StateFormat(cell, bool(transposed), layers, (*keys, *values))
 
 
-def _runs(heads: Sequence[tuple[bytes, int, int]]) -> Iterator[Run]:
-    """Consecutive equal heads as one run each."""
+def _runs(heads: Sequence[tuple[bytes, int, int]]) -> Iterator[LayerRun]:
+    """Yields one run for consecutive equal heads."""
     for (head, width, item), equal in groupby(heads):
-        yield Run(len(list(equal)), head, width, item)
+        yield LayerRun(len(list(equal)), head, width, item)

@@ -1,4 +1,4 @@
-"""Text to tokens and back. The library's vocabulary functions may be called from any thread."""
+"""The vocabulary of a model. The library's vocabulary functions may be called from any thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.contract import EngineFault
 
 
 class LlamaVocab:
-    """The vocabulary of an opened model; not to be used once that is closed."""
+    """The vocabulary of an opened model. Methods that call the library raise EngineFault once it is closed."""
 
     def __init__(self, model: Any) -> None:
         self._vocab = native.llama_model_get_vocab(model)
@@ -27,41 +27,42 @@ class LlamaVocab:
             bos if self.adds_bos else -1,
             eos if native.llama_vocab_get_add_eos(self._vocab) else -1,
         )
-        # Rendered here and now: later a reader may ask for a piece when the model is already closed.
-        self._pieces = [self._render(token) for token in range(self.size)]
+        # Computed at once, as pieces and names are used after the model is closed.
+        self._pieces = [self._token_to_piece(token) for token in range(self.size)]
         self.special = frozenset(filter(self._is_special, range(self.size)))
-        self._names = {token: self._spell(token) for token in self.special}
+        self._names = {token: self._token_text(token) for token in self.special}
         self._idle = threading.Condition()
-        self._busy = 0  # threads that ask the library, side by side; closing waits for them
+        self._calls = 0  # concurrent calls of the library
         self._closed = False
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of `text`; with `special`, special tokens are recognised and a BOS added if the model wants it.
+        """Returns the token ids of `text`.
 
-        A lone surrogate, which no UTF-8 can hold, becomes a question mark. Raises EngineFault once closed.
+        With `special`, special tokens in the text are recognised and BOS is added if the model expects it. A lone
+        surrogate, which UTF-8 cannot encode, becomes a question mark. Raises EngineFault once closed.
         """
-        with self._reading():
+        with self._library_call():
             return self._tokenize(text, special)
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """The library may be asked for the length of the block. Raises EngineFault once closed."""
+    def _library_call(self) -> Iterator[None]:
+        """Keeps the vocabulary open for the length of the block. Raises EngineFault once closed."""
         with self._idle:
             if self._closed:
                 raise EngineFault("The model is closed.")
-            self._busy += 1
+            self._calls += 1
         try:
             yield
         finally:
             with self._idle:
-                self._busy -= 1
+                self._calls -= 1
                 self._idle.notify_all()
 
     def close(self) -> None:
-        """Waits for those who ask the library, and lets nobody do so any more."""
+        """Waits for running calls of the library. Later ones raise EngineFault."""
         with self._idle:
             self._closed = True
-            self._idle.wait_for(lambda: not self._busy)
+            self._idle.wait_for(lambda: not self._calls)
 
     def _tokenize(self, text: str, special: bool) -> list[int]:
         data = text.encode("utf-8", "replace")
@@ -74,10 +75,10 @@ class LlamaVocab:
             room = -count
 
     def piece(self, token: int) -> bytes:
-        """The token's bytes; empty for control tokens."""
+        """Returns the token's bytes; empty for control tokens."""
         return self._pieces[token]
 
-    def _render(self, token: int) -> bytes:
+    def _token_to_piece(self, token: int) -> bytes:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -87,37 +88,37 @@ class LlamaVocab:
             size = -count
 
     def _is_special(self, token: int) -> bool:
-        """As llguidance has it, and as chat templates use them."""
+        """Returns True for control tokens, and for user-defined ones in angle brackets, which chat templates use."""
         piece = self._pieces[token]
         bracketed = piece.startswith(b"<") and piece.endswith(b">")
-        if piece and not bracketed:  # most tokens: it need not be asked
+        if piece and not bracketed:  # most tokens, without a call of the library
             return False
         attributes: int = native.llama_vocab_get_attr(self._vocab, token)
-        wanted: int = native.LLAMA_TOKEN_ATTR_CONTROL | (native.LLAMA_TOKEN_ATTR_USER_DEFINED if bracketed else 0)
-        return bool(attributes & wanted)
+        special: int = native.LLAMA_TOKEN_ATTR_CONTROL | (native.LLAMA_TOKEN_ATTR_USER_DEFINED if bracketed else 0)
+        return bool(attributes & special)
 
     def text(self, token: int) -> str:
-        """How the vocabulary spells a token, special or not; empty for -1, the token a model does not have.
+        """Returns the token's text in the vocabulary; empty for -1, the id of a missing token.
 
-        Raises EngineFault once closed, unless the token is special.
+        Raises EngineFault once closed, except for special tokens.
         """
         if token < 0:
             return ""
         if (name := self._names.get(token)) is not None:
             return name
-        with self._reading():
-            return self._spell(token)
+        with self._library_call():
+            return self._token_text(token)
 
-    def _spell(self, token: int) -> str:
-        spelled: bytes | None = native.llama_vocab_get_text(self._vocab, token)
-        return spelled.decode("utf-8", "replace") if spelled else ""
+    def _token_text(self, token: int) -> str:
+        text: bytes | None = native.llama_vocab_get_text(self._vocab, token)
+        return text.decode("utf-8", "replace") if text else ""
 
     @property
     def bos(self) -> str:
-        """The text of the token that begins a sequence, if the model has one."""
+        """Text of the BOS token; empty if the model has none."""
         return self.text(native.llama_vocab_bos(self._vocab))
 
     @property
     def eos(self) -> str:
-        """The text of the token that ends one, if the model has one."""
+        """Text of the EOS token; empty if the model has none."""
         return self.text(native.llama_vocab_eos(self._vocab))

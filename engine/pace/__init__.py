@@ -3,37 +3,37 @@
 curve        seconds of a pass by its rows, with every jump
 passes       passes and attended cells of a step, by KV layout: pure functions
 cost         cost of a step, learned from every step; number of prompt rows that fit
-calibration  the same measured at start, and kept for the next start
+calibration  the cost measured at start, saved for the next start
 acceptance   chance that the tokens of a draft are accepted
 lengths      lengths of drafts that make a step best for all sequences: pure functions
-chooser      choice among several drafts, their lengths, and exploration
-journal      a line in the log for every hundred steps
+chooser      choice among several drafts and their lengths, and exploration
+step_log     a line in the log for every hundred steps
 """
 
-from engine.pace.acceptance import Acceptance
-from engine.pace.calibration import Measured, calibrate, keep, kept, warm_up
-from engine.pace.chooser import FIRST, Chooser, Load, Verified
-from engine.pace.cost import Pace, StepCost, blend
+from engine.pace.acceptance import AcceptanceEstimate
+from engine.pace.calibration import Calibration, calibrate, load_calibration, save_calibration, warm_up
+from engine.pace.chooser import TRIAL_TOKENS, DraftChooser, UpcomingStep, VerifiedDraft
+from engine.pace.cost import StepCost, StepTargets, blend
 from engine.pace.curve import Curve
-from engine.pace.passes import Layout, Pass, SequenceRows, Shape
+from engine.pace.passes import Layout, Pass, SequenceRows, StepShape
 
 __all__ = [
-    "FIRST",
-    "Acceptance",
-    "Chooser",
+    "TRIAL_TOKENS",
+    "AcceptanceEstimate",
+    "Calibration",
     "Curve",
+    "DraftChooser",
     "Layout",
-    "Load",
-    "Measured",
-    "Pace",
     "Pass",
     "SequenceRows",
-    "Shape",
     "StepCost",
-    "Verified",
+    "StepShape",
+    "StepTargets",
+    "UpcomingStep",
+    "VerifiedDraft",
     "blend",
     "calibrate",
-    "keep",
-    "kept",
+    "load_calibration",
+    "save_calibration",
     "warm_up",
 ]

@@ -1,6 +1,6 @@
-"""The first steps of a context: they page in the weights and measure the cost of a pass by its rows.
+"""The first steps of a context, which page in the weights and measure the cost of a pass by its rows.
 
-The result is kept in a file for the next start with the same model, library, settings and processor; the load factor
+The result is saved in a file for the next start with the same model, library, settings and processor. The load factor
 is measured at every start.
 """
 
@@ -16,35 +16,66 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from engine.backend import Context, Part
+from engine.backend import Context, StatePart
+from engine.checksummed import AtomicFile
 from engine.pace.cost import StepCost
 from engine.pace.curve import Curve
 from engine.pace.passes import Layout, SequenceRows
-from engine.replacement import Replacement
 
 log = logging.getLogger("paceline.pace")
 
-# Rows of the trial prompt at most; few enough to be quick on a large model.
-PROMPT_ROWS = 32
-# The quickest of so many runs counts where a small difference matters.
-TRIES = 3
+# Most rows of the measured prompt; few enough for a large model.
+_PROMPT_ROWS = 32
+# The shortest of so many runs counts where a small difference matters.
+_RUNS = 3
 # Measured numbers of rows in the order of their importance.
-COUNTS = (1, 4, 16, 8, 2, 32, 12, 3, 6, 5, 7, 24, 64, 20, 48, 28, 40, 14, 10, 15, 11, 13, 9, 18, 96, 128, 192, 256, 512)
-# Number of measurements that a calibrated count is worth.
-SEEN = 3
-# No other count is measured after so many seconds or, if that is longer, steps of one row; never after the last.
-SECONDS, STEPS, LONGEST = 2.2, 40, 5.0
-# Decode rows of the step that shows the cost of cells.
-FEW = 4
-# With per-slot KV, cells of each sequence of that step: at most, and at least for a difference above the noise.
-FILLED_CELLS, LEAST_FILLED_CELLS = 1024, 128
+_ROW_COUNTS = (
+    1,
+    4,
+    16,
+    8,
+    2,
+    32,
+    12,
+    3,
+    6,
+    5,
+    7,
+    24,
+    64,
+    20,
+    48,
+    28,
+    40,
+    14,
+    10,
+    15,
+    11,
+    13,
+    9,
+    18,
+    96,
+    128,
+    192,
+    256,
+    512,
+)
+# Number of measurements that a calibrated number of rows counts as.
+CALIBRATED_WEIGHT = 3
+# A calibration ends after `_MIN_SECONDS` or, if that is longer, the time of `_MIN_STEPS` steps of one row, but after
+# `_MAX_SECONDS` at the latest.
+_MIN_SECONDS, _MIN_STEPS, _MAX_SECONDS = 2.2, 40, 5.0
+# Most decode rows of the step that measures the cost of cells.
+_CELL_STEP_ROWS = 4
+# With per-slot KV, the most cells of each sequence of that step, and the fewest for a difference above the noise.
+_MAX_FILLED_CELLS, _MIN_FILLED_CELLS = 1024, 128
 # Share of the time of a calibration that may be spent on computing these cells if states cannot be shifted.
-FILL_SHARE = 0.25
+_FILL_SHARE = 0.25
 # Version of the files and of the measurement.
-FORMAT = 2
+_FORMAT = 2
 
 
-class Measured(Struct, frozen=True, forbid_unknown_fields=True):
+class Calibration(Struct, frozen=True, forbid_unknown_fields=True):
     """Result of a calibration. Times are seconds."""
 
     rows: dict[int, float]
@@ -59,50 +90,51 @@ class Measured(Struct, frozen=True, forbid_unknown_fields=True):
     """True if attention skips the cells of a pass that a row does not attend to."""
 
 
-def calibrate(context: Context) -> Measured:
-    """Measures for a few seconds passes of each number of rows, a prompt of `PROMPT_ROWS`, and the cost of cells.
+def calibrate(context: Context) -> Calibration:
+    """Measures for a few seconds passes of each number of rows, a prompt of `_PROMPT_ROWS`, and the cost of cells.
 
     The rows of a pass with per-slot KV are of one sequence each, as in decoding, as far as there are sequences; else,
     and beyond that, all of one sequence. The context is empty before and afterwards.
     """
     layout = Layout.of(context)
-    _seconds(context, _rows(context, 1))
+    _step_seconds(context, _rows(context, 1))
     begun = time.perf_counter()
-    until = begun + min(LONGEST, max(SECONDS, STEPS * _seconds(context, _rows(context, 1))))
+    until = begun + min(_MAX_SECONDS, max(_MIN_SECONDS, _MIN_STEPS * _step_seconds(context, _rows(context, 1))))
     most = min(context.outputs, context.batch.capacity, context.sequence_cells, context.ubatch)
     found: dict[int, float] = {}
-    for _ in range(TRIES):
-        for rows in COUNTS:
+    for _ in range(_RUNS):
+        for rows in _ROW_COUNTS:
             if rows <= most and (rows == 1 or time.perf_counter() < until):
-                spent = _seconds(context, _rows(context, rows))
+                spent = _step_seconds(context, _rows(context, rows))
                 found[rows] = min(spent, found.get(rows, spent))
-    few = _rows(context, max(rows for rows in found if rows <= FEW))
-    bare = min(found[_count(few)], *(_seconds(context, few) for _ in range(TRIES)))
-    prompt = min(PROMPT_ROWS, context.batch.capacity, context.sequence_cells)
-    prompt_row = _seconds(context, [SequenceRows(0, prompt)], outputs=1, keep=True) / prompt
-    computed = max(prompt, int(FILL_SHARE * (until - begun) / prompt_row))
+    few = _rows(context, max(rows for rows in found if rows <= _CELL_STEP_ROWS))
+    bare = min(found[_count(few)], *(_step_seconds(context, few) for _ in range(_RUNS)))
+    prompt = min(_PROMPT_ROWS, context.batch.capacity, context.sequence_cells)
+    prompt_row = _step_seconds(context, [SequenceRows(0, prompt)], outputs=1, keep=True) / prompt
+    computed = max(prompt, int(_FILL_SHARE * (until - begun) / prompt_row))
     row_cell = _row_cell(context, layout, (prompt, computed), few, bare)
     context.clear()
     for rows in found:
         cells = row_cell * layout.shape(_rows(context, rows)).attended
         found[rows] = max(found[rows] - cells, 0.5 * found[rows])
     log.info("measured %d counts of rows in %.1f s", len(found), time.perf_counter() - begun)
-    return Measured(found, row_cell, prompt_row, layout.unified, layout.flash)
+    return Calibration(found, row_cell, prompt_row, layout.unified, layout.flash)
 
 
-def warm_up(context: Context, measured: Measured | None) -> StepCost:
-    """Returns the cost of steps by `measured`, with the load factor of a few rows that are computed now.
+def warm_up(context: Context, calibration: Calibration | None) -> StepCost:
+    """Returns the cost of steps by `calibration`, with the load factor of a few rows that are computed now.
 
-    `None` if nothing was measured: the cost is learned from steps. The context is empty before and afterwards.
+    A calibration of `None` means that nothing was measured: the cost is learned from steps. The context is empty before
+    and afterwards.
     """
     cost = StepCost(layout=Layout.of(context))
-    if measured is not None:
-        cost = StepCost(Curve(measured.rows, SEEN), cost.layout)
-        cost.row_cell = measured.row_cell
-        cost.observe(cost.layout.shape(()), PROMPT_ROWS, PROMPT_ROWS * measured.prompt_row)
+    if calibration is not None:
+        cost = StepCost(Curve(calibration.rows, CALIBRATED_WEIGHT), cost.layout)
+        cost.row_cell = calibration.row_cell
+        cost.observe(cost.layout.shape(()), _PROMPT_ROWS, _PROMPT_ROWS * calibration.prompt_row)
     one = _rows(context, 1)
-    _seconds(context, one)
-    cost.start(cost.layout.shape(one), min(_seconds(context, one) for _ in range(TRIES)))
+    _step_seconds(context, one)
+    cost.set_load_factor(cost.layout.shape(one), min(_step_seconds(context, one) for _ in range(_RUNS)))
     context.clear()
     return cost
 
@@ -121,7 +153,7 @@ def _count(parts: Sequence[SequenceRows]) -> int:
     return sum(part.rows for part in parts)
 
 
-def _seconds(
+def _step_seconds(
     context: Context, parts: Sequence[SequenceRows], *, outputs: int | None = None, keep: bool = False
 ) -> float:
     """Returns the seconds of a decode of `parts`, each with `outputs` rows of logits, by default all.
@@ -161,7 +193,7 @@ def _row_cell(
     more = layout.shape(parts, resident).attended - layout.shape(few).attended
     if more <= 0:
         return 0.0
-    filled = min(_seconds(context, parts) for _ in range(TRIES))
+    filled = min(_step_seconds(context, parts) for _ in range(_RUNS))
     return max(0.0, (filled - bare) / more)
 
 
@@ -173,7 +205,7 @@ def _fill_pool(context: Context, cells: int) -> int:
     if state is None:
         return 0
     most = min(context.sequences - 1, context.cells // cells - 2)
-    return cells * sum(context.load(seq, [Part(state, 0, cells)]) for seq in range(1, 1 + most))
+    return cells * sum(context.load(seq, [StatePart(state, 0, cells)]) for seq in range(1, 1 + most))
 
 
 def _fill_slots(context: Context, cells: tuple[int, int], sequences: int) -> int:
@@ -181,52 +213,52 @@ def _fill_slots(context: Context, cells: tuple[int, int], sequences: int) -> int
 
     Returns the number of cells that each of these has then; 0 if those are too few.
     """
-    most, (filled, computed) = min(FILLED_CELLS, context.sequence_cells - 1), cells
+    most, (filled, computed) = min(_MAX_FILLED_CELLS, context.sequence_cells - 1), cells
     while context.shifts and 2 * filled <= most:
         snapshot = context.save(0)
         state = snapshot.cut(0, filled) if snapshot is not None else None
         shifted = context.shift(state, 0, filled, filled) if state is not None else None
-        if shifted is None or not context.load(0, [Part(shifted, filled, 2 * filled)]):
+        if shifted is None or not context.load(0, [StatePart(shifted, filled, 2 * filled)]):
             break
         filled *= 2
     affordable = min(most, computed)
-    while affordable >= LEAST_FILLED_CELLS and filled < affordable:
+    while affordable >= _MIN_FILLED_CELLS and filled < affordable:
         rows = min(affordable - filled, context.batch.capacity)
-        _seconds(context, [SequenceRows(0, rows, filled)], outputs=0, keep=True)
+        _step_seconds(context, [SequenceRows(0, rows, filled)], outputs=0, keep=True)
         filled += rows
-    copied = filled >= LEAST_FILLED_CELLS and all(context.copy(0, seq, filled) for seq in range(1, sequences))
+    copied = filled >= _MIN_FILLED_CELLS and all(context.copy(0, seq, filled) for seq in range(1, sequences))
     return filled if copied else 0
 
 
 # ── from one start to the next ──
 
 
-def folder() -> Path:
+def _folder() -> Path:
     """Returns the folder of calibrations: `$XDG_CACHE_HOME/paceline`, or else `~/.cache/paceline`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paceline"
 
 
-def kept(key: str) -> Measured | None:
-    """Returns the calibration kept for `key`, a text of everything that matters; `None` if none can be read."""
+def load_calibration(key: str) -> Calibration | None:
+    """Returns the calibration saved for `key`, a string of all that it depends on; `None` if none can be read."""
     try:
-        measured = msgspec.json.decode(_path(key).read_bytes(), type=Measured)
+        calibration = msgspec.json.decode(_path(key).read_bytes(), type=Calibration)
     except (OSError, RuntimeError, msgspec.MsgspecError):
         return None
-    good = 1 in measured.rows and all(rows > 0 and seconds > 0 for rows, seconds in measured.rows.items())
-    return measured if good and measured.row_cell >= 0 and measured.prompt_row > 0 else None
+    good = 1 in calibration.rows and all(rows > 0 and seconds > 0 for rows, seconds in calibration.rows.items())
+    return calibration if good and calibration.row_cell >= 0 and calibration.prompt_row > 0 else None
 
 
-def keep(key: str, measured: Measured) -> None:
-    """Keeps a calibration for the next start; only logs a failure, as nothing depends on the file."""
+def save_calibration(key: str, calibration: Calibration) -> None:
+    """Saves a calibration for the next start. A failure is only logged, as nothing depends on the file."""
     try:
         path = _path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with Replacement(path, f"{path.stem}.", ".part") as new:
-            new.file.write(msgspec.json.encode(measured))
+        with AtomicFile(path, f"{path.stem}.", ".part") as new:
+            new.file.write(msgspec.json.encode(calibration))
             new.commit(durable=False)
     except (OSError, RuntimeError) as error:
-        log.warning("cannot keep the calibration: %s", error)
+        log.warning("cannot save the calibration: %s", error)
 
 
 def _path(key: str) -> Path:
-    return folder() / f"cost-{blake2b(f'{FORMAT} {key}'.encode(), digest_size=12).hexdigest()}.json"
+    return _folder() / f"cost-{blake2b(f'{_FORMAT} {key}'.encode(), digest_size=12).hexdigest()}.json"

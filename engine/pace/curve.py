@@ -1,4 +1,7 @@
-"""Seconds of a pass by its rows, with every jump: neighbouring counts may differ by half."""
+"""Seconds of a pass by its rows.
+
+The curve has jumps: the seconds of neighbouring numbers of rows may differ by half.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from numpy.typing import NDArray
 Seconds = NDArray[np.float64]
 
 
-class Point(Struct):
+class CurvePoint(Struct):
     """The mean of the measurements of one number of rows."""
 
     seconds: float
@@ -23,13 +26,13 @@ class Point(Struct):
 class Curve:
     """A mean for each number of rows that was measured.
 
-    Counts between two measured ones are interpolated linearly. Counts beyond the last cost in proportion to their rows,
-    counts before the first as much as the first.
+    Numbers of rows between two measured ones are interpolated linearly. Those beyond the last cost in proportion to
+    their rows, those before the first as much as the first.
     """
 
     def __init__(self, points: Mapping[int, float] | None = None, seen: int = 1) -> None:
         """`points` are seconds by rows, each the mean of `seen` measurements."""
-        self._points: dict[int, Point] = {}
+        self._points: dict[int, CurvePoint] = {}
         self._counts: list[int] = []  # in order
         self._line: Seconds = np.empty(0)
         for rows, seconds in (points or {}).items():
@@ -39,14 +42,14 @@ class Curve:
         return bool(self._points)
 
     @property
-    def points(self) -> Mapping[int, Point]:
-        """The measured counts, by rows."""
+    def points(self) -> Mapping[int, CurvePoint]:
+        """The measurements by rows."""
         return self._points
 
     def put(self, rows: int, seconds: float, seen: int = 1) -> None:
         """Sets the cost of `rows` rows."""
         known = rows in self._points
-        self._points[rows] = Point(seconds, seen)
+        self._points[rows] = CurvePoint(seconds, seen)
         if not known:  # after the point is stored, as another thread may call `seconds`
             insort(self._counts, rows)
         self._line = np.empty(0)
@@ -73,7 +76,7 @@ class Curve:
         return float(self.line(rows)[rows]) if self._counts else 0.0
 
     def line(self, most: int) -> Seconds:
-        """Returns the seconds by rows, from 0 to at least `most`. Read-only; at least one count was measured."""
+        """Returns the seconds by rows, from 0 to at least `most`, as a read-only array. Something was measured."""
         line = self._line
         if len(line) <= most:
             size = max(64, 1 << most.bit_length())

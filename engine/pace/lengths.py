@@ -1,4 +1,4 @@
-"""Number of tokens of each draft that the next step verifies. Pure functions.
+"""The number of tokens of each draft that the next step verifies. Pure functions.
 
 The lengths maximise the product of the speeds of all sequences (Nash 1950; proportional fairness, Kelly et al. 1998):
 the factor by which a draft speeds up one sequence must exceed the factors by which the longer step slows down all
@@ -13,20 +13,18 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engine.pace.curve import Seconds
-from engine.pace.passes import Heights
+from engine.pace.passes import Indices, StepMatrix
 
 Chances = Sequence[float]
-"""For each token of a draft the chance that it and all before it are accepted; never rises."""
-Indices = NDArray[np.intp]
+"""For each token of a draft the chance that it and all before it are accepted, in descending order."""
 
-# Alternative steps of which `share_per_slot` computes the cost; more would take longer than they can gain.
-MOST_STEPS = 512
+# Alternative steps of which `best_lengths_per_slot` computes the cost; more would take longer than they can gain.
+_MAX_STEPS = 512
 
 
-class Shares(NamedTuple):
+class DraftLengths(NamedTuple):
     """Lengths of drafts, and the expectation of a step with them."""
 
     lengths: list[int]
@@ -34,18 +32,18 @@ class Shares(NamedTuple):
     gain: float
     """Expected accepted tokens."""
     rate: float
-    """Tokens per second of the step if all sequences got as many as their geometric mean."""
-    price: float = 0.0
-    """Tokens that the step could yield in the time of one drafted token; of the first one if `lengths` are 0."""
+    """Tokens per second of the step if every sequence had the geometric mean of their speeds."""
+    row_price: float = 0.0
+    """Tokens that the step yields in the time of one drafted token; of the first one if all `lengths` are 0."""
 
 
-def share(
-    curves: Sequence[Chances], seconds: Seconds, sure: float, weights: Sequence[float] = (), least: int = 0
-) -> Shares:
-    """Returns the best lengths where the cost depends on the number of drafted tokens only, at least `least` in all.
+def best_lengths(
+    curves: Sequence[Chances], seconds: Seconds, base_tokens: float, weights: Sequence[float] = (), least: int = 0
+) -> DraftLengths:
+    """Returns the best lengths, at least `least` tokens in all, where the cost depends on the drafted tokens only.
 
-    `seconds[k]` is the cost of the step with `k` drafted tokens. Each of `sure` sequences gets a token without a draft.
-    `weights`, one for each curve, multiply the worth of its tokens.
+    `seconds[k]` is the cost of the step with `k` drafted tokens. The step emits `base_tokens` without these drafts,
+    of which each counts as one sequence. `weights`, one for each curve, multiply the worth of its tokens.
 
     The logarithm of the product of speeds gains less with each token of a draft. So for a given number of tokens the
     largest gains are best, and one sorted scan over every total finds the optimum for any `seconds`.
@@ -56,30 +54,30 @@ def share(
         worth *= np.repeat(weights, sizes)
     order = np.argsort(-worth)[: len(seconds) - 1]
     seconds = seconds[: 1 + len(order)]
-    rates = _rates(_sums(worth[order]), seconds, sure)
+    rates = _rates(_sums(worth[order]), seconds, base_tokens)
     total = least + int(np.argmax(rates[least:])) if least < len(rates) else len(order)
     lengths = np.bincount(np.repeat(np.arange(len(curves)), sizes)[order[:total]], minlength=len(curves))
-    price = _price(float(rates[total]), seconds, total, total) if len(seconds) > 1 else 0.0
-    return Shares(lengths.tolist(), float(chances[order[:total]].sum()), float(rates[total]), price)
+    price = _row_price(float(rates[total]), seconds, total, total) if len(seconds) > 1 else 0.0
+    return DraftLengths(lengths.tolist(), float(chances[order[:total]].sum()), float(rates[total]), price)
 
 
-def share_per_slot(
+def best_lengths_per_slot(
     curves: Sequence[Chances],
-    cost: Callable[[Heights], Seconds],
-    sure: float,
+    cost: Callable[[StepMatrix], Seconds],
+    base_tokens: float,
     most: int,
     least: int = 0,
-    steps: int = MOST_STEPS,
-) -> Shares:
+    steps: int = _MAX_STEPS,
+) -> DraftLengths:
     """Returns good lengths where the cost depends on the length of every draft, from `least` to `most` tokens in all.
 
     `cost(lengths)` returns the seconds of steps with `lengths[i, k]` tokens of draft i in step k; step 0 has none. A
     step without drafts is among those that are compared, so the result is never worse by these costs. The others are:
 
-    - the nested steps of `share`: for each total the tokens of largest worth, best where every row has its price;
-    - for each length the drafts of largest worth, all of that length or to their end, best where a pass has its price.
+    - the nested steps of `best_lengths`: for each total the tokens of largest worth, best where each row has a cost;
+    - for each length the drafts of largest worth, all of that length or to their end, best where each pass has a cost.
 
-    No more than about `steps` steps are compared.
+    At most about `steps` steps are compared.
     """
     chances, sizes = _flat([curve[:most] for curve in curves])
     logs, own = _worth(chances, sizes)
@@ -88,19 +86,19 @@ def share_per_slot(
         families.append(_equal(logs, sizes, most, steps // 2))
     lengths, tokens, worth = (np.concatenate(parts, axis=-1) for parts in zip(*families, strict=True))
     seconds = cost(lengths)
-    rates = _rates(worth, seconds, sure)
+    rates = _rates(worth, seconds, base_tokens)
     allowed = np.where(tokens >= min(least, int(tokens.max())), rates, 0.0) if least else rates
     best = int(np.argmax(allowed))
     chosen: list[int] = lengths[:, best].tolist()
     gain = sum(sum(curve[:length]) for curve, length in zip(curves, chosen, strict=True) if length)
-    price = _price(float(rates[best]), seconds, best, int(tokens[best])) if len(seconds) > 1 else 0.0
-    return Shares(chosen, gain, float(rates[best]), price)
+    price = _row_price(float(rates[best]), seconds, best, int(tokens[best])) if len(seconds) > 1 else 0.0
+    return DraftLengths(chosen, gain, float(rates[best]), price)
 
 
 class _Family(NamedTuple):
     """Alternative steps as arrays."""
 
-    lengths: Heights
+    lengths: StepMatrix
     """Tokens of each draft, [drafts, steps]."""
     tokens: Indices
     """Tokens of all drafts."""
@@ -146,14 +144,14 @@ def _spread(count: int, most: int) -> Indices:
 
 
 def _flat(curves: Sequence[Chances]) -> tuple[Seconds, Indices]:
-    """The curves one after the other, and their sizes."""
+    """Returns the chances of all curves in one array, and the lengths of the curves."""
     sizes = np.array([*map(len, curves)], np.intp)
     return np.fromiter(chain.from_iterable(curves), np.float64, int(sizes.sum())), sizes
 
 
 def _worth(chances: Seconds, sizes: Indices) -> tuple[Seconds, Seconds]:
     """Returns for each token of the flattened drafts the logarithm of the factor by which the draft up to the token
-    raises its sequence's speed, and the token's own part of that."""
+    raises its sequence's speed, and the token's own part of that logarithm."""
     sums = _sums(chances)
     starts = np.cumsum(sizes) - sizes
     logs = np.log1p(sums[1:] - np.repeat(sums[starts], sizes))
@@ -164,53 +162,56 @@ def _worth(chances: Seconds, sizes: Indices) -> tuple[Seconds, Seconds]:
     return logs, own
 
 
-def _rates(worth: Seconds, seconds: Seconds, sure: float) -> Seconds:
-    """Tokens per second of steps of `seconds`, for the geometric mean of `sure` sequences.
+def _rates(worth: Seconds, seconds: Seconds, base_tokens: float) -> Seconds:
+    """Returns the tokens per second of steps of `seconds`, by the geometric mean of `base_tokens` sequences' speeds.
 
-    `worth` is the sum of the logarithms of the factors by which their speeds rise.
+    `worth` is the sum of the logarithms of the factors by which drafts raise these speeds.
     """
-    rates: Seconds = sure * np.exp(worth / sure) / seconds
+    rates: Seconds = base_tokens * np.exp(worth / base_tokens) / seconds
     return rates
 
 
-def _price(rate: float, seconds: Seconds, best: int, tokens: int) -> float:
-    """Tokens that a step of `rate` yields in the time of one of the `tokens` of step `best`."""
+def _row_price(rate: float, seconds: Seconds, best: int, tokens: int) -> float:
+    """Returns the tokens that a step of `rate` yields in the time of one of the `tokens` of step `best`."""
     return rate * float(seconds[best or 1] - seconds[0]) / max(1, tokens)
 
 
 def _sums(values: Seconds) -> Seconds:
-    """Sums of none, one, two ... values."""
+    """Returns the sums of the first 0, 1, 2 ... values."""
     sums = np.zeros(1 + len(values))
     values.cumsum(out=sums[1:])
     return sums
 
 
-def pick(candidates: Sequence[Chances], price: float) -> int:
-    """Returns the index of the draft of largest worth for one sequence, where a row costs as much as `price` tokens."""
+def pick_draft(curves: Sequence[Chances], row_price: float) -> int:
+    """Returns the index of the draft of largest worth for one sequence; a row costs as much as `row_price` tokens."""
     best, most = 0, -1.0
-    for i, curve in enumerate(candidates):
+    for i, curve in enumerate(curves):
         worth = 0.0
         for chance in curve:
-            if chance <= price:
+            if chance <= row_price:
                 break
-            worth += chance - price
-        if worth > most or (worth == most and sum(curve) > sum(candidates[best])):
+            worth += chance - row_price
+        if worth > most or (worth == most and sum(curve) > sum(curves[best])):
             best, most = i, worth
     return best
 
 
-def places(curves: Sequence[Chances], seconds: Seconds, sure: float, each: float, least: int = 1) -> tuple[int, float]:
-    """Returns the best number of tokens, 0 or at least `least`, that the draft model drafts for each of `curves`, and
-    the tokens per second with it, as in `Shares`.
+def equal_lengths(
+    curves: Sequence[Chances], seconds: Seconds, base_tokens: float, position_seconds: float, least: int = 1
+) -> tuple[int, float]:
+    """Returns the best length of drafts of equal length, 0 or at least `least` tokens, and the tokens per second with
+    it, as in `DraftLengths`.
 
-    `seconds[m]` is the cost of the step that verifies m tokens for each; drafting one token for each costs `each`.
+    `seconds[m]` is the cost of the step that verifies m tokens for each of `curves`. Drafting one token for each of
+    them takes `position_seconds`.
     """
     counts = np.arange(len(seconds))
     worth = np.zeros(len(seconds))
     for curve in curves:
         sums = np.log1p(_sums(np.asarray(curve[: len(seconds) - 1], np.float64)))
         worth += np.concatenate((sums, np.full(len(seconds) - len(sums), sums[-1])))
-    rates = _rates(worth, seconds + each * counts, sure)
+    rates = _rates(worth, seconds + position_seconds * counts, base_tokens)
     rates[1:least] = 0.0
     best = int(np.argmax(rates))
     return best, float(rates[best])

@@ -19,8 +19,8 @@ from engine.backend import Context
 # `llama_kv_cache::get_n_kv` rounds the cells of a pass up to a multiple of this.
 PADDED_CELLS = 256
 
-Heights = NDArray[np.int16]
-"""Rows of the sequences of each column in each of several alternative steps: [columns, steps]."""
+StepMatrix = NDArray[np.int16]
+"""A number of rows or tokens for each column, or draft, of each of several alternative steps: [columns, steps]."""
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
@@ -49,13 +49,13 @@ class Pass(NamedTuple):
         return self.sequences * self.rows
 
 
-class Shape(NamedTuple):
-    """What the cost of a step depends on."""
+class StepShape(NamedTuple):
+    """The properties of a step that its cost depends on."""
 
     passes: tuple[int, ...] = ()
     """Rows of each pass."""
     attended: int = 0
-    """Pairs of a row and a cell that attention is computed for."""
+    """Pairs of a row and a cell for which attention is computed."""
 
     @property
     def rows(self) -> int:
@@ -77,15 +77,15 @@ class Layout(NamedTuple):
         return cls(context.unified, context.ubatch, context.flash)
 
     def passes(self, rows: Sequence[SequenceRows]) -> tuple[Pass, ...]:
-        """Returns the passes of a step; see `passes`."""
+        """Returns the passes of a step of `rows`; see the function `passes`."""
         return passes(rows, self.unified, self.ubatch)
 
-    def shape(self, rows: Sequence[SequenceRows], resident: int = 0) -> Shape:
-        """Returns the shape of a step beside `resident` cells of all sequences."""
+    def shape(self, rows: Sequence[SequenceRows], resident: int = 0) -> StepShape:
+        """Returns the shape of a step of `rows` while `resident` cells of all sequences are in use."""
         found = self.passes(rows)
-        return Shape(tuple(each.total for each in found), attended(rows, found, self, resident))
+        return StepShape(tuple(each.total for each in found), attended(rows, found, self, resident))
 
-    def even(self, sequences: int, cells: int = 0) -> Shape:
+    def even(self, sequences: int, cells: int = 0) -> StepShape:
         """Returns the shape of a decode of one row for each of `sequences`, which have `cells` cells together."""
         each = cells // max(1, sequences)
         return self.shape([SequenceRows(seq, 1, each) for seq in range(sequences)], cells)
@@ -115,7 +115,7 @@ def passes(rows: Sequence[SequenceRows], unified: bool, ubatch: int) -> tuple[Pa
 
 
 def attended(rows: Sequence[SequenceRows], found: Sequence[Pass], layout: Layout, resident: int = 0) -> int:
-    """Returns the pairs of a row and a cell that attention is computed for in the passes `found` of `rows`.
+    """Returns the pairs of a row and a cell for which attention is computed in the passes `found` of `rows`.
 
     With unified KV a row attends to all `resident` cells, with per-slot KV and flash attention to its sequence's.
     Without flash attention every row of a pass costs as much as one of the longest sequence in the pass. The rows of
@@ -166,11 +166,11 @@ def padded(cells: int) -> int:
 class Columns(NamedTuple):
     """Sequences side by side in the order of their ids, as arrays over columns.
 
-    Sequences without drafts that have consecutive ids and as many rows share a column. A gap between ids is a column
-    without rows.
+    Sequences without drafts that have consecutive ids and equal numbers of rows share a column. A gap between ids is a
+    column without rows.
     """
 
-    rows: Heights
+    rows: StepMatrix
     """Rows of each sequence of the column, [columns]."""
     sequences: Indices
     cells: Floats
@@ -178,7 +178,7 @@ class Columns(NamedTuple):
     padded: Floats
     """Padded cells of the longest sequence of the column."""
     drafting: Indices
-    """The columns of the sequences that get drafts, in the order in which these were given."""
+    """The columns of the sequences that get drafts, in the order of the ids that `of` was given."""
 
     @classmethod
     def of(cls, rows: Sequence[SequenceRows], drafting: Collection[int]) -> Columns:
@@ -211,7 +211,7 @@ class Columns(NamedTuple):
         """Number of intervals of columns."""
         return len(self.rows) * (len(self.rows) + 1) // 2
 
-    def heights(self, lengths: Heights) -> Heights:
+    def heights(self, lengths: StepMatrix) -> StepMatrix:
         """Returns the rows by column and step if draft i has `lengths[i, k]` tokens in step k."""
         heights = np.repeat(self.rows[:, None], lengths.shape[1], axis=1)
         heights[self.drafting] += lengths
@@ -219,7 +219,7 @@ class Columns(NamedTuple):
 
 
 class Strips(NamedTuple):
-    """The passes of several alternative steps, as arrays; a strip is one pass unless it exceeds `ubatch` rows."""
+    """The passes of several alternative steps, as arrays: one strip is one pass unless it exceeds `ubatch` rows."""
 
     step: Indices
     sequences: Indices
@@ -229,11 +229,11 @@ class Strips(NamedTuple):
     """Padded cells of the longest sequence."""
 
 
-def strips(columns: Columns, heights: Heights) -> Strips:
-    """Returns the strips of the steps `heights`.
+def strips(columns: Columns, heights: StepMatrix) -> Strips:
+    """Returns the strips of the steps whose columns have `heights` rows.
 
-    If a pass takes all rows that its sequences have in common, it is a maximal interval of columns: as many rows of
-    each as the least of them has, beyond the larger of the counts beside the interval.
+    A pass takes all rows that its sequences have in common. So each strip is a maximal interval of columns: its rows
+    are the smallest height in the interval, less the larger of the two heights beside the interval.
     """
     count, steps = heights.shape
     firsts, lasts = _intervals(count)
@@ -260,7 +260,7 @@ def strips(columns: Columns, heights: Heights) -> Strips:
 
 @lru_cache(64)
 def _intervals(count: int) -> tuple[Indices, Indices]:
-    """First and last columns of all intervals of `count` columns, narrow ones first."""
+    """Returns the first and the last columns of all intervals of `count` columns, narrow ones first. Read-only."""
     widths = range(1, count + 1)
     firsts = np.concatenate([np.arange(count - width + 1) for width in widths])
     lasts = np.concatenate([np.arange(width - 1, count) for width in widths])
@@ -269,5 +269,5 @@ def _intervals(count: int) -> tuple[Indices, Indices]:
 
 @lru_cache(64)
 def _upper(count: int) -> NDArray[np.bool_]:
-    """True from the diagonal on."""
+    """Returns a square matrix that is true on and above the diagonal. Read-only."""
     return np.triu(np.ones((count, count), bool))

@@ -1,20 +1,29 @@
-"""From logits to tokens: penalties, truncation, keyed noise, verification of drafts, log probabilities.
+"""Sampling: from a row of logits to a token, and from a draft's rows to the accepted tokens.
 
-noise       randomness as a function of seed, position and token: the law of a pick
-candidates  the likely tokens of a row, without sorting the vocabulary
+noise       keyed Gumbel noise: randomness as a function of seed, position and token
+candidates  the most likely tokens of a row, without sorting the vocabulary
 truncate    top_k, typical_p, top_p, min_p, XTC
 penalties   repeat, presence and frequency penalties, DRY
-sampler     all of it for one request
-accept      drafts against rows
-logprobs    what to report of a row
-budget      ends reasoning that has become too long
+sampler     one request's sampler: all stages in order
+accept      verification of a draft by sampling the target
+logprobs    log probabilities of a row
+reasoning   the limit on reasoning tokens
 """
 
-from engine.sampling.accept import accept
-from engine.sampling.budget import Budget
-from engine.sampling.candidates import BadLogits, likeliest, spread
+from engine.sampling.accept import sample_and_accept
+from engine.sampling.candidates import BadLogits, argmax_token, peak_and_mass
 from engine.sampling.logprobs import logprob
-from engine.sampling.noise import derive
+from engine.sampling.noise import derive_seed
+from engine.sampling.reasoning import ReasoningLimiter
 from engine.sampling.sampler import Sampler
 
-__all__ = ["BadLogits", "Budget", "Sampler", "accept", "derive", "likeliest", "logprob", "spread"]
+__all__ = [
+    "BadLogits",
+    "ReasoningLimiter",
+    "Sampler",
+    "argmax_token",
+    "derive_seed",
+    "logprob",
+    "peak_and_mass",
+    "sample_and_accept",
+]

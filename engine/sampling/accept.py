@@ -1,23 +1,23 @@
-"""Verification of a draft by sampling the target."""
+"""Verification of a draft by sampling the target model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
 
-def accept(draft: Sequence[int], pick: Callable[[int], int]) -> Iterator[int]:
-    """The tokens that the rows of one draft emit: those that would have come without it, and no others.
+def sample_and_accept(draft: Sequence[int], sample: Callable[[int], int]) -> Iterator[int]:
+    """Yields the tokens that the rows of one draft emit: exactly those emitted without the draft.
 
-    Row j is the one that sees the first j draft tokens; `pick(j)` samples it as if no draft were there. Rows are
-    picked one by one, each after its predecessor's token was taken from the iterator, so the caller appends a
-    token to the history before it asks for the next. Going on ends at the first token that is not the draft's: the
-    rows after it saw a wrong history. A fully right draft gives one token more than it has.
+    Row j attended to the first j draft tokens; `sample(j)` samples it as if there were no draft. A row is sampled only
+    when the iterator is advanced, so the caller appends each token to the history before the next row is sampled. The
+    iterator ends after the first token that differs from the draft, as the later rows attended to a wrong history. A
+    fully accepted draft yields one token more than its length.
 
-    Every token but the last is the draft's; the last may be too if the caller leaves early, which costs nothing.
+    All tokens but the last are draft tokens. The last one may be a draft token too if the caller stops early.
     """
-    for row, guess in enumerate(draft):
-        token = pick(row)
+    for row, drafted in enumerate(draft):
+        token = sample(row)
         yield token
-        if token != guess:
+        if token != drafted:
             return
-    yield pick(len(draft))
+    yield sample(len(draft))

@@ -1,22 +1,22 @@
-"""Log probabilities under the raw logits of a row, before bias, penalties and truncation."""
+"""Log probabilities of the raw logits of a row, before bias, penalties and truncation."""
 
 from __future__ import annotations
 
 import math
 
 from engine.contract import Logprob
-from engine.sampling.candidates import Row, spread, top
+from engine.sampling.candidates import Row, peak_and_mass, top_candidates
 
 
 def logprob(row: Row, token: int, count: int) -> Logprob:
-    """The log-softmax of `token`, with an error of 1e-5 at most, and of the `count` likeliest tokens there.
+    """Returns the log-softmax of `token`, with an error of at most 1e-5, and of the `count` most likely tokens.
 
-    It is 0.0 only if the rest of the vocabulary holds less than 1e-16 of the mass. Raises BadLogits.
+    The value is 0.0 only if all other tokens hold less than 1e-16 of the mass. Raises BadLogits.
     """
-    peak, mass = spread(row)
+    peak, mass = peak_and_mass(row)
     normaliser = math.log(mass)
     if not count:
         return Logprob(token, float(row[token]) - peak - normaliser)
-    found = top(row, count)
+    found = top_candidates(row, count)
     values = (found.logits - peak - normaliser).tolist()
     return Logprob(token, float(row[token]) - peak - normaliser, tuple(zip(found.ids.tolist(), values, strict=True)))

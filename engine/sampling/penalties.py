@@ -1,33 +1,35 @@
-"""Penalties on what would repeat recent tokens, as llama.cpp's samplers define them.
+"""Penalties on tokens that would repeat recent ones, as llama.cpp's samplers define them.
 
-All change a row of logits in place, and look back on the prompt and what was emitted after it.
+All penalties change a row of logits in place. They look back on the prompt and the emitted tokens, as in llama-server.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from engine.contract import SamplingParams
 from engine.sampling.candidates import Row
+from engine.text import TokenBytes
 
-_HIGHEST = math.log(1e30)  # of a penalty: float32 ends soon after
+# Float32 overflows soon after.
+_MAX_LOG_PENALTY = math.log(1e30)
 
 
-def recent(history: Sequence[int], last_n: int) -> Sequence[int]:
-    """The `last_n` most recent tokens, oldest first; -1 is all of them."""
+def last_tokens(history: Sequence[int], last_n: int) -> Sequence[int]:
+    """Returns the `last_n` most recent tokens, oldest first; -1 means all tokens."""
     return history if last_n < 0 else history[max(0, len(history) - last_n) :]
 
 
-def penalise_seen(row: Row, history: Sequence[int], params: SamplingParams) -> None:
-    """The repeat, frequency and presence penalties on each token seen among the `repeat_last_n` most recent ones.
+def apply_penalties(row: Row, history: Sequence[int], params: SamplingParams) -> None:
+    """Applies the repeat, frequency and presence penalties to each of the `repeat_last_n` most recent tokens.
 
-    The first divides a logit if that is positive and multiplies it if not; the second is subtracted as often as
-    the token was seen, the third once.
+    The repeat penalty divides a positive logit and multiplies any other. The frequency penalty is subtracted once per
+    occurrence, the presence penalty once.
     """
-    seen = np.array(recent(history, params.repeat_last_n), np.intp)
+    seen = np.array(last_tokens(history, params.repeat_last_n), np.intp)
     tokens, counts = np.unique(seen, return_counts=True)
     logits = row[tokens].astype(np.float64)
     repeat = params.repeat_penalty
@@ -35,27 +37,27 @@ def penalise_seen(row: Row, history: Sequence[int], params: SamplingParams) -> N
     row[tokens] = logits - counts * params.frequency_penalty - params.presence_penalty
 
 
-class Dry:
-    """DRY ("don't repeat yourself", p-e-w 2024): a penalty on each token that would prolong a verbatim repeat.
+class DryPenalty:
+    """DRY ("don't repeat yourself", p-e-w 2024): a penalty on each token that would extend a verbatim repeat.
 
     If the last n tokens also occur earlier, the token that followed them there loses
     `multiplier * base ** (n - allowed_length)`, once n is at least `allowed_length`; the longest repeat counts. A
-    repeat does not reach back over a sequence breaker, and breakers are never penalised. A token is a breaker if
-    its bytes contain one of the breaker texts; unlike in llama.cpp, a text that spans several tokens, or is that
-    of a control token, is not recognised.
+    repeat does not extend back over a sequence breaker, and breakers are never penalised. A token is a breaker if its
+    bytes contain one of the breaker texts; unlike in llama.cpp, a text that spans several tokens, or that of a control
+    token, is not recognised.
     """
 
-    def __init__(self, params: SamplingParams, piece: Callable[[int], bytes]) -> None:
+    def __init__(self, params: SamplingParams, token_bytes: TokenBytes) -> None:
         self._params = params
-        self._piece = piece
+        self._token_bytes = token_bytes
         self._texts = tuple(text.encode() for text in params.dry_sequence_breakers if text)
-        self._breaks: dict[int, bool] = {}
+        self._breakers: dict[int, bool] = {}
 
-    def penalise(self, row: Row, history: Sequence[int]) -> None:
-        """Subtracts the penalties; costs a time linear in the tokens that it looks back on."""
+    def apply(self, row: Row, history: Sequence[int]) -> None:
+        """Subtracts the penalties, in time linear in `dry_penalty_last_n`."""
         shortest = self._params.dry_allowed_length
-        tokens = list(recent(history, self._params.dry_penalty_last_n))[::-1]
-        repeats = prolonging(tokens, shortest)
+        tokens = list(last_tokens(history, self._params.dry_penalty_last_n))[::-1]
+        repeats = repeat_lengths(tokens, shortest)
         limit = self._unbroken(tokens[: max(repeats.values(), default=0)])
         for token, size in repeats.items():
             if min(size, limit) >= shortest and not self._is_breaker(token):
@@ -64,33 +66,35 @@ class Dry:
     def _penalty(self, size: int) -> float:
         params = self._params
         growth = (size - params.dry_allowed_length) * math.log(params.dry_base)
-        return math.exp(min(math.log(params.dry_multiplier) + growth, _HIGHEST))
+        return math.exp(min(math.log(params.dry_multiplier) + growth, _MAX_LOG_PENALTY))
 
     def _unbroken(self, tokens: Sequence[int]) -> int:
-        """How many tokens, from the most recent one on, come before a breaker."""
+        """Returns the number of tokens, from the most recent one on, before the first breaker."""
         return next((at for at, token in enumerate(tokens) if self._is_breaker(token)), len(tokens))
 
     def _is_breaker(self, token: int) -> bool:
-        known = self._breaks.get(token)
+        known = self._breakers.get(token)
         if known is None:
-            piece = self._piece(token)
-            known = self._breaks[token] = any(text in piece for text in self._texts)
+            content = self._token_bytes(token)
+            known = self._breakers[token] = any(text in content for text in self._texts)
         return known
 
 
-def prolonging(tokens: Sequence[int], shortest: int) -> dict[int, int]:
-    """For each token that would prolong a repeat of the most recent tokens, the length of the longest such repeat.
+def repeat_lengths(tokens: Sequence[int], shortest: int) -> dict[int, int]:
+    """Returns, for each token that would extend a repeat of the most recent tokens, the length of the longest repeat.
 
-    `tokens` are the most recent first. Lengths do not count the token itself; those below `shortest` are left out.
-    Linear time by the Z-algorithm (Gusfield 1997, section 1.4), like DRY in koboldcpp and llama.cpp.
+    `tokens` are ordered from the most recent one. Lengths do not count the token itself; those below `shortest` are
+    left out. Linear time by the Z-algorithm (Gusfield 1997, section 1.4), as DRY in koboldcpp and llama.cpp.
 
-    >>> prolonging("cbaycbccba", 1)
+    >>> repeat_lengths("cbaycbccba", 1)
     {'y': 2, 'b': 1, 'c': 3}
     """
     longest: dict[int, int] = {} if shortest else dict.fromkeys(tokens[:-1], 0)
     total = len(tokens)
-    lengths = [0] * total  # of the common beginning of tokens and tokens[at:]
-    left = right = 0  # tokens[left:right] begins like tokens itself, and no box before it ends later
+    # lengths[at]: of the common beginning of tokens and tokens[at:].
+    lengths = [0] * total
+    # tokens[left:right] equals the beginning of tokens, and no such box from an earlier start ends later.
+    left = right = 0
     for at in range(1, total):
         if tokens[at] != tokens[0]:
             continue

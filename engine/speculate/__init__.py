@@ -1,36 +1,38 @@
-"""Proposers: guesses at a request's next tokens, verified by the model in one step.
+"""Speculative decoding: proposers draft the next tokens of each sequence, and the model verifies drafts in one step.
 
-base        what a proposer is, and what a draft is
-simple, map, mod, cache, suffix, prediction, forced, draft    one type each
-ngrams, tree, files   what some of them are made of
-vocabulary  whether a draft model fits
-guesser     one type's proposer in one request, and how often it is right
-drafter     the proposers of one request
-proposals   one step's drafts for all requests: who is asked, what is verified
-shared      what proposers share, and the files it is kept in
-drafting    all of it for one engine
-tally       counts, and the lines in the log
+proposer              the protocols of proposers, and their drafts
+ngram_simple, ngram_map, ngram_mod, ngram_cache, suffix, prediction, grammar, draft_model    one type each
+ngram_index, ngram_counts, suffix_tree    data structures of these
+vocabulary            whether the vocabulary of a draft model fits
+shared_data           data that proposers share, and its files
+proposer_stats        counts, times and acceptance of one type, and their lines in the log
+tracked_proposer      a proposer with its draft and its statistics
+sequence_proposers    all proposers of one sequence
+planner               the drafts that one step verifies, for all sequences
+speculative_decoding  all of it for one engine
+lookup                builds the static file of ngram_cache
 """
 
-from engine.speculate.base import NO_DRAFT, Bounds, Draft, Proposer
-from engine.speculate.draft import DraftModel
-from engine.speculate.drafter import LEARN, Drafter
-from engine.speculate.drafting import Drafting, Speculate
-from engine.speculate.proposals import Wish
-from engine.speculate.shared import Shared
-from engine.speculate.vocabulary import difference
+from engine.speculate.draft_model import DraftModel
+from engine.speculate.planner import DraftCandidate
+from engine.speculate.proposer import NO_DRAFT, Draft, DraftBounds, Proposer, num_matching
+from engine.speculate.sequence_proposers import FEED_TOKENS, SequenceProposers
+from engine.speculate.shared_data import SharedDraftData
+from engine.speculate.speculative_decoding import ProposerFactory, SpeculativeDecoding
+from engine.speculate.vocabulary import vocabulary_mismatch
 
 __all__ = [
-    "LEARN",
+    "FEED_TOKENS",
     "NO_DRAFT",
-    "Bounds",
     "Draft",
+    "DraftBounds",
+    "DraftCandidate",
     "DraftModel",
-    "Drafter",
-    "Drafting",
     "Proposer",
-    "Shared",
-    "Speculate",
-    "Wish",
-    "difference",
+    "ProposerFactory",
+    "SequenceProposers",
+    "SharedDraftData",
+    "SpeculativeDecoding",
+    "num_matching",
+    "vocabulary_mismatch",
 ]

@@ -1,4 +1,4 @@
-"""Counts of a corpus for `ngram-cache`, as a file."""
+"""Builds the file of corpus counts that `ngram-cache` loads, as llama.cpp's llama-lookup-create does."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from engine.backend import Vocab
-from engine.speculate.cache import count
-from engine.speculate.shared import key_of
+from engine.speculate.ngram_counts import count_corpus
+from engine.speculate.vocabulary import vocabulary_digest
 
 
 def build_lookup(vocab: Vocab, texts: Iterable[str], path: Path, progress: Callable[[int], None]) -> None:
-    """Counts the n-grams of `texts` into the file at `path`; `progress` hears the UTF-8 bytes of each text done.
+    """Writes the n-gram counts of `texts` to `path`. Calls `progress` with the UTF-8 bytes of each counted text.
 
-    Raises OSError if it cannot be written; then what was there is unchanged.
+    Raises OSError if the file cannot be written; then an earlier file stays.
     """
 
     def tokens() -> Iterator[list[int]]:
@@ -21,4 +21,4 @@ def build_lookup(vocab: Vocab, texts: Iterable[str], path: Path, progress: Calla
             yield vocab.tokenize(text, special=False)
             progress(len(text.encode("utf-8", "replace")))
 
-    count(tokens()).save(path, key_of(vocab))
+    count_corpus(tokens()).save(path, vocabulary_digest(vocab))

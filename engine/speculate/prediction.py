@@ -1,7 +1,7 @@
-"""`prediction`: the text that the client expects, sent as OpenAI's `prediction`, mostly a file that is to be edited.
+"""`prediction`: drafts from the output that the client predicts (OpenAI's `prediction`), mostly a file to be edited.
 
-The output is followed in it, and what comes next there is the draft. Where the output says something else, it may
-have replaced a token, put some in or left some out: the place is found again by what was generated last.
+The proposer follows the output through the predicted tokens; the tokens after the current position are the draft. Where
+the output differs, it may have replaced, inserted or left out tokens: the last output tokens give the new position.
 """
 
 from __future__ import annotations
@@ -9,32 +9,34 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
-from engine.speculate.base import NO_DRAFT, Draft
+from engine.speculate.proposer import NO_DRAFT, Draft
 
-SYNC_LONG = 8
-"""Tokens that are compared at most: more of them equal say no more about the place."""
-SYNC_SHORT = 2
-"""Tokens that must be equal. One would be found everywhere, three are found a step later and hardly more surely."""
-AHEAD = 4096
-"""Places at most so far after the old one: the index need not know more, and a long prediction holds nobody up."""
-NEAR = 8
-"""Places that are compared before the old one and after it, so that a miss has a bounded cost in any text."""
+# More equal tokens than this do not make a position more certain.
+MAX_SYNC_TOKENS = 8
+# One equal token is found everywhere; three are found a step later than two and hardly more surely.
+MIN_SYNC_TOKENS = 2
+# Bounds the index: a long prediction must not delay a step.
+MAX_SKIP_TOKENS = 4096
+# Bounds the cost of a miss: candidate positions before the old position, and as many after it.
+MAX_CANDIDATES_PER_SIDE = 8
 
 
-class Prediction:
-    """The `prediction` proposer of a request whose prompt has `prompt_length` tokens; what follows is its output.
+class PredictionProposer:
+    """Drafts the tokens of `predicted` after the position that the request's output has reached.
 
-    The *place* is how many tokens of `predicted` the output has come past, 0 at first. For each token of the output:
+    Tokens after the first `prompt_length` are output. The *position* is the number of predicted tokens that the output
+    has passed, 0 at first. For each output token:
 
-    - If it stands at the place, the place moves behind it.
-    - Else it is a miss. If the last `SYNC_SHORT` tokens of the output stand in `predicted`, the place is behind them,
-      and the misses are over. Of several such places, `NEAR` before the old one and `NEAR` at or up to `AHEAD`
-      after it count; first, the output's last tokens, up to `SYNC_LONG`, agree there for longest; then it is at or
-      after the old one; then it is nearest.
-    - Else, if the token before was no miss, the place moves on by one, as if the token had replaced the one there.
+    - If it equals the predicted token at the position, the position moves past that token.
+    - Otherwise it is a miss. If the last `MIN_SYNC_TOKENS` output tokens stand in `predicted`, the position moves past
+      them, and the misses end. Candidates are the `MAX_CANDIDATES_PER_SIDE` last positions before the old one and the
+      first as many at it or up to `MAX_SKIP_TOKENS` after it. The best candidate has the longest agreement with the
+      output's end, of at most `MAX_SYNC_TOKENS`; of equals one at or after the old position; of these the nearest.
+    - Otherwise, if the token before was no miss, the position moves by one, as if the token had replaced the predicted
+      one.
 
-    What stands from the place on is the draft, at most `n_max` tokens; after two misses in a row there is none.
-    Prompt tokens that are edited away make the prompt shorter.
+    The draft is the predicted tokens from the position on, at most `n_max`. After two misses in a row there is none.
+    Prompt tokens that `truncate` or `shift` removes reduce `prompt_length`.
     """
 
     def __init__(self, predicted: Sequence[int], prompt_length: int, *, n_max: int = 64) -> None:
@@ -42,11 +44,11 @@ class Prediction:
         self._prompt_length = prompt_length
         self._n_max = n_max
         self._ends: dict[tuple[int, ...], list[int]] = {}
-        """For each run of `SYNC_SHORT` tokens of the prediction's first `_indexed` where it ends, in order."""
-        self._indexed = SYNC_SHORT - 1
-        self._prompt = 0
-        """Tokens of the prompt that are in the history."""
-        self._follow([])
+        """The ends of each run of `MIN_SYNC_TOKENS` tokens among the first `_indexed` predicted ones, ascending."""
+        self._indexed = MIN_SYNC_TOKENS - 1
+        self._prompt_seen = 0
+        """Tokens of the history that belong to the prompt."""
+        self._replay([])
 
     def begin(self, tokens: Sequence[int]) -> None:
         self.observe(tokens)
@@ -54,70 +56,74 @@ class Prediction:
     def propose(self, limit: int) -> Draft:
         if self._misses > 1:
             return NO_DRAFT
-        tokens = self._predicted[self._place : self._place + min(limit, self._n_max)]
+        tokens = self._predicted[self._position : self._position + min(limit, self._n_max)]
         return Draft(tokens) if tokens else NO_DRAFT
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
-        prompt = min(len(emitted), self._prompt_length - self._prompt)
-        self._prompt += prompt
+        prompt = min(len(emitted), self._prompt_length - self._prompt_seen)
+        self._prompt_seen += prompt
         for token in emitted[prompt:]:
-            self._step(token)
+            self._advance(token)
 
     def truncate(self, length: int) -> None:
-        self.shift(length, self._prompt + len(self._output) - length)
+        self.shift(length, self._prompt_seen + len(self._output) - length)
 
     def shift(self, keep: int, discard: int) -> None:
         if discard <= 0:
             return
-        prompt, end = self._prompt, keep + discard
-        self._prompt -= max(0, min(end, prompt) - keep)
+        prompt, end = self._prompt_seen, keep + discard
+        self._prompt_seen -= max(0, min(end, prompt) - keep)
         self._prompt_length -= max(0, min(end, self._prompt_length) - keep)
-        self._follow(self._output[: max(0, keep - prompt)] + self._output[max(0, end - prompt) :])
+        self._replay(self._output[: max(0, keep - prompt)] + self._output[max(0, end - prompt) :])
 
     def end(self) -> None:
         pass
 
-    def _follow(self, output: Sequence[int]) -> None:
-        """Reads a whole output from its beginning."""
+    def _replay(self, output: Sequence[int]) -> None:
+        """Follows a whole output from the beginning of the prediction."""
         self._output: list[int] = []
-        self._place = 0
+        self._position = 0
         self._misses = 0
         for token in output:
-            self._step(token)
+            self._advance(token)
 
-    def _step(self, token: int) -> None:
+    def _advance(self, token: int) -> None:
         self._output.append(token)
-        if self._place < len(self._predicted) and self._predicted[self._place] == token:
-            self._place += 1
+        if self._position < len(self._predicted) and self._predicted[self._position] == token:
+            self._position += 1
             self._misses = 0
-            self._index(self._place)  # now, as a miss after a long way would have to do it at once
+            # Token by token, as a miss after a long agreement would otherwise index all of it in one step.
+            self._extend_index(self._position)
             return
         self._misses += 1
-        place = self._found()
-        if place is not None:
-            self._place, self._misses = place, 0
+        position = self._resync()
+        if position is not None:
+            self._position, self._misses = position, 0
         elif self._misses == 1:
-            self._place += 1
+            self._position += 1
 
-    def _found(self) -> int | None:
-        """Where in the prediction the last tokens of the output end, if they are there."""
-        self._index(self._place + AHEAD)
-        ends = self._ends.get(tuple(self._output[-SYNC_SHORT:]), [])
-        later, last = bisect_left(ends, self._place), bisect_right(ends, self._place + AHEAD)
-        near = ends[max(0, later - NEAR) : min(later + NEAR, last)]
-        return max(near, key=lambda end: (self._agreed(end), end >= self._place, -abs(end - self._place)), default=None)
+    def _resync(self) -> int | None:
+        """Returns the best candidate position, or None if there is no candidate."""
+        self._extend_index(self._position + MAX_SKIP_TOKENS)
+        ends = self._ends.get(tuple(self._output[-MIN_SYNC_TOKENS:]), [])
+        later, last = bisect_left(ends, self._position), bisect_right(ends, self._position + MAX_SKIP_TOKENS)
+        candidates = ends[max(0, later - MAX_CANDIDATES_PER_SIDE) : min(later + MAX_CANDIDATES_PER_SIDE, last)]
+        return max(candidates, key=self._preference, default=None)
 
-    def _index(self, length: int) -> None:
-        """Knows where the runs of the first `length` tokens end, and perhaps of more."""
+    def _preference(self, end: int) -> tuple[int, bool, int]:
+        return self._agreement(end), end >= self._position, -abs(end - self._position)
+
+    def _extend_index(self, length: int) -> None:
+        """Indexes at least the first `length` predicted tokens."""
         first, last = self._indexed + 1, min(length, len(self._predicted))
         for end in range(first, last + 1):
-            self._ends.setdefault(tuple(self._predicted[end - SYNC_SHORT : end]), []).append(end)
+            self._ends.setdefault(tuple(self._predicted[end - MIN_SYNC_TOKENS : end]), []).append(end)
         self._indexed = max(self._indexed, last)
 
-    def _agreed(self, end: int) -> int:
-        """How many tokens before `end` are the output's last, up to `SYNC_LONG`."""
-        most = min(end, len(self._output), SYNC_LONG)
-        for back in range(SYNC_SHORT + 1, most + 1):
+    def _agreement(self, end: int) -> int:
+        """Returns how many predicted tokens before `end` equal the output's last ones, at most `MAX_SYNC_TOKENS`."""
+        most = min(end, len(self._output), MAX_SYNC_TOKENS)
+        for back in range(MIN_SYNC_TOKENS + 1, most + 1):
             if self._predicted[end - back] != self._output[-back]:
                 return back - 1
         return most

@@ -1,6 +1,6 @@
-"""`suffix`: the longest end of the history that was seen before, and what mostly followed it then.
+"""`suffix`: drafts the most frequent continuation of the longest suffix of the history that occurred before.
 
-It was seen in the request's own history, or in what other requests said lately. The longer the match, the longer the
+It may have occurred in the request's own history or in recent outputs of other requests. A longer match gives a longer
 draft (SuffixDecoding: Oliaro, Jia, Campos, Qiao 2024, arXiv 2411.04975).
 """
 
@@ -11,51 +11,51 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from operator import mul
 
-from engine.speculate.base import NO_DRAFT, Draft
-from engine.speculate.tree import Continuation, Locus, SuffixTree, Text
+from engine.speculate.proposer import NO_DRAFT, Draft
+from engine.speculate.suffix_tree import Continuation, Locus, SuffixTree, TreeText
 
 
 class SharedOutputs:
-    """What requests said lately, at most `tokens` tokens of it. Engine thread only.
+    """Recent outputs of all requests, at most `max_tokens` tokens. For the engine thread only.
 
-    Each salt has outputs of its own, in up to two trees. When the newer holds half of `tokens`, it becomes the older
-    one, the older one is dropped, and outputs being written go on in a fresh tree: so at least the last half is
-    there. When all salts together hold more than `tokens`, the one that was not used for longest is dropped. With
-    `tokens` below 2 nothing is kept.
+    Each salt has up to two trees. Once the newer tree holds half of `max_tokens`, it becomes the older tree, the
+    previous older tree is dropped, and running outputs continue in a new tree: so at least the last `max_tokens / 2`
+    tokens stay. Once all salts together hold more than `max_tokens`, the least recently used salt is dropped. With
+    `max_tokens` below 2 nothing is stored.
     """
 
-    def __init__(self, tokens: int = 100_000, depth: int = 64) -> None:
+    def __init__(self, max_tokens: int = 100_000, depth: int = 64) -> None:
         self.size = 0
         """Tokens in all trees."""
-        self._tokens = tokens
+        self._max_tokens = max_tokens
         self._depth = depth
         self._trees: OrderedDict[str, list[SuffixTree]] = OrderedDict()
 
     def trees(self, salt: str) -> Sequence[SuffixTree]:
-        """What requests of `salt` said, newer tree first; at most two."""
+        """Returns the trees of `salt`, at most two, newer tree first."""
         if salt not in self._trees:
             return ()
         self._trees.move_to_end(salt)
         return self._trees[salt]
 
-    def extend(self, salt: str, output: Output, tokens: Iterable[int]) -> None:
-        """`tokens` follow in `output`, which is always of the same salt."""
-        if self._tokens < 2:
+    def extend(self, salt: str, output: OutputCursor, tokens: Iterable[int]) -> None:
+        """Appends `tokens` to `output`, which belongs to one salt."""
+        if self._max_tokens < 2:
             return
         for token in tokens:
-            tree = self._open(salt)
+            tree = self._writable(salt)
             if tree is not output.tree:
-                output.tree, output.text = tree, Text()
+                output.tree, output.text = tree, TreeText()
             tree.extend(output.text, (token,))
             self.size += 1
-            while self.size > self._tokens:
+            while self.size > self._max_tokens:
                 self._drop(self._trees.popitem(last=False)[1])
 
-    def _open(self, salt: str) -> SuffixTree:
-        """The newer tree of `salt`, with room for a token."""
+    def _writable(self, salt: str) -> SuffixTree:
+        """Returns the newer tree of `salt`, with room for a token."""
         trees = self._trees.setdefault(salt, [])
         self._trees.move_to_end(salt)
-        if not trees or trees[0].size >= self._tokens // 2:
+        if not trees or trees[0].size >= self._max_tokens // 2:
             trees.insert(0, SuffixTree(self._depth))
             self._drop(trees[2:])
             del trees[2:]
@@ -65,25 +65,26 @@ class SharedOutputs:
         self.size -= sum(tree.size for tree in trees)
 
 
-class Output:
-    """What one request says, as it is written into a tree of `SharedOutputs`."""
+class OutputCursor:
+    """The text of a tree in `SharedOutputs` to which one request's output is appended."""
 
     __slots__ = ("text", "tree")
 
     def __init__(self) -> None:
         self.tree: SuffixTree | None = None
-        self.text = Text()
+        self.text = TreeText()
 
 
-class Suffix:
-    """The `suffix` proposer of a request whose prompt has `prompt_length` tokens; what follows them is its output.
+class SuffixProposer:
+    """Drafts from suffix trees over the request's own history and over the shared outputs.
 
-    A tree over the whole history and those of the shared outputs each offer what mostly followed their longest match:
-    at most `factor` tokens for each token of the match, but at least one, and as long as all together are at least
-    `p_min` likely. The one wins of which most tokens may be expected to be right; the history's own before others'.
+    Each tree offers the most frequent continuation of its longest match: at most `factor` tokens per matched token, at
+    least one, and only as long as the product of the chances is at least `p_min`. The continuation with the largest
+    expected number of accepted tokens is the draft; the own history wins ties.
 
-    After `truncate` or `shift` the output goes on as a new one among the shared outputs: what others learn from is
-    what was truly said. Prompt tokens that are edited away make the prompt shorter.
+    Tokens after the first `prompt_length` are output. After `truncate` or `shift` the output continues as a new text
+    among the shared outputs, so these hold only token sequences that were emitted. Removed prompt tokens reduce
+    `prompt_length`.
     """
 
     def __init__(
@@ -102,40 +103,41 @@ class Suffix:
         self._depth = depth
         self._factor = factor
         self._p_min = p_min
-        self._output = Output()
-        self._guesses = [1, 1]  # how long the matches in the shared trees were, and would be if they went on
-        self._relearn([])
+        self._output = OutputCursor()
+        # Lengths of the last matches in the two shared trees, plus the tokens emitted since: where to begin the search.
+        self._length_hints = [1, 1]
+        self._rebuild([])
 
     def begin(self, tokens: Sequence[int]) -> None:
         self.observe(tokens)
 
     def propose(self, limit: int) -> Draft:
-        best, expected = NO_DRAFT, 0.0
+        best, best_expected = NO_DRAFT, 0.0
         for tree, match in self._matches():
             most = min(limit, max(1, int(self._factor * match.length)))
-            if match.length and expected < most:
+            if match.length and best_expected < most:
                 found = tree.continuation(match, most, self._p_min, self._text)
-                right = _expected(found)
-                if right > expected:
-                    best, expected = Draft(found.tokens, _wary(found, match.length)), right
-            if expected >= limit:
+                expected = _expected_accepted(found)
+                if expected > best_expected:
+                    best, best_expected = Draft(found.tokens, _discounted(found, match.length)), expected
+            if best_expected >= limit:
                 break
         return best
 
     def _matches(self) -> Iterator[tuple[SuffixTree, Locus]]:
-        """Where the history's end was seen before: in the history, and in what was said lately, newer first."""
+        """Yields the longest match of the history's end in the own tree, then in the shared trees, newer tree first."""
         trees = self._shared.trees(self._salt)
         yield self._tree, self._tree.active(self._text)
         for i, tree in enumerate(trees):
-            match = tree.longest(self._text.tokens, self._guesses[i])
-            self._guesses[i] = match.length
+            match = tree.longest(self._text.tokens, self._length_hints[i])
+            self._length_hints[i] = match.length
             yield tree, match
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
-        said = max(0, self._prompt_length - len(self._text.tokens))
+        output_start = max(0, self._prompt_length - len(self._text.tokens))
         self._tree.extend(self._text, emitted)
-        self._shared.extend(self._salt, self._output, emitted[said:])
-        self._guesses = [guess + len(emitted) for guess in self._guesses]
+        self._shared.extend(self._salt, self._output, emitted[output_start:])
+        self._length_hints = [hint + len(emitted) for hint in self._length_hints]
 
     def truncate(self, length: int) -> None:
         self.shift(length, len(self._text.tokens) - length)
@@ -145,24 +147,24 @@ class Suffix:
             return
         tokens, end = self._text.tokens, keep + discard
         self._prompt_length -= max(0, min(end, self._prompt_length) - keep)
-        self._output = Output()
-        self._relearn(tokens[:keep] + tokens[end:])
+        self._output = OutputCursor()
+        self._rebuild(tokens[:keep] + tokens[end:])
 
     def end(self) -> None:
-        """The history is forgotten, the output stays among the shared ones."""
-        self._relearn([])
+        """Frees the history; the output stays among the shared outputs."""
+        self._rebuild([])
 
-    def _relearn(self, history: Sequence[int]) -> None:
-        self._tree, self._text = SuffixTree(self._depth), Text()
+    def _rebuild(self, history: Sequence[int]) -> None:
+        self._tree, self._text = SuffixTree(self._depth), TreeText()
         self._tree.extend(self._text, history)
 
 
-def _wary(continuation: Continuation, matched: int) -> list[float]:
-    """The tokens' chances where so many before them were matched: after one token even what always followed may not."""
+def _discounted(continuation: Continuation, matched: int) -> list[float]:
+    """Returns each chance times 1 - 1/n for n tokens matched and drafted so far: a short match is weak evidence."""
     return [chance * (1 - 1 / length) for length, chance in enumerate(continuation.chances, matched + 1)]
 
 
-def _expected(continuation: Continuation) -> float:
-    """How many of the tokens may be expected to be right."""
-    together: Iterable[float] = accumulate(continuation.chances, mul)
-    return sum(together)
+def _expected_accepted(continuation: Continuation) -> float:
+    """Returns the expected number of accepted tokens."""
+    products: Iterable[float] = accumulate(continuation.chances, mul)
+    return sum(products)

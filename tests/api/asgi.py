@@ -1,4 +1,4 @@
-"""An ASGI client that can hang up at any moment, under the rules of two versions of the specification."""
+"""An ASGI client that can disconnect at any moment, by the rules of two versions of the specification."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
-SPECS = ("2.3", "2.4")
-"""From 2.4 on `send` raises OSError once the client is gone; before, it does nothing."""
+# From 2.4 on, `send` raises OSError after a disconnect; before 2.4, `send` does nothing.
+ASGI_VERSIONS = ("2.3", "2.4")
 
 
-class Answer:
-    """What the client got until it hung up or the response ended."""
+class CapturedResponse:
+    """The messages that the client received before the disconnect or the end of the response."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
 
     @property
     def status(self) -> int | None:
-        """None if no response started."""
+        """The status; None if no response started."""
         return self.messages[0]["status"] if self.messages else None
 
     @property
@@ -30,7 +30,7 @@ class Answer:
 
     @property
     def chunks(self) -> list[bytes]:
-        """Bodies, one for each message that had one."""
+        """The bodies of the messages that have one."""
         return [message["body"] for message in self.messages[1:] if message.get("body")]
 
     @property
@@ -43,7 +43,7 @@ class Answer:
 
     @property
     def events(self) -> list[Any]:
-        """The data of a stream's events; comments are left out and [DONE] is a text."""
+        """The data of a stream's events without comments; [DONE] is a string."""
         lines = b"".join(self.chunks).decode().split("\n\n")
         data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
         return [text if text == "[DONE]" else json.loads(text) for text in data]
@@ -56,26 +56,30 @@ async def call(
     body: Any = None,
     *,
     headers: dict[str, str] | None = None,
-    hang_up: asyncio.Event | None = None,
-    hang_up_after: int | None = None,
+    disconnect: asyncio.Event | None = None,
+    disconnect_after: int | None = None,
     spec: str = "2.4",
-    pieces: Sequence[bytes] | None = None,
-    deaf: bool = False,
-) -> Answer:
-    """One request. The client goes when `hang_up` is set, or after that many bodies; `deaf` to `receive`, only
-    `send` fails then. `pieces` are sent as the body, without its length."""
-    gone = hang_up or asyncio.Event()
-    answer = Answer()
+    body_chunks: Sequence[bytes] | None = None,
+    send_only: bool = False,
+) -> CapturedResponse:
+    """Sends one request and returns the response.
+
+    The client disconnects when `disconnect` is set, or after `disconnect_after` bodies. With `send_only`, `receive`
+    never returns the disconnect and only `send` fails. `body_chunks` are sent without a Content-Length.
+    """
+    gone = disconnect or asyncio.Event()
+    response = CapturedResponse()
     raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-    waiting = list(pieces) if pieces is not None else [raw]
-    head = {"host": "test", **({} if pieces is not None else {"content-length": str(len(raw))}), **(headers or {})}
-    if hang_up_after == 0:
+    unsent = list(body_chunks) if body_chunks is not None else [raw]
+    length = {} if body_chunks is not None else {"content-length": str(len(raw))}
+    head = {"host": "test", **length, **(headers or {})}
+    if disconnect_after == 0:
         gone.set()
 
     async def receive() -> Message:
-        if waiting:
-            return {"type": "http.request", "body": waiting.pop(0), "more_body": bool(waiting)}
-        await (asyncio.Event() if deaf else gone).wait()
+        if unsent:
+            return {"type": "http.request", "body": unsent.pop(0), "more_body": bool(unsent)}
+        await (asyncio.Event() if send_only else gone).wait()
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
@@ -84,8 +88,8 @@ async def call(
             if spec >= "2.4":
                 raise OSError("gone")
             return
-        answer.messages.append(message)
-        if hang_up_after is not None and len(answer.chunks) >= hang_up_after:
+        response.messages.append(message)
+        if disconnect_after is not None and len(response.chunks) >= disconnect_after:
             gone.set()
 
     scope = {
@@ -103,9 +107,9 @@ async def call(
     }
     async with asyncio.timeout(10):
         await app(scope, receive, send)
-    return answer
+    return response
 
 
-async def post(app: ASGIApp, path: str, body: Any, **options: Any) -> Answer:
-    """The same for POST."""
+async def post(app: ASGIApp, path: str, body: Any, **options: Any) -> CapturedResponse:
+    """Sends one POST request and returns the response."""
     return await call(app, "POST", path, body, **options)

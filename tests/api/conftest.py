@@ -8,14 +8,14 @@ import pytest
 from starlette.types import ASGIApp
 
 from api.server.app import create_app
-from tests.api.fake import FakeEngine, hello, site_of
+from tests.api.fake import FakeEngine, app_state, hello
 
 Apps = Callable[..., ASGIApp]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_settings_of_the_machine() -> Iterator[None]:
-    """The environment may hold flags, which servers of the tests would take."""
+def _clean_environment() -> Iterator[None]:
+    """Removes the environment variables that servers read as flags."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
             if name.startswith("LLAMA_"):
@@ -30,10 +30,10 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def app_of(engine: FakeEngine) -> Apps:
-    """Makes the application over `engine`, with settings of the server."""
+    """Returns a function that creates the application over `engine` with settings of the server."""
 
     def make(**config: Any) -> ASGIApp:
-        return create_app(site_of(engine, **config))
+        return create_app(app_state(engine, **config))
 
     return make
 

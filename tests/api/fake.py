@@ -1,57 +1,58 @@
-"""An engine without a model: scripted tokens, faults on demand, real Generations."""
+"""An engine without a model: scripted tokens and errors, real generations."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
-from api.config.flags import Options
-from api.generation.loaded_model import Core, Served, Site
+from api.config.options import Options
+from api.generation.loaded_model import AppState, LoadedModel
 from engine import (
     PROPOSER_TYPES,
     ContextExceeded,
-    Drafts,
+    DraftStats,
+    Engine,
     EngineError,
     EngineFault,
     Finished,
     FinishReason,
-    Form,
     Generation,
     Grammar,
+    GrammarSpec,
     Histogram,
     Logprob,
     MemoryInfo,
     ModelInfo,
-    Moved,
+    PrefillProgress,
     ProposerType,
-    Ran,
-    Reading,
     Request,
     RequestRefused,
+    RequestState,
     SamplingParams,
     SlotState,
+    SlotTransfer,
     Stats,
     Timings,
     Usage,
 )
 from engine.contract import Failed
-from engine.grammar import GrammarError, Grammars
+from engine.grammar import GrammarCompiler, GrammarError
 
 BOS, EOS, START, END = 256, 257, 258, 259
 SPECIAL = {"<s>": BOS, "</s>": EOS, "<|im_start|>": START, "<|im_end|>": END}
 
-Step = bytes | float | asyncio.Event | Reading | EngineError
-"""Bytes are the tokens of one step, a number is a pause in seconds, an event is waited for, a reading is told to
-who asked for it, an error ends it."""
+# Bytes are the tokens of one step, a number is a pause in seconds. An event pauses until it is set, progress goes to
+# requests with `progress`, and an error ends the request.
+Step = bytes | float | asyncio.Event | PrefillProgress | EngineError
 Script = Callable[[Request], Iterable[Step]]
 
 
 class ByteVocab:
-    """A token for each byte, and four special ones."""
+    """A vocabulary with one token for each byte, and four special tokens."""
 
     size = 260
     ends = frozenset({EOS, END})
@@ -98,59 +99,58 @@ INFO = ModelInfo(
 )
 
 
-DRAFTS = (Drafts("suffix", 4, (0, 0, 0, 1, 0), 3.5, 0.5, 0.25, 0.75),)
-"""What becomes of the drafts of every request unless told otherwise: one, of whose four tokens three are right."""
+# The default draft statistics of a request: one draft, three of its four tokens accepted.
+DRAFTS = (DraftStats("suffix", 4, (0, 0, 0, 1, 0), 3.5, 0.5, 0.25, 0.75),)
 
-
+# Slot 0 is busy, the others have never run a request.
 SLOTS = (
     SlotState(
         0,
         True,
         70,
-        Ran(
+        RequestState(
             key=9,
             prompt=64,
             cached=32,
             processed=32,
             emitted=7,
-            most=10,
+            max_tokens=10,
             sampling=SamplingParams(seed=5),
             min_tokens=1,
             ignore_eos=False,
-            guessers=("suffix",),
+            proposers=("suffix",),
             draft=3,
             drafts=DRAFTS,
         ),
     ),
     *(SlotState(number, False, 0, None) for number in range(1, 4)),
 )
-"""The first one runs, the others never did."""
 
 
 def hello(request: Request) -> Iterable[Step]:
-    """What the fake says unless told otherwise."""
+    """The default script."""
     return [b"Hel", 0.002, b"lo", 0.002, " wörld".encode()]
 
 
 def endless(request: Request) -> Iterable[Step]:
-    """A stream that only a hang-up ends."""
+    """Tokens until the client disconnects."""
     while True:
         yield b"x"
         yield 0.001
 
 
 def silence(request: Request) -> Iterable[Step]:
-    """A request that waits in the queue, or whose prompt is read for ever."""
+    """No tokens until the client disconnects."""
     return [asyncio.Event()]
 
 
 class FakeEngine:
-    """Plays its script to every request. `log` tells what was submitted and cancelled."""
+    """Plays `script` for every request. `log` has an entry for each submission, cancellation and slot operation."""
 
     def __init__(self, script: Script = hello, *, info: ModelInfo = INFO) -> None:
         self.script = script
-        self.drafts: tuple[Drafts, ...] = DRAFTS
-        self.silent = {"draft": "there is no draft model, see --model-draft"}
+        self.drafts: tuple[DraftStats, ...] = DRAFTS
+        self.unavailable_proposers = {"draft": "there is no draft model, see --model-draft"}
         self.info = info
         self.vocab = ByteVocab(bos_added=info.bos_added)
         self.slots = 4
@@ -158,9 +158,9 @@ class FakeEngine:
         self.log: list[str] = []
         self.requests: list[Request] = []
         self.refusal: EngineError | None = None
-        """Raised on entering once `free` requests are open."""
+        """The error of a submission while at least `free` requests are open. None accepts every request."""
         self.free = 0
-        self.places = 512
+        self.max_requests = 512
         self.fault: EngineFault | None = None
         self.memory = MemoryInfo(
             kv_unified=False,
@@ -170,19 +170,19 @@ class FakeEngine:
             ram_bytes=2**30,
             disk=False,
             disk_bytes=0,
-            moved_from=0,
+            reuse_min_tokens=0,
         )
         self.states = SLOTS
-        self.trouble: EngineError | None = None
-        """Raised instead of saving, restoring or erasing."""
+        self.slot_error: EngineError | None = None
+        """The error of saving, restoring or erasing a slot. None lets the operation succeed."""
         self._playing: dict[Generation, asyncio.Task[None]] = {}
-        self._grammars = Grammars(self.vocab)
+        self._grammars = GrammarCompiler(self.vocab)
 
     @property
     def proposers(self) -> tuple[ProposerType, ...]:
-        return tuple(kind for kind in PROPOSER_TYPES if kind not in self.silent)
+        return tuple(kind for kind in PROPOSER_TYPES if kind not in self.unavailable_proposers)
 
-    async def compile(self, form: Form) -> Grammar:
+    async def compile(self, form: GrammarSpec) -> Grammar:
         try:
             return await self._grammars.compile(form)
         except GrammarError as error:
@@ -194,8 +194,10 @@ class FakeEngine:
     def generate(self, request: Request) -> Generation:
         if len(request.prompt) >= self.request_limit:
             raise self.context_exceeded(len(request.prompt))
-        if request.speculation is not None and any(kind in self.silent for kind in request.speculation.type):
-            raise RequestRefused("Nobody can guess by that here.", field="speculative.type")
+        if request.speculation is not None and any(
+            kind in self.unavailable_proposers for kind in request.speculation.type
+        ):
+            raise RequestRefused("speculative.type: the proposer is unavailable.", field="speculative.type")
         self.requests.append(request)
         return Generation(request, self.vocab.piece, self._submit, self._cancel)
 
@@ -206,7 +208,7 @@ class FakeEngine:
             **dict.fromkeys(
                 ("prompt_tokens", "cached_tokens", "completion_tokens", "drafted_tokens", "accepted_tokens"), 7
             ),
-            **dict.fromkeys(("steps", "native_passes", "retractions", "restores", "hits"), 5),
+            **dict.fromkeys(("steps", "native_passes", "preemptions", "restores", "hits"), 5),
             busy_seconds=2.5,
             native_seconds=2.0,
             queue=histogram,
@@ -219,8 +221,8 @@ class FakeEngine:
             cells_idle=10,
             **dict.fromkeys(("saved_tokens", "restored_tokens", "ram_bytes", "disk_bytes"), 9),
             drafts=(
-                Drafts("suffix", 20, (1, 2, 3), 7.5, 0.8, 0.25, 0.75),
-                Drafts("ngram-mod", 9, (0, 1, 0, 1)),
+                DraftStats("suffix", 20, (1, 2, 3), 7.5, 0.8, 0.25, 0.75),
+                DraftStats("ngram-mod", 9, (0, 1, 0, 1)),
             ),
             step_seconds={1: 0.01, 2: 0.015},
         )
@@ -228,20 +230,20 @@ class FakeEngine:
     async def slot_states(self) -> tuple[SlotState, ...]:
         return self.states
 
-    async def save_slot(self, number: int, path: Path) -> Moved:
-        return self._moved(f"save {number} {path}")
+    async def save_slot(self, number: int, path: Path) -> SlotTransfer:
+        return self._transfer(f"save {number} {path}")
 
-    async def restore_slot(self, number: int, path: Path) -> Moved:
-        return self._moved(f"restore {number} {path}")
+    async def restore_slot(self, number: int, path: Path) -> SlotTransfer:
+        return self._transfer(f"restore {number} {path}")
 
     async def erase_slot(self, number: int) -> int:
-        return self._moved(f"erase {number}").tokens
+        return self._transfer(f"erase {number}").tokens
 
-    def _moved(self, what: str) -> Moved:
-        if self.trouble is not None:
-            raise self.trouble
-        self.log.append(what)
-        return Moved(70, 1000, 0.25)
+    def _transfer(self, entry: str) -> SlotTransfer:
+        if self.slot_error is not None:
+            raise self.slot_error
+        self.log.append(entry)
+        return SlotTransfer(70, 1000, 0.25)
 
     def _submit(self, generation: Generation) -> None:
         if self.refusal is not None and len(self._playing) >= self.free:
@@ -252,7 +254,7 @@ class FakeEngine:
     def _cancel(self, generation: Generation) -> None:
         self.log.append("cancel")
         self._playing.pop(generation).cancel()
-        # Like the engine, which tells the end a step later, to readers that are still there.
+        # The engine delivers the end one step later.
         asyncio.get_running_loop().call_soon(generation.deliver_end, self._finished(generation.request, 0, "cancelled"))
 
     async def _play(self, generation: Generation) -> None:
@@ -264,29 +266,29 @@ class FakeEngine:
                 case EngineError():
                     if isinstance(step, EngineFault) and step.fatal:
                         self.fault = step
-                    self._end(generation, Failed(step))
+                    self._finish(generation, Failed(step))
                     return
                 case asyncio.Event():
                     await step.wait()
-                case Reading():
+                case PrefillProgress():
                     if request.progress:
-                        generation.deliver_reading(step)
+                        generation.deliver_progress(step)
                 case bytes():
                     tokens = list(step[: most - count])
                     count += len(tokens)
                     generation.deliver_tokens(tokens, self._logprobs(request, tokens))
             if count >= most:
                 break
-        self._end(generation, self._finished(request, count, "length" if count >= most else "stop"))
+        self._finish(generation, self._finished(request, count, "length" if count >= most else "stop"))
 
-    def _end(self, generation: Generation, end: Finished | Failed) -> None:
+    def _finish(self, generation: Generation, end: Finished | Failed) -> None:
         self._playing.pop(generation, None)
         generation.deliver_end(end)
 
     def _finished(self, request: Request, count: int, reason: str) -> Finished:
-        """An end with made-up times: 0.25 s in the queue, 0.5 s for the prompt, 2 s for the rest."""
-        nobody = request.speculation is not None and not request.speculation.type
-        drafts = () if nobody else self.drafts
+        """Returns a terminal update with fixed times: 0.25 s in the queue, 0.5 s of prefill, 2 s of decoding."""
+        disabled = request.speculation is not None and not request.speculation.type
+        drafts = () if disabled else self.drafts
         drafted, accepted = sum(each.drafted for each in drafts), sum(each.accepted for each in drafts)
         usage = Usage(len(request.prompt), 2, count, drafted, accepted)
         timings = Timings(0.25, 0.5, 2.0)
@@ -298,11 +300,13 @@ class FakeEngine:
         return [Logprob(t, -0.5, ((t, -0.5), (t + 1, float("-inf")))[: request.logprobs]) for t in tokens]
 
 
-def site_of(engine: FakeEngine | None = None, *, options: Any = None, **config: Any) -> Site:
-    """A site that serves `engine`, or a fresh fake one; `config` is the server's, `options` the other tables'."""
+def app_state(engine: FakeEngine | None = None, *, options: Any = None, **config: Any) -> AppState:
+    """Returns a state that serves `engine`, or a new fake one.
+
+    `config` has settings of the server, `options` the other tables of the configuration.
+    """
     tables = {"model": {"path": INFO.path}, "server": config, **(options or {})}
-    made = msgspec.convert(tables, Options)
-    site = Site(made.server)
-    core: Core = engine or FakeEngine()
-    site.served = Served(core, made)
-    return site
+    converted = msgspec.convert(tables, Options)
+    state = AppState(converted.server)
+    state.loaded = LoadedModel(cast("Engine", engine or FakeEngine()), converted)
+    return state

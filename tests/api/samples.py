@@ -1,10 +1,10 @@
-"""For each format, messages as its models write them, and what they are."""
+"""Outputs of models in every chat format, each with the message that the parser must return."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from api.tools.formats import FORMATS, Calls, Format, Tool
+from api.tools.formats import CHAT_FORMATS, AllowedCalls, ChatFormat, Tool
 
 WEATHER: dict[str, Any] = {
     "type": "object",
@@ -12,13 +12,13 @@ WEATHER: dict[str, Any] = {
     "required": ["city"],
     "additionalProperties": False,
 }
-CALLS = Calls((Tool("weather", WEATHER), Tool("now", {"type": "object", "properties": {}})))
+CALLS = AllowedCalls((Tool("weather", WEATHER), Tool("now", {"type": "object", "properties": {}})))
 CITY = "Zürich 👩‍👩‍👧 東京"
 ZÜRICH = '{"city": "Zürich 👩‍👩‍👧 東京"}'
 
 
 class Sample(NamedTuple):
-    """A text and what it is; with `opened` it begins inside of reasoning."""
+    """An output and its parsed fields. With `opened` the output begins inside of the reasoning."""
 
     format: str
     text: str
@@ -28,8 +28,8 @@ class Sample(NamedTuple):
     opened: bool = False
 
     @property
-    def reader(self) -> Format:
-        return next(format for format in FORMATS if format.name == self.format)
+    def chat_format(self) -> ChatFormat:
+        return next(format for format in CHAT_FORMATS if format.name == self.format)
 
 
 SAMPLES = [

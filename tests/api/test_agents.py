@@ -1,4 +1,4 @@
-"""Agents of others, over loopback: OpenAI's client, its agents and pydantic-ai each run a loop with two tools.
+"""Third-party agents over loopback: OpenAI's client, its agents and pydantic-ai each run a loop with two tools.
 
 The model is small and decides badly, so each step names the tool that must be called, and the last one none.
 """
@@ -82,7 +82,7 @@ def test_openai_streaming_helper_and_loop(client: OpenAI) -> None:
     assert {type(called[1][1][key]) for key in "ab"} == {int}
 
 
-def test_a_call_that_nobody_would_make(client: OpenAI) -> None:
+def test_a_required_call(client: OpenAI) -> None:
     ask: Any = {"model": NAME, "messages": [{"role": "user", "content": "Tell me a joke."}], "tools": TOOLS, "seed": 3}
     one = client.chat.completions.create(**ask, tool_choice="required", parallel_tool_calls=False, max_tokens=64)
     (call,) = one.choices[0].message.tool_calls

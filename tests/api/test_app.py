@@ -1,4 +1,4 @@
-"""What stands around the endpoints: ids, keys, health, metrics, the log."""
+"""Request ids, API keys, health, metrics and the log."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp
 
 from api.config.server import ServerConfig
-from api.generation.loaded_model import Site
+from api.generation.loaded_model import AppState
 from api.server.app import create_app
 from engine import EngineFault
 from tests.api.asgi import call, post
 from tests.api.conftest import Apps
-from tests.api.fake import INFO, FakeEngine, site_of
+from tests.api.fake import INFO, FakeEngine, app_state
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
@@ -54,7 +54,7 @@ async def test_a_crash_has_an_id_too(app: ASGIApp, engine: FakeEngine, monkeypat
     ("given", "kept"),
     [("abc-1.2:3/x", True), ("x" * 128, True), ("x" * 129, False), ("a b", False), ("é", False), ("", False)],
 )
-async def test_ids_of_clients_are_kept_if_sane(app: ASGIApp, given: str, kept: bool) -> None:
+async def test_ids_of_clients_are_kept_if_safe(app: ASGIApp, given: str, kept: bool) -> None:
     answer = await call(app, "GET", "/health", headers={"X-Request-Id": given})
     assert (answer.headers["x-request-id"] == given) is kept
 
@@ -92,7 +92,7 @@ async def test_keys(app_of: Apps, headers: dict[str, str], status: int) -> None:
 
 
 async def test_while_loading() -> None:
-    app = create_app(Site(ServerConfig()))
+    app = create_app(AppState(ServerConfig()))
     for path in ("/health", CHAT, "/v1/models", "/metrics", "/props"):
         answer = await call(app, "POST" if path == CHAT else "GET", path, b"not even read")
         assert answer.status == 503
@@ -105,9 +105,9 @@ async def test_health(app: ASGIApp) -> None:
 
 
 async def test_while_draining(engine: FakeEngine) -> None:
-    site = site_of(engine)
-    app = create_app(site)
-    site.draining = True
+    state = app_state(engine)
+    app = create_app(state)
+    state.draining = True
     assert (await call(app, "GET", "/health")).status == 503
     answer = await post(app, CHAT, HELLO)
     assert (answer.status, answer.json["error"]["code"]) == (503, "shutting_down")
@@ -167,7 +167,7 @@ async def test_a_path_cannot_forge_a_line(app: ASGIApp, caplog: pytest.LogCaptur
     assert " GET /a%0Ab%20c 404 " in caplog.messages[0]
 
 
-async def test_the_log_tells_what_ended_a_stream(
+async def test_the_log_has_the_error_that_ended_a_stream(
     app: ASGIApp, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.script = lambda request: [b"a", 0.01, EngineFault("no luck")]
@@ -176,11 +176,11 @@ async def test_the_log_tells_what_ended_a_stream(
     assert "error='no luck'" in caplog.text
 
 
-def test_the_fingerprint_is_of_what_decides_the_logits() -> None:
-    """Of the model, the library, and the types and kernels of its context, which the layout of states names."""
+def test_the_fingerprint_depends_on_the_layout() -> None:
+    """`ModelInfo.layout` names the model, the library, the KV types and the kernels."""
 
     def fingerprint(layout: str) -> str:
-        return site_of(FakeEngine(info=structs.replace(INFO, layout=layout))).open.fingerprint
+        return app_state(FakeEngine(info=structs.replace(INFO, layout=layout))).model.fingerprint
 
     assert fingerprint("a") == fingerprint("a")
     assert len({fingerprint("a"), fingerprint("b"), fingerprint("")}) == 3

@@ -1,4 +1,4 @@
-"""What a text must look like, in each dialect: the engine gets the form, or the client the place that is wrong."""
+"""Output constraints in each dialect: the grammar that the engine gets, and the field of an error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp
 
-from engine import Choice, Form, Gbnf, JsonObject, JsonSchema, Lark, Regex
+from engine import Gbnf, GrammarSpec, JsonObject, JsonSchema, Lark, OneOfTexts, Regex
 from tests.api.asgi import post
 from tests.api.fake import FakeEngine
 
@@ -20,7 +20,7 @@ NAMED = {"name": "number", "schema": NUMBER}
 
 
 @pytest.mark.parametrize(
-    ("fields", "form"),
+    ("fields", "spec"),
     [
         ({}, None),
         ({"response_format": None, "grammar": None, "guided_json": None}, None),
@@ -41,30 +41,30 @@ NAMED = {"name": "number", "schema": NUMBER}
         ({"grammar": "\n" * 100_000 + 'root ::= "a"'}, Gbnf("\n" * 100_000 + 'root ::= "a"')),
         ({"guided_json": NUMBER}, JsonSchema(RAW)),
         ({"guided_json": RAW.decode()}, JsonSchema(RAW)),
-        ({"guided_choice": ["a", "b"]}, Choice(("a", "b"))),
+        ({"guided_choice": ["a", "b"]}, OneOfTexts(("a", "b"))),
         ({"guided_grammar": 'root ::= "a"'}, Gbnf('root ::= "a"')),
         ({"structured_outputs": {"json": NUMBER}}, JsonSchema(RAW)),
         ({"structured_outputs": {"json_object": True}}, JsonObject()),
         ({"structured_outputs": {"regex": "[ab]"}}, Regex("[ab]")),
-        ({"structured_outputs": {"choice": ["a"]}}, Choice(("a",))),
+        ({"structured_outputs": {"choice": ["a"]}}, OneOfTexts(("a",))),
         ({"structured_outputs": {"grammar": 'start: "a"'}}, Lark('start: "a"')),
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, TEXT, NATIVE])
-async def test_what_is_asked_for(
-    app: ASGIApp, engine: FakeEngine, path: str, fields: dict[str, Any], form: Form | None
+async def test_the_engine_gets_the_grammar(
+    app: ASGIApp, engine: FakeEngine, path: str, fields: dict[str, Any], spec: GrammarSpec | None
 ) -> None:
     body = {"messages": [{"role": "user", "content": "hi"}]} if path == CHAT else {"prompt": "hi"}
     for stream in (False, True):
         answer = await post(app, path, {**body, **fields, "n": 2, "stop": "x", "stream": stream})
         assert answer.status == 200, answer.json
-        asked = [request.grammar.form if request.grammar is not None else None for request in engine.requests[-2:]]
-        assert asked == [form, form]
+        grammars = [request.grammar.spec if request.grammar is not None else None for request in engine.requests[-2:]]
+        assert grammars == [spec, spec]
         assert engine.requests[-1].grammar is engine.requests[-2].grammar, "compiled once"
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "says"),
+    ("fields", "param", "message"),
     [
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"items": {"not": {}}}}}},
@@ -80,11 +80,11 @@ async def test_what_is_asked_for(
     ],
 )
 @pytest.mark.parametrize("path", [TEXT, NATIVE])
-async def test_what_cannot_be(
-    app: ASGIApp, engine: FakeEngine, path: str, fields: dict[str, Any], param: str, says: str
+async def test_errors_name_the_field(
+    app: ASGIApp, engine: FakeEngine, path: str, fields: dict[str, Any], param: str, message: str
 ) -> None:
     answer = await post(app, path, {"prompt": "hi", **fields})
     assert answer.status == 400
     assert answer.json["error"]["param"] == param
-    assert says in answer.json["error"]["message"]
+    assert message in answer.json["error"]["message"]
     assert engine.log == []

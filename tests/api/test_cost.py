@@ -1,4 +1,4 @@
-"""`paceline cost`: a curve in the terminal and as a picture, or one line about why there is none."""
+"""`paceline cost`: costs in the terminal and in a file, or an error of one line."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from rich.console import Console
 
 from api.__main__ import main
 from api.commands import cost
-from engine import EngineConfig, Measured, ModelError
-from engine.backend import Progress
+from engine import Calibration, EngineConfig, ModelError
+from engine.backend import LoadProgress
 
-MEASURED = Measured({1: 0.02, 2: 0.03, 4: 0.025}, 5e-6, 0.007)
+MEASURED = Calibration({1: 0.02, 2: 0.03, 4: 0.025}, 5e-6, 0.007)
 
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
-    """What was asked to be measured."""
-    asked: list[EngineConfig] = []
+    """Configurations that were measured."""
+    configs: list[EngineConfig] = []
 
-    def step_costs(config: EngineConfig, progress: Progress) -> Measured:
-        asked.append(config)
+    def measure_step_costs(config: EngineConfig, progress: LoadProgress) -> Calibration:
+        configs.append(config)
         if config.model.path == "none.gguf":
             raise ModelError("cannot read the model none.gguf: No such file or directory")
         return MEASURED
 
-    monkeypatch.setattr(cost, "step_costs", step_costs)
-    return asked
+    monkeypatch.setattr(cost, "measure_step_costs", measure_step_costs)
+    return configs
 
 
 def test_the_curve_is_shown_and_drawn(
@@ -39,13 +39,13 @@ def test_the_curve_is_shown_and_drawn(
     assert measured[0].model.threads == 3
     assert picture.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
-    assert "some: a step by its rows" in out
+    assert "some: cost of a step by its rows" in out
     assert "7.00 ms" in out
 
 
 def test_every_count_has_a_line() -> None:
     console = Console(file=io.StringIO(), width=120)
-    cost.print_curve("some", MEASURED, console)
+    cost.print_costs("some", MEASURED, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert [line.split()[1:6:2] for line in text.splitlines() if line.startswith("│")] == [
         ["1", "20.00", "20.00"],
@@ -56,7 +56,7 @@ def test_every_count_has_a_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+    ("arguments", "code", "message"),
     [
         (["-m", "none.gguf"], 1, "cannot read the model none.gguf"),
         ([], 2, "name a GGUF file with -m"),
@@ -64,8 +64,8 @@ def test_every_count_has_a_line() -> None:
         (["-m", "some.gguf", "-o", "/nowhere/at/all.png"], 1, "/nowhere/at/all.png"),
     ],
 )
-def test_what_is_wrong_is_one_line(
-    arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
+def test_an_error_is_one_line(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cost", *arguments]) == code
-    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""The real server, a real model and the official client, over loopback."""
+"""The real server with a real model, over loopback, with the official `openai` client."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def test_chat(client: OpenAI) -> None:
     assert reply.model_extra["timings"]["predicted_n"] == 12
 
 
-def test_chat_stream_says_the_same(client: OpenAI) -> None:
-    def ask(**options: Any) -> Any:
+def test_chat_stream_has_the_same_text(client: OpenAI) -> None:
+    def complete(**options: Any) -> Any:
         return client.chat.completions.create(model=NAME, messages=SKY, max_tokens=16, temperature=0, **options)
 
-    ask()  # so that both of the next find the same prefix
-    whole = ask().choices[0].message.content
-    chunks = list(ask(stream=True, stream_options={"include_usage": True}))
+    complete()  # both of the following requests have the same cached prefix then
+    whole = complete().choices[0].message.content
+    chunks = list(complete(stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == whole
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-2].choices[0].finish_reason == "length"
@@ -98,17 +98,17 @@ def test_stop(client: OpenAI) -> None:
     assert reply.choices[0].text.strip() == "four,"
 
 
-def test_a_seed_says_the_same_again(client: OpenAI) -> None:
-    def ask(seed: int) -> str | None:
-        alone = {"speculative": False}  # a draft that is verified can turn a near-tie
+def test_a_seed_repeats_the_text(client: OpenAI) -> None:
+    def complete(seed: int) -> str | None:
+        plain = {"speculative": False}  # verification changes the batch, which can flip a near-tie
         reply = client.chat.completions.create(
-            model=NAME, messages=SKY, max_tokens=16, temperature=0.8, seed=seed, extra_body=alone
+            model=NAME, messages=SKY, max_tokens=16, temperature=0.8, seed=seed, extra_body=plain
         )
         return reply.choices[0].message.content
 
-    ask(1)
-    assert ask(1) == ask(1)
-    assert ask(1) != ask(2)
+    complete(1)
+    assert complete(1) == complete(1)
+    assert complete(1) != complete(2)
 
 
 def test_logprobs(client: OpenAI) -> None:
@@ -153,7 +153,7 @@ def test_a_body_that_is_too_large(server: Server) -> None:
 async def test_sixteen_streams(server: Server) -> None:
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
 
-        async def ask(number: int) -> int:
+        async def complete(number: int) -> int:
             stream = await client.completions.create(
                 model=NAME,
                 prompt=f"Count from {number}:",
@@ -168,11 +168,11 @@ async def test_sixteen_streams(server: Server) -> None:
             assert last.usage is not None
             return last.usage.completion_tokens
 
-        assert await asyncio.gather(*map(ask, range(16))) == [12] * 16
+        assert await asyncio.gather(*map(complete, range(16))) == [12] * 16
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_frees_its_slot(server: Server, stream: bool) -> None:
+def test_a_disconnect_frees_the_slot(server: Server, stream: bool) -> None:
     before = metric(server, "paceline_requests_total", reason="cancelled")
     body = {"prompt": "On and on", "max_tokens": 2000, "stream": stream, "ignore_eos": True}
     try:
@@ -188,7 +188,7 @@ def test_a_client_that_goes_frees_its_slot(server: Server, stream: bool) -> None
 
 
 @pytest.mark.parametrize(("grace", "signals"), [("0.5", 1), ("600", 2)], ids=["grace", "second signal"])
-def test_the_end_with_a_running_stream(grace: str, signals: int) -> None:
+def test_shutdown_with_a_running_stream(grace: str, signals: int) -> None:
     with serving("--grace", grace) as server:
         url = server.ready()
         body = {"prompt": "On and on", "max_tokens": 4000, "stream": True, "ignore_eos": True}
@@ -205,7 +205,7 @@ def test_the_end_with_a_running_stream(grace: str, signals: int) -> None:
         assert server.wait() == 0
 
 
-def test_the_end_waits_for_what_is_nearly_done() -> None:
+def test_shutdown_lets_a_stream_finish() -> None:
     with serving("--grace", "60") as server:
         url = server.ready()
         body = {"prompt": "On and on", "max_tokens": 40, "stream": True, "ignore_eos": True}
@@ -217,7 +217,7 @@ def test_the_end_waits_for_what_is_nearly_done() -> None:
         assert server.wait() == 0
 
 
-def test_the_end_while_loading() -> None:
+def test_shutdown_while_loading() -> None:
     with serving() as server:
         server.until("^Loading")
         server.signal()
@@ -242,9 +242,9 @@ def test_a_broken_model(tmp_path: Path, content: bytes) -> None:
     file.write_bytes(content)
     with serving("-m", str(file)) as server:
         assert server.wait() == 1
-        (said,) = [line for line in server.lines if not line.startswith("Loading")]
-        assert said.startswith("paceline: ")
-        assert str(file) in said
+        (message,) = [line for line in server.lines if not line.startswith("Loading")]
+        assert message.startswith("paceline: ")
+        assert str(file) in message
 
 
 def test_a_port_in_use() -> None:

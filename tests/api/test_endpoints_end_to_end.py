@@ -1,4 +1,4 @@
-"""The real server and model: /completion, tokens there and back, and that everyone agrees on a prompt's tokens."""
+"""The real server and model: /completion, /tokenize and /detokenize, and equal prompt tokens in all endpoints."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_completion_of_texts_and_tokens(server: Server) -> None:
     assert both[0]["content"] == both[1]["content"] == mixed["content"]
 
 
-def test_completion_in_a_form(server: Server) -> None:
+def test_completion_with_a_grammar(server: Server) -> None:
     body = {"prompt": "The year:", "n_predict": 40, "temperature": 0}
     assert post(server, "/completion", {**body, "grammar": "root ::= [0-9] [0-9]"})["content"].isdigit()
     schema = {
@@ -66,16 +66,16 @@ def test_completion_in_a_form(server: Server) -> None:
         "properties": {"year": {"type": "integer", "minimum": 0, "maximum": 9999}},
         "required": ["year"],
     }
-    asked = {**body, "json_schema": {**schema, "additionalProperties": False}}
-    whole = post(server, "/completion", asked)
+    constrained = {**body, "json_schema": {**schema, "additionalProperties": False}}
+    whole = post(server, "/completion", constrained)
     assert isinstance(json.loads(whole["content"])["year"], int)
     assert (whole["stop_type"], whole["truncated"]) == ("eos", False)
-    with httpx2.stream("POST", f"{server.url}/completion", json={**asked, "stream": True}, timeout=60) as reply:
+    with httpx2.stream("POST", f"{server.url}/completion", json={**constrained, "stream": True}, timeout=60) as reply:
         events = [json.loads(line.removeprefix("data: ")) for line in reply.iter_lines() if line]
     assert json.loads("".join(event["content"] for event in events)) == json.loads(whole["content"])
 
 
-def test_time_is_up(server: Server) -> None:
+def test_time_limit(server: Server) -> None:
     body = {"prompt": "1.\n2.\n3.\n", "n_predict": 2000, "ignore_eos": True, "t_max_predict_ms": 1, "temperature": 0}
     reply = post(server, "/completion", body)
     assert reply["stop_type"] == "limit"
@@ -85,7 +85,7 @@ def test_time_is_up(server: Server) -> None:
 @pytest.mark.parametrize(
     "text", ["", "Hi", " two  spaces ", "naïve 日本語 👩‍👩‍👧\n\ttabs", "<|im_start|>user\n", "a\x00b"]
 )
-def test_tokens_there_and_back(server: Server, text: str) -> None:
+def test_tokenize_and_detokenize(server: Server, text: str) -> None:
     for parse in (False, True):
         tokens = post(server, "/tokenize", {"content": text, "parse_special": parse})["tokens"]
         assert post(server, "/detokenize", {"tokens": tokens})["content"] == text
@@ -114,7 +114,7 @@ def test_special_tokens_have_names(server: Server) -> None:
     ],
     ids=str,
 )
-def test_all_agree_on_a_conversations_tokens(server: Server, fields: dict[str, Any]) -> None:
+def test_all_endpoints_tokenize_a_conversation_equally(server: Server, fields: dict[str, Any]) -> None:
     body = {"messages": SKY, "max_tokens": 1, **fields}
     rendered = post(server, "/v1/chat/completions/render", body)["token_ids"]
     assert post(server, "/tokenize", body)["tokens"] == rendered
@@ -123,7 +123,7 @@ def test_all_agree_on_a_conversations_tokens(server: Server, fields: dict[str, A
     assert post(server, "/completion", {"prompt": prompt, "n_predict": 1})["tokens_evaluated"] == len(rendered)
 
 
-def test_all_agree_on_a_texts_tokens(server: Server) -> None:
+def test_all_endpoints_tokenize_a_text_equally(server: Server) -> None:
     texts = ["One, two", "naïve 日本語"]
     body = {"prompt": texts, "max_tokens": 1}
     rendered = [each["token_ids"] for each in post(server, "/v1/completions/render", body)]
@@ -151,15 +151,15 @@ def test_a_template_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "message"),
     [
         (("--chat-template", "llama33"), "there is no chat template named 'llama33'; the nearest is llama3"),
         (("--chat-template-file", "/nowhere/x"), "cannot read /nowhere/x"),
         (("--chat-template-kwargs", "no"), "expected a JSON object"),
     ],
 )
-def test_settings_that_make_no_sense(arguments: tuple[str, ...], complaint: str) -> None:
+def test_invalid_settings(arguments: tuple[str, ...], message: str) -> None:
     with serving(*arguments) as server:
         assert server.wait() == 2
         assert len(server.lines) == 1
-        assert complaint in server.lines[0]
+        assert message in server.lines[0]

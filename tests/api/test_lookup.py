@@ -1,4 +1,4 @@
-"""`paceline lookup build`: a file, or one line about why there is none."""
+"""`paceline lookup build`: a file of counts, or an error of one line."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 
 from api.__main__ import USAGE, main
 from api.commands import lookup
-from api.commands.lookup import PIECE, pieces
-from api.templates.prompts import LONG
-from engine.speculate.cache import NgramCounts
-from engine.speculate.shared import key_of
+from api.commands.lookup import CHUNK_CHARS, chunks
+from api.templates.prompts import LONG_TEXT_CHARS
+from engine.speculate.ngram_counts import NgramCounts
+from engine.speculate.vocabulary import vocabulary_digest
 from tests.api.fake import ByteVocab
 
 TEXT = "a cat sat on a mat\n"
@@ -20,7 +20,7 @@ TEXT = "a cat sat on a mat\n"
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A text, in a folder of its own, and a model whose tokens are bytes."""
+    """A text in a folder of its own; the tokens of the model are bytes."""
     monkeypatch.setattr(lookup, "open_vocabulary", lambda path: nullcontext(ByteVocab()))
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(TEXT * 5)
@@ -31,7 +31,7 @@ def build(*arguments: object) -> int:
     return main(["lookup", "build", *map(str, arguments)])
 
 
-def test_a_file(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_texts_are_counted(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more, made = corpus.with_name("more.txt"), corpus.with_name("static.bin")
     more.write_text("atlas")
     assert build(corpus, more, "-m", "model.gguf", "-o", made) == 0
@@ -39,32 +39,32 @@ def test_a_file(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert first == "Counting 2 texts"
     assert last == f"Wrote {made}: serve with --spec-type ngram-cache --lookup-cache-static {made}"
     counts = NgramCounts()
-    counts.load(made, key_of(ByteVocab()), ByteVocab.size)
+    counts.load(made, vocabulary_digest(ByteVocab()), ByteVocab.size)
     assert counts.followers(b"at") == {ord(" "): 10, ord("\n"): 5, ord("l"): 1}
 
 
-def test_nothing_is_a_corpus_too(corpus: Path) -> None:
+def test_an_empty_corpus(corpus: Path) -> None:
     corpus.write_text("")
     assert build(corpus, "-m", "m", "-o", corpus.with_name("static.bin")) == 0
 
 
-def test_pieces_end_with_lines(tmp_path: Path) -> None:
-    lines = [f"{number} is a nümber\r\n".encode() for number in range(PIECE // 8)]
+def test_chunks_end_with_lines(tmp_path: Path) -> None:
+    lines = [f"{number} is a nümber\r\n".encode() for number in range(CHUNK_CHARS // 8)]
     (tmp_path / "a").write_bytes(b"".join(lines))
     (tmp_path / "b").write_bytes(b"\xff no new line at the end")
-    told = list(pieces([tmp_path / "a", tmp_path / "b"]))
-    assert "".join(told[:-1]).encode() == b"".join(lines)
-    assert all(piece.endswith("\n") and len(piece) < PIECE + 100 for piece in told[:-1])
-    assert all(len(piece) >= PIECE for piece in told[:-2])
-    assert told[-1] == "\ufffd no new line at the end"
+    found = list(chunks([tmp_path / "a", tmp_path / "b"]))
+    assert "".join(found[:-1]).encode() == b"".join(lines)
+    assert all(chunk.endswith("\n") and len(chunk) < CHUNK_CHARS + 100 for chunk in found[:-1])
+    assert all(len(chunk) >= CHUNK_CHARS for chunk in found[:-2])
+    assert found[-1] == "\ufffd no new line at the end"
 
 
 def test_a_line_is_cut_if_it_is_long(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("x\n" + "y" * (2 * LONG + 5) + "\nz\n")
-    assert [len(piece) for piece in pieces([tmp_path / "a"])] == [2 + LONG, LONG, 5 + 1 + 2]
+    (tmp_path / "a").write_text("x\n" + "y" * (2 * LONG_TEXT_CHARS + 5) + "\nz\n")
+    assert [len(chunk) for chunk in chunks([tmp_path / "a"])] == [2 + LONG_TEXT_CHARS, LONG_TEXT_CHARS, 5 + 1 + 2]
 
 
-def test_an_interrupt_leaves_what_was_there(
+def test_an_interrupt_keeps_the_old_file(
     corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def tokenize(self: ByteVocab, text: str, *, special: bool) -> list[int]:
@@ -80,7 +80,7 @@ def test_an_interrupt_leaves_what_was_there(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "complaint"),
+    ("arguments", "code", "message"),
     [
         (["-m", "m", "-o", "o"], 2, " lookup build: the following arguments are required: corpus.txt"),
         (["HERE"], 2, " lookup build: the following arguments are required: -m/--model, -o/--output"),
@@ -92,21 +92,21 @@ def test_an_interrupt_leaves_what_was_there(
     ],
     ids=str,
 )
-def test_mistakes(
-    corpus: Path, arguments: list[str], code: int, complaint: str, capsys: pytest.CaptureFixture[str]
+def test_errors(
+    corpus: Path, arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert build(*(str(corpus) if word == "HERE" else word for word in arguments)) == code
-    assert capsys.readouterr().err == f"paceline{complaint}\n"
+    assert capsys.readouterr().err == f"paceline{message}\n"
     assert corpus.read_text() == TEXT * 5
 
 
-def test_a_model_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text"
     text.write_text("x")
     assert build(text, "-m", text, "-o", tmp_path / "o") == 1
     assert capsys.readouterr().err == f"paceline: {text} is not a GGUF file: it begins with b'x', not b'GGUF'\n"
 
 
-def test_other_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lookup"]) == main(["lookup", "make"]) == 2
     assert capsys.readouterr().err == f"{USAGE}\n" * 2

@@ -1,4 +1,4 @@
-"""Command line and configuration file: every setting goes through, and mistakes are told in one line."""
+"""Command line, environment and configuration file: every setting is parsed, and each error is one line."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import msgspec
 import pytest
 
 from api.__main__ import USAGE, main
+from api.commands.flags import flag_reference
 from api.config.command_line import OptionError, parse
-from api.config.flags import FLAGS, IGNORED, IGNORED_WITH_VALUE, SECTIONS, Flag, Options, flag_table
-from engine import BatchConfig
+from api.config.flags import FLAGS, HEADINGS, Flag
+from api.config.options import Options
+from api.config.spellings import IGNORED_FLAGS, IGNORED_FLAGS_WITH_VALUE, SPELLINGS
+from engine import BatchConfig, SamplingParams
+
+ROOT = Path(__file__).parents[2]
 
 EXAMPLES: dict[str, Any] = {
     "path": "other.gguf",
@@ -42,11 +47,11 @@ EXAMPLES: dict[str, Any] = {
     "template_kwargs": '{"a": 1}',
     "reasoning_format": "none",
 }
-IN_ENVIRONMENT = [flag for flag in FLAGS if flag.env]
+FLAGS_WITH_VARIABLE = [flag for flag in FLAGS if flag.env]
 
 
 def example(flag: Flag) -> Any:
-    """A legal value that is not the default."""
+    """Returns a valid value that is not the default."""
     if flag.field in EXAMPLES:
         return EXAMPLES[flag.field]
     if flag.switch:
@@ -55,7 +60,7 @@ def example(flag: Flag) -> Any:
 
 
 def value_in(options: Options, flag: Flag) -> Any:
-    return getattr(getattr(options, flag.section), flag.field)
+    return getattr(getattr(options, flag.table), flag.field)
 
 
 @pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.dest)
@@ -79,14 +84,14 @@ def test_every_spelling_of_every_flag(flag: Flag) -> None:
 def test_every_key_of_a_file(flag: Flag, tmp_path: Path) -> None:
     value = example(flag)
     shown = msgspec.json.encode(value).decode()
-    lines = {"model": ['path = "m.gguf"'], **{section: [] for section in SECTIONS if section != "model"}}
-    lines[flag.section] = [line for line in lines[flag.section] if flag.field != "path"] + [f"{flag.field} = {shown}"]
+    lines = {"model": ['path = "m.gguf"'], **{table: [] for table in HEADINGS if table != "model"}}
+    lines[flag.table] = [line for line in lines[flag.table] if flag.field != "path"] + [f"{flag.field} = {shown}"]
     file = tmp_path / "paceline.toml"
-    file.write_text("\n".join(f"[{section}]\n" + "\n".join(body) for section, body in lines.items()))
+    file.write_text("\n".join(f"[{table}]\n" + "\n".join(body) for table, body in lines.items()))
     assert value_in(parse(["--config", str(file)]), flag) == value
 
 
-@pytest.mark.parametrize("flag", IN_ENVIRONMENT, ids=lambda flag: flag.env)
+@pytest.mark.parametrize("flag", FLAGS_WITH_VARIABLE, ids=lambda flag: flag.env)
 def test_every_variable_of_the_environment(flag: Flag) -> None:
     value = example(flag)
     text = ",".join(value) if flag.repeatable else str(value).lower() if flag.switch else str(value)
@@ -95,7 +100,7 @@ def test_every_variable_of_the_environment(flag: Flag) -> None:
 
 @pytest.mark.parametrize("text", ["true", "1", "on", "enabled", "false", "0", "off", "disabled"])
 def test_switches_in_the_environment(text: str) -> None:
-    switches = [flag for flag in IN_ENVIRONMENT if flag.switch]
+    switches = [flag for flag in FLAGS_WITH_VARIABLE if flag.switch]
     options = parse(["-m", "x"], {flag.env: text for flag in switches})
     assert {value_in(options, flag) for flag in switches} == {text in ("true", "1", "on", "enabled")}
 
@@ -132,30 +137,30 @@ def test_types_of_proposers(arguments: list[str], types: tuple[str, ...]) -> Non
     assert parse(["-m", "x", *arguments]).speculation.types == types
 
 
-def test_several_keys_in_one_flag() -> None:
+def test_several_values_in_one_flag() -> None:
     assert parse(["-m", "x", "--api-key", "a,b", "--api-key", "c"]).server.api_keys == ("a", "b", "c")
     assert parse(["-m", "x", "--dry-sequence-breaker", ","]).sampling.dry_sequence_breakers == (",",)
 
 
 @pytest.mark.parametrize(
-    ("environment", "complaint"),
+    ("environment", "message"),
     [
         ({"LLAMA_ARG_PORT": "x"}, "LLAMA_ARG_PORT: expected a whole number from 0 to 65535, not 'x'"),
         ({"LLAMA_ARG_FLASH_ATTN": "maybe"}, "LLAMA_ARG_FLASH_ATTN: expected one of auto, off, on, not 'maybe'"),
         ({"LLAMA_ARG_CONTEXT_SHIFT": "yes"}, "LLAMA_ARG_CONTEXT_SHIFT: expected on or off, not 'yes'"),
-        ({"LLAMA_ARG_SPEC_TYPE": "sufix"}, "LLAMA_ARG_SPEC_TYPE: there is no 'sufix'; the nearest is suffix"),
+        ({"LLAMA_ARG_SPEC_TYPE": "sufix"}, "LLAMA_ARG_SPEC_TYPE: unknown value 'sufix'; the nearest is suffix"),
     ],
 )
-def test_mistakes_in_the_environment(
-    environment: dict[str, str], complaint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_errors_in_the_environment(
+    environment: dict[str, str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, text in environment.items():
         monkeypatch.setenv(name, text)
     assert main(["serve", "-m", "x"]) == 2
-    assert capsys.readouterr().err == f"paceline serve: {complaint}\n"
+    assert capsys.readouterr().err == f"paceline serve: {message}\n"
 
 
-LLAMA_SERVERS = """
+LLAMA_SERVER_FLAGS = """
 -md --model-draft --spec-draft-model --spec-draft-n-max --spec-draft-n-min --spec-draft-p-min --draft-p-min
 --draft --draft-n --draft-max --draft-min --draft-n-min -ngld --gpu-layers-draft --n-gpu-layers-draft
 --spec-draft-ngl -devd --device-draft --spec-draft-device -td --threads-draft --spec-draft-threads -tbd
@@ -171,12 +176,12 @@ LLAMA_SERVERS = """
 
 
 def test_the_speculation_flags_of_llama_server_are_known() -> None:
-    names = {name for flag in FLAGS for name in flag.names} | {*IGNORED, *IGNORED_WITH_VALUE}
-    assert set(LLAMA_SERVERS.split()) - names == set()
+    names = {name for flag in FLAGS for name in flag.names} | {*IGNORED_FLAGS, *IGNORED_FLAGS_WITH_VALUE}
+    assert set(LLAMA_SERVER_FLAGS.split()) - names == set()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "message"),
     [
         ([], "no model is given: name a GGUF file with -m"),
         (["-m"], "-m/--model: expected one argument"),
@@ -190,53 +195,53 @@ def test_the_speculation_flags_of_llama_server_are_known() -> None:
         (["-m", "x", "--spec-draft-sampling"], "--spec-draft-sampling: expected one argument"),
         (
             ["-m", "x", "--spec-type", "suffix,ngram-mood"],
-            "--spec-type: there is no 'ngram-mood'; the nearest is ngram-mod",
+            "--spec-type: unknown value 'ngram-mood'; the nearest is ngram-mod",
         ),
-        (["-m", "x", "--spec-type", "draft-eagle3"], "--spec-type: there is no 'draft-eagle3'; the nearest is draft"),
+        (["-m", "x", "--spec-type", "draft-eagle3"], "--spec-type: unknown value 'draft-eagle3'; the nearest is draft"),
         (["-m", "x", "y"], "unexpected argument 'y'; a model is named with -m"),
         (["-m", "x", "--config", "/nowhere"], "--config: cannot read /nowhere: No such file or directory"),
     ],
 )
-def test_mistakes(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_on_the_command_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", *arguments]) == 2
-    assert capsys.readouterr().err == f"paceline serve: {complaint}\n"
+    assert capsys.readouterr().err == f"paceline serve: {message}\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
-        ("slots = 5", "there is no table [slots]"),
-        ("[bach]\nslots = 5", "there is no table [bach]; the nearest is batch"),
+        ("slots = 5", "unknown table [slots]"),
+        ("[bach]\nslots = 5", "unknown table [bach]; the nearest is batch"),
         ("[batch]\nslotz = 5", "[batch] has no key 'slotz'; the nearest is slots"),
         ("[batch]\nslots = 0", "[batch] slots: Expected `int` >= 1, not 0"),
         ('[batch]\nslots = "5"', "[batch] slots: Expected `int`, got `str`, not '5'"),
         ("[batch", "is not TOML"),
-        ('[speculation]\ntypes = ["sufix"]', "[speculation] types: there is no 'sufix'; the nearest is suffix"),
+        ('[speculation]\ntypes = ["sufix"]', "[speculation] types: unknown value 'sufix'; the nearest is suffix"),
         ('[speculation]\ntypes = "suffix"', "[speculation] types: Expected `array`, got `str`, not 'suffix'"),
         ("[speculation]\ntypes = [1]", "[speculation] types: [0]: Expected `str`, got `int`, not [1]"),
         ("[sampling]\nlogit_bias = []", "[sampling] has no key 'logit_bias'"),
     ],
 )
-def test_mistakes_in_a_file(text: str, complaint: str, tmp_path: Path) -> None:
+def test_errors_in_a_file(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "paceline.toml"
     file.write_text(text)
     with pytest.raises(OptionError) as caught:
         parse(["-m", "x", "--config", str(file)])
-    assert complaint in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_flags_of_llama_server_that_change_nothing() -> None:
-    with_values = [word for name in IGNORED_WITH_VALUE for word in (name, "0.5")]
-    assert parse(["-m", "x", *IGNORED, *with_values]) == parse(["-m", "x"])
+def test_ignored_flags_of_llama_server() -> None:
+    with_values = [word for name in IGNORED_FLAGS_WITH_VALUE for word in (name, "0.5")]
+    assert parse(["-m", "x", *IGNORED_FLAGS, *with_values]) == parse(["-m", "x"])
 
 
 def test_no_two_settings_share_a_name() -> None:
-    names = [name for flag in FLAGS for name in flag.names] + list(IGNORED + IGNORED_WITH_VALUE)
+    names = [name for flag in FLAGS for name in flag.names] + list(IGNORED_FLAGS + IGNORED_FLAGS_WITH_VALUE)
     assert len(names) == len(set(names))
 
 
-def test_every_setting_says_what_it_is() -> None:
+def test_every_setting_has_a_description() -> None:
     assert [flag.dest for flag in FLAGS if not flag.help] == []
 
 
@@ -248,17 +253,28 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in shown for flag in FLAGS for name in (*flag.names, flag.env))
 
 
-def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_field_has_a_spelling_and_every_spelling_a_field() -> None:
+    structs = {field.type: set(field.type.__struct_fields__) for field in msgspec.structs.fields(Options)}
+    structs[SamplingParams].remove("logit_bias")
+    assert {struct: set(spellings) for struct, spellings in SPELLINGS.items()} == structs
+    assert tuple(HEADINGS) == Options.__struct_fields__
+
+
+def test_reference(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["flags"]) == 0
-    table = capsys.readouterr().out
-    assert table == flag_table() + "\n"
+    reference = capsys.readouterr().out
+    assert reference == flag_reference()
     assert (
         "| `-np`, `--parallel`, `$LLAMA_ARG_N_PARALLEL` | `slots` | 16 | "
-        "slots: sequences that are decoded together (from 1 to 256) |" in table
+        "number of slots: sequences that are decoded together (from 1 to 256) |" in reference
     )
-    rows = [line for line in table.split("\n") if line.startswith("| `")]
+    rows = [line for line in reference.split("\n") if line.startswith("| `")]
     assert len(rows) == len(FLAGS)
     assert BatchConfig().slots == 16
+
+
+def test_the_reference_file_is_current() -> None:
+    assert (ROOT / "api" / "FLAGS.md").read_text() == flag_reference(), "python -m api flags > api/FLAGS.md"
 
 
 def test_other_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Chat templates: the names they may use, what they are told, and what their failures become."""
+"""Prompts: template variables, continued messages, template errors, and tokenization."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from api.config.server import ChatConfig
-from api.schema.requests import ChatRequest, Prediction, TextRequest
+from api.schema.requests import ChatRequest, PredictedOutput, TextRequest
 from api.templates import prompts
-from api.templates.prompts import Prompts
+from api.templates.prompts import PromptRenderer
 from engine import RequestRefused
 from tests.api.fake import BOS, INFO, START, ByteVocab
 
@@ -25,9 +25,9 @@ IN_PARTS = "{% for m in messages %}{{ m.role }}:{% for p in m.content %}{{ p.tex
 HI = {"role": "user", "content": "hi"}
 
 
-def prompts_of(own: str | None, *, bos_added: bool = False, **config: Any) -> Prompts:
+def prompts_of(own: str | None, *, bos_added: bool = False, **config: Any) -> PromptRenderer:
     info = msgspec.structs.replace(INFO, chat_template=own, bos_added=bos_added)
-    return Prompts(info, ByteVocab(bos_added=bos_added), ChatConfig(**config))
+    return PromptRenderer(info, ByteVocab(bos_added=bos_added), ChatConfig(**config))
 
 
 def chat(*messages: dict[str, Any], **fields: Any) -> ChatRequest:
@@ -38,17 +38,17 @@ def render(template: str | None, *messages: dict[str, Any], **fields: Any) -> st
     return prompts_of(template).render(chat(*messages, **fields))
 
 
-def test_a_template_of_the_wild() -> None:
+def test_the_template_of_smollm() -> None:
     assert render(SMOL) == (
         "<|im_start|>system\nYou are kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
-def test_chatml_if_there_is_none() -> None:
+def test_chatml_without_a_template() -> None:
     made = prompts_of(None)
     assert made.render(chat()) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert made.trouble == "The model has no chat template; ChatML is used."
-    assert prompts_of(SMOL).trouble is None
+    assert made.warning == "The model has no chat template; ChatML is used."
+    assert prompts_of(SMOL).warning is None
 
 
 def test_without_generation_prompt() -> None:
@@ -57,18 +57,18 @@ def test_without_generation_prompt() -> None:
 
 @pytest.mark.parametrize("template", [None, SMOL])
 @pytest.mark.parametrize("text", ["The answer is", "The answer is ", ""])
-def test_the_last_message_goes_on(template: str | None, text: str) -> None:
+def test_continuing_the_last_message(template: str | None, text: str) -> None:
     shown = render(template, HI, {"role": "assistant", "content": text}, continue_final_message=True)
     assert shown.endswith(f"<|im_start|>assistant\n{text}")
 
 
-def test_the_last_message_goes_on_where_templates_strip() -> None:
+def test_continuing_the_last_message_of_a_stripping_template() -> None:
     template = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"
-    said = {"role": "assistant", "content": "so far "}
-    assert render(template, HI, said, continue_final_message=True) == "[hi][so far"
+    message = {"role": "assistant", "content": "so far "}
+    assert render(template, HI, message, continue_final_message=True) == "[hi][so far"
 
 
-def test_a_last_message_that_is_not_shown_cannot_go_on() -> None:
+def test_a_last_message_that_is_not_rendered_cannot_be_continued() -> None:
     with pytest.raises(RequestRefused, match="does not show the last message"):
         render("{{ messages[0].content }}", HI, {"role": "assistant", "content": "x"}, continue_final_message=True)
 
@@ -87,14 +87,14 @@ def test_a_last_message_that_is_not_shown_cannot_go_on() -> None:
         ("{% if tools %}tools{% endif %}{{ enable_thinking }}", "False"),
         ("{{ messages[0].content.split('i')[0] }}{{ messages | length }}", "h1"),
         ("{{ 2 ** 10 }}{{ 'ab' * 2 }}{{ 1.5 * 2 }}", "1024abab3.0"),
-        ("{{ tools is none }}{{ documents is none }}{{ nobody is defined }}", "TrueTrueFalse"),
+        ("{{ tools is none }}{{ documents is none }}{{ unknown is defined }}", "TrueTrueFalse"),
     ],
 )
-def test_what_templates_may_use(template: str, text: str) -> None:
+def test_template_features(template: str, text: str) -> None:
     assert render(template, chat_template_kwargs={"enable_thinking": False}) == text
 
 
-def test_the_time() -> None:
+def test_strftime_now() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", render("{{ strftime_now('%Y-%m-%d') }}"))
 
 
@@ -108,7 +108,7 @@ def test_the_time() -> None:
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ messages[0].content + 1 }}", "TypeError"),
         ("{{ messages | nonsense }}", "nonsense"),
-        ("{% for i in range(100000) %}{{ 'x' * 1000 }}{% endfor %}", "writes too much"),
+        ("{% for i in range(100000) %}{{ 'x' * 1000 }}{% endfor %}", "longer than"),
         ("{{ 10 ** (10 ** 8) }}", "too large"),
         ("{% set n = namespace(n=3) %}{% for i in range(64) %}{% set n.n = n.n * n.n %}{% endfor %}", "too large"),
         ("{{ ('x' * 10 ** 12) | length }}", "too large"),
@@ -116,64 +116,64 @@ def test_the_time() -> None:
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ],
 )
-def test_failures_are_the_requests(template: str, complaint: str) -> None:
+def test_template_errors_fail_the_request(template: str, complaint: str) -> None:
     with pytest.raises(RequestRefused, match=complaint):
         render(template)
 
 
-def test_a_template_that_does_not_parse() -> None:
+def test_invalid_jinja() -> None:
     made = prompts_of("{% if %}")
-    assert made.trouble is not None
+    assert made.warning is not None
     assert made.template is None
-    assert made.tokens("x") == (ord("x"),)
+    assert made.tokenize("x") == (ord("x"),)
     with pytest.raises(RequestRefused, match="cannot be used"):
         made.render(chat())
 
 
-def test_names_of_ours_win_over_a_clients() -> None:
+def test_reserved_variables_override_kwargs() -> None:
     kwargs = {"messages": [], "bos_token": "evil", "self": 1, "add_generation_prompt": False}
     assert render("{{ bos_token }}{{ messages | length }}", chat_template_kwargs=kwargs) == "<s>1"
 
 
 def test_content_in_parts() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    said = {"role": "user", "content": parts}
-    assert render("{{ messages[0].content }}", said) == "a\nb"
-    assert render(IN_PARTS, said) == "user:ab"
+    message = {"role": "user", "content": parts}
+    assert render("{{ messages[0].content }}", message) == "a\nb"
+    assert render(IN_PARTS, message) == "user:ab"
     assert render(IN_PARTS, HI) == "user:hi"
 
 
 @pytest.mark.parametrize("text", ["so far", "so far ", ""])
-def test_the_last_message_goes_on_in_parts(text: str) -> None:
-    said = {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": text}]}
-    assert render(IN_PARTS, HI, said, continue_final_message=True) == f"user:hiassistant:a{text}"
+def test_continuing_a_last_message_of_parts(text: str) -> None:
+    message = {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": text}]}
+    assert render(IN_PARTS, HI, message, continue_final_message=True) == f"user:hiassistant:a{text}"
 
 
-SAID = {"role": "assistant", "content": "so far"}
-CALLED = {**SAID, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+ANSWER = {"role": "assistant", "content": "so far"}
+CALLED = {**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 NEW = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(
-    ("said", "fields", "prefill", "end"),
+    ("message", "fields", "prefill", "end"),
     [
-        (SAID, {}, True, "assistant\nso far"),
-        (SAID, {}, False, NEW),
-        (SAID, {"add_generation_prompt": True}, True, NEW),
-        (SAID, {"add_generation_prompt": False}, True, "so far<|im_end|>\n"),
-        (SAID, {"continue_final_message": False}, True, NEW),
-        (SAID, {"continue_final_message": True}, False, "assistant\nso far"),
+        (ANSWER, {}, True, "assistant\nso far"),
+        (ANSWER, {}, False, NEW),
+        (ANSWER, {"add_generation_prompt": True}, True, NEW),
+        (ANSWER, {"add_generation_prompt": False}, True, "so far<|im_end|>\n"),
+        (ANSWER, {"continue_final_message": False}, True, NEW),
+        (ANSWER, {"continue_final_message": True}, False, "assistant\nso far"),
         (CALLED, {}, True, NEW),
         (HI, {}, True, NEW),
         (HI, {"continue_final_message": True}, True, "user\nhi"),
     ],
 )
-def test_who_speaks_next(said: dict[str, Any], fields: dict[str, Any], prefill: bool, end: str) -> None:
+def test_continue_or_new_message(message: dict[str, Any], fields: dict[str, Any], prefill: bool, end: str) -> None:
     made = prompts_of(None, prefill_assistant=prefill)
-    assert made.render(chat(HI, said, **fields)).endswith(end)
+    assert made.render(chat(HI, message, **fields)).endswith(end)
 
 
-def test_a_call_cannot_go_on() -> None:
+def test_a_call_cannot_be_continued() -> None:
     with pytest.raises(RequestRefused, match="tool calls cannot be continued"):
         render(None, HI, CALLED, continue_final_message=True)
 
@@ -185,14 +185,14 @@ def test_documents() -> None:
     assert render(template) == ""
 
 
-def test_the_servers_template_and_names() -> None:
+def test_template_and_kwargs_of_the_server() -> None:
     made = prompts_of(SMOL, template="{{ a }}{{ b }}{{ messages[0].content }}", template_kwargs='{"a": 1, "b": 2}')
     assert made.render(chat(chat_template_kwargs={"b": 3})) == "13hi"
-    assert made.trouble is None
-    assert prompts_of(None, template="chatml").trouble is None
+    assert made.warning is None
+    assert prompts_of(None, template="chatml").warning is None
 
 
-def test_templates_of_requests() -> None:
+def test_request_templates() -> None:
     own = "{{ messages[0].content }}!"
     with pytest.raises(RequestRefused, match="--trust-request-chat-template") as caught:
         render(SMOL, chat_template=own)
@@ -206,60 +206,60 @@ def test_templates_of_requests() -> None:
         assert caught.value.field == "chat_template"
 
 
-def test_a_template_that_fails_on_anything_is_told_at_start() -> None:
+def test_warning_for_a_template_that_always_fails() -> None:
     made = prompts_of("{{ raise_exception('never') }}")
-    assert made.trouble == "The chat template shows nothing of a user's plain message, or fails on it."
+    assert made.warning == "The chat template fails on a plain user message or does not show its content."
     with pytest.raises(RequestRefused, match="never"):
         made.render(chat())
 
 
 def test_an_assistant_without_content() -> None:
     calls = [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]
-    said = {"role": "assistant", "content": None, "tool_calls": calls}
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
     template = "{{ messages[1].content }}|{{ messages[1].tool_calls[0].function.name }}|{{ messages[2].tool_call_id }}"
-    assert render(template, HI, said, {"role": "tool", "content": "r", "tool_call_id": "1"}) == "|f|1"
+    assert render(template, HI, message, {"role": "tool", "content": "r", "tool_call_id": "1"}) == "|f|1"
 
 
-def test_no_calls_are_no_message_of_calls() -> None:
+def test_an_empty_list_of_calls_is_dropped() -> None:
     assert render("{{ 'tool_calls' in messages[0] }}", {"role": "user", "content": "x", "tool_calls": []}) == "False"
 
 
-def test_a_complaint_of_any_length() -> None:
+def test_long_template_errors_are_cut() -> None:
     for template in ("{{ raise_exception('x' * 100000) }}", "{{ {}['x' * 100000] + 1 }}"):
         with pytest.raises(RequestRefused) as caught:
             render(template)
         assert len(str(caught.value)) < 700
 
 
-def test_developers_are_system_to_templates_that_know_none() -> None:
-    said = {"role": "developer", "content": "x"}
-    assert render("{{ messages[0].role }}", said) == "system"
-    assert render("{% if messages[0].role == 'developer' %}d{% endif %}", said) == "d"
+def test_the_developer_role() -> None:
+    message = {"role": "developer", "content": "x"}
+    assert render("{{ messages[0].role }}", message) == "system"
+    assert render("{% if messages[0].role == 'developer' %}d{% endif %}", message) == "d"
 
 
 @pytest.mark.parametrize("text", ["x", "<s>x"])
-async def test_one_beginning_of_sequence(text: str) -> None:
+async def test_bos_is_added_once(text: str) -> None:
     made = prompts_of(None, bos_added=True)
-    assert await made.of_text(text) == (BOS, ord("x"))
+    assert await made.tokenize_prompt(text) == (BOS, ord("x"))
 
 
 @pytest.mark.parametrize("bos_added", [False, True])
 @pytest.mark.parametrize(("add", "parse"), [(False, False), (False, True), (True, False), (True, True)])
-async def test_pieces(bos_added: bool, add: bool, parse: bool) -> None:
+async def test_added_and_special_tokens(bos_added: bool, add: bool, parse: bool) -> None:
     before = [BOS] if add and bos_added else []
     inside = [BOS, ord("x")] if parse else list(b"<s>x")
     made = prompts_of(None, bos_added=bos_added)
-    assert await made.of_piece("<s>x", add=add, parse=parse) == [*before, *inside]
-    assert await made.of_piece("", add=add, parse=parse) == before
-    assert made.text_with_names_of([BOS, ord("x"), 0xC3]) == "<s>x�"
+    assert await made.tokenize_text("<s>x", add=add, parse=parse) == [*before, *inside]
+    assert await made.tokenize_text("", add=add, parse=parse) == before
+    assert made.detokenize([BOS, ord("x"), 0xC3]) == "<s>x�"
 
 
-async def test_special_tokens_of_the_template_are_tokens() -> None:
+async def test_special_tokens_of_the_template() -> None:
     made = prompts_of(None)
-    assert (await made.of_text(await made.text_of_chat(chat())))[0] == START
+    assert (await made.tokenize_prompt(await made.render_chat(chat())))[0] == START
 
 
-async def test_long_texts_go_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_long_texts_run_on_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
     async def run_sync(function: Any, *arguments: Any) -> Any:
@@ -268,21 +268,26 @@ async def test_long_texts_go_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("anyio.to_thread.run_sync", run_sync)
     made = prompts_of(None)
-    dues: dict[int, list[str]] = {100: [], prompts.LONG: ["render", "tokens"]}
+    dues: dict[int, list[str]] = {100: [], prompts.LONG_TEXT_CHARS: ["render", "tokenize"]}
     for size, due in dues.items():
-        text = await made.text_of_chat(chat({"role": "user", "content": "x" * size}))
-        assert len(await made.of_text(text)) > size
+        text = await made.render_chat(chat({"role": "user", "content": "x" * size}))
+        assert len(await made.tokenize_prompt(text)) > size
         assert ran == due
-    assert len(await made.of_prediction(Prediction("content", "x" * 100))) == 100
-    assert len(await made.of_prediction(Prediction("content", "x" * prompts.LONG))) == prompts.LONG
-    assert len(await made.of_piece("x" * prompts.LONG, add=False, parse=False)) == prompts.LONG
-    assert ran == ["render", "tokens", "tokenize", "_piece"]
+    assert len(await made.tokenize_prediction(PredictedOutput("content", "x" * 100))) == 100
+    assert (
+        len(await made.tokenize_prediction(PredictedOutput("content", "x" * prompts.LONG_TEXT_CHARS)))
+        == prompts.LONG_TEXT_CHARS
+    )
+    assert (
+        len(await made.tokenize_text("x" * prompts.LONG_TEXT_CHARS, add=False, parse=False)) == prompts.LONG_TEXT_CHARS
+    )
+    assert ran == ["render", "tokenize", "tokenize", "_tokenize_text"]
     made = prompts_of("<tool_call>{{ messages[0].content }}")
-    await made.text_of_chat(chat(tools=[{"description": "x" * prompts.LONG}]))
-    await made.text_of_chat(chat(*[HI] * 1000))
+    await made.render_chat(chat(tools=[{"description": "x" * prompts.LONG_TEXT_CHARS}]))
+    await made.render_chat(chat(*[HI] * 1000))
     assert ran[4:] == ["render", "render"]
 
 
-def test_stop_and_limit_under_all_their_names() -> None:
-    asked = msgspec.convert({"prompt": "x", "stop": "a", "n_predict": 7}, TextRequest)
-    assert (asked.stops, asked.limit) == (("a",), 7)
+def test_aliases_of_stop_and_max_tokens() -> None:
+    request = msgspec.convert({"prompt": "x", "stop": "a", "n_predict": 7}, TextRequest)
+    assert (request.stop_strings, request.token_limit) == (("a",), 7)

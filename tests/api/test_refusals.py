@@ -1,4 +1,4 @@
-"""Bad input gets a status and a sentence; the engine never hears of it."""
+"""Invalid requests get a status and a message that names the field, and never reach the engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from api.schema.requests import ChatRequest, TextRequest
 from api.server.app import create_app
 from tests.api.asgi import call, post
 from tests.api.conftest import Apps
-from tests.api.fake import FakeEngine, site_of
+from tests.api.fake import FakeEngine, app_state
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -200,22 +200,22 @@ VALUES = st.recursive(
     path=st.sampled_from([(CHAT, ChatRequest), (TEXT, TextRequest)]),
     data=st.data(),
 )
-async def test_no_json_is_a_fault(path: tuple[str, type[Struct]], data: st.DataObject) -> None:
-    """Whatever a client sends, it is answered or refused."""
+async def test_no_json_causes_a_fault(path: tuple[str, type[Struct]], data: st.DataObject) -> None:
+    """Every JSON body gets 200 or a refusal."""
     names = st.sampled_from(path[1].__struct_fields__)
-    wishes = data.draw(st.dictionaries(names, VALUES, max_size=4))
-    app = create_app(site_of(FakeEngine()))
-    answer = await post(app, path[0], {"messages": HELLO, "prompt": "hi", **wishes})
+    fields = data.draw(st.dictionaries(names, VALUES, max_size=4))
+    app = create_app(app_state(FakeEngine()))
+    answer = await post(app, path[0], {"messages": HELLO, "prompt": "hi", **fields})
     assert answer.status in (200, 400, 404)
 
 
-async def test_what_is_nearest_is_named(app: ASGIApp) -> None:
-    for wish, close in (({"type": "sufix"}, "suffix"), ({"n_mex": 5}, "n_max")):
-        message = (await post(app, CHAT, chat(speculative=wish))).json["error"]["message"]
+async def test_errors_name_the_nearest_valid_name(app: ASGIApp) -> None:
+    for field, close in (({"type": "sufix"}, "suffix"), ({"n_mex": 5}, "n_max")):
+        message = (await post(app, CHAT, chat(speculative=field))).json["error"]["message"]
         assert message.endswith(f"; the nearest is {close}")
 
 
-async def test_tools_that_must_not_be_used_are_harmless(app: ASGIApp) -> None:
+async def test_unused_tools_are_not_checked(app: ASGIApp) -> None:
     for body in (chat(tools=[]), chat(tools=[{"type": "function"}], tool_choice="none"), chat(tool_choice="auto")):
         assert (await post(app, CHAT, body)).status == 200
 
@@ -244,14 +244,14 @@ async def test_a_prompt_longer_than_the_context(app: ASGIApp, path: str, param: 
 @pytest.mark.parametrize("announced", [True, False])
 async def test_a_body_that_is_too_large(app_of: Apps, announced: bool) -> None:
     app, body = app_of(), b"x" * 10_000_000
-    pieces = None if announced else [body[at : at + 65536] for at in range(0, len(body), 65536)]
-    answer = await call(app, "POST", CHAT, body, pieces=pieces)
+    body_chunks = None if announced else [body[at : at + 65536] for at in range(0, len(body), 65536)]
+    answer = await call(app, "POST", CHAT, body, body_chunks=body_chunks)
     assert answer.status == 413
     assert answer.json["error"]["type"] == "invalid_request_error"
     assert "8388608" in answer.json["error"]["message"]
 
 
-async def test_a_body_just_not_too_large(app_of: Apps) -> None:
+async def test_a_body_of_the_maximum_size(app_of: Apps) -> None:
     body = b'{"prompt": "hi"}'
     padded = body + b" " * (1024 - len(body))
     assert (await post(app_of(max_body=1024), TEXT, padded)).status == 200
@@ -262,7 +262,7 @@ async def test_a_body_just_not_too_large(app_of: Apps) -> None:
     ("method", "path", "status"),
     [("GET", "/nowhere", 404), ("POST", "/", 404), ("GET", CHAT, 405), ("PUT", "/v1/models", 405)],
 )
-async def test_no_such_thing(app: ASGIApp, method: str, path: str, status: int) -> None:
+async def test_unknown_paths_and_methods(app: ASGIApp, method: str, path: str, status: int) -> None:
     answer = await call(app, method, path)
     assert answer.status == status
     assert answer.json["error"]["type"] == "invalid_request_error"

@@ -1,4 +1,4 @@
-"""`paceline serve --sim`: the whole server, with a real client, and no model."""
+"""`paceline serve --sim`: the whole server with a real client and the simulated model."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import pytest
 from openai import AsyncOpenAI
 
 from api.config.command_line import OptionError, parse
-from engine import SIM
+from engine import SIMULATED_MODEL
 from tests.api.server import Server
 
 
-def test_no_file_is_named() -> None:
+def test_the_model_file_is_optional() -> None:
     options = parse(["--sim", "--sim-accept", "0.7", "-np", "256"])
-    assert (options.model.path, options.sim.accept, options.batch.slots) == (SIM, 0.7, 256)
+    assert (options.model.path, options.sim.accept, options.batch.slots) == (SIMULATED_MODEL, 0.7, 256)
     assert parse(["--sim", "-m", "model.gguf"]).model.path == "model.gguf"
     with pytest.raises(OptionError, match="no model is given"):
         parse(["--sim-accept", "0.7"])
 
 
-def test_an_unknown_cost_is_told() -> None:
+def test_an_unknown_cost_is_an_error() -> None:
     server = Server("--sim", "--sim-cost", "round", "--port", "0")
     server.until("--sim-cost is one of free, flat, linear or a file")
     assert server.process.wait(30) == 1
@@ -40,7 +40,7 @@ async def test_clients_are_served_with_drafts() -> None:
 
 async def _text(client: AsyncOpenAI, number: int) -> str:
     stream = await client.chat.completions.create(
-        model=SIM,
+        model=SIMULATED_MODEL,
         messages=[{"role": "user", "content": f"Say something, {number}."}],
         max_tokens=40,
         stream=True,

@@ -1,4 +1,4 @@
-"""GET /slots and POST /slots/{id}: shapes, and what is refused."""
+"""GET /slots and POST /slots/{id}: replies, engine calls, and errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.api.conftest import Apps
 from tests.api.fake import SLOTS, FakeEngine
 
 
-async def test_what_runs_in_each_slot(app: ASGIApp) -> None:
+async def test_slot_states(app: ASGIApp) -> None:
     busy, *idle = (await call(app, "GET", "/slots")).json
     params = busy.pop("params")
     assert busy == {
@@ -100,18 +100,20 @@ async def test_files_need_a_folder(app: ASGIApp, action: str) -> None:
     ],
     ids=lambda value: str(value)[:30],
 )
-async def test_what_there_is_not(app_of: Apps, path: str, status: int, field: str | None) -> None:
+async def test_unknown_slots_and_actions(app_of: Apps, path: str, status: int, field: str | None) -> None:
     answer = await post(app_of(slot_save_path="x"), path, {"filename": "x"})
     assert (answer.status, answer.json["error"]["param"]) == (status, field)
 
 
-NO_NAMES = """ . .. a/b /a a\\b ../a a..b a. a\x7f a:b a* a? a" a< a| \uff0e\uff0e a\u2215b a\u2216b \ufffd \ufeffa"""
+INVALID_NAMES = (
+    """ . .. a/b /a a\\b ../a a..b a. a\x7f a:b a* a? a" a< a| \uff0e\uff0e a\u2215b a\u2216b \ufffd \ufeffa"""
+)
 
 
 @pytest.mark.parametrize(
-    "name", ["", " a", "a ", "a\n", "a\0b", "a\x85", "x" * 256, "é" * 128, *NO_NAMES.split()], ids=ascii
+    "name", ["", " a", "a ", "a\n", "a\0b", "a\x85", "x" * 256, "é" * 128, *INVALID_NAMES.split()], ids=ascii
 )
-async def test_names_that_are_none(app_of: Apps, engine: FakeEngine, name: str) -> None:
+async def test_invalid_file_names(app_of: Apps, engine: FakeEngine, name: str) -> None:
     app = app_of(slot_save_path="folder")
     for action in ("save", "restore"):
         answer = await post(app, f"/slots/0?action={action}", {"filename": name})
@@ -120,26 +122,26 @@ async def test_names_that_are_none(app_of: Apps, engine: FakeEngine, name: str) 
 
 
 @pytest.mark.parametrize("name", ["a", "a b.bin", ".a", "é-ü_1.x.y", "x" * 255, "日本"], ids=ascii)
-async def test_names_of_files(app_of: Apps, engine: FakeEngine, name: str) -> None:
+async def test_valid_file_names(app_of: Apps, engine: FakeEngine, name: str) -> None:
     assert (await post(app_of(slot_save_path="folder"), "/slots/0?action=save", {"filename": name})).status == 200
     assert engine.log == [f"save 0 folder/{name}"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{", {}, {"filename": 1}, [], b'{"filename": "\\ud800"}'], ids=str)
-async def test_bodies_that_are_wrong(app_of: Apps, body: Any) -> None:
+async def test_invalid_bodies(app_of: Apps, body: Any) -> None:
     assert (await post(app_of(slot_save_path="folder"), "/slots/0?action=save", body)).status == 400
 
 
-async def test_what_the_engine_refuses(app_of: Apps, engine: FakeEngine) -> None:
+async def test_engine_errors(app_of: Apps, engine: FakeEngine) -> None:
     app = app_of(slot_save_path="folder")
-    engine.trouble = RequestRefused("Slot 0 is busy", field="id_slot")
+    engine.slot_error = RequestRefused("Slot 0 is busy", field="id_slot")
     answer = await post(app, "/slots/0?action=erase", None)
     assert (answer.status, answer.json["error"]["message"]) == (400, "Slot 0 is busy")
-    engine.trouble = EngineFault("The disk is full")
+    engine.slot_error = EngineFault("The disk is full")
     assert (await post(app, "/slots/0?action=save", {"filename": "x"})).status == 500
 
 
-async def test_keys_are_asked_for(app_of: Apps) -> None:
+async def test_api_keys(app_of: Apps) -> None:
     app = app_of(api_keys=["one"])
     assert (await call(app, "GET", "/slots")).status == 401
     assert (await post(app, "/slots/0?action=erase", None)).status == 401

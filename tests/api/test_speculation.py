@@ -1,4 +1,4 @@
-"""Guessing ahead as clients ask for it and hear of it."""
+"""Speculative decoding in requests, replies and GET /props."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from msgspec import structs
 from starlette.types import ASGIApp
 
 from api.server.app import create_app
-from engine import PROPOSER_TYPES, Drafts, Speculation
+from engine import PROPOSER_TYPES, DraftStats, Speculation
 from tests.api.asgi import call, post
-from tests.api.fake import FakeEngine, site_of
+from tests.api.fake import FakeEngine, app_state
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
-MIXED = (Drafts("suffix", 7, (1, 0, 2)), Drafts("ngram-mod", 3, (0, 0, 0, 1)), Drafts("ngram-cache", 0, ()))
+MIXED = (DraftStats("suffix", 7, (1, 0, 2)), DraftStats("ngram-mod", 3, (0, 0, 0, 1)), DraftStats("ngram-cache", 0, ()))
 
 
 def app_with(engine: FakeEngine, *types: str) -> ASGIApp:
-    """An application whose server guesses by `types`."""
-    return create_app(site_of(engine, options={"speculation": {"types": types}}))
+    """Returns an application with the default proposer types `types`."""
+    return create_app(app_state(engine, options={"speculation": {"types": types}}))
 
 
 @pytest.mark.parametrize(
-    ("wish", "asked"),
+    ("field", "expected"),
     [
         (None, None),
         (False, Speculation()),
@@ -44,15 +44,15 @@ def app_with(engine: FakeEngine, *types: str) -> ASGIApp:
     ids=str,
 )
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-async def test_what_reaches_the_engine(engine: FakeEngine, path: str, wish: Any, asked: Speculation | None) -> None:
-    answer = await post(app_with(engine, "ngram-mod"), path, {**HELLO, "prompt": "hi", "speculative": wish})
+async def test_what_reaches_the_engine(engine: FakeEngine, path: str, field: Any, expected: Speculation | None) -> None:
+    answer = await post(app_with(engine, "ngram-mod"), path, {**HELLO, "prompt": "hi", "speculative": field})
     assert answer.status == 200
-    assert engine.requests[0].speculation == asked
+    assert engine.requests[0].speculation == expected
 
 
-@pytest.mark.parametrize("wish", [True, {}, {"type": None, "n_max": None}], ids=str)
+@pytest.mark.parametrize("field", [True, {}, {"type": None, "n_max": None}], ids=str)
 @pytest.mark.parametrize(
-    ("types", "asked"),
+    ("types", "expected"),
     [
         ([], ("auto",)),
         (["none", "suffix"], ("auto",)),
@@ -62,23 +62,23 @@ async def test_what_reaches_the_engine(engine: FakeEngine, path: str, wish: Any,
     ],
     ids=str,
 )
-async def test_yes_is_the_default_or_everyone(engine: FakeEngine, wish: Any, types: Any, asked: Any) -> None:
-    assert (await post(app_with(engine, *types), TEXT, {"prompt": "x", "speculative": wish})).status == 200
-    assert engine.requests[0].speculation == Speculation(type=asked)
+async def test_true_is_the_default_types_or_all(engine: FakeEngine, field: Any, types: Any, expected: Any) -> None:
+    assert (await post(app_with(engine, *types), TEXT, {"prompt": "x", "speculative": field})).status == 200
+    assert engine.requests[0].speculation == Speculation(type=expected)
 
 
 async def test_llama_servers_name_of_the_draft_model(engine: FakeEngine) -> None:
-    engine.silent = {}
+    engine.unavailable_proposers = {}
     await post(app_with(engine), TEXT, {"prompt": "x", "speculative": {"type": ["draft-simple", "draft"]}})
     assert engine.requests[0].speculation == Speculation(type=("draft",))
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-async def test_what_came_of_it(app: ASGIApp, engine: FakeEngine, path: str, stream: bool) -> None:
+async def test_statistics_of_a_reply(app: ASGIApp, engine: FakeEngine, path: str, stream: bool) -> None:
     engine.drafts = MIXED
-    wish = {"type": ["suffix", "ngram-mod", "ngram-cache"], "n_max": 5, "p_min": 0.25}
-    answer = await post(app, path, {**HELLO, "prompt": "hi", "speculative": wish, "stream": stream})
+    field = {"type": ["suffix", "ngram-mod", "ngram-cache"], "n_max": 5, "p_min": 0.25}
+    answer = await post(app, path, {**HELLO, "prompt": "hi", "speculative": field, "stream": stream})
     *others, last = answer.events[:-1] if stream else [answer.json]
     assert not any({"metrics", "speculative", "timings"} & other.keys() for other in others)
     assert last["metrics"]["speculative_decoding"] == {
@@ -103,7 +103,7 @@ async def test_what_came_of_it(app: ASGIApp, engine: FakeEngine, path: str, stre
     assert (last["timings"]["draft_n"], last["timings"]["draft_n_accepted"]) == (10, 7)
 
 
-async def test_the_usage_is_told_with_it(app: ASGIApp, engine: FakeEngine) -> None:
+async def test_the_usage_chunk_has_the_statistics(app: ASGIApp, engine: FakeEngine) -> None:
     engine.drafts = MIXED
     body = {**HELLO, "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 9}
     *chunks, last, _ = (await post(app, CHAT, body)).events
@@ -116,7 +116,7 @@ async def test_the_usage_is_told_with_it(app: ASGIApp, engine: FakeEngine) -> No
     assert usage["total_tokens"] == usage["prompt_tokens"] + 9
 
 
-async def test_several_choices_are_told_by_type_only(app: ASGIApp, engine: FakeEngine) -> None:
+async def test_several_choices_have_counts_by_type_only(app: ASGIApp, engine: FakeEngine) -> None:
     engine.drafts = MIXED
     for body in ({"prompt": "x", "n": 2}, {"prompt": ["x", "y"]}):
         reply = (await post(app, TEXT, body)).json
@@ -124,18 +124,18 @@ async def test_several_choices_are_told_by_type_only(app: ASGIApp, engine: FakeE
         assert reply["speculative"]["by_type"]["suffix"] == {"drafts": 6, "drafted": 14, "accepted": 8}
 
 
-@pytest.mark.parametrize("drafts", [(), (Drafts("suffix", 0, ()),)])
-async def test_nothing_drafted(app: ASGIApp, engine: FakeEngine, drafts: tuple[Drafts, ...]) -> None:
+@pytest.mark.parametrize("drafts", [(), (DraftStats("suffix", 0, ()),)])
+async def test_nothing_drafted(app: ASGIApp, engine: FakeEngine, drafts: tuple[DraftStats, ...]) -> None:
     engine.drafts = drafts
     reply = (await post(app, TEXT, {"prompt": "x"})).json
     assert not {"metrics", "speculative"} & reply.keys()
     assert "draft_n" not in reply["timings"]
-    asked = (await post(app, TEXT, {"prompt": "x", "speculative": True})).json
-    assert "metrics" not in asked
-    assert asked["speculative"]["type"] == [each.type for each in drafts]
+    reply = (await post(app, TEXT, {"prompt": "x", "speculative": True})).json
+    assert "metrics" not in reply
+    assert reply["speculative"]["type"] == [each.type for each in drafts]
 
 
-async def test_nobody_is_told_too(app: ASGIApp) -> None:
+async def test_disabled_speculation_is_in_the_reply(app: ASGIApp) -> None:
     reply = (await post(app, TEXT, {"prompt": "x", "speculative": False})).json
     assert reply["speculative"] == {"type": [], "by_type": {}}
 
@@ -161,7 +161,7 @@ async def test_predictions(app: ASGIApp, engine: FakeEngine, path: str, content:
 
 async def test_props(engine: FakeEngine) -> None:
     options = {"speculation": {"types": ["suffix", "draft"]}, "sampling": {"temperature": 0.5}}
-    app = create_app(site_of(engine, options=options, alias="me"))
+    app = create_app(app_state(engine, options=options, alias="me"))
     props = (await call(app, "GET", "/props")).json
     settings = props.pop("default_generation_settings")
     assert settings["n_ctx"] == 512
@@ -216,10 +216,10 @@ async def test_props(engine: FakeEngine) -> None:
 
 
 async def test_props_of_a_model_that_cannot_cut(engine: FakeEngine) -> None:
-    reason = "the model cannot forget single tokens"
-    engine.silent = dict.fromkeys(PROPOSER_TYPES, reason)
+    reason = "the model cannot roll back single tokens"
+    engine.unavailable_proposers = dict.fromkeys(PROPOSER_TYPES, reason)
     engine.memory = structs.replace(engine.memory, partial=False)
-    app = create_app(site_of(engine, options={"speculation": {"types": ["auto"]}}, cache_salt_by_key=True))
+    app = create_app(app_state(engine, options={"speculation": {"types": ["auto"]}}, cache_salt_by_key=True))
     props = (await call(app, "GET", "/props")).json
     assert (props["memory"]["sharing"], props["memory"]["by_key"]) == ("whole texts", True)
     assert props["speculative"] == {

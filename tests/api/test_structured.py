@@ -1,4 +1,4 @@
-"""Structured output end to end: the real server and model, the official client."""
+"""Structured output with the real server and model and the official `openai` client."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_parse(client: OpenAI) -> None:
 
 
 def test_parse_a_stream(client: OpenAI) -> None:
-    asked: dict[str, Any] = {"model": NAME, "messages": SEA, "max_tokens": 200, "temperature": 0.0}
-    with client.chat.completions.stream(**asked, response_format=Sea) as stream:
+    body: dict[str, Any] = {"model": NAME, "messages": SEA, "max_tokens": 200, "temperature": 0.0}
+    with client.chat.completions.stream(**body, response_format=Sea) as stream:
         for _ in stream:
             pass
         reply = stream.get_final_completion()
@@ -57,20 +57,20 @@ def test_parse_a_stream(client: OpenAI) -> None:
     assert reply.choices[0].finish_reason == "stop"
 
 
-def test_forms_and_guesses(client: OpenAI) -> None:
-    def ask(speculative: Any, **fields: Any) -> str:
+def test_grammars_with_speculation(client: OpenAI) -> None:
+    def complete(speculative: Any, **fields: Any) -> str:
         body = {"seed": 5, "speculative": speculative, **fields}
         made = client.completions.create(model=NAME, prompt="The answer:", max_tokens=48, extra_body=body)
         return made.choices[0].text
 
-    assert ask(True, structured_outputs={"regex": "[0-9]{5}"}).isdigit()
-    assert ask(True, guided_choice=["north", "south"]) in ("north", "south")
-    assert isinstance(json.loads(ask(True, grammar='start: %json {"enum": [true, 17]}')), int)
+    assert complete(True, structured_outputs={"regex": "[0-9]{5}"}).isdigit()
+    assert complete(True, guided_choice=["north", "south"]) in ("north", "south")
+    assert isinstance(json.loads(complete(True, grammar='start: %json {"enum": [true, 17]}')), int)
     schema = {"type": "object", "properties": {"direction": {"enum": ["north"]}}, "required": ["direction"]}
-    assert json.loads(ask({"type": "grammar", "order": "fixed"}, json_schema=schema))["direction"] == "north"
+    assert json.loads(complete({"type": "grammar", "order": "fixed"}, json_schema=schema))["direction"] == "north"
 
 
-def test_a_schema_that_cannot_be_followed(client: OpenAI) -> None:
+def test_an_unsupported_schema(client: OpenAI) -> None:
     named: Any = {"name": "x", "schema": {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}}
     with pytest.raises(openai.BadRequestError) as refusal:
         client.chat.completions.create(

@@ -1,4 +1,4 @@
-"""Templates in the style of real families: what they write, what they make use of, and where they come from."""
+"""Chat templates in the style of real families: rendering, capabilities, names and settings."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ import pytest
 
 from api.config.server import ChatConfig
 from api.templates import chat_template as templates
-from api.templates.builtin import BUILTIN
-from api.templates.chat_template import ChatTemplate, TemplateTrouble, compiled, named, names_of, wanted
+from api.templates.builtin import BUILTIN_TEMPLATES
+from api.templates.chat_template import (
+    ChatTemplate,
+    InvalidTemplate,
+    compile_template,
+    configured_kwargs,
+    configured_template,
+    resolve_template,
+)
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -111,15 +118,15 @@ def render(source: str, messages: list[dict[str, Any]] = TALK, **names: Any) -> 
     ],
 )
 def test_built_in_templates(name: str, text: str) -> None:
-    assert render(BUILTIN[name]) == text
+    assert render(BUILTIN_TEMPLATES[name]) == text
 
 
-def test_all_built_in_templates_read_plain_messages() -> None:
-    for source in BUILTIN.values():
+def test_capabilities_of_built_in_templates() -> None:
+    for source in BUILTIN_TEMPLATES.values():
         template = ChatTemplate(source)
-        assert template.reads_text
+        assert template.accepts_text
         assert template.capabilities.supports_system_role
-        assert not template.reads_parts
+        assert not template.accepts_parts
 
 
 # In the style of Qwen: tools in the system message, calls as JSON in tags, results in the user's turn.
@@ -183,10 +190,10 @@ TAGS = """\
     {%- endif %}
 {%- endif %}
 """
-# In the style of Mistral: turns must alternate, and who does not is told so.
+# In the style of Mistral: turns must alternate, and another order is an error.
 STRICT = """\
 {%- if messages[0]["role"] == "system" %}
-    {%- set said = messages[0]["content"] %}
+    {%- set system = messages[0]["content"] %}
     {%- set turns = messages[1:] %}
 {%- else %}
     {%- set turns = messages %}
@@ -197,18 +204,18 @@ STRICT = """\
         {{- raise_exception("Turns must alternate: user, assistant, user...") }}
     {%- endif %}
     {%- if turn["role"] == "user" %}
-        {{- "[INST] " + (said + "\\n\\n" if loop.last and said is defined else "") + turn["content"] + "[/INST]" }}
+        {{- "[INST] " + (system + "\\n\\n" if loop.last and system is defined else "") + turn["content"] + "[/INST]" }}
     {%- else %}
         {%- generation %}{{- " " + turn["content"] + eos_token }}{%- endgeneration %}
     {%- endif %}
 {%- endfor %}
 """
-# In the style of Gemma: parts, a first message that joins the second, roles of its own.
+# In the style of Gemma: content parts, system text in the first user turn, roles of its own.
 PARTS = """\
 {{ bos_token }}
 {%- if messages[0]['role'] == 'system' -%}
-    {%- set said = messages[0]['content'] -%}
-    {%- set first = (said if said is string else said[0]['text']) + '
+    {%- set system = messages[0]['content'] -%}
+    {%- set first = (system if system is string else system[0]['text']) + '
 
 ' -%}
     {%- set loop_messages = messages[1:] -%}
@@ -232,7 +239,7 @@ PARTS = """\
 {%- if add_generation_prompt -%}{{ '<start_of_turn>model
 ' }}{%- endif -%}
 """
-# In the style of models that see: nothing but parts.
+# In the style of vision models: content parts only.
 ONLY_PARTS = (
     "{% for m in messages %}{{ m.role | capitalize }}:"
     "{% for p in m.content %}{% if p.type == 'text' %} {{ p.text }}{% endif %}{% endfor %}\n{% endfor %}"
@@ -311,7 +318,7 @@ def test_a_date_and_indented_tools() -> None:
     )
 
 
-def test_what_is_set_in_generation_ends_with_it() -> None:
+def test_the_scope_of_generation() -> None:
     source = "{% set a = 1 %}{% generation %}{% set a = 2 %}{{ a }}{% endgeneration %}{{ a }}"
     assert render(source) == "21"
 
@@ -340,21 +347,21 @@ def test_capabilities(source: str, able: str) -> None:
     assert {name for name in found.__struct_fields__ if getattr(found, name)} == {f"supports_{name}" for name in names}
 
 
-def test_messages_are_fitted_to_the_template() -> None:
-    def fitted(source: str, content: Any, role: str = "user") -> Any:
-        return ChatTemplate(source).fitted({"role": role, "content": content})
+def test_adapted_messages() -> None:
+    def adapted(source: str, content: Any, role: str = "user") -> Any:
+        return ChatTemplate(source).adapted({"role": role, "content": content})
 
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert fitted(TAGS, parts) == {"role": "user", "content": "a\nb"}
-    assert fitted(PARTS, parts) == {"role": "user", "content": parts}
-    assert fitted(PARTS, "a") == {"role": "user", "content": "a"}
-    assert fitted(ONLY_PARTS, "a") == {"role": "user", "content": parts[:1]}
-    assert fitted(ONLY_PARTS, "") == {"role": "user", "content": ""}
-    assert fitted(TAGS, "a", "developer")["role"] == "system"
-    assert fitted(TAGS + "{# developer #}", "a", "developer")["role"] == "developer"
+    assert adapted(TAGS, parts) == {"role": "user", "content": "a\nb"}
+    assert adapted(PARTS, parts) == {"role": "user", "content": parts}
+    assert adapted(PARTS, "a") == {"role": "user", "content": "a"}
+    assert adapted(ONLY_PARTS, "a") == {"role": "user", "content": parts[:1]}
+    assert adapted(ONLY_PARTS, "") == {"role": "user", "content": ""}
+    assert adapted(TAGS, "a", "developer")["role"] == "system"
+    assert adapted(TAGS + "{# developer #}", "a", "developer")["role"] == "developer"
 
 
-def test_a_template_that_takes_for_ever_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_template_does_not_block_others(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go_on = Event(), Event()
 
     def wait(form: str) -> None:
@@ -363,31 +370,31 @@ def test_a_template_that_takes_for_ever_holds_up_no_other(monkeypatch: pytest.Mo
 
     monkeypatch.setitem(templates._ENVIRONMENT.globals, "strftime_now", wait)
     slow = ChatTemplate("{{ strftime_now('') }}")
-    thread = Thread(target=lambda: slow.reads_text)
+    thread = Thread(target=lambda: slow.accepts_text)
     thread.start()
     assert begun.wait(5)
-    assert ChatTemplate("{{ messages[0].content }}").reads_text
+    assert ChatTemplate("{{ messages[0].content }}").accepts_text
     assert thread.is_alive()
     go_on.set()
     thread.join()
 
 
 def test_templates_by_name() -> None:
-    assert named("chatml") == BUILTIN["chatml"]
-    assert named("{{ messages }}") == "{{ messages }}"
-    with pytest.raises(TemplateTrouble, match="there is no chat template named 'llama33'; the nearest is llama3"):
-        named("llama33")
-    assert compiled("chatml") is compiled("chatml")
+    assert resolve_template("chatml") == BUILTIN_TEMPLATES["chatml"]
+    assert resolve_template("{{ messages }}") == "{{ messages }}"
+    with pytest.raises(InvalidTemplate, match="there is no chat template named 'llama33'; the nearest is llama3"):
+        resolve_template("llama33")
+    assert compile_template("chatml") is compile_template("chatml")
 
 
 def test_settings(tmp_path: Path) -> None:
     file = tmp_path / "my.jinja"
     file.write_text("{{ 'é' }}", "utf-8")
-    assert wanted(ChatConfig()) is None
-    assert wanted(ChatConfig(template="gemma")) == BUILTIN["gemma"]
-    assert wanted(ChatConfig(template_file=str(file))) == "{{ 'é' }}"
-    assert names_of(ChatConfig()) == {}
-    assert names_of(ChatConfig(template_kwargs='{"enable_thinking": false}')) == {"enable_thinking": False}
+    assert configured_template(ChatConfig()) is None
+    assert configured_template(ChatConfig(template="gemma")) == BUILTIN_TEMPLATES["gemma"]
+    assert configured_template(ChatConfig(template_file=str(file))) == "{{ 'é' }}"
+    assert configured_kwargs(ChatConfig()) == {}
+    assert configured_kwargs(ChatConfig(template_kwargs='{"enable_thinking": false}')) == {"enable_thinking": False}
 
 
 @pytest.mark.parametrize(
@@ -400,13 +407,13 @@ def test_settings(tmp_path: Path) -> None:
         ({"template_kwargs": "{'a': 1}"}, "--chat-template-kwargs: expected a JSON object"),
     ],
 )
-def test_settings_that_make_no_sense(config: dict[str, Any], complaint: str) -> None:
+def test_invalid_settings(config: dict[str, Any], complaint: str) -> None:
     made = ChatConfig(**config)
-    with pytest.raises(TemplateTrouble, match=complaint):
-        _ = wanted(made), names_of(made)
+    with pytest.raises(InvalidTemplate, match=complaint):
+        _ = configured_template(made), configured_kwargs(made)
 
 
 @pytest.mark.parametrize("source", ["{% if %}", "{{ x", "{% unheard_of %}", "{{ x | unheard_of }}"])
-def test_what_is_not_jinja(source: str) -> None:
-    with pytest.raises(TemplateTrouble, match=r"\(line 1\)"):
+def test_invalid_jinja(source: str) -> None:
+    with pytest.raises(InvalidTemplate, match=r"\(line 1\)"):
         ChatTemplate(source)

@@ -1,4 +1,4 @@
-"""Tools and reasoning over HTTP: shapes whole and streamed, what templates are told, what is refused."""
+"""Tools and reasoning over HTTP: whole and streamed replies, template variables, grammars, and errors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from starlette.types import ASGIApp
 
 from api.server.app import create_app
-from api.tools.requested import closed
+from api.tools.tool_choice import closed_schema
 from engine import Lark, Request
-from engine.grammar import Grammars
+from engine.grammar import GrammarCompiler
 from tests.api.asgi import post
-from tests.api.fake import INFO, ByteVocab, FakeEngine, site_of
+from tests.api.fake import INFO, ByteVocab, FakeEngine, app_state
 
 WEATHER = {
     "type": "function",
@@ -32,18 +32,18 @@ QWEN = (
     "{% endfor %}{% if add_generation_prompt %}[assistant]{% if enable_thinking is not defined or enable_thinking %}"
     "<think>\n{% else %}<think>\n\n</think>\n{% endif %}{% endif %}"
 )
-"""A template in the manner of thinking models: the prompt opens the reasoning unless that is not wanted."""
+"""A template in the style of reasoning models: the prompt opens the reasoning unless reasoning is disabled."""
 
 
-def speaking(text: str, template: str | None = QWEN, size: int = 3) -> FakeEngine:
-    """An engine that says `text` in steps of so many bytes, whatever it is asked."""
-    said = text.encode()
-    steps = [said[at : at + size] for at in range(0, len(said), size)]
+def engine_with_output(text: str, template: str | None = QWEN, size: int = 3) -> FakeEngine:
+    """Returns an engine that emits `text` for every request, in steps of `size` bytes."""
+    output = text.encode()
+    steps = [output[at : at + size] for at in range(0, len(output), size)]
     return FakeEngine(lambda request: steps, info=msgspec.structs.replace(INFO, chat_template=template))
 
 
 def app_of(engine: FakeEngine, **options: Any) -> ASGIApp:
-    return create_app(site_of(engine, options=options))
+    return create_app(app_state(engine, options=options))
 
 
 async def ask(engine: FakeEngine, *, options: Any = None, **fields: Any) -> Any:
@@ -64,7 +64,7 @@ def prompt_of(engine: FakeEngine) -> str:
 
 
 async def test_a_message_with_reasoning_and_a_call() -> None:
-    reply = await ask(speaking(f"hm\n</think>\n\nSo.\n{CALL}"), tools=[WEATHER])
+    reply = await ask(engine_with_output(f"hm\n</think>\n\nSo.\n{CALL}"), tools=[WEATHER])
     (choice,) = reply["choices"]
     (call,) = choice["message"].pop("tool_calls")
     assert choice["message"] == {"role": "assistant", "content": "So.", "reasoning_content": "hm"}
@@ -73,8 +73,8 @@ async def test_a_message_with_reasoning_and_a_call() -> None:
     assert call == {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
 
 
-async def test_the_same_as_a_stream() -> None:
-    chunks = await streamed(speaking(f"hm\n</think>\n\nSo.\n{CALL}"), tools=[WEATHER])
+async def test_a_streamed_message_with_reasoning_and_a_call() -> None:
+    chunks = await streamed(engine_with_output(f"hm\n</think>\n\nSo.\n{CALL}"), tools=[WEATHER])
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert [delta["role"] for delta in deltas if "role" in delta] == ["assistant"]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "hm"
@@ -90,36 +90,36 @@ async def test_the_same_as_a_stream() -> None:
 
 async def test_a_call_without_tags() -> None:
     bare = '{"name": "weather", "arguments": {"city": "Bern"}}'
-    reply = await ask(speaking(f"</think>{bare}"), tools=[WEATHER])
+    reply = await ask(engine_with_output(f"</think>{bare}"), tools=[WEATHER])
     (choice,) = reply["choices"]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] is None
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Bern"}'}
     other = bare.replace("weather", "another")
-    reply = await ask(speaking(f"</think>{other}"), tools=[WEATHER])
+    reply = await ask(engine_with_output(f"</think>{other}"), tools=[WEATHER])
     assert (reply["choices"][0]["message"]["content"], reply["choices"][0]["finish_reason"]) == (other, "stop")
 
 
 async def test_a_call_alone_has_no_content() -> None:
-    reply = await ask(speaking(f"</think>{CALL}"), tools=[WEATHER])
+    reply = await ask(engine_with_output(f"</think>{CALL}"), tools=[WEATHER])
     assert reply["choices"][0]["message"]["content"] is None
 
 
-async def test_a_call_that_was_cut_off_ends_by_length() -> None:
-    reply = await ask(speaking(f"</think>{CALL}"), tools=[WEATHER], max_tokens=60)
+async def test_a_truncated_call_finishes_by_length() -> None:
+    reply = await ask(engine_with_output(f"</think>{CALL}"), tools=[WEATHER], max_tokens=60)
     assert reply["choices"][0]["finish_reason"] == "length"
 
 
-async def test_without_tools_a_call_is_text() -> None:
-    engine = speaking(f"</think>{CALL}")
+async def test_a_call_without_tools_is_content() -> None:
+    engine = engine_with_output(f"</think>{CALL}")
     reply = await ask(engine)
     assert reply["choices"][0]["message"]["content"] == CALL
     assert reply["choices"][0]["finish_reason"] == "stop"
     assert engine.requests[-1].grammar is None
 
 
-async def test_with_choice_none_the_prompt_stays_and_the_grammar_permits_no_call() -> None:
-    engine = speaking("</think>Sunny.")
+async def test_tool_choice_none_keeps_the_prompt_and_forbids_calls() -> None:
+    engine = engine_with_output("</think>Sunny.")
     prompts = []
     for choice in ("auto", "none"):
         reply = await ask(engine, tools=[WEATHER], tool_choice=choice)
@@ -128,15 +128,15 @@ async def test_with_choice_none_the_prompt_stays_and_the_grammar_permits_no_call
     assert prompts[0] == prompts[1]
     grammar = engine.requests[-1].grammar
     assert grammar is not None
-    assert isinstance(grammar.form, Lark)
-    matcher = (await Grammars(ByteVocab()).compile(grammar.form)).begin()
-    said = b"hm</think>\n\nI <tool it."
-    assert matcher.permits(said) == len(said)
-    assert matcher.permits(f"hm</think>{CALL}".encode()) == len("hm</think><tool_call")
+    assert isinstance(grammar.spec, Lark)
+    matcher = (await GrammarCompiler(ByteVocab()).compile(grammar.spec)).begin()
+    prefix = b"hm</think>\n\nI <tool it."
+    assert matcher.validate_tokens(prefix) == len(prefix)
+    assert matcher.validate_tokens(f"hm</think>{CALL}".encode()) == len("hm</think><tool_call")
 
 
 async def test_templates_get_tools_and_earlier_calls_as_objects() -> None:
-    engine = speaking("</think>ok")
+    engine = engine_with_output("</think>ok")
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
     messages = [
         {"role": "user", "content": "hi"},
@@ -148,9 +148,9 @@ async def test_templates_get_tools_and_earlier_calls_as_objects() -> None:
     assert '[assistant] <tool_call>{"city": "Bern"}</tool_call>[tool] sunny' in prompt_of(engine)
 
 
-async def test_templates_without_tools_are_taught() -> None:
+async def test_tool_instructions_for_templates_without_tools() -> None:
     plain = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-    engine = speaking(CALL, plain)
+    engine = engine_with_output(CALL, plain)
     engine.request_limit = 4096
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
     messages = [
@@ -168,12 +168,12 @@ async def test_templates_without_tools_are_taught() -> None:
 
 
 @pytest.mark.parametrize("content", ["hi", [{"type": "text", "text": "hi"}]])
-async def test_templates_without_system_messages_are_taught_by_the_user(content: Any) -> None:
+async def test_tool_instructions_for_templates_without_a_system_role(content: Any) -> None:
     gemma = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     )
-    engine = speaking(CALL, gemma)
+    engine = engine_with_output(CALL, gemma)
     engine.request_limit = 4096
     reply = await ask(engine, tools=[WEATHER], messages=[{"role": "user", "content": content}])
     assert reply["choices"][0]["message"]["tool_calls"]
@@ -183,7 +183,7 @@ async def test_templates_without_system_messages_are_taught_by_the_user(content:
 
 def constrained(**fields: Any) -> Callable[[], Any]:
     async def grammar() -> Any:
-        engine = speaking("</think>ok")
+        engine = engine_with_output("</think>ok")
         await ask(engine, tools=[WEATHER], **fields)
         return engine.requests[-1].grammar
 
@@ -191,7 +191,7 @@ def constrained(**fields: Any) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "weather"}}])
-async def test_choices_are_enforced(choice: Any) -> None:
+async def test_tool_choice_has_a_grammar(choice: Any) -> None:
     assert await constrained(tool_choice=choice)() is not None
 
 
@@ -206,27 +206,27 @@ async def test_choices_are_enforced(choice: Any) -> None:
         ({"type": "object"}, True),
     ],
 )
-async def test_no_property_is_written_that_a_tool_does_not_name(parameters: Any, open_: bool) -> None:
+async def test_additional_properties(parameters: Any, open_: bool) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
-    engine = speaking("</think>ok")
+    engine = engine_with_output("</think>ok")
     await ask(engine, tools=[tool], tool_choice="required")
     grammar = engine.requests[-1].grammar
     assert grammar is not None
-    matcher = (await Grammars(ByteVocab()).compile(grammar.form)).begin()
-    said = b'</think>\n\n<tool_call>\n{"name": "f", "arguments": {"'
-    assert (matcher.permits(said + b"b") > len(said)) == open_
+    matcher = (await GrammarCompiler(ByteVocab()).compile(grammar.spec)).begin()
+    prefix = b'</think>\n\n<tool_call>\n{"name": "f", "arguments": {"'
+    assert (matcher.validate_tokens(prefix + b"b") > len(prefix)) == open_
 
 
-def test_models_in_models_are_closed_too() -> None:
+def test_nested_schemas_are_closed() -> None:
     inner = {"type": "object", "properties": {"x": {"type": "integer"}}}
     shut = {**inner, "additionalProperties": False}
     optional = {"anyOf": [inner, {"type": "null"}]}
-    found = closed({"properties": {"a": {"$ref": "#/$defs/A"}, "b": optional}, "$defs": {"A": inner}})
+    found = closed_schema({"properties": {"a": {"$ref": "#/$defs/A"}, "b": optional}, "$defs": {"A": inner}})
     assert found["$defs"]["A"] == found["properties"]["b"]["anyOf"][0] == shut
     refined = {"properties": {"a": {"allOf": [{"$ref": "#/$defs/A"}]}}, "$defs": {"A": inner}}
-    assert closed(refined)["$defs"]["A"] == inner
-    assert closed({**inner, "anyOf": [inner]}) == {**inner, "anyOf": [inner]}
-    assert closed({**inner, "minProperties": 2}) == {**inner, "minProperties": 2}
+    assert closed_schema(refined)["$defs"]["A"] == inner
+    assert closed_schema({**inner, "anyOf": [inner]}) == {**inner, "anyOf": [inner]}
+    assert closed_schema({**inner, "minProperties": 2}) == {**inner, "minProperties": 2}
 
 
 @pytest.mark.parametrize(
@@ -265,12 +265,12 @@ def test_models_in_models_are_closed_too() -> None:
     ],
 )
 async def test_refusals_name_the_field(fields: Any, param: str) -> None:
-    reply = await ask(speaking("x"), **fields)
+    reply = await ask(engine_with_output("x"), **fields)
     assert reply["error"]["param"] == param
 
 
 SIGNS = ("<function=", "<arg_key>", "｜DSML｜", "<|open|>", "<|tool_call>", "<|header_start|>")
-"""Of the formats that go through schemas by themselves."""
+"""Template signs of the formats that convert schemas themselves."""
 
 
 @pytest.mark.parametrize("sign", SIGNS)
@@ -292,9 +292,9 @@ SIGNS = ("<function=", "<arg_key>", "｜DSML｜", "<|open|>", "<|tool_call>", "<
     ],
     ids=str,
 )
-async def test_schemas_that_are_none_are_no_fault(sign: str, parameters: Any) -> None:
+async def test_invalid_schemas_cause_no_server_error(sign: str, parameters: Any) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
-    reply = await ask(speaking("x", sign + "{{ messages[0].content }}"), tools=[tool])
+    reply = await ask(engine_with_output("x", sign + "{{ messages[0].content }}"), tools=[tool])
     assert "choices" in reply or reply["error"]["param"].startswith("tools")
 
 
@@ -305,36 +305,36 @@ async def test_schemas_that_are_none_are_no_fault(sign: str, parameters: Any) ->
         ({"$ref": "#/$defs/city", "description": "where"}, '("Bern\\n</parameter>\\n" | "Oslo\\n</parameter>\\n")'),
     ],
 )
-async def test_schemas_of_texts_become_expressions(city: Any, expression: str) -> None:
+async def test_string_schemas_become_expressions(city: Any, expression: str) -> None:
     definitions = {"city": {"type": "string", "enum": ["Bern", "Oslo"], "title": "City"}}
     parameters = {"properties": {"city": city}, "$defs": definitions}
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
-    engine = speaking("x", "<function={{ messages[0].content }}")
+    engine = engine_with_output("x", "<function={{ messages[0].content }}")
     assert "choices" in await ask(engine, tools=[tool])
     grammar = engine.requests[-1].grammar
     assert grammar is not None
-    assert isinstance(grammar.form, Lark)
-    assert expression in grammar.form.text
+    assert isinstance(grammar.spec, Lark)
+    assert expression in grammar.spec.text
 
 
-async def test_what_is_nested_too_deeply_is_refused() -> None:
+async def test_deep_nesting_is_refused() -> None:
     schema: Any = {"type": "string"}
     for _ in range(300):
         schema = {"type": "object", "properties": {"a": schema}}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
-    reply = await ask(speaking("x", "<|tool_call>{{ messages[0].content }}"), tools=[tool])
+    reply = await ask(engine_with_output("x", "<|tool_call>{{ messages[0].content }}"), tools=[tool])
     assert reply["error"]["type"] == "invalid_request_error"
     assert "nested" in reply["error"]["message"]
 
 
 async def test_reasoning_may_stay_in_the_content() -> None:
     for where in ({"options": {"chat": {"reasoning_format": "none"}}}, {"reasoning_format": "none"}):
-        reply = await ask(speaking("hm\n</think>\n\nYes"), **where)
+        reply = await ask(engine_with_output("hm\n</think>\n\nYes"), **where)
         assert reply["choices"][0]["message"] == {"role": "assistant", "content": "hm\n</think>\n\nYes"}
 
 
-async def test_reasoning_that_does_not_end_is_no_content() -> None:
-    reply = await ask(speaking("hm, hm"))
+async def test_unclosed_reasoning_is_not_content() -> None:
+    reply = await ask(engine_with_output("hm, hm"))
     assert reply["choices"][0]["message"] == {"role": "assistant", "content": "", "reasoning_content": "hm, hm"}
 
 
@@ -348,15 +348,15 @@ async def test_reasoning_that_does_not_end_is_no_content() -> None:
         {"chat_template_kwargs": {"enable_thinking": False}},
     ],
 )
-async def test_templates_are_asked_not_to_think(fields: Any) -> None:
-    engine = speaking("Yes")
+async def test_reasoning_is_disabled_by_the_template(fields: Any) -> None:
+    engine = engine_with_output("Yes")
     reply = await ask(engine, **fields)
     assert prompt_of(engine).endswith("</think>\n")
     assert reply["choices"][0]["message"]["content"] == "Yes"
 
 
-async def test_the_effort_is_told_to_the_template() -> None:
-    engine = speaking("Yes", "{{ reasoning_effort }}!")
+async def test_reasoning_effort_is_a_template_variable() -> None:
+    engine = engine_with_output("Yes", "{{ reasoning_effort }}!")
     await ask(engine, reasoning_effort="high")
     assert prompt_of(engine) == "high!"
 
@@ -364,8 +364,8 @@ async def test_the_effort_is_told_to_the_template() -> None:
 @pytest.mark.parametrize(
     ("fields", "tokens"), [({}, 7), ({"reasoning_budget": 3}, 3), ({"reasoning_budget": -1}, None)]
 )
-async def test_the_budget_of_a_request_or_of_the_server(fields: Any, tokens: int | None) -> None:
-    engine = speaking("Yes")
+async def test_reasoning_budget(fields: Any, tokens: int | None) -> None:
+    engine = engine_with_output("Yes")
     await ask(engine, options={"chat": {"reasoning_budget": 7}}, **fields)
     request: Request = engine.requests[-1]
     assert (request.reasoning and request.reasoning.tokens) == tokens
@@ -376,10 +376,10 @@ async def test_the_budget_of_a_request_or_of_the_server(fields: Any, tokens: int
 
 @pytest.mark.parametrize("fields", [{"response_format": {"type": "json_object"}}, {"guided_choice": ["a", "b"]}])
 @pytest.mark.parametrize("tools", [[], [WEATHER]])
-async def test_an_answer_in_a_form_beside_tools_and_reasoning(fields: Any, tools: Any) -> None:
-    engine = speaking("</think>ok")
+async def test_response_formats_with_tools_and_reasoning(fields: Any, tools: Any) -> None:
+    engine = engine_with_output("</think>ok")
     await ask(engine, tools=tools, **fields)
     grammar = engine.requests[-1].grammar
     assert grammar is not None
-    assert "</think>" in str(grammar.form).replace("\\", "")
-    assert ("weather" in str(grammar.form)) == bool(tools)
+    assert "</think>" in str(grammar.spec).replace("\\", "")
+    assert ("weather" in str(grammar.spec)) == bool(tools)

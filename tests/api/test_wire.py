@@ -1,4 +1,4 @@
-"""What goes over the wire, word for word, for each endpoint."""
+"""The exact bodies and events of OpenAI's endpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIMINGS = {
     "draft_n_accepted": 3,
 }
 
-GUESSED = {
+DRAFTED = {
     "metrics": {
         "speculative_decoding": {
             "mean_acceptance_length": 4.0,
@@ -42,8 +42,8 @@ GUESSED = {
 }
 
 
-def settled(reply: dict[str, Any], **expected: Any) -> dict[str, Any]:
-    """`reply` without what differs from call to call, which is checked here."""
+def without_variable_fields(reply: dict[str, Any], **expected: Any) -> dict[str, Any]:
+    """Returns `reply` without the fields that differ from call to call, after checking these."""
     assert reply.pop("id").startswith(expected["id"])
     assert reply.pop("created") > 1_700_000_000
     assert reply.pop("system_fingerprint").startswith("fp_")
@@ -81,7 +81,7 @@ async def test_chat(app: ASGIApp) -> None:
     answer = await post(app, CHAT, {"messages": HELLO, "seed": 5})
     assert answer.status == 200
     assert answer.headers["content-type"] == "application/json"
-    assert settled(answer.json, id="chatcmpl-", object="chat.completion") == {
+    assert without_variable_fields(answer.json, id="chatcmpl-", object="chat.completion") == {
         "choices": [
             {
                 "index": 0,
@@ -92,7 +92,7 @@ async def test_chat(app: ASGIApp) -> None:
         ],
         "usage": usage(PROMPT_OF_HELLO, 12),
         "timings": timings(PROMPT_OF_HELLO, 12),
-        **GUESSED,
+        **DRAFTED,
         "seed": 5,
     }
 
@@ -106,14 +106,14 @@ async def test_chat_stream(app: ASGIApp) -> None:
     *chunks, done = answer.events
     assert done == "[DONE]"
     assert len({chunk["id"] for chunk in chunks}) == 1
-    told = [settled(chunk, id="chatcmpl-", object="chat.completion.chunk") for chunk in chunks]
+    received = [without_variable_fields(chunk, id="chatcmpl-", object="chat.completion.chunk") for chunk in chunks]
     deltas = [{"role": "assistant", "content": "Hel"}, {"content": "lo"}, {"content": " wörld"}]
-    assert told == [
+    assert received == [
         *({"choices": [{"index": 0, "delta": d, "logprobs": None, "finish_reason": None}]} for d in deltas),
         {
             "choices": [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}],
             "timings": timings(PROMPT_OF_HELLO, 12),
-            **GUESSED,
+            **DRAFTED,
             "seed": 5,
         },
     ]
@@ -143,15 +143,15 @@ async def test_stream_without_any_text(app: ASGIApp, engine: FakeEngine) -> None
     assert done == "[DONE]"
 
 
-async def test_choices_of_a_stream_come_as_they_are(app: ASGIApp, engine: FakeEngine) -> None:
+async def test_choices_of_a_stream_are_interleaved(app: ASGIApp, engine: FakeEngine) -> None:
     def script(request: Any) -> Any:
         slow = request.sampling.seed != 9
         return [b"a", 0.03 if slow else 0.01, b"b"]
 
     engine.script = script
     *chunks, last, done = (await post(app, CHAT, {"messages": HELLO, "stream": True, "n": 2, "seed": 9})).events
-    told = [(c["choices"][0]["index"], c["choices"][0]["delta"].get("content")) for c in [*chunks, last]]
-    assert told == [(0, "a"), (1, "a"), (0, "b"), (0, None), (1, "b"), (1, None)]
+    received = [(c["choices"][0]["index"], c["choices"][0]["delta"].get("content")) for c in [*chunks, last]]
+    assert received == [(0, "a"), (1, "a"), (0, "b"), (0, None), (1, "b"), (1, None)]
     assert [c["choices"][0]["delta"].get("role") for c in chunks[:2]] == ["assistant"] * 2
     assert "timings" not in chunks[-2]
     assert last["timings"]["predicted_n"] == 4
@@ -166,11 +166,11 @@ async def test_choices_draw_with_their_own_seeds(app: ASGIApp, engine: FakeEngin
 
 
 @pytest.mark.parametrize("seed", [None, -1])
-async def test_a_seed_is_drawn_and_told(app: ASGIApp, engine: FakeEngine, seed: int | None) -> None:
-    told = {(await post(app, CHAT, {"messages": HELLO, "seed": seed})).json["seed"] for _ in range(3)}
-    assert told == {request.sampling.seed for request in engine.requests}
-    assert len(told) == 3
-    assert all(0 <= seed < 2**53 for seed in told)
+async def test_a_drawn_seed_is_in_the_reply(app: ASGIApp, engine: FakeEngine, seed: int | None) -> None:
+    received = {(await post(app, CHAT, {"messages": HELLO, "seed": seed})).json["seed"] for _ in range(3)}
+    assert received == {request.sampling.seed for request in engine.requests}
+    assert len(received) == 3
+    assert all(0 <= seed < 2**53 for seed in received)
 
 
 async def test_chat_logprobs(app: ASGIApp, engine: FakeEngine) -> None:
@@ -195,26 +195,26 @@ async def test_chat_logprobs(app: ASGIApp, engine: FakeEngine) -> None:
 
 
 @pytest.mark.parametrize(("path", "key"), [(CHAT, "content"), (TEXT, "tokens")])
-async def test_text_before_its_token_is_out_has_no_logprobs(
+async def test_text_before_its_token_has_no_logprobs(
     app: ASGIApp, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, path: str, key: str
 ) -> None:
-    """Of the second token a part may begin the stop string, so that it is told with the third."""
+    """The end of the second token could begin the stop string, so the token is emitted with the third one."""
     piece = engine.vocab.piece
     monkeypatch.setattr(engine.vocab, "piece", lambda token: b"b!" if token == 66 else piece(token))
     engine.script = lambda request: [b"a", 0.01, b"B", 0.01, b"c"]
     logprobs: Any = True if path == CHAT else 1
     body = {"messages": HELLO, "prompt": "x", "stop": "!?", "logprobs": logprobs, "stream": True}
-    told = [event["choices"][0]["logprobs"] for event in (await post(app, path, body)).events[:-1]]
-    assert [each and len(each[key]) for each in told] == [1, None, 2, None]
+    received = [event["choices"][0]["logprobs"] for event in (await post(app, path, body)).events[:-1]]
+    assert [each and len(each[key]) for each in received] == [1, None, 2, None]
 
 
 async def test_text(app: ASGIApp, engine: FakeEngine) -> None:
     answer = await post(app, TEXT, {"prompt": "Say: ", "max_tokens": 6, "seed": 1})
-    assert settled(answer.json, id="cmpl-", object="text_completion") == {
+    assert without_variable_fields(answer.json, id="cmpl-", object="text_completion") == {
         "choices": [{"index": 0, "text": "Hello ", "logprobs": None, "finish_reason": "length"}],
         "usage": usage(5, 6),
         "timings": timings(5, 6),
-        **GUESSED,
+        **DRAFTED,
         "seed": 1,
     }
 
@@ -222,8 +222,8 @@ async def test_text(app: ASGIApp, engine: FakeEngine) -> None:
 async def test_text_stream(app: ASGIApp) -> None:
     answer = await post(app, TEXT, {"prompt": "Say: ", "max_tokens": 6, "stream": True, "seed": 1})
     *chunks, done = answer.events
-    told = [settled(chunk, id="cmpl-", object="text_completion")["choices"] for chunk in chunks]
-    assert told == [
+    received = [without_variable_fields(chunk, id="cmpl-", object="text_completion")["choices"] for chunk in chunks]
+    assert received == [
         [{"index": 0, "text": "Hel", "logprobs": None, "finish_reason": None}],
         [{"index": 0, "text": "lo", "logprobs": None, "finish_reason": None}],
         [{"index": 0, "text": " ", "logprobs": None, "finish_reason": None}],
@@ -232,13 +232,13 @@ async def test_text_stream(app: ASGIApp) -> None:
     assert done == "[DONE]"
 
 
-async def test_text_stops_at_sixteen_tokens_unless_told(app: ASGIApp, engine: FakeEngine) -> None:
+async def test_text_has_sixteen_tokens_by_default(app: ASGIApp, engine: FakeEngine) -> None:
     for limit in ({}, {"max_tokens": -1}, {"n_predict": 3}, {"max_tokens": None, "max_completion_tokens": 4}):
         await post(app, TEXT, {"prompt": "x", **limit})
     assert [request.max_tokens for request in engine.requests] == [16, None, 3, 4]
 
 
-async def test_chat_goes_on_to_the_end_unless_told(app: ASGIApp, engine: FakeEngine) -> None:
+async def test_chat_has_no_limit_by_default(app: ASGIApp, engine: FakeEngine) -> None:
     for limit in ({}, {"max_tokens": 0}, {"max_tokens": 9, "max_completion_tokens": 4}):
         await post(app, CHAT, {"messages": HELLO, **limit})
     assert [request.max_tokens for request in engine.requests] == [None, 0, 4]
@@ -255,7 +255,7 @@ async def test_echo(app: ASGIApp, stream: bool) -> None:
     assert texts == ["One Hello", "One Hello", "Two Hello", "Two Hello"]
 
 
-async def test_echo_of_nothing_more(app: ASGIApp) -> None:
+async def test_echo_without_new_tokens(app: ASGIApp) -> None:
     answer = await post(app, TEXT, {"prompt": [104, 105], "echo": True, "max_tokens": 0})
     assert answer.json["choices"][0]["text"] == "hi"
 
@@ -326,7 +326,7 @@ async def test_what_reaches_the_engine(app: ASGIApp, engine: FakeEngine) -> None
     assert (request.min_tokens, request.ignore_eos, request.salt, request.id) == (2, True, "me", "r1")
 
 
-async def test_bias_in_llama_servers_form(app: ASGIApp, engine: FakeEngine) -> None:
+async def test_logit_bias_in_llama_servers_shape(app: ASGIApp, engine: FakeEngine) -> None:
     await post(app, TEXT, {"prompt": "x", "logit_bias": [[65, 1.5], [66, False]]})
     assert engine.requests[0].sampling.logit_bias == ((65, 1.5), (66, -1e9))
 
@@ -351,11 +351,11 @@ async def test_names_of_the_model(app: ASGIApp, model: str | None) -> None:
     assert (await post(app, CHAT, {"messages": HELLO, "model": model})).status == 200
 
 
-async def test_chat_without_its_version(app: ASGIApp) -> None:
+async def test_chat_path_without_v1(app: ASGIApp) -> None:
     assert (await post(app, "/chat/completions", {"messages": HELLO})).status == 200
 
 
-def test_timings_tell_what_was_moved() -> None:
+def test_timings_count_moved_tokens() -> None:
     def end(moved: int) -> Finished:
         return Finished(FinishReason.STOP, Usage(50, 40, 3, moved=moved), Timings(0.0, 1.0, 2.0), 0)
 

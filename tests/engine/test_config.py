@@ -1,4 +1,4 @@
-"""Settings: ranges are checked, and what is wrong is named."""
+"""Configuration: ranges are checked, and errors name the field."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 from engine.config import BatchConfig, EngineConfig, ModelConfig, physical_cores
 
 
-def test_fields_find_their_concern() -> None:
+def test_fields_go_to_their_struct() -> None:
     config = EngineConfig.of(path=Path("a.gguf"), slots=4, threads=2)
     assert config == EngineConfig(model=ModelConfig(path="a.gguf", threads=2), batch=BatchConfig(slots=4))
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "message"),
     [
         ({"slots": 0}, r"`int` >= 1 - at `\$.batch.slots`"),
         ({"slots": 257}, r"`int` <= 256 - at `\$.batch.slots`"),
@@ -27,10 +27,10 @@ def test_fields_find_their_concern() -> None:
         ({"path": ""}, r"length >= 1 - at `\$.model.path`"),
     ],
 )
-def test_what_is_wrong_is_named(fields: dict[str, Any], words: str) -> None:
-    with pytest.raises(msgspec.ValidationError, match=words):
+def test_errors_name_the_field(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=message):
         EngineConfig.of(**{"path": "a.gguf", **fields})
 
 
-def test_there_is_a_core() -> None:
+def test_physical_cores_is_at_least_one() -> None:
     assert physical_cores() >= 1

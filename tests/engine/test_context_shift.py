@@ -26,7 +26,7 @@ def submit(bench: Bench, key: int, request: Request, keep: int) -> Sequence:
     """As `Bench.submit`, with context shift."""
     sequence = Sequence(key, request, 3, ToyVocab(), LIMIT, keep)
     bench.got[key], bench.sequences[key] = [], sequence
-    bench.runner.submit(sequence)
+    bench.core.lifecycle.submit(sequence)
     return sequence
 
 
@@ -61,7 +61,7 @@ def test_discarded_tokens_change_nothing_afterwards(keep: int, unified: bool) ->
     assert isinstance(end, Finished)
     assert end.reason is FinishReason.LENGTH
     assert end.usage.completion == 200
-    assert end.forgotten > 0
+    assert end.discarded > 0
 
 
 @pytest.mark.parametrize("unified", LAYOUTS)
@@ -80,7 +80,7 @@ def test_every_proposer_survives_a_hundred_shifts(kind: Any, unified: bool) -> N
     plain.run()
     assert bench.got[0] == bench.got[1] == plain.got[0]
     assert all(sequence.discarded >= 100 * (LIMIT - 4) // 2 for sequence in sequences)
-    assert sum(drafts.accepted for drafts in bench.drafting.drafts) > 100
+    assert sum(drafts.accepted for drafts in bench.speculative_decoding.draft_stats) > 100
 
 
 def test_without_context_shift_a_full_context_ends_the_request() -> None:
@@ -89,7 +89,7 @@ def test_without_context_shift_a_full_context_ends_the_request() -> None:
     bench.run()
     end = bench.ends[0]
     assert isinstance(end, Finished)
-    assert (end.reason, end.usage.completion, end.forgotten) == (FinishReason.LENGTH, LIMIT - 20, 0)
+    assert (end.reason, end.usage.completion, end.discarded) == (FinishReason.LENGTH, LIMIT - 20, 0)
 
 
 def test_discarded_tokens_count_for_the_reasoning_budget() -> None:

@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import replacement
+from engine import checksummed
 from engine.backend import State
 from engine.kv import disk as module
 from engine.kv import record
@@ -191,7 +191,7 @@ def test_identities_are_apart(tmp_path: Path, disk: Disk) -> None:
 
 
 def test_other_versions_are_removed(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "_VERSION", 7)
+    monkeypatch.setattr(record, "_FORMAT", record._FORMAT._replace(version=7))
     put(disk, A, state_of(1))
     monkeypatch.undo()
     assert disk.entries() == []
@@ -215,7 +215,7 @@ def test_leftovers_are_removed_and_other_files_stay(disk: Disk) -> None:
 @pytest.mark.parametrize("below", ["file", "file/deeper"])
 def test_an_unusable_folder_is_named(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UnusableFolder, match=r"cannot keep prefixes in .*file.*: Not a directory") as caught:
+    with pytest.raises(UnusableFolder, match=r"cannot write prefixes to .*file.*: Not a directory") as caught:
         Disk(tmp_path / below, "model a")
     assert isinstance(caught.value, OSError)
 
@@ -366,7 +366,7 @@ class FullDisk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_full, self.tries = True, 0
-        monkeypatch.setattr(replacement, "open", self.open, raising=False)
+        monkeypatch.setattr(checksummed, "open", self.open, raising=False)
 
     def open(self, handle: int, mode: str) -> Any:
         self.tries += 1
@@ -393,7 +393,7 @@ def test_a_full_disk_pauses_writing(
     assert disk.paused
     assert equal(disk.read(A).result(5), state_of(1))
     assert os.listdir(disk.folder) == [f"{A}.block"]
-    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "WRITE_PAUSE_SECONDS", 0.0)
     disk._resume = 0.0
     assert put(disk, B, state_of(2)) is None
     assert full.tries == 2

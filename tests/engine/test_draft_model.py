@@ -11,8 +11,9 @@ from msgspec import structs
 from engine.backend import Aborted, Logits, NativeFault, NoFreeCells
 from engine.config import SpeculationConfig
 from engine.contract import Finished, Request, SamplingParams, Speculation
-from engine.speculate import Bounds, DraftModel, difference
-from engine.speculate.draft import DraftRequest, DraftSequence
+from engine.speculate import DraftBounds, DraftModel, vocabulary_mismatch
+from engine.speculate.draft_model import DraftSequence
+from engine.speculate.proposer import BatchedDraftRequest
 from tests.engine.test_same_as_alone import LAYOUTS, Bench, alone, context_of
 from tests.toy import VOCABULARY, ToyBackend, ToyContext, ToyVocab
 
@@ -22,7 +23,7 @@ both = pytest.mark.parametrize("unified", LAYOUTS)
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def asked(key: int = 0, tokens: int = 30, **more: object) -> Request:
+def greedy_request(key: int = 0, tokens: int = 30, **more: object) -> Request:
     """A greedy request with a prompt of its own."""
     prompt = (*range(1, 11), key + 1)
     return Request(prompt=prompt, max_tokens=tokens, ignore_eos=True, sampling=GREEDY, **more)  # type: ignore[arg-type]
@@ -31,7 +32,7 @@ def asked(key: int = 0, tokens: int = 30, **more: object) -> Request:
 def bench(draft: ToyContext, slots: int = 4) -> Bench:
     """Four slots and a draft model, both in the layout of `draft`."""
     made = Bench(context_of(draft.unified, 400), slots, speculation=CONFIG, draft=draft)
-    cast("Any", made.drafting.model)._cost.prompt_rows = lambda *_: 1000
+    cast("Any", made.speculative_decoding.draft_model)._cost.prompt_rows = lambda *_: 1000
     return made
 
 
@@ -42,26 +43,26 @@ def end_of(made: Bench, key: int) -> Finished:
 
 
 def model_of(made: Bench) -> ToyContext:
-    assert made.drafting.model is not None
-    context = made.drafting.model.context
+    assert made.speculative_decoding.draft_model is not None
+    context = made.speculative_decoding.draft_model.context
     assert isinstance(context, ToyContext)
     return context
 
 
 def sound(made: Bench) -> None:
     """The draft model's cache is consistent, and nothing is allocated in it."""
-    assert made.drafting.model is not None
-    made.drafting.model.kv.check()
-    assert made.drafting.model.active == []
+    assert made.speculative_decoding.draft_model is not None
+    made.speculative_decoding.draft_model.kv.check()
+    assert made.speculative_decoding.draft_model.active == []
 
 
 @both
 def test_an_equal_draft_model_is_always_right_and_computes_each_token_once(unified: bool) -> None:
     made = bench(context_of(unified, 400))
     before = model_of(made).computed
-    made.submit(0, asked())
+    made.submit(0, greedy_request())
     made.run()
-    assert made.got[0] == alone(asked(), 400)[0]
+    assert made.got[0] == alone(greedy_request(), 400)[0]
     usage = end_of(made, 0).usage
     assert usage.accepted == usage.drafted >= 22
     assert made.backend.context.decodes < 10
@@ -73,12 +74,12 @@ def test_an_equal_draft_model_is_always_right_and_computes_each_token_once(unifi
 @pytest.mark.parametrize("other", [0.2, 1.0])
 def test_a_wrong_draft_is_rolled_back_in_both(other: float, unified: bool) -> None:
     made = bench(context_of(unified, 400, other=other))
-    made.submit(0, asked())
-    while made.runner.busy:
-        made.runner.step()
-        made.runner.kv.check()
+    made.submit(0, greedy_request())
+    while made.core.lifecycle.busy:
+        made.core.step()
+        made.core.kv.check()
     made.run()
-    assert made.got[0] == alone(asked(), 400)[0]
+    assert made.got[0] == alone(greedy_request(), 400)[0]
     assert end_of(made, 0).usage.accepted < end_of(made, 0).usage.drafted
     sound(made)
 
@@ -87,17 +88,17 @@ def test_a_wrong_draft_is_rolled_back_in_both(other: float, unified: bool) -> No
 def test_all_slots_share_one_batch_for_each_draft_position(unified: bool) -> None:
     made = bench(context_of(unified, 400))
     for key in range(4):
-        made.submit(key, asked(key, tokens=80))
+        made.submit(key, greedy_request(key, tokens=80))
     for _ in range(3):
-        made.runner.step()
-    before, steps = model_of(made).decodes, made.runner.counters.steps
+        made.core.step()
+    before, steps = model_of(made).decodes, made.core.counters.steps
     for _ in range(3):
-        made.runner.step()
-    assert len(made.runner.running) == 4
-    assert model_of(made).decodes - before <= 6 * (made.runner.counters.steps - steps)
+        made.core.step()
+    assert len(made.core.running) == 4
+    assert model_of(made).decodes - before <= 6 * (made.core.counters.steps - steps)
     made.run()
     for key in range(4):
-        assert made.got[key] == alone(asked(key, tokens=80), 400)[0]
+        assert made.got[key] == alone(greedy_request(key, tokens=80), 400)[0]
     sound(made)
 
 
@@ -106,7 +107,7 @@ def test_a_prefix_is_prefilled_once_by_the_draft_model_too(unified: bool) -> Non
     made = bench(context_of(unified, 400))
     before = model_of(made).computed
     for key in range(3):
-        made.submit(key, asked(key, tokens=10))
+        made.submit(key, greedy_request(key, tokens=10))
         made.run()
     assert model_of(made).computed - before <= 11 + 10 + 2 * (1 + 10)
 
@@ -114,7 +115,7 @@ def test_a_prefix_is_prefilled_once_by_the_draft_model_too(unified: bool) -> Non
 def test_a_request_without_drafts_is_not_prefilled() -> None:
     made = bench(ToyContext(cells=400))
     before = model_of(made).computed
-    made.submit(0, asked(speculation=Speculation()))
+    made.submit(0, greedy_request(speculation=Speculation()))
     made.run()
     assert model_of(made).computed == before
     assert end_of(made, 0).usage.drafted == 0
@@ -125,10 +126,10 @@ def test_a_request_without_drafts_is_not_prefilled() -> None:
 def test_too_few_cells_mean_fewer_drafts_and_the_same_tokens(cells: int, unified: bool) -> None:
     made = bench(context_of(unified, cells))
     for key in range(4):
-        made.submit(key, asked(key))
+        made.submit(key, greedy_request(key))
     made.run()
     for key in range(4):
-        assert made.got[key] == alone(asked(key), 400)[0]
+        assert made.got[key] == alone(greedy_request(key), 400)[0]
     sound(made)
 
 
@@ -138,10 +139,10 @@ def test_decodes_of_the_draft_model_that_find_no_cells(unified: bool) -> None:
     context = model_of(made)
     context.faults = lambda n: NoFreeCells() if n % 3 == 0 else None
     for key in range(4):
-        made.submit(key, asked(key))
+        made.submit(key, greedy_request(key))
     made.run()
     for key in range(4):
-        assert made.got[key] == alone(asked(key), 400)[0]
+        assert made.got[key] == alone(greedy_request(key), 400)[0]
     sound(made)
 
 
@@ -151,33 +152,33 @@ def test_a_draft_model_that_fails_fails_no_request(fault: Exception, unified: bo
     made = bench(context_of(unified, 400))
     model_of(made).faults = lambda n: fault if n > 8 else None
     for key in range(2):
-        made.submit(key, asked(key))
+        made.submit(key, greedy_request(key))
     made.run()
     for key in range(2):
-        assert made.got[key] == alone(asked(key), 400)[0]
-    assert made.drafting.model is not None
-    assert bool(made.drafting.model.fault) == isinstance(fault, NativeFault)
+        assert made.got[key] == alone(greedy_request(key), 400)[0]
+    assert made.speculative_decoding.draft_model is not None
+    assert bool(made.speculative_decoding.draft_model.fault) == isinstance(fault, NativeFault)
 
 
 @both
 def test_preempted_requests_release_their_draft_cells_and_continue(unified: bool) -> None:
     made = bench(context_of(unified, 400, other=0.2))
     for key in range(3):
-        made.submit(key, asked(key))
+        made.submit(key, greedy_request(key))
     for turn in range(60):
-        made.runner.step()
-        if turn % 4 == 3 and made.runner.running:
-            made.runner._preempt(list(made.runner.running.values())[-1])
+        made.core.step()
+        if turn % 4 == 3 and made.core.running:
+            made.core.lifecycle.preempt(list(made.core.running.values())[-1])
     made.run()
     for key in range(3):
-        assert made.got[key] == alone(asked(key), 400)[0]
+        assert made.got[key] == alone(greedy_request(key), 400)[0]
     sound(made)
 
 
 @pytest.mark.parametrize(("n_max", "most"), [(1, 1), (2, 2), (5, 5)])
 def test_the_request_bounds_the_draft(n_max: int, most: int) -> None:
     made = bench(ToyContext(cells=400))
-    made.submit(0, asked(speculation=Speculation(type=("draft",), n_max=n_max)))
+    made.submit(0, greedy_request(speculation=Speculation(type=("draft",), n_max=n_max)))
     made.run()
     (drafts,) = end_of(made, 0).drafts
     assert len(drafts.by_accepted) == most + 1
@@ -186,22 +187,22 @@ def test_the_request_bounds_the_draft(n_max: int, most: int) -> None:
 
 def test_unlikely_tokens_end_a_draft() -> None:
     made = bench(ToyContext(cells=400))
-    made.submit(0, asked(speculation=Speculation(type=("draft",), p_min=1.0)))
+    made.submit(0, greedy_request(speculation=Speculation(type=("draft",), p_min=1.0)))
     made.run()
     assert end_of(made, 0).usage.drafted == 0
-    assert made.got[0] == alone(asked(), 400)[0]
+    assert made.got[0] == alone(greedy_request(), 400)[0]
     sound(made)
 
 
 def test_nothing_is_drafted_after_tokens_the_draft_model_lacks() -> None:
     model = DraftModel(ToyBackend(ToyContext()), VOCABULARY + 5)
-    sequence = DraftSequence(model, "", Bounds())
+    sequence = DraftSequence(model, "", DraftBounds())
     sequence.begin([1, 2, VOCABULARY + 1])
-    model.draft([DraftRequest(sequence, 3)], 1.0)
+    model.draft([BatchedDraftRequest(sequence, 3)], 1.0)
     assert sequence.propose(3).tokens == ()
-    sequence = DraftSequence(model, "", Bounds())
+    sequence = DraftSequence(model, "", DraftBounds())
     sequence.begin([1, 2, 3])
-    model.draft([DraftRequest(sequence, 3)], 1.0)
+    model.draft([BatchedDraftRequest(sequence, 3)], 1.0)
     assert len(sequence.propose(3).tokens) == 3
 
 
@@ -209,32 +210,32 @@ def test_nothing_is_drafted_after_tokens_the_draft_model_lacks() -> None:
 def test_catching_up_keeps_to_the_batch(unified: bool) -> None:
     made = bench(context_of(unified, 400, rows=16, outputs=16))
     for key in range(4):
-        made.submit(key, structs.replace(asked(key), prompt=(1, 2, 3, 4, 5, 6, key + 7)))
+        made.submit(key, structs.replace(greedy_request(key), prompt=(1, 2, 3, 4, 5, 6, key + 7)))
     made.run()
     for key in range(4):
-        request = structs.replace(asked(key), prompt=(1, 2, 3, 4, 5, 6, key + 7))
+        request = structs.replace(greedy_request(key), prompt=(1, 2, 3, 4, 5, 6, key + 7))
         assert made.got[key] == alone(request, 400)[0]
 
 
 def test_a_draft_that_was_not_verified_leaves_nothing() -> None:
     made = bench(ToyContext(cells=400))
-    assert made.drafting.model is not None
-    sequence = DraftSequence(made.drafting.model, "", Bounds())
+    assert made.speculative_decoding.draft_model is not None
+    sequence = DraftSequence(made.speculative_decoding.draft_model, "", DraftBounds())
     sequence.begin([1, 2, 3])
     for _ in range(2):
-        made.drafting.model.draft([DraftRequest(sequence, 4)], 1.0)
+        made.speculative_decoding.draft_model.draft([BatchedDraftRequest(sequence, 4)], 1.0)
         assert len(sequence.propose(4).tokens) == 4
         assert sequence.allocation is not None
         assert model_of(made).length(sequence.seq) == 3 + 3
     held = sequence.allocation
-    sequence.settle()
+    sequence.end_draft()
     assert held is not None
     assert model_of(made).length(held.seq) == 3
 
 
 def test_a_request_cannot_delay_the_others_by_a_long_draft() -> None:
     made = bench(ToyContext(cells=400))
-    made.submit(0, asked(tokens=90, speculation=Speculation(type=("draft",), n_max=1024, order="fixed")))
+    made.submit(0, greedy_request(tokens=90, speculation=Speculation(type=("draft",), n_max=1024, order="fixed")))
     made.run()
     (drafts,) = end_of(made, 0).drafts
     assert len(drafts.by_accepted) == 16 + 1
@@ -257,21 +258,21 @@ class OtherVocab(ToyVocab):
         ({}, ""),
         ({"spelled": {3: "x"}}, ""),  # among the first, which are special
         ({"spelled": {30: "x"}}, "its token 30 is 'x', the model's is '^'"),
-        ({"size": VOCABULARY + 129}, "its vocabulary has 179 tokens, the model's 50; at most 128 apart will do"),
+        ({"size": VOCABULARY + 129}, "its vocabulary has 179 tokens, the model's 50; they may differ by at most 128"),
         ({"size": VOCABULARY + 128}, ""),
         ({"kind": 2}, "its vocabulary is of type 2, the model's of type 0"),
         ({"added": (1, -1)}, "it puts the tokens (1, -1) around a text, the model (-1, -1) (-1 is none)"),
     ],
 )
 def test_which_vocabularies_fit(changes: dict[str, object], complaint: str) -> None:
-    assert difference(ToyVocab(), OtherVocab(**changes)) == complaint
+    assert vocabulary_mismatch(ToyVocab(), OtherVocab(**changes)) == complaint
 
 
 @pytest.mark.parametrize("noise", ["shared", "greedy", "off"])
 def test_a_draft_with_the_same_noise_agrees_at_any_temperature(noise: Any) -> None:
     sampling = SamplingParams(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.2, seed=9)
     fixed = Speculation(type=("draft",), order="fixed")
-    request = structs.replace(asked(tokens=60), sampling=sampling, speculation=fixed)
+    request = structs.replace(greedy_request(tokens=60), sampling=sampling, speculation=fixed)
     made = Bench(ToyContext(cells=400), speculation=CONFIG, draft=ToyContext(cells=400), noise=noise)
     made.submit(0, request)
     made.run()
@@ -289,10 +290,10 @@ def test_shared_noise_counts_discarded_tokens_and_a_smaller_vocabulary() -> None
         return 7
 
     model = DraftModel(ToyBackend(ToyContext()), VOCABULARY + 5)
-    sequence = DraftSequence(model, "", Bounds(), pick)
+    sequence = DraftSequence(model, "", DraftBounds(), pick)
     sequence.begin([1, 2, 3, 4, 5])
     sequence.shift(1, 2)
-    model.draft([DraftRequest(sequence, 2)], 1.0)
+    model.draft([BatchedDraftRequest(sequence, 2)], 1.0)
     assert sequence.propose(2).tokens == (7, 7)
     assert heard == [(VOCABULARY + 5, [1, 4, 5], 2), (VOCABULARY + 5, [1, 4, 5, 7], 2)]
 
@@ -303,8 +304,8 @@ def test_shared_noise_counts_discarded_tokens_and_a_smaller_vocabulary() -> None
 def test_a_draft_model_whose_passes_cost_more_than_they_save_is_not_used() -> None:
     draft = ToyContext(cells=400)
     made = bench(draft)
-    cast("Any", made.drafting.model)._cost.curve.put(1, 100.0)  # a step of the model takes a second
-    made.submit(0, asked(tokens=30))
+    cast("Any", made.speculative_decoding.draft_model)._cost.curve.put(1, 100.0)  # a step of the model takes a second
+    made.submit(0, greedy_request(tokens=30))
     made.run()
     assert draft.decodes == 0
     assert end_of(made, 0).usage.drafted == 0
@@ -313,12 +314,12 @@ def test_a_draft_model_whose_passes_cost_more_than_they_save_is_not_used() -> No
 def test_a_draft_model_on_trial_prefills_to_the_end_and_drafts() -> None:
     draft = ToyContext(cells=400)
     made = bench(draft)
-    cost = cast("Any", made.drafting.model)._cost
+    cost = cast("Any", made.speculative_decoding.draft_model)._cost
     cost.curve.put(1, 0.5)  # pays if its drafts are right, which is unknown
     cast("Any", cost).observe = lambda *_: None
     cost.prompt_rows = lambda *_: 5
-    cast("Any", made.drafting.chooser)._seconds = 2.5
-    request = structs.replace(asked(tokens=80), prompt=tuple(1 + place % 40 for place in range(60)))
+    cast("Any", made.speculative_decoding.chooser)._trial_seconds = 2.5
+    request = structs.replace(greedy_request(tokens=80), prompt=tuple(1 + place % 40 for place in range(60)))
     made.submit(0, request)
     made.run()
     assert made.got[0] == alone(request, 400)[0]
@@ -329,7 +330,7 @@ def test_a_draft_model_on_trial_prefills_to_the_end_and_drafts() -> None:
 def test_drafts_shorter_than_n_min_are_not_made() -> None:
     draft = ToyContext(cells=400)
     made = bench(draft)
-    made.submit(0, asked(tokens=60, speculation=Speculation(type=("draft",), n_min=5)))
+    made.submit(0, greedy_request(tokens=60, speculation=Speculation(type=("draft",), n_min=5)))
     made.run()
     (drafts,) = end_of(made, 0).drafts
     assert drafts.accepted > 0

@@ -17,7 +17,7 @@ from engine import (
     EngineFault,
     Finished,
     FinishReason,
-    Form,
+    GrammarSpec,
     JsonObject,
     ModelError,
     Regex,
@@ -159,7 +159,7 @@ class Broken:
 
 async def test_a_request_that_cannot_start_fails_alone_and_takes_no_place() -> None:
     async with Engine.open(CONFIG, opener=opener(toy())) as engine:
-        for _ in range(engine.places + 1):
+        for _ in range(engine.max_requests + 1):
             with pytest.raises(EngineFault, match="no memory"):
                 await read(engine, Request(prompt=(1,), grammar=cast("Any", Broken())))
         updates = await read(engine, Request(prompt=(1,), max_tokens=2, ignore_eos=True))
@@ -172,28 +172,29 @@ async def test_the_progress_of_a_prefill() -> None:
         request = Request(prompt=(*range(1, 40),) * 5, max_tokens=3, ignore_eos=True, progress=True)
         for known in (0, 194):
             *updates, end = await read(engine, request)
-            told = [update.reading for update in updates if isinstance(update, Tokens) and update.reading]
-            processed = [reading.processed for reading in told]
+            found = [update.prefill_progress for update in updates if isinstance(update, Tokens)]
+            reports = [progress for progress in found if progress is not None]
+            processed = [progress.processed for progress in reports]
             assert processed == sorted({*processed, 195})
-            assert {(reading.prompt, reading.cached) for reading in told} == {(195, known)}
+            assert {(progress.prompt, progress.cached) for progress in reports} == {(195, known)}
             assert isinstance(end, Finished)
-            assert len(told) > 2 or known
-        assert not any(update.reading for update in await read(engine, FEW) if isinstance(update, Tokens))
+            assert len(reports) > 2 or known
+        assert not any(update.prefill_progress for update in await read(engine, FEW) if isinstance(update, Tokens))
 
 
 @pytest.mark.parametrize("warmup", [True, False])
 async def test_the_first_grammar_is_compiled_before_the_first_request(
     monkeypatch: pytest.MonkeyPatch, warmup: bool
 ) -> None:
-    forms: list[Form] = []
-    monkeypatch.setattr(compiler, "_compiled", lambda form, tokens: forms.append(form))
+    specs: list[GrammarSpec] = []
+    monkeypatch.setattr(compiler, "_compile_native", lambda spec, tokenizer: specs.append(spec))
     config = EngineConfig.of(path="toy.gguf", slots=2, warmup=warmup)
     async with Engine.open(config, opener=opener(toy())):
-        assert forms == [JsonObject()] * warmup
+        assert specs == [JsonObject()] * warmup
 
 
 async def test_a_first_grammar_that_takes_long_does_not_end_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "SECONDS", 0.0)
+    monkeypatch.setattr(compiler, "COMPILE_SECONDS", 0.0)
     async with Engine.open(CONFIG, opener=opener(toy())) as engine:
         with pytest.raises(RequestRefused, match="was not compiled"):
             await engine.compile(Regex("a"))
@@ -204,7 +205,7 @@ async def test_the_end_fails_requests_whose_grammar_is_being_compiled(
     monkeypatch: pytest.MonkeyPatch, drained: bool
 ) -> None:
     go_on = threading.Event()
-    monkeypatch.setattr(compiler, "_compiled", lambda form, tokens: go_on.wait(5))
+    monkeypatch.setattr(compiler, "_compile_native", lambda spec, tokenizer: go_on.wait(5))
     async with Engine.open(CONFIG, opener=opener(toy())) as engine:
         waiting = [asyncio.create_task(engine.compile(Regex(pattern))) for pattern in "aabcd"]
         await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Forms become grammars, or are refused with the place that is wrong; masks permit what a grammar does."""
+"""Specs compile to grammars or are refused with the wrong keyword; masks permit exactly the grammar's tokens."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ import pytest
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engine.grammar import (
-    Choice,
-    Form,
+    MAX_SCHEMA_DEPTH,
     Gbnf,
     Grammar,
+    GrammarCompiler,
     GrammarError,
-    Grammars,
+    GrammarSpec,
     JsonObject,
     JsonSchema,
     Lark,
+    MaskRequest,
     Masks,
     Matcher,
+    OneOfTexts,
     Regex,
-    Want,
     compiler,
     jobs,
+    resolve_reference,
 )
-from engine.grammar.bridge import BLOCK, tokenizer
-from engine.grammar.gbnf import lark_of
-from engine.grammar.jobs import Jobs, Late
-from engine.grammar.schema import DEPTH, depth_of, keywords, with_any_of
+from engine.grammar.gbnf import lark_from_gbnf
+from engine.grammar.jobs import JobQueue, JobTimeout
+from engine.grammar.pointer import escape, resolve
+from engine.grammar.schema import keywords, nesting_depth, one_of_as_any_of
+from engine.grammar.tokenizer import BLOCK_CHARACTERS, build_tokenizer
 from tests.engine.vocabularies import ASCII, PAIRS, AsciiVocab, bytes_of, grammar
 from tests.toy import END
 
@@ -51,34 +54,34 @@ def schema(value: Any) -> JsonSchema:
 
 def permitted(matcher: Matcher) -> set[int]:
     masks = Masks(ASCII.size)
-    masks.begin([Want(0, matcher, ())])
+    masks.begin([MaskRequest(0, matcher, ())])
     permits = masks.of(0)
     assert permits is not None
     return set(np.flatnonzero(permits(0)).tolist())
 
 
 def wander(made: Grammar, random: Random, most: int = 60) -> tuple[bytes, bool]:
-    """A random text that the masks permit, and whether it came to its end."""
-    matcher, said = made.begin(), bytearray()
+    """Returns a random text that the masks permit, and True if it is complete."""
+    matcher, output = made.begin(), bytearray()
     for _ in range(most):
         token = random.choice(sorted(permitted(matcher)))
         if token in ASCII.ends:
-            return bytes(said), True
-        said += ASCII.piece(token)
-        matcher.take(token)
+            return bytes(output), True
+        output += ASCII.piece(token)
+        matcher.accept_token(token)
         if matcher.complete:
-            return bytes(said), True
-    return bytes(said), False
+            return bytes(output), True
+    return bytes(output), False
 
 
-# ── forms ──
+# ── specs ──
 
 
 @pytest.mark.parametrize(
-    ("form", "pattern"),
+    ("spec", "pattern"),
     [
         (Regex("a{2,5}(b|true)"), "a{2,5}(b|true)"),
-        (Choice(("yes", 'n"o', "never\n", "yes!")), 'yes|n"o|never\n|yes!'),
+        (OneOfTexts(("yes", 'n"o', "never\n", "yes!")), 'yes|n"o|never\n|yes!'),
         (Gbnf('root ::= item ("," item)* "."\nitem ::= [a-c] [0-9]{2}'), r"[a-c]\d\d(,[a-c]\d\d)*\."),
         (Gbnf('root ::= start [\\u00e9-\\u00ef] "start"\nstart ::= "caf" # a start'), "caf[é-ï]start"),
         (Lark('start: "a" (B | "c")+ "."\nB: /b{2}/'), r"a(bb|c)+\."),
@@ -87,8 +90,8 @@ def wander(made: Grammar, random: Random, most: int = 60) -> tuple[bytes, bool]:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_permitted_is_of_the_form(form: Form, pattern: str) -> None:
-    made, ended = grammar(form), 0
+def test_permitted_texts_match_the_spec(spec: GrammarSpec, pattern: str) -> None:
+    made, ended = grammar(spec), 0
     for seed in range(30):
         text, whole = wander(made, Random(seed))
         ended += whole
@@ -96,177 +99,177 @@ def test_what_is_permitted_is_of_the_form(form: Form, pattern: str) -> None:
     assert ended
 
 
-@pytest.mark.parametrize("form", [schema(PERSON), JsonObject(), schema({"type": "array", "items": {"type": "number"}})])
-def test_json_is_json(form: Form) -> None:
+@pytest.mark.parametrize("spec", [schema(PERSON), JsonObject(), schema({"type": "array", "items": {"type": "number"}})])
+def test_outputs_of_json_specs_are_json(spec: GrammarSpec) -> None:
     ended = 0
     for seed in range(40):
-        text, whole = wander(grammar(form), Random(seed), 300)
+        text, whole = wander(grammar(spec), Random(seed), 300)
         if whole:
             json.loads(text)
             ended += 1
     assert ended
 
 
-def test_what_a_schema_describes() -> None:
+def test_a_schema_decides_the_permitted_tokens() -> None:
     matcher = grammar(schema(PERSON)).begin()
     for text in ('{"', "name", '":', ' "'):
         for token in ASCII.tokenize(text, special=False):
             assert token in permitted(matcher)
-            matcher.take(token)
+            matcher.accept_token(token)
     assert not ASCII.ends & permitted(matcher)
     for token in ASCII.tokenize('Ann", "age": 7}', special=False):
         assert not matcher.complete
-        matcher.take(token)
+        matcher.accept_token(token)
     assert matcher.complete
 
 
-def test_it_may_end_exactly_where_the_grammar_may() -> None:
+def test_end_tokens_are_permitted_where_the_output_is_complete() -> None:
     matcher = grammar(Regex("a(aa)*")).begin()
     for _ in range(5):
         assert not ASCII.ends & permitted(matcher)
-        matcher.take(ord("a"))
-        assert permitted(matcher) == {ord("a"), *ASCII.ends}, "each of the tokens that end a text"
-        matcher.take(ord("a"))
+        matcher.accept_token(ord("a"))
+        assert permitted(matcher) == {ord("a"), *ASCII.ends}, "all end tokens"
+        matcher.accept_token(ord("a"))
 
 
-def test_where_nothing_can_follow_it_is_complete() -> None:
-    matcher = grammar(Choice(("true",))).begin()
-    matcher.take(ASCII.tokenize("true", special=False)[0])
+def test_an_output_without_continuation_is_complete() -> None:
+    matcher = grammar(OneOfTexts(("true",))).begin()
+    matcher.accept_token(ASCII.tokenize("true", special=False)[0])
     assert matcher.complete
     assert permitted(matcher) == ASCII.ends
 
 
-def test_special_tokens_are_no_text_and_have_names() -> None:
+def test_special_tokens_are_permitted_by_name_only() -> None:
     assert not permitted(grammar(Regex(r"(.|\n)*")).begin()) & {ASCII.call}
     matcher = grammar(Lark('start: /[ab]*/ (<|call|> "b")?')).begin()
     assert permitted(matcher) == {ord("a"), ord("b"), ASCII.call, *ASCII.ends}
-    matcher.take(ASCII.call)
+    matcher.accept_token(ASCII.call)
     assert permitted(matcher) == {ord("b")}
     text = grammar(Regex(r"<\|call\|>")).begin()
-    assert permitted(text) == {ord("<")}, "spelled out, they are just letters"
+    assert permitted(text) == {ord("<")}, "spelled out, a special token is text"
 
 
 def test_characters_of_several_tokens() -> None:
-    matcher = grammar(Choice(("é!",))).begin()
+    matcher = grammar(OneOfTexts(("é!",))).begin()
     first, second, _ = range(ASCII.size - 6, ASCII.size - 3)
     assert permitted(matcher) == {first}
-    matcher.take(first)
+    matcher.accept_token(first)
     assert permitted(matcher) == {second}
 
 
-def test_the_bridge_has_every_token() -> None:
-    known = tokenizer(ASCII)
-    assert known.vocab_size == ASCII.size
+def test_the_tokenizer_has_every_token() -> None:
+    tokenizer = build_tokenizer(ASCII)
+    assert tokenizer.vocab_size == ASCII.size
     for token in range(ASCII.size):
-        assert known.is_special_token(token) == (token in ASCII.special)
+        assert tokenizer.is_special_token(token) == (token in ASCII.special)
         if token not in ASCII.special and ASCII.piece(token) != b"\xff":
-            assert known.decode_bytes([token]) == ASCII.piece(token)
-    assert known.tokenize_str('{"name": true}') == ASCII.tokenize('{"name": true}', special=False)
+            assert tokenizer.decode_bytes([token]) == ASCII.piece(token)
+    assert tokenizer.tokenize_str('{"name": true}') == ASCII.tokenize('{"name": true}', special=False)
 
 
-def test_the_toy_has_a_bridge_too() -> None:
+def test_drafts_are_cut_where_the_grammar_or_an_end_token_ends_them() -> None:
     matcher = grammar(Regex("(AB)+"), PAIRS).begin()
-    assert matcher.permits(PAIRS.tokenize("ABABAB", special=False)) == 3
-    assert matcher.permits([1, 2, 1, 1, 2]) == 3
-    assert matcher.permits([1, 2, END]) == 2, "no row after an end would be used"
+    assert matcher.validate_tokens(PAIRS.tokenize("ABABAB", special=False)) == 3
+    assert matcher.validate_tokens([1, 2, 1, 1, 2]) == 3
+    assert matcher.validate_tokens([1, 2, END]) == 2, "no row after an end would be used"
 
 
-# ── guesses ──
+# ── drafts ──
 
 
-def test_what_is_forced() -> None:
-    assert grammar(schema(PERSON), ASCII).begin().forced(8) == [], "space may come first, or the bracket alone"
+def test_forced_tokens() -> None:
+    assert grammar(schema(PERSON), ASCII).begin().forced_tokens(8) == [], "space may come first, or the bracket alone"
     matcher = grammar(Lark('start: "[name]" /[a-z]/ "true"')).begin()
-    tokens = matcher.forced(8)
+    tokens = matcher.forced_tokens(8)
     assert tokens == ASCII.tokenize("[name]", special=False)
-    assert matcher.forced(2) == tokens[:2]
+    assert matcher.forced_tokens(2) == tokens[:2]
     for token in tokens:
         assert permitted(matcher) == {token}, "though the word could be spelled by letters"
-        matcher.take(token)
-    assert matcher.forced(8) == []
-    matcher.take(ord("x"))
-    assert bytes_of(matcher.forced(8)) == b"true"
-    matcher.take(*matcher.forced(8))
-    assert matcher.forced(8) == []
+        matcher.accept_token(token)
+    assert matcher.forced_tokens(8) == []
+    matcher.accept_token(ord("x"))
+    assert bytes_of(matcher.forced_tokens(8)) == b"true"
+    matcher.accept_token(*matcher.forced_tokens(8))
+    assert matcher.forced_tokens(8) == []
 
 
 class Spacious(AsciiVocab):
-    """Puts a space before every text, as some do."""
+    """A vocabulary that puts a space before every text, as some models' do."""
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         return super().tokenize(f" {text}", special=special)
 
 
 @pytest.mark.parametrize("vocab", [AsciiVocab(), Spacious()], ids=lambda vocab: type(vocab).__name__)
-def test_forced_texts_are_written_to_the_byte(vocab: AsciiVocab) -> None:
-    """Also where the vocabulary writes texts otherwise, or knows none for them."""
+def test_forced_texts_are_tokenized_to_the_byte(vocab: AsciiVocab) -> None:
+    """Also if the vocabulary changes a text, or has no tokens for it."""
     for text in ("name", ' "name"', "é!", "<|call|>", "x"):
-        matcher = grammar(Choice((text,)), vocab).begin()
-        assert bytes_of(matcher.forced(20)) == text.encode()
+        matcher = grammar(OneOfTexts((text,)), vocab).begin()
+        assert bytes_of(matcher.forced_tokens(20)) == text.encode()
 
 
 class Counting(AsciiVocab):
-    """Knows what it was asked to tokenize."""
+    """A vocabulary that records the tokenized texts."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[str] = []
+        self.texts: list[str] = []
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
-        self.asked.append(text)
+        self.texts.append(text)
         return super().tokenize(text, special=special)
 
 
-def test_a_long_forced_text_is_tokenized_in_parts_and_once() -> None:
+def test_a_long_forced_text_is_tokenized_in_blocks_and_once() -> None:
     vocab, text = Counting(), "name true" * 1000
-    matcher = grammar(Choice((text,)), vocab).begin()
-    tokens = matcher.forced(10_000)
+    matcher = grammar(OneOfTexts((text,)), vocab).begin()
+    tokens = matcher.forced_tokens(10_000)
     assert bytes_of(tokens) == text.encode()
-    assert max(map(len, vocab.asked)) <= BLOCK + 1
+    assert max(map(len, vocab.texts)) <= BLOCK_CHARACTERS + 1
     rest = text.encode()
     for token in tokens[:20]:
-        matcher.take(token)
-        before = len(vocab.asked)
+        matcher.accept_token(token)
+        before = len(vocab.texts)
         rest = rest[len(vocab.piece(token)) :]
-        assert bytes_of(matcher.forced(10_000)) == rest
-        assert len(vocab.asked) <= before + 4
+        assert bytes_of(matcher.forced_tokens(10_000)) == rest
+        assert len(vocab.texts) <= before + 4
 
 
 def test_masks_of_many_rows() -> None:
-    """Each is that of a matcher that took the tokens."""
-    form = grammar(schema(PERSON))
+    """Each mask is that of a matcher that accepted the draft tokens before it."""
+    made = grammar(schema(PERSON))
     texts = ('{"name": "x', "", '{\n "', '{"name": "abc", "age": 12')
     drafts = (' "y", "age"', '{"name"', "nam", "34}")
-    masks, wants = Masks(ASCII.size), []
+    masks, requests = Masks(ASCII.size), []
     for key, (text, draft) in enumerate(zip(texts, drafts, strict=True)):
-        matcher = form.begin()
+        matcher = made.begin()
         for token in ASCII.tokenize(text, special=False):
-            matcher.take(token)
+            matcher.accept_token(token)
         tokens = ASCII.tokenize(draft, special=False)
-        wants.append(Want(key, matcher, tokens[: matcher.permits(tokens)]))
-    masks.begin(wants)
+        requests.append(MaskRequest(key, matcher, tokens[: matcher.validate_tokens(tokens)]))
+    masks.begin(requests)
     assert masks.of(99) is None
-    for want in wants:
-        permits = masks.of(want.key)
+    for request in requests:
+        permits = masks.of(request.key)
         assert permits is not None
-        for row in range(len(want.draft) + 1):
-            assert set(np.flatnonzero(permits(row)).tolist()) == permitted(want.matcher)
-            if row < len(want.draft):
-                want.matcher.take(want.draft[row])
+        for row in range(len(request.draft) + 1):
+            assert set(np.flatnonzero(permits(row)).tolist()) == permitted(request.matcher)
+            if row < len(request.draft):
+                request.matcher.accept_token(request.draft[row])
 
 
-def test_masks_made_aside_are_the_same() -> None:
-    form = grammar(Regex("[ab]{3}c"))
-    near, aside = Masks(ASCII.size), Masks(ASCII.size, aside=True)
-    for masks in (near, aside):
-        masks.begin([Want(1, form.begin(), (ord("a"),))])
-        masks.begin([Want(2, form.begin(), (ord("a"), ord("b")))])
+def test_overlapped_masks_are_the_same() -> None:
+    made = grammar(Regex("[ab]{3}c"))
+    inline, overlapped = Masks(ASCII.size), Masks(ASCII.size, overlapped=True)
+    for masks in (inline, overlapped):
+        masks.begin([MaskRequest(1, made.begin(), (ord("a"),))])
+        masks.begin([MaskRequest(2, made.begin(), (ord("a"), ord("b")))])
     for row in range(3):
-        here, there = near.of(2), aside.of(2)
+        here, there = inline.of(2), overlapped.of(2)
         assert here is not None
         assert there is not None
         assert (here(row) == there(row)).all()
-    aside.close()
+    overlapped.close()
 
 
 # ── refusals ──
@@ -287,7 +290,7 @@ def test_masks_made_aside_are_the_same() -> None:
         ({"properties": {"a": {"$ref": "https://example.org/schema"}}}, "/properties/a/$ref"),
     ],
 )
-def test_a_schema_that_cannot_be_followed_is_refused_by_pointer(wrong: Any, pointer: str) -> None:
+def test_an_unsupported_keyword_is_refused_by_its_pointer(wrong: Any, pointer: str) -> None:
     with pytest.raises(GrammarError) as refusal:
         grammar(schema(wrong))
     assert refusal.value.pointer == pointer
@@ -295,7 +298,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_pointer(wrong: Any, poin
 
 
 @pytest.mark.parametrize(
-    ("form", "says"),
+    ("spec", "message"),
     [
         (JsonSchema(b"{"), "not valid JSON"),
         (JsonSchema(b"\xff"), "not valid JSON"),
@@ -307,7 +310,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_pointer(wrong: Any, poin
         (schema({"anyOf": [{}], "properties": {"a": {"$ref": "#/anyOf/" + "9" * 5000}}}), "cannot be followed"),
         (Regex("(a"), "expression"),
         (Regex("(" * 100_000 + ")" * 100_000), "nested 100000 levels"),
-        (Choice(()), "at least one"),
+        (OneOfTexts(()), "at least one"),
         (Gbnf('rot ::= "a"'), "root"),
         (Gbnf("root ::= (" * 3), "GBNF"),
         (Gbnf("root ::= nowhere"), "nowhere"),
@@ -326,9 +329,9 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_pointer(wrong: Any, poin
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else value,
 )
-def test_what_cannot_be_used_is_refused(form: Form, says: str) -> None:
-    with pytest.raises(GrammarError, match=re.escape(says)):
-        grammar(form)
+def test_unusable_specs_are_refused(spec: GrammarSpec, message: str) -> None:
+    with pytest.raises(GrammarError, match=re.escape(message)):
+        grammar(spec)
 
 
 @pytest.mark.parametrize(
@@ -338,71 +341,112 @@ def test_what_cannot_be_used_is_refused(form: Form, says: str) -> None:
         'root ::= a-b | "x"\na-b ::= "(" root ")" | cD\ncD ::= e e\ne ::= "y" | e "z"\nf ::= cD',
     ],
 )
-def test_gbnf_is_what_the_converter_makes_of_it(text: str) -> None:
-    assert lark_of(text).split() == gbnf_to_lark(text).split()
+def test_gbnf_equals_the_converters_result(text: str) -> None:
+    assert lark_from_gbnf(text).split() == gbnf_to_lark(text).split()
 
 
-def test_comments_are_left_out() -> None:
-    """The converter would copy all of them for each: seconds for as many as fit a form."""
+def test_gbnf_comments_are_dropped() -> None:
+    """The converter copies all comments for each of them: seconds for as many as fit a spec."""
     text = "# one\n" + "#\n" * 100_000 + 'root ::= "#" [#] # the last'
-    assert lark_of(text).split() == ["%llguidance", "{}", "start:", '"#"', "/[#]/"]
+    assert lark_from_gbnf(text).split() == ["%llguidance", "{}", "start:", '"#"', "/[#]/"]
 
 
 def test_a_chain_of_rules_does_not_take_long() -> None:
-    """The converter by itself would take minutes."""
+    """The converter alone takes minutes."""
     text = "root ::= r0\n" + "\n".join(f"r{i} ::= r{i + 1}" for i in range(10_000)) + '\nr10000 ::= "a"'
-    assert lark_of(text).endswith('R9999: R10000\nR10000: "a"\n')
+    assert lark_from_gbnf(text).endswith('R9999: R10000\nR10000: "a"\n')
 
 
 @pytest.mark.parametrize("text", ["[)" * 100_000, '"' + '\\"' * 100_000], ids=["classes", "quotes"])
-def test_what_is_not_closed_does_not_take_long(text: str) -> None:
-    """To look for the end from each beginning would take minutes."""
+def test_unclosed_parts_do_not_take_long(text: str) -> None:
+    """A search for the end of each part takes minutes."""
     with pytest.raises(GrammarError, match="not valid GBNF"):
-        lark_of(f"root ::= {text}")
+        lark_from_gbnf(f"root ::= {text}")
 
 
-def test_a_chain_of_as_many_rules_as_fit_a_form() -> None:
-    """With too small a stack this would be the process's end."""
+def test_the_longest_chain_of_rules() -> None:
+    """With a smaller stack it ends the process."""
     text = "start: r0\n" + "\n".join(f"r{i:x}:r{i + 1:x}" for i in range(19_000)) + f'\nr{19_000:x}: "a"'
-    assert 2**17 < len(text) < compiler.SIZE
+    assert 2**17 < len(text) < compiler.MAX_GRAMMAR_BYTES
     assert permitted(grammar(Lark(text)).begin()) == {ord("a")}
 
 
 def test_a_deep_schema_is_refused_before_native_code_sees_it() -> None:
     deep: Any = {"type": "string"}
-    for _ in range(DEPTH // 2 - 1):
+    for _ in range(MAX_SCHEMA_DEPTH // 2 - 1):
         deep = {"properties": {"a": deep}}
-    assert depth_of(deep) <= DEPTH
+    assert nesting_depth(deep) <= MAX_SCHEMA_DEPTH
     grammar(schema(deep))
-    with pytest.raises(GrammarError, match=f"at most {DEPTH}"):
+    with pytest.raises(GrammarError, match=f"at most {MAX_SCHEMA_DEPTH}"):
         grammar(schema({"properties": {"a": {"properties": {"a": deep}}}}))
 
 
-def test_keywords_are_no_names_of_properties() -> None:
-    found = [place.pointer for place in keywords({"properties": {"not": {"enum": [{"if": 1}]}}, "$defs": {"x": {}}})]
+def test_names_of_properties_are_no_keywords() -> None:
+    found = [
+        keyword.pointer for keyword in keywords({"properties": {"not": {"enum": [{"if": 1}]}}, "$defs": {"x": {}}})
+    ]
     assert found == ["/properties", "/$defs", "/properties/not/enum"]
+
+
+POINTED: Any = {"a/b": 1, "a~1b": 2, "~01": 3, "a b%": 4, "": 5, "l": [6, [7]], "n": None}
+
+
+@pytest.mark.parametrize(
+    ("reference", "value"),
+    [
+        ("#", POINTED),
+        ("#/a~1b", 1),
+        ("#/a~01b", 2),
+        ("#/~001", 3),
+        ("#/a%20b%25", 4),
+        ("#/a%2Fb", None),
+        ("#/", 5),
+        ("#/l/0", 6),
+        ("#/l/1/0", 7),
+        ("#/l/2", None),
+        ("#/l/00", None),
+        ("#/l/-", None),
+        ("#/l/-1", None),
+        ("#/l/\u0661", None),
+        ("#/l/" + "9" * 5000, None),
+        ("#/a~1b/x", None),
+        ("#/n", None),
+        ("#a~1b", None),
+        ("https://example.org#/a~1b", None),
+        ("/a~1b", None),
+        (7, None),
+    ],
+)
+def test_references_are_resolved(reference: Any, value: Any) -> None:
+    """By RFC 6901: the fragment is percent-decoded first, then split, then `~1` is replaced before `~0`."""
+    assert resolve_reference(POINTED, reference) == value
+
+
+@pytest.mark.parametrize("name", ["a/b", "a~1b", "~0", "~", "/", ""])
+def test_escaped_names_are_found(name: str) -> None:
+    assert resolve({name: name, "other": {}}, f"/{escape(name)}") == name
 
 
 CAT = {"type": "object", "properties": {"kind": {"const": "cat"}, "lives": {"enum": [9]}}, "required": ["kind"]}
 DOG = {"type": "object", "properties": {"kind": {"enum": ["dog", "wolf"]}, "tail": {}}, "required": ["tail", "kind"]}
 
 
-def test_many_pointers_with_one_long_beginning_take_no_room() -> None:
-    """All of them together would be a gigabyte."""
+def test_many_pointers_with_one_long_prefix_take_little_memory() -> None:
+    """The pointers as texts would take a gigabyte."""
     deep: Any = {"properties": {"a" * 2**17: {"properties": {f"p{i}": {} for i in range(9000)}}}}
     assert len(list(keywords(deep))) == 2
     named: Any = {**CAT, "properties": {"kind": {"enum": [f"{i}" for i in range(9000)]}}}
     shared: Any = {"oneOf": [{"$ref": "#/$defs/a"}] * 9000, "$defs": {"a": named}}
-    assert with_any_of(shared) is shared
+    assert one_of_as_any_of(shared) is shared
 
 
-def test_branches_that_a_property_tells_apart_exclude_each_other() -> None:
+def test_branches_with_a_discriminator_exclude_each_other() -> None:
     union: Any = {"oneOf": [CAT, {"$ref": "#/$defs/dog"}], "$defs": {"dog": DOG}}
-    assert with_any_of(union) == {"anyOf": union["oneOf"], "$defs": {"dog": DOG}}
+    assert one_of_as_any_of(union) == {"anyOf": union["oneOf"], "$defs": {"dog": DOG}}
     pet = {"properties": {"pet": {"oneOf": union["oneOf"]}, "oneOf": {}}, "$defs": union["$defs"]}
     matcher = grammar(schema(pet)).begin()
     for token in ASCII.tokenize('{"pet": {"kind": "', special=False):
-        matcher.take(token)
+        matcher.accept_token(token)
     assert permitted(matcher) == {ord("c"), ord("d"), ord("w")}
 
 
@@ -417,28 +461,28 @@ def test_branches_that_a_property_tells_apart_exclude_each_other() -> None:
         [],
     ],
 )
-def test_other_branches_may_both_hold(branches: Any) -> None:
-    assert with_any_of({"oneOf": branches}) == {"oneOf": branches}
+def test_other_branches_may_overlap(branches: Any) -> None:
+    assert one_of_as_any_of({"oneOf": branches}) == {"oneOf": branches}
 
 
-def test_a_client_cannot_ask_to_be_lenient() -> None:
+def test_a_schema_cannot_make_the_compiler_lenient() -> None:
     with pytest.raises(GrammarError):
         grammar(schema({"x-guidance": {"lenient": True}, "uniqueItems": True, "type": "array"}))
 
 
-# ── limits and what is kept ──
+# ── limits and cache ──
 
 
-async def test_equal_forms_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "KEPT", 2)
-    kept = Grammars(ASCII)
+async def test_equal_specs_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "CACHED_GRAMMARS", 2)
+    kept = GrammarCompiler(ASCII)
     first = await kept.compile(Regex("a"))
     assert await kept.compile(Regex("a")) is first
     both = await asyncio.gather(*(kept.compile(Regex("b")) for _ in range(4)))
     assert await kept.compile(Regex("b")) in both
     await kept.compile(Regex("a"))
     await kept.compile(Regex("c"))
-    assert await kept.compile(Regex("a")) is first, "it was used after b"
+    assert await kept.compile(Regex("a")) is first, "a was used after b"
     assert await kept.compile(Regex("b")) not in both
     kept.close()
 
@@ -448,7 +492,7 @@ def test_usual_multiples() -> None:
     grammar(schema({"properties": fields}))
 
 
-def test_multiples_count_together_and_true_is_none() -> None:
+def test_multiples_of_several_schemas_count_together() -> None:
     with pytest.raises(GrammarError, match="multipleOf"):
         grammar(Lark('start: %json {"multipleOf": 509} %json {"multipleOf": 521}'))
     with pytest.raises(GrammarError):
@@ -459,7 +503,7 @@ async def test_a_thread_that_cannot_start_fails_its_jobs(monkeypatch: pytest.Mon
     def full(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    work = Jobs[str]("test", 5.0)
+    work = JobQueue[str]("test", 5.0)
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", full)
         for key in (b"1", b"2", b"3"):
@@ -468,23 +512,23 @@ async def test_a_thread_that_cannot_start_fails_its_jobs(monkeypatch: pytest.Mon
     assert await work.run(b"1", lambda: "done") == "done"
 
 
-async def test_work_that_takes_too_long_is_given_up_and_others_go_on() -> None:
-    work, go_on = Jobs[str]("test", 0.02), threading.Event()
+async def test_a_job_past_the_hard_limit_is_abandoned_and_others_run() -> None:
+    work, go_on = JobQueue[str]("test", 0.02), threading.Event()
 
     def slow() -> str:
         go_on.wait(5)
         return "done"
 
-    for each in range(jobs.THREADS // jobs.AT_ONCE - 1):
-        keys = [bytes([each, number]) for number in range(jobs.AT_ONCE)]
+    for each in range(jobs.MAX_THREADS // jobs.BUSY_THREADS - 1):
+        keys = [bytes([each, number]) for number in range(jobs.BUSY_THREADS)]
         ends = await asyncio.gather(*(work.run(key, slow) for key in keys), return_exceptions=True)
-        assert {type(end) for end in ends} == {Late}
+        assert {type(end) for end in ends} == {JobTimeout}
         assert await work.run(b"quick", lambda: "done") == "done"
-    with pytest.raises(Late):
+    with pytest.raises(JobTimeout):
         await asyncio.wait_for(work.run(keys[0], slow), 0.01)
-    keys = [bytes([99, number]) for number in range(jobs.AT_ONCE)]
+    keys = [bytes([99, number]) for number in range(jobs.BUSY_THREADS)]
     await asyncio.gather(*(work.run(key, slow) for key in keys), return_exceptions=True)
-    with pytest.raises(Late):
+    with pytest.raises(JobTimeout):
         await work.run(b"quick", lambda: "done")
     go_on.set()
     for thread in [each for each in threading.enumerate() if each.name == "test"]:
@@ -493,18 +537,18 @@ async def test_work_that_takes_too_long_is_given_up_and_others_go_on() -> None:
     assert await work.run(keys[0], lambda: "again") == "again"
 
 
-async def test_long_work_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "LONG", 0.01)
-    work, go_on = Jobs[bool]("test", 5.0), threading.Event()
-    slow = [asyncio.create_task(work.run(bytes([key]), lambda: go_on.wait(5))) for key in range(jobs.AT_ONCE)]
+async def test_a_job_past_the_soft_limit_does_not_delay_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "SOFT_LIMIT_SECONDS", 0.01)
+    work, go_on = JobQueue[bool]("test", 5.0), threading.Event()
+    slow = [asyncio.create_task(work.run(bytes([key]), lambda: go_on.wait(5))) for key in range(jobs.BUSY_THREADS)]
     await asyncio.sleep(0)
     assert await work.run(b"quick", go_on.is_set) is False
     go_on.set()
-    assert await asyncio.gather(*slow) == [True] * jobs.AT_ONCE
+    assert await asyncio.gather(*slow) == [True] * jobs.BUSY_THREADS
 
 
-async def test_jobs_without_a_caller_are_not_begun() -> None:
-    work, go_on, begun = Jobs[None]("test", 5.0), threading.Event(), list[int]()
+async def test_jobs_without_a_caller_are_not_started() -> None:
+    work, go_on, begun = JobQueue[None]("test", 5.0), threading.Event(), list[int]()
     first = [asyncio.create_task(work.run(bytes([key]), lambda: begun.append(go_on.wait(5)))) for key in range(2)]
     left = asyncio.create_task(work.run(b"left", lambda: begun.append(2)))
     await asyncio.sleep(0)
@@ -516,33 +560,33 @@ async def test_jobs_without_a_caller_are_not_begun() -> None:
     assert begun == [True, True, 3]
 
 
-async def test_a_job_that_takes_too_long_fails_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "SECONDS", 0.0)
-    kept = Grammars(ASCII)
+async def test_a_slow_compilation_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "COMPILE_SECONDS", 0.0)
+    kept = GrammarCompiler(ASCII)
     with pytest.raises(GrammarError, match="was not compiled within 0 seconds"):
         await kept.compile(Regex("a{3}"))
     kept.close()
 
 
-def test_matchers_do_not_know_of_each_other() -> None:
+def test_matchers_are_independent() -> None:
     made = grammar(Regex("ab|cd"))
     one, other = made.begin(), made.begin()
-    one.take(ord("a"))
+    one.accept_token(ord("a"))
     assert permitted(other) == {ord("a"), ord("c")}
     assert permitted(one) == {ord("b")}
     with pytest.raises(GrammarError):
-        one.take(ord("a"))
+        one.accept_token(ord("a"))
 
 
-async def test_a_grammar_whose_states_are_spent_is_made_anew() -> None:
-    made = Grammars(ASCII)
-    form = Regex("[ab]{3}")
-    first = await made.compile(form)
-    assert await made.compile(form) is first
+async def test_an_exhausted_grammar_is_compiled_again() -> None:
+    made = GrammarCompiler(ASCII)
+    spec = Regex("[ab]{3}")
+    first = await made.compile(spec)
+    assert await made.compile(spec) is first
     (wrong,) = ASCII.tokenize("c", special=False)
     with pytest.raises(GrammarError):
-        first.begin().take(wrong)
-    second = await made.compile(form)
+        first.begin().accept_token(wrong)
+    second = await made.compile(spec)
     assert second is not first
-    assert await made.compile(form) is second
+    assert await made.compile(spec) is second
     made.close()

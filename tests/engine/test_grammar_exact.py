@@ -1,4 +1,4 @@
-"""In any company and with any drafts a request with a grammar has the tokens it has alone, which follow the grammar."""
+"""With any other requests and drafts, a request with a grammar has the same tokens as alone, and they match it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from engine.contract import (
     SamplingParams,
     Speculation,
 )
-from engine.grammar import Choice, Form, Gbnf, Lark, Regex
+from engine.grammar import Gbnf, GrammarSpec, Lark, OneOfTexts, Regex
 from engine.sequence import Sequence
 from engine.speculate import Draft
 from tests.engine.test_same_as_alone import Bench, Oracle, draw_request
 from tests.engine.vocabularies import PAIRS, bytes_of, grammar
 from tests.toy import END, VOCABULARY, ToyBackend, ToyContext
 
-FORMS: list[tuple[Form, str]] = [
+SPECS: list[tuple[GrammarSpec, str]] = [
     (Regex("(ABCD|EFGH)+"), "(ABCD|EFGH)+"),
     (Regex("[A-H]{3,30}"), "[A-H]{3,30}"),
     (Regex("AB(C|DE)*"), "AB(C|DE)*"),
-    (Choice(("ABCDEFGH", "ABAB", "DEFGHABC")), "ABCDEFGH|ABAB|DEFGHABC"),
+    (OneOfTexts(("ABCDEFGH", "ABAB", "DEFGHABC")), "ABCDEFGH|ABAB|DEFGHABC"),
     (Gbnf('root ::= ("A" pair "GH")+\npair ::= "BC" | "D" [E-H]'), "(A(BC|D[E-H])GH)+"),
     (Lark('start: "AB" x{1,6}\nx: "CDEF" | "AACC"'), "AB(CDEF|AACC){1,6}"),
 ]
@@ -54,8 +54,8 @@ def alone(request: Request) -> tuple[list[int], FinishReason]:
 
 
 def draw(random: Random, prefixes: list[list[int]]) -> tuple[Request, str]:
-    form, pattern = random.choice(FORMS)
-    made = structs.replace(draw_request(random, prefixes, 60), grammar=grammar(form, PAIRS))
+    spec, pattern = random.choice(SPECS)
+    made = structs.replace(draw_request(random, prefixes, 60), grammar=grammar(spec, PAIRS))
     return structs.replace(made, max_tokens=random.choice([1, 10, 60])), pattern
 
 
@@ -77,12 +77,12 @@ def test_tokens_are_those_alone_and_follow_the_grammar(kind: Any, seed: int) -> 
         backend=backend(context),
     )
     prefixes = [[random.randrange(1, VOCABULARY) for _ in range(20)] for _ in range(2)]
-    wanted: dict[int, tuple[list[int], FinishReason]] = {}
+    expected: dict[int, tuple[list[int], FinishReason]] = {}
     for key in range(10):
         request, pattern = draw(random, prefixes)
         if key % 3 == 2:
             request, pattern = structs.replace(request, grammar=None), ".*"
-        tokens, reason = wanted[key] = alone(request)
+        tokens, reason = expected[key] = alone(request)
         if reason is FinishReason.STOP and request.stop_tokens == () and key % 3 != 2:
             assert re.fullmatch(pattern, bytes_of(tokens, PAIRS).decode())
         if kind in ("prediction", "auto", "fixed"):
@@ -90,16 +90,16 @@ def test_tokens_are_those_alone_and_follow_the_grammar(kind: Any, seed: int) -> 
         oracle = Oracle(request, tokens, 0.3, random) if kind == "oracle" else None
         bench.submit(key, request, oracle)
         for _ in range(random.randint(0, 6)):
-            bench.runner.step()
+            bench.core.step()
             bench.check()
-        if bench.runner.running and random.random() < 0.3:
-            bench.runner._preempt(random.choice(list(bench.runner.running.values())))
+        if bench.core.running and random.random() < 0.3:
+            bench.core.lifecycle.preempt(random.choice(list(bench.core.running.values())))
     bench.run()
     ends = {key: end.reason for key, end in bench.ends.items() if isinstance(end, Finished)}
-    assert {key: (bench.got[key], ends[key]) for key in ends} == wanted
-    assert any(drafts.drafted for drafts in bench.drafting.drafts)
-    for drafts in bench.drafting.drafts:
-        assert drafts.type != "grammar" or drafts.drafted == drafts.accepted, "what is forced is always right"
+    assert {key: (bench.got[key], ends[key]) for key in ends} == expected
+    assert any(drafts.drafted for drafts in bench.speculative_decoding.draft_stats)
+    for drafts in bench.speculative_decoding.draft_stats:
+        assert drafts.type != "grammar" or drafts.drafted == drafts.accepted, "forced tokens are always accepted"
 
 
 def run(request: Request, **options: Any) -> tuple[str, Finished]:
@@ -112,28 +112,28 @@ def run(request: Request, **options: Any) -> tuple[str, Finished]:
     return bytes_of(bench.got[0], PAIRS).decode(), end
 
 
-def asked(form: Form, **options: Any) -> Request:
-    return Request(prompt=(1, 2, 3), grammar=grammar(form, PAIRS), **options)
+def request_of(spec: GrammarSpec, **options: Any) -> Request:
+    return Request(prompt=(1, 2, 3), grammar=grammar(spec, PAIRS), **options)
 
 
 def test_a_complete_output_ends_by_itself() -> None:
-    text, end = run(asked(Choice(("ABCD",)), max_tokens=9))
+    text, end = run(request_of(OneOfTexts(("ABCD",)), max_tokens=9))
     assert text == "ABCD"
     assert (end.reason, end.stop) == (FinishReason.STOP, None)
-    assert end.usage.completion <= 4, "no token was spent on its end"
-    text, end = run(asked(Choice(("ABCD",)), max_tokens=end.usage.completion))
+    assert end.usage.completion <= 4, "no end token was needed"
+    text, end = run(request_of(OneOfTexts(("ABCD",)), max_tokens=end.usage.completion))
     assert (text, end.reason) == ("ABCD", FinishReason.STOP), "with its last token"
 
 
 def test_an_output_that_may_end_but_need_not_ends_by_a_token() -> None:
     likely = SamplingParams(temperature=0.0, logit_bias=((END, 50.0),))
-    text, end = run(asked(Regex("AB*"), max_tokens=40, sampling=likely))
+    text, end = run(request_of(Regex("AB*"), max_tokens=40, sampling=likely))
     assert text in ("A", "AB"), "one token"
     assert (end.reason, end.stop, end.usage.completion) == (FinishReason.STOP, END, 2)
 
 
 def test_an_empty_output() -> None:
-    text, end = run(asked(Regex("(ABCD)?"), sampling=SamplingParams(logit_bias=((END, 50.0),))))
+    text, end = run(request_of(Regex("(ABCD)?"), sampling=SamplingParams(logit_bias=((END, 50.0),))))
     assert (text, end.reason) == ("", FinishReason.STOP)
 
 
@@ -149,17 +149,17 @@ def test_an_empty_output() -> None:
     ],
 )
 def test_the_grammar_wins_over_bans(options: Any) -> None:
-    text, end = run(asked(Lark('start: "AB" "CDEF"{2}'), max_tokens=60, **options))
+    text, end = run(request_of(Lark('start: "AB" "CDEF"{2}'), max_tokens=60, **options))
     assert end.reason is FinishReason.STOP
     assert "ABCDEFCDEF".startswith(text) if "stop_tokens" in options else text == "ABCDEFCDEF"
 
 
-def test_where_something_else_is_left_bans_count() -> None:
+def test_bans_apply_where_the_grammar_permits_other_tokens() -> None:
     banned = SamplingParams(temperature=1.0, logit_bias=((2, float("-inf")), (41, float("-inf"))))
     for seed in range(5):
-        text, _ = run(asked(Regex("[ABC]{10}"), sampling=structs.replace(banned, seed=seed), ignore_eos=True))
+        text, _ = run(request_of(Regex("[ABC]{10}"), sampling=structs.replace(banned, seed=seed), ignore_eos=True))
         assert len(text) == 10
-        assert not re.search("(?<!A)(?<!B)B(?!C)", text), "B comes only in tokens that are not banned"
+        assert not re.search("(?<!A)(?<!B)B(?!C)", text), "B is part of tokens that are not banned only"
 
 
 def test_logprobs_are_of_the_raw_logits() -> None:
@@ -173,21 +173,21 @@ def test_logprobs_are_of_the_raw_logits() -> None:
         found.update({key: logprobs[0] for key, _, logprobs, _ in items if logprobs})
         inner(items)
 
-    bench.runner._outbox._deliver = deliver
+    bench.core._outbox._deliver = deliver
     bench.submit(0, free)
-    bench.submit(1, structs.replace(free, grammar=grammar(Choice(("GH",)), PAIRS)))
+    bench.submit(1, structs.replace(free, grammar=grammar(OneOfTexts(("GH",)), PAIRS)))
     bench.run()
-    assert found[0].top == found[1].top, "the likeliest tokens are not those that the grammar permits"
+    assert found[0].top == found[1].top, "the grammar permits other tokens"
     assert found[1].token != found[0].token
     assert found[1].logprob < found[0].logprob
 
 
 def test_forced_tokens_save_steps() -> None:
-    form = Lark('start: "ABCDEFGHAACC" /[AB]/')
+    spec = Lark('start: "ABCDEFGHAACC" /[AB]/')
     context = ToyContext(cells=300)
     bench = Bench(context, backend=backend(context), speculation=SpeculationConfig(types=("grammar",), order="fixed"))
     greedy = SamplingParams(temperature=0.0, logit_bias=tuple((t, 30.0) for t in range(41, VOCABULARY)))
-    bench.submit(0, asked(form, sampling=greedy))
+    bench.submit(0, request_of(spec, sampling=greedy))
     bench.run()
     end = bench.ends[0]
     assert isinstance(end, Finished)
@@ -196,13 +196,13 @@ def test_forced_tokens_save_steps() -> None:
 
 
 def test_a_grammar_survives_a_context_shift() -> None:
-    """Discarded tokens leave the history, not the output."""
+    """A shift discards tokens of the history, not of the output."""
     context = ToyContext(cells=300)
     bench = Bench(context, backend=backend(context))
-    made = asked(Regex("(ABCDEFGH)+"), max_tokens=100, ignore_eos=True)
+    made = request_of(Regex("(ABCDEFGH)+"), max_tokens=100, ignore_eos=True)
     sequence = Sequence(0, made, 5, PAIRS, 20, 2)
     bench.got[0], bench.sequences[0] = [], sequence
-    bench.runner.submit(sequence)
+    bench.core.lifecycle.submit(sequence)
     bench.run()
     text = bytes_of(bench.got[0], PAIRS).decode()
     assert sequence.discarded > 20
@@ -210,7 +210,7 @@ def test_a_grammar_survives_a_context_shift() -> None:
 
 
 class Stubborn(Oracle):
-    """Drafts the same at every step."""
+    """Drafts the same tokens at every step."""
 
     def propose(self, limit: int) -> Draft:
         return Draft(self.truth[:limit])
@@ -218,11 +218,11 @@ class Stubborn(Oracle):
 
 @pytest.mark.parametrize("drafted", [False, True])
 def test_a_grammar_that_cannot_be_followed_fails_its_request_alone(drafted: bool) -> None:
-    """The vocabulary has no letter after h. Tokens picked before are emitted, also those of the same step."""
+    """The vocabulary has no letter after h. Tokens picked before the failure are emitted, also those of its step."""
     context = ToyContext(cells=300)
     bench = Bench(context, backend=backend(context))
     likely = SamplingParams(temperature=0.0, logit_bias=((41, 50.0),))
-    request = asked(Regex("(AB){3}[xyz]"), sampling=likely, logprobs=0, speculation=Speculation(order="fixed"))
+    request = request_of(Regex("(AB){3}[xyz]"), sampling=likely, logprobs=0, speculation=Speculation(order="fixed"))
     bench.submit(0, request, Stubborn(request, [41, 41], 0.0, Random(0)) if drafted else None)
     bench.submit(1, Request(prompt=(4, 5), max_tokens=5, ignore_eos=True))
     bench.run()
@@ -231,27 +231,27 @@ def test_a_grammar_that_cannot_be_followed_fails_its_request_alone(drafted: bool
     assert isinstance(bench.ends[0].error, RequestRefused)
     assert isinstance(bench.ends[1], Finished)
     assert len(bench.got[1]) == 5
-    assert bench.runner.counters.completion_tokens == 8
+    assert bench.core.counters.completion_tokens == 8
 
 
-@pytest.mark.parametrize("aside", [False, True])
-def test_a_draft_that_cannot_be_continued_changes_nothing(aside: bool) -> None:
-    """The vocabulary has no letter after h: an A and a B cannot be followed, but need not be."""
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_draft_that_cannot_be_continued_changes_nothing(offloaded: bool) -> None:
+    """The vocabulary has no letter after h, so no token can follow AB, which the request does not pick."""
     likely = SamplingParams(temperature=0.0, logit_bias=((1, 80.0), (3, 50.0), (4, 50.0)))
-    request = asked(Regex("(A(B[xyz]|CD)){3}"), sampling=likely, speculation=Speculation(order="fixed"))
+    request = request_of(Regex("(A(B[xyz]|CD)){3}"), sampling=likely, speculation=Speculation(order="fixed"))
     assert run(request)[0] == "ACDACDACD"
     context = ToyContext(cells=300)
     made = backend(context)
-    made.info = structs.replace(made.info, offloaded=aside)
+    made.info = structs.replace(made.info, offloaded=offloaded)
     bench = Bench(context, backend=made)
     drafted: list[int] = []
     bench.submit(0, request, Stubborn(request, [2, 8], 0.0, Random(0)))
-    while bench.runner.busy:
+    while bench.core.lifecycle.busy:
         drafted += bench.sequences[0].draft
-        bench.runner.step()
+        bench.core.step()
     assert bytes_of(bench.got[0], PAIRS) == b"ACDACDACD"
-    assert drafted == [2, 2, 2], "which was verified, and wrong"
-    bench.runner.close()
+    assert drafted == [2, 2, 2], "the draft was verified and rejected"
+    bench.core.close()
 
 
 @pytest.mark.parametrize("rule", ["x[max_tokens=3]: /[AB]+/", 'x[stop="C"]: /[AB]+/', "x[lazy]: /[AB]+C/"])
@@ -260,8 +260,8 @@ def test_rules_without_rollback_have_drafts_too(rule: str, wrong: float) -> None
     """The library cannot roll back where a rule has one of the first two attributes."""
     for seed in range(6):
         likely = SamplingParams(temperature=1.0, seed=seed)
-        form = Lark(f'start: (x "D")+ "E"\n{rule}')
-        request = asked(form, sampling=likely, max_tokens=40, speculation=Speculation(order="fixed"))
+        spec = Lark(f'start: (x "D")+ "E"\n{rule}')
+        request = request_of(spec, sampling=likely, max_tokens=40, speculation=Speculation(order="fixed"))
         tokens, reason = alone(request)
         bench = Bench(context := ToyContext(cells=300), backend=backend(context))
         bench.submit(0, request, Oracle(request, tokens, wrong, Random(seed)))

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from engine.kv import Allocation, Costs, KVCache, Offload
 from engine.kv.block import Block
-from engine.kv.sequence_file import Part
+from engine.kv.sequence_file import SequencePart
 from tests.toy import VOCABULARY, ToyContext
 
 SEEDS, OPERATIONS = 40, 150
@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class Running(Struct):
-    """An allocation, and the tokens that it has or is to have."""
+    """An allocation, and the tokens that it has or will have."""
 
     allocation: Allocation
     prompt: list[int]
@@ -96,7 +96,7 @@ class Machine:
             assert self.held(each.allocation.seq) == each.prompt[: each.length], self.log
         assert len({each.allocation.seq for each in self.running}) == len(self.running)
         if self.offload is not None:
-            for root in self.offload._roots.values():
+            for root in self.offload.tree._roots.values():
                 self.check_blocks(root)
 
     def check_blocks(self, block: Block) -> None:
@@ -216,10 +216,10 @@ class Machine:
     def move_elsewhere(self) -> None:
         """Exports a sequence, and imports it under another salt."""
         prompt, salt = self.draw()
-        parts: list[Part] = []
+        parts: list[SequencePart] = []
         more, tokens = True, array("i", prompt)
         while more:
-            found, more = self.kv.transfer.gather(tokens, salt, parts[-1].end if parts else 0, 1.0)
+            found, more = self.kv.transfer.export(tokens, salt, parts[-1].end if parts else 0, 1.0)
             parts += found
         for part in parts:
             assert part.tokens == tokens[part.start : part.end]

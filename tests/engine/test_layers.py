@@ -1,4 +1,4 @@
-"""Imports point downward only, and each package keeps to what it may know."""
+"""Imports point downward only, and each package imports only the libraries of its layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 ENGINE = """
-batch text replacement
+batch text checksummed splitmix
 backend
 grammar
 contract
@@ -18,34 +18,37 @@ config outbox
 kv sampling pace scheduler
 llama
 speculate
-sequence generation sim stats
+sequence generation sim stats validation
 verify waiting slots running
-runner
-thread slotfiles
+lifecycle
+step
+thread
+slotfiles
 engine
 """
-GRAMMAR = "forms bridge jobs\nschema gbnf matcher\nmasks compiler"
-SAMPLING = "noise candidates budget\nlogprobs truncate penalties verify\nsampler"
+GRAMMAR = "spec pointer tokenizer jobs\nschema gbnf matcher\nmasks compiler"
+SAMPLING = "accept noise candidates reasoning\nlogprobs truncate penalties\nsampler"
 KV = """
 tree record idle placement
 block disk sequence_file
-tier allocation residents
+tier block_tree allocation residents
 offload reuse
 offloader
 eviction
 allocator transfer
 cache
 """
-PACE = "curve acceptance journal passes\ncost lengths\ncalibration chooser"
+PACE = "curve acceptance step_log passes\ncost lengths\ncalibration chooser"
 SPECULATE = """
-base vocabulary files tally
-ngrams tree mod cache draft
-simple map suffix prediction forced guesser
-shared drafter
-proposals lookup
-drafting
+proposer proposer_stats vocabulary
+ngram_index ngram_counts ngram_mod suffix_tree draft_model tracked_proposer
+ngram_simple ngram_map ngram_cache suffix prediction grammar sequence_proposers
+shared_data planner lookup
+speculative_decoding
 """
 LLAMA = "library exact state layout\nfit params\ndecoder\nshift\nvocab context\nmodel"
+CONFIG = "machine batch model sim\nmemory speculation\nengine"
+SIM = "hashing vocab costs\ncontext proposer\nbackend"
 
 
 def imports(path: Path) -> set[str]:
@@ -82,9 +85,12 @@ def upward(package: str, layers: str) -> list[str]:
         ("engine", ENGINE),
         ("engine.kv", KV),
         ("engine.grammar", GRAMMAR),
+        ("engine.sampling", SAMPLING),
         ("engine.pace", PACE),
         ("engine.llama", LLAMA),
         ("engine.speculate", SPECULATE),
+        ("engine.config", CONFIG),
+        ("engine.sim", SIM),
     ],
 )
 def test_imports_point_down(package: str, layers: str) -> None:

@@ -49,7 +49,7 @@ def ask(bench: Bench, key: int, prompt: tuple[int, ...], tokens: int = 1) -> Fin
 
 
 def bench_with(offload: Offload, cells: int = 1000, *, unified: bool = True, **settings: Any) -> Bench:
-    """A runner whose idle prefixes go to `offload`."""
+    """A core whose idle prefixes go to `offload`."""
     return Bench(context_of(unified, cells, rows=512, **settings), offload=offload)
 
 
@@ -59,12 +59,12 @@ def test_an_evicted_prefix_comes_back_from_ram(unified: bool) -> None:
     bench = Bench(context, ram=10**6)
     long = prompt_of(300)
     ask(bench, 0, long)
-    bench.runner.kv.drop_idle()
+    bench.core.kv.drop_idle()
     assert context.used() == 0
     before = context.computed
     assert ask(bench, 1, (*long, 7)).usage.cached == 300
     assert context.computed - before == 1
-    assert bench.runner.kv.stats().restored_tokens == 300
+    assert bench.core.kv.stats().restored_tokens == 300
 
 
 @both
@@ -73,7 +73,7 @@ def test_any_token_of_a_stored_prefix_may_be_the_last_that_is_shared(unified: bo
     long = prompt_of(300)
     ask(bench, 0, long)
     for key, length in enumerate((1, 31, 32, 33, 130, 299), 1):
-        bench.runner.kv.drop_idle()
+        bench.core.kv.drop_idle()
         assert ask(bench, key, (*long[:length], 1 + long[length] % 40, 3)).usage.cached == length
 
 
@@ -83,13 +83,13 @@ def test_a_resident_prefix_is_continued_by_blocks(unified: bool) -> None:
     bench = Bench(context, ram=10**6)
     long = prompt_of(300)
     ask(bench, 0, long)
-    bench.runner.kv.drop_idle()
+    bench.core.kv.drop_idle()
     bench.submit(1, Request(prompt=(*long[:100], 9), max_tokens=50, ignore_eos=True))
-    bench.runner.step()
+    bench.core.step()
     bench.submit(2, Request(prompt=(*long, 9), max_tokens=3, ignore_eos=True))
-    bench.runner._seconds = 100.0
-    bench.runner.step()
-    assert bench.sequences[2].found == 300
+    bench.core._decode_seconds = 100.0
+    bench.core.step()
+    assert bench.sequences[2].cached_so_far == 300
     shared = {id(cell) for cell in cells_of(bench, 1)} & {id(cell) for cell in cells_of(bench, 2)}
     assert len(shared) == (100 if unified else 0)
     assert context.copied == (0 if unified else 100)
@@ -108,9 +108,9 @@ def test_equal_blocks_are_stored_once(unified: bool) -> None:
     system = prompt_of(5 * BLOCK_TOKENS)
     for key in range(10):
         ask(bench, key, (*system, *prompt_of(BLOCK_TOKENS, seed=key + 1)))
-    bench.runner.kv.drop_idle()
+    bench.core.kv.drop_idle()
     assert len(offload.ram) == 5 + 10
-    assert bench.runner.kv.stats().ram_bytes == (5 + 10) * (BLOCK_TOKENS + 1) * TOKEN_BYTES
+    assert bench.core.kv.stats().ram_bytes == (5 + 10) * (BLOCK_TOKENS + 1) * TOKEN_BYTES
 
 
 @both
@@ -120,18 +120,18 @@ def test_a_longer_block_replaces_the_shorter(unified: bool) -> None:
     long = prompt_of(31)
     for key, length in enumerate((10, 20, 31, 15)):
         ask(bench, key, long[:length])
-        bench.runner.kv.drop_idle()
+        bench.core.kv.drop_idle()
     assert len(offload.ram) == 1
 
 
 def fill(offload: Offload, tokens: tuple[int, ...]) -> None:
     """Stores all of a prompt, a byte for each token."""
-    for block in offload.missing(array("i", tokens), "", 0):
+    for block in offload.tree.missing(array("i", tokens), "", 0):
         offload.put(block, np.zeros(len(block.tokens), np.uint8))
 
 
 def reach(offload: Offload, tokens: tuple[int, ...]) -> int:
-    return offload.match(array("i", tokens), "", 0).length
+    return offload.tree.match(array("i", tokens), "", 0).length
 
 
 def test_budgets_are_kept_to_the_byte_and_the_least_recently_used_block_is_dropped() -> None:
@@ -140,7 +140,7 @@ def test_budgets_are_kept_to_the_byte_and_the_least_recently_used_block_is_dropp
     for prompt in prompts[:3]:
         fill(offload, prompt)
     assert offload.ram.bytes == 3 * BLOCK_TOKENS
-    offload.get(offload.match(array("i", prompts[0]), "", 0).blocks[0])
+    offload.get(offload.tree.match(array("i", prompts[0]), "", 0).blocks[0])
     fill(offload, prompts[3])
     offload.check()
     assert [reach(offload, prompt) // BLOCK_TOKENS for prompt in prompts] == [1, 0, 1, 1]
@@ -157,7 +157,7 @@ def test_blocks_that_cost_more_to_compute_stay_longer() -> None:
     offload = Offload(400 * BLOCK_TOKENS)
     deep = array("i", prompt_of(350 * BLOCK_TOKENS))
     fill(offload, tuple(deep))
-    last = offload.match(deep, "", 0).blocks[-1]
+    last = offload.tree.match(deep, "", 0).blocks[-1]
     new = [(seed, *prompt_of(BLOCK_TOKENS - 1, seed)) for seed in range(1, 80)]
     for tokens in new:
         fill(offload, tokens)
@@ -183,9 +183,9 @@ def test_a_preempted_request_is_swapped_in() -> None:
         bench.submit(key, request)
     bench.run()
     assert bench.got == {key: alone(request, 200)[0] for key, request in enumerate(requests)}
-    assert bench.runner.counters.retractions > 0
-    assert bench.runner.counters.restores > 0
-    assert context.computed <= 2 * (70 + 60) + bench.runner.counters.retractions
+    assert bench.core.counters.preemptions > 0
+    assert bench.core.counters.restores > 0
+    assert context.computed <= 2 * (70 + 60) + bench.core.counters.preemptions
 
 
 @both
@@ -195,12 +195,12 @@ def test_a_preempted_request_continues_from_its_slot_or_from_ram(unified: bool) 
     requests = [Request(prompt=prompt_of(70, n), max_tokens=60, ignore_eos=True) for n in range(2)]
     bench.submit(0, requests[0])
     for _ in range(5):
-        bench.runner.step()
-    bench.runner._preempt(bench.sequences[0])
-    bench.runner.waiting.discard(bench.sequences[0])
+        bench.core.step()
+    bench.core.lifecycle.preempt(bench.sequences[0])
+    bench.core.waiting.discard(bench.sequences[0])
     bench.submit(1, requests[1])
-    bench.runner.step()
-    bench.runner.waiting.put(bench.sequences[0])
+    bench.core.step()
+    bench.core.waiting.put(bench.sequences[0])
     bench.run()
     assert bench.got == {key: alone(request, 400)[0] for key, request in enumerate(requests)}
     assert context.computed <= 2 * (70 + 60)
@@ -213,12 +213,12 @@ def test_idle_prefixes_are_evicted_soon_if_running_sequences_pay_for_them() -> N
         ask(bench, key, prompt_of(400, key))
     bench.rest()
     assert context.used() > 3000
-    bench.runner.cost.row_cell = 1e-3
+    bench.core.cost.row_cell = 1e-3
     request = Request(prompt=(*prompt_of(400, 7), 3), max_tokens=900, ignore_eos=True)
     bench.submit(100, request)
     while context.used() > len(bench.sequences[100].tokens):
-        bench.runner.step()
-        assert bench.runner.busy, "other prefixes are still resident"
+        bench.core.step()
+        assert bench.core.lifecycle.busy, "other prefixes are still resident"
     bench.run()
     assert finished(bench, 100).usage.cached == 400
     assert bench.got[100] == alone(request, 4000)[0]
@@ -230,7 +230,7 @@ def test_idle_prefixes_stay_where_they_cost_nothing() -> None:
     bench = Bench(context, ram=10**7)
     for key in range(8):
         ask(bench, key, prompt_of(400, key))
-    bench.runner.cost.row_cell = 1e-12
+    bench.core.cost.row_cell = 1e-12
     ask(bench, 100, (3,), 40)
     assert context.used() > 3000
 
@@ -239,29 +239,29 @@ def test_loading_is_shared_out_over_steps_while_others_run() -> None:
     bench = Bench(ToyContext(cells=4000, rows=512), ram=10**6)
     long = prompt_of(20 * BLOCK_TOKENS)
     ask(bench, 0, long)
-    bench.runner.kv.drop_idle()
+    bench.core.kv.drop_idle()
     bench.submit(1, Request(prompt=(5,), max_tokens=100, ignore_eos=True))
-    bench.runner.step()
+    bench.core.step()
     bench.submit(2, Request(prompt=(*long, 5), max_tokens=1))
-    bench.runner._seconds = 0.0
-    bench.runner.step()
+    bench.core._decode_seconds = 0.0
+    bench.core.step()
     assert 0 < bench.sequences[2].computed < len(long)
     bench.run()
     assert finished(bench, 2).usage.cached == len(long)
 
 
 def test_with_per_slot_kv_a_prefix_is_loaded_in_few_calls() -> None:
-    """As each call copies what the slot holds already."""
+    """Each call copies the tokens that the slot has already."""
     context = context_of(False, 4000, rows=512)
     bench = Bench(context, ram=10**6)
     long = prompt_of(20 * BLOCK_TOKENS)
     ask(bench, 0, long)
-    bench.runner.kv.drop_idle()
+    bench.core.kv.drop_idle()
     bench.submit(1, Request(prompt=(5,), max_tokens=100, ignore_eos=True))
-    bench.runner.step()
+    bench.core.step()
     bench.submit(2, Request(prompt=(*long, 5), max_tokens=1))
-    bench.runner._seconds = 0.0
-    bench.runner.step()
+    bench.core._decode_seconds = 0.0
+    bench.core.step()
     assert 2 in bench.ends
     assert finished(bench, 2).usage.cached == len(long)
     bench.run()
@@ -271,7 +271,7 @@ def test_with_per_slot_kv_a_prefix_is_loaded_in_few_calls() -> None:
 def test_blocks_that_cannot_be_loaded_are_computed(unified: bool) -> None:
     context = context_of(unified, 1000, rows=512)
     bench = Bench(context, ram=10**6)
-    kv, long = bench.runner.kv, prompt_of(300)
+    kv, long = bench.core.kv, prompt_of(300)
     ask(bench, 0, long)
     kv.drop_idle()
     loaded, calls = context.load, iter([True, True, False])
@@ -301,7 +301,7 @@ def test_whole_states_are_continued_and_restored(unified: bool) -> None:
     assert first.usage.cached == 0
     second = (*turn, *bench.got[0][:-1], 3, 4)
     assert ask(bench, 1, second).usage.cached == 109, "resident"
-    bench.runner.kv.drop_idle()
+    bench.core.kv.drop_idle()
     assert context.used() == 0
     before = context.computed
     assert ask(bench, 2, (*second, 5)).usage.cached == len(second), "restored"
@@ -313,7 +313,7 @@ def test_a_whole_state_that_is_restored_may_pass_several_save_points(unified: bo
     bench = Bench(context_of(unified, 2000, rows=512, partial=False), ram=10**6)
     long = prompt_of(103)
     ask(bench, 0, long[:100])
-    bench.runner.kv.drop_idle()
+    bench.core.kv.drop_idle()
     for key, prompt in enumerate([long, (*long[:50], 1 + long[50] % 40, 3, 4)], 1):
         bench.submit(key, Request(prompt=prompt, max_tokens=1))
     bench.run()
@@ -329,7 +329,7 @@ def test_states_that_can_be_cut_but_not_divided() -> None:
     before = context.computed
     assert ask(bench, 1, (*long[:200], 1 + long[200] % 40, 3)).usage.cached == 200, "the slot is cut"
     assert context.computed - before == 2
-    bench.runner.kv.drop_idle()
+    bench.core.kv.drop_idle()
     assert ask(bench, 2, (*long[:200], 1 + long[200] % 40, 3, 5)).usage.cached == 202, "restored"
 
 
@@ -340,13 +340,13 @@ def on_disk_only(folder: Path) -> tuple[Bench, Offload, Disk]:
     bench = bench_with(offload)
     ask(bench, 0, prompt_of(300))
     bench.rest()
-    bench.runner.kv.drop_idle()
+    bench.core.kv.drop_idle()
     return bench, offload, disk
 
 
 def test_blocks_read_ahead_for_a_request_that_ends_are_not_kept(tmp_path: Path) -> None:
     bench, _, _ = on_disk_only(tmp_path)
-    kv = bench.runner.kv
+    kv = bench.core.kv
     match = kv.match(array("i", prompt_of(300)), "")
     assert match.stored.length == 299
     seq = kv.allocate(match).seq
@@ -354,13 +354,13 @@ def test_blocks_read_ahead_for_a_request_that_ends_are_not_kept(tmp_path: Path) 
     while not kv.load(seq, 0.0, wait=True).tokens:
         pass
     kv.release(seq, keep=False)
-    assert all(block.state is None and block.reading is None for block in match.stored.blocks)
-    bench.runner.close()
+    assert all(block.state is None and block.pending_read is None for block in match.stored.blocks)
+    bench.core.close()
 
 
 def test_a_read_in_progress_for_a_request_that_ends_is_dropped(tmp_path: Path) -> None:
     bench, _, disk = on_disk_only(tmp_path)
-    kv = bench.runner.kv
+    kv = bench.core.kv
     begun: Future[Any] = Future()
     begun.set_running_or_notify_cancel()
     match = kv.match(array("i", prompt_of(300)), "")
@@ -369,9 +369,9 @@ def test_a_read_in_progress_for_a_request_that_ends_is_dropped(tmp_path: Path) -
         seq = kv.allocate(match).seq
         assert not kv.load(seq, 0.0, wait=False).tokens
         kv.release(seq, keep=False)
-    assert all(block.reading is None for block in match.stored.blocks)
-    assert ask(bench, 1, prompt_of(300)).usage.cached > 0, "it is read once more"
-    bench.runner.close()
+    assert all(block.pending_read is None for block in match.stored.blocks)
+    assert ask(bench, 1, prompt_of(300)).usage.cached > 0, "it is loaded once more"
+    bench.core.close()
 
 
 @both
@@ -383,7 +383,7 @@ def test_a_long_idle_sequence_is_saved_in_time_that_grows_with_its_length(unifie
     context.save = lambda seq: snapshots.append(seq) or saved(seq)  # type: ignore[method-assign, func-returns-value]
     ask(bench, 0, prompt_of(16_000))
     calls = 0
-    while bench.runner.maintain_idle():
+    while bench.core.maintain_idle():
         calls += 1
         assert calls < 2000
     assert len(offload.ram) == 16_000 // BLOCK_TOKENS
@@ -395,7 +395,7 @@ def test_a_disk_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: py
     bench, _, disk = on_disk_only(tmp_path)
     disk.read = lambda key: Future()  # type: ignore[method-assign]
     assert ask(bench, 1, prompt_of(300)).usage.cached == 0
-    bench.runner.close()
+    bench.core.close()
 
 
 @both
@@ -406,7 +406,7 @@ def test_namespaces_share_nothing(unified: bool) -> None:
         bench.submit(key, Request(prompt=long, max_tokens=1, salt=salt))
         bench.run()
         if key % 2:
-            bench.runner.kv.drop_idle()
+            bench.core.kv.drop_idle()
     assert [finished(bench, key).usage.cached for key in range(4)] == [0, 0, 0, 199]
 
 
@@ -420,7 +420,7 @@ def test_prefixes_outlive_the_engine_on_disk(tmp_path: Path, unified: bool) -> N
     bench = bench_with(opened(tmp_path), unified=unified)
     ask(bench, 0, long)
     bench.rest()
-    bench.runner.close()
+    bench.core.close()
     again = bench_with(opened(tmp_path), unified=not unified)
     context = again.backend.context
     assert ask(again, 0, (*long, 7)).usage.cached == 300
@@ -437,7 +437,7 @@ def test_whole_states_outlive_the_engine_on_disk(tmp_path: Path, unified: bool) 
         assert ask(bench, 0, prompt_of(300), 5).usage.cached == (296 if restart else 0)
         bench.rest()
         offload.check()
-        bench.runner.close()
+        bench.core.close()
 
 
 def test_the_disk_keeps_to_its_budget_and_survives_changes_by_others(tmp_path: Path) -> None:
@@ -447,10 +447,10 @@ def test_the_disk_keeps_to_its_budget_and_survives_changes_by_others(tmp_path: P
     for key in range(6):
         ask(bench, key, prompt_of(100, key))
         bench.rest()
-    bench.runner.kv.drop_idle()
+    bench.core.kv.drop_idle()
     for _ in range(200):
         time.sleep(0.01)
-        bench.runner.maintain_idle()
+        bench.core.maintain_idle()
         with suppress(FileNotFoundError):  # one that is being removed
             if offload.disk.bytes == sum(file.stat().st_size for file in disk.folder.glob("*.block")):
                 break
@@ -460,7 +460,7 @@ def test_the_disk_keeps_to_its_budget_and_survives_changes_by_others(tmp_path: P
         file.unlink() if number % 2 else file.write_bytes(file.read_bytes()[:-1] + b"x")
     for key in range(6):
         assert ask(bench, 10 + key, prompt_of(100, key)).usage.cached < 5, "all are damaged or gone"
-    bench.runner.close()
+    bench.core.close()
 
 
 def test_a_request_is_not_blocked_by_another_whose_blocks_are_read_from_disk(tmp_path: Path) -> None:
@@ -468,16 +468,16 @@ def test_a_request_is_not_blocked_by_another_whose_blocks_are_read_from_disk(tmp
     slow: Future[Any] = Future()
     read, disk.read = disk.read, lambda key: slow  # type: ignore[method-assign]
     bench.submit(1, Request(prompt=(5,), max_tokens=10, ignore_eos=True))
-    bench.runner.step()
+    bench.core.step()
     bench.submit(2, Request(prompt=prompt_of(300), max_tokens=1))
     for _ in range(12):
-        bench.runner.step()
+        bench.core.step()
     assert 1 in bench.ends
     disk.read = read  # type: ignore[method-assign]
     slow.set_result(None)
     bench.run()
     assert finished(bench, 2).usage.cached == 0
-    bench.runner.close()
+    bench.core.close()
 
 
 def run_at_random(
@@ -509,10 +509,10 @@ def run_at_random(
     prefixes = [[random.randrange(1, VOCABULARY) for _ in range(250)] for _ in range(3)]
     wanted: dict[int, tuple[list[int], FinishReason]] = {}
     cancelled: set[int] = set()
-    kv = bench.runner.kv
+    kv = bench.core.kv
     for number in range(operations):
         match random.randrange(8):
-            case 0 | 1 if len(bench.runner.running) + len(bench.runner.waiting) < 8:
+            case 0 | 1 if len(bench.core.running) + len(bench.core.waiting) < 8:
                 request = draw_request(random, [prefix[: random.randint(1, 250)] for prefix in prefixes], 280)
                 prompt = (*random.choice(prefixes)[: random.randint(0, 250)], *request.prompt)[:280]
                 most = request.max_tokens if request.max_tokens is not None or cells < 400 else 60
@@ -522,10 +522,10 @@ def run_at_random(
                 bench.submit(number, request, oracle if random.random() < 0.5 and partial else None)
             case 2 if wanted and random.random() < 0.3:
                 victim = random.choice(list(wanted))
-                bench.runner.end(victim, FinishReason.CANCELLED)
+                bench.core.lifecycle.end(victim, FinishReason.CANCELLED)
                 cancelled.add(victim)
-            case 3 if bench.runner.running:
-                bench.runner._preempt(random.choice(list(bench.runner.running.values())))
+            case 3 if bench.core.running:
+                bench.core.lifecycle.preempt(random.choice(list(bench.core.running.values())))
             case 4:
                 kv.evict(random.randint(0, cells)) if unified or random.random() < 0.7 else kv.drop_idle()
             case 5:
@@ -534,10 +534,10 @@ def run_at_random(
                 kv.step()
                 kv.maintain(random.choice([0.0, 1e-4]))
             case _:
-                bench.runner.step()
+                bench.core.step()
         bench.check()
     bench.run(most=50_000)
-    bench.runner.close()
+    bench.core.close()
     bench.compare(wanted, cancelled, faults=chance > 0)
     return bench
 

@@ -1,4 +1,4 @@
-"""`ngram-mod` against its contract, written down with a dict of places and scans of a list."""
+"""`ngram-mod` against a reference made of a dict of indices and a list."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.speculate import files, mod
-from engine.speculate.files import DamagedFile
-from engine.speculate.mod import FEW, NgramMod, Pool, scope_of
+from engine.checksummed import DamagedFile
+from engine.speculate import ngram_mod
+from engine.speculate.ngram_mod import MAX_LOOP_TOKENS, NgramModProposer, NgramPool, scope_of
 
 KEY = bytes(range(32))
 OTHER_KEY = bytes(32)
 
 
 @cache
-def place(scope: int, ngram: tuple[int, ...], entries: int) -> int:
-    """The index of an n-gram's entry, as the pool's docstring says."""
+def index_of(scope: int, ngram: tuple[int, ...], entries: int) -> int:
+    """Returns the index of an n-gram's entry, as the pool's docstring defines it."""
     size = len(ngram)
     total = sum(token * 6364136223846793005 ** (size - 1 - at) for at, token in enumerate(ngram))
     bits = int(total) % 2**64 ^ scope
@@ -34,22 +34,22 @@ def place(scope: int, ngram: tuple[int, ...], entries: int) -> int:
 
 
 class NaivePool:
-    """Each place has the scope, n-gram and token that came there last."""
+    """At each index the last scope, n-gram and token."""
 
     def __init__(self, n: int, entries: int) -> None:
         self.n, self.entries = n, entries
         self.held: dict[int, tuple[int, tuple[int, ...], int]] = {}
 
     def put(self, scope: int, ngram: tuple[int, ...], token: int) -> None:
-        self.held[place(scope, ngram, self.entries)] = (scope, ngram, token)
+        self.held[index_of(scope, ngram, self.entries)] = (scope, ngram, token)
 
     def get(self, scope: int, ngram: tuple[int, ...]) -> int | None:
-        found = self.held.get(place(scope, ngram, self.entries))
+        found = self.held.get(index_of(scope, ngram, self.entries))
         return found[2] if found is not None and found[:2] == (scope, ngram) else None
 
 
 class Naive:
-    """A slot: its history is a list."""
+    """A proposer whose history is a list."""
 
     def __init__(self, pool: NaivePool, scope: int, n_min: int, n_max: int) -> None:
         self.pool, self.scope, self.n_min, self.n_max = pool, scope, n_min, n_max
@@ -84,15 +84,15 @@ NAMES = ["observe", "observe", "observe", "propose", "propose", "propose", "trun
     st.sampled_from([8, 64, 2**14]),
     st.integers(0, 6),
     st.integers(1, 8),
-    st.binary(min_size=2 * SLOTS, max_size=2 * SLOTS * (FEW + 20)),
+    st.binary(min_size=2 * SLOTS, max_size=2 * SLOTS * (MAX_LOOP_TOKENS + 20)),
 )
 def test_equals_the_naive_reference(
     script: bytes, n: int, entries: int, n_min: int, n_max: int, prompts: bytes
 ) -> None:
-    """12,000 operations, ten bytes each, of four slots in two scopes; after each one all slots' drafts are compared."""
-    pool, plain = Pool(n, entries), NaivePool(n, entries)
+    """12,000 operations, ten bytes each, of four slots in two scopes; all drafts are compared after each."""
+    pool, plain = NgramPool(n, entries), NaivePool(n, entries)
     scopes = [scope_of("one"), scope_of("two")]
-    slots = [NgramMod(pool, scopes[at % 2], n_min, n_max) for at in range(SLOTS)]
+    slots = [NgramModProposer(pool, scopes[at % 2], n_min, n_max) for at in range(SLOTS)]
     naive = [Naive(plain, scopes[at % 2], n_min, n_max) for at in range(SLOTS)]
     for at, (slot, other) in enumerate(zip(slots, naive, strict=True)):
         prompt = [byte % 4 for byte in prompts[at :: 2 * SLOTS]]
@@ -126,8 +126,8 @@ def test_equals_the_naive_reference(
 @given(st.binary(max_size=300), st.integers(1, 6), st.integers(0, 300))
 def test_one_by_one_or_all_at_once_gives_the_same_table(drawn: bytes, n: int, cut: int) -> None:
     tokens = [byte % 5 for byte in drawn]
-    whole, parts = Pool(n, 1024), Pool(n, 1024)
-    one, other = NgramMod(whole, 7), NgramMod(parts, 7)
+    whole, parts = NgramPool(n, 1024), NgramPool(n, 1024)
+    one, other = NgramModProposer(whole, 7), NgramModProposer(parts, 7)
     one.begin(tokens)
     other.begin(tokens[:cut])
     for token in tokens[cut:]:
@@ -135,11 +135,11 @@ def test_one_by_one_or_all_at_once_gives_the_same_table(drawn: bytes, n: int, cu
     assert whole._table.tobytes() == parts._table.tobytes()
 
 
-# ── what llama-server's does not do ──
+# ── differences from llama-server ──
 
 
 def test_a_token_is_known_at_once_and_not_32_tokens_later() -> None:
-    slot = NgramMod(Pool(2), 1, n_min=1)
+    slot = NgramModProposer(NgramPool(2), 1, n_min=1)
     slot.begin([1, 2])
     slot.observe([3])
     slot.observe([1])
@@ -148,32 +148,32 @@ def test_a_token_is_known_at_once_and_not_32_tokens_later() -> None:
 
 
 def test_a_slot_with_bad_drafts_wipes_nothing() -> None:
-    pool = Pool(2)
-    good, bad = NgramMod(pool, 1, n_min=1), NgramMod(pool, 1, n_min=1)
+    pool = NgramPool(2)
+    good, bad = NgramModProposer(pool, 1, n_min=1), NgramModProposer(pool, 1, n_min=1)
     good.begin([1, 2, 3, 4, 1, 2])
     bad.begin([7, 8, 9, 7, 8])
     for token in range(10, 60):
         bad.propose(4)
         bad.observe([token, 7, 8], drafted=1, accepted=0)
     assert good.propose(2).tokens == [3, 4]
-    assert bad.propose(1).tokens == [59], "a wrong entry was overwritten by what was emitted"
+    assert bad.propose(1).tokens == [59], "the emitted token replaced the wrong entry"
 
 
 def test_no_occupancy_wipes_the_pool() -> None:
-    pool = Pool(2, 1024)
+    pool = NgramPool(2, 1024)
     tokens = random.Random(1).choices(range(1000), k=40_000)
-    slot = NgramMod(pool, 1, n_min=1)
+    slot = NgramModProposer(pool, 1, n_min=1)
     slot.begin(tokens)
     assert len(pool) == 1024
-    other = NgramMod(pool, 1, n_min=1)
+    other = NgramModProposer(pool, 1, n_min=1)
     other.begin(tokens[-3:-1])
     assert other.propose(1).tokens == tokens[-1:]
 
 
 def test_an_entry_of_another_ngram_is_not_believed() -> None:
-    pool = Pool(2, 8)
-    NgramMod(pool, 1, n_min=1).begin(random.Random(2).choices(range(50), k=2000))
-    strangers = NgramMod(pool, 1, n_min=1)
+    pool = NgramPool(2, 8)
+    NgramModProposer(pool, 1, n_min=1).begin(random.Random(2).choices(range(50), k=2000))
+    strangers = NgramModProposer(pool, 1, n_min=1)
     strangers.begin([100])
     for token in range(101, 200):
         strangers.observe([token])
@@ -181,16 +181,16 @@ def test_an_entry_of_another_ngram_is_not_believed() -> None:
 
 
 def test_scopes_do_not_see_each_other() -> None:
-    pool = Pool(2)
-    NgramMod(pool, scope_of("alice"), n_min=1).begin([1, 2, 3])
+    pool = NgramPool(2)
+    NgramModProposer(pool, scope_of("alice"), n_min=1).begin([1, 2, 3])
     for name, found in (("alice", [3]), ("bob", ())):
-        slot = NgramMod(pool, scope_of(name), n_min=1)
+        slot = NgramModProposer(pool, scope_of(name), n_min=1)
         slot.begin([1, 2])
         assert slot.propose(1).tokens == found
 
 
 def test_the_limit_does_not_count_against_the_shortest_draft() -> None:
-    slot = NgramMod(Pool(1), 1, n_min=5, n_max=8)
+    slot = NgramModProposer(NgramPool(1), 1, n_min=5, n_max=8)
     slot.begin([1, 2, 3, 4, 5, 1])
     assert slot.propose(2).tokens == [2, 3]
     assert slot.propose(100).tokens == [2, 3, 4, 5, 1, 2, 3, 4]
@@ -199,22 +199,22 @@ def test_the_limit_does_not_count_against_the_shortest_draft() -> None:
 
 
 def test_a_shift_teaches_nothing_and_what_follows_it_is_learnt_at_once() -> None:
-    pool = Pool(2)
-    slot = NgramMod(pool, 1, n_min=1)
+    pool = NgramPool(2)
+    slot = NgramModProposer(pool, 1, n_min=1)
     slot.begin([1, 2, 3, 4, 5])
     before = len(pool)
     slot.shift(2, 2)  # 1 2 | 5
     assert len(pool) == before
     slot.observe([6])
-    reader = NgramMod(pool, 1, n_min=1)
-    reader.begin([1, 2])
-    assert reader.propose(1).tokens == [3], "5 was never seen after 1 2"
-    reader.observe([5])
-    assert reader.propose(1).tokens == [6]
+    other = NgramModProposer(pool, 1, n_min=1)
+    other.begin([1, 2])
+    assert other.propose(1).tokens == [3], "5 never followed 1 2"
+    other.observe([5])
+    assert other.propose(1).tokens == [6]
 
 
 def test_a_truncated_history_leaves_the_pool_what_was_seen() -> None:
-    slot = NgramMod(Pool(2), 1, n_min=1)
+    slot = NgramModProposer(NgramPool(2), 1, n_min=1)
     slot.begin([1, 2, 3, 4])
     slot.truncate(2)
     assert slot.propose(2).tokens == [3, 4]
@@ -225,9 +225,9 @@ def test_a_truncated_history_leaves_the_pool_what_was_seen() -> None:
 # ── files ──
 
 
-def pool_of(tokens: list[int], n: int = 3) -> Pool:
-    pool = Pool(n, 64)
-    NgramMod(pool, 5).begin(tokens)
+def pool_of(tokens: list[int], n: int = 3) -> NgramPool:
+    pool = NgramPool(n, 64)
+    NgramModProposer(pool, 5).begin(tokens)
     return pool
 
 
@@ -239,9 +239,9 @@ def saved(tmp_path: Path) -> Path:
 
 
 def refused(path: Path, n: int = 3, key: bytes = KEY, n_vocab: int = 90, entries: int = 64) -> str:
-    """Why the file is refused; the pool is as it was."""
-    pool = Pool(n, entries)
-    NgramMod(pool, 1).begin([1, 2, 3, 4, 5, 6])
+    """Returns the error message; the pool is unchanged."""
+    pool = NgramPool(n, entries)
+    NgramModProposer(pool, 1).begin([1, 2, 3, 4, 5, 6])
     before = pool._table.tobytes()
     with pytest.raises(DamagedFile) as caught:
         pool.load(path, key, n_vocab)
@@ -262,11 +262,11 @@ def test_a_saved_pool_comes_back(tmp_path: Path, length: int) -> None:
 
 
 def test_a_full_size_pool_is_saved_small(tmp_path: Path) -> None:
-    pool = Pool(2)
-    NgramMod(pool, 1, n_min=1).begin([1, 2, 3])
+    pool = NgramPool(2)
+    NgramModProposer(pool, 1, n_min=1).begin([1, 2, 3])
     pool.save(tmp_path / "pool", KEY)
     assert (tmp_path / "pool").stat().st_size < 300_000
-    loaded = Pool(2)
+    loaded = NgramPool(2)
     loaded.load(tmp_path / "pool", KEY, 4)
     assert len(loaded) == 1
 
@@ -294,12 +294,12 @@ def test_files_that_belong_elsewhere_are_refused(saved: Path) -> None:
     assert "of 3 tokens, not 4" in refused(saved, n=4)
     assert "64 entries, not 128" in refused(saved, entries=128)
     assert "vocabulary of 50 tokens" in refused(saved, n_vocab=50)
-    files.write(saved, b"SOMEBODY", KEY, b"else's")
+    ngram_mod._FORMAT._replace(magic=b"OTHERONE").write(saved, KEY, b"payload")
     assert "another kind" in refused(saved)
 
 
 def test_a_file_of_another_version_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "VERSION", 2)
+    monkeypatch.setattr(ngram_mod, "_FORMAT", ngram_mod._FORMAT._replace(version=2))
     assert "version 1 of its format, not 2" in refused(saved)
 
 
@@ -309,20 +309,20 @@ def test_a_file_of_another_version_is_refused(saved: Path, monkeypatch: pytest.M
         b"",
         b"no msgpack",
         msgspec.msgpack.encode({"n_match": 3, "used": b""}),
-        msgspec.msgpack.encode(mod._Saved(3, bytes(7) + b"\1", b"")),
-        msgspec.msgpack.encode(mod._Saved(3, bytes(8), bytes(8))),
-        msgspec.msgpack.encode(mod._Saved(3, bytes(7) + b"\1", np.array([7], "<u8").tobytes())),
+        msgspec.msgpack.encode(ngram_mod._Saved(3, bytes(7) + b"\1", b"")),
+        msgspec.msgpack.encode(ngram_mod._Saved(3, bytes(8), bytes(8))),
+        msgspec.msgpack.encode(ngram_mod._Saved(3, bytes(7) + b"\1", np.array([7], "<u8").tobytes())),
     ],
     ids=["empty", "noise", "fields", "fewer", "more", "untagged"],
 )
 def test_a_sound_file_with_nonsense_in_it_is_refused(saved: Path, body: bytes) -> None:
-    files.write(saved, mod._MAGIC, KEY, body)
+    ngram_mod._FORMAT.write(saved, KEY, body)
     refused(saved)
 
 
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        Pool(3, 64).load(tmp_path / "none", KEY, 90)
+        NgramPool(3, 64).load(tmp_path / "none", KEY, 90)
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -346,7 +346,7 @@ def test_a_folder_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [list, tuple, lambda tokens: array("i", tokens)], ids=["list", "tuple", "array"])
 def test_any_sequence_will_do(make: Callable[[list[int]], list[int]]) -> None:
-    slot = NgramMod(Pool(2), 1, n_min=1)
+    slot = NgramModProposer(NgramPool(2), 1, n_min=1)
     slot.begin(make([1, 2, 3]))
     slot.observe(make([1, 2]))
     assert slot.propose(1).tokens == [3]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.contract import Finished, Request, SamplingParams
-from engine.kv.reuse import Run, runs
+from engine.kv.reuse import TokenRun, runs
 from tests.engine.test_memory import prompt_of
 from tests.engine.test_same_as_alone import LAYOUTS, Bench, alone, context_of
 
@@ -41,11 +41,11 @@ def test_runs_begin_where_an_exhaustive_search_finds_them(
 def test_a_changed_header_costs_a_run_on_each_side() -> None:
     header, rest = array("i", prompt_of(10)), array("i", prompt_of(200, 1))
     old, new = header + array("i", (7, 8, 9)) + rest, header + array("i", (1, 2, 3, 4, 5)) + rest
-    assert runs(new, old, 10, 64) == [Run(15, 13, 200)]
+    assert runs(new, old, 10, 64) == [TokenRun(15, 13, 200)]
 
 
 def bench_with(reuse: int, cells: int = 2000, *, unified: bool = True) -> Bench:
-    """A runner that moves cells."""
+    """A core that moves cells."""
     return Bench(context_of(unified, cells, rows=512), ram=10**6, reuse=reuse)
 
 
@@ -59,7 +59,7 @@ def test_the_part_after_a_changed_line_is_moved(resident: bool, width: int, unif
     bench.submit(0, Request(prompt=(*head, 41, 42, 43, *rest, 5), max_tokens=1))
     bench.run()
     if not resident:
-        bench.runner.kv.drop_idle()
+        bench.core.kv.drop_idle()
     before = context.computed
     request = Request(prompt=(*head, *range(30, 30 + width), *rest, 6), max_tokens=9, sampling=SamplingParams(seed=1))
     bench.submit(1, request)
@@ -104,12 +104,12 @@ def test_prompts_of_shuffled_parts_in_few_cells(seed: int, unified: bool) -> Non
         wanted[key] = alone(request, 1000)[0]
         bench.submit(key, request)
         for _ in range(random.randint(0, 8)):
-            bench.runner.step()
+            bench.core.step()
             bench.check()
-        if bench.runner.running and random.random() < 0.3:
-            bench.runner._preempt(random.choice([*bench.runner.running.values()]))
+        if bench.core.running and random.random() < 0.3:
+            bench.core.lifecycle.preempt(random.choice([*bench.core.running.values()]))
         if random.random() < 0.3:
-            bench.runner.kv.evict(200) if unified else bench.runner.kv.drop_idle()
+            bench.core.kv.evict(200) if unified else bench.core.kv.drop_idle()
     bench.run()
     assert bench.got == wanted
     assert any(isinstance(end, Finished) and end.usage.moved for end in bench.ends.values())

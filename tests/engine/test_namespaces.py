@@ -13,7 +13,7 @@ from engine.config import DraftConfig, SpeculationConfig
 from engine.contract import Finished, Request, Speculation
 from engine.kv import Offload
 from engine.kv.disk import Disk
-from engine.speculate import Drafting, Shared
+from engine.speculate import SharedDraftData, SpeculativeDecoding
 from tests.engine.test_same_as_alone import LAYOUTS, Bench, context_of
 from tests.toy import VOCABULARY, ToyContext, ToyVocab
 
@@ -25,7 +25,7 @@ def request(salt: str, tokens: int = 1) -> Request:
 
 
 def cost(bench: Bench, key: int, salt: str) -> tuple[int, int]:
-    """The rows that a request computes, and the tokens that it reports as cached."""
+    """Returns the number of rows that a request computes, and its count of cached tokens."""
     before = bench.backend.context.computed
     bench.submit(key, request(salt))
     bench.run()
@@ -47,16 +47,16 @@ def test_a_prefix_of_another_salt_saves_nothing(tmp_path: Path, where: str, part
     first = second = bench()
     assert cost(first, 0, "private") == (200, 0)
     if where != "cells":
-        first.runner.kv.drop_idle()
+        first.core.kv.drop_idle()
         assert first.backend.context.used() == 0
     if where == "disk":
-        first.runner.close()
+        first.core.close()
         second = bench()
     for key, salt in enumerate(["", "privat", "private ", "Private"], 1):
         assert cost(second, key, salt) == (200, 0)
     found = 199 if partial else 196
     assert cost(second, 9, "private") == (200 - found, found), "its own is found"
-    second.runner.close()
+    second.core.close()
 
 
 @pytest.mark.parametrize("unified", LAYOUTS)
@@ -64,11 +64,11 @@ def test_a_prefix_of_another_salt_saves_nothing(tmp_path: Path, where: str, part
 def test_no_request_is_held_for_rows_of_another_salt(partial: bool, unified: bool) -> None:
     bench = Bench(context_of(unified, 2000, partial=partial), ram=10**6, prompt_rows=20)
     bench.submit(0, request("private"))
-    bench.runner.step()
+    bench.core.step()
     for key, salt in enumerate(["private", "", "public"], 1):
         bench.submit(key, request(salt))
-    bench.runner.step()
-    assert sorted(bench.runner.running) == [0, 2, 3], "only the one of its own salt is held"
+    bench.core.step()
+    assert sorted(bench.core.running) == [0, 2, 3], "only the one of its own salt is held"
     bench.run()
     assert bench.backend.context.computed == 3 * 200 + 1
 
@@ -76,7 +76,7 @@ def test_no_request_is_held_for_rows_of_another_salt(partial: bool, unified: boo
 def test_slot_states_show_neither_tokens_nor_salts() -> None:
     bench = Bench(ToyContext(cells=2000), ram=10**6)
     cost(bench, 0, "private")
-    shown = repr(bench.runner.slots.states())
+    shown = repr(bench.core.slots.states())
     assert "private" not in shown
     assert str(PROMPT[0]) + ", " + str(PROMPT[1]) not in shown
 
@@ -88,14 +88,14 @@ CONFIG = SpeculationConfig(types=("auto",), size_n=2, size_m=5, mod_match=2, mod
 EMITTED = PROMPT[:120]
 
 
-def drafting() -> Drafting:
-    return Drafting(Shared(CONFIG, ToyVocab()), CONFIG, DraftConfig())
+def speculative_decoding() -> SpeculativeDecoding:
+    return SpeculativeDecoding(SharedDraftData(CONFIG, ToyVocab()), CONFIG, DraftConfig())
 
 
-def draft_of(drafting: Drafting, kind: Any, salt: str, known: int) -> tuple[int, ...]:
+def draft_of(speculative_decoding: SpeculativeDecoding, kind: Any, salt: str, known: int) -> tuple[int, ...]:
     """The draft for a request that has `known` tokens of EMITTED; it then emits the others."""
     asked = Request(prompt=EMITTED[:20], salt=salt, speculation=Speculation(type=(kind,), n_min=0))
-    proposer = drafting.proposers(asked)[kind]
+    proposer = speculative_decoding.proposers(asked)[kind]
     proposer.begin(EMITTED[:20])
     for token in EMITTED[20:known]:
         proposer.observe([token])
@@ -108,8 +108,8 @@ def draft_of(drafting: Drafting, kind: Any, salt: str, known: int) -> tuple[int,
 
 @pytest.mark.parametrize("kind", ["ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache", "suffix"])
 def test_no_draft_comes_from_outputs_of_another_salt(kind: Any) -> None:
-    shared = drafting()
-    fresh = draft_of(drafting(), kind, "public", 60)
+    shared = speculative_decoding()
+    fresh = draft_of(speculative_decoding(), kind, "public", 60)
     draft_of(shared, kind, "private", 60)
     for salt in ("public", "", "privat"):
         assert draft_of(shared, kind, salt, 60) == fresh
@@ -128,7 +128,7 @@ def test_the_draft_model_shares_nothing_across_salts() -> None:
     )
     bench.submit(0, request("private", tokens=60))
     bench.run()
-    model = bench.drafting.model
+    model = bench.speculative_decoding.draft_model
     assert model is not None
     assert model.kv.match(array("i", PROMPT), "private").reach == 199
     assert model.kv.match(array("i", PROMPT), "public").reach == 0

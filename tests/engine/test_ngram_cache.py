@@ -1,4 +1,4 @@
-"""`ngram-cache` against its contract, written down with lists, scans of them and counters of tuples."""
+"""`ngram-cache` against a reference made of lists, scans of them and counters of tuples."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.speculate import cache, files
-from engine.speculate.base import Draft
-from engine.speculate.cache import SIZES, STATIC_SIZES, NgramCache, NgramCounts, count, grams
-from engine.speculate.files import DamagedFile
+from engine.checksummed import DamagedFile
+from engine.speculate import ngram_counts
+from engine.speculate.ngram_cache import NgramCacheProposer
+from engine.speculate.ngram_counts import NGRAM_SIZES, STATIC_NGRAM_SIZES, NgramCounts, count_corpus, ngram_keys
+from engine.speculate.proposer import Draft
 
 KEY = bytes(range(32))
 OTHER_KEY = bytes(32)
 NOTHING = NgramCounts(limit=0)
 
 Find = Callable[[tuple[int, ...]], Counter[int]]
-LAX = {1: (2, 66), 2: (2, 50), 3: (1, 50), 4: (1, 50)}
-STRICT = {1: (4, 75), 2: (3, 66), 3: (2, 66), 4: (2, 66)}
+CONTEXT_THRESHOLDS = {1: (2, 66), 2: (2, 50), 3: (1, 50), 4: (1, 50)}
+DYNAMIC_THRESHOLDS = {1: (4, 75), 2: (3, 66), 3: (2, 66), 4: (2, 66)}
 
 
 def scanned(history: Sequence[int]) -> Find:
-    """What followed an n-gram in a history, found by looking at every place."""
+    """Returns a function that counts the followers of an n-gram in `history` by a scan."""
 
     def find(ngram: tuple[int, ...]) -> Counter[int]:
         size = len(ngram)
@@ -40,9 +41,9 @@ def scanned(history: Sequence[int]) -> Find:
 
 
 class Naive:
-    """What an NgramCounts without a limit is to know."""
+    """The reference of an NgramCounts without a limit."""
 
-    def __init__(self, sizes: Sequence[int] = SIZES) -> None:
+    def __init__(self, sizes: Sequence[int] = NGRAM_SIZES) -> None:
         self.sizes = sizes
         self.counts: dict[tuple[int, ...], Counter[int]] = {}
 
@@ -57,7 +58,7 @@ class Naive:
 
 def next_token(history: list[int], context: Find, dynamic: Find, static: Find) -> tuple[int, float] | None:
     usual = static(tuple(history[-2:])) if len(history) >= 2 else Counter[int]()
-    for find, thresholds in ((context, LAX), (dynamic, STRICT)):
+    for find, thresholds in ((context, CONTEXT_THRESHOLDS), (dynamic, DYNAMIC_THRESHOLDS)):
         for size in (4, 3, 2, 1):
             if len(history) < size or not (found := find(tuple(history[-size:]))):
                 continue
@@ -76,9 +77,9 @@ def next_token(history: list[int], context: Find, dynamic: Find, static: Find) -
 def naive_draft(history: list[int], most: int, dynamic: Find, static: Find) -> Draft:
     context, known = scanned(history), len(history)
     history, chances = list(history), list[float]()
-    while len(chances) < most and (guess := next_token(history, context, dynamic, static)):
-        history.append(guess[0])
-        chances.append(guess[1])
+    while len(chances) < most and (found := next_token(history, context, dynamic, static)):
+        history.append(found[0])
+        chances.append(found[1])
     return Draft(history[known:], chances) if chances else Draft()
 
 
@@ -99,13 +100,13 @@ NAMES = ["observe", "observe", "observe", "propose", "propose", "truncate", "shi
 def test_equals_the_naive_reference(
     script: bytes, alphabet: int, n_max: int, alone: bool, corpus: bytes, prompts: bytes
 ) -> None:
-    """12,000 operations, ten bytes each, of three slots that share what they learn, unless each is `alone`."""
-    static, plain_static = count([[byte % alphabet for byte in corpus]]), Naive(STATIC_SIZES)
+    """12,000 operations, ten bytes each, of three slots that share dynamic counts unless `alone`."""
+    static, plain_static = count_corpus([[byte % alphabet for byte in corpus]]), Naive(STATIC_NGRAM_SIZES)
     plain_static.add([byte % alphabet for byte in corpus], 0)
-    dynamic, plain = NOTHING if alone else NgramCounts(), Naive(() if alone else SIZES)
+    dynamic, plain = NOTHING if alone else NgramCounts(), Naive(() if alone else NGRAM_SIZES)
     slots, histories = [], []
     for at in range(SLOTS):
-        slots.append(NgramCache(dynamic, static, n_max))
+        slots.append(NgramCacheProposer(dynamic, static, n_max))
         histories.append([byte % alphabet for byte in prompts[at::SLOTS]])
         slots[at].begin(histories[at])
         plain.add(histories[at], 0)
@@ -132,7 +133,7 @@ def test_equals_the_naive_reference(
                 del history[keep : keep + discard]
             case "restart":
                 slot.end()
-                slots[at % SLOTS] = slot = NgramCache(dynamic, static, n_max)
+                slots[at % SLOTS] = slot = NgramCacheProposer(dynamic, static, n_max)
                 history[:] = [token % alphabet for token in tokens]
                 slot.begin(history)
                 plain.add(history, 0)
@@ -142,7 +143,7 @@ def test_equals_the_naive_reference(
 
 
 def check(counts: NgramCounts, history: list[int]) -> None:
-    """The counts are exactly a history's, and no n-gram is kept that has none."""
+    """Asserts that the counts are exactly those of `history`, without n-grams that have no counts."""
     plain = Naive()
     plain.add(history, 0)
     assert len(counts) == len(plain.counts)
@@ -151,7 +152,7 @@ def check(counts: NgramCounts, history: list[int]) -> None:
 
 
 class NaiveBounded(Naive):
-    """A dict keeps the n-grams from old to young, as the docstring of NgramCounts orders them."""
+    """A dict holds the n-grams from old to new, as the docstring of NgramCounts orders them."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -185,17 +186,17 @@ def test_bounded_counts_equal_the_naive_reference(drawn: bytes, limit: int, size
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 3) | st.integers(2**24 - 4, 2**24 - 1), min_size=20, max_size=40), st.integers(0, 20))
 def test_no_two_ngrams_have_the_same_number(history: list[int], start: int) -> None:
-    keys, tokens = grams(history, start)
-    ngrams = [tuple(history[at - size : at]) for size in SIZES for at in range(max(start, size), len(history))]
+    keys, tokens = ngram_keys(history, start)
+    ngrams = [tuple(history[at - size : at]) for size in NGRAM_SIZES for at in range(max(start, size), len(history))]
     assert len(set(zip(ngrams, keys, strict=True))) == len(set(keys)) == len(set(ngrams))
     assert len(tokens) == len(keys)
 
 
-# ── what llama-server's does not do ──
+# ── differences from llama-server ──
 
 
 def test_single_tokens_are_learnt() -> None:
-    slot = NgramCache(NOTHING, NOTHING)
+    slot = NgramCacheProposer(NOTHING, NOTHING)
     slot.begin([1])
     for token in (2, 3, 4, 5, 1, 2, 3, 4):
         slot.observe([token])
@@ -203,10 +204,10 @@ def test_single_tokens_are_learnt() -> None:
 
 
 def test_the_next_request_does_not_inherit_the_context() -> None:
-    first = NgramCache(NOTHING, NOTHING)
+    first = NgramCacheProposer(NOTHING, NOTHING)
     first.begin([1, 2, 3, 4, 5, 1, 2, 3, 4])
     first.end()
-    second = NgramCache(NOTHING, NOTHING)
+    second = NgramCacheProposer(NOTHING, NOTHING)
     second.begin([1, 2, 3, 4])
     assert second.propose(4) == Draft()
 
@@ -214,10 +215,10 @@ def test_the_next_request_does_not_inherit_the_context() -> None:
 def test_outputs_of_others_enter_the_dynamic_counts_at_once() -> None:
     dynamic = NgramCounts()
     for _ in range(2):
-        other = NgramCache(dynamic, NOTHING)
+        other = NgramCacheProposer(dynamic, NOTHING)
         other.begin([1, 2])
         other.observe([3, 4, 5])
-    slot = NgramCache(dynamic, NOTHING)
+    slot = NgramCacheProposer(dynamic, NOTHING)
     slot.begin([1, 2, 3, 4])
     assert slot.propose(4) == Draft([5], [1.0])
 
@@ -227,14 +228,14 @@ def test_short_histories_are_read_only_where_they_are(history: list[int]) -> Non
     dynamic = NgramCounts()
     for _ in range(4):
         dynamic.add([*history, 7], 0)
-    slot = NgramCache(dynamic, count([[1, 2, 9]] * 2))
+    slot = NgramCacheProposer(dynamic, count_corpus([[1, 2, 9]] * 2))
     slot.begin(history)
     assert slot.propose(1).tokens == ([7] if history else ())
 
 
 def test_a_truncated_or_shifted_history_is_dropped_and_the_dynamic_counts_are_not() -> None:
     dynamic = NgramCounts()
-    slot = NgramCache(dynamic, NOTHING)
+    slot = NgramCacheProposer(dynamic, NOTHING)
     slot.begin([1, 2, 3, 4, 5, 6])
     learnt = len(dynamic)
     slot.truncate(4)
@@ -247,29 +248,29 @@ def test_a_truncated_or_shifted_history_is_dropped_and_the_dynamic_counts_are_no
 
 
 def test_a_corpus_weighs_the_candidates_and_drafts_where_nothing_else_is_known() -> None:
-    slot = NgramCache(NOTHING, NOTHING)
+    slot = NgramCacheProposer(NOTHING, NOTHING)
     slot.begin([1, 2, 3, 9, 1, 2, 4, 8, 1, 2])
     assert slot.propose(1) == Draft([3], [0.5]), "of equals the smaller token"
-    slot = NgramCache(NOTHING, count([[1, 2, 4, 4], [2, 4]]))
+    slot = NgramCacheProposer(NOTHING, count_corpus([[1, 2, 4, 4], [2, 4]]))
     slot.begin([1, 2, 3, 9, 1, 2, 4, 8, 1, 2])
     assert slot.propose(1) == Draft([4], [0.5])
-    slot = NgramCache(NOTHING, count([[1, 2, 3], [1, 2, 3], [1, 2, 7]]))
+    slot = NgramCacheProposer(NOTHING, count_corpus([[1, 2, 3], [1, 2, 3], [1, 2, 7]]))
     slot.begin([1, 2])
     assert slot.propose(2) == Draft([3], [2 / 3])
 
 
 def test_a_rare_token_that_the_corpus_prefers_stops_the_draft() -> None:
     history = [2, 3, 2, 3, 2, 3, 2, 4, 2]  # after 2: three times 3, once 4
-    slot = NgramCache(NOTHING, NOTHING)
+    slot = NgramCacheProposer(NOTHING, NOTHING)
     slot.begin(history)
     assert slot.propose(1) == Draft([3], [0.75])
-    slot = NgramCache(NOTHING, count([[4, 2, 4]]))
+    slot = NgramCacheProposer(NOTHING, count_corpus([[4, 2, 4]]))
     slot.begin(history)
     assert slot.propose(1) == Draft()
 
 
 def test_counts_of_a_corpus_are_bigrams_within_a_text() -> None:
-    counts = count([[1, 2], [3, 1, 2, 3]])
+    counts = count_corpus([[1, 2], [3, 1, 2, 3]])
     assert len(counts) == 2
     assert counts.followers([3, 1]) == {2: 1}
     assert counts.followers([1, 2]) == {3: 1}
@@ -288,7 +289,7 @@ def test_what_is_seen_often_outlives_what_is_seen_once() -> None:
 def test_no_room_keeps_nothing(tmp_path: Path) -> None:
     counts = NgramCounts(limit=0)
     counts.add([1, 2, 3], 0)
-    count([[1, 2, 3]]).save(tmp_path / "counts", KEY)
+    count_corpus([[1, 2, 3]]).save(tmp_path / "counts", KEY)
     counts.load(tmp_path / "counts", KEY, 10)
     assert len(counts) == 0
 
@@ -305,13 +306,13 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
-def refused(path: Path, key: bytes = KEY, n_vocab: int = 90, sizes: Sequence[int] = SIZES) -> str:
-    """Why the file is refused; the counts are as they were."""
+def refused(path: Path, key: bytes = KEY, n_vocab: int = 90, sizes: Sequence[int] = NGRAM_SIZES) -> str:
+    """Returns the error message; the counts are unchanged."""
     counts, history = NgramCounts(sizes), [1, 2, 3, 1, 2]
     counts.add(history, 0)
     with pytest.raises(DamagedFile) as caught:
         counts.load(path, key, n_vocab)
-    if sizes == SIZES:
+    if sizes == NGRAM_SIZES:
         check(counts, history)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
@@ -330,14 +331,14 @@ def test_saved_counts_come_back(tmp_path: Path, length: int) -> None:
 
 
 def test_a_file_is_added_to_what_is_known(tmp_path: Path) -> None:
-    counts = count([[1, 2, 3]])
+    counts = count_corpus([[1, 2, 3]])
     counts.save(tmp_path / "counts", KEY)
     counts.load(tmp_path / "counts", KEY, 5)
     assert counts.followers([1, 2]) == {3: 2}
 
 
 def test_counts_of_bigrams_load_where_more_is_counted(tmp_path: Path) -> None:
-    count([[1, 2, 3]]).save(tmp_path / "counts", KEY)
+    count_corpus([[1, 2, 3]]).save(tmp_path / "counts", KEY)
     counts = NgramCounts()
     counts.load(tmp_path / "counts", KEY, 5)
     assert counts.followers([1, 2]) == {3: 1}
@@ -375,8 +376,8 @@ def test_a_flipped_byte_is_refused(saved: Path) -> None:
 def test_files_that_belong_elsewhere_are_refused(saved: Path) -> None:
     assert "another vocabulary" in refused(saved, key=OTHER_KEY)
     assert "vocabulary of 50 lacks" in refused(saved, n_vocab=50)
-    assert "other sizes" in refused(saved, sizes=STATIC_SIZES)
-    files.write(saved, b"SOMEBODY", KEY, b"else's")
+    assert "other sizes" in refused(saved, sizes=STATIC_NGRAM_SIZES)
+    ngram_counts._FORMAT._replace(magic=b"OTHERONE").write(saved, KEY, b"payload")
     assert "another kind" in refused(saved)
 
 
@@ -395,13 +396,13 @@ def test_files_that_belong_elsewhere_are_refused(saved: Path) -> None:
     ids=["no n-gram", "hole", "negative", "n-gram", "token", "no token", "count", "short"],
 )
 def test_a_sound_file_with_nonsense_in_it_is_refused(saved: Path, row: list[int]) -> None:
-    files.write(saved, cache._MAGIC, KEY, zlib.compress(np.array(row, "<i4").tobytes()))
+    ngram_counts._FORMAT.write(saved, KEY, zlib.compress(np.array(row, "<i4").tobytes()))
     refused(saved)
 
 
 @pytest.mark.parametrize("body", [b"", b"no archive", zlib.compress(b"odd")], ids=["empty", "noise", "odd"])
 def test_a_sound_file_with_noise_in_it_is_refused(saved: Path, body: bytes) -> None:
-    files.write(saved, cache._MAGIC, KEY, body)
+    ngram_counts._FORMAT.write(saved, KEY, body)
     assert "damaged" in refused(saved)
 
 
@@ -419,7 +420,7 @@ def test_a_save_that_fails_leaves_what_was_there(saved: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("make", [list, tuple, lambda tokens: array("i", tokens)], ids=["list", "tuple", "array"])
 def test_any_sequence_will_do(make: Callable[[list[int]], list[int]]) -> None:
-    slot = NgramCache(NgramCounts(), count([make([1, 2, 3])]))
+    slot = NgramCacheProposer(NgramCounts(), count_corpus([make([1, 2, 3])]))
     slot.begin(make([4, 1, 2, 3]))
     slot.observe(make([4, 1, 2]))
     assert slot.propose(1).tokens == [3]

@@ -1,4 +1,4 @@
-"""The proposers that copy from the history against their contracts, written down with plain lists and scans."""
+"""The proposers that copy from the history against references made of lists and scans."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.speculate import map as maps
-from engine.speculate.map import VALUES, WINDOW, NgramMapK, NgramMapK4v
-from engine.speculate.ngrams import NgramIndex, NgramProposer
-from engine.speculate.simple import NgramSimple
+from engine.speculate import ngram_map
+from engine.speculate.ngram_index import NgramIndex, NgramProposer
+from engine.speculate.ngram_map import MAX_CONTINUATIONS, MAX_OCCURRENCES, NgramMapK4vProposer, NgramMapKProposer
+from engine.speculate.ngram_simple import NgramSimpleProposer
 
-KINDS: list[type[NgramProposer]] = [NgramSimple, NgramMapK, NgramMapK4v]
-Guess = Callable[["Naive", list[int], int], list[int]]
+KINDS: list[type[NgramProposer]] = [NgramSimpleProposer, NgramMapKProposer, NgramMapK4vProposer]
+Drafting = Callable[["Naive", list[int], int], list[int]]
 
 
 class Naive:
-    """What a proposer is to do, with a list and a scan of it at every question."""
+    """The reference: a list, scanned for every draft."""
 
-    def __init__(self, guess: Guess, size_n: int, size_m: int, min_hits: int) -> None:
-        self.guess, self.n, self.m, self.min_hits = guess, size_n, size_m, min_hits
+    def __init__(self, draft: Drafting, size_n: int, size_m: int, min_hits: int) -> None:
+        self.draft, self.n, self.m, self.min_hits = draft, size_n, size_m, min_hits
         self.history: list[int] = []
         self.lengths: dict[tuple[int, ...], int] = {}
 
@@ -31,7 +31,7 @@ class Naive:
         return tuple(self.history[-self.n :])
 
     def starts(self) -> list[int]:
-        """Where the history went on after its last n tokens, latest first."""
+        """Returns the positions after earlier occurrences of the last n tokens, latest first."""
         ends = range(len(self.history) - 1, self.n - 1, -1)
         return [end for end in ends if tuple(self.history[end - self.n : end]) == self.key()]
 
@@ -43,7 +43,7 @@ class Naive:
 
     def propose(self, limit: int) -> list[int]:
         starts = self.starts()
-        return self.guess(self, starts, min(limit, self.m)) if len(starts) >= self.min_hits else []
+        return self.draft(self, starts, min(limit, self.m)) if len(starts) >= self.min_hits else []
 
     def learn(self, drafted: int, accepted: int) -> None:
         before = self.lengths.get(self.key(), self.m)
@@ -57,7 +57,7 @@ def simple(naive: Naive, starts: list[int], length: int) -> list[int]:
 
 def map_k(naive: Naive, starts: list[int], length: int) -> list[int]:
     length = min(length, naive.lengths.get(naive.key(), naive.m))
-    values = [naive.copied(start, length) for start in starts[:WINDOW]]
+    values = [naive.copied(start, length) for start in starts[:MAX_OCCURRENCES]]
     draft: list[int] = []
     for position in range(length):
         tokens = [value[position] for value in values if value[:position] == draft]
@@ -67,19 +67,23 @@ def map_k(naive: Naive, starts: list[int], length: int) -> list[int]:
 
 def map_k4v(naive: Naive, starts: list[int], length: int) -> list[int]:
     values = [tuple(naive.history[start : start + naive.m]) for start in starts]
-    complete = [value for value in values if len(value) == naive.m][:WINDOW]
-    distinct = [value for i, value in enumerate(complete) if value not in complete[:i]][:VALUES]
+    complete = [value for value in values if len(value) == naive.m][:MAX_OCCURRENCES]
+    distinct = [value for i, value in enumerate(complete) if value not in complete[:i]][:MAX_CONTINUATIONS]
     for value in distinct:
         if complete.count(value) >= 2 * sum(complete.count(other) for other in distinct if other != value):
             return list(value[:length])
     return []
 
 
-GUESSES: dict[type[NgramProposer], Guess] = {NgramSimple: simple, NgramMapK: map_k, NgramMapK4v: map_k4v}
+DRAFTING: dict[type[NgramProposer], Drafting] = {
+    NgramSimpleProposer: simple,
+    NgramMapKProposer: map_k,
+    NgramMapK4vProposer: map_k4v,
+}
 
 
 class Operation(NamedTuple):
-    """A step of a request; what the numbers mean depends on the name, and they are cut to what is possible."""
+    """A step of a request. The meaning of the numbers depends on the name; they are reduced to valid values."""
 
     name: str
     limit: int
@@ -89,7 +93,7 @@ class Operation(NamedTuple):
 
     @classmethod
     def of(cls, data: bytes) -> Operation:
-        """The operation that nine bytes spell: drawing each part on its own takes hypothesis five times as long."""
+        """Decodes nine bytes, as hypothesis takes five times as long to draw each part on its own."""
         name = ("observe", "follow", "follow", "follow", "truncate", "shift")[data[0] % 6]
         return cls(name, 1 + data[1] % 10, data[2] % 41, data[3] % 10, list(data[5 : 5 + data[4] % 5] or data[8:]))
 
@@ -98,12 +102,12 @@ OPERATIONS = st.lists(st.binary(min_size=9, max_size=9).map(Operation.of), min_s
 
 
 class Pair:
-    """A proposer and its naive double, which say the same at each step."""
+    """A proposer and its reference, compared at each step."""
 
     def __init__(self, kind: type[NgramProposer], size_n: int, size_m: int, min_hits: int, alphabet: int = 5) -> None:
         self.sizes = (size_n, size_m, min_hits)
         self.proposer = kind(*self.sizes)
-        self.naive = Naive(GUESSES[kind], size_n, size_m, min_hits)
+        self.naive = Naive(DRAFTING[kind], size_n, size_m, min_hits)
         self.alphabet = alphabet
 
     def begin(self, tokens: Sequence[int]) -> None:
@@ -122,7 +126,7 @@ class Pair:
         self.naive.history += emitted
 
     def follow(self, limit: int, cut: int, right: int, other: int) -> None:
-        """Verifies all but `cut` tokens of a draft, of which `right` are right if there are so many."""
+        """Verifies all but `cut` tokens of a draft and accepts at most `right` of them."""
         draft = self.propose(limit)
         draft = draft[: max(0, len(draft) - cut)]
         accepted = min(right, len(draft))
@@ -162,7 +166,7 @@ class Pair:
 
 
 def state(proposer: NgramProposer) -> dict[str, object]:
-    """All that a proposer knows."""
+    """Returns the whole state of a proposer."""
     return {**vars(proposer), "index": vars(proposer.index)}
 
 
@@ -174,7 +178,7 @@ def state(proposer: NgramProposer) -> dict[str, object]:
     repeats=st.integers(1, 5),
     operations=OPERATIONS,
 )
-def test_equals_the_naive_double(
+def test_equals_the_reference(
     kind: type[NgramProposer],
     sizes: tuple[int, int, int, int],
     prompt: bytes,
@@ -213,9 +217,9 @@ def test_a_history_in_batches_equals_one_in_one(kind: type[NgramProposer]) -> No
     assert state(whole) == state(pieces)
 
 
-@pytest.mark.parametrize("kind", [NgramSimple, NgramMapK])
+@pytest.mark.parametrize("kind", [NgramSimpleProposer, NgramMapKProposer])
 def test_a_periodic_text_is_continued_periodically(kind: type[NgramProposer]) -> None:
-    """Although each occurrence has only three tokens after it: they are copied on."""
+    """Although each occurrence has only three tokens after it: the copy repeats."""
     proposer = kind(size_n=4, size_m=20)
     proposer.begin([1, 2, 3] * 3)
     assert list(proposer.propose(20).tokens) == [1, 2, 3] * 6 + [1, 2]
@@ -233,7 +237,7 @@ def test_occurrences_are_the_latest_first_and_have_what_must_follow() -> None:
     index.extend([4, 0, 4, 0, 0, 4, 0])
     assert index.occurrences(10) == [5, 4, 2]
     assert index.occurrences(2) == [5, 4]
-    assert index.occurrences(2, following=3) == [4, 2]
+    assert index.occurrences(2, min_following=3) == [4, 2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -256,7 +260,7 @@ def test_a_history_without_repetition_has_no_draft(kind: type[NgramProposer], hi
 
 
 def test_the_simple_one_copies_the_latest() -> None:
-    proposer = NgramSimple(size_n=1, size_m=2)
+    proposer = NgramSimpleProposer(size_n=1, size_m=2)
     proposer.begin([1, 7, 7, 1, 7, 7, 1, 8, 9, 1])
     assert list(proposer.propose(5).tokens) == [8, 9]
     assert list(proposer.propose(1).tokens) == [8]
@@ -264,20 +268,20 @@ def test_the_simple_one_copies_the_latest() -> None:
 
 def test_map_k_follows_the_majority_of_those_that_agree() -> None:
     """After 1: twice 2 and once 3; of the two that went on with 2, the latest decides the tie."""
-    proposer = NgramMapK(size_n=1, size_m=2)
+    proposer = NgramMapKProposer(size_n=1, size_m=2)
     proposer.begin([1, 2, 5, 1, 2, 6, 1, 3, 5, 1])
     assert list(proposer.propose(2).tokens) == [2, 6]
 
 
-def learner() -> NgramMapK:
-    """Its history ends with 1, 2, which were followed by twenty other tokens before."""
-    proposer = NgramMapK(size_n=2, size_m=12)
+def learner() -> NgramMapKProposer:
+    """Returns a proposer whose history ends with 1, 2; twenty other tokens followed these before."""
+    proposer = NgramMapKProposer(size_n=2, size_m=12)
     proposer.begin([1, 2, *range(10, 30), 1, 2])
     return proposer
 
 
-def verify(proposer: NgramMapK, right: int) -> int:
-    """Has a draft verified of which `right` tokens are right, if there are so many, and adds 1, 2; the draft's size."""
+def verify(proposer: NgramMapKProposer, right: int) -> int:
+    """Verifies a draft, accepts at most `right` tokens of it and appends 1, 2. Returns the length of the draft."""
     draft = list(proposer.propose(100).tokens)
     right = min(right, len(draft))
     proposer.observe([*draft[:right], 99], len(draft), right)
@@ -313,8 +317,8 @@ def test_an_edit_drops_the_lengths(edit: str) -> None:
 
 
 def test_the_length_learnt_longest_ago_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(maps, "LEARNED", 2)
-    proposer = NgramMapK(size_n=1, size_m=4)
+    monkeypatch.setattr(ngram_map, "MAX_LEARNT_LENGTHS", 2)
+    proposer = NgramMapKProposer(size_n=1, size_m=4)
     proposer.begin([1, 2, 3] * 9)
     for key, right in ((1, 1), (2, 1), (1, 1), (3, 1)):
         proposer.observe([key])
@@ -327,14 +331,14 @@ def test_the_length_learnt_longest_ago_is_dropped(monkeypatch: pytest.MonkeyPatc
 
 
 def test_k4v_drafts_the_winner_and_not_the_last_seen() -> None:
-    proposer = NgramMapK4v(size_n=1, size_m=2)
+    proposer = NgramMapK4vProposer(size_n=1, size_m=2)
     proposer.begin([1, 7, 8] * 2 + [1, 5, 6, 1])
     assert list(proposer.propose(9).tokens) == [7, 8]
     assert list(proposer.propose(1).tokens) == [7]
 
 
 def test_k4v_drafts_nothing_without_a_clear_winner() -> None:
-    proposer = NgramMapK4v(size_n=1, size_m=2)
+    proposer = NgramMapK4vProposer(size_n=1, size_m=2)
     proposer.begin([1, 7, 8] * 3 + [1, 5, 6] * 2 + [1])
     assert not proposer.propose(9).tokens
     proposer.observe([7, 8, 1])
@@ -343,21 +347,21 @@ def test_k4v_drafts_nothing_without_a_clear_winner() -> None:
 
 def test_k4v_weighs_the_four_most_recent_values() -> None:
     """The one seen most often is the fifth and no longer counts."""
-    proposer = NgramMapK4v(size_n=1, size_m=1)
+    proposer = NgramMapK4vProposer(size_n=1, size_m=1)
     proposer.begin([1, 9] * 9 + [1, 2, 1, 3, 1, 4] + [1, 5] * 6 + [1])
     assert list(proposer.propose(1).tokens) == [5]
 
 
-def test_k4v_asks_the_latest_32_occurrences() -> None:
-    proposer = NgramMapK4v(size_n=1, size_m=1)
+def test_k4v_counts_the_latest_32_occurrences() -> None:
+    proposer = NgramMapK4vProposer(size_n=1, size_m=1)
     proposer.begin([1, 5] + [1, 7] * 21 + [1, 5] * 10 + [1])
     assert not proposer.propose(1).tokens, "21 against 11"
     proposer.observe([7, 1])
-    assert list(proposer.propose(1).tokens) == [7], "22 against 10: the first is out of sight"
+    assert list(proposer.propose(1).tokens) == [7], "22 against 10: the first no longer counts"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_end_lets_go_of_the_history(kind: type[NgramProposer]) -> None:
+def test_the_end_frees_the_history(kind: type[NgramProposer]) -> None:
     proposer = kind()
     proposer.begin(range(100))
     proposer.end()

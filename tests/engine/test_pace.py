@@ -15,38 +15,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.simulated import PER_SLOT, UNIFIED, Machine, jumping, oracle, simulate
-from engine.backend import Logits, Meanwhile, State, nothing
-from engine.config import SIM, EngineConfig
+from engine.backend import HostWork, Logits, State, no_host_work
+from engine.config import SIMULATED_MODEL, EngineConfig
 from engine.pace import (
-    Acceptance,
-    Chooser,
+    AcceptanceEstimate,
+    DraftChooser,
     Layout,
-    Load,
     SequenceRows,
-    Shape,
     StepCost,
+    StepShape,
+    UpcomingStep,
     calibrate,
-    keep,
-    kept,
+    load_calibration,
+    save_calibration,
     warm_up,
 )
-from engine.pace.acceptance import FAINT, HOPE
-from engine.pace.calibration import Measured
+from engine.pace.acceptance import MIN_CHANCE, PRIOR_CHANCE
+from engine.pace.calibration import Calibration
 from engine.pace.curve import Curve
-from engine.pace.lengths import pick, places, share
-from engine.sim.context import Cost, SimContext, flat, free, linear
+from engine.pace.lengths import best_lengths, equal_lengths, pick_draft
+from engine.sim.context import SimContext
+from engine.sim.costs import SimCost, flat, free, linear
 
-FREE = Cost(free)
+FREE = SimCost(free)
 
 
-def decode(rows: int, cells: int = 0) -> Shape:
+def decode(rows: int, cells: int = 0) -> StepShape:
     """A step of one pass with unified KV, beside so many resident cells."""
-    return Shape((rows,), rows * cells)
+    return StepShape((rows,), rows * cells)
 
 
-def loaded(count: int, most: int) -> Load:
+def loaded(count: int, most: int) -> UpcomingStep:
     """A step of so many sequences, to which `most` rows may be added."""
-    return Load(tuple(SequenceRows(seq) for seq in range(count)), count, 0, most)
+    return UpcomingStep(tuple(SequenceRows(seq) for seq in range(count)), count, 0, most)
 
 
 def test_decoding_sequences_keep_half_their_speed() -> None:
@@ -74,7 +75,7 @@ def test_a_target_below_a_step_without_prompts_still_computes_one_row() -> None:
     assert cost.prompt_rows(decode(4), 0.005, 0.5) == 1
 
 
-def test_flat_costs_open_the_gate_step_by_step() -> None:
+def test_chunks_grow_step_by_step_where_rows_are_free() -> None:
     cost, sizes = StepCost(), []
     cost.observe(decode(1), 0, 0.010)
     for _ in range(40):
@@ -88,8 +89,8 @@ def test_flat_costs_open_the_gate_step_by_step() -> None:
 def test_alone_a_prompt_takes_what_the_idle_step_allows() -> None:
     cost = StepCost()
     for _ in range(20):
-        rows = cost.prompt_rows(Shape(), 0.0, 0.5)
-        cost.observe(Shape(), rows, rows * 0.002)
+        rows = cost.prompt_rows(StepShape(), 0.0, 0.5)
+        cost.observe(StepShape(), rows, rows * 0.002)
     assert rows == 250
 
 
@@ -121,21 +122,23 @@ class Clock:
         return self.now
 
 
-class Timed(SimContext):
-    """A context whose steps move a clock by what they cost, and whose states can be shifted."""
+class ClockedContext(SimContext):
+    """A context whose steps advance a clock by their cost, and whose states can be shifted."""
 
     shifts = True
 
-    def __init__(self, clock: Clock, cost: Cost, *, unified: bool, cells: int) -> None:
-        super().__init__(EngineConfig.of(path=SIM, slots=16, context=cells, outputs=64, kv_unified=unified), FREE)
+    def __init__(self, clock: Clock, cost: SimCost, *, unified: bool, cells: int) -> None:
+        super().__init__(
+            EngineConfig.of(path=SIMULATED_MODEL, slots=16, context=cells, outputs=64, kv_unified=unified), FREE
+        )
         self._clock, self._true = clock, cost
         self.flash = cost.flash
         self.true = Layout(unified, self.ubatch, cost.flash)
 
-    def decode(self, meanwhile: Meanwhile = nothing) -> Logits:
+    def decode(self, host_work: HostWork = no_host_work) -> Logits:
         """Adds the step's cost to the clock."""
-        self._clock.now += self._true.seconds(self.true.shape(self._step(), self.cells - len(self._free)))
-        return super().decode(meanwhile)
+        self._clock.now += self._true.seconds(self.true.shape(self._step_rows(), self.cells - len(self._free_cells)))
+        return super().decode(host_work)
 
     def shift(self, state: State, start: int, end: int, by: int) -> State | None:
         """Moves the start of a state; its hashes stay."""
@@ -147,12 +150,12 @@ class Timed(SimContext):
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("unified", [False, True])
 @pytest.mark.parametrize("measured", [False, True])
-def test_a_calibration_finds_what_passes_and_cells_cost(
+def test_a_calibration_measures_passes_and_cells(
     measured: bool, unified: bool, flash: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, true = Clock(), Cost(lambda rows: 0.01 + 0.002 * rows, 2e-6, flash)
+    clock, true = Clock(), SimCost(lambda rows: 0.01 + 0.002 * rows, 2e-6, flash)
     monkeypatch.setattr(time, "perf_counter", clock)
-    context = Timed(clock, true, unified=unified, cells=16 * 1200)
+    context = ClockedContext(clock, true, unified=unified, cells=16 * 1200)
     found = calibrate(context) if measured else None
     cost = warm_up(context, found)
     assert not any(context.length(seq) for seq in range(context.sequences))
@@ -169,8 +172,8 @@ def test_a_calibration_finds_what_passes_and_cells_cost(
 def test_cells_are_computed_where_states_cannot_be_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)
-    quick = Timed(clock, Cost(lambda rows: 0.01 + 0.002 * rows, 2e-6), unified=False, cells=16 * 1200)
-    slow = Timed(clock, Cost(lambda rows: 0.02 * rows, 2e-6), unified=False, cells=16 * 1200)
+    quick = ClockedContext(clock, SimCost(lambda rows: 0.01 + 0.002 * rows, 2e-6), unified=False, cells=16 * 1200)
+    slow = ClockedContext(clock, SimCost(lambda rows: 0.02 * rows, 2e-6), unified=False, cells=16 * 1200)
     quick.shifts = slow.shifts = False
     assert calibrate(quick).row_cell == pytest.approx(2e-6, rel=0.05)
     begun = clock.now
@@ -179,18 +182,18 @@ def test_cells_are_computed_where_states_cannot_be_shifted(monkeypatch: pytest.M
 
 
 def test_cells_that_cannot_be_copied_are_not_measured() -> None:
-    context = Timed(Clock(), Cost(free, 1.0), unified=False, cells=16 * 200)
+    context = ClockedContext(Clock(), SimCost(free, 1.0), unified=False, cells=16 * 200)
     context.partial = False
     assert calibrate(context).row_cell == 0.0
 
 
-def test_a_step_that_was_held_up_does_not_make_the_next_ones_long() -> None:
+def test_a_delayed_step_does_not_make_the_next_ones_long() -> None:
     cost, sizes = StepCost(), []
     for step in range(200):
         cost.observe(decode(4), 0, 0.020)
         sizes.append(cost.prompt_rows(decode(4), 0.0, 0.5))
-        held_up = 20.0 if step % 17 == 3 else 1.0
-        cost.observe(decode(4), sizes[-1], held_up * (0.020 + sizes[-1] * 0.004))
+        delay = 20.0 if step % 17 == 3 else 1.0
+        cost.observe(decode(4), sizes[-1], delay * (0.020 + sizes[-1] * 0.004))
     assert max(sizes[50:]) <= 5
 
 
@@ -216,10 +219,10 @@ def test_a_machine_that_gets_slower_does_not_bend_the_curve() -> None:
         cost.observe(decode(1), 0, 3 * 0.012)
     assert cost.decode_seconds(decode(1)) == pytest.approx(0.036, rel=0.05)
     assert cost.decode_seconds(decode(8)) / cost.decode_seconds(decode(1)) == pytest.approx(0.026 / 0.012, rel=0.35)
-    assert cost.machine > 2
+    assert cost.load_factor > 2
 
 
-def test_a_jump_that_was_not_measured_at_start_is_learnt() -> None:
+def test_a_jump_that_was_not_measured_at_start_is_learned() -> None:
     cost = StepCost()
     for rows in (1, 8, 16):
         cost.curve.put(rows, 0.01 * rows, 3)
@@ -238,7 +241,7 @@ def test_resident_cells_make_every_row_dearer() -> None:
     cost.row_cell = 1e-6
     assert cost.decode_seconds(decode(8, 1000)) == pytest.approx(0.03 + 8e-3)
     assert [*cost.unified_steps(1, 7, 1000)][7] == pytest.approx(0.03 + 8e-3)
-    for _ in range(3000):  # it was twice that all along
+    for _ in range(3000):  # the true cost is twice that
         for rows in (1, 8):
             cost.observe(decode(rows), 0, (0.01 if rows == 1 else 0.03))
             cost.observe(decode(rows, 20_000), 0, (0.01 if rows == 1 else 0.03) + 2e-6 * rows * 20_000)
@@ -270,65 +273,65 @@ def test_a_curve_goes_through_what_was_measured(points: dict[int, float], rows: 
 
 def test_a_calibration_is_found_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert kept("this model") is None
-    measured = Measured({1: 0.01, 4: 0.02}, 1e-6, 0.003, False, True)
-    keep("this model", measured)
-    assert kept("this model") == measured
-    assert kept("another") is None
+    assert load_calibration("this model") is None
+    measured = Calibration({1: 0.01, 4: 0.02}, 1e-6, 0.003, False, True)
+    save_calibration("this model", measured)
+    assert load_calibration("this model") == measured
+    assert load_calibration("another") is None
     for path in (tmp_path / "paceline").iterdir():
         path.write_bytes(b"torn")
-    assert kept("this model") is None
-    for bad in (Measured({4: 0.02}, 0.0, 0.1), Measured({1: 0.0}, 0.0, 0.1), Measured({1: 1.0}, -1.0, 0.1)):
-        keep("this model", bad)
-        assert kept("this model") is None
+    assert load_calibration("this model") is None
+    for bad in (Calibration({4: 0.02}, 0.0, 0.1), Calibration({1: 0.0}, 0.0, 0.1), Calibration({1: 1.0}, -1.0, 0.1)):
+        save_calibration("this model", bad)
+        assert load_calibration("this model") is None
 
 
-def test_where_nothing_can_be_kept_a_line_says_so(
+def test_a_calibration_that_cannot_be_saved_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "paceline").write_text("a file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    keep("this model", Measured({1: 0.01}, 0.0, 0.003))
-    assert "cannot keep the calibration" in caplog.text
+    save_calibration("this model", Calibration({1: 0.01}, 0.0, 0.003))
+    assert "cannot save the calibration" in caplog.text
 
 
 # ── chances ──
 
 
-def record(acceptance: Acceptance, compared: int, right: int) -> None:
-    """Of a draft `right` tokens were right and, if `compared` is more, the next was not."""
+def record(acceptance: AcceptanceEstimate, compared: int, right: int) -> None:
+    """Records a draft of which `right` tokens were accepted and, if `compared` is more, the next was rejected."""
     for place in range(min(compared, right + 1)):
         acceptance.observe(place, None, place < right)
 
 
-def test_acceptance_is_learnt_from_drafts() -> None:
-    everybody = Acceptance()
-    assert everybody.chance(0) == HOPE
+def test_acceptance_is_learned_from_drafts() -> None:
+    of_all = AcceptanceEstimate()
+    assert of_all.chance(0) == PRIOR_CHANCE
     for _ in range(100):
-        record(everybody, 4, 2)  # the third token is always wrong
-    assert everybody.chance(0) > 0.95
-    assert everybody.chance(2) < 0.1
-    assert everybody.chance(3) < 0.1, "never reached, so most likely like the one before"
-    assert 1.8 < sum(everybody.curve(64)) < 2.2
-    one = Acceptance(everybody)
-    assert one.chance(2) == everybody.chance(2)
+        record(of_all, 4, 2)  # the third token is always wrong
+    assert of_all.chance(0) > 0.95
+    assert of_all.chance(2) < 0.1
+    assert of_all.chance(3) < 0.1, "never reached, so most likely like the one before"
+    assert 1.8 < sum(of_all.curve(64)) < 2.2
+    of_one = AcceptanceEstimate(of_all)
+    assert of_one.chance(2) == of_all.chance(2)
     for _ in range(50):
-        record(one, 4, 4)
-    assert sum(one.curve(4)) > 3.5
+        record(of_one, 4, 4)
+    assert sum(of_one.curve(4)) > 3.5
 
 
-def test_what_a_proposer_says_counts_by_what_became_of_it() -> None:
-    boastful = Acceptance()
+def test_a_stated_chance_counts_by_the_acceptance_of_its_class() -> None:
+    acceptance = AcceptanceEstimate()
     for _ in range(100):
-        boastful.observe(0, 0.99, False)
-        boastful.observe(0, 0.5, True)
-    assert boastful.chance(0, 0.99) < 0.1
-    assert boastful.chance(0, 0.5) > 0.9
-    assert len(boastful.curve(3, (0.99, 0.99, 0.5))) == 1, f"less likely than {FAINT}"
+        acceptance.observe(0, 0.99, False)
+        acceptance.observe(0, 0.5, True)
+    assert acceptance.chance(0, 0.99) < 0.1
+    assert acceptance.chance(0, 0.5) > 0.9
+    assert len(acceptance.curve(3, (0.99, 0.99, 0.5))) == 1, f"less likely than {MIN_CHANCE}"
 
 
-def test_a_full_draft_says_only_that_it_was_long_enough() -> None:
-    acceptance = Acceptance()
+def test_a_draft_accepted_as_a_whole_is_no_evidence_about_later_positions() -> None:
+    acceptance = AcceptanceEstimate()
     for _ in range(100):
         record(acceptance, 2, 2)
     assert sum(acceptance.curve(8)) > 5
@@ -341,7 +344,7 @@ curves = st.lists(st.lists(st.floats(0.05, 1.0), max_size=5), min_size=1, max_si
 
 
 def brute_force(chances: Sequence[Sequence[float]], seconds: Sequence[float]) -> float:
-    """The best rate of all lengths there are: the streams' geometric mean, for each of them."""
+    """The best rate of all possible lengths: the geometric mean of the speeds, times their number."""
     best = 0.0
     for lengths in product(*(range(len(curve) + 1) for curve in chances)):
         if sum(lengths) < len(seconds):
@@ -357,39 +360,39 @@ def brute_force(chances: Sequence[Sequence[float]], seconds: Sequence[float]) ->
 def test_lengths_are_the_best_for_any_cost_curve(raw: list[list[float]], seconds: list[float], most: int) -> None:
     chances = [[*accumulate(curve, mul)] for curve in raw]
     costs = np.array(seconds[:most])
-    found = share(chances, costs, len(chances))
+    found = best_lengths(chances, costs, len(chances))
     gain = sum(sum(curve[:length]) for curve, length in zip(chances, found.lengths, strict=True))
     assert found.gain == pytest.approx(gain)
     assert all(length <= len(curve) for curve, length in zip(chances, found.lengths, strict=True))
     assert found.rate == pytest.approx(brute_force(chances, seconds[:most]))
 
 
-def test_one_that_repeats_itself_does_not_hold_up_the_others() -> None:
+def test_one_repetitive_sequence_does_not_delay_the_others() -> None:
     certain, rows = [1.0] * 64, np.arange(65, dtype=np.float64)
-    assert share([certain], 0.025 + 0.005 * rows, 1).lengths == [64], "alone"
-    beside_three = share([certain], 0.04 + 0.005 * rows, 4)
-    assert beside_three.lengths == [1], "64 would make twice as many tokens a second, and the others wait 9 times"
-    assert share([certain], 0.04 + 0.00005 * rows, 4).lengths == [64], "where rows are nearly free"
+    assert best_lengths([certain], 0.025 + 0.005 * rows, 1).lengths == [64], "alone"
+    beside_three = best_lengths([certain], 0.04 + 0.005 * rows, 4)
+    assert beside_three.lengths == [1], "64 would double the tokens per second, at a ninth of the others' speed"
+    assert best_lengths([certain], 0.04 + 0.00005 * rows, 4).lengths == [64], "where rows are nearly free"
 
 
 def test_a_weight_moves_rows_to_a_slot() -> None:
     costs = np.array([1.0, 1.2, 2.9])
-    assert share([[0.5], [0.6]], costs, 2.0).lengths == [0, 1]
-    assert share([[0.5], [0.6]], costs, 3.0, weights=(2.0, 1.0)).lengths == [1, 0]
+    assert best_lengths([[0.5], [0.6]], costs, 2.0).lengths == [0, 1]
+    assert best_lengths([[0.5], [0.6]], costs, 3.0, weights=(2.0, 1.0)).lengths == [1, 0]
 
 
-def test_the_dearer_a_row_the_shorter_draft_wins() -> None:
+def test_a_higher_price_of_a_row_favours_the_shorter_draft() -> None:
     sure, long = [0.9, 0.85], [0.5] * 12
-    assert pick([sure, long], 0.0) == 1
-    assert pick([sure, long], 0.45) == 0
+    assert pick_draft([sure, long], 0.0) == 1
+    assert pick_draft([sure, long], 0.45) == 0
 
 
 @given(st.lists(st.lists(st.floats(0.05, 1.0), min_size=1, max_size=4), min_size=1, max_size=3), st.floats(0.0, 1.0))
-def test_places_of_a_draft_model_are_the_best(raw: list[list[float]], each: float) -> None:
+def test_equal_lengths_are_the_best(raw: list[list[float]], each: float) -> None:
     chances = [[*accumulate(curve, mul)] for curve in raw]
     costs = np.array([1.0 + 0.1 * rows for rows in range(13)])
-    by_place = costs[: len(chances) * max(map(len, chances)) + 1 : len(chances)]
-    most, rate = places(chances, by_place, len(chances), each)
+    by_length = costs[: len(chances) * max(map(len, chances)) + 1 : len(chances)]
+    most, rate = equal_lengths(chances, by_length, len(chances), each)
     rates = [
         len(chances)
         * geometric_mean([1 + sum(curve[:count]) for curve in chances])
@@ -398,30 +401,32 @@ def test_places_of_a_draft_model_are_the_best(raw: list[list[float]], each: floa
     ]
     assert rate == pytest.approx(max(rates))
     assert rates[most] == pytest.approx(rate)
-    most, rate = places(chances, by_place, len(chances), each, 2)
+    most, rate = equal_lengths(chances, by_length, len(chances), each, 2)
     assert rate == pytest.approx(max([rates[0], *rates[2:]]))
 
 
-def test_a_draft_model_that_cannot_pay_does_not_draft_however_much_is_saved_up() -> None:
+def test_a_batched_proposer_that_cannot_pay_is_not_tried_however_much_is_saved_up() -> None:
     cost = StepCost()
     cost.curve.put(1, 0.03, 3)
     cost.curve.put(32, 0.5, 3)
-    chooser = Chooser(cost)
+    chooser = DraftChooser(cost)
     for _ in range(1000):
-        chooser.saw([SequenceRows(0)], 0, 0, 0.03)
+        chooser.observe_step([SequenceRows(0)], 0, 0, 0.03)
     load = loaded(1, 100)
     rate = 1 / 0.03
-    assert chooser.places([[0.7] * 8], [0], (1, 8), load, 0.03, rate, 0.0) == (0, rate)
-    assert chooser.places([[0.2] * 8], [0], (1, 8), load, 0.001, rate, 2.0) == (0, rate), "not enough is saved up"
-    most, _ = chooser.places([[0.2] * 8], [0], (1, 8), load, 0.001, rate, 0.2)
-    assert most > 0, "it may pay, which is tried"
-    assert chooser.places([[0.2] * 8], [0], (1, 8), load, 0.001, rate, 0.2) == (0, rate), "once"
-    most, _ = chooser.places([[0.9**place for place in range(1, 9)]], [0], (1, 8), load, 0.001, rate, 0.0)
+    assert chooser.equal_lengths([[0.7] * 8], [0], (1, 8), load, 0.03, rate, 0.0) == (0, rate)
+    assert chooser.equal_lengths([[0.2] * 8], [0], (1, 8), load, 0.001, rate, 2.0) == (0, rate), (
+        "not enough is saved up"
+    )
+    most, _ = chooser.equal_lengths([[0.2] * 8], [0], (1, 8), load, 0.001, rate, 0.2)
+    assert most > 0, "a trial, as drafting may pay"
+    assert chooser.equal_lengths([[0.2] * 8], [0], (1, 8), load, 0.001, rate, 0.2) == (0, rate), "once"
+    most, _ = chooser.equal_lengths([[0.9**place for place in range(1, 9)]], [0], (1, 8), load, 0.001, rate, 0.0)
     assert most > 2
     for _ in range(1000):
-        chooser.saw([SequenceRows(0)], 0, 0, 0.03)
-    most, _ = chooser.places([[]], [0], (1, 8), load, 0.001, rate, 0.0)
-    assert most > 0, "drafting is never given up for good"
+        chooser.observe_step([SequenceRows(0)], 0, 0, 0.03)
+    most, _ = chooser.equal_lengths([[]], [0], (1, 8), load, 0.001, rate, 0.0)
+    assert most > 0, "trials never end for good"
 
 
 # ── all of it, in simulated time ──
@@ -429,7 +434,7 @@ def test_a_draft_model_that_cannot_pay_does_not_draft_however_much_is_saved_up()
 
 @pytest.mark.parametrize("layout", [UNIFIED, PER_SLOT], ids=["unified", "per slot"])
 @pytest.mark.parametrize("clients", [1, 4, 16])
-def test_on_a_flat_curve_it_comes_near_an_oracle(clients: int, layout: Layout) -> None:
+def test_on_a_flat_curve_the_speed_is_near_an_oracle(clients: int, layout: Layout) -> None:
     rates = [lambda _: 0.8] * clients
     runs = [simulate(flat, rates, 1200 // clients, before=100, seed=seed, layout=layout) for seed in range(4)]
     rate = sum(ran.tokens for ran in runs) / sum(ran.seconds for ran in runs)
@@ -440,26 +445,26 @@ def test_on_a_flat_curve_it_comes_near_an_oracle(clients: int, layout: Layout) -
 @pytest.mark.parametrize("machine", [linear, jumping])
 @pytest.mark.parametrize("chance", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("clients", [1, 3, 8])
-def test_it_is_never_slower_than_no_drafts(machine: Machine, chance: float, clients: int, layout: Layout) -> None:
+def test_drafts_are_never_slower_than_none(machine: Machine, chance: float, clients: int, layout: Layout) -> None:
     ran = simulate(machine, [lambda _: chance] * clients, 500, layout=layout)
     assert ran.rate > 0.98 * clients / machine(clients)
-    assert ran.tried <= 0.02 * ran.rows
+    assert ran.trial_rows <= 0.02 * ran.rows
 
 
-def test_a_text_that_changes_its_character_is_followed() -> None:
+def test_a_change_of_acceptance_is_followed() -> None:
     ran = simulate(jumping, [lambda step: 0.9 if step < 300 or step >= 600 else 0.05], 900)
     assert sum(ran.drafted[250:300]) > 100
     assert sum(ran.drafted[350:600]) < 100
     assert sum(ran.drafted[650:]) > 500
 
 
-def test_the_decision_takes_microseconds() -> None:
-    """Not timed here, see `python -m bench.simulated`: it looks at no more than the rows that a step may hold."""
+def test_a_decision_keeps_to_the_rows_of_a_step() -> None:
+    """Many long drafts are cut to the rows of a step. `python -m bench.simulated` prints the time."""
     cost = StepCost()
     cost.curve.put(1, 0.02, 3)
     cost.curve.put(128, 0.03, 3)
     slots = [[[0.9**place for place in range(1, 65)]] * 2] * 16
-    choice = Chooser(cost).choose(slots, range(16), loaded(16, 112))
+    choice = DraftChooser(cost).choose(slots, range(16), loaded(16, 112))
     assert sum(choice.lengths) == 112
 
 
@@ -468,12 +473,12 @@ def test_a_line_for_every_hundred_steps(caplog: pytest.LogCaptureFixture) -> Non
     cost = StepCost()
     cost.curve.put(1, 0.02, 3)
     cost.curve.put(8, 0.03, 3)
-    chooser = Chooser(cost)
+    chooser = DraftChooser(cost)
     for _ in range(150):
         choice = chooser.decide([[[0.9, 0.8]]], [0], loaded(1, 8))
         assert choice.lengths == [2]
-        chooser.saw([SequenceRows(0, 3)], 0, 0, cost.decode_seconds(decode(3)))
-        made = chooser.verified(2, 1)
+        chooser.observe_step([SequenceRows(0, 3)], 0, 0, cost.decode_seconds(decode(3)))
+        made = chooser.assess(2, 1)
         assert made.saved == pytest.approx(0.02)
         assert made.spent == pytest.approx(cost.decode_seconds(decode(3)) - 0.02)
     (line,) = caplog.messages
@@ -482,9 +487,9 @@ def test_a_line_for_every_hundred_steps(caplog: pytest.LogCaptureFixture) -> Non
     )
 
 
-def test_few_decoding_sequences_do_not_hold_up_many_prefilling_ones() -> None:
+def test_few_decoding_sequences_do_not_delay_many_prefilling_ones() -> None:
     cost = StepCost(Curve({1: 0.01, 64: 0.64}))
-    cost.observe(Shape(), 32, 0.32)
+    cost.observe(StepShape(), 32, 0.32)
     assert cost.prompt_rows(decode(4), 0.0, 0.5) == cost.prompt_rows(decode(4), 0.0, 0.5, prefilling=0.25) == 4
     assert cost.prompt_rows(decode(1), 0.0, 0.5, prefilling=7.0) > 6
     assert cost.prompt_rows(decode(1), 0.02, 0.5, prefilling=7.0) == cost.prompt_rows(decode(1), 0.02, 0.5)

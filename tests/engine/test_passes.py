@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.pace import Chooser, Curve, Layout, Load, SequenceRows, Shape, StepCost
-from engine.pace.chooser import CAUTION
+from engine.pace import Curve, DraftChooser, Layout, SequenceRows, StepCost, StepShape, UpcomingStep
+from engine.pace.chooser import DRAFT_MARGIN
 from engine.pace.curve import Seconds
-from engine.pace.lengths import share_per_slot
-from engine.pace.passes import Columns, Heights, Pass, padded, passes, segments, strips
+from engine.pace.lengths import best_lengths_per_slot
+from engine.pace.passes import Columns, Pass, StepMatrix, padded, passes, segments, strips
 
 
 def split_equal(seq_ids: Sequence[int], n_ubatch: int) -> list[list[int]]:
@@ -103,20 +103,22 @@ def test_unified_passes_are_as_long_as_they_can_be() -> None:
 
 def test_attended_cells_by_layout() -> None:
     rows = rows_of([1, 3, 1], cells=[100, 1000, 300])
-    assert Layout(unified=True).shape(rows, 5000) == Shape((5,), 25_000)
-    assert Layout(unified=False, flash=True).shape(rows, 5000) == Shape((3, 2), 100 + 3000 + 300)
-    assert Layout(unified=False).shape(rows, 5000) == Shape((3, 2), 5 * 1024), "as many as the longest has"
+    assert Layout(unified=True).shape(rows, 5000) == StepShape((5,), 25_000)
+    assert Layout(unified=False, flash=True).shape(rows, 5000) == StepShape((3, 2), 100 + 3000 + 300)
+    assert Layout(unified=False).shape(rows, 5000) == StepShape((3, 2), 5 * 1024), "as many as the longest has"
     assert padded(0) == padded(255) == 256
     assert padded(256) == 512
-    assert Layout(unified=False).even(4, 400) == Shape((4,), 4 * 256)
-    assert Layout(unified=False, flash=True).even(0) == Shape()
+    assert Layout(unified=False).even(4, 400) == StepShape((4,), 4 * 256)
+    assert Layout(unified=False, flash=True).even(0) == StepShape()
 
 
 # ── many alternative steps at once ──
 
 
-def brute_steps(cost: StepCost, rows: Sequence[SequenceRows], drafting: Sequence[int], lengths: Heights) -> list[float]:
-    """The same as `per_slot_steps`, step by step."""
+def brute_steps(
+    cost: StepCost, rows: Sequence[SequenceRows], drafting: Sequence[int], lengths: StepMatrix
+) -> list[float]:
+    """The result of `per_slot_steps`, computed step by step."""
     made = []
     for k in range(lengths.shape[1]):
         more = dict(zip(drafting, lengths[:, k].tolist(), strict=True))
@@ -139,7 +141,7 @@ def test_costs_of_alternative_steps_are_those_of_their_passes(
     drawn = data.draw(st.lists(st.lists(st.integers(0, 6), min_size=len(drafting), max_size=len(drafting)), min_size=1))
     lengths = np.array(drawn, np.int16).reshape(len(drawn), len(drafting)).T
     cost = StepCost(Curve({n: jumping(n) for n in range(1, 200)}), Layout(False, ubatch, flash))
-    cost.row_cell, cost.machine, cost.host_seconds = 1e-5, 1.3, 0.002
+    cost.row_cell, cost.load_factor, cost.host_seconds = 1e-5, 1.3, 0.002
     columns = Columns.of(rows, drafting)
     found = cost.per_slot_steps(columns, columns.heights(lengths))
     assert found.tolist() == pytest.approx(brute_steps(cost, rows, drafting, lengths))
@@ -174,7 +176,7 @@ def rate_of(curves: Sequence[Sequence[float]], lengths: Sequence[int], seconds: 
 
 
 def brute_force(cost: StepCost, curves: Sequence[Sequence[float]], most: int) -> dict[tuple[int, ...], float]:
-    """The rates of all lengths there are."""
+    """The rates of all possible lengths."""
     rates = {}
     for lengths in product(*(range(len(curve) + 1) for curve in curves)):
         if sum(lengths) <= most:
@@ -184,13 +186,13 @@ def brute_force(cost: StepCost, curves: Sequence[Sequence[float]], most: int) ->
 
 
 @given(drafts, machines, st.integers(0, 16), st.integers(0, 2))
-def test_lengths_by_passes_are_never_worse_than_no_drafts_nor_than_those_looked_at(
+def test_lengths_by_passes_are_never_worse_than_the_compared_ones(
     raw: list[list[float]], machine: object, most: int, least: int
 ) -> None:
     curves = [[*accumulate(curve, mul)] for curve in raw]
     cost = StepCost(Curve({rows: machine(rows) for rows in range(1, 40)}), Layout(False))  # type: ignore[operator]
     columns = Columns.of(rows_of([1] * len(curves)), range(len(curves)))
-    found = share_per_slot(
+    found = best_lengths_per_slot(
         curves, lambda lengths: cost.per_slot_steps(columns, columns.heights(lengths)), len(curves), most, least
     )
     rates = brute_force(cost, curves, most)
@@ -212,70 +214,70 @@ def test_one_draft_beside_others_is_of_the_best_length(raw: list[list[float]], m
     curves = [[*accumulate(raw[0], mul)]] + [[] for _ in raw[1:]]
     cost = StepCost(Curve({rows: machine(rows) for rows in range(1, 40)}), Layout(False))  # type: ignore[operator]
     columns = Columns.of(rows_of([1] * len(curves)), range(len(curves)))
-    found = share_per_slot(
+    found = best_lengths_per_slot(
         curves, lambda lengths: cost.per_slot_steps(columns, columns.heights(lengths)), len(curves), 16
     )
     assert found.rate == pytest.approx(max(brute_force(cost, curves, 16).values()))
 
 
-def test_where_a_pass_has_its_price_drafts_are_of_equal_length() -> None:
+def test_where_each_pass_has_a_cost_drafts_are_of_equal_length() -> None:
     cost = StepCost(Curve({1: 0.020, 128: 0.021}), Layout(False))
     unlike = [[0.9**place for place in range(1, 9)], [0.5**place for place in range(1, 5)]] * 4
-    load = Load(tuple(rows_of([1] * 8)), 8, 0, 112)
-    choice = Chooser(cost).choose([[curve] for curve in unlike], range(8), load)
+    load = UpcomingStep(tuple(rows_of([1] * 8)), 8, 0, 112)
+    choice = DraftChooser(cost).choose([[curve] for curve in unlike], range(8), load)
     assert set(choice.lengths) == {4}, "the likely ones longer would cost four passes more"
     cost = StepCost(Curve({1: 0.020, 128: 2.560}), Layout(False))
-    assert sum(Chooser(cost).choose([[curve] for curve in unlike], range(8), load).lengths) == 0
+    assert sum(DraftChooser(cost).choose([[curve] for curve in unlike], range(8), load).lengths) == 0
 
 
 def test_many_sequences_are_decided_by_fewer_alternatives() -> None:
-    looked: list[int] = []
+    compared: list[int] = []
 
-    def cost(lengths: Heights) -> Seconds:
-        looked.append(lengths.shape[1])
+    def cost(lengths: StepMatrix) -> Seconds:
+        compared.append(lengths.shape[1])
         return np.asarray(0.02 + 0.0001 * lengths.max(axis=0), np.float64)
 
     curves = [[0.9**place for place in range(1, 17)]] * 100
-    found = share_per_slot(curves, cost, 100, 2000, steps=24)
-    assert looked[0] <= 30
+    found = best_lengths_per_slot(curves, cost, 100, 2000, steps=24)
+    assert compared[0] <= 30
     assert set(found.lengths) == {16}
 
 
 def test_fixed_drafts_and_gaps_are_part_of_the_step() -> None:
     cost = StepCost(Curve({1: 0.020, 128: 0.021}), Layout(False))
-    load = Load(tuple(rows_of([1] * 4)), 4, 0, 100).drafted({1: 3}, 2.0)
-    assert load == Load(tuple(rows_of([1, 4, 1, 1])), 6.0, 0, 97)
-    chooser = Chooser(cost)
-    assert chooser.rate(load) == pytest.approx(6.0 / cost.decode_seconds(Shape((4, 3))))
+    load = UpcomingStep(tuple(rows_of([1] * 4)), 4, 0, 100).with_drafts({1: 3}, 2.0)
+    assert load == UpcomingStep(tuple(rows_of([1, 4, 1, 1])), 6.0, 0, 97)
+    chooser = DraftChooser(cost)
+    assert chooser.rate(load) == pytest.approx(6.0 / cost.decode_seconds(StepShape((4, 3))))
     certain = [1.0] * 3
     choice = chooser.choose([[certain], [certain], [certain]], [0, 2, 3], load)
     assert choice.lengths == [3, 3, 3], "they share the passes of the fixed draft"
-    assert choice.rate > chooser.rate(load) * (1 - CAUTION)
+    assert choice.rate > chooser.rate(load) * (1 - DRAFT_MARGIN)
 
 
-def test_places_of_a_draft_model_share_a_pass() -> None:
+def test_equal_lengths_share_a_pass() -> None:
     cost = StepCost(Curve({1: 0.020, 128: 0.021}), Layout(False))
-    chooser, load = Chooser(cost), Load(tuple(rows_of([1] * 4)), 4, 0, 100)
+    chooser, load = DraftChooser(cost), UpcomingStep(tuple(rows_of([1] * 4)), 4, 0, 100)
     curves = [[0.9**place for place in range(1, 9)]] * 4
-    most, rate = chooser.places(curves, [0, 1, 2, 3], (1, 8), load, 0.001, chooser.rate(load), 0.0)
+    most, rate = chooser.equal_lengths(curves, [0, 1, 2, 3], (1, 8), load, 0.001, chooser.rate(load), 0.0)
     assert most == 8
     assert rate > 3 * chooser.rate(load)
-    some, _ = chooser.places(curves[:2], [0, 2], (1, 8), load, 0.001, chooser.rate(load), 0.0)
+    some, _ = chooser.equal_lengths(curves[:2], [0, 2], (1, 8), load, 0.001, chooser.rate(load), 0.0)
     assert some == 0, "each would need a pass of its own"
 
 
-# ── what is learned ──
+# ── learning ──
 
 
 def test_passes_of_a_step_are_learned_together() -> None:
     cost = StepCost(Curve({1: 0.01, 4: 0.04, 8: 0.08}, 3), Layout(False))
     for _ in range(300):
-        cost.observe(Shape((4, 3)), 0, 0.020 + 0.030)
-        cost.observe(Shape((4,)), 0, 0.020)
-        cost.observe(Shape((1,)), 0, 0.010)
-    assert cost.decode_seconds(Shape((4,))) == pytest.approx(0.020, rel=0.05)
-    assert cost.decode_seconds(Shape((3,))) == pytest.approx(0.030, rel=0.1)
-    assert cost.decode_seconds(Shape((4, 3))) == pytest.approx(0.050, rel=0.05)
+        cost.observe(StepShape((4, 3)), 0, 0.020 + 0.030)
+        cost.observe(StepShape((4,)), 0, 0.020)
+        cost.observe(StepShape((1,)), 0, 0.010)
+    assert cost.decode_seconds(StepShape((4,))) == pytest.approx(0.020, rel=0.05)
+    assert cost.decode_seconds(StepShape((3,))) == pytest.approx(0.030, rel=0.1)
+    assert cost.decode_seconds(StepShape((4, 3))) == pytest.approx(0.050, rel=0.05)
 
 
 def test_a_resident_cell_costs_nothing_with_per_slot_kv() -> None:
@@ -297,10 +299,10 @@ def test_segments_are_the_cheapest_of_all_cuts(shapes: list[tuple[int, int]], pa
         parts = [rows[start:end] for start, end in pairwise((0, *cuts))]
         return sum(pass_cells + sum(part.rows for part in of) * max(padded(part.cells) for part in of) for of in parts)
 
-    inner = [places for count in range(len(rows)) for places in combinations(range(1, len(rows)), count)]
+    inner = [cuts for count in range(len(rows)) for cuts in combinations(range(1, len(rows)), count)]
     found = segments(rows, pass_cells)
     assert found[-1] == len(rows)
-    assert cost(found) <= min(cost((*places, len(rows))) for places in inner) + pass_cells
+    assert cost(found) <= min(cost((*cuts, len(rows))) for cuts in inner) + pass_cells
 
 
 def test_a_long_sequence_among_short_ones_has_a_pass_of_its_own() -> None:

@@ -1,4 +1,4 @@
-"""Per-slot KV: which slot a request gets, what is copied and saved for it, and how gaps among the slots are closed."""
+"""Per-slot KV: the choice of slots, copies, saves, and the closing of gaps among the slots."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def request(prompt: tuple[int, ...], tokens: int = 1) -> Request:
 
 
 def bench_of(slots: int = 4, *, ram: int = 0, extra_pass: float = 0.0, **settings: Any) -> Bench:
-    """A runner of per-slot KV, in which one more pass of a step costs `extra_pass` seconds."""
+    """A core of per-slot KV, in which one more pass of a step costs `extra_pass` seconds."""
     bench = Bench(context_of(False, 1000, slots=slots, rows=512, **settings), slots=slots, ram=ram)
-    cost = bench.runner.cost
+    cost = bench.core.cost
     cost.curve.put(2, max(0.0, 2 * cost.curve.seconds(1) - extra_pass))
     return bench
 
@@ -43,7 +43,7 @@ def run(bench: Bench, key: int, prompt: tuple[int, ...], tokens: int = 1) -> int
 def start(bench: Bench, key: int, prompt: tuple[int, ...], tokens: int = 500) -> int:
     """Runs a request's first step, which computes its prompt. Returns the slot's id."""
     bench.submit(key, request(prompt, tokens))
-    bench.runner.step()
+    bench.core.step()
     return bench.sequences[key].seq
 
 
@@ -59,11 +59,11 @@ def test_a_request_goes_to_the_slot_that_holds_its_longest_prefix() -> None:
     seqs = [bench.sequences[key].seq for key in range(3)]
     assert sorted(seqs) == [0, 1, 2]
     for key in range(3):
-        bench.runner.end(key, FinishReason.STOP)
-    bench.runner.step()
+        bench.core.lifecycle.end(key, FinishReason.STOP)
+    bench.core.step()
     copied = bench.backend.context.copied
     assert start(bench, 3, (*long, 5)) == seqs[1]
-    assert bench.sequences[3].found == 300
+    assert bench.sequences[3].cached_so_far == 300
     assert start(bench, 4, (*other, 5)) == seqs[0]
     assert bench.backend.context.copied == copied, "nothing is copied"
     bench.run(1000)
@@ -77,7 +77,7 @@ def test_the_prefix_of_a_running_sequence_is_copied() -> None:
     assert start(bench, 1, (*long, 2)) != first
     assert context.copied == 300
     assert context.computed - before == 1 + 1, "one row for each"
-    assert bench.sequences[1].found == 300
+    assert bench.sequences[1].cached_so_far == 300
     bench.run(1000)
     assert bench.got[1] == alone(request((*long, 2), 500), 1000)[0]
 
@@ -86,7 +86,7 @@ def test_a_prefix_is_computed_where_that_is_cheaper_than_copying() -> None:
     bench = bench_of(slots=2)
     context, long = bench.backend.context, prompt_of(300)
     start(bench, 0, (*long, 1))
-    kv = bench.runner.kv
+    kv = bench.core.kv
     for compute, expected in ((kv._allocator.costs.move / 2, 0), (kv._allocator.costs.move * 2, 300)):
         kv.price(Costs(compute=compute))
         seq, length = kv.allocate(kv.match(array("i", (*long, 2)), "")).seq, expected
@@ -129,7 +129,7 @@ def test_a_request_that_nothing_precedes_goes_to_the_slot_unused_longest() -> No
     assert run(bench, 9, (*prompts[0], 3)) <= 1, "it was the first to leave"
 
 
-# ── what leaves a slot ──
+# ── displaced content ──
 
 
 def test_the_content_of_a_slot_is_saved_before_it_is_overwritten() -> None:
@@ -138,11 +138,11 @@ def test_the_content_of_a_slot_is_saved_before_it_is_overwritten() -> None:
     run(bench, 0, first)
     run(bench, 1, prompt_of(200, 1))
     assert context.used() == 200, "one slot, one sequence"
-    assert bench.runner.kv.stats().saved_tokens >= 300
+    assert bench.core.kv.stats().saved_tokens >= 300
     before = context.computed
     assert run(bench, 2, (*first, 7)) == 300
     assert context.computed - before == 1
-    assert bench.runner.kv.stats().restored_tokens == 300
+    assert bench.core.kv.stats().restored_tokens == 300
 
 
 def test_the_end_of_a_slot_is_saved_before_it_is_cut() -> None:
@@ -165,19 +165,19 @@ def test_a_slot_is_not_saved_twice() -> None:
     bench = bench_of(slots=1, ram=10**6)
     run(bench, 0, prompt_of(320))
     bench.rest()
-    assert bench.runner.kv.stats().saved_tokens == 320
+    assert bench.core.kv.stats().saved_tokens == 320
     run(bench, 1, prompt_of(200, 1))
-    assert bench.runner.kv.stats().saved_tokens <= 320 + 200
+    assert bench.core.kv.stats().saved_tokens <= 320 + 200
 
 
 def test_evict_frees_nothing_that_a_slot_holds() -> None:
     """The cells of a slot are of use to no other."""
     bench = bench_of(ram=10**6)
     run(bench, 0, prompt_of(300))
-    bench.runner.kv.evict(10**6)
+    bench.core.kv.evict(10**6)
     assert bench.backend.context.used() == 300
-    assert bench.runner.kv.evictable == 0
-    bench.runner.kv.drop_idle()
+    assert bench.core.kv.evictable == 0
+    bench.core.kv.drop_idle()
     assert bench.backend.context.used() == 0
 
 
@@ -185,14 +185,14 @@ def test_evict_frees_nothing_that_a_slot_holds() -> None:
 
 
 def ids_of(bench: Bench) -> list[int]:
-    return sorted(sequence.seq for sequence in bench.runner.running.values())
+    return sorted(sequence.seq for sequence in bench.core.running.values())
 
 
 def test_the_next_admission_fills_a_gap() -> None:
     bench = bench_of(extra_pass=1e-3)
     for key in range(3):
         start(bench, key, prompt_of(20, key))
-    bench.runner.end(1, FinishReason.STOP)
+    bench.core.lifecycle.end(1, FinishReason.STOP)
     assert ids_of(bench) == [0, 2]
     assert start(bench, 3, prompt_of(20, 3)) == 1
     bench.run()
@@ -203,12 +203,12 @@ def test_a_gap_is_closed_once_it_has_cost_more_than_the_move() -> None:
     context = bench.backend.context
     for key in range(4):
         start(bench, key, prompt_of(300, key), 40)
-    bench.runner.end(1, FinishReason.STOP)
-    move = bench.runner.kv._allocator.costs.move
+    bench.core.lifecycle.end(1, FinishReason.STOP)
+    move = bench.core.kv._allocator.costs.move
     steps = 0
     assert ids_of(bench) == [0, 2, 3]
     while ids_of(bench) == [0, 2, 3]:
-        bench.runner.step()
+        bench.core.step()
         bench.check()
         steps += 1
         assert steps < 30
@@ -218,16 +218,16 @@ def test_a_gap_is_closed_once_it_has_cost_more_than_the_move() -> None:
     bench.run()
     for key in (0, 2, 3):
         assert bench.got[key] == alone(request(prompt_of(300, key), 40), 1000)[0]
-    assert run(bench, 9, (*prompt_of(300, 1), 3)) == 300, "what was in the gap comes back from RAM"
+    assert run(bench, 9, (*prompt_of(300, 1), 3)) == 300, "the content of the gap is restored from RAM"
 
 
 def test_a_gap_that_costs_nothing_stays() -> None:
     bench = bench_of()
     for key in range(3):
         start(bench, key, prompt_of(300, key), 40)
-    bench.runner.end(0, FinishReason.STOP)
+    bench.core.lifecycle.end(0, FinishReason.STOP)
     for _ in range(20):
-        bench.runner.step()
+        bench.core.step()
         assert ids_of(bench) == [1, 2]
     bench.run()
     assert bench.backend.context.copied == 0
@@ -235,12 +235,12 @@ def test_a_gap_that_costs_nothing_stays() -> None:
 
 def test_the_cost_of_a_gap_starts_anew_when_it_is_filled() -> None:
     bench = bench_of()
-    kv = bench.runner.kv
+    kv = bench.core.kv
     for key in range(3):
         start(bench, key, prompt_of(300, key))
     move = kv._allocator.costs.move
     kv.price(Costs(compute=1.0, extra_pass=move * 250))
-    bench.runner.end(1, FinishReason.STOP)
+    bench.core.lifecycle.end(1, FinishReason.STOP)
     kv._eviction.drop_all()
     assert [kv.close_gap() for _ in range(2)] == [None, None]
     seq = kv.allocate(kv.match(array("i", prompt_of(20, 3)), "")).seq
@@ -248,7 +248,7 @@ def test_the_cost_of_a_gap_starts_anew_when_it_is_filled() -> None:
     kv.release(seq, keep=False)
     assert [kv.close_gap() for _ in range(3)] == [None, None, (2, 1)]
     bench.sequences[2].allocation = None
-    bench.runner.running.clear()
+    bench.core.running.clear()
 
 
 # ── matching ──
@@ -257,11 +257,11 @@ def test_the_cost_of_a_gap_starts_anew_when_it_is_filled() -> None:
 @both
 def test_a_match_is_searched_once_while_nothing_changes(unified: bool) -> None:
     bench = Bench(context_of(unified, 1000, rows=512), ram=10**6)
-    kv, prompt = bench.runner.kv, array("i", prompt_of(100))
+    kv, prompt = bench.core.kv, array("i", prompt_of(100))
     match = kv.match(prompt, "")
     assert kv.match(prompt, "", match) is match
     bench.submit(0, request(prompt_of(99), 5))
-    bench.runner.step()
+    bench.core.step()
     for _ in range(2):
         before, match = match, kv.match(prompt, "", match)
         assert match is not before, "a sequence was begun, or released"
@@ -280,11 +280,11 @@ def test_a_queue_that_cannot_start_is_not_searched_again(unified: bool) -> None:
     bench = Bench(context_of(unified, 1000, slots=1, rows=512), slots=1, ram=10**6)
     for key in range(6):
         bench.submit(key, request(prompt_of(50, key), 100))
-    bench.runner.step()
+    bench.core.step()
     searches: list[str] = []
-    found = bench.runner.kv._residents.match
-    bench.runner.kv._residents.match = lambda tokens, salt: searches.append(salt) or found(tokens, salt)  # type: ignore[method-assign, func-returns-value]
+    found = bench.core.kv._residents.match
+    bench.core.kv._residents.match = lambda tokens, salt: searches.append(salt) or found(tokens, salt)  # type: ignore[method-assign, func-returns-value]
     for _ in range(50):
-        bench.runner.step()
+        bench.core.step()
     assert not searches
     bench.run()

@@ -1,4 +1,4 @@
-"""The `prediction` proposer against its contract, written down with lists and scans of them."""
+"""The `prediction` proposer against a reference made of lists and scans of them."""
 
 from __future__ import annotations
 
@@ -8,52 +8,61 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.speculate.prediction import AHEAD, NEAR, SYNC_LONG, SYNC_SHORT, Prediction
+from engine.speculate.prediction import (
+    MAX_CANDIDATES_PER_SIDE,
+    MAX_SKIP_TOKENS,
+    MAX_SYNC_TOKENS,
+    MIN_SYNC_TOKENS,
+    PredictionProposer,
+)
 
+# Name, two numbers and tokens.
 Operation = tuple[str, int, int, list[int]]
-"""Name, two numbers and tokens."""
 
 
 class Naive:
-    """Keeps the history, and reads the whole output again for every draft."""
+    """The reference: follows the whole output again for every draft."""
 
     def __init__(self, predicted: list[int], prompt_length: int) -> None:
         self.predicted, self.prompt_length = predicted, prompt_length
         self.history: list[int] = []
 
     def shift(self, keep: int, discard: int) -> None:
-        self.prompt_length -= sum(keep <= place < keep + discard for place in range(self.prompt_length))
+        self.prompt_length -= sum(keep <= position < keep + discard for position in range(self.prompt_length))
         self.history = self.history[:keep] + self.history[keep + discard :]
 
-    def agreed(self, output: list[int], place: int) -> int:
-        most = min(place, len(output), SYNC_LONG)
-        return next(n for n in range(most, -1, -1) if self.predicted[place - n : place] == output[len(output) - n :])
+    def agreed(self, output: list[int], position: int) -> int:
+        most = min(position, len(output), MAX_SYNC_TOKENS)
+        return next(
+            n for n in range(most, -1, -1) if self.predicted[position - n : position] == output[len(output) - n :]
+        )
 
     def found(self, output: list[int], old: int) -> int | None:
-        last, ends = output[-SYNC_SHORT:], range(SYNC_SHORT, len(self.predicted) + 1)
-        places = [end for end in ends if self.predicted[end - SYNC_SHORT : end] == last]
-        later = [place for place in places if old <= place <= old + AHEAD][:NEAR]
-        before = [place for place in places if place < old][-NEAR:]
-        longest = max((self.agreed(output, place) for place in later + before), default=0)
+        last, ends = output[-MIN_SYNC_TOKENS:], range(MIN_SYNC_TOKENS, len(self.predicted) + 1)
+        positions = [end for end in ends if self.predicted[end - MIN_SYNC_TOKENS : end] == last]
+        later = [position for position in positions if old <= position <= old + MAX_SKIP_TOKENS]
+        before = [position for position in positions if position < old][-MAX_CANDIDATES_PER_SIDE:]
+        later = later[:MAX_CANDIDATES_PER_SIDE]
+        longest = max((self.agreed(output, position) for position in later + before), default=0)
         by_preference = later + before[::-1]
-        return next((place for place in by_preference if self.agreed(output, place) == longest), None)
+        return next((position for position in by_preference if self.agreed(output, position) == longest), None)
 
     def propose(self, limit: int) -> list[int]:
         output = self.history[self.prompt_length :]
-        place = misses = 0
+        position = misses = 0
         for end, token in enumerate(output, 1):
-            if self.predicted[place : place + 1] == [token]:
-                place, misses = place + 1, 0
-            elif (found := self.found(output[:end], place)) is not None:
-                place, misses = found, 0
+            if self.predicted[position : position + 1] == [token]:
+                position, misses = position + 1, 0
+            elif (found := self.found(output[:end], position)) is not None:
+                position, misses = found, 0
             else:
                 misses += 1
-                place += misses == 1
-        return self.predicted[place : place + limit] if misses < 2 else []
+                position += misses == 1
+        return self.predicted[position : position + limit] if misses < 2 else []
 
 
 def operations(drawn: bytes) -> list[Operation]:
-    """Nine bytes each: drawing them at once is several times as fast as drawing every part."""
+    """Decodes nine bytes each, as hypothesis takes several times as long to draw every part on its own."""
     names = ["observe"] * 6 + ["copy"] * 6 + ["truncate", "shift"]
     return [
         (names[name % 14], first % 40, second % 12, [token % 3 for token in tokens[: 1 + size % 5]])
@@ -66,8 +75,8 @@ PREDICTED = st.lists(st.integers(0, 2), max_size=30)
 
 @settings(max_examples=300, deadline=None)
 @given(PREDICTED, st.integers(0, 6), st.binary(min_size=315, max_size=450).map(operations))
-def test_equals_the_naive_one(predicted: list[int], prompt_length: int, operations: list[Operation]) -> None:
-    prediction, naive = Prediction(predicted, prompt_length), Naive(predicted, prompt_length)
+def test_equals_the_reference(predicted: list[int], prompt_length: int, operations: list[Operation]) -> None:
+    prediction, naive = PredictionProposer(predicted, prompt_length), Naive(predicted, prompt_length)
     prediction.begin([])
     for name, first, second, tokens in operations:
         length = len(naive.history)
@@ -90,8 +99,8 @@ def test_equals_the_naive_one(predicted: list[int], prompt_length: int, operatio
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 1), min_size=150, max_size=250), st.lists(st.integers(0, 1), max_size=60))
-def test_equals_the_naive_one_where_places_abound(predicted: list[int], output: list[int]) -> None:
-    prediction, naive = Prediction(predicted, 0), Naive(predicted, 0)
+def test_equals_the_reference_with_many_candidates(predicted: list[int], output: list[int]) -> None:
+    prediction, naive = PredictionProposer(predicted, 0), Naive(predicted, 0)
     for i in range(len(output)):
         prediction.observe(output[i : i + 1])
     naive.history = output
@@ -99,13 +108,13 @@ def test_equals_the_naive_one_where_places_abound(predicted: list[int], output: 
 
 
 def spelled(text: str) -> list[int]:
-    """A token for each word, sign or run of blanks."""
-    return [sum(ord(char) << 8 * place for place, char in enumerate(word)) for word in re.findall(r"\w+|\s+|.", text)]
+    """Returns a token for each word, sign or run of blanks."""
+    return [sum(ord(char) << 8 * i for i, char in enumerate(word)) for word in re.findall(r"\w+|\s+|.", text)]
 
 
 def steps(predicted: str, output: str, limit: int = 16) -> tuple[int, int]:
-    """How many steps the output takes, and how many of its tokens are drafts that were right."""
-    prediction, tokens = Prediction(spelled(predicted), 0), spelled(output)
+    """Returns the number of steps that the output takes and the number of accepted draft tokens."""
+    prediction, tokens = PredictionProposer(spelled(predicted), 0), spelled(output)
     prediction.begin([])
     count = right = done = 0
     while done < len(tokens):
@@ -150,7 +159,7 @@ def test_deleted_lines_are_skipped() -> None:
 
 
 def test_the_prompt_is_not_followed() -> None:
-    prediction = Prediction([1, 2, 3, 4], 3)
+    prediction = PredictionProposer([1, 2, 3, 4], 3)
     prediction.begin([1, 2])
     prediction.observe([1])
     assert prediction.propose(2).tokens == [1, 2]
@@ -159,13 +168,13 @@ def test_the_prompt_is_not_followed() -> None:
 
 
 def test_a_draft_has_at_most_n_max_tokens() -> None:
-    prediction = Prediction(list(range(9)), 0, n_max=3)
+    prediction = PredictionProposer(list(range(9)), 0, n_max=3)
     prediction.begin([])
     assert prediction.propose(9).tokens == [0, 1, 2]
 
 
-def test_one_token_may_be_replaced_two_are_a_way_off() -> None:
-    prediction = Prediction([1, 2, 3, 4, 5], 0)
+def test_one_token_may_be_replaced_two_are_a_divergence() -> None:
+    prediction = PredictionProposer([1, 2, 3, 4, 5], 0)
     prediction.begin([1, 9])
     assert prediction.propose(9).tokens == [3, 4, 5]
     prediction.observe([9])
@@ -174,8 +183,8 @@ def test_one_token_may_be_replaced_two_are_a_way_off() -> None:
     assert prediction.propose(9).tokens == [4, 5]
 
 
-def test_the_place_is_found_again_by_two_tokens() -> None:
-    prediction = Prediction([1, 2, 3, 4, 5, 6, 7], 0)
+def test_the_position_is_found_again_by_two_tokens() -> None:
+    prediction = PredictionProposer([1, 2, 3, 4, 5, 6, 7], 0)
     prediction.begin([1, 9, 9, 5])
     assert prediction.propose(9).tokens == ()
     prediction.observe([6])
@@ -183,44 +192,46 @@ def test_the_place_is_found_again_by_two_tokens() -> None:
 
 
 @pytest.mark.parametrize(("keep", "discard"), [(3, 2), (0, 4), (1, 3)])
-def test_an_edit_takes_the_place_back(keep: int, discard: int) -> None:
-    edited, fresh = Prediction([3, 2, 3, 4, 5], 2), Prediction([3, 2, 3, 4, 5], 2 - max(0, 2 - keep))
+def test_an_edit_moves_the_position_back(keep: int, discard: int) -> None:
+    edited, fresh = PredictionProposer([3, 2, 3, 4, 5], 2), PredictionProposer([3, 2, 3, 4, 5], 2 - max(0, 2 - keep))
     edited.begin([8, 8, 3, 2, 3])
     edited.shift(keep, discard)
     fresh.begin([8, 8, 3, 2, 3][:keep] + [8, 8, 3, 2, 3][keep + discard :])
     assert edited.propose(9).tokens == fresh.propose(9).tokens == [2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("repeats", "expected"), [(NEAR - 3, [3]), (NEAR - 2, [9])])
-def test_so_many_places_are_compared(repeats: int, expected: list[int]) -> None:
-    """The best place is the last of `repeats` + 3; the old one is the first."""
-    prediction = Prediction([8, 2, 2, 9] + [2, 2, 4] * repeats + [2, 2, 2, 3], 0)
+@pytest.mark.parametrize(
+    ("repeats", "expected"), [(MAX_CANDIDATES_PER_SIDE - 3, [3]), (MAX_CANDIDATES_PER_SIDE - 2, [9])]
+)
+def test_candidates_per_side_are_bounded(repeats: int, expected: list[int]) -> None:
+    """The best position is the last of `repeats` + 3; the old one is the first."""
+    prediction = PredictionProposer([8, 2, 2, 9] + [2, 2, 4] * repeats + [2, 2, 2, 3], 0)
     prediction.begin([8, 2, 2, 2])
     assert prediction.propose(1).tokens == expected
 
 
-@pytest.mark.parametrize(("last", "expected"), [(AHEAD, [AHEAD + 1]), (AHEAD + 1, [])])
-def test_the_place_is_sought_so_far_ahead(last: int, expected: list[int]) -> None:
-    """After the first miss the place is 1, and after `last` it would be `last` + 1."""
-    prediction = Prediction(range(AHEAD + 9), 0)
+@pytest.mark.parametrize(("last", "expected"), [(MAX_SKIP_TOKENS, [MAX_SKIP_TOKENS + 1]), (MAX_SKIP_TOKENS + 1, [])])
+def test_skips_are_bounded(last: int, expected: list[int]) -> None:
+    """After the first miss the position is 1; after `last` it would be `last` + 1."""
+    prediction = PredictionProposer(range(MAX_SKIP_TOKENS + 9), 0)
     prediction.begin([99_999, 99_999, last - 1, last])
     assert list(prediction.propose(1).tokens) == expected
 
 
-def test_what_was_seen_further_ahead_is_not_sought() -> None:
-    prediction = Prediction(range(AHEAD + 9), 0)
-    prediction.begin([0, 1, 2, 3, 4, 99_999, 99_999, 1, 2, 99_999, 99_999, AHEAD + 4, AHEAD + 5])
+def test_indexed_tokens_beyond_the_bound_are_not_candidates() -> None:
+    prediction = PredictionProposer(range(MAX_SKIP_TOKENS + 9), 0)
+    prediction.begin([0, 1, 2, 3, 4, 99_999, 99_999, 1, 2, 99_999, 99_999, MAX_SKIP_TOKENS + 4, MAX_SKIP_TOKENS + 5])
     assert prediction.propose(1).tokens == ()
 
 
-def test_so_many_tokens_are_compared() -> None:
-    run = list(range(SYNC_LONG - 1))
-    prediction = Prediction([77, *run, 50, 88, *run, 60, 51, 77, *run, 60, 52], 0)
+def test_compared_tokens_are_bounded() -> None:
+    run = list(range(MAX_SYNC_TOKENS - 1))
+    prediction = PredictionProposer([77, *run, 50, 88, *run, 60, 51, 77, *run, 60, 52], 0)
     prediction.begin([77, *run, 60])
     assert prediction.propose(1).tokens == [51]
 
 
 def test_nothing_is_drafted_after_the_end() -> None:
-    prediction = Prediction([1, 2], 0)
+    prediction = PredictionProposer([1, 2], 0)
     prediction.begin([1, 2])
     assert prediction.propose(9).tokens == ()

@@ -20,11 +20,11 @@ from engine.config import DraftConfig, SpeculationConfig
 from engine.contract import PROPOSER_TYPES, Failed, Finished, FinishReason, Request, SamplingParams
 from engine.kv import Offload
 from engine.kv.idle import UNPRICED_STEPS
-from engine.outbox import News, Outbox
-from engine.pace import Layout, Pace, StepCost
-from engine.runner import Runner
+from engine.outbox import Outbox, StepOutput
+from engine.pace import Layout, StepCost, StepTargets
 from engine.sequence import Sequence
-from engine.speculate import Draft, Drafting, DraftModel, Proposer, Shared
+from engine.speculate import Draft, DraftModel, Proposer, SharedDraftData, SpeculativeDecoding
+from engine.step import EngineCore
 from tests.toy import VOCABULARY, ToyBackend, ToyContext
 
 
@@ -87,7 +87,7 @@ def context_of(unified: bool, cells: int, slots: int = 4, *, sequences: int = 12
 
 
 class Bench:
-    """A runner without a thread, and the tokens and terminal updates of its requests."""
+    """A core without a thread, and the tokens and terminal updates of its requests."""
 
     def __init__(
         self,
@@ -108,8 +108,8 @@ class Bench:
         self.ends: dict[int, Finished | Failed] = {}
         outbox = Outbox(cast("Any", Direct()), self.deliver)
         self.next: dict[str, Proposer] = {}
-        self.drafting = Drafting(
-            Shared(speculation or SpeculationConfig(), self.backend.vocab),
+        self.speculative_decoding = SpeculativeDecoding(
+            SharedDraftData(speculation or SpeculationConfig(), self.backend.vocab),
             speculation or SpeculationConfig(),
             DraftConfig(n_max=6, noise=noise),
             DraftModel(ToyBackend(draft), VOCABULARY, StepCost(layout=Layout.of(draft))) if draft else None,
@@ -117,11 +117,13 @@ class Bench:
             flat(self.backend.context),
         )
         offload = offload or (Offload(ram, whole=not context.divisible) if ram else None)
-        self.runner = Runner(self.backend, slots, Pace(0.0, 0.5), outbox, self.drafting, offload, reuse)
-        cast("Any", self.runner.cost).prompt_rows = lambda *_: prompt_rows
+        self.core = EngineCore(
+            self.backend, slots, StepTargets(0.0, 0.5), outbox, self.speculative_decoding, offload, reuse
+        )
+        cast("Any", self.core.cost).prompt_rows = lambda *_: prompt_rows
         self.sequences: dict[int, Sequence] = {}
 
-    def deliver(self, items: list[News]) -> None:
+    def deliver(self, items: list[StepOutput]) -> None:
         for key, ids, _, end in items:
             assert key not in self.ends, "nothing follows the terminal update"
             self.got[key] += ids
@@ -134,26 +136,26 @@ class Bench:
         sequence = Sequence(key, request, seed, self.backend.vocab, context.sequence_cells)
         self.next = {"oracle": proposer} if proposer else {}
         self.got[key], self.sequences[key] = [], sequence
-        self.runner.submit(sequence)
+        self.core.lifecycle.submit(sequence)
 
     def check(self) -> None:
         """Cache, context and sequences agree."""
-        self.runner.kv.check()
-        for sequence in self.runner.running.values():
-            assert sequence.computed == self.runner.kv.length(sequence.seq), "sequence and cache agree"
+        self.core.kv.check()
+        for sequence in self.core.running.values():
+            assert sequence.computed == self.core.kv.length(sequence.seq), "sequence and cache agree"
 
     def rest(self) -> None:
         """All that is idle is saved, as when nothing runs for a while."""
-        while self.runner.maintain_idle():
+        while self.core.maintain_idle():
             pass
 
     def run(self, most: int = 5000) -> None:
-        while self.runner.busy:
-            self.runner.step()
+        while self.core.lifecycle.busy:
+            self.core.step()
             most -= 1
             assert most, "no end in sight"
-        self.runner.step()
-        self.runner.check_idle()
+        self.core.step()
+        self.core.check_idle()
         self.check()
 
     def compare(
@@ -222,18 +224,18 @@ def test_random_interleavings(seed: int, unified: bool) -> None:
         oracle = Oracle(request, wanted[key][0], random.choice([0.0, 0.3, 1.0]), random)
         bench.submit(key, request, oracle if random.random() < 0.5 else None)
         for _ in range(random.randint(0, 6)):
-            bench.runner.step()
+            bench.core.step()
             bench.check()
         if random.random() < 0.2:
             victim = random.randrange(key + 1)
-            bench.runner.end(victim, FinishReason.CANCELLED)
+            bench.core.lifecycle.end(victim, FinishReason.CANCELLED)
             cancelled.add(victim)
-        if bench.runner.running and random.random() < 0.15:
-            bench.runner._preempt(random.choice(list(bench.runner.running.values())))
+        if bench.core.running and random.random() < 0.15:
+            bench.core.lifecycle.preempt(random.choice(list(bench.core.running.values())))
     bench.run()
     bench.compare(wanted, cancelled, faults=chance > 0)
-    assert context.used() == bench.runner.kv.resident
-    bench.runner.kv.drop_idle()
+    assert context.used() == bench.core.kv.resident
+    bench.core.kv.drop_idle()
     assert context.used() == 0
 
 
@@ -273,26 +275,26 @@ def test_no_type_of_speculation_changes_the_tokens(kind: Any, seed: int, unified
             request = structs.replace(request, prediction=prediction)
         bench.submit(key, request)
         for _ in range(random.randint(0, 6)):
-            bench.runner.step()
+            bench.core.step()
             bench.check()
-        if bench.runner.running and random.random() < 0.15:
-            bench.runner._preempt(random.choice(list(bench.runner.running.values())))
+        if bench.core.running and random.random() < 0.15:
+            bench.core.lifecycle.preempt(random.choice(list(bench.core.running.values())))
     bench.run()
     assert bench.got == wanted
     expected = FREE if kind in ("auto", "fixed") else (kind,)
-    assert {drafts.type for drafts in bench.drafting.drafts} == set(expected)
-    assert any(drafts.drafted for drafts in bench.drafting.drafts), "something was drafted"
-    assert bench.drafting.model is not None
-    bench.drafting.model.kv.check()
+    assert {drafts.type for drafts in bench.speculative_decoding.draft_stats} == set(expected)
+    assert any(drafts.drafted for drafts in bench.speculative_decoding.draft_stats), "something was drafted"
+    assert bench.speculative_decoding.draft_model is not None
+    bench.speculative_decoding.draft_model.kv.check()
 
 
-def run_by_place(seed: int, *, unified: bool) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """Outputs of requests that come and go, share prefixes and have rejected drafts, and what they get alone, where
+def run_by_cell_order(seed: int, *, unified: bool) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Outputs of requests that come and go, share prefixes and have rejected drafts, and their outputs alone, where
     logits also depend on the order of the cells."""
     random = Random(seed)
     cells = random.choice([64, 90, 300])
     bench = Bench(
-        context_of(unified, cells, rows=64, outputs=16, by_place=True), prompt_rows=random.choice([1, 5, 100])
+        context_of(unified, cells, rows=64, outputs=16, by_cell_order=True), prompt_rows=random.choice([1, 5, 100])
     )
     prefixes = [[random.randrange(1, VOCABULARY) for _ in range(40)] for _ in range(3)]
     wanted: dict[int, list[int]] = {}
@@ -301,18 +303,18 @@ def run_by_place(seed: int, *, unified: bool) -> tuple[dict[int, list[int]], dic
         wanted[key] = alone(request, cells)[0]
         bench.submit(key, request, Oracle(request, wanted[key], random.choice([0.0, 0.3, 1.0]), random))
         for _ in range(random.randint(0, 6)):
-            bench.runner.step()
+            bench.core.step()
             bench.check()
-        if bench.runner.running and random.random() < 0.15:
-            bench.runner._preempt(random.choice(list(bench.runner.running.values())))
+        if bench.core.running and random.random() < 0.15:
+            bench.core.lifecycle.preempt(random.choice(list(bench.core.running.values())))
     bench.run(most=20_000)
     return bench.got, wanted
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_with_per_slot_kv_cells_are_in_the_order_of_positions(seed: int) -> None:
-    """So the last bits of a sum over cells depend on nothing else: what the deterministic profile rests on."""
-    got, wanted = run_by_place(seed, unified=False)
+    """Hence the last bits of a sum over cells depend on nothing else, as the deterministic profile requires."""
+    got, wanted = run_by_cell_order(seed, unified=False)
     assert got == wanted
 
 
@@ -344,14 +346,14 @@ def test_rows_of_prompts_are_never_single_and_share_no_pass(seed: int) -> None:
         wanted[key] = single.got[0]
         bench.submit(key, request)
         for _ in range(random.randint(0, 6)):
-            bench.runner.step()
+            bench.core.step()
     bench.run()
     assert bench.got == wanted
 
 
 def test_with_unified_kv_the_order_of_cells_can_change_the_text() -> None:
     """Else the test above would prove nothing."""
-    got, wanted = run_by_place(2, unified=True)
+    got, wanted = run_by_cell_order(2, unified=True)
     assert got != wanted
 
 
@@ -393,10 +395,10 @@ def test_a_held_request_starts_when_the_request_it_is_held_for_is_cancelled(unif
     shared = tuple(range(1, 41))
     bench.submit(0, Request(prompt=(*shared, 41), max_tokens=3))
     bench.submit(1, Request(prompt=(*shared, 42), max_tokens=3, ignore_eos=True))
-    bench.runner.step()
-    bench.runner.step()
-    assert list(bench.runner.running) == [0]
-    bench.runner.end(0, FinishReason.CANCELLED)
+    bench.core.step()
+    bench.core.step()
+    assert list(bench.core.running) == [0]
+    bench.core.lifecycle.end(0, FinishReason.CANCELLED)
     bench.run()
     assert context.computed == 20 + (41 - 20) + 2
     end = bench.ends[1]
@@ -415,16 +417,16 @@ def test_the_next_turn_of_a_conversation_computes_only_what_is_new(unified: bool
     before = context.computed
     bench.submit(1, Request(prompt=(*first.prompt, *bench.got[0], 7, 8), max_tokens=1))
     bench.run()
-    assert context.computed - before == 3, "the last token of the answer has no cell, and two are new"
+    assert context.computed - before == 3, "the last token of the output has no cell, and two are new"
 
 
 def test_cancelling_a_queued_request_frees_nothing_and_ends_once() -> None:
     bench = Bench(ToyContext(), slots=1)
     bench.submit(0, Request(prompt=(1,), max_tokens=5, ignore_eos=True))
     bench.submit(1, Request(prompt=(2,), max_tokens=5))
-    bench.runner.step()
-    bench.runner.end(1, FinishReason.CANCELLED)
-    bench.runner.end(1, FinishReason.CANCELLED)
+    bench.core.step()
+    bench.core.lifecycle.end(1, FinishReason.CANCELLED)
+    bench.core.lifecycle.end(1, FinishReason.CANCELLED)
     bench.run()
     end = bench.ends[1]
     assert isinstance(end, Finished)
@@ -491,7 +493,7 @@ def test_a_request_that_does_not_fit_alone_fails_and_no_other(unified: bool) -> 
     context = context_of(unified, 200)
     bench = Bench(context)
     bench.submit(0, Request(prompt=(1, 2, 3), max_tokens=6, ignore_eos=True))
-    bench.runner.step()
+    bench.core.step()
     bench.submit(1, Request(prompt=(4, 5, 6), max_tokens=6, ignore_eos=True))
     first = bench.sequences[0]
 
@@ -557,13 +559,13 @@ def test_with_per_slot_kv_an_idle_prefix_stays_until_its_slot_is_needed() -> Non
 
 @pytest.mark.parametrize("unified", LAYOUTS)
 def test_a_prompt_that_grows_by_a_token_each_time(unified: bool) -> None:
-    """As an editor asks for completions: each request diverges from the last at another token."""
+    """Requests as from an editor: each diverges from the last at another token."""
     context = context_of(unified, 3000, rows=2048)
     bench = Bench(context, prompt_rows=2048)
     document = [1 + n % (VOCABULARY - 2) for n in range(1500)]
     for size in range(1, 1500, 1):
         bench.submit(size, Request(prompt=(*document[:size], VOCABULARY - 1), max_tokens=0))
-        bench.runner.step()
+        bench.core.step()
     bench.run()
     assert context.computed < 1500 * 3
 
@@ -571,7 +573,7 @@ def test_a_prompt_that_grows_by_a_token_each_time(unified: bool) -> None:
 def test_a_stop_string_counts_as_a_stop() -> None:
     bench = Bench(ToyContext())
     bench.submit(0, Request(prompt=(1,), ignore_eos=True))
-    bench.runner.step()
-    bench.runner.end(0, FinishReason.STOP)
+    bench.core.step()
+    bench.core.lifecycle.end(0, FinishReason.STOP)
     bench.run()
-    assert bench.runner.counters.finished == {"stop": 1, "length": 0, "cancelled": 0, "error": 0}
+    assert bench.core.counters.finished == {"stop": 1, "length": 0, "cancelled": 0, "error": 0}

@@ -18,8 +18,8 @@ from engine.scheduler import (
     SequenceView,
     WaitingView,
     admit,
-    lessen,
     plan,
+    reduce_rows,
     save_points,
 )
 
@@ -137,10 +137,10 @@ def test_two_prompts_without_cells_do_not_block_each_other() -> None:
 
 
 def test_a_step_without_cells_is_tried_with_fewer_rows() -> None:
-    assert lessen([Rows(1, 1, 3), Rows(2, 8)]) == (Rows(1, 1), Rows(2, 8))
-    assert lessen([Rows(1, 1), Rows(2, 8), Rows(3, 3)]) == (Rows(1, 1), Rows(2, 4), Rows(3, 2))
-    assert lessen([Rows(1, 1), Rows(2, 1), Rows(3, 1)]) == (Rows(1, 1),)
-    assert lessen([Rows(1, 1)]) == ()
+    assert reduce_rows([Rows(1, 1, 3), Rows(2, 8)]) == (Rows(1, 1), Rows(2, 8))
+    assert reduce_rows([Rows(1, 1), Rows(2, 8), Rows(3, 3)]) == (Rows(1, 1), Rows(2, 4), Rows(3, 2))
+    assert reduce_rows([Rows(1, 1), Rows(2, 1), Rows(3, 1)]) == (Rows(1, 1),)
+    assert reduce_rows([Rows(1, 1)]) == ()
 
 
 def test_whole_states_are_saved_shortly_before_the_end_of_a_prompt() -> None:
@@ -257,7 +257,7 @@ def test_a_plan_keeps_every_limit_and_always_has_rows(
     assert {each.key for each in kept if each.num_uncomputed == 1} <= {part.key for part in made.rows}
 
 
-TWO = Limits(rows=64, outputs=64, prompt_rows=64, least=2, ubatch=16)
+TWO = Limits(rows=64, outputs=64, prompt_rows=64, min_prompt_rows=2, ubatch=16)
 """Single rows are computed by other kernels than several."""
 
 

@@ -1,4 +1,4 @@
-"""The output of the simulated model depends on the tokens that a row can see, and on nothing else."""
+"""Output, cells and costs of the simulated model; the output depends only on the tokens that a row attends to."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import SIM, Engine, EngineConfig, Finished, ModelError, Request, SamplingParams, Speculation
-from engine.backend import NoFreeCells, Part
+from engine import SIMULATED_MODEL, Engine, EngineConfig, Finished, ModelError, Request, SamplingParams, Speculation
+from engine.backend import NoFreeCells, StatePart
 from engine.contract import Tokens
-from engine.pace import Measured, Shape
-from engine.sim.context import COSTS, Cost, SimContext, cost_of
+from engine.pace import Calibration, StepShape
+from engine.sim.context import SimContext
+from engine.sim.costs import SIM_COSTS, SimCost, read_cost
 from engine.sim.proposer import SimProposer
-from engine.sim.words import END, WORD, SimVocab
+from engine.sim.vocab import END_TOKEN, FIRST_WORD_TOKEN, SimVocab
 
 VOCAB = SimVocab()
 GREEDY = SamplingParams(temperature=0.0)
@@ -28,13 +29,13 @@ LAYOUTS = pytest.mark.parametrize("unified", [True, False])
 
 
 def opened(cells: int = 1024, *, unified: bool = True) -> SimContext:
-    """A context in which a step takes no time."""
-    config = EngineConfig.of(path=SIM, slots=4, context=cells, kv_unified=unified, sim={"on": True})
-    return SimContext(config, COSTS["free"])
+    """Returns a context whose steps take no time."""
+    config = EngineConfig.of(path=SIMULATED_MODEL, slots=4, context=cells, kv_unified=unified, sim={"on": True})
+    return SimContext(config, SIM_COSTS["free"])
 
 
 def output(context: SimContext, seq: int, tokens: Sequence[int]) -> int:
-    """The token after `tokens`, the last of which are computed now."""
+    """Computes the `tokens` that are not in cells yet and returns the next token."""
     start = context.length(seq)
     context.batch.clear()
     context.batch.add(seq, start, tokens[start:], 1)
@@ -42,17 +43,17 @@ def output(context: SimContext, seq: int, tokens: Sequence[int]) -> int:
 
 
 @given(st.text())
-def test_any_text_comes_back_from_its_tokens(text: str) -> None:
+def test_tokens_decode_to_the_text(text: str) -> None:
     tokens = VOCAB.tokenize(text, special=True)
     assert b"".join(map(VOCAB.piece, tokens)) == text.encode("utf-8", "replace")
 
 
 def test_words_are_tokens() -> None:
     assert len(VOCAB.tokenize(" the time of them", special=False)) == 4
-    assert VOCAB.piece(END) == b""
+    assert VOCAB.piece(END_TOKEN) == b""
 
 
-def test_what_follows_depends_on_all_before() -> None:
+def test_the_next_token_depends_on_the_whole_history() -> None:
     context = opened()
     alone = output(context, 0, [5, 6, 7, 8])
     assert output(context, 1, [5, 6, 7, 8]) == alone
@@ -74,10 +75,10 @@ def test_a_copied_and_a_loaded_prefix_are_the_same_as_a_computed_one(unified: bo
     assert early is not None
     assert late is not None
     context.cut(1, 10)
-    assert context.load(1, [Part(early, 10, 20), Part(late, 20, 30)])
+    assert context.load(1, [StatePart(early, 10, 20), StatePart(late, 20, 30)])
     assert output(context, 1, tokens) == whole
     context.cut(1, 10)
-    assert not context.load(1, [Part(early, 10, 20), Part(early, 20, 30)]), "a state that is too short"
+    assert not context.load(1, [StatePart(early, 10, 20), StatePart(early, 20, 30)]), "a state that is too short"
     assert context.length(1) == 10
 
 
@@ -92,7 +93,7 @@ def test_cells_are_shared_counted_and_freed_with_unified_kv() -> None:
     with pytest.raises(NoFreeCells):
         output(context, 2, [*range(1, 21)])
     context.cut(1, 10)
-    assert output(context, 2, [*range(1, 21)]) >= END
+    assert output(context, 2, [*range(1, 21)]) >= END_TOKEN
     context.clear()
     assert all(context.length(seq) == 0 for seq in range(context.sequences))
 
@@ -108,44 +109,49 @@ def test_each_sequence_has_its_own_cells_with_per_slot_kv() -> None:
     context.copy(0, 1, 16)
     context.cut(0, 15)
     assert context.length(1) == 16
-    assert output(context, 0, [*range(1, 17)]) >= END
+    assert output(context, 0, [*range(1, 17)]) >= END_TOKEN
 
 
 def test_kv_is_per_slot_where_each_slot_gets_enough_tokens() -> None:
-    contexts = [SimContext(EngineConfig.of(path=SIM, slots=4, context=cells), COSTS["free"]) for cells in (4095, 4096)]
+    contexts = [
+        SimContext(EngineConfig.of(path=SIMULATED_MODEL, slots=4, context=cells), SIM_COSTS["free"])
+        for cells in (4095, 4096)
+    ]
     assert [context.unified for context in contexts] == [True, False]
 
 
 @LAYOUTS
 def test_a_step_costs_its_passes(unified: bool) -> None:
-    found: list[Shape] = []
+    found: list[StepShape] = []
 
-    class Recorded(Cost):
-        def seconds(self, shape: Shape) -> float:
+    class Recorded(SimCost):
+        def seconds(self, shape: StepShape) -> float:
             found.append(shape)
             return 0.0
 
-    config = EngineConfig.of(path=SIM, slots=4, context=8192, kv_unified=unified)
-    context = SimContext(config, Recorded(COSTS["free"].of_pass))
+    config = EngineConfig.of(path=SIMULATED_MODEL, slots=4, context=8192, kv_unified=unified)
+    context = SimContext(config, Recorded(SIM_COSTS["free"].pass_seconds))
     for rows in ((10, 1, 1, 1), (1, 3, 1, 1)):
         context.batch.clear()
         for seq, count in enumerate(rows):
             context.batch.add(seq, context.length(seq), [1] * count, 1)
         context.decode()
-    assert found == ([Shape((13,), 0), Shape((6,), 78)] if unified else [Shape((4, 9), 0), Shape((4, 2), 15)])
+    assert found == (
+        [StepShape((13,), 0), StepShape((6,), 78)] if unified else [StepShape((4, 9), 0), StepShape((4, 2), 15)]
+    )
 
 
-def test_the_proposer_is_right_as_often_as_asked() -> None:
+def test_the_acceptance_rate_is_the_configured_one() -> None:
     context, proposer = opened(), SimProposer(0, 0.7)
     tokens, right = [1], 0
     proposer.begin(tokens)
     for _ in range(900):
-        (guess,) = proposer.propose(1).tokens
+        (drafted,) = proposer.propose(1).tokens
         tokens.append(output(context, 0, tokens))
-        right += guess == tokens[-1]
+        right += drafted == tokens[-1]
         proposer.observe(tokens[-1:])
     assert 0.65 < right / 900 < 0.75
-    assert min(tokens[1:]) == END < WORD  # it ends now and then
+    assert min(tokens[1:]) == END_TOKEN < FIRST_WORD_TOKEN  # some outputs end
 
 
 @given(st.lists(st.integers(0, 999), min_size=1), st.integers(0, 20), st.integers(0, 20))
@@ -158,7 +164,7 @@ def test_the_proposer_is_the_same_after_edits(tokens: list[int], keep: int, disc
     assert proposer.propose(8) == fresh.propose(8)
 
 
-def test_rows_hold_nothing_of_the_last_step() -> None:
+def test_logits_of_the_last_step_are_cleared() -> None:
     context = opened()
     context.batch.clear()
     for seq in range(4):
@@ -168,18 +174,18 @@ def test_rows_hold_nothing_of_the_last_step() -> None:
     assert np.count_nonzero(context._rows) <= 2
 
 
-def test_costs_are_named_or_read(tmp_path: Path) -> None:
-    assert cost_of("flat") is COSTS["flat"]
-    assert COSTS["linear"].seconds(Shape((3, 2), 1000)) == pytest.approx(0.1)
+def test_costs_have_a_name_or_a_file(tmp_path: Path) -> None:
+    assert read_cost("flat") is SIM_COSTS["flat"]
+    assert SIM_COSTS["linear"].seconds(StepShape((3, 2), 1000)) == pytest.approx(0.1)
     path = tmp_path / "cost.json"
-    path.write_bytes(msgspec.json.encode(Measured({1: 0.01, 4: 0.02}, 1e-6, 0.003)))
-    assert cost_of(str(path)).seconds(Shape((4,), 4000)) == pytest.approx(0.024)
+    path.write_bytes(msgspec.json.encode(Calibration({1: 0.01, 4: 0.02}, 1e-6, 0.003)))
+    assert read_cost(str(path)).seconds(StepShape((4,), 4000)) == pytest.approx(0.024)
     with pytest.raises(ModelError, match="one of free, flat, linear or a file"):
-        cost_of("round")
+        read_cost("round")
 
 
 async def generated(engine: Engine, prompt: str, speculation: Speculation | None = None) -> tuple[list[int], Finished]:
-    """All tokens of a greedy answer, and its end."""
+    """Returns all tokens of a greedy output, and its end."""
     tokens: list[int] = []
     request = Request(
         prompt=tuple(engine.vocab.tokenize(prompt, special=True)),
@@ -198,9 +204,9 @@ async def generated(engine: Engine, prompt: str, speculation: Speculation | None
 
 
 @LAYOUTS
-async def test_an_engine_serves_it_with_drafts_and_without(unified: bool) -> None:
+async def test_drafts_do_not_change_the_output_of_an_engine(unified: bool) -> None:
     simulated = EngineConfig.of(
-        path=SIM,
+        path=SIMULATED_MODEL,
         slots=4,
         context=1024,
         kv_unified=unified,
@@ -211,6 +217,6 @@ async def test_an_engine_serves_it_with_drafts_and_without(unified: bool) -> Non
     async with Engine.open(simulated) as engine:
         prompts = [f"Tell me of number {n}." for n in range(8)]
         alone = [await generated(engine, prompt, Speculation()) for prompt in prompts]
-        beside = await asyncio.gather(*(generated(engine, prompt, drafts) for prompt in prompts))
-    assert [tokens for tokens, _ in alone] == [tokens for tokens, _ in beside]
-    assert sum(end.usage.accepted for _, end in beside) > 100
+        together = await asyncio.gather(*(generated(engine, prompt, drafts) for prompt in prompts))
+    assert [tokens for tokens, _ in alone] == [tokens for tokens, _ in together]
+    assert sum(end.usage.accepted for _, end in together) > 100

@@ -1,4 +1,4 @@
-"""The suffix tree and the `suffix` proposer against their contracts, written down with bytes and scans of them."""
+"""The suffix tree and the `suffix` proposer against references made of bytes and scans of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.speculate.suffix import SharedOutputs, Suffix
-from engine.speculate.tree import SuffixTree, Text
+from engine.speculate.suffix import SharedOutputs, SuffixProposer
+from engine.speculate.suffix_tree import SuffixTree, TreeText
 
 DEPTH = 5
 BOUND = 24
@@ -19,13 +19,14 @@ SALTS = ["", "tenant"]
 FACTOR = 1.5
 P_MIN = 0.3
 
-Guess = tuple[bytes, list[float]]
+# Tokens and their chances.
+Drafted = tuple[bytes, list[float]]
+# Name, request, two numbers and tokens.
 Operation = tuple[str, int, int, int, list[int]]
-"""Name, request, two numbers and tokens."""
 
 
 class NaiveTree:
-    """Texts, and the suffixes that are settled, as (text, start), in the order in which they were."""
+    """Texts, and the settled suffixes, as (text, start), in the order of settling."""
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
@@ -36,7 +37,7 @@ class NaiveTree:
         self.texts.append(b"")
         return len(self.texts) - 1
 
-    def reads(self, suffix: tuple[int, int]) -> bytes:
+    def tokens_of(self, suffix: tuple[int, int]) -> bytes:
         text, start = suffix
         return self.texts[text][start : start + self.depth]
 
@@ -48,7 +49,7 @@ class NaiveTree:
             suffix = before[start:]
             if any(suffix + token_ in other for other in self.texts):
                 break
-            self.settled = [s for s in self.settled if self.reads(s) != suffix]
+            self.settled = [s for s in self.settled if self.tokens_of(s) != suffix]
             self.settled.append((text, start))
         self.texts[text] += token_
         whole = (text, len(before) + 1 - self.depth)
@@ -56,7 +57,7 @@ class NaiveTree:
             self.settled.append(whole)
 
     def count(self, tokens: bytes) -> int:
-        return sum(self.reads(suffix).startswith(tokens) for suffix in self.settled)
+        return sum(self.tokens_of(suffix).startswith(tokens) for suffix in self.settled)
 
     def longest(self, query: bytes) -> int:
         for length in range(min(len(query), self.depth - 1), 0, -1):
@@ -64,13 +65,15 @@ class NaiveTree:
                 return length
         return 0
 
-    def continuation(self, match: bytes, limit: int, p_min: float, own: int | None) -> Guess:
+    def continuation(self, match: bytes, limit: int, p_min: float, own: int | None) -> Drafted:
         draft, chances, together = b"", list[float](), 1.0
         copied: tuple[int, int] | None = None
         while len(draft) < limit:
             here = match + draft
-            passing = [suffix for suffix in self.settled if self.reads(suffix).startswith(here[: self.depth])]
-            options = [self.reads(suffix)[len(here)] for suffix in passing if len(self.reads(suffix)) > len(here)]
+            passing = [suffix for suffix in self.settled if self.tokens_of(suffix).startswith(here[: self.depth])]
+            options = [
+                self.tokens_of(suffix)[len(here)] for suffix in passing if len(self.tokens_of(suffix)) > len(here)
+            ]
             if options:
                 _, _, token = max((options.count(token), place, token) for place, token in enumerate(options))
                 chance = options.count(token) / len(options)
@@ -89,7 +92,7 @@ class NaiveTree:
 
 
 class NaiveOutputs:
-    """For each salt its trees, newest first. The salt used last stands last."""
+    """For each salt its trees, newest first. The last salt is the most recently used."""
 
     def __init__(self, bound: int, depth: int) -> None:
         self.bound, self.depth = bound, depth
@@ -149,17 +152,17 @@ class NaiveSuffix:
             self.output = NaiveOutput()
             self.learn(history[:keep] + history[keep + discard :])
 
-    def propose(self, limit: int) -> Guess:
+    def propose(self, limit: int) -> Drafted:
         trees = [self.tree, *(self.shared.use(self.salt) if self.salt in self.shared.trees else [])]
-        best: Guess = (b"", [])
+        best: Drafted = (b"", [])
         raw: list[float] = []
         for tree in trees:
             if length := tree.longest(self.history):
                 most, own = min(limit, max(1, int(FACTOR * length))), 0 if tree is self.tree else None
-                guess = tree.continuation(self.history[-length:], most, P_MIN, own)
-                if sum(accumulate(guess[1], mul)) > sum(accumulate(raw, mul)):
-                    best = guess[0], [chance * (1 - 1 / place) for place, chance in enumerate(guess[1], length + 1)]
-                    raw = guess[1]
+                drafted = tree.continuation(self.history[-length:], most, P_MIN, own)
+                if sum(accumulate(drafted[1], mul)) > sum(accumulate(raw, mul)):
+                    best = drafted[0], [chance * (1 - 1 / place) for place, chance in enumerate(drafted[1], length + 1)]
+                    raw = drafted[1]
         return best
 
 
@@ -168,9 +171,9 @@ TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=5)
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), TOKENS), min_size=5, max_size=16), TOKENS, st.integers(1, 9))
-def test_tree_equals_the_naive_one(growth: list[tuple[int, list[int]]], query: list[int], depth: int) -> None:
+def test_tree_equals_the_reference(growth: list[tuple[int, list[int]]], query: list[int], depth: int) -> None:
     tree, naive = SuffixTree(depth), NaiveTree(depth)
-    texts = [Text() for _ in range(3)]
+    texts = [TreeText() for _ in range(3)]
     assert [naive.begin() for _ in texts] == [0, 1, 2]
     for i, tokens in growth:
         tree.extend(texts[i], tokens)
@@ -183,30 +186,30 @@ def test_tree_equals_the_naive_one(growth: list[tuple[int, list[int]]], query: l
         for i, text in enumerate(naive.texts):
             ended = bytes([*text, *query])
             for end in (text, ended):
-                locus = tree.longest(list(end), guess=len(query))
+                locus = tree.longest(list(end), hint=len(query))
                 assert locus.length == naive.longest(end)
                 if locus.length:
-                    guess = tree.continuation(locus, 12, 0.2, texts[i] if end is text else None)
+                    drafted = tree.continuation(locus, 12, 0.2, texts[i] if end is text else None)
                     expected = naive.continuation(end[-locus.length :], 12, 0.2, i if end is text else None)
-                    assert (bytes(guess.tokens), guess.chances) == expected
+                    assert (bytes(drafted.tokens), drafted.chances) == expected
 
 
 @given(st.lists(st.integers(0, 2), max_size=60), st.integers(1, 9))
 def test_active_suffix_of_the_only_text_is_its_longest_match(tokens: list[int], depth: int) -> None:
-    tree, text = SuffixTree(depth), Text()
+    tree, text = SuffixTree(depth), TreeText()
     tree.extend(text, tokens)
     assert tree.active(text) == tree.longest(tokens)
 
 
 class Requests:
-    """Three requests at a time, each beside its reference; one that ended makes room for the next."""
+    """Three concurrent requests, each with its reference; an ended request is replaced by the next."""
 
     def __init__(self) -> None:
         self.shared, self.naive_shared = SharedOutputs(BOUND, DEPTH), NaiveOutputs(BOUND, DEPTH)
         self.pairs = [self.new("", 2), self.new("", 0), self.new("tenant", 3)]
 
-    def new(self, salt: str, prompt_length: int) -> tuple[Suffix, NaiveSuffix]:
-        suffix = Suffix(self.shared, salt, prompt_length, depth=DEPTH, factor=FACTOR, p_min=P_MIN)
+    def new(self, salt: str, prompt_length: int) -> tuple[SuffixProposer, NaiveSuffix]:
+        suffix = SuffixProposer(self.shared, salt, prompt_length, depth=DEPTH, factor=FACTOR, p_min=P_MIN)
         return suffix, NaiveSuffix(self.naive_shared, salt, prompt_length)
 
     def apply(self, name: str, which: int, first: int, second: int, tokens: list[int]) -> None:
@@ -239,7 +242,7 @@ NAMES = ["observe"] * 8 + ["truncate", "shift", "end"]
 
 
 def operations(drawn: bytes) -> list[Operation]:
-    """Ten bytes each: drawing them at once is several times as fast as drawing every part."""
+    """Decodes ten bytes each, as hypothesis takes several times as long to draw every part on its own."""
     return [
         (NAMES[name % 11], which % 3, first % 31, second % 13, [token % 3 for token in tokens[: 1 + size % 5]])
         for name, which, first, second, size, *tokens in zip(*[iter(drawn)] * 10, strict=False)
@@ -248,14 +251,16 @@ def operations(drawn: bytes) -> list[Operation]:
 
 @settings(max_examples=250, deadline=None)
 @given(st.binary(min_size=400, max_size=600).map(operations))
-def test_proposer_equals_the_naive_one(operations: list[Operation]) -> None:
+def test_proposer_equals_the_reference(operations: list[Operation]) -> None:
     requests = Requests()
     for operation in operations:
         requests.apply(*operation)
 
 
-def suffix(shared: SharedOutputs | None = None, salt: str = "", prompt_length: int = 0, **options: float) -> Suffix:
-    return Suffix(shared or SharedOutputs(), salt, prompt_length, **options)  # type: ignore[arg-type]
+def suffix(
+    shared: SharedOutputs | None = None, salt: str = "", prompt_length: int = 0, **options: float
+) -> SuffixProposer:
+    return SuffixProposer(shared or SharedOutputs(), salt, prompt_length, **options)  # type: ignore[arg-type]
 
 
 def test_draft_is_as_long_as_the_match() -> None:
@@ -361,7 +366,7 @@ def test_a_shift_takes_its_part_of_the_prompt() -> None:
     assert shared.size == 3
 
 
-def test_half_of_the_bound_is_always_remembered() -> None:
+def test_half_of_the_bound_always_stays() -> None:
     shared = SharedOutputs(8)
     first = suffix(shared)
     first.begin([1, 2, 3, 4, 5, 6])
@@ -369,21 +374,21 @@ def test_half_of_the_bound_is_always_remembered() -> None:
     first.observe([7, 8, 9])
     assert shared.size == 5
     for token, expected in ((2, []), (5, [6]), (8, [])):
-        reader = suffix(shared, prompt_length=1)
-        reader.begin([token])
-        assert list(reader.propose(1).tokens) == expected
+        late = suffix(shared, prompt_length=1)
+        late.begin([token])
+        assert list(late.propose(1).tokens) == expected
 
 
 def test_the_salt_unused_longest_is_dropped() -> None:
     shared = SharedOutputs(8)
     for salt in ("a", "b"):
         suffix(shared, salt).begin([1, 2, 3])
-    reader = suffix(shared, "a", prompt_length=1)
-    reader.begin([1])
-    assert reader.propose(1).tokens == [2]
+    late = suffix(shared, "a", prompt_length=1)
+    late.begin([1])
+    assert late.propose(1).tokens == [2]
     suffix(shared, "c").begin([1, 2, 3])
     assert shared.size == 6
-    assert reader.propose(1).tokens == [2]
+    assert late.propose(1).tokens == [2]
     assert not shared.trees("b")
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, EngineFault, Finished, Request, RequestRefused, SamplingParams
+from engine.checksummed import DamagedFile
 from engine.kv import Offload
 from engine.kv.block import BLOCK_TOKENS
 from engine.kv.disk import Disk
-from engine.kv.record import Damaged
-from engine.kv.sequence_file import Part, Reader, Writer
+from engine.kv.sequence_file import SequencePart, SequenceReader, SequenceWriter
 from engine.kv.transfer import Exported, Transfer
 from tests.engine.test_memory import prompt_of
 from tests.engine.test_same_as_alone import LAYOUTS, Bench, context_of
@@ -44,25 +44,25 @@ def ask(bench: Bench, prompt: tuple[int, ...], salt: str = "") -> int:
 
 
 def transfer_of(bench: Bench) -> Transfer:
-    return bench.runner.kv.transfer
+    return bench.core.kv.transfer
 
 
-def gathered(bench: Bench, tokens: tuple[int, ...], salt: str = "") -> list[Part]:
-    found = transfer_of(bench).gather(array("i", tokens), salt, 0, LONG_SECONDS)
+def gathered(bench: Bench, tokens: tuple[int, ...], salt: str = "") -> list[SequencePart]:
+    found = transfer_of(bench).export(array("i", tokens), salt, 0, LONG_SECONDS)
     assert not found.more
     return found.parts
 
 
-def put(bench: Bench, tokens: tuple[int, ...], parts: list[Part]) -> None:
+def put(bench: Bench, tokens: tuple[int, ...], parts: list[SequencePart]) -> None:
     transfer_of(bench).put(array("i", tokens), "", parts)
-    bench.runner.check_idle()
+    bench.core.check_idle()
 
 
 def known(bench: Bench, tokens: tuple[int, ...], salt: str = "") -> int:
     return transfer_of(bench).known(array("i", tokens), salt)
 
 
-def spelled(parts: list[Part]) -> tuple[int, ...]:
+def spelled(parts: list[SequencePart]) -> tuple[int, ...]:
     assert all(part.start == before.end for before, part in pairwise(parts))
     return tuple(token for part in parts for token in part.tokens)
 
@@ -77,9 +77,9 @@ def test_gathered_parts_can_be_put_elsewhere(length: int, where: str, unified: b
     bench, tokens = bench_of(unified=unified), prompt_of(length)
     ask(bench, tokens)
     if where == "RAM" or (where == "both" and not unified):
-        bench.runner.kv.drop_idle()
+        bench.core.kv.drop_idle()
     if where == "both" and unified:
-        bench.runner.kv.evict(1000 - length // 2)
+        bench.core.kv.evict(1000 - length // 2)
     elif where == "both":
         ask(bench, tokens[: max(1, length // 2)])
     parts = gathered(bench, tokens)
@@ -94,7 +94,7 @@ def test_gathered_parts_can_be_put_elsewhere(length: int, where: str, unified: b
 def test_a_whole_state_is_one_part(unified: bool) -> None:
     bench, tokens = bench_of(unified=unified, partial=False), prompt_of(100)
     ask(bench, tokens)
-    bench.runner.kv.drop_idle()
+    bench.core.kv.drop_idle()
     (part,) = gathered(bench, tokens)
     assert (part.start, tuple(part.tokens)) == (0, tokens)
     other = bench_of(unified=unified, partial=False)
@@ -107,15 +107,15 @@ def test_a_whole_state_is_one_part(unified: bool) -> None:
 def test_gathering_stops_in_time_and_continues(unified: bool) -> None:
     bench, tokens = bench_of(unified=unified), prompt_of(300)
     ask(bench, tokens)
-    assert transfer_of(bench).gather(array("i", tokens), "", 0, 0.0) == Exported([], True)
-    rest = transfer_of(bench).gather(array("i", tokens), "", 5 * BLOCK_TOKENS, LONG_SECONDS)
+    assert transfer_of(bench).export(array("i", tokens), "", 0, 0.0) == Exported([], True)
+    rest = transfer_of(bench).export(array("i", tokens), "", 5 * BLOCK_TOKENS, LONG_SECONDS)
     assert (rest.parts[0].start, rest.parts[-1].end, rest.more) == (5 * BLOCK_TOKENS, 300, False)
 
 
 def test_gathering_ends_at_missing_cells() -> None:
     bench, tokens = bench_of(ram=0), prompt_of(300)
     ask(bench, tokens)
-    bench.runner.kv.evict(1000 - 150)
+    bench.core.kv.evict(1000 - 150)
     assert spelled(gathered(bench, tokens)) == tokens[:128]
     assert gathered(bench, tokens, "another salt") == []
     assert gathered(bench_of(ram=0), tokens) == []
@@ -133,16 +133,16 @@ def test_blocks_on_disk_alone_are_read_first(tmp_path: Path) -> None:
     bench = bench_of(offload=Offload(10**6, disk=Disk(tmp_path, "toy"), disk_bytes=10**6))
     ask(bench, tokens)
     bench.rest()
-    bench.runner.close()
+    bench.core.close()
     again = bench_of(offload=Offload(10**6, disk=Disk(tmp_path, "toy"), disk_bytes=10**6))
-    parts: list[Part] = []
+    parts: list[SequencePart] = []
     more = True
     while more:
         start = parts[-1].end if parts else 0
-        found, more = transfer_of(again).gather(array("i", tokens), "", start, LONG_SECONDS)
+        found, more = transfer_of(again).export(array("i", tokens), "", start, LONG_SECONDS)
         parts += found
     assert spelled(parts) == tokens
-    again.runner.close()
+    again.core.close()
 
 
 @both
@@ -150,7 +150,7 @@ def test_blocks_that_are_stored_already_stay(unified: bool) -> None:
     bench, tokens = bench_of(unified=unified), prompt_of(100)
     ask(bench, tokens)
     parts = gathered(bench, tokens)
-    bench.runner.kv.drop_idle()
+    bench.core.kv.drop_idle()
     put(bench, tokens, parts)
     assert known(bench, tokens) == 100
 
@@ -172,7 +172,7 @@ def test_parts_without_room_leave_no_trace(unified: bool) -> None:
 @pytest.mark.parametrize("where", ["cells", "RAM", "both", "part"])
 def test_erased_tokens_are_no_longer_known(where: str, partial: bool, unified: bool) -> None:
     bench, tokens = bench_of(unified=unified, partial=partial), prompt_of(100)
-    kv = bench.runner.kv
+    kv = bench.core.kv
     ask(bench, tokens)
     if where in ("RAM", "both"):
         kv.drop_idle()
@@ -181,7 +181,7 @@ def test_erased_tokens_are_no_longer_known(where: str, partial: bool, unified: b
     if where == "both":
         ask(bench, (*tokens, 7))
     assert transfer_of(bench).erase(array("i", (*tokens, 7) if where == "both" else tokens), "") >= 100
-    bench.runner.check_idle()
+    bench.core.check_idle()
     assert known(bench, tokens) == 0
     assert (kv.stats().ram_bytes, kv.stats().used) == (0, 0)
     assert ask(bench, (*tokens, 8)) == 0
@@ -196,32 +196,32 @@ def test_shared_beginnings_stay(unified: bool) -> None:
         ask(bench, two)
         ask(bench, one, "another salt")
         if stored:
-            bench.runner.kv.drop_idle()
+            bench.core.kv.drop_idle()
         assert transfer_of(bench).erase(array("i", one), "") == 40
         assert known(bench, two) == len(two)
         assert known(bench, one, "another salt") == len(one)
-        bench.runner.check_idle()
+        bench.core.check_idle()
 
 
 @both
 def test_running_sequences_stay(unified: bool) -> None:
     bench, tokens = bench_of(unified=unified), prompt_of(100)
     bench.submit(0, Request(prompt=tokens, ignore_eos=True))
-    bench.runner.step()
+    bench.core.step()
     assert transfer_of(bench).erase(array("i", tokens), "") == 0
-    bench.runner.step()
+    bench.core.step()
     bench.check()
 
 
 # ── files ──
 
 
-def part(start: int, *tokens: int) -> Part:
-    return Part(start, array("i", tokens), np.frombuffer(bytes(tokens) * 3, np.uint8))
+def part(start: int, *tokens: int) -> SequencePart:
+    return SequencePart(start, array("i", tokens), np.frombuffer(bytes(tokens) * 3, np.uint8))
 
 
-def written(path: Path, *parts: Part, salt: str = "sält") -> bytes:
-    file = Writer(path, "toy", salt)
+def written(path: Path, *parts: SequencePart, salt: str = "sält") -> bytes:
+    file = SequenceWriter(path, "toy", salt)
     file.write(parts)
     assert file.commit() == path.stat().st_size
     file.discard()
@@ -232,7 +232,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "new" / "x.bin"
     parts = [part(0, 1, 2, 3), part(3, 4), part(4, 5, 6)]
     content = written(path, *parts)
-    reader = Reader(path, "toy")
+    reader = SequenceReader(path, "toy")
     assert (reader.salt, reader.bytes) == ("sält", len(content))
     read = [*reader.read(10), *reader.read(10**6)]
     assert [(one.start, one.tokens, one.state.tolist()) for one in read] == [
@@ -247,7 +247,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_a_discarded_file_leaves_the_earlier_one(tmp_path: Path) -> None:
     path = tmp_path / "x"
     content = written(path, part(0, 1))
-    file = Writer(path, "toy", "")
+    file = SequenceWriter(path, "toy", "")
     file.write([part(0, 2)])
     file.discard()
     assert path.read_bytes() == content
@@ -259,15 +259,15 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     content = written(path, part(0, 1, 2), part(2, 3))
     for wrong in (b"", b"x", content[:-1], content[:40], content + b"x", b"x" * 10_000):
         path.write_bytes(wrong)
-        with pytest.raises(Damaged, match="torn"):
-            Reader(path, "toy")
+        with pytest.raises(DamagedFile, match="torn"):
+            SequenceReader(path, "toy")
     for at in range(len(content)):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        with pytest.raises(Damaged, match="torn"):
-            Reader(path, "toy")
+        with pytest.raises(DamagedFile, match="torn"):
+            SequenceReader(path, "toy")
     path.write_bytes(content)
-    with pytest.raises(Damaged, match="another model"):
-        Reader(path, "other")
+    with pytest.raises(DamagedFile, match="another model"):
+        SequenceReader(path, "other")
 
 
 # ── the engine ──
@@ -311,7 +311,7 @@ async def test_a_slot_outlives_the_engine(tmp_path: Path, partial: bool, unified
         assert await engine.save_slot(2, tmp_path / "y") is not None
         assert (tmp_path / "y").read_bytes() == path.read_bytes()
         assert await engine.erase_slot(2) == 104
-        with pytest.raises(RequestRefused, match="nothing yet"):
+        with pytest.raises(RequestRefused, match="Slot 2 is empty"):
             await engine.save_slot(2, path)
         assert await engine.erase_slot(2) == 0
 
@@ -319,17 +319,17 @@ async def test_a_slot_outlives_the_engine(tmp_path: Path, partial: bool, unified
 async def test_the_lowest_free_slot_is_taken() -> None:
     toy = backend()
     async with Engine.open(config(), opener=opener(toy)) as engine:
-        assert [(state.busy, state.ran) for state in await engine.slot_states()] == [(False, None)] * 3
+        assert [(state.busy, state.request) for state in await engine.slot_states()] == [(False, None)] * 3
         async with engine.generate(Request(prompt=prompt_of(10), ignore_eos=True)) as first:
             await anext(first)
             async with engine.generate(Request(prompt=prompt_of(20, 1), max_tokens=900, ignore_eos=True)) as second:
                 await anext(second)
                 one, two, three = await engine.slot_states()
                 assert (one.busy, two.busy, three.busy) == (True, True, False)
-                assert one.ran is not None
-                assert two.ran is not None
-                assert (one.ran.prompt, one.ran.most) == (10, None)
-                assert (two.ran.prompt, two.ran.most, two.ran.processed) == (20, 900, 20)
+                assert one.request is not None
+                assert two.request is not None
+                assert (one.request.prompt, one.request.max_tokens) == (10, None)
+                assert (two.request.prompt, two.request.max_tokens, two.request.processed) == (20, 900, 20)
                 with pytest.raises(RequestRefused, match="busy"):
                     await engine.erase_slot(0)
                 with pytest.raises(RequestRefused, match="busy"):
@@ -337,10 +337,10 @@ async def test_the_lowest_free_slot_is_taken() -> None:
         await read(engine, prompt_of(5, 2))
         one, two, _ = await engine.slot_states()
         assert (one.busy, two.busy) == (False, False)
-        assert one.ran is not None
-        assert (one.ran.prompt, one.ran.emitted, one.tokens) == (5, 5, 9)
-        assert two.ran is not None
-        assert two.ran.prompt == 20
+        assert one.request is not None
+        assert (one.request.prompt, one.request.emitted, one.tokens) == (5, 5, 9)
+        assert two.request is not None
+        assert two.request.prompt == 20
 
 
 async def test_a_running_slot_is_saved_as_far_as_it_is_computed(tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ async def test_queries_do_not_stop_idle_saving(tmp_path: Path, monkeypatch: pyte
 
 async def test_a_bug_in_a_query_ends_the_engine_and_all_queries() -> None:
     async with Engine.open(config(), opener=opener(backend())) as engine:
-        asking = [asyncio.ensure_future(engine.ask(lambda runner: 1 // 0)) for _ in range(3)]
+        asking = [asyncio.ensure_future(engine.query(lambda core: 1 // 0)) for _ in range(3)]
         for result in await asyncio.gather(*asking, return_exceptions=True):
             assert isinstance(result, EngineFault)
             assert "division" in str(result)

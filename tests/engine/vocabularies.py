@@ -1,4 +1,4 @@
-"""Vocabularies whose tokens are more than a character, for grammars."""
+"""Vocabularies with tokens of more than one character, for tests of grammars."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Iterable
 
 from engine.backend import Vocab
-from engine.grammar import Form, Grammar, Grammars
+from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
 from tests.toy import END, VOCABULARY, ToyVocab
 
 
 class PairVocab(ToyVocab):
-    """As the toy's, but the last tokens are two letters each, so that a text can be cut in several ways."""
+    """The toy's vocabulary, except that the last tokens are two letters each: a text has several tokenizations."""
 
     PAIRS = ("AB", "CD", "AA", "BC", "EF", "GH", "AC", "BD", "DE")
 
@@ -23,11 +23,11 @@ class PairVocab(ToyVocab):
         return self.piece(token).decode() if token != END else super().text(token)
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
-        return longest(text, {self.piece(token).decode(): token for token in range(1, VOCABULARY)})
+        return longest_tokens(text, {self.piece(token).decode(): token for token in range(1, VOCABULARY)})
 
 
 class AsciiVocab:
-    """ASCII, some words, and three special tokens, two of which end a text."""
+    """ASCII, some words, and three special tokens, two of which are end tokens."""
 
     WORDS = ('{"', '":', '"}', '", "', "true", "null", "name", "age", ' "', "<b>", "café")
     SPECIAL = ("<|end|>", "<|stop|>", "<|call|>")
@@ -41,10 +41,10 @@ class AsciiVocab:
         self.size = len(self.pieces) + len(self.SPECIAL)
         self.end, self.stop, self.call = sorted(self.special)
         self.ends = frozenset({self.end, self.stop})
-        self._known = {text: token for token, text in enumerate(texts)}
+        self._tokens = {text: token for token, text in enumerate(texts)}
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
-        return longest(text, self._known)
+        return longest_tokens(text, self._tokens)
 
     def piece(self, token: int) -> bytes:
         return b"" if token in self.special else self.pieces[token]
@@ -53,12 +53,12 @@ class AsciiVocab:
         return self.SPECIAL[token - self.end] if token in self.special else self.pieces[token].decode("latin-1")
 
 
-def longest(text: str, known: dict[str, int]) -> list[int]:
-    """At every place the longest token."""
+def longest_tokens(text: str, tokens_by_text: dict[str, int]) -> list[int]:
+    """Returns the longest token at each position."""
     tokens = []
     while text:
-        size = next(size for size in range(8, 0, -1) if text[:size] in known)
-        tokens.append(known[text[:size]])
+        size = next(size for size in range(8, 0, -1) if text[:size] in tokens_by_text)
+        tokens.append(tokens_by_text[text[:size]])
         text = text[size:]
     return tokens
 
@@ -67,15 +67,15 @@ ASCII = AsciiVocab()
 PAIRS = PairVocab()
 
 
-MADE: dict[int, Grammars] = {}
-"""For each vocabulary, as its tokenizer need not be made again."""
+# One for each vocabulary, as its tokenizer takes long to build.
+_COMPILERS: dict[int, GrammarCompiler] = {}
 
 
-def grammar(form: Form, vocab: Vocab = ASCII) -> Grammar:
-    """`form` compiled."""
-    return asyncio.run(MADE.setdefault(id(vocab), Grammars(vocab)).compile(form))
+def grammar(spec: GrammarSpec, vocab: Vocab = ASCII) -> Grammar:
+    """Returns the compiled grammar of `spec`."""
+    return asyncio.run(_COMPILERS.setdefault(id(vocab), GrammarCompiler(vocab)).compile(spec))
 
 
 def bytes_of(tokens: Iterable[int], vocab: Vocab = ASCII) -> bytes:
-    """What tokens stand for."""
+    """Returns the bytes of all tokens together."""
     return b"".join(map(vocab.piece, tokens))

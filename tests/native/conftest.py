@@ -1,4 +1,4 @@
-"""The real model. Its absence is an error, not a reason to skip: `make test` downloads it."""
+"""The real model. The tests fail without it: `make test` downloads it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODEL = Path(__file__).parents[2] / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf
 
 @pytest.fixture(scope="session")
 def shared_backend() -> Iterator[LlamaBackend]:
-    """One opened model for all native tests, with unified KV and few cells, so that it is filled quickly."""
+    """One opened model for all native tests, with unified KV and few cells, which are filled quickly."""
     backend = open_gguf(EngineConfig.of(path=MODEL, slots=4, context=1024, rows=256), lambda share: None, lambda: True)
     yield backend
     backend.close()

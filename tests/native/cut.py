@@ -1,4 +1,4 @@
-"""Smaller or slightly different copies of a GGUF, for a draft model that is bad or does not fit."""
+"""Smaller or slightly different copies of a GGUF, for draft models that are poor or do not fit the target."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderField
 
-_OWN = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")
-"""What the writer adds by itself."""
+# Fields that the writer adds.
+_WRITER_FIELDS = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")
 
 
 def cut(source: Path, target: Path, layers: int, respelled: Mapping[int, str] | None = None) -> Path:
-    """Writes the first `layers` layers of a llama model to `target`, with some tokens spelled otherwise."""
+    """Writes the first `layers` layers of a llama model to `target`, with the texts of some tokens replaced."""
     reader = GGUFReader(source)
     writer = GGUFWriter(target, "llama")
     for name, field in reader.fields.items():
-        if name not in _OWN:
+        if name not in _WRITER_FIELDS:
             value = _value(name, field, layers, respelled or {})
             writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
     for tensor in reader.tensors:

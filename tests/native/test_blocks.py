@@ -10,14 +10,14 @@ import pytest
 from llama_cpp import llama_cpp as native
 from numpy.typing import NDArray
 
-from engine.backend import Context, Logits, NativeFault, NoFreeCells, Part, State
+from engine.backend import Context, Logits, NativeFault, NoFreeCells, State, StatePart
 from engine.config import EngineConfig
 from engine.llama import open_gguf, shift
 from engine.llama.context import LlamaContext
 from engine.llama.layout import KvLayout
 from engine.llama.model import LlamaBackend
 from engine.llama.params import context_params
-from engine.llama.shift import FLOATS, close, numbers
+from engine.llama.shift import FLOAT_TYPES, as_floats, equal_keys
 from engine.llama.state import StateFormat
 from tests.native.conftest import MODEL
 from tests.native.test_llama import feed
@@ -36,9 +36,9 @@ class Sample(NamedTuple):
     """A context in which the first tokens were computed once."""
 
     context: LlamaContext
-    blocks: list[Part]
+    blocks: list[StatePart]
     whole: State
-    wanted: Logits
+    expected: Logits
     """The logits of the row after them."""
 
 
@@ -91,11 +91,11 @@ def cut(context: Context, seq: int, start: int, end: int) -> State:
     return state
 
 
-def blocks(context: Context, seq: int) -> list[Part]:
+def blocks(context: Context, seq: int) -> list[StatePart]:
     """All that a sequence has, in blocks."""
     length = context.length(seq)
     spans = [(start, min(length, start + BLOCK_TOKENS)) for start in range(0, length, BLOCK_TOKENS)]
-    return [Part(cut(context, seq, *span), *span) for span in spans]
+    return [StatePart(cut(context, seq, *span), *span) for span in spans]
 
 
 def test_the_properties_of_a_context(sample: Sample) -> None:
@@ -112,15 +112,15 @@ def test_blocks_loaded_elsewhere_give_the_same_logits(sample: Sample) -> None:
     assert context.load(2, sample.blocks)
     assert (context.length(2), context.intact(2, LENGTH)) == (LENGTH, True)
     assert np.array_equal(cut(context, 2, 0, LENGTH), sample.whole)
-    assert np.array_equal(after(context, 2), sample.wanted)
+    assert np.array_equal(after(context, 2), sample.expected)
 
 
 def test_parts_of_blocks_are_appended_to_what_a_sequence_has(sample: Sample) -> None:
     context, (first, second, third) = sample.context, (part.state for part in sample.blocks)
-    assert context.load(1, [Part(first, 0, 16), Part(sample.whole, 16, 20)])
+    assert context.load(1, [StatePart(first, 0, 16), StatePart(sample.whole, 16, 20)])
     assert context.length(1) == 20
-    assert context.load(1, [Part(second, 20, 32), Part(third, 32, LENGTH)])
-    assert np.array_equal(after(context, 1), sample.wanted)
+    assert context.load(1, [StatePart(second, 20, 32), StatePart(third, 32, LENGTH)])
+    assert np.array_equal(after(context, 1), sample.expected)
 
 
 def test_a_copy_has_the_same_logits_and_stays_when_its_source_changes(sample: Sample) -> None:
@@ -128,10 +128,10 @@ def test_a_copy_has_the_same_logits_and_stays_when_its_source_changes(sample: Sa
     assert context.load(0, sample.blocks)
     assert context.copy(0, 1, 30)
     assert context.cut(0, 30)
-    wanted = after(context, 0)
-    assert np.array_equal(after(context, 1), wanted)
+    expected = after(context, 0)
+    assert np.array_equal(after(context, 1), expected)
     assert context.cut(0, 10)
-    assert np.array_equal(after(context, 1), wanted)
+    assert np.array_equal(after(context, 1), expected)
     assert not context.copy(0, 2, 11), "the source has 10 positions"
     assert context.length(2) == 0
     assert context.copy(0, 2, 0)
@@ -143,7 +143,7 @@ def test_rejected_rows_leave_no_trace(sample: Sample) -> None:
     assert context.load(0, sample.blocks)
     feed(context, 0, LENGTH, [5, 6, 7, 8, 9], 0)
     assert context.cut(0, LENGTH)
-    assert np.array_equal(after(context, 0), sample.wanted)
+    assert np.array_equal(after(context, 0), sample.expected)
 
 
 def test_blocks_of_one_layout_load_in_the_other(pair: dict[str, Sample]) -> None:
@@ -152,7 +152,7 @@ def test_blocks_of_one_layout_load_in_the_other(pair: dict[str, Sample]) -> None
         context.clear()
         assert context.load(1, pair[source].blocks)
         assert np.array_equal(cut(context, 1, 0, LENGTH), pair[source].whole)
-        assert np.array_equal(after(context, 1), pair[source].wanted)
+        assert np.array_equal(after(context, 1), pair[source].expected)
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(sample: Sample) -> None:
@@ -162,8 +162,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(sample: Sample) -> Non
     foreign[len(foreign) // 2 :] = 0
     states = second.state, foreign, second.state[:-1], np.zeros(3, np.uint8), np.zeros(1000, np.uint8)
     ends = 33, 32, 32, 32, 32
-    wrong = [[Part(state, 16, end)] for state, end in zip(states, ends, strict=True)]
-    for parts in (*wrong, [second, Part(foreign, 32, LENGTH)], [Part(second.state, 16, context.sequence_cells + 1)]):
+    wrong = [[StatePart(state, 16, end)] for state, end in zip(states, ends, strict=True)]
+    for parts in (
+        *wrong,
+        [second, StatePart(foreign, 32, LENGTH)],
+        [StatePart(second.state, 16, context.sequence_cells + 1)],
+    ):
         assert not context.load(1, parts)
         assert np.array_equal(cut(context, 1, 0, 16), first.state)
 
@@ -194,7 +198,7 @@ def test_a_load_that_the_library_refuses_leaves_what_was_there(sample: Sample, m
     assert not context.load(0, saved[2:])
     assert context.length(0) == 32
     assert context.load(0, saved[2:])
-    assert np.array_equal(after(context, 0), sample.wanted)
+    assert np.array_equal(after(context, 0), sample.expected)
     if not context.unified:
         refuse[:] = [True, True]
         context.cut(0, 32)
@@ -227,14 +231,14 @@ def test_a_shifted_state_is_that_of_tokens_computed_there(sample: Sample) -> Non
     assert moved is not None
     feed(context, 1, by, TOKENS[:LENGTH], 0)
     computed = cut(context, 1, by, by + LENGTH)
-    before, ours, wanted = (data_of(context, state) for state in (whole, moved, computed))
+    before, ours, expected = (data_of(context, state) for state in (whole, moved, computed))
     assert np.array_equal(ours[1], before[1]), "values are not rotated"
     kind = form_of(context).key_type
-    assert close(ours[0][:1], wanted[0][:1], kind)
-    if kind in FLOATS:
-        left, right = (numbers(data[0], kind).ravel() for data in (ours, wanted))
+    assert equal_keys(ours[0][:1], expected[0][:1], kind)
+    if kind in FLOAT_TYPES:
+        left, right = (as_floats(data[0], kind).ravel() for data in (ours, expected))
         assert np.corrcoef(left, right)[0, 1] > 0.999
-        assert not close(before[0][:1], wanted[0][:1], kind), "the keys were other ones before"
+        assert not equal_keys(before[0][:1], expected[0][:1], kind), "the shift changes the keys"
     assert np.array_equal(cut(context, 0, 0, LENGTH), whole), "no sequence changes"
 
 
@@ -247,7 +251,7 @@ def test_a_part_of_a_state_is_shifted_back(sample: Sample) -> None:
     kept = form_of(context).cut(cells, 10, 40)
     assert back is not None
     assert kept is not None
-    assert close(data_of(context, back)[0], data_of(context, kept)[0], form_of(context).key_type)
+    assert equal_keys(data_of(context, back)[0], data_of(context, kept)[0], form_of(context).key_type)
     assert context.shift(whole, 0, LENGTH, -1) is None, "a position would be negative"
     assert context.shift(whole, 0, LENGTH + 1, 1) is None, "the state has fewer positions"
 

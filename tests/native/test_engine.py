@@ -1,4 +1,4 @@
-"""The whole engine on the real model: threads, sharing, cancelling, and text that does not depend on company."""
+"""The whole engine on the real model: threads, sharing, cancellation, and independent outputs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def chat(engine: Engine, text: str) -> tuple[int, ...]:
 
 
 async def collect(engine: Engine, request: Request) -> tuple[list[int], str, list[Logprob], Finished]:
-    """All of a generation."""
+    """All tokens, the text, the log probabilities and the end of a generation."""
     ids: list[int] = []
     logprobs: list[Logprob] = []
     text = ""
@@ -59,7 +59,7 @@ async def collect(engine: Engine, request: Request) -> tuple[list[int], str, lis
     raise AssertionError("no terminal update")
 
 
-async def test_greedy_text_makes_sense_and_counts_are_right(engine: Engine) -> None:
+async def test_greedy_output_and_usage(engine: Engine) -> None:
     prompt = tuple(engine.vocab.tokenize("The capital of France is", special=True))
     request = Request(prompt=prompt, max_tokens=8, sampling=SamplingParams(temperature=0))
     ids, text, _, end = await collect(engine, request)
@@ -70,14 +70,14 @@ async def test_greedy_text_makes_sense_and_counts_are_right(engine: Engine) -> N
     assert b"".join(map(engine.vocab.piece, ids)).decode() == text
 
 
-async def test_many_at_once_each_get_their_own_text(engine: Engine) -> None:
+async def test_concurrent_requests_get_their_own_outputs(engine: Engine) -> None:
     capitals = {"France": "Paris", "Italy": "Rome", "Germany": "Berlin", "Japan": "Tokyo"}
 
-    async def answer(country: str) -> str:
+    async def complete(country: str) -> str:
         prompt = tuple(engine.vocab.tokenize(f"The capital of {country} is", special=True))
         return (await collect(engine, Request(prompt=prompt, max_tokens=12, sampling=SamplingParams(temperature=0))))[1]
 
-    texts = await asyncio.gather(*map(answer, capitals))
+    texts = await asyncio.gather(*map(complete, capitals))
     for text, capital in zip(texts, capitals.values(), strict=True):
         assert capital in text
 
@@ -87,10 +87,10 @@ async def test_seed_gives_the_same_tokens_again(engine: Engine) -> None:
     first, again = await collect(engine, request), await collect(engine, request)
     assert first[3].seed == 11
     assert again[3].usage.cached == len(request.prompt) - 2, "two rows are computed again"
-    assert first[0][:3] == again[0][:3], "equal up to the model's rounding, which early tokens withstand"
+    assert first[0][:3] == again[0][:3], "equal up to rounding, which does not change early tokens"
 
 
-async def test_stop_string_ends_early_and_never_shows(engine: Engine) -> None:
+async def test_a_stop_string_ends_the_output_and_is_not_part_of_it(engine: Engine) -> None:
     prompt = tuple(engine.vocab.tokenize("1, 2, 3, 4,", special=True))
     request = Request(prompt=prompt, max_tokens=200, stop=(" 8",), sampling=SamplingParams(temperature=0))
     ids, text, _, end = await collect(engine, request)
@@ -121,7 +121,7 @@ async def test_refused_before_it_is_submitted(engine: Engine) -> None:
     assert (caught.value.prompt_tokens, caught.value.limit) == (2048, 2048)
 
 
-async def test_leaving_frees_the_slot_and_the_queue_is_bounded(engine: Engine) -> None:
+async def test_cancelling_frees_the_slot_and_the_queue_is_bounded(engine: Engine) -> None:
     request = Request(prompt=chat(engine, "Count."), ignore_eos=True)
     generations = [engine.generate(request) for _ in range(6)]
     for generation in generations:
@@ -138,15 +138,15 @@ async def test_leaving_frees_the_slot_and_the_queue_is_bounded(engine: Engine) -
     assert stats.requests_finished["cancelled"] == 6
 
 
-async def test_the_context_ends_a_text() -> None:
+async def test_the_context_length_ends_an_output() -> None:
     request = Request(prompt=(5,) * 248, ignore_eos=True, sampling=SamplingParams(temperature=0))
     async with Engine.open(EngineConfig.of(path=MODEL, slots=2, context=100)) as engine:
-        assert engine.request_limit == 256, "cells come by the 256"
+        assert engine.request_limit == 256, "cells are padded to multiples of 256"
         ids, _, _, end = await collect(engine, request)
     assert (len(ids), end.reason) == (8, FinishReason.LENGTH)
 
 
-async def test_drain_ends_what_runs(engine: Engine) -> None:
+async def test_drain_ends_running_requests(engine: Engine) -> None:
     async with engine.generate(Request(prompt=(5, 6), ignore_eos=True)) as generation:
         await anext(generation)
         await engine.drain(0.05)
@@ -157,13 +157,13 @@ async def test_drain_ends_what_runs(engine: Engine) -> None:
                 pass
 
 
-async def test_a_missing_model_is_told(tmp_path: Path) -> None:
+async def test_a_missing_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot read"):
         async with Engine.open(EngineConfig.of(path=tmp_path / "none.gguf")):
             raise AssertionError("never opened")
 
 
-async def test_leaving_while_it_loads_does_not_hang() -> None:
+async def test_cancelling_a_load_does_not_hang() -> None:
     opened = Engine.open(CONFIG)
     task = asyncio.ensure_future(opened.__aenter__())
     await asyncio.sleep(0.05)

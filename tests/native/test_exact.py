@@ -10,7 +10,7 @@ import asyncio
 
 import pytest
 
-from bench.exactness import ALONE, Outcome, Series, Way, config, in_way, request_of
+from bench.exactness import ALONE, Series, Way, WayResult, config, in_way, request_of
 from engine import Engine, Finished, Tokens
 from engine.engine import open_vocabulary
 from tests.native.conftest import MODEL
@@ -39,7 +39,7 @@ def series() -> Series:
     return made
 
 
-async def equal_outputs(series: Series, way: Way) -> Outcome:
+async def equal_outputs(series: Series, way: Way) -> WayResult:
     """The outcome of `way`, in which every request has the output that it has alone."""
     outcome = await series.run(way)
     assert outcome.differing == {}
@@ -64,14 +64,14 @@ async def test_chunked_prefill(series: Series) -> None:
 
 async def test_a_prefix_that_is_found_instead_of_computed(series: Series) -> None:
     outcome = await equal_outputs(series, Way("twice", times=2))
-    assert outcome.cached >= sum(len(asked.prompt) - 1 for asked in series.requests)
+    assert outcome.cached >= sum(len(request.prompt) - 1 for request in series.requests)
 
 
 async def test_log_probabilities_of_a_consumer_that_waits_for_the_end(series: Series) -> None:
     way = Way("at the end", types=("prediction",))
-    asked = in_way(way, series.requests, series.reference)[0]
+    request = in_way(way, series.requests, series.reference)[0]
     opened = Engine.open(config(way, MODEL, None, deterministic=True))
-    async with opened as engine, engine.generate(asked) as updates:
+    async with opened as engine, engine.generate(request) as updates:
         await engine.drain(60.0)
         output, end = [update async for update in updates]
     assert isinstance(output, Tokens)

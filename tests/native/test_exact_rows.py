@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from engine.backend import Context, Logits, Part
+from engine.backend import Context, Logits, StatePart
 from engine.config import EngineConfig
 from engine.llama import open_gguf
 from tests.native.conftest import MODEL
@@ -37,20 +37,20 @@ def context(opened: Context) -> Context:
 
 
 @pytest.fixture(scope="module")
-def wanted(opened: Context) -> Logits:
+def expected(opened: Context) -> Logits:
     """The logits of the last four rows, each computed alone after one prefill."""
     opened.clear()
     feed(opened, 0, 0, TOKENS[: LENGTH - 4], 0)
     return np.concatenate([feed(opened, 0, at, TOKENS[at : at + 1]) for at in range(LENGTH - 4, LENGTH)])
 
 
-def test_in_any_chunks_and_with_several_rows_at_once(context: Context, wanted: Logits) -> None:
+def test_in_any_chunks_and_with_several_rows_at_once(context: Context, expected: Logits) -> None:
     for at, count in ((0, 7), (7, 1), (8, 70), (78, 8)):
         feed(context, 1, at, TOKENS[at : at + count], 0)
-    assert np.array_equal(feed(context, 1, LENGTH - 4, TOKENS[LENGTH - 4 : LENGTH], 4), wanted)
+    assert np.array_equal(feed(context, 1, LENGTH - 4, TOKENS[LENGTH - 4 : LENGTH], 4), expected)
 
 
-def test_beside_ragged_sequences(context: Context, wanted: Logits) -> None:
+def test_with_ragged_sequences(context: Context, expected: Logits) -> None:
     context.batch.clear()
     for seq, count in ((0, 30), (1, 3), (2, LENGTH - 4), (3, 1)):
         context.batch.add(seq, 0, TOKENS[:count] if seq == 2 else TOKENS[100 : 100 + count], 0)
@@ -61,10 +61,10 @@ def test_beside_ragged_sequences(context: Context, wanted: Logits) -> None:
         context.batch.add(1, context.length(1), [6], 0)
         row = context.batch.add(2, at, TOKENS[at : at + 2], 2)
         rows = context.decode()[row : row + 2]
-        assert np.array_equal(rows, wanted[at - LENGTH + 4 : at - LENGTH + 6])
+        assert np.array_equal(rows, expected[at - LENGTH + 4 : at - LENGTH + 6])
 
 
-def test_after_a_copy_a_rollback_and_a_load(context: Context, wanted: Logits) -> None:
+def test_after_a_copy_a_rollback_and_a_load(context: Context, expected: Logits) -> None:
     feed(context, 0, 0, [*TOKENS[:40], 5, 6, 7], 0)
     assert context.cut(0, 40)
     feed(context, 0, 40, TOKENS[40:80], 0)
@@ -73,6 +73,6 @@ def test_after_a_copy_a_rollback_and_a_load(context: Context, wanted: Logits) ->
     assert snapshot is not None
     state = snapshot.cut(32, 80)
     assert state is not None
-    assert context.load(3, [Part(state, 60, 80)])
+    assert context.load(3, [StatePart(state, 60, 80)])
     feed(context, 3, 80, TOKENS[80 : LENGTH - 4], 0)
-    assert np.array_equal(feed(context, 3, LENGTH - 4, TOKENS[LENGTH - 4 : LENGTH], 4), wanted)
+    assert np.array_equal(feed(context, 3, LENGTH - 4, TOKENS[LENGTH - 4 : LENGTH], 4), expected)

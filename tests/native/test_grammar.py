@@ -1,4 +1,4 @@
-"""Grammars on the real model: its texts are of their form, with and without guesses, and its tokens are all known."""
+"""Grammars on the real model: outputs match their spec, with and without drafts, and every token is known."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from engine import (
     EngineConfig,
     Finished,
     FinishReason,
-    Form,
     Gbnf,
+    GrammarSpec,
     JsonObject,
     JsonSchema,
     Lark,
@@ -29,10 +29,10 @@ from engine import (
     SamplingParams,
     Speculation,
 )
-from engine.grammar.bridge import tokenizer
+from engine.grammar.tokenizer import build_tokenizer
 from engine.llama.model import LlamaBackend
 from tests.native.conftest import MODEL
-from tests.native.test_proposers import EXACT, read
+from tests.native.test_proposers import EXACT, generate
 
 CITY: dict[str, Any] = {
     "type": "object",
@@ -49,7 +49,7 @@ CITY: dict[str, Any] = {
 }
 SCHEMA = JsonSchema(json.dumps(CITY).encode())
 PROMPT = "<|im_start|>user\nDescribe a city as JSON.<|im_end|>\n<|im_start|>assistant\n"
-NOBODY = Speculation()
+NO_SPECULATION = Speculation()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -62,12 +62,12 @@ async def engine() -> AsyncIterator[Engine]:
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-async def asked(engine: Engine, form: Form, temperature: float, seed: int = 1, **options: Any) -> Request:
+async def request_of(engine: Engine, spec: GrammarSpec, temperature: float, seed: int = 1, **options: Any) -> Request:
     return Request(
         prompt=tuple(engine.vocab.tokenize(PROMPT, special=True)),
         max_tokens=options.pop("max_tokens", 200),
         sampling=SamplingParams(temperature=temperature, seed=seed),
-        grammar=await engine.compile(form),
+        grammar=await engine.compile(spec),
         **options,
     )
 
@@ -76,28 +76,28 @@ def text_of(engine: Engine, ids: list[int]) -> str:
     return b"".join(map(engine.vocab.piece, ids)).decode()
 
 
-async def test_the_bridge_has_every_token(shared_backend: LlamaBackend) -> None:
+async def test_the_tokenizer_has_every_token(shared_backend: LlamaBackend) -> None:
     vocab = shared_backend.vocab
-    known = tokenizer(vocab)
-    assert known.vocab_size == vocab.size
+    tokenizer = build_tokenizer(vocab)
+    assert tokenizer.vocab_size == vocab.size
     (start,) = vocab.tokenize("<|im_start|>", special=True)
-    assert known.is_special_token(start)
+    assert tokenizer.is_special_token(start)
     assert start in vocab.special
     for token in range(0, vocab.size, 7):
         if token not in vocab.special:
-            assert known.decode_bytes([token]) == vocab.piece(token)
+            assert tokenizer.decode_bytes([token]) == vocab.piece(token)
     text = 'Zoë says {"name": "naïve 世界 🙂", "n": 12}\n'
-    assert known.tokenize_str(text) == vocab.tokenize(text, special=False)
+    assert tokenizer.tokenize_str(text) == vocab.tokenize(text, special=False)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-async def test_a_schema_is_kept_and_guesses_leave_the_text_alone(engine: Engine, temperature: float) -> None:
+async def test_outputs_match_a_schema_and_drafts_do_not_change_them(engine: Engine, temperature: float) -> None:
     validator = jsonschema_rs.validator_for(CITY)
-    requests = [await asked(engine, SCHEMA, temperature, seed) for seed in range(2)]
-    plain = [await read(engine, structs.replace(each, speculation=NOBODY)) for each in requests]
-    both = await asyncio.gather(*(read(engine, each) for each in requests))
+    requests = [await request_of(engine, SCHEMA, temperature, seed) for seed in range(2)]
+    plain = [await generate(engine, structs.replace(each, speculation=NO_SPECULATION)) for each in requests]
+    both = await asyncio.gather(*(generate(engine, each) for each in requests))
     fixed = Speculation(type=("grammar",), order="fixed")
-    forced = await asyncio.gather(*(read(engine, structs.replace(each, speculation=fixed)) for each in requests))
+    forced = await asyncio.gather(*(generate(engine, structs.replace(each, speculation=fixed)) for each in requests))
     assert [ids for ids, _ in plain] == [ids for ids, _ in both] == [ids for ids, _ in forced]
     for ids, end in plain:
         assert end.reason is FinishReason.STOP
@@ -108,7 +108,7 @@ async def test_a_schema_is_kept_and_guesses_leave_the_text_alone(engine: Engine,
 
 
 @pytest.mark.parametrize(
-    ("form", "pattern"),
+    ("spec", "pattern"),
     [
         (Regex(r"\d{3}-[a-f]{4}"), r"\d{3}-[a-f]{4}"),
         (Gbnf('root ::= "yes" | "no" (" " [a-z]{2,8}){2}'), r"yes|no( [a-z]{2,8}){2}"),
@@ -116,29 +116,29 @@ async def test_a_schema_is_kept_and_guesses_leave_the_text_alone(engine: Engine,
     ],
     ids=lambda value: type(value).__name__,
 )
-async def test_other_forms(engine: Engine, form: Form, pattern: str) -> None:
-    ids, end = await read(engine, await asked(engine, form, 1.0))
+async def test_other_specs(engine: Engine, spec: GrammarSpec, pattern: str) -> None:
+    ids, end = await generate(engine, await request_of(engine, spec, 1.0))
     assert end.reason is FinishReason.STOP
     assert re.fullmatch(pattern, text_of(engine, ids))
 
 
-async def test_json_that_is_cut_short_is_a_beginning(engine: Engine) -> None:
-    ids, end = await read(engine, await asked(engine, JsonObject(), 0.0, max_tokens=5))
+async def test_json_cut_by_max_tokens_is_a_prefix(engine: Engine) -> None:
+    ids, end = await generate(engine, await request_of(engine, JsonObject(), 0.0, max_tokens=5))
     assert end.reason is FinishReason.LENGTH
     assert text_of(engine, ids).startswith("{")
 
 
-async def test_it_ends_where_the_model_wants_to(engine: Engine) -> None:
-    ids, end = await read(engine, await asked(engine, Regex(r"(.|\n)*"), 0.0))
-    free, stop = await read(engine, structs.replace(await asked(engine, Regex("x"), 0.0), grammar=None))
-    assert (ids, end.stop) == (free, stop.stop), "a grammar that permits all changes nothing"
+async def test_a_grammar_that_permits_all_changes_nothing(engine: Engine) -> None:
+    ids, end = await generate(engine, await request_of(engine, Regex(r"(.|\n)*"), 0.0))
+    free, stop = await generate(engine, structs.replace(await request_of(engine, Regex("x"), 0.0), grammar=None))
+    assert (ids, end.stop) == (free, stop.stop), "equal tokens and stop"
 
 
 async def test_refusals(engine: Engine) -> None:
     with pytest.raises(RequestRefused) as refusal:
         await engine.compile(JsonSchema(b'{"properties": {"a": {"uniqueItems": true, "type": "array"}}}'))
     assert refusal.value.field == "/properties/a/uniqueItems"
-    other = structs.replace(await asked(engine, Regex("x"), 0.0))
+    other = structs.replace(await request_of(engine, Regex("x"), 0.0))
     assert other.grammar is not None
     other.grammar.size += 1
     with pytest.raises(RequestRefused, match="another model"):
@@ -146,11 +146,11 @@ async def test_refusals(engine: Engine) -> None:
     other.grammar.size -= 1
 
 
-async def test_a_request_that_is_left_while_it_compiles_is_nobodys(engine: Engine) -> None:
+async def test_a_request_cancelled_while_it_compiles(engine: Engine) -> None:
     task = asyncio.create_task(engine.compile(Regex("[a-z]{1,200}")))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    _, end = await read(engine, await asked(engine, Regex("[a-z]{1,20}"), 0.5))
+    _, end = await generate(engine, await request_of(engine, Regex("[a-z]{1,20}"), 0.5))
     assert isinstance(end, Finished)

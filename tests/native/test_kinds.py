@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.backend import Logits, Part
+from engine.backend import Logits, StatePart
 from engine.config import EngineConfig
 from engine.contract import ModelError
 from engine.llama import open_gguf
 from engine.llama.context import LlamaContext
 from engine.llama.model import LlamaBackend
-from engine.llama.state import StateFormat, UnknownLayout
+from engine.llama.state import StateFormat, UnknownStateFormat
 from tests.native import tiny
 from tests.native.test_llama import close, feed
 
@@ -79,14 +79,14 @@ def test_whole_states_and_copies_of_a_model_whose_states_are_not_cut(opened: Ope
     assert state is not None
     assert context.copy(0, 1, 50), "which copies all positions"
     assert context.length(1) == 100
-    wanted = go_on(context, 0)
-    assert np.array_equal(go_on(context, 1), wanted)
+    expected = go_on(context, 0)
+    assert np.array_equal(go_on(context, 1), expected)
     assert context.cut(0, 0)
-    assert not context.load(0, [Part(state[:-1], 0, 100)])
-    assert not context.load(0, [Part(state, 0, 99)])
+    assert not context.load(0, [StatePart(state[:-1], 0, 100)])
+    assert not context.load(0, [StatePart(state, 0, 99)])
     assert context.length(0) == 0
-    assert context.load(2, [Part(state, 0, 100)])
-    assert np.array_equal(go_on(context, 2), wanted)
+    assert context.load(2, [StatePart(state, 0, 100)])
+    assert np.array_equal(go_on(context, 2), expected)
 
 
 @pytest.mark.parametrize("flash", ["off", "on"])
@@ -101,13 +101,13 @@ def test_the_library_cuts_states_of_a_sliding_window(opened: Open, flash: str) -
     assert snapshot.cut(0, WINDOW + 1) is None, "more than the window"
     spans = [(start, min(200, start + WINDOW)) for start in range(0, 200, WINDOW)]
     states = [snapshot.cut(*span) for span in spans]
-    wanted = go_on(context, 0)
-    parts = [Part(state, *span) for span, state in zip(spans, states, strict=True) if state is not None]
+    expected = go_on(context, 0)
+    parts = [StatePart(state, *span) for span, state in zip(spans, states, strict=True) if state is not None]
     context.clear()
-    assert not context.load(1, [*parts[:2], Part(parts[3].state, 64, 96)]), "the last state is of other positions"
+    assert not context.load(1, [*parts[:2], StatePart(parts[3].state, 64, 96)]), "the last state is of other positions"
     assert context.length(1) == 0
     assert context.load(1, parts)
-    assert np.array_equal(go_on(context, 1), wanted)
+    assert np.array_equal(go_on(context, 1), expected)
     assert context.cut(1, 150)
     assert context.intact(1, 150)
     assert context.copy(1, 2, 150)
@@ -118,7 +118,7 @@ def test_a_format_that_is_not_proven_is_not_used(
     opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def unknown(state: object) -> StateFormat:
-        raise UnknownLayout("another version")
+        raise UnknownStateFormat("another version")
 
     monkeypatch.setattr(StateFormat, "of", unknown)
     with caplog.at_level(logging.WARNING, "paceline.native"):
@@ -131,10 +131,10 @@ def test_a_format_that_is_not_proven_is_not_used(
         assert snapshot is not None
         spans = [(0, 25), (25, 60)] if context.unified else [(0, 60)]
         saved = [(snapshot.cut(*span), *span) for span in spans]
-        wanted = go_on(context, 0)
+        expected = go_on(context, 0)
         context.clear()
-        assert context.load(1, [Part(state, *span) for state, *span in saved if state is not None])
-        assert np.array_equal(go_on(context, 1), wanted)
+        assert context.load(1, [StatePart(state, *span) for state, *span in saved if state is not None])
+        assert np.array_equal(go_on(context, 1), expected)
 
 
 def test_cells_out_of_order_are_saved_in_order(opened: Open) -> None:
@@ -150,13 +150,13 @@ def test_cells_out_of_order_are_saved_in_order(opened: Open) -> None:
     assert context._format is not None
     assert context._format.cells(native).view.cells["pos"].tolist() != list(range(60))
     halves = [(snapshot.cut(0, 30), 0, 30), (snapshot.cut(30, 60), 30, 60)]
-    wanted = go_on(context, 1)
+    expected = go_on(context, 1)
     context.clear()
-    assert context.load(2, [Part(state, start, end) for state, start, end in halves if state is not None])
+    assert context.load(2, [StatePart(state, start, end) for state, start, end in halves if state is not None])
     again = context.get_state(2)
     assert again is not None
     assert context._format.cells(again).view.cells["pos"].tolist() == list(range(60))
-    assert close(go_on(context, 2).ravel(), wanted.ravel())
+    assert close(go_on(context, 2).ravel(), expected.ravel())
 
 
 def test_each_kind_has_its_layout_and_its_reason(opened: Open) -> None:

@@ -1,4 +1,4 @@
-"""The choice between per-slot and unified KV: how many cells each slot gets, and the reason that is logged."""
+"""The choice between per-slot and unified KV: the cells of each slot, and the logged reason."""
 
 from __future__ import annotations
 
@@ -11,50 +11,52 @@ from engine.config import EngineConfig
 from engine.contract import ModelError
 from engine.llama import layout, open_gguf
 from engine.llama.exact import NotExact, exact_config
-from engine.llama.layout import Wanted, choose
+from engine.llama.layout import LayoutInputs, choose_layout
 from engine.llama.params import context_params, sequences_for
 from tests.native.conftest import MODEL
 
 
-def wanted(unified: bool | None = None, slots: int = 4, cells: int = 0, trained: int = 8192, **rest: Any) -> Wanted:
-    return Wanted(unified, slots, cells, trained, **({"room": 10**6} | rest))
+def inputs(
+    unified: bool | None = None, slots: int = 4, cells: int = 0, trained: int = 8192, **rest: Any
+) -> LayoutInputs:
+    return LayoutInputs(unified, slots, cells, trained, **({"room": 10**6} | rest))
 
 
 @pytest.mark.parametrize(
     ("given", "unified", "cells", "reason"),
     [
         # -c is given.
-        (wanted(cells=4096), False, 4096, "-c 4096 gives each of 4 slots 1024 tokens"),
-        (wanted(cells=4095), True, 4095, "-c 4095 leaves 1023 tokens for each of 4 slots, less than 1024"),
-        (wanted(cells=4100), False, 5120, "-c 4100 gives each of 4 slots 1025 tokens"),
-        (wanted(cells=2048, trained=512), False, 2048, "-c 2048 gives each of 4 slots 512 tokens"),
-        (wanted(cells=2040, trained=512), True, 2040, "leaves 510 tokens for each of 4 slots, less than 512"),
+        (inputs(cells=4096), False, 4096, "-c 4096 gives each of 4 slots 1024 tokens"),
+        (inputs(cells=4095), True, 4095, "-c 4095 leaves 1023 tokens for each of 4 slots, less than 1024"),
+        (inputs(cells=4100), False, 5120, "-c 4100 gives each of 4 slots 1025 tokens"),
+        (inputs(cells=2048, trained=512), False, 2048, "-c 2048 gives each of 4 slots 512 tokens"),
+        (inputs(cells=2040, trained=512), True, 2040, "leaves 510 tokens for each of 4 slots, less than 512"),
         # Without -c: the training context, at most 8,192 and a quarter of the free memory.
-        (wanted(), False, 4 * 8192, "the training context gives each of 4 slots 8192 tokens"),
-        (wanted(trained=131072), False, 4 * 8192, "the default of 8192 gives each of 4 slots 8192 tokens"),
-        (wanted(room=4 * 3000), False, 4 * 2816, "a quarter of the free memory gives each of 4 slots 2816 tokens"),
-        (wanted(room=4 * 1000), True, 3840, "a quarter of the free memory leaves 768 tokens for each of 4 slots"),
-        (wanted(trained=600), False, 4 * 768, "the training context gives each of 4 slots 600 tokens"),
+        (inputs(), False, 4 * 8192, "the training context gives each of 4 slots 8192 tokens"),
+        (inputs(trained=131072), False, 4 * 8192, "the default of 8192 gives each of 4 slots 8192 tokens"),
+        (inputs(room=4 * 3000), False, 4 * 2816, "a quarter of the free memory gives each of 4 slots 2816 tokens"),
+        (inputs(room=4 * 1000), True, 3840, "a quarter of the free memory leaves 768 tokens for each of 4 slots"),
+        (inputs(trained=600), False, 4 * 768, "the training context gives each of 4 slots 600 tokens"),
         # --fit found the cells, which must not be exceeded.
-        (wanted(cells=9999, fitted=True), False, 4 * 2304, "--fit with 9999 cells gives each of 4 slots 2304 tokens"),
-        (wanted(cells=4000, fitted=True), True, 4000, "--fit with 4000 cells leaves 768 tokens"),
+        (inputs(cells=9999, fitted=True), False, 4 * 2304, "--fit with 9999 cells gives each of 4 slots 2304 tokens"),
+        (inputs(cells=4000, fitted=True), True, 4000, "--fit with 4000 cells leaves 768 tokens"),
         # A flag is given.
-        (wanted(True, cells=65536), True, 65536, "--kv-unified"),
-        (wanted(True), True, 8192, "--kv-unified"),
-        (wanted(False, cells=1000), False, 4 * 256, "--no-kv-unified"),
-        (wanted(False, room=0), False, 4 * 256, "--no-kv-unified"),
+        (inputs(True, cells=65536), True, 65536, "--kv-unified"),
+        (inputs(True), True, 8192, "--kv-unified"),
+        (inputs(False, cells=1000), False, 4 * 256, "--no-kv-unified"),
+        (inputs(False, room=0), False, 4 * 256, "--no-kv-unified"),
         # Models whose states cannot be cut with per-slot KV.
         (
-            wanted(cells=65536, kind="sliding-window"),
+            inputs(cells=65536, kind="sliding-window"),
             True,
             65536,
             "sliding-window models have unified KV; --no-kv-unified",
         ),
-        (wanted(False, cells=65536, kind="hybrid"), False, 65536, "--no-kv-unified"),
+        (inputs(False, cells=65536, kind="hybrid"), False, 65536, "--no-kv-unified"),
     ],
 )
-def test_per_slot_kv_where_each_slot_gets_enough(given: Wanted, unified: bool, cells: int, reason: str) -> None:
-    found = choose(given)
+def test_per_slot_kv_where_each_slot_gets_enough(given: LayoutInputs, unified: bool, cells: int, reason: str) -> None:
+    found = choose_layout(given)
     assert (found.unified, found.cells) == (unified, cells)
     assert reason in found.reason
     assert "kv-unified" in found.reason, "the flag that changes it is named"
@@ -62,8 +64,8 @@ def test_per_slot_kv_where_each_slot_gets_enough(given: Wanted, unified: bool, c
 
 def test_parameters_follow_the_layout() -> None:
     config = EngineConfig.of(path="m.gguf", slots=5, rows=64)
-    for given, cells, sequences in ((wanted(True, cells=1000), 1024, 27), (wanted(False, 5, 1000), 1280, 5)):
-        params = context_params(config.model, config.batch, choose(given), 1, 8, False)
+    for given, cells, sequences in ((inputs(True, cells=1000), 1024, 27), (inputs(False, 5, 1000), 1280, 5)):
+        params = context_params(config.model, config.batch, choose_layout(given), 1, 8, False)
         assert (params.kv_unified, params.n_ctx, params.n_seq_max) == (given.unified, cells, sequences)
         assert params.n_outputs_max <= params.n_batch == 64
     assert sequences_for(200, True) == 256
@@ -73,10 +75,10 @@ def test_parameters_follow_the_layout() -> None:
 def test_a_draft_model_gets_as_many_tokens_per_slot_as_the_target() -> None:
     for unified, expected in ((None, None), (True, None), (False, False)):
         config = EngineConfig.of(path="m.gguf", slots=4, kv_unified=unified, draft={"path": "d.gguf"})
-        draft = config.of_draft(4 * 2048)
+        draft = config.for_draft_model(4 * 2048)
         assert draft.model.kv_unified is expected
-        given = Wanted(draft.model.kv_unified, draft.batch.slots, draft.batch.context, 32768)
-        assert choose(given)[:2] == (False, 4 * 2048)
+        given = LayoutInputs(draft.model.kv_unified, draft.batch.slots, draft.batch.context, 32768)
+        assert choose_layout(given)[:2] == (False, 4 * 2048)
 
 
 def test_little_free_memory_makes_fewer_cells(

@@ -1,4 +1,4 @@
-"""The native layer on SmolLM2: what the engine relies on, and calls that must not reach the library."""
+"""The native layer on SmolLM2: the behaviour that the engine depends on, and calls that must not reach the library."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.backend import Aborted, Context, Logits, NativeFault, NoFreeCells, Part
+from engine.backend import Aborted, Context, Logits, NativeFault, NoFreeCells, StatePart
 from engine.config import EngineConfig
 from engine.contract import EngineFault, ModelError
 from engine.llama import library, open_gguf, open_vocabulary
 from engine.llama.model import LlamaBackend
-from engine.llama.params import SCORES_BYTES, settled
+from engine.llama.params import MAX_SCORES_BYTES, resolve_flash_attention
 from tests.native.conftest import MODEL
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then the dog"
@@ -29,7 +29,7 @@ def feed(context: Context, seq: int, start: int, tokens: list[int], outputs: int
 
 
 def close(left: Logits, right: Logits) -> bool:
-    """True if the logits are equal but for what another shape of the batch may change."""
+    """Returns True if the logits are equal up to the effects of the batch's shape."""
     return bool(np.corrcoef(left, right)[0, 1] > 0.999)
 
 
@@ -99,12 +99,12 @@ def test_rows_in_one_batch_equal_rows_alone(backend: LlamaBackend) -> None:
     ]
     together = context.decode()
     assert firsts == [0, 1, 2]
-    for row, wanted in zip(together, alone, strict=True):
-        assert close(row, wanted)
-        assert row.argmax() == wanted.argmax()
+    for row, expected in zip(together, alone, strict=True):
+        assert close(row, expected)
+        assert row.argmax() == expected.argmax()
 
 
-def test_only_rows_that_ask_have_logits_in_their_order(backend: LlamaBackend) -> None:
+def test_only_output_rows_have_logits_in_their_order(backend: LlamaBackend) -> None:
     context, ids = backend.context, backend.vocab.tokenize(PROMPT, special=True)
     every = feed(context, 0, 0, ids, len(ids))
     assert every.shape == (len(ids), 49152)
@@ -117,12 +117,12 @@ def test_only_rows_that_ask_have_logits_in_their_order(backend: LlamaBackend) ->
 
 def test_cutting_and_sharing(backend: LlamaBackend) -> None:
     context, ids = backend.context, backend.vocab.tokenize(PROMPT, special=True)
-    wanted = feed(context, 0, 0, ids)[0]
+    expected = feed(context, 0, 0, ids)[0]
     assert context.length(0) == len(ids)
     assert context.copy(0, 3, 5)
     assert context.cut(0, 2)
     assert (context.length(0), context.length(3)) == (2, 5), "the copy keeps its cells when the source is cut"
-    assert close(feed(context, 3, 5, ids[5:])[0], wanted)
+    assert close(feed(context, 3, 5, ids[5:])[0], expected)
     assert context.cut(3, 0)
     assert context.length(3) == 0
     assert not context.copy(0, 3, 5), "positions that were dropped cannot be shared"
@@ -131,11 +131,11 @@ def test_cutting_and_sharing(backend: LlamaBackend) -> None:
 
 def test_rejected_rows_leave_no_trace(backend: LlamaBackend) -> None:
     context, ids = backend.context, backend.vocab.tokenize(PROMPT, special=True)
-    wanted = feed(context, 0, 0, ids)[0]
+    expected = feed(context, 0, 0, ids)[0]
     context.cut(0, 0)
     feed(context, 0, 0, [*ids[:6], 5, 6, 7], 1)
     assert context.cut(0, 6)
-    assert close(feed(context, 0, 6, ids[6:])[0], wanted)
+    assert close(feed(context, 0, 6, ids[6:])[0], expected)
 
 
 def test_a_full_context_raises_and_changes_nothing(backend: LlamaBackend) -> None:
@@ -144,7 +144,7 @@ def test_a_full_context_raises_and_changes_nothing(backend: LlamaBackend) -> Non
     snapshot = context.save(0)
     state = snapshot.cut(0, 256) if snapshot is not None else None
     assert state is not None
-    assert all(context.load(seq, [Part(state, 0, 256)]) for seq in (1, 2, 3))
+    assert all(context.load(seq, [StatePart(state, 0, 256)]) for seq in (1, 2, 3))
     with pytest.raises(NoFreeCells):
         feed(context, 4, 0, [5])
     assert [context.length(seq) for seq in range(5)] == [256] * 4 + [0]
@@ -161,7 +161,7 @@ def test_a_gap_or_a_repeated_position_is_a_fault(backend: LlamaBackend, start: i
     assert context.length(0) == 3
 
 
-def test_what_would_end_the_process_is_refused_before(backend: LlamaBackend) -> None:
+def test_calls_that_end_the_process_are_refused(backend: LlamaBackend) -> None:
     context = backend.context
     with pytest.raises(NativeFault, match="0 rows"):
         context.decode()
@@ -181,7 +181,7 @@ def test_what_would_end_the_process_is_refused_before(backend: LlamaBackend) -> 
     with pytest.raises(NativeFault):
         feed(context, context.sequences + 1, 0, [5])
     context.batch.clear()
-    assert feed(context, 0, 0, [5]).shape == (1, 49152), "and afterwards it still works"
+    assert feed(context, 0, 0, [5]).shape == (1, 49152), "the context still works"
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_loading_reports_and_can_be_stopped() -> None:
     assert len(shares) < 10
 
 
-@pytest.mark.skipif(bool(library.accelerator()), reason="a GPU ends what it began")
+@pytest.mark.skipif(bool(library.gpu_name()), reason="a GPU does not stop a running decode")
 def test_a_running_decode_is_aborted_from_another_thread() -> None:
     backend = open_gguf(EngineConfig.of(path=MODEL, context=2048, rows=2048), lambda share: None, lambda: True)
     try:
@@ -228,14 +228,14 @@ def test_a_running_decode_is_aborted_from_another_thread() -> None:
         backend.close()
 
 
-def test_flash_attention_is_for_many_slots_of_one_pool_on_a_cpu() -> None:
+def test_flash_attention_on_a_cpu_is_for_many_slots_with_unified_kv() -> None:
     def chosen(slots: int, gpu: bool = False, scores: int = 0, unified: bool = True, **given: Any) -> tuple[str, str]:
-        found = settled(EngineConfig.of(path=MODEL, **given).model, slots, gpu, scores, unified=unified)
+        found = resolve_flash_attention(EngineConfig.of(path=MODEL, **given).model, slots, gpu, scores, unified=unified)
         return found.flash_attention, found.cache_type_v
 
     assert chosen(31) == chosen(32, unified=False) == ("off", "f16")
     assert chosen(32) == ("auto", "bf16")
-    assert chosen(4, scores=2 * SCORES_BYTES) == chosen(32, gpu=True) == ("auto", "f16")
+    assert chosen(4, scores=2 * MAX_SCORES_BYTES) == chosen(32, gpu=True) == ("auto", "f16")
     assert chosen(32, flash_attention="off") == ("off", "f16")
     assert chosen(32, cache_type_v="q8_0") == ("auto", "q8_0")
 

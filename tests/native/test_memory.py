@@ -1,4 +1,4 @@
-"""Prefixes that move between cells, RAM and disk, on real models: the same tokens, and no token computed twice."""
+"""Prefixes that move between cells, RAM and disk, on real models: equal tokens, and no token computed twice."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ MIB = 2**20
 
 
 def words(seed: int, count: int, start: int = 300, stop: int = 480) -> tuple[int, ...]:
-    """A prompt that no other seed begins with."""
+    """A prompt that shares no prefix with those of other seeds."""
     random = Random(seed)
     return tuple(random.randrange(start, stop) for _ in range(count))
 
 
 def bench_of(path: Path, *, ram: int = 64 * MIB, reuse: int = 0, **fields: Any) -> Bench:
-    """A runner over a real model, without a thread."""
+    """A core over a real model, without a thread."""
     options: dict[str, Any] = {
         "path": path,
         "slots": 4,
@@ -45,19 +45,19 @@ def bench_of(path: Path, *, ram: int = 64 * MIB, reuse: int = 0, **fields: Any) 
 
 
 def alone(path: Path, requests: list[Request], **fields: Any) -> list[list[int]]:
-    """The tokens that each request has alone, without a tier and without prefixes of others."""
+    """The tokens of each request alone, without tiers and without other requests' prefixes."""
     bench = bench_of(path, ram=0, **fields)
     for key, request in enumerate(requests):
         bench.submit(key, request)
         bench.run()
-        bench.runner.kv.drop_idle()
+        bench.core.kv.drop_idle()
     bench.backend.close()
     return [bench.got[key] for key in range(len(requests))]
 
 
 @pytest.fixture(scope="session", params=["recurrent", "hybrid", "windowed"])
 def small(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model whose sequences cannot simply be cut or shared."""
+    """A tiny model whose sequences cannot be cut or shared at any position."""
     make: Callable[..., Path] = getattr(tiny, request.param)
     path = tmp_path_factory.mktemp("tiny") / f"{request.param}.gguf"
     return make(path, 64) if request.param == "windowed" else make(path)
@@ -72,7 +72,7 @@ def cells(unified: bool, each: int) -> dict[str, Any]:
 
 
 @both
-def test_the_next_turn_computes_only_what_is_new(small: Path, unified: bool) -> None:
+def test_the_next_turn_computes_new_tokens_only(small: Path, unified: bool) -> None:
     bench = bench_of(small, **cells(unified, 1024))
     first = words(1, 300)
     bench.submit(0, Request(prompt=first, max_tokens=40, ignore_eos=True, sampling=GREEDY))
@@ -84,14 +84,14 @@ def test_the_next_turn_computes_only_what_is_new(small: Path, unified: bool) -> 
         end = bench.ends[key]
         assert isinstance(end, Finished)
         assert end.usage.cached >= (339 if key == 1 else 355)
-        bench.runner.kv.drop_idle()
-        assert bench.runner.kv.resident == 0
+        bench.core.kv.drop_idle()
+        assert bench.core.kv.resident == 0
     assert bench.got[1] == bench.got[2]
     bench.backend.close()
 
 
 @both
-def test_one_prompt_for_many_is_computed_once(small: Path, unified: bool) -> None:
+def test_a_shared_prompt_is_computed_once(small: Path, unified: bool) -> None:
     bench = bench_of(small, **cells(unified, 2048))
     shared = words(1, 320)
     for key in range(4):
@@ -117,51 +117,51 @@ def run_at_random(path: Path, seed: int, operations: int, longest: int, **fields
         )
         for n in range(operations // 20)
     ]
-    wanted = alone(path, requests, **fields)
+    expected = alone(path, requests, **fields)
     bench = bench_of(path, ram=random.choice([MIB, 8 * MIB]), **fields)
     cancelled: set[int] = set()
     for _ in range(operations):
         draw = random.randrange(10)
         key = len(bench.sequences)
         if draw < 2 and key < len(requests):
-            partial = bench.runner.context.partial
-            oracle = Oracle(requests[key], wanted[key], 0.3, random) if partial and random.random() < 0.5 else None
+            partial = bench.core.context.partial
+            oracle = Oracle(requests[key], expected[key], 0.3, random) if partial and random.random() < 0.5 else None
             bench.submit(key, requests[key], oracle)
         elif draw == 2 and key and random.random() < 0.2:
             victim = random.randrange(key)
-            bench.runner.end(victim, FinishReason.CANCELLED)
+            bench.core.lifecycle.end(victim, FinishReason.CANCELLED)
             cancelled.add(victim)
-        elif draw == 3 and bench.runner.running:
-            bench.runner._preempt(random.choice([*bench.runner.running.values()]))
+        elif draw == 3 and bench.core.running:
+            bench.core.lifecycle.preempt(random.choice([*bench.core.running.values()]))
         elif draw == 4:
-            kv = bench.runner.kv
-            kv.evict(random.randint(0, bench.runner.context.cells)) if kv.evictable else kv.drop_idle()
+            kv = bench.core.kv
+            kv.evict(random.randint(0, bench.core.context.cells)) if kv.evictable else kv.drop_idle()
         else:
-            bench.runner.step()
+            bench.core.step()
         bench.check()
     bench.run(most=20_000)
     for key, tokens in bench.got.items():
         end = bench.ends[key]
         assert not isinstance(end, Failed), end
-        assert tokens == wanted[key][: len(tokens)]
-        assert len(tokens) == len(wanted[key]) or key in cancelled
+        assert tokens == expected[key][: len(tokens)]
+        assert len(tokens) == len(expected[key]) or key in cancelled
     bench.backend.close()
     return bench
 
 
 @both
 def test_random_operations_on_models_that_cannot_cut_or_share(small: Path, unified: bool) -> None:
-    """Their Q8_0 weights and, with flash attention and BF16 values, their attention give a row the same bits in any
-    company, if its cells are in order; recurrent states always do."""
+    """With Q8_0 weights, flash attention and BF16 values a row has the same bits in every batch if its cells are in
+    order; recurrent states always do."""
     bench = run_at_random(small, 1, 400, 200, flash_attention="on", cache_type_v="bf16", **cells(unified, 512))
-    assert bench.runner.kv.stats().saved_tokens
-    assert bench.runner.kv.stats().restored_tokens
+    assert bench.core.kv.stats().saved_tokens
+    assert bench.core.kv.stats().restored_tokens
 
 
 def test_random_operations_on_the_real_model() -> None:
     bench = run_at_random(MODEL, 1, 500, 80, context=512, deterministic=True)
-    assert bench.runner.kv.stats().saved_tokens
-    assert bench.runner.kv.stats().restored_tokens
+    assert bench.core.kv.stats().saved_tokens
+    assert bench.core.kv.stats().restored_tokens
 
 
 @both
@@ -174,7 +174,7 @@ def test_the_part_after_a_changed_line_is_moved_on_the_real_model(unified: bool)
         prompt = tuple(tokens(f"Today is {day}.\n{story}{ask}", special=True))
         bench.submit(key, Request(prompt=prompt, max_tokens=1, logprobs=5, sampling=GREEDY))
         bench.run()
-        bench.runner.kv.drop_idle()
+        bench.core.kv.drop_idle()
     end = bench.ends[1]
     assert isinstance(end, Finished)
     assert end.usage.moved > 60

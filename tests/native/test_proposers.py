@@ -1,4 +1,4 @@
-"""Proposers on the real model: the text is that without them, and a draft model that does not fit is told."""
+"""Proposers on the real model: they do not change the output; an unsuitable draft model is reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXTS = (LIST, "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return
 
 
 def config(**speculation: object) -> EngineConfig:
-    """The model in a configuration in which a row does not depend on its batch, and every draft is verified."""
+    """Returns a configuration in which a row does not depend on its batch, and every draft is verified."""
     draft = speculation.pop("draft", {})
     speculation = {"order": "fixed", **speculation}
     return EngineConfig.of(path=MODEL, slots=4, context=2048, speculation=speculation, draft=draft, **EXACT)  # type: ignore[arg-type]
@@ -31,10 +31,10 @@ def request(engine: Engine, text: str, temperature: float = 0.0) -> Request:
     return Request(prompt=prompt, max_tokens=24, ignore_eos=True, sampling=sampling, prediction=prompt)
 
 
-async def read(engine: Engine, asked: Request) -> tuple[list[int], Finished]:
-    """The tokens of a request, and its end."""
+async def generate(engine: Engine, wanted: Request) -> tuple[list[int], Finished]:
+    """Returns the tokens of a request, and its end."""
     ids: list[int] = []
-    async with engine.generate(asked) as generation:
+    async with engine.generate(wanted) as generation:
         async for update in generation:
             if isinstance(update, Finished):
                 return ids, update
@@ -43,20 +43,20 @@ async def read(engine: Engine, asked: Request) -> tuple[list[int], Finished]:
 
 
 async def all_of(engine: Engine, temperature: float) -> tuple[list[list[int]], list[Finished]]:
-    """What all texts are continued with, side by side."""
-    got = await asyncio.gather(*(read(engine, request(engine, text, temperature)) for text in TEXTS))
+    """Returns the outputs for all `TEXTS`, generated concurrently."""
+    got = await asyncio.gather(*(generate(engine, request(engine, text, temperature)) for text in TEXTS))
     return [ids for ids, _ in got], [end for _, end in got]
 
 
 @pytest.fixture(scope="module")
 def plain() -> dict[float, list[list[int]]]:
-    """The same without speculation, by temperature."""
+    """The outputs without speculation, by temperature."""
 
     async def alone() -> dict[float, list[list[int]]]:
         async with Engine.open(config(types=["none"])) as engine:
             return {
                 temperature: [
-                    (await read(engine, _without(request(engine, text, temperature), Speculation())))[0]
+                    (await generate(engine, _without(request(engine, text, temperature), Speculation())))[0]
                     for text in TEXTS
                 ]
                 for temperature in (0.0, 0.8)
@@ -65,8 +65,8 @@ def plain() -> dict[float, list[list[int]]]:
     return asyncio.run(alone())
 
 
-def _without(asked: Request, speculation: Speculation) -> Request:
-    return structs.replace(asked, speculation=speculation)
+def _without(wanted: Request, speculation: Speculation) -> Request:
+    return structs.replace(wanted, speculation=speculation)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-async def test_draftless_types_leave_the_text_alone(temperature: float, plain: dict[float, list[list[int]]]) -> None:
+async def test_draftless_types_keep_the_output(temperature: float, plain: dict[float, list[list[int]]]) -> None:
     speculation = {"types": ["auto"], "size_n": 3, "size_m": 8, "mod_match": 3, "mod_min": 0}
     async with Engine.open(config(**speculation)) as engine:
         ids, ends = await all_of(engine, temperature)
@@ -98,49 +98,49 @@ async def test_the_model_as_its_own_draft(temperature: float, plain: dict[float,
         assert 0.9 * drafted < accepted, "also when sampled: the noise is the same"
 
 
-async def test_a_bad_draft_model_leaves_the_text_alone(bad: Path, plain: dict[float, list[list[int]]]) -> None:
+async def test_a_bad_draft_model_keeps_the_output(bad: Path, plain: dict[float, list[list[int]]]) -> None:
     async with Engine.open(config(types=["draft"], draft={"path": str(bad), "n_max": 4, "context": 512})) as engine:
         ids, ends = await all_of(engine, 0.0)
         assert ids == plain[0.0]
         assert sum(end.usage.accepted for end in ends) < sum(end.usage.drafted for end in ends)
 
 
-async def test_a_draft_model_with_another_vocabulary_is_told_and_not_used(
+async def test_a_draft_model_with_another_vocabulary_is_logged_and_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = cut(MODEL, tmp_path / "other.gguf", 1, {1000: "no-such-word", 2000: "nor-this-one"})
     caplog.set_level(logging.WARNING, "paceline.speculation")
     async with Engine.open(config(types=["auto"], draft={"path": str(other)})) as engine:
         assert "draft" not in engine.proposers
-        reason = engine.silent["draft"]
+        reason = engine.unavailable_proposers["draft"]
         assert f"{other} does not fit the model: its token 1000 is 'no-such-word', the model's is " in reason
         assert reason in caplog.text
-        asked = _without(request(engine, LIST), Speculation(type=("draft",)))
+        refused = _without(request(engine, LIST), Speculation(type=("draft",)))
         with pytest.raises(RequestRefused, match="token 1000"):
-            engine.generate(asked)
-        assert (await read(engine, request(engine, LIST)))[1].usage.completion == 24
+            engine.generate(refused)
+        assert (await generate(engine, request(engine, LIST)))[1].usage.completion == 24
 
 
-async def test_what_is_learnt_outlives_the_engine(tmp_path: Path) -> None:
+async def test_shared_data_outlives_the_engine(tmp_path: Path) -> None:
     files = {"pool_file": str(tmp_path / "pool"), "lookup_dynamic": str(tmp_path / "counts")}
     speculation = {"types": ["ngram-mod", "ngram-cache"], "mod_match": 4, "mod_min": 0, **files}
     for _ in range(2):
         async with Engine.open(config(**speculation)) as engine:
-            ids, end = await read(engine, request(engine, "Once upon a time"))
+            ids, end = await generate(engine, request(engine, "Once upon a time"))
     mod = next(drafts for drafts in end.drafts if drafts.type == "ngram-mod")
     assert len(ids) == 24
-    assert mod.accepted >= 10, "the second engine knows what the first one said"
+    assert mod.accepted >= 10, "the second engine has the outputs of the first"
 
 
 async def test_the_lines_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "paceline.speculation")
     async with Engine.open(config(types=["ngram-simple"], size_n=2, size_m=4)) as engine:
-        _, end = await read(engine, request(engine, LIST))
+        _, end = await generate(engine, request(engine, LIST))
     assert f"draft acceptance rate = {end.usage.accepted / end.usage.drafted:.5f} (" in caplog.text
     assert "statistics ngram_simple: #calls(b,g,a) = 1 " in caplog.text
 
 
-async def test_lengths_by_measured_cost_leave_the_text_alone(plain: dict[float, list[list[int]]]) -> None:
+async def test_lengths_by_measured_cost_keep_the_output(plain: dict[float, list[list[int]]]) -> None:
     async with Engine.open(config(types=["auto"], order="measured")) as engine:
         for _ in range(2):
             ids, _ = await all_of(engine, 0.8)

@@ -1,4 +1,4 @@
-"""The library's saved states on tiny models of each kind, without the engine: the facts that KV blocks rest on.
+"""The library's saved states on tiny models of each kind, without the engine: the facts behind KV blocks.
 
 With unified KV the library can save a sequence in blocks: a scratch sequence shares the block's cells, its state is
 saved, and later loaded into the scratch sequence again, from which the target gets the cells.
@@ -28,16 +28,16 @@ class Cells:
     """A context of a tiny model, without anything of the engine around it."""
 
     def __init__(self, path: Path, cells: int = 1024, flash: int = 0, unified: bool = True) -> None:
-        library.start()
+        library.initialize()
         self._model = native.llama_model_load_from_file(str(path).encode(), native.llama_model_default_params())
         params = native.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = cells, 256, 256
         params.n_seq_max = 20 if unified else 4
         params.n_threads = params.n_threads_batch = 1
         params.flash_attn_type, params.kv_unified = flash, unified
-        assert self._model, library.complaint()
+        assert self._model, library.first_error()
         self._handle = native.llama_init_from_model(self._model, params)
-        assert self._handle, library.complaint()
+        assert self._handle, library.first_error()
         self._memory = native.llama_get_memory(self._handle)
         self._batch = native.llama_batch_init(256, 0, 1)
 
@@ -177,11 +177,11 @@ def test_a_sequence_is_restored_from_blocks(opened: Open, kind: str, flash: int)
     cells = opened(kind, flash=flash)
     cells.compute(0, 0, 200)
     blocks = cells.blocks(0, 200, WINDOW)
-    wanted = cells.go_on(0, 200)
+    expected = cells.go_on(0, 200)
     cells.clear()
     cells.restore(1, blocks, 200)
     assert cells.held(1) == ((199, 199) if kind == "hybrid" else (0, 199))
-    assert np.array_equal(cells.go_on(1, 200), wanted)
+    assert np.array_equal(cells.go_on(1, 200), expected)
 
 
 @pytest.mark.parametrize("kind", ["plain", "windowed"])
@@ -190,11 +190,11 @@ def test_a_part_of_a_block_is_restored(opened: Open, kind: str) -> None:
     cells.compute(0, 0, 200)
     blocks = cells.blocks(0, 200, WINDOW)
     cells.drop(0, 150)
-    wanted = cells.go_on(0, 150)
+    expected = cells.go_on(0, 150)
     cells.clear()
     cells.restore(1, blocks, 150)
     assert cells.held(1) == (0, 149)
-    assert np.array_equal(cells.go_on(1, 150), wanted)
+    assert np.array_equal(cells.go_on(1, 150), expected)
 
 
 def test_a_block_longer_than_the_window_has_holes_that_nothing_shows(opened: Open) -> None:
@@ -202,11 +202,11 @@ def test_a_block_longer_than_the_window_has_holes_that_nothing_shows(opened: Ope
     cells.compute(0, 0, 200)
     blocks = cells.blocks(0, 200, 2 * WINDOW)
     cells.drop(0, 165)
-    wanted = cells.go_on(0, 165)
+    expected = cells.go_on(0, 165)
     cells.clear()
     cells.restore(1, blocks, 165)
     assert cells.held(1) == (WINDOW, 164)
-    assert not np.allclose(cells.go_on(1, 165), wanted, atol=1)
+    assert not np.allclose(cells.go_on(1, 165), expected, atol=1)
 
 
 @pytest.mark.parametrize("kind", ["plain", "windowed", "hybrid"])
@@ -243,21 +243,21 @@ def test_a_recurrent_state_is_kept_whole_or_dropped(opened: Open, kind: str) -> 
     cells.share(0, 4)
     assert not cells.drop(0, 149)
     assert cells.drop(0, 150), "there is nothing to drop"
-    wanted = cells.go_on(0, 150)
+    expected = cells.go_on(0, 150)
     assert cells.held(4) == (149, 149), "a copy stays when its source goes on"
-    assert np.array_equal(cells.go_on(4, 150), wanted)
+    assert np.array_equal(cells.go_on(4, 150), expected)
     assert cells.drop(0)
     assert cells.held(0) == EMPTY
     assert cells.drop(4)
     assert cells.load(3, state)
-    assert np.array_equal(cells.go_on(3, 150), wanted)
+    assert np.array_equal(cells.go_on(3, 150), expected)
 
 
 def test_a_hybrid_prefix_is_blocks_and_a_checkpoint(opened: Open) -> None:
     cells = opened("hybrid")
     cells.compute(0, 0, 100)
     checkpoint = cells.save(0, native.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
-    wanted = cells.go_on(0, 100)
+    expected = cells.go_on(0, 100)
     cells.compute(0, 104, 200)
     blocks = cells.blocks(0, 200, 64)
     cells.clear()
@@ -265,7 +265,7 @@ def test_a_hybrid_prefix_is_blocks_and_a_checkpoint(opened: Open) -> None:
     assert cells.held(1) == (199, 99), "the recurrent part is of the time when the blocks were saved"
     assert cells.load(1, checkpoint, native.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
     assert cells.held(1) == (99, 99)
-    assert np.array_equal(cells.go_on(1, 100), wanted)
+    assert np.array_equal(cells.go_on(1, 100), expected)
 
 
 def test_cells_before_a_window_are_overwritten_and_only_the_first_position_shows_it(opened: Open) -> None:
@@ -289,14 +289,14 @@ def test_a_state_of_one_slot_replaces_what_another_slot_has(opened: Open, flash:
     cells.compute(1, 0, 100)
     cells.compute(3, 0, 50)
     state = cells.save(1)
-    wanted = cells.go_on(1, 100)
+    expected = cells.go_on(1, 100)
     assert cells.load(3, state)
     assert cells.held(3) == (0, 99)
-    assert np.array_equal(cells.go_on(3, 100), wanted)
+    assert np.array_equal(cells.go_on(3, 100), expected)
     assert not cells.load(3, state[:1000])
-    assert cells.held(3) == EMPTY, "a state that is refused leaves nothing of what was there"
+    assert cells.held(3) == EMPTY, "a refused state leaves the sequence empty"
     assert not cells.load(3, state[:-1])
-    assert cells.held(3) == (0, 99), "cells without content, which have to be dropped"
+    assert cells.held(3) == (0, 99), "cells without content, which must be dropped"
     assert not opened("plain", flash=flash).load(3, state), "with unified KV there is another number of streams"
 
 

@@ -1,4 +1,4 @@
-"""Cutting and joining states by numpy, on states of every shape that are made here byte by byte."""
+"""Cutting and joining states by numpy, on states of every shape that the tests build byte by byte."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from engine.backend import Part, State
-from engine.llama.state import MAGIC, StateFormat, UnknownLayout
+from engine.backend import State, StatePart
+from engine.llama.state import STATE_MAGIC, StateFormat, UnknownStateFormat
 
 
 class Made(NamedTuple):
@@ -34,7 +34,7 @@ def made(
     random, count = np.random.default_rng(len(positions)), len(positions)
     keys = [random.integers(0, 256, (count, 2 * width), np.uint8) for width in widths]
     rows = [random.integers(0, 256, (count, 2 * width), np.uint8) for width in (widths if values is None else values)]
-    parts = [struct.pack("<IiI", MAGIC, stream, streams), bytes(4 * stream), struct.pack("<I", count)]
+    parts = [struct.pack("<IiI", STATE_MAGIC, stream, streams), bytes(4 * stream), struct.pack("<I", count)]
     for position in positions:
         place = struct.pack("<iii", position, position, 77) if image else b""
         parts.append(struct.pack("<iI", position, 1) + place + struct.pack("<i", stream))
@@ -67,7 +67,7 @@ def test_cut_and_joined_a_state_is_as_before(shape: str) -> None:
     form = StateFormat.of(state)
     cells = form.cells(state)
     spans = [(0, 4), (4, 5), (5, 10)]
-    blocks = [Part(block, *span) for span in spans if (block := form.cut(cells, *span)) is not None]
+    blocks = [StatePart(block, *span) for span in spans if (block := form.cut(cells, *span)) is not None]
     assert all(StateFormat.of(block.state) == form for block in blocks)
     assert [block.state.nbytes for block in blocks] == [form.size(end - start) for start, end in spans]
     whole = made(list(range(10)), **{**given, "streams": 1, "stream": 0})  # type: ignore[arg-type]
@@ -101,8 +101,8 @@ def test_missing_positions_are_no_block() -> None:
     assert form.cut(cells, 3, 5) is not None
     for span in ((2, 4), (4, 7), (5, 6), (6, 9), (0, 2), (4, 4)):
         assert form.cut(cells, *span) is None
-    with pytest.raises(UnknownLayout, match="lacks a position from 4 to 6"):
-        form.join([Part(state, 4, 7)])
+    with pytest.raises(UnknownStateFormat, match="lacks a position from 4 to 6"):
+        form.join([StatePart(state, 4, 7)])
 
 
 @pytest.mark.parametrize("size", [0, 3, 15, 16, 40, 100])
@@ -110,26 +110,26 @@ def test_a_state_that_ends_early_is_unknown(size: int) -> None:
     state = made(list(range(4))).state
     form = StateFormat.of(state)
     for short in (state[:size], state[:-1], np.concatenate([state, state[:4]])):
-        with pytest.raises(UnknownLayout):
+        with pytest.raises(UnknownStateFormat):
             form.cells(short)
-        with pytest.raises(UnknownLayout):
+        with pytest.raises(UnknownStateFormat):
             StateFormat.of(short)
 
 
 def test_a_state_of_another_model_or_type_is_unknown() -> None:
     form = StateFormat.of(made([0, 1]).state)
     for shape in ("transposed", "layers of several widths", "values narrower than keys", "places in images"):
-        with pytest.raises(UnknownLayout):
+        with pytest.raises(UnknownStateFormat):
             form.cells(made([0, 1], **SHAPES[shape]).state)  # type: ignore[arg-type]
     other = made([0, 1]).state.copy()
     other[other.tobytes().index(struct.pack("<iQ", 1, 12))] = 30  # BF16 keys of as many bytes
-    with pytest.raises(UnknownLayout, match="other types"):
+    with pytest.raises(UnknownStateFormat, match="other types"):
         form.cells(other)
     double = made([0, 0]).state
-    with pytest.raises(UnknownLayout, match="one position"):
+    with pytest.raises(UnknownStateFormat, match="one position"):
         form.cells(double)
 
 
 def test_an_empty_sequence_has_no_format() -> None:
-    with pytest.raises(UnknownLayout):
-        StateFormat.of(np.frombuffer(struct.pack("<IiIII", MAGIC, 0, 2, 0, 0), np.uint8))
+    with pytest.raises(UnknownStateFormat):
+        StateFormat.of(np.frombuffer(struct.pack("<IiIII", STATE_MAGIC, 0, 2, 0, 0), np.uint8))

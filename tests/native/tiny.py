@@ -1,7 +1,7 @@
-"""GGUFs of a fraction of a megabyte with random weights, for kinds of models whose real ones would be too large.
+"""GGUFs of less than a megabyte with random weights, for kinds of models whose real files are too large for tests.
 
-What they say depends on their whole context and is no loop soon, but means nothing. Products are with Q8_0 weights,
-whose kernels give a row the same bits whatever is computed beside it.
+Their outputs depend on the whole context and do not repeat soon, but have no meaning. The weights are Q8_0, whose
+kernels compute a row to the same bits in every batch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import quantize
 
 WIDTH, LAYERS = 64, 4
+# Values of a head. There are two heads of queries and one of keys and values: a cell is one block of Q8_0.
 HEAD = 32
-"""Values of a head: two of them ask, one answers, so a cell has as many keys and values as a block of Q8_0."""
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -24,7 +24,7 @@ TEMPLATE = (
 
 
 def recurrent(path: Path, seed: int = 1) -> Path:
-    """A model that has one state instead of cells (Mamba)."""
+    """Writes a model with one state instead of cells (Mamba)."""
     inner, state, rank = 2 * WIDTH, 16, 32
     made = _Model(path, "mamba", seed, feed_forward=0)
     made.writer.add_ssm_conv_kernel(4)
@@ -46,7 +46,7 @@ def recurrent(path: Path, seed: int = 1) -> Path:
 
 
 def hybrid(path: Path, seed: int = 1) -> Path:
-    """A model whose even layers have a state and whose odd layers have cells (LFM2)."""
+    """Writes a model whose even layers have a state and whose odd layers have cells (LFM2)."""
     made = _Model(path, "lfm2", seed, feed_forward=2 * WIDTH)
     made.writer.add_shortconv_l_cache(3)
     made.writer.add_head_count(WIDTH // HEAD)
@@ -65,7 +65,7 @@ def hybrid(path: Path, seed: int = 1) -> Path:
 
 
 def windowed(path: Path, window: int = 32, seed: int = 1) -> Path:
-    """A model whose even layers see only the last `window` positions (Gemma 3); with 0 all see everything."""
+    """Writes a model whose even layers attend to the last `window` positions only (Gemma 3); 0 means all positions."""
     made = _Model(path, "gemma3", seed, feed_forward=2 * WIDTH)
     made.writer.add_head_count(WIDTH // HEAD)
     made.writer.add_head_count_kv(1)
@@ -83,7 +83,7 @@ def windowed(path: Path, window: int = 32, seed: int = 1) -> Path:
 
 
 class _Model:
-    """A GGUF that is being made: its vocabulary, what all kinds have in common, and weights from one seed."""
+    """A GGUF in the making: the vocabulary, the fields common to all kinds, and weights from one seed."""
 
     def __init__(self, path: Path, architecture: str, seed: int, feed_forward: int) -> None:
         self.path = path
@@ -117,7 +117,7 @@ class _Model:
         self.writer.add_chat_template(TEMPLATE)
 
     def attention(self, layer: int) -> None:
-        """Queries, keys and values. Their norms make scores large, so that a few positions matter most."""
+        """Adds queries, keys and values. Their norms make the scores large, so that a few positions matter most."""
         self.matrix(f"blk.{layer}.attn_q", WIDTH, WIDTH)
         self.matrix(f"blk.{layer}.attn_k", WIDTH, HEAD)
         self.matrix(f"blk.{layer}.attn_v", WIDTH, HEAD, gain=2)
@@ -126,31 +126,31 @@ class _Model:
             self.numbers(f"blk.{layer}.{norm}.weight", np.full(HEAD, 1.7))
 
     def feed_forward(self, layer: int) -> None:
-        """The gated feed-forward part with its norm."""
+        """Adds the gated feed-forward part with its norm."""
         self.ones(f"blk.{layer}.ffn_norm", WIDTH)
         self.matrix(f"blk.{layer}.ffn_gate", WIDTH, self._hidden)
         self.matrix(f"blk.{layer}.ffn_up", WIDTH, self._hidden)
         self.matrix(f"blk.{layer}.ffn_down", self._hidden, WIDTH, gain=2)
 
     def random(self, *shape: int) -> np.ndarray[Any, Any]:
-        """The next numbers of this seed, of unit variance."""
+        """Returns the next numbers of the seed, of unit variance."""
         return self._random.standard_normal(shape, np.float32)
 
     def matrix(self, name: str, columns: int, rows: int, gain: float = 1.0) -> None:
-        """A weight that makes `rows` values, `gain` times as large, of `columns`."""
+        """Adds a weight of `columns` inputs and `rows` outputs, `gain` times as large as the inputs."""
         weight = quantize(self.random(rows, columns) * np.float32(gain / columns**0.5), GGMLQuantizationType.Q8_0)
         self.writer.add_tensor(f"{name}.weight", weight, raw_dtype=GGMLQuantizationType.Q8_0)
 
     def numbers(self, name: str, values: np.ndarray[Any, Any]) -> None:
-        """A tensor of these values."""
+        """Adds a tensor of these values."""
         self.writer.add_tensor(name, values.astype(np.float32))
 
     def ones(self, name: str, count: int, suffix: str = ".weight") -> None:
-        """A weight that changes nothing."""
+        """Adds a weight of ones."""
         self.numbers(name + suffix, np.ones(count))
 
     def written(self, norm: str) -> Path:
-        """The file, complete; `norm` is what the architecture calls the last one."""
+        """Completes the file and returns its path; `norm` is the architecture's name of the last norm."""
         self.ones(norm, WIDTH)
         self.writer.write_header_to_file()
         self.writer.write_kv_data_to_file()
@@ -160,7 +160,7 @@ class _Model:
 
 
 def _tokens() -> tuple[list[str], list[str]]:
-    """Special tokens, all bytes as GPT-2 spells them, some pairs of letters; and the merges that make the pairs."""
+    """Returns special tokens, all bytes in GPT-2's spelling and some pairs of letters; and the merges of the pairs."""
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     spelled = {byte: chr(byte) for byte in plain}
     for number, byte in enumerate(byte for byte in range(256) if byte not in spelled):

@@ -1,41 +1,42 @@
-"""How models write reasoning and calls of tools: a reader and a grammar for each format, and which one a model has."""
+"""Chat formats: how model families write reasoning and tool calls, each with a parser and a grammar."""
 
 from __future__ import annotations
 
-from api.tools.formats.base import Calls, Format, Parser, Rules, Tool
+from api.tools.formats.base import AllowedCalls, ChatFormat, MessageConstraints, MessageParser, Tool
 from api.tools.formats.deepseek import DeepSeek, DeepSeekBlock
-from api.tools.formats.deltas import Arguments, Begun, Content, Delta, Reasoning
+from api.tools.formats.deltas import ArgumentsDelta, ContentDelta, MessageDelta, ReasoningDelta, ToolCallStart
 from api.tools.formats.dsml import Dsml
 from api.tools.formats.gemma import FunctionGemma, Gemma
 from api.tools.formats.glm import Glm
 from api.tools.formats.harmony import Harmony
-from api.tools.formats.hermes import Generic, Hermes, described
+from api.tools.formats.hermes import Generic, Hermes, tool_instructions
 from api.tools.formats.kimi import Kimi
 from api.tools.formats.kimi_xtml import KimiXtml
-from api.tools.formats.lark import Lark
+from api.tools.formats.lark_builder import LarkBuilder
 from api.tools.formats.llama import Llama, Pythonic
 from api.tools.formats.mistral import Mistral, MistralList
 from api.tools.formats.qwen_xml import QwenXml
 
 __all__ = [
-    "FORMATS",
-    "Arguments",
-    "Begun",
-    "Calls",
-    "Content",
-    "Delta",
-    "Format",
+    "CHAT_FORMATS",
+    "AllowedCalls",
+    "ArgumentsDelta",
+    "ChatFormat",
+    "ContentDelta",
     "Generic",
-    "Lark",
-    "Parser",
-    "Reasoning",
-    "Rules",
+    "LarkBuilder",
+    "MessageConstraints",
+    "MessageDelta",
+    "MessageParser",
+    "ReasoningDelta",
     "Tool",
-    "described",
+    "ToolCallStart",
     "format_of",
+    "tool_instructions",
 ]
 
-FORMATS: tuple[Format, ...] = (
+# Order of detection: the first format that matches a template is the template's format.
+CHAT_FORMATS: tuple[ChatFormat, ...] = (
     Harmony(),
     KimiXtml(),
     Kimi(),
@@ -53,13 +54,12 @@ FORMATS: tuple[Format, ...] = (
     Llama(),
     Generic(),
 )
-"""In the order in which they are asked: the first whose sign a template has is its format."""
 
 
-def format_of(template: str | None) -> Format:
-    """The format of the models that a chat template is for.
+def format_of(template: str | None) -> ChatFormat:
+    """Returns the format of models with this chat template, `Generic` without a template.
 
     >>> format_of("... <tool_call> ...").name, format_of(None).name
     ('hermes', 'generic')
     """
-    return next(format for format in FORMATS if format.fits(template or ""))
+    return next(format for format in CHAT_FORMATS if format.matches(template or ""))

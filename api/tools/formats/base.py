@@ -1,17 +1,17 @@
-"""What the formats share: a parser that turns text into deltas, and the protocol of a format."""
+"""The chat format interface, and the parser that turns the text of one message into deltas."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 from uuid import uuid4
 
 from msgspec import Struct
 
-from api.tools.formats.deltas import Arguments, Begun, Content, Delta, Reasoning
-from api.tools.formats.lark import Lark, Repeated, Thought, Untagged
-from api.tools.formats.source import Reading, Source
+from api.tools.formats.deltas import ArgumentsDelta, ContentDelta, MessageDelta, ReasoningDelta, ToolCallStart
+from api.tools.formats.lark_builder import LarkBuilder
+from api.tools.formats.text_buffer import Parse, TextBuffer
 
 
 class Tool(Struct, frozen=True):
@@ -19,284 +19,163 @@ class Tool(Struct, frozen=True):
 
     name: str
     parameters: Mapping[str, Any]
-    """The JSON schema of its arguments, an object."""
+    """The JSON schema of the arguments, of type object."""
 
 
-class Calls(Struct, frozen=True):
-    """Which calls a message may have."""
+class AllowedCalls(Struct, frozen=True):
+    """The tool calls that a message may contain."""
 
     tools: tuple[Tool, ...] = ()
-    """Those that may be called; empty if none may."""
+    """The callable tools; empty if the message may contain no call."""
     required: bool = False
-    """Whether there must be one at least."""
+    """True if the message must contain at least one call."""
     parallel: bool = True
-    """Whether there may be several."""
+    """True if the message may contain several calls."""
     withheld: bool = False
-    """Whether the model was told of tools none of which may be called."""
+    """True if the prompt lists tools and `tool_choice` is "none"."""
 
     def schema(self, name: str) -> Mapping[str, Any]:
-        """The schema of a tool's arguments; of any object if there is no such tool."""
+        """Returns the schema of a tool's arguments, the empty schema for an unknown tool."""
         return next((tool.parameters for tool in self.tools if tool.name == name), {})
 
     def __contains__(self, name: str) -> bool:
         return any(tool.name == name for tool in self.tools)
 
 
-class Rules(Struct, frozen=True):
-    """What a grammar has to see to."""
+class MessageConstraints(Struct, frozen=True):
+    """The constraints that the grammar of a message enforces."""
 
-    calls: Calls
-    thinks: bool = False
-    """Whether reasoning may come first."""
+    calls: AllowedCalls
+    may_reason: bool = False
+    """True if reasoning may come first."""
     opened: bool = False
-    """Whether the prompt has begun it."""
+    """True if the prompt ends inside of the reasoning."""
     answer: str | None = None
-    """What the answer must be if it is no call, as an expression in Lark; None if it may be any text."""
+    """The Lark expression of an answer without calls. None permits any text."""
 
 
-class Format(ABC):
-    """How a family of models writes reasoning and calls. Has no state: a text's is in its parser."""
+class ChatFormat(ABC):
+    """The notation in which a model family writes reasoning and tool calls. `MessageParser` holds all state."""
 
     name: ClassVar[str]
-    signs: ClassVar[tuple[str, ...]]
-    """Texts of which the chat template has one if its model writes like this."""
+    template_signs: ClassVar[tuple[str, ...]]
+    """Substrings of chat templates; a template with one of them belongs to this format."""
     markers: ClassVar[tuple[str, ...]]
-    """What the reader looks for. Where one is a control token, the request has it spelled out."""
+    """The markers that the parser searches for. Special tokens among them must be detokenized by name."""
     opens: ClassVar[tuple[str, ...]] = ("<think>",)
-    """What reasoning begins with, if the prompt did not end with it."""
+    """The tags that open reasoning."""
     closes: ClassVar[str] = "</think>"
-    """What ends reasoning; empty if nothing by itself does."""
+    """The tag that closes reasoning; empty if the format has none."""
 
     @abstractmethod
-    def read(self, parser: Parser) -> Reading[None]:
-        """Reads a whole message and tells the parser what it is."""
+    def parse(self, parser: MessageParser) -> Parse[None]:
+        """Parses a whole message from `parser.buffer` and emits its parts to `parser`."""
 
     @abstractmethod
-    def grammar(self, lark: Lark, rules: Rules) -> None:
-        """Writes the rules of a message, from `start` on. Raises RequestRefused for what cannot be seen to."""
+    def grammar(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
+        """Adds the rules of a message, with `start` as the root. Raises RequestRefused for unsupported schemas."""
 
-    def fits(self, template: str) -> bool:
-        """Whether models with this chat template write like this."""
-        return any(sign in template for sign in self.signs)
+    def matches(self, template: str) -> bool:
+        """True if models with this chat template write this format."""
+        return any(sign in template for sign in self.template_signs)
 
-    def thinks(self, template: str) -> bool:
-        """Whether models with this chat template may think before they answer."""
+    def may_reason(self, template: str) -> bool:
+        """True if models with this chat template may reason before they answer."""
         return any(tag in template for tag in self.opens)
 
-    def identify(self, index: int, name: str) -> str:
-        """An id for a call whose text brings none."""
+    def call_id(self, index: int, name: str) -> str:
+        """Returns a new id for a call whose text contains none."""
         return f"call_{uuid4().hex[:24]}"
 
-    def opened_by(self, prompt: str) -> bool:
-        """Whether a text after `prompt` begins inside of reasoning."""
+    def opens_reasoning(self, prompt: str) -> bool:
+        """True if `prompt` ends inside of the reasoning."""
         return prompt.rstrip().endswith(self.opens) if self.opens else False
 
 
-class Parser:
-    """Reads one message. What the deltas amount to depends on the text alone, not on the pieces it came in.
+class MessageParser:
+    """Parses one message. The concatenated deltas depend on the text alone, not on how the text was cut.
 
-    White space around reasoning belongs to nothing, nor does white space at the end of the content if there are calls.
+    White space around reasoning is dropped, and so is white space at the end of the content of a message with calls.
     """
 
-    def __init__(self, format: Format, calls: Calls, *, opened: bool = False, split: bool = True) -> None:
-        """With `opened` the text begins inside of reasoning. Without `split`, reasoning is content, tags and all."""
+    def __init__(self, format: ChatFormat, calls: AllowedCalls, *, opened: bool = False, split: bool = True) -> None:
+        """With `opened` the text starts in the reasoning. Without `split` reasoning and its tags are content."""
         self.calls = calls
         self.opened = opened
         self.split = split
-        self.source = Source()
-        self.begun = 0
-        """Calls so far."""
+        self.buffer = TextBuffer()
+        self.num_calls = 0
+        """Calls started so far."""
         self._format = format
-        self._deltas: list[Delta] = []
-        self._space = ""  # after the content so far; who knows whether more of it follows
-        self._thought_space = ""
-        self._thought = False
-        self._bare = False  # content so far is nothing but white space that follows reasoning
-        self._reading = format.read(self)
+        self._deltas: list[MessageDelta] = []
+        self._content_space = ""  # white space at the end of the content, held back until more content follows
+        self._reasoning_space = ""
+        self._has_reasoning = False
+        self._strip_content = False  # the content so far is white space after reasoning
+        self._routine = format.parse(self)
 
-    def feed(self, text: str) -> list[Delta]:
-        """What is certain now that `text` came too."""
-        self.source.feed(text)
-        return self._go_on()
+    def feed(self, text: str) -> list[MessageDelta]:
+        """Adds text and returns the deltas that the text so far determines."""
+        self.buffer.feed(text)
+        return self._resume()
 
-    def finish(self) -> list[Delta]:
-        """The rest, when no more text comes. A call that has not begun by then is not told."""
-        self.source.ended = True
-        deltas = self._go_on()
-        if self._space and not self.begun:
-            deltas.append(Content(self._space))
+    def finish(self) -> list[MessageDelta]:
+        """Ends the text and returns the remaining deltas. A call without a complete header is dropped."""
+        self.buffer.ended = True
+        deltas = self._resume()
+        if self._content_space and not self.num_calls:
+            deltas.append(ContentDelta(self._content_space))
         return deltas
 
-    def _go_on(self) -> list[Delta]:
-        next(self._reading, None)
+    def _resume(self) -> list[MessageDelta]:
+        next(self._routine, None)
         deltas, self._deltas = self._deltas, []
         return deltas
 
-    # ── what readers tell ──
+    # ── called by formats ──
 
     def content(self, text: str) -> None:
-        """More of the answer."""
-        text = self._space + text
-        if self._bare:
+        """Emits content."""
+        text = self._content_space + text
+        if self._strip_content:
             text = text.lstrip()
-        shown = text.rstrip()
-        self._space = text[len(shown) :]
-        if shown:
-            self._bare = False
-            self._deltas.append(Content(shown))
+        stripped = text.rstrip()
+        self._content_space = text[len(stripped) :]
+        if stripped:
+            self._strip_content = False
+            self._deltas.append(ContentDelta(stripped))
 
     def reasoning(self, text: str) -> None:
-        """More of what the model thinks."""
+        """Emits reasoning."""
         if not self.split:
             self.content(text)
             return
-        text = self._thought_space + text
-        if not self._thought:
+        text = self._reasoning_space + text
+        if not self._has_reasoning:
             text = text.lstrip()
-        shown = text.rstrip()
-        self._thought_space = text[len(shown) :]
-        if shown:
-            self._thought = True
-            self._deltas.append(Reasoning(shown))
+        stripped = text.rstrip()
+        self._reasoning_space = text[len(stripped) :]
+        if stripped:
+            self._has_reasoning = True
+            self._deltas.append(ReasoningDelta(stripped))
 
-    def tag(self, text: str) -> None:
-        """A tag around reasoning."""
+    def reasoning_tag(self, text: str) -> None:
+        """Drops a tag around reasoning, or emits the tag as content if reasoning is content."""
         if not self.split:
             self.content(text)
 
-    def thought(self) -> None:
-        """The reasoning is over."""
-        self._thought_space = ""
-        self._bare = self.split
+    def end_reasoning(self) -> None:
+        """Ends the reasoning."""
+        self._reasoning_space = ""
+        self._strip_content = self.split
 
-    def begin(self, name: str, id: str = "") -> int:
-        """A call begins; its index. There is no way back before it."""
-        self.source.forget()
-        index, self.begun = self.begun, self.begun + 1
-        self._deltas.append(Begun(index, id or self._format.identify(index, name), name))
-        return index
+    def begin_call(self, name: str, id: str = "") -> None:
+        """Starts a call, with a new id if `id` is empty. Marks of the buffer are cleared: a call cannot be undone."""
+        self.buffer.clear_marks()
+        index, self.num_calls = self.num_calls, self.num_calls + 1
+        self._deltas.append(ToolCallStart(index, id or self._format.call_id(index, name), name))
 
     def arguments(self, text: str) -> None:
-        """More of the last call's arguments."""
+        """Appends JSON text to the arguments of the last call."""
         if text:
-            self._deltas.append(Arguments(self.begun - 1, text))
-
-
-class Tagged(Format):
-    """A format in which calls begin with one of `triggers`, wherever they stand."""
-
-    triggers: ClassVar[tuple[str, ...]]
-    interrupts: ClassVar[tuple[str, ...]] = ()
-    """Triggers that end reasoning too."""
-    fences: ClassVar[tuple[str, ...]] = ()
-    """Triggers that are text unless a call follows; others are not shown where the text ends before that is known."""
-
-    @abstractmethod
-    def call(self, parser: Parser, trigger: str) -> Reading[bool]:
-        """Reads what follows a trigger. False if it is no call after all, and nothing was told."""
-
-    def read(self, parser: Parser) -> Reading[None]:
-        yield from self.think(parser)
-        yield from self.first(parser)
-        source, triggers = parser.source, self.triggers if parser.calls.tools else ()
-        while (trigger := (yield from source.until(triggers, parser.content))) is not None:
-            source.mark(len(trigger))
-            if (yield from self.call(parser, trigger)):
-                source.forget()
-            elif source.ended and trigger not in self.fences:
-                return  # cut off before it was a call
-            else:
-                source.rewind()
-                parser.content(source.skip(len(trigger)))
-
-    def first(self, parser: Parser) -> Reading[None]:
-        """Reads what may only stand where the answer begins."""
-        yield from ()
-
-    def think(self, parser: Parser) -> Reading[None]:
-        """Reads the reasoning, if there is any."""
-        source = parser.source
-        if not parser.opened:
-            tag = (yield from source.takes(*self.opens)) if self.opens else None
-            if tag is None:
-                return
-            parser.tag(tag)
-        ends = (self.closes, *(self.interrupts if parser.calls.tools else ()))
-        end = yield from source.until(ends, parser.reasoning)
-        if end == self.closes:
-            parser.tag(end)
-        elif end is not None:
-            source.mark(len(end))
-            source.rewind()
-        parser.thought()
-
-    @property
-    def trigger(self) -> str:
-        """What calls begin with in grammars."""
-        return self.triggers[0]
-
-    joint: ClassVar[str] = "\n"
-    """What stands between two calls."""
-
-    def grammar(self, lark: Lark, rules: Rules) -> None:
-        # Where nothing but calls or one kind of answer may come, the tags are no trouble.
-        untagged = None if rules.calls.required or rules.answer else self.untagged(lark, rules.calls)
-        self.message(lark, rules, self.bodies(lark, rules.calls), parallel=rules.calls.parallel, untagged=untagged)
-
-    def message(
-        self,
-        lark: Lark,
-        rules: Rules,
-        bodies: Sequence[str],
-        *,
-        parallel: bool,
-        untagged: Untagged | None = None,
-        others: Sequence[tuple[str, str]] = (),
-        interrupts: Sequence[tuple[str, str]] = (),
-    ) -> None:
-        """The rules of a message in which `trigger` and one of `bodies` may come, several times if `parallel`, and the
-        calls that begin otherwise."""
-        if not bodies:
-            self.silent(lark, rules)
-            return
-        body = lark.rule("body", lark.any_of(bodies))
-        calls = Repeated(self.trigger, body, self.joint, parallel, rules.calls.required, others, untagged, interrupts)
-        # Whoever may say anything may reason, known for it or not, and is read so.
-        free = not rules.calls.required and not rules.answer
-        lark.message(calls, self.thought(rules, always=free), rules.answer)
-
-    def silent(self, lark: Lark, rules: Rules) -> None:
-        """The rules of a message without calls."""
-        triggers = [trigger for trigger in self.triggers if trigger not in self.fences]
-        text = lark.without(triggers) if rules.calls.withheld else "TEXT"
-        rest = lark.rule("rest", rules.answer or text)
-        lark.start(self.thought(rules), rest, rest)
-
-    def thought(self, rules: Rules, *, always: bool = False) -> Thought:
-        """The reasoning that may come first."""
-        may = self.closes and (always or rules.thinks)
-        return Thought([(tag, self.closing(tag)) for tag in self.opens] if may else [], rules.opened)
-
-    def closing(self, tag: str) -> str:
-        """What ends reasoning that began with `tag`."""
-        return self.closes
-
-    def section(self, lark: Lark, rules: Rules, end: str) -> None:
-        """The rules of a message in which all calls stand together, between `trigger` and `end`."""
-        bodies = []
-        if tools := self.bodies(lark, rules.calls):
-            several = lark.several(tools, "", rules.calls.parallel)
-            bodies = [lark.rule("section", f"{several} {lark.text(end)}")]
-        self.message(lark, rules, bodies, parallel=False)
-
-    def bodies(self, lark: Lark, calls: Calls) -> list[str]:
-        """A rule for each tool."""
-        return [lark.rule(f"tool_{index}", self.body(lark, tool, index)) for index, tool in enumerate(calls.tools)]
-
-    def untagged(self, lark: Lark, calls: Calls) -> Untagged | None:
-        """The calls that need no trigger."""
-        return None
-
-    @abstractmethod
-    def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        """What follows the first trigger in a call of `tool`, the `index`-th; may add rules of its own."""
+            self._deltas.append(ArgumentsDelta(self.num_calls - 1, text))

@@ -2,56 +2,59 @@
 
 from __future__ import annotations
 
-from api.tools.formats.base import Parser, Rules, Tagged, Tool
-from api.tools.formats.lark import Lark
-from api.tools.formats.source import Reading
+from api.tools.formats.base import MessageParser, Tool
+from api.tools.formats.lark_builder import LarkBuilder
+from api.tools.formats.tagged import TaggedFormat
+from api.tools.formats.text_buffer import Parse
 
 _BEGIN, _END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL, _SEP, _CALLED = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+_BLOCK, _BLOCK_END = "\n```json", "```"
 
 
-class DeepSeek(Tagged):
-    """<｜tool▁call▁begin｜>f<｜tool▁sep｜>{...}<｜tool▁call▁end｜>, all calls in a section."""
+class DeepSeek(TaggedFormat):
+    """<｜tool▁call▁begin｜>f<｜tool▁sep｜>{...}<｜tool▁call▁end｜>, all calls in a section.
+
+    The parser accepts both variants, as they differ in the text; each has a grammar of its own.
+    """
 
     name = "deepseek"
-    signs = (_CALL,)
+    template_signs = (_CALL,)
     triggers = (_BEGIN,)
+    section_end = _END
     markers = (_BEGIN, _END, _CALL, _SEP, _CALLED, "<think>", "</think>")
-    joint = ""
+    separator = ""
 
-    def call(self, parser: Parser, trigger: str) -> Reading[bool]:
-        source, begun = parser.source, parser.begun
-        while (sign := (yield from source.takes(_CALL, _END))) == _CALL:
-            name, end = yield from source.collect((_SEP,))
+    def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
+        buffer, before = parser.buffer, parser.num_calls
+        while (sign := (yield from buffer.accept(_CALL, _END))) == _CALL:
+            name, end = yield from buffer.collect((_SEP,))
             if end is None:
                 break
-            if not (yield from source.sees("{")):  # the name was a type
-                name, end = yield from source.collect(("\n```json",))
+            if not (yield from buffer.peek("{")):  # the block variant, in which a type precedes the name
+                name, end = yield from buffer.collect((_BLOCK,))
                 if end is None:
                     break
-            parser.begin(name.strip())
-            if not (yield from source.value(parser.arguments)):
+            parser.begin_call(name.strip())
+            if not (yield from buffer.value(parser.arguments)):
                 break
-            yield from source.takes("```")
-            if not (yield from source.takes(_CALLED)):
+            yield from buffer.accept(_BLOCK_END)
+            if not (yield from buffer.accept(_CALLED)):
                 break
-        return sign == _END or parser.begun > begun
+        return sign == _END or parser.num_calls > before
 
-    def grammar(self, lark: Lark, rules: Rules) -> None:
-        self.section(lark, rules, _END)
-
-    def body(self, lark: Lark, tool: Tool, index: int) -> str:
+    def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
         return f"{lark.text(_CALL + tool.name + _SEP)} {lark.json(tool.parameters)} {lark.text(_CALLED)}"
 
 
 class DeepSeekBlock(DeepSeek):
-    """The older one, with `function` as the type and the arguments in a block of code."""
+    """The older variant: the type `function`, the name, and the arguments in a code block."""
 
     name = "deepseek-block"
 
-    def fits(self, template: str) -> bool:
-        return super().fits(template) and "```json" in template
+    def matches(self, template: str) -> bool:
+        return super().matches(template) and "```json" in template
 
-    def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        head, foot = f"{_CALL}function{_SEP}{tool.name}\n```json\n", f"\n```{_CALLED}"
+    def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
+        head, foot = f"{_CALL}function{_SEP}{tool.name}{_BLOCK}\n", f"\n{_BLOCK_END}{_CALLED}"
         return f"{lark.text(head)} {lark.json(tool.parameters)} {lark.text(foot)}"

@@ -1,35 +1,35 @@
-"""What a text turns out to be, piece by piece. The pieces of one kind, put together, are a field of the message."""
+"""Increments of a parsed message. The increments of one kind, concatenated, are one field of the message."""
 
 from __future__ import annotations
 
 from msgspec import Struct
 
 
-class Content(Struct, frozen=True):
-    """More of the answer."""
+class ContentDelta(Struct, frozen=True):
+    """Text appended to the content."""
 
     text: str
 
 
-class Reasoning(Struct, frozen=True):
-    """More of what the model thinks before it answers."""
+class ReasoningDelta(Struct, frozen=True):
+    """Text appended to the reasoning."""
 
     text: str
 
 
-class Begun(Struct, frozen=True):
-    """A call of a tool begins: the `index`-th of the message, from 0."""
+class ToolCallStart(Struct, frozen=True):
+    """The start of a tool call; `index` counts the calls of a message from 0."""
 
     index: int
     id: str
     name: str
 
 
-class Arguments(Struct, frozen=True):
-    """More of a call's arguments, which are JSON."""
+class ArgumentsDelta(Struct, frozen=True):
+    """JSON text appended to the arguments of call `index`."""
 
     index: int
     text: str
 
 
-Delta = Content | Reasoning | Begun | Arguments
+MessageDelta = ContentDelta | ReasoningDelta | ToolCallStart | ArgumentsDelta

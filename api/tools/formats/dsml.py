@@ -1,88 +1,91 @@
-"""DeepSeek V3.2 and V4: DSML, tags whose values are text, or JSON where they say so."""
+"""DeepSeek V3.2 and V4: DSML tags, with values as bare text or as JSON, by the `string` attribute."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from api.tools.formats.base import Parser, Rules, Tagged, Tool
-from api.tools.formats.lark import Lark
-from api.tools.formats.parameters import Members, parameter_rules
-from api.tools.formats.source import Reading
-from api.tools.formats.values import raw_json, types
+from api.tools.formats.arguments import ArgumentWriter, collect_value, parameter_rules
+from api.tools.formats.base import MessageConstraints, MessageParser, Tool
+from api.tools.formats.lark_builder import LarkBuilder
+from api.tools.formats.tagged import TaggedFormat
+from api.tools.formats.text_buffer import Parse
+from api.tools.formats.values import json_or_string, json_types
 
-_HEADS = ("<｜DSML｜function_calls>", "<｜DSML｜tool_calls>", "<｜DSML｜ calls>")
 _DSML, _LINE = "｜DSML｜", "\n"
+# The section's tag differs between versions; the last version writes a space after the sign in every tag.
+_SECTIONS = ("function_calls", "tool_calls", " calls")
 _NAME = re.compile(r'name="([^"]*)"')
 
 
-class Dsml(Tagged):
-    """<｜DSML｜invoke name="f"><｜DSML｜parameter name="p" string="true">value</｜DSML｜parameter></｜DSML｜invoke>"""
+class Dsml(TaggedFormat):
+    """<｜DSML｜invoke name="f"><｜DSML｜parameter name="p" string="true">value</｜DSML｜parameter></｜DSML｜invoke>
+
+    The grammar is written by hand, as the tag of the section depends on the model. It permits the first two tags.
+    """
 
     name = "dsml"
-    signs = ("｜DSML｜",)
-    triggers = _HEADS
-    markers = ("｜DSML｜", "<think>", "</think>")
-    joint = ""
+    template_signs = (_DSML,)
+    triggers = tuple(f"<{_DSML}{section}>" for section in _SECTIONS)
+    markers = (_DSML, "<think>", "</think>")
+    separator = ""
 
     @property
     def trigger(self) -> str:
         return f"<{_DSML}"
 
-    def call(self, parser: Parser, trigger: str) -> Reading[bool]:
-        source, begun = parser.source, parser.begun
-        space = " " if trigger == _HEADS[2] else ""
-        invoke, parameter = f"<｜DSML｜{space}invoke", f"<｜DSML｜{space}parameter"
-        done, valued = f"</｜DSML｜{space}invoke>", f"</｜DSML｜{space}parameter>"
+    def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
+        buffer, before = parser.buffer, parser.num_calls
+        space = " " if trigger == self.triggers[2] else ""
+        invoke, parameter = f"<{_DSML}{space}invoke", f"<{_DSML}{space}parameter"
+        invoke_end, value_end = f"</{_DSML}{space}invoke>", f"</{_DSML}{space}parameter>"
         end = trigger.replace("<", "</")
-        while (sign := (yield from source.takes(invoke, end))) == invoke:
-            head, closed = yield from source.collect((">",))
+        while (sign := (yield from buffer.accept(invoke, end))) == invoke:
+            head, closed = yield from buffer.collect((">",))
             name = _NAME.search(head)
             if closed is None or name is None:
                 break
-            members = Members(parser, name.group(1))
-            while not head.endswith("/") and (sign := (yield from source.takes(parameter, done))) == parameter:
-                if not (yield from self._parameter(parser, members, valued, (parameter, done))):
+            writer = ArgumentWriter(parser, name.group(1))
+            while not head.endswith("/") and (sign := (yield from buffer.accept(parameter, invoke_end))) == parameter:
+                if not (yield from self._parse_parameter(parser, writer, value_end, (parameter, invoke_end))):
                     return True
             if sign is None:
-                return members.begun
-            members.close()
-        return sign == end or parser.begun > begun
+                break
+            writer.close()
+        return sign == end or parser.num_calls > before
 
-    def _parameter(self, parser: Parser, members: Members, end: str, after: tuple[str, ...]) -> Reading[bool]:
-        source = parser.source
-        head, closed = yield from source.collect((">",))
-        key, parts = _NAME.search(head), list[str]()
+    def _parse_parameter(
+        self, parser: MessageParser, writer: ArgumentWriter, end: str, followers: tuple[str, ...]
+    ) -> Parse[bool]:
+        head, closed = yield from parser.buffer.collect((">",))
+        key = _NAME.search(head)
         if closed is None or key is None:
             return False
-        while True:
-            if (yield from source.until((end,), parts.append)) is None:
-                return False
-            if (yield from source.sees(*after)) is not None:
-                break
-            parts.append(end)
-        text = "".join(parts)
+        text = yield from collect_value(parser.buffer, end, {end: followers})
+        if text is None:
+            return False
         if 'string="true"' in head:
-            members.string(key.group(1), text)
+            writer.string(key.group(1), text)
         elif 'string="false"' in head:
-            members.json(key.group(1), raw_json(text))
+            writer.json(key.group(1), json_or_string(text))
         else:
-            members.text(key.group(1), text)
+            writer.text(key.group(1), text)
         return True
 
-    def grammar(self, lark: Lark, rules: Rules) -> None:
+    def grammar(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
         bodies = []
-        if tools := self.bodies(lark, rules.calls):
-            several = lark.several(tools, "", rules.calls.parallel)
-            kinds = ("function_calls", "tool_calls")  # which of them the model knows is not told here
-            bodies = [f"{lark.text(f'{kind}>{_LINE}')} {several} {lark.text(f'</{_DSML}{kind}>')}" for kind in kinds]
-        self.message(lark, rules, bodies, parallel=False)
+        if tools := self.bodies(lark, constraints.calls):
+            several = lark.several(tools, "", constraints.calls.parallel)
+            for section in _SECTIONS[:2]:
+                head, foot = lark.text(f"{section}>{_LINE}"), lark.text(f"</{_DSML}{section}>")
+                bodies.append(f"{head} {several} {foot}")
+        self.message(lark, constraints, bodies, parallel=False)
 
-    def body(self, lark: Lark, tool: Tool, index: int) -> str:
+    def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
         def opening(key: str, schema: Any) -> str:
-            text = types(schema, tool.parameters) == {"string"}
+            text = json_types(schema, tool.parameters) == {"string"}
             return f'<{_DSML}parameter name="{key}" string="{"true" if text else "false"}">'
 
-        rules = parameter_rules(lark, tool, index, opening, f"</{_DSML}parameter>\n", '">')
-        head, foot = lark.text(f'<{_DSML}invoke name="{tool.name}">\n'), lark.text(f"</{_DSML}invoke>\n")
+        rules = parameter_rules(lark, tool, index, opening, f"</{_DSML}parameter>{_LINE}", '">')
+        head, foot = lark.text(f'<{_DSML}invoke name="{tool.name}">{_LINE}'), lark.text(f"</{_DSML}invoke>{_LINE}")
         return f"{head} {rules} {foot}"

@@ -1,97 +1,97 @@
-"""Gemma 4 and FunctionGemma: objects like JSON, with bare keys and strings between quotes of their own."""
+"""Gemma 4 and FunctionGemma: objects like JSON, with bare keys and string quotes of their own."""
 
 from __future__ import annotations
 
-import json
 from typing import ClassVar
 
-from api.tools.formats.base import Parser, Tagged, Tool
-from api.tools.formats.lark import Lark
-from api.tools.formats.notation import Notation
-from api.tools.formats.source import Reading
-from api.tools.formats.values import raw_json
+from api.tools.formats.base import MessageParser, Tool
+from api.tools.formats.gemma_grammar import GemmaGrammar
+from api.tools.formats.lark_builder import LarkBuilder
+from api.tools.formats.tagged import TaggedFormat
+from api.tools.formats.text_buffer import Parse
+from api.tools.formats.values import json_or_string, json_string
 
 
-class Gemma(Tagged):
+class Gemma(TaggedFormat):
     """<|tool_call>call:f{p:<|"|>text<|"|>,q:[1,2]}<tool_call|>"""
 
     name = "gemma"
-    signs = ("<|tool_call>",)
+    template_signs = ("<|tool_call>",)
     triggers = ("<|tool_call>",)
     end = "<tool_call|>"
     quote = '<|"|>'
     markers: ClassVar[tuple[str, ...]] = ("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>")
     opens: ClassVar[tuple[str, ...]] = ("<|channel>thought",)
     closes = "<channel|>"
-    joint = ""
+    separator = ""
 
-    def call(self, parser: Parser, trigger: str) -> Reading[bool]:
-        source = parser.source
-        if not (yield from source.takes("call:")):
+    def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
+        buffer = parser.buffer
+        if not (yield from buffer.accept("call:")):
             return False
-        name, sign = yield from source.collect(("{", self.end))
+        name, sign = yield from buffer.collect(("{", self.end))
         if sign != "{" or not name.strip():
             return False
-        parser.begin(name.strip())
-        if (yield from self._object(parser)):
-            yield from source.takes(self.end)
+        parser.begin_call(name.strip())
+        if (yield from self._parse_object(parser)):
+            yield from buffer.accept(self.end)
         return True
 
-    def _object(self, parser: Parser) -> Reading[bool]:
-        """Tells an object, of which the bracket is read. False if it has no end."""
-        source, before = parser.source, "{"
-        while not (yield from source.takes("}")):
-            key, end = yield from source.collect((":",))
+    def _parse_object(self, parser: MessageParser) -> Parse[bool]:
+        """Parses an object after its bracket and emits it as JSON. False if the text ends first."""
+        buffer, before = parser.buffer, "{"
+        while not (yield from buffer.accept("}")):
+            key, end = yield from buffer.collect((":",))
             if end is None:
                 return False
             key = key.strip().removeprefix(self.quote).removesuffix(self.quote)
-            parser.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
-            if not (yield from self._value(parser)):
+            parser.arguments(f"{before}{json_string(key)}: ")
+            if not (yield from self._parse_value(parser)):
                 return False
-            yield from source.takes(",")
+            yield from buffer.accept(",")
             before = ", "
         parser.arguments("{}" if before == "{" else "}")
         return True
 
-    def _array(self, parser: Parser) -> Reading[bool]:
-        source, before = parser.source, "["
-        while not (yield from source.takes("]")):
+    def _parse_array(self, parser: MessageParser) -> Parse[bool]:
+        buffer, before = parser.buffer, "["
+        while not (yield from buffer.accept("]")):
             parser.arguments(before)
-            if not (yield from self._value(parser)):
+            if not (yield from self._parse_value(parser)):
                 return False
-            yield from source.takes(",")
+            yield from buffer.accept(",")
             before = ", "
         parser.arguments("[]" if before == "[" else "]")
         return True
 
-    def _value(self, parser: Parser) -> Reading[bool]:
-        source = parser.source
-        sign = yield from source.takes(self.quote, "{", "[")
+    def _parse_value(self, parser: MessageParser) -> Parse[bool]:
+        buffer = parser.buffer
+        sign = yield from buffer.accept(self.quote, "{", "[")
         if sign == "{":
-            return (yield from self._object(parser))
+            return (yield from self._parse_object(parser))
         if sign == "[":
-            return (yield from self._array(parser))
+            return (yield from self._parse_array(parser))
         if sign == self.quote:
-            text, end = yield from source.collect((self.quote,))
+            text, end = yield from buffer.collect((self.quote,))
             if end is not None:
-                parser.arguments(json.dumps(text, ensure_ascii=False))
+                parser.arguments(json_string(text))
             return end is not None
         parts: list[str] = []
-        if not (yield from source.value(parts.append)) or not (text := "".join(parts)):
+        if not (yield from buffer.value(parts.append)) or not (text := "".join(parts)):
             return False
-        parser.arguments(raw_json(text))
+        parser.arguments(json_or_string(text))
         return True
 
-    def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        notation = Notation(lark, self.quote, tool.name, tool.parameters, f"n{index}")
-        return f"{lark.text(f'call:{tool.name}')} {notation.object(tool.parameters)} {lark.text(self.end)}"
+    def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
+        grammar = GemmaGrammar(lark, self.quote, tool.name, tool.parameters, f"n{index}")
+        return f"{lark.text(f'call:{tool.name}')} {grammar.object(tool.parameters)} {lark.text(self.end)}"
 
 
 class FunctionGemma(Gemma):
     """<start_function_call>call:f{p:<escape>text<escape>}<end_function_call>"""
 
     name = "function-gemma"
-    signs = ("<start_function_call>",)
+    template_signs = ("<start_function_call>",)
     triggers = ("<start_function_call>",)
     end = "<end_function_call>"
     quote = "<escape>"

@@ -1,75 +1,74 @@
-"""GLM 4.5 and later: a name, then keys and values in tags, values as bare text."""
+"""GLM 4.5 and later: a name, then keys and values in tags, with values as bare text."""
 
 from __future__ import annotations
 
-from api.tools.formats.base import Parser, Tagged, Tool
-from api.tools.formats.lark import Lark
-from api.tools.formats.parameters import Members, parameter_rules
-from api.tools.formats.source import Reading
+from api.tools.formats.arguments import ArgumentWriter, parameter_rules
+from api.tools.formats.base import MessageParser, Tool
+from api.tools.formats.lark_builder import LarkBuilder
+from api.tools.formats.tagged import TaggedFormat
+from api.tools.formats.text_buffer import Parse
+
+_CALL, _CALLED = "<tool_call>", "</tool_call>"
+_KEY, _KEY_END = "<arg_key>", "</arg_key>"
+_VALUE, _VALUE_END = "<arg_value>", "</arg_value>"
+_LINE = "\n"
 
 
-class Glm(Tagged):
-    """<tool_call>f<arg_key>p</arg_key><arg_value>value</arg_value></tool_call>, with line breaks in 4.5."""
+class Glm(TaggedFormat):
+    """<tool_call>f<arg_key>p</arg_key><arg_value>value</arg_value></tool_call>, with line breaks in GLM 4.5."""
 
     name = "glm"
-    signs = ("<arg_key>",)
-    triggers = ("<tool_call>",)
-    markers = (
-        "<tool_call>",
-        "</tool_call>",
-        "<arg_key>",
-        "</arg_key>",
-        "<arg_value>",
-        "</arg_value>",
-        "<think>",
-        "</think>",
-    )
+    template_signs = (_KEY,)
+    triggers = (_CALL,)
+    markers = (_CALL, _CALLED, _KEY, _KEY_END, _VALUE, _VALUE_END, "<think>", "</think>")
 
-    def call(self, parser: Parser, trigger: str) -> Reading[bool]:
-        source = parser.source
-        name, sign = yield from source.collect(("<arg_key>", "</tool_call>"))
+    def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
+        buffer = parser.buffer
+        name, sign = yield from buffer.collect((_KEY, _CALLED))
         if sign is None or not name.strip():
             return False
-        members = Members(parser, name.strip())
-        while sign == "<arg_key>":
-            key, end = yield from source.collect(("</arg_key>",))
-            if end is None or not (yield from source.takes("<arg_value>")):
-                return members.begun
-            value = yield from self._value(parser)
+        writer = ArgumentWriter(parser, name.strip())
+        while sign == _KEY:
+            key, end = yield from buffer.collect((_KEY_END,))
+            if end is None or not (yield from buffer.accept(_VALUE)):
+                return writer.begun
+            value = yield from self._parse_value(parser)
             if value is None:
                 return True
-            members.text(key.strip(), value)
-            sign = yield from source.takes("<arg_key>", "</tool_call>")
+            writer.text(key.strip(), value)
+            sign = yield from buffer.accept(_KEY, _CALLED)
         if sign is None:
-            return members.begun
-        members.close()
+            return writer.begun
+        writer.close()
         return True
 
-    def _value(self, parser: Parser) -> Reading[str | None]:
-        """A value; a tag ends it only before what may follow. None if it has no end."""
-        source, parts = parser.source, list[str]()
-        while (end := (yield from source.until(("</arg_value>", "</tool_call>"), parts.append))) is not None:
-            source.mark(len(end))
-            if end == "</arg_value>" and (yield from source.sees("<arg_key>", "</tool_call>")) is not None:
-                source.drop()
+    def _parse_value(self, parser: MessageParser) -> Parse[str | None]:
+        """Returns a value, None if the text ends first.
+
+        Unlike `collect_value`, a missing end of the value is tolerated before the end of the last call: </tool_call>
+        ends the value where the text ends or another call follows.
+        """
+        buffer, parts = parser.buffer, list[str]()
+        while (end := (yield from buffer.until((_VALUE_END, _CALLED), parts.append))) is not None:
+            buffer.mark(len(end))
+            if end == _VALUE_END and (yield from buffer.peek(_KEY, _CALLED)) is not None:
+                buffer.drop_mark()
                 return "".join(parts)
-            if end == "</tool_call>" and (yield from self._last(parser)):  # the value's own end is missing
-                source.rewind()
+            if end == _CALLED and (yield from self._at_end_of_call(parser)):
+                buffer.rewind()
                 return "".join(parts)
-            source.rewind()
-            parts.append(source.skip(len(end)))
+            buffer.rewind()
+            parts.append(buffer.advance(len(end)))
         return None
 
-    def _last(self, parser: Parser) -> Reading[bool]:
-        """Whether nothing follows but other calls."""
-        while not parser.source.rest.strip():
-            if parser.source.ended:
+    def _at_end_of_call(self, parser: MessageParser) -> Parse[bool]:
+        """True if nothing but another call follows."""
+        while not parser.buffer.rest.strip():
+            if parser.buffer.ended:
                 return True
             yield
-        return (yield from parser.source.sees("<tool_call>")) is not None
+        return (yield from parser.buffer.peek(_CALL)) is not None
 
-    def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        rules = parameter_rules(
-            lark, tool, index, lambda key, _: f"\n<arg_key>{key}</arg_key>\n<arg_value>", "</arg_value>"
-        )
-        return f"{lark.text(tool.name)} {rules} {lark.text(chr(10) + '</tool_call>')}"
+    def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
+        rules = parameter_rules(lark, tool, index, lambda key, _: f"\n{_KEY}{key}{_KEY_END}\n{_VALUE}", _VALUE_END)
+        return f"{lark.text(tool.name)} {rules} {lark.text(f'{_LINE}{_CALLED}')}"

@@ -1,91 +1,99 @@
-"""gpt-oss: Harmony, a turn of several messages, each with a channel, some of them calls."""
+"""gpt-oss: Harmony, a turn of several messages with a channel each; a message with a recipient is a call."""
 
 from __future__ import annotations
 
 import re
 
-from api.tools.formats.base import Format, Parser, Rules, Tool
-from api.tools.formats.lark import Lark
-from api.tools.formats.source import Reading, Tell
+from api.tools.formats.base import ChatFormat, MessageConstraints, MessageParser, Tool
+from api.tools.formats.lark_builder import LarkBuilder
+from api.tools.formats.text_buffer import Parse, TextSink
 
-_START, _MESSAGE = "<|start|>", "<|message|>"
-_ENDS = ("<|end|>", "<|call|>", "<|return|>")
-_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
+_START, _CHANNEL, _CONSTRAIN, _MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
+_END = "<|end|>"
+_ENDS = (_END, "<|call|>", "<|return|>")
+_FUNCTIONS = "functions."
+_CHANNEL_NAME = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"to=([^\s<]+)")
 
 
-class Harmony(Format):
-    """<|channel|>commentary to=functions.f <|constrain|>json<|message|>{...}<|call|>"""
+class Harmony(ChatFormat):
+    """<|channel|>commentary to=functions.f <|constrain|>json<|message|>{...}<|call|>
+
+    Parser and grammar are written by hand: headers enclose the answer too, so no trigger starts a call in free text.
+    """
 
     name = "harmony"
-    signs = ("<|channel|>",)
-    markers = (_START, _MESSAGE, *_ENDS, "<|channel|>", "<|constrain|>")
+    template_signs = (_CHANNEL,)
+    markers = (_START, _MESSAGE, *_ENDS, _CHANNEL, _CONSTRAIN)
     opens = ()
     closes = ""
 
-    def thinks(self, template: str) -> bool:
-        return True  # and messages have to be told from their headers anyway
+    def may_reason(self, template: str) -> bool:
+        return True  # also makes sure that the answer is parsed, as its headers are no content
 
-    def read(self, parser: Parser) -> Reading[None]:
-        source = parser.source
+    def parse(self, parser: MessageParser) -> Parse[None]:
+        buffer = parser.buffer
         while True:
-            source.mark()
-            head, end = yield from source.collect((_MESSAGE,))
+            buffer.mark()
+            head, end = yield from buffer.collect((_MESSAGE,))
             if end is None and "<|" not in head and not head.lstrip().startswith("to="):
-                source.rewind()  # a text without any messages
-                parser.content(source.skip(len(source.rest)))
-            source.forget()
+                buffer.rewind()  # text without any header is content
+                parser.content(buffer.advance(len(buffer.rest)))
+            buffer.clear_marks()
             if end is None:
                 return
-            if not (yield from self._message(parser, head.rpartition(_START)[2])):
+            if not (yield from self._parse_message(parser, head.rpartition(_START)[2])):
                 return
-            yield from source.takes(_START)
+            yield from buffer.accept(_START)
 
-    def _message(self, parser: Parser, head: str) -> Reading[bool]:
-        """Reads a message after its header. False at the end of the text."""
+    def _parse_message(self, parser: MessageParser, head: str) -> Parse[bool]:
+        """Parses a message after its header. False at the end of the text."""
         recipient = (_RECIPIENT.findall(head) or [""])[-1]
-        channel = (_CHANNEL.findall(head) or ["final"])[-1]
-        if recipient.startswith("functions.") and parser.calls.tools:
-            parser.begin(recipient.removeprefix("functions."))
-            yield from parser.source.value(parser.arguments)
-            return (yield from self._body(parser, _ignored))
+        channel = (_CHANNEL_NAME.findall(head) or ["final"])[-1]
+        if recipient.startswith(_FUNCTIONS) and parser.calls.tools:
+            parser.begin_call(recipient.removeprefix(_FUNCTIONS))
+            yield from parser.buffer.value(parser.arguments)
+            return (yield from self._parse_body(parser, _discard))
         if recipient not in ("", "assistant", "all"):
-            return (yield from self._body(parser, _ignored))
+            return (yield from self._parse_body(parser, _discard))
         if channel != "analysis":
-            return (yield from self._body(parser, parser.content))
-        parser.tag(f"{head}{_MESSAGE}")
-        more = yield from self._body(parser, parser.reasoning)
-        parser.tag("<|end|>")
-        parser.thought()
+            return (yield from self._parse_body(parser, parser.content))
+        parser.reasoning_tag(f"{head}{_MESSAGE}")
+        more = yield from self._parse_body(parser, parser.reasoning)
+        parser.reasoning_tag(_END)
+        parser.end_reasoning()
         return more
 
-    def _body(self, parser: Parser, tell: Tell) -> Reading[bool]:
-        """Tells a message up to its end, which only the next message or nothing follows."""
-        source = parser.source
-        while (end := (yield from source.until(_ENDS, tell))) is not None:
-            while not source.rest and not source.ended:
+    def _parse_body(self, parser: MessageParser, sink: TextSink) -> Parse[bool]:
+        """Passes a message to `sink` up to its end. An end marker counts only before the next message or the end of the
+        text. False if the text ends without an end marker."""
+        buffer = parser.buffer
+        while (end := (yield from buffer.until(_ENDS, sink))) is not None:
+            while not buffer.rest and not buffer.ended:
                 yield
-            if not source.rest or (yield from source.sees(_START)) is not None:
+            if not buffer.rest or (yield from buffer.peek(_START)) is not None:
                 return True
-            tell(end)
+            sink(end)
         return False
 
-    def grammar(self, lark: Lark, rules: Rules) -> None:
-        said, next_ = lark.before("said", "<|end|>"), lark.text("<|start|>assistant")
-        thought = lark.rule("thought", f"{lark.text('<|channel|>analysis<|message|>')} {said} {next_}")
-        preamble = lark.rule("preamble", f"{lark.text('<|channel|>commentary<|message|>')} {said} {next_}")
-        final = lark.rule("final", f"{lark.text('<|channel|>final<|message|>')} {rules.answer or 'TEXT'}")
-        calls = [self._call(lark, tool) for tool in rules.calls.tools]
-        if rules.calls.required:
-            lark.rule("start", f"{thought}* {lark.any_of(calls)}")
+    def grammar(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
+        body, next_ = lark.before("body", _END), lark.text(f"{_START}assistant")
+        analysis = lark.rule("analysis", f"{lark.text(f'{_CHANNEL}analysis{_MESSAGE}')} {body} {next_}")
+        preamble = lark.rule("preamble", f"{lark.text(f'{_CHANNEL}commentary{_MESSAGE}')} {body} {next_}")
+        final = lark.rule("final", f"{lark.text(f'{_CHANNEL}final{_MESSAGE}')} {constraints.answer or 'TEXT'}")
+        calls = [self._call(lark, tool) for tool in constraints.calls.tools]
+        if constraints.calls.required:
+            lark.rule("start", f"{analysis}* {lark.any_of(calls)}")
         else:
-            lark.rule("start", f"({thought} | {preamble})* {lark.any_of([final, *calls])}")
+            lark.rule("start", f"({analysis} | {preamble})* {lark.any_of([final, *calls])}")
 
-    def _call(self, lark: Lark, tool: Tool) -> str:
-        head = f"<|channel|>commentary to=functions.{tool.name} <|constrain|>json<|message|>"
-        other = f" to=functions.{tool.name}<|channel|>commentary <|constrain|>json<|message|>"
-        return f"({lark.text(head)} | {lark.text(other)}) {lark.json(tool.parameters)}"
+    def _call(self, lark: LarkBuilder, tool: Tool) -> str:
+        """Returns the expression of a call, with the recipient in the channel or in the role."""
+        recipient = f"to={_FUNCTIONS}{tool.name}"
+        in_channel = f"{_CHANNEL}commentary {recipient} {_CONSTRAIN}json{_MESSAGE}"
+        in_role = f" {recipient}{_CHANNEL}commentary {_CONSTRAIN}json{_MESSAGE}"
+        return f"({lark.text(in_channel)} | {lark.text(in_role)}) {lark.json(tool.parameters)}"
 
 
-def _ignored(text: str) -> None:
-    """For what nobody is to see."""
+def _discard(text: str) -> None:
+    """Sink for text that is not shown."""

@@ -1,4 +1,4 @@
-"""Hermes and Qwen: JSON in <tool_call> tags, in fences or bare. Also what templates without tools are taught."""
+"""Hermes and Qwen: JSON in <tool_call> tags, in code fences or bare. Also the prompt for templates without tools."""
 
 from __future__ import annotations
 
@@ -6,56 +6,68 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from api.tools.formats.base import Calls, Parser, Tagged, Tool
-from api.tools.formats.lark import Lark, Untagged
-from api.tools.formats.objects import FENCE, FENCES, object_body, read_object, read_untagged, untagged_calls
-from api.tools.formats.source import Reading
+from api.tools.formats.base import AllowedCalls, MessageParser, Tool
+from api.tools.formats.json_calls import (
+    FENCE_STARTS,
+    call_object,
+    parse_call_object,
+    parse_untagged_calls,
+    untagged_calls,
+)
+from api.tools.formats.lark_builder import LarkBuilder, UntaggedCalls
+from api.tools.formats.tagged import TaggedFormat
+from api.tools.formats.text_buffer import Parse
+
+_CALL, _CALLED = "<tool_call>", "</tool_call>"
 
 
-class Hermes(Tagged):
-    """<tool_call>{"name": ..., "arguments": {...}}</tool_call>. Small models write a fence of Markdown instead of the
-    tags, or nothing at all where they begin, as llama.cpp reads them too."""
+class Hermes(TaggedFormat):
+    """<tool_call>{"name": ..., "arguments": {...}}</tool_call>
+
+    Small models replace the tags by a Markdown code fence, or omit them at the start of the answer. Both are parsed, as
+    by llama.cpp.
+    """
 
     name = "hermes"
-    signs = ("<tool_call>",)
-    triggers = ("<tool_call>", *FENCES)
-    fences = FENCES
-    markers = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+    template_signs = (_CALL,)
+    triggers = (_CALL, *FENCE_STARTS)
+    fences = FENCE_STARTS
+    markers = (_CALL, _CALLED, "<think>", "</think>")
 
-    def call(self, parser: Parser, trigger: str) -> Reading[bool]:
-        if trigger in FENCES:
-            end, found = FENCE, (yield from read_untagged(parser))
+    def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
+        if trigger in FENCE_STARTS:
+            end, found = "```", (yield from parse_untagged_calls(parser))
         else:
-            end, found = "</tool_call>", (yield from read_object(parser))
+            end, found = _CALLED, (yield from parse_call_object(parser))
         if found:
-            yield from parser.source.takes(end)
+            yield from parser.buffer.accept(end)
         return found
 
-    def first(self, parser: Parser) -> Reading[None]:
-        if parser.calls.tools and (yield from read_untagged(parser)):
-            yield from parser.source.takes("</tool_call>")
+    def parse_answer_start(self, parser: MessageParser) -> Parse[None]:
+        if parser.calls.tools and (yield from parse_untagged_calls(parser)):
+            yield from parser.buffer.accept(_CALLED)
 
-    def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        end = lark.text("\n</tool_call>")
-        return f'"\\n" {object_body(lark, tool, index)} {end}'
+    def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
+        end = lark.text(f"\n{_CALLED}")
+        return f'"\\n" {call_object(lark, tool, index)} {end}'
 
-    def untagged(self, lark: Lark, calls: Calls) -> Untagged | None:
+    def untagged(self, lark: LarkBuilder, calls: AllowedCalls) -> UntaggedCalls | None:
         return untagged_calls(lark, calls)
 
 
 class Generic(Hermes):
-    """The same for models whose template knows no tools: a system text describes them."""
+    """The Hermes format for models whose template has no tools; `tool_instructions` describes it in the prompt."""
 
     name = "generic"
-    signs = ("",)
+    template_signs = ("",)
 
 
-def described(tools: Sequence[Mapping[str, Any]]) -> str:
-    """What a model is told about tools and how to call them, if its template does not."""
+def tool_instructions(tools: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the prompt text that lists `tools` and describes the notation of calls."""
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     return (
         "You may call functions to help with the user's request. Their signatures:\n"
         f"<tools>\n{listed}\n</tools>\n\n"
         "To call one, answer with its name and arguments as JSON between these tags:\n"
-        '<tool_call>\n{"name": "the name", "arguments": {"a name": "a value"}}\n</tool_call>'
+        f'{_CALL}\n{{"name": "the name", "arguments": {{"a name": "a value"}}}}\n{_CALLED}'
     )

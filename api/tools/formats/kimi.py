@@ -1,44 +1,44 @@
-"""Kimi K2: a section of calls, each an id that holds the name, and JSON."""
+"""Kimi K2: a section of calls, each an id that contains the name, and JSON arguments."""
 
 from __future__ import annotations
 
 import re
 
-from api.tools.formats.base import Parser, Rules, Tagged, Tool
-from api.tools.formats.lark import Lark
-from api.tools.formats.source import Reading
+from api.tools.formats.base import MessageParser, Tool
+from api.tools.formats.lark_builder import LarkBuilder
+from api.tools.formats.tagged import TaggedFormat
+from api.tools.formats.text_buffer import Parse
 
 _BEGIN, _END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
-_NUMBER = re.compile(r":\s*\d*\Z")
 _CALL, _ARGUMENTS, _CALLED = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
+_PREFIX = "functions."
+_CALL_NUMBER = re.compile(r":\s*\d*\Z")
 
 
-class Kimi(Tagged):
+class Kimi(TaggedFormat):
     """<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{...}<|tool_call_end|>"""
 
     name = "kimi"
-    signs = (_CALL,)
+    template_signs = (_CALL,)
     triggers = (_BEGIN,)
+    section_end = _END
     markers = (_BEGIN, _END, _CALL, _ARGUMENTS, _CALLED, "<think>", "</think>")
 
-    def call(self, parser: Parser, trigger: str) -> Reading[bool]:
-        source = parser.source
-        while ((yield from source.collect((_CALL, _END)))[1]) == _CALL:
-            id, end = yield from source.collect((_ARGUMENTS,))
+    def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
+        buffer = parser.buffer
+        while ((yield from buffer.collect((_CALL, _END)))[1]) == _CALL:
+            id, end = yield from buffer.collect((_ARGUMENTS,))
             if end is None:
                 return True
-            parser.begin(_NUMBER.sub("", id.strip().removeprefix("functions.")), id.strip())
-            if not (yield from source.value(parser.arguments)):
+            parser.begin_call(_CALL_NUMBER.sub("", id.strip().removeprefix(_PREFIX)), id.strip())
+            if not (yield from buffer.value(parser.arguments)):
                 return True
-            yield from source.takes(_CALLED)
+            yield from buffer.accept(_CALLED)
         return True
 
-    def identify(self, index: int, name: str) -> str:
-        return f"functions.{name}:{index}"
+    def call_id(self, index: int, name: str) -> str:
+        return f"{_PREFIX}{name}:{index}"
 
-    def grammar(self, lark: Lark, rules: Rules) -> None:
-        self.section(lark, rules, _END)
-
-    def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        head = f"{lark.text(f'{_CALL}functions.{tool.name}:')} /[0-9]{{1,3}}/ {lark.text(_ARGUMENTS)}"
+    def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
+        head = f"{lark.text(f'{_CALL}{_PREFIX}{tool.name}:')} /[0-9]{{1,3}}/ {lark.text(_ARGUMENTS)}"
         return f"{head} {lark.json(tool.parameters)} {lark.text(_CALLED)}"

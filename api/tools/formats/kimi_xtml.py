@@ -1,4 +1,4 @@
-"""Kimi K3: XTML, elements of special tokens around everything, arguments each with its type."""
+"""Kimi K3: XTML, in which elements of special tokens enclose everything and each argument has its type."""
 
 from __future__ import annotations
 
@@ -6,113 +6,116 @@ import html
 import re
 from typing import Any
 
-from api.tools.formats.base import Format, Parser, Rules, Tool
-from api.tools.formats.lark import BREAK, Lark
-from api.tools.formats.parameters import Members, parameter_rules
-from api.tools.formats.source import Reading
-from api.tools.formats.values import raw_json, types
+from api.tools.formats.arguments import ArgumentWriter, collect_value, parameter_rules
+from api.tools.formats.base import ChatFormat, MessageConstraints, MessageParser, Tool
+from api.tools.formats.lark_builder import AFTER_REASONING, LarkBuilder
+from api.tools.formats.text_buffer import Parse
+from api.tools.formats.values import json_or_string, json_types
 
 _OPEN, _CLOSE, _SEP = "<|open|>", "<|close|>", "<|sep|>"
-_RESPONSE = f"{_OPEN}response{_SEP}"
+_RESPONSE, _RESPONSE_END = f"{_OPEN}response{_SEP}", f"{_CLOSE}response{_SEP}"
+_TOOLS, _TOOLS_END = f"{_OPEN}tools{_SEP}", f"{_CLOSE}tools{_SEP}"
+_CALL, _CALL_END = f"{_OPEN}call", f"{_CLOSE}call"
+_ARGUMENT, _ARGUMENT_END = f"{_OPEN}argument", f"{_CLOSE}argument{_SEP}"
+_MESSAGE_END = f"{_CLOSE}message{_SEP}"
 _ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 
 
-class KimiXtml(Format):
-    """<|open|>call tool="f"<|sep|><|open|>argument key="p" type="string"<|sep|>value<|close|>argument<|sep|>"""
+class KimiXtml(ChatFormat):
+    """<|open|>call tool="f"<|sep|><|open|>argument key="p" type="string"<|sep|>value<|close|>argument<|sep|>
+
+    Parser and grammar are written by hand: elements enclose the answer too, so no trigger starts a call in free text.
+    """
 
     name = "kimi-xtml"
-    signs = ("<|open|>",)
+    template_signs = (_OPEN,)
     markers = (_OPEN, _CLOSE, _SEP)
     opens = (f"{_OPEN}think{_SEP}",)
     closes = f"{_CLOSE}think{_SEP}"
 
-    def thinks(self, template: str) -> bool:
-        return True  # and the answer has to be told from its elements anyway
+    def may_reason(self, template: str) -> bool:
+        return True  # also makes sure that the answer is parsed, as its elements are no content
 
-    def read(self, parser: Parser) -> Reading[None]:
-        source = parser.source
+    def parse(self, parser: MessageParser) -> Parse[None]:
+        buffer = parser.buffer
         if parser.opened:
-            yield from self._think(parser, "")
-        while (sign := (yield from source.until((_OPEN, _CLOSE), parser.content))) is not None:
-            head, end = yield from source.collect((_SEP,))
+            yield from self._parse_reasoning(parser, "")
+        while (sign := (yield from buffer.until((_OPEN, _CLOSE), parser.content))) is not None:
+            head, end = yield from buffer.collect((_SEP,))
             if end is None:
                 return
             if sign == _OPEN and head == "think":
-                yield from self._think(parser, self.opens[0])
+                yield from self._parse_reasoning(parser, self.opens[0])
             elif sign == _OPEN and head == "tools" and parser.calls.tools:
-                yield from self._tools(parser)
+                yield from self._parse_calls(parser)
 
-    def _think(self, parser: Parser, tag: str) -> Reading[None]:
-        parser.tag(tag)
-        source = parser.source
-        end = yield from source.until((self.closes, _RESPONSE), parser.reasoning)
-        parser.tag(end or "")
-        parser.thought()
+    def _parse_reasoning(self, parser: MessageParser, tag: str) -> Parse[None]:
+        parser.reasoning_tag(tag)
+        end = yield from parser.buffer.until((self.closes, _RESPONSE), parser.reasoning)
+        parser.reasoning_tag(end or "")
+        parser.end_reasoning()
 
-    def _tools(self, parser: Parser) -> Reading[None]:
-        source = parser.source
-        while (yield from source.takes(f"{_OPEN}call")):
-            head, end = yield from source.collect((_SEP,))
+    def _parse_calls(self, parser: MessageParser) -> Parse[None]:
+        buffer = parser.buffer
+        while (yield from buffer.accept(_CALL)):
+            head, end = yield from buffer.collect((_SEP,))
             if end is None:
                 return
-            members = Members(parser, _attributes(head).get("tool", ""))
-            while (yield from source.takes(f"{_OPEN}argument")):
-                if not (yield from self._argument(parser, members)):
+            writer = ArgumentWriter(parser, _attributes(head).get("tool", ""))
+            while (yield from buffer.accept(_ARGUMENT)):
+                if not (yield from self._parse_argument(parser, writer)):
                     return
-            if not (yield from source.takes(f"{_CLOSE}call{_SEP}")):
+            if not (yield from buffer.accept(f"{_CALL_END}{_SEP}")):
                 return
-            members.close()
+            writer.close()
 
-    def _argument(self, parser: Parser, members: Members) -> Reading[bool]:
-        source, parts = parser.source, list[str]()
-        head, end = yield from source.collect((_SEP,))
+    def _parse_argument(self, parser: MessageParser, writer: ArgumentWriter) -> Parse[bool]:
+        head, end = yield from parser.buffer.collect((_SEP,))
         if end is None:
             return False
-        while (end := (yield from source.until((f"{_CLOSE}argument{_SEP}",), parts.append))) is not None:
-            if (yield from source.sees(f"{_OPEN}argument", f"{_CLOSE}call")) is not None:
-                break
-            parts.append(end)
-        if end is None:
+        text = yield from collect_value(parser.buffer, _ARGUMENT_END, {_ARGUMENT_END: (_ARGUMENT, _CALL_END)})
+        if text is None:
             return False
-        attributes, text = _attributes(head), "".join(parts)
+        attributes = _attributes(head)
         key = attributes.get("key", "")
         if attributes.get("type") == "string":
-            members.string(key, text)
+            writer.string(key, text)
         else:
-            members.json(key, raw_json(text))
+            writer.json(key, json_or_string(text))
         return True
 
-    def grammar(self, lark: Lark, rules: Rules) -> None:
-        thought = f"{lark.before('thought', self.closes)} {BREAK}"
-        if not rules.opened:
-            thought = f"({lark.text(self.opens[0])} {thought})?"
-        start, end = lark.text(_RESPONSE), lark.text(f"{_CLOSE}response{_SEP}")
-        said = f"{start}? {lark.before('said', f'{_CLOSE}response{_SEP}')}"
-        if rules.answer is not None:
-            said = f"{start}? {rules.answer} {end}"
-        done = f"({lark.text(f'{_CLOSE}message{_SEP}')})?"
-        if not rules.calls.tools:
-            lark.rule("start", f"{thought} {said} {done}")
+    def grammar(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
+        reasoning = f"{lark.before('thought', self.closes)} {AFTER_REASONING}"
+        if not constraints.opened:
+            reasoning = f"({lark.text(self.opens[0])} {reasoning})?"
+        start, end = lark.text(_RESPONSE), lark.text(_RESPONSE_END)
+        response = f"{start}? {lark.before('response', _RESPONSE_END)}"
+        if constraints.answer is not None:
+            response = f"{start}? {constraints.answer} {end}"
+        done = f"({lark.text(_MESSAGE_END)})?"
+        if not constraints.calls.tools:
+            lark.rule("start", f"{reasoning} {response} {done}")
             return
         tools = [
-            lark.rule(f"tool_{index}", self._body(lark, each, index)) for index, each in enumerate(rules.calls.tools)
+            lark.rule(f"tool_{index}", self._body(lark, each, index))
+            for index, each in enumerate(constraints.calls.tools)
         ]
-        calls = lark.several(tools, "", rules.calls.parallel)
-        section = f"{lark.text(f'{_OPEN}tools{_SEP}')} {calls} {lark.text(f'{_CLOSE}tools{_SEP}')}"
-        if rules.calls.required:
-            lark.rule("start", f"{thought} ({start}? {end})? {section} {done}")
+        calls = lark.several(tools, "", constraints.calls.parallel)
+        section = f"{lark.text(_TOOLS)} {calls} {lark.text(_TOOLS_END)}"
+        if constraints.calls.required:
+            lark.rule("start", f"{reasoning} ({start}? {end})? {section} {done}")
         else:
-            lark.rule("start", f"{thought} {said} ({section})? {done}")
+            lark.rule("start", f"{reasoning} {response} ({section})? {done}")
 
-    def _body(self, lark: Lark, tool: Tool, index: int) -> str:
+    def _body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
         def opening(key: str, schema: Any) -> str:
-            kinds = sorted(types(schema, tool.parameters)) or ["object"]
+            kinds = sorted(json_types(schema, tool.parameters)) or ["object"]
             kind = "number" if kinds[0] == "integer" else kinds[0]
-            return f'{_OPEN}argument key="{html.escape(key)}" type="{kind}"{_SEP}'
+            return f'{_ARGUMENT} key="{html.escape(key)}" type="{kind}"{_SEP}'
 
-        rules = parameter_rules(lark, tool, index, opening, f"{_CLOSE}argument{_SEP}")
-        head = f"{lark.text(f'{_OPEN}call tool={chr(34)}{tool.name}{chr(34)} index={chr(34)}')} /[0-9]{{1,3}}/"
-        return f"{head} {lark.text(chr(34) + _SEP)} {rules} {lark.text(f'{_CLOSE}call{_SEP}')}"
+        rules = parameter_rules(lark, tool, index, opening, _ARGUMENT_END)
+        head = lark.text(f'{_CALL} tool="{tool.name}" index="')
+        return f"{head} /[0-9]{{1,3}}/ {lark.text(f'{chr(34)}{_SEP}')} {rules} {lark.text(f'{_CALL_END}{_SEP}')}"
 
 
 def _attributes(head: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Llama 3: a JSON object, bare or after <|python_tag|>. Llama 4: a list of calls as Python writes them."""
+"""Llama 3: a JSON object, bare or after <|python_tag|>. Llama 4: a list of calls in Python's notation."""
 
 from __future__ import annotations
 
@@ -7,144 +7,152 @@ import re
 from abc import abstractmethod
 from typing import ClassVar
 
-from api.tools.formats.base import Parser, Rules, Tagged, Tool
-from api.tools.formats.lark import ANY, Lark, literal
-from api.tools.formats.objects import object_body, read_object
-from api.tools.formats.source import Reading, Source
-from api.tools.formats.values import properties, unwritable, with_definitions, written
+from api.tools.formats.base import MessageConstraints, MessageParser, Tool
+from api.tools.formats.json_calls import call_object, parse_call_object
+from api.tools.formats.lark_builder import ANY_TEXT, LarkBuilder, literal
+from api.tools.formats.tagged import TaggedFormat
+from api.tools.formats.text_buffer import Parse, TextBuffer
+from api.tools.formats.values import properties, to_json, unsupported_name, with_definitions
 
 
-class Bare(Tagged):
-    """A format in which a call may also stand at the very beginning, without a trigger."""
+class _BareFormat(TaggedFormat):
+    """A format whose calls may also start the answer without a trigger.
 
-    bare: ClassVar[str]
-    """What a bare call begins with."""
+    The grammar is written by hand, as one trigger starts all calls and the trigger is optional.
+    """
 
-    def first(self, parser: Parser) -> Reading[None]:
-        source = parser.source
-        if not parser.calls.tools or not (yield from source.sees(self.bare)):
+    bracket: ClassVar[str]
+    """The first character of a call without a trigger."""
+
+    def parse_answer_start(self, parser: MessageParser) -> Parse[None]:
+        buffer = parser.buffer
+        if not parser.calls.tools or not (yield from buffer.peek(self.bracket)):
             return
-        source.mark()
-        if (yield from self.call(parser, "")):
-            source.forget()
+        buffer.mark()
+        if (yield from self.parse_call(parser, "")):
+            buffer.clear_marks()
             return
-        source.rewind()
-        parser.content(source.skip(len(source.rest) - len(source.rest.lstrip()) + len(self.bare)))
+        buffer.rewind()
+        parser.content(buffer.advance(len(buffer.rest) - len(buffer.rest.lstrip()) + len(self.bracket)))
 
     @abstractmethod
-    def calls(self, lark: Lark, rules: Rules) -> str:
-        """All calls of a message."""
+    def calls(self, lark: LarkBuilder, constraints: MessageConstraints) -> str:
+        """Returns the expression of all calls of a message."""
 
-    def grammar(self, lark: Lark, rules: Rules) -> None:
-        if not rules.calls.tools:
-            self.silent(lark, rules)
+    def grammar(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
+        if not constraints.calls.tools:
+            self.message_without_calls(lark, constraints)
             return
-        calls, thought = lark.rule("calls", self.calls(lark, rules)), self.thought(rules)
-        if rules.calls.required or rules.answer is not None:
-            rest = lark.rule("rest", calls if rules.calls.required else f"{calls} | {rules.answer}")
-            lark.start(thought, rest, rest)
+        calls, reasoning = lark.rule("calls", self.calls(lark, constraints)), self.reasoning_tags(constraints)
+        if constraints.calls.required or constraints.answer is not None:
+            rest = lark.rule("rest", calls if constraints.calls.required else f"{calls} | {constraints.answer}")
+            lark.start(reasoning, rest, rest)
             return
-        thought = self.thought(rules, always=True)
-        rest, plain = self._answer(lark, "rest", calls), self._answer(lark, "plain", calls, lark.opening(thought))
-        lark.start(thought, rest, plain)
+        reasoning = self.reasoning_tags(constraints, always=True)
+        rest = self._free_answer(lark, "rest", calls)
+        lark.start(reasoning, rest, self._free_answer(lark, "plain", calls, lark.opening(reasoning)))
 
-    def _answer(self, lark: Lark, name: str, calls: str, unless: str = "") -> str:
-        """A rule of calls, or of text that does not begin like them or like `unless`, perhaps with calls in it."""
-        text = rf"\s*([^{literal(self.bare)}\s]{ANY})?"  # the reader takes a call for one after white space too
+    def _free_answer(self, lark: LarkBuilder, name: str, calls: str, unless: str = "") -> str:
+        """Adds a rule of calls, or of text that starts neither like a call nor like `unless`, with optional calls."""
+        text = rf"\s*([^{literal(self.bracket)}\s]{ANY_TEXT})?"  # the parser accepts a call after white space too
         head = lark.before(f"{name}_head", self.trigger, text, unless)
         return lark.rule(name, f"{calls} | {lark.free(name, text, unless)} | {head} {calls}")
 
 
-class Llama(Bare):
-    """{"name": ..., "parameters": {...}}, several with semicolons between them."""
+class Llama(_BareFormat):
+    """{"name": ..., "parameters": {...}}, several calls separated by semicolons."""
 
     name = "llama"
-    signs = ("<|python_tag|>", '"parameters": dictionary of argument name')
+    template_signs = ("<|python_tag|>", '"parameters": dictionary of argument name')
     triggers = ("<|python_tag|>",)
     markers = ("<|python_tag|>", "<think>", "</think>")
-    bare = "{"
-    joint = "; "
+    bracket = "{"
+    separator = "; "
 
-    def call(self, parser: Parser, trigger: str) -> Reading[bool]:
-        if not (yield from read_object(parser, known=not trigger)):
+    def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
+        if not (yield from parse_call_object(parser, known=not trigger)):
             return False
-        while (yield from parser.source.takes(";")):
-            if not (yield from read_object(parser)):
+        while (yield from parser.buffer.accept(";")):
+            if not (yield from parse_call_object(parser)):
                 break
         return True
 
-    def calls(self, lark: Lark, rules: Rules) -> str:
-        return lark.several(self.bodies(lark, rules.calls), "; ", rules.calls.parallel)
+    def calls(self, lark: LarkBuilder, constraints: MessageConstraints) -> str:
+        return lark.several(self.bodies(lark, constraints.calls), self.separator, constraints.calls.parallel)
 
-    def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        return object_body(lark, tool, index, "parameters")
+    def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
+        return call_object(lark, tool, index, "parameters")
 
 
-class Pythonic(Bare):
-    """[f(a="b"), g()]; each call is told once it is complete."""
+class Pythonic(_BareFormat):
+    """[f(a="b"), g()]; each call is emitted once it is complete."""
 
     name = "pythonic"
-    signs = ("<|header_start|>",)
+    template_signs = ("<|header_start|>",)
     triggers = ("<|python_start|>",)
     markers = ("<|python_start|>", "<|python_end|>", "<think>", "</think>")
-    bare = "["
+    bracket = "["
+    separator = ", "
 
-    def call(self, parser: Parser, trigger: str) -> Reading[bool]:
-        source, begun = parser.source, parser.begun
-        if not (yield from source.takes("[")):
+    def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
+        buffer, before = parser.buffer, parser.num_calls
+        if not (yield from buffer.accept("[")):
             return False
         while True:
-            name, end = yield from source.collect(("(", "]"))
+            name, end = yield from buffer.collect(("(", "]"))
             name = name.strip().lstrip(",").strip()
             if end == "]":
-                yield from source.takes("<|python_end|>")
-                return parser.begun > begun
+                yield from buffer.accept("<|python_end|>")
+                return parser.num_calls > before
             if end is None or name not in parser.calls:
-                return parser.begun > begun
-            arguments = yield from _arguments(source)
+                return parser.num_calls > before
+            arguments = yield from _parse_arguments(buffer)
             if arguments is None:
-                return parser.begun > begun
-            parser.begin(name)
+                return parser.num_calls > before
+            parser.begin_call(name)
             parser.arguments(arguments)
 
-    def calls(self, lark: Lark, rules: Rules) -> str:
-        return f'"[" {lark.several(self.bodies(lark, rules.calls), ", ", rules.calls.parallel)} "]"'
+    def calls(self, lark: LarkBuilder, constraints: MessageConstraints) -> str:
+        return (
+            f'"[" {lark.several(self.bodies(lark, constraints.calls), self.separator, constraints.calls.parallel)} "]"'
+        )
 
-    def body(self, lark: Lark, tool: Tool, index: int) -> str:
+    def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
         members = []
         for key, schema, required in properties(tool.parameters, tool.name):
             if re.search(r"[\s=(),]", key):
-                raise unwritable(tool.name, key)
+                raise unsupported_name(tool.name, key)
             value = lark.json(with_definitions(schema, tool.parameters))
             members.append((f"{lark.text(f'{key}=')} {value}", required))
         return f"{lark.text(f'{tool.name}(')} {lark.members(f'm{index}', members, ', ')} {lark.text(')')}"
 
 
-class _Literals(ast.NodeTransformer):
-    """JSON's names of what Python calls otherwise."""
+class _JsonConstants(ast.NodeTransformer):
+    """Replaces the names `true`, `false` and `null`, which models mix into Python literals."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         values = {"true": True, "false": False, "null": None}
         return ast.Constant(values[node.id]) if node.id in values else node
 
 
-def _arguments(source: Source) -> Reading[str | None]:
-    """Reads `a="b", c=1)`; its JSON, or None if that is no list of named literals. Names may be any, also Python's."""
+_LITERAL_ERRORS = ValueError, TypeError, SyntaxError, MemoryError, RecursionError
+
+
+def _parse_arguments(buffer: TextBuffer) -> Parse[str | None]:
+    """Parses `a="b", c=1)` and returns the arguments as JSON, None if they are not literals. Keys may be any text,
+    Python keywords included."""
     values: dict[str, object] = {}
-    while not (yield from source.takes(")")):
-        key, sign = yield from source.collect(("=", ")"))
+    while not (yield from buffer.accept(")")):
+        key, sign = yield from buffer.collect(("=", ")"))
         parts: list[str] = []
-        if sign != "=" or not (yield from source.value(parts.append, "\"'")):
+        if sign != "=" or not (yield from buffer.value(parts.append, "\"'")):
             return None
         try:
-            values[key.strip()] = ast.literal_eval(_Literals().visit(ast.parse("".join(parts), mode="eval")))
-        except _UNREADABLE:
+            values[key.strip()] = ast.literal_eval(_JsonConstants().visit(ast.parse("".join(parts), mode="eval")))
+        except _LITERAL_ERRORS:
             return None
-        yield from source.takes(",")
+        yield from buffer.accept(",")
     try:
-        return written(values)
-    except _UNREADABLE:
+        return to_json(values)
+    except _LITERAL_ERRORS:
         return None
-
-
-_UNREADABLE = ValueError, TypeError, SyntaxError, MemoryError, RecursionError

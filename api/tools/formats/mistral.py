@@ -1,86 +1,84 @@
-"""Mistral: [TOOL_CALLS], then a JSON list of calls, or a name, [ARGS] and arguments; a newer tag for each call."""
+"""Mistral: [TOOL_CALLS], then a JSON list of calls, or a name, [ARGS] and arguments; newer models repeat the tag."""
 
 from __future__ import annotations
 
 from uuid import uuid4
 
-from api.tools.formats.base import Parser, Rules, Tagged, Tool
-from api.tools.formats.lark import Lark
-from api.tools.formats.objects import object_body, read_object
-from api.tools.formats.source import Reading
+from api.tools.formats.base import MessageConstraints, MessageParser, Tool
+from api.tools.formats.json_calls import call_object, parse_call_object
+from api.tools.formats.lark_builder import LarkBuilder
+from api.tools.formats.tagged import TaggedFormat
+from api.tools.formats.text_buffer import Parse
+
+_MAX_NAME_CHARS = 256
+_CALL, _ARGUMENTS, _ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 
 
-class Mistral(Tagged):
-    """[TOOL_CALLS]f[ARGS]{...}[TOOL_CALLS]g[ARGS]{...}"""
+class Mistral(TaggedFormat):
+    """[TOOL_CALLS]f[ARGS]{...}[TOOL_CALLS]g[ARGS]{...}
+
+    The parser accepts the list of older models too.
+    """
 
     name = "mistral"
-    signs = ("[ARGS]",)
-    triggers = ("[TOOL_CALLS]",)
-    markers = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]", "<think>", "</think>")
+    template_signs = (_ARGUMENTS,)
+    triggers = (_CALL,)
+    markers = (_CALL, _ARGUMENTS, _ID, "[THINK]", "[/THINK]", "<think>", "</think>")
     opens = ("[THINK]", "<think>")
     closes = "[/THINK]"
-    joint = ""
-
-    def think(self, parser: Parser) -> Reading[None]:
-        source = parser.source
-        tag = (yield from source.takes(*self.opens)) if not parser.opened else "[THINK]"
-        if tag is None:
-            return
-        if not parser.opened:
-            parser.tag(tag)
-        end = yield from source.until((self.closing(tag),), parser.reasoning)
-        if end is not None:
-            parser.tag(end)
-        parser.thought()
+    separator = ""
 
     def closing(self, tag: str) -> str:
         return tag.replace("<", "</").replace("[", "[/")
 
-    def call(self, parser: Parser, trigger: str) -> Reading[bool]:
-        source = parser.source
-        if (yield from source.sees("[")):
-            return (yield from self._list(parser))
-        name, end = yield from source.collect(("[CALL_ID]", "[ARGS]", "{"))
+    def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
+        buffer = parser.buffer
+        if (yield from buffer.peek("[")):
+            return (yield from self._parse_list(parser))
+        name, end = yield from buffer.collect((_ID, _ARGUMENTS, "{"))
         id = ""
-        if end == "[CALL_ID]":
-            id, end = yield from source.collect(("[ARGS]", "{"))
-        if end is None or not name.strip() or len(name) > 256:
+        if end == _ID:
+            id, end = yield from buffer.collect((_ARGUMENTS, "{"))
+        if end is None or not name.strip() or len(name) > _MAX_NAME_CHARS:
             return False
         if end == "{":
-            source.mark(1)
-            source.rewind()
-        parser.begin(name.strip(), id.strip())
-        yield from source.value(parser.arguments)
+            buffer.mark(1)
+            buffer.rewind()
+        parser.begin_call(name.strip(), id.strip())
+        yield from buffer.value(parser.arguments)
         return True
 
-    def _list(self, parser: Parser) -> Reading[bool]:
-        source, begun = parser.source, parser.begun
-        yield from source.takes("[")
-        while (yield from read_object(parser)):
-            if not (yield from source.takes(",")):
-                yield from source.takes("]")
+    def _parse_list(self, parser: MessageParser) -> Parse[bool]:
+        buffer, before = parser.buffer, parser.num_calls
+        yield from buffer.accept("[")
+        while (yield from parse_call_object(parser)):
+            if not (yield from buffer.accept(",")):
+                yield from buffer.accept("]")
                 break
-        return parser.begun > begun
+        return parser.num_calls > before
 
-    def identify(self, index: int, name: str) -> str:
-        return uuid4().hex[:9]  # the template refuses others
+    def call_id(self, index: int, name: str) -> str:
+        return uuid4().hex[:9]  # Mistral's templates refuse ids of another length
 
-    def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        return f"{lark.text(tool.name + '[ARGS]')} {lark.json(tool.parameters)}"
+    def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
+        return f"{lark.text(tool.name + _ARGUMENTS)} {lark.json(tool.parameters)}"
 
 
 class MistralList(Mistral):
-    """[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...], up to 2024."""
+    """[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...], models up to 2024.
+
+    The grammar is written by hand, as all calls follow one trigger in brackets.
+    """
 
     name = "mistral-list"
-    signs = ("[TOOL_CALLS]",)
+    template_signs = (_CALL,)
 
-    def grammar(self, lark: Lark, rules: Rules) -> None:
+    def grammar(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
         body = ""
-        if tools := self.bodies(lark, rules.calls):
-            several = lark.several(tools, ", ", rules.calls.parallel)
+        if tools := self.bodies(lark, constraints.calls):
+            several = lark.several(tools, ", ", constraints.calls.parallel)
             body = lark.rule("list", f'/ ?/ "[" {several} "]"')
-        self.message(lark, rules, [body] if body else [], parallel=False)
+        self.message(lark, constraints, [body] if body else [], parallel=False)
 
-    def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        return object_body(lark, tool, index)
+    def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
+        return call_object(lark, tool, index)

@@ -1,79 +1,69 @@
-"""Qwen3-Coder and Qwen3.5: functions and parameters in tags, values as bare text."""
+"""Qwen3-Coder and Qwen3.5: functions and parameters in tags, with values as bare text."""
 
 from __future__ import annotations
 
-from api.tools.formats.base import Parser, Rules, Tagged, Tool
-from api.tools.formats.lark import Lark
-from api.tools.formats.parameters import Members, parameter_rules
-from api.tools.formats.source import Reading
+from api.tools.formats.arguments import ArgumentWriter, collect_value, parameter_rules
+from api.tools.formats.base import MessageConstraints, MessageParser, Tool
+from api.tools.formats.lark_builder import LarkBuilder
+from api.tools.formats.tagged import TaggedFormat
+from api.tools.formats.text_buffer import Parse
 
+_CALL, _CALLED = "<tool_call>", "</tool_call>"
+_FUNCTION, _FUNCTION_END = "<function=", "</function>"
+_PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
 _LINE = "\n"
-_AFTER: dict[str, tuple[str, ...]] = {
-    "</parameter>": ("<parameter=", "</function>", "</tool_call>"),
-    "\n<parameter=": (),
-    "\n</function>": ("</tool_call>",),
+# The ends of a value with their followers. Models sometimes omit the first.
+_VALUE_ENDS: dict[str, tuple[str, ...]] = {
+    _PARAMETER_END: (_PARAMETER, _FUNCTION_END, _CALLED),
+    f"{_LINE}{_PARAMETER}": (),
+    f"{_LINE}{_FUNCTION_END}": (_CALLED,),
 }
-"""What may end a value, with what must follow for it to do so."""
 
 
-class QwenXml(Tagged):
-    """<tool_call><function=f><parameter=p>value</parameter></function></tool_call>, the first tag often missing."""
+class QwenXml(TaggedFormat):
+    """<tool_call><function=f><parameter=p>value</parameter></function></tool_call>, where <tool_call> may be absent.
+
+    The grammar is written by hand, as calls may also start at <function= and inside of reasoning.
+    """
 
     name = "qwen-xml"
-    signs = ("<function=",)
-    triggers = ("<tool_call>", "<function=")
-    interrupts = ("<tool_call>\n<function=",)
-    markers = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+    template_signs = (_FUNCTION,)
+    triggers = (_CALL, _FUNCTION)
+    interrupts = (f"{_CALL}{_LINE}{_FUNCTION}",)
+    markers = (_CALL, _CALLED, "<think>", "</think>")
 
-    def call(self, parser: Parser, trigger: str) -> Reading[bool]:
-        source = parser.source
-        if trigger == "<tool_call>" and not (yield from source.takes("<function=")):
+    def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
+        buffer = parser.buffer
+        if trigger == _CALL and not (yield from buffer.accept(_FUNCTION)):
             return False
-        name, end = yield from source.collect((">",))
+        name, end = yield from buffer.collect((">",))
         if end is None or not name.strip():
             return False
-        members = Members(parser, name.strip())
-        while (sign := (yield from source.takes("<parameter=", "</function>", "</tool_call>"))) == "<parameter=":
-            key, end = yield from source.collect((">",))
+        writer = ArgumentWriter(parser, name.strip())
+        while (sign := (yield from buffer.accept(_PARAMETER, _FUNCTION_END, _CALLED))) == _PARAMETER:
+            key, end = yield from buffer.collect((">",))
             if end is None:
                 return True
-            value = yield from self._value(parser)
+            value = yield from collect_value(buffer, _PARAMETER_END, _VALUE_ENDS)
             if value is None:
                 return True
-            members.text(key.strip(), value.removeprefix("\n").removesuffix("\n"))
+            writer.text(key.strip(), value.removeprefix(_LINE).removesuffix(_LINE))
         if sign is None:
-            return members.begun
-        members.close()
-        if sign == "</function>":
-            yield from source.takes("</tool_call>")
+            return writer.begun
+        writer.close()
+        if sign == _FUNCTION_END:
+            yield from buffer.accept(_CALLED)
         return True
 
-    def _value(self, parser: Parser) -> Reading[str | None]:
-        """A value, which may speak of tags: one ends it only before what may follow. None if it has no end."""
-        source, parts = parser.source, list[str]()
-        while True:
-            end = yield from source.until(tuple(_AFTER), parts.append)
-            if end is None:
-                return None
-            after = _AFTER[end]
-            source.mark(len(end))
-            if not after or (yield from source.sees(*after)) is not None:
-                if end == "</parameter>":
-                    source.drop()
-                else:  # that one is missing
-                    source.rewind()
-                return "".join(parts)
-            source.rewind()
-            parts.append(source.skip(len(end)))
-
-    def grammar(self, lark: Lark, rules: Rules) -> None:
-        tagged = self.bodies(lark, rules.calls)
+    def grammar(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
+        tagged = self.bodies(lark, constraints.calls)
         inner = lark.any_of([f"call_{index}" for index in range(len(tagged))])
-        others, interrupts = [("<function=", inner)], [(self.interrupts[0], inner)]
-        parallel = rules.calls.parallel
-        self.message(lark, rules, tagged, parallel=parallel, others=others, interrupts=interrupts)
+        others, interrupts = [(_FUNCTION, inner)], [(self.interrupts[0], inner)]
+        parallel = constraints.calls.parallel
+        self.message(lark, constraints, tagged, parallel=parallel, others=others, interrupts=interrupts)
 
-    def body(self, lark: Lark, tool: Tool, index: int) -> str:
-        rules = parameter_rules(lark, tool, index, lambda key, _: f"<parameter={key}>\n", "\n</parameter>\n", ">")
-        call = lark.rule(f"call_{index}", f"{lark.text(f'{tool.name}>{_LINE}')} {rules} {lark.text('</function>')}")
-        return f"{lark.text(f'{_LINE}<function=')} {call} {lark.text(f'{_LINE}</tool_call>')}"
+    def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
+        close = f"{_LINE}{_PARAMETER_END}{_LINE}"
+        rules = parameter_rules(lark, tool, index, lambda key, _: f"{_PARAMETER}{key}>{_LINE}", close, ">")
+        call = lark.rule(f"call_{index}", f"{lark.text(f'{tool.name}>{_LINE}')} {rules} {lark.text(_FUNCTION_END)}")
+        return f"{lark.text(f'{_LINE}{_FUNCTION}')} {call} {lark.text(f'{_LINE}{_CALLED}')}"

@@ -1,4 +1,4 @@
-"""Verification by sampling the target: the tokens are those of no draft, whatever the draft."""
+"""Verification by sampling the target: any draft gives the tokens of no draft."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.contract import Request, SamplingParams
-from engine.sampling import Sampler, accept
+from engine.sampling import Sampler, sample_and_accept
 from engine.sampling.candidates import Row
 
 VOCABULARY = 20
@@ -25,57 +25,57 @@ SAMPLING = [
 
 
 @pytest.mark.parametrize(
-    ("picked", "emitted"),
+    ("samples", "emitted"),
     [
         ([5, 6, 7, 8], [5, 6, 7, 8]),
         ([5, 6, 9, 8], [5, 6, 9]),
         ([9, 6, 7, 8], [9]),
     ],
 )
-def test_up_to_the_first_difference(picked: list[int], emitted: list[int]) -> None:
-    asked: list[int] = []
+def test_up_to_the_first_difference(samples: list[int], emitted: list[int]) -> None:
+    sampled: list[int] = []
 
-    def pick(row: int) -> int:
-        asked.append(row)
-        return picked[row]
+    def sample(row: int) -> int:
+        sampled.append(row)
+        return samples[row]
 
-    assert list(accept([5, 6, 7], pick)) == emitted
-    assert asked == list(range(len(emitted)))
-
-
-def test_no_draft_is_one_pick() -> None:
-    assert list(accept([], lambda row: 40 + row)) == [40]
+    assert list(sample_and_accept([5, 6, 7], sample)) == emitted
+    assert sampled == list(range(len(emitted)))
 
 
-def test_a_row_is_picked_only_when_its_token_is_asked_for() -> None:
-    asked: list[int] = []
+def test_an_empty_draft_samples_one_row() -> None:
+    assert list(sample_and_accept([], lambda row: 40 + row)) == [40]
 
-    def pick(row: int) -> int:
-        asked.append(row)
+
+def test_a_row_is_sampled_only_when_the_iterator_is_advanced() -> None:
+    sampled: list[int] = []
+
+    def sample(row: int) -> int:
+        sampled.append(row)
         return 5 + row
 
-    tokens = accept([5, 6, 7], pick)
-    assert asked == []
+    tokens = sample_and_accept([5, 6, 7], sample)
+    assert sampled == []
     assert next(tokens) == 5
-    assert asked == [0]
+    assert sampled == [0]
     assert next(tokens) == 6
-    assert asked == [0, 1]
+    assert sampled == [0, 1]
 
 
 def model(history: Sequence[int]) -> Row:
-    """A row that depends on the whole history."""
+    """Returns a row that depends on the whole history."""
     rng = np.random.default_rng([len(history), *history])
     return (rng.normal(size=VOCABULARY) * 3).astype(np.float32)
 
 
-def run(sampler: Sampler, drafter: Callable[[array[int]], list[int]], count: int) -> list[int]:
+def run(sampler: Sampler, propose: Callable[[array[int]], list[int]], count: int) -> list[int]:
     """Generates with drafts, each row computed from the history and the draft tokens before it."""
     history = array("i", PROMPT)
     while len(history) < len(PROMPT) + count:
-        draft = drafter(history)
+        draft = propose(history)
         before = [*history]
         rows = [model([*before, *draft[:j]]) for j in range(len(draft) + 1)]
-        for token in accept(draft, lambda j, rows=rows: sampler.pick(rows[j], history, len(PROMPT))):  # type: ignore[misc]
+        for token in sample_and_accept(draft, lambda j, rows=rows: sampler.pick(rows[j], history, len(PROMPT))):  # type: ignore[misc]
             history.append(token)
     return [*history[len(PROMPT) : len(PROMPT) + count]]
 
@@ -87,8 +87,8 @@ def test_no_draft_changes_a_token(params: SamplingParams, seed: int, data: st.Da
     sampler = Sampler(request, seed, frozenset({0}), lambda token: b"\n" if token == 7 else b"x")
     alone = run(sampler, lambda history: [], 12)
 
-    def drafter(history: array[int]) -> list[int]:
+    def propose(history: array[int]) -> list[int]:
         right = alone[len(history) - len(PROMPT) :][: data.draw(st.integers(0, 4))]
         return right + data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=2))
 
-    assert run(sampler, drafter, 12) == alone
+    assert run(sampler, propose, 12) == alone

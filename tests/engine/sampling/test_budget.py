@@ -1,4 +1,4 @@
-"""The bound on reasoning: when it is spent, what closes reasoning is emitted, whatever the model would say."""
+"""The reasoning budget: once it is spent, the closing tokens are emitted instead of the model's tokens."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.contract import ReasoningBudget
-from engine.sampling import Budget
+from engine.sampling import ReasoningLimiter
 
 CLOSING = tuple(b"</t>")
 
 
 def written(budget: int, model: bytes, *, opens: str = "", forbidden: Container[int] = ()) -> bytes:
-    """What is emitted if the model would write `model`, a byte a token, where a grammar forbids that nothing is
-    `forbidden` at these places."""
-    bound = Budget(ReasoningBudget(budget, opens, "</t>", CLOSING), lambda token: bytes([token]))
+    """Returns the output of a model that would emit `model`, one byte per token.
+
+    At `forbidden` positions a grammar forbids the forced token.
+    """
+    limiter = ReasoningLimiter(ReasoningBudget(budget, opens, "</t>", CLOSING), lambda token: bytes([token]))
     found = bytearray()
-    for place, own in enumerate(model):
-        forced = bound.forced
-        token = own if forced is None or place in forbidden else forced
-        bound.take(token)
+    for position, own in enumerate(model):
+        forced = limiter.forced
+        token = own if forced is None or position in forbidden else forced
+        limiter.take(token)
         found.append(token)
     return bytes(found)
 
@@ -31,7 +33,7 @@ def test_it_is_closed_when_the_budget_is_spent() -> None:
     assert written(3, b"abcdefghijklm") == b"abc</t>hijklm"
 
 
-def test_what_ends_in_time_is_left_alone() -> None:
+def test_reasoning_that_ends_in_time_is_unchanged() -> None:
     assert written(9, b"ab</t>cdefghijklm") == b"ab</t>cdefghijklm"
 
 
@@ -52,7 +54,7 @@ def test_it_counts_from_where_reasoning_begins(late: int, found: bytes) -> None:
 
 
 @given(st.integers(0, 12), st.text(min_size=1, max_size=20))
-def test_what_was_emitted_is_whole_text_with_one_end(budget: int, text: str) -> None:
+def test_the_output_is_valid_utf8_with_one_end(budget: int, text: str) -> None:
     model = text.replace("<", "").encode() + b"." * 24
     found = written(budget, model)
     assert found.count(b"</t>") == 1
@@ -61,23 +63,23 @@ def test_what_was_emitted_is_whole_text_with_one_end(budget: int, text: str) -> 
     found.partition(b"</t>")[0].decode()
 
 
-def test_bytes_that_are_no_text_do_not_go_on_for_ever() -> None:
+def test_bytes_that_are_no_text_are_cut() -> None:
     assert written(2, b"\xf0" * 20).index(b"</t>") == 6
 
 
-def test_where_a_grammar_forbids_it_the_end_comes_when_it_may() -> None:
+def test_the_end_is_forced_as_soon_as_the_grammar_permits_it() -> None:
     assert written(0, b"abcdefgh", forbidden={0}) == b"a</t>fgh"
     assert written(0, b"abcdefghi", forbidden={2}) == b"</c</t>hi"
     assert written(0, "a👩cdefghijk".encode(), forbidden={0, 1}) == "a👩</t>ghijk".encode()
 
 
 def test_the_tag_is_emitted_once_even_if_its_continuation_is_forbidden() -> None:
-    bound = Budget(ReasoningBudget(1, "", "</t>", (*CLOSING, 10)), lambda token: bytes([token]))
+    limiter = ReasoningLimiter(ReasoningBudget(1, "", "</t>", (*CLOSING, 10)), lambda token: bytes([token]))
     for token in b"a</t>":
-        bound.take(token)
-    assert bound.forced == 10
-    bound.take(ord("b"))
-    assert bound.forced is None
+        limiter.take(token)
+    assert limiter.forced == 10
+    limiter.take(ord("b"))
+    assert limiter.forced is None
     for token in b"cdefgh":
-        bound.take(token)
-        assert bound.forced is None
+        limiter.take(token)
+        assert limiter.forced is None

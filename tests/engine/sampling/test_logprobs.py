@@ -49,7 +49,7 @@ def test_a_whole_vocabulary(size: int, scale: float) -> None:
 
 
 def test_certainty_is_not_rounded_up() -> None:
-    """Only a probability of 1 has the log 0.0, however small the rest is."""
+    """The log probability is 0.0 only if the probability is 1 in float64."""
     row = np.full(50_000, -1000.0, np.float32)
     row[7] = 0.0
     assert logprob(row, 7, 1).logprob == 0.0

@@ -1,4 +1,4 @@
-"""The keyed noise: a pure function, never infinite, and as good as independent from key to neighbouring key."""
+"""The keyed noise: a pure function, never infinite, and statistically independent between neighbouring keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engine.sampling.noise import REACH, derive, gumbel, uniform
+from engine.sampling.noise import NOISE_SPAN, derive_seed, gumbel, uniform
 
 Floats = NDArray[np.float64]
 seeds = st.integers(0, 2**63 - 1)
@@ -18,19 +18,19 @@ positions = st.integers(0, 2**31)
 
 
 def uniforms(seed: int, position: int, tokens: NDArray[np.intp]) -> Floats:
-    """The uniform numbers that the noise of some tokens is made of."""
+    """Returns the uniform numbers from which the noise of `tokens` is computed."""
     noise: Floats = np.exp(-np.exp(-gumbel(seed, position, tokens)))
     return noise
 
 
 def deviation(counts: NDArray[np.intp], expected: float) -> float:
-    """Pearson's chi-square of equally likely counts, in standard deviations from its mean."""
+    """Returns Pearson's chi-square of equally likely counts, in standard deviations from its mean."""
     chi_square = float(((counts - expected) ** 2).sum() / expected)
     freedom = counts.size - 1
     return (chi_square - freedom) / math.sqrt(2 * freedom)
 
 
-def test_the_law_is_pinned() -> None:
+def test_the_noise_is_pinned() -> None:
     """Requests with a recorded seed give the same tokens in every release."""
     tokens = np.array([0, 1, 49151, 151935])
     first = [1.0530590592834124, -0.6807578025137798, 0.7115001858537433, -0.19557984770366205]
@@ -38,11 +38,11 @@ def test_the_law_is_pinned() -> None:
     assert gumbel(0, 0, tokens).tolist() == pytest.approx(first, rel=1e-12)
     assert gumbel(2**63 - 1, 4096, tokens).tolist() == pytest.approx(other, rel=1e-12)
     assert uniform(42, 7) == 0.531611080662469
-    assert [derive(42, index) for index in range(3)] == [42, 2513832144714455113, 6878160354806654338]
+    assert [derive_seed(42, index) for index in range(3)] == [42, 2513832144714455113, 6878160354806654338]
 
 
 @given(seeds, positions, st.lists(st.integers(0, 200_000), min_size=1, max_size=50))
-def test_a_tokens_noise_depends_on_nothing_beside_it(seed: int, position: int, tokens: list[int]) -> None:
+def test_the_noise_of_a_token_depends_on_no_other_token(seed: int, position: int, tokens: list[int]) -> None:
     alone = [float(gumbel(seed, position, np.array([token]))[0]) for token in tokens]
     assert gumbel(seed, position, np.array(tokens)).tolist() == alone
     assert gumbel(seed, position, np.array(tokens[::-1])).tolist() == alone[::-1]
@@ -56,10 +56,10 @@ def test_large_and_small_calls_agree() -> None:
     assert np.isfinite(whole).all()
 
 
-def test_the_noise_spans_less_than_the_reach() -> None:
+def test_the_noise_has_a_smaller_range_than_its_span() -> None:
     least, most = 0.5 * 2.0**-50, 1.0 - 0.5 * 2.0**-50
     assert 0.0 < least < most < 1.0
-    assert -math.log(-math.log(most)) + math.log(-math.log(least)) < REACH - 1.0
+    assert -math.log(-math.log(most)) + math.log(-math.log(least)) < NOISE_SPAN - 1.0
 
 
 @pytest.mark.parametrize("axis", ["seed", "position", "token"])
@@ -103,7 +103,7 @@ def test_one_flipped_bit_of_a_key_changes_half_of_the_bits() -> None:
             assert 0.45 < np.bitwise_count(changed).mean() / 32 < 0.55
 
 
-def test_the_coin_is_uniform_and_apart_from_the_tokens() -> None:
+def test_the_coin_is_uniform_and_independent_of_the_tokens() -> None:
     coins = np.array([uniform(5, position) for position in range(16_384)])
     assert 0.0 < coins.min() < coins.max() < 1.0
     assert abs(deviation(np.bincount((coins * 64).astype(np.intp), minlength=64), len(coins) / 64)) < 4.0
@@ -114,15 +114,15 @@ def test_the_coin_is_uniform_and_apart_from_the_tokens() -> None:
         assert not np.isclose(coins, others, rtol=0.0, atol=1e-12).any()
 
 
-def test_a_coin_is_what_a_token_of_its_number_would_have() -> None:
-    """The scalar generator is the vectorised one; token ids end long before 2^64."""
+def test_a_coin_equals_the_noise_of_a_token_with_its_index() -> None:
+    """The scalar and the vectorised generator agree; token ids are far below 2^64."""
     token = np.array([2**64 - 1], np.uint64).view(np.intp)
     assert uniform(9, 4) == pytest.approx(float(uniforms(9, 4, token)[0]), rel=1e-12)
 
 
 @given(seeds, st.integers(0, 1000), st.integers(0, 1000))
 def test_derived_seeds(seed: int, one: int, other: int) -> None:
-    assert derive(seed, 0) == seed
-    assert 0 <= derive(seed, one) < 2**63
-    assert (derive(seed, one) == derive(seed, other)) == (one == other)
-    assert derive(seed, one + 1) != derive((seed + 1) % 2**63, one + 1)
+    assert derive_seed(seed, 0) == seed
+    assert 0 <= derive_seed(seed, one) < 2**63
+    assert (derive_seed(seed, one) == derive_seed(seed, other)) == (one == other)
+    assert derive_seed(seed, one + 1) != derive_seed((seed + 1) % 2**63, one + 1)

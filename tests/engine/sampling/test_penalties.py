@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from engine.contract import SamplingParams
 from engine.sampling.candidates import Row
-from engine.sampling.penalties import Dry, penalise_seen, prolonging, recent
+from engine.sampling.penalties import DryPenalty, apply_penalties, last_tokens, repeat_lengths
+from engine.text import TokenBytes
 
 VOCABULARY = 12
 histories = st.lists(st.integers(0, VOCABULARY - 1), max_size=60)
@@ -28,7 +29,7 @@ windows = st.sampled_from([-1, 0, 1, 5, 64])
 
 
 def letters(token: int) -> bytes:
-    """Token 3 is a line feed, 4 has one inside; the others break nothing."""
+    """Token 3 is a line feed, token 4 contains one; the other tokens are no breakers."""
     return {3: b"\n", 4: b"x\ny"}.get(token, b"x")
 
 
@@ -63,17 +64,17 @@ def slow_penalties(row: Row, history: Sequence[int], params: SamplingParams) -> 
     return result
 
 
-def slow_dry(row: Row, history: Sequence[int], params: SamplingParams, piece: Callable[[int], bytes]) -> list[float]:
-    """Compares the end of the history with what ends at every earlier place, token by token."""
+def slow_dry(row: Row, history: Sequence[int], params: SamplingParams, token_bytes: TokenBytes) -> list[float]:
+    """Compares the end of the history with the tokens before every earlier position, one by one."""
     result = [float(logit) for logit in row]
     seen = window(history, params.dry_penalty_last_n)
-    breakers = {t for t in range(VOCABULARY) if any(b.encode() in piece(t) for b in params.dry_sequence_breakers)}
+    breakers = {t for t in range(VOCABULARY) if any(b.encode() in token_bytes(t) for b in params.dry_sequence_breakers)}
     longest: dict[int, int] = {}
-    for place in range(len(seen) - 1):
+    for position in range(len(seen) - 1):
         size = 0
-        while size <= place and seen[place - size] == seen[-1 - size] and seen[-1 - size] not in breakers:
+        while size <= position and seen[position - size] == seen[-1 - size] and seen[-1 - size] not in breakers:
             size += 1
-        longest[seen[place + 1]] = max(size, longest.get(seen[place + 1], 0))
+        longest[seen[position + 1]] = max(size, longest.get(seen[position + 1], 0))
     for token, size in longest.items():
         if size >= params.dry_allowed_length and token not in breakers:
             result[token] -= params.dry_multiplier * params.dry_base ** (size - params.dry_allowed_length)
@@ -81,8 +82,8 @@ def slow_dry(row: Row, history: Sequence[int], params: SamplingParams, piece: Ca
 
 
 @given(histories, windows)
-def test_recent(history: list[int], last_n: int) -> None:
-    assert list(recent(array("i", history), last_n)) == window(history, last_n)
+def test_last_tokens(history: list[int], last_n: int) -> None:
+    assert list(last_tokens(array("i", history), last_n)) == window(history, last_n)
 
 
 @given(
@@ -101,7 +102,7 @@ def test_penalties(
     )
     row = random_row(seed)
     expected = slow_penalties(row, history, params)
-    penalise_seen(row, array("i", history), params)
+    apply_penalties(row, array("i", history), params)
     assert row.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
@@ -133,12 +134,12 @@ def test_dry(
         dry_sequence_breakers=tuple(filter(None, breakers)),
     )
     expected = slow_dry(row, history, used, letters)
-    Dry(params, letters).penalise(row, array("i", history))
+    DryPenalty(params, letters).apply(row, array("i", history))
     assert row.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 @given(repeats, st.integers(0, 5))
-def test_prolonging(history: list[int], shortest: int) -> None:
+def test_repeat_lengths(history: list[int], shortest: int) -> None:
     tokens = history[::-1]
     expected: dict[int, int] = {}
     for at in range(1, len(tokens)):
@@ -147,7 +148,7 @@ def test_prolonging(history: list[int], shortest: int) -> None:
             size += 1
         if size >= shortest:
             expected[tokens[at - 1]] = max(size, expected.get(tokens[at - 1], 0))
-    assert prolonging(tokens, shortest) == expected
+    assert repeat_lengths(tokens, shortest) == expected
 
 
 # The cases of llama.cpp's tests/test-sampling.cpp.
@@ -167,7 +168,7 @@ def test_penalty_cases_of_llama_cpp(
 ) -> None:
     row = np.log(np.full(5, 0.2, np.float32))
     params = SamplingParams(repeat_penalty=repeat, frequency_penalty=frequency, presence_penalty=presence)
-    penalise_seen(row, history, params)
+    apply_penalties(row, history, params)
     assert probabilities(row) == pytest.approx(expected, abs=1e-5)
 
 
@@ -188,14 +189,14 @@ def test_dry_cases_of_llama_cpp(
     params = SamplingParams(
         dry_multiplier=multiplier, dry_base=1.1, dry_allowed_length=allowed, dry_penalty_last_n=last_n
     )
-    Dry(params, lambda token: b"\n" if token == breaker else b"x").penalise(row, history)
+    DryPenalty(params, lambda token: b"\n" if token == breaker else b"x").apply(row, history)
     assert probabilities(row) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_huge_dry_penalty_stays_finite() -> None:
     row = np.zeros(3, np.float32)
     params = SamplingParams(dry_multiplier=100.0, dry_base=100.0, dry_penalty_last_n=-1)
-    Dry(params, plain).penalise(row, [1] * 5000)
+    DryPenalty(params, plain).apply(row, [1] * 5000)
     assert row[1] < -1e29
     assert np.isfinite(row).all()
 
@@ -205,19 +206,19 @@ def test_dry_takes_linear_time(history: list[int]) -> None:
     row = np.zeros(VOCABULARY, np.float32)
     params = SamplingParams(dry_multiplier=0.8, dry_penalty_last_n=-1)
     start = time.perf_counter()
-    Dry(params, plain).penalise(row, array("i", history))
+    DryPenalty(params, plain).apply(row, array("i", history))
     assert time.perf_counter() - start < 1.0
     assert math.isfinite(row.min())
 
 
 def test_token_bytes_are_looked_up_once() -> None:
-    asked: list[int] = []
+    looked_up: list[int] = []
 
-    def piece(token: int) -> bytes:
-        asked.append(token)
+    def token_bytes(token: int) -> bytes:
+        looked_up.append(token)
         return b"x"
 
-    dry = Dry(SamplingParams(dry_multiplier=0.8), piece)
+    dry = DryPenalty(SamplingParams(dry_multiplier=0.8), token_bytes)
     for _ in range(3):
-        dry.penalise(np.zeros(VOCABULARY, np.float32), [1, 2, 3, 1, 2])
-    assert sorted(asked) == [1, 2, 3]
+        dry.apply(np.zeros(VOCABULARY, np.float32), [1, 2, 3, 1, 2])
+    assert sorted(looked_up) == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""The law of a pick: distribution, independence, purity, bans, and what is refused."""
+"""Picks of a sampler: distribution, independence, purity, bans and errors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engine.contract import Request, SamplingParams
-from engine.sampling import BadLogits, Sampler, derive
+from engine.sampling import BadLogits, Sampler, derive_seed
 from engine.sampling.candidates import Row
 from engine.sampling.noise import gumbel
-from engine.sampling.truncate import survivors
+from engine.sampling.truncate import truncate
 
 PURE: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
-def piece(token: int) -> bytes:
+def token_bytes(token: int) -> bytes:
     return b"\n" if token == 7 else b"x"
 
 
@@ -42,7 +42,7 @@ def sampler(
         ignore_eos=ignore_eos,
         stop_tokens=stop_tokens,
     )
-    return Sampler(request, seed, frozenset(ends), piece)
+    return Sampler(request, seed, frozenset(ends), token_bytes)
 
 
 def random_row(seed: int, size: int = 40, scale: float = 2.0) -> Row:
@@ -70,8 +70,8 @@ some_params = st.fixed_dictionaries(
 
 
 def softmax(row: Row, params: SamplingParams) -> NDArray[np.float64]:
-    """The exact distribution of a pick, over the whole vocabulary."""
-    found = survivors(row, params, False)
+    """Returns the exact distribution of a pick, [vocabulary]."""
+    found = truncate(row, params, False)
     result = np.zeros(len(row))
     result[found.ids] = np.exp((found.logits - found.logits.max()) / params.temperature)
     result /= result.sum()
@@ -79,7 +79,7 @@ def softmax(row: Row, params: SamplingParams) -> NDArray[np.float64]:
 
 
 def deviation(counts: NDArray[np.intp], expected: NDArray[np.float64]) -> float:
-    """Pearson's chi-square, in standard deviations from its mean; rare cells are pooled."""
+    """Returns Pearson's chi-square in standard deviations from its mean; rare cells are pooled."""
     assert not counts[expected == 0.0].any(), "a pick that the law excludes"
     rare = expected < 8.0
     seen = np.append(counts[~rare], counts[rare].sum())
@@ -121,7 +121,7 @@ def test_choices_of_one_request_are_independent() -> None:
     row, law = random_row(8), SamplingParams(temperature=1.0)
     expected = softmax(row, law)
     one, other = (
-        np.array([sampler(derive(seed, index), temperature=1.0).pick(row, range(9), 0) for seed in range(5000)])
+        np.array([sampler(derive_seed(seed, index), temperature=1.0).pick(row, range(9), 0) for seed in range(5000)])
         for index in (0, 1)
     )
     pairs = np.bincount(one * len(row) + other, minlength=len(row) ** 2)
@@ -130,33 +130,33 @@ def test_choices_of_one_request_are_independent() -> None:
 
 @given(rows, st.integers(0, 2**63 - 1), st.integers(0, 10_000), st.floats(0.05, 3.0))
 def test_without_truncation_no_token_is_left_out(row: Row, seed: int, position: int, temperature: float) -> None:
-    """The cut that saves noise for hopeless tokens changes nothing."""
+    """The exclusion of tokens beyond the span of the noise changes no pick."""
     scores = row.astype(np.float64) / temperature + gumbel(seed, position, np.arange(len(row)))
     pick = sampler(seed, temperature=temperature, **PURE).pick
     assert pick(row, range(position), 0) == scores.argmax()
 
 
 @given(rows, st.integers(0, 2**63 - 1), st.integers(0, 1000), some_params)
-def test_the_law(row: Row, seed: int, position: int, params: dict[str, Any]) -> None:
+def test_the_formula(row: Row, seed: int, position: int, params: dict[str, Any]) -> None:
     params |= {"repeat_last_n": 0, "dry_multiplier": 0.0, "xtc_probability": 0.0, "logit_bias": (), "temperature": 0.7}
-    found = survivors(row, SamplingParams(**params), False)
+    found = truncate(row, SamplingParams(**params), False)
     scores = found.logits / 0.7 + gumbel(seed, position, found.ids)
     assert sampler(seed, **params).pick(row, range(position), 0) == found.ids[scores.argmax()]
 
 
 @given(st.integers(0, 1000), st.sampled_from([3.0, 10.0, 50.0]), some_params, st.booleans(), st.integers(0, 3))
-def test_the_obvious_token_is_what_all_stages_come_to(
+def test_a_dominant_token_is_the_pick_of_all_stages(
     number: int, scale: float, params: dict[str, Any], ignore: bool, least: int
 ) -> None:
     row = random_row(number, scale=scale)
     quick, thorough = (sampler(ignore_eos=ignore, min_tokens=least, ends=(1, 2), **params) for _ in range(2))
-    thorough._obvious = lambda row, emitted: None  # type: ignore[method-assign]
+    thorough._dominant = lambda row, emitted: None  # type: ignore[method-assign]
     assert quick.pick(row, [5] * 12, 11) == thorough.pick(row, [5] * 12, 11)
 
 
 @given(rows, some_params, st.integers(0, 3), st.integers(0, 3))
 def test_greedy_is_argmax(row: Row, params: dict[str, Any], least: int, more: int) -> None:
-    """Without anything that changes the row, temperature 0 picks its argmax."""
+    """Temperature 0 picks the argmax of a row that no stage changes."""
     params |= {"temperature": 0.0, "logit_bias": (), "dry_multiplier": 0.0, "repeat_last_n": 0}
     subject = sampler(ends=(0,), min_tokens=least, **params)
     assert subject.pick(row, [0, 1, *[0] * (least + more)], 2) == row.argmax()
@@ -164,7 +164,7 @@ def test_greedy_is_argmax(row: Row, params: dict[str, Any], least: int, more: in
 
 @given(rows, some_params, st.integers(0, 2**63 - 1))
 def test_a_pick_is_pure(row: Row, params: dict[str, Any], seed: int) -> None:
-    """The row (read-only here) stays, and neither earlier picks nor the kind of history matter."""
+    """The row, read-only here, is unchanged, and neither earlier picks nor the type of the history matter."""
     assume(len(row) > 1)
     history = [token % len(row) for token in (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 1, 4, 1)]
     before = row.copy()
@@ -185,7 +185,7 @@ def test_a_history_can_grow_after_a_pick() -> None:
     assert len(history) == 8
 
 
-def test_end_and_stop_tokens_wait_for_min_tokens() -> None:
+def test_end_and_stop_tokens_are_banned_before_min_tokens() -> None:
     row = np.zeros(6, np.float32)
     row[[1, 2, 3]] = [5.0, 4.0, 3.0]
     subject = sampler(ends=(1,), stop_tokens=(2,), min_tokens=2, temperature=0.0)
@@ -231,7 +231,7 @@ def test_xtc_acts_with_its_chance() -> None:
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-40, 1e-9])
 @pytest.mark.parametrize("truncation", [{}, PURE, {**PURE, "typical_p": 0.9}, {"xtc_probability": 1.0}])
-def test_a_tiny_temperature_picks_the_likeliest(temperature: float, truncation: dict[str, Any]) -> None:
+def test_a_tiny_temperature_picks_the_most_likely_token(temperature: float, truncation: dict[str, Any]) -> None:
     row = random_row(2, 5000, 10.0)
     expected = sampler(temperature=1e-6, **truncation).pick(row, [0] * 9, 1)
     assert sampler(temperature=temperature, **truncation).pick(row, [0] * 9, 1) == expected
@@ -267,7 +267,7 @@ def test_an_extreme_temperature_is_uniform() -> None:
 
 @given(rows, some_params, st.integers(0, 2**32), st.floats(0.0, 1.0))
 def test_with_a_grammar_there_are_no_other_tokens(row: Row, params: dict[str, Any], seed: int, share: float) -> None:
-    """A pick is that from a row in which they are banned."""
+    """The pick is that from a row in which the other tokens are banned."""
     permitted = np.random.default_rng(seed).random(len(row)) < share
     assume(permitted.any())
     banned = np.where(permitted, row, -np.inf).astype(np.float32)

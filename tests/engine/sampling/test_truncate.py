@@ -1,4 +1,4 @@
-"""Candidates and truncation against references that sort everything and count in plain Python."""
+"""Candidates and truncation against references in plain Python that sort the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from engine.contract import SamplingParams
-from engine.sampling.candidates import BadLogits, Row, likeliest, nucleus, spread, top, within
-from engine.sampling.truncate import min_p, survivors, top_p, typical_p, xtc
+from engine.sampling.candidates import (
+    BadLogits,
+    Row,
+    argmax_token,
+    candidates_within,
+    nucleus_candidates,
+    peak_and_mass,
+    top_candidates,
+)
+from engine.sampling.truncate import min_p, top_p, truncate, typical_p, xtc
 
 SIZES = [1, 2, 5, 17, 40, 257, 700, 4096, 5003]
 
@@ -38,13 +46,13 @@ def rows(draw: st.DrawFn, sizes: Sequence[int] = SIZES) -> Row:
 
 
 def ranked(row: Row) -> list[int]:
-    """All tokens that are not banned, likeliest first."""
+    """Returns all tokens that are not banned, most likely first."""
     alive = [token for token in range(len(row)) if math.isfinite(row[token])]
     return sorted(alive, key=lambda token: (-row[token], token))
 
 
 def shares(row: Row, tokens: Sequence[int]) -> list[float]:
-    """The probabilities of `tokens` among themselves."""
+    """Returns the probabilities of `tokens`, renormalised."""
     peak = max(float(row[token]) for token in tokens)
     weights = [math.exp(float(row[token]) - peak) for token in tokens]
     total = math.fsum(weights)
@@ -91,8 +99,8 @@ def slow_xtc(row: Row, tokens: list[int], threshold: float) -> list[int]:
     return tokens[above - 1 :] if above > 1 and threshold <= 0.5 else tokens
 
 
-def slow_survivors(row: Row, params: SamplingParams, exclude: bool) -> list[int]:
-    """All stages, on everything that is not banned."""
+def slow_truncate(row: Row, params: SamplingParams, apply_xtc: bool) -> list[int]:
+    """Applies all stages to all tokens that are not banned."""
     tokens = ranked(row)
     if params.top_k > 0:
         tokens = tokens[: params.top_k]
@@ -102,12 +110,12 @@ def slow_survivors(row: Row, params: SamplingParams, exclude: bool) -> list[int]
         tokens = slow_top_p(row, tokens, params.top_p)
     if params.min_p > 0.0:
         tokens = slow_min_p(row, tokens, params.min_p)
-    return slow_xtc(row, tokens, params.xtc_threshold) if exclude else tokens
+    return slow_xtc(row, tokens, params.xtc_threshold) if apply_xtc else tokens
 
 
 @given(rows(), st.integers(1, 300))
 def test_top(row: Row, k: int) -> None:
-    found = top(row, k)
+    found = top_candidates(row, k)
     assert found.ids.tolist() == ranked(row)[:k]
     assert found.logits.tolist() == [float(row[token]) for token in found.ids]
 
@@ -117,29 +125,29 @@ def test_reach(row: Row, k: int, reach: float) -> None:
     order, peak = ranked(row), float(row.max())
     assume(all(abs(peak - reach - float(row[token])) > 1e-4 for token in order))
     near = [token for token in order if row[token] >= peak - reach]
-    assert within(row, reach).ids.tolist() == sorted(near)
-    assert top(row, k, reach).ids.tolist() == near[:k]
+    assert candidates_within(row, reach).ids.tolist() == sorted(near)
+    assert top_candidates(row, k, reach).ids.tolist() == near[:k]
 
 
 def test_a_flat_row_is_cut_by_token_id() -> None:
     row = np.zeros(9001, np.float32)
-    assert top(row, 40).ids.tolist() == list(range(40))
-    assert likeliest(row) == 0
+    assert top_candidates(row, 40).ids.tolist() == list(range(40))
+    assert argmax_token(row) == 0
     row[[8990, 17]] = 1.0
-    assert top(row, 3).ids.tolist() == [17, 8990, 0]
-    assert likeliest(row) == 17
+    assert top_candidates(row, 3).ids.tolist() == [17, 8990, 0]
+    assert argmax_token(row) == 17
 
 
 @given(rows())
-def test_spread(row: Row) -> None:
-    peak, mass = spread(row)
+def test_peak_and_mass(row: Row) -> None:
+    peak, mass = peak_and_mass(row)
     assert peak == row.max()
     assert mass == pytest.approx(math.fsum(math.exp(float(logit) - peak) for logit in row), rel=2e-6)
 
 
 @given(rows(), st.floats(0.0, 0.9999), st.sampled_from([3.0, 40.0, 4000.0]))
 def test_nucleus(row: Row, share: float, reach: float) -> None:
-    found = nucleus(row, share, reach)
+    found = nucleus_candidates(row, share, reach)
     order, peak = ranked(row), float(row.max())
     assume(all(abs(peak - reach - float(row[token])) > 1e-4 for token in order))
     assert found.ids.tolist() == order[: len(found.ids)]
@@ -150,29 +158,29 @@ def test_nucleus(row: Row, share: float, reach: float) -> None:
 
 @given(rows(), st.floats(0.0, 0.9999))
 def test_top_p(row: Row, share: float) -> None:
-    found = top(row, 300)
+    found = top_candidates(row, 300)
     assert found.ids[top_p(found.logits, share)].tolist() == slow_top_p(row, ranked(row)[:300], share)
 
 
 @given(rows([1, 2, 5, 40, 300, 3000]), st.floats(0.0, 0.9999))
 def test_typical_p(row: Row, share: float) -> None:
     assume(np.ptp(row[np.isfinite(row)]) < 40.0)
-    found = within(row, 100.0)
+    found = candidates_within(row, 100.0)
     assert found.ids[typical_p(found.logits, share)].tolist() == slow_typical_p(row, ranked(row), share)
 
 
 @given(rows(), st.floats(1e-9, 1.0))
 def test_min_p(row: Row, share: float) -> None:
-    found = within(row, 100.0)
+    found = candidates_within(row, 100.0)
     assert found.ids[min_p(found.logits, share)].tolist() == sorted(slow_min_p(row, ranked(row), share))
 
 
 @given(rows(), st.floats(0.0, 1.0))
 @example(np.zeros(3, np.float32), 0.1)
 def test_xtc(row: Row, threshold: float) -> None:
-    found = top(row, 300)
+    found = top_candidates(row, 300)
     assert found.ids[xtc(found.logits, threshold)].tolist() == slow_xtc(row, ranked(row)[:300], threshold)
-    unsorted = within(row, 1000.0)
+    unsorted = candidates_within(row, 1000.0)
     expected = sorted(slow_xtc(row, ranked(row), threshold))
     assert unsorted.ids[xtc(unsorted.logits, threshold)].tolist() == expected
 
@@ -187,12 +195,12 @@ def test_xtc(row: Row, threshold: float) -> None:
     st.sampled_from([0.3, 1.0, 2.5]),
 )
 def test_all_stages(
-    row: Row, exclude: bool, top_k: int, typical: float, top: float, least: float, temperature: float
+    row: Row, apply_xtc: bool, top_k: int, typical: float, top: float, least: float, temperature: float
 ) -> None:
     params = SamplingParams(top_k=top_k, typical_p=typical, top_p=top, min_p=least, temperature=temperature)
     assume(np.ptp(row[np.isfinite(row)]) < 38.0 * min(1.0, temperature))
-    found = survivors(row, params, exclude)
-    assert sorted(found.ids.tolist()) == sorted(slow_survivors(row, params, exclude))
+    found = truncate(row, params, apply_xtc)
+    assert sorted(found.ids.tolist()) == sorted(slow_truncate(row, params, apply_xtc))
 
 
 # The cases of llama.cpp's tests/test-sampling.cpp: probabilities, parameter, tokens left.
@@ -226,8 +234,13 @@ def test_cases_of_llama_cpp(
 def test_bad_rows(size: int, bad: list[float]) -> None:
     row = np.full(size, -np.inf if bad == [-np.inf] else 1.0, np.float32)
     row[[3, size - 2][: len(bad)]] = bad
-    for act in (likeliest, spread, lambda row: within(row, 40.0), lambda row: top(row, 4)):
+    for act in (
+        argmax_token,
+        peak_and_mass,
+        lambda row: candidates_within(row, 40.0),
+        lambda row: top_candidates(row, 4),
+    ):
         with pytest.raises(BadLogits):
             act(row)
     with pytest.raises(BadLogits):
-        nucleus(row, 0.9, 40.0)
+        nucleus_candidates(row, 0.9, 40.0)

@@ -1,0 +1,144 @@
+"""Prepares a chat request: the prompt, the parser of the output and the grammar of the output."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from api.generation.constraints import Constraint, compile_constraint, parse_constraint
+from api.schema.requests import ChatRequest
+from api.templates.prompts import PromptRenderer
+from api.tools.formats import AllowedCalls, ChatFormat, LarkBuilder, MessageConstraints, MessageParser
+from api.tools.tool_choice import allowed_calls
+from engine import (
+    Engine,
+    Grammar,
+    GrammarSpec,
+    GrammarTimeout,
+    JsonObject,
+    JsonSchema,
+    Lark,
+    OneOfTexts,
+    ReasoningBudget,
+    RequestRefused,
+)
+
+# Tokens at the end of a prompt that are searched for an open reasoning tag.
+_PROMPT_TAIL_TOKENS = 32
+
+# Constraints that can be an expression in the grammar of a message. Regex, GBNF and Lark are whole grammars.
+_EMBEDDABLE = JsonSchema, JsonObject, OneOfTexts
+
+
+class PreparedChat(Struct, frozen=True):
+    """A chat request, ready for generation."""
+
+    prompt_text: str
+    """The rendered conversation, special tokens by their names."""
+    prompt: tuple[int, ...]
+    """The token ids of `prompt_text`."""
+    format: ChatFormat
+    calls: AllowedCalls
+    constraint: Constraint | None
+    """The constraint on an answer without tool calls."""
+    split_reasoning: bool
+    """True if reasoning goes to `reasoning_content`, False if reasoning stays in the content."""
+    opened: bool
+    """True if the prompt ends inside of the reasoning."""
+    may_reason: bool
+    """True if the output may contain reasoning."""
+    marker_tokens: dict[str, int]
+    """The markers of the format that are special tokens of the model, with their ids."""
+    reasoning_budget: ReasoningBudget | None
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the output is the content and no parser is needed."""
+        return not self.calls.tools and not (self.may_reason and self.split_reasoning)
+
+    @property
+    def control_texts(self) -> tuple[tuple[int, str], ...]:
+        """The special tokens that the output must contain by name for the parser, each with its name."""
+        return () if self.is_plain else tuple((token, text) for text, token in self.marker_tokens.items())
+
+    def parser(self) -> MessageParser | None:
+        """Returns a new parser for one choice; None if the output is plain."""
+        if self.is_plain:
+            return None
+        return MessageParser(self.format, self.calls, opened=self.opened, split=self.split_reasoning)
+
+    async def grammar(self, engine: Engine) -> Grammar | None:
+        """Returns the grammar of the output: tool calls valid by their schemas, or an answer valid by the constraint.
+
+        None permits any output. Raises RequestRefused, which names the field.
+        """
+        constraint = self.constraint
+        # Compiled alone first, so that an error in the constraint names the constraint's own keyword.
+        answer_only = await compile_constraint(engine, constraint)
+        if not self.calls.tools and not (self.may_reason if constraint else self.calls.withheld):
+            return answer_only
+        if constraint is not None and not isinstance(constraint.spec, _EMBEDDABLE):
+            if not self.calls.tools and not self.opened:
+                return answer_only  # the output cannot contain reasoning then
+            conflict = "tools" if self.calls.tools else "a prompt that ends inside of the reasoning"
+            raise RequestRefused(
+                f"{constraint.path}: a regex or grammar cannot be combined with {conflict}; use a JSON schema.",
+                field=constraint.path,
+            )
+        try:
+            return await engine.compile(Lark(self._lark(constraint)))
+        except RequestRefused as error:
+            if not isinstance(error, GrammarTimeout):
+                await self._check_tool_schemas(engine)
+            error.field = error.field or ("tools" if self.calls.tools or constraint is None else constraint.path)
+            raise
+
+    def _lark(self, constraint: Constraint | None) -> str:
+        """Returns the Lark grammar of the message. Raises RequestRefused."""
+        lark = LarkBuilder(self.marker_tokens)
+        answer = None if constraint is None else _expression(lark, constraint.spec)
+        self.format.grammar(lark, MessageConstraints(self.calls, self.may_reason, self.opened, answer))
+        return str(lark)
+
+    async def _check_tool_schemas(self, engine: Engine) -> None:
+        """Raises RequestRefused, with the keyword's path, for the first tool whose schema does not compile alone."""
+        for index, tool in enumerate(self.calls.tools):
+            try:
+                await engine.compile(JsonSchema(msgspec.json.encode(tool.parameters)))
+            except RequestRefused as error:
+                error.field = f"tools[{index}].function.parameters{error.field or ''}"
+                raise
+
+
+async def prepare_chat(request: ChatRequest, prompts: PromptRenderer) -> PreparedChat:
+    """Renders and tokenizes the prompt, and determines the format, the constraint and the reasoning of the output.
+
+    Raises RequestRefused, which names the field.
+    """
+    constraint, calls = parse_constraint(request), allowed_calls(request)
+    prompt_text = await prompts.render_chat(request)
+    prompt = await prompts.tokenize_prompt(prompt_text)
+    format, template = prompts.format_for(request), prompts.template_for(request).source
+    split_reasoning = (request.reasoning_format or prompts.chat.reasoning_format) != "none"
+    opened = format.opens_reasoning(prompts.detokenize(prompt[-_PROMPT_TAIL_TOKENS:]))
+    may_reason = opened or format.may_reason(template)
+    marker_tokens = {name: token for name in format.markers if (token := prompts.special_token(name)) is not None}
+    max_tokens, budget = prompts.reasoning_budget(request), None
+    if max_tokens >= 0 and may_reason and format.closes:
+        opens = "" if opened else format.opens[0]
+        budget = ReasoningBudget(max_tokens, opens, format.closes, prompts.closing_tokens(format.closes))
+    return PreparedChat(
+        prompt_text, prompt, format, calls, constraint, split_reasoning, opened, may_reason, marker_tokens, budget
+    )
+
+
+def _expression(lark: LarkBuilder, spec: GrammarSpec) -> str:
+    """Returns the Lark expression of an embeddable constraint."""
+    match spec:
+        case JsonSchema():
+            return lark.json(msgspec.json.decode(spec.schema))
+        case JsonObject():
+            return lark.json({"type": "object"})
+        case OneOfTexts():
+            return lark.any_of([lark.text(text) for text in spec.texts])
+    raise AssertionError("the constraint is a whole grammar")

@@ -1,0 +1,98 @@
+"""The grammar of Gemma's notation of arguments: JSON with bare keys and string quotes of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from api.tools.formats.lark_builder import LarkBuilder
+from api.tools.formats.values import (
+    ANNOTATIONS,
+    ParameterSchema,
+    enum_values,
+    json_types,
+    properties,
+    resolved,
+    unsupported_name,
+    unsupported_schema,
+    value_rule,
+    with_definitions,
+)
+
+
+class GemmaGrammar:
+    """Adds the rules of one tool's arguments."""
+
+    def __init__(self, lark: LarkBuilder, quote: str, tool: str, root: ParameterSchema, prefix: str) -> None:
+        """`prefix` starts the names of all rules."""
+        self._lark, self._quote, self._tool, self._root, self._prefix = lark, quote, tool, root, prefix
+        self._count = 0
+        self._definitions: dict[str, str] = {}  # rule names by schema with a reference
+
+    def object(self, schema: ParameterSchema, path: str = "") -> str:
+        """Returns the expression of an object with the schema's properties, at `path` in the tool's parameters. Raises
+        RequestRefused for unsupported schemas."""
+        members = []
+        for key, each, required in properties(schema, self._tool):
+            if ":" in key:
+                raise unsupported_name(self._tool, key)
+            value = self._value(each, f"{path}/properties/{key}")
+            members.append((f"{self._lark.text(f'{key}:')} {value}", required))
+        return f'"{{" {self._lark.members(self._rule_name(), members, ",")} "}}"'
+
+    def _value(self, schema: ParameterSchema, path: str) -> str:
+        if "$ref" in schema:
+            return self._reference(schema, path)
+        if (values := enum_values(schema, self._tool)) is not None:
+            return self._lark.any_of([self._lark.text(self._constant(value)) for value in values])
+        for name in ("anyOf", "oneOf"):
+            if name in schema:
+                return self._lark.any_of([self._value(each, path) for each in self._options(schema[name])])
+        kinds = json_types(schema, self._root)
+        if not kinds:
+            raise unsupported_schema(self._tool, f"{path}, a value of any type,")
+        return self._lark.any_of([self._typed(schema, kind, path) for kind in sorted(kinds)])
+
+    def _reference(self, schema: ParameterSchema, path: str) -> str:
+        """Returns the rule of a definition, named before its body is built, as definitions may be recursive."""
+        key = json.dumps(schema, sort_keys=True)
+        if key not in self._definitions:
+            definition = resolved(schema, self._root)
+            if "$ref" in definition:
+                raise unsupported_schema(self._tool, f"{path}/$ref")
+            self._definitions[key] = name = self._rule_name()
+            self._lark.rule(name, self._value(definition, path))
+        return self._definitions[key]
+
+    def _options(self, options: Any) -> list[ParameterSchema]:
+        if not isinstance(options, list) or not all(isinstance(option, Mapping) for option in options):
+            raise unsupported_schema(self._tool, "an option that is not an object")
+        return options
+
+    def _typed(self, schema: ParameterSchema, kind: str, path: str) -> str:
+        if kind == "object":
+            return self.object(schema, path)
+        if kind == "array":
+            return self._array(schema, path)
+        alone = {**schema, "type": kind}
+        if kind != "string":
+            return self._lark.json(with_definitions(alone, self._root))
+        quote, name = self._lark.text(self._quote), self._rule_name()
+        return f"{quote} {value_rule(self._lark, name, alone, {}, self._quote, tool=self._tool, path=path)}"
+
+    def _array(self, schema: ParameterSchema, path: str) -> str:
+        if unknown := set(schema) - ANNOTATIONS - {"items"}:
+            raise unsupported_schema(self._tool, f"{path}/{min(unknown)}")
+        items = schema.get("items")
+        if not isinstance(items, Mapping):
+            raise unsupported_schema(self._tool, f"{path}, an array without items,")
+        item = self._lark.rule(self._rule_name(), self._value(items, f"{path}/items"))
+        return f'"[" ({item} ("," {item})*)? "]"'
+
+    def _constant(self, value: Any) -> str:
+        return f"{self._quote}{value}{self._quote}" if isinstance(value, str) else json.dumps(value)
+
+    def _rule_name(self) -> str:
+        self._count += 1
+        return f"{self._prefix}_{self._count}"

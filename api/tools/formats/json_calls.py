@@ -1,0 +1,163 @@
+"""Calls that are a JSON object with a name and arguments, in any order."""
+
+from __future__ import annotations
+
+import json
+
+import jiter
+
+from api.tools.formats.base import AllowedCalls, MessageParser, Tool
+from api.tools.formats.lark_builder import WHITE_SPACE, LarkBuilder, UntaggedCalls, literal
+from api.tools.formats.text_buffer import Parse
+
+# The keys under which models write the arguments.
+ARGUMENT_KEYS = ("arguments", "parameters")
+# The starts of Markdown code fences, in which small models write calls.
+FENCE_STARTS = ("```json\n", "```\n")
+
+# The texts that `parse_untagged_calls` requires before and after a tool's name, as regular expressions.
+_BEFORE_NAME = WHITE_SPACE + WHITE_SPACE.join((r"[\[,]?", r"\{", '"name"', ":", '"'))
+_AFTER_NAME = '"' + WHITE_SPACE + WHITE_SPACE.join((",", f'"({"|".join(ARGUMENT_KEYS)})"', ":"))
+# White space where only the rest of a call is permitted, bounded as small models repeat it.
+_GAP = r"\s{0,8}"
+
+
+def parse_call_object(parser: MessageParser, *, known: bool = False) -> Parse[bool]:
+    """Parses and emits the object of one call. False if the text is no call; with `known`, calls of unknown tools are
+    none."""
+    return (yield from _CallObject(parser, known).parse())
+
+
+def parse_untagged_calls(parser: MessageParser) -> Parse[bool]:
+    """Parses and emits calls without tags, one after the other or in a list. False if there is none."""
+    buffer, before = parser.buffer, parser.num_calls
+    buffer.mark()
+    listed = yield from buffer.accept("[")
+    while (yield from _parse_untagged_call(parser)):
+        buffer.mark()
+        yield from buffer.accept(",")
+    buffer.rewind()
+    if listed and parser.num_calls > before:
+        yield from buffer.accept("]")
+    return parser.num_calls > before
+
+
+def _parse_untagged_call(parser: MessageParser) -> Parse[bool]:
+    """Parses one call. False if the text does not start with the name of a known tool and with arguments: JSON of
+    another kind is content."""
+    buffer = parser.buffer
+    names = tuple(f'"{tool.name}"' for tool in parser.calls.tools)
+    keys = tuple(f'"{key}"' for key in ARGUMENT_KEYS)
+    signs: list[str] = []
+    for options in (("{",), ('"name"',), (":",), names, (",",), keys, (":",)):
+        sign = yield from buffer.accept(*options)
+        if sign is None:
+            return False
+        signs.append(sign)
+    if not (yield from buffer.peek("{")):
+        return False
+    parser.begin_call(signs[3][1:-1])
+    if (yield from buffer.value(parser.arguments)):
+        yield from buffer.accept("}")
+    return True
+
+
+class _CallObject:
+    """Parser of one call's object. Arguments that precede the name are held back until the name is known."""
+
+    def __init__(self, parser: MessageParser, known: bool) -> None:
+        self._parser, self._known = parser, known
+        self._name: str | None = None
+        self._held: str | None = None
+        self._has_arguments = False
+
+    def parse(self) -> Parse[bool]:
+        buffer = self._parser.buffer
+        if not (yield from buffer.accept("{")):
+            return False
+        while True:
+            sign = yield from buffer.accept("}", ",", '"')
+            if sign == '"':
+                if not (yield from self._parse_member()):
+                    return self._name is not None
+            elif sign == "}":
+                return self._end()
+            elif sign is None:
+                return self._name is not None
+
+    def _parse_member(self) -> Parse[bool]:
+        """Parses a key, after its first quote, and its value. False if the text is malformed or incomplete."""
+        buffer = self._parser.buffer
+        key, end = yield from buffer.collect(('"',))
+        if end is None or not (yield from buffer.accept(":")):
+            return False
+        if key in ARGUMENT_KEYS and self._name is not None and (yield from buffer.peek("{")):
+            self._has_arguments = True
+            return (yield from buffer.value(self._parser.arguments))
+        parts: list[str] = []
+        if not (yield from buffer.value(parts.append)):
+            return False
+        text = "".join(parts)
+        if key == "name" and self._name is None:
+            return self._begin(text)
+        if key in ARGUMENT_KEYS:
+            self._held = _unwrapped(text)
+            self._flush()
+        return True
+
+    def _begin(self, text: str) -> bool:
+        name = _json_value(text)
+        if not isinstance(name, str) or not name or (self._known and name not in self._parser.calls):
+            return False
+        self._name = name
+        self._parser.begin_call(name)
+        self._flush()
+        return True
+
+    def _flush(self) -> None:
+        if self._name is not None and self._held is not None and not self._has_arguments:
+            self._has_arguments = True
+            self._parser.arguments(self._held)
+
+    def _end(self) -> bool:
+        if self._name is None:
+            return False
+        self._held = self._held or "{}"
+        self._flush()
+        return True
+
+
+def _json_value(text: str) -> object:
+    """Returns the decoded JSON, None for malformed JSON."""
+    try:
+        return jiter.from_json(text.encode(), allow_inf_nan=False)
+    except ValueError:
+        return None
+
+
+def _unwrapped(text: str) -> str:
+    """Returns the arguments' JSON, unwrapped if a model wrote it as a JSON string."""
+    value = _json_value(text)
+    return value if isinstance(value, str) and isinstance(_json_value(value), dict) else text
+
+
+def call_object(lark: LarkBuilder, tool: Tool, index: int, arguments_key: str = "arguments") -> str:
+    """Returns the expression of a call's object."""
+    head = lark.text(f'{{"name": {json.dumps(tool.name)}, "{arguments_key}": ')
+    return f'{head} {_arguments_rule(lark, tool, index)} "}}"'
+
+
+def untagged_calls(lark: LarkBuilder, calls: AllowedCalls) -> UntaggedCalls:
+    """Returns the calls without tags, in any JSON layout."""
+    gap, end = lark.rule("GAP", f"/{_GAP}/"), lark.rule("UNTAGGED_END", f"/{_GAP}\\}}/")
+    rules = []
+    for index, tool in enumerate(calls.tools):
+        name = lark.rule(f"NAME_{index}", f"/{literal(tool.name)}{_AFTER_NAME}/")
+        rules.append(f"{name} {gap} {_arguments_rule(lark, tool, index)} {end}")
+    names, fences = ("|".join(map(literal, texts)) for texts in ([tool.name for tool in calls.tools], FENCE_STARTS))
+    return UntaggedCalls(_BEFORE_NAME, f"({fences})", f"({names}){_AFTER_NAME}", rules)
+
+
+def _arguments_rule(lark: LarkBuilder, tool: Tool, index: int) -> str:
+    """Returns the rule of a tool's arguments, shared by all ways to write the call."""
+    return lark.json_rule(f"arguments_{index}", tool.parameters)

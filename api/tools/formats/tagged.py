@@ -1,0 +1,138 @@
+"""Chat formats whose calls start with a trigger: one message parser and one message grammar for all of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from api.tools.formats.base import AllowedCalls, ChatFormat, MessageConstraints, MessageParser, Tool
+from api.tools.formats.lark_builder import CallPattern, LarkBuilder, ReasoningTags, UntaggedCalls
+from api.tools.formats.text_buffer import Parse
+
+
+class TaggedFormat(ChatFormat):
+    """A format in which each call, or the section of all calls, starts with one of `triggers` anywhere in the text."""
+
+    triggers: ClassVar[tuple[str, ...]]
+    interrupts: ClassVar[tuple[str, ...]] = ()
+    """Triggers that also close reasoning."""
+    fences: ClassVar[tuple[str, ...]] = ()
+    """Triggers that are content unless a call follows. Another trigger at the end of the text is dropped."""
+    separator: ClassVar[str] = "\n"
+    """The text between two calls."""
+    section_end: ClassVar[str] = ""
+    """The marker after the last call if the trigger starts a section of calls; empty if the trigger starts one call."""
+
+    @abstractmethod
+    def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
+        """Parses the text after a trigger. False if the text is no call; nothing was emitted then."""
+
+    @abstractmethod
+    def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
+        """Returns the expression of one call of `tool`, the `index`-th, after the trigger."""
+
+    @property
+    def trigger(self) -> str:
+        """The trigger that grammars permit."""
+        return self.triggers[0]
+
+    def closing(self, tag: str) -> str:
+        """Returns the tag that closes reasoning opened by `tag`."""
+        return self.closes
+
+    # ── parser ──
+
+    def parse(self, parser: MessageParser) -> Parse[None]:
+        yield from self.parse_reasoning(parser)
+        yield from self.parse_answer_start(parser)
+        buffer, triggers = parser.buffer, self.triggers if parser.calls.tools else ()
+        while (trigger := (yield from buffer.until(triggers, parser.content))) is not None:
+            buffer.mark(len(trigger))
+            if (yield from self.parse_call(parser, trigger)):
+                buffer.clear_marks()
+            elif buffer.ended and trigger not in self.fences:
+                return  # the text ended inside of the call's header
+            else:
+                buffer.rewind()
+                parser.content(buffer.advance(len(trigger)))
+
+    def parse_answer_start(self, parser: MessageParser) -> Parse[None]:
+        """Parses calls without a trigger, which some formats permit at the start of the answer."""
+        yield from ()
+
+    def parse_reasoning(self, parser: MessageParser) -> Parse[None]:
+        """Parses the reasoning, if the text starts with any."""
+        if not self.opens:
+            return
+        buffer = parser.buffer
+        tag = self.opens[0] if parser.opened else (yield from buffer.accept(*self.opens))
+        if tag is None:
+            return
+        if not parser.opened:
+            parser.reasoning_tag(tag)
+        closing = self.closing(tag)
+        end = yield from buffer.until((closing, *(self.interrupts if parser.calls.tools else ())), parser.reasoning)
+        if end == closing:
+            parser.reasoning_tag(end)
+        elif end is not None:
+            buffer.mark(len(end))
+            buffer.rewind()
+        parser.end_reasoning()
+
+    # ── grammar ──
+
+    def grammar(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
+        bodies, calls = self.bodies(lark, constraints.calls), constraints.calls
+        if self.section_end:
+            if bodies:
+                several = lark.several(bodies, "", calls.parallel)
+                bodies = [lark.rule("section", f"{several} {lark.text(self.section_end)}")]
+            self.message(lark, constraints, bodies, parallel=False)
+            return
+        # Untagged calls matter only where free text is permitted.
+        untagged = None if calls.required or constraints.answer else self.untagged(lark, calls)
+        self.message(lark, constraints, bodies, parallel=calls.parallel, untagged=untagged)
+
+    def message(
+        self,
+        lark: LarkBuilder,
+        constraints: MessageConstraints,
+        bodies: Sequence[str],
+        *,
+        parallel: bool,
+        untagged: UntaggedCalls | None = None,
+        others: Sequence[tuple[str, str]] = (),
+        interrupts: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """Adds the rules of a message with calls: `trigger` and one of `bodies`, repeated if `parallel`, and the other
+        ways to start a call."""
+        if not bodies:
+            self.message_without_calls(lark, constraints)
+            return
+        body = lark.rule("body", lark.any_of(bodies))
+        required = constraints.calls.required
+        calls = CallPattern(self.trigger, body, self.separator, parallel, required, others, untagged, interrupts)
+        # Free text may start with a reasoning tag under any template, and is parsed as reasoning then.
+        free = not required and not constraints.answer
+        lark.message(calls, self.reasoning_tags(constraints, always=free), constraints.answer)
+
+    def message_without_calls(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
+        """Adds the rules of a message without calls."""
+        triggers = [trigger for trigger in self.triggers if trigger not in self.fences]
+        text = lark.without(triggers) if constraints.calls.withheld else "TEXT"
+        rest = lark.rule("rest", constraints.answer or text)
+        lark.start(self.reasoning_tags(constraints), rest, rest)
+
+    def reasoning_tags(self, constraints: MessageConstraints, *, always: bool = False) -> ReasoningTags:
+        """Returns the tags of the reasoning that may come first, no tags if none may come."""
+        permitted = self.closes and (always or constraints.may_reason)
+        return ReasoningTags([(tag, self.closing(tag)) for tag in self.opens] if permitted else [], constraints.opened)
+
+    def bodies(self, lark: LarkBuilder, calls: AllowedCalls) -> list[str]:
+        """Returns one rule for each tool."""
+        return [lark.rule(f"tool_{index}", self.body(lark, tool, index)) for index, tool in enumerate(calls.tools)]
+
+    def untagged(self, lark: LarkBuilder, calls: AllowedCalls) -> UntaggedCalls | None:
+        """Returns the calls without a trigger, None if the format has none."""
+        return None

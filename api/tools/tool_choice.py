@@ -1,0 +1,147 @@
+"""The tool calls that a chat request allows, from its `tools`, `tool_choice` and `parallel_tool_calls`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from api.http.decode_errors import as_refusal, nearest_hint
+from api.schema.requests import ChatRequest
+from api.tools.formats import AllowedCalls, Tool
+from engine import MAX_SCHEMA_DEPTH, RequestRefused
+
+_CHOICES = ("auto", "none", "required")
+# Tools whose names are compared for the hint after an unknown name, as comparing takes time.
+_MAX_COMPARED_TOOLS = 64
+
+
+class FunctionDefinition(Struct):
+    """A function as OpenAI's API describes it."""
+
+    name: Annotated[str, Meta(pattern=r"^[\w.:/-]{1,128}\Z")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    """Ignored: arguments are always valid by the schema."""
+
+
+class ToolDefinition(Struct):
+    """A tool as OpenAI's API describes it."""
+
+    function: FunctionDefinition
+    type: str = "function"
+
+
+class NamedFunction(Struct):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedToolChoice(Struct):
+    """A `tool_choice` that names the tool to call."""
+
+    function: NamedFunction
+    type: str = "function"
+
+
+def allowed_calls(request: ChatRequest) -> AllowedCalls:
+    """Returns the calls that the answer may and must contain. Raises RequestRefused with the field."""
+    if request.functions or request.function_call is not None:
+        raise RequestRefused(
+            "functions and function_call are not supported: send tools and tool_choice, which replace them.",
+            field="functions" if request.functions else "function_call",
+        )
+    choice = request.tool_choice
+    if choice == "none":
+        return AllowedCalls(withheld=bool(request.tools))
+    tools = _tools(request.tools or [])
+    if isinstance(choice, Mapping):
+        tools = (_named_tool(choice, tools),)
+    elif choice is not None and choice not in _CHOICES:
+        raise RequestRefused(
+            f"tool_choice must be one of {', '.join(_CHOICES)}, or name a function, not {str(choice)[:64]!r}.",
+            field="tool_choice",
+        )
+    required = choice == "required" or isinstance(choice, Mapping)
+    if required and not tools:
+        raise RequestRefused(
+            "tool_choice 'required' needs tools: send tools, or tool_choice 'auto'.", field="tool_choice"
+        )
+    return AllowedCalls(tools, required, request.parallel_tool_calls is not False and not isinstance(choice, Mapping))
+
+
+def _tools(definitions: Sequence[Any]) -> tuple[Tool, ...]:
+    try:
+        decoded = msgspec.convert(definitions, list[ToolDefinition])
+    except msgspec.ValidationError as error:
+        raise as_refusal(error, "tools") from None
+    found: dict[str, Tool] = {}
+    for index, each in enumerate(decoded):
+        if each.type != "function":
+            raise RequestRefused(
+                f"Tools of type {each.type[:32]!r} are not supported, only 'function'.", field=f"tools[{index}].type"
+            )
+        name = each.function.name
+        if name in found:
+            raise RequestRefused(
+                f"Two tools are named {name!r}; each needs a name of its own.", field=f"tools[{index}].function.name"
+            )
+        parameters = each.function.parameters or {"properties": {}, "additionalProperties": False}
+        if parameters.get("type", "object") != "object":
+            raise RequestRefused(
+                "The type of a function's parameters must be 'object'.",
+                field=f"tools[{index}].function.parameters.type",
+            )
+        found[name] = Tool(name, closed_schema({"type": "object", **parameters}))
+    return tuple(found.values())
+
+
+# Keywords that permit or require properties besides those in `properties`.
+_MORE_PROPERTIES = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "unevaluatedProperties", "minProperties"}
+
+
+def closed_schema(schema: Any, levels: int = MAX_SCHEMA_DEPTH) -> Any:
+    """Returns the schema with `additionalProperties: false` wherever it lists properties and leaves that keyword out,
+    `levels` deep.
+
+    As llama-server does: small models otherwise add properties without end.
+    """
+    if not isinstance(schema, Mapping) or not levels:
+        return schema
+    closed = dict(schema)
+    if "items" in closed:
+        closed["items"] = closed_schema(closed["items"], levels - 1)
+    if not {"properties", "allOf"} & closed.keys():  # a closed branch would forbid the properties of the others
+        for key in ("anyOf", "oneOf"):
+            if isinstance(branches := closed.get(key), list):
+                closed[key] = [closed_schema(each, levels - 1) for each in branches]
+    for key in ("$defs", "definitions"):
+        if isinstance(parts := closed.get(key), Mapping) and b'"allOf"' not in msgspec.json.encode(schema):
+            closed[key] = {name: closed_schema(each, levels - 1) for name, each in parts.items()}
+    if isinstance(properties := closed.get("properties"), Mapping):
+        closed["properties"] = {name: closed_schema(each, levels - 1) for name, each in properties.items()}
+        required = closed.get("required", [])
+        listed = isinstance(required, list) and set(map(str, required)) <= properties.keys()
+        if listed and not _MORE_PROPERTIES & closed.keys():
+            closed.setdefault("additionalProperties", False)
+    return closed
+
+
+def _named_tool(choice: Mapping[str, Any], tools: Sequence[Tool]) -> Tool:
+    try:
+        name = msgspec.convert(choice, NamedToolChoice).function.name
+    except msgspec.ValidationError as error:
+        raise as_refusal(error, "tool_choice") from None
+    for tool in tools:
+        if tool.name == name:
+            return tool
+    hint = (
+        nearest_hint(name, [tool.name for tool in tools[:_MAX_COMPARED_TOOLS]])
+        if tools
+        else "; the request has no tools"
+    )
+    raise RequestRefused(f"No tool is named {name[:64]!r}{hint}.", field="tool_choice.function.name")

@@ -1,0 +1,108 @@
+"""The transitions of sequences: submitted, started, preempted, and ended with one terminal update."""
+
+from __future__ import annotations
+
+import time
+from collections import abc
+
+from engine import scheduler
+from engine.contract import EngineError, EngineFault, Failed, FinishReason
+from engine.kv import KVCache
+from engine.outbox import Outbox
+from engine.running import Running
+from engine.sequence import Sequence
+from engine.slots import Slots
+from engine.speculate import SpeculativeDecoding
+from engine.stats import Counters
+from engine.waiting import Waiting
+
+
+class Lifecycle:
+    """The sequences of one engine, each either waiting or running in a slot. Belongs to the engine thread."""
+
+    def __init__(
+        self, kv: KVCache, slots: int, speculative_decoding: SpeculativeDecoding, outbox: Outbox, counters: Counters
+    ) -> None:
+        self.running = Running(kv)
+        self.waiting = Waiting(kv)
+        self.slots = Slots(slots)
+        self._kv = kv
+        self._speculative_decoding = speculative_decoding
+        self._outbox = outbox
+        self._counters = counters
+
+    @property
+    def busy(self) -> bool:
+        """True if any sequence runs or waits."""
+        return bool(self.running or self.waiting)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Adds a new request at the end of the queue."""
+        sequence.proposers = self._speculative_decoding.sequence_proposers(
+            sequence.request, sequence.sampler, sequence.matcher
+        )
+        self.waiting.put(sequence)
+
+    def reject(self, key: int, error: EngineError) -> None:
+        """Ends a request that has no sequence."""
+        self._counters.finished["error"] += 1
+        self._outbox.end(key, Failed(error))
+
+    def start(self, sequence: Sequence) -> None:
+        """Moves a waiting sequence into a free slot, with the longest prefix of its tokens that the KV cache holds."""
+        first = sequence.admitted is None
+        match = sequence.match or self._kv.match(sequence.tokens, sequence.request.salt)
+        self.waiting.discard(sequence)
+        sequence.start(self._kv.allocate(match))
+        self.running[sequence.key] = sequence
+        self.slots.take(sequence)
+        self.waiting.prefilling(sequence)
+        for length in scheduler.save_points(len(sequence.tokens), divisible=self._kv.divisible):
+            self._kv.save_at(sequence.seq, length)
+        self._counters.restores += self._kv.loading(sequence.seq)
+        if first:
+            self._counters.queue.add(time.perf_counter() - sequence.submitted)
+            self._counters.prompt_tokens += sequence.prompt_length
+
+    def preempt(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Moves a running sequence to the front of the queue. Its cells become idle ones if `keep`, else free."""
+        self._leave(sequence, keep=keep)
+        self.waiting.unhold(sequence.key)
+        sequence.proposers.preempt()
+        self.waiting.put_first(sequence)
+        self._counters.preemptions += 1
+
+    def end(self, key: int, reason: FinishReason) -> None:
+        """Ends a running or waiting request. No effect on a request that has ended."""
+        if (sequence := self.running.get(key) or self.waiting.get(key)) is not None:
+            self.finish(sequence, reason)
+
+    def finish(self, sequence: Sequence, reason: FinishReason, *, keep: bool = True) -> None:
+        """Ends a sequence with `Finished`. Its cells become idle ones if `keep`, else free."""
+        self._end(sequence, reason.value, keep=keep)
+        self._outbox.end(sequence.key, sequence.finished(reason))
+
+    def fail(self, sequence: Sequence, error: EngineError) -> None:
+        """Ends a sequence with `Failed`. Its cells are freed, as they may be wrong."""
+        self._end(sequence, "error", keep=False)
+        self._outbox.end(sequence.key, Failed(error))
+
+    def fail_all(self, message: str, sequences: abc.Iterable[Sequence] | None = None) -> None:
+        """Ends `sequences` with an EngineFault each. `None` means all sequences."""
+        for sequence in [*self.running.values(), *self.waiting] if sequences is None else sequences:
+            self.fail(sequence, EngineFault(message))
+
+    def _end(self, sequence: Sequence, outcome: str, *, keep: bool) -> None:
+        self._leave(sequence, keep=keep)
+        sequence.proposers.end()
+        if sequence.admitted is not None:
+            self._speculative_decoding.log_stats(sequence.proposers)
+        self._counters.finished[outcome] += 1
+
+    def _leave(self, sequence: Sequence, *, keep: bool) -> None:
+        self.slots.leave(sequence)
+        self.running.pop(sequence.key, None)
+        self.waiting.discard(sequence)
+        if sequence.allocation is not None:
+            self._kv.release(sequence.seq, keep=keep)
+            sequence.stop()

@@ -1,0 +1,162 @@
+"""The proposers of one sequence: their history, their drafts for the next step, and their statistics."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+
+from engine.contract import DraftStats
+from engine.pace import VerifiedDraft
+from engine.speculate.proposer import NO_DRAFT, BatchedSequence, Draft, DraftBounds, Proposer
+from engine.speculate.proposer_stats import ProposerStats
+from engine.speculate.tracked_proposer import TrackedBatchedSequence, TrackedProposer
+
+# Most tokens of histories that are fed to proposers in one step, besides those just emitted. They take some tens of
+# milliseconds; a long prompt, computed or cached, fed in one go would delay the step of all sequences.
+FEED_TOKENS = 2048
+
+_UNBOUNDED = DraftBounds()
+
+
+class SequenceProposers:
+    """The proposers of one sequence, in the order in which a fixed order polls them. Belongs to the engine thread."""
+
+    def __init__(
+        self,
+        proposers: Mapping[str, Proposer],
+        batched: BatchedSequence | None = None,
+        *,
+        totals: Mapping[str, ProposerStats] | None = None,
+        bounds: DraftBounds = _UNBOUNDED,
+        fixed: bool = False,
+    ) -> None:
+        """`proposers` by type draft for this sequence alone. `totals` are the engine's statistics by type."""
+
+        def stats(type: str) -> ProposerStats:
+            return ProposerStats(type, (totals or {}).get(type))
+
+        self.bounds = bounds
+        self.fixed = fixed
+        """True if the whole first draft is verified, in the order of the types."""
+        self.unbatched = [TrackedProposer(proposer, stats(type)) for type, proposer in proposers.items()]
+        self.batched = TrackedBatchedSequence(batched, stats(batched.type)) if batched is not None else None
+        self._polls = 0
+        self._all = [*self.unbatched, *([self.batched] if self.batched is not None else [])]
+        self._fed = 0  # tokens of the history that the proposers have been fed, or have buffered
+        self._chosen: TrackedProposer | None = None
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The types of its proposers."""
+        return tuple(tracked.stats.type for tracked in self._all)
+
+    @property
+    def draft_stats(self) -> tuple[DraftStats, ...]:
+        """The statistics of its drafts so far, by type."""
+        return tuple(tracked.stats.draft_stats for tracked in self._all)
+
+    # ── before a step ──
+
+    def feed(self, tokens: array[int], most: int) -> int:
+        """Feeds at most `most` more of `tokens`, the history, to the proposers. Returns the number of tokens fed."""
+        part = tokens[self._fed : self._fed + most] if self._all else tokens[:0]
+        if not part:
+            return 0
+        for tracked in self._all:
+            tracked.feed(part)
+        self._fed += len(part)
+        return len(part)
+
+    def can_draft(self, tokens: array[int]) -> bool:
+        """Returns True if there are proposers and they have been fed all of `tokens`, the history."""
+        return bool(self._all) and self._fed == len(tokens)
+
+    def begin_poll(self) -> int:
+        """Drops the draft that was chosen for the last step. Returns the number of polls, this one included."""
+        self._chosen = None
+        self._polls += 1
+        return self._polls
+
+    @property
+    def drafted(self) -> list[TrackedProposer]:
+        """The proposers with a draft for the next step."""
+        return [tracked for tracked in self._all if tracked.draft.tokens]
+
+    def min_tokens(self, tracked: TrackedProposer) -> int:
+        """Returns the fewest tokens of a draft of `tracked`."""
+        own = self.batched.sequence.bounds.n_min if self.batched is not None and tracked is self.batched else 0
+        return max(own, self.bounds.n_min)
+
+    def batched_limit(self, limit: int) -> int:
+        """Returns the most tokens, at most `limit`, of the batched proposer's draft for this sequence.
+
+        It is 0 if there is no batched proposer, if the bounds forbid drafts of that length, or if another proposer has
+        a draft in a fixed order.
+        """
+        if self.batched is None:
+            return 0
+        if self.fixed and any(tracked.draft.tokens for tracked in self.unbatched):
+            return 0
+        limit = min(limit, self.batched.sequence.bounds.n_max or limit)
+        return limit if limit >= self.min_tokens(self.batched) else 0
+
+    def choose(self, tracked: TrackedProposer, length: int) -> Draft:
+        """Returns the first `length` tokens of the draft of `tracked`, which the next step verifies; no tokens if the
+        bounds forbid so few."""
+        if length < max(1, self.min_tokens(tracked)):
+            return NO_DRAFT
+        self._chosen = tracked
+        draft = tracked.draft
+        return Draft(draft.tokens[:length], draft.chances[:length])
+
+    def choose_longest(self) -> Draft:
+        """Returns a whole draft, which the next step verifies: in a fixed order the first, else the one with most
+        tokens expected to be accepted."""
+        drafted = self.drafted
+        if not drafted:
+            return NO_DRAFT
+        best = drafted[0] if self.fixed else max(drafted, key=lambda tracked: tracked.expected_accepted)
+        return self.choose(best, len(best.draft.tokens))
+
+    # ── after a step ──
+
+    def observe(self, tokens: array[int], emitted: Sequence[int], verified: VerifiedDraft) -> None:
+        """Records the last tokens of the history `tokens`, the `emitted` ones; `verified` is the chosen draft's result.
+
+        Proposers that have not been fed all of the history before are fed `emitted` later, by `feed`.
+        """
+        chosen = self._chosen if verified.drafted else None
+        if self._fed == len(tokens) - len(emitted):
+            self._fed = len(tokens)
+            for tracked in self._all:
+                tracked.observe(emitted, verified if tracked is chosen else None)
+                if chosen is not None:
+                    tracked.stop_comparing()
+        self._chosen = None
+
+    # ── edits of the history ──
+
+    def truncate(self, length: int) -> None:
+        """Cuts the history to its first `length` tokens."""
+        self._fed = min(self._fed, length)
+        for tracked in self._all:
+            tracked.truncate(length)
+
+    def shift(self, keep: int, discard: int) -> None:
+        """Removes from the history the `discard` tokens after the first `keep`, of which not all may be fed yet."""
+        self._fed -= max(0, min(self._fed, keep + discard) - keep)
+        for tracked in self._all:
+            tracked.shift(keep, discard)
+
+    def preempt(self) -> None:
+        """Drops all drafts, and frees what the sequence holds of the batched proposer."""
+        self._chosen = None
+        for tracked in self._all:
+            tracked.clear_draft()
+        if self.batched is not None:
+            self.batched.sequence.release()
+
+    def end(self) -> None:
+        """Ends the sequence."""
+        for tracked in self._all:
+            tracked.end()

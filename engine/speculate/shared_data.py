@@ -1,0 +1,119 @@
+"""The data that the proposers of all requests share, and the files in which it outlives the engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Protocol
+
+from engine.backend import Vocab
+from engine.checksummed import DamagedFile
+from engine.config import SpeculationConfig
+from engine.speculate.ngram_cache import NgramCacheProposer
+from engine.speculate.ngram_counts import NgramCounts
+from engine.speculate.ngram_mod import NgramModProposer, NgramPool, scope_of
+from engine.speculate.suffix import SharedOutputs
+from engine.speculate.vocabulary import vocabulary_digest
+
+_log = logging.getLogger("paceline.speculation")
+
+# About 70 megabytes.
+_MAX_DYNAMIC_NGRAMS = 2**18
+
+
+class Saved(Protocol):
+    """Data with a file: `NgramPool` and `NgramCounts`."""
+
+    def save(self, path: Path, vocabulary_digest: bytes) -> None:
+        """Writes the file, whole or not at all. Raises OSError."""
+
+    def load(self, path: Path, vocabulary_digest: bytes, n_vocab: int) -> None:
+        """Loads the file. Raises DamagedFile or OSError; then the data is unchanged."""
+
+
+class SharedDraftData:
+    """Past outputs, the n-gram pool, and the n-gram counts of past requests and of a corpus; each made at first use.
+
+    Only requests with equal salts share data. The counts of past requests are for requests without a salt. A file that
+    cannot be loaded is logged in one line, and its data starts empty.
+    """
+
+    def __init__(self, config: SpeculationConfig, vocab: Vocab) -> None:
+        """Loads the files that `config` names."""
+        self._config = config
+        self._vocab = vocab
+        self._requests = count()
+        if config.pool_file:
+            _ = self._pool
+        if config.lookup_dynamic or config.lookup_static:
+            _ = self._dynamic, self._static
+
+    @cached_property
+    def outputs(self) -> SharedOutputs:
+        """The outputs of past and running requests."""
+        return SharedOutputs(self._config.suffix_tokens, depth=self._config.suffix_depth)
+
+    def mod(self, salt: str, n_min: int, n_max: int) -> NgramModProposer:
+        """Returns a request's proposer over the n-gram pool."""
+        match self._config.pool_scope:
+            case "shared":
+                scope = scope_of("shared")
+            case "salt":
+                scope = scope_of(f"salt {salt}")
+            case "slot":
+                scope = scope_of(f"slot {next(self._requests)}")
+        return NgramModProposer(self._pool, scope, n_min, n_max)
+
+    def cache(self, salt: str, n_max: int) -> NgramCacheProposer:
+        """Returns a request's proposer over its own counts, those of past requests and those of a corpus."""
+        return NgramCacheProposer(NgramCounts(limit=0) if salt else self._dynamic, self._static, n_max)
+
+    def save(self) -> None:
+        """Writes the files that the configuration names. A file that cannot be written is logged in one line."""
+        files: list[tuple[str, Callable[[], Saved]]] = [
+            (self._config.pool_file, lambda: self._pool),
+            (self._config.lookup_dynamic, lambda: self._dynamic),
+        ]
+        for name, data in files:
+            try:
+                if name:
+                    data().save(Path(name), self._vocabulary_digest)
+            except (OSError, MemoryError) as error:
+                _log.warning("cannot save %s: %s", name, error)
+
+    @cached_property
+    def _pool(self) -> NgramPool:
+        pool = NgramPool(self._config.mod_match)
+        self._load(pool, self._config.pool_file, may_be_missing=True)
+        return pool
+
+    @cached_property
+    def _dynamic(self) -> NgramCounts:
+        counts = NgramCounts(limit=_MAX_DYNAMIC_NGRAMS)
+        self._load(counts, self._config.lookup_dynamic, may_be_missing=True)
+        return counts
+
+    @cached_property
+    def _static(self) -> NgramCounts:
+        counts = NgramCounts()
+        self._load(counts, self._config.lookup_static, may_be_missing=False)
+        return counts
+
+    @cached_property
+    def _vocabulary_digest(self) -> bytes:
+        return vocabulary_digest(self._vocab)
+
+    def _load(self, data: Saved, name: str, *, may_be_missing: bool) -> None:
+        """Loads the file `name` into `data`. An empty `name` means no file."""
+        path = Path(name)
+        if not name or (may_be_missing and not path.exists()):
+            return
+        try:
+            data.load(path, self._vocabulary_digest, self._vocab.size)
+        except DamagedFile as error:
+            _log.warning("%s; starting without it", error)
+        except OSError as error:
+            _log.warning("cannot read %s: %s; starting without it", name, error.strerror)

@@ -1,0 +1,181 @@
+"""Speculative decoding of one engine: the proposers of each sequence, their shared data and their statistics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+from msgspec import structs
+
+from engine.config import DraftConfig, SpeculationConfig
+from engine.contract import PROPOSER_TYPES, DraftStats, ProposerType, Request, Speculation
+from engine.grammar import Matcher
+from engine.pace import DraftChooser, StepCost
+from engine.sampling import Sampler
+from engine.speculate.draft_model import DraftModel, DraftSequence
+from engine.speculate.grammar import GrammarProposer
+from engine.speculate.ngram_map import NgramMapK4vProposer, NgramMapKProposer
+from engine.speculate.ngram_simple import NgramSimpleProposer
+from engine.speculate.planner import DraftPlanner
+from engine.speculate.prediction import PredictionProposer
+from engine.speculate.proposer import DraftBounds, Proposer
+from engine.speculate.proposer_stats import ProposerStats, acceptance_line
+from engine.speculate.sequence_proposers import SequenceProposers
+from engine.speculate.shared_data import SharedDraftData
+from engine.speculate.suffix import SuffixProposer
+
+log = logging.getLogger("paceline.speculation")
+
+# A request may raise the draft model's bound to so many tokens, as all sequences are delayed by the longest draft.
+_MAX_REQUESTED_TOKENS = 16
+
+ProposerFactory = Callable[[Request], Mapping[str, Proposer]]
+"""Makes the proposers of a request, by type."""
+
+
+class SpeculativeDecoding:
+    """Makes the proposers of each sequence, and plans their drafts by `planner`. Belongs to the engine thread."""
+
+    def __init__(
+        self,
+        shared: SharedDraftData,
+        config: SpeculationConfig,
+        draft_config: DraftConfig,
+        draft_model: DraftModel | None = None,
+        factory: ProposerFactory | None = None,
+        cost: StepCost | None = None,
+    ) -> None:
+        """`factory` replaces all types of proposers. `cost` is the cost of the target model's steps; without it, drafts
+        are verified in a fixed order only."""
+        self.draft_model = draft_model
+        self.chooser = DraftChooser(cost or StepCost())
+        self.planner = DraftPlanner(self.chooser, draft_model)
+        self._shared = shared
+        self._config = config
+        self._draft_config = draft_config
+        self._factory = factory
+        self._default = Speculation(type=config.default_types)
+        self._stats: dict[str, ProposerStats] = {}
+
+    @property
+    def draft_stats(self) -> tuple[DraftStats, ...]:
+        """Statistics of the drafts of all requests, by type. Any thread may call."""
+        return tuple(stats.draft_stats for stats in list(self._stats.values()))
+
+    @property
+    def fault(self) -> str:
+        """The reason for which the draft model drafts no more; empty if there is none. Any thread may call."""
+        return self.draft_model.fault if self.draft_model is not None else ""
+
+    def log_stats(self, proposers: SequenceProposers) -> None:
+        """Logs the statistics of a request's drafts, and those of its types since the start."""
+        if not proposers.types or not log.isEnabledFor(logging.INFO):
+            return
+        log.info("%s", acceptance_line(proposers.draft_stats))
+        for type in proposers.types:
+            log.info("%s", self._stats[type])
+
+    def close(self) -> None:
+        """Saves the shared data for which the configuration names files."""
+        self._shared.save()
+
+    # ── the proposers of a request ──
+
+    def sequence_proposers(
+        self, request: Request, sampler: Sampler | None = None, matcher: Matcher | None = None
+    ) -> SequenceProposers:
+        """Returns the proposers of a new sequence.
+
+        The draft model picks tokens by `sampler`, the likeliest ones without it. Tokens that the grammar at `matcher`
+        forbids are cut off drafts.
+        """
+        speculation = self._speculation(request)
+        if self._factory is not None:
+            proposers, batched = dict(self._factory(request)), None
+        else:
+            proposers, batched = self.proposers(request, matcher), self._draft_sequence(request, sampler)
+        for type in [*proposers, *([batched.type] if batched is not None else [])]:
+            self._stats.setdefault(type, ProposerStats(type))
+        permits = matcher.validate_tokens if matcher is not None else None
+        bounds = DraftBounds(speculation.n_max, speculation.n_min or 0, speculation.p_min or 0.0, permits)
+        fixed = (speculation.order or self._config.order) == "fixed"
+        return SequenceProposers(proposers, batched, totals=self._stats, bounds=bounds, fixed=fixed)
+
+    def proposers(self, request: Request, matcher: Matcher | None = None) -> dict[str, Proposer]:
+        """Returns the proposers of a request by type, except that of the draft model."""
+        speculation = self._speculation(request)
+        made = {type: self._make(type, request, speculation, matcher) for type in _types(speculation)}
+        return {type: proposer for type, proposer in made.items() if proposer is not None}
+
+    def _speculation(self, request: Request) -> Speculation:
+        """Returns the request's own settings, or else the default, with the request's prediction as one more type."""
+        speculation = self._default if request.speculation is None else request.speculation
+        if request.prediction and (speculation.type or request.speculation is None):
+            return structs.replace(speculation, type=(*speculation.type, "prediction"))
+        return speculation
+
+    def _make(
+        self, type: ProposerType, request: Request, speculation: Speculation, matcher: Matcher | None
+    ) -> Proposer | None:
+        config, shared = self._config, self._shared
+        match type:
+            case "prediction":
+                return PredictionProposer(request.prediction, len(request.prompt)) if request.prediction else None
+            case "grammar":
+                return GrammarProposer(matcher) if matcher is not None else None
+            case "ngram-simple":
+                return NgramSimpleProposer(*self._sizes("simple", speculation))
+            case "ngram-map-k":
+                return NgramMapKProposer(*self._sizes("map_k", speculation))
+            case "ngram-map-k4v":
+                return NgramMapK4vProposer(*self._sizes("map_k4v", speculation))
+            case "ngram-mod":
+                n_min = config.mod_min if speculation.n_min is None else speculation.n_min
+                return shared.mod(request.salt, n_min, max(config.mod_max, speculation.n_max or 0))
+            case "ngram-cache":
+                return shared.cache(request.salt, speculation.n_max or config.cache_max)
+            case "suffix":
+                return SuffixProposer(
+                    shared.outputs,
+                    request.salt,
+                    len(request.prompt),
+                    depth=config.suffix_depth,
+                    factor=config.suffix_factor,
+                    p_min=config.suffix_p_min if speculation.p_min is None else speculation.p_min,
+                )
+            case "draft":
+                return None  # made by `_draft_sequence`
+
+    def _sizes(self, option: str, speculation: Speculation) -> tuple[int, int, int]:
+        """Returns size_n, size_m and min_hits: the request's, the type's own, or those of all n-gram types."""
+        own = structs.asdict(self._config)
+        return (
+            speculation.size_n or own[f"{option}_size_n"] or self._config.size_n,
+            speculation.n_max or own[f"{option}_size_m"] or self._config.size_m,
+            speculation.min_hits or own[f"{option}_min_hits"] or self._config.min_hits,
+        )
+
+    def _draft_sequence(self, request: Request, sampler: Sampler | None) -> DraftSequence | None:
+        speculation, config = self._speculation(request), self._draft_config
+        if self.draft_model is None or DraftSequence.type not in _types(speculation):
+            return None
+        n_max = min(speculation.n_max or config.n_max, max(config.n_max, _MAX_REQUESTED_TOKENS))
+        n_min = config.n_min if speculation.n_min is None else speculation.n_min
+        p_min = config.p_min if speculation.p_min is None else speculation.p_min
+        bounds = DraftBounds(n_max, n_min, p_min)
+        if sampler is None or config.noise == "greedy":
+            return DraftSequence(self.draft_model, request.salt, bounds)
+        own, start = sampler if config.noise == "shared" else sampler.independent(), len(request.prompt)
+        return DraftSequence(
+            self.draft_model,
+            request.salt,
+            bounds,
+            lambda row, history, discarded: own.pick(row, history, start, discarded),
+        )
+
+
+def _types(speculation: Speculation) -> tuple[ProposerType, ...]:
+    """Returns the types of proposers of a request, in their fixed order."""
+    if "auto" in speculation.type:
+        return PROPOSER_TYPES
+    return tuple(type for type in PROPOSER_TYPES if type in speculation.type)

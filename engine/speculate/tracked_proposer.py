@@ -1,0 +1,138 @@
+"""One sequence's proposer of one type, with its draft for the next step and its acceptance."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Sequence
+
+from engine.pace import VerifiedDraft
+from engine.speculate.proposer import NO_DRAFT, BatchedSequence, DraftBounds, Proposer
+from engine.speculate.proposer_stats import ProposerStats
+
+# Most emitted tokens that are buffered: fed in one batch, they must not delay a step.
+_MAX_BUFFERED_TOKENS = 64
+
+
+class TrackedProposer:
+    """A proposer with its draft and its statistics.
+
+    Tokens emitted between two calls of `propose` are buffered and fed to the proposer in one batch at the next call. A
+    draft is compared with the emitted tokens even if it is not verified, so that the acceptance estimate does not go
+    stale.
+    """
+
+    def __init__(self, proposer: Proposer, stats: ProposerStats, *, buffered: bool = True) -> None:
+        """Without `buffered`, emitted tokens are fed at once."""
+        self.proposer = proposer
+        self.stats = stats
+        self.draft = NO_DRAFT
+        """The draft for the next step."""
+        self.curve: list[float] = []
+        """For each token of the draft the chance that it and all before it are accepted, as far as relevant."""
+        self.expected_accepted = 0.0
+        """Tokens of the last draft that were expected to be accepted."""
+        self._buffered = buffered
+        self._begun = False
+        self._buffer = array("i")
+        self._compared = NO_DRAFT  # a draft that equals the tokens emitted since, up to `_position`
+        self._position = 0
+
+    # ── history ──
+
+    def feed(self, tokens: Sequence[int]) -> None:
+        """Appends `tokens` to the proposer's history."""
+        begun = time.perf_counter()
+        if self._begun:
+            self.proposer.observe(tokens)
+        else:
+            self.proposer.begin(tokens)
+        self.stats.record_feed(time.perf_counter() - begun, first=not self._begun)
+        self._begun = True
+
+    def flush(self) -> None:
+        """Feeds the buffered tokens."""
+        if self._buffer:
+            self.feed(self._buffer)
+            del self._buffer[:]
+
+    def truncate(self, length: int) -> None:
+        """Cuts the history to its first `length` tokens."""
+        self.flush()
+        self.stop_comparing()
+        self.proposer.truncate(length)
+
+    def shift(self, keep: int, discard: int) -> None:
+        """Removes from the history the `discard` tokens after the first `keep`."""
+        self.flush()
+        self.stop_comparing()
+        self.proposer.shift(keep, discard)
+
+    def end(self) -> None:
+        """Ends the sequence; proposers with shared data have its whole history then."""
+        if self._begun:
+            self.flush()
+            self.proposer.end()
+
+    # ── drafts ──
+
+    def propose(self, limit: int, bounds: DraftBounds, batch_seconds: float = 0.0) -> None:
+        """Sets the draft to one of at most `limit` tokens. `batch_seconds` were spent on it in a batch already."""
+        started = time.perf_counter()
+        self.flush()
+        begun = time.perf_counter()
+        draft = bounds.trim(self.proposer.propose(limit))
+        assert len(draft.tokens) <= limit, f"drafts of type {self.stats.type} keep to the limit"
+        self.draft = draft
+        self.curve = self.stats.acceptance.curve(len(draft.tokens), draft.chances)
+        self.expected_accepted = sum(self.curve)
+        if not self._compared.tokens:
+            self._compared, self._position = draft, 0
+        self.stats.record_proposal(batch_seconds + time.perf_counter() - begun, begun - started)
+
+    def clear_draft(self) -> None:
+        """Drops the draft for the next step."""
+        self.draft, self.curve = NO_DRAFT, []
+
+    def observe(self, emitted: Sequence[int], verified: VerifiedDraft | None = None) -> None:
+        """Appends `emitted` to the history. They come from the verification of this proposer's draft if `verified` is
+        its result. They do not if it is `None`."""
+        if verified is not None:
+            self._compared, self._position = self.draft, 0
+        self._compare(emitted)
+        if verified is not None:
+            begun = time.perf_counter()
+            self.proposer.observe(emitted, verified.drafted, verified.accepted)
+            expected = sum(self.curve[: verified.drafted])
+            self.stats.record_verification(verified, expected, time.perf_counter() - begun)
+        elif self._buffered:
+            self._buffer.extend(emitted)
+            if len(self._buffer) >= _MAX_BUFFERED_TOKENS:
+                self.flush()
+        else:
+            self.proposer.observe(emitted)
+        self.clear_draft()
+
+    def stop_comparing(self) -> None:
+        """Ends the comparison with the current draft, so that the next draft is compared."""
+        self._compared = NO_DRAFT
+
+    def _compare(self, emitted: Sequence[int]) -> None:
+        tokens, stated = self._compared.tokens, self._compared.chances
+        for token in emitted:
+            if self._position >= len(tokens):
+                break
+            equal = tokens[self._position] == token
+            self.stats.acceptance.observe(self._position, stated[self._position] if stated else None, equal)
+            self._position = self._position + 1 if equal else len(tokens)
+        if self._position >= len(tokens):
+            self.stop_comparing()
+
+
+class TrackedBatchedSequence(TrackedProposer):
+    """The same for a proposer whose drafts a `BatchedProposer` makes. Emitted tokens are fed at once, so that the rows
+    of rejected tokens are rolled back."""
+
+    def __init__(self, sequence: BatchedSequence, stats: ProposerStats) -> None:
+        super().__init__(sequence, stats, buffered=False)
+        self.sequence = sequence

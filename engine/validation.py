@@ -1,0 +1,40 @@
+"""Checks of requests before they are submitted. Each failure is a RequestRefused with the name of the wrong field."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from engine.contract import Request, RequestRefused
+
+
+def check_prompt(prompt: tuple[int, ...], vocabulary: int) -> None:
+    """Raises RequestRefused unless `prompt` has tokens, all of them below `vocabulary`."""
+    if not prompt:
+        raise RequestRefused("The prompt is empty: give at least one token.", field="prompt")
+    if _outside(prompt, vocabulary):
+        raise RequestRefused(f"The prompt holds a token id outside 0..{vocabulary - 1}.", field="prompt")
+
+
+def check_parameters(request: Request, vocabulary: int, unavailable_proposers: Mapping[str, str]) -> None:
+    """Raises RequestRefused unless a model with a vocabulary of this size can run `request`.
+
+    `unavailable_proposers` are types of proposers with the reasons why the model has none.
+    """
+    outside = f"a token id outside 0..{vocabulary - 1}"
+    if (request.max_tokens or 0) < 0:
+        raise RequestRefused("max_tokens must be 0 or more.", field="max_tokens")
+    if _outside([token for token, _ in request.sampling.logit_bias], vocabulary):
+        raise RequestRefused(f"logit_bias names {outside}.", field="logit_bias")
+    if _outside(request.prediction, vocabulary):
+        raise RequestRefused(f"The prediction holds {outside}.", field="prediction")
+    if request.grammar is not None and request.grammar.size != vocabulary:
+        raise RequestRefused("The grammar was compiled for another model.", field="grammar")
+    for kind in request.speculation.type if request.speculation is not None else ():
+        if reason := unavailable_proposers.get(kind):
+            raise RequestRefused(f"Speculation type {kind!r} is not available: {reason}.", field="speculative.type")
+    if _outside(request.stop_tokens, vocabulary):
+        raise RequestRefused(f"stop_token_ids has {outside}.", field="stop_token_ids")
+
+
+def _outside(tokens: Collection[int], vocabulary: int) -> bool:
+    return bool(tokens) and (min(tokens) < 0 or max(tokens) >= vocabulary)
