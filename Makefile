@@ -23,7 +23,7 @@ serve: $(VENV)/.installed $(MODEL)
 	$(BIN)/paceline serve -m $(MODEL) $(ARGS)
 
 test: $(VENV)/.developed $(SMOLLM) check
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 check: $(VENV)/.developed
 	$(BIN)/ruff check engine api tests bench
