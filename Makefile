@@ -1,6 +1,7 @@
 # make serve   set up on first use, then serve a small chat model (or MODEL=path.gguf)
 # make test    set up on first use, then run all checks and tests
-# make bench   overhead and speed, in 10 minutes; make bench-full: comparison with other servers, in hours
+# make bench   measure overhead and speed, in 10 minutes
+# make bench-full   make bench, then compare with other servers, in hours
 # make gpu-bundle   write an archive for a GPU host without a network to build/
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,7 +14,7 @@ MODEL  ?= $(SMOLLM)
 ARGS   ?=
 
 # AMX tiles can crash the process (ggml-org/llama.cpp issue 20824), so they are not compiled in. LLAVA is off, since
-# Paceline serves neither images nor sound.
+# Paceline serves neither images nor audio.
 NO_AMX := -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
 export CMAKE_ARGS := -DLLAVA_BUILD=OFF $(NO_AMX) $(CMAKE_ARGS)
 
@@ -55,7 +56,7 @@ gpu-bundle: $(VENV)/.developed $(SMOLLM)
 clean:
 	rm -rf $(VENV) .models .gpu build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# llama.cpp is compiled for this machine; the counter is ninja's.
+# Compiles llama.cpp for this machine; the printed counter is ninja's.
 $(VENV)/.native: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --upgrade pip

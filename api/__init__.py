@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI-compatible endpoints over `engine`. Knows no llama.cpp."""
+"""The HTTP server: OpenAI-compatible endpoints over `engine`. The package does not import llama-cpp-python."""

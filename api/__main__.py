@@ -11,19 +11,22 @@ from api.commands.flags import flag_reference
 from api.commands.lookup import run_lookup_build
 from api.config.command_line import OptionError, parse
 from api.generation.loaded_model import PACELINE_VERSION
+from api.http.decode_errors import nearest_hint
 from api.server.lifecycle import run
 from api.server.terminal import print_line
 from api.templates.chat_template import InvalidTemplate, configured_kwargs, configured_template
 
 USAGE = """\
-usage: paceline serve -m model.gguf [flags]   serve a model over OpenAI's API
-       paceline serve --help                  every flag with its default
-       paceline flags                         the same as Markdown
+usage: paceline serve -m model.gguf [flags]   serves a model over OpenAI's API
+       paceline serve --help                  prints every flag with its default
+       paceline flags                         prints the flags as Markdown
        paceline cost -m model.gguf [-o FILE.png|FILE.json] [flags]
-                                              measure the cost of a step by its rows
+                                              measures the cost of a step by number of rows
        paceline lookup build TEXT... -m model.gguf -o FILE
-                                              count n-grams of texts for ngram-cache
+                                              counts n-grams of texts for ngram-cache
        paceline --version"""
+
+_COMMANDS = ("serve", "flags", "cost", "lookup build", "--version", "help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"paceline {PACELINE_VERSION}\n")
         case [] | ["-h" | "--help" | "help"]:
             sys.stdout.write(USAGE + "\n")
-        case _:
-            print_line(USAGE)
+        case [command, *_]:
+            print_line(f"paceline: unknown command {command!r}{nearest_hint(command, _COMMANDS)}\n{USAGE}")
             return 2
     return 0
 

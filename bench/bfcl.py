@@ -1,6 +1,6 @@
-"""The Berkeley function calling leaderboard, read from its wheel (`python bench/models.py bfcl`).
+"""Reads the Berkeley function calling leaderboard from its wheel (`python bench/models.py bfcl`).
 
-Its type names are translated to those of JSON Schema.
+The leaderboard's type names are translated to those of JSON Schema.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from bench.models import SOURCES
 
-# JSON Schema's type by the leaderboard's.
+# JSON Schema's type by the leaderboard's type name.
 TYPES = {
     **dict.fromkeys(("dict", "HashMap"), "object"),
     **dict.fromkeys(("tuple", "Array", "ArrayList"), "array"),
@@ -42,7 +42,7 @@ class BfclFunction(Struct, frozen=True):
 
 
 class BfclQuestion(Struct, frozen=True):
-    """The user's messages by turn, and the functions offered, if the question has any."""
+    """The user's messages of each turn, and the offered functions; `None` means that no function is offered."""
 
     id: str
     question: list[list[dict[str, str]]]
@@ -50,7 +50,7 @@ class BfclQuestion(Struct, frozen=True):
 
 
 def questions(category: str = "") -> Iterator[BfclQuestion]:
-    """Yields the questions of the files whose names end in `category`, in their order; by default all questions.
+    """Yields the questions of the files whose names end in `category`, in file order; all questions by default.
 
     Raises FileNotFoundError if the wheel is not downloaded.
     """
@@ -62,26 +62,27 @@ def questions(category: str = "") -> Iterator[BfclQuestion]:
 
 
 def schemas() -> Iterator[tuple[str, Any]]:
-    """Yields for every function of every question its name `question:function` and its parameters' JSON schema."""
+    """Yields, for each function of each question, the name `question:function` and the JSON schema of its
+    parameters."""
     for question in questions():
         for function in question.function or []:
             yield f"{question.id}:{function.name}", json_schema(function.parameters)
 
 
-def json_schema(part: Any) -> Any:
+def json_schema(source: Any) -> Any:
     """Returns a schema of the leaderboard as a JSON schema.
 
     The type `any` is dropped, as is `optional`, which repeats `required`.
     """
-    if not isinstance(part, dict):
-        return part
-    made = {name: value for name, value in part.items() if name != "optional"}
-    kind = made.pop("type", "any")
+    if not isinstance(source, dict):
+        return source
+    schema = {name: value for name, value in source.items() if name != "optional"}
+    kind = schema.pop("type", "any")
     if kind not in ("any", ""):
-        made["type"] = TYPES.get(kind, kind)
-    if "properties" in made:
-        made["properties"] = {name: json_schema(inner) for name, inner in made["properties"].items()}
+        schema["type"] = TYPES.get(kind, kind)
+    if "properties" in schema:
+        schema["properties"] = {name: json_schema(inner) for name, inner in schema["properties"].items()}
     for name in ("items", "additionalProperties"):
-        if name in made:
-            made[name] = json_schema(made[name])
-    return made
+        if name in schema:
+            schema[name] = json_schema(schema[name])
+    return schema

@@ -21,7 +21,7 @@ ABANDONED = "abandoned"
 
 
 class Outcome(msgspec.Struct):
-    """One request: arrival times of its output (seconds on `time.perf_counter`), and the server's counts.
+    """The result of one request: arrival times of its output (seconds on `time.perf_counter`), and the server's counts.
 
     `tokens` and `logprobs` are filled only for a request with `logprobs`. `finish_reasons` and `done_markers`
     count the terminal events of the stream; a complete stream of one choice has exactly one of each.
@@ -123,11 +123,11 @@ class _Event(msgspec.Struct):
 
 
 class _Stream(asyncio.Protocol):
-    """Feeds a response to httptools and its events to an Outcome; closes the connection after `most_arrivals`."""
+    """Feeds a response to httptools and its events to an Outcome; closes the connection after `max_arrivals`."""
 
-    def __init__(self, outcome: Outcome, request: bytes, most_arrivals: int | None = None) -> None:
+    def __init__(self, outcome: Outcome, request: bytes, max_arrivals: int | None = None) -> None:
         self.outcome = outcome
-        self._most_arrivals = most_arrivals
+        self._max_arrivals = max_arrivals
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._request = request
         self._parser = httptools.HttpResponseParser(self)
@@ -178,7 +178,7 @@ class _Stream(asyncio.Protocol):
             outcome.draft_tokens, outcome.accepted_tokens = event.timings.draft_n, event.timings.draft_n_accepted
         if event.error:
             outcome.error = bytes(event.error).decode()
-        if len(outcome.arrivals) == self._most_arrivals:
+        if len(outcome.arrivals) == self._max_arrivals:
             self._finish(ABANDONED)
 
     def on_message_complete(self) -> None:
@@ -199,13 +199,13 @@ async def stream(
     body: dict[str, Any],
     *,
     abandon_after: float | None = None,
-    most_arrivals: int | None = None,
+    max_arrivals: int | None = None,
     outcome: Outcome | None = None,
 ) -> Outcome:
     """Sends one streaming request and receives the response to its end.
 
     The connection is closed early, with `ABANDONED` as the error, after `abandon_after` seconds or after
-    `most_arrivals` events with output. A given `outcome` is filled as the output arrives, and returned.
+    `max_arrivals` events with output. A given `outcome` is filled as the output arrives, and returned.
     """
     payload = msgspec.json.encode({**body, "stream": True, "stream_options": {"include_usage": True}})
     head = (
@@ -216,7 +216,7 @@ async def stream(
     outcome.begun = time.perf_counter()
     loop = asyncio.get_running_loop()
     transport, protocol = await loop.create_connection(
-        partial(_Stream, outcome, head.encode() + payload, most_arrivals), HOST, port
+        partial(_Stream, outcome, head.encode() + payload, max_arrivals), HOST, port
     )
     try:
         async with asyncio.timeout(abandon_after):
@@ -232,10 +232,11 @@ RequestT = TypeVar("RequestT")
 ResultT = TypeVar("ResultT")
 
 
-async def closed(
+async def run_closed_loop(
     clients: int, bodies: Iterable[RequestT], send: Callable[[RequestT], Awaitable[ResultT]]
 ) -> list[ResultT]:
-    """Closed loop: `clients` clients share `bodies`, and each sends its next one when its last one has ended.
+    """Sends `bodies` from `clients` concurrent clients in a closed loop: a client sends the next unsent body when its
+    request has ended.
 
     Returns the results grouped by client.
     """
@@ -247,9 +248,9 @@ async def closed(
     return [result for results in await asyncio.gather(*(client() for _ in range(clients))) for result in results]
 
 
-def chat(messages: list[dict[str, str]], tokens: int, **more: object) -> dict[str, Any]:
-    """Returns the body of a chat request for exactly `tokens` tokens; `more` overrides any field."""
-    return {"messages": messages, "max_tokens": tokens, "ignore_eos": True, "temperature": 0.8, "seed": 1, **more}
+def chat(messages: list[dict[str, str]], tokens: int, **overrides: object) -> dict[str, Any]:
+    """Returns the body of a chat request for exactly `tokens` tokens; `overrides` replaces or adds fields."""
+    return {"messages": messages, "max_tokens": tokens, "ignore_eos": True, "temperature": 0.8, "seed": 1, **overrides}
 
 
 def user(text: str) -> list[dict[str, str]]:

@@ -1,7 +1,8 @@
-"""Concurrent agent conversations in fewer cells than they need together: each turn should compute only its new tokens.
+"""Measures concurrent agent conversations in fewer cells than the conversations need together.
 
-`python -m bench.conversations -m model.gguf` serves the model with unified KV and `--cache-disk`, runs conversations of
-many turns concurrently, restarts the server, and sends one more turn of each conversation.
+Each turn should compute only its new tokens. `python -m bench.conversations` serves the model with
+unified KV and `--cache-disk`, runs conversations of many turns concurrently, restarts the server, and sends one more
+turn of each conversation.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from bench.client import Outcome, chat, stream
 from bench.figures import save, show
+from bench.models import SOURCES
 from bench.server import serving
 from bench.workloads import CHAT_PATH
 
@@ -38,7 +40,7 @@ def tool_output(random: Random, lines: int) -> str:
 
 
 async def turn(port: int, messages: list[dict[str, str]], random: Random, tokens: int) -> Outcome:
-    """Sends the next turn, and appends question and answer to `messages`."""
+    """Sends the next turn, and appends its question and its answer to `messages`."""
     messages.append({"role": "user", "content": f"Tool output:\n{tool_output(random, 3)}\nWhat next?"})
     outcome = await stream(port, CHAT_PATH, chat(messages, tokens, temperature=0.0))
     messages.append({"role": "assistant", "content": outcome.text})
@@ -54,12 +56,15 @@ async def converse(port: int, number: int, turns: int, tokens: int) -> tuple[lis
 
 
 def prefill_counts(outcomes: list[Outcome]) -> dict[str, Any]:
-    """Returns the prompt tokens computed in one conversation, and those that are new: neither in the previous prompt
-    nor in the previous answer."""
+    """Returns the counts of one conversation: `computed` and `new` prompt tokens among others.
+
+    New tokens are neither in the previous prompt nor in the previous answer. The last token of an answer counts as new,
+    because it has no cell yet.
+    """
     computed = new = known = 0
     for outcome in outcomes:
         computed += outcome.prompt_tokens - outcome.cached_tokens
-        new += outcome.prompt_tokens - max(0, known - 1)  # the last token of an answer is never computed
+        new += outcome.prompt_tokens - max(0, known - 1)
         known = outcome.prompt_tokens + outcome.completion_tokens
     return {
         "turns": len(outcomes),
@@ -72,7 +77,7 @@ def prefill_counts(outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 async def measure(options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
-    """Runs all conversations, and one turn of each after a restart of the server."""
+    """Returns the figures of all conversations, and of one turn of each after a restart of the server."""
     begun = time.perf_counter()
     with serving(options.model, flags) as server:
         conversations = [converse(server.port, n, options.turns, options.tokens) for n in range(options.conversations)]
@@ -89,7 +94,7 @@ async def measure(options: argparse.Namespace, flags: list[str]) -> dict[str, An
         "conversations": [prefill_counts(outcomes) for _, outcomes in results],
         **counts,
         "after_restart_cached_of_known": [
-            (outcome.cached_tokens, most) for outcome, most in zip(again, known, strict=True)
+            (outcome.cached_tokens, expected) for outcome, expected in zip(again, known, strict=True)
         ],
     }
 
@@ -97,7 +102,7 @@ async def measure(options: argparse.Namespace, flags: list[str]) -> dict[str, An
 def main() -> None:
     """Prints a table and writes `conversations.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
+    parser.add_argument("-m", "--model", type=Path, default=SOURCES["smollm2"].path, help="GGUF file")
     parser.add_argument("-c", "--cells", type=int, default=4096, help="cells, fewer than all conversations need")
     parser.add_argument("--conversations", type=int, default=4, help="concurrent conversations")
     parser.add_argument("--turns", type=int, default=20, help="turns of each conversation")

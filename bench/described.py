@@ -1,11 +1,11 @@
-"""Naive implementations of llama-server's n-gram proposers, written from a description of them, for comparison.
+"""Naive implementations of llama-server's n-gram proposers for comparison, written from a description of the originals.
 
-The implementations reproduce the faults of the originals: rejected drafts, the entry that wins a bucket, tokens that
-are never learnt, and entries of other requests. They omit reads out of bounds, aborts, and the entries that the
-ngram-map types keep from the previous request of a slot, which only cost drafts.
+The implementations reproduce the faults of the originals: rejected drafts, entries that win their bucket wrongly,
+tokens that are never learnt, and entries of other requests. They omit out-of-bounds reads, aborts, and the entries that
+the ngram-map types keep from the previous request of a slot; such entries only cost drafts.
 
-Each class has the methods of `engine.speculate.proposer.Proposer` that a replay calls; the history is never edited. The
-server passes the last token of a history separately; `history` here includes it.
+Each class has the methods of `engine.speculate.proposer.Proposer` that a replay calls; a replay never edits the
+history. llama-server passes the last token of a history separately; `history` includes that token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from msgspec import Struct, field
 from engine.speculate.proposer import Draft
 
 
-class Described:
+class DescribedProposer:
     """A proposer of one request with its history. As in the server, a complete draft is truncated to `limit`."""
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Described:
         return Draft(self.draft_tokens()[:limit])
 
     def draft_tokens(self) -> list[int]:
-        """Returns the whole draft."""
+        """Returns the whole draft before truncation."""
         raise NotImplementedError
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
@@ -41,7 +41,7 @@ class Described:
         pass
 
 
-class Simple(Described):
+class Simple(DescribedProposer):
     """`ngram-simple`: scans backward for the last n tokens and copies the m tokens after the match.
 
     A match at position 0 is ignored. A match with fewer than n tokens after it gives no draft, even if an earlier match
@@ -65,11 +65,11 @@ class Simple(Described):
 
 
 def bucket(ngram: Sequence[int], factor: int, size: int) -> int:
-    """Returns the index of an n-gram in a table of `size` entries, a power of two."""
+    """Returns the index of an n-gram in a table of `size` entries; `size` is a power of two."""
     return reduce(lambda bits, token: (bits * factor + token) % size, ngram, 0)
 
 
-class Value(Struct):
+class DescribedContinuation(Struct):
     """A continuation of a key: the length of its next draft, its position in the history, and its count."""
 
     length: int
@@ -77,19 +77,19 @@ class Value(Struct):
     count: int = 0
 
 
-class Key(Struct):
-    """An n-gram: its number of lookups, the position up to which its occurrences are counted, its continuations."""
+class NgramKey(Struct):
+    """An n-gram: its number of lookups, the position up to which its occurrences are counted, and its continuations."""
 
     hits: int = 0
     counted: int = 0
-    values: list[Value] = field(default_factory=list)
+    values: list[DescribedContinuation] = field(default_factory=list)
 
 
-class MapK(Described):
+class MapK(DescribedProposer):
     """`ngram-map-k`: a hash table from n-grams to positions; the first n-gram in a bucket stays.
 
     A draft of a key is as long as the accepted part of the key's last draft, so drafts never grow again, and a key has
-    none after a draft without an accepted token. `min_hits` has no effect.
+    no more drafts after a draft without an accepted token. `min_hits` has no effect.
     """
 
     BUCKETS = 262_144
@@ -101,8 +101,8 @@ class MapK(Described):
         self._prompt = 0
         self._buckets: dict[int, int] = {}
         self._hashed = 0  # n-grams up to this position are in buckets
-        self._keys: dict[tuple[int, ...], Key] = {}
-        self._drafted: Value | None = None
+        self._keys: dict[tuple[int, ...], NgramKey] = {}
+        self._drafted: DescribedContinuation | None = None
 
     def begin(self, tokens: Sequence[int]) -> None:
         super().begin(tokens)
@@ -118,12 +118,12 @@ class MapK(Described):
         self._hash(last)
         if not at:
             return []
-        key = self._keys.setdefault(tuple(ngram), Key())
+        key = self._keys.setdefault(tuple(ngram), NgramKey())
         key.hits += 1
         self._drafted = self._value(key, ngram, at)
         if self._drafted is None:
             return []
-        # The tokens after the found position are copied, whichever value was chosen.
+        # The tokens after the found position are copied even if the chosen value is another one.
         return self.history[at + self.n : at + self.n + min(self.m, self._drafted.length)]
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
@@ -131,15 +131,17 @@ class MapK(Described):
             self._drafted.length = accepted
         super().observe(emitted)
 
-    def _value(self, key: Key, ngram: list[int], at: int) -> Value | None:
+    def _value(self, key: NgramKey, ngram: list[int], at: int) -> DescribedContinuation | None:
         """Returns the continuation to draft; `None` for no draft."""
         if not key.values:
-            key.values.append(Value(self.m))
+            key.values.append(DescribedContinuation(self.m))
         return key.values[0]
 
     def _find(self, ngram: list[int], last: int) -> int:
-        """Returns the position of an n-gram, 0 if there is none: by its bucket, then among the positions that are not
-        hashed yet, those in the prompt first."""
+        """Returns the position of an n-gram; 0 if there is none.
+
+        The bucket is tried first, then the positions that are not hashed yet, prompt positions before all others.
+        """
         hashed = self._buckets.get(bucket(ngram, self.FACTOR, self.BUCKETS), 0)
         if 0 < hashed < last and self._at(hashed) == ngram:
             return hashed
@@ -164,25 +166,25 @@ class MapK4v(MapK):
 
     VALUES = 4
 
-    def _value(self, key: Key, ngram: list[int], at: int) -> Value | None:
+    def _value(self, key: NgramKey, ngram: list[int], at: int) -> DescribedContinuation | None:
         if key.hits < self.min_hits:
             return None
         for start in range(key.counted, at + 1):
             if self._at(start) == ngram:
                 self._count(key, start + self.n)
         key.counted = at
-        most = max(key.values, key=lambda value: value.count)
-        others = sum(value.count for value in key.values) - most.count
-        return most if most.count >= 2 * others else None
+        prevailing = max(key.values, key=lambda value: value.count)
+        others = sum(value.count for value in key.values) - prevailing.count
+        return prevailing if prevailing.count >= 2 * others else None
 
-    def _count(self, key: Key, start: int) -> None:
+    def _count(self, key: NgramKey, start: int) -> None:
         tokens = self.history[start : start + self.m]
         for value in key.values:
             if self.history[value.start : value.start + self.m] == tokens:
                 value.count += 1
                 return
         if len(key.values) < self.VALUES:
-            key.values.append(Value(self.m, start, 1))
+            key.values.append(DescribedContinuation(self.m, start, 1))
 
 
 class ModTable:
@@ -191,19 +193,19 @@ class ModTable:
 
     def __init__(self) -> None:
         self.tokens: dict[int, int] = {}
-        self.low = 0
-        """Consecutive drafts with less than a quarter accepted; the replay has one slot."""
+        # Consecutive drafts with less than a quarter accepted. The original counts by slot; the replay has one slot.
+        self.bad_drafts = 0
 
 
-class Mod(Described):
+class Mod(DescribedProposer):
     """`ngram-mod`: chains lookups in the table until one fails; fewer than `n_min` tokens give no draft.
 
-    The tokens of a request enter the table in batches of more than `LAG`. The table is cleared if it is a quarter full
-    after a prompt, or if five consecutive drafts had less than a quarter accepted.
+    The tokens of a request enter the table in batches of more than `LAG_TOKENS`. The table is cleared if it is a
+    quarter full after a prompt, or if five consecutive drafts had less than a quarter accepted.
     """
 
     SIZE, FACTOR = 4 * 1024 * 1024, 6_364_136_223_846_793_005
-    LAG, FULL, BAD, PATIENCE = 32, 0.25, 0.25, 5
+    LAG_TOKENS, FULL_FRACTION, BAD_FRACTION, MAX_BAD_DRAFTS = 32, 0.25, 0.25, 5
 
     def __init__(self, table: ModTable, n: int = 24, n_min: int = 48, n_max: int = 64) -> None:
         super().__init__()
@@ -214,14 +216,14 @@ class Mod(Described):
     def begin(self, tokens: Sequence[int]) -> None:
         super().begin(tokens)
         self._learn(self.history)
-        if len(self._table.tokens) > self.FULL * self.SIZE:
+        if len(self._table.tokens) > self.FULL_FRACTION * self.SIZE:
             self._table.tokens.clear()
 
     def draft_tokens(self) -> list[int]:
         known = self.history[:-1]
         if len(known) < self.n:
             return []
-        if self._learnt + self.LAG < len(known):
+        if self._learnt + self.LAG_TOKENS < len(known):
             self._learn(known)
         window = self.history[-self.n :]
         while len(window) < self.n + self.n_max:
@@ -234,10 +236,10 @@ class Mod(Described):
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
         if drafted:
-            self._table.low = self._table.low + 1 if accepted < self.BAD * drafted else 0
-        if self._table.low >= self.PATIENCE:
+            self._table.bad_drafts = self._table.bad_drafts + 1 if accepted < self.BAD_FRACTION * drafted else 0
+        if self._table.bad_drafts >= self.MAX_BAD_DRAFTS:
             self._table.tokens.clear()
-            self._table.low = 0
+            self._table.bad_drafts = 0
         super().observe(emitted)
 
     def _learn(self, known: Sequence[int]) -> None:
@@ -251,20 +253,20 @@ class CacheSlot:
 
     def __init__(self) -> None:
         self.counts: dict[tuple[int, ...], dict[int, int]] = {}
+        # Number of counted tokens; a new request does not reset it.
         self.size = 0
-        """Number of counted tokens, not reset for a new request."""
 
 
-class Cache(Described):
+class Cache(DescribedProposer):
     """`ngram-cache` without files: drafts the most frequent follower of the longest n-gram with enough samples.
 
     New tokens are counted without the tokens before them, so a single new token adds no count. Counts and size of the
-    slot outlive the request, so of the next request only the tokens beyond that size are counted.
+    slot outlive the request, so only the tokens of the next request beyond that size are counted.
     """
 
-    LAX = ((2, 66), (2, 50), (1, 50), (1, 50))
-    """By n-gram size: minimum samples, and minimum percentage of the follower."""
-    N_DRAFT = 8
+    # By n-gram size from 1: minimum samples, and minimum percentage of the follower.
+    THRESHOLDS = ((2, 66), (2, 50), (1, 50), (1, 50))
+    MAX_DRAFT_TOKENS = 8
 
     def __init__(self, slot: CacheSlot) -> None:
         super().__init__()
@@ -273,22 +275,22 @@ class Cache(Described):
     def draft_tokens(self) -> list[int]:
         self._count(self.history[self._slot.size :])
         self._slot.size = max(self._slot.size, len(self.history))
-        tail = self.history[-len(self.LAX) :]
+        tail = self.history[-len(self.THRESHOLDS) :]
         draft: list[int] = []
-        while len(draft) < self.N_DRAFT and (token := self._next(tail + draft)) is not None:
+        while len(draft) < self.MAX_DRAFT_TOKENS and (token := self._next(tail + draft)) is not None:
             draft.append(token)
         return draft
 
     def _count(self, new: Sequence[int]) -> None:
-        for size in range(1, len(self.LAX) + 1):
+        for size in range(1, len(self.THRESHOLDS) + 1):
             for at in range(size, len(new)):
                 followers = self._slot.counts.setdefault(tuple(new[at - size : at]), {})
                 followers[new[at]] = followers.get(new[at], 0) + 1
 
     def _next(self, tail: Sequence[int]) -> int | None:
-        for size in range(min(len(self.LAX), len(tail)), 0, -1):
+        for size in range(min(len(self.THRESHOLDS), len(tail)), 0, -1):
             followers = self._slot.counts.get(tuple(tail[-size:]), {})
-            samples, percent = self.LAX[size - 1]
+            samples, percent = self.THRESHOLDS[size - 1]
             total = sum(followers.values())
             if total >= samples and 100 * max(followers.values()) >= percent * total:
                 return max(followers, key=lambda token: followers[token])

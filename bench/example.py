@@ -1,7 +1,7 @@
 """Runs llama-cpp-python's example server, `examples/server/server.py` of its sdist, on the library of Paceline.
 
-Its further dependencies are installed into a folder of their own. An empty module replaces the library's part for
-images, which the server imports and which is not built here.
+The server's further dependencies are installed into a separate folder. An empty module replaces `llama_cpp.mtmd_cpp`,
+the library's part for images: the server imports that module, but it is not built here.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def packages(folder: Path = PEERS) -> Path:
     """Returns the folder of the server's dependencies; installs them first if they are missing. Raises SetupError if
     pip fails."""
-    place = folder / "example"
-    if not (place / "fastapi").exists():
-        run_pip("install", "--quiet", "--target", str(place), *REQUIREMENTS)
-    return place
+    target = folder / "example"
+    if not (target / "fastapi").exists():
+        run_pip("install", "--quiet", "--target", str(target), *REQUIREMENTS)
+    return target
 
 
 def configuration(settings: Settings, port: int) -> dict[str, Any]:
@@ -60,9 +60,10 @@ def configuration(settings: Settings, port: int) -> dict[str, Any]:
 
 
 def adapted(body: dict[str, Any], ends: tuple[int, ...]) -> dict[str, Any]:
-    """Returns `body` with `ignore_eos` expressed as a bias against the end tokens `ends`, which the server supports.
+    """Returns `body` with `ignore_eos` expressed as a bias against the end tokens `ends`; the server supports only
+    biases.
 
-    A body without `ignore_eos` is returned unchanged, and every body if `ends` is empty.
+    A body without `ignore_eos` is returned unchanged; with an empty `ends` every body is.
     """
     if not (ends and body.get("ignore_eos")):
         return body

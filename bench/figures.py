@@ -24,7 +24,8 @@ OUT = Path(os.environ.get("OUT") or Path(__file__).parent / "out")
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Returns the smallest value that at least the fraction `share` of `values` does not exceed; NaN without values."""
+    """Returns the value at index `share` times the number of values, of the sorted values, at most the last; NaN
+    without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
@@ -39,7 +40,7 @@ def spread(values: Sequence[float], scale: float = 1000.0) -> dict[str, float]:
 
 
 def figure(figures: Mapping[str, Any], path: str) -> float:
-    """Returns a figure of one round by the dotted `path` of its keys; NaN if there is none."""
+    """Returns the number at the dotted key `path` in the figures of one round; NaN if there is none."""
     value: Any = figures
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -73,7 +74,7 @@ def _text(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def plot(name: str, title: str, across: str, up: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+def plot(name: str, title: str, x_label: str, y_label: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
     """Writes a PNG of lines through points to OUT; the horizontal axis is logarithmic."""
     from matplotlib.figure import Figure  # imported here as the import takes a second
 
@@ -81,7 +82,7 @@ def plot(name: str, title: str, across: str, up: str, lines: Mapping[str, Sequen
     axes = figure.subplots()
     for label, points in lines.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=label)
-    axes.set(title=title, xlabel=across, ylabel=up)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

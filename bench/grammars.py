@@ -1,7 +1,8 @@
-"""The cost of structured output: masks as a fraction of a step, compile times of schemas, and gaps of running streams
-during the compilation of a large schema.
+"""Measures the cost of structured output.
 
-The schemas are those of the tools of the Berkeley function calling leaderboard (`python bench/models.py bfcl`).
+The tables have masks as a fraction of a step, compile times of schemas, and gaps of running streams during the
+compilation of a large schema. The schemas are those of the tools of the Berkeley function calling leaderboard
+(`python bench/models.py bfcl`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import msgspec
 
 from bench import bfcl
 from bench.figures import save, show, spread
+from bench.models import SOURCES
 from engine import Engine, EngineConfig, JsonSchema, Request, RequestRefused, SamplingParams, Speculation, Tokens
 from engine.engine import open_vocabulary
 from engine.grammar import GrammarCompiler, GrammarError, masks, matcher
@@ -43,53 +45,54 @@ _NO_DRAFTS = Speculation()
 # ── compile times ──
 
 
-async def compiled(model: Path) -> dict[str, Any]:
-    """Returns the number of tools, the compile times of their distinct schemas, and the errors of the other schemas."""
+async def compile_schemas(model: Path) -> dict[str, Any]:
+    """Returns the number of tools, the compile times of their distinct schemas, and the errors of the schemas that do
+    not compile."""
     with open_vocabulary(model) as vocab:
         grammars = GrammarCompiler(vocab)
         begun = time.perf_counter()
         await grammars.compile(JsonSchema(b"{}"))
-        first = time.perf_counter() - begun
+        first_seconds = time.perf_counter() - begun
         seconds: list[float] = []
-        known: dict[bytes, str] = {}
+        errors: dict[bytes, str] = {}
         failed: dict[str, str] = {}
         count = 0
         for where, schema in bfcl.schemas():
             count += 1
             text = msgspec.json.encode(schema)
-            if text not in known:
+            if text not in errors:
                 begun = time.perf_counter()
                 try:
                     await grammars.compile(JsonSchema(text))
-                    known[text] = ""
+                    errors[text] = ""
                 except GrammarError as error:
-                    known[text] = str(error)
+                    errors[text] = str(error)
                 seconds.append(time.perf_counter() - begun)
-            if known[text]:
-                failed[where] = known[text]
+            if errors[text]:
+                failed[where] = errors[text]
         grammars.close()
-    wrong = sum(map(bool, known.values()))
+    num_failed = sum(map(bool, errors.values()))
     return {
         "tools": count,
         "failed": failed,
-        "different": len(known),
-        "different_failed": wrong,
+        "different": len(errors),
+        "different_failed": num_failed,
         "milliseconds": spread(seconds),
-        "first_seconds": first,
+        "first_seconds": first_seconds,
     }
 
 
 # ── masks ──
 
 
-class Clock:
+class FunctionTimer:
     """Accumulates the seconds spent in functions, by name."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}
 
     @contextmanager
-    def over(self, owner: Any, *names: str) -> Iterator[None]:
+    def measure(self, owner: Any, *names: str) -> Iterator[None]:
         """Measures the attributes `names` of `owner` for the length of the block."""
         before = {name: getattr(owner, name) for name in names}
         for name, function in before.items():
@@ -99,64 +102,65 @@ class Clock:
             setattr(owner, name, function)
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*given: Any, **named: Any) -> Any:
+        def timed(*arguments: Any, **keywords: Any) -> Any:
             begun = time.perf_counter()
             try:
-                return function(*given, **named)
+                return function(*arguments, **keywords)
             finally:
                 self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - begun
 
         return timed
 
 
-async def masked(model: Path, slots: int, tokens: int, temperature: float, drafts: bool) -> dict[str, Any]:
-    """Returns the fraction of step time that masks and matchers take, for `slots` streams with a schema.
+async def measure_masks(model: Path, slots: int, tokens: int, temperature: float, drafts: bool) -> dict[str, Any]:
+    """Returns the figures of `slots` streams with a schema; `share` is the fraction of step time of masks and matchers.
 
     `drafts` enables drafts of tokens that the grammar forces.
     """
-    clock = Clock()
+    timer = FunctionTimer()
     config = EngineConfig.of(path=model, slots=slots, context=512 * slots)
     async with Engine.open(config) as engine:
         grammar = await engine.compile(JsonSchema(msgspec.json.encode(PEOPLE)))
         prompt = tuple(engine.vocab.tokenize(_PROMPT, special=True))
 
-        async def one(seed: int, most: int) -> int:
+        async def generate(seed: int, max_tokens: int) -> int:
             sampling = SamplingParams(temperature=temperature, seed=seed)
             speculation = Speculation(type=("grammar",), order="fixed") if drafts else _NO_DRAFTS
             request = Request(
-                prompt=prompt, max_tokens=most, sampling=sampling, grammar=grammar, speculation=speculation
+                prompt=prompt, max_tokens=max_tokens, sampling=sampling, grammar=grammar, speculation=speculation
             )
             async with engine.generate(request) as updates:
                 return sum([len(update.ids) async for update in updates if isinstance(update, Tokens)])
 
-        await asyncio.gather(*(one(seed, 8) for seed in range(slots)))
+        await asyncio.gather(*(generate(seed, 8) for seed in range(slots)))
         before = engine.stats()
         with (
-            clock.over(masks.Masks, "begin", "of"),
-            clock.over(masks, "unpack_bitmask"),
-            clock.over(sampler, "mask_row"),
-            clock.over(matcher.Matcher, "accept_token", "validate_tokens", "forced_tokens"),
+            timer.measure(masks.Masks, "begin", "of"),
+            timer.measure(masks, "unpack_bitmask"),
+            timer.measure(sampler, "mask_row"),
+            timer.measure(matcher.Matcher, "accept_token", "validate_tokens", "forced_tokens"),
         ):
             begun = time.perf_counter()
-            emitted = sum(await asyncio.gather(*(one(100 + seed, tokens) for seed in range(slots))))
+            emitted = sum(await asyncio.gather(*(generate(100 + seed, tokens) for seed in range(slots))))
             wall = time.perf_counter() - begun
         after = engine.stats()
     busy, steps = after.busy_seconds - before.busy_seconds, after.steps - before.steps
     return {
-        "share": sum(clock.spent.values()) / busy,
+        "share": sum(timer.spent.values()) / busy,
         "milliseconds_per_step": 1e3 * busy / steps,
         "tokens_per_second": emitted / wall,
         "steps": steps,
         "tokens": emitted,
-        "microseconds_per_step": {name: 1e6 * spent / steps for name, spent in clock.spent.items()},
+        "microseconds_per_step": {name: 1e6 * spent / steps for name, spent in timer.spent.items()},
     }
 
 
 # ── gaps of other streams ──
 
 
-def large(size: int, number: int) -> bytes:
-    """Returns a schema of about `size` bytes that is distinct for each number: sections of fields of all kinds."""
+def large_schema(size: int, number: int) -> bytes:
+    """Returns a schema of about `size` bytes that is distinct for each number; its sections have fields of all
+    kinds."""
     sections: dict[str, Any] = {}
     schema = {"type": "object", "properties": sections, "required": [], "additionalProperties": False}
     while len(text := msgspec.json.encode(schema)) < size:
@@ -172,7 +176,7 @@ def large(size: int, number: int) -> bytes:
 
 
 async def gaps_during_compilation(model: Path, streams: int, size: int, times: int) -> dict[str, Any]:
-    """Returns the gaps of running streams, alone and during the compilation of large schemas, in milliseconds."""
+    """Returns milliseconds: the gaps of running streams alone and during compilations, and the compile times."""
     config = EngineConfig.of(path=model, slots=streams, context=4096, speculation={"types": ["none"]})
     gaps: dict[str, list[float]] = {"alone": [], "compiling": []}
     compiling: list[float] = []
@@ -180,7 +184,7 @@ async def gaps_during_compilation(model: Path, streams: int, size: int, times: i
         prompt = tuple(engine.vocab.tokenize(_PROMPT, special=True))
         busy = ended = 0.0
 
-        async def one(seed: int) -> None:
+        async def run_stream(seed: int) -> None:
             request = Request(
                 prompt=prompt, max_tokens=700, ignore_eos=True, sampling=SamplingParams(seed=seed), salt=str(seed)
             )
@@ -193,12 +197,12 @@ async def gaps_during_compilation(model: Path, streams: int, size: int, times: i
                     last = now
 
         begun = time.perf_counter() + 1.0
-        running = [asyncio.create_task(one(seed)) for seed in range(streams)]
+        running = [asyncio.create_task(run_stream(seed)) for seed in range(streams)]
         await asyncio.sleep(3.0)
         for number in range(times):
             busy = time.perf_counter()
             try:
-                await engine.compile(JsonSchema(large(size, number)))
+                await engine.compile(JsonSchema(large_schema(size, number)))
             except RequestRefused as error:
                 print(error)
             ended, start, busy = time.perf_counter(), busy, 0.0
@@ -213,23 +217,30 @@ async def gaps_during_compilation(model: Path, streams: int, size: int, times: i
 def main() -> None:
     """Prints three tables and writes `grammars.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
+    parser.add_argument("-m", "--model", type=Path, default=SOURCES["smollm2"].path, help="GGUF file")
     parser.add_argument("--slots", type=int, default=8, help="concurrent streams with a schema")
     parser.add_argument("--tokens", type=int, default=96, help="tokens of each answer")
     parser.add_argument("--size", type=int, default=60_000, help="bytes of the large schema")
     options = parser.parse_args()
-    ways = {
+    sampling_settings = {
         "greedy": (0.0, False),
         "sampled": (0.8, False),
         "greedy, forced tokens drafted": (0.0, True),
         "sampled, forced tokens drafted": (0.8, True),
     }
     shares = {
-        name: asyncio.run(masked(options.model, options.slots, options.tokens, *way)) for name, way in ways.items()
+        name: asyncio.run(measure_masks(options.model, options.slots, options.tokens, *setting))
+        for name, setting in sampling_settings.items()
     }
     rows = [
-        [name, 100 * made["share"], made["milliseconds_per_step"], made["tokens_per_second"], made["tokens"]]
-        for name, made in shares.items()
+        [
+            name,
+            100 * figures["share"],
+            figures["milliseconds_per_step"],
+            figures["tokens_per_second"],
+            figures["tokens"],
+        ]
+        for name, figures in shares.items()
     ]
     show(f"{options.slots} streams with a schema", ["", "% of a step", "ms per step", "tokens/s", "tokens"], rows)
     gaps = asyncio.run(gaps_during_compilation(options.model, 4, options.size, 8))
@@ -238,7 +249,7 @@ def main() -> None:
         ["", "p50", "p99", "max"],
         [[name, found["p50"], found["p99"], found["max"]] for name, found in gaps.items()],
     )
-    schemas = asyncio.run(compiled(options.model))
+    schemas = asyncio.run(compile_schemas(options.model))
     compiling, times = 1 - len(schemas["failed"]) / schemas["tools"], schemas["milliseconds"]
     show(
         "tools of the leaderboard",

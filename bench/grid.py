@@ -1,4 +1,5 @@
-"""Speculation against none, by workload and number of clients: `python -m bench.grid -m target.gguf [-md draft.gguf]`.
+"""Compares speculation with none, by workload and number of clients: `python -m bench.grid -m target.gguf [-md
+draft.gguf]`.
 
 One engine serves all runs; each run has a cache salt of its own, so that it reuses no prefix or output of another run.
 In each round every setting gets the same prompts, and the order of the settings alternates. A ratio compares two runs
@@ -27,7 +28,7 @@ from rich.progress import Progress
 from api.schema.requests import ChatRequest
 from api.templates.prompts import PromptRenderer
 from bench import prompts
-from bench.client import Outcome, closed
+from bench.client import Outcome, run_closed_loop
 from bench.figures import OUT, markdown, percentile, plot, save, show
 from bench.models import SOURCES
 from bench.simulated import SyntheticProposer
@@ -39,13 +40,13 @@ from engine.speculate import Proposer
 _WORKLOADS = ("edit", "chat", "completion", "copy")
 _SETTINGS = ("none", "prediction:16", "suffix:8", "suffix:16", "ngram-cache:8", "ngram-map-k:16", "auto")
 _DRAFT_MODEL_SETTINGS = ("draft:3", "draft:8", "auto")
-# The longest prompts are those of `copy`, some 1,100 tokens with the chat template.
+# Upper bound of prompts: those of `copy` are the longest, some 1,100 tokens with the chat template.
 _PROMPT_TOKENS = 1152
 _GREEDY = SamplingParams(temperature=0.0)
 
 
 class RunFigures(Struct):
-    """Figures of one run. Gaps are milliseconds between the events of a request."""
+    """The figures of one run; gaps are milliseconds between consecutive events of a request."""
 
     tokens_per_second: float
     drafted: int
@@ -132,7 +133,7 @@ class Grid:
         salt = f"run {next(self._runs)}"
         requests = (self._request(setting, prompt, salt) for prompt in sent)
         begun = time.perf_counter()
-        outcomes = await closed(clients, requests, self._send)
+        outcomes = await run_closed_loop(clients, requests, self._send)
         seconds = time.perf_counter() - begun
         gaps = [1000 * gap for outcome in outcomes for gap in outcome.gaps]
         return RunFigures(
@@ -152,7 +153,7 @@ class Grid:
         return runs
 
     def _request(self, setting: str, prompt: Prompt, salt: str) -> Request:
-        """Returns a request with the setting as its `id`, which has the rate of a synthetic proposer."""
+        """Returns a request with the setting as its `id`; the rate of a synthetic proposer is parsed from the id."""
         return Request(
             prompt=prompt.tokens,
             prediction=prompt.prediction if setting.startswith("prediction") else (),
@@ -185,7 +186,7 @@ GridRounds = dict[str, dict[int, dict[str, list[RunFigures]]]]
 async def measure(
     options: argparse.Namespace, settings: Sequence[str], outputs: RecordedOutputs, *, synthetic: bool
 ) -> GridRounds:
-    """Measures all cells, round after round, and saves the results after each."""
+    """Measures all cells, round after round, and saves the results after each round."""
     config = EngineConfig.of(
         path=options.model,
         slots=max(options.clients),
@@ -202,21 +203,23 @@ async def measure(
         return {request.id: SyntheticProposer(known, lambda: float(rate), Random(0))}
 
     cells: GridRounds = {}
-    async with Engine.open(config, speculate=proposers if synthetic else None) as engine:
+    async with Engine.open(config, proposer_factory=proposers if synthetic else None) as engine:
         grid = Grid(engine, outputs, options.tokens)
         total = len(options.workloads) * len(options.clients) * options.rounds * len(settings)
         with Progress() as progress:
             bar = progress.add_task("warming up", total=total)
             for name, clients in product(options.workloads, options.clients):
-                each = max(options.least, clients * options.each)
-                sent = workload(engine, name, each * options.rounds)
-                await grid.run("none", sent[:1], 1)
+                requests_per_run = max(options.least, clients * options.each)
+                prompts = workload(engine, name, requests_per_run * options.rounds)
+                await grid.run("none", prompts[:1], 1)
                 rounds = cells.setdefault(name, {}).setdefault(clients, {})
                 for number in range(options.rounds):
-                    progress.update(bar, description=f"{name}, {clients} clients", completed=total_of(cells))
+                    progress.update(bar, description=f"{name}, {clients} clients", completed=num_runs(cells))
                     # A synthetic proposer needs the output of the run with `none`.
                     order = settings if synthetic or number % 2 == 0 else settings[::-1]
-                    runs = await grid.round(order, sent[number * each : (number + 1) * each], clients)
+                    runs = await grid.round(
+                        order, prompts[number * requests_per_run : (number + 1) * requests_per_run], clients
+                    )
                     for setting, figures in runs.items():
                         rounds.setdefault(setting, []).append(figures)
                     save(options.name, {"settings": settings, "cells": cells})
@@ -224,19 +227,19 @@ async def measure(
     return cells
 
 
-def total_of(cells: GridRounds) -> int:
-    """Returns the number of runs so far."""
+def num_runs(cells: GridRounds) -> int:
+    """Returns the number of completed runs."""
     return sum(len(rounds) for workloads in cells.values() for by in workloads.values() for rounds in by.values())
 
 
-def middle(rounds: Sequence[RunFigures]) -> RunFigures:
+def median_figures(rounds: Sequence[RunFigures]) -> RunFigures:
     """Returns the medians of several rounds."""
     columns = zip(*map(msgspec.structs.astuple, rounds), strict=True)
     speed, drafted, accepted, *others = (median(column) for column in columns)
     return RunFigures(speed, int(drafted), int(accepted), *others)
 
 
-_COLUMNS = ("workload", "clients", "setting", "tokens/s", "to none", "accepted", "gap p50 ms", "p99 ms")
+_COLUMNS = ("workload", "clients", "setting", "tokens/s", "ratio to none", "accepted", "gap p50 ms", "p99 ms")
 
 
 def rows(cells: GridRounds) -> list[list[object]]:
@@ -245,7 +248,7 @@ def rows(cells: GridRounds) -> list[list[object]]:
     for name, by_clients in cells.items():
         for clients, by_setting in by_clients.items():
             for setting, rounds in by_setting.items():
-                one = middle(rounds)
+                one = median_figures(rounds)
                 share = f"{one.accepted} of {one.drafted}"
                 table.append(
                     [name, clients, setting, one.tokens_per_second, one.ratio, share, one.gap_p50, one.gap_p99]
@@ -260,9 +263,13 @@ def main() -> None:
     parser.add_argument("-md", "--model-draft", type=Path, help="GGUF file of a draft model")
     parser.add_argument("--workloads", default=",".join(_WORKLOADS), help="workloads, separated by commas")
     parser.add_argument("--clients", default="1,2,4,8,16", help="numbers of concurrent clients, separated by commas")
-    parser.add_argument("--settings", default="", help="settings, separated by commas; none is added")
     parser.add_argument(
-        "--synthetic", default="", help="only synthetic proposers, by probability of a right token: 0,0.5,0.8"
+        "--settings", default="", help="settings, separated by commas; the setting `none` is always included"
+    )
+    parser.add_argument(
+        "--synthetic",
+        default="",
+        help="measure only synthetic proposers with these probabilities of a right token, such as 0,0.5,0.8",
     )
     parser.add_argument("--rounds", type=int, default=2, help="rounds of each cell")
     parser.add_argument("--each", type=int, default=1, help="requests of each client")
@@ -284,7 +291,7 @@ def main() -> None:
     show(title, _COLUMNS, rows(cells))
     (OUT / f"{options.name}.md").write_text(markdown(_COLUMNS, rows(cells)))
     lines = {
-        f"{name}, {setting}": [(clients, middle(runs[setting]).ratio) for clients, runs in by_clients.items()]
+        f"{name}, {setting}": [(clients, median_figures(runs[setting]).ratio) for clients, runs in by_clients.items()]
         for name, by_clients in cells.items()
         for setting in settings
         if setting != "none"

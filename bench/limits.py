@@ -1,9 +1,9 @@
-"""The limit of Python: the whole server on a model that computes nothing, with as many clients as slots.
+"""Measures the limit of Python: the whole server on a model that computes nothing, with as many clients as slots.
 
-Prints for each number of slots the tokens per second through SSE, CPU microseconds per token, and the fractions of time
-that the engine thread and the event loop are on a core. With a model that takes no time the engine thread is never
-idle: while it is neither on a core nor in a run queue, it is blocked on the GIL. The client is a process of its own on
-the same cores.
+The table has, for each number of slots, the tokens per second through SSE, CPU microseconds per token, and the
+fractions of time that the engine thread and the event loop are on a core. With a model that takes no time the engine
+thread is never idle: while it is neither on a core nor in a run queue, it is blocked on the GIL. The client is another
+process on the same cores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from bench.figures import save, show
-from bench.load import closed_loop, measured
+from bench.load import closed_loop, run_measured
 from bench.server import QUEUED, Server, free_port, running
 from bench.workloads import story
 
@@ -34,14 +34,14 @@ def engine_thread(server: Server) -> int:
 def client(port: int, clients: int, count: int, tokens: int, words: int) -> dict[str, Any]:
     """Returns the figures of `count` requests from `clients` clients, with the number of events."""
     sessions = [[story(number, tokens, words)] for number in range(count)]
-    figures, outcomes = measured(closed_loop(port, clients, sessions))
+    figures, outcomes = run_measured(closed_loop(port, clients, sessions))
     return {**figures, "events": sum(len(outcome.arrivals) for outcome in outcomes)}
 
 
 def shares(server: Server, slots: int, options: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of one run, with the CPU time of the server's threads."""
     client(server.port, slots, slots, 8, options.words)
-    before, queued, whole = server.thread_seconds(), server.thread_seconds(QUEUED), server.cpu_seconds()
+    before, queued, cpu_before = server.thread_seconds(), server.thread_seconds(QUEUED), server.cpu_seconds()
     figures = client(server.port, slots, max(slots, options.requests), options.tokens, options.words)
     after, seconds = server.thread_seconds(), figures["seconds"]
     engine, loop = engine_thread(server), server.pid
@@ -51,7 +51,7 @@ def shares(server: Server, slots: int, options: argparse.Namespace) -> dict[str,
         "slots": slots,
         "tokens_per_second": figures["tokens_per_second"],
         "tokens_per_event": tokens / figures["events"],
-        "cpu_us_per_token": 1e6 * (server.cpu_seconds() - whole) / tokens,
+        "cpu_us_per_token": 1e6 * (server.cpu_seconds() - cpu_before) / tokens,
         "engine_percent": 100 * engine_share,
         "gil_wait_percent": 100 * (1 - engine_share - queued_share),
         "loop_percent": 100 * (after[loop] - before[loop]) / seconds,
@@ -62,7 +62,7 @@ def shares(server: Server, slots: int, options: argparse.Namespace) -> dict[str,
 
 
 def run(slots: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the figures of a server with `slots` slots. Raises RuntimeError if it does not start."""
+    """Returns the figures of a server with `slots` slots. Raises RuntimeError if the server does not start."""
     port = free_port()
     with running(command(port, slots, options.cost, options.accept, options.more), port, 60) as server:
         return shares(server, slots, options)

@@ -1,7 +1,7 @@
-"""Load over HTTP against a running server: closed loop (`--clients`) or open loop (`--rate` sessions a second).
+"""Measures a running server over HTTP: closed loop (`--clients`) or open loop (`--rate` sessions a second).
 
-Prints time to first token, gaps between outputs, finish times, tokens per second and goodput, and writes `load.json`.
-The client's own share of a core is printed too, since on a small machine it is not available to the server. Tokens are
+The table has time to first token, gaps between outputs, finish times, tokens per second and goodput.
+The client's CPU time is printed too, since on a small machine the server lacks that time. Tokens are
 counted from `usage`. A prompt that does not fit into a slot of the server fails (400).
 """
 
@@ -17,12 +17,12 @@ from typing import Any
 
 import uvloop
 
-from bench.client import Outcome, closed, stream
+from bench.client import Outcome, run_closed_loop, stream
 from bench.figures import save, show, spread
 from bench.workloads import PROMPT_TOKENS, WORKLOADS, HttpRequest, Session, workload
 
 # Limits of a good request: milliseconds to its first token, and the mean of milliseconds between tokens.
-GOOD = (1000.0, 100.0)
+GOOD_LIMITS_MS = (1000.0, 100.0)
 
 
 async def send(port: int, request: HttpRequest) -> Outcome:
@@ -33,14 +33,14 @@ async def send(port: int, request: HttpRequest) -> Outcome:
     return outcome
 
 
-async def play(port: int, session: Session) -> list[Outcome]:
+async def send_session(port: int, session: Session) -> list[Outcome]:
     """Sends a session's requests, one after the other."""
     return [await send(port, request) for request in session]
 
 
 async def closed_loop(port: int, clients: int, sessions: Sequence[Session]) -> list[Outcome]:
-    """Sends all sessions from `clients` clients; each client begins its next session when its last one has ended."""
-    played = await closed(clients, sessions, partial(play, port))
+    """Sends all sessions from `clients` clients; a client begins the next unsent session when its session has ended."""
+    played = await run_closed_loop(clients, sessions, partial(send_session, port))
     return [outcome for outcomes in played for outcome in outcomes]
 
 
@@ -49,13 +49,14 @@ async def open_loop(port: int, rate: float, sessions: Sequence[Session]) -> list
     rng, tasks = random.Random(0), []
     async with asyncio.TaskGroup() as group:
         for session in sessions:
-            tasks.append(group.create_task(play(port, session)))
+            tasks.append(group.create_task(send_session(port, session)))
             await asyncio.sleep(rng.expovariate(rate))
     return [outcome for task in tasks for outcome in task.result()]
 
 
 def is_good(outcome: Outcome, limits: tuple[float, float]) -> bool:
-    """True if a successful request meets both limits: milliseconds to the first token, and per later token."""
+    """True if a successful request meets both limits: milliseconds to the first token, and mean milliseconds per later
+    token."""
     first, each = limits
     later = max(1, outcome.completion_tokens - 1)
     return outcome.ttft * 1000 <= first and sum(outcome.gaps) * 1000 / later <= each
@@ -68,7 +69,7 @@ def finish_times(outcomes: Sequence[Outcome]) -> list[float]:
 
 
 def report(
-    outcomes: Sequence[Outcome], seconds: float, cpu: float, limits: tuple[float, float] = GOOD
+    outcomes: Sequence[Outcome], seconds: float, cpu: float, limits: tuple[float, float] = GOOD_LIMITS_MS
 ) -> dict[str, Any]:
     """Returns the figures of one run of `seconds`, in which the client used `cpu` seconds of CPU time.
 
@@ -92,10 +93,10 @@ def report(
     }
 
 
-def measured(
-    requests: Coroutine[Any, Any, list[Outcome]], limits: tuple[float, float] = GOOD
+def run_measured(
+    requests: Coroutine[Any, Any, list[Outcome]], limits: tuple[float, float] = GOOD_LIMITS_MS
 ) -> tuple[dict[str, Any], list[Outcome]]:
-    """Runs `requests` on a new event loop; returns its figures, `seconds` included, and the outcomes."""
+    """Runs `requests` on a new event loop; returns the figures of the run, `seconds` included, and the outcomes."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         begun, cpu = time.perf_counter(), time.process_time()
         outcomes = runner.run(requests)
@@ -108,12 +109,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     warm, *sessions = workload(
         options.workload, 1 + options.sessions, options.tokens, prompt_tokens=options.prompt_tokens
     )
-    measured(play(options.port, warm))
+    run_measured(send_session(options.port, warm))
     if options.rate:
         requests = open_loop(options.port, options.rate, sessions)
     else:
         requests = closed_loop(options.port, options.clients, sessions)
-    return measured(requests, options.good)[0]
+    return run_measured(requests, options.good)[0]
 
 
 def main() -> None:
@@ -130,7 +131,7 @@ def main() -> None:
         "--good",
         type=float,
         nargs=2,
-        default=GOOD,
+        default=GOOD_LIMITS_MS,
         metavar=("FIRST", "EACH"),
         help="limits of a good request: milliseconds to the first token, and mean milliseconds between tokens",
     )

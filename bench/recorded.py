@@ -51,7 +51,7 @@ class ParsedOutput(Struct, frozen=True):
 class RecordedOutput(Struct, frozen=True):
     """One output and its expected parse.
 
-    `expected` is `None` for a truncated or malformed output, which must give no tool call, because of `reason`.
+    `expected` is `None` for a truncated or malformed output, which must give no tool call; `reason` is the cause.
     `opened` is true if the prompt ends inside the reasoning.
     """
 
@@ -65,7 +65,7 @@ class RecordedOutput(Struct, frozen=True):
 
     def parse(self, chunks: Sequence[str]) -> ParsedOutput:
         """Returns the parse of the text when the parser is fed `chunks`."""
-        parser = MessageParser(self.format, self.calls, opened=self.opened)
+        parser = MessageParser(self.format, self.calls, in_reasoning=self.opened)
         deltas = [delta for chunk in chunks for delta in parser.feed(chunk)]
         message = message_from_deltas([*deltas, *parser.finish()])
         calls = tuple((str(call.function.name), call.function.arguments) for call in message.tool_calls or ())
@@ -76,8 +76,8 @@ class RecordedOutput(Struct, frozen=True):
         parses are equal."""
         if self.expected is None:
             return f"a tool call was found, but: {self.reason}" if parsed.calls else ""
-        found, due = _comparable(parsed), _comparable(self.expected)
-        return "" if found == due else f"parsed as {found}, expected {due}"
+        found, expected = _comparable(parsed), _comparable(self.expected)
+        return "" if found == expected else f"parsed as {found}, expected {expected}"
 
     def splits(self, count: int) -> Iterator[list[str]]:
         """Yields `count` random splits of the text: into single characters first, then into chunks of at most 2, 3 and
@@ -92,16 +92,16 @@ class RecordedOutput(Struct, frozen=True):
 
 def recorded_outputs(wheel: Path = models.SOURCES["canitoolcall"].path) -> list[RecordedOutput]:
     """Returns all recorded outputs. Raises FileNotFoundError if the wheel is not downloaded."""
-    found: list[RecordedOutput] = []
+    outputs: list[RecordedOutput] = []
     with zipfile.ZipFile(wheel) as archive:
         for family in FAMILIES:
-            about = json.loads(archive.read(f"{FIXTURES}{family}/family.json"))
-            references = {each["repo"]: each for each in about["reference_models"]}
+            family_info = json.loads(archive.read(f"{FIXTURES}{family}/family.json"))
+            references = {model["repo"]: model for model in family_info["reference_models"]}
             for name in sorted(archive.namelist()):
                 if name.startswith(f"{FIXTURES}{family}/") and name.endswith(".jsonl"):
                     lines = archive.read(name).decode().splitlines()
-                    found += [_record(json.loads(line), references) for line in lines if line.strip()]
-    return found
+                    outputs += [_record(json.loads(line), references) for line in lines if line.strip()]
+    return outputs
 
 
 def _record(row: dict[str, Any], references: dict[str, Any]) -> RecordedOutput:
@@ -111,11 +111,11 @@ def _record(row: dict[str, Any], references: dict[str, Any]) -> RecordedOutput:
     prompt = row.get("generation_prompt")
     prompt = reference.get("default_generation_prompt") or "" if prompt is None else prompt
     tools = tuple(Tool(tool["function"]["name"], tool["function"].get("parameters") or {}) for tool in row["tools"])
-    due = row.get("expected")
-    expected = due and ParsedOutput(
-        due["content"] or "",
-        due["reasoning_content"] or "",
-        tuple((call["name"], json.dumps(call["arguments"])) for call in due["tool_calls"]),
+    message = row.get("expected")
+    expected = message and ParsedOutput(
+        message["content"] or "",
+        message["reasoning_content"] or "",
+        tuple((call["name"], json.dumps(call["arguments"])) for call in message["tool_calls"]),
     )
     reason = row.get("expected_error", {}).get("reason", "")
     return RecordedOutput(

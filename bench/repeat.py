@@ -2,7 +2,7 @@
 
 Each request is sent to a server with default flags: alone without cached tokens, alone with cached tokens, and with 8
 other clients, without and with cached tokens; all of this for each number of slots (`--slots 1 8`). Half of the other
-clients send predictions of their own answers, so that drafts are accepted in the same steps. The first answer of the
+clients send predictions of their own answers, so that the same steps verify accepted drafts. The first answer of the
 first server is the reference. The exit code is 1 if the tokens or the text of any answer differ from the reference.
 
 `--server llama-server-split` measures a mode of llama-server instead. Further flags of the server come after `--`.
@@ -66,7 +66,7 @@ class Situation(Struct, frozen=True):
     name: str
     times: int
     cached: bool
-    company: bool
+    with_others: bool
 
 
 class Comparison(Struct, frozen=True):
@@ -90,9 +90,9 @@ class Comparison(Struct, frozen=True):
 
     def row(self) -> list[object]:
         """Returns the row under `_COLUMNS`."""
-        place = "" if self.differs_at is None else self.differs_at
+        position = "" if self.differs_at is None else self.differs_at
         counts = [self.cached, self.accepted, self.others_accepted]
-        return [self.request, self.slots, self.situation, self.answers, self.same, place, self.same_bits, *counts]
+        return [self.request, self.slots, self.situation, self.answers, self.same, position, self.same_bits, *counts]
 
 
 _COLUMNS = (
@@ -105,28 +105,28 @@ def situations(times: int) -> list[Situation]:
     """Returns the situations in the order in which they are measured."""
     half = max(1, times // 2)
     return [
-        Situation("alone", times, cached=False, company=False),
-        Situation("cache", times, cached=True, company=False),
-        Situation("company", half, cached=False, company=True),
-        Situation("company+cache", half, cached=True, company=True),
+        Situation("alone", times, cached=False, with_others=False),
+        Situation("cache", times, cached=True, with_others=False),
+        Situation("company", half, cached=False, with_others=True),
+        Situation("company+cache", half, cached=True, with_others=True),
     ]
 
 
 def first_difference(one: Sequence[object], other: Sequence[object]) -> int | None:
-    """Returns the first position at which two sequences differ, an end included; `None` if they are equal."""
-    for place, (left, right) in enumerate(zip(one, other, strict=False)):
+    """Returns the first differing position; the end of the shorter sequence counts. `None` means equal sequences."""
+    for position, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
-            return place
+            return position
     return None if len(one) == len(other) else min(len(one), len(other))
 
 
 def differs_at(reference: RepeatedAnswer, answer: RepeatedAnswer) -> int | None:
-    """Returns the position of the first differing token, the number of tokens if only the text differs.
+    """Returns the position of the first differing token; the number of tokens if only the text differs.
 
     `None` means that tokens and text are equal.
     """
-    place = first_difference(reference.tokens, answer.tokens)
-    return len(answer.tokens) if place is None and reference.text != answer.text else place
+    position = first_difference(reference.tokens, answer.tokens)
+    return len(answer.tokens) if position is None and reference.text != answer.text else position
 
 
 def compared(
@@ -138,17 +138,17 @@ def compared(
     others: int,
 ) -> Comparison:
     """Returns the comparison of the answers with the reference."""
-    places = [differs_at(reference, answer) for answer in answers]
+    positions = [differs_at(reference, answer) for answer in answers]
     return Comparison(
         request=request,
         slots=slots,
         situation=situation.name,
         answers=len(answers),
-        same=places.count(None),
-        differs_at=min((place for place in places if place is not None), default=None),
+        same=positions.count(None),
+        differs_at=min((position for position in positions if position is not None), default=None),
         same_bits=sum(
-            place is None and answer.logprobs == reference.logprobs
-            for place, answer in zip(places, answers, strict=True)
+            position is None and answer.logprobs == reference.logprobs
+            for position, answer in zip(positions, answers, strict=True)
         ),
         cached=sum(answer.cached for answer in answers),
         accepted=sum(answer.accepted for answer in answers),
@@ -168,11 +168,11 @@ def requests(tokens: int) -> dict[str, dict[str, Any]]:
 # ── the other clients ──
 
 
-class Company:
-    """Other clients that send requests one after the other until they are cancelled.
+class OtherClients:
+    """Other clients; each sends one request after the other until it is cancelled.
 
     Clients of even numbers send distinct prompts. Clients of odd numbers send each prompt twice, the second time with
-    the first answer as the prediction, so that its drafts are accepted.
+    the first answer as the prediction, so that drafts are accepted.
     """
 
     def __init__(self, port: int) -> None:
@@ -182,7 +182,7 @@ class Company:
         self.accepted = 0
 
     async def client(self, number: int) -> None:
-        """Sends requests without end. Raises RuntimeError if one fails."""
+        """Sends requests without end. Raises RuntimeError if a request fails."""
         while True:
             body = chat(user(random_text(next(self._numbers), OTHER_PROMPT_TOKENS)), OTHER_TOKENS, seed=number)
             text = await self._send(body)
@@ -199,12 +199,12 @@ class Company:
 
 
 @asynccontextmanager
-async def company(port: int, clients: int) -> AsyncIterator[Company]:
+async def other_clients(port: int, clients: int) -> AsyncIterator[OtherClients]:
     """Runs `clients` other clients for the length of the block, which begins after their first complete answer.
 
     Raises RuntimeError, also within the block, if a request of the other clients fails.
     """
-    others = Company(port)
+    others = OtherClients(port)
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(others.client(number)) for number in range(clients)]
@@ -220,7 +220,7 @@ async def company(port: int, clients: int) -> AsyncIterator[Company]:
 # ── the measurement ──
 
 
-class Salts:
+class CacheSalts:
     """A source of new cache salts for requests that must not reuse cached tokens."""
 
     def __init__(self) -> None:
@@ -231,34 +231,36 @@ class Salts:
         return body if cached else {**body, "cache_salt": f"repeat {next(self._numbers)}", "cache_prompt": False}
 
 
-async def answers(server: Server, situation: Situation, body: dict[str, Any], salts: Salts) -> list[RepeatedAnswer]:
+async def answers(
+    server: Server, situation: Situation, body: dict[str, Any], salts: CacheSalts
+) -> list[RepeatedAnswer]:
     """Returns the answers of one request in a situation. Raises RuntimeError if the request fails."""
-    made: list[RepeatedAnswer] = []
+    received: list[RepeatedAnswer] = []
     for _ in range(situation.times):
         sent = salts.salted(body, cached=situation.cached)
-        made.append(RepeatedAnswer.of(await stream(server.port, CHAT_PATH, sent)))
-    return made
+        received.append(RepeatedAnswer.of(await stream(server.port, CHAT_PATH, sent)))
+    return received
 
 
 async def measured(
     server: Server, slots: int, options: argparse.Namespace, references: dict[str, RepeatedAnswer]
 ) -> list[Comparison]:
     """Returns the comparisons of one server; stores the first answer of each request in `references`."""
-    done: list[Comparison] = []
-    salts = Salts()
+    comparisons: list[Comparison] = []
+    salts = CacheSalts()
     for situation in situations(options.times):
-        async with company(server.port, options.others if situation.company else 0) as others:
+        async with other_clients(server.port, options.others if situation.with_others else 0) as others:
             for name, body in requests(options.tokens).items():
                 accepted = others.accepted
-                made = await answers(server, situation, body, salts)
-                reference = references.setdefault(name, made[0])
-                done.append(compared(name, slots, situation, reference, made, others.accepted - accepted))
-                print(*done[-1].row(), flush=True)
-    return done
+                received = await answers(server, situation, body, salts)
+                reference = references.setdefault(name, received[0])
+                comparisons.append(compared(name, slots, situation, reference, received, others.accepted - accepted))
+                print(*comparisons[-1].row(), flush=True)
+    return comparisons
 
 
 def server_of(options: argparse.Namespace, slots: int) -> AbstractContextManager[Server]:
-    """Runs the measured server for the length of a block."""
+    """Returns a context manager that runs the measured server."""
     if options.server != PACELINE:
         context = options.context or 2048 * slots
         settings = Settings(options.model, context, slots, physical_cores())
@@ -281,21 +283,23 @@ def main() -> None:
     parser.add_argument("-m", "--model", type=Path, default=SOURCES["smollm2"].path, help="GGUF file")
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 8], help="-np of each server, one after the other")
     parser.add_argument("-c", "--context", type=int, default=0, help="-c of the server; 0 is the default")
-    parser.add_argument("--times", type=int, default=4, help="answers to each request alone, and from the cache")
+    parser.add_argument(
+        "--times", type=int, default=4, help="answers to each request without other clients; half as many with them"
+    )
     parser.add_argument("--tokens", type=int, default=96, help="tokens of each answer")
-    parser.add_argument("--others", type=int, default=8, help="other clients in the situations with company")
+    parser.add_argument("--others", type=int, default=8, help="number of other clients")
     parser.add_argument("--server", choices=[PACELINE, *MODES, *TUNED], default=PACELINE, help="the server measured")
     parser.add_argument("more", nargs="*", help="further flags of the server, after --")
     options = parser.parse_args()
     try:
-        done = list(run(options))
+        comparisons = list(run(options))
     except (SetupError, RuntimeError) as error:
         raise SystemExit(f"\n{error}") from None
     title = f"the same request in different situations, {options.server}, {options.model.stem}"
-    show(title, _COLUMNS, [one.row() for one in done])
-    save(f"repeat_{options.server}_{options.model.stem}", done)
-    if different := sum(one.answers - one.same for one in done):
-        sys.exit(f"{different} of {sum(one.answers for one in done)} answers differ from the first one.")
+    show(title, _COLUMNS, [one.row() for one in comparisons])
+    save(f"repeat_{options.server}_{options.model.stem}", comparisons)
+    if num_different := sum(one.answers - one.same for one in comparisons):
+        sys.exit(f"{num_different} of {sum(one.answers for one in comparisons)} answers differ from the first one.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The grid in virtual time: recorded outputs, replayed with the real proposers and the measured cost of a step.
+"""Replays the grid in virtual time: recorded outputs, the real proposers and the measured cost of a step.
 
 `python -m bench.replay -m target.gguf` records the outputs of the target once (see `bench.outputs`) and measures its
-passes (see `paceline cost`). A step then takes the cost of its passes and attended cells, a prompt the cost of its
-rows, and drafting its real time, so that other load on the machine hardly changes the result and differences of a few
-per cent are visible. The engine chooses the draft lengths; a draft model is not replayed. With per-slot KV each request
-has the lowest free sequence id.
+passes (see `paceline cost`). A step takes the measured cost of its passes and attended cells, a prompt the measured
+cost of its rows, and drafting its real time. Other load on the machine therefore hardly changes the result, and
+differences of a few per cent are visible. The engine chooses the draft lengths; a draft model is not replayed. With
+per-slot KV each request has the lowest free sequence id.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from bench.figures import save, show
 from bench.models import SOURCES
-from bench.outputs import Case, cases
+from bench.outputs import RecordedRequest, recorded_requests
 from bench.simulated import MAX_DRAFT_ROWS, SimulationResult
 from engine import Calibration, measure_step_costs
 from engine.backend import Vocab
@@ -39,7 +39,7 @@ NOISE = 0.05
 class ReplayedRequest(Struct):
     """A running request; `emitted` counts its output tokens in `history`."""
 
-    case: Case
+    case: RecordedRequest
     proposers: SequenceProposers
     history: array[int]
     seq: int = 0
@@ -51,7 +51,7 @@ class ReplayedRequest(Struct):
 
 
 def replay(
-    recorded: Sequence[Case],
+    recorded: Sequence[RecordedRequest],
     measured: Calibration,
     clients: int,
     speculation: Speculation,
@@ -60,11 +60,11 @@ def replay(
     seed: int = 0,
 ) -> SimulationResult:
     """Replays `recorded` from `clients` clients in a closed loop, each output truncated to `tokens`."""
-    random, true_cost = Random(seed), learned(measured)
+    random, true_cost = Random(seed), step_cost_of(measured)
     config = SpeculationConfig()
-    decoding = SpeculativeDecoding(SharedDraftData(config, vocab), config, DraftConfig(), cost=learned(measured))
-    waiting = [Case(case.prompt, case.prediction, case.output[:tokens]) for case in recorded]
-    running, result, last = list[ReplayedRequest](), SimulationResult(), 0.0
+    decoding = SpeculativeDecoding(SharedDraftData(config, vocab), config, DraftConfig(), cost=step_cost_of(measured))
+    waiting = [RecordedRequest(case.prompt, case.prediction, case.output[:tokens]) for case in recorded]
+    running, result, step_seconds = list[ReplayedRequest](), SimulationResult(), 0.0
     while waiting or running:
         while waiting and len(running) < clients:
             begun = time.perf_counter()
@@ -75,36 +75,36 @@ def replay(
         running.sort(key=lambda request: request.seq)
         begun = time.perf_counter()
         candidates = [
-            DraftCandidate(request.proposers, room, room, request.seq)
+            DraftCandidate(request.proposers, limit, limit, request.seq)
             for request in running
             if request.proposers.can_draft(request.history)
-            and (room := min(MAX_DRAFT_ROWS, len(request.case.output) - request.emitted - 1)) > 0
+            and (limit := min(MAX_DRAFT_ROWS, len(request.case.output) - request.emitted - 1)) > 0
         ]
         cells = sum(len(request.history) - 1 for request in running)
-        load = UpcomingStep(tuple(request.rows() for request in running), len(running), cells, MAX_DRAFT_ROWS)
-        planned = decoding.planner.plan(candidates, [], load, last)
+        upcoming = UpcomingStep(tuple(request.rows() for request in running), len(running), cells, MAX_DRAFT_ROWS)
+        planned = decoding.planner.plan(candidates, [], upcoming, step_seconds)
         drafts = {candidate.seq: draft.tokens for candidate, draft in zip(candidates, planned, strict=True)}
-        spent = time.perf_counter() - begun
+        drafting_seconds = time.perf_counter() - begun
         rows = [request.rows(len(drafts.get(request.seq, ()))) for request in running]
-        last = true_cost.decode_seconds(true_cost.layout.shape(rows, cells))
-        decoding.chooser.observe_step(rows, 0, cells, last * (1 + NOISE * random.gauss()))
+        step_seconds = true_cost.decode_seconds(true_cost.layout.shape(rows, cells))
+        decoding.chooser.observe_step(rows, 0, cells, step_seconds * (1 + NOISE * random.gauss()))
         begun = time.perf_counter()
         for request in running:
             result.tokens += verify(decoding, request, drafts.get(request.seq, ()))
-        result.seconds += last + spent + time.perf_counter() - begun
+        result.seconds += step_seconds + drafting_seconds + time.perf_counter() - begun
         result.drafted.append(sum(map(len, drafts.values())))
         running = [request for request in running if request.emitted < len(request.case.output)]
     return result
 
 
-def learned(measured: Calibration) -> StepCost:
+def step_cost_of(measured: Calibration) -> StepCost:
     """Returns the step cost of a calibration in its KV layout."""
     cost = StepCost(Curve(measured.rows, CALIBRATED_WEIGHT), Layout(measured.unified, flash=measured.flash))
     cost.row_cell = measured.row_cell
     return cost
 
 
-def start(decoding: SpeculativeDecoding, case: Case, speculation: Speculation) -> ReplayedRequest:
+def start(decoding: SpeculativeDecoding, case: RecordedRequest, speculation: Speculation) -> ReplayedRequest:
     """Returns a running request whose prompt and first output token are in its history."""
     history = array("i", [*case.prompt, *case.output[:1]])
     proposers = decoding.sequence_proposers(Request(prompt=case.prompt, speculation=speculation))
@@ -115,11 +115,11 @@ def start(decoding: SpeculativeDecoding, case: Case, speculation: Speculation) -
 def verify(decoding: SpeculativeDecoding, request: ReplayedRequest, draft: Sequence[int]) -> int:
     """Verifies a draft against the recorded output, appends the emitted tokens and returns their number."""
     expected = request.case.output[request.emitted : request.emitted + len(draft) + 1]
-    right = num_matching(draft, expected)
-    emitted = expected[: right + 1]
+    accepted = num_matching(draft, expected)
+    emitted = expected[: accepted + 1]
     request.history.extend(emitted)
     request.emitted += len(emitted)
-    request.proposers.observe(request.history, emitted, decoding.chooser.assess(len(draft), right))
+    request.proposers.observe(request.history, emitted, decoding.chooser.assess(len(draft), accepted))
     if request.emitted >= len(request.case.output):
         request.proposers.end()
     return len(emitted)
@@ -150,7 +150,7 @@ def main() -> None:
     rows: list[list[object]] = []
     with open_vocabulary(options.model) as vocab:
         for workload in options.workloads.split(","):
-            recorded = cases(options.model, workload, options.requests, options.tokens)
+            recorded = recorded_requests(options.model, workload, options.requests, options.tokens)
             for clients in map(int, options.clients.split(",")):
                 none = replay(recorded, measured, clients, Speculation(), vocab, options.tokens)
                 rates = [

@@ -1,4 +1,4 @@
-"""Writes one Markdown report with plots of the result files: `python -m bench.report [FOLDER]`.
+"""Writes a Markdown report, with plots, of all result files in a folder: `python -m bench.report [FOLDER]`.
 
 A ratio compares runs of one round. The report has the median over the rounds with the smallest and the largest value.
 `--readme` also replaces the table in `bench/README.md`.
@@ -42,12 +42,13 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
-def best(rounds: dict[str, list[SavedRun]], path: str, *, least: bool = False) -> str:
-    """Returns the mode of llama-server that is best by the median of a figure; empty if none ran."""
+def best(rounds: dict[str, list[SavedRun]], path: str, *, smallest: bool = False) -> str:
+    """Returns llama-server's mode with the largest median of a figure, or the smallest if `smallest`; empty without a
+    mode."""
     modes = {
         name: median(figure(run, path) for run in runs) for name, runs in rounds.items() if name.startswith("llama-s")
     }
-    return (min if least else max)(modes, key=modes.__getitem__, default="")
+    return (min if smallest else max)(modes, key=modes.__getitem__, default="")
 
 
 # ── sections ──
@@ -123,7 +124,7 @@ def grid(run: SavedRun, file: str) -> str:
 
 
 def table(run: SavedRun, file: str) -> str:
-    """Returns a list of figures with equal names as a table."""
+    """Returns the rows of a run, which have equal fields, as a table."""
     rows = run["figures"]
     return markdown([column.replace("_", " ") for column in rows[0]], [[*row.values()] for row in rows])
 
@@ -155,23 +156,23 @@ def section(name: str, run: SavedRun) -> str:
 
 
 def headline(runs: dict[str, SavedRun]) -> str:
-    """Returns the table of ratios to llama-server, best mode, to the example server and to the bound."""
+    """Returns the table of Paceline's ratios to llama-server's best mode, to the example server and to the bound."""
     rows: list[list[object]] = []
     if "versus" in runs:
         for clients, rounds in runs["versus"]["figures"]["cells"].items():
             load = f"{clients} client{'s' if clients != '1' else ''}"
-            rows += _against(f"tokens per second, {load}", rounds, "tokens_per_second", least=False)
-            rows += _against(f"99th percentile of gaps, {load}", rounds, "gap_ms.p99", least=True)
+            rows += _against(f"tokens per second, {load}", rounds, "tokens_per_second", smallest=False)
+            rows += _against(f"99th percentile of gaps, {load}", rounds, "gap_ms.p99", smallest=True)
     if "stall" in runs:
         rounds = runs["stall"]["figures"]["cells"]["stall"]
-        rows += _against("largest gap during a long prefill", rounds, "largest_gap_during_prefill_ms", least=True)
+        rows += _against("largest gap during a long prefill", rounds, "largest_gap_during_prefill_ms", smallest=True)
     return markdown(
         ("ratio of Paceline to", "llama-server, best mode", "llama-cpp-python's example", "the bound"), rows
     )
 
 
-def _against(title: str, rounds: dict[str, list[SavedRun]], path: str, *, least: bool) -> list[list[object]]:
-    names = (best(rounds, path, least=least), EXAMPLE, BOUND)
+def _against(title: str, rounds: dict[str, list[SavedRun]], path: str, *, smallest: bool) -> list[list[object]]:
+    names = (best(rounds, path, smallest=smallest), EXAMPLE, BOUND)
     cells = [
         spread(found) if name in rounds and (found := ratios(rounds[PACELINE], rounds[name], path)) else ""
         for name in names
@@ -179,7 +180,7 @@ def _against(title: str, rounds: dict[str, list[SavedRun]], path: str, *, least:
     return [[title, *cells]] if any(cells) else []
 
 
-def renew(readme: Path, text: str) -> None:
+def replace_table(readme: Path, text: str) -> None:
     """Replaces the text between MARKS in a file. Raises ValueError if the file lacks a mark."""
     whole = readme.read_text()
     before, after = whole.index(MARKS[0]) + len(MARKS[0]), whole.index(MARKS[1])
@@ -199,7 +200,7 @@ def main() -> None:
     path.write_text("\n".join(["# Measurements\n", *sections]))
     print(f"wrote {path}")
     if options.readme is not None:
-        renew(options.readme, headline(runs))
+        replace_table(options.readme, headline(runs))
 
 
 if __name__ == "__main__":

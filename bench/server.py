@@ -70,8 +70,10 @@ def free_port() -> int:
 
 @contextmanager
 def serving(model: Path, arguments: Sequence[str] = (), seconds: float = 120) -> Iterator[Server]:
-    """Runs `paceline serve` on `model` for the length of the block. Raises RuntimeError if it is not healthy in
-    `seconds`."""
+    """Runs `paceline serve` on `model` for the length of the block.
+
+    Raises RuntimeError if the server is not healthy in `seconds`.
+    """
     port = free_port()
     command = [sys.executable, "-m", "api", "serve", "-m", str(model), "--port", str(port), *arguments]
     with running(command, port, seconds) as server:
@@ -95,7 +97,7 @@ def running(
     out = log or subprocess.DEVNULL
     process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
     try:
-        if not _healthy(f"http://{HOST}:{port}{health}", process, seconds):
+        if not _wait_until_healthy(f"http://{HOST}:{port}{health}", process, seconds):
             failure = f"the server did not become healthy (exit code {process.poll()})"
             raise RuntimeError("\n".join([failure, *_last_lines(log)]))
         yield Server(port, process.pid)
@@ -104,7 +106,7 @@ def running(
         process.wait(60)
 
 
-def _healthy(url: str, process: subprocess.Popen[bytes], seconds: float) -> bool:
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], seconds: float) -> bool:
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
         try:

@@ -1,8 +1,8 @@
-"""The speculation policy on simulated machines with synthetic proposers: `python -m bench.simulated`.
+"""Runs the speculation policy on simulated machines with synthetic proposers: `python -m bench.simulated`.
 
 Time is virtual: a pass takes the seconds of a given cost curve, each draft token is right with a given probability, and
 the engine's own chooser decides the draft lengths. The table compares the result with no drafts, and with an oracle
-that knows curve and probabilities and always verifies the length with most tokens per second in a single pass.
+that has the true curve and probabilities and always verifies the length with the most tokens per second in one pass.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Machine = Callable[[int], float]
 # The probability that a draft token is right, by the number of the step.
 Rate = Callable[[int], float]
 
-# Maximum drafted tokens of a step: the logits of an engine of 16 slots have so many rows more than slots.
+# Maximum drafted tokens of a step: an engine of 16 slots has this many rows of logits more than slots.
 MAX_DRAFT_ROWS = 112
 # Maximum tokens of a draft.
 MAX_DRAFT_TOKENS = 32
@@ -128,7 +128,7 @@ class SimulationResult(Struct):
 
 
 class NoVocabulary:
-    """A vocabulary for proposers that need none."""
+    """A vocabulary without texts, for proposers that use none."""
 
     size = 1000
     ends: frozenset[int] = frozenset()
@@ -139,7 +139,7 @@ class NoVocabulary:
 
 
 def calibrated(machine: Machine, counts: Sequence[int], layout: Layout) -> StepCost:
-    """Returns the step cost of a machine as measured at these numbers of rows."""
+    """Returns the step cost of a machine, calibrated at `counts` rows."""
     return StepCost(Curve({rows: machine(rows) for rows in counts}, CALIBRATED_WEIGHT), layout)
 
 
@@ -154,10 +154,10 @@ class SimulatedSequence(Struct):
         """Verifies a draft, appends the emitted tokens and returns their number."""
         length = len(self.tokens)
         expected = self.output.prefix(length + len(draft.tokens) + 1)[length:]
-        right = num_matching(draft.tokens, expected)
-        self.tokens.extend(expected[: right + 1])
-        self.proposers.observe(self.tokens, expected[: right + 1], chooser.assess(len(draft.tokens), right))
-        return right + 1
+        accepted = num_matching(draft.tokens, expected)
+        self.tokens.extend(expected[: accepted + 1])
+        self.proposers.observe(self.tokens, expected[: accepted + 1], chooser.assess(len(draft.tokens), accepted))
+        return accepted + 1
 
 
 def simulate(
@@ -167,13 +167,13 @@ def simulate(
     *,
     seed: int = 0,
     noise: float = 0.05,
-    before: int = 0,
+    warmup_steps: int = 0,
     layout: Layout = UNIFIED,
 ) -> SimulationResult:
     """Simulates `steps` steps with one sequence for each of `rates`.
 
-    The step time that the policy observes varies by a relative `noise`, and is tripled in one step of fifty. `before`
-    steps run first; their tokens and seconds do not count.
+    The step time that the policy observes varies by a relative `noise`, and is tripled in one step of fifty.
+    `warmup_steps` steps run first; their tokens and seconds do not count.
     """
     random = Random(seed)
     cost = calibrated(machine, (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128), layout)
@@ -188,16 +188,16 @@ def simulate(
         synthetic = {"synthetic": SyntheticProposer(output, lambda rate=rate: rate(len(result.drafted)), random)}  # type: ignore[misc]
         proposers = decoding.sequence_proposers(Request(prompt=(1,)))
         sequences.append(SimulatedSequence(output, proposers, array("i", output.prefix(1))))
-    for step in range(before + steps):
-        if step == before:
+    for step in range(warmup_steps + steps):
+        if step == warmup_steps:
             result.tokens, result.seconds = 0, 0.0
         for sequence in sequences:
             sequence.proposers.feed(sequence.tokens, 10)
-        load = UpcomingStep(
+        upcoming = UpcomingStep(
             tuple(SequenceRows(seq) for seq in range(len(sequences))), len(sequences), 0, MAX_DRAFT_ROWS
         )
         candidates = [DraftCandidate(one.proposers, MAX_DRAFT_TOKENS, 1, seq) for seq, one in enumerate(sequences)]
-        drafts = decoding.planner.plan(candidates, [], load, inf)  # the time of drafting itself is not simulated
+        drafts = decoding.planner.plan(candidates, [], upcoming, inf)  # the time of drafting itself is not simulated
         total = sum(len(draft.tokens) for draft in drafts)
         rows = [SequenceRows(seq, 1 + len(draft.tokens)) for seq, draft in enumerate(drafts)]
         seconds = sum(map(machine, layout.shape(rows).passes))
@@ -205,7 +205,7 @@ def simulate(
         decoding.chooser.observe_step(rows, 0, 0, seconds * delay * (1 + noise * random.gauss()))
         result.seconds += seconds
         result.rows += len(sequences) + total
-        result.trial_rows += total if decoding.chooser.trying else 0
+        result.trial_rows += total if decoding.chooser.last_is_trial else 0
         result.drafted.append(total)
         for sequence, draft in zip(sequences, drafts, strict=True):
             result.tokens += sequence.verify(draft, decoding.chooser)
@@ -214,11 +214,12 @@ def simulate(
 
 def oracle(machine: Machine, probabilities: Sequence[float]) -> float:
     """Returns the tokens per second of the best draft lengths, by the true curve and probabilities, in one pass."""
-    offers = sorted(
-        (probability**place for probability in probabilities for place in range(1, MAX_DRAFT_TOKENS + 1)), reverse=True
+    token_probabilities = sorted(
+        (probability**position for probability in probabilities for position in range(1, MAX_DRAFT_TOKENS + 1)),
+        reverse=True,
     )[:MAX_DRAFT_ROWS]
     best, gain = len(probabilities) / machine(len(probabilities)), 0.0
-    for rows, probability in enumerate(offers, 1):
+    for rows, probability in enumerate(token_probabilities, 1):
         gain += probability
         best = max(best, (len(probabilities) + gain) / machine(len(probabilities) + rows))
     return best
@@ -232,7 +233,8 @@ def decision_seconds(sequences: int, layout: Layout, length: int = 16, times: in
     for _ in range(times):
         probabilities = [[random.uniform(0.5, 1.0) for _ in range(2)] for _ in range(sequences)]
         slots = [
-            [[probability**place for place in range(1, length + 1)] for probability in pair] for pair in probabilities
+            [[probability**position for position in range(1, length + 1)] for probability in pair]
+            for pair in probabilities
         ]
         begun = time.perf_counter()
         chooser.decide(slots, range(sequences), load)

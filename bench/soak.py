@@ -1,6 +1,6 @@
 """Soak test over HTTP: thousands of requests with random hang-ups against one server.
 
-Part of the requests is abandoned at a random time or after a random number of events. The table has the slope of the
+Some requests are abandoned at a random time or after a random number of events. The table has the slope of the
 server's resident memory over the second half of the requests, the lost requests, and each disagreement with `/metrics`.
 A request is lost if its stream lacks exactly one terminal event (a finish reason, then `[DONE]`) and the client has not
 closed it. The exit code is 1 if a request is lost or fails, a count disagrees, or the slope exceeds `--most-slope`.
@@ -24,14 +24,14 @@ from typing import Any
 import uvloop
 from msgspec import Struct, structs
 
-from bench.client import ABANDONED, Outcome, closed, stream
+from bench.client import ABANDONED, Outcome, run_closed_loop, stream
 from bench.figures import save, show
 from bench.models import SOURCES
 from bench.server import Server, free_port, running, serving
 from bench.workloads import COMPLETION_PATH, HttpRequest, random_text, story
 
-# One request in REPEATED_EVERY has one of REPEATED shared prompts.
-REPEATED_EVERY, REPEATED = 3, 40
+# One request in REPEATED_EVERY has one of REPEATED_PROMPTS shared prompts.
+REPEATED_EVERY, REPEATED_PROMPTS = 3, 40
 # The delay of a hang-up is log-uniform between these bounds.
 SHORTEST_HANG_UP_SECONDS, LONGEST_HANG_UP_SECONDS = 0.0005, 1.0
 # Number of memory samples of a run.
@@ -40,15 +40,15 @@ SAMPLES = 200
 CACHE_RAM_MIB, SIM_CACHE_RAM_MIB = 64, 1
 
 
-class Shot(Struct, frozen=True):
-    """A request and its hang-up: after seconds, after events with output, or never if both are `None`."""
+class PlannedRequest(Struct, frozen=True):
+    """A request and its hang-up after `seconds` or after `events` events with output; never if both are `None`."""
 
     request: HttpRequest
     seconds: float | None = None
     events: int | None = None
 
 
-class Sample(Struct, frozen=True):
+class MemorySample(Struct, frozen=True):
     """The server's resident bytes after a number of ended requests."""
 
     ended: int
@@ -85,12 +85,12 @@ class Summary(Struct, frozen=True):
     completion_tokens: int
 
 
-def shots(number: int, tokens: int, hang_ups: float) -> list[Shot]:
+def plan_requests(number: int, tokens: int, hang_ups: float) -> list[PlannedRequest]:
     """Returns `number` requests, the same in every run; a fraction of `hang_ups` is abandoned."""
     rng = random.Random(number)
-    made: list[Shot] = []
+    requests: list[PlannedRequest] = []
     for index in range(number):
-        prompt = rng.randrange(REPEATED) if index % REPEATED_EVERY == 0 else REPEATED + index
+        prompt = rng.randrange(REPEATED_PROMPTS) if index % REPEATED_EVERY == 0 else REPEATED_PROMPTS + index
         length = rng.randint(1, tokens)
         if rng.random() < 0.5:
             request = story(prompt, length, words=8)
@@ -98,20 +98,20 @@ def shots(number: int, tokens: int, hang_ups: float) -> list[Shot]:
             body = {"prompt": random_text(prompt, 24), "max_tokens": length, "ignore_eos": True, "seed": index}
             request = HttpRequest(COMPLETION_PATH, body)
         if rng.random() >= hang_ups:
-            made.append(Shot(request))
+            requests.append(PlannedRequest(request))
         elif rng.random() < 0.5:
-            made.append(Shot(request, events=rng.randint(1, tokens)))
+            requests.append(PlannedRequest(request, events=rng.randint(1, tokens)))
         else:
             spread = LONGEST_HANG_UP_SECONDS / SHORTEST_HANG_UP_SECONDS
-            made.append(Shot(request, seconds=SHORTEST_HANG_UP_SECONDS * spread ** rng.random()))
-    return made
+            requests.append(PlannedRequest(request, seconds=SHORTEST_HANG_UP_SECONDS * spread ** rng.random()))
+    return requests
 
 
-async def fire(port: int, shot: Shot) -> Outcome:
-    """Sends one request. A refused connection gives an outcome without status."""
-    path, body = shot.request.path, shot.request.body
+async def send_planned(port: int, planned: PlannedRequest) -> Outcome:
+    """Sends one request. A refused connection gives an outcome with status 0 and the error."""
+    path, body = planned.request.path, planned.request.body
     try:
-        return await stream(port, path, body, abandon_after=shot.seconds, most_arrivals=shot.events)
+        return await stream(port, path, body, abandon_after=planned.seconds, max_arrivals=planned.events)
     except OSError as error:
         return Outcome(0.0, error=str(error))
 
@@ -131,7 +131,7 @@ def summary(outcomes: Sequence[Outcome]) -> Summary:
 def kind_of(outcome: Outcome) -> str:
     """Returns `complete`, `abandoned`, `failed` or `lost`.
 
-    A failed request has an error of the server as its only terminal event: a body of another status or an error event.
+    A request has failed if its only terminal event is an error: the body of a status other than 200, or an error event.
     """
     if outcome.error == ABANDONED:
         return "abandoned"
@@ -141,7 +141,7 @@ def kind_of(outcome: Outcome) -> str:
     return "failed" if outcome.error.startswith("{") and not outcome.finish_reasons else "lost"
 
 
-def slope(samples: Sequence[Sample]) -> float:
+def slope(samples: Sequence[MemorySample]) -> float:
     """Returns the slope, in bytes per request, of the least-squares line through the samples of the second half of the
     requests; 0 for fewer than two such samples."""
     last = max((sample.ended for sample in samples), default=0)
@@ -160,10 +160,12 @@ def disagreements(client: Summary, server: Counts) -> list[str]:
     """
     finished = sum(count for reason, count in server.finished.items() if reason in ("stop", "length"))
     total, cancelled = sum(server.finished.values()), server.finished.get("cancelled", 0)
-    most = client.complete + client.abandoned
-    facts = {
+    max_finished = client.complete + client.abandoned
+    contradictions = {
         f"{server.in_progress} requests are still in progress": server.in_progress != 0,
-        f"{finished} requests finished, {client.complete} to {most} expected": not client.complete <= finished <= most,
+        f"{finished} requests finished, {client.complete} to {max_finished} expected": not client.complete
+        <= finished
+        <= max_finished,
         f"{cancelled} requests cancelled, at most {client.abandoned} expected": cancelled > client.abandoned,
         f"{total} requests ended, at most {client.requests} were sent": total > client.requests,
         f"{total - finished - cancelled} requests ended otherwise": total - finished - cancelled > client.failed,
@@ -174,7 +176,7 @@ def disagreements(client: Summary, server: Counts) -> list[str]:
             server.completion_tokens < client.completion_tokens
         ),
     }
-    return [sentence for sentence, wrong in facts.items() if wrong]
+    return [sentence for sentence, wrong in contradictions.items() if wrong]
 
 
 # ── the server from outside ──
@@ -186,7 +188,7 @@ def open_files(server: Server) -> int:
 
 
 def counts_of(text: str) -> Counts:
-    """Returns the counts in the text of `/metrics`. Raises KeyError if one is missing."""
+    """Returns the counts in the text of `/metrics`. Raises KeyError if a count is missing."""
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
     begin = 'paceline_requests_total{reason="'
     return Counts(
@@ -197,7 +199,7 @@ def counts_of(text: str) -> Counts:
     )
 
 
-def settled(server: Server, seconds: float = 30.0) -> Counts:
+def settled_counts(server: Server, seconds: float = 30.0) -> Counts:
     """Returns the counts as soon as no request is in progress, or after `seconds`."""
     until = time.monotonic() + seconds
     while (counts := counts_of(server.metrics())).in_progress and time.monotonic() < until:
@@ -220,31 +222,33 @@ def served(options: argparse.Namespace) -> Iterator[Server]:
         yield server
 
 
-async def bombard(server: Server, options: argparse.Namespace, samples: list[Sample]) -> list[Outcome]:
+async def send_all(server: Server, options: argparse.Namespace, samples: list[MemorySample]) -> list[Outcome]:
     """Sends all requests and adds samples of the resident memory to `samples`."""
     every, ended = max(1, options.requests // SAMPLES), 0
 
-    async def send(shot: Shot) -> Outcome:
+    async def send(planned: PlannedRequest) -> Outcome:
         nonlocal ended
-        outcome = await fire(server.port, shot)
+        outcome = await send_planned(server.port, planned)
         ended += 1
         if ended % every == 0:
-            samples.append(Sample(ended, server.resident_bytes(peak=False)))
+            samples.append(MemorySample(ended, server.resident_bytes(peak=False)))
         return outcome
 
-    return await closed(options.clients, shots(options.requests, options.tokens, options.hang_ups), send)
+    return await run_closed_loop(
+        options.clients, plan_requests(options.requests, options.tokens, options.hang_ups), send
+    )
 
 
 def soak(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the soak test and returns its figures. Raises RuntimeError if the server does not start."""
-    samples: list[Sample] = []
+    samples: list[MemorySample] = []
     with served(options) as server:
-        before, files = settled(server), open_files(server)
+        before, files = settled_counts(server), open_files(server)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             begun = time.perf_counter()
-            outcomes = runner.run(bombard(server, options, samples))
+            outcomes = runner.run(send_all(server, options, samples))
             seconds = time.perf_counter() - begun
-        counts = settled(server).since(before)
+        counts = settled_counts(server).since(before)
         files_after = open_files(server)
     client = summary(outcomes)
     return {
@@ -268,10 +272,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=5000, help="requests in all")
     parser.add_argument("--clients", type=int, default=32, help="concurrent clients")
     parser.add_argument("--slots", type=int, default=16, help="-np of the server, with 1024 tokens of context each")
-    parser.add_argument("--tokens", type=int, default=8, help="tokens of an answer at most")
-    parser.add_argument("--hang-ups", type=float, default=0.4, help="share of the requests that is abandoned")
+    parser.add_argument("--tokens", type=int, default=8, help="maximum tokens of an answer")
+    parser.add_argument("--hang-ups", type=float, default=0.4, help="fraction of the requests that is abandoned")
     parser.add_argument("--cache-ram", type=int, default=-1, help="MiB; -1 is 64, or 1 with --sim")
-    parser.add_argument("--most-slope", type=float, default=1024.0, help="bytes per request")
+    parser.add_argument(
+        "--most-slope", type=float, default=1024.0, help="maximum growth of the resident memory, in bytes per request"
+    )
     parser.add_argument("more", nargs="*", help="further flags of the server, after --")
     options = parser.parse_args()
     try:

@@ -1,8 +1,8 @@
-"""Cost of one step: milliseconds by the number of rows and of resident cells.
+"""Measures the cost of one step in milliseconds, by numbers of rows and of resident cells.
 
 Decode rows belong to one sequence each, as in continuous batching. Prompt rows belong to one sequence, which is empty
 or has all resident cells. With unified KV the resident cells are those of one other sequence; with per-slot KV, where
-such cells cost nothing, every decoding sequence has as many cells. `--sequences N` measures one row for each of N
+such cells cost nothing, every decoding sequence has that many cells. `--sequences N` measures one row for each of N
 sequences with `--own` cells only. `--rows 1,4,1,1` measures one step with these rows for the sequence ids from 0 on; 0
 omits an id.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.figures import save, show
+from bench.models import SOURCES
 from engine.backend import Context
 from engine.config import EngineConfig
 from engine.llama import open_gguf
@@ -32,15 +33,16 @@ ROW_KINDS = {
 }
 
 
-def seconds(context: Context, parts: Sequence[tuple[int, int]], *, every: bool = False) -> float:
+def decode_seconds(context: Context, parts: Sequence[tuple[int, int]], *, all_logits: bool = False) -> float:
     """Returns the seconds of one decode of `parts`, pairs of a sequence id and its number of rows.
 
-    The last row of each part has logits, or every row if `every`. The sequences are then cut back to their lengths.
+    The last row of each part has logits, or every row if `all_logits`. The sequences are then cut back to their
+    lengths.
     """
     lengths = [context.length(seq) for seq, _ in parts]
     context.batch.clear()
     for (seq, rows), length in zip(parts, lengths, strict=True):
-        context.batch.add(seq, length, [seq + 5] * rows, rows if every else 1)
+        context.batch.add(seq, length, [seq + 5] * rows, rows if all_logits else 1)
     begun = time.perf_counter()
     context.decode()
     spent = time.perf_counter() - begun
@@ -49,9 +51,11 @@ def seconds(context: Context, parts: Sequence[tuple[int, int]], *, every: bool =
     return spent
 
 
-def typical(context: Context, parts: Sequence[tuple[int, int]], repeats: int, *, every: bool = False) -> float:
+def median_milliseconds(
+    context: Context, parts: Sequence[tuple[int, int]], repeats: int, *, all_logits: bool = False
+) -> float:
     """Returns the median milliseconds of `repeats` decodes of `parts` after a warm-up."""
-    return 1000 * median([seconds(context, parts, every=every) for _ in range(repeats + 1)][1:])
+    return 1000 * median([decode_seconds(context, parts, all_logits=all_logits) for _ in range(repeats + 1)][1:])
 
 
 def fill(context: Context, seq: int, cells: int) -> None:
@@ -62,7 +66,7 @@ def fill(context: Context, seq: int, cells: int) -> None:
         context.decode()
 
 
-def spread(rows: int, sequences: int) -> list[tuple[int, int]]:
+def divide_rows(rows: int, sequences: int) -> list[tuple[int, int]]:
     """Returns pairs of a sequence id and its rows: `rows` divided evenly among at most `sequences` sequences."""
     few, more = divmod(rows, sequences)
     return [(seq, few + (seq < more)) for seq in range(min(rows, sequences))]
@@ -71,14 +75,16 @@ def spread(rows: int, sequences: int) -> list[tuple[int, int]]:
 def measure(
     context: Context, repeats: int, counts: Sequence[int] = ROW_COUNTS, residents: Sequence[int] = RESIDENT_CELLS
 ) -> dict[str, dict[int, dict[int, float]]]:
-    """Returns median milliseconds: kind of rows -> resident cells -> rows."""
+    """Returns the median milliseconds by kind of rows, number of resident cells, and number of rows."""
     figures: dict[str, dict[int, dict[int, float]]] = {kind: {} for kind in ROW_KINDS}
     last = context.sequences - 1
     for cells in residents:
         for seq in [last] if context.unified else range(context.sequences):
             fill(context, seq, cells)
         for rows in counts:
-            figures["decode"].setdefault(cells, {})[rows] = _rounded(context, spread(rows, last), repeats, every=True)
+            figures["decode"].setdefault(cells, {})[rows] = _rounded(
+                context, divide_rows(rows, last), repeats, all_logits=True
+            )
             figures["behind"].setdefault(cells, {})[rows] = _rounded(context, [(last, rows)], repeats)
         if not context.unified:
             context.cut(last, 0)
@@ -88,15 +94,15 @@ def measure(
     return figures
 
 
-def _rounded(context: Context, parts: Sequence[tuple[int, int]], repeats: int, *, every: bool = False) -> float:
-    return round(typical(context, parts, repeats, every=every), 2)
+def _rounded(context: Context, parts: Sequence[tuple[int, int]], repeats: int, *, all_logits: bool = False) -> float:
+    return round(median_milliseconds(context, parts, repeats, all_logits=all_logits), 2)
 
 
-def even(context: Context, count: int, own: int, repeats: int) -> float:
+def even_step_milliseconds(context: Context, count: int, own: int, repeats: int) -> float:
     """Returns the median milliseconds per row of a step with one row for each of `count` sequences of `own` cells."""
     for seq in range(count):
         fill(context, seq, own)
-    return round(typical(context, spread(count, count), repeats) / count, 2)
+    return round(median_milliseconds(context, divide_rows(count, count), repeats) / count, 2)
 
 
 def one_step(context: Context, counts: Sequence[int], own: int, repeats: int) -> str:
@@ -105,14 +111,14 @@ def one_step(context: Context, counts: Sequence[int], own: int, repeats: int) ->
     for seq, _ in parts:
         fill(context, seq, own)
     shape = Layout.of(context).shape([SequenceRows(seq, rows, own) for seq, rows in parts], own * len(parts))
-    spent = typical(context, parts, repeats, every=True)
+    spent = median_milliseconds(context, parts, repeats, all_logits=True)
     return f"{spent:.2f} ms, passes of {', '.join(map(str, shape.passes))} rows, {shape.attended} attended cells"
 
 
 def arguments() -> argparse.Namespace:
     """Returns the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
+    parser.add_argument("-m", "--model", type=Path, default=SOURCES["smollm2"].path, help="GGUF file")
     parser.add_argument("--kv", choices=["per-slot", "unified"], default="per-slot", help="KV layout")
     parser.add_argument("-fa", "--flash-attn", choices=["auto", "on", "off"], default="off", help="flash attention")
     parser.add_argument("-ctv", "--cache-type-v", default="f16", help="type of a cell's values")
@@ -154,7 +160,7 @@ def main() -> None:
             print(one_step(backend.context, options.counts, options.own, options.repeats), f"({profile})")
             return
         if options.sequences:
-            row = even(backend.context, options.sequences, options.own, options.repeats)
+            row = even_step_milliseconds(backend.context, options.sequences, options.own, options.repeats)
             print(f"{options.sequences} rows, each after {options.own} cells: {row} ms per row ({profile})")
             return
         figures = measure(backend.context, options.repeats)

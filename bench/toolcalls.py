@@ -1,9 +1,9 @@
-"""Checks tool calls: recorded outputs of many models are parsed, or the tool calls of a served model are validated.
+"""Checks tool calls: parses recorded outputs of many models, or validates the tool calls of a served model.
 
 Without `-m` the 469 recorded outputs of `python bench/models.py canitoolcall` are parsed, each whole and in random
 chunks; mismatches are listed. With `-m` the model gets questions of all categories of the Berkeley function calling
 leaderboard (`python bench/models.py bfcl`) with `tool_choice` `required`. The arguments of a call must be valid by its
-schema; a call truncated by `max_tokens` is a failure. Further flags are those of the server.
+schema; a call truncated by `max_tokens` is a failure. Further flags are passed to the server.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _unequal(row: RecordedOutput, whole: object, splits: int) -> str:
 def sample(count: int) -> list[bfcl.BfclQuestion]:
     """Returns `count` questions with tools of at most `_MAX_TOOL_CHARACTERS`, evenly spread over the leaderboard."""
     found = [question for question in bfcl.questions() if question.function and _size(question) <= _MAX_TOOL_CHARACTERS]
-    return [found[place * len(found) // count] for place in range(count)]
+    return [found[index * len(found) // count] for index in range(count)]
 
 
 def _size(question: bfcl.BfclQuestion) -> int:
@@ -84,7 +84,7 @@ def answer(port: int, model: str, question: bfcl.BfclQuestion, tools: Sequence[d
 
 
 def fault(choice: dict[str, Any], tools: Sequence[dict[str, Any]]) -> str:
-    """Returns why a choice is not a complete list of valid tool calls; empty if it is."""
+    """Returns the reason why a choice is not a complete list of valid tool calls; empty if it is such a list."""
     schemas = {each["function"]["name"]: each["function"]["parameters"] for each in tools}
     calls = choice["message"].get("tool_calls") or []
     if not calls or choice["finish_reason"] != "tool_calls":

@@ -1,13 +1,13 @@
-"""Paceline, llama-server and llama-cpp-python's example server, side by side: `python -m bench.versus -m model.gguf`.
+"""Compares Paceline, llama-server and llama-cpp-python's example server: `python -m bench.versus -m model.gguf`.
 
 All servers are up during the whole measurement, with equal threads, context and slots; Paceline has its default flags
 otherwise. In each round every server gets the same requests, one server after the other, and the order alternates.
-`python -m bench.peers build` comes first. A second table holds the ratios of Paceline's medians over the rounds to
-those of llama-server's mode with the most tokens per second, and to those of the best mode for each figure.
+`python -m bench.peers build` must have run before. A second table has the ratios of Paceline's medians over the rounds
+to the medians of llama-server's fastest mode, and of the best mode for each figure.
 
-With `--bound` the first table has the throughput that the rows of the same requests alone would have, by the cost of a
-step as measured before each round (see `paceline cost`). `--stall` measures the gaps of four running streams during the
-prefill of a long prompt instead.
+With `--bound` the first table has an upper bound: the throughput if only the rows of the same requests took time, by
+the cost of a step as measured before each round (see `paceline cost`). `--stall` measures the gaps of four running
+streams during the prefill of a long prompt instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rich.progress import Progress
 from bench.client import Outcome
 from bench.example import EXAMPLE, adapted, example_server
 from bench.figures import figure, ratios, save, show
-from bench.load import closed_loop, measured
+from bench.load import closed_loop, run_measured
 from bench.models import SOURCES, SetupError
 from bench.peers import MODES, PACELINE, TUNED, Settings, started
 from bench.report import best, spread
@@ -59,7 +59,7 @@ class ServerGroup(Struct):
     ends: tuple[int, ...]
 
     def start(self, name: str) -> AbstractContextManager[Server]:
-        """Runs a contender for the length of a block."""
+        """Returns a context manager that runs a contender."""
         return example_server(self.settings) if name == EXAMPLE else started(name, self.settings)
 
     def adapt(self, name: str, session: Session) -> Session:
@@ -79,7 +79,7 @@ class ServerGroup(Struct):
 def run(server: Server, sessions: Sequence[Session], clients: int) -> tuple[dict[str, Any], list[Outcome]]:
     """Measures one contender in one round. Raises RuntimeError if a request fails."""
     cpu = server.cpu_seconds()
-    figures, outcomes = measured(closed_loop(server.port, clients, sessions))
+    figures, outcomes = run_measured(closed_loop(server.port, clients, sessions))
     for outcome in outcomes:
         if outcome.failed:
             raise RuntimeError(f"a request failed ({outcome.status}): {outcome.error}")
@@ -167,7 +167,7 @@ def save_rounds(options: argparse.Namespace, group: ServerGroup, cells: object) 
 # ── tables ──
 
 
-def middle(rounds: Sequence[dict[str, Any]], path: str) -> float:
+def median_figure(rounds: Sequence[dict[str, Any]], path: str) -> float:
     """Returns the median of a figure over the rounds; NaN if no round has the figure."""
     return median(figure(turn, path) for turn in rounds)
 
@@ -183,12 +183,12 @@ def rows(rounds: Rounds) -> list[list[object]]:
     for name, runs in rounds.items():
         if runs:
             share = 1 / median(ratios(rounds[PACELINE], runs, SPEED))
-            values = ["" if isnan(value := middle(runs, path)) else round(value) for path in PATHS]
-            table.append([name, middle(runs, SPEED), share, *values])
+            values = ["" if isnan(value := median_figure(runs, path)) else round(value) for path in PATHS]
+            table.append([name, median_figure(runs, SPEED), share, *values])
     return table
 
 
-# Title, path and whether less is better.
+# Title, path, and True if less is better.
 COMPARED = (
     ("tokens/s", SPEED, False),
     ("gap p99", "gap_ms.p99", True),
@@ -209,8 +209,8 @@ def ratio_rows(rounds: Rounds) -> list[list[object]]:
     table: list[list[object]] = []
     fastest = best(rounds, SPEED)
     for title, path, less in COMPARED if fastest else ():
-        for mode in dict.fromkeys((fastest, best(rounds, path, least=less))):
-            ours, theirs = middle(rounds[PACELINE], path), middle(rounds[mode], path)
+        for mode in dict.fromkeys((fastest, best(rounds, path, smallest=less))):
+            ours, theirs = median_figure(rounds[PACELINE], path), median_figure(rounds[mode], path)
             ratio = ours / theirs if theirs else float("nan")
             within = ratios(rounds[PACELINE], rounds[mode], path)
             kind = "fastest" if mode == fastest else "best here"
@@ -222,7 +222,7 @@ def ratio_rows(rounds: Rounds) -> list[list[object]]:
 def show_throughput(options: argparse.Namespace, model: str, cells: dict[int, Rounds]) -> None:
     """Prints the medians of all contenders and the ratios, for each number of clients."""
     for clients, rounds in cells.items():
-        prompt = round(middle(rounds[PACELINE], "prompt_tokens_per_request"))
+        prompt = round(median_figure(rounds[PACELINE], "prompt_tokens_per_request"))
         title = f"{options.workload}, {model}, {clients} clients, prompts of {prompt} tokens on average"
         units = "gap and TTFT (time to first token) in ms, end in s, ratio to Paceline's tok/s"
         show(f"{title}\n{units}", COLUMNS, rows(rounds))
@@ -234,14 +234,14 @@ def show_throughput(options: argparse.Namespace, model: str, cells: dict[int, Ro
 
 
 def stall(group: ServerGroup, options: argparse.Namespace) -> dict[str, Rounds]:
-    """Returns the rounds of all contenders, each a long prompt beside four running streams."""
+    """Returns the rounds of all contenders; a round runs a long prompt beside four running streams."""
     cells: dict[str, Rounds] = {"stall": {name: [] for name in group.names}}
     rounds = cells["stall"]
     for number in range(options.rounds):
         for name in group.order(number):
             with group.start(name) as server:
-                change = partial(adapted, ends=group.ends_for(name))
-                rounds[name].append(asyncio.run(long_prompt(server, prompt=options.prompt, change=change)))
+                adapt_body = partial(adapted, ends=group.ends_for(name))
+                rounds[name].append(asyncio.run(long_prompt(server, prompt=options.prompt, adapt_body=adapt_body)))
             print(f"round {number + 1}, {name}: {rounds[name][-1]['largest_gap_during_prefill_ms']:.0f} ms", flush=True)
         save_rounds(options, group, cells)
     return cells
@@ -258,7 +258,7 @@ def show_stall(rounds: Rounds) -> None:
     table = [
         [
             name,
-            *(middle(runs, path) for path in titles),
+            *(median_figure(runs, path) for path in titles),
             1 / median(ratios(rounds[PACELINE], runs, "largest_gap_during_prefill_ms")),
         ]
         for name, runs in rounds.items()
@@ -270,7 +270,13 @@ def arguments() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", type=Path, default=SOURCES["smollm2"].path, help="GGUF file")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=[*CONTENDERS], help="Paceline and these only")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=CONTENDERS,
+        default=[*CONTENDERS],
+        help="measure only Paceline and these contenders",
+    )
     parser.add_argument("--workload", choices=WORKLOADS, default="chat", help="kind of requests")
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help="tokens of each prompt of context")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="concurrent clients")

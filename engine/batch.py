@@ -31,9 +31,9 @@ class Batch:
         self.rows = self.outputs = 0
 
     def add(self, seq: int, start: int, tokens: Sequence[int] | array[int], outputs: int) -> int:
-        """Adds `tokens` at positions from `start` on, the last `outputs` of them with logits.
+        """Adds a row for each of `tokens` at positions from `start` on; the last `outputs` of the rows have logits.
 
-        Returns the index of the first added row of logits.
+        Returns the index, among all rows of logits, of the first one added.
         """
         first, count = self.rows, len(tokens)
         assert count, "each sequence has at least one row"

@@ -1,6 +1,6 @@
 """Files with a magic, a version, an owner and a checksum, written whole or not at all.
 
-    magic (8 bytes) | version (uint32, little-endian) | owner (32 bytes) | payload | BLAKE2b of all before it
+    magic (8 bytes) | version (uint32, little-endian) | owner (32 bytes) | payload | BLAKE2b of all preceding bytes
 
 KV blocks, slot files, the n-gram pool and n-gram counts have this envelope. The owner is a hash of everything that must
 be equal for the payload to be usable, for example of the model and its KV types.
@@ -21,14 +21,14 @@ PREFIX_BYTES = _PREFIX.size
 
 
 class DamagedFile(Exception):
-    """The file is torn, damaged, of another format or of another owner. The message is one line."""
+    """The file is truncated, damaged, of another format or of another owner. The message is one line."""
 
 
 class FileFormat(NamedTuple):
     """The envelope of one kind of file."""
 
     magic: bytes
-    """8 bytes."""
+    """The first 8 bytes of the file."""
     version: int
     checksum_bytes: int
     owner_mismatch: str
@@ -61,13 +61,16 @@ class FileFormat(NamedTuple):
         return content[PREFIX_BYTES : -self.checksum_bytes]
 
     def write(self, path: Path, owner: bytes, payload: bytes) -> None:
-        """Replaces the file at `path`. Raises OSError; then the earlier file stays and no temporary file is left."""
+        """Replaces the file at `path`.
+
+        Raises OSError if the file cannot be written: an earlier file then stays, and no temporary file is left.
+        """
         with AtomicFile(path, path.name) as new:
             new.file.write(self.seal(owner, payload))
             new.commit()
 
     def read(self, path: Path, owner: bytes) -> bytes:
-        """Returns the payload of the file at `path`. Raises DamagedFile, or OSError if it cannot be read."""
+        """Returns the payload of the file at `path`. Raises DamagedFile, or OSError if the file cannot be read."""
         try:
             return self.unseal(path.read_bytes(), owner)
         except DamagedFile as error:
@@ -75,7 +78,7 @@ class FileFormat(NamedTuple):
 
 
 class AtomicFile:
-    """A temporary file in the folder of `path` that `commit` moves to `path`. Only its owner may read it.
+    """A temporary file in the folder of `path` that `commit` moves to `path`, with access for the current user only.
 
     Leaving the `with` block without `commit` removes the temporary file; an earlier file at `path` stays. Raises
     OSError.

@@ -27,7 +27,7 @@ class EngineError(Exception):
 
 
 class RequestRefused(EngineError):
-    """The request can never run. `field` names its wrong part; None if there is no single one."""
+    """The request can never run. `field` names its invalid field. None if no single field is invalid."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
@@ -39,11 +39,11 @@ class GrammarTimeout(RequestRefused):
 
 
 class ContextExceeded(RequestRefused):
-    """The prompt of `prompt_tokens` leaves no room for one new token in a context of `limit`."""
+    """A prompt of `prompt_tokens` tokens does not fit, with one new token, into a context of `limit` tokens."""
 
     def __init__(self, prompt_tokens: int, limit: int, slots: int = 0) -> None:
-        """`limit` is in tokens. `slots` is the number of slots that share the context evenly; 0 if one request may use
-        all of it."""
+        """`slots` is the number of slots among which the context is divided evenly; 0 if one request may use the whole
+        context."""
         share = f" (each of {slots} slots has its own part of --ctx-size)" if slots else ""
         remedy = "a larger --ctx-size, fewer --parallel slots or --kv-unified" if slots else "a larger --ctx-size"
         super().__init__(
@@ -56,7 +56,7 @@ class ContextExceeded(RequestRefused):
 
 
 class Overloaded(EngineError):
-    """The queue is full. `retry_after` is an estimate of the seconds until it has room."""
+    """The queue is full. `retry_after` estimates the seconds until another request can be queued."""
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"All slots are busy and the queue is full. Retry in {retry_after:.0f} s.")
@@ -71,7 +71,7 @@ class Draining(EngineError):
 
 
 class ModelError(EngineError):
-    """The model cannot be opened. The message is the reason, in one line."""
+    """The model cannot be opened. The message gives the reason in one line."""
 
 
 class EngineFault(EngineError):
@@ -83,7 +83,7 @@ class EngineFault(EngineError):
 
 
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
-# A number of most recent tokens; -1 is all of them, 0 none.
+# The number of latest tokens that a penalty considers; -1 means all tokens, 0 none.
 TokenWindow = Annotated[int, Meta(ge=-1)]
 
 
@@ -146,7 +146,7 @@ ProposerType = Literal[
     "suffix",
     "draft",
 ]
-# In the order in which proposers are polled with `order = "fixed"`.
+# The order of `ProposerType` is that in which proposers are polled with `order = "fixed"` (`--spec-order fixed`).
 PROPOSER_TYPES: tuple[ProposerType, ...] = get_args(ProposerType)
 DraftLength = Annotated[int, Meta(ge=0, le=1024)]
 
@@ -163,9 +163,9 @@ class Speculation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     p_min: Share | None = None
     """A draft ends before a token whose estimated probability is below this."""
     size_n: Annotated[int, Meta(ge=1, le=1024)] | None = None
-    """Length of the n-gram that has to recur for `ngram-simple` and the `ngram-map` types."""
+    """Length in tokens of the n-gram that `ngram-simple` and the `ngram-map` types look up."""
     min_hits: Annotated[int, Meta(ge=1, le=1024)] | None = None
-    """Least number of earlier occurrences of that n-gram."""
+    """Minimum number of earlier occurrences of that n-gram."""
     order: Literal["measured", "fixed"] | None = None
     """`measured` chooses types and lengths by measured costs and acceptance; `fixed` verifies the whole draft of the
     first proposer that has one."""
@@ -194,7 +194,7 @@ class Request(Struct, frozen=True, kw_only=True):
     """Neither an end token nor a stop token is sampled before this many tokens, unless the grammar permits no other."""
     sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
-    """Strings that end the continuation. The earliest match ends it and is not part of the text."""
+    """Strings that end the continuation. The string that is complete first ends it and is not part of the text."""
     stop_tokens: tuple[int, ...] = ()
     """Tokens that end the continuation besides the model's end tokens; not part of the text."""
     ignore_eos: bool = False
@@ -202,8 +202,8 @@ class Request(Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     """Number of alternatives reported for each token. None reports no logprobs at all."""
     grammar: Grammar | None = None
-    """Grammar of the continuation, from `Engine.compile`. An end token is sampled only where the grammar may end; where
-    the grammar permits nothing else, the continuation ends without one."""
+    """Grammar of the continuation, from `Engine.compile`. An end token is sampled only where the grammar may end. Where
+    the grammar must end, the continuation ends without an end token."""
     salt: str = ""
     """Namespace: cached prefixes and the shared data of proposers are shared between requests of equal salt only."""
     speculation: Speculation | None = None
@@ -238,13 +238,13 @@ class Logprob(Struct, frozen=True):
 
 
 class PrefillProgress(Struct, frozen=True):
-    """Progress of a prefill, in tokens of the prompt."""
+    """Progress of a prefill. Counts are in tokens of the prompt."""
 
     prompt: int
     cached: int
-    """Tokens that were loaded or shared, not computed."""
+    """Tokens whose KV was loaded or shared instead of computed."""
     processed: int
-    """Tokens in cells so far, `cached` included."""
+    """Tokens in cells so far, including `cached`."""
     seconds: float
     """Seconds since the request started to run."""
 
@@ -252,7 +252,7 @@ class PrefillProgress(Struct, frozen=True):
 class Tokens(Struct, frozen=True):
     """New tokens in order, and the text that they complete.
 
-    Text is held back while it may become a stop string or lacks the rest of a character.
+    Text is held back while it may become part of a stop string or ends with an incomplete character.
     """
 
     ids: tuple[int, ...]
@@ -267,13 +267,13 @@ class Usage(Struct, frozen=True):
 
     prompt: int
     cached: int
-    """Prompt tokens that were loaded or shared, not computed."""
+    """Prompt tokens whose KV was loaded or shared instead of computed."""
     completion: int
     """Emitted tokens, the end token included."""
     drafted: int = 0
     accepted: int = 0
     moved: int = 0
-    """Of the cached tokens, those computed at other positions or after other tokens, whose KV is an approximation."""
+    """Cached tokens whose KV was computed at other positions or after other tokens, and so is an approximation."""
 
 
 class DraftStats(Struct, frozen=True):
@@ -287,11 +287,11 @@ class DraftStats(Struct, frozen=True):
     expected: float = 0.0
     """Accepted tokens expected by the acceptance estimates."""
     saved: float = 0.0
-    """Estimated seconds of the whole batch that the accepted tokens would have taken without drafts."""
+    """Estimated seconds of steps that the accepted tokens would have taken without drafts."""
     spent: float = 0.0
     """Seconds taken by proposing and verifying all drafts."""
     chance: float = 0.0
-    """Current estimate of the chance that the first token of a draft is accepted."""
+    """Current estimate of the chance, 0 to 1, that the first token of a draft is accepted."""
 
     @property
     def accepted(self) -> int:

@@ -66,7 +66,7 @@ def measure_step_costs(config: EngineConfig, progress: LoadProgress) -> Calibrat
     """Measures the costs of a model's steps and saves them for later starts. Raises ModelError."""
     backend = open_model(config, progress, lambda: True)
     try:
-        return load_or_measure_costs(config, backend, anew=True)
+        return load_or_measure_costs(config, backend, remeasure=True)
     except NativeFault as fault:
         raise ModelError(f"cannot compute {config.model.path}: {fault}") from None
     finally:
@@ -81,7 +81,8 @@ class MemoryInfo(Struct, frozen=True):
     kv_reason: str
     """Reason of that layout, in one line."""
     partial: bool
-    """True if requests share prefixes that end at any token, False if only those that are a whole earlier sequence."""
+    """True if requests can share a prefix that ends at any token, False if they can share only a whole earlier
+    sequence."""
     window: int
     """Size in tokens of the sliding window of some layers; 0 if all layers attend to all tokens."""
     ram_bytes: int
@@ -91,7 +92,7 @@ class MemoryInfo(Struct, frozen=True):
     disk_bytes: int
     """Capacity of the disk tier; 0 if there is none."""
     reuse_min_tokens: int
-    """Least length of a recurring part of a prompt that is moved instead of computed; 0 if none is moved."""
+    """Minimum tokens of a recurring part of a prompt that is moved instead of computed; 0 if no part is moved."""
 
 
 class Engine:
@@ -101,20 +102,21 @@ class Engine:
     _grammars: GrammarCompiler
 
     def __init__(
-        self, config: EngineConfig, opener: Opener, speculate: ProposerFactory | None, progress: LoadProgress
+        self, config: EngineConfig, opener: Opener, proposer_factory: ProposerFactory | None, progress: LoadProgress
     ) -> None:
         self._config = config
-        self._thread = EngineThread(config, opener, speculate, Listener(progress, self._deliver, self._on_fault))
+        self._thread = EngineThread(config, opener, proposer_factory, Listener(progress, self._deliver, self._on_fault))
         self._inbox = self._thread.inbox
-        self._open: dict[int, Generation] = {}  # until their terminal update
-        self._active: set[int] = set()  # of those, the ones that were not cancelled
+        self._generations: dict[int, Generation] = {}  # by key, until their terminal update
+        self._active: set[int] = set()  # keys of the generations that are not cancelled
         self._keys = count(1)
-        self._empty = asyncio.Event()
-        self._empty.set()
+        self._no_requests = asyncio.Event()
+        self._no_requests.set()
         self._refusal: Callable[[], EngineError] | None = None
         self.fault: EngineFault | None = None
-        """Set once the engine has failed for good."""
+        """The fatal fault. None while the engine works."""
         self.slots = config.batch.slots
+        """Number of slots."""
 
     @classmethod
     @asynccontextmanager
@@ -124,14 +126,14 @@ class Engine:
         *,
         progress: LoadProgress = lambda share: None,
         opener: Opener = open_model,
-        speculate: ProposerFactory | None = None,
+        proposer_factory: ProposerFactory | None = None,
     ) -> AsyncIterator[Engine]:
         """Returns a context manager that loads and serves the model. Leaving it ends all requests.
 
-        `progress` is called on the event loop with the share of the load that is done, 0 to 1. Entering raises
-        ModelError if the model cannot be opened.
+        `progress` is called on the event loop with the loaded share of the model, 0 to 1. `proposer_factory` replaces
+        all types of proposers. Entering raises ModelError if the model cannot be opened.
         """
-        engine = cls(config, opener, speculate, progress)
+        engine = cls(config, opener, proposer_factory, progress)
         try:
             engine._opened = await engine._thread.open()
             with closing(GrammarCompiler(engine.vocab)) as engine._grammars:
@@ -155,16 +157,17 @@ class Engine:
 
     @property
     def max_requests(self) -> int:
-        """Largest number of requests that run or wait at once."""
+        """Maximum number of requests that run or wait at once."""
         return self.slots + self._config.batch.queue
 
     @property
     def request_limit(self) -> int:
-        """Largest number of tokens of one request, prompt and output together."""
+        """Maximum number of tokens of one request, prompt and output together."""
         return request_limit(self._model.context, self.info)
 
     def context_exceeded(self, prompt_tokens: int) -> ContextExceeded:
-        """Returns the error for a prompt that is too long, with the flags that raise the limit."""
+        """Returns the error for a prompt of `prompt_tokens` tokens; its message names the flags that raise the
+        limit."""
         context = self._model.context
         shared = not context.unified and self.slots > 1 and context.sequence_cells == self.request_limit
         return ContextExceeded(prompt_tokens, self.request_limit, self.slots if shared else 0)
@@ -190,7 +193,7 @@ class Engine:
 
     @property
     def unavailable_proposers(self) -> Mapping[str, str]:
-        """Types of proposers that no request can use, each with the reason."""
+        """The reason for each type of proposer that no request can use."""
         fault = self._opened.core.speculative_decoding.fault
         return {**self._opened.unavailable_proposers, "draft": fault} if fault else self._opened.unavailable_proposers
 
@@ -224,16 +227,16 @@ class Engine:
         return await slotfiles.save(self._thread, number, path, self.info.layout)
 
     async def restore_slot(self, number: int, path: Path) -> SlotTransfer:
-        """Loads the file `path` into RAM, where the next request with this prefix finds it, and into the slot's
-        content.
+        """Loads the states in the file `path` into the offload tiers, where the next request with this prefix finds
+        them, and sets the slot's content to the file's tokens.
 
-        Raises RequestRefused if the slot is busy, RAM has no room, or the file is damaged or of another model; a bad
-        file changes nothing.
+        Raises RequestRefused if the slot is busy, the tiers have no space, or the file is damaged or of another model.
+        The slot's content is then unchanged.
         """
         return await slotfiles.restore(self._thread, number, path, self.info.layout)
 
     async def erase_slot(self, number: int) -> int:
-        """Empties a slot, and drops from cells, RAM and disk the states that no other sequence shares.
+        """Empties a slot, and drops from cells, RAM and disk those states of it that no other sequence shares.
 
         Returns the number of tokens dropped. Raises RequestRefused if the slot is busy.
         """
@@ -278,13 +281,14 @@ class Engine:
         key, request = next(self._keys), generation.request
         seed = request.sampling.seed
         generation.key = key
-        self._open[key] = generation
+        self._generations[key] = generation
         self._active.add(key)
-        self._empty.clear()
+        self._no_requests.clear()
         self._inbox.put(Submit(key, request, secrets.randbits(63) if seed is None else seed))
 
     def _retry_after(self) -> float:
-        """Returns the mean seconds per finished request, 1 to 60, as an estimate of when the queue has room."""
+        """Returns the busy seconds per finished request, from 1 to 60, as an estimate of the seconds until another
+        request can be queued."""
         stats = self.stats()
         done = stats.requests_finished["stop"] + stats.requests_finished["length"]
         return min(60.0, max(1.0, stats.busy_seconds / done if done else 1.0))
@@ -296,7 +300,7 @@ class Engine:
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         for key, ids, logprobs, event in outputs:
-            generation = self._open.get(key)
+            generation = self._generations.get(key)
             if generation is None:
                 continue
             if event is None:
@@ -305,23 +309,24 @@ class Engine:
                 generation.deliver_progress(event)
             else:
                 generation.deliver_end(event)
-                del self._open[key]
+                del self._generations[key]
                 self._active.discard(key)
-        if not self._open:
-            self._empty.set()
+        if not self._generations:
+            self._no_requests.set()
 
     async def drain(self, grace: float) -> None:
-        """Refuses new requests, waits up to `grace` seconds for the others, and fails the rest with an EngineFault."""
+        """Refuses new requests, waits up to `grace` seconds for the others to end, and fails the remaining ones with an
+        EngineFault."""
         self._refusal = Draining
         self._grammars.close()
         try:
-            await asyncio.wait_for(self._empty.wait(), grace)
+            await asyncio.wait_for(self._no_requests.wait(), grace)
         except TimeoutError:
             self._inbox.put(FailAll(SHUTTING_DOWN))
-            await self._empty.wait()
+            await self._no_requests.wait()
 
     def _on_fault(self, fault: EngineFault) -> None:
-        """Fails all requests, and every later one, after the thread has failed."""
+        """Fails all requests and refuses later ones. Called after the thread has failed."""
         self.fault = fault
         self._refusal = lambda: EngineFault(str(fault), fatal=True)  # new each time: raising extends a traceback
-        self._deliver([StepOutput(key, (), (), Failed(self._refusal())) for key in list(self._open)])
+        self._deliver([StepOutput(key, (), (), Failed(self._refusal())) for key in list(self._generations)])

@@ -15,10 +15,10 @@ from engine.text import Detokenizer, TokenBytes, with_control_texts
 class Generation:
     """The updates of one request, in order: any number of `Tokens`, then one `Finished`, or the error is raised.
 
-    Unread tokens merge, so a slow consumer costs memory in proportion to its own output and no time of the engine.
-    Leaving before the end cancels the request, so it cannot outlive its `async with` block; leaving awaits nothing, so
-    a cancelled task can still leave. A stop string ends the generation at once: the slot is freed, and `Finished`
-    counts the tokens up to the one that completed the stop string.
+    Unread tokens are merged into one update, so a slow consumer costs memory in proportion to its own output and no
+    time of the engine. Leaving before the end cancels the request, so the request cannot outlive its `async with`
+    block. Leaving awaits nothing, so a cancelled task can still leave. A stop string ends the generation at once: the
+    slot is freed, and `Finished` counts the tokens up to the one that completed the stop string.
     """
 
     def __init__(
@@ -36,16 +36,16 @@ class Generation:
         self._cancel = cancel
         self._text = Detokenizer(request.stop)
         self._wakeup: asyncio.Future[None] | None = None  # set while `__anext__` awaits an update
-        # Unread tokens, then tokens whose text is held back.
+        # Released tokens that were not yielded yet, then tokens whose text is held back.
         self._ids: list[int] = []
         self._logprobs: list[Logprob] = []
-        self._released = 0  # number of unread tokens
+        self._released = 0  # number of released tokens in `_ids`
         self._released_text = ""
         self._count = 0  # tokens received, up to the one that completed a stop string
-        self._progress: PrefillProgress | None = None  # unread
+        self._progress: PrefillProgress | None = None  # not yielded yet
         self._end: Finished | Failed | None = None
         self._enough = False
-        self._drained = False
+        self._exhausted = False
 
     @property
     def complete(self) -> bool:
@@ -64,7 +64,7 @@ class Generation:
         return self
 
     async def __anext__(self) -> Update:
-        if self._drained:
+        if self._exhausted:
             raise StopAsyncIteration
         if not (self._progress or self._released or self._released_text or self._end):
             self._wakeup = asyncio.get_running_loop().create_future()
@@ -74,14 +74,15 @@ class Generation:
             return Tokens((), "", prefill_progress=progress)
         if self._released or self._released_text:
             return self._take()
-        self._drained = True
+        self._exhausted = True
         if isinstance(self._end, Failed):
             raise self._end.error
         assert self._end is not None, "woken by an update"
         return self._end
 
     def enough(self) -> None:
-        """Ends the request after the tokens delivered so far, with finish reason LENGTH. No effect after its end."""
+        """Ends the request after the tokens delivered so far, with finish reason LENGTH. No effect if the request has
+        ended."""
         if self._end is None and not self.complete:
             self._enough = True
             self._cancel(self)
@@ -91,7 +92,7 @@ class Generation:
         if self._end is not None or self.complete:
             return
         self._logprobs += logprobs
-        if (text := self._text.whole(b"".join(map(self._piece, ids)))) is not None:
+        if (text := self._text.decode_complete(b"".join(map(self._piece, ids)))) is not None:
             self._count += len(ids)
             self._ids += ids
             self._released += len(ids)
@@ -111,7 +112,8 @@ class Generation:
             self._wake()
 
     def deliver_progress(self, progress: PrefillProgress) -> None:
-        """Sets the progress of the prefill, in place of an unread one. Called on the event loop."""
+        """Sets the progress of the prefill; an earlier one that was not yielded is dropped. Called on the event
+        loop."""
         self._progress = progress
         self._wake()
 

@@ -49,14 +49,14 @@ class Lifecycle:
         self._outbox.end(key, Failed(error))
 
     def start(self, sequence: Sequence) -> None:
-        """Moves a waiting sequence into a free slot, with the longest prefix of its tokens that the KV cache holds."""
+        """Moves a waiting sequence into a free slot, and allocates the longest cached prefix of its tokens."""
         first = sequence.admitted is None
         match = sequence.match or self._kv.match(sequence.tokens, sequence.request.salt)
         self.waiting.discard(sequence)
         sequence.start(self._kv.allocate(match))
         self.running[sequence.key] = sequence
         self.slots.take(sequence)
-        self.waiting.prefilling(sequence)
+        self.waiting.add_in_flight(sequence)
         for length in scheduler.save_points(len(sequence.tokens), divisible=self._kv.divisible):
             self._kv.save_at(sequence.seq, length)
         self._counters.restores += self._kv.loading(sequence.seq)
@@ -65,7 +65,7 @@ class Lifecycle:
             self._counters.prompt_tokens += sequence.prompt_length
 
     def preempt(self, sequence: Sequence, *, keep: bool = True) -> None:
-        """Moves a running sequence to the front of the queue. Its cells become idle ones if `keep`, else free."""
+        """Moves a running sequence to the front of the queue. Its cells become an idle prefix if `keep`, else free."""
         self._leave(sequence, keep=keep)
         self.waiting.unhold(sequence.key)
         sequence.proposers.preempt()
@@ -78,17 +78,17 @@ class Lifecycle:
             self.finish(sequence, reason)
 
     def finish(self, sequence: Sequence, reason: FinishReason, *, keep: bool = True) -> None:
-        """Ends a sequence with `Finished`. Its cells become idle ones if `keep`, else free."""
+        """Ends a sequence with `Finished`. Its cells become an idle prefix if `keep`, else free."""
         self._end(sequence, reason.value, keep=keep)
         self._outbox.end(sequence.key, sequence.finished(reason))
 
     def fail(self, sequence: Sequence, error: EngineError) -> None:
-        """Ends a sequence with `Failed`. Its cells are freed, as they may be wrong."""
+        """Ends a sequence with `Failed`. Its cells are freed, as their content may be wrong."""
         self._end(sequence, "error", keep=False)
         self._outbox.end(sequence.key, Failed(error))
 
     def fail_all(self, message: str, sequences: abc.Iterable[Sequence] | None = None) -> None:
-        """Ends `sequences` with an EngineFault each. `None` means all sequences."""
+        """Ends each of `sequences` with an EngineFault. `None` means all running and waiting sequences."""
         for sequence in [*self.running.values(), *self.waiting] if sequences is None else sequences:
             self.fail(sequence, EngineFault(message))
 

@@ -10,7 +10,7 @@ from engine.contract import Failed, Finished, Logprob, PrefillProgress
 
 
 class StepOutput(NamedTuple):
-    """New tokens of one sequence, or an event: the progress of its prefill, or its terminal update."""
+    """New tokens of one sequence, or an event: the sequence's prefill progress or its terminal update."""
 
     key: int
     ids: Sequence[int]
@@ -39,7 +39,7 @@ class Outbox:
         self._outputs.append(StepOutput(key, (), (), end))
 
     def flush(self) -> None:
-        """Schedules `deliver` with the collected outputs. No effect without outputs, or after the loop was closed."""
+        """Schedules `deliver` with the collected outputs. No effect without outputs or after the loop is closed."""
         if not self._outputs:
             return
         outputs, self._outputs = self._outputs, []

@@ -1,8 +1,9 @@
-"""Scheduling: the requests that start, and the rows of the next step. Pure policy: values in, values out; no clock.
+"""Scheduling: selects the requests that start, and the rows of the next step. Pure functions of values; no clock.
 
-There are no phases. A sequence only has more or fewer *uncomputed* tokens: known tokens that are not in cells. With one
-it decodes, and draft tokens may be verified with it; with more it is prefilled, or recomputed after a preemption. When
-cells run out, drafts go first, then idle prefixes, then the newest sequence.
+There are no phases. A sequence has *uncomputed* tokens: known tokens that are not in cells. A sequence with one
+uncomputed token decodes, and draft tokens may be verified in the same step. A sequence with more is prefilled, or
+recomputed after a preemption. When cells run out, drafts are dropped first, then idle prefixes are evicted, then the
+sequence that started last is preempted.
 """
 
 from __future__ import annotations
@@ -12,33 +13,34 @@ from typing import NamedTuple
 
 from msgspec import Struct, structs
 
-# A request is not held for an in-flight prefix that saves fewer tokens than this.
+# Minimum tokens of prefill that holding a request for an in-flight prefix must save.
 HOLD_TOKENS = 32
-# Cells kept free for each running sequence when another is admitted, so that it is not preempted at once.
+# Unified KV: cells kept free for each running sequence when another is admitted, so that no sequence is preempted at
+# once.
 HEADROOM_CELLS = 16
-# Where only whole states are saved, so many tokens at the end of a prompt are computed again in the next turn: the last
-# one always is, and templates often end with tokens that differ in the next turn.
+# Tokens at the end of a prompt that a saved whole state leaves out. The last token is always computed again, and chat
+# templates often end with tokens that differ in the next turn.
 TAIL_TOKENS = 4
 
 
 class SequenceView(Struct, frozen=True):
-    """A running sequence, in tokens. Sequences are listed oldest first."""
+    """A running sequence; counts are in tokens. Lists of views are in the order in which the sequences started."""
 
     key: int
     known: int
     computed: int
     drafts: int = 0
     exclusive: int = 0
-    """Cells that no other sequence holds."""
+    """Cells that only this sequence holds."""
     blocked: int = 0
-    """Known tokens that cannot be computed yet, as blocks before them are to be loaded, or a save is due before
+    """Known tokens that cannot be computed yet, because blocks must be loaded or a state must be saved before
     them."""
     waited: float = 0.0
     """Seconds since the request was submitted."""
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens to compute or load before the next one can be sampled."""
+        """Known tokens to compute or load before the next token can be sampled."""
         return self.known - self.computed
 
     @property
@@ -47,52 +49,55 @@ class SequenceView(Struct, frozen=True):
         return self.num_uncomputed - self.blocked
 
 
-class InFlight(Struct, frozen=True):
+class InFlightPrefix(Struct, frozen=True):
     """A prefix that a running sequence has or will have in cells."""
 
     key: int
-    """The sequence."""
+    """Key of the running sequence."""
     length: int
+    """Tokens."""
     can_save: bool = True
-    """False if only whole states can be shared, and none is saved at this length."""
+    """False if only whole states can be shared, and no state can be saved at this length."""
 
 
 class WaitingView(Struct, frozen=True):
-    """A waiting request, in tokens. Requests are listed in the order of their arrival."""
+    """A waiting request; counts are in tokens. Lists of views are sorted by arrival."""
 
     key: int
     known: int
     resident: int
     """Length of the longest resident prefix."""
     idle: int
-    """Of these, tokens in cells that no running sequence holds."""
+    """Tokens of the resident prefix in cells that no running sequence holds."""
     reach: int = 0
     """Length of the longest prefix that is resident or can be loaded."""
-    in_flight: InFlight | None = None
-    """The longest prefix in common with a prefilling sequence. None if there is none."""
+    in_flight: InFlightPrefix | None = None
+    """The longest prefix shared with a prefilling sequence. None if no such prefix is in flight."""
 
 
-class Room(Struct, frozen=True):
-    """Free resources: slots, cells, and cells that evicting idle prefixes would free."""
+class FreeCapacity(Struct, frozen=True):
+    """Slots and cells that requests can take now."""
 
     slots: int
-    free: int
-    idle: int
+    free_cells: int
+    evictable_cells: int
+    """Cells that evicting all idle prefixes would free."""
 
 
-class Limits(Struct, frozen=True):
+class StepLimits(Struct, frozen=True):
     """Upper limits of one step, in rows."""
 
     rows: int
     outputs: int
+    """Rows with logits."""
     prompt_rows: int
     min_prompt_rows: int = 1
-    """Least number of prompt rows in a pass, see `Context.prefill_rows`."""
+    """A lower limit: prompt rows of one sequence in a pass, see `Context.prefill_rows`."""
     ubatch: int = 2**30
     """Maximum rows of a pass."""
 
 
-class Rows(Struct, frozen=True):
+class ScheduledRows(Struct, frozen=True):
     """A sequence's rows in a step: `tokens` known tokens, then `drafts` draft tokens."""
 
     key: int
@@ -101,35 +106,40 @@ class Rows(Struct, frozen=True):
 
 
 class Hold(NamedTuple):
-    """A request held until the sequence `on` has `length` tokens in cells, to share them."""
+    """A request is held until a running sequence has `length` tokens in cells, which the request then shares."""
 
     key: int
-    on: int
+    """Key of the held request."""
+    source: int
+    """Key of the running sequence."""
     length: int
 
 
 class Admission(Struct, frozen=True):
-    """The request that starts now, if any, and new holds."""
+    """The key of the request that starts now, if any, and new holds."""
 
     start: int | None
     holds: tuple[Hold, ...] = ()
 
 
 class Plan(Struct, frozen=True):
-    """One step: its rows, and the sequences preempted before it, newest first."""
+    """The rows of one step, and the keys of the sequences preempted before the step; the one that started last is
+    first."""
 
-    rows: tuple[Rows, ...]
+    rows: tuple[ScheduledRows, ...]
     preempt: tuple[int, ...] = ()
 
 
-def admit(waiting: Iterable[WaitingView], running: Sequence[SequenceView], room: Room) -> Admission:
-    """Returns the first request that can start now: only one, as each start changes the matches of the others.
+def admit(waiting: Iterable[WaitingView], running: Sequence[SequenceView], capacity: FreeCapacity) -> Admission:
+    """Returns the first request that is not held, if it can start now: at most one request, because each start changes
+    the matches of the others.
 
-    First come, first served, with one exception: a request whose prefix is in flight is held until those rows are
-    computed, and later requests pass it. A request starts when the cells suffice for its prompt and the uncomputed
-    tokens of the running sequences; if nothing runs, any request starts.
+    Requests start in the order of `waiting`, with one exception: a request whose prefix is in flight is held until the
+    prefix is computed, and later requests pass it. A request that does not fit blocks all later ones, so that long
+    prompts do not starve. A request fits when the cells suffice for its prompt and for the uncomputed tokens of the
+    running sequences. If no sequence runs, any request fits. With per-slot KV every request fits.
     """
-    if not room.slots:
+    if not capacity.slots:
         return Admission(None)
     reserved = sum(view.num_uncomputed + HEADROOM_CELLS for view in running)
     holds: list[Hold] = []
@@ -138,87 +148,99 @@ def admit(waiting: Iterable[WaitingView], running: Sequence[SequenceView], room:
             holds.append(Hold(view.key, view.in_flight.key, view.in_flight.length))
             continue
         need = view.known - view.resident + HEADROOM_CELLS
-        fits = not running or need + reserved <= room.free + room.idle - view.idle
+        fits = not running or need + reserved <= capacity.free_cells + capacity.evictable_cells - view.idle
         return Admission(view.key if fits else None, tuple(holds))
     return Admission(None, tuple(holds))
 
 
-def _worth_holding(view: WaitingView, in_flight: InFlight) -> bool:
+def _worth_holding(view: WaitingView, in_flight: InFlightPrefix) -> bool:
     return in_flight.can_save and in_flight.length >= max(view.resident, view.reach) + HOLD_TOKENS
 
 
 def save_points(tokens: int, *, divisible: bool) -> tuple[int, ...]:
-    """Returns the lengths at which a prompt of `tokens` tokens is saved during its prefill: none if states are
-    divisible, else shortly before its end, from where the next turn can continue."""
+    """Returns the lengths at which a prompt of `tokens` tokens is saved during its prefill.
+
+    There are none if states are `divisible`. Else a state is saved shortly before the end of the prompt, so that the
+    next turn can continue there.
+    """
     return () if divisible or tokens <= HOLD_TOKENS else (tokens - TAIL_TOKENS,)
 
 
-def plan(running: Sequence[SequenceView], room: Room, limits: Limits) -> Plan:
-    """Returns the next step: each decoding sequence's next token, then drafts, then prompt rows.
+def plan(running: Sequence[SequenceView], capacity: FreeCapacity, limits: StepLimits) -> Plan:
+    """Returns the next step: a row for each decoding sequence, then draft rows, then prompt rows.
 
-    At least one sequence gets a row: while cells do not suffice, the newest sequence is preempted and its cells count
-    as idle; the last one always fits, as no request is longer than the cells.
+    While cells do not suffice, the sequence that started last is preempted and its cells count as evictable. The first
+    one always fits, because no request is longer than the cells, so at least one sequence gets a row.
     """
     sequences, preempt = list(running), []
-    cells = room.free + room.idle
+    cells = capacity.free_cells + capacity.evictable_cells
     while len(sequences) > 1 and not _fits(sequences, cells):
-        newest = sequences.pop()
-        preempt.append(newest.key)
-        cells += newest.exclusive
-    rows = _rows(sequences, cells, room.free if not preempt else 0, limits)
+        last = sequences.pop()
+        preempt.append(last.key)
+        cells += last.exclusive
+    rows = _rows(sequences, cells, capacity.free_cells if not preempt else 0, limits)
     return Plan(tuple(rows), tuple(preempt))
 
 
-def reduce_rows(rows: Sequence[Rows]) -> tuple[Rows, ...]:
-    """Returns fewer rows: without drafts; if there are none, half of each prompt's rows; if there are none, the older
-    half of the sequences. A single row is reduced to none."""
+def reduce_rows(rows: Sequence[ScheduledRows]) -> tuple[ScheduledRows, ...]:
+    """Returns fewer rows, for a step that found no cells.
+
+    Drafts are dropped first. Without drafts, each prompt gets half of its rows. Without drafts and prompts, the older
+    half of the sequences keep their rows: a single row is reduced to none.
+    """
     if any(part.drafts for part in rows):
-        return tuple(Rows(part.key, part.tokens) for part in rows)
+        return tuple(ScheduledRows(part.key, part.tokens) for part in rows)
     if any(part.tokens > 1 for part in rows):
-        return tuple(Rows(part.key, (part.tokens + 1) // 2) for part in rows)
+        return tuple(ScheduledRows(part.key, (part.tokens + 1) // 2) for part in rows)
     return tuple(rows[: len(rows) // 2])
 
 
 def _fits(sequences: Sequence[SequenceView], cells: int) -> bool:
-    """True if the cells suffice for a row of every decoding sequence, and for one prompt row if any is due."""
+    """Returns True if the cells suffice for a row of each decoding sequence, and one row of a prompt if there is
+    one."""
     decoding = sum(view.num_uncomputed == 1 for view in sequences)
     return decoding + (decoding < len(sequences)) <= cells
 
 
-def _rows(sequences: Sequence[SequenceView], cells: int, free: int, limits: Limits) -> list[Rows]:
+def _rows(sequences: Sequence[SequenceView], cells: int, free: int, limits: StepLimits) -> list[ScheduledRows]:
     decoding = [view for view in sequences if view.num_uncomputed == 1]
     prefilling = [view for view in sequences if view.num_uncomputed > 1 and view.ready]
     count, outputs = len(decoding), limits.outputs - len(sequences)
     # Up to 2 * `min_prompt_rows` - 1 tokens cannot be split into two chunks, so a prompt gets that many rows.
     min_chunk = 2 * limits.min_prompt_rows - 1
     reserved = max(len(sequences), count + min_chunk if prefilling else 0)
-    drafts = _share([view.drafts for view in decoding], max(0, min(limits.rows - reserved, outputs, free - reserved)))
+    drafts = _split_evenly(
+        [view.drafts for view in decoding], max(0, min(limits.rows - reserved, outputs, free - reserved))
+    )
     count += sum(drafts)
     chunk = max(limits.prompt_rows, min_chunk) if limits.prompt_rows else 0
     chunk = max(0, min(chunk, limits.rows - count, cells - count))
-    rows = [Rows(view.key, 1, more) for view, more in zip(decoding, drafts, strict=True)]
-    # A chunk below the minimum is better than none.
+    rows = [ScheduledRows(view.key, 1, draft) for view, draft in zip(decoding, drafts, strict=True)]
+    # Without a chunk of the minimum size, a smaller chunk is better than no prefill.
     relaxed = structs.replace(limits, min_prompt_rows=1)
     return rows + (_prefill(prefilling, chunk, limits) or _prefill(prefilling, chunk, relaxed))
 
 
-def _prefill(sequences: Sequence[SequenceView], total: int, limits: Limits) -> list[Rows]:
-    """Splits `total` prompt rows by highest response ratio next (Hansen 1971): by the time waited per token to compute.
+def _prefill(sequences: Sequence[SequenceView], total: int, limits: StepLimits) -> list[ScheduledRows]:
+    """Splits `total` prompt rows by highest response ratio next (Hansen 1971): seconds waited per token to compute.
 
     Short prompts pass long ones, prompts of equal length finish in the order of their arrival, and the priority of a
-    long prompt grows as it waits.
+    long prompt grows with its waiting time.
     """
-    rows: list[Rows] = []
+    rows: list[ScheduledRows] = []
     for view in sorted(sequences, key=lambda view: -view.waited / view.num_uncomputed):
         if size := _chunk(view.ready, total, limits):
-            rows.append(Rows(view.key, size))
+            rows.append(ScheduledRows(view.key, size))
             total -= size
     return rows
 
 
-def _chunk(ready: int, total: int, limits: Limits) -> int:
-    """Returns how many of `ready` tokens a step with `total` rows computes: neither their passes nor the rest have
-    fewer than `min_prompt_rows` rows, unless so few are ready. 0 if that is impossible."""
+def _chunk(ready: int, total: int, limits: StepLimits) -> int:
+    """Returns how many of `ready` tokens a step with `total` prompt rows computes; 0 if no number is valid.
+
+    A number is valid if each pass of the chunk, and the remaining tokens, have at least `min_prompt_rows` rows. Fewer
+    `ready` tokens than that form one chunk.
+    """
     size, minimum = min(ready, total), limits.min_prompt_rows
     if size < ready < size + minimum:
         size = ready - minimum
@@ -227,16 +249,16 @@ def _chunk(ready: int, total: int, limits: Limits) -> int:
     return size if size >= min(minimum, ready) else 0
 
 
-def _share(demands: Sequence[int], total: int) -> list[int]:
-    """Splits `total` evenly among `demands`: no share exceeds its demand, and an indivisible rest goes to the first
-    ones."""
+def _split_evenly(demands: Sequence[int], total: int) -> list[int]:
+    """Returns shares of `total`, as even as possible, one for each of `demands`. No share exceeds its demand, and the
+    first demands get the indivisible remainder."""
     shares = [0] * len(demands)
-    open_ = [i for i, demand in enumerate(demands) if demand]
-    while total and open_:
-        each, more = divmod(total, len(open_))
-        for order, i in enumerate(open_):
-            size = min(demands[i] - shares[i], each + (order < more))
+    unmet = [i for i, demand in enumerate(demands) if demand]
+    while total and unmet:
+        each, remainder = divmod(total, len(unmet))
+        for order, i in enumerate(unmet):
+            size = min(demands[i] - shares[i], each + (order < remainder))
             shares[i] += size
             total -= size
-        open_ = [i for i in open_ if shares[i] < demands[i]]
+        unmet = [i for i in unmet if shares[i] < demands[i]]
     return shares

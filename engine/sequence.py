@@ -12,7 +12,7 @@ from engine.contract import Finished, FinishReason, PrefillProgress, Request, Ti
 from engine.grammar import MaskRequest
 from engine.kv import Allocation, Match
 from engine.sampling import ReasoningLimiter, Sampler
-from engine.scheduler import Rows
+from engine.scheduler import ScheduledRows
 from engine.speculate import SequenceProposers
 from engine.text import with_control_texts
 
@@ -23,18 +23,19 @@ if TYPE_CHECKING:
 class Sequence:
     """A request's tokens, sampler and proposers and, while it runs, its allocation and draft.
 
-    `tokens` are the known tokens: prompt and emitted ones. The first `computed` of them are in cells. A sequence
-    without an allocation waits; preemption takes only the allocation, so the sequence continues later with the same
-    tokens.
+    `tokens` are the known tokens: those of the prompt and the emitted ones. The first `computed` known tokens are in
+    cells. A sequence without an allocation waits. Preemption takes only the allocation, so the sequence continues later
+    with the same tokens.
     """
 
     def __init__(
         self, key: int, request: Request, seed: int, vocab: Vocab, limit: int, keep: int | None = None
     ) -> None:
-        """`limit` is the largest number of tokens that the sequence may have at once.
+        """`limit` is the maximum number of tokens that the sequence has at once.
 
-        `keep` enables context shifts at that length: the first `keep` tokens of the prompt (-1: all of it), at most
-        half of `limit`, are kept, and the earlier half of the rest is discarded. None: the sequence ends at `limit`.
+        `keep` enables context shifts at that length. A shift keeps the first `keep` tokens of the prompt (-1: the whole
+        prompt), but at most half of `limit`, and discards the earlier half of the other tokens. None disables context
+        shifts: the sequence ends at `limit`.
         """
         self.key = key
         self.request = request
@@ -43,24 +44,24 @@ class Sequence:
         self.prompt_length = len(request.prompt)
         self.sampler = Sampler(request, seed, vocab.ends, vocab.piece)
         self.matcher = request.grammar.begin() if request.grammar is not None else None
-        """State of the grammar after the emitted tokens; None without a grammar."""
-        spell = with_control_texts(request.control_texts, vocab.piece)
-        self.budget = ReasoningLimiter(request.reasoning, spell) if request.reasoning else None
-        """State of the reasoning budget after the emitted tokens; None without a budget."""
+        """State of the grammar after the emitted tokens. None without a grammar."""
+        token_bytes = with_control_texts(request.control_texts, vocab.piece)
+        self.budget = ReasoningLimiter(request.reasoning, token_bytes) if request.reasoning else None
+        """State of the reasoning budget after the emitted tokens. None without a budget."""
         self.proposers = SequenceProposers({})
         """Set by `Lifecycle.submit`."""
         self.allocation: Allocation | None = None
         self.computed = 0
         """Number of tokens in cells."""
         self.match: Match | None = None
-        """The last match of its tokens in the KV cache; None while it runs, or if it was never matched."""
+        """The last match of the tokens in the KV cache. None while the sequence runs, or before the first match."""
         self.draft: abc.Sequence[int] = ()
         self.prefilled = 0
         """Tokens computed for this sequence."""
         self.cached: int | None = None
-        """Prompt tokens that were loaded or shared; None until the prompt is in cells."""
+        """Prompt tokens that were loaded or shared. None until the whole prompt is in cells."""
         self.moved = 0
-        """Of the loaded prompt tokens, those computed at other positions."""
+        """Loaded prompt tokens whose KV was computed at other positions."""
         self.stop_token: int | None = None
         self._ends = frozenset(request.stop_tokens) | vocab.ends
         self.discarded = 0
@@ -84,7 +85,7 @@ class Sequence:
 
     @property
     def emitted(self) -> int:
-        """Number of emitted tokens, an end token included."""
+        """Number of emitted tokens, including an end token."""
         return len(self.tokens) + self.discarded - self.prompt_length
 
     @property
@@ -103,13 +104,16 @@ class Sequence:
         return self._keep is not None and len(self.tokens) >= self._limit
 
     def draft_room(self) -> int:
-        """Returns the largest useful draft length: one less than the tokens that may still be emitted, or still fit."""
+        """Returns the maximum useful draft length in tokens.
+
+        It is one less than the tokens that may still be emitted and still fit, because verification adds one token.
+        """
         return min(self._max_tokens - self.emitted, self._limit - len(self.tokens)) - 1
 
     # ── running ──
 
     def start(self, allocation: Allocation) -> None:
-        """Sets the allocation with which the sequence runs, first or again after a preemption."""
+        """Sets the allocation with which the sequence runs, at its first start or after a preemption."""
         self.allocation, self.match = allocation, None
         self.computed = allocation.cached
         if self.admitted is None:
@@ -119,7 +123,7 @@ class Sequence:
         """Drops allocation and draft."""
         self.draft, self.allocation, self.computed = (), None, 0
 
-    def fill(self, batch: Batch, rows: Rows) -> int:
+    def fill(self, batch: Batch, rows: ScheduledRows) -> int:
         """Writes the sequence's `rows` into `batch`. Returns the index of its first row of logits."""
         start, end = self.computed, self.computed + rows.tokens
         tokens = self.tokens[start:end]
@@ -128,7 +132,7 @@ class Sequence:
         last = end == len(self.tokens)
         return batch.add(self.seq, start, tokens, rows.drafts + 1 if last else 0)
 
-    def mask_request(self, rows: Rows) -> MaskRequest | None:
+    def mask_request(self, rows: ScheduledRows) -> MaskRequest | None:
         """Returns the request for the masks of `rows`. None without a grammar, or if `rows` do not complete the
         prefill."""
         if self.matcher is None or rows.tokens < self.num_uncomputed:
@@ -143,13 +147,16 @@ class Sequence:
         return tokens
 
     def load(self, count: int, moved: int) -> None:
-        """Counts the next `count` known tokens as in cells: loaded or shared, `moved` of them from other positions."""
+        """Counts the next `count` known tokens, which were loaded, as in cells; `moved` come from other positions."""
         self.computed += count
         self.moved += moved if self.cached is None else 0
 
     def append(self, token: int) -> FinishReason | None:
-        """Appends an emitted token. Returns the reason if the sequence ends with it, else None. Raises GrammarError if
-        the grammar turns out to be too complex."""
+        """Appends an emitted token.
+
+        Returns the finish reason if the sequence ends with this token, else None. Raises GrammarError if the grammar
+        cannot be followed further.
+        """
         self.tokens.append(token)
         if self.budget is not None:
             self.budget.take(token)
@@ -163,7 +170,8 @@ class Sequence:
         return FinishReason.LENGTH if self.emitted >= self._max_tokens else None
 
     def mark_emission(self, now: float) -> float | None:
-        """Records the time of an emission. Returns the seconds since the last one; None for the first."""
+        """Records the time of an emission. Returns the seconds since the previous emission, or None for the first
+        one."""
         first, gap = self.first_token is None, now - self.last_token
         if first:
             self.first_token = now
@@ -171,11 +179,14 @@ class Sequence:
         return None if first else gap
 
     def shift(self) -> tuple[int, int]:
-        """Context shift: discards the earlier half of the tokens after the kept ones. Returns the numbers of kept and
-        of discarded tokens. Requires that the sequence has no allocation, as cells and tokens change together."""
+        """Context shift: discards the earlier half of the tokens after the kept ones.
+
+        Returns the numbers of kept and of discarded tokens. Requires that the sequence has no allocation, because cells
+        and tokens change together.
+        """
         assert self._keep is not None, "context shift is on"
         assert self.allocation is None, "cells and tokens change together"
-        keep = min(self._keep, self._limit // 2)  # more would make the next shift due soon
+        keep = min(self._keep, self._limit // 2)  # with more kept tokens the next shift would be due soon
         discard = (len(self.tokens) - keep + 1) // 2
         del self.tokens[keep : keep + discard]
         self.discarded += discard
@@ -189,8 +200,8 @@ class Sequence:
         return self.cached if self.cached is not None else max(0, self.computed - self.prefilled)
 
     def end_prefill(self) -> int:
-        """Records that the prompt is in cells. The first call returns how many prompt tokens were loaded or shared;
-        later calls return 0."""
+        """Records that the prompt is in cells. The first call returns the number of prompt tokens that were loaded or
+        shared. Later calls return 0."""
         if self.cached is not None:
             return 0
         self.cached = max(0, self.prompt_length - self.prefilled)
@@ -199,7 +210,7 @@ class Sequence:
 
     @property
     def prefill_progress(self) -> PrefillProgress | None:
-        """The progress of the prefill. None if the request does not want reports, or once a token was emitted."""
+        """The progress of the prefill. None if `Request.progress` is False, or after the first emitted token."""
         if not self.request.progress or self.first_token is not None:
             return None
         known, seconds = min(self.computed, self.prompt_length), time.perf_counter() - (self.admitted or 0.0)
@@ -211,12 +222,12 @@ class Sequence:
         return self._max_tokens == 0
 
     def finished(self, reason: FinishReason) -> Finished:
-        """Returns the terminal update, as of now."""
+        """Returns the terminal update with the current counts and times."""
         now = time.perf_counter()
         admitted = self.admitted or now
         first = self.first_token or now
         drafts = self.proposers.draft_stats
-        drafted, accepted = sum(made.drafted for made in drafts), sum(made.accepted for made in drafts)
+        drafted, accepted = sum(stats.drafted for stats in drafts), sum(stats.accepted for stats in drafts)
         return Finished(
             reason=reason,
             usage=Usage(self.prompt_length, self.cached or 0, self.emitted, drafted, accepted, self.moved),

@@ -1,6 +1,6 @@
 """Saves, restores and erases the content of a slot: states on the engine thread, files on a worker thread.
 
-Little is moved between two steps, so that the gaps between tokens of running requests hardly grow.
+Each call on the engine thread moves few states, so that the gaps between tokens of running requests hardly grow.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from engine.slots import NO_CONTENT, SlotContent
 from engine.step import EngineCore
 from engine.thread import EngineThread
 
-# Time for exporting states between two steps.
+# Maximum time for exporting states between two steps.
 EXPORT_SECONDS = 0.01
-# Pause while blocks are being read from disk.
+# Pause before the next export while blocks are being read from disk.
 RETRY_SECONDS = 0.005
-# Size of the states that are read from a file and imported at a time.
+# Bytes of states that are read from a file and imported at once.
 READ_CHUNK_BYTES = 2**24
 
 
@@ -39,7 +39,7 @@ class SlotTransfer(Struct, frozen=True):
 
 
 async def save(thread: EngineThread, number: int, path: Path, layout: str) -> SlotTransfer:
-    """Writes the tokens and states of the content of slot `number`, as far as they are resident or stored, to `path`.
+    """Writes to `path` the tokens and states of the content of slot `number`, as far as they are resident or stored.
 
     `layout` names the format of the states. Raises RequestRefused if nothing can be saved, EngineFault if the file
     cannot be written; an earlier file at `path` then stays.
@@ -61,7 +61,7 @@ async def save(thread: EngineThread, number: int, path: Path, layout: str) -> Sl
 
 
 async def _write_parts(thread: EngineThread, content: SlotContent, file: SequenceWriter) -> int:
-    """Writes the resident or stored prefix of `content`. Returns its number of tokens."""
+    """Writes the resident or stored prefix of `content`. Returns the length of the prefix in tokens."""
     end, more = 0, True
     while more:
         parts, more = await thread.query(partial(_export, content, end))
@@ -80,8 +80,8 @@ def _export(content: SlotContent, start: int, core: EngineCore) -> Exported:
 async def restore(thread: EngineThread, number: int, path: Path, layout: str) -> SlotTransfer:
     """Puts the states of a file into the offload tiers, and its tokens into the content of slot `number`.
 
-    Raises RequestRefused if the tiers have no room for any of it; and, with nothing changed, if the slot is busy, there
-    is no offload tier, or the file is damaged or of another `layout`.
+    Raises RequestRefused if the tiers have no space for any of the states. Raises RequestRefused, with the slot's
+    content unchanged, if the slot is busy, there is no offload tier, or the file is damaged or of another `layout`.
     """
     begun = time.perf_counter()
     identity = await thread.query(lambda core: _check_restorable(core, number, layout))
@@ -100,7 +100,8 @@ async def restore(thread: EngineThread, number: int, path: Path, layout: str) ->
 
 
 def _check_restorable(core: EngineCore, number: int, layout: str) -> str:
-    """Returns the identity of files that can be restored. Raises RequestRefused if none can be now."""
+    """Returns the identity that a file must have. Raises RequestRefused if no file can be restored into the slot
+    now."""
     core.slots.idle(number)
     if not core.kv.offloads:
         raise RequestRefused("Slots are restored into RAM: serve with a --cache-ram other than 0.")
@@ -114,11 +115,11 @@ def _open(path: Path, identity: str) -> SequenceReader:
 
 
 async def _import_parts(thread: EngineThread, file: SequenceReader) -> SlotContent:
-    """Puts all parts of a file into the offload tiers. Returns their tokens."""
+    """Puts all parts of a file into the offload tiers. Returns the tokens of the parts, with the salt."""
     tokens = array("i")
     while parts := await asyncio.to_thread(file.read, READ_CHUNK_BYTES):
-        if not _continue(parts, len(tokens)):
-            raise DamagedFile("its parts do not continue each other")
+        if not _consecutive(parts, len(tokens)):
+            raise DamagedFile("its parts are not consecutive")
         for part in parts:
             tokens.extend(part.tokens)
         await thread.query(partial(_import, SlotContent(tokens[:], file.salt), parts))
@@ -129,15 +130,15 @@ def _import(content: SlotContent, parts: list[SequencePart], core: EngineCore) -
     core.kv.transfer.put(*content, parts)
 
 
-def _continue(parts: list[SequencePart], start: int) -> bool:
+def _consecutive(parts: list[SequencePart], start: int) -> bool:
     ends = [start, *(part.end for part in parts)]
     return all(part.start == end for part, end in zip(parts, ends, strict=False))
 
 
 def _set_content(core: EngineCore, number: int, content: SlotContent) -> int:
-    tokens = core.kv.transfer.known(*content)
+    tokens = core.kv.transfer.known_length(*content)
     if not tokens:
-        raise RequestRefused("There is no room for any of it: serve with a larger --cache-ram.")
+        raise RequestRefused("There is no space for any of the states: serve with a larger --cache-ram.")
     core.slots.set_last_content(number, SlotContent(content.tokens[:tokens], content.salt))
     return tokens
 

@@ -1,4 +1,4 @@
-"""The sequence running in each slot, and the tokens of the last one."""
+"""The sequence running in each slot, and the tokens of the slot's last sequence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.sequence import Sequence
 
 
 class SlotContent(NamedTuple):
-    """Computed tokens of a sequence and their namespace; never changed."""
+    """The computed tokens of a sequence, and their namespace. Immutable by convention."""
 
     tokens: array[int]
     salt: str
@@ -23,7 +23,7 @@ NO_CONTENT = SlotContent(array("i"), "")
 
 
 class RequestState(Struct, frozen=True):
-    """A snapshot of a request: counts in tokens and parameters, no text."""
+    """A snapshot of a request: its parameters, and counts in tokens. It contains no text."""
 
     key: int
     """The engine's number for the request."""
@@ -34,13 +34,13 @@ class RequestState(Struct, frozen=True):
     """Prompt tokens computed so far."""
     emitted: int
     max_tokens: int | None
-    """The request's limit of emitted tokens; None if only the context limits it."""
+    """The request's limit of emitted tokens. None if only the context limits the output."""
     sampling: SamplingParams
     """The request's parameters, with the seed in use."""
     min_tokens: int
     ignore_eos: bool
     proposers: tuple[str, ...]
-    """Types of its proposers."""
+    """Types of the request's proposers."""
     draft: int
     """Length of the draft that the next step verifies."""
     drafts: tuple[DraftStats, ...]
@@ -73,38 +73,38 @@ class SlotState(Struct, frozen=True):
     number: int
     busy: bool
     tokens: int
-    """Computed tokens of the running request, or of the last one."""
+    """Computed tokens of the running request, or of the last one if the slot is idle."""
     request: RequestState | None
-    """The running request, or the last one. None if the slot never had one."""
+    """The running request, or the last one if the slot is idle. None if the slot never ran a request."""
 
 
 class Slot:
-    """A slot, its running sequence, and the content that the last one left."""
+    """A slot, its running sequence, and the content of its last sequence."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.sequence: Sequence | None = None
-        """The running sequence; None if the slot is idle."""
+        """The running sequence. None if the slot is idle."""
         self.last_content = NO_CONTENT
-        """The content of the last sequence."""
+        """Content of the last sequence that left the slot, or that was restored into it."""
         self._last_request: RequestState | None = None
 
     @property
     def content(self) -> SlotContent:
-        """The content of the running sequence, or of the last one."""
+        """The content of the running sequence, or of the last one if the slot is idle."""
         if self.sequence is None:
             return self.last_content
         return SlotContent(self.sequence.tokens[: self.sequence.computed], self.sequence.request.salt)
 
     @property
     def state(self) -> SlotState:
-        """The snapshot as of now."""
+        """A snapshot of the current state."""
         if self.sequence is not None:
             return SlotState(self.number, True, self.sequence.computed, RequestState.of(self.sequence))
         return SlotState(self.number, False, len(self.last_content.tokens), self._last_request)
 
     def leave(self) -> None:
-        """Frees the slot. Its sequence still has its allocation."""
+        """Frees the slot. The running sequence must still have its allocation."""
         assert self.sequence is not None, "a sequence runs"
         self.last_content = self.content
         self._last_request = structs.replace(RequestState.of(self.sequence), draft=0)
@@ -139,21 +139,21 @@ class Slots:
         return tuple(slot.state for slot in self._slots)
 
     def content(self, number: int) -> SlotContent:
-        """Returns the content of a slot's running or last sequence. Raises RequestRefused if it is empty."""
+        """Returns the content of a slot's running or last sequence. Raises RequestRefused if the content is empty."""
         content = self._slot(number).content
         if not content.tokens:
             raise RequestRefused(f"Slot {number} is empty: it has not run a request, or was erased.", field="id_slot")
         return content
 
     def idle(self, number: int) -> Slot:
-        """Returns the slot. Raises RequestRefused if a sequence runs in it."""
+        """Returns the idle slot `number`. Raises RequestRefused if a sequence runs in the slot."""
         slot = self._slot(number)
         if slot.sequence is not None:
             raise RequestRefused(f"Slot {number} is busy: try again when its request has ended.", field="id_slot")
         return slot
 
     def set_last_content(self, number: int, content: SlotContent) -> None:
-        """Sets the content that the slot has while it is idle."""
+        """Sets the content that the slot has while no sequence runs in it."""
         self._slot(number).last_content = content
 
     def _slot(self, number: int) -> Slot:

@@ -1,4 +1,4 @@
-"""Counters of the engine, added to on the engine thread, with snapshots for any thread."""
+"""Counters of the engine: the engine thread changes them, any thread takes snapshots."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from msgspec import Struct
 from engine.contract import DraftStats
 from engine.kv import KVStats
 
-# Upper bounds of the histograms' buckets.
+# Upper bounds of the buckets of the histograms.
 BUCKET_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-# Numbers of rows for which a snapshot has the expected cost of a decode.
+# Numbers of rows for which a snapshot reports the expected seconds of a decode.
 DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Histogram(Struct, frozen=True):
-    """Observations by bucket, not cumulative. The last count is of observations above every bound."""
+    """Counts of observations by bucket, not cumulative. The last count is for observations above all bounds."""
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
@@ -27,12 +27,12 @@ class Histogram(Struct, frozen=True):
 class Stats(Struct, frozen=True):
     """A snapshot of the counters.
 
-    Fields before `running` grow from the start of the engine; `running` and the fields after it are as of the last
-    step.
+    Fields before `running` are totals since the start of the engine. `running` and the fields after it are the values
+    at the last step.
     """
 
     requests_finished: dict[str, int]
-    """By finish reason, or "error"."""
+    """Requests by finish reason, with "error" for those that failed."""
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
@@ -40,10 +40,10 @@ class Stats(Struct, frozen=True):
     accepted_tokens: int
     steps: int
     native_passes: int
-    """Passes over the weights; the library splits the rows of a step into them."""
+    """Passes over the weights; the library splits each step into one or more."""
     preemptions: int
     restores: int
-    """Starts of requests, resumptions included, with tokens loaded from RAM or disk."""
+    """Starts of requests, including resumptions, that load tokens from RAM or disk."""
     hits: int
     """Requests whose prompt had a cached prefix."""
     saved_tokens: int
@@ -61,13 +61,13 @@ class Stats(Struct, frozen=True):
     ram_bytes: int
     disk_bytes: int
     drafts: tuple[DraftStats, ...]
-    """Of all requests, by type."""
+    """Statistics of the drafts of all requests, by type of proposer."""
     step_seconds: dict[int, float]
-    """Expected seconds of a decode, by its number of rows, with the current number of resident cells."""
+    """Expected seconds of a decode by number of rows, given the current number of resident cells."""
 
 
 class Buckets:
-    """A histogram that is being filled, in seconds."""
+    """A histogram of seconds that grows by `add`."""
 
     def __init__(self) -> None:
         self._counts = [0] * (len(BUCKET_SECONDS) + 1)
@@ -84,7 +84,7 @@ class Buckets:
 
 
 class Counters:
-    """The counters. Changed on the engine thread only, and without locks."""
+    """The counters. Only the engine thread changes them; there are no locks."""
 
     def __init__(
         self,
@@ -92,8 +92,8 @@ class Counters:
         drafts: Callable[[], tuple[DraftStats, ...]],
         seconds: Callable[[int, int], float],
     ) -> None:
-        """`drafts` returns the statistics of all drafts, `seconds` the expected cost of a decode by its rows and the
-        resident cells. Any thread may call both."""
+        """`drafts()` returns the statistics of all drafts, and `seconds(rows, cells)` the expected seconds of a decode
+        of `rows` rows with `cells` resident cells. Any thread may call both."""
         self.finished = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -122,7 +122,7 @@ class Counters:
         self._drafts = drafts
         self._seconds_of = seconds
 
-    def emitted(self, tokens: int, gap: float | None, age: float) -> None:
+    def record_emission(self, tokens: int, gap: float | None, age: float) -> None:
         """Records `tokens` tokens of a request submitted `age` seconds ago, `gap` seconds after its previous tokens.
         `gap` is None for its first tokens."""
         self.completion_tokens += tokens
@@ -131,21 +131,21 @@ class Counters:
         else:
             self.gap.add(gap)
 
-    def decoded(self, passes: int, seconds: float) -> None:
+    def record_decode(self, passes: int, seconds: float) -> None:
         """Records a decode."""
         self.steps += 1
         self.native_passes += passes
         self.native_seconds += seconds
 
-    def gauge(self, running: int, waiting: int, kv: KVStats) -> None:
-        """Sets the values that are as of the last step."""
+    def set_gauges(self, running: int, waiting: int, kv: KVStats) -> None:
+        """Sets the values that a snapshot reports for the last step."""
         self.running, self.waiting = running, waiting
         self.cells_used, self.cells_idle = kv.used, kv.idle
         self.saved_tokens, self.restored_tokens = kv.saved_tokens, kv.restored_tokens
         self.ram_bytes, self.disk_bytes = kv.ram_bytes, kv.disk_bytes
 
     def snapshot(self) -> Stats:
-        """Returns the current counts. While the engine runs, two of them may be a step apart."""
+        """Returns the current counts. While the engine runs, two counts may be from different steps."""
         return Stats(
             requests_finished=dict(self.finished),
             queue=self.queue.snapshot(),

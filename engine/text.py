@@ -1,4 +1,4 @@
-"""From the bytes of tokens to text: UTF-8 across tokens, and stop strings held back."""
+"""Converts the bytes of tokens to text: joins UTF-8 across tokens, and holds back possible stop strings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TokenBytes: TypeAlias = Callable[[int], bytes]
 
 
 def with_control_texts(control_texts: Sequence[tuple[int, str]], token_bytes: TokenBytes) -> TokenBytes:
-    """Returns `token_bytes` with the given texts as the bytes of the given tokens."""
+    """Returns `token_bytes`, except that each token in `control_texts` has the bytes of its text there."""
     if not control_texts:
         return token_bytes
     contents = {token: text.encode() for token, text in control_texts}
@@ -20,7 +20,7 @@ def with_control_texts(control_texts: Sequence[tuple[int, str]], token_bytes: To
 
 
 def partial_match_length(text: str, markers: Sequence[str]) -> int:
-    """Returns the length of the longest end of `text` that may become a marker: it begins one and is shorter.
+    """Returns the length of the longest suffix of `text` that is a proper prefix of one of `markers`.
 
     >>> partial_match_length("a <tool", ["<tool_call>", "<think>"])
     5
@@ -33,34 +33,36 @@ def partial_match_length(text: str, markers: Sequence[str]) -> int:
 
 
 class DecodedText(NamedTuple):
-    """The output that one call of a `Detokenizer` released."""
+    """The text and the tokens that one call of a `Detokenizer` releases."""
 
     text: str
     tokens: int
-    """Number of tokens that are released, in whole or in part, since the previous call."""
+    """Number of tokens that this call releases."""
 
 
 class Detokenizer:
     """Decodes the bytes of tokens and holds back only text that may still change.
 
-    Held back are the bytes of an incomplete UTF-8 character and the longest end of the text that may become a stop
-    string. The stop string that is complete first matches, the longest of those that end at one character; it and all
-    text after it are never released. The released text depends only on the bytes, not on the boundaries of tokens. A
-    token is released once all of its characters are, so the tokens of a stop string are never released.
+    The bytes of an incomplete UTF-8 character are held back, and so is the longest suffix of the text that may become a
+    stop string. The stop string that is complete first matches; of several that end at the same character the longest
+    one matches. A matched stop string and all text after it are never released. The released text depends only on the
+    bytes, not on the boundaries of tokens. A token is released once all of its characters are released. At a match the
+    tokens that begin before the stop string are released, the others never.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
-        # Characters decoded, released or held, since text last had to be held.
+        # Characters decoded by `_decoder`, both released and held ones.
         self._decoded = 0
-        # For each token that is not released the range of its characters, including shared ones.
+        # For each token that is not released, the range of its characters, including those shared with other tokens.
         self._spans: list[tuple[int, int]] = []
         self.stopped_by: str | None = None
+        """The stop string that matched. None before a match."""
 
     def feed(self, content: bytes) -> DecodedText:
-        """Adds the bytes of one token and returns the released text. After a stop string nothing is released.
+        """Adds the bytes of one token and returns the text released by them. After a match no text is released.
 
         >>> detokenizer = Detokenizer(stops=("END",))
         >>> detokenizer.feed("é".encode()[:1]).text, detokenizer.feed("é".encode()[1:] + b" E").text
@@ -68,7 +70,7 @@ class Detokenizer:
         >>> detokenizer.feed(b"NDless").text, detokenizer.stopped_by
         ('', 'END')
         """
-        if (text := self.whole(content)) is not None:
+        if (text := self.decode_complete(content)) is not None:
             return DecodedText(text, 1)
         if self.stopped_by is not None:
             return DecodedText("", 0)
@@ -79,10 +81,10 @@ class Detokenizer:
         self._spans.append((start, self._decoded + incomplete))
         return self._release(self._held + fresh, final=False)
 
-    def whole(self, content: bytes) -> str | None:
-        """Returns the text of several tokens if nothing is held back before or after them, the usual case.
+    def decode_complete(self, content: bytes) -> str | None:
+        """Returns the text of one or more tokens if no text is held back before or after them, the usual case.
 
-        Otherwise returns None and adds nothing.
+        Returns None, with the state unchanged, if text is or may have to be held back.
         """
         if self._stops or self._spans:
             return None
@@ -92,7 +94,7 @@ class Detokenizer:
             return None
 
     def finish(self) -> DecodedText:
-        """Releases the rest after the last token. An incomplete character becomes U+FFFD."""
+        """Releases all held text after the last token. An incomplete character becomes U+FFFD."""
         if self.stopped_by is not None:
             return DecodedText("", 0)
         fresh = self._decoder.decode(b"", True)
@@ -108,17 +110,18 @@ class Detokenizer:
         return DecodedText(text[:size], self._release_ended(self._decoded - len(self._held)))
 
     def _first_stop(self, text: str) -> tuple[int, str] | None:
-        """Returns the start of the first complete stop string, and the stop string."""
+        """Returns the start of the stop string that is complete first, and that stop string. None if there is no
+        match."""
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         return min(found)[1:] if found else None
 
     def _release_ended(self, position: int) -> int:
-        """Removes the tokens that end at or before character `position`. Returns their number."""
+        """Removes the tokens that end at or before character `position`. Returns the number of removed tokens."""
         count = bisect_right(self._spans, position, key=lambda span: span[1])
         del self._spans[:count]
         return count
 
     def _release_begun(self, position: int) -> int:
-        """Removes all tokens. Returns the number of those that begin before character `position`."""
+        """Removes all tokens. Returns the number of tokens that begin before character `position`."""
         spans, self._spans = self._spans, []
         return bisect_left(spans, position, key=lambda span: span[0])

@@ -1,7 +1,7 @@
 """The engine thread: opens the models, runs steps while there are requests, and executes commands between steps.
 
-The thread owns every native object and all scheduling state. In: a queue of commands. Out: one call on the event loop
-per step. Nothing else is shared, so there is no lock.
+The thread owns every native object and all scheduling state. Its input is a queue of commands, its output one call on
+the event loop per step. No other mutable state is shared, so there is no lock.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ from engine.sim import open_sim, sim_proposers
 from engine.speculate import DraftModel, ProposerFactory, SharedDraftData, SpeculativeDecoding, vocabulary_mismatch
 from engine.step import SHUTTING_DOWN, EngineCore
 
-log = logging.getLogger("paceline.speculation")
+log = logging.getLogger("paceline.engine")
+
+# Clients get this sentence. The exception and its traceback are for the operator, so only the log has them.
+ENGINE_FAILED = "The engine has failed; its log has the reason."
 
 Result = TypeVar("Result")
 
 
 class Submit(Struct, frozen=True):
-    """A new request."""
+    """Adds a new request to the queue of requests."""
 
     key: int
     request: Request
@@ -63,43 +66,46 @@ class FailAll(Struct, frozen=True):
 
 
 class Query(Struct, frozen=True):
-    """Calls `function` between two steps and sets `future`, on the event loop, to its result."""
+    """Calls `function` between two steps, and sets `future` to the result on the event loop."""
 
     function: Callable[[EngineCore], Any]
     future: asyncio.Future[Any]
 
 
 Command = Submit | Cancel | FailAll | Query
-# Opens a model on the engine thread, from configuration, progress callback and a function that returns False once the
-# load is to be given up. Raises EngineError.
+# Opens a model on the engine thread, given the configuration, a progress callback, and a function that returns False
+# once the load must be cancelled. Raises EngineError.
 Opener = Callable[[EngineConfig, LoadProgress, Callable[[], bool]], Backend]
 
 
-def open_model(config: EngineConfig, progress: LoadProgress, go_on: Callable[[], bool]) -> Backend:
-    """Opens a GGUF with llama.cpp, or a simulated model. The native library is loaded on the first call."""
+def open_model(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[], bool]) -> Backend:
+    """Opens a GGUF with llama.cpp, or a simulated model. The native library is loaded at the first GGUF."""
     if config.sim.on:
-        return open_sim(config, progress, go_on)
+        return open_sim(config, progress, keep_loading)
     from engine.llama import open_gguf
 
-    return open_gguf(config, progress, go_on)
+    return open_gguf(config, progress, keep_loading)
 
 
-def load_or_measure_costs(config: EngineConfig, backend: Backend, *, anew: bool = False) -> Calibration:
-    """Returns the measured costs of the steps of `backend`, which was opened with `config`: those of an earlier start,
-    or new ones if there are none or with `anew`."""
+def load_or_measure_costs(config: EngineConfig, backend: Backend, *, remeasure: bool = False) -> Calibration:
+    """Returns the measured costs of the steps of `backend`, which was opened with `config`.
+
+    The costs are those that an earlier start has saved. Without saved costs, and with `remeasure`, they are measured
+    now and saved.
+    """
     model, info = config.model, backend.info
     settings = f"{model.threads} {model.threads_batch} {config.batch.ubatch} {backend.context.outputs}"
     settings += f" {model.gpu_layers} {model.device} {model.split_mode} {model.tensor_split} {model.main_gpu}"
     layout = Layout.of(backend.context)
     key = f"{info.layout} {info.device} {settings} {layout} {backend.context.sequences} {processor_name()}"
-    measured = None if anew else load_calibration(key)
+    measured = None if remeasure else load_calibration(key)
     if measured is None:
         save_calibration(key, measured := calibrate(backend.context))
     return measured
 
 
 def request_limit(context: Context, info: ModelInfo) -> int:
-    """Returns the largest number of tokens of one request, prompt and output together."""
+    """Returns the maximum number of tokens of one request, prompt and output together."""
     return min(context.sequence_cells, info.trained_context or 2**30)
 
 
@@ -107,11 +113,11 @@ class Listener(NamedTuple):
     """Callbacks of the thread, called on the event loop."""
 
     on_progress: LoadProgress
-    """Called with the share of the load that is done."""
+    """Called with the share of the model that is loaded, 0 to 1."""
     on_outputs: Callable[[list[StepOutput]], None]
     """Called with the outputs of each step."""
     on_fault: Callable[[EngineFault], None]
-    """Called once, when the thread has failed for good."""
+    """Called once, with the fatal fault, after the thread has failed."""
 
 
 class LoadedEngine(NamedTuple):
@@ -119,26 +125,26 @@ class LoadedEngine(NamedTuple):
 
     backend: Backend
     core: EngineCore
-    """Used on the engine thread only, except for `counters.snapshot()`, `kv.reuse` and `speculative_decoding.fault`."""
+    """Only the engine thread may use it, except `counters.snapshot()`, `kv.reuse` and `speculative_decoding.fault`."""
     unavailable_proposers: Mapping[str, str]
-    """Types of proposers that no request can use, each with the reason."""
+    """The reason for each type of proposer that no request can use."""
 
 
 class EngineThread:
-    """The engine thread, with its methods for the event loop on which it was created."""
+    """The engine thread. Its public methods are for the event loop on which it was created."""
 
     def __init__(
-        self, config: EngineConfig, opener: Opener, speculate: ProposerFactory | None, listener: Listener
+        self, config: EngineConfig, opener: Opener, proposer_factory: ProposerFactory | None, listener: Listener
     ) -> None:
         self._config = config
         self._opener = opener
-        self._speculate = speculate
+        self._proposer_factory = proposer_factory
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self.inbox: SimpleQueue[Command | None] = SimpleQueue()
         self._opened: asyncio.Future[LoadedEngine] = self._loop.create_future()
         self._queries: set[asyncio.Future[Any]] = set()
-        self._end_reason = ""  # of the thread; empty while it runs
+        self._end_reason = ""  # why the thread ended; empty while it runs
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="paceline-engine")
         self._backends: list[Backend] = []
@@ -149,7 +155,7 @@ class EngineThread:
     # ── on the event loop ──
 
     async def open(self) -> LoadedEngine:
-        """Starts the thread and waits until the model is loaded. Raises ModelError if it cannot be opened."""
+        """Starts the thread and waits until the model is loaded. Raises ModelError if the model cannot be opened."""
         self._thread.start()
         return await asyncio.shield(self._opened)
 
@@ -166,8 +172,8 @@ class EngineThread:
     async def query(self, function: Callable[[EngineCore], Result]) -> Result:
         """Returns the result of `function`, called on the engine thread between two steps.
 
-        Raises the EngineError of `function`, and EngineFault if the thread ends before the call. Any other exception of
-        `function` ends the thread.
+        Raises the EngineError that `function` raises, and EngineFault if the thread ends before the call. Any other
+        exception of `function` ends the thread.
         """
         if self._end_reason:
             raise EngineFault(self._end_reason, fatal=True)
@@ -246,7 +252,8 @@ class EngineThread:
         return backend
 
     def _open_draft(self, backend: Backend, stack: ExitStack) -> Backend | None:
-        """Returns the draft model. Returns None, after a line in the log, if it cannot draft for `backend`."""
+        """Returns the draft model. Returns None, with a warning in the log, if the draft model cannot draft for
+        `backend`."""
         config = self._config.for_draft_model(backend.context.cells)
         draft = self._opener(config, lambda share: None, self._keep_loading)
         if reason := vocabulary_mismatch(backend.vocab, draft.vocab):
@@ -273,12 +280,12 @@ class EngineThread:
             self._call_soon(_settle, self._opened, LoadedEngine(backend, core, self._unavailable), None)
             self._run(core)
             core.close()
-        except BaseException as error:  # panics of Rust libraries are no Exceptions
-            fault = EngineFault(f"the engine failed: {error!r}", fatal=True)
-            fault.__cause__ = error
+        except BaseException:  # a panic of a Rust library is not an `Exception`
+            log.exception("the engine has failed")
+            fault = EngineFault(ENGINE_FAILED, fatal=True)
             self._call_soon(_settle, self._opened, None, fault)
             self._call_soon(self._on_fault, fault)
-            # The event loop still converts tokens to text: the model is freed only when the engine is closed.
+            # The event loop still converts tokens to text, so the model stays open until the engine is closed.
             while not self._closing.is_set() and self.inbox.get() is not None:
                 pass
 
@@ -288,11 +295,11 @@ class EngineThread:
         cost = self._cost(config, backend)
         model = None
         if draft is not None:
-            own = config.for_draft_model(backend.context.cells)
-            model = DraftModel(draft, backend.info.vocabulary, self._cost(own, draft))
+            draft_config = config.for_draft_model(backend.context.cells)
+            model = DraftModel(draft, backend.info.vocabulary, self._cost(draft_config, draft))
         shared = SharedDraftData(config.speculation, backend.vocab)
-        speculate = self._speculate or sim_proposers(config)
-        speculative_decoding = SpeculativeDecoding(shared, config.speculation, config.draft, model, speculate, cost)
+        factory = self._proposer_factory or sim_proposers(config)
+        speculative_decoding = SpeculativeDecoding(shared, config.speculation, config.draft, model, factory, cost)
         outbox = Outbox(self._loop, self._listener.on_outputs)
         return EngineCore(backend, batch.slots, targets, outbox, speculative_decoding, offload, config.memory.reuse)
 
@@ -303,7 +310,8 @@ class EngineThread:
         return warm_up(backend.context, load_or_measure_costs(config, backend) if config.model.calibrate else None)
 
     def _run(self, core: EngineCore) -> None:
-        """Runs steps and commands until `None` is in the inbox. Blocks on the inbox while there are no requests."""
+        """Runs steps and commands until `None` is taken from the inbox. Blocks on the inbox while there are no
+        requests."""
         while True:
             if not core.lifecycle.busy:
                 core.check_idle()
@@ -322,7 +330,8 @@ class EngineThread:
 
 
 def _settle(future: asyncio.Future[Result], result: Result, error: Exception | None) -> None:
-    """Sets the result or exception of `future`. No effect on a done or cancelled future. Called on the event loop."""
+    """Sets the result, or the exception `error`, of `future`. No effect if `future` is done. Called on the event
+    loop."""
     if future.done():
         return
     if error is not None:

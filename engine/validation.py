@@ -1,4 +1,4 @@
-"""Checks of requests before they are submitted. Each failure is a RequestRefused with the name of the wrong field."""
+"""Checks of requests before they are submitted. A failed check raises RequestRefused with the invalid field's name."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from engine.contract import Request, RequestRefused
 
 
 def check_prompt(prompt: tuple[int, ...], vocabulary: int) -> None:
-    """Raises RequestRefused unless `prompt` has tokens, all of them below `vocabulary`."""
+    """Raises RequestRefused unless `prompt` has at least one token and all token ids are in a vocabulary of this
+    size."""
     if not prompt:
-        raise RequestRefused("The prompt is empty: give at least one token.", field="prompt")
+        raise RequestRefused("The prompt is empty: at least one token is required.", field="prompt")
     if _outside(prompt, vocabulary):
         raise RequestRefused(f"The prompt holds a token id outside 0..{vocabulary - 1}.", field="prompt")
 
@@ -18,7 +19,7 @@ def check_prompt(prompt: tuple[int, ...], vocabulary: int) -> None:
 def check_parameters(request: Request, vocabulary: int, unavailable_proposers: Mapping[str, str]) -> None:
     """Raises RequestRefused unless a model with a vocabulary of this size can run `request`.
 
-    `unavailable_proposers` are types of proposers with the reasons why the model has none.
+    `unavailable_proposers` has the reason for each type of proposer that no request can use.
     """
     outside = f"a token id outside 0..{vocabulary - 1}"
     if (request.max_tokens or 0) < 0:
@@ -27,7 +28,7 @@ def check_parameters(request: Request, vocabulary: int, unavailable_proposers: M
         raise RequestRefused(f"logit_bias names {outside}.", field="logit_bias")
     if _outside(request.prediction, vocabulary):
         raise RequestRefused(f"The prediction holds {outside}.", field="prediction")
-    if request.grammar is not None and request.grammar.size != vocabulary:
+    if request.grammar is not None and request.grammar.vocabulary != vocabulary:
         raise RequestRefused("The grammar was compiled for another model.", field="grammar")
     for kind in request.speculation.type if request.speculation is not None else ():
         if reason := unavailable_proposers.get(kind):

@@ -17,28 +17,29 @@ class VerificationResult(Struct, frozen=True):
     """The tokens that one step appended to a sequence."""
 
     ids: abc.Sequence[int]
-    shown: abc.Sequence[int]
-    """`ids` without an end token: the tokens to stream."""
+    streamed: abc.Sequence[int]
+    """The tokens to stream: `ids` without an end token."""
     logprobs: abc.Sequence[Logprob]
     accepted: int
     """Number of draft tokens among `ids`."""
     reason: FinishReason | None
+    """Set if the sequence ends with the last token."""
     error: EngineError | None
     """Set if the sequence cannot continue."""
 
 
 def verify(
-    sequence: Sequence, draft: abc.Sequence[int], rows: Logits, permits: RowMasks | None = None
+    sequence: Sequence, draft: abc.Sequence[int], rows: Logits, masks: RowMasks | None = None
 ) -> VerificationResult:
     """Appends to `sequence` the tokens that `rows` emit: one per accepted draft token and one more, up to its end.
 
-    Row j attended to the first j draft tokens; `permits` returns the grammar mask of a row. If no token can be picked,
-    or the grammar permits no continuation, the result has an error. The tokens before the error are appended, as they
-    would have been in steps of their own.
+    Row j attended to the first j draft tokens, and `masks` returns the grammar mask of a row. The result has an error
+    if no token can be sampled from a row, or if the grammar permits no continuation. The tokens before the error are
+    appended, as they would be without drafts.
     """
 
     def sample(row: int) -> int:
-        permitted = None if permits is None else permits(row)
+        permitted = None if masks is None else masks(row)
         if (token := sequence.forced) is not None and (permitted is None or permitted[token]):
             return token
         return sequence.sampler.pick(rows[row], sequence.tokens, sequence.prompt_length, sequence.discarded, permitted)
@@ -62,5 +63,5 @@ def verify(
         error = EngineFault(str(fault))
     except GrammarError as refusal:
         error = RequestRefused(f"The grammar does not permit any continuation of the output: {refusal}.")
-    shown = ids if sequence.stop_token is None else ids[:-1]
-    return VerificationResult(ids, shown, logprobs, accepted, reason, error)
+    streamed = ids if sequence.stop_token is None else ids[:-1]
+    return VerificationResult(ids, streamed, logprobs, accepted, reason, error)

@@ -108,7 +108,7 @@ def test_nothing_of_the_bundle_is_committed() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GGUF with SmolLM2's vocabulary and no tensors."""
+    """Returns the path of a GGUF with SmolLM2's vocabulary and no tensors."""
     return models.write_tokenizer(SOURCES["smollm2"].path, tmp_path_factory.mktemp("gpu") / "tokenizer.gguf")
 
 
@@ -133,7 +133,9 @@ def test_the_library_computes_a_random_model(tokenizer: Path, tmp_path: Path, ki
     deviation = logits.std(axis=1)
     assert ((deviation > models.LOGIT_DEVIATION / 2) & (deviation < 2 * models.LOGIT_DEVIATION)).all()
     chances = np.exp(logits - logits.max(axis=1, keepdims=True))
-    assert 0.02 < np.median(1 / chances.sum(axis=1)) < 0.98, "sampling has a choice, but not everything"
+    assert 0.02 < np.median(1 / chances.sum(axis=1)) < 0.98, (
+        "the likeliest token has neither all nor almost no probability"
+    )
     assert len({*logits.argmax(axis=1).tolist()}) > 1, "logits depend on the history"
 
 
@@ -146,7 +148,7 @@ def test_an_unknown_model_is_refused() -> None:
 
 
 def toolkit(top: Path) -> Path:
-    """Makes a folder like CUDA's toolkit, without cuBLAS."""
+    """Creates a folder like that of CUDA's toolkit, without cuBLAS."""
     for name in ("include", "lib64", "bin"):
         (top / name).mkdir(parents=True)
     return top
@@ -194,7 +196,7 @@ def test_the_scripts_are_valid_bash(name: str) -> None:
 # ── random acceptance ──
 
 
-class Picks(Sampler):
+class FixedSampler(Sampler):
     """A sampler that always returns token 9."""
 
     def __init__(self) -> None:
@@ -206,7 +208,7 @@ class Picks(Sampler):
 
 @pytest.mark.parametrize(("rate", "picked"), [(1.0, [3, 4, 9]), (0.0, [9, 9, 9])])
 def test_draft_tokens_are_accepted_at_random(rate: float, picked: list[int]) -> None:
-    sampler = synthetic.Agreeing(Picks(), (3, 4), 5, rate, Random(0))
+    sampler = synthetic.RandomAcceptanceSampler(FixedSampler(), (3, 4), 5, rate, Random(0))
     row = np.zeros(10, np.float32)
     assert [sampler.pick(row, range(length), 1) for length in (5, 6, 7)] == picked
 
@@ -219,8 +221,8 @@ def test_the_rates_of_llama_server_are_cumulative() -> None:
 
 
 def test_rows_are_divided_evenly() -> None:
-    assert step_cost.spread(3, 8) == [(0, 1), (1, 1), (2, 1)]
-    assert step_cost.spread(5, 2) == [(0, 3), (1, 2)]
+    assert step_cost.divide_rows(3, 8) == [(0, 1), (1, 1), (2, 1)]
+    assert step_cost.divide_rows(5, 2) == [(0, 3), (1, 2)]
 
 
 def test_a_cell_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +241,7 @@ def test_every_part_has_a_table() -> None:
         "gap_ms": {},
     }
     share = {"bare": 200.0, "greedy": 150.0, "sampled": 100.0, "share_greedy": 0.1, "share_sampled": 0.2}
-    made = tables.all_of(
+    rendered = tables.render_tables(
         {
             "cost-1b-q4_0": {"step": {"decode": {"0": {"1": 2.0, "512": 9.0}}}},
             "share-1b-q4_0": {"8": share},
@@ -249,7 +251,7 @@ def test_every_part_has_a_table() -> None:
             "gaps-8b-q4_0": {},
         }
     )
-    titles = [line for line in made.splitlines() if line.startswith("**")]
+    titles = [line for line in rendered.splitlines() if line.startswith("**")]
     assert titles == [f"**1b-q4_0: {title}**" for title, _ in tables.PART_TABLES.values()]
-    assert "| paceline, measured lengths | 8 | 100.00 | 1.00 | 2.00 | nan | nan | 0 |" in made
-    assert "| 8 | 200.00 | 75.00 | 50.00 | 10.00 | 20.00 |" in made
+    assert "| paceline, measured lengths | 8 | 100.00 | 1.00 | 2.00 | nan | nan | 0 |" in rendered
+    assert "| 8 | 200.00 | 75.00 | 50.00 | 10.00 | 20.00 |" in rendered

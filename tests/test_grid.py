@@ -9,7 +9,7 @@ import pytest
 
 from bench.figures import markdown
 from bench.grid import speculation
-from bench.outputs import Case
+from bench.outputs import RecordedRequest
 from bench.replay import replay
 from bench.simulated import NoVocabulary
 from engine import Calibration, Speculation
@@ -17,8 +17,8 @@ from engine import Calibration, Speculation
 FLAT = Calibration({1: 1.0, 16: 1.01, 128: 1.1}, 0.0, 0.01)
 LINEAR = Calibration({1: 1.0, 128: 128.0}, 0.0, 0.01)
 VOCABULARY: Any = NoVocabulary()
-COPY = [Case(tuple(range(1, 200)), (), tuple(range(1, 100))) for _ in range(4)]
-NEW = [Case((1, 2, 3), (), tuple(range(10 * start, 10 * start + 60))) for start in range(1, 80, 10)]
+COPY = [RecordedRequest(tuple(range(1, 200)), (), tuple(range(1, 100))) for _ in range(4)]
+NEW = [RecordedRequest((1, 2, 3), (), tuple(range(10 * start, 10 * start + 60))) for start in range(1, 80, 10)]
 AUTO, NONE = Speculation(type=("auto",)), Speculation()
 
 
@@ -52,7 +52,7 @@ def test_a_replay_yields_all_tokens_and_is_faster_where_rows_are_free(clients: i
 
 @pytest.mark.parametrize("recorded", [COPY, NEW])
 @pytest.mark.parametrize("clients", [1, 3])
-def test_a_replay_is_not_slower_where_every_row_costs_the_same(recorded: list[Case], clients: int) -> None:
+def test_a_replay_is_not_slower_where_every_row_costs_the_same(recorded: list[RecordedRequest], clients: int) -> None:
     none = replay(recorded, LINEAR, clients, NONE, VOCABULARY, 60)
     auto = replay(recorded, LINEAR, clients, AUTO, VOCABULARY, 60)
     assert auto.rate > 0.98 * none.rate

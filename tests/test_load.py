@@ -94,7 +94,7 @@ AREA = {
 
 @pytest.fixture
 def leaderboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheel with three questions, one of them of another category."""
+    """Writes a wheel with three questions, one of which is of another category."""
     monkeypatch.setattr(models, "MODELS_FOLDER", tmp_path)
     rows = [
         {"id": f"row_{number}", "question": [[{"role": "user", "content": f"Which {number}?"}]], "function": [AREA]}
@@ -131,24 +131,24 @@ def test_schemas_of_all_kinds_of_questions() -> None:
 
 
 async def test_tool_calls_count_as_output() -> None:
-    made = Outcome(0.0)
-    stream = client._Stream(made, b"")
+    result = Outcome(0.0)
+    stream = client._Stream(result, b"")
     deltas: list[Any] = [
         {"role": "assistant", "content": ""},
         {"reasoning_content": "hm"},
         {"tool_calls": [{"index": 0, "id": "1", "function": {"name": "f", "arguments": ""}}]},
         {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}], "content": None},
     ]
-    for place, delta in enumerate(deltas):
+    for position, delta in enumerate(deltas):
         event = msgspec.json.encode({"choices": [{"index": 0, "delta": delta}]})
-        stream._event(msgspec.json.decode(event, type=client._Event), float(place))
-    assert (made.text, made.arrivals) == ("hmf{}", [1.0, 2.0, 3.0])
+        stream._event(msgspec.json.decode(event, type=client._Event), float(position))
+    assert (result.text, result.arrivals) == ("hmf{}", [1.0, 2.0, 3.0])
 
 
 async def test_terminal_events_tokens_and_drafts_are_counted() -> None:
-    made = Outcome(0.0)
-    stream = client._Stream(made, b"")
-    made.status = 200
+    result = Outcome(0.0)
+    stream = client._Stream(result, b"")
+    result.status = 200
     logprobs = {"content": [{"token": "?", "logprob": -0.5, "bytes": [226]}, {"token": "b", "logprob": -1.0}]}
     events: list[dict[str, Any]] = [
         {"choices": [{"delta": {"content": "ab"}, "logprobs": logprobs, "finish_reason": None}]},
@@ -156,9 +156,9 @@ async def test_terminal_events_tokens_and_drafts_are_counted() -> None:
         {"choices": [], "timings": {"draft_n": 3, "draft_n_accepted": 2, "prompt_n": 1}},
     ]
     stream.on_body(b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events) + b"data: [DONE]\n\n")
-    assert (made.finish_reasons, made.done_markers) == (1, 1)
-    assert (made.tokens, made.logprobs) == ([b"\xe2", b"b"], [-0.5, -1.0])
-    assert (made.draft_tokens, made.accepted_tokens) == (3, 2)
+    assert (result.finish_reasons, result.done_markers) == (1, 1)
+    assert (result.tokens, result.logprobs) == ([b"\xe2", b"b"], [-0.5, -1.0])
+    assert (result.draft_tokens, result.accepted_tokens) == (3, 2)
 
 
 @pytest.mark.parametrize("name", ["mt-bench", "agents", "human-eval", "bfcl"])
@@ -187,9 +187,9 @@ def test_the_bound_is_the_rows_alone() -> None:
 def test_the_bound_ends_as_a_run_does() -> None:
     measured = Calibration({1: 0.01, 2: 0.015}, 0.0, 0.001)
     outcomes = [outcome(0.1, [0.1] * 3, tokens=tokens) for tokens in (11, 21, 11)]
-    three = 43 / (30 * 0.001 + 20 * 0.015)  # the third begins when the first ends, and ends with the second
+    three = 43 / (30 * 0.001 + 20 * 0.015)  # the third request begins when the first ends, and ends with the second
     assert versus.bound(measured, outcomes, 2) == pytest.approx(three)
-    two = 32 / (20 * 0.001 + 10 * 0.015 + 10 * 0.01)  # the second is alone in its last steps
+    two = 32 / (20 * 0.001 + 10 * 0.015 + 10 * 0.01)  # the second request is alone in its last steps
     assert versus.bound(measured, outcomes[:2], 2) == pytest.approx(two)
 
 
@@ -208,15 +208,15 @@ def answer(tokens: list[bytes], text: str = "", last: float = -1.0) -> repeat.Re
 def test_a_comparison_names_the_first_differing_token_of_all_answers() -> None:
     reference, situation = answer([b"a", b"b", b"c"], "abc"), repeat.situations(4)[0]
     others = [reference, answer([b"a", b"b", b"c"], "abc", last=-1.1), answer([b"a", b"x"]), answer([b"a", b"b", b"x"])]
-    made = repeat.compared("greedy", 8, situation, reference, others, 5)
-    assert (made.answers, made.same, made.differs_at, made.same_bits) == (4, 2, 1, 1)
-    assert (made.cached, made.accepted, made.others_accepted) == (12, 8, 5)
+    comparison = repeat.compared("greedy", 8, situation, reference, others, 5)
+    assert (comparison.answers, comparison.same, comparison.differs_at, comparison.same_bits) == (4, 2, 1, 1)
+    assert (comparison.cached, comparison.accepted, comparison.others_accepted) == (12, 8, 5)
     assert repeat.compared("greedy", 8, situation, reference, [reference], 0).differs_at is None
     assert repeat.differs_at(reference, answer([b"a", b"b", b"c"], "ab?")) == 3
 
 
 def test_the_slope_is_that_of_the_second_half() -> None:
-    samples = [soak.Sample(ended, 10**6 if ended < 50 else 10**8 + 300 * ended) for ended in range(0, 101, 5)]
+    samples = [soak.MemorySample(ended, 10**6 if ended < 50 else 10**8 + 300 * ended) for ended in range(0, 101, 5)]
     assert soak.slope(samples) == pytest.approx(300)
     assert soak.slope(samples[:1]) == soak.slope([]) == 0.0
 
@@ -234,14 +234,14 @@ def test_a_request_is_lost_without_exactly_one_terminal_event() -> None:
 
 
 def test_the_soak_sends_the_same_requests_in_every_run() -> None:
-    made = soak.shots(400, 8, 0.4)
-    assert made == soak.shots(400, 8, 0.4)
-    abandoned = [shot for shot in made if shot.seconds is not None or shot.events is not None]
+    plan = soak.plan_requests(400, 8, 0.4)
+    assert plan == soak.plan_requests(400, 8, 0.4)
+    abandoned = [planned for planned in plan if planned.seconds is not None or planned.events is not None]
     assert 120 < len(abandoned) < 200
     assert all(
-        soak.SHORTEST_HANG_UP_SECONDS <= shot.seconds <= soak.LONGEST_HANG_UP_SECONDS
-        for shot in abandoned
-        if shot.seconds is not None
+        soak.SHORTEST_HANG_UP_SECONDS <= planned.seconds <= soak.LONGEST_HANG_UP_SECONDS
+        for planned in abandoned
+        if planned.seconds is not None
     )
 
 
@@ -289,7 +289,7 @@ def rounds(speeds: list[float], gap: float) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> dict[str, Any]:
-    """The result files of two commands, as `report.read` returns them."""
+    """Returns the result files of two commands, as `report.read` returns them."""
     cell = {
         PACELINE: rounds([10.0, 20.0, 30.0], 5.0),
         "llama-server-unified": rounds([5.0, 20.0, 15.0], 50.0),
@@ -319,7 +319,7 @@ def test_the_readme_has_the_best_mode_of_the_peer(runs: dict[str, Any], tmp_path
     assert "| 99th percentile of gaps, 8 clients | 0.25 (0.25–0.25) |" in table
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
-    report.renew(readme, table)
+    report.replace_table(readme, table)
     assert "old" not in readme.read_text()
     assert readme.read_text().startswith("before\n")
     assert readme.read_text().endswith(f"{report.MARKS[1]}\nafter\n")

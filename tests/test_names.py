@@ -12,7 +12,7 @@ CONVENTIONAL = {"log"}
 
 
 def public_names(path: Path) -> Iterator[str]:
-    """Classes, constants and type aliases at the top level of a module, without those that begin with `_`."""
+    """Yields the classes, constants and type aliases at the top level of a module whose names do not begin with `_`."""
     for node in ast.parse(path.read_text()).body:
         match node:
             case ast.ClassDef(name=name):

@@ -1,5 +1,4 @@
-"""llama-server is built from the pinned sources with the project's flags, and has equal settings;
-ratios are those of medians to its best mode."""
+"""Build, settings and ratios of llama-server, the peer of the measurements."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def build_sdist(folder: Path, name: str) -> Path:
 
 
 @dataclass
-class Index:
+class FakeSdistIndex:
     """A replacement of pip: builds the requested sdist, and records the request."""
 
     requested: list[str] = field(default_factory=list)
@@ -46,7 +45,7 @@ def test_the_version_is_the_pinned_one() -> None:
 
 
 def test_the_kernels_have_the_flags_of_the_makefile() -> None:
-    assert f"NO_AMX := {' '.join(peers.KERNELS)}\n" in (ROOT / "Makefile").read_text()
+    assert f"NO_AMX := {' '.join(peers.KERNEL_FLAGS)}\n" in (ROOT / "Makefile").read_text()
 
 
 def test_builds_are_ignored_by_git() -> None:
@@ -54,7 +53,7 @@ def test_builds_are_ignored_by_git() -> None:
 
 
 def test_the_sdist_is_downloaded_once_and_other_files_are_removed(tmp_path: Path) -> None:
-    index, folder = Index(), tmp_path / "peers"
+    index, folder = FakeSdistIndex(), tmp_path / "peers"
     for _ in range(2):
         source = peers.unpack(folder, "1.2", download=index)
     assert index.requested == ["llama-cpp-python==1.2"]
@@ -63,7 +62,7 @@ def test_the_sdist_is_downloaded_once_and_other_files_are_removed(tmp_path: Path
 
 
 def test_a_given_sdist_is_not_downloaded(tmp_path: Path) -> None:
-    index, sdist = Index(), build_sdist(tmp_path, f"llama_cpp_python-1.2/{LLAMA}")
+    index, sdist = FakeSdistIndex(), build_sdist(tmp_path, f"llama_cpp_python-1.2/{LLAMA}")
     assert (peers.unpack(tmp_path / "peers", "1.2", sdist, index) / LLAMA).exists()
     assert index.requested == []
     assert sdist.exists()
@@ -117,7 +116,7 @@ def test_tools_from_wheels_come_first_on_the_path(tmp_path: Path, monkeypatch: p
     ],
 )
 def test_the_counter_of_ninja_is_parsed(line: str, counts: tuple[int, int] | None) -> None:
-    assert peers.steps(line) == counts
+    assert peers.parse_ninja_counts(line) == counts
 
 
 def test_progress_is_reported_and_all_output_is_logged(tmp_path: Path) -> None:
@@ -209,7 +208,7 @@ def test_ratios_are_of_the_same_round_and_the_best_peer_counts() -> None:
 
 
 def compared_rounds(speed: float, gap: float, first: float) -> list[dict[str, Any]]:
-    """Three rounds, the last one half as fast."""
+    """Returns three rounds; the last round has half the speed of the others."""
     return [
         {
             "tokens_per_second": speed / factor,

@@ -43,7 +43,7 @@ def test_every_package_has_a_readme(package: str) -> None:
 
 @pytest.mark.parametrize("folder", folders(), ids=str)
 def test_every_folder_is_named_in_the_readme_above(folder: Path) -> None:
-    """The README above is that of the nearest parent folder that has one."""
+    """The README above is the README of the nearest parent folder that has one."""
     readme = next(path for parent in folder.parents if (path := ROOT / parent / "README.md").is_file())
     named = re.search(rf"(?<!\w){re.escape(folder.name)}/", readme.read_text())
     assert named is not None, f"{readme.relative_to(ROOT)} has no line for {folder}/"

@@ -115,14 +115,14 @@ def test_the_first_stop_string_to_be_complete_wins() -> None:
         assert detokenizer.stopped_by == "STOP"
 
 
-def test_of_two_that_end_at_one_place_the_longer_wins() -> None:
+def test_the_longer_of_two_stop_strings_with_one_end_wins() -> None:
     for parts in ([b"x\n\nUser: y"], one_by_one(b"x\n\nUser: y")):
         detokenizer = Detokenizer(stops=("User:", "\nUser:"))
         assert feed_all(detokenizer, parts)[0] == "x\n"
         assert detokenizer.stopped_by == "\nUser:"
 
 
-def test_one_inside_another_ends_the_text_sooner() -> None:
+def test_a_stop_string_inside_another_ends_the_text_sooner() -> None:
     for parts in ([b"--abcd"], one_by_one(b"--abcd")):
         detokenizer = Detokenizer(stops=("abcd", "bc"))
         assert feed_all(detokenizer, parts)[0] == "--a"
@@ -173,7 +173,7 @@ class TestTokens:
         assert self.counts((), smile[:1], smile[1:3], smile[3:], b"x") == [0, 0, 3, 1, 0]
         assert self.counts((), b"a" + smile[:2], smile[2:] + b"b") == [0, 2, 0]
 
-    def test_held_back_until_no_stop_string_can_come(self) -> None:
+    def test_tokens_are_held_back_while_a_stop_string_may_follow(self) -> None:
         assert self.counts(("END",), b"E", b"N", b"x", b"E") == [0, 0, 3, 0, 1]
 
     def test_tokens_of_a_stop_string_are_never_released(self) -> None:

@@ -32,7 +32,7 @@ from engine.pace.passes import SequenceRows, passes
 
 VOCABULARY = 50
 END = 0
-# Added to a token in a state whose row was the only one of its sequence in a pass.
+# Added in a saved state to a token whose row was the only row of its sequence in a pass.
 SINGLE = 1000
 
 
@@ -44,7 +44,7 @@ class Cell:
     def __init__(self, token: int, index: int, *, single: bool = False) -> None:
         self.token = token
         self.index = index
-        self.single = single  # True if it was the only row of its sequence in its pass
+        self.single = single  # True if its row was the only row of its sequence in the pass
 
 
 class ToySnapshot:
@@ -55,7 +55,8 @@ class ToySnapshot:
         self._tokens = {pos: cell.token + SINGLE * cell.single for pos, cell in context.held[seq].items()}
 
     def cut(self, start: int, end: int) -> State | None:
-        """The tokens at these positions; only all of them if states are not divisible."""
+        """Returns the tokens at these positions; `None` if some are missing, or if a part is cut from an indivisible
+        state."""
         if not self._context.divisible and (start, end) != (0, len(self._tokens)):
             return None
         if self._context.lost() or not all(pos in self._tokens for pos in range(start, end)):
@@ -83,7 +84,7 @@ class ToyContext:
         unified: bool = True,
         prefill_rows: int = 1,
     ) -> None:
-        """With per-slot KV `cells` are those of one slot."""
+        """`cells` is the number of all cells with unified KV, and of the cells of one slot with per-slot KV."""
         self.batch = Batch(rows)
         self.unified = unified
         self.sequence_cells = cells
@@ -95,14 +96,14 @@ class ToyContext:
         self.flash = True
         self.partial = partial
         self.divisible = partial if divisible is None else divisible
-        self.other = other  # share of histories for which the logits differ from those of other toys
+        self.other = other  # fraction of histories for which the logits differ from those of other toys
         self.by_cell_order = by_cell_order  # True if logits also depend on the order of the cells
         self.window = 0
         self.shifts = self.divisible
         self.damaged: Callable[[], bool] = lambda: False  # True if the next cut leaves a sliding window with a gap
         self.decodes = 0
         self.computed = 0  # rows of all decodes so far
-        self.copied = 0  # cells that copies took, with per-slot KV
+        self.copied = 0  # cells copied so far; stays 0 with unified KV
         self.faults: Callable[[int], Exception | None] = lambda decode: None
         self.lost: Callable[[], bool] = lambda: False  # True if the next state cannot be saved or loaded
         self.aborted = False
@@ -145,7 +146,10 @@ class ToyContext:
         return np.stack(out) if out else np.empty((0, VOCABULARY), np.float32)
 
     def _check_order(self, ids: list[int]) -> None:
-        """Passes are as few as the order of ids allows; rows of prompts share none where single rows differ."""
+        """Asserts an order of rows with few passes.
+
+        Ids are sorted; where single rows differ from others, the rows of a prompt share no pass.
+        """
         if self.prefill_rows == 1:
             assert ids == sorted(ids), "rows are in the order of their ids"
             return
@@ -167,7 +171,7 @@ class ToyContext:
         return rng.standard_normal(VOCABULARY, np.float32) * 3
 
     def _single(self, ids: list[int]) -> list[bool]:
-        """For each row whether it is the only one of its sequence in its pass."""
+        """Returns, for each row, True if it is the only row of its sequence in its pass."""
         counts = [(seq, len([*same])) for seq, same in groupby(ids)]
         single: dict[int, list[bool]] = {seq: [] for seq, _ in counts}
         for first, sequences, rows in passes([SequenceRows(*part) for part in counts], self.unified, self.ubatch):
@@ -180,7 +184,7 @@ class ToyContext:
         return {id(cell) for held in self.held for cell in held.values()}
 
     def _free_cells(self, rivals: Sequence[dict[int, Cell]]) -> Iterator[int]:
-        """The free cells, the lowest first, as llama.cpp takes them."""
+        """Returns the free cells in ascending order, as llama.cpp takes them."""
         taken = {cell.index for held in rivals for cell in held.values()}
         return (index for index in range(self.cells) if index not in taken)
 
@@ -198,7 +202,7 @@ class ToyContext:
         return True
 
     def clear(self) -> None:
-        """Drops all."""
+        """Removes all tokens of all sequences."""
         for held in self.held:
             held.clear()
 
@@ -221,8 +225,8 @@ class ToyContext:
             assert first <= start == self.length(seq) + len(tokens), "continues the sequence"
             assert end <= first + len(content), "contains the positions"
             tokens += content[start - first : end - first]
-        room = self.cells - len(self._distinct()) if self.unified else self.sequence_cells - len(self.held[seq])
-        if self.lost() or len(tokens) > room:
+        free_cells = self.cells - len(self._distinct()) if self.unified else self.sequence_cells - len(self.held[seq])
+        if self.lost() or len(tokens) > free_cells:
             return False
         free = self._free_cells(self.held if self.unified else [self.held[seq]])
         start = self.length(seq)
@@ -231,22 +235,22 @@ class ToyContext:
         return True
 
     def shift(self, state: State, start: int, end: int, by: int) -> State | None:
-        """The same tokens at other positions."""
+        """Returns a state with the same tokens at other positions."""
         first, *tokens = state.view(np.int32).tolist()
         if self.lost():
             return None
         return np.array([start + by, *tokens[start - first : end - first]], np.int32).view(np.uint8)
 
     def intact(self, seq: int, length: int) -> bool:
-        """True unless `damaged` returns True."""
+        """Returns True if the length is `length` and `damaged` returns False."""
         return self.length(seq) == length and not self.damaged()
 
     def length(self, seq: int) -> int:
-        """Positions of `seq`."""
+        """Returns the number of positions of `seq`."""
         return max(self.held[seq], default=-1) + 1
 
     def used(self) -> int:
-        """Cells in use."""
+        """Returns the number of cells in use."""
         return len(self._distinct())
 
     def abort(self) -> None:
@@ -264,20 +268,20 @@ class ToyVocab:
     added = (-1, -1)
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """One token per character; characters outside the vocabulary wrap around."""
+        """Returns one token per character; characters outside the vocabulary wrap around."""
         return [1 + (ord(char) - 65) % (VOCABULARY - 1) for char in text]
 
     def piece(self, token: int) -> bytes:
-        """The character's bytes."""
+        """Returns the character's bytes."""
         return b"" if token == END else chr(64 + token).encode()
 
     def text(self, token: int) -> str:
-        """The character."""
+        """Returns the character."""
         return chr(64 + token)
 
 
 def describe(context: ToyContext) -> ModelInfo:
-    """The description of a toy model."""
+    """Returns the description of a toy model."""
     return ModelInfo(
         name="toy",
         path="toy.gguf",
@@ -311,7 +315,7 @@ class ToyBackend:
 
 
 def opener(backend: ToyBackend) -> Callable[[EngineConfig, LoadProgress, Callable[[], bool]], ToyBackend]:
-    """Opens `backend` for `Engine.open`, with two reports of progress."""
+    """Returns a function that opens `backend` for `Engine.open`, with two reports of progress."""
 
     def open_toy(config: EngineConfig, progress: LoadProgress, go_on: Callable[[], bool]) -> ToyBackend:
         progress(0.5)
@@ -323,7 +327,7 @@ def opener(backend: ToyBackend) -> Callable[[EngineConfig, LoadProgress, Callabl
 
 @contextmanager
 def failing(context: ToyContext, decodes: Iterable[int], fault: Exception | None = None) -> Iterator[None]:
-    """Lets the decodes of these numbers, counted from now, fail."""
+    """Makes the decodes with these numbers, counted from now, raise `fault` within the block."""
     numbers = {context.decodes + n for n in decodes}
     context.faults = lambda n: (fault or NativeFault("injected")) if n in numbers else None
     yield

@@ -1,4 +1,4 @@
-"""`paceline cost`: measures the cost of a step by its rows on this machine."""
+"""`paceline cost`: measures the cost of a step by number of rows on this machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_cost(arguments: Sequence[str]) -> int:
         description=__doc__,
         allow_abbrev=False,
     )
-    output_help = "picture of the costs (default cost.png); with the ending .json the costs themselves, for --sim-cost"
+    output_help = "plot of the costs (default cost.png), or with the suffix .json the costs as JSON for --sim-cost"
     parser.add_argument("-o", "--output", type=Path, default=Path("cost.png"), help=output_help)
     try:
         given, rest = parser.parse_known_args(arguments)
@@ -49,16 +49,16 @@ def run_cost(arguments: Sequence[str]) -> int:
         print_line(f"paceline: {error}")
         return 1
     except ImportError:
-        print_line("paceline: no picture without matplotlib: pip install 'paceline[plot]'")
+        print_line("paceline: the plot needs matplotlib: pip install 'paceline[plot]'")
         return 1
     print_line(f"Wrote {given.output}")
     return 0
 
 
 def print_costs(name: str, calibration: Calibration, console: Console | None = None) -> None:
-    """Prints a table of the costs with a bar for each row count, then the costs of a prompt row and of a cell."""
-    table = Table(title=f"{name}: cost of a step by its rows", title_justify="left")
-    for column in ("rows", "ms", "ms per row", "tokens/s if all are accepted"):
+    """Prints a table of the costs with a bar for each row count, then the costs per prompt row and attended KV cell."""
+    table = Table(title=f"{name}: cost of a step by number of rows", title_justify="left")
+    for column in ("rows", "ms", "ms per row", "tokens/s if all rows are accepted"):
         table.add_column(column, justify="right")
     table.add_column("")
     longest = max(calibration.rows.values())
@@ -68,7 +68,7 @@ def print_costs(name: str, calibration: Calibration, console: Console | None = N
     console = console or Console()
     console.print(table)
     console.print(f"A prompt row costs {1e3 * calibration.prompt_row:.2f} ms.")
-    console.print(f"Each cell that a row attends to costs {1e9 * calibration.row_cell:.1f} ns more.")
+    console.print(f"Each KV cell that a row attends to adds {1e9 * calibration.row_cell:.1f} ns.")
 
 
 def plot_costs(name: str, calibration: Calibration, path: Path) -> None:

@@ -16,12 +16,12 @@ from api.server.terminal import ProgressBar, print_line
 from api.templates.prompts import LONG_TEXT_CHARS
 from engine import EngineError, build_lookup, open_vocabulary
 
-# Text in memory at once, besides the counts.
+# Maximum size of a chunk of text; bounds the memory besides the counts.
 CHUNK_CHARS = 2**20
 
 
 class CorpusError(Exception):
-    """The corpus cannot be read; the message is one line."""
+    """A file of the corpus cannot be read. The message is one line."""
 
 
 class _Arguments(Struct, frozen=True):
@@ -65,7 +65,7 @@ def _parse(arguments: Sequence[str]) -> _Arguments:
 
 
 def _check_writable(path: Path) -> None:
-    """Raises OSError, before counting takes hours, if `path` cannot be written."""
+    """Raises OSError if `path` cannot be written. Called before counting, which can take hours."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     tempfile.TemporaryFile(dir=path.parent).close()
@@ -94,9 +94,9 @@ def _size_bytes(path: Path) -> int:
 
 
 def chunks(paths: Iterable[Path]) -> Iterator[str]:
-    """Yields the texts in chunks of about `CHUNK_CHARS`, cut between lines and in lines over `LONG_TEXT_CHARS`.
+    """Yields the texts in chunks of at most about `CHUNK_CHARS`.
 
-    Raises CorpusError.
+    A chunk ends at a line break, or inside a line after `LONG_TEXT_CHARS`. Raises CorpusError.
     """
     for path in paths:
         try:
@@ -109,8 +109,8 @@ def chunks(paths: Iterable[Path]) -> Iterator[str]:
 def _file_chunks(file: TextIO) -> Iterator[str]:
     lines: list[str] = []
     size = 0
-    # Long lines are cut: for some models llama.cpp recurses for each character when it tokenizes (see
-    # `THREAD_STACK_BYTES` in `api.server.lifecycle`).
+    # Long lines are cut because the tokenizer of some models recurses once per character (see `THREAD_STACK_BYTES` in
+    # `api.server.lifecycle`).
     while line := file.readline(LONG_TEXT_CHARS):
         lines.append(line)
         size += len(line)

@@ -1,8 +1,9 @@
-"""Parses the options of `paceline serve`: command line, then environment, then configuration file; the first wins."""
+"""Parses the options of `paceline serve`: flags override environment variables, which override the file."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import msgspec
 from api.config.flags import FLAGS, HEADINGS, Flag
 from api.config.options import Options
 from api.config.spellings import IGNORED_FLAGS, IGNORED_FLAGS_WITH_VALUE, PROPOSER_TYPE_ALIASES
-from api.http.decode_errors import as_refusal, nearest_hint
+from api.http.decode_errors import choices_hint, describe_type, nearest_hint, quoted
 from engine import SIMULATED_MODEL
 
 # Booleans in environment variables, as llama-server spells them.
@@ -23,14 +24,22 @@ _BOOLEANS = {
 }
 
 
+# argparse's message about `--switch=value`.
+_VALUE_OF_A_SWITCH = re.compile(r"argument (\S+): ignored explicit argument .*", re.DOTALL)
+
+
 class OptionError(Exception):
-    """Invalid options; the message is one line that names the option and what would be right."""
+    """Invalid options. The message is one line with the option and the expected value."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Raises OptionError where argparse would end the process."""
+    """An argparse parser that raises OptionError for invalid arguments instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
+        if found := _VALUE_OF_A_SWITCH.fullmatch(message):
+            names = found[1].split("/")
+            switch = [name for name in names if name.startswith("--")][-2:]
+            raise OptionError(f"{(switch or names)[0]} takes no value: use {' or '.join(switch or names)}")
         raise OptionError(message.removeprefix("argument "))
 
 
@@ -81,8 +90,8 @@ def _parser() -> CommandParser:
 
 
 def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
-    variable = f"; env: {flag.env}" if flag.env else ""
-    text = f"{flag.help} (default: {flag.default_text}{variable})".replace("%", "%%")
+    allowed, variable = f"{flag.allowed}; " if flag.allowed else "", f"; env: {flag.env}" if flag.env else ""
+    text = f"{flag.help} ({allowed}default: {flag.default_text}{variable})".replace("%", "%%")
     if flag.switch:
         group.add_argument(
             *flag.names, dest=flag.dest, action=argparse.BooleanOptionalAction, help=text, default=argparse.SUPPRESS
@@ -93,9 +102,10 @@ def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
 
 
 def _convert(flag: Flag, given: Any, source: str) -> object:
-    """Returns the value of the field for `given`, a text or a list of texts; a boolean from the command line.
+    """Returns the value of the flag's field.
 
-    `source` names the flag or the variable in errors. Raises OptionError.
+    `given` is a text, a list of texts for a repeatable flag, or a boolean for a switch on the command line. `source`
+    names the flag or the variable in errors. Raises OptionError.
     """
     if flag.comma_separated:
         given = [word for text in given for each in text.split(",") if (word := each.strip())]
@@ -104,22 +114,22 @@ def _convert(flag: Flag, given: Any, source: str) -> object:
     try:
         return msgspec.to_builtins(msgspec.convert(_resolve_aliases(flag, given, source), flag.type, strict=False))
     except msgspec.ValidationError:
-        raise OptionError(f"{source}: expected {flag.expects}, not {given!r}") from None
+        raise OptionError(f"{source}: expected {flag.expects}, not {quoted(given)}") from None
 
 
 def _resolve_aliases(flag: Flag, given: Any, source: str) -> Any:
-    """Returns `given`; a list of choices comes without llama-server's names. Raises OptionError for an unknown name."""
+    """Returns `given`, with llama-server's names in a list of choices replaced. Raises OptionError for other names."""
     if not flag.choices or not isinstance(given, list):
         return given
     names = [PROPOSER_TYPE_ALIASES.get(name, name) if isinstance(name, str) else name for name in given]
     for name in names:
         if isinstance(name, str) and name not in flag.choices:
-            raise OptionError(f"{source}: unknown value {name!r}{nearest_hint(name, flag.choices)}")
+            raise OptionError(f"{source}: unknown value {name!r}{choices_hint(name, flag.choices)}")
     return names
 
 
 def _dashed(argument: str) -> str:
-    """Returns the argument with dashes for underscores in a flag's name, which llama-server accepts too."""
+    """Returns the argument with the underscores of a flag's name as dashes. llama-server accepts both."""
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
@@ -134,7 +144,7 @@ def _unknown_argument(rest: Sequence[str]) -> str:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    """Returns the tables of a configuration file; each value is checked, missing ones are not. Raises OptionError."""
+    """Returns the tables of a configuration file. Raises OptionError for unknown keys and invalid values."""
     try:
         tables = tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
@@ -143,13 +153,13 @@ def _read_file(path: str) -> dict[str, Any]:
         raise OptionError(f"--config: {path} is not TOML: {error}") from None
     for table, entries in tables.items():
         if table not in HEADINGS or not isinstance(entries, dict):
-            raise OptionError(f"{path}: unknown table [{table}]{nearest_hint(table, HEADINGS)}")
+            raise OptionError(f"{path}: unknown table [{table}]{choices_hint(table, HEADINGS)}")
         tables[table] = _check_table(entries, table, f"{path}: [{table}]")
     return tables
 
 
 def _check_table(entries: dict[str, Any], table: str, source: str) -> dict[str, Any]:
-    """Returns the entries of one table. Raises OptionError, which begins with `source`."""
+    """Returns the checked entries of one table. Raises OptionError whose message starts with `source`."""
     flags = {flag.field: flag for flag in FLAGS if flag.table == table}
     checked: dict[str, Any] = {}
     for key, given in entries.items():
@@ -158,6 +168,8 @@ def _check_table(entries: dict[str, Any], table: str, source: str) -> dict[str, 
         checked[key] = _resolve_aliases(flags[key], given, f"{source} {key}")
         try:
             msgspec.convert(checked[key], flags[key].type)
-        except msgspec.ValidationError as error:
-            raise OptionError(f"{source} {key}: {as_refusal(error)}, not {given!r}") from None
+        except msgspec.ValidationError:
+            flag = flags[key]
+            expected = flag.expects if flag.choices else describe_type(flag.kind)
+            raise OptionError(f"{source} {key}: expected {expected}, not {quoted(given)}") from None
     return checked

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from msgspec import Struct
-from msgspec import inspect as kinds
+from msgspec import Struct, inspect
 
 from api.config.options import Options
 from api.config.spellings import SPELLINGS
+from api.http.decode_errors import describe_type
 
 # Heading of each table of a configuration file.
 HEADINGS = {
@@ -24,9 +24,12 @@ HEADINGS = {
     "sampling": "Default sampling parameters",
 }
 
+# Types whose allowed values are part of the help.
+_RESTRICTED_TYPES = (inspect.IntType, inspect.FloatType, inspect.LiteralType)
+
 
 class Flag(Struct, frozen=True):
-    """One setting with its spellings."""
+    """One setting of the server, with its flags and its environment variable."""
 
     table: str
     """Table of a configuration file."""
@@ -36,12 +39,14 @@ class Flag(Struct, frozen=True):
     """Spellings on the command line, llama-server's first."""
     type: Any
     """Type for `msgspec.convert`."""
-    kind: kinds.Type
+    kind: inspect.Type
     """msgspec's description of `type`, without metadata and `None`."""
     default: Any
     help: str
     env: str
     """Environment variable; empty if there is none."""
+    default_flag: str
+    """Flag whose value is the default; empty if the default is `default`."""
     choices: tuple[str, ...]
     """Allowed items of a list; empty if any text is allowed."""
     comma_separated: bool
@@ -49,35 +54,35 @@ class Flag(Struct, frozen=True):
 
     @property
     def dest(self) -> str:
-        """Attribute of argparse's namespace."""
+        """Name of the attribute in argparse's namespace."""
         return f"{self.table}.{self.field}"
 
     @property
     def spelled(self) -> str:
-        """All names, for error messages."""
+        """All names, joined for error messages."""
         return "/".join(self.names)
 
     @property
     def repeatable(self) -> bool:
-        """True if each use adds a value."""
-        return isinstance(self.kind, kinds.VarTupleType)
+        """True if the flag can be repeated and each use adds a value."""
+        return isinstance(self.kind, inspect.VarTupleType)
 
     @property
     def switch(self) -> bool:
         """True if the flag takes no value and has a `--no-` form."""
-        return isinstance(self.kind, kinds.BoolType)
+        return isinstance(self.kind, inspect.BoolType)
 
     @property
     def metavar(self) -> str:
         """Placeholder of the value in the help."""
         match self.kind:
-            case kinds.IntType():
+            case inspect.IntType():
                 return "N"
-            case kinds.FloatType():
+            case inspect.FloatType():
                 return "X"
-            case kinds.LiteralType():
+            case inspect.LiteralType():
                 return "NAME"
-            case kinds.VarTupleType() if self.choices:
+            case inspect.VarTupleType() if self.choices:
                 return "NAMES"
         return self.names[-1].strip("-").upper()
 
@@ -88,18 +93,20 @@ class Flag(Struct, frozen=True):
         >>> next(flag for flag in FLAGS if flag.field == "slots").expects
         'a whole number from 1 to 256'
         """
-        match self.kind:
-            case kinds.LiteralType(values=values):
-                return "one of " + ", ".join(map(str, values))
-            case kinds.IntType():
-                return "a whole number" + _range(self.kind)
-            case kinds.FloatType():
-                return "a number" + _range(self.kind)
-            case kinds.BoolType():
-                return "on or off"
-            case kinds.VarTupleType() if self.choices:
-                return "some of " + ", ".join(self.choices)
-        return "text"
+        if self.choices:
+            return "some of " + ", ".join(self.choices)
+        return "on or off" if self.switch else describe_type(self.kind)
+
+    @property
+    def allowed(self) -> str:
+        """Allowed values, short, for the help. Empty if any text is allowed, or the flag takes no value.
+
+        >>> next(flag for flag in FLAGS if flag.field == "slots").allowed
+        'from 1 to 256'
+        """
+        if self.switch or not (self.choices or isinstance(self.kind, _RESTRICTED_TYPES)):
+            return ""
+        return self.expects.removeprefix("a whole number ").removeprefix("a number ").removeprefix("of ")
 
     @property
     def default_text(self) -> str:
@@ -111,6 +118,8 @@ class Flag(Struct, frozen=True):
                 return "on" if self.default else "off"
             case tuple():
                 return " ".join(map(repr, self.default)) or "none"
+            case None if self.default_flag:
+                return f"as {self.default_flag}"
             case None if self.switch:
                 return "chosen at start"
             case None | "":
@@ -118,26 +127,17 @@ class Flag(Struct, frozen=True):
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
 
-def _range(kind: kinds.IntType | kinds.FloatType) -> str:
-    top = None if kind.le is None or kind.le >= 2**53 else f"{kind.le:.10g}"
-    if kind.gt is not None:
-        return f" above {kind.gt:g}" + (f", up to {top}" if top else "")
-    if kind.ge is None:
-        return ""
-    return f" from {kind.ge:g} to {top}" if top else f" of at least {kind.ge:g}"
-
-
 def _flag(table: str, struct: type[Struct], field: msgspec.structs.FieldInfo) -> Flag | None:
-    """Returns the flag of a field. `None` means a field without a spelling, which only requests have."""
+    """Returns the flag of a field. None means that the field has no flag: only requests can set the field."""
     spelling = SPELLINGS[struct].get(field.name)
     if spelling is None:
         return None
-    kind, schema = kinds.type_info(field.type), {}
-    if isinstance(kind, kinds.Metadata):
+    kind, schema = inspect.type_info(field.type), {}
+    if isinstance(kind, inspect.Metadata):
         schema, kind = kind.extra_json_schema or {}, kind.type
-    if isinstance(kind, kinds.UnionType):
-        kind = next(part for part in kind.types if not isinstance(part, kinds.NoneType))
-    choices = _choices(kind.item_type) if isinstance(kind, kinds.VarTupleType) else ()
+    if isinstance(kind, inspect.UnionType):
+        kind = next(part for part in kind.types if not isinstance(part, inspect.NoneType))
+    choices = _choices(kind.item_type) if isinstance(kind, inspect.VarTupleType) else ()
     return Flag(
         table,
         field.name,
@@ -147,21 +147,22 @@ def _flag(table: str, struct: type[Struct], field: msgspec.structs.FieldInfo) ->
         field.default,
         schema.get("description", ""),
         spelling.env,
+        spelling.default_flag,
         choices,
         bool(choices) or spelling.comma_separated,
     )
 
 
-def _choices(kind: kinds.Type) -> tuple[str, ...]:
+def _choices(kind: inspect.Type) -> tuple[str, ...]:
     match kind:
-        case kinds.LiteralType(values=values):
+        case inspect.LiteralType(values=values):
             return tuple(map(str, values))
-        case kinds.UnionType(types=types):
+        case inspect.UnionType(types=types):
             return tuple(sorted(name for part in types for name in _choices(part)))
     return ()
 
 
-# In the order of the tables and of their fields.
+# All flags, in the order of the tables and of their fields.
 FLAGS = tuple(
     flag
     for table in msgspec.structs.fields(Options)

@@ -1,4 +1,4 @@
-"""The options of `paceline serve`, as one value."""
+"""The options of `paceline serve` as one Struct."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def engine(self) -> EngineConfig:
-        """The settings of the engine."""
+        """The part of the settings that the engine uses."""
         return EngineConfig(
             model=self.model,
             batch=self.batch,

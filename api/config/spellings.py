@@ -1,4 +1,4 @@
-"""Command-line flags and environment variables of each setting: llama-server's, where llama-server has the setting."""
+"""Command-line flags and environment variables of each setting, with llama-server's names where they exist."""
 
 from __future__ import annotations
 
@@ -19,163 +19,167 @@ from engine import (
 
 
 class Spelling(NamedTuple):
-    """How a setting is given outside a configuration file."""
+    """The command-line flags and the environment variable of one setting."""
 
     flags: tuple[str, ...]
     env: str
     """Environment variable; empty if there is none."""
     comma_separated: bool
     """True if one argument may hold several values of text, separated by commas."""
+    default_flag: str
+    """Flag whose value is the default; empty if the field has a default of its own."""
 
 
-def _flags(*flags: str, env: str = "", comma_separated: bool = False) -> Spelling:
-    return Spelling(flags, env, comma_separated)
+def _spelling(*flags: str, env: str = "", comma_separated: bool = False, default_flag: str = "") -> Spelling:
+    return Spelling(flags, env, comma_separated, default_flag)
 
 
 # `logit_bias` of SamplingParams has no flag: only requests have it.
 SPELLINGS: dict[type[Struct], dict[str, Spelling]] = {
     ModelConfig: {
-        "path": _flags("-m", "--model", env="LLAMA_ARG_MODEL"),
-        "gpu_layers": _flags("-ngl", "--gpu-layers", "--n-gpu-layers", env="LLAMA_ARG_N_GPU_LAYERS"),
-        "device": _flags("-dev", "--device", env="LLAMA_ARG_DEVICE"),
-        "split_mode": _flags("-sm", "--split-mode", env="LLAMA_ARG_SPLIT_MODE"),
-        "tensor_split": _flags("-ts", "--tensor-split", env="LLAMA_ARG_TENSOR_SPLIT"),
-        "main_gpu": _flags("-mg", "--main-gpu", env="LLAMA_ARG_MAIN_GPU"),
-        "fit": _flags("-fit", "--fit", env="LLAMA_ARG_FIT"),
-        "fit_target": _flags("-fitt", "--fit-target", env="LLAMA_ARG_FIT_TARGET"),
-        "threads": _flags("-t", "--threads", env="LLAMA_ARG_THREADS"),
-        "threads_batch": _flags("-tb", "--threads-batch"),
-        "kv_unified": _flags("-kvu", "--kv-unified", env="LLAMA_ARG_KV_UNIFIED"),
-        "flash_attention": _flags("-fa", "--flash-attn", env="LLAMA_ARG_FLASH_ATTN"),
-        "cache_type_k": _flags("-ctk", "--cache-type-k", env="LLAMA_ARG_CACHE_TYPE_K"),
-        "cache_type_v": _flags("-ctv", "--cache-type-v", env="LLAMA_ARG_CACHE_TYPE_V"),
-        "deterministic": _flags("--deterministic"),
-        "warmup": _flags("--warmup"),
-        "calibrate": _flags("--calibrate"),
+        "path": _spelling("-m", "--model", env="LLAMA_ARG_MODEL"),
+        "gpu_layers": _spelling("-ngl", "--gpu-layers", "--n-gpu-layers", env="LLAMA_ARG_N_GPU_LAYERS"),
+        "device": _spelling("-dev", "--device", env="LLAMA_ARG_DEVICE"),
+        "split_mode": _spelling("-sm", "--split-mode", env="LLAMA_ARG_SPLIT_MODE"),
+        "tensor_split": _spelling("-ts", "--tensor-split", env="LLAMA_ARG_TENSOR_SPLIT"),
+        "main_gpu": _spelling("-mg", "--main-gpu", env="LLAMA_ARG_MAIN_GPU"),
+        "fit": _spelling("-fit", "--fit", env="LLAMA_ARG_FIT"),
+        "fit_target": _spelling("-fitt", "--fit-target", env="LLAMA_ARG_FIT_TARGET"),
+        "threads": _spelling("-t", "--threads", env="LLAMA_ARG_THREADS"),
+        "threads_batch": _spelling("-tb", "--threads-batch"),
+        "kv_unified": _spelling("-kvu", "--kv-unified", env="LLAMA_ARG_KV_UNIFIED"),
+        "flash_attention": _spelling("-fa", "--flash-attn", env="LLAMA_ARG_FLASH_ATTN"),
+        "cache_type_k": _spelling("-ctk", "--cache-type-k", env="LLAMA_ARG_CACHE_TYPE_K"),
+        "cache_type_v": _spelling("-ctv", "--cache-type-v", env="LLAMA_ARG_CACHE_TYPE_V"),
+        "deterministic": _spelling("--deterministic"),
+        "warmup": _spelling("--warmup"),
+        "calibrate": _spelling("--calibrate"),
     },
     BatchConfig: {
-        "context": _flags("-c", "--ctx-size", env="LLAMA_ARG_CTX_SIZE"),
-        "slots": _flags("-np", "--parallel", env="LLAMA_ARG_N_PARALLEL"),
-        "queue": _flags("--queue"),
-        "rows": _flags("-b", "--batch-size", env="LLAMA_ARG_BATCH"),
-        "ubatch": _flags("-ub", "--ubatch-size", env="LLAMA_ARG_UBATCH"),
-        "outputs": _flags("--outputs"),
-        "context_shift": _flags("--context-shift", env="LLAMA_ARG_CONTEXT_SHIFT"),
-        "keep": _flags("--keep"),
-        "step_ms": _flags("--step-ms"),
-        "idle_step_ms": _flags("--idle-step-ms"),
+        "context": _spelling("-c", "--ctx-size", env="LLAMA_ARG_CTX_SIZE"),
+        "slots": _spelling("-np", "--parallel", env="LLAMA_ARG_N_PARALLEL"),
+        "queue": _spelling("--queue"),
+        "rows": _spelling("-b", "--batch-size", env="LLAMA_ARG_BATCH"),
+        "ubatch": _spelling("-ub", "--ubatch-size", env="LLAMA_ARG_UBATCH"),
+        "outputs": _spelling("--outputs"),
+        "context_shift": _spelling("--context-shift", env="LLAMA_ARG_CONTEXT_SHIFT"),
+        "keep": _spelling("--keep"),
+        "step_ms": _spelling("--step-ms"),
+        "idle_step_ms": _spelling("--idle-step-ms"),
     },
     MemoryConfig: {
-        "ram": _flags("-cram", "--cache-ram", env="LLAMA_ARG_CACHE_RAM"),
-        "reuse": _flags("--cache-reuse", env="LLAMA_ARG_CACHE_REUSE"),
-        "disk": _flags("--cache-disk"),
-        "disk_max": _flags("--cache-disk-max"),
+        "ram": _spelling("-cram", "--cache-ram", env="LLAMA_ARG_CACHE_RAM"),
+        "reuse": _spelling("--cache-reuse", env="LLAMA_ARG_CACHE_REUSE"),
+        "disk": _spelling("--cache-disk"),
+        "disk_max": _spelling("--cache-disk-max"),
     },
     SpeculationConfig: {
-        "types": _flags("--spec-type", env="LLAMA_ARG_SPEC_TYPE"),
-        "order": _flags("--spec-order"),
-        "default": _flags("--spec-default"),
-        "size_n": _flags("--spec-ngram-size-n"),
-        "size_m": _flags("--spec-ngram-size-m", "--spec-ngram-m"),
-        "min_hits": _flags("--spec-ngram-min-hits"),
-        "simple_size_n": _flags("--spec-ngram-simple-size-n"),
-        "simple_size_m": _flags("--spec-ngram-simple-size-m"),
-        "simple_min_hits": _flags("--spec-ngram-simple-min-hits"),
-        "map_k_size_n": _flags("--spec-ngram-map-k-size-n"),
-        "map_k_size_m": _flags("--spec-ngram-map-k-size-m"),
-        "map_k_min_hits": _flags("--spec-ngram-map-k-min-hits"),
-        "map_k4v_size_n": _flags("--spec-ngram-map-k4v-size-n"),
-        "map_k4v_size_m": _flags("--spec-ngram-map-k4v-size-m"),
-        "map_k4v_min_hits": _flags("--spec-ngram-map-k4v-min-hits"),
-        "mod_match": _flags("--spec-ngram-mod-n-match"),
-        "mod_min": _flags("--spec-ngram-mod-n-min"),
-        "mod_max": _flags("--spec-ngram-mod-n-max"),
-        "pool_scope": _flags("--spec-pool-scope"),
-        "pool_file": _flags("--spec-pool-file"),
-        "cache_max": _flags("--spec-ngram-cache-n-max"),
-        "lookup_static": _flags("-lcs", "--lookup-cache-static"),
-        "lookup_dynamic": _flags("-lcd", "--lookup-cache-dynamic"),
-        "suffix_factor": _flags("--spec-suffix-factor"),
-        "suffix_depth": _flags("--spec-suffix-depth"),
-        "suffix_p_min": _flags("--spec-suffix-p-min"),
-        "suffix_tokens": _flags("--spec-suffix-tokens"),
+        "types": _spelling("--spec-type", env="LLAMA_ARG_SPEC_TYPE"),
+        "order": _spelling("--spec-order"),
+        "default": _spelling("--spec-default"),
+        "size_n": _spelling("--spec-ngram-size-n"),
+        "size_m": _spelling("--spec-ngram-size-m", "--spec-ngram-m"),
+        "min_hits": _spelling("--spec-ngram-min-hits"),
+        "simple_size_n": _spelling("--spec-ngram-simple-size-n", default_flag="--spec-ngram-size-n"),
+        "simple_size_m": _spelling("--spec-ngram-simple-size-m", default_flag="--spec-ngram-size-m"),
+        "simple_min_hits": _spelling("--spec-ngram-simple-min-hits", default_flag="--spec-ngram-min-hits"),
+        "map_k_size_n": _spelling("--spec-ngram-map-k-size-n", default_flag="--spec-ngram-size-n"),
+        "map_k_size_m": _spelling("--spec-ngram-map-k-size-m", default_flag="--spec-ngram-size-m"),
+        "map_k_min_hits": _spelling("--spec-ngram-map-k-min-hits", default_flag="--spec-ngram-min-hits"),
+        "map_k4v_size_n": _spelling("--spec-ngram-map-k4v-size-n", default_flag="--spec-ngram-size-n"),
+        "map_k4v_size_m": _spelling("--spec-ngram-map-k4v-size-m", default_flag="--spec-ngram-size-m"),
+        "map_k4v_min_hits": _spelling("--spec-ngram-map-k4v-min-hits", default_flag="--spec-ngram-min-hits"),
+        "mod_match": _spelling("--spec-ngram-mod-n-match"),
+        "mod_min": _spelling("--spec-ngram-mod-n-min"),
+        "mod_max": _spelling("--spec-ngram-mod-n-max"),
+        "pool_scope": _spelling("--spec-pool-scope"),
+        "pool_file": _spelling("--spec-pool-file"),
+        "cache_max": _spelling("--spec-ngram-cache-n-max"),
+        "lookup_static": _spelling("-lcs", "--lookup-cache-static"),
+        "lookup_dynamic": _spelling("-lcd", "--lookup-cache-dynamic"),
+        "suffix_factor": _spelling("--spec-suffix-factor"),
+        "suffix_depth": _spelling("--spec-suffix-depth"),
+        "suffix_p_min": _spelling("--spec-suffix-p-min"),
+        "suffix_tokens": _spelling("--spec-suffix-tokens"),
     },
     DraftConfig: {
-        "path": _flags("-md", "--model-draft", "--spec-draft-model", env="LLAMA_ARG_SPEC_DRAFT_MODEL"),
-        "context": _flags("-cd", "--ctx-size-draft", env="LLAMA_ARG_CTX_SIZE_DRAFT"),
-        "gpu_layers": _flags(
+        "path": _spelling("-md", "--model-draft", "--spec-draft-model", env="LLAMA_ARG_SPEC_DRAFT_MODEL"),
+        "context": _spelling("-cd", "--ctx-size-draft", env="LLAMA_ARG_CTX_SIZE_DRAFT"),
+        "gpu_layers": _spelling(
             "-ngld",
             "--gpu-layers-draft",
             "--n-gpu-layers-draft",
             "--spec-draft-ngl",
             env="LLAMA_ARG_N_GPU_LAYERS_DRAFT",
         ),
-        "device": _flags("-devd", "--device-draft", "--spec-draft-device"),
-        "threads": _flags("-td", "--threads-draft", "--spec-draft-threads"),
-        "threads_batch": _flags("-tbd", "--threads-batch-draft", "--spec-draft-threads-batch"),
-        "cache_type_k": _flags(
+        "device": _spelling("-devd", "--device-draft", "--spec-draft-device"),
+        "threads": _spelling("-td", "--threads-draft", "--spec-draft-threads"),
+        "threads_batch": _spelling("-tbd", "--threads-batch-draft", "--spec-draft-threads-batch"),
+        "cache_type_k": _spelling(
             "-ctkd", "--cache-type-k-draft", "--spec-draft-type-k", env="LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_K"
         ),
-        "cache_type_v": _flags(
+        "cache_type_v": _spelling(
             "-ctvd", "--cache-type-v-draft", "--spec-draft-type-v", env="LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_V"
         ),
-        "noise": _flags("--draft-noise"),
-        "n_max": _flags("--draft-max", "--draft", "--draft-n", "--spec-draft-n-max", env="LLAMA_ARG_SPEC_DRAFT_N_MAX"),
-        "n_min": _flags("--draft-min", "--draft-n-min", "--spec-draft-n-min", env="LLAMA_ARG_SPEC_DRAFT_N_MIN"),
-        "p_min": _flags("--draft-p-min", "--spec-draft-p-min", env="LLAMA_ARG_SPEC_DRAFT_P_MIN"),
+        "noise": _spelling("--draft-noise"),
+        "n_max": _spelling(
+            "--draft-max", "--draft", "--draft-n", "--spec-draft-n-max", env="LLAMA_ARG_SPEC_DRAFT_N_MAX"
+        ),
+        "n_min": _spelling("--draft-min", "--draft-n-min", "--spec-draft-n-min", env="LLAMA_ARG_SPEC_DRAFT_N_MIN"),
+        "p_min": _spelling("--draft-p-min", "--spec-draft-p-min", env="LLAMA_ARG_SPEC_DRAFT_P_MIN"),
     },
     SimConfig: {
-        "on": _flags("--sim"),
-        "cost": _flags("--sim-cost"),
-        "accept": _flags("--sim-accept"),
-        "seed": _flags("--sim-seed"),
+        "on": _spelling("--sim"),
+        "cost": _spelling("--sim-cost"),
+        "accept": _spelling("--sim-accept"),
+        "seed": _spelling("--sim-seed"),
     },
     ServerConfig: {
-        "host": _flags("--host", env="LLAMA_ARG_HOST"),
-        "port": _flags("--port", env="LLAMA_ARG_PORT"),
-        "alias": _flags("-a", "--alias", env="LLAMA_ARG_ALIAS"),
-        "api_keys": _flags("--api-key", env="LLAMA_API_KEY", comma_separated=True),
-        "cache_salt_by_key": _flags("--cache-salt-by-key"),
-        "slots_endpoint": _flags("--slots", env="LLAMA_ARG_ENDPOINT_SLOTS"),
-        "slot_save_path": _flags("--slot-save-path"),
-        "sse_ping": _flags("--sse-ping", "--sse-ping-interval", env="LLAMA_ARG_SSE_PING_INTERVAL"),
-        "grace": _flags("--grace"),
-        "max_body": _flags("--max-body"),
-        "verbose": _flags("-v", "--verbose"),
+        "host": _spelling("--host", env="LLAMA_ARG_HOST"),
+        "port": _spelling("--port", env="LLAMA_ARG_PORT"),
+        "alias": _spelling("-a", "--alias", env="LLAMA_ARG_ALIAS"),
+        "api_keys": _spelling("--api-key", env="LLAMA_API_KEY", comma_separated=True),
+        "cache_salt_by_key": _spelling("--cache-salt-by-key"),
+        "slots_endpoint": _spelling("--slots", env="LLAMA_ARG_ENDPOINT_SLOTS"),
+        "slot_save_path": _spelling("--slot-save-path"),
+        "sse_ping": _spelling("--sse-ping", "--sse-ping-interval", env="LLAMA_ARG_SSE_PING_INTERVAL"),
+        "grace": _spelling("--grace"),
+        "max_body": _spelling("--max-body"),
+        "verbose": _spelling("-v", "--verbose"),
     },
     ChatConfig: {
-        "template": _flags("--chat-template", env="LLAMA_ARG_CHAT_TEMPLATE"),
-        "template_file": _flags("--chat-template-file", env="LLAMA_ARG_CHAT_TEMPLATE_FILE"),
-        "template_kwargs": _flags(
+        "template": _spelling("--chat-template", env="LLAMA_ARG_CHAT_TEMPLATE"),
+        "template_file": _spelling("--chat-template-file", env="LLAMA_ARG_CHAT_TEMPLATE_FILE"),
+        "template_kwargs": _spelling(
             "--chat-template-kwargs", "--default-chat-template-kwargs", env="LLAMA_ARG_CHAT_TEMPLATE_KWARGS"
         ),
-        "trust_request_template": _flags("--trust-request-chat-template"),
-        "reasoning_format": _flags("--reasoning-format", env="LLAMA_ARG_THINK"),
-        "reasoning_budget": _flags("--reasoning-budget", env="LLAMA_ARG_THINK_BUDGET"),
-        "prefill_assistant": _flags("--prefill-assistant", env="LLAMA_ARG_PREFILL_ASSISTANT"),
+        "trust_request_template": _spelling("--trust-request-chat-template"),
+        "reasoning_format": _spelling("--reasoning-format", env="LLAMA_ARG_THINK"),
+        "reasoning_budget": _spelling("--reasoning-budget", env="LLAMA_ARG_THINK_BUDGET"),
+        "prefill_assistant": _spelling("--prefill-assistant", env="LLAMA_ARG_PREFILL_ASSISTANT"),
     },
     SamplingParams: {
-        "temperature": _flags("--temp", "--temperature", env="LLAMA_ARG_TEMPERATURE"),
-        "top_k": _flags("--top-k", env="LLAMA_ARG_TOP_K"),
-        "top_p": _flags("--top-p", env="LLAMA_ARG_TOP_P"),
-        "min_p": _flags("--min-p", env="LLAMA_ARG_MIN_P"),
-        "typical_p": _flags("--typical", "--typical-p"),
-        "repeat_penalty": _flags("--repeat-penalty", env="LLAMA_ARG_REPEAT_PENALTY"),
-        "repeat_last_n": _flags("--repeat-last-n"),
-        "presence_penalty": _flags("--presence-penalty", env="LLAMA_ARG_PRESENCE_PENALTY"),
-        "frequency_penalty": _flags("--frequency-penalty", env="LLAMA_ARG_FREQUENCY_PENALTY"),
-        "dry_multiplier": _flags("--dry-multiplier"),
-        "dry_base": _flags("--dry-base"),
-        "dry_allowed_length": _flags("--dry-allowed-length"),
-        "dry_penalty_last_n": _flags("--dry-penalty-last-n"),
-        "dry_sequence_breakers": _flags("--dry-sequence-breaker"),
-        "xtc_probability": _flags("--xtc-probability"),
-        "xtc_threshold": _flags("--xtc-threshold"),
-        "seed": _flags("-s", "--seed"),
+        "temperature": _spelling("--temp", "--temperature", env="LLAMA_ARG_TEMPERATURE"),
+        "top_k": _spelling("--top-k", env="LLAMA_ARG_TOP_K"),
+        "top_p": _spelling("--top-p", env="LLAMA_ARG_TOP_P"),
+        "min_p": _spelling("--min-p", env="LLAMA_ARG_MIN_P"),
+        "typical_p": _spelling("--typical", "--typical-p"),
+        "repeat_penalty": _spelling("--repeat-penalty", env="LLAMA_ARG_REPEAT_PENALTY"),
+        "repeat_last_n": _spelling("--repeat-last-n"),
+        "presence_penalty": _spelling("--presence-penalty", env="LLAMA_ARG_PRESENCE_PENALTY"),
+        "frequency_penalty": _spelling("--frequency-penalty", env="LLAMA_ARG_FREQUENCY_PENALTY"),
+        "dry_multiplier": _spelling("--dry-multiplier"),
+        "dry_base": _spelling("--dry-base"),
+        "dry_allowed_length": _spelling("--dry-allowed-length"),
+        "dry_penalty_last_n": _spelling("--dry-penalty-last-n"),
+        "dry_sequence_breakers": _spelling("--dry-sequence-breaker"),
+        "xtc_probability": _spelling("--xtc-probability"),
+        "xtc_threshold": _spelling("--xtc-threshold"),
+        "seed": _spelling("-s", "--seed"),
     },
 }
 
-# Accepted and ignored: flags of llama-server for behaviour that is always on here, or that does not exist here.
+# Flags of llama-server that are accepted without effect: the behaviour is always on here, or does not exist here.
 IGNORED_FLAGS = (
     "--jinja",
     "--metrics",
@@ -190,5 +194,5 @@ IGNORED_FLAGS = (
 )
 IGNORED_FLAGS_WITH_VALUE = ("--spec-draft-p-split", "--draft-p-split", "--spec-draft-sampling")
 
-# llama-server's names of proposer types that have another name here.
+# Paceline's name for each proposer type that llama-server names differently.
 PROPOSER_TYPE_ALIASES = {"draft-simple": "draft"}

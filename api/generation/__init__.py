@@ -1,1 +1,1 @@
-"""Generation independent of an endpoint's shapes: the loaded model, output constraints, prepared chats and choices."""
+"""Generation, shared by all endpoints: the loaded model, output constraints, prepared chats and choices."""

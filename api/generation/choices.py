@@ -1,4 +1,4 @@
-"""Runs the choices of one HTTP request and forms their updates into a stream or a body, whatever the endpoint."""
+"""Runs the choices of one HTTP request, and builds a stream or a body of OpenAI's endpoints from their updates."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from engine import (
     derive_seed,
 )
 
-# Choices of one HTTP request, over all its prompts.
+# Maximum choices of one HTTP request, over all prompts.
 _MAX_CHOICES = 256
 
-# Drawn seeds are below 2^53, which every JSON parser reads exactly.
-_DRAWN_SEED_LIMIT = 2**53
+# Random seeds are below 2^53: every JSON parser reads such integers exactly.
+_RANDOM_SEED_LIMIT = 2**53
 
 OnUpdate = Callable[[int, Update], Awaitable[None]]
 _RequestT = TypeVar("_RequestT", bound=GenerationRequest)
@@ -73,7 +73,7 @@ class Choices:
     ) -> None:
         """Creates the generations without submitting them. Raises RequestRefused.
 
-        `prediction` is cut to the longest possible output.
+        `prediction` is cut to the length of the longest possible output.
         """
         self.n = request.n or 1
         check_choice_count(model, len(prompts), self.n)
@@ -107,31 +107,31 @@ class Choices:
             for prompt in prompts
             for choice in range(self.n)
         ]
-        self._ends: list[Finished | None] = [None] * len(self)
+        self._finished: list[Finished | None] = [None] * len(self)
 
     def __len__(self) -> int:
         return len(self._generations)
 
     @property
     def requests(self) -> list[Request]:
-        """The engine requests, by index of the choice."""
+        """The engine's requests, one for each choice."""
         return [generation.request for generation in self._generations]
 
     @property
     def all_finished(self) -> bool:
         """True if every choice has finished."""
-        return None not in self._ends
+        return None not in self._finished
 
     @property
-    def ends_by_prompt(self) -> list[list[Finished]]:
+    def finished_by_prompt(self) -> list[list[Finished]]:
         """The terminal updates, one list for each prompt. All choices must have finished."""
-        ends = self.ends
-        return [ends[start : start + self.n] for start in range(0, len(ends), self.n)]
+        finished = self.finished
+        return [finished[start : start + self.n] for start in range(0, len(finished), self.n)]
 
     @property
-    def ends(self) -> list[Finished]:
+    def finished(self) -> list[Finished]:
         """The terminal updates of the choices that have finished, in order of the index."""
-        return [end for end in self._ends if end is not None]
+        return [end for end in self._finished if end is not None]
 
     def enough(self, index: int) -> None:
         """Ends the running choice with the tokens emitted so far and finish reason `length`."""
@@ -148,7 +148,7 @@ class Choices:
             try:
                 await run_concurrently([partial(self._follow, index, on_update) for index in range(len(self))])
             finally:
-                self._context.finished = self.ends
+                self._context.finished = self.finished
 
     async def _follow(self, index: int, on_update: OnUpdate) -> None:
         async for update in self._generations[index]:
@@ -158,7 +158,7 @@ class Choices:
             if isinstance(update, Finished):
                 if update.reason is FinishReason.CANCELLED:
                     raise EngineFault("The server ended the request.")
-                self._ends[index] = update
+                self._finished[index] = update
             await on_update(index, update)
 
 
@@ -176,13 +176,13 @@ def check_choice_count(model: LoadedModel, prompts: int, n: int) -> None:
 async def read_generation_request(
     http_request: HTTPRequest, model: LoadedModel, decoder: msgspec.json.Decoder[_RequestT]
 ) -> _RequestT:
-    """Receives and parses the body. Raises HTTPException 413 if the body is too large, and RequestRefused."""
+    """Returns the parsed body. Raises HTTPException 413 for a too large body, RequestRefused for an invalid one."""
     body = await read_body(http_request, model.options.server.max_body)
     return parse_generation_request(body, model, decoder)
 
 
 def parse_generation_request(body: bytes, model: LoadedModel, decoder: msgspec.json.Decoder[_RequestT]) -> _RequestT:
-    """Returns the request in `body`. Raises RequestRefused for wrong JSON, another model or an unsupported field."""
+    """Returns the request in `body`. Raises RequestRefused for invalid JSON, another model or an unsupported field."""
     request = decode_body(decoder, body)
     model.check_name(request.model)
     refuse_unsupported(request)
@@ -190,15 +190,15 @@ def parse_generation_request(body: bytes, model: LoadedModel, decoder: msgspec.j
 
 
 def _choose_seed(requested: int | None, default: int | None) -> int:
-    """Returns a seed below 2^63; without a seed, or for llama-server's -1, a random one below 2^53."""
+    """Returns the seed modulo 2^63, or a random seed below 2^53 if there is none or it is llama-server's -1."""
     seed = default if requested is None else requested
-    return secrets.randbelow(_DRAWN_SEED_LIMIT) if seed is None or seed == -1 else seed & (2**63 - 1)
+    return secrets.randbelow(_RANDOM_SEED_LIMIT) if seed is None or seed == -1 else seed & (2**63 - 1)
 
 
 class ReplyBuilder(ABC):
     """Builds the events of a stream or the choices of a body in one endpoint's shape.
 
-    One `chunk` is modified and encoded for every event.
+    `chunk` is one object that is modified and encoded again for every event.
     """
 
     def __init__(self, model: LoadedModel, request: GenerationRequest, kind: str, id_prefix: str) -> None:
@@ -216,23 +216,23 @@ class ReplyBuilder(ABC):
 
     @abstractmethod
     def token_event(self, index: int, update: Tokens) -> bytes:
-        """Returns the event for `update`; empty if the client gets nothing new."""
+        """Returns the encoded event for `update`, or empty bytes if `update` adds nothing to the reply."""
 
     @abstractmethod
     def set_final_chunk(self, index: int, end: Finished) -> None:
-        """Sets `chunk` to the last chunk of the choice."""
+        """Turns `chunk` into the last chunk of the choice."""
 
     @abstractmethod
     def whole_choice(
         self, index: int, text: str, logprobs: Sequence[Logprob], end: Finished
     ) -> ChatChoice | TextChoice:
-        """Returns the choice of a body."""
+        """Returns the finished choice for the body of a reply without a stream."""
 
 
 def respond(
     request: GenerationRequest, choices: Choices, builder: ReplyBuilder, ping_seconds: float
 ) -> PendingJSONResponse | EventStreamResponse:
-    """Returns the response, an event stream if the request has `stream`."""
+    """Returns an event stream if the request has `stream`, otherwise a JSON response."""
     if not request.stream:
         return PendingJSONResponse(partial(_body, choices, builder))
     return EventStreamResponse(partial(_stream, choices, builder, request.include_usage), ping_seconds)
@@ -252,24 +252,24 @@ async def _stream(choices: Choices, builder: ReplyBuilder, include_usage: bool, 
 
 
 def _last_events(choices: Choices, chunk: CompletionReply, include_usage: bool) -> bytes:
-    """Returns the chunk that ends the last choice, the usage chunk if included, and [DONE].
+    """Returns the encoded `chunk`, which ends the last choice, then the usage chunk if requested, and [DONE].
 
-    The last chunk has the statistics of the request.
+    The chunk before [DONE] has the statistics of the request.
     """
     events = b""
     if include_usage:
         events = sse_event(chunk)
         chunk.choices = ()
-        chunk.usage = UsageReply.of(choices.ends_by_prompt)
+        chunk.usage = UsageReply.of(choices.finished_by_prompt)
     _set_statistics(choices, chunk)
     return events + sse_event(chunk) + DONE_EVENT
 
 
 def _set_statistics(choices: Choices, reply: CompletionReply) -> None:
-    """Sets the fields that are known after the last choice has finished."""
-    reply.timings = TimingsReply.of(choices.ends_by_prompt)
-    reply.metrics = MetricsReply.of(choices.ends)
-    reply.speculative = SpeculativeReply.of(choices.speculation, choices.ends)
+    """Sets the statistics of the reply. All choices must have finished."""
+    reply.timings = TimingsReply.of(choices.finished_by_prompt)
+    reply.metrics = MetricsReply.of(choices.finished)
+    reply.speculative = SpeculativeReply.of(choices.speculation, choices.finished)
     reply.seed = choices.seed
 
 
@@ -285,8 +285,8 @@ async def _body(choices: Choices, builder: ReplyBuilder) -> CompletionReply:
     await choices.run(on_update)
     builder.chunk.choices = [
         builder.whole_choice(index, "".join(texts[index]), logprobs[index], end)
-        for index, end in enumerate(choices.ends)
+        for index, end in enumerate(choices.finished)
     ]
-    builder.chunk.usage = UsageReply.of(choices.ends_by_prompt)
+    builder.chunk.usage = UsageReply.of(choices.finished_by_prompt)
     _set_statistics(choices, builder.chunk)
     return builder.chunk

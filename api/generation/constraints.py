@@ -1,4 +1,4 @@
-"""Output constraints of a request in four dialects: OpenAI's, llama-server's and vLLM's two."""
+"""Output constraints of a request in the fields of OpenAI, llama-server and vLLM (current and older)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from engine import (
 
 _RESPONSE_FORMATS = ("text", "json_object", "json_schema")
 
-# The start of a line that GBNF cannot have. One line per match, so that the search takes linear time.
+# The start of a line that is valid in Lark and not in GBNF. A match stays within one line, for a search in linear time.
 _LARK_LINE = re.compile(r"^[^\S\n]*(%llguidance\b|start\s*:(?!:=))", re.MULTILINE)
 
 
 class Constraint(NamedTuple):
-    """The grammar that a request demands, and the path of the field that demands the grammar."""
+    """The grammar of the output, and the path of the request's field that contains the grammar."""
 
     spec: GrammarSpec
     path: str
@@ -49,8 +49,8 @@ def parse_constraint(request: GenerationRequest) -> Constraint | None:
 async def compile_constraint(engine: Engine, constraint: Constraint | None) -> Grammar | None:
     """Returns the compiled grammar of `constraint`; None without a constraint.
 
-    Raises RequestRefused. Its field is the constraint's path, followed by the JSON pointer of the unsupported keyword
-    if the grammar is a schema.
+    Raises RequestRefused, whose `field` is the constraint's path. For a schema, the JSON pointer of the unsupported
+    keyword is appended to the path.
     """
     if constraint is None:
         return None

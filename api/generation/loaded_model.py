@@ -1,4 +1,4 @@
-"""The loaded model, which every endpoint uses, and the state of the application."""
+"""The loaded model and the state of the application, shared by all endpoints."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class LoadedModel:
         """Seconds since the epoch."""
         self.prompts = PromptRenderer(info, engine.vocab, options.chat)
         self.fingerprint = "fp_" + hashlib.sha256(f"{PACELINE_VERSION} {info.layout}".encode()).hexdigest()[:10]
-        """A hash of Paceline's version and of `info.layout`, which names all that determines the logits: the model, the
-        library's build, the KV types and the kernels."""
+        """A hash of Paceline's version and of `info.layout`: the model file, the library's build, the KV types and the
+        attention kernel."""
         self._names = {self.name, file.name, file.stem, info.path}
 
     @property
@@ -40,7 +40,7 @@ class LoadedModel:
         return tuple(kind for kind in self.engine.proposers if kind in configured or "auto" in configured)
 
     def check_name(self, name: str | None) -> None:
-        """Raises UnknownModel if `name` is given and is not a name of this model."""
+        """Raises UnknownModel if `name` is neither empty nor a name of this model."""
         if name and name not in self._names:
             raise UnknownModel(name, self.name)
 

@@ -1,4 +1,4 @@
-"""Prepares a chat request: the prompt, the parser of the output and the grammar of the output."""
+"""Prepares a chat request for generation: the prompt, and the parser and the grammar of the output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from engine import (
 # Tokens at the end of a prompt that are searched for an open reasoning tag.
 _PROMPT_TAIL_TOKENS = 32
 
-# Constraints that can be an expression in the grammar of a message. Regex, GBNF and Lark are whole grammars.
+# Constraints that the grammar of a message can embed as an expression. Regex, GBNF and Lark are whole grammars.
 _EMBEDDABLE = JsonSchema, JsonObject, OneOfTexts
 
 
@@ -34,7 +34,7 @@ class PreparedChat(Struct, frozen=True):
     """A chat request, ready for generation."""
 
     prompt_text: str
-    """The rendered conversation, special tokens by their names."""
+    """The rendered conversation, with special tokens by name."""
     prompt: tuple[int, ...]
     """The token ids of `prompt_text`."""
     format: ChatFormat
@@ -43,12 +43,12 @@ class PreparedChat(Struct, frozen=True):
     """The constraint on an answer without tool calls."""
     split_reasoning: bool
     """True if reasoning goes to `reasoning_content`, False if reasoning stays in the content."""
-    opened: bool
+    in_reasoning: bool
     """True if the prompt ends inside of the reasoning."""
     may_reason: bool
     """True if the output may contain reasoning."""
     marker_tokens: dict[str, int]
-    """The markers of the format that are special tokens of the model, with their ids."""
+    """The token ids of the format's markers that are special tokens of the model."""
     reasoning_budget: ReasoningBudget | None
 
     @property
@@ -58,14 +58,16 @@ class PreparedChat(Struct, frozen=True):
 
     @property
     def control_texts(self) -> tuple[tuple[int, str], ...]:
-        """The special tokens that the output must contain by name for the parser, each with its name."""
+        """The special tokens whose names the output must contain for the parser, as pairs of id and name."""
         return () if self.is_plain else tuple((token, text) for text, token in self.marker_tokens.items())
 
     def parser(self) -> MessageParser | None:
         """Returns a new parser for one choice; None if the output is plain."""
         if self.is_plain:
             return None
-        return MessageParser(self.format, self.calls, opened=self.opened, split=self.split_reasoning)
+        return MessageParser(
+            self.format, self.calls, in_reasoning=self.in_reasoning, split_reasoning=self.split_reasoning
+        )
 
     async def grammar(self, engine: Engine) -> Grammar | None:
         """Returns the grammar of the output: tool calls valid by their schemas, or an answer valid by the constraint.
@@ -73,13 +75,13 @@ class PreparedChat(Struct, frozen=True):
         None permits any output. Raises RequestRefused, which names the field.
         """
         constraint = self.constraint
-        # Compiled alone first, so that an error in the constraint names the constraint's own keyword.
+        # The constraint is compiled alone first, so that an error names the constraint's own keyword.
         answer_only = await compile_constraint(engine, constraint)
         if not self.calls.tools and not (self.may_reason if constraint else self.calls.withheld):
             return answer_only
         if constraint is not None and not isinstance(constraint.spec, _EMBEDDABLE):
-            if not self.calls.tools and not self.opened:
-                return answer_only  # the output cannot contain reasoning then
+            if not self.calls.tools and not self.in_reasoning:
+                return answer_only  # the constraint covers the whole output, which then contains no reasoning
             conflict = "tools" if self.calls.tools else "a prompt that ends inside of the reasoning"
             raise RequestRefused(
                 f"{constraint.path}: a regex or grammar cannot be combined with {conflict}; use a JSON schema.",
@@ -97,7 +99,7 @@ class PreparedChat(Struct, frozen=True):
         """Returns the Lark grammar of the message. Raises RequestRefused."""
         lark = LarkBuilder(self.marker_tokens)
         answer = None if constraint is None else _expression(lark, constraint.spec)
-        self.format.grammar(lark, MessageConstraints(self.calls, self.may_reason, self.opened, answer))
+        self.format.grammar(lark, MessageConstraints(self.calls, self.may_reason, self.in_reasoning, answer))
         return str(lark)
 
     async def _check_tool_schemas(self, engine: Engine) -> None:
@@ -120,15 +122,15 @@ async def prepare_chat(request: ChatRequest, prompts: PromptRenderer) -> Prepare
     prompt = await prompts.tokenize_prompt(prompt_text)
     format, template = prompts.format_for(request), prompts.template_for(request).source
     split_reasoning = (request.reasoning_format or prompts.chat.reasoning_format) != "none"
-    opened = format.opens_reasoning(prompts.detokenize(prompt[-_PROMPT_TAIL_TOKENS:]))
-    may_reason = opened or format.may_reason(template)
+    in_reasoning = format.opens_reasoning(prompts.detokenize(prompt[-_PROMPT_TAIL_TOKENS:]))
+    may_reason = in_reasoning or format.may_reason(template)
     marker_tokens = {name: token for name in format.markers if (token := prompts.special_token(name)) is not None}
     max_tokens, budget = prompts.reasoning_budget(request), None
     if max_tokens >= 0 and may_reason and format.closes:
-        opens = "" if opened else format.opens[0]
+        opens = "" if in_reasoning else format.opens[0]
         budget = ReasoningBudget(max_tokens, opens, format.closes, prompts.closing_tokens(format.closes))
     return PreparedChat(
-        prompt_text, prompt, format, calls, constraint, split_reasoning, opened, may_reason, marker_tokens, budget
+        prompt_text, prompt, format, calls, constraint, split_reasoning, in_reasoning, may_reason, marker_tokens, budget
     )
 
 

@@ -13,15 +13,15 @@ from api.http.error_responses import InvalidApiKey
 from api.http.request_context import request_context
 from api.http.responses import json_error
 
-# Load balancers probe without a key.
+# Paths without authentication: load balancers probe without a key.
 _PUBLIC_PATHS = ("/health",)
 
 
 class ApiKeyMiddleware:
     """ASGI middleware that answers 401 to requests without one of `keys`. With no keys every request passes.
 
-    With `separate_namespaces`, prefixes are shared only between requests of equal key; requests without a key share a
-    namespace too.
+    With `separate_namespaces`, only requests with the same key share prefixes. Requests without a key share one
+    namespace.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], *, separate_namespaces: bool = False) -> None:
@@ -40,13 +40,13 @@ class ApiKeyMiddleware:
         await self._app(scope, receive, send)
 
     def _accepts(self, key: str) -> bool:
-        # All keys are compared, in constant time each, so that the duration leaks neither a match nor its length.
+        # Every key is compared in constant time, so that the duration does not reveal which key matches or how far.
         matches = [hmac.compare_digest(key.encode(), valid) for valid in self._keys]
         return any(matches)
 
 
 def namespace_of(key: str) -> str:
-    """Returns the namespace of a key: equal after a restart, and a hash, so that stored prefixes do not expose the key.
+    """Returns the namespace of a key, the same after a restart. A hash, so that stored prefixes do not expose the key.
 
     >>> namespace_of("one") == namespace_of("two")
     False

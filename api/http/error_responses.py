@@ -1,4 +1,4 @@
-"""Maps exceptions to HTTP error responses in OpenAI's shape. No other module chooses a status or an error type."""
+"""Maps exceptions to HTTP error responses in OpenAI's shape. Only HTTPException brings a status of its own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from starlette.exceptions import HTTPException
 
 from engine import ContextExceeded, Draining, EngineError, Overloaded, RequestRefused
 
-# Seconds for `Retry-After` while the model loads or no slot is idle, and while the server shuts down.
+# `Retry-After` while the model loads or no slot is idle.
 _RETRY_SECONDS = 1.0
+# `Retry-After` while the server shuts down.
 _RESTART_SECONDS = 5.0
 
-# Characters of a client's text that an error message repeats.
+# Maximum characters of a client's text in an error message.
 _QUOTED_CHARS = 128
 
 
@@ -43,7 +44,7 @@ class ErrorResponse(Struct, frozen=True):
 
     @property
     def body(self) -> ErrorBody:
-        """The body to encode as JSON."""
+        """The body of the response, to be encoded as JSON."""
         return ErrorBody(self.error)
 
 
@@ -83,7 +84,7 @@ class NoIdleSlot(EngineError):
 
 
 def error_response(error: Exception) -> ErrorResponse:
-    """Returns the response for `error`. The response to an unexpected exception does not contain its message."""
+    """Returns the response for `error`. The message of an unexpected exception is not sent."""
     match error:
         case ContextExceeded():
             return ErrorResponse(

@@ -1,4 +1,4 @@
-"""Receives request bodies up to a size limit."""
+"""Receives request bodies up to a maximum size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The context of one HTTP request: its id, on every response, and its line in the log."""
+"""The context of one HTTP request: the id for the response's headers, and the data of its log line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = logging.getLogger("paceline")
 # nginx's status for a client that disconnected before the response was complete.
 CLIENT_CLOSED_REQUEST = 499
 
-# A client's request id is kept if it cannot forge a line of the log.
+# Request ids of clients that are kept. Other characters could forge log lines.
 _SAFE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 # Monitoring requests are logged at DEBUG.
@@ -26,13 +26,13 @@ _MONITORING_PATHS = ("/health", "/metrics", "/slots")
 
 
 class RequestContext:
-    """The facts about one HTTP request while the server answers the request. Endpoints add theirs."""
+    """The data of one HTTP request's log line. Endpoints and middleware set the attributes."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
         client_id = Headers(scope=scope).get("x-request-id", "")
         self.id = client_id if _SAFE_ID.fullmatch(client_id) else uuid.uuid4().hex
         self.send = send
-        """The server's `send`, past all middleware: only for body messages after the start of the response."""
+        """The server's `send`, which bypasses all middleware. Only for body messages of a started response."""
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.status = CLIENT_CLOSED_REQUEST  # until a response starts
@@ -47,7 +47,7 @@ class RequestContext:
         self._started = time.monotonic()
 
     def cache_salt(self, requested: str | None) -> str:
-        """Returns the salt for a request with `cache_salt` `requested`: unequal in unequal namespaces."""
+        """Returns the cache salt for the request's own salt `requested`. Salts of different namespaces differ."""
         return f"{self.namespace} {requested or ''}" if self.namespace else requested or ""
 
     @property

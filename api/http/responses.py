@@ -21,7 +21,7 @@ from engine import EngineError
 
 _log = logging.getLogger("paceline")
 
-# A comment: proxies keep the connection open, parsers of events drop it.
+# An SSE comment keeps the connection open in proxies; clients ignore the comment.
 _PING_COMMENT = b": ping\n\n"
 
 SendEvents = Callable[[bytes], Awaitable[None]]
@@ -64,9 +64,9 @@ class PendingJSONResponse(Response):
 class EventStreamResponse(Response):
     """A stream of server-sent events. A disconnect of the client cancels `produce`.
 
-    `produce` gets `send_events` and calls it with one or more whole events at a time, also from several tasks. The
-    response starts with the first event, so a request refused before gets an error status; or, with a comment, after
-    `ping_seconds` without an event (0 is never). An error after the start is sent as the last event.
+    `produce` gets `send_events` and may call it from several tasks, with one or more whole events per call. The status
+    200 is sent with the first event, or with a comment after `ping_seconds` without an event; 0 disables comments. An
+    error before that is raised and gets an error status, an error after that is sent as the last event.
     """
 
     media_type = "text/event-stream"
@@ -79,11 +79,11 @@ class EventStreamResponse(Response):
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
         self._started = False
         self._last_sent = time.monotonic()
-        self._start_lock = Lock()  # several choices and a ping may be first at the same time
+        self._start_lock = Lock()  # several choices and a ping may send the first event at the same time
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = request_context(scope)
-        # Starlette's middleware needs the start message only; each layer costs time for every body message.
+        # Body messages bypass the middleware, which needs the start message only and costs time for every message.
         send_body = context.send
 
         async def send_events(events: bytes) -> None:
@@ -98,7 +98,7 @@ class EventStreamResponse(Response):
             except OSError:
                 raise _SocketClosed from None
             except Exception as error:
-                async with self._start_lock:  # a ping may be starting the response
+                async with self._start_lock:  # a ping may be starting the response concurrently
                     if not self._started:
                         raise
                 context.error = error

@@ -1,4 +1,4 @@
-"""Runs coroutines concurrently with cancellation. Their errors are raised as they are, not in exception groups."""
+"""Runs coroutines concurrently with cancellation. Errors are raised directly, not in exception groups."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def run_concurrently(functions: Sequence[CoroutineFunction]) -> None:
 
 
 async def run_until_disconnect(receive: Receive, function: CoroutineFunction, *background: CoroutineFunction) -> bool:
-    """Runs `function`, and returns True; a disconnect of the client cancels `function` and returns False.
+    """Runs `function` and returns True. If the client disconnects first, cancels `function` and returns False.
 
     The `background` functions run until `function` ends and must not raise. The request's body must have been received.
     """
@@ -51,7 +51,7 @@ async def run_until_disconnect(receive: Receive, function: CoroutineFunction, *b
         try:
             await function()
             done = True
-        except Exception as error:  # raised below, as the task group would wrap it in an exception group
+        except Exception as error:  # raised below: the task group would wrap the error in an exception group
             failure = error
         tasks.cancel_scope.cancel()
     if failure is not None:

@@ -49,6 +49,8 @@ class CompletionEndpoint:
         model = self._state.model
         body = await read_generation_request(request, model, _DECODER)
         _check_supported(body, model)
+        if body.cache_prompt is False:
+            body.cache_salt = uuid4().hex  # matches no cached prefix
         await _tokenize_biases(body, model.engine.vocab)
         constraint = parse_constraint(body)
         check_choice_count(model, len(body.prompts), body.n or 1)
@@ -70,8 +72,7 @@ class CompletionEndpoint:
 
 
 def _check_supported(body: LlamaCompletionRequest, model: LoadedModel) -> None:
-    """Raises RequestRefused for fields that would have no effect. Gives the request a cache salt of its own if
-    `cache_prompt` is false."""
+    """Raises RequestRefused for fields that would have no effect."""
     body.refuse_unsupported()
     if body.id_slot is not None and not -1 <= body.id_slot < model.engine.slots:
         raise RequestRefused(f"id_slot must be 0 to {model.engine.slots - 1}, or -1 for any slot.", field="id_slot")
@@ -82,12 +83,10 @@ def _check_supported(body: LlamaCompletionRequest, model: LoadedModel) -> None:
         raise RequestRefused(
             "n_discard must be 0: a context shift discards half of the tokens after n_keep.", field="n_discard"
         )
-    if body.cache_prompt is False:
-        body.cache_salt = uuid4().hex  # matches no cached prefix
 
 
 async def _tokenize_biases(body: LlamaCompletionRequest, vocab: Vocab) -> None:
-    """Replaces biases of texts by biases of their tokens, in place. Raises RequestRefused for too much text."""
+    """Replaces each text in `logit_bias` by its tokens, in place. Raises RequestRefused for too much text."""
     biases = body.logit_bias
     if not isinstance(biases, list):
         return
@@ -109,14 +108,14 @@ def _token_biases(biases: Sequence[LogitBias], vocab: Vocab) -> list[LogitBias]:
 
 
 async def _tokenize_prompt(model: LoadedModel, prompt: str | MixedPrompt) -> tuple[int, ...]:
-    """Returns the tokens of a prompt. The model's tokens are added around a text at its start."""
+    """Returns the tokens of a prompt. In a list, BOS and EOS are added only around a text that is the first item."""
     if isinstance(prompt, str):
         return await model.prompts.tokenize_prompt(prompt)
-    return tuple(await model.prompts.tokenize_parts(prompt, add=True, parse=True))
+    return tuple(await model.prompts.tokenize_parts(prompt, add_special=True, parse_special=True))
 
 
 class _Replies:
-    """The replies of one HTTP request, as a stream or as a whole."""
+    """The replies of one HTTP request, as a stream or as a body."""
 
     def __init__(self, model: LoadedModel, body: LlamaCompletionRequest, choices: Choices) -> None:
         self._body = body
@@ -142,7 +141,7 @@ class _Replies:
         await self._choices.run(on_update)
 
     async def body(self) -> JSONBody:
-        """Returns the reply of the choice, or a list of replies if there are several choices."""
+        """Returns the reply of the only choice, or a list with the replies of several choices."""
 
         async def on_update(index: int, update: Update) -> None:
             if isinstance(update, Tokens):
@@ -150,7 +149,7 @@ class _Replies:
                 self._check_time_limit(index)
 
         await self._choices.run(on_update)
-        ends = self._choices.ends
+        ends = self._choices.finished
         replies = [self._selected(choice.reply(end)) for choice, end in zip(self._states, ends, strict=True)]
         return replies if len(replies) > 1 else replies[0]
 
@@ -197,7 +196,7 @@ class _Choice:
 
     @property
     def milliseconds(self) -> float:
-        """Time since the first token."""
+        """Milliseconds since the first token."""
         return 0.0 if self._started is None else (time.monotonic() - self._started) * 1e3
 
     def add(self, update: Tokens) -> None:
@@ -210,7 +209,7 @@ class _Choice:
         self._probabilities += _probabilities(self._model.engine.vocab, update.logprobs)
 
     def progress(self, progress: PrefillProgress) -> LlamaCompletionChunk:
-        """Returns the event of prefill progress."""
+        """Returns an event with the prefill progress."""
         return LlamaCompletionChunk(
             index=self._index,
             content="",
@@ -235,10 +234,12 @@ class _Choice:
         )
 
     def reply(self, end: Finished) -> LlamaCompletionReply:
-        """Returns the final reply. In a stream its text and tokens are empty, as earlier events contain them."""
+        """Returns the final reply. In a stream its text and tokens are empty, because earlier events contained both."""
         stream, usage = self._body.stream, end.usage
         stop_type, word = self._stop_reason(end)
-        full = end.reason is FinishReason.LENGTH and usage.prompt + usage.completion >= self._model.engine.request_limit
+        context_full = (
+            end.reason is FinishReason.LENGTH and usage.prompt + usage.completion >= self._model.engine.request_limit
+        )
         return LlamaCompletionReply(
             index=self._index,
             content="" if stream else "".join(self._texts),
@@ -249,7 +250,7 @@ class _Choice:
             generation_settings=self._generation_settings,
             prompt=self._model.prompts.detokenize(self._prompt),
             has_new_line=self.has_new_line,
-            truncated=bool(end.discarded) or (full and stop_type == "limit"),
+            truncated=bool(end.discarded) or (context_full and stop_type == "limit"),
             stop_type=stop_type,
             stopping_word=word,
             tokens_cached=usage.prompt + max(0, usage.completion - 1) - end.discarded,
@@ -258,7 +259,7 @@ class _Choice:
         )
 
     def _stop_reason(self, end: Finished) -> tuple[str, str]:
-        """Returns llama-server's stop type, and the stop string or token of type "word"."""
+        """Returns llama-server's stop type, and for type "word" the text of the stop string or stop token."""
         if end.reason is FinishReason.LENGTH:
             return "limit", ""
         if isinstance(end.stop, str):
@@ -269,7 +270,7 @@ class _Choice:
 
     def _timings(self) -> RunningTimings:
         count, milliseconds = len(self._tokens), self.milliseconds
-        timed = max(0, count - 1)  # the clock starts at the first token
+        timed = max(0, count - 1)  # the time is measured from the first token
         return RunningTimings(
             count,
             milliseconds,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from api.http.decode_errors import nearest_hint
+from api.http.decode_errors import choices_hint
 from api.llama_server.generation_settings import SAMPLERS
 from api.schema.replies import TimingsReply
 from api.schema.requests import ChoiceCount, GenerationRequest, Int32, NonNegativeInt
@@ -25,7 +25,7 @@ class LlamaCompletionRequest(GenerationRequest, kw_only=True):
     n_cmpl: ChoiceCount | None = None
     n_probs: Annotated[int, Meta(ge=0, le=100)] | None = None
     id_slot: Int32 | None = None
-    """Accepted without effect if it is -1 or a valid slot, since all slots share the prefix cache."""
+    """Valid slots and -1 are accepted without effect, since all slots share the prefix cache."""
     cache_prompt: bool | None = None
     return_tokens: bool | None = None
     response_fields: Annotated[list[str], Meta(max_length=64)] | None = None
@@ -52,20 +52,20 @@ class LlamaCompletionRequest(GenerationRequest, kw_only=True):
 
     @property
     def prompts(self) -> Sequence[str | MixedPrompt]:
-        """The prompts. A list that contains a token is one prompt, another list is a list of prompts.
+        """The prompts. A list that contains token ids is one prompt, any other list is a list of prompts.
 
         Raises RequestRefused for an empty list and for a list that mixes tokens and lists.
         """
         if isinstance(self.prompt, str):
             return [self.prompt]
         kinds = set(map(type, self.prompt))
-        numbers = int in kinds
-        if not kinds or (numbers and list in kinds):
+        has_token_ids = int in kinds
+        if not kinds or (has_token_ids and list in kinds):
             raise RequestRefused(
                 "prompt must be a text, a list of texts and token ids, or a non-empty list of such prompts.",
                 field="prompt",
             )
-        if not numbers:
+        if not has_token_ids:
             return [item for item in self.prompt if not isinstance(item, int)]
         return [[item for item in self.prompt if not isinstance(item, list)]]
 
@@ -79,18 +79,18 @@ class LlamaCompletionRequest(GenerationRequest, kw_only=True):
 
     @property
     def sampler_stages(self) -> Sequence[str]:
-        """The active sampler stages. Raises RequestRefused for unknown stages and for an order unlike `SAMPLERS`."""
+        """The active sampler stages. Raises RequestRefused for unknown stages and another order than `SAMPLERS`."""
         return SAMPLERS if self.samplers is None else _parse_samplers(self.samplers)
 
     def refuse_unsupported(self) -> None:
-        """Raises RequestRefused for unsupported fields that are not off."""
+        """Raises RequestRefused if an unsupported field has a value other than off."""
         for name, (is_off, off) in _UNSUPPORTED.items():
             value = getattr(self, name)
             if value is not None and not is_off(value):
                 raise RequestRefused(f"{name} is not supported, only {off}.", field=name)
 
 
-# Unsupported fields: the test whether the value turns the field off, and the description of such values.
+# For each unsupported field: a test that is true for values that mean off, and a description of those values.
 _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "grammar_lazy": (lambda value: not value, "false: a grammar applies from the first token"),
     "n_indent": (lambda value: not value, "0"),
@@ -103,7 +103,7 @@ _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora": (lambda value: not value, "an empty list"),
 }
 
-# Parameters with which a stage has no effect.
+# For each stage, the parameters with which it has no effect.
 _NEUTRAL_VALUES: dict[str, dict[str, float | int]] = {
     "penalties": {"repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
     "dry": {"dry_multiplier": 0.0},
@@ -125,12 +125,12 @@ def _parse_samplers(samplers: str | list[str]) -> list[str]:
     for name in samplers:
         if name not in known and name not in _SAMPLER_ALIASES:
             raise RequestRefused(
-                f"samplers contains an unknown stage {name[:32]!r}{nearest_hint(name, known)}", field="samplers"
+                f"samplers contains an unknown stage {name[:32]!r}{choices_hint(name, known)}", field="samplers"
             )
     names = _SAMPLER_LETTERS if isinstance(samplers, str) else _SAMPLER_ALIASES
     stages = [names.get(name, name) for name in samplers]
-    places = [SAMPLERS.index(stage) for stage in stages]
-    if places != sorted(set(places)):
+    positions = [SAMPLERS.index(stage) for stage in stages]
+    if positions != sorted(set(positions)):
         raise RequestRefused(
             f"samplers may omit stages but must keep this order: {', '.join(SAMPLERS)}.", field="samplers"
         )
@@ -157,7 +157,7 @@ class TokenProb(Struct, frozen=True):
 
 
 class RunningTimings(Struct, frozen=True):
-    """The fields of `timings` that are known before the end."""
+    """The fields of `timings` that are known before the choice has finished."""
 
     predicted_n: int
     predicted_ms: float
@@ -175,12 +175,12 @@ class PromptProgress(Struct, frozen=True):
 
     @classmethod
     def of(cls, progress: PrefillProgress) -> PromptProgress:
-        """Returns the reply form of `progress`."""
+        """Returns the engine's prefill progress in llama-server's shape."""
         return cls(progress.prompt, progress.cached, progress.processed, round(progress.seconds * 1e3))
 
 
 class LlamaCompletionChunk(Struct, frozen=True, kw_only=True):
-    """An event of a stream before the end of its choice."""
+    """An event of a stream before its choice has finished."""
 
     index: int
     content: str
@@ -211,7 +211,7 @@ class LlamaCompletionReply(Struct, frozen=True, kw_only=True):
     prompt: str
     has_new_line: bool
     truncated: bool
-    """True if the context was full: a context shift discarded tokens, or the completion ended."""
+    """True if the context became full, so that a context shift discarded tokens or the completion ended."""
     stop_type: str
     stopping_word: str
     tokens_cached: int
@@ -220,13 +220,13 @@ class LlamaCompletionReply(Struct, frozen=True, kw_only=True):
     completion_probabilities: Sequence[TokenProb] | UnsetType = UNSET
 
     def selected(self, fields: Sequence[str]) -> dict[str, Any]:
-        """Returns the selected fields by path, with slashes between nested names. Unknown paths are omitted."""
+        """Returns the values at `fields`, each a path with slashes between nested names. Unknown paths are omitted."""
         whole = msgspec.to_builtins(self)
-        found = {}
+        selection = {}
         for path in fields:
-            at: Any = whole
+            value: Any = whole
             for key in path.split("/"):
-                at = at.get(key, UNSET) if isinstance(at, dict) else UNSET
-            if at is not UNSET:
-                found[path] = at
-        return found
+                value = value.get(key, UNSET) if isinstance(value, dict) else UNSET
+            if value is not UNSET:
+                selection[path] = value
+        return selection

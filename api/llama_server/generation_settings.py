@@ -11,7 +11,7 @@ SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p
 
 
 def default_settings(defaults: SamplingParams) -> dict[str, object]:
-    """Returns the parameters of a request without any fields."""
+    """Returns the parameters of a request that sets none."""
     settings = msgspec.structs.asdict(defaults)
     del settings["logit_bias"]
     return {
@@ -32,7 +32,7 @@ def default_settings(defaults: SamplingParams) -> dict[str, object]:
 
 
 def request_settings(request: Request, seed: int, *, stream: bool) -> dict[str, object]:
-    """Returns the parameters of `request`. `seed` is the client's seed, which reproduces the completion."""
+    """Returns the parameters of `request`. A request with the seed `seed` reproduces the completion."""
     max_tokens = -1 if request.max_tokens is None else request.max_tokens
     speculation = request.speculation
     settings = default_settings(request.sampling) | {

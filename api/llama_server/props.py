@@ -22,7 +22,7 @@ class DefaultSettings(Struct, frozen=True):
 
 
 class SpeculationProps(Struct, frozen=True):
-    """Proposer types: the default of requests, the available ones, and the others with the reason."""
+    """The proposer types: default of requests, available, and unavailable with the reason."""
 
     types: Sequence[str]
     available: Sequence[str]
@@ -37,22 +37,23 @@ class PrefixCacheProps(Struct, frozen=True):
     kv_reason: str
     """The reason for the layout, in one line."""
     sharing: Literal["any token", "whole texts"]
-    """Where a shared prefix may end."""
+    """The point at which a shared prefix may end: any token, or the end of a whole earlier sequence."""
     window: int
-    """Size of the sliding attention window in tokens, 0 without one."""
+    """Size of the sliding attention window in tokens, 0 if all layers attend to all tokens."""
     ram_bytes: int
-    """Size of the RAM tier."""
+    """Capacity of the RAM tier."""
     disk: bool
     """True if prefixes survive a restart."""
     disk_bytes: int
+    """Capacity of the disk tier."""
     moved_from: int
-    """Minimum tokens of a repeated part of a prompt that is moved instead of computed, 0 if parts are never moved."""
+    """Minimum tokens of a recurring part of a prompt whose KV is moved instead of computed, 0 if no part is moved."""
     by_key: bool
     """True if only requests with the same API key share prefixes."""
 
     @classmethod
     def of(cls, memory: MemoryInfo, *, by_key: bool) -> PrefixCacheProps:
-        """Returns the reply form of `memory`."""
+        """Returns the layout and capacities of the KV cache in the reply's shape."""
         return cls(
             memory.kv_unified,
             memory.kv_reason,
@@ -88,7 +89,7 @@ class Props(Struct, frozen=True):
     deterministic: bool
     """True if the same seed gives the same completion under any load."""
     system_fingerprint: str
-    """Hash of the model file, the library build and the numeric profile; equal only where that completion is equal."""
+    """Hash of Paceline's version, the model file, the library build, the KV types and the attention kernel."""
     speculative: SpeculationProps
     memory: PrefixCacheProps
     endpoint_slots: bool

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.generation.loaded_model import AppState, LoadedModel
-from api.http.decode_errors import nearest_hint
+from api.http.decode_errors import choices_hint
 from api.http.error_responses import EndpointDisabled, NoIdleSlot
 from api.http.request_body import read_body
 from api.http.responses import JSONResponse
@@ -21,17 +21,19 @@ from engine import DraftStats, RequestRefused, RequestState, SlotState
 
 _ACTIONS = ("save", "restore", "erase")
 _MAX_FILENAME_BYTES = 255
+# int() refuses texts of thousands of digits.
+_MAX_SLOT_DIGITS = 254
 _CONTROL_CHARACTERS = frozenset(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
-# Separators and their look-alikes, and characters that file names of some system cannot contain.
+# Path separators and their look-alikes, and characters that some file system forbids in names.
 _FORBIDDEN_CHARACTERS = _CONTROL_CHARACTERS | frozenset('/\\:*?"<>|\uff0e\u2215\u2216\ufffd\ufeff')
 
 
 class NextToken(Struct, frozen=True):
-    """The progress of a request, in tokens."""
+    """The decode progress of a request, in tokens."""
 
     has_next_token: bool
     n_remain: int
-    """Tokens until `max_tokens`, -1 without that limit."""
+    """Remaining tokens until `max_tokens`; -1 without `max_tokens`."""
     n_decoded: int
 
 
@@ -50,13 +52,13 @@ class DraftStatsReply(Struct, frozen=True):
 
     @classmethod
     def of(cls, drafts: DraftStats) -> DraftStatsReply:
-        """Returns the reply form of `drafts`."""
+        """Returns the engine's draft statistics in the reply's shape."""
         gain = 1e3 * (drafts.saved - drafts.spent)
         return cls(drafts.type, drafts.drafted, drafts.accepted, drafts.expected, drafts.chance, gain)
 
 
 class SlotReply(Struct, frozen=True, kw_only=True):
-    """A slot and its running or last request, without any text."""
+    """A slot and its running or last request, without prompt and output."""
 
     id: int
     n_ctx: int
@@ -65,7 +67,7 @@ class SlotReply(Struct, frozen=True, kw_only=True):
     is_processing: bool
     id_task: int | UnsetType = UNSET
     n_prompt_tokens: int | UnsetType = UNSET
-    """Computed tokens, emitted ones included, as in llama-server."""
+    """Computed tokens of prompt and output, as in llama-server."""
     n_prompt_tokens_processed: int | UnsetType = UNSET
     n_prompt_tokens_cache: int | UnsetType = UNSET
     params: dict[str, object] | UnsetType = UNSET
@@ -76,7 +78,7 @@ class SlotReply(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, state: SlotState, model: LoadedModel) -> SlotReply:
-        """Returns the reply form of `state`."""
+        """Returns the engine's slot state in llama-server's shape."""
         limit, request = model.engine.request_limit, state.request
         if request is None:
             return cls(id=state.number, n_ctx=limit, speculative=bool(model.default_proposers), is_processing=False)
@@ -98,7 +100,7 @@ class SlotReply(Struct, frozen=True, kw_only=True):
 
 
 def _params(request: RequestState) -> dict[str, object]:
-    """Returns the parameters of a request, without texts and tokens."""
+    """Returns the parameters of a request except those that contain texts or tokens."""
     sampling = msgspec.structs.asdict(request.sampling)
     del sampling["logit_bias"], sampling["dry_sequence_breakers"]
     max_tokens = -1 if request.max_tokens is None else request.max_tokens
@@ -177,13 +179,17 @@ class SlotEndpoints:
         return JSONResponse([SlotReply.of(state, model) for state in states])
 
     async def act(self, request: Request) -> Response:
-        """Saves, restores or erases the last sequence of a slot. The action completes without the client, too."""
+        """Saves, restores or erases the last sequence of a slot. A client's disconnect does not stop the action."""
         model, config = self._state.model, self._state.config
         action = request.query_params.get("action", "")
         if action not in _ACTIONS:
-            raise RequestRefused(f"Invalid action {action[:32]!r}{nearest_hint(action, _ACTIONS)}.", field="action")
+            raise RequestRefused(f"Invalid action {action[:32]!r}{choices_hint(action, _ACTIONS)}.", field="action")
         if not config.slot_save_path and not (action == "erase" and config.slots_endpoint):
-            raise EndpointDisabled("This server does not support slots action. Start it with `--slot-save-path`")
+            # The beginning is llama-server's message, as clients may match it.
+            raise EndpointDisabled(
+                "This server does not support slots action. Start it with `--slot-save-path` FOLDER, the folder of the "
+                "slot files"
+            )
         number = _slot_number(request.path_params["id"], model.engine.slots)
         if action == "erase":
             return JSONResponse(SlotErasedReply(number, await model.engine.erase_slot(number)))
@@ -199,17 +205,17 @@ class SlotEndpoints:
 
 
 def _slot_number(text: str, slots: int) -> int:
-    """Returns a valid slot number. Raises HTTPException 404 for another text."""
-    if not (text.isascii() and text.isdecimal() and len(text) < _MAX_FILENAME_BYTES) or int(text) >= slots:
+    """Returns the slot number in `text`. Raises HTTPException 404 if there is no such slot."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_SLOT_DIGITS) or int(text) >= slots:
         raise HTTPException(404, f"There is no slot {text[:32]!r}; slots are 0 to {slots - 1}.")
     return int(text)
 
 
 def _checked_filename(name: str) -> str:
-    """Returns `name` if it is a portable name of a file directly in the folder. Raises RequestRefused otherwise."""
-    altered = name != name.strip(" ").rstrip(".") or ".." in name
+    """Returns `name`. Raises RequestRefused if `name` is not a portable file name without a folder."""
+    has_unsafe_parts = name != name.strip(" ").rstrip(".") or ".." in name
     if (
-        altered
+        has_unsafe_parts
         or _FORBIDDEN_CHARACTERS.intersection(name)
         or not 0 < len(name.encode("utf-8", "replace")) <= _MAX_FILENAME_BYTES
     ):

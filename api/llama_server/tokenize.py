@@ -20,12 +20,12 @@ from api.schema.requests import ChatRequest, NonNegativeInt, decode_body
 from api.templates.prompts import PromptRenderer, map_distinct, run_long_in_thread
 from engine import RequestRefused
 
-# Maximum tokens of one request that are converted to text, and maximum texts and tokens in one request.
-MAX_DETOKENIZED = 2**20
+# Maximum tokens of one request that are converted to text. Also the maximum length of a request's list.
+MAX_DETOKENIZED_TOKENS = 2**20
 
 
 class _BodyKind(Struct):
-    """The fields that distinguish the shapes of /tokenize; null counts as absent."""
+    """The fields by which the request shapes of /tokenize are distinguished. Null counts as absent."""
 
     content: Raw = Raw(b"null")
     prompt: Raw = Raw(b"null")
@@ -33,16 +33,16 @@ class _BodyKind(Struct):
 
 
 class LlamaTokenizeRequest(Struct):
-    """POST /tokenize in llama-server's shape."""
+    """Request body of /tokenize in llama-server's shape."""
 
-    content: str | Annotated[list[str | int], Meta(max_length=MAX_DETOKENIZED)]
+    content: str | Annotated[list[str | int], Meta(max_length=MAX_DETOKENIZED_TOKENS)]
     add_special: bool | None = None
     parse_special: bool | None = None
     with_pieces: bool | None = None
 
 
 class TokenizeCompletionRequest(Struct):
-    """POST /tokenize of a prompt in vLLM's shape."""
+    """Request body of /tokenize for a prompt in vLLM's shape."""
 
     prompt: str
     model: str | None = None
@@ -51,20 +51,20 @@ class TokenizeCompletionRequest(Struct):
 
 
 class TokenizeChatRequest(ChatRequest, kw_only=True):
-    """POST /tokenize of a conversation in vLLM's shape."""
+    """Request body of /tokenize for a conversation in vLLM's shape."""
 
     return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(Struct):
-    """POST /detokenize."""
+    """Request body of /detokenize."""
 
-    tokens: Annotated[list[NonNegativeInt], Meta(max_length=MAX_DETOKENIZED)]
+    tokens: Annotated[list[NonNegativeInt], Meta(max_length=MAX_DETOKENIZED_TOKENS)]
     model: str | None = None
 
 
 class TokenPiece(Struct, frozen=True):
-    """A token and its text, or its bytes if the text is not valid UTF-8."""
+    """A token with its text, or with its bytes if they are not valid UTF-8."""
 
     id: int
     piece: str | list[int]
@@ -116,14 +116,14 @@ class TokenizeEndpoints:
         """Returns the tokens of `content` in llama-server's shape, or of `prompt` or `messages` in vLLM's shape."""
         model = self._state.model
         body = await read_body(request, model.options.server.max_body)
-        shape = decode_body(_BODY_KIND, body)
-        if bytes(shape.content) != b"null":
+        fields = decode_body(_BODY_KIND, body)
+        if bytes(fields.content) != b"null":
             return JSONResponse(await _llama_tokenize_reply(model, decode_body(_LLAMA_TOKENIZE, body)))
-        if bytes(shape.messages) != b"null":
+        if bytes(fields.messages) != b"null":
             chat = parse_generation_request(body, model, _TOKENIZE_CHAT)
             prepared = await prepare_chat(chat, model.prompts)
             return JSONResponse(await _tokenize_reply(model, prepared.prompt, chat.return_token_strs))
-        if bytes(shape.prompt) != b"null":
+        if bytes(fields.prompt) != b"null":
             text = decode_body(_TOKENIZE_COMPLETION, body)
             model.check_name(text.model)
             tokens = await _tokenize_completion(model, text)
@@ -133,7 +133,7 @@ class TokenizeEndpoints:
         )
 
     async def detokenize(self, request: Request) -> Response:
-        """Returns the text of `tokens`, with special tokens as their names."""
+        """Returns the text of `tokens`, with special tokens by name."""
         model = self._state.model
         body = decode_body(_DETOKENIZE, await read_body(request, model.options.server.max_body))
         model.check_name(body.model)
@@ -142,17 +142,17 @@ class TokenizeEndpoints:
         return JSONResponse(DetokenizeReply(text, text))
 
     async def apply_template(self, request: Request) -> Response:
-        """Returns the prompt of a conversation, which the completion endpoints accept."""
+        """Returns the rendered prompt of a conversation, as a text that the completion endpoints accept."""
         model = self._state.model
         body = await read_generation_request(request, model, _CHAT_REQUEST)
         return JSONResponse(ApplyTemplateReply((await prepare_chat(body, model.prompts)).prompt_text))
 
 
 async def _tokenize_completion(model: LoadedModel, body: TokenizeCompletionRequest) -> tuple[int, ...]:
-    """Returns the tokens of a prompt as for a completion, or with `add_special_tokens: false` without added tokens."""
+    """Returns the tokens of a prompt as in a completion, or without BOS and EOS for `add_special_tokens: false`."""
     add = body.add_special_tokens is not False
     if not add or not body.prompt:
-        return tuple(await model.prompts.tokenize_text(body.prompt, add=add, parse=True))
+        return tuple(await model.prompts.tokenize_text(body.prompt, add_special=add, parse_special=True))
     return await model.prompts.tokenize_prompt(body.prompt)
 
 
@@ -165,13 +165,13 @@ async def _tokenize_reply(model: LoadedModel, tokens: tuple[int, ...], with_stri
 
 
 async def _llama_tokenize_reply(model: LoadedModel, body: LlamaTokenizeRequest) -> LlamaTokenizeReply:
-    """Returns the tokens of a text or of a mixed list of texts and tokens, with `with_pieces` also their text."""
+    """Returns the tokens of a text or of a mixed list of texts and tokens, with each token's text for `with_pieces`."""
     content, prompts = body.content, model.prompts
     add, parse = bool(body.add_special), body.parse_special is not False
     if isinstance(content, str):
-        tokens = await prompts.tokenize_text(content, add=add, parse=parse)
+        tokens = await prompts.tokenize_text(content, add_special=add, parse_special=parse)
     else:
-        tokens = await prompts.tokenize_parts(content, add=add, parse=parse)
+        tokens = await prompts.tokenize_parts(content, add_special=add, parse_special=parse)
     if not body.with_pieces:
         return LlamaTokenizeReply(tokens)
     _check_tokens(model, tokens, "content")
@@ -184,9 +184,9 @@ def _check_tokens(model: LoadedModel, tokens: Sequence[int], field: str) -> None
     size = model.engine.vocab.size
     if tokens and not 0 <= min(tokens) <= max(tokens) < size:
         raise RequestRefused(f"{field} contains a token id outside of 0 to {size - 1}.", field=field)
-    if len(tokens) > MAX_DETOKENIZED:
+    if len(tokens) > MAX_DETOKENIZED_TOKENS:
         raise RequestRefused(
-            f"{field} has {len(tokens)} tokens; at most {MAX_DETOKENIZED} are converted to text.", field=field
+            f"{field} has {len(tokens)} tokens; at most {MAX_DETOKENIZED_TOKENS} are converted to text.", field=field
         )
 
 

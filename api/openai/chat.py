@@ -25,7 +25,7 @@ _DECODER = msgspec.json.Decoder(ChatRequest)
 
 
 class ChatCompletionEndpoint:
-    """The endpoint."""
+    """The endpoint POST /v1/chat/completions."""
 
     def __init__(self, state: AppState) -> None:
         self._state = state
@@ -110,6 +110,6 @@ class ChatReplyBuilder(ReplyBuilder):
 
 
 def _finish_reason(end: Finished, parser: MessageParser | None) -> str:
-    """Returns `tool_calls` for a message with calls that was not cut off, else the engine's finish reason."""
+    """Returns `tool_calls` for a complete message with calls, otherwise the engine's finish reason."""
     has_calls = parser is not None and parser.num_calls > 0
     return "tool_calls" if has_calls and end.reason is FinishReason.STOP else end.reason

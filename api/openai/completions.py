@@ -19,14 +19,14 @@ from api.schema.replies import TextChoice
 from api.schema.requests import TextRequest
 from engine import Finished, Logprob, Tokens
 
-# New tokens of a request without a limit, as with OpenAI and vLLM.
+# Maximum new tokens of a request without a limit, as in OpenAI's API and in vLLM.
 DEFAULT_MAX_TOKENS = 16
 
 _DECODER = msgspec.json.Decoder(TextRequest)
 
 
 class TextCompletionEndpoint:
-    """The endpoint."""
+    """The endpoint POST /v1/completions."""
 
     def __init__(self, state: AppState) -> None:
         self._state = state
@@ -70,7 +70,7 @@ class TextReplyBuilder(ReplyBuilder):
     """Builds text chunks and choices. The first chunk of a choice begins with the echo of the prompt."""
 
     def __init__(self, model: LoadedModel, request: TextRequest, echoes: Sequence[str]) -> None:
-        """`echoes` are the texts to echo, by index of the choice; empty texts without `echo`."""
+        """`echoes` has the text to echo for each choice; the texts are empty if the request has no `echo`."""
         super().__init__(model, request, "text_completion", "cmpl-")
         self._echoes = list(echoes)
         self._top_logprobs = request.logprobs or 0
@@ -98,6 +98,6 @@ class TextReplyBuilder(ReplyBuilder):
         return TextChoice(index, self._take_echo(index) + text, reply_logprobs, end.reason)
 
     def _take_echo(self, index: int) -> str:
-        """Returns the echo of the choice at the first call, an empty text afterwards."""
+        """Returns the echo of the choice at the first call, and an empty text afterwards."""
         echo, self._echoes[index] = self._echoes[index], ""
         return echo

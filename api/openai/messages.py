@@ -1,4 +1,4 @@
-"""Converts parsed deltas to a whole message, or to the fields of a chunk."""
+"""Converts parsed deltas to a whole message or to the fields of a chunk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def set_fields(message: DeltaMessage, deltas: Sequence[MessageDelta]) -> None:
 
 
 def message_from_deltas(deltas: Sequence[MessageDelta]) -> ChatMessage:
-    """Returns the message whose deltas are `deltas`. With tool calls, empty content is null, as in OpenAI's API."""
+    """Returns the message composed of `deltas`. With tool calls, empty content is null, as in OpenAI's API."""
     fields = DeltaMessage()
     set_fields(fields, deltas)
     if fields.tool_calls is UNSET:

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions/render and /v1/completions/render, vLLM's: token ids and parameters without generation.
+"""vLLM's render endpoints: return the token ids and parameters of a request without generating.
 
 Routers use the token ids to send requests with equal prefixes to the same server.
 """
@@ -65,7 +65,7 @@ class RenderedSampling(Struct, frozen=True, kw_only=True):
 
 
 class RenderedPrompt(Struct, frozen=True, kw_only=True):
-    """One prompt in the shape of vLLM's disaggregated servers."""
+    """One prompt in the shape that vLLM's disaggregated servers exchange."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -80,13 +80,13 @@ class RenderedPrompt(Struct, frozen=True, kw_only=True):
 
 
 class RenderEndpoints:
-    """The endpoints."""
+    """The endpoints POST /v1/chat/completions/render and POST /v1/completions/render."""
 
     def __init__(self, state: AppState) -> None:
         self._state = state
 
     async def chat(self, http_request: HTTPRequest) -> Response:
-        """Returns the prompt of a chat completion."""
+        """Returns the rendered prompt of a chat completion."""
         model = self._state.model
         request = await read_generation_request(http_request, model, _CHAT_DECODER)
         chat = await prepare_chat(request, model.prompts)
@@ -98,7 +98,7 @@ class RenderEndpoints:
         return JSONResponse(rendered)
 
     async def text(self, http_request: HTTPRequest) -> Response:
-        """Returns the prompts of a text completion, a list."""
+        """Returns a list with the rendered prompts of a text completion."""
         model = self._state.model
         request = await read_generation_request(http_request, model, _TEXT_DECODER)
         token_limit = DEFAULT_MAX_TOKENS if request.token_limit is None else request.token_limit
@@ -115,7 +115,7 @@ class RenderEndpoints:
 def _render(
     model: LoadedModel, request: GenerationRequest, tokens: tuple[int, ...], request_id: str, token_limit: int | None
 ) -> RenderedPrompt:
-    """Returns one rendered prompt. Raises ContextExceeded, as the completion would."""
+    """Returns one rendered prompt. Raises ContextExceeded, as a completion of the prompt would."""
     if len(tokens) >= model.engine.request_limit:
         raise model.engine.context_exceeded(len(tokens))
     return RenderedPrompt(

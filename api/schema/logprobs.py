@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from api.schema.replies import ChatLogprobs, TextLogprobs, TokenLogprob, TopLogprob
 from engine import Logprob, Vocab
 
-# JSON has no minus infinity; OpenAI's API has this value instead.
+# JSON has no minus infinity; OpenAI's API uses this value instead.
 MIN_LOGPROB = -9999.0
 
 

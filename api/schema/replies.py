@@ -1,7 +1,6 @@
 """Bodies and chunks of replies in the shapes of OpenAI's API, with llama-server's `timings`.
 
-Structs of chunks are mutable: a stream reuses one chunk and one choice per index and changes only the text, which saves
-two objects and a dictionary per token.
+Structs of chunks are mutable: a stream reuses one chunk, and one choice per index, for all tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class UsageReply(Struct, frozen=True):
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[Finished]]) -> UsageReply:
-        """Returns the sum over `prompts`, each the terminal updates of its choices."""
+        """Returns the sum over `prompts`, each given as the terminal updates of its choices."""
         ends = [end for choices in prompts for end in choices]
         prompt = sum(choices[0].usage.prompt for choices in prompts)
         completion = sum(end.usage.completion for end in ends)
@@ -54,7 +53,7 @@ class UsageReply(Struct, frozen=True):
 
 
 class TimingsReply(Struct, frozen=True):
-    """llama-server's counts, milliseconds and rates. Choices run concurrently: times are the slowest one's."""
+    """llama-server's `timings`: token counts, durations and rates. Durations are those of the slowest choice."""
 
     cache_n: int
     prompt_n: int
@@ -70,11 +69,11 @@ class TimingsReply(Struct, frozen=True):
     truncated: bool | UnsetType = UNSET
     """True if a context shift discarded tokens of a choice."""
     moved_n: int | UnsetType = UNSET
-    """Tokens of `cache_n` that were computed at other positions or after another text."""
+    """Tokens of `cache_n` whose KV was computed at other positions or after other tokens."""
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[Finished]]) -> TimingsReply:
-        """Returns the timings over `prompts`, each the terminal updates of its choices."""
+        """Returns the timings over `prompts`, each given as the terminal updates of its choices."""
         ends = [end for choices in prompts for end in choices]
         cached = sum(_cached(choices) for choices in prompts)
         prefilled = sum(choices[0].usage.prompt for choices in prompts) - cached
@@ -102,7 +101,7 @@ class TimingsReply(Struct, frozen=True):
 
 
 def _cached(choices: Sequence[Finished]) -> int:
-    # The other choices find the prefix that the first one computed; the minimum is the first one's count.
+    # The first choice computes the prompt and the others find it in the cache: the minimum is the first choice's count.
     return min(end.usage.cached for end in choices)
 
 
@@ -143,7 +142,7 @@ class TextLogprobs(Struct, frozen=True):
 
 
 class FunctionCallReply(Struct):
-    """The function of a tool call: whole in a message, a part in a chunk."""
+    """The function of a tool call. In a chunk, `arguments` is a part of the arguments."""
 
     arguments: str
     """JSON text."""
@@ -159,7 +158,7 @@ class ToolCallReply(Struct):
 
 
 class ToolCallChunk(Struct):
-    """A chunk's part of a tool call. Only the first part has the id, the type and the name."""
+    """A part of a tool call in a chunk. Only the call's first part has the id, the type and the name."""
 
     index: int
     function: FunctionCallReply
@@ -230,7 +229,7 @@ class CompletionReply(Struct, kw_only=True):
 
 
 class ModelMeta(Struct, frozen=True):
-    """llama-server's facts about a model: counts of tokens and parameters, and the size in bytes."""
+    """llama-server's `meta` of a model: counts of tokens and parameters, and the size in bytes."""
 
     n_vocab: int
     n_ctx: int
@@ -240,7 +239,7 @@ class ModelMeta(Struct, frozen=True):
 
 
 class ModelReply(Struct, frozen=True):
-    """An entry of /v1/models."""
+    """An entry of the list at /v1/models."""
 
     id: str
     created: int

@@ -1,7 +1,7 @@
 """Bodies of OpenAI's generation requests, with the fields that llama-server and vLLM add.
 
 Unknown fields are ignored; null is the same as an absent field. The decoder checks types. The ranges of sampling
-parameters are checked in `GenerationRequest.sampling_params`, so that each range stands once, in `SamplingParams`.
+parameters are checked in `GenerationRequest.sampling_params`, so that each range is defined once, in `SamplingParams`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct
 
-from api.http.decode_errors import as_refusal
+from api.http.decode_errors import as_refusal, path_of_wrong_type
 from engine import RequestRefused, SamplingParams
 
 # Every JSON parser reads integers up to 2^53 exactly.
@@ -26,10 +26,11 @@ Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 SignedSeed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 StopString = Annotated[str, Meta(max_length=512)]
 StopStrings = Annotated[list[StopString], Meta(max_length=64)]
-# A token id, or a text whose tokens get the bias (POST /completion only), and the bias; false bans the token.
+# A pair of a token and its bias. The token is an id, or a text whose tokens all get the bias (POST /completion only);
+# the bias false bans the token.
 LogitBias = tuple[int | str, float | bool]
 
-# Entries of one request's `logit_bias`.
+# Maximum entries of one request's `logit_bias`.
 MAX_LOGIT_BIASES = 2**16
 # The bias of a banned token: far below any logit, and finite.
 _BAN_BIAS = -1e9
@@ -39,7 +40,7 @@ _BodyT = TypeVar("_BodyT", bound=Struct)
 
 
 class StreamOptions(Struct):
-    """Options of a stream."""
+    """OpenAI's `stream_options`."""
 
     include_usage: bool | None = None
 
@@ -53,7 +54,7 @@ class NamedSchema(Struct):
 
 
 class ResponseFormat(Struct):
-    """OpenAI's constraint on the output; `schema` is llama-server's field of type `json_object`."""
+    """OpenAI's constraint on the output. `schema` is llama-server's extension of type `json_object`."""
 
     type: str
     json_schema: NamedSchema | None = None
@@ -61,7 +62,7 @@ class ResponseFormat(Struct):
 
 
 class StructuredOutputs(Struct, forbid_unknown_fields=True):
-    """vLLM's constraint on the output: one of the fields."""
+    """vLLM's constraint on the output. At most one field may be set."""
 
     json: dict[str, Any] | str | None = None
     json_object: bool | None = None
@@ -78,7 +79,7 @@ class ContentPart(Struct):
 
 
 class PredictedOutput(Struct):
-    """OpenAI's `prediction`: a text that the output is likely to repeat in large part."""
+    """OpenAI's `prediction`: a text of which the output probably repeats large parts."""
 
     type: Literal["content"]
     content: str | list[ContentPart]
@@ -133,7 +134,7 @@ class GenerationRequest(Struct, kw_only=True):
 
     @property
     def token_limit(self) -> int | None:
-        """The maximum number of new tokens, -1 for unlimited. None if no field has a limit."""
+        """The maximum number of new tokens, -1 for unlimited. None if the request sets no limit."""
         return _first_given(self.max_completion_tokens, self.max_tokens, self.n_predict)
 
     @property
@@ -147,7 +148,7 @@ class GenerationRequest(Struct, kw_only=True):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
-        """Returns `defaults` updated with the request's fields, all but the seed.
+        """Returns `defaults` updated with the request's sampling fields except the seed.
 
         Raises RequestRefused for a value out of range.
         """
@@ -158,10 +159,11 @@ class GenerationRequest(Struct, kw_only=True):
             given["logit_bias"] = self._logit_biases()
         if not given:
             return defaults
+        values = msgspec.structs.asdict(defaults) | given
         try:
-            return msgspec.convert(msgspec.structs.asdict(defaults) | given, SamplingParams)
+            return msgspec.convert(values, SamplingParams)
         except msgspec.ValidationError as error:
-            raise as_refusal(error) from None
+            raise as_refusal(error, SamplingParams, values) from None
 
     def _logit_biases(self) -> list[tuple[int, float]]:
         if len(self.logit_bias or ()) > MAX_LOGIT_BIASES:
@@ -220,7 +222,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
     @property
     def thinking_budget(self) -> int | None:
-        """The maximum number of reasoning tokens, -1 for unlimited. None if no field has a budget."""
+        """The maximum number of reasoning tokens, -1 for unlimited. None if the request sets no budget."""
         return _first_given(self.reasoning_budget, self.reasoning_budget_tokens, self.thinking_budget_tokens)
 
 
@@ -235,7 +237,7 @@ class TextRequest(GenerationRequest, kw_only=True):
 
     @property
     def prompts(self) -> Sequence[str | list[int]]:
-        """The prompts, each a text or token ids. Raises RequestRefused for an empty list or one of mixed types."""
+        """The prompts, each a text or token ids. Raises RequestRefused for an empty list or a list of mixed types."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         texts = [item for item in self.prompt if isinstance(item, str)]
@@ -252,17 +254,27 @@ class TextRequest(GenerationRequest, kw_only=True):
 
 
 def decode_body(decoder: msgspec.json.Decoder[_BodyT], body: bytes) -> _BodyT:
-    """Returns the request in `body`. Raises RequestRefused, with the field if one is to blame, for other JSON."""
+    """Returns the request in `body`. Raises RequestRefused, for an invalid value with the field's path."""
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise as_refusal(error) from None
+        # The decoder's type has no ranges of sampling parameters.
+        is_sampling = path_of_wrong_type(error) in _SAMPLING_FIELDS
+        raise as_refusal(error, SamplingParams if is_sampling else decoder.type, _decode_untyped(body)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestRefused(f"The body is not valid JSON: {error}") from None
 
 
+def _decode_untyped(body: bytes) -> Any:
+    """Returns the value in `body`. Returns UNSET if it is not valid JSON after the first invalid value."""
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return UNSET
+
+
 def refuse_unsupported(request: GenerationRequest) -> None:
-    """Raises RequestRefused for a field that the server would otherwise ignore against the client's intention."""
+    """Raises RequestRefused for a field that would have no effect although the client expects one."""
     if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
         raise RequestRefused("top_logprobs: logprobs is not set; set logprobs to true.", field="top_logprobs")
     if isinstance(request, TextRequest):

@@ -1,4 +1,4 @@
-"""Parses the `speculative` field of a request: the proposer types and the bounds on drafts."""
+"""Parses the `speculative` field of a request: the proposer types and their parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from api.config.spellings import PROPOSER_TYPE_ALIASES
-from api.http.decode_errors import as_refusal, nearest_hint
+from api.http.decode_errors import as_refusal, choices_hint, nearest_hint
 from engine import PROPOSER_TYPES, ProposerType, RequestRefused, Speculation
 
 _TYPES = (*PROPOSER_TYPES, "auto", "none")
@@ -18,10 +18,10 @@ _FIELDS = Speculation.__struct_fields__
 def parse_speculation(
     field: bool | str | Mapping[str, Any] | None, default_types: Iterable[ProposerType]
 ) -> Speculation | None:
-    """Returns the value of a request's `speculative` field; None if the request has no such field.
+    """Returns the parameters in a request's `speculative` field. None means that the request has no such field.
 
-    False, or `none` among the types, disables speculation. True, or an object without types, stands for the server's
-    `default_types`, or for all types if there are no default types. Raises RequestRefused, which names the field.
+    False, or `none` among the types, disables speculation. True, or an object without types, selects
+    `default_types`, or all types if there are no default types. Raises RequestRefused, which names the field.
     """
     match field:
         case None:
@@ -48,7 +48,7 @@ def _parse_object(fields: dict[str, Any], default_types: Iterable[ProposerType])
     try:
         speculation = msgspec.convert(fields, Speculation)
     except msgspec.ValidationError as error:
-        raise as_refusal(error, "speculative") from None
+        raise as_refusal(error, Speculation, fields, "speculative") from None
     n_min, n_max = speculation.n_min, speculation.n_max
     if n_min is not None and n_max is not None and n_min > n_max:
         raise RequestRefused(
@@ -58,9 +58,9 @@ def _parse_object(fields: dict[str, Any], default_types: Iterable[ProposerType])
 
 
 def _parse_types(names: Sequence[object], paths: Sequence[str]) -> list[str]:
-    """Returns the proposer types without duplicates, llama-server's spellings replaced; empty with `none` in `names`.
+    """Returns the proposer types without duplicates, with llama-server's names replaced.
 
-    `paths` are the fields of the names, for errors.
+    The list is empty if `names` contains `none`. `paths` are the field paths of the names, for errors.
     """
     types: list[str] = []
     for name, path in zip(names, paths, strict=True):
@@ -68,5 +68,5 @@ def _parse_types(names: Sequence[object], paths: Sequence[str]) -> list[str]:
             raise RequestRefused(f"{path}: {str(name)[:32]} is not a string; use a proposer type.", field=path)
         types.append(PROPOSER_TYPE_ALIASES.get(name, name))
         if types[-1] not in _TYPES:
-            raise RequestRefused(f"{path}: there is no type {name[:64]!r}{nearest_hint(name, _TYPES)}", field=path)
+            raise RequestRefused(f"{path}: there is no type {name[:64]!r}{choices_hint(name, _TYPES)}", field=path)
     return [] if "none" in types else list(dict.fromkeys(types))

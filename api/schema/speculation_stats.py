@@ -1,4 +1,4 @@
-"""Draft statistics of a reply: vLLM's `metrics`, which load generators print, and counts by proposer type."""
+"""Draft statistics of a reply: vLLM's `metrics`, which load generators print, and the counts by proposer type."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def by_accepted(stats: Iterable[DraftStats]) -> list[int]:
 
 
 def by_position(counts: Sequence[int]) -> list[int]:
-    """Returns the number of drafts whose token at position 0, 1, ... was accepted, from `counts` of `by_accepted`.
+    """Returns the number of drafts whose token at position 0, 1, ... was accepted, from the result of `by_accepted`.
 
     >>> by_position([5, 2, 1])
     [3, 1]
@@ -30,7 +30,7 @@ def by_position(counts: Sequence[int]) -> list[int]:
 
 
 class SpeculativeDecodingMetrics(Struct, frozen=True):
-    """vLLM's `metrics.speculative_decoding`. A step is one that verified a draft."""
+    """vLLM's `metrics.speculative_decoding`. Only steps that verified a draft are counted."""
 
     mean_acceptance_length: float
     """Tokens emitted per step, the target model's own token included."""
@@ -45,7 +45,7 @@ class SpeculativeDecodingMetrics(Struct, frozen=True):
 
     @classmethod
     def of(cls, stats: Sequence[DraftStats]) -> Self:
-        """Returns the sum over types. At least one type must have drafted."""
+        """Returns the sum over proposer types. At least one type must have drafted."""
         histogram = by_accepted(stats)
         steps = sum(histogram)
         accepted = sum(each.accepted for each in stats)
@@ -60,7 +60,7 @@ class MetricsReply(Struct, frozen=True):
 
     @classmethod
     def of(cls, ends: Sequence[Finished]) -> Self | UnsetType:
-        """Returns the metrics of a single choice; UNSET for several choices, as vLLM, and without drafts."""
+        """Returns the metrics of a single choice; UNSET for several choices, as in vLLM, and without drafts."""
         stats = ends[0].drafts if len(ends) == 1 else ()
         return cls(SpeculativeDecodingMetrics.of(stats)) if any(each.drafted for each in stats) else UNSET
 
@@ -82,7 +82,7 @@ class ProposerTypeReply(Struct, frozen=True):
 
 
 class SpeculativeReply(Struct, frozen=True):
-    """`speculative` of a reply: the proposer types that ran, the requested bounds and the counts by type."""
+    """`speculative` of a reply: the proposer types, their counts, and the requested parameters."""
 
     type: list[str]
     by_type: dict[str, ProposerTypeReply]
@@ -101,8 +101,8 @@ class SpeculativeReply(Struct, frozen=True):
             return UNSET
         types = list(dict.fromkeys(each.type for each in stats))
         by_type = {name: ProposerTypeReply.of([each for each in stats if each.type == name]) for name in types}
-        bounds = {name: getattr(requested, name, None) for name in _BOUNDS}
-        return cls(types, by_type, **{name: bound for name, bound in bounds.items() if bound is not None})
+        parameters = {name: getattr(requested, name, None) for name in _PARAMETERS}
+        return cls(types, by_type, **{name: value for name, value in parameters.items() if value is not None})
 
 
-_BOUNDS = tuple(name for name in Speculation.__struct_fields__ if name != "type")
+_PARAMETERS = tuple(name for name in Speculation.__struct_fields__ if name != "type")

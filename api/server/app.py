@@ -29,17 +29,17 @@ from engine import EngineError
 
 
 def create_app(state: AppState) -> ASGIApp:
-    """Returns the ASGI application. While `state` has no loaded model, every route answers 503."""
+    """Returns the ASGI application. Routes answer 503 until `state` has a loaded model."""
     chat, text, render = ChatCompletionEndpoint(state), TextCompletionEndpoint(state), RenderEndpoints(state)
-    native, tokens, slots = CompletionEndpoint(state), TokenizeEndpoints(state), SlotEndpoints(state)
+    completion, tokens, slots = CompletionEndpoint(state), TokenizeEndpoints(state), SlotEndpoints(state)
     status = StatusEndpoints(state)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", chat.create, methods=["POST"]),
             Route("/chat/completions", chat.create, methods=["POST"]),
             Route("/v1/completions", text.create, methods=["POST"]),
-            Route("/completion", native.complete, methods=["POST"]),
-            Route("/completions", native.complete, methods=["POST"]),
+            Route("/completion", completion.complete, methods=["POST"]),
+            Route("/completions", completion.complete, methods=["POST"]),
             Route("/v1/chat/completions/render", render.chat, methods=["POST"]),
             Route("/v1/completions/render", render.text, methods=["POST"]),
             Route("/tokenize", tokens.tokenize, methods=["POST"]),
@@ -62,7 +62,7 @@ def create_app(state: AppState) -> ASGIApp:
         },
     )
     config = state.config
-    # Around Starlette, not inside: Starlette's response to an unexpected exception needs a request id too.
+    # The middleware encloses Starlette, because Starlette's own response to an unexpected exception needs a request id.
     return RequestContextMiddleware(
         ApiKeyMiddleware(app, config.api_keys, separate_namespaces=config.cache_salt_by_key)
     )
@@ -76,7 +76,7 @@ class StatusEndpoints:
         self._registry: CollectorRegistry | None = None
 
     async def health(self, request: Request) -> Response:
-        """Returns 200 from the end of loading to the start of draining, unless the engine has failed."""
+        """Returns 200 if requests are accepted. Raises ModelLoading, Draining or EngineFault otherwise."""
         _ = self._state.model
         return JSONResponse(HealthReply())
 
@@ -120,4 +120,4 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED_REQUEST)  # for the log; the client has closed the connection
+    return Response(status_code=CLIENT_CLOSED_REQUEST)  # only for the log: the client has closed the connection

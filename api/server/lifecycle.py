@@ -1,4 +1,4 @@
-"""The server's lifecycle: listen, load the model, serve, drain, close."""
+"""The server's lifecycle: listens, loads the model, serves, drains and closes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from engine import Engine, EngineError
 # Idle connections stay open longer than in clients' pools, so that the clients close them first.
 _KEEP_ALIVE_SECONDS = 75
 
-# Reserved per thread, not used: llama.cpp tokenizes on these threads, and for some models its regular expression
-# recurses for each character (ggml-org/llama.cpp issue 27783).
+# Threads tokenize with llama.cpp, whose regular expression for some models recurses once per character
+# (ggml-org/llama.cpp issue 27783). Only touched pages of the stack take memory.
 THREAD_STACK_BYTES = 64 * 2**20
 
-# After draining, clients have this long to receive the last data.
+# Time for clients to receive the last data after draining.
 _FLUSH_SECONDS = 3
 
 _LISTEN_BACKLOG = 2048
@@ -45,7 +45,8 @@ def run(options: Options) -> int:
     try:
         listener = listen(host, port)
     except OSError as error:
-        # A socket error's strerror repeats the address. An error of name resolution has a negative errno.
+        # A socket error's strerror repeats the address. Errors of name resolution have a negative errno, which
+        # os.strerror does not know.
         reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
         print_line(f"paceline: cannot listen on {host}:{port}: {reason}")
         return 1
@@ -60,7 +61,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def _serve(options: Options, listener: socket.socket) -> int:
-    """Serves HTTP before the model is loaded (503), while it serves, and while it drains. Returns the exit code."""
+    """Serves HTTP until the engine is drained: 503 during loading and draining. Returns the exit code."""
     state = AppState(options.server)
     signals = StopSignals()
     server = _UvicornServer(state)
@@ -76,7 +77,7 @@ async def _serve(options: Options, listener: socket.socket) -> int:
             await signals.stop.wait()
             state.draining = True
             await _drain(engine, options.server.grace, signals)
-            await server.close(serving)  # before the engine: open responses still use its vocabulary
+            await server.close(serving)  # before the engine closes: open responses use the engine's vocabulary
         return 0
     except EngineError as error:
         print_line(f"paceline: {error}")
@@ -86,12 +87,12 @@ async def _serve(options: Options, listener: socket.socket) -> int:
 
 
 async def _open_engine(options: Options, exit_stack: AsyncExitStack, signals: StopSignals) -> Engine | None:
-    """Returns the engine, which `exit_stack` closes; None if a signal arrives first. Raises ModelError."""
+    """Returns the engine, which `exit_stack` closes. Returns None if a signal arrives first. Raises ModelError."""
     with ProgressBar(f"Loading {Path(options.model.path).name}") as bar:
         opening = asyncio.create_task(exit_stack.enter_async_context(Engine.open(options.engine, progress=bar.update)))
-        stopping = asyncio.create_task(signals.stop.wait())
-        await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
+        first_signal = asyncio.create_task(signals.stop.wait())
+        await asyncio.wait({opening, first_signal}, return_when=asyncio.FIRST_COMPLETED)
+        first_signal.cancel()
         if opening.done():
             return opening.result()
         opening.cancel()
@@ -102,25 +103,25 @@ async def _open_engine(options: Options, exit_stack: AsyncExitStack, signals: St
 async def _drain(engine: Engine, grace_seconds: float, signals: StopSignals) -> None:
     """Drains the engine for at most `grace_seconds`, or until a second signal arrives."""
     draining = asyncio.create_task(engine.drain(grace_seconds))
-    hurrying = asyncio.create_task(signals.hurry.wait())
-    await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
-    hurrying.cancel()
+    second_signal = asyncio.create_task(signals.force.wait())
+    await asyncio.wait({draining, second_signal}, return_when=asyncio.FIRST_COMPLETED)
+    second_signal.cancel()
     if not draining.done():
         draining.cancel()
         await engine.drain(0.0)
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: the first signal sets `stop`, the second `hurry`. Created on the server's event loop."""
+    """SIGINT and SIGTERM: the first signal sets `stop`, the second one `force`. Created on the server's event loop."""
 
     def __init__(self) -> None:
         self.stop = asyncio.Event()
-        self.hurry = asyncio.Event()
+        self.force = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
 
     def _on_signal(self) -> None:
-        (self.hurry if self.stop.is_set() else self.stop).set()
+        (self.force if self.stop.is_set() else self.stop).set()
 
 
 class _UvicornServer(uvicorn.Server):

@@ -1,4 +1,4 @@
-"""GET /metrics: the engine's statistics for Prometheus, also under the names of vLLM that dashboards use."""
+"""GET /metrics: the engine's statistics for Prometheus, partly also under vLLM's metric names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _GAUGES = {
     "running": ("requests_running", "Requests that occupy a slot"),
     "waiting": ("requests_waiting", "Requests in the queue"),
     "cells_used": ("cells_used", "KV cells in use"),
-    "cells_idle": ("cells_idle", "KV cells that hold only prefixes of no running request"),
+    "cells_idle": ("cells_idle", "KV cells with cached prefixes that no running request uses"),
     "cells": ("cells", "KV cells in total"),
     "ram_bytes": ("prefix_ram_bytes", "Bytes of prefixes in RAM"),
     "disk_bytes": ("prefix_disk_bytes", "Bytes of prefixes on disk"),
@@ -102,7 +102,7 @@ def _speculation_metrics(stats: Stats) -> Iterator[Metric]:
     estimates = {
         "expected": _counter("paceline_spec_expected_tokens", "Draft tokens expected to be accepted", "type"),
         "saved": _counter("paceline_spec_saved_seconds", "Seconds of decoding saved by accepted draft tokens", "type"),
-        "spent": _counter("paceline_spec_spent_seconds", "Seconds spent on making and verifying drafts", "type"),
+        "spent": _counter("paceline_spec_spent_seconds", "Seconds spent on proposing and verifying drafts", "type"),
     }
     for each in stats.drafts:
         drafts.add_metric([each.type], sum(each.by_accepted))
@@ -118,7 +118,7 @@ def _speculation_metrics(stats: Stats) -> Iterator[Metric]:
 
 def _step_metrics(stats: Stats) -> Iterator[Metric]:
     seconds = GaugeMetricFamily(
-        "paceline_step_seconds", "Estimated seconds of a decode step, by its number of rows", labels=["rows"]
+        "paceline_step_seconds", "Estimated seconds of a decode step, by number of rows", labels=["rows"]
     )
     for rows, estimate in stats.step_seconds.items():
         seconds.add_metric([str(rows)], estimate)

@@ -1,4 +1,4 @@
-"""Terminal output on stderr: progress of long operations and the lines after the start."""
+"""Terminal output on stderr: progress of long operations and the start message."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from api.config.server import ServerConfig
 from api.generation.loaded_model import LoadedModel
 
-# Without a terminal, one line for each quarter.
+# Share of the work between two progress lines if stderr is not a terminal.
 _LINE_SHARE = 0.25
 
 
@@ -25,7 +25,7 @@ def print_line(line: str) -> None:
 
 
 class ProgressBar:
-    """Shows the progress of an operation: a bar on a terminal, else a line for each quarter. A context manager."""
+    """A context manager that shows progress: a bar on a terminal, otherwise one line for each quarter."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -60,7 +60,7 @@ class ProgressBar:
 
 
 def start_message(model: LoadedModel, url: str) -> str:
-    """Returns the lines after the start: warnings, the model, its URL and settings, and a command that tries it."""
+    """Returns the start message: warnings, the model, the server's URL and settings, and an example command."""
     engine = model.engine
     facts = [
         f"Serving {model.name} on {url}",
@@ -94,14 +94,14 @@ def _warnings(model: LoadedModel) -> Iterator[str]:
 
 
 def _speculation_lines(model: LoadedModel) -> Iterator[str]:
-    """Yields a line with the proposer types of requests without `speculative`; nothing if speculation is off."""
+    """Yields a line with the default proposer types, or with the draft model that requests can select."""
     draft = model.options.draft.path if "draft" in model.engine.proposers else ""
     if model.default_proposers:
         names = [f"draft ({Path(draft).name})" if kind == "draft" else kind for kind in model.default_proposers]
         mode = "auto" if "auto" in model.options.speculation.default_types else "on"
         yield f"Speculation: {mode} ({', '.join(names)})"
     elif draft:
-        yield f"Speculation: off; requests can select draft ({Path(draft).name}); --spec-type draft is for all"
+        yield f"Speculation: off; requests can select draft ({Path(draft).name}); --spec-type draft enables it for all"
 
 
 def client_url(config: ServerConfig, port: int) -> str:

@@ -1,6 +1,7 @@
 """Chat templates of model families by llama-server's names, for GGUF files without a correct template.
 
-They render system, user and assistant messages. Tools need the model's own template.
+The templates render system, user and assistant messages, but no tools. The format of all of them is `Generic`, so
+tools are described in the prompt.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ CHATML = (
 
 
 def _bracketed(before: str, inside: str, content: str = "message.content") -> str:
-    """Mistral before tokenizer v7: spaces `before` and `inside` of `[INST]`, system text in the next user turn."""
+    """Mistral before tokenizer v7, with the system text in the next user turn.
+
+    `before` and `inside` are the white space before `[INST]` and at the start of its body.
+    """
     return (
         "{{ bos_token }}{% set ns = namespace(open=false) %}{% for message in messages %}"
         "{% if not ns.open and message.role != 'assistant' %}{% set ns.open = true %}"
@@ -53,7 +57,7 @@ def _headed(start: str, end: str, end_of_turn: str) -> str:
 
 
 def _barred(between: str, after: str) -> str:
-    """The role as `<|role|>`, the text `between`, the content, and the text `after`."""
+    """Messages that are the role as `<|role|>`, the text `between`, the content, and the text `after`."""
     return (
         "{% for message in messages %}"
         f"<|{{{{ message.role }}}}|>{between}{{{{ message.content }}}}{after}"
@@ -63,7 +67,7 @@ def _barred(between: str, after: str) -> str:
     )
 
 
-# Jinja drops line breaks after tags and at the end of a template; as an expression a line break is kept.
+# Jinja drops line breaks after tags and at the end of a template, but keeps a line break in an expression.
 _BREAK = "{{ '\n' }}"
 
 BUILTIN_TEMPLATES = {

@@ -1,8 +1,8 @@
 """Jinja chat templates, rendered as by Hugging Face's `apply_chat_template`.
 
-A template is untrusted code: it runs sandboxed, and its errors fail the request alone. Time and memory are bounded for
-single products and powers only, not for nested loops or for texts that loops extend. Requests may therefore bring
-templates only with `--trust-request-chat-template`.
+A template is untrusted code: it runs in a sandbox, and an error fails only the request. The sandbox bounds time and
+memory of a single product or power, but not of nested loops or of texts that grow in a loop. Templates in requests
+therefore need `--trust-request-chat-template`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from msgspec import Struct
 
 from api.config.server import ChatConfig
-from api.http.decode_errors import nearest_hint
+from api.http.decode_errors import choices_hint
 from api.templates.builtin import BUILTIN_TEMPLATES
 from engine import RequestRefused
 
-# Longest text that a template may render or repeat.
+# Longest text that a template may render, or create by one repetition.
 MAX_RENDERED_CHARS = 2**24
 # Largest integer that a template may compute.
 MAX_INTEGER_BITS = 2**12
-# A template's error message is cut to this length, as it may contain the whole conversation.
+# Error messages of templates are cut to this length, because they may contain the whole conversation.
 _MAX_ERROR_CHARS = 500
 
 # A message as templates render it.
@@ -39,11 +39,11 @@ TemplateMessage = dict[str, Any]
 
 
 class InvalidTemplate(Exception):
-    """A template, or a setting about templates, is invalid. The message is one line."""
+    """A template or a template setting is invalid. The message is one line."""
 
 
 class Capabilities(Struct, frozen=True, kw_only=True):
-    """The features of a template, under llama-server's names. Found by rendering test conversations."""
+    """The features of a template by llama-server's names, detected by rendering test conversations."""
 
     supports_string_content: bool
     supports_typed_content: bool
@@ -53,7 +53,7 @@ class Capabilities(Struct, frozen=True, kw_only=True):
     supports_tool_calls: bool
     supports_parallel_tool_calls: bool
     supports_object_arguments: bool
-    """True if arguments of a call that are an object are rendered as JSON."""
+    """True if call arguments that are an object, not a string, are rendered as JSON."""
     supports_preserve_reasoning: bool
     """True if the reasoning of earlier turns can be rendered."""
     supports_reasoning_effort: bool
@@ -65,7 +65,7 @@ _Value = TypeVar("_Value")
 class lazy_property(Generic[_Value]):
     """A property that is computed at the first access.
 
-    `cached_property` of Python 3.11 has one lock for all instances: a template that never ends would block the others.
+    `cached_property` of Python 3.11 has one lock for all instances, so an endless template would block all others.
     """
 
     def __init__(self, compute: Callable[[Any], _Value]) -> None:
@@ -113,10 +113,11 @@ class ChatTemplate:
         return "".join(chunks)
 
     def adapted(self, message: TemplateMessage) -> TemplateMessage:
-        """Returns the message with content in a form, and in a role, that the template renders.
+        """Returns the message with its content and role converted to types that the template supports.
 
-        A list of parts becomes a string of one line for each part, unless the template accepts lists. A string becomes
-        a list if the template accepts lists only. The role `developer` becomes `system` unless the template names it.
+        A list of parts becomes a string with one line for each part, unless the template accepts lists. A string
+        becomes a list if the template accepts only lists. The role `developer` becomes `system` unless the template
+        contains the name `developer`.
         """
         content = message["content"]
         if isinstance(content, list) and not self.accepts_parts:
@@ -143,7 +144,7 @@ class ChatTemplate:
 
     @lazy_property
     def capabilities(self) -> Capabilities:
-        """The features of the template."""
+        """The features of the template, detected at the first access."""
         one_call = self._probe([_user("x"), _assistant_calls({"place": _NEEDLE}), _user("y")])
         two_calls = self._probe([_user("x"), _assistant_calls({}, {}), _user("y")])
         reasoning = [_user("x"), {"role": "assistant", "content": "x", "reasoning_content": _NEEDLE}, _user("y")]
@@ -161,7 +162,7 @@ class ChatTemplate:
         )
 
     def _probe(self, messages: Sequence[TemplateMessage], **variables: Any) -> str:
-        """Returns the rendered test conversation, empty if the template refuses it."""
+        """Returns the rendered test conversation. The text is empty if the template raises an error."""
         try:
             return self.render(
                 {
@@ -180,7 +181,7 @@ class ChatTemplate:
 
 _NEEDLE = "needle"
 _TOOL = {"type": "function", "function": {"name": _NEEDLE, "description": "", "parameters": {"type": "object"}}}
-# The variables with which model families keep the reasoning of earlier turns.
+# Variables by which templates of several model families keep the reasoning of earlier turns.
 _KEEP_REASONING = {
     "preserve_thinking": True,
     "clear_thinking": False,
@@ -194,7 +195,7 @@ def _user(content: Any) -> TemplateMessage:
 
 
 def _assistant_calls(*arguments: dict[str, Any]) -> TemplateMessage:
-    """Returns an assistant message with one call for each of these arguments."""
+    """Returns an assistant message with one call for each of `arguments`."""
     calls = [
         {"type": "function", "id": f"id{index:07}", "function": {"name": f"call_{index}", "arguments": each}}
         for index, each in enumerate(arguments)
@@ -204,21 +205,21 @@ def _assistant_calls(*arguments: dict[str, Any]) -> TemplateMessage:
 
 @lru_cache(maxsize=16)
 def compile_template(text: str) -> ChatTemplate:
-    """Returns the compiled template of a request, given by name or as Jinja. Raises InvalidTemplate."""
+    """Returns the compiled template. `text` is the name of a built-in template or Jinja. Raises InvalidTemplate."""
     return ChatTemplate(resolve_template(text))
 
 
 def resolve_template(text: str) -> str:
-    """Returns the built-in template of this name, or `text` itself if it is Jinja. Raises InvalidTemplate."""
+    """Returns the built-in template named `text`, or `text` itself if it is Jinja. Raises InvalidTemplate."""
     if text in BUILTIN_TEMPLATES:
         return BUILTIN_TEMPLATES[text]
     if "{" not in text:
-        raise InvalidTemplate(f"there is no chat template named {text[:64]!r}{nearest_hint(text, BUILTIN_TEMPLATES)}")
+        raise InvalidTemplate(f"there is no chat template named {text[:64]!r}{choices_hint(text, BUILTIN_TEMPLATES)}")
     return text
 
 
 def configured_template(chat: ChatConfig) -> str | None:
-    """Returns the template of the settings, None if the settings have none. Raises InvalidTemplate."""
+    """Returns the configured template. None means the model's own template. Raises InvalidTemplate."""
     if chat.template and chat.template_file:
         raise InvalidTemplate("--chat-template and --chat-template-file exclude each other: give one of them")
     if chat.template_file:
@@ -235,7 +236,7 @@ def configured_template(chat: ChatConfig) -> str | None:
 
 
 def configured_kwargs(chat: ChatConfig) -> dict[str, Any]:
-    """Returns the template variables of the settings. Raises InvalidTemplate."""
+    """Returns the configured template variables. Raises InvalidTemplate."""
     try:
         return msgspec.json.decode(chat.template_kwargs or "{}", type=dict[str, Any])
     except msgspec.DecodeError as error:
@@ -250,7 +251,7 @@ class _GenerationTag(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # The tag has a scope of its own, as in transformers, where it is a call block.
+        # The body has a scope of its own, as in transformers, which implements the tag as a call block.
         return nodes.Scope(body, lineno=line)
 
 
@@ -269,12 +270,12 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # As in transformers: jinja2's filter escapes HTML, and msgspec omits the spaces that models were trained with.
+    # json.dumps as in transformers: jinja2's filter escapes HTML, and msgspec omits spaces that models are trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses products and powers of excessive size: one such operation cannot be interrupted and holds the GIL."""
+    """Refuses products and powers with a huge result: such an operation cannot be interrupted and holds the GIL."""
 
     intercepted_binops = frozenset({"*", "**"})
 

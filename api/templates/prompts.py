@@ -1,6 +1,6 @@
 """Prompts: chat requests rendered by the chat template, and text converted to tokens and back.
 
-Chat templates get the variables that Hugging Face's `apply_chat_template` offers.
+Chat templates get the same variables as from Hugging Face's `apply_chat_template`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from engine import ModelInfo, RequestRefused, Vocab
 _Argument = TypeVar("_Argument", bound=Sized)
 _Result = TypeVar("_Result")
 
-# Characters or tokens from which on work runs on a worker thread: 20,000 characters take some 5 ms to tokenize.
+# Texts of this many characters, and lists of this many tokens, are processed on a worker thread: tokenizing 20,000
+# characters takes about 5 ms.
 LONG_TEXT_CHARS = 20_000
 
-# Marks the end of a message to continue. Its trailing space shows whether the template strips the content.
+# Marks the end of the message to continue. The trailing space is missing in the prompt if the template strips content.
 _END_MARK = "\ue000paceline cuts here\ue001 "
 
 
@@ -47,9 +48,9 @@ class PromptRenderer:
         self.chat = chat
         self._default_variables = configured_kwargs(chat)
         self.warning: str | None = None
-        """The defect of the server's template, as a sentence. None if there is none."""
+        """A sentence about the defect of the server's template. None if the template has no defect."""
         self.template = self._server_template()
-        """The server's template. None if it is not valid Jinja; only text completions work then."""
+        """The server's template. None if it is not valid Jinja: chat requests then need `chat_template`."""
 
     # ── chat ──
 
@@ -60,7 +61,7 @@ class PromptRenderer:
         return await anyio.to_thread.run_sync(self.render, request)
 
     def render(self, request: ChatRequest) -> str:
-        """Returns the prompt of a conversation, with special tokens as their names. Raises RequestRefused with the
+        """Returns the prompt of a conversation, with special tokens by name. Raises RequestRefused with the
         template's error message."""
         template = self.template_for(request)
         # Templates get the tools even if `tool_choice` is "none", as in vLLM and llama-server: earlier messages may
@@ -71,8 +72,8 @@ class PromptRenderer:
         if "tool_calls" not in template.source:
             messages = list(map(calls_as_text, messages))
         if tools and isinstance(self.format_for(request), Generic):
-            system = template.capabilities.supports_system_role
-            messages, tools = with_tool_instructions(messages, tools, system=system), None
+            has_system_role = template.capabilities.supports_system_role
+            messages, tools = with_tool_instructions(messages, tools, has_system_role=has_system_role), None
         if any("tool_calls" in message for message in messages) and template.capabilities.supports_object_arguments:
             messages = list(map(with_argument_objects, messages))
         messages = list(map(template.adapted, messages))
@@ -138,7 +139,7 @@ class PromptRenderer:
             raise RequestRefused(f"chat_template cannot be used: {error}.", field="chat_template") from None
 
     def _reasoning_variables(self, request: ChatRequest) -> dict[str, Any]:
-        """Returns the template variables that control reasoning, under the names that model families use."""
+        """Returns the template variables that control reasoning, by the names of several model families."""
         variables: dict[str, Any] = {}
         if request.reasoning_effort is not None:
             variables["reasoning_effort"] = request.reasoning_effort
@@ -150,7 +151,7 @@ class PromptRenderer:
         return variables
 
     def _continues_last_message(self, request: ChatRequest) -> bool:
-        """True if the completion continues the last message instead of a new one. Raises RequestRefused."""
+        """True if the completion continues the last message instead of starting a new one. Raises RequestRefused."""
         last = request.messages[-1]
         if request.continue_final_message is None and request.add_generation_prompt is None:
             return self.chat.prefill_assistant and last.role == "assistant" and not last.tool_calls
@@ -169,20 +170,21 @@ class PromptRenderer:
         return True
 
     def _template_message(self, index: int, message: ChatMessageParam) -> TemplateMessage:
-        """Returns the fields that the client sent, and the content as a string or as a list of text parts."""
+        """Returns the message's fields for the template, with content as a string or a list of text parts. Raises
+        RequestRefused."""
         if message.content is None and message.role != "assistant":
             raise RequestRefused(
                 f"A message of role {message.role!r} needs content.", field=f"messages[{index}].content"
             )
-        for place, call in enumerate(message.tool_calls or ()):
+        for call_index, call in enumerate(message.tool_calls or ()):
             if not isinstance(call.get("function"), dict):
                 raise RequestRefused(
                     "A tool call needs a function: an object with a name and arguments.",
-                    field=f"messages[{index}].tool_calls[{place}].function",
+                    field=f"messages[{index}].tool_calls[{call_index}].function",
                 )
         fields: TemplateMessage = msgspec.to_builtins(message)
         if not message.tool_calls:
-            fields.pop("tool_calls", None)  # templates take an empty list for a message with calls
+            fields.pop("tool_calls", None)  # templates treat a message with an empty list as a message with calls
         if isinstance(message.content, list):
             texts = _part_texts(message.content, f"messages[{index}].content")
             fields["content"] = [{"type": "text", "text": text} for text in texts]
@@ -197,53 +199,57 @@ class PromptRenderer:
         return await run_long_in_thread(self.tokenize, text)
 
     def tokenize(self, text: str) -> tuple[int, ...]:
-        """Returns the tokens of a prompt, with the names of special tokens parsed and the model's tokens added around
-        the text. Raises RequestRefused for an empty prompt."""
+        """Returns the tokens of a prompt. Names of special tokens are parsed, and BOS and EOS are added if the model
+        expects them. Raises RequestRefused for an empty prompt."""
         info = self._info
         if info.bos_added and info.bos:
-            text = text.removeprefix(info.bos)  # many templates write it, and the tokenizer adds it
+            text = text.removeprefix(info.bos)  # many templates render BOS, which the tokenizer adds too
         tokens = self._vocab.tokenize(text, special=True)
         if not tokens:
             raise RequestRefused("The prompt is empty.", field="prompt")
         return tuple(tokens)
 
     async def tokenize_prediction(self, prediction: PredictedOutput | None) -> tuple[int, ...]:
-        """Returns the tokens of a predicted output without special tokens, none without a prediction. Raises
-        RequestRefused."""
+        """Returns the tokens of a predicted output, in which names of special tokens are plain text. Empty without a
+        prediction. Raises RequestRefused."""
         if prediction is None:
             return ()
         content = prediction.content
         text = content if isinstance(content, str) else "".join(_part_texts(content, "prediction.content"))
         return tuple(await run_long_in_thread(partial(self._vocab.tokenize, special=False), text))
 
-    async def tokenize_text(self, text: str, *, add: bool, parse: bool) -> list[int]:
-        """Returns the tokens of a text, which may be empty. `add` adds the model's tokens around the text, `parse`
-        parses the names of special tokens."""
-        return await run_long_in_thread(partial(self._tokenize_text, add=add, parse=parse), text)
+    async def tokenize_text(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Returns the tokens of a text, which may be empty. `add_special` adds BOS and EOS if the model expects them,
+        `parse_special` parses the names of special tokens."""
+        return await run_long_in_thread(
+            partial(self._tokenize_text, add_special=add_special, parse_special=parse_special), text
+        )
 
-    async def tokenize_parts(self, parts: Sequence[str | int], *, add: bool, parse: bool) -> list[int]:
-        """Returns the tokens of a mixed list of texts and tokens. The model's tokens are added around the first part
-        only, and only if that part is a text."""
-        return await anyio.to_thread.run_sync(partial(self._tokenize_parts, parts, add=add, parse=parse))
+    async def tokenize_parts(self, parts: Sequence[str | int], *, add_special: bool, parse_special: bool) -> list[int]:
+        """Returns the tokens of a mixed list of texts and tokens. BOS and EOS are added around the first part only, and
+        only if that part is a text."""
+        return await anyio.to_thread.run_sync(
+            partial(self._tokenize_parts, parts, add_special=add_special, parse_special=parse_special)
+        )
 
-    def _tokenize_text(self, text: str, *, add: bool, parse: bool) -> list[int]:
-        tokens = self._vocab.tokenize(text, special=parse)
-        if add and not parse:
+    def _tokenize_text(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        tokens = self._vocab.tokenize(text, special=parse_special)
+        if add_special and not parse_special:
             before, after = ([token] if token >= 0 else [] for token in self._vocab.added)
             return [*before, *tokens, *after]
-        return tokens if add or not parse else self._without_added(tokens)
+        return tokens if add_special or not parse_special else self._without_added(tokens)
 
-    def _tokenize_parts(self, parts: Sequence[str | int], *, add: bool, parse: bool) -> list[int]:
+    def _tokenize_parts(self, parts: Sequence[str | int], *, add_special: bool, parse_special: bool) -> list[int]:
         tokens: list[int] = []
         for index, part in enumerate(parts):
             if isinstance(part, int):
                 tokens.append(part)
             else:
-                tokens += self._tokenize_text(part, add=add and index == 0, parse=parse)
+                tokens += self._tokenize_text(part, add_special=add_special and index == 0, parse_special=parse_special)
         return tokens
 
     def special_token(self, text: str) -> int | None:
-        """Returns the special token with this name, None if there is none."""
+        """Returns the id of the special token named `text`. None if there is no such token."""
         tokens = self._tokenize_bare(text)
         return tokens[0] if len(tokens) == 1 and tokens[0] in self._vocab.special else None
 
@@ -255,7 +261,7 @@ class PromptRenderer:
         return self._without_added(self._vocab.tokenize(text, special=True))
 
     def _without_added(self, tokens: list[int]) -> list[int]:
-        """Returns `tokens` without those that the model adds around a text."""
+        """Returns `tokens` without the BOS and EOS that the tokenizer added."""
         before, after = self._vocab.added
         start = int(bool(tokens) and tokens[0] == before)
         return tokens[start : len(tokens) - int(len(tokens) > start and tokens[-1] == after)]
@@ -263,20 +269,20 @@ class PromptRenderer:
     # ── tokens to text ──
 
     def plain_text(self, tokens: Sequence[int]) -> str:
-        """Returns the text of tokens without special tokens."""
+        """Returns the text of `tokens`, in which special tokens are omitted."""
         return b"".join(map(self._vocab.piece, tokens)).decode("utf-8", "replace")
 
     def detokenize(self, tokens: Sequence[int]) -> str:
-        """Returns the text of tokens, with special tokens as their names."""
+        """Returns the text of `tokens`, with special tokens by name."""
         return b"".join(map_distinct(tokens, self.token_bytes)).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """Returns a token's bytes, or the name of a special token."""
+        """Returns the token's bytes; for a special token, the name's bytes."""
         return self._vocab.piece(token) or self._vocab.text(token).encode()
 
 
 def map_distinct(tokens: Sequence[int], function: Callable[[int], _Result]) -> list[_Result]:
-    """Returns `function` of each token, calling it once for equal tokens."""
+    """Returns `function` of each token. `function` is called once for each distinct token."""
     results = {token: function(token) for token in set(tokens)}
     return [results[token] for token in tokens]
 
@@ -299,8 +305,8 @@ def _append_end_mark(message: TemplateMessage) -> None:
 
 
 def _cut_at_end_mark(text: str) -> str:
-    """Returns `text` up to the end mark, stripped if the template strips content. Raises RequestRefused without a
-    mark."""
+    """Returns `text` up to the end mark, stripped if the template strips content. Raises RequestRefused if `text`
+    has no end mark."""
     at = text.rfind(_END_MARK.rstrip())
     if at < 0:
         raise RequestRefused(
@@ -311,7 +317,7 @@ def _cut_at_end_mark(text: str) -> str:
 
 
 def _request_bytes(request: ChatRequest) -> int:
-    """Returns the size, as JSON, of everything that the template renders."""
+    """Returns the size as JSON of all fields that the template renders."""
     return len(msgspec.json.encode((request.messages, request.tools, request.documents, request.chat_template_kwargs)))
 
 

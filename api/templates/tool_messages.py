@@ -13,7 +13,7 @@ from api.tools.formats import tool_instructions
 
 
 def with_argument_objects(message: TemplateMessage) -> TemplateMessage:
-    """Returns the message with the arguments of its calls as objects, which most templates encode as JSON."""
+    """Returns the message with call arguments decoded to objects. Most templates encode them as JSON themselves."""
     calls = message.get("tool_calls")
     if not calls:
         return message
@@ -32,24 +32,23 @@ def _with_argument_object(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_tool_instructions(
-    messages: Sequence[TemplateMessage], tools: Sequence[Mapping[str, Any]], *, system: bool
+    messages: Sequence[TemplateMessage], tools: Sequence[Mapping[str, Any]], *, has_system_role: bool
 ) -> list[TemplateMessage]:
     """Returns the messages with a description of `tools`, for a template without tools.
 
-    The description joins the system message. Without one it becomes the system message, or the start of the first user
-    message if the template has no `system` role.
+    The description is appended to the system message. If the conversation has none, the description becomes a new
+    system message, or is prepended to a first user message if the template has no system role.
     """
     first, text = messages[0], tool_instructions(tools)
     if first["role"] in ("system", "developer"):
         return [{**first, "content": _append(first["content"], text)}, *messages[1:]]
-    if not system and first["role"] == "user":
+    if not has_system_role and first["role"] == "user":
         return [{**first, "content": _prepend(first["content"], text)}, *messages[1:]]
     return [{"role": "system", "content": text}, *messages]
 
 
 def calls_as_text(message: TemplateMessage) -> TemplateMessage:
-    """Returns the message with its calls as content, and a tool's result as a user message, for a template without
-    calls."""
+    """Returns the message for a template without tool calls: calls as content, a tool's result as a user message."""
     if calls := message.get("tool_calls"):
         texts = [_call_text(_with_argument_object(call)["function"]) for call in calls]
         rest = {key: value for key, value in message.items() if key != "tool_calls"}

@@ -13,8 +13,8 @@ from api.schema.requests import ChatRequest
 from api.tools.formats import AllowedCalls, Tool
 from engine import MAX_SCHEMA_DEPTH, RequestRefused
 
-_CHOICES = ("auto", "none", "required")
-# Tools whose names are compared for the hint after an unknown name, as comparing takes time.
+_TOOL_CHOICES = ("auto", "none", "required")
+# Maximum tools whose names are compared for the hint about an unknown name, because comparing takes time.
 _MAX_COMPARED_TOOLS = 64
 
 
@@ -36,7 +36,7 @@ class ToolDefinition(Struct):
 
 
 class NamedFunction(Struct):
-    """A function by its name."""
+    """The `function` of a `tool_choice`."""
 
     name: str
 
@@ -49,7 +49,7 @@ class NamedToolChoice(Struct):
 
 
 def allowed_calls(request: ChatRequest) -> AllowedCalls:
-    """Returns the calls that the answer may and must contain. Raises RequestRefused with the field."""
+    """Returns the calls that the answer may or must contain. Raises RequestRefused with the field."""
     if request.functions or request.function_call is not None:
         raise RequestRefused(
             "functions and function_call are not supported: send tools and tool_choice, which replace them.",
@@ -61,9 +61,9 @@ def allowed_calls(request: ChatRequest) -> AllowedCalls:
     tools = _tools(request.tools or [])
     if isinstance(choice, Mapping):
         tools = (_named_tool(choice, tools),)
-    elif choice is not None and choice not in _CHOICES:
+    elif choice is not None and choice not in _TOOL_CHOICES:
         raise RequestRefused(
-            f"tool_choice must be one of {', '.join(_CHOICES)}, or name a function, not {str(choice)[:64]!r}.",
+            f"tool_choice must be one of {', '.join(_TOOL_CHOICES)}, or name a function, not {str(choice)[:64]!r}.",
             field="tool_choice",
         )
     required = choice == "required" or isinstance(choice, Mapping)
@@ -78,15 +78,15 @@ def _tools(definitions: Sequence[Any]) -> tuple[Tool, ...]:
     try:
         decoded = msgspec.convert(definitions, list[ToolDefinition])
     except msgspec.ValidationError as error:
-        raise as_refusal(error, "tools") from None
-    found: dict[str, Tool] = {}
+        raise as_refusal(error, list[ToolDefinition], definitions, "tools") from None
+    tools: dict[str, Tool] = {}
     for index, each in enumerate(decoded):
         if each.type != "function":
             raise RequestRefused(
                 f"Tools of type {each.type[:32]!r} are not supported, only 'function'.", field=f"tools[{index}].type"
             )
         name = each.function.name
-        if name in found:
+        if name in tools:
             raise RequestRefused(
                 f"Two tools are named {name!r}; each needs a name of its own.", field=f"tools[{index}].function.name"
             )
@@ -96,19 +96,27 @@ def _tools(definitions: Sequence[Any]) -> tuple[Tool, ...]:
                 "The type of a function's parameters must be 'object'.",
                 field=f"tools[{index}].function.parameters.type",
             )
-        found[name] = Tool(name, closed_schema({"type": "object", **parameters}))
-    return tuple(found.values())
+        tools[name] = Tool(name, closed_schema({"type": "object", **parameters}))
+    return tuple(tools.values())
 
 
 # Keywords that permit or require properties besides those in `properties`.
-_MORE_PROPERTIES = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "unevaluatedProperties", "minProperties"}
+_EXTRA_PROPERTY_KEYWORDS = {
+    "allOf",
+    "anyOf",
+    "oneOf",
+    "$ref",
+    "patternProperties",
+    "unevaluatedProperties",
+    "minProperties",
+}
 
 
 def closed_schema(schema: Any, levels: int = MAX_SCHEMA_DEPTH) -> Any:
-    """Returns the schema with `additionalProperties: false` wherever it lists properties and leaves that keyword out,
-    `levels` deep.
+    """Returns the schema with `additionalProperties: false` in each part that lists properties without that keyword.
 
-    As llama-server does: small models otherwise add properties without end.
+    Parts nested deeper than `levels` are unchanged. llama-server closes schemas too: small models otherwise add
+    properties without end.
     """
     if not isinstance(schema, Mapping) or not levels:
         return schema
@@ -126,7 +134,7 @@ def closed_schema(schema: Any, levels: int = MAX_SCHEMA_DEPTH) -> Any:
         closed["properties"] = {name: closed_schema(each, levels - 1) for name, each in properties.items()}
         required = closed.get("required", [])
         listed = isinstance(required, list) and set(map(str, required)) <= properties.keys()
-        if listed and not _MORE_PROPERTIES & closed.keys():
+        if listed and not _EXTRA_PROPERTY_KEYWORDS & closed.keys():
             closed.setdefault("additionalProperties", False)
     return closed
 
@@ -135,7 +143,7 @@ def _named_tool(choice: Mapping[str, Any], tools: Sequence[Tool]) -> Tool:
     try:
         name = msgspec.convert(choice, NamedToolChoice).function.name
     except msgspec.ValidationError as error:
-        raise as_refusal(error, "tool_choice") from None
+        raise as_refusal(error, NamedToolChoice, choice, "tool_choice") from None
     for tool in tools:
         if tool.name == name:
             return tool

@@ -1,7 +1,7 @@
 """Builds libllama, llama-server and the binding from the bundled sources, without a network: see build.sh.
 
-Both servers run the same library: llama-server is linked with it, and llama-cpp-python, which is installed without a
-library of its own, gets links to it. An interrupted build is resumed.
+Both servers run the same library: llama-server is linked with it, and llama-cpp-python is installed without a
+library and then gets links to it. An interrupted build is resumed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from bench.gpu.bundle import PARTS_FOLDER, ROOT
 from bench.models import SetupError
 from bench.peers import PEERS, binary, build, pinned, sources
 
-# CUDA's libraries under their names without a version, as the linker needs them.
+# Folder of links to CUDA's libraries under their names without a version, which the linker needs.
 LINKS = PARTS_FOLDER / "links"
 CUDA_LIBRARIES = ("libcublas.so", "libcublasLt.so")
 DRIVER = "libcuda.so"
-# Folders of the driver's library, in addition to the linker's cache and the toolkit's stubs.
+# Folders that are searched for the driver's library, in addition to the linker's cache and the toolkit's stubs.
 DRIVER_FOLDERS = ("/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib64")
 
 
@@ -51,15 +51,17 @@ def site_packages() -> list[Path]:
 
 
 def cublas(top: Path, packages: Iterable[Path]) -> tuple[Path, Path]:
-    """Returns the folders of cuBLAS's headers and libraries: of the toolkit, of `$CUBLAS`, or of an installed
-    nvidia-cublas. Raises SetupError if there are none.
+    """Returns the folders of cuBLAS's headers and libraries.
+
+    The toolkit, `$CUBLAS` and installed nvidia-cublas packages are searched in this order. Raises SetupError if none of
+    them has cuBLAS.
     """
-    places = [top, *(Path(place) for place in [os.environ.get("CUBLAS", "")] if place)]
-    places += [package / "nvidia" / name for package in packages for name in ("cu13", "cublas")]
-    for place in places:
-        for libraries in (place / "lib64", place / "lib"):
-            if (place / "include" / "cublas_v2.h").exists() and any(libraries.glob(f"{CUDA_LIBRARIES[0]}*")):
-                return place / "include", libraries
+    folders = [top, *(Path(folder) for folder in [os.environ.get("CUBLAS", "")] if folder)]
+    folders += [package / "nvidia" / name for package in packages for name in ("cu13", "cublas")]
+    for folder in folders:
+        for libraries in (folder / "lib64", folder / "lib"):
+            if (folder / "include" / "cublas_v2.h").exists() and any(libraries.glob(f"{CUDA_LIBRARIES[0]}*")):
+                return folder / "include", libraries
     raise SetupError(f"cuBLAS is neither in {top} nor in a Python's nvidia-cublas; set $CUBLAS to its folder")
 
 
@@ -76,9 +78,9 @@ def link(libraries: Iterable[Path], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for library in libraries:
         for name in (library.name, f"{library.name.partition('.so')[0]}.so"):
-            place = folder / name
-            place.unlink(missing_ok=True)
-            place.symlink_to(library)
+            link_path = folder / name
+            link_path.unlink(missing_ok=True)
+            link_path.symlink_to(library)
 
 
 def cuda_flags() -> list[str]:

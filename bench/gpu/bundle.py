@@ -43,7 +43,13 @@ PLATFORMS = (
     "manylinux2014_x86_64",
 )
 # Further dependencies of llama-cpp-python, and the build tools of both packages.
-BINDING = ("typing-extensions>=4.5", "diskcache>=5.6.1", "scikit-build-core>=0.9.2", "setuptools>=75", "pip")
+BINDING_REQUIREMENTS = (
+    "typing-extensions>=4.5",
+    "diskcache>=5.6.1",
+    "scikit-build-core>=0.9.2",
+    "setuptools>=75",
+    "pip",
+)
 
 # Files and folders of the sdist that a build reads. CMake configures all tools, so all of them are kept.
 KEPT_PATHS = (
@@ -110,7 +116,7 @@ def requirements(project: Path = ROOT / "pyproject.toml") -> list[str]:
     """Returns all dependencies on the host except llama-cpp-python, which is built there."""
     about = tomllib.loads(project.read_text())["project"]
     own = [name for name in about["dependencies"] if not name.startswith(PACKAGE)]
-    return [*own, *about["optional-dependencies"]["test"], *BINDING]
+    return [*own, *about["optional-dependencies"]["test"], *BINDING_REQUIREMENTS]
 
 
 def host_platform() -> list[str]:
@@ -120,7 +126,7 @@ def host_platform() -> list[str]:
 
 
 def locked(lock: Path = LOCK) -> dict[str, str]:
-    """Returns by requirement the lines of the lock, with the hashes of all wheels and of the sdist."""
+    """Returns the lines of the lock by requirement; each line has the hash of a wheel or of the sdist."""
     lines = [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
     return {line.partition(" ")[0]: line for line in lines}
 
@@ -198,7 +204,7 @@ def bundle() -> str:
     parts = [path for path in PARTS_FOLDER.rglob("*") if path.suffix in (".whl", ".gz", ".gguf")]
     size = pack(ARCHIVE, [*(ROOT / name for name in tracked()), *parts])
     if size > MAX_ARCHIVE_BYTES:
-        raise SetupError(f"{ARCHIVE} has {size / 1e6:.1f} MB, {MAX_ARCHIVE_BYTES / 1e6:.0f} MB are the most")
+        raise SetupError(f"{ARCHIVE} has {size / 1e6:.1f} MB, more than the limit of {MAX_ARCHIVE_BYTES / 1e6:.0f} MB")
     return f"{ARCHIVE}: {size / 1e6:.1f} MB, sha256 {digest(ARCHIVE)}"
 
 

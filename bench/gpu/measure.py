@@ -24,7 +24,7 @@ from bench.figures import OUT, save
 from bench.gpu import tables
 from bench.gpu.models import path_of
 from bench.gpu.synthetic import rates
-from bench.load import closed_loop, measured
+from bench.load import closed_loop, run_measured
 from bench.models import MODELS_FOLDER
 from bench.peers import MODES, PACELINE, Settings, llama_server
 from bench.server import Server, free_port, running, serving
@@ -39,7 +39,7 @@ PEER = "llama-server-unified"
 PEER_DRAFT_TOKENS = (3, 8)
 
 
-class Extent(Struct, frozen=True):
+class MeasurementSizes(Struct, frozen=True):
     """The sizes of the measurements."""
 
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -60,8 +60,8 @@ class Extent(Struct, frozen=True):
     """Seconds between the start of the streams and the long prompt."""
 
 
-# For a trial run.
-QUICK = Extent((1, 4, 16), (0, 256), (1, 4), 12, 10, streams=2, prompt=600, lead=1.0)
+# Small sizes for a trial run.
+QUICK = MeasurementSizes((1, 4, 16), (0, 256), (1, 4), 12, 10, streams=2, prompt=600, lead=1.0)
 
 
 class PartFigures:
@@ -83,39 +83,40 @@ class PartFigures:
 
 
 class GpuBench(Struct, frozen=True):
-    """Target model, draft model, number of layers on the GPU, and the sizes of the measurements."""
+    """The target model, the draft model, the number of layers on the GPU, and the sizes of the measurements."""
 
     model: Path
     draft: Path
     layers: int
-    extent: Extent
+    extent: MeasurementSizes
 
     def settings(self, slots: int, cells: int) -> Settings:
         """Returns the common settings of both servers."""
         return Settings(self.model, cells, slots, physical_cores(), "auto")
 
     @property
-    def placed(self) -> tuple[str, ...]:
+    def common_flags(self) -> tuple[str, ...]:
         """Further flags of both servers. All prompts are distinct, so a prefix cache in RAM has no use."""
         return ("-ngl", str(self.layers), "--cache-ram", "0")
 
     @contextmanager
-    def started(self, name: str, settings: Settings, more: Sequence[str] = ()) -> Iterator[Server]:
-        """Runs one of the two servers without speculation unless `more` enables it."""
+    def started(self, name: str, settings: Settings, extra_flags: Sequence[str] = ()) -> Iterator[Server]:
+        """Runs one of the two servers for the length of the block, without speculation unless `extra_flags` enable
+        it."""
         if name != PACELINE:
-            with llama_server(settings, [*MODES[PEER], *self.placed, *more], 300) as server:
+            with llama_server(settings, [*MODES[PEER], *self.common_flags, *extra_flags], 300) as server:
                 yield server
             return
-        flags = [*settings.flags(), *self.placed, "--spec-type", "none", *more]
+        flags = [*settings.flags(), *self.common_flags, "--spec-type", "none", *extra_flags]
         with serving(self.model, flags, 300) as server:
             yield server
 
     @contextmanager
-    def synthetic(self, settings: Settings, more: Sequence[str]) -> Iterator[Server]:
-        """Runs Paceline with random acceptance of draft tokens."""
+    def synthetic(self, settings: Settings, extra_flags: Sequence[str]) -> Iterator[Server]:
+        """Runs Paceline with random acceptance of draft tokens for the length of the block."""
         port = free_port()
-        where = ["-m", str(self.model), "--port", str(port), *settings.flags(), *self.placed]
-        command = [sys.executable, "-m", "bench.gpu.synthetic", str(self.extent.rate), *where, *more]
+        where = ["-m", str(self.model), "--port", str(port), *settings.flags(), *self.common_flags]
+        command = [sys.executable, "-m", "bench.gpu.synthetic", str(self.extent.rate), *where, *extra_flags]
         with running(command, port, 300) as server:
             yield server
 
@@ -123,12 +124,12 @@ class GpuBench(Struct, frozen=True):
 # ── the parts ──
 
 
-def cost(bench: GpuBench, cells: PartFigures) -> None:
-    """Measures the milliseconds of a step by rows and resident cells."""
+def measure_cost(bench: GpuBench, cells: PartFigures) -> None:
+    """Measures the milliseconds of a step by numbers of rows and of resident cells."""
     extent = bench.extent
-    slots, room = min(254, max(extent.rows)), max(extent.resident) + 2 * max(extent.rows) + 256
+    slots, context = min(254, max(extent.rows)), max(extent.resident) + 2 * max(extent.rows) + 256
     config = EngineConfig.of(
-        path=bench.model, slots=slots, context=room, outputs=max(extent.rows), gpu_layers=bench.layers
+        path=bench.model, slots=slots, context=context, outputs=max(extent.rows), gpu_layers=bench.layers
     )
 
     def measure() -> dict[str, dict[int, dict[int, float]]]:
@@ -141,46 +142,48 @@ def cost(bench: GpuBench, cells: PartFigures) -> None:
     cells.fill("step", measure)
 
 
-def share(bench: GpuBench, cells: PartFigures) -> None:
-    """Measures Python's fraction of a step, and the engine relative to a bare loop, by slots."""
+def measure_python_share(bench: GpuBench, cells: PartFigures) -> None:
+    """Measures Python's fraction of a step, and the engine's speed relative to a bare loop, by number of slots."""
     for slots in bench.extent.slots:
         compare = partial(overhead.compare, bench.model, slots, bench.extent.tokens, 2, gpu_layers=bench.layers)
         cells.fill(str(slots), lambda compare=compare: asyncio.run(compare()))  # type: ignore[misc]
 
 
-def load(server: Server, extent: Extent, slots: int) -> dict[str, Any]:
+def load(server: Server, extent: MeasurementSizes, slots: int) -> dict[str, Any]:
     """Returns the figures of `slots` clients with two requests each, after a warm-up."""
-    measured(closed_loop(server.port, 1, [[story(10**6, 4, extent.words)]]))
+    run_measured(closed_loop(server.port, 1, [[story(10**6, 4, extent.words)]]))
     sessions = [[story(number, extent.tokens, extent.words)] for number in range(2 * slots)]
-    return measured(closed_loop(server.port, slots, sessions))[0]
+    return run_measured(closed_loop(server.port, slots, sessions))[0]
 
 
-def served(bench: GpuBench, slots: int) -> Settings:
+def serving_settings(bench: GpuBench, slots: int) -> Settings:
     """Returns settings with cells for the prompts and answers of all clients."""
     return bench.settings(slots, max(4096, slots * (2 * bench.extent.tokens + 4 * bench.extent.words)))
 
 
-def serve(bench: GpuBench, cells: PartFigures) -> None:
-    """Measures the tokens per second of both servers over HTTP without speculation, by slots."""
+def measure_throughput(bench: GpuBench, cells: PartFigures) -> None:
+    """Measures the tokens per second of both servers over HTTP without speculation, by number of slots."""
     for slots in bench.extent.slots:
         for name in (PACELINE, PEER):
 
             def measure(name: str = name, slots: int = slots) -> dict[str, Any]:
-                with bench.started(name, served(bench, slots)) as server:
+                with bench.started(name, serving_settings(bench, slots)) as server:
                     return load(server, bench.extent, slots)
 
             cells.fill(f"{slots} {name}", measure)
 
 
-def synthetic(bench: GpuBench, cells: PartFigures) -> None:
+def measure_synthetic(bench: GpuBench, cells: PartFigures) -> None:
     """Measures both servers with a draft model and random acceptance; llama-server's drafts have a fixed length."""
     draft = ["-md", str(bench.draft), "-ngld", str(bench.layers)]
     for slots in bench.extent.slots:
-        settings = served(bench, slots)
-        own = [*draft, "--spec-type", "draft", "--draft-max", str(max(PEER_DRAFT_TOKENS))]
+        settings = serving_settings(bench, slots)
+        paceline_flags = [*draft, "--spec-type", "draft", "--draft-max", str(max(PEER_DRAFT_TOKENS))]
 
-        def ours(settings: Settings = settings, own: Sequence[str] = own, slots: int = slots) -> dict[str, Any]:
-            with bench.synthetic(settings, own) as server:
+        def ours(
+            settings: Settings = settings, paceline_flags: Sequence[str] = paceline_flags, slots: int = slots
+        ) -> dict[str, Any]:
+            with bench.synthetic(settings, paceline_flags) as server:
                 return load(server, bench.extent, slots)
 
         cells.fill(f"{slots} {PACELINE}, measured lengths", ours)
@@ -188,14 +191,16 @@ def synthetic(bench: GpuBench, cells: PartFigures) -> None:
             drafts = [*draft, "--spec-type", "draft-simple", "--spec-draft-n-max", str(length)]
             drafts += ["--spec-synth-rates", rates(bench.extent.rate, length)]
 
-            def peer(settings: Settings = settings, more: Sequence[str] = drafts, slots: int = slots) -> dict[str, Any]:
-                with bench.started(PEER, settings, more) as server:
+            def peer(
+                settings: Settings = settings, extra_flags: Sequence[str] = drafts, slots: int = slots
+            ) -> dict[str, Any]:
+                with bench.started(PEER, settings, extra_flags) as server:
                     return load(server, bench.extent, slots)
 
             cells.fill(f"{slots} {PEER}, {length}", peer)
 
 
-def gaps(bench: GpuBench, cells: PartFigures) -> None:
+def measure_gaps(bench: GpuBench, cells: PartFigures) -> None:
     """Measures the gaps of running streams during the prefill of a long prompt, on both servers.
 
     KV is unified, since one slot needs far more cells than the others.
@@ -212,11 +217,11 @@ def gaps(bench: GpuBench, cells: PartFigures) -> None:
 
 
 MEASUREMENTS: Mapping[str, Callable[[GpuBench, PartFigures], None]] = {
-    "cost": cost,
-    "share": share,
-    "serve": serve,
-    "synthetic": synthetic,
-    "gaps": gaps,
+    "cost": measure_cost,
+    "share": measure_python_share,
+    "serve": measure_throughput,
+    "synthetic": measure_synthetic,
+    "gaps": measure_gaps,
 }
 
 
@@ -224,7 +229,7 @@ def summary() -> None:
     """Writes all stored cells to `gpu.json` and `gpu.md`."""
     figures = {path.stem: msgspec.json.decode(path.read_bytes()) for path in sorted(RESULTS_FOLDER.glob("*.json"))}
     save("gpu", figures)
-    (OUT / "gpu.md").write_text(tables.all_of(figures))
+    (OUT / "gpu.md").write_text(tables.render_tables(figures))
 
 
 def main() -> None:
@@ -236,7 +241,7 @@ def main() -> None:
     parser.add_argument("-ngl", "--layers", type=int, default=99, help="layers on the GPU")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a trial run")
     options = parser.parse_args()
-    folder, extent = MODELS_FOLDER / "random", QUICK if options.quick else Extent()
+    folder, extent = MODELS_FOLDER / "random", QUICK if options.quick else MeasurementSizes()
     if options.part != "table":
         bench = GpuBench(path_of(options.model, folder), path_of(options.draft, folder), options.layers, extent)
         MEASUREMENTS[options.part](bench, PartFigures(options.part, options.model))

@@ -38,7 +38,7 @@ class ModelShape(Struct, frozen=True):
     """Width of the feed-forward layer."""
 
 
-# By name; the last two are the shapes of Llama 3.
+# Shapes by name; the last two are those of Llama 3.
 SHAPES = {
     "tiny": ModelShape(256, 4, 4, 2, 512),
     "0.1b": ModelShape(768, 12, 12, 4, 2048),
@@ -83,7 +83,7 @@ class BlockPool:
             return drawn.astype(np.float16).view(np.uint8).reshape(blocks, 2)
         filled = self._random.integers(0, 256, (blocks, self.kind.bytes), np.uint8)
         scale = np.float16(deviation / BLOCK_DEVIATION[name])
-        signs = self._random.integers(0, 2, blocks, np.uint8)  # 4-bit values are not centred at 0
+        signs = self._random.integers(0, 2, blocks, np.uint8)  # random signs, because 4-bit values are not centred at 0
         filled[:, :2] = np.where(signs[:, None], np.array([scale]).view(np.uint8), np.array([-scale]).view(np.uint8))
         return filled
 
@@ -183,9 +183,11 @@ def path_of(model: str, folder: Path) -> Path:
 
 
 def main() -> None:
-    """Writes the missing models, and prints the paths of all."""
+    """Writes the requested models that are missing, and prints the paths of all requested models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help=f"of {', '.join(SHAPES)}, each with :{', :'.join(WEIGHT_TYPES)}")
+    parser.add_argument(
+        "models", nargs="+", help=f"names: one of {', '.join(SHAPES)}, followed by :{' or :'.join(WEIGHT_TYPES)}"
+    )
     parser.add_argument("-o", "--folder", type=Path, default=MODELS_FOLDER / "random", help="folder of the models")
     options = parser.parse_args()
     tokenizer = BUNDLED if BUNDLED.exists() else SOURCES["smollm2"].path

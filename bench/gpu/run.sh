@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures a GPU host after bench/gpu/build.sh: bash bench/gpu/run.sh
-# Every part takes at most 10 minutes; the same command resumes after an interruption. After each part gpu.md and
+# A part takes at most 10 minutes for a model; the same command resumes after an interruption. After each part gpu.md and
 # gpu.json in $OUT, by default bench/out, have all results so far.
 #
 #   MODELS="1b:q4_0 8b:q4_0"   names of models in bench.gpu.models

@@ -1,8 +1,8 @@
 """`paceline serve` with random acceptance: `python -m bench.gpu.synthetic 0.8 -m target.gguf -md draft.gguf ...`.
 
-Like llama-server's `--spec-synth-rates`, for models of random weights: each draft token is accepted with the given
-probability if all tokens before it are accepted. Everything else is unchanged: the draft model drafts, the target
-computes and samples every row, and draft lengths follow from measured costs.
+Like llama-server's `--spec-synth-rates`, the command serves models of random weights: each draft token is accepted with
+the given probability if all tokens before it are accepted. Everything else is unchanged: the draft model drafts, the
+target computes and samples every row, and draft lengths follow from measured costs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from engine.sequence import Sequence as EngineSequence
 from engine.verify import VerificationResult, verify
 
 
-class Agreeing(Sampler):
-    """A sampler that returns the draft token with a given probability. It samples in any case, for the same cost."""
+class RandomAcceptanceSampler(Sampler):
+    """A sampler that returns the draft token with probability `rate`, and the sampled token otherwise.
+
+    Every pick samples, so that its cost is unchanged.
+    """
 
     def __init__(self, own: Sampler, draft: Sequence[int], start: int, rate: float, random: Random) -> None:
         """`start` is the length of the history before the draft."""
@@ -45,12 +48,12 @@ class Agreeing(Sampler):
     ) -> int:
         """Returns the draft token or the sampled token."""
         token = self._own.pick(row, history, prompt_length, discarded, permitted)
-        place = len(history) - self._start
-        agrees = place < len(self._draft) and self._source.random() < self._rate
-        return self._draft[place] if agrees else token
+        position = len(history) - self._start
+        agrees = position < len(self._draft) and self._source.random() < self._rate
+        return self._draft[position] if agrees else token
 
 
-class Verifier:
+class RandomAcceptanceVerifier:
     """Verifies drafts with random acceptance."""
 
     def __init__(self, rate: float) -> None:
@@ -58,26 +61,29 @@ class Verifier:
         self._random = Random(0)
 
     def __call__(
-        self, stream: EngineSequence, draft: Sequence[int], rows: Logits, permits: RowMasks | None = None
+        self, sequence: EngineSequence, draft: Sequence[int], rows: Logits, permits: RowMasks | None = None
     ) -> VerificationResult:
-        """Has the contract of `engine.verify.verify`."""
-        own = stream.sampler
-        stream.sampler = Agreeing(own, draft, len(stream.tokens), self._rate, self._random)
+        """Verifies a draft with the arguments and the result of `engine.verify.verify`."""
+        own = sequence.sampler
+        sequence.sampler = RandomAcceptanceSampler(own, draft, len(sequence.tokens), self._rate, self._random)
         try:
-            return verify(stream, draft, rows, permits)
+            return verify(sequence, draft, rows, permits)
         finally:
-            stream.sampler = own
+            sequence.sampler = own
 
 
 def rates(rate: float, length: int) -> str:
-    """Returns the value of `--spec-synth-rates`: by position the probability that all tokens up to it are accepted."""
-    return ",".join(f"{rate**place:.6f}" for place in range(1, length + 1))
+    """Returns the value of `--spec-synth-rates`.
+
+    The value has, for each draft position, the probability that all tokens up to that position are accepted.
+    """
+    return ",".join(f"{rate**position:.6f}" for position in range(1, length + 1))
 
 
 def main() -> int:
-    """Serves until a signal ends it."""
+    """Runs the server until a signal ends the process; returns the exit code."""
     rate, *arguments = sys.argv[1:]
-    with patch.object(step, "verify", Verifier(float(rate))):
+    with patch.object(step, "verify", RandomAcceptanceVerifier(float(rate))):
         return paceline(["serve", *arguments])
 
 

@@ -1,7 +1,15 @@
-"""Configuration of an engine: one frozen Struct per concern; each field has a type, a range, a default and a sentence.
+"""Configuration of an engine: frozen Structs, whose fields have a type, a range, a default and a description.
 
-The command line, the keys of a TOML file and `api/FLAGS.md` are generated from these fields. `msgspec.convert` checks
-ranges and the constructors do not: values from outside go through `convert`.
+The command line, the keys of a TOML file and `api/FLAGS.md` are generated from these fields. The constructors do not
+check ranges, so values from outside must go through `msgspec.convert`, which does.
+
+engine       `EngineConfig`, which holds all others but those of `sim`
+model        model file, threads, devices and KV types
+batch        slots, queue, context and rows
+memory       the tiers of the KV cache
+speculation  proposers and the draft model
+sim          the simulated model
+machine      cores and name of the processor
 """
 
 from engine.config.batch import BatchConfig

@@ -1,4 +1,4 @@
-"""Context, slots and batch sizes."""
+"""Settings of the context, the slots and the batches."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from msgspec import Meta, Struct
 
 
 class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """KV cells and slots of the context, rows and milliseconds of one step."""
+    """Numbers of KV cells and slots, and limits of rows and milliseconds for one step."""
 
     context: Annotated[
         int,
         Meta(
             ge=0,
             le=2**24,
-            description="KV cells (tokens) of all slots together; 0 is chosen at start: with per-slot KV the training "
-            "context for each slot, at most 8,192 and a quarter of the free memory; with unified KV the training "
-            "context",
+            description="KV cells (tokens) of all slots together; 0 is as many as fit a quarter of the free memory, at "
+            "most the training context and 8,192 for each slot with per-slot KV, or the training context in all with "
+            "unified KV",
         ),
     ] = 0
     slots: Annotated[int, Meta(ge=1, le=256, description="number of slots: sequences that are decoded together")] = 16
@@ -26,7 +26,7 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=0,
             le=100_000,
-            description="maximum number of requests queued for a slot; the next one gets 429 with Retry-After",
+            description="maximum number of requests queued for a slot; further requests get 429 with Retry-After",
         ),
     ] = 256
     rows: Annotated[int, Meta(ge=32, le=2**16, description="maximum rows (tokens) of one decode")] = 2048
@@ -38,8 +38,8 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=0,
             le=2**16,
-            description="maximum rows of logits of one decode, which bounds the drafts of all slots together; 0 is the "
-            "larger of 128 and 8 for each slot",
+            description="maximum rows of logits of one decode, which limits the drafts of all slots together; 0 is 8 "
+            "for each slot, and at least 128",
         ),
     ] = 0
     context_shift: Annotated[
@@ -63,13 +63,13 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=0.0,
             le=60_000.0,
-            description="milliseconds that a step with both prefill and decode rows may take; 0 is twice a step "
-            "without prefill, so that decoding sequences keep half their speed, and more if more sequences are "
-            "prefilled than decoded or a request has no token after seconds, up to --idle-step-ms, or twice that "
-            "after 30 s",
+            description="maximum milliseconds of a step with prefill and decode rows; 0 is twice the time of a step "
+            "without prefill rows, so that decoding sequences keep half of their speed; the time grows, up to "
+            "--idle-step-ms, if more sequences are prefilled than decoded, or if a request has had no token for "
+            "seconds; after 30 s up to twice --idle-step-ms",
         ),
     ] = 0.0
     idle_step_ms: Annotated[
         float,
-        Meta(ge=1.0, le=60_000.0, description="milliseconds that a step with prefill rows only may take"),
+        Meta(ge=1.0, le=60_000.0, description="maximum milliseconds of a step with prefill rows only"),
     ] = 500.0

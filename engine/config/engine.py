@@ -35,9 +35,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         sim: SimConfig | dict[str, object] | None = None,
         **fields: object,
     ) -> EngineConfig:
-        """Returns a checked configuration; `fields` are those of `model` and `batch`.
+        """Returns a checked configuration. `fields` are fields of `model` and of `batch`.
 
-        Raises `msgspec.ValidationError`, which names the field, for a wrong type or range or an unknown name.
+        Raises `msgspec.ValidationError` for a wrong type, a value out of range or an unknown name. The message names
+        the field.
         """
         model: dict[str, object] = {}
         batch: dict[str, object] = {}
@@ -55,15 +56,15 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return msgspec.convert(tables, cls)
 
     def for_draft_model(self, cells: int) -> EngineConfig:
-        """Returns the configuration of the draft model's engine, for a target model with `cells` KV cells in all.
+        """Returns the configuration of the draft model's engine. `cells` is the number of the target model's KV cells.
 
-        Settings that `draft` does not have are the target's. The KV layout is chosen at start, unless the target has
-        `--no-kv-unified`; with per-slot KV each slot gets as many tokens as the target's.
+        Settings of `model` and `batch` that `draft` lacks are those of the target model; other tables have defaults.
+        The KV layout is per-slot if the target has `--no-kv-unified`, and is chosen at start otherwise.
         """
         draft = self.draft
         threads = draft.threads if draft.threads > 0 else self.model.threads
         threads_batch = draft.threads_batch if draft.threads_batch > 0 else draft.threads
-        # The split over devices is the target's only if the draft model has the same devices.
+        # The target's split over devices is used only if the draft model has the same devices.
         split = ModelConfig(path=draft.path) if draft.device else self.model
         model = structs.replace(
             self.model,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def processor_name() -> str:
-    """Returns the processor's model name; the architecture if the system does not name the model."""
+    """Returns the model name of the processor; its architecture if the model name is unknown."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -16,7 +16,7 @@ def processor_name() -> str:
 
 
 def physical_cores() -> int:
-    """Returns the number of cores that this process may use, at least 1; hyper-threads of one core count once."""
+    """Returns the number of physical cores that this process may use, at least 1."""
     cores: set[str] = set()
     available = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     for cpu in available:
@@ -26,5 +26,5 @@ def physical_cores() -> int:
 
 
 def memory_bytes() -> int:
-    """Returns the bytes of physical memory."""
+    """Returns the size of the physical memory in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""The model file, and the devices, threads and KV cells that compute it."""
+"""Settings of the model: file, devices, threads and KV cells."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The model file, and the devices, threads and KV cells that compute it."""
+    """The model file, the devices and threads that compute the model, and the kind of its KV cells."""
 
     path: Annotated[str, Meta(min_length=1, description="GGUF file of the model")]
     gpu_layers: Annotated[int, Meta(ge=-1, description="layers offloaded to the GPU; -1 is all of them")] = -1
     device: Annotated[
         str,
         Meta(
-            description="devices that compute the model, as ggml names them, separated by commas; empty is "
-            "llama.cpp's choice"
+            description="ggml's names of the devices that compute the model, separated by commas; empty is llama.cpp's "
+            "choice",
         ),
     ] = ""
     split_mode: Annotated[
@@ -31,8 +31,8 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     tensor_split: Annotated[
         str,
         Meta(
-            description="proportions of the model on each device, separated by commas, as in 3,1; empty is in "
-            "proportion to their free memory"
+            description="proportions of the model on the devices, separated by commas, such as 3,1; empty is the "
+            "proportions of their free memory"
         ),
     ] = ""
     main_gpu: Annotated[
@@ -42,31 +42,32 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Literal["on", "off"],
         Meta(
             description="on allocates as many KV cells as fit the free memory of the GPUs, at most the training "
-            "context for each slot, unless --ctx-size gives a number"
+            "context for each slot; no effect if --ctx-size is given",
         ),
     ] = "off"
     fit_target: Annotated[int, Meta(ge=0, le=2**30, description="MiB that --fit leaves free on each GPU")] = 1024
     threads: Annotated[
         int,
-        Meta(ge=-1, le=512, description="threads of a step with one row; -1 or 0 is the number of physical cores"),
+        Meta(ge=-1, le=512, description="threads of a step with one row; 0 or -1 is the number of physical cores"),
     ] = -1
     threads_batch: Annotated[
         int,
-        Meta(ge=-1, le=512, description="threads of a step with several rows; -1 or 0 is the same as --threads"),
+        Meta(ge=-1, le=512, description="threads of a step with several rows; 0 or -1 is the same as --threads"),
     ] = -1
     kv_unified: Annotated[
         bool | None,
         Meta(
             description="unified KV: all slots share one pool of cells; --no-kv-unified is per-slot KV, which is "
-            "faster with many clients; if neither is given, per-slot KV is chosen where each slot gets at least 1,024 "
-            "tokens, or the training context if that is less"
+            "faster with many clients; without either flag, KV is per-slot if each slot gets at least 1,024 tokens, "
+            "or the training context if it is shorter, and the model has neither sliding windows nor recurrent layers",
         ),
     ] = None
     flash_attention: Annotated[
         Literal["auto", "on", "off"],
         Meta(
-            description="flash attention; auto is llama.cpp's choice on a GPU, and on a CPU off, except for unified KV "
-            "with 32 slots or more, where it is on with BF16 values in place of F16"
+            description="flash attention; auto is llama.cpp's choice on a GPU; auto on a CPU is off, but on with "
+            "quantised values, with attention scores of more than 1 GiB, or with unified KV and 32 slots or more, "
+            "where BF16 values replace F16"
         ),
     ] = "auto"
     cache_type_k: Annotated[CacheType, Meta(description="type of the keys in the KV cache")] = "f16"
@@ -74,21 +75,22 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     deterministic: Annotated[
         bool,
         Meta(
-            description="deterministic profile: the same seed gives the same output, bit by bit, whatever else runs; "
-            "slower; needs per-slot KV and a CPU"
+            description="deterministic profile: the same seed gives the same output, bit by bit, independent of other "
+            "requests; slower; requires per-slot KV and a CPU",
         ),
     ] = False
     warmup: Annotated[
         bool,
         Meta(
-            description="decode a few rows and compile a grammar at start, so that the weights are in memory and the "
-            "cost of a step is known before the first request"
+            description="decode a few rows and compile a grammar at start, so that the weights are in memory and a "
+            "first cost of a step is measured before the first request",
         ),
     ] = True
     calibrate: Annotated[
         bool,
         Meta(
-            description="measure the cost of a step by its rows at start, in a few seconds, and cache the result in "
-            "$XDG_CACHE_HOME/paceline; without --calibrate or --warmup, costs are learnt from served steps"
+            description="measure at start, in a few seconds, how the cost of a step depends on its rows, and cache the "
+            "result in $XDG_CACHE_HOME/paceline; with --no-calibrate or --no-warmup, costs are measured on served "
+            "steps",
         ),
     ] = True

@@ -1,4 +1,4 @@
-"""Simulation: a model without weights, for load tests."""
+"""Settings of the simulated model, which has no weights, for load tests."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from msgspec import Meta, Struct
 
 from engine.contract import Share
 
-# Stands for the path of a model file if only --sim is given.
+# Path of the model if --sim is given without -m.
 SIMULATED_MODEL = "simulated"
 
 
 class SimConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Output, step time and draft acceptance of the simulated model; all other parts of the engine are real."""
+    """Output, step time and draft acceptance of the simulated model. All other parts of the engine are not
+    simulated."""
 
     on: Annotated[
         bool,
         Meta(
             description="simulate the model: no weights are loaded, -m is only a name, the output is random words, and "
-            "a step takes the time of --sim-cost"
+            "a step takes the time that --sim-cost gives",
         ),
     ] = False
     cost: Annotated[
         str,
         Meta(
             min_length=1,
-            description="time of a simulated step: flat (20 ms and little for each row, as on a GPU), linear (20 ms "
-            "for each row), free (none), or a file written by `paceline cost -o FILE.json`",
+            description="time of a simulated step: flat (20 ms, and little more for each row, as on a GPU), linear "
+            "(20 ms for each row), free (0 ms), or a file that `paceline cost -o FILE.json` wrote",
         ),
     ] = "flat"
     accept: Annotated[
         Share,
         Meta(
-            description="chance that a draft token of the simulated proposer, which replaces all others, is accepted; "
-            "0 keeps the usual proposers, which find little in random words"
+            description="probability that a draft token is accepted, by a simulated proposer that replaces all others; "
+            "0 keeps the usual proposers, which find few drafts in random words",
         ),
     ] = 0.0
     seed: Annotated[

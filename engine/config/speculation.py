@@ -1,4 +1,4 @@
-"""Speculative decoding: types of proposers, their settings, and the draft model.
+"""Settings of speculative decoding: types of proposers, and the draft model.
 
 Defaults are llama-server's, except for draft lengths, which follow from measured step costs.
 """
@@ -12,29 +12,32 @@ from msgspec import Meta, Struct
 from engine.config.model import CacheType
 from engine.contract import DraftLength, ProposerType, Share
 
-# Tokens or occurrences.
+# A number of tokens or of occurrences.
 _Positive = Annotated[int, Meta(ge=1, le=1024)]
 
 
 class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Default types of proposers, which a request may override, and the settings of each type."""
+    """Default types of proposers, which a request can override, and the settings of each type."""
 
     types: Annotated[
         tuple[ProposerType | Literal["none", "auto"], ...],
         Meta(
-            description="default types of proposers, separated by commas; none is no speculative decoding, auto is "
-            "every type, `draft` only with a draft model"
+            description="default types of proposers, separated by commas; none disables speculative decoding, auto is "
+            "all types, `draft` only if there is a draft model",
         ),
     ] = ("auto",)
     order: Annotated[
         Literal["measured", "fixed"],
         Meta(
-            description="choice between drafts: measured verifies the drafts and lengths with the most expected tokens "
-            "per second of the whole batch, by measured step costs and acceptance; fixed verifies the whole draft of "
-            "the first type that has one, the draft model last"
+            description="choice of drafts: measured chooses the drafts and lengths with the most expected tokens per "
+            "second of the whole batch, by measured step costs and acceptance; fixed takes the whole draft of the "
+            "first type that has a draft, with the draft model as the last type",
         ),
     ] = "measured"
-    default: Annotated[bool, Meta(description="the same as --spec-type ngram-mod")] = False
+    default: Annotated[
+        bool,
+        Meta(description="the same as --spec-type ngram-mod, or adds ngram-mod to the types that --spec-type names"),
+    ] = False
     size_n: Annotated[
         _Positive, Meta(description="n-gram length in tokens of ngram-simple, ngram-map-k and ngram-map-k4v")
     ] = 12
@@ -44,8 +47,8 @@ class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     min_hits: Annotated[
         _Positive,
         Meta(
-            description="occurrences of an n-gram before ngram-simple, ngram-map-k and ngram-map-k4v draft its "
-            "continuation"
+            description="minimum number of occurrences of an n-gram whose continuation ngram-simple, ngram-map-k and "
+            "ngram-map-k4v draft"
         ),
     ] = 1
     simple_size_n: Annotated[_Positive | None, Meta(description="--spec-ngram-size-n of ngram-simple alone")] = None
@@ -67,46 +70,48 @@ class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     pool_scope: Annotated[
         Literal["salt", "shared", "slot"],
         Meta(
-            description="requests that share n-grams in ngram-mod's pool: salt is those of equal cache_salt, shared is "
-            "all, slot is none"
+            description="requests that share n-grams in ngram-mod's pool: salt is requests with equal cache_salt, "
+            "shared is all requests, slot is none",
         ),
     ] = "salt"
     pool_file: Annotated[
         str,
-        Meta(description="file of ngram-mod's pool, loaded at start and saved at shutdown; empty is no file"),
+        Meta(description="file with ngram-mod's pool, loaded at start and saved at shutdown; empty is no file"),
     ] = ""
     cache_max: Annotated[_Positive, Meta(description="maximum draft length in tokens of ngram-cache")] = 8
     lookup_static: Annotated[
         str,
         Meta(
-            description="file of ngram-cache's counts of a corpus, written by `paceline lookup build`; empty is no file"
+            description="file with ngram-cache's counts of a corpus, which `paceline lookup build` wrote; empty is no "
+            "file",
         ),
     ] = ""
     lookup_dynamic: Annotated[
         str,
         Meta(
-            description="file of ngram-cache's counts of past requests, loaded at start and saved at shutdown; empty "
-            "is no file"
+            description="file with ngram-cache's counts of past requests, loaded at start and saved at shutdown; empty "
+            "is no file",
         ),
     ] = ""
     suffix_factor: Annotated[
         float,
-        Meta(gt=0.0, le=64.0, description="maximum draft tokens of suffix for each token of the match"),
+        Meta(gt=0.0, le=64.0, description="maximum draft length of suffix in tokens for each token of the match"),
     ] = 1.0
-    suffix_depth: Annotated[int, Meta(ge=2, le=1024, description="maximum length in tokens of a match of suffix")] = 64
-    suffix_p_min: Annotated[Share, Meta(description="minimum estimated probability of a draft token of suffix")] = 0.1
+    suffix_depth: Annotated[int, Meta(ge=2, le=1024, description="maximum length in tokens of suffix's match")] = 64
+    suffix_p_min: Annotated[Share, Meta(description="minimum estimated probability of suffix's draft tokens")] = 0.1
     suffix_tokens: Annotated[
         int,
         Meta(
             ge=0,
             le=2**28,
-            description="tokens of past outputs that suffix keeps, about 300 bytes each; the oldest are evicted",
+            description="maximum number of tokens of past outputs that suffix keeps, at about 300 bytes each; the "
+            "oldest outputs are evicted",
         ),
     ] = 100_000
 
     @property
     def default_types(self) -> tuple[ProposerType | Literal["auto"], ...]:
-        """Types for requests without `speculative`; `none` anywhere in `types` means none, as in llama-server."""
+        """Types for requests without `speculative`. Empty if `types` contains `none`, as in llama-server."""
         if "none" in self.types:
             return ()
         named = tuple(kind for kind in self.types if kind != "none")
@@ -116,11 +121,13 @@ class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The draft model, a smaller model with the same vocabulary. Settings without a field here are the target's."""
+    """The draft model: a smaller model with the same vocabulary. `EngineConfig.for_draft_model` completes its
+    settings."""
 
     path: Annotated[str, Meta(description="GGUF file of the draft model; empty is no draft model")] = ""
     context: Annotated[
-        int, Meta(ge=0, le=2**24, description="KV cells of the draft model; 0 is as many as the target model has")
+        int,
+        Meta(ge=0, le=2**24, description="KV cells of the draft model; 0 is the number of the target model's cells"),
     ] = 0
     gpu_layers: Annotated[
         int, Meta(ge=-1, description="layers of the draft model offloaded to the GPU; -1 is all of them")
@@ -128,8 +135,8 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     device: Annotated[
         str,
         Meta(
-            description="devices that compute the draft model, as ggml names them, separated by commas; empty is the "
-            "target model's"
+            description="ggml's names of the devices that compute the draft model, separated by commas; empty is the "
+            "devices of the target model"
         ),
     ] = ""
     threads: Annotated[
@@ -137,7 +144,7 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=-1,
             le=512,
-            description="threads of a draft model's step with one row; -1 or 0 is the same as --threads",
+            description="threads of a draft model's step with one row; 0 or -1 is the same as --threads",
         ),
     ] = -1
     threads_batch: Annotated[
@@ -145,7 +152,8 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=-1,
             le=512,
-            description="threads of a draft model's step with several rows; -1 or 0 is the same as --threads-draft",
+            description="threads of a draft model's step with several rows; 0 or -1 is the same as --threads-draft if "
+            "that is given, and as --threads-batch if not",
         ),
     ] = -1
     cache_type_k: Annotated[CacheType, Meta(description="type of the keys in the draft model's KV cache")] = "f16"
@@ -154,15 +162,18 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Literal["shared", "greedy", "off"],
         Meta(
             description="sampling of draft tokens: shared uses the noise of the target model's sampling, which raises "
-            "acceptance at any temperature; greedy takes the likeliest token; off uses independent noise"
+            "acceptance at any temperature; greedy takes the most likely token; off uses independent noise",
         ),
     ] = "shared"
     n_max: Annotated[_Positive, Meta(description="maximum draft length in tokens of the draft model")] = 16
     n_min: Annotated[
         DraftLength,
-        Meta(description="minimum draft length in tokens of the draft model; a shorter draft is not verified"),
+        Meta(description="minimum draft length in tokens of the draft model; a shorter draft is dropped"),
     ] = 0
     p_min: Annotated[
         Share,
-        Meta(description="minimum probability of a draft token by the draft model; a less likely token ends the draft"),
+        Meta(
+            description="minimum probability that the draft model gives a draft token; a less likely token ends the "
+            "draft",
+        ),
     ] = 0.0

@@ -1,14 +1,14 @@
-"""Structured output by llguidance: compiles grammar specs and computes the tokens that a grammar permits at each row.
+"""Structured output by llguidance: compiles grammar specs, and computes the tokens that a grammar permits at each row.
 
-spec       what a request may ask for, and the errors
+spec       grammar specs and errors
 pointer    JSON pointers and `$ref`
-schema     JSON schemas: limits, and the keyword that makes a schema unusable
-gbnf       llama.cpp's grammars as Lark
+schema     JSON schemas: limits, `oneOf`, and the search for the keyword that causes an error
+gbnf       conversion of GBNF, llama.cpp's grammars, to Lark
 tokenizer  a model's vocabulary for llguidance
-matcher    state of one output in its grammar
-masks      token masks of all rows of a step
+matcher    the state of one output in its grammar
+masks      the token masks of all rows of a step
 jobs       worker threads with time limits
-compiler   specs to grammars: off the event loop, cached
+compiler   compiles specs to grammars off the event loop, and caches the grammars
 """
 
 from engine.grammar.compiler import MAX_GRAMMAR_BYTES, Grammar, GrammarCompiler

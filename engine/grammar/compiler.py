@@ -37,37 +37,38 @@ from engine.grammar.spec import (
 )
 from engine.grammar.tokenizer import build_tokenizer
 
-# Bytes of an encoded spec.
+# Maximum bytes of an encoded spec.
 MAX_GRAMMAR_BYTES = 2**18
-# Brackets of a grammar or an expression that are open at once.
+# Maximum number of brackets that are open at once in a grammar or a regular expression.
 MAX_BRACKET_DEPTH = 200
-# Time from a request's arrival to its grammar, including the queue.
+# Maximum time of one compilation, including its time in the queue.
 COMPILE_SECONDS = 10.0
+# Maximum number of cached grammars.
 CACHED_GRAMMARS = 256
-# The library's own limits are one million units of work, about 20 ms, for the lexer of a grammar, and 200,000 for one
-# mask. Of its 250,000 lexer states of 1-2 kB, which live as long as the grammar, a fifth is allowed.
+# By default the library allows one million units of work, about 20 ms, for the lexer of a grammar, and 200,000 for one
+# mask. It also allows 250,000 lexer states of 1-2 kB, which live as long as the grammar; here they are fewer.
 PARSER_LIMITS = LLParserLimits(verbose_errors=False, max_lexer_states=50_000)
 
-# The whitespace of llama.cpp's JSON grammars: a model cannot emit spaces without end.
+# The whitespace that llama.cpp's JSON grammars allow, so that a model cannot emit an endless run of spaces.
 JSON_DEFAULTS = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
 JSON_OVERRIDES = {"lenient": False}
 
 
 class Grammar:
-    """A compiled spec, for any number of outputs over one vocabulary."""
+    """A compiled spec. Any number of outputs can use it."""
 
-    def __init__(self, spec: GrammarSpec, native: LLMatcher, size: int, ends: frozenset[int]) -> None:
+    def __init__(self, spec: GrammarSpec, native: LLMatcher, vocabulary: int, ends: frozenset[int]) -> None:
         self.spec = spec
-        self.size = size
-        """Tokens of the vocabulary."""
+        self.vocabulary = vocabulary
+        """Number of tokens in the vocabulary."""
         self.exhausted = False
-        """True after an output failed, as by too many lexer states. All outputs of a grammar share the states, so the
-        spec must be compiled again."""
+        """True once an output failed, for example because of too many lexer states. All outputs of a grammar share the
+        states, so the spec must be compiled again."""
         self._native = native
         self._ends = ends
 
     def begin(self) -> Matcher:
-        """Returns the state of an empty output. May be called from any thread."""
+        """Returns the matcher of a new, empty output. Any thread may call it."""
         return Matcher(self._native, self._ends, self._exhaust)
 
     def _exhaust(self) -> None:
@@ -75,7 +76,7 @@ class Grammar:
 
 
 class GrammarCompiler:
-    """Compiles and caches the grammars of one model. `compile` runs on the event loop."""
+    """Compiles and caches the grammars of one model. Its methods must be called on the event loop."""
 
     def __init__(self, vocab: Vocab) -> None:
         self._vocab = vocab
@@ -105,13 +106,13 @@ class GrammarCompiler:
             raise CompileTimeout(f"{_subject(spec)} was not compiled within {COMPILE_SECONDS:.0f} seconds.") from None
 
     async def warm_up(self) -> None:
-        """Compiles a first grammar, for which the library analyses the vocabulary with the GIL held: best done before
-        requests run. The analysis continues in the background after `COMPILE_SECONDS`."""
+        """Compiles a first grammar, for which the library analyses the vocabulary with the GIL held. Called before
+        requests run. Returns after at most `COMPILE_SECONDS`; the analysis then continues in the background."""
         with suppress(GrammarError):
             await self.compile(JsonObject())
 
     def close(self) -> None:
-        """Raises CompilerClosed in all running and later calls of `compile`."""
+        """Makes all running and later calls of `compile` raise CompilerClosed."""
         self._jobs.close()
 
     def _cached(self, key: bytes) -> Grammar | None:
@@ -143,14 +144,15 @@ class GrammarCompiler:
 
 
 def _compile_native(spec: GrammarSpec, tokenizer: LLTokenizer) -> LLMatcher:
-    """Raises GrammarError."""
+    """Returns the native matcher of `spec` at an empty output. Raises GrammarError."""
     if isinstance(spec, JsonSchema):
         return _compile_schema(parse_schema(spec.schema), tokenizer)
     return _matcher(_source(spec), tokenizer, _subject(spec))
 
 
 def _compile_schema(schema: Schema, tokenizer: LLTokenizer) -> LLMatcher:
-    """Raises GrammarError with the JSON pointer of the keyword that causes the library's error."""
+    """Returns the native matcher of `schema`. Raises GrammarError with the JSON pointer of the keyword that causes the
+    library's error."""
 
     def error_of(variant: Schema) -> str:
         return LLMatcher.validate_grammar(_json_grammar(variant), tokenizer, limits=PARSER_LIMITS)
@@ -169,7 +171,7 @@ def _compile_schema(schema: Schema, tokenizer: LLTokenizer) -> LLMatcher:
 def _matcher(source: str, tokenizer: LLTokenizer, subject: str) -> LLMatcher:
     native = LLMatcher(tokenizer, source, log_level=0, limits=PARSER_LIMITS)
     if not native.is_error():
-        native.compute_bitmask()  # builds the lexer's first states here, not in the first step
+        native.compute_bitmask()  # so that the first lexer states are not built in a step
     if native.is_error():
         raise GrammarError(f"{subject} cannot be used: {_first_line(native.get_error())}")
     return native
@@ -185,7 +187,7 @@ def _json_grammar(schema: Schema) -> str:
 
 
 def _source(spec: GrammarSpec) -> str:
-    """Returns llguidance's source of a spec other than a schema. Raises GrammarError."""
+    """Returns a spec other than a JSON schema in llguidance's grammar format. Raises GrammarError."""
     match spec:
         case JsonObject():
             return _json_grammar({"type": "object"})
@@ -226,6 +228,6 @@ def _subject(spec: GrammarSpec) -> str:
 
 
 def _first_line(error: str) -> str:
-    """Returns the library's reason without its dump of internal state."""
+    """Returns the first line of a library error, which the dump of the library's internal state follows."""
     line = error.strip().partition("\n")[0][:500]
     return "no text is of this form" if line.startswith("NoExtension") else line

@@ -1,4 +1,4 @@
-"""GBNF, the grammars of llama.cpp, as Lark: by llguidance's converter, in time linear in the length of the grammar."""
+"""Converts GBNF, llama.cpp's grammars, to Lark by llguidance's converter, in time linear in the grammar's length."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from llguidance.gbnf_to_lark import ASTNode, GrammarParser, RuleNode, RuleRefNod
 
 from engine.grammar.spec import GrammarError
 
-# An unclosed literal or class extends to the end of the text, so that no part is scanned twice.
+# Literals, character classes, comments, and rules named `start`. An unclosed literal or class matches up to the end of
+# the text, so that no part is scanned twice.
 _PARTS = re.compile(r'("(?:[^"\\]|\\.)*+"?|\[(?:[^\]\\]|\\.)*+\]?)|#[^\r\n]*|\bstart\b(?![-\w])')
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
 
 
 def lark_from_gbnf(gbnf: str) -> str:
-    """Returns the same grammar in Lark. Raises GrammarError if `gbnf` is invalid."""
+    """Returns the grammar `gbnf` in Lark. Raises GrammarError if `gbnf` is invalid."""
     try:
         rules = GrammarParser().parse(_PARTS.sub(_convertible, gbnf))
         mark_terminals(rules)
@@ -27,24 +28,25 @@ def lark_from_gbnf(gbnf: str) -> str:
 
 
 def mark_terminals(rules: Mapping[str, RuleNode]) -> None:
-    """Marks the rules that refer to terminals only. `root` is never a terminal.
+    """Marks the rules that refer to no rules, or to terminal rules only, as terminals. `root` is never a terminal.
 
-    `resolve` computes the same marks by one pass over all rules for each of them, in quadratic time.
+    The converter's `resolve` passes over all rules until a pass marks none, which takes quadratic time. After this
+    function its first pass marks none.
     """
-    users: dict[str, list[str]] = {}
-    missing: dict[str, int] = {}
+    users: dict[str, list[str]] = {}  # for each rule, the rules that refer to it
+    unmarked: dict[str, int] = {}  # for each rule, the number of rules it refers to that are not marked yet
     for name, rule in rules.items():
         referenced = _referenced_rules(rule.alternatives)
-        missing[name] = len(referenced) + (name == "root")
+        unmarked[name] = len(referenced) + (name == "root")
         for other in referenced:
             users.setdefault(other, []).append(name)
-    ready = [name for name, count in missing.items() if not count]
+    ready = [name for name, count in unmarked.items() if not count]
     while ready:
         name = ready.pop()
         rules[name].rule_is_terminal = True
         for user in users.get(name, ()):
-            missing[user] -= 1
-            if not missing[user]:
+            unmarked[user] -= 1
+            if not unmarked[user]:
                 ready.append(user)
 
 
@@ -59,10 +61,10 @@ def _referenced_rules(node: ASTNode) -> set[str]:
 
 
 def _convertible(part: re.Match[str]) -> str:
-    """Returns a part of a GBNF grammar as the converter accepts it.
+    """Returns a part of a GBNF grammar in a form that the converter accepts.
 
-    Escaped characters above ASCII become themselves. Comments are dropped, as the converter copies all comments for
-    each of them. A rule `start` is renamed, as the converter renames `root` to `start`.
+    Replaces escapes of characters above ASCII by the characters. Drops comments, as the converter would need quadratic
+    time for them. Renames a rule `start`, as the converter renames `root` to `start`.
     """
     if part[0].startswith("#"):
         return ""

@@ -1,4 +1,4 @@
-"""Jobs of the event loop on worker threads: few at once, each with a soft and a hard time limit."""
+"""Runs jobs of the event loop on a few worker threads, each job with a soft and a hard time limit."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from contextlib import suppress
 from functools import partial
 from typing import Generic, TypeVar
 
-# Busy threads at most, excluding those past the soft time limit.
+# Maximum number of busy threads, excluding those past the soft time limit.
 BUSY_THREADS = 2
-# After this time the next job in the queue may begin as well.
+# Time after which a job no longer counts as busy, so that the next job in the queue can begin.
 SOFT_LIMIT_SECONDS = 2.0
-# Threads at most. A thread cannot be stopped, so no more jobs than this can be abandoned.
+# Maximum number of threads. A thread cannot be stopped, so this also bounds the number of abandoned jobs.
 MAX_THREADS = 8
-# Niceness of the threads, on systems where each thread has a niceness of its own.
+# Niceness of the threads, on systems where each thread has its own niceness.
 NICENESS = 10
-# Reserved, not used: llguidance recurses into a rule inside of another, and the longest chain of rules that fits
-# `MAX_GRAMMAR_BYTES` needs more than 64 MiB.
+# Stack size of a thread; only pages in use take memory. llguidance recurses into nested rules, and the longest chain of
+# rules in `MAX_GRAMMAR_BYTES` needs more than 64 MiB.
 STACK_BYTES = 2**29
 
 _Result = TypeVar("_Result")
 
 
 class JobTimeout(Exception):
-    """A job passed the hard time limit."""
+    """A job exceeded the hard time limit."""
 
 
 class CompilerClosed(Exception):
-    """A job was not finished when its queue was closed, or was submitted later."""
+    """The queue was closed before the job finished, or before it was submitted."""
 
 
 class _Job(Generic[_Result]):
-    """One job, from submission to its end."""
+    """One job, from its submission to its end."""
 
     def __init__(self, key: bytes, work: Callable[[], _Result]) -> None:
         self.key = key
@@ -49,10 +49,10 @@ class _Job(Generic[_Result]):
 
 
 class JobQueue(Generic[_Result]):
-    """Runs jobs on threads, jobs with equal keys once. Its methods run on the event loop."""
+    """Runs jobs on threads. Calls with equal keys share one job. Its methods must be called on the event loop."""
 
     def __init__(self, name: str, seconds: float) -> None:
-        """`name` is the threads' name; `seconds` is the hard limit of a job, its time in the queue included."""
+        """`name` is the name of the threads. `seconds` is the hard limit of a job, including its time in the queue."""
         self._name = name
         self._seconds = seconds
         self._jobs: dict[bytes, _Job[_Result]] = {}
@@ -64,8 +64,8 @@ class JobQueue(Generic[_Result]):
     async def run(self, key: bytes, work: Callable[[], _Result]) -> _Result:
         """Returns the result of `work`, or raises its exception.
 
-        Raises JobTimeout at the hard limit, and at once while an abandoned job with this key still runs. Raises
-        CompilerClosed if the queue is closed, also during the job.
+        Raises JobTimeout at the hard limit, and at once if an abandoned job with this key still runs. Raises
+        CompilerClosed if the queue is closed before the job has finished.
         """
         if self._closed:
             raise CompilerClosed
@@ -85,13 +85,13 @@ class JobQueue(Generic[_Result]):
             job.callers -= 1
 
     def close(self) -> None:
-        """Raises CompilerClosed in all callers and starts no further job. Running threads are not joined."""
+        """Makes all calls of `run` raise CompilerClosed, and starts no further job. Does not join running threads."""
         self._closed = True
         for job in self._jobs.values():
             self._resolve(job, partial(job.result.set_exception, CompilerClosed()))
 
     def _start_jobs(self) -> None:
-        """Starts jobs while threads are available. Jobs without callers are dropped."""
+        """Starts queued jobs while threads are available. Drops jobs without callers."""
         while self._queue and self._busy < BUSY_THREADS and self._threads < MAX_THREADS and not self._closed:
             job = self._queue.popleft()
             if not job.callers:
@@ -109,7 +109,7 @@ class JobQueue(Generic[_Result]):
             job.timer = job.loop.call_later(limit, self._pass_soft_limit, job, thread)
 
     def _start_thread(self, job: _Job[_Result]) -> threading.Thread:
-        """Starts a daemon thread, so that the process can end before the job."""
+        """Starts a thread for `job`: a daemon thread, so that the process can end before the job."""
         before = threading.stack_size(STACK_BYTES)
         try:
             thread = threading.Thread(target=self._work, args=(job,), name=self._name, daemon=True)
@@ -125,7 +125,7 @@ class JobQueue(Generic[_Result]):
         self._start_jobs()
 
     def _abandon(self, job: _Job[_Result], thread: threading.Thread) -> None:
-        """Leaves the thread of a job past the hard limit only idle CPU time."""
+        """Marks a job past the hard limit as abandoned. Its thread then runs only on idle CPUs."""
         job.abandoned = True
         with suppress(AttributeError, OSError):
             os.sched_setscheduler(thread.native_id or 0, os.SCHED_IDLE, os.sched_param(0))
@@ -150,7 +150,7 @@ class JobQueue(Generic[_Result]):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             set_result = partial(job.result.set_result, job.work())
-        except BaseException as error:  # a panic in a Rust library is no Exception
+        except BaseException as error:  # a panic in the Rust library is not an `Exception`
             set_result = partial(job.result.set_exception, error)
         with suppress(RuntimeError):  # the event loop has ended
             job.loop.call_soon_threadsafe(self._finish, job, set_result)

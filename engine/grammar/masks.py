@@ -1,4 +1,4 @@
-"""Token masks of the rows of one step, for all sequences with a grammar."""
+"""Token masks for the rows of one step, for all sequences with a grammar."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ from numpy.typing import NDArray
 
 from engine.grammar.matcher import Matcher
 
-# Masks, [rows, words]: bit b of word w is 1 if token 32 w + b is permitted.
+# Packed masks, [rows, words]. Bit b of word w is 1 if token 32 w + b is permitted.
 Bitmasks = NDArray[np.int32]
 
-# Returns the mask of row j, [vocabulary], once the matcher has accepted the first j draft tokens.
+# Returns the mask of row j, [vocabulary]. Called once the matcher has accepted the first j draft tokens.
 RowMasks = Callable[[int], NDArray[np.bool_]]
 
 
 class MaskRequest(NamedTuple):
-    """The rows of one sequence that need masks: one at the matcher's state, and one after each token of `draft`.
+    """The rows of one sequence that need masks: one for the matcher's state, and one after each token of `draft`.
 
-    The grammar permits all tokens of `draft`.
+    The grammar must permit all tokens of `draft`.
     """
 
     key: int
+    """Key of the sequence."""
     matcher: Matcher
     draft: Sequence[int]
 
 
 class Masks:
-    """The masks of one step at a time, over a vocabulary of `size` tokens. Belongs to the engine thread.
+    """The masks of the current step, over a vocabulary of `size` tokens. Belongs to the engine thread.
 
-    With `overlapped`, a thread computes the masks during the step: for steps on a GPU. On a CPU the masks are computed
-    before the step, as threads that compete with the step's for cores would make it much longer.
+    With `overlapped`, a thread computes the masks during the step, for steps on a GPU. Otherwise the masks are computed
+    before the step, as on a CPU they would compete with the step for cores and make it much longer.
     """
 
     def __init__(self, size: int, *, overlapped: bool = False) -> None:
         self._size = size
         self._bitmasks = allocate_bitmasks(0, size)
-        self._sequences: dict[int, tuple[int, Matcher]] = {}  # first row and matcher, by key
+        self._sequences: dict[int, tuple[int, Matcher]] = {}  # first row and matcher of each sequence, by key
         self._thread = ThreadPoolExecutor(1, "paceline-masks") if overlapped else None
         self._running: Future[None] | None = None
 
     def begin(self, requests: Sequence[MaskRequest]) -> None:
-        """Starts the masks of the next step and drops those of the last.
+        """Starts computing the masks of the next step. Drops the masks of the last step.
 
-        The requests' matchers must not change until `of` returned.
+        The matchers of the requests must not change before `of` returns.
         """
         self._wait()
         self._sequences = {}
@@ -69,10 +70,11 @@ class Masks:
             self._running = self._thread.submit(fill_bitmasks, self._bitmasks, jobs)
 
     def of(self, key: int) -> RowMasks | None:
-        """Returns the masks of a sequence's rows, to be called row by row. Returns None if it has no grammar.
+        """Returns a function from rows to masks for the sequence `key`, after waiting for the masks. Returns None if
+        the sequence has no grammar.
 
-        A call raises GrammarError if the grammar cannot be followed up to that row. A wrong draft alone raises no
-        error: the mask is then computed again from the accepted tokens.
+        The function raises GrammarError if the grammar cannot be followed up to the row. If the native matcher failed
+        because of the draft, the function computes each mask from the accepted tokens instead.
         """
         if key not in self._sequences:
             return None
@@ -100,13 +102,13 @@ class Masks:
 
 
 def allocate_bitmasks(rows: int, size: int) -> Bitmasks:
-    """Returns uninitialized masks over `size` tokens."""
+    """Returns uninitialized packed masks for `rows` rows over `size` tokens."""
     return np.empty((rows, (size + 31) // 32), np.int32)
 
 
 def fill_bitmasks(bitmasks: Bitmasks, jobs: list[tuple[LLMatcher, int, list[int]]]) -> None:
-    """Writes for each (matcher, row, draft) the mask of the matcher's state to `row`, and those after each draft token
-    to the rows that follow. Uses several cores and releases the GIL."""
+    """Writes, for each (matcher, row, draft), the mask of the matcher's state to `row`, and the mask after each draft
+    token to the following rows. Uses several cores and releases the GIL."""
     if drafts := [job for job in jobs if job[2]]:
         fill_next_token_bitmask_par_with_draft_tokens(_executor(), drafts, bitmasks)
     if plain := [(matcher, row) for matcher, row, draft in jobs if not draft]:
@@ -119,5 +121,5 @@ def _executor() -> LLExecutor:
 
 
 def unpack_bitmask(words: NDArray[np.int32], size: int) -> NDArray[np.bool_]:
-    """Returns one mask as booleans, [size]."""
+    """Returns one packed mask as booleans, [size]."""
     return np.unpackbits(words.view(np.uint8), count=size, bitorder="little").view(np.bool_)

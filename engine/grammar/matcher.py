@@ -1,4 +1,4 @@
-"""State of one output in its grammar."""
+"""The state of one output in its grammar."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from llguidance import LLMatcher
 
 from engine.grammar.spec import GrammarError
 
-# Each recovery feeds all accepted tokens to a new native matcher. After so many the output gets no more drafts.
+# Number of recoveries after which an output gets no more drafts. A recovery feeds all accepted tokens to a new matcher.
 MAX_RECOVERIES = 4
 
 
 class Matcher:
-    """The grammar state of one output: a function of its accepted tokens, so nothing is ever rolled back.
+    """The grammar state of one output. It depends only on the accepted tokens, so it is never rolled back.
 
     Belongs to the engine thread.
     """
 
-    def __init__(self, start: LLMatcher, ends: frozenset[int], failed: Callable[[], None]) -> None:
-        """`start` is the state of an empty output and is only copied. `ends` are the end tokens. `failed` is called
-        when the grammar is too complex to be followed further."""
+    def __init__(self, start: LLMatcher, ends: frozenset[int], on_failure: Callable[[], None]) -> None:
+        """`start` is the native matcher of an empty output; it is copied and not changed. `ends` are the end tokens.
+        `on_failure` is called when the grammar cannot be followed further, for example because it is too complex."""
         self.native = start.deep_copy()
         self._start = start
         self._tokens: list[int] = []
         self._recoveries = 0
         self._ends = ends
-        self._failed = failed
+        self._on_failure = on_failure
 
     def accept_token(self, token: int) -> None:
         """Advances by `token`, which a mask permitted and which is not an end token.
@@ -39,10 +39,11 @@ class Matcher:
         self._tokens.append(token)
 
     def recover(self) -> bool:
-        """Restores the state after the last accepted token if the native matcher failed since. Returns True if it had.
+        """Replaces the native matcher if it failed since the last accepted token. Returns True if it was replaced.
 
-        A native matcher never leaves its error state. A wrong draft can cause the error: by a token after which none
-        can follow, or by a rule with `max_tokens` or `stop`, which the library cannot roll back.
+        A native matcher never leaves its error state. A wrong draft can cause the error in two ways: no token can
+        follow a draft token, or the draft enters a rule with `max_tokens` or `stop`, which the library cannot roll
+        back.
         """
         if not self.native.is_error():
             return False
@@ -52,9 +53,9 @@ class Matcher:
         return True
 
     def check(self) -> None:
-        """Raises GrammarError if the native matcher failed, as when the grammar is too complex."""
+        """Raises GrammarError if the native matcher failed, for example because the grammar is too complex."""
         if self.native.is_error():
-            self._failed()
+            self._on_failure()
             raise GrammarError(self.native.get_error().partition("\n")[0])
 
     @property
@@ -65,7 +66,8 @@ class Matcher:
     def validate_tokens(self, draft: Sequence[int]) -> int:
         """Returns the length of the longest prefix of `draft` that the grammar permits. Changes no state.
 
-        The prefix ends before an end token, as no row after that would be used. 0 after `MAX_RECOVERIES`.
+        The prefix ends before the first end token, as the rows after an end token would not be used. Returns 0 after
+        `MAX_RECOVERIES` recoveries.
         """
         if self._recoveries >= MAX_RECOVERIES:
             return 0
@@ -74,9 +76,9 @@ class Matcher:
         return self.native.validate_tokens(tokens[:end])
 
     def forced_tokens(self, limit: int) -> list[int]:
-        """Returns at most `limit` next tokens to which the grammar has no alternative.
+        """Returns up to `limit` next tokens that the grammar forces.
 
-        Where text is forced, masks permit only the tokens of its usual tokenization.
+        If the grammar forces a text, the masks permit only the tokens of its usual tokenization.
         """
         tokens = self.native.compute_ff_tokens()[:limit]
         return tokens[: self.validate_tokens(tokens)]

@@ -1,4 +1,4 @@
-"""JSON pointers (RFC 6901), and the `$ref` of JSON schemas that contain them."""
+"""JSON pointers (RFC 6901), and the `$ref` keyword of JSON schemas, whose value can contain one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
-# RFC 6901 allows no sign and no leading zero. Python refuses integers of thousands of digits, and no list is so long.
+# An index of a list. RFC 6901 allows no sign and no leading zero. Ten digits suffice for any list, and `int` raises
+# ValueError for thousands of digits.
 _INDEX = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def escape(name: str) -> str:
-    """Returns the reference token of an object's key.
+    """Returns an object's key as a reference token of a JSON pointer.
 
     >>> escape("a/b~")
     'a~1b~0'
@@ -21,7 +22,7 @@ def escape(name: str) -> str:
 
 
 def resolve(document: Any, pointer: str) -> Any:
-    """Returns the value at `pointer`. Returns None if the pointer is invalid or leads nowhere.
+    """Returns the value at `pointer` in `document`. Returns None if the pointer is invalid or no value is there.
 
     >>> resolve({"a/b": [{"~1": 7}]}, "/a~1b/0/~01")
     7
@@ -40,9 +41,9 @@ def resolve(document: Any, pointer: str) -> Any:
 
 
 def pointer_of(reference: Any) -> str | None:
-    """Returns the JSON pointer of a `$ref` into its own document. Returns None for every other value.
+    """Returns the JSON pointer in the value of a `$ref` to its own document. Returns None for any other value.
 
-    The pointer is percent-encoded in the URI fragment (RFC 6901, section 6).
+    The pointer is percent-encoded in a URI fragment (RFC 6901, section 6).
 
     >>> pointer_of("#/$defs/a%20b"), pointer_of("https://example.org/schema#/a")
     ('/$defs/a b', None)
@@ -51,6 +52,7 @@ def pointer_of(reference: Any) -> str | None:
 
 
 def resolve_reference(document: Any, reference: Any) -> Any:
-    """Returns the value that a `$ref` such as `#/$defs/name` refers to in `document`. Returns None if there is none."""
+    """Returns the value in `document` to which the value of a `$ref`, such as `#/$defs/name`, refers. Returns None if
+    no value is there."""
     pointer = pointer_of(reference)
     return None if pointer is None else resolve(document, pointer)

@@ -1,4 +1,5 @@
-"""JSON schemas for the compiler: checks of size, rewriting of `oneOf`, and the keyword that causes an error."""
+"""JSON schemas for the compiler: limits, replacement of `oneOf`, and the search for the keyword that causes an
+error."""
 
 from __future__ import annotations
 
@@ -17,15 +18,15 @@ import msgspec
 from engine.grammar.pointer import escape, pointer_of, resolve, resolve_reference
 from engine.grammar.spec import GrammarError
 
-# Levels of nested objects and lists. The library accepts 128, and a level of the schema takes two or three of them.
+# Maximum levels of nested objects and lists. The library accepts 128; each nested subschema takes two or three levels.
 MAX_SCHEMA_DEPTH = 100
-# Bound of the sum and of the least common multiple of the different `multipleOf` of a schema, without their powers of
-# ten. The library visits all remainders, in some microseconds and 500 bytes each, and has no bound of its own.
+# Maximum of the sum and of the least common multiple of the different `multipleOf` values in a schema, each without its
+# powers of ten. The library visits all remainders, which take microseconds and 500 bytes each, without a limit.
 MAX_MULTIPLES = 2**17
-# Time for the search of the keyword that causes an error.
+# Maximum time of the search for the keyword that causes an error.
 SEARCH_SECONDS = 1.0
 
-# Keywords whose value is a schema, a list of schemas, or an object of schemas.
+# Keywords whose value is a schema (`_SCHEMA_`), a list of schemas (`_LIST_`) or an object of schemas (`_OBJECT_`).
 _SCHEMA_KEYWORDS = (
     *("items", "additionalItems", "unevaluatedItems", "contains", "not", "if", "then", "else"),
     *("additionalProperties", "unevaluatedProperties", "propertyNames"),
@@ -35,15 +36,17 @@ _OBJECT_KEYWORDS = ("properties", "patternProperties", "dependentSchemas")
 
 Schema = dict[str, Any]
 
-# A JSON pointer in parts. Names can be long and many pointers can share a prefix, so pointers are joined on demand.
+# The parts of a JSON pointer. They are joined only on demand, as names can be long and pointers share prefixes.
 PointerParts = tuple[str, ...]
 
 
 class SchemaKeyword(NamedTuple):
-    """A keyword, with the subschema that contains it and the pointer to that subschema."""
+    """A keyword in a schema or subschema."""
 
     parts: PointerParts
+    """JSON pointer of the subschema that contains the keyword."""
     schema: Schema
+    """The subschema that contains the keyword."""
     name: str
 
     @property
@@ -53,10 +56,11 @@ class SchemaKeyword(NamedTuple):
 
 
 def parse_schema(text: bytes) -> Schema:
-    """Returns the schema in `text`. Raises GrammarError if the text is no JSON object or the schema exceeds a limit."""
+    """Returns the schema in `text`. Raises GrammarError if `text` is not a JSON object or the schema exceeds a
+    limit."""
     try:
         schema = msgspec.json.decode(text)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:  # ValueError: a number with thousands of digits
         raise GrammarError(f"The schema is not valid JSON: {error}") from None
     if not isinstance(schema, dict):
         raise GrammarError("A schema must be a JSON object.")
@@ -67,14 +71,15 @@ def parse_schema(text: bytes) -> Schema:
 
 
 def embedded_schemas(lark: str) -> Iterator[Schema]:
-    """Yields the schemas in a Lark grammar that are valid JSON."""
+    """Yields the JSON schemas in a Lark grammar (`%json {...}`), except those that are not valid JSON."""
     for found in re.finditer(r"%json\s*(?={)", lark):
         with suppress(ValueError, RecursionError):
             yield json.JSONDecoder().raw_decode(lark, found.end())[0]
 
 
 def check_multiples(schemas: object) -> None:
-    """Raises GrammarError if `multipleOf` exceeds `MAX_MULTIPLES` in a schema, or in a list of schemas together."""
+    """Raises GrammarError if the values of `multipleOf` exceed `MAX_MULTIPLES` in a schema, or in all schemas of a list
+    together."""
     total, common = 0, 1
     for number in {value for level in levels(schemas) for item in level for value in _multiples(item)}:
         total, common = total + number, math.lcm(common, number)
@@ -83,19 +88,20 @@ def check_multiples(schemas: object) -> None:
 
 
 def _multiples(item: Any) -> Iterator[int]:
-    """Yields the item's `multipleOf`, if it has a valid one, as a whole number without powers of ten."""
+    """Yields the digits of `multipleOf` in `item` as an integer, without trailing zeros. Yields nothing if `item` has
+    no valid `multipleOf`."""
     value = item.get("multipleOf") if isinstance(item, dict) else None
     if isinstance(value, int | float) and not isinstance(value, bool) and value and math.isfinite(value):
         yield int("".join(map(str, Decimal(str(value)).normalize().as_tuple().digits)))
 
 
 def nesting_depth(value: object) -> int:
-    """Returns the number of levels of nested objects and lists."""
+    """Returns the number of levels of nested objects and lists in `value`."""
     return sum(1 for _ in levels(value))
 
 
 def levels(value: object) -> Iterator[list[Any]]:
-    """Yields the objects and lists of each level, the outermost first."""
+    """Yields the list of all objects and lists of each level, the outermost level first."""
     level: list[Any] = [value]
     while level := [item for item in level if isinstance(item, dict | list)]:
         yield level
@@ -103,11 +109,12 @@ def levels(value: object) -> Iterator[list[Any]]:
 
 
 def unusable_keyword(schema: Schema, error: str, error_of: Callable[[Schema], str]) -> str | None:
-    """Returns the JSON pointer of the keyword without which `error_of` returns no `error`; None if none is found.
+    """Returns the JSON pointer of the keyword that causes `error`; None if no keyword is found.
 
-    `error_of` compiles variants of `schema` that lack one keyword. Keywords that the error names are removed first,
-    from the root down, then the others, from the leaves up. If the error has several causes, so that no single removal
-    helps, the result is the first keyword that the error names.
+    The cause is a keyword without which the schema has another error or none. `error_of` returns the error of a variant
+    of `schema`; an empty string if there is none. Keywords that occur in `error` are removed first, from the root down,
+    then the other keywords, from the leaves up. If no removal changes the error, which can have several causes, returns
+    the first keyword that occurs in `error`.
     """
     words = set(re.findall(r"[$\w]+", error))
     found = list(keywords(schema))
@@ -122,7 +129,8 @@ def unusable_keyword(schema: Schema, error: str, error_of: Callable[[Schema], st
 
 
 def keywords(schema: Schema) -> Iterator[SchemaKeyword]:
-    """Yields every keyword in effect, the root's first. Definitions count only if a `$ref` refers to them."""
+    """Yields every keyword that has an effect, those of the root first. Definitions have an effect only if a `$ref`
+    refers to them."""
     seen: set[int] = set()
     queue: deque[tuple[PointerParts, Any]] = deque([((), schema)])
     while queue:
@@ -157,8 +165,8 @@ def without_keyword(schema: Schema, keyword: SchemaKeyword) -> Schema:
 
 
 def one_of_as_any_of(schema: Schema) -> Schema:
-    """Returns `schema` with `anyOf` for each `oneOf` whose branches exclude each other, as the library supports only
-    simple `oneOf`. The result is `schema` itself if there is none."""
+    """Returns a copy of `schema` in which `anyOf` replaces each `oneOf` whose branches exclude each other, as the
+    library supports only simple `oneOf`. Returns `schema` itself if it has no such `oneOf`."""
     disjoint = {
         id(keyword.schema)
         for keyword in keywords(schema)
@@ -171,11 +179,13 @@ def one_of_as_any_of(schema: Schema) -> Schema:
 
 
 def _are_disjoint(schema: Schema, branches: Any) -> bool:
-    """Returns True if all branches share a discriminator, whose values differ in each branch."""
+    """Returns True if all branches share a discriminator, and no two branches permit the same value of it."""
     if not isinstance(branches, list) or not branches:
         return False
     resolved = [_dereferenced(schema, branch) for branch in branches]
-    if len({*map(id, resolved)}) < len(resolved):  # equal branches overlap, and a large one is not visited repeatedly
+    if len({*map(id, resolved)}) < len(
+        resolved
+    ):  # branches with one definition overlap; a large definition is not visited again
         return False
     discriminators = [_discriminators(branch) for branch in resolved]
     shared = set.intersection(*(set(each) for each in discriminators))
@@ -187,7 +197,8 @@ def _are_disjoint(schema: Schema, branches: Any) -> bool:
 
 
 def _discriminators(branch: Any) -> dict[str, set[str]]:
-    """Returns the required properties of an object whose values are an enumeration of texts, with these texts."""
+    """Returns the discriminators of an object schema: its required properties that permit only listed strings, each
+    with these strings."""
     if not isinstance(branch, dict) or branch.get("type") != "object":
         return {}
     properties, required = branch.get("properties"), branch.get("required")
@@ -204,14 +215,15 @@ def _discriminators(branch: Any) -> dict[str, set[str]]:
 
 
 def _dereferenced(schema: Schema, part: Any) -> Any:
-    """Returns the value that `part` refers to if `part` is a reference and nothing else, and `part` itself if not."""
+    """Returns the value to which `part` refers if `$ref` is the only keyword of `part`; otherwise returns `part`."""
     if isinstance(part, dict) and len(part) == 1 and pointer_of(part.get("$ref")) is not None:
         return resolve_reference(schema, part["$ref"])
     return part
 
 
 def _renamed(part: Any, rename: Callable[[Schema, str], str | None]) -> Any:
-    """Returns a copy whose keywords have the names that `rename` returns. A keyword renamed to None is left out."""
+    """Returns a copy of `part` in which each key has the name that `rename` returns. Drops keys for which it returns
+    None."""
     if isinstance(part, list):
         return [_renamed(item, rename) for item in part]
     if not isinstance(part, dict):

@@ -1,4 +1,4 @@
-"""Grammar specs: the formats that structured output can be requested in, as values."""
+"""Grammar specs: values that describe the form of a structured output."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from msgspec import Struct
 
 
 class GrammarError(Exception):
-    """A spec that cannot be compiled, or a grammar that an output cannot follow further.
+    """A spec cannot be compiled, or an output cannot follow its grammar further.
 
-    `pointer` is the JSON pointer of the schema keyword that causes the error; None if no keyword was found, or if the
-    spec is no schema.
+    `pointer` is the JSON pointer of the schema keyword that causes the error. It is None if no keyword was found, or if
+    the spec is not a schema.
     """
 
     def __init__(self, message: str, pointer: str | None = None) -> None:
@@ -18,11 +18,11 @@ class GrammarError(Exception):
 
 
 class CompileTimeout(GrammarError):
-    """A spec that was not compiled in time; the cause may be the queue rather than the spec."""
+    """A spec was not compiled in time. The cause can be a long queue instead of the spec."""
 
 
 class JsonSchema(Struct, frozen=True, tag=True):
-    """JSON that a schema describes. Properties are emitted in the schema's order."""
+    """JSON that a schema describes. The properties of an object are emitted in the order of the schema."""
 
     schema: bytes
     """The schema as JSON in UTF-8."""
@@ -33,7 +33,7 @@ class JsonObject(Struct, frozen=True, tag=True):
 
 
 class Regex(Struct, frozen=True, tag=True):
-    """An output that a regular expression matches as a whole, in the syntax of Rust's `regex`."""
+    """An output that a regular expression matches as a whole. The syntax is that of Rust's `regex` crate."""
 
     pattern: str
 
@@ -45,13 +45,13 @@ class OneOfTexts(Struct, frozen=True, tag=True):
 
 
 class Gbnf(Struct, frozen=True, tag=True):
-    """A grammar of llama.cpp; its start rule is `root`."""
+    """A grammar in GBNF, llama.cpp's format. Its start rule is `root`."""
 
     text: str
 
 
 class Lark(Struct, frozen=True, tag=True):
-    """A grammar in llguidance's dialect of Lark; its start rule is `start`.
+    """A grammar in llguidance's dialect of Lark. Its start rule is `start`.
 
     It can contain JSON schemas (`%json {...}`) and special tokens by name (`<|im_end|>`) or by id (`<[17]>`).
     """

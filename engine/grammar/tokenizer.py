@@ -12,14 +12,14 @@ from engine.backend import Vocab
 # llguidance's prefix of special tokens. UTF-8 never contains this byte, so no text matches a special token.
 SPECIAL_PREFIX = b"\xff"
 
-# Forced text is tokenized again at each step, in blocks counted from its end: most blocks are then cached, and none
-# needs a deep stack.
+# The library tokenizes a forced text again at each step. As blocks are counted from the text's end, most of them are
+# cached from the step before. Short blocks also need no deep stack.
 BLOCK_CHARACTERS = 1024
 CACHED_BLOCKS = 512
 
 
 class _TokenizerWrapper:
-    """The attributes of a tokenizer that `LLTokenizer` uses."""
+    """A tokenizer with the attributes that `LLTokenizer` reads."""
 
     is_tokenizer_wrapper = True
 
@@ -35,16 +35,18 @@ class _TokenizerWrapper:
         self._tokenize_block = lru_cache(CACHED_BLOCKS)(self._tokenize)
 
     def __call__(self, text: str) -> list[int]:
-        """Returns the tokens of a forced text, whose bytes together are exactly the text: with other bytes the masks
-        would permit no token. Never raises, as the caller is native code."""
+        """Returns tokens whose bytes together are exactly the forced text: with other bytes the masks would permit no
+        token. Never raises, as the caller is native code."""
         starts = range(len(text) % BLOCK_CHARACTERS - BLOCK_CHARACTERS, len(text), BLOCK_CHARACTERS)
         blocks = (text[max(0, start) : start + BLOCK_CHARACTERS] for start in starts)
         return [token for block in blocks for token in self._tokenize_block(block)]
 
     def _tokenize(self, text: str) -> list[int]:
-        """Returns the model's tokens of `text`. Returns the longest matching tokens where the model's differ in bytes.
+        """Returns the model's tokens of `text` if their bytes are exactly `text`; otherwise the longest matching
+        tokens.
 
-        Some vocabularies put a space before every text; a line break in front separates the space from the text.
+        Some vocabularies add a space in front of a text. A line break between the two allows to drop the space's
+        tokens.
         """
         expected = text.encode()
         for lead in ("", "\n"):
@@ -60,7 +62,7 @@ class _TokenizerWrapper:
         return self._longest_matches(expected)
 
     def _longest_matches(self, text: bytes) -> list[int]:
-        """Returns the longest token at each position. Bytes without a token are left out."""
+        """Returns the longest matching token at each position. Skips bytes without a token."""
         tokens, start = [], 0
         while start < len(text):
             ends = range(min(len(text), start + self._longest_token), start, -1)

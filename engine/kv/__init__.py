@@ -1,16 +1,17 @@
 """The KV cache: which tokens are in which cells, in RAM and on disk, and which sequence uses them.
 
-cache          the façade, `KVCache`; besides it only its arguments and results are used from outside
-allocation     these values: a prompt's match, an allocation, blocks to load
-tree           prefix tree: which sequence id of the context holds which tokens
-residents      the ids: allocated, idle or free; context and tree change together
-idle           LRU order, and the ski-rental rule for keeping
-allocator      the id for a prompt; placement is its policy for per-slot KV
+cache          the façade, `KVCache`
+allocation     arguments and results of the façade: a prompt's match, an allocation, blocks to load
+tree           prefix tree: the tokens that each sequence id of the context holds
+residents      the state of each sequence id: allocated, idle or free
+idle           idle sequences in LRU order, and the ski-rental rule for evicting them
+allocator      allocates a sequence id to a prompt; placement is its policy for per-slot KV
 eviction       saves and drops idle sequences
-offloader      moves blocks between context and tiers
-offload        the tiers: states in RAM and on disk; block_tree, block, tier, disk are its parts
-reuse          parts of a prompt computed at other positions
-transfer       slots saved to and restored from files; sequence_file is such a file, record the format of both files
+offloader      moves blocks between the context and the tiers
+offload        the tiers: states in RAM and on disk; its parts are block_tree, block, tier and disk
+reuse          finds parts of a prompt that were computed at other positions
+transfer       exports and imports sequences for slot files; sequence_file is such a file
+record         the format of slot files and of the disk tier's files
 """
 
 from engine.kv.allocation import Allocation, KVStats, Match

@@ -1,4 +1,4 @@
-"""The values of the façade: the match of a prompt, an allocation, blocks to load."""
+"""Arguments and results of `KVCache`: the match of a prompt, an allocation, blocks to load."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from msgspec import Struct
 
 from engine.kv.block import Block, BlockChain
 
-# A save takes time in proportion to the sequence's length, and a save point ends a prefill chunk.
+# Maximum number of save points of one sequence: a save takes time proportional to the sequence's length.
 MAX_SAVE_POINTS = 4
 
 
 class Match(Struct, frozen=True):
-    """The longest known prefix of a prompt, without the last tokens, which have to be computed."""
+    """The longest prefix of a prompt that is resident in cells or stored in blocks."""
 
     tokens: array[int]
     matchable: array[int]
-    """The part of `tokens` that may be matched. The rest is always computed, for the logits after the prompt."""
+    """`tokens` without the last ones, which are always computed, as the logits after the prompt are needed."""
     salt: str
     seq: int
-    """The sequence that holds the resident part; -1 if nothing is resident."""
+    """The sequence that holds the resident tokens; -1 if no token is resident."""
     length: int
     """Number of resident tokens."""
-    idle: int
-    """Of these, cells that only idle sequences hold. They cannot be evicted once the prefix is allocated."""
+    idle_cells: int
+    """Cells of the resident tokens that only idle sequences hold. An allocation of the prefix makes them
+    unevictable."""
     stored: BlockChain
-    """Blocks that continue the resident part."""
+    """Blocks that continue the resident tokens."""
     version: int = 0
     """`KVCache.version` at the time of the match."""
 
     @property
-    def reach(self) -> int:
-        """Tokens that need no computing: resident, or stored in blocks."""
+    def known_length(self) -> int:
+        """Number of tokens that need not be computed, as they are resident or stored in blocks."""
         return max(self.length, self.stored.length)
 
 
@@ -43,14 +44,14 @@ class Allocation(Struct, frozen=True):
 
     seq: int
     cached: int
-    """Tokens resident at the time of allocation."""
+    """Number of tokens that were resident at the time of allocation."""
 
 
 class BlockToLoad(NamedTuple):
-    """A block to be loaded once a sequence has `start` tokens; afterwards the sequence has `end` tokens.
+    """A block that is loaded once a sequence has `start` tokens; afterwards the sequence has `end` tokens.
 
-    `shift` is None for a block of the same prefix. Otherwise the block was computed after other tokens, at positions
-    lower by `shift`.
+    `shift` is None for a block that was computed after the same prefix. Any other block was computed after other
+    tokens; its new positions are its old positions plus `shift`, to which `Context.shift` moves its state.
     """
 
     block: Block
@@ -60,34 +61,39 @@ class BlockToLoad(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """Tokens that one call of `KVCache.load` added, and of these the ones moved from other positions."""
+    """Number of tokens that one call of `KVCache.load` added, and the number of these that were moved from other
+    positions."""
 
     tokens: int = 0
     moved: int = 0
 
 
 class Active(Struct):
-    """State of an allocated sequence inside the cache."""
+    """State of an allocated sequence inside the cache.
+
+    `cursor` and `unsaved` are used only with a sliding window and divisible states, where `Offloader.save_grown` saves
+    each block before its cells leave the window.
+    """
 
     to_load: deque[BlockToLoad]
     """Ordered by position."""
     save_points: list[int] = []
-    """Lengths, ascending, at which the whole sequence is saved, if its state is not divisible."""
+    """Lengths in tokens, ascending, at which the whole sequence is saved. Empty if states are divisible."""
     pending_since: float | None = None
-    """Monotonic time since which the next block is being read from disk. None if no read is pending."""
+    """Monotonic time at which the read of the next block from disk began. None if no read is pending."""
     cursor: Block | None = None
-    """The last block saved while the sequence grows, with a sliding window. None without one."""
+    """The last saved block, pinned in the block tree. None where it is not used."""
     unsaved: array[int] = array("i")
-    """Tokens after `cursor`."""
+    """Tokens of the sequence after `cursor`."""
 
     @property
-    def reach(self) -> int:
-        """Length of the sequence after all of `to_load`; 0 if `to_load` is empty."""
+    def loaded_length(self) -> int:
+        """Length of the sequence once all of `to_load` is loaded; 0 if `to_load` is empty."""
         return self.to_load[-1].end if self.to_load else 0
 
     def ready(self, length: int, known: int) -> int:
         """Returns how many of the `known` tokens after `length` can be computed before the next load or save point."""
-        if not (self.to_load or self.save_points):  # nearly always, and called for each sequence and step
+        if not (self.to_load or self.save_points):  # the fast path of nearly all calls
             return known - length
         bounds = [known, *self.save_points[:1]]
         if self.to_load:
@@ -96,13 +102,15 @@ class Active(Struct):
 
 
 class KVStats(Struct, frozen=True):
-    """Counts in cells, tokens and bytes."""
+    """Usage of the cells and the tiers."""
 
     cells: int
     used: int
+    """Cells that any sequence holds."""
     idle: int
-    """Of the used cells, those that no running sequence holds."""
+    """Cells that only idle sequences hold."""
     saved_tokens: int
+    """Tokens saved to the tiers since the start. `restored_tokens` are those loaded back."""
     restored_tokens: int
     ram_bytes: int
     disk_bytes: int

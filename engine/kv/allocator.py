@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.backend import Context
 from engine.kv.allocation import Match
 from engine.kv.eviction import Eviction
-from engine.kv.placement import Costs, SlotOption, choose, displacement, move_target, worth_copying
+from engine.kv.placement import Costs, SlotOption, choose_slot, displacement, move_target, worth_copying
 from engine.kv.residents import Residents
 
 
@@ -20,20 +20,20 @@ class Allocator:
         self._eviction = eviction
         self._offloads = offloads
         self.costs = Costs()
-        self._gap_seconds = 0.0  # cost so far of the extra passes for a gap among the allocated ids
+        self._gap_seconds = 0.0  # estimated seconds of all extra passes since the present gap among allocated ids
 
-    def place(self, match: Match) -> tuple[int, int]:
-        """Allocates an id. Returns it and the number of the prompt's tokens that it holds.
+    def allocate(self, match: Match) -> tuple[int, int]:
+        """Allocates an id. Returns the id and the number of the prompt's tokens that it holds.
 
-        An id is always available: no more are allocated than slots exist, and an idle sequence is evicted if none is
-        free.
+        An id is always available: at most as many ids are allocated as there are slots, and an idle sequence is evicted
+        if no id is free.
         """
-        # A stored state that is not divisible replaces all that a sequence has.
+        # Loading a state that is not divisible replaces all cells of a sequence, so no resident prefix is used.
         length = 0 if match.stored.blocks and not self._context.divisible else match.length
         return self._share(match, length) if self._context.unified else self._take_slot(match, length)
 
     def _share(self, match: Match, length: int) -> tuple[int, int]:
-        """Unified KV: allocates a free id that shares cells."""
+        """Unified KV: allocates a free id that shares the cells of the resident prefix."""
         if (seq := self._residents.free_id) < 0:
             self._eviction.evict(seq := self._idle.oldest(but=(match.seq,)))
         if not length or not self._residents.copy(match.seq, seq, match.tokens[:length]):
@@ -43,15 +43,17 @@ class Allocator:
         return seq, length
 
     def _take_slot(self, match: Match, length: int) -> tuple[int, int]:
-        """Per-slot KV: allocates a slot that holds the prefix already, or gets a copy of it."""
-        holds = self._tree.matches(match.matchable, match.salt, whole=not self._context.partial)
+        """Per-slot KV: allocates the slot of least cost, which keeps its own prefix of the prompt or gets a copy of the
+        longest one."""
+        prefix_lengths = self._tree.matches(match.matchable, match.salt, whole=not self._context.partial)
         allocated = self._residents.allocated
         free = (seq for seq in range(self._context.sequences) if seq not in allocated)
-        options = [self._option(seq, min(length, holds.get(seq, 0))) for seq in free]
+        options = [self._option(seq, min(length, prefix_lengths.get(seq, 0))) for seq in free]
         whole = bool(length) and length == self._tree.length(match.seq)
-        source = length if self._context.divisible or whole else 0  # only whole states can be copied
-        option = choose(options, source, allocated, self.costs, offloads=self._offloads)
-        copies = worth_copying(source, option.kept, self.costs)
+        # A state that is not divisible can only be copied whole.
+        copyable = length if self._context.divisible or whole else 0
+        option = choose_slot(options, copyable, allocated, self.costs, offloads=self._offloads)
+        copies = worth_copying(copyable, option.kept, self.costs)
         seq, kept = option.seq, self._eviction.vacate(option.seq, 0 if copies else option.kept)
         if copies and self._residents.copy(match.seq, seq, match.tokens[:length]):
             self._eviction.use(match.seq)
@@ -67,10 +69,10 @@ class Allocator:
         return SlotOption(seq, kept, lost, max(0, unsaved), self._idle.age(seq))
 
     def close_gap(self) -> tuple[int, int] | None:
-        """Per-slot KV, once a step: moves an allocated sequence to another id, so that a step takes fewer passes.
+        """Per-slot KV: moves an allocated sequence to another id, so that steps take fewer passes. Called once a step.
 
-        Ski-rental rule: the move is made once the passes for the gap have cost more than moving. Returns the old and
-        the new id, or None if nothing moved.
+        Ski-rental rule: the sequence is moved once the extra passes have cost more than the move would. Returns the old
+        and the new id; None if no sequence was moved.
         """
         movable = self._context.divisible and not self._context.unified
         found = move_target(self._residents.allocated) if movable else None

@@ -9,21 +9,21 @@ from itertools import islice
 from typing import NamedTuple
 
 from engine.backend import State
-from engine.kv.tree import common
+from engine.kv.tree import common_length
 
-# Moving a block of this size takes some 0.2 ms, less per token than smaller ones.
+# Moving a block of this size takes about 0.2 ms. Smaller blocks take longer per token.
 BLOCK_TOKENS = 32
-# Position at which attention to the tokens before a block costs as much as the rest of computing the block.
+# Start of a block that costs twice as much to compute as the first one, because of attention to all tokens before it.
 ATTENTION_TOKENS = 8192
-# Only the latest children of a block are compared for a common prefix.
+# Only the latest children of a block are searched for a common prefix, which bounds the time of a match.
 MAX_SIBLINGS = 64
 
 
 class Block:
-    """Up to `BLOCK_TOKENS` tokens after its parent's, and the state of their cells while that is in RAM.
+    """Up to `BLOCK_TOKENS` tokens that follow the parent's tokens, and the state of their cells while it is in RAM.
 
-    A root has no parent and no tokens; it stands for a namespace. Blocks are aligned: each begins at a multiple of
-    `BLOCK_TOKENS`, and only blocks without children may be shorter.
+    A root has no parent and no tokens; each salt has one root. Each block begins at a multiple of `BLOCK_TOKENS`. Only
+    blocks without children may have fewer than `BLOCK_TOKENS` tokens.
     """
 
     __slots__ = ("children", "key", "parent", "pending_read", "pins", "start", "state", "tokens")
@@ -33,17 +33,17 @@ class Block:
         self.start = start
         self.tokens = tokens
         self.key = key
-        """Name of the block on disk: equal for equal tokens after an equal prefix in the same namespace."""
+        """Name of the block's file: equal for equal tokens after an equal prefix with the same salt."""
         self.children: dict[bytes, Block] = {}
         self.state: State | None = None
         self.pins = 0
-        """Number of sequences that grow from this block, which keep it in the tree."""
+        """Number of growing sequences whose last saved block is this one. A pinned block stays in the tree."""
         self.pending_read: Future[State | None] | None = None
-        """The read from disk that is under way; None if there is none."""
+        """The pending read from disk; None if there is none."""
 
     @property
     def end(self) -> int:
-        """The position after its last token."""
+        """The position after the block's last token."""
         return self.start + len(self.tokens)
 
     @property
@@ -56,17 +56,17 @@ class Block:
         return array("i", [token for part in reversed(parts) for token in part])
 
     def is_prefix_of(self, tokens: array[int]) -> bool:
-        """True if `tokens` begin with the block's tokens."""
+        """Returns True if `tokens` begin with the block's tokens, whatever the block's position."""
         return self.tokens == tokens[: len(self.tokens)]
 
     def part(self, start: int, end: int, shift: int = 0) -> array[int]:
-        """Returns its tokens at positions from `start` up to `end`, after the block was shifted by `shift`
-        positions."""
+        """Returns the block's tokens at positions from `start` up to `end`. A position is the original one plus
+        `shift`."""
         return self.tokens[start - shift - self.start : end - shift - self.start]
 
     @property
     def root(self) -> Block:
-        """The root of its namespace."""
+        """The root of the block's path."""
         block = self
         while block.parent is not None:
             block = block.parent
@@ -74,16 +74,16 @@ class Block:
 
     @property
     def cost(self) -> float:
-        """Cost of recomputing the block, in units of a token at the start of a sequence."""
+        """Estimated cost of recomputing the block. The unit is the cost of one token at the start of a sequence."""
         return len(self.tokens) * (1 + self.start / ATTENTION_TOKENS)
 
     @property
     def full(self) -> bool:
-        """True if other blocks may follow it."""
+        """True if the block may have children."""
         return self.parent is None or len(self.tokens) == BLOCK_TOKENS
 
     def child(self, tokens: array[int]) -> Block:
-        """Returns the child with `tokens`, which is created without a state if need be."""
+        """Returns the child with `tokens`. Creates it, without a state, if it does not exist."""
         name = tokens.tobytes()
         found = self.children.get(name)
         if found is None:
@@ -91,20 +91,20 @@ class Block:
         return found
 
     def nearest(self, tokens: array[int]) -> tuple[Block | None, int]:
-        """Returns the child with the longest common prefix with `tokens` from `self.end` on, and the prefix's
-        length."""
+        """Returns the child that has the longest common prefix with `tokens` from `self.end` on, and the prefix's
+        length. Returns (None, 0) if no child matches."""
         whole = self.children.get(tokens[self.end : self.end + BLOCK_TOKENS].tobytes())
         if whole is not None:
             return whole, len(whole.tokens)
         best, longest = None, 0
         for child in islice(reversed(self.children.values()), MAX_SIBLINGS):
-            if (size := common(child.tokens, tokens, self.end)) > longest:
+            if (size := common_length(child.tokens, tokens, self.end)) > longest:
                 best, longest = child, size
         return best, longest
 
 
 class BlockChain(NamedTuple):
-    """Consecutive blocks of a sequence that end after `length` tokens."""
+    """Consecutive blocks of a sequence, of which the first `length` tokens of the sequence are used."""
 
     blocks: tuple[Block, ...]
     length: int
@@ -116,5 +116,5 @@ def key_of(parent: str, name: bytes) -> str:
 
 
 def root_key(salt: str) -> str:
-    """Returns the key of a namespace's root."""
+    """Returns the key of the root of `salt`."""
     return blake2b(salt.encode(), digest_size=16, person=b"paceline root").hexdigest()

@@ -1,7 +1,7 @@
-"""The tree of stored blocks: which tokens the offload tiers know, and which block follows which.
+"""The tree of the blocks that the offload tiers store.
 
-Equal prefixes are one path, so a prefix of a thousand conversations is stored once. A block without a state of its own
-only leads to others: its tokens have to be resident in the context, or the blocks after it cannot be used.
+Equal prefixes are one path, so a prefix of a thousand conversations is stored once. A block can lack a state and still
+have children with states: the children can be used only while the tokens before them are resident in the context.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from itertools import islice
 
 from engine.kv.block import BLOCK_TOKENS, MAX_SIBLINGS, Block, BlockChain, root_key
 
-# How many recently stored sequences are searched for parts of a changed prompt.
+# Number of recent sequences, resident and stored ones each, that are searched for parts of a changed prompt. A search
+# takes time proportional to the length of the sequence.
 RECENT_SEQUENCES = 2
 
 
 class BlockTree:
-    """The blocks of every namespace. Belongs to the engine thread.
+    """The blocks of all salts. Belongs to the engine thread.
 
-    With `whole`, for contexts whose states are not divisible, a block's state is that of all positions up to its end
-    and cannot be used for fewer.
+    `whole` is True for contexts whose states are not divisible. The state of a block then contains all positions from 0
+    to the block's end, and is loaded only as a whole.
     """
 
     def __init__(self, stored: Callable[[Block], bool], *, whole: bool = False) -> None:
-        """`stored` returns True for a block whose state is in a tier."""
+        """`stored` returns True if the state of a block is in a tier."""
         self.version = 0
         """Grows whenever a block leaves the tree."""
         self.whole = whole
@@ -34,7 +35,8 @@ class BlockTree:
     # ── matching ──
 
     def match(self, tokens: array[int], salt: str, start: int) -> BlockChain:
-        """Returns the blocks that continue the first `start` of `tokens` furthest; none if no block does."""
+        """Returns the longest chain of blocks that continues the first `start` of `tokens`; an empty chain if no block
+        does."""
         if self.whole:
             return self._deepest(tokens, salt, start)
         chain: list[Block] = []
@@ -47,8 +49,8 @@ class BlockTree:
         return BlockChain(tuple(chain), start)
 
     def _path(self, tokens: array[int], salt: str) -> Iterator[tuple[Block, int]]:
-        """The blocks along `tokens` from their start, each with the number of its tokens that match; only the last
-        may match in part."""
+        """Yields the blocks along `tokens`, each with the number of its tokens that match. Only the last block can
+        match in part."""
         block = self._roots.get(root_key(salt))
         while block is not None and block.full:
             block, size = block.nearest(tokens)
@@ -58,6 +60,7 @@ class BlockTree:
                 return
 
     def _deepest(self, tokens: array[int], salt: str, start: int) -> BlockChain:
+        """Returns the stored block with the longest prefix of `tokens`, unless it ends at or before `start`."""
         best: Block | None = None
         block = self._roots.get(root_key(salt))
         while block is not None and block.full:
@@ -71,7 +74,7 @@ class BlockTree:
         return BlockChain((best,), best.end)
 
     def blocks_of(self, tokens: array[int], salt: str) -> dict[int, Block]:
-        """Returns the blocks of `tokens` that have a state, by their start."""
+        """Returns the stored blocks of `tokens`, keyed by their start."""
         return {
             block.start: block
             for block, size in self._path(tokens, salt)
@@ -79,7 +82,7 @@ class BlockTree:
         }
 
     def recent(self, tokens: array[int], salt: str) -> list[array[int]]:
-        """Returns the token sequences stored most recently that branch off `tokens`, the latest first."""
+        """Returns the most recently stored token sequences that branch off `tokens`, the latest first."""
         fork = self._roots.get(root_key(salt))
         while fork is not None and (child := fork.children.get(tokens[fork.end : fork.end + BLOCK_TOKENS].tobytes())):
             fork = child
@@ -93,14 +96,14 @@ class BlockTree:
     # ── growing ──
 
     def root(self, key: str) -> Block:
-        """Returns the root of the namespace with this key (`root_key`), which is created if need be."""
+        """Returns the root with this key (`root_key`). Creates it if it does not exist."""
         return self._roots.setdefault(key, Block(None, 0, array("i"), key))
 
     def missing(self, tokens: array[int], salt: str, start: int) -> list[Block]:
-        """Returns the blocks of `tokens` from `start` on that have no state; they are created if need be. With `whole`
-        that is only the last one of all.
+        """Returns the blocks of `tokens` from `start` on that are not stored, and creates those that do not exist. With
+        `whole`, returns only the block that ends at the last token.
 
-        The caller gives each of them a state by `Offload.put`, or drops it by `prune`.
+        The caller passes each block to `Offload.put` or to `prune`.
         """
         blocks: list[Block] = []
         block = self.root(root_key(salt)) if len(tokens) > start else None
@@ -111,7 +114,7 @@ class BlockTree:
         return [block for block in blocks if block.end == len(tokens)] if self.whole else blocks
 
     def _next(self, parent: Block, tokens: array[int]) -> Block:
-        """The block of `tokens` after `parent`, or a longer one with a state that begins with these tokens."""
+        """Returns the block of `tokens` after `parent`, or a longer stored block that begins with these tokens."""
         ahead = tokens[parent.end : parent.end + BLOCK_TOKENS]
         nearest, size = parent.nearest(tokens)
         longer = nearest is not None and size == len(ahead) < len(nearest.tokens)
@@ -120,14 +123,14 @@ class BlockTree:
         return parent.child(ahead)
 
     def attach(self, block: Block) -> None:
-        """Puts `block` back into the tree if its parents were pruned since `missing` returned it."""
+        """Puts `block` and its parents back into the tree if they were pruned since `missing` returned the block."""
         while (parent := block.parent) is not None:
             parent.children.setdefault(block.tokens.tobytes(), block)
             block = parent
         self._roots.setdefault(block.key, block)
 
     def prune(self, block: Block) -> None:
-        """Takes `block` and its parents out of the tree as far as they have neither states nor children nor pins."""
+        """Removes `block` from the tree unless it has a state, children or pins; then its parent likewise."""
         while not (block.children or block.pins or self._stored(block)):
             parent = block.parent
             if parent is None:
@@ -142,8 +145,8 @@ class BlockTree:
     # ── pins ──
 
     def pin(self, tokens: array[int], salt: str) -> Block:
-        """Returns the last block of `tokens`, whose number is a multiple of `BLOCK_TOKENS`; the root if there are
-        none. Blocks are created if need be, and stay in the tree until `unpin`."""
+        """Returns the last block of `tokens`, or the root if `tokens` is empty. Creates blocks that do not exist. The
+        block stays in the tree until `unpin`. The number of tokens must be a multiple of `BLOCK_TOKENS`."""
         block = self.root(root_key(salt))
         while block.end < len(tokens):
             block = block.child(tokens[block.end : block.end + BLOCK_TOKENS])
@@ -151,21 +154,22 @@ class BlockTree:
         return block
 
     def pin_child(self, block: Block, tokens: array[int]) -> Block:
-        """Moves a pin from `block` to its child of `tokens`, which is created if need be. Returns the child."""
+        """Moves a pin from `block` to its child with `tokens`, which is created if it does not exist. Returns the
+        child."""
         child = block.child(tokens)
         child.pins += 1
         self.unpin(block)
         return child
 
     def unpin(self, block: Block) -> None:
-        """Undoes a `pin`."""
+        """Removes one pin, and prunes the block."""
         block.pins -= 1
         self.prune(block)
 
     # ── checks ──
 
     def blocks(self) -> Iterator[Block]:
-        """Yields every block, roots excepted."""
+        """Yields every block except the roots."""
         blocks = [child for root in self._roots.values() for child in root.children.values()]
         while blocks:
             block = blocks.pop()
@@ -173,7 +177,7 @@ class BlockTree:
             yield block
 
     def check(self) -> None:
-        """Raises AssertionError unless the tree is sound."""
+        """Raises AssertionError unless blocks are aligned, needed, and full where they have children."""
         for block in self.blocks():
             assert block.start % BLOCK_TOKENS == 0 or self.whole, "blocks are aligned"
             assert block.children or block.pins or self._stored(block), "a block without a state has children or pins"

@@ -1,6 +1,6 @@
-"""Blocks of prefixes on disk: a file of one record each, written and read by a worker thread.
+"""Blocks on disk: one file with one record for each block, written and read by a worker thread.
 
-Files are their owner's only, as prompts can be read back from them.
+Only their owner may read the files, as they contain prompts.
 """
 
 from __future__ import annotations
@@ -30,41 +30,42 @@ from engine.kv import record
 
 log = logging.getLogger("paceline.memory")
 
-# Writes pause for this long after a failure, so that a full disk does not fill the log.
+# After a failed write no write is tried for this long, so that a full disk does not fill the log.
 WRITE_PAUSE_SECONDS = 60.0
 
 _KEY = re.compile(r"[0-9a-f]{1,64}")
 _BLOCK = re.compile(r"[0-9a-f]{1,64}\.block")
 _LEFTOVER = re.compile(r"[0-9a-f]{1,64}\.[a-z0-9_]{8}\.part")  # as tempfile names them
-# Priorities in the queue.
-_READ, _OTHER, _CLOSE = range(3)
+# Priorities in the queue, the most urgent first. Touches have that of writes and removals.
+_READ, _CHANGE, _CLOSE = range(3)
 
 
 class UnusableFolder(OSError):
-    """The folder cannot be written to. The message is one line with the folder and the reason."""
+    """Files cannot be created in the folder. The message is one line with the folder and the reason."""
 
 
 class DiskEntry(NamedTuple):
-    """A block's file without its state."""
+    """The content of a block's file except the state."""
 
     key: str
-    """Hexadecimal; name of the file without its suffix."""
+    """Key of the block in hexadecimal. It is the name of the file without the suffix."""
     parent: str
-    """Key of the block before it, or of its namespace's root."""
+    """Key of the parent block, or of the root for the first block of a sequence."""
     start: int
-    """Position of its first token."""
+    """Position of the first token."""
     tokens: array[int]
     bytes: int
     """Size of the file."""
-    used: float
+    used_at: float
     """Time of the last write or touch, in seconds since the epoch."""
 
 
 class Written(NamedTuple):
-    """Result of a write: the size of the file in bytes, or None if none was written."""
+    """Result of a write."""
 
     key: str
     bytes: int | None
+    """Size of the file; None if no file was written."""
 
 
 class _Change(NamedTuple):
@@ -74,17 +75,17 @@ class _Change(NamedTuple):
 
 
 class Disk:
-    """The blocks of one identity in a folder, which other processes may use and empty at the same time.
+    """The blocks of one identity in a folder. Other processes may use and empty the folder at the same time.
 
-    Belongs to the engine thread. All methods return at once, `entries` and `close` excepted. Operations on a
-    key take effect in the order of the calls, though reads pass queued writes of other keys. Equal identities mean that
-    states are interchangeable.
+    Contexts with equal identities can load each other's states. Belongs to the engine thread. All methods except
+    `entries` and `close` return at once. Operations on one key take effect in the order of the calls; reads are done
+    before queued writes of other keys.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
         """Creates `folder` and a subfolder for `identity`. Raises UnusableFolder if files cannot be created there."""
         self.folder = folder / blake2b(identity.encode(), digest_size=8).hexdigest()
-        self._identity = record.hashed(identity)
+        self._identity = record.identity_digest(identity)
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -92,20 +93,21 @@ class Disk:
         except OSError as error:
             raise UnusableFolder(f"cannot write prefixes to {self.folder}: {error.strerror or error}") from error
         self._jobs: PriorityQueue[tuple[int, int, Callable[[], object] | None]] = PriorityQueue()
-        self._number = count()
-        self._changes: dict[str, _Change] = {}  # the latest change of each key
+        self._job_numbers = count()  # keep jobs of equal priority in order
+        self._changes: dict[str, _Change] = {}  # the latest unfinished change of each key
         self._finished: deque[tuple[str, _Change, int | None]] = deque()
         self._thread: Thread | None = None
-        self._deadline = inf  # monotonic time; finite once closed
-        self._submitted_bytes = 0  # bytes of states submitted for writing, ever
-        self._done_bytes = 0  # of these, written or given up; changed by the worker only
-        self._resume = -inf  # monotonic time at which writes are tried again; -inf if the last succeeded; worker only
+        self._deadline = inf  # monotonic time after which no job is begun; inf until `close`
+        self._submitted_bytes = 0  # bytes of all states submitted for writing since the start
+        self._done_bytes = 0  # submitted bytes that were written or given up; changed on the worker thread only
+        # Monotonic time at which writes are tried again; -inf if the last one succeeded. Changed on the worker only.
+        self._writes_resume_at = -inf
 
     def entries(self) -> list[DiskEntry]:
-        """Returns the blocks in the folder, the least recently used first. Called at start, before any write.
+        """Returns the blocks in the folder, the least recently used first. Must be called before the first write.
 
-        No states are read. Files that can never be used are removed: blocks that are torn or of another version or
-        identity, and temporary files of processes that died while writing. Files with other names are left alone.
+        Does not read states. Removes files that can never be used: torn blocks, blocks of another version or identity,
+        and temporary files of processes that died while writing. Files with other names stay.
         """
         found: list[DiskEntry] = []
         useless: list[Path] = []
@@ -124,11 +126,11 @@ class Disk:
             _unlink(path)
         if useless:
             log.info("removed %d unusable files from %s", len(useless), self.folder)
-        return sorted(found, key=lambda entry: entry.used)
+        return sorted(found, key=lambda entry: entry.used_at)
 
     def write(self, key: str, parent: str, start: int, tokens: array[int], state: State) -> None:
-        """Queues the write of a block, over an earlier file; `finished` returns the result later. The caller does not
-        change `tokens` and `state` afterwards."""
+        """Queues the write of a block, which replaces an earlier file. `finished` returns the result later. The caller
+        must not change `tokens` and `state` afterwards."""
         assert tokens.typecode == "i", "tokens are C ints"
         assert state.ndim == 1, "a state is one run of bytes"
         assert state.flags.c_contiguous, "a state is one run of bytes"
@@ -137,10 +139,10 @@ class Disk:
         self._change(key, state, partial(self._save, key, parent, start, tokens, state, time()))
 
     def read(self, key: str) -> Future[State | None]:
-        """Queues the read of a block. The result is its state, read-only, or None if the file is gone or damaged; a
-        damaged file is removed.
+        """Queues the read of a block. The result is the block's state, read-only; None if the file is missing or
+        damaged. A damaged file is removed.
 
-        The future never has an exception. A future cancelled before its turn reads nothing.
+        The future never has an exception. If it is cancelled before the read begins, nothing is read.
         """
         result: Future[State | None] = Future()
         change = self._changes.get(key)
@@ -151,15 +153,16 @@ class Disk:
         return result
 
     def touch(self, key: str) -> None:
-        """Queues an update of the file's time of last use; no effect without a file."""
-        self._submit(_OTHER, key, partial(_touch, self._path(key), time()))
+        """Queues an update of the file's time of last use. No effect if the file does not exist."""
+        self._submit(_CHANGE, key, partial(_touch, self._path(key), time()))
 
     def remove(self, key: str) -> None:
         """Queues the removal of a block."""
         self._change(key, None, partial(_unlink, self._path(key)))
 
     def finished(self) -> list[Written]:
-        """Returns the results of writes since the last call, in the order of the calls. Takes no lock."""
+        """Returns the results of the writes that finished since the last call, in the order of the writes. Takes no
+        lock."""
         written: list[Written] = []
         for _ in range(len(self._finished)):
             key, change, size = self._finished.popleft()
@@ -171,27 +174,27 @@ class Disk:
 
     @property
     def queued(self) -> int:
-        """Bytes of states queued for writing."""
+        """Bytes of the states that are queued for writing."""
         return self._submitted_bytes - self._done_bytes
 
     @property
     def paused(self) -> bool:
-        """True if writes are skipped, as one failed less than `WRITE_PAUSE_SECONDS` ago."""
-        return monotonic() < self._resume
+        """True for `WRITE_PAUSE_SECONDS` after a failed write. Writes are skipped during that time."""
+        return monotonic() < self._writes_resume_at
 
     def close(self, seconds: float = 5.0) -> None:
-        """Waits up to `seconds` for queued jobs; no method is called afterwards.
+        """Waits up to `seconds` for queued jobs. No method may be called afterwards.
 
-        Jobs not begun by then are given up: reads return None, writes are skipped.
+        Jobs that have not begun by then are skipped: reads return None, writes write nothing.
         """
         self._deadline = monotonic() + seconds
         if self._thread is not None:
-            self._jobs.put((_CLOSE, next(self._number), None))
+            self._jobs.put((_CLOSE, next(self._job_numbers), None))
             self._thread.join(seconds)
 
     def _change(self, key: str, state: State | None, job: Callable[[], int | None]) -> None:
         self._changes[key] = change = _Change(state)
-        self._submit(_OTHER, key, partial(self._carry_out, key, change, job))
+        self._submit(_CHANGE, key, partial(self._run_change, key, change, job))
 
     def _submit(self, priority: int, key: str, job: Callable[[], object]) -> None:
         assert self._deadline == inf, "a closed disk takes no jobs"
@@ -200,7 +203,7 @@ class Disk:
             # A daemon thread, so that the process can end while a network drive hangs.
             self._thread = Thread(target=self._work, name="paceline-disk", daemon=True)
             self._thread.start()
-        self._jobs.put((priority, next(self._number), job))
+        self._jobs.put((priority, next(self._job_numbers), job))
 
     # ── on the worker thread ──
 
@@ -209,7 +212,7 @@ class Disk:
             job()
             del job  # so that its state does not stay in memory until the next job
 
-    def _carry_out(self, key: str, change: _Change, job: Callable[[], int | None]) -> None:
+    def _run_change(self, key: str, change: _Change, job: Callable[[], int | None]) -> None:
         self._finished.append((key, change, job()))
         if change.state is not None:
             self._done_bytes += change.state.nbytes
@@ -228,7 +231,7 @@ class Disk:
         except FileNotFoundError:
             return None
         except Exception as error:
-            # Any exception: the future needs a result, and the block counts as gone.
+            # After any exception the block counts as missing, as the future must get a result.
             log.warning("removing %s, which cannot be read: %s", path, error)
             _unlink(path)
             return None
@@ -241,23 +244,23 @@ class Disk:
                 try:
                     size = _save(self._path(key), at, self._identity, *block)
                 except FileNotFoundError:
-                    # A process that begins to use the folder removes our temporary file as a leftover, but only once.
+                    # Another process that opens the folder removes the temporary file as a leftover, but only once.
                     size = _save(self._path(key), at, self._identity, *block)
             except Exception as error:
-                self._pause(error)
+                self._pause_writes(error)
             else:
-                self._continue()
+                self._resume_writes()
         return size
 
-    def _pause(self, error: Exception) -> None:
-        if self._resume == -inf:
+    def _pause_writes(self, error: Exception) -> None:
+        if self._writes_resume_at == -inf:
             log.warning("cannot write prefixes to %s: %s; next try in %.0f s", self.folder, error, WRITE_PAUSE_SECONDS)
-        self._resume = monotonic() + WRITE_PAUSE_SECONDS
+        self._writes_resume_at = monotonic() + WRITE_PAUSE_SECONDS
 
-    def _continue(self) -> None:
-        if self._resume > -inf:
+    def _resume_writes(self) -> None:
+        if self._writes_resume_at > -inf:
             log.info("prefixes are written to %s again", self.folder)
-            self._resume = -inf
+            self._writes_resume_at = -inf
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.block"
@@ -266,10 +269,10 @@ class Disk:
 def _save(
     path: Path, at: float, identity: bytes, labels: tuple[str, str], start: int, tokens: array[int], state: State
 ) -> int:
-    """Writes the file of a block with the time of last use `at`. Returns its size. On failure the earlier file stays,
-    and no temporary file.
+    """Writes the file of a block, with `at` as its time of last use. Returns the size in bytes. On failure the earlier
+    file stays and the temporary file is removed.
 
-    The file is not flushed to the device: a cache need not survive a power failure, and checksums find damaged files.
+    The file is not flushed to the device: a cache need not survive a power failure, and checksums detect damaged files.
     """
     with AtomicFile(path, f"{path.stem}.", ".part") as new:
         record.write(new.file, identity, labels, start, tokens, state)
@@ -289,8 +292,8 @@ def _head(file: BinaryIO, path: Path, identity: bytes) -> record.Head:
 def _entry(path: Path, identity: bytes) -> DiskEntry:
     with path.open("rb", buffering=0) as file:
         (key, parent), start, tokens, _, _ = _head(file, path, identity)
-        about = os.fstat(file.fileno())
-    return DiskEntry(key, parent, start, tokens, about.st_size, about.st_mtime)
+        stat = os.fstat(file.fileno())
+    return DiskEntry(key, parent, start, tokens, stat.st_size, stat.st_mtime)
 
 
 def _touch(path: Path, at: float) -> None:

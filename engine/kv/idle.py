@@ -1,4 +1,4 @@
-"""Idle sequences in LRU order, and the cost of keeping them."""
+"""Idle sequences in LRU order, and the ski-rental rule for their eviction."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 # Steps for which an idle sequence is kept while the cost of keeping it is unknown.
 UNPRICED_STEPS = 512
-# Steps that are likely to follow in any case; their cost counts as already paid.
+# Steps that will probably follow before the sequence is used again. The rule counts their cost in advance.
 _UPCOMING_STEPS = 32
 
 
 class Use(NamedTuple):
-    """The last use of a sequence: the step, and the cost of keeping one cell from the first step until then."""
+    """The last use of a sequence: the number of its step, and the seconds that keeping one cell had cost up to it."""
 
     step: int
     cell_seconds: float
@@ -24,9 +24,9 @@ class Idle:
     def __init__(self) -> None:
         self._uses: dict[int, Use] = {}
         self._step = 0
-        self._cell_seconds = 0.0
-        self.rate = 0.0
-        """Seconds by which one resident cell lengthens the next step; 0 if that is unknown."""
+        self._cell_seconds = 0.0  # seconds that one resident cell has cost in all steps so far
+        self.cell_seconds_per_step = 0.0
+        """Seconds by which one resident cell lengthens a step; 0 if unknown."""
 
     def __contains__(self, seq: int) -> bool:
         return seq in self._uses
@@ -36,7 +36,7 @@ class Idle:
 
     @property
     def sequences(self) -> KeysView[int]:
-        """All idle sequences, as a set."""
+        """The ids of all idle sequences, as a set."""
         return self._uses.keys()
 
     def oldest(self, but: Container[int] = ()) -> int:
@@ -56,21 +56,22 @@ class Idle:
         """Removes `seq`."""
         del self._uses[seq]
 
-    def step(self) -> None:
-        """Counts a step."""
+    def count_step(self) -> None:
+        """Counts a step and the cost of keeping a cell for it."""
         self._step += 1
-        self._cell_seconds += self.rate
+        self._cell_seconds += self.cell_seconds_per_step
 
-    def due(self, price: float) -> bool:
-        """True if the least recently used sequence should be evicted, where restoring one of its cells costs `price`
-        seconds.
+    def eviction_due(self, restore_seconds: float) -> bool:
+        """Returns True if the least recently used sequence should be evicted. `restore_seconds` is the cost of
+        restoring one cell.
 
         Ski-rental rule: evict once the cost of keeping the cells exceeds the cost of restoring them; at most twice the
-        optimum. Steps alone cause cost, so an idle engine keeps every sequence.
+        optimum. Only steps add cost, so an idle engine keeps every sequence.
         """
         if not self._uses:
             return False
         use = next(iter(self._uses.values()))
-        if not price or not (self.rate or self._cell_seconds):
+        if not restore_seconds or not (self.cell_seconds_per_step or self._cell_seconds):
             return self._step - use.step > UNPRICED_STEPS
-        return self._cell_seconds - use.cell_seconds + _UPCOMING_STEPS * self.rate > price
+        kept_seconds = self._cell_seconds - use.cell_seconds
+        return kept_seconds + _UPCOMING_STEPS * self.cell_seconds_per_step > restore_seconds

@@ -16,17 +16,16 @@ from engine.kv.block_tree import BlockTree
 from engine.kv.disk import Disk, UnusableFolder
 from engine.kv.tier import Tier
 
-# One call waits for the disk no longer than this, so that the engine keeps reading its inbox.
+# Maximum time that one call blocks until a read finishes, so that the engine thread soon executes its commands.
 DISK_WAIT_SECONDS = 0.05
-# Bytes that may be queued for the disk; blocks beyond them are not written.
+# Maximum of bytes queued for writing. While more are queued, new blocks are not written to disk.
 WRITE_QUEUE_BYTES = 2**28
 
 
 class Offload:
-    """At most `ram_bytes` of states in RAM, and `disk_bytes` on `disk`. Belongs to the engine thread.
+    """The RAM tier with at most `ram_bytes` of states, and the disk tier with at most `disk_bytes` in `disk`.
 
-    With `whole`, for contexts whose states are not divisible, a block's state is that of all positions up to its end
-    and cannot be used for fewer.
+    Belongs to the engine thread. `whole` is True for contexts whose states are not divisible, as in `BlockTree`.
     """
 
     def __init__(self, ram_bytes: int, *, whole: bool = False, disk: Disk | None = None, disk_bytes: int = 0) -> None:
@@ -35,8 +34,8 @@ class Offload:
         self.disk = Tier(disk_bytes, whole=whole)
         """Blocks on disk or queued to be written."""
         self._files = disk
-        self._writing: dict[str, Block] = {}
-        self._added = 0  # states that entered RAM, ever
+        self._writing: dict[str, Block] = {}  # blocks whose write has not finished, by key
+        self._added = 0  # number of states that entered RAM since the start
         if disk is not None:
             self._open(disk)
 
@@ -52,8 +51,8 @@ class Offload:
     # ── reading ──
 
     def prefetch(self, blocks: Sequence[Block], *, wait: bool) -> bool:
-        """Starts to read those of `blocks` that are only on disk. True if `get` has a result for the first now; `wait`
-        blocks up to `DISK_WAIT_SECONDS` for it."""
+        """Starts to read those of `blocks` that are only on disk. Returns True if the first block needs no read or its
+        read has finished. With `wait`, blocks for up to `DISK_WAIT_SECONDS` until it has."""
         for block in blocks:
             if block.state is None and block.pending_read is None and block in self.disk and self._files is not None:
                 block.pending_read = self._files.read(block.key)
@@ -64,13 +63,14 @@ class Offload:
         return read.done()
 
     def get(self, block: Block) -> State | None:
-        """Returns the state of a block that was prefetched; None if it is gone."""
+        """Returns the state of a prefetched block; None if it was evicted or its file is damaged. Blocks while a read
+        of it is pending."""
         state = block.state
         if state is None and block.pending_read is not None:
             state, block.pending_read = block.pending_read.result(), None
             if state is None:
                 self._remove_file(block)
-            elif state.nbytes <= self.ram.capacity and block in self.disk:  # else it left while it was being read
+            elif state.nbytes <= self.ram.capacity and block in self.disk:  # not if it was evicted during the read
                 self._add_to_ram(block, state)
         elif state is not None:
             self.ram.touch(block)
@@ -80,18 +80,19 @@ class Offload:
         return state
 
     def cancel(self, blocks: Iterable[Block]) -> None:
-        """Gives up the reads of `blocks`; a state that has been read is kept if there is room."""
+        """Cancels the pending reads of `blocks`. A state that has been read already goes to RAM."""
         for block in blocks:
             if block.pending_read is not None and block.pending_read.done():
                 self.get(block)
             elif block.pending_read is not None:
-                block.pending_read.cancel()  # the result of one that has begun is dropped
+                block.pending_read.cancel()  # no effect on a read that has begun, whose result is dropped
                 block.pending_read = None
 
     # ── adding and dropping ──
 
     def put(self, block: Block, state: State) -> None:
-        """Stores the state of `block`, which may evict others, and queues it to be written if there is a disk."""
+        """Stores the state of `block` in RAM, queues its write to disk, and evicts other blocks that exceed a capacity.
+        Drops siblings that are prefixes of `block`."""
         self.tree.attach(block)
         if not self.tree.whole and block.parent is not None:
             siblings = islice(reversed(block.parent.children.values()), MAX_SIBLINGS)
@@ -99,7 +100,7 @@ class Offload:
                 self._drop(shorter)
         self._write(block, state)
         if state.nbytes <= self.ram.capacity:
-            self.tree.attach(block)  # the disk may have been too full for it
+            self.tree.attach(block)  # `_write` pruned it if the disk tier evicted it at once
             self._add_to_ram(block, state)
         self.tree.prune(block)
 
@@ -118,11 +119,11 @@ class Offload:
         self._remove_file(block)
 
     def erase(self, tokens: array[int], salt: str) -> None:
-        """Drops the blocks of `tokens` that lead to no other sequence, last first."""
+        """Drops the blocks of `tokens` that no other sequence shares, the last block first."""
         whole, match = self.tree.whole, self.tree.match
         while whole and (blocks := match(tokens, salt, 0).blocks) and not blocks[0].children:
             self._drop(blocks[0])
-        # Not by `match`, as the tokens before a stored block may be in the context only.
+        # `match` would stop at the first block that is not stored, for example one that is only in cells.
         for block in reversed(() if whole else self.tree.blocks_of(tokens, salt).values()):
             if block.children or block.end > len(tokens):
                 break
@@ -131,7 +132,7 @@ class Offload:
     # ── on disk ──
 
     def _open(self, disk: Disk) -> None:
-        """Takes over the blocks in the folder. Blocks without their parents are removed."""
+        """Adds the blocks in the folder to the tree and the disk tier. Removes files whose parents are missing."""
         entries = disk.entries()
         blocks: dict[str, Block] = {}
         for entry in sorted(entries, key=lambda entry: entry.start):
@@ -166,7 +167,7 @@ class Offload:
         self._make_disk_room()
 
     def poll(self) -> None:
-        """Takes in the results of finished writes. Called once a step and while idle."""
+        """Processes the results of finished writes. Called once a step and while the engine is idle."""
         if self._files is None:
             return
         for key, size in self._files.finished():
@@ -184,7 +185,7 @@ class Offload:
             self.tree.prune(evicted)
 
     def _remove_file(self, block: Block) -> None:
-        """Removes the file of `block`, if there is one."""
+        """Removes the file of `block`, if it has one, and prunes the block."""
         if block in self.disk:
             self.disk.remove(block)
             if self._files is not None:
@@ -192,24 +193,24 @@ class Offload:
         self.tree.prune(block)
 
     def close(self) -> None:
-        """Waits some seconds for queued writes."""
+        """Waits up to 5 seconds for queued writes. No method may be called afterwards."""
         if self._files is not None:
             self.poll()
             self._files.close()
 
     def check(self) -> None:
-        """Raises AssertionError unless the tree is sound and the byte count of RAM agrees with it."""
+        """Raises AssertionError unless the tree is valid and its states in RAM are those that the RAM tier counts."""
         self.tree.check()
         total = 0
         for block in self.tree.blocks():
             assert (block in self.ram) == (block.state is not None), "the RAM tier counts the states in RAM"
             total += block.state.nbytes if block.state is not None else 0
-        assert total == self.ram.bytes <= max(self.ram.capacity, 0), f"{total} bytes, counted are {self.ram.bytes}"
+        assert total == self.ram.bytes <= max(self.ram.capacity, 0), f"{total} bytes in RAM, {self.ram.bytes} counted"
 
 
 def open_offload(config: MemoryConfig, info: ModelInfo, *, whole: bool) -> Offload | None:
-    """Returns the offload tiers of a model; None if neither is configured. Raises ModelError if the folder cannot be
-    used."""
+    """Returns the offload tiers of a model; None if neither is configured. Raises ModelError if the folder of
+    --cache-disk cannot be used."""
     if not config.offloads:
         return None
     try:

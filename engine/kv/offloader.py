@@ -1,4 +1,4 @@
-"""Moves KV between the context and the offload tiers, and measures the cost per token."""
+"""Moves KV between the context and the offload tiers, and measures the seconds per token."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from engine.kv.block import BLOCK_TOKENS, Block
 from engine.kv.offload import Offload
 from engine.kv.tree import PrefixTree
 
-# Seconds per token, assumed until a move was measured.
+# Seconds to move a token, assumed until the first move is measured.
 MOVE_SECONDS = 5e-6
-# Share of a new measurement in the running mean.
+# Weight of a new measurement in the running mean.
 MOVE_WEIGHT = 0.2
-# A read from disk that takes longer is given up.
+# A read from disk that takes longer is cancelled, and the tokens are computed.
 GIVE_UP_SECONDS = 10.0
-# Reads of the next blocks overlap with the loading of the current ones.
+# Number of blocks whose reads from disk are pending or done while earlier blocks are loaded.
 READ_AHEAD_BLOCKS = 8
-# With per-slot KV each call copies the cells that the sequence has already, so calls load much at once.
-LOAD_TOKENS = 4096
+# With per-slot KV each load also copies the cells that the sequence has already, so one load takes many tokens.
+PER_SLOT_LOAD_TOKENS = 4096
 
 
 class Offloader:
@@ -31,23 +31,23 @@ class Offloader:
         self._context = context
         self._tree = tree
         self.offload = offload
-        self.saved = self.restored = 0
-        """Tokens moved to the tiers and back, ever."""
+        self.saved_tokens = self.restored_tokens = 0
+        """Tokens moved to the tiers and back since the start."""
         self.move_seconds = MOVE_SECONDS
-        """Running mean of the seconds to move a token."""
+        """Running mean of the seconds to move one token."""
 
     # ── saving ──
 
     def save(self, seq: int, start: int = 0, end: int | None = None) -> None:
-        """Saves the blocks of `seq` from `start` up to `end` that have no state."""
+        """Saves the blocks of `seq` from `start` up to `end` that are not stored."""
         if self.offload is not None:
             begun = time.perf_counter()
             missing = self.offload.tree.missing(self._tree.tokens(seq)[:end], self._tree.salt(seq), start)
             self._put(missing, self._context.save(seq) if missing else None, begun)
 
     def save_some(self, seq: int, start: int, max_blocks: int, snapshot: Snapshot | None) -> int:
-        """Saves up to `max_blocks` blocks of `seq` from `start` on that have no state. Returns the position up to which
-        all blocks are saved now. `snapshot` is of `seq`."""
+        """Saves up to `max_blocks` blocks of `seq` from `start` on that are not stored, cut from `snapshot`. Returns
+        the position up to which all blocks are saved."""
         assert self.offload is not None, "there is a tier"
         begun = time.perf_counter()
         missing = self.offload.tree.missing(self._tree.tokens(seq), self._tree.salt(seq), start)
@@ -57,7 +57,8 @@ class Offloader:
         return missing[max_blocks].start if len(missing) > max_blocks else self._tree.length(seq)
 
     def _put(self, blocks: Sequence[Block], snapshot: Snapshot | None, begun: float) -> None:
-        """Stores the states of `blocks`, or drops them without a snapshot."""
+        """Stores the states of `blocks`, cut from `snapshot`. Prunes blocks whose positions are missing, all if
+        `snapshot` is None."""
         assert self.offload is not None, "there is a tier"
         saved = 0
         for block in blocks:
@@ -68,11 +69,11 @@ class Offloader:
             else:
                 self.offload.put(block, state)
                 saved += block.end - first
-        self.saved += saved
-        self._moved(saved, begun)
+        self.saved_tokens += saved
+        self._measure_move(saved, begun)
 
     def save_grown(self, seq: int, active: Active) -> None:
-        """Saves the full blocks of `active.unsaved`, before they leave a sliding window."""
+        """Saves the full blocks of `active.unsaved`, before their cells leave the sliding window."""
         assert self.offload is not None, "there is a tier"
         assert active.cursor is not None, "set when the sequence was allocated"
         while len(active.unsaved) >= BLOCK_TOKENS:
@@ -85,14 +86,18 @@ class Offloader:
     # ── loading ──
 
     def load(self, seq: int, active: Active, seconds: float, *, wait: bool) -> Loaded:
-        """Loads the next blocks of `active` for about `seconds`, at least one. If a block is gone, or the context has
-        no cells for it, `active.to_load` is cleared. `wait` blocks up to `DISK_WAIT_SECONDS` for the disk."""
+        """Loads the next blocks of `active`: at least one, with unified KV for about `seconds`, with per-slot KV up to
+        `PER_SLOT_LOAD_TOKENS` tokens.
+
+        Clears `active.to_load` if the next block was evicted or the cells do not suffice. With `wait`, blocks for up to
+        `DISK_WAIT_SECONDS` until the next block has been read from disk.
+        """
         assert self.offload is not None, "blocks come from a tier"
-        if not self._fetched(active, wait=wait):
+        if not self._next_is_ready(active, wait=wait):
             return Loaded()
         begun, blocks, parts = time.perf_counter(), list[BlockToLoad](), list[StatePart]()
         length = self._tree.length(seq)
-        for block in islice(active.to_load, self._affordable(seconds)):
+        for block in islice(active.to_load, self._blocks_per_load(seconds)):
             if block.start != length or (parts and not self.offload.prefetch([block.block], wait=False)):
                 break
             part = self._part(block)
@@ -102,7 +107,7 @@ class Offloader:
             parts.append(part)
             length = block.end
         if not parts or not self._context.load(seq, parts):
-            self.give_up(active)
+            self.cancel_loads(active)
             return Loaded()
         for block in blocks:
             active.to_load.popleft()
@@ -111,8 +116,8 @@ class Offloader:
             if active.cursor is not None:
                 active.unsaved.extend(added)
         tokens = sum(block.end - block.start for block in blocks)
-        self.restored += tokens
-        self._moved(tokens, begun)
+        self.restored_tokens += tokens
+        self._measure_move(tokens, begun)
         return Loaded(tokens, sum(block.end - block.start for block in blocks if block.shift is not None))
 
     def _part(self, block: BlockToLoad) -> StatePart | None:
@@ -128,21 +133,21 @@ class Offloader:
         return block.block.part(block.start, block.end, block.shift or 0)
 
     def cells_for(self, active: Active, seconds: float) -> int:
-        """Cells that the next call of `load` takes."""
-        return sum(block.end - block.start for block in islice(active.to_load, self._affordable(seconds)))
+        """Returns the maximum number of cells that the next call of `load` takes."""
+        return sum(block.end - block.start for block in islice(active.to_load, self._blocks_per_load(seconds)))
 
-    def _affordable(self, seconds: float) -> int:
-        """Blocks to load in one call."""
+    def _blocks_per_load(self, seconds: float) -> int:
+        """Returns the maximum number of blocks that one call of `load` loads."""
         if not self._context.unified:
-            return LOAD_TOKENS // BLOCK_TOKENS
-        return self.blocks_in(seconds)
+            return PER_SLOT_LOAD_TOKENS // BLOCK_TOKENS
+        return self.blocks_within(seconds)
 
-    def blocks_in(self, seconds: float) -> int:
+    def blocks_within(self, seconds: float) -> int:
         """Returns how many blocks can be moved in `seconds`, at least one."""
         return max(1, int(seconds / (BLOCK_TOKENS * self.move_seconds)))
 
-    def _fetched(self, active: Active, *, wait: bool) -> bool:
-        """True if the next block can be loaded now. A read that takes too long is given up."""
+    def _next_is_ready(self, active: Active, *, wait: bool) -> bool:
+        """Returns True if the next block can be loaded now. Reads ahead; cancels all loads if a read takes too long."""
         assert self.offload is not None, "blocks come from a tier"
         ahead = [block.block for block in islice(active.to_load, READ_AHEAD_BLOCKS)]
         if not ahead:
@@ -153,22 +158,22 @@ class Offloader:
         now = time.monotonic()
         active.pending_since = active.pending_since or now
         if now - active.pending_since > GIVE_UP_SECONDS:
-            self.give_up(active)
+            self.cancel_loads(active)
         return False
 
-    def leave(self, active: Active) -> None:
-        """Ends the saving and loading of `active`, whose sequence is released."""
-        self.give_up(active)
+    def end(self, active: Active) -> None:
+        """Cancels the loads of `active` and unpins its last saved block. Called when the sequence is released."""
+        self.cancel_loads(active)
         if self.offload is not None and active.cursor is not None:
             self.offload.tree.unpin(active.cursor)
 
-    def give_up(self, active: Active) -> None:
-        """Clears `active.to_load`: the rest of the prompt is to be computed."""
+    def cancel_loads(self, active: Active) -> None:
+        """Cancels pending reads and clears `active.to_load`. The remaining tokens of the prompt are then computed."""
         if self.offload is not None:
             self.offload.cancel([block.block for block in active.to_load])
         active.to_load.clear()
 
-    def _moved(self, tokens: int, begun: float) -> None:
+    def _measure_move(self, tokens: int, begun: float) -> None:
         if tokens:
             measured = (time.perf_counter() - begun) / tokens
             self.move_seconds += MOVE_WEIGHT * (measured - self.move_seconds)

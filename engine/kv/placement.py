@@ -1,4 +1,4 @@
-"""The choice of a slot for a sequence with per-slot KV, and of moves between slots. Pure policy."""
+"""Policy for per-slot KV: the choice of a slot for a prompt, and of moves between slots. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,62 +7,62 @@ from itertools import pairwise
 
 from msgspec import Struct
 
-# Expected duration of a request: a gap among the running ids costs a pass in each of its steps.
+# Expected steps of a request. A gap among the running ids costs one more pass in each of them.
 _REQUEST_STEPS = 64
-# Assumed ratio of the seconds to compute and to move a token, until measured: 2,000 with a small model on two cores.
+# Assumed seconds to compute a token divided by those to move it, until measured. A small model on two cores has 2,000.
 COMPUTE_FACTOR = 1000
-# The chance that a later prompt needs the content of a slot just used, and the steps after which it is halved.
+# Probability that a later prompt needs the content of a slot directly after its last use, and the steps that halve it.
 REUSE_CHANCE, HALF_LIFE_STEPS = 0.5, 512
 
 
 class Costs(Struct, frozen=True):
-    """Measured costs in seconds; 0 where nothing was measured."""
+    """Measured costs in seconds; 0 for a cost that was not measured."""
 
     compute: float = 0.0
-    """Computing a token of a prompt."""
+    """Seconds to compute a token of a prompt."""
     move: float = 5e-6
-    """Saving or loading a cell."""
+    """Seconds to save or to load a cell."""
     resident: float = 0.0
-    """Lengthening of a step by one resident cell, with unified KV."""
+    """Unified KV: seconds by which one resident cell lengthens a step."""
     extra_pass: float = 0.0
-    """One more pass over the weights in a step, with per-slot KV."""
+    """Per-slot KV: seconds of one more pass over the weights in a step."""
 
     @property
     def recompute(self) -> float:
-        """`compute`, or an estimate if it was not measured."""
+        """`compute`, or an estimate in seconds if it was not measured."""
         return self.compute or COMPUTE_FACTOR * self.move
 
 
 class SlotOption(Struct, frozen=True):
-    """A slot without a running request, from the point of view of one prompt."""
+    """A slot without a running request, and what its use for a prompt would change."""
 
     seq: int
     kept: int
-    """Tokens of the prompt that it holds already."""
+    """Number of tokens at the start of the prompt that the slot holds already."""
     lost: int
-    """Tokens of other prompts that the slot loses."""
+    """Number of tokens of other prompts that the slot would lose."""
     unsaved: int
-    """Of these, the tokens that have to be saved first."""
+    """Number of the lost tokens that must be saved first."""
     age: int
-    """Steps since its last use."""
+    """Number of steps since the last use of the slot."""
 
 
-def choose(
-    options: Sequence[SlotOption], source: int, running: Collection[int], costs: Costs, *, offloads: bool
+def choose_slot(
+    options: Sequence[SlotOption], copyable: int, running: Collection[int], costs: Costs, *, offloads: bool
 ) -> SlotOption:
-    """Returns the slot of least cost, in seconds of prefill, displaced content and extra passes. `options` is not
-    empty.
+    """Returns the slot of least cost: the seconds of prefill, displaced content and extra passes. Among equal costs,
+    returns the lowest id. `options` is not empty.
 
-    `source` is the length of the longest prefix that can be copied into a slot. A slot that holds less gets the copy
-    if that is cheaper than computing. Of equal slots the lowest id is chosen.
+    `copyable` is the length in tokens of the longest prefix that can be copied into a slot. A copy is assumed where it
+    is cheaper than computing the tokens that the slot lacks.
     """
-    longest = max(source, *(option.kept for option in options))
+    longest = max(copyable, *(option.kept for option in options))
 
     def cost(option: SlotOption) -> tuple[float, int]:
         seconds = displacement(option, costs, offloads=offloads)
-        seconds += _REQUEST_STEPS * costs.extra_pass * gaps(option.seq, running)
-        if worth_copying(source, option.kept, costs):
-            seconds += costs.move * source
+        seconds += _REQUEST_STEPS * costs.extra_pass * added_passes(option.seq, running)
+        if worth_copying(copyable, option.kept, costs):
+            seconds += costs.move * copyable
         else:
             seconds += costs.recompute * (longest - option.kept)
         return seconds, option.seq
@@ -71,28 +71,29 @@ def choose(
 
 
 def displacement(option: SlotOption, costs: Costs, *, offloads: bool) -> float:
-    """Returns the expected seconds to save the displaced content of a slot and to restore it later, or to recompute it
-    where nothing is offloaded. Content is less likely to be needed the longer it is unused."""
+    """Returns the expected seconds to save the lost tokens of a slot and to restore them later, or to recompute them
+    if `offloads` is False. The older the last use, the lower the probability that they are needed."""
     restore = costs.move if offloads else costs.recompute
     chance = REUSE_CHANCE / (1 + option.age / HALF_LIFE_STEPS)
     return costs.move * option.unsaved + restore * option.lost * chance
 
 
-def worth_copying(source: int, kept: int, costs: Costs) -> bool:
-    """True if copying a prefix of `source` tokens is cheaper than computing those beyond `kept`."""
-    return costs.move * source < costs.recompute * (source - kept)
+def worth_copying(copyable: int, kept: int, costs: Costs) -> bool:
+    """Returns True if copying a prefix of `copyable` tokens is cheaper than computing those from `kept` on."""
+    return costs.move * copyable < costs.recompute * (copyable - kept)
 
 
-def gaps(seq: int, running: Collection[int]) -> int:
-    """Returns by how many passes a step grows if `seq` joins `running`: 0 next to one neighbour, -1 between two, else
-    1; 0 if nothing runs. Rows of consecutive ids share a pass."""
+def added_passes(seq: int, running: Collection[int]) -> int:
+    """Returns the number of passes that a step gains if `seq` joins the ids in `running`: 1 without a running
+    neighbour, 0 with one, -1 with two, and 0 if nothing runs. Rows of consecutive ids share a pass."""
     return 1 - (seq - 1 in running) - (seq + 1 in running) if running else 0
 
 
 def move_target(running: Collection[int]) -> tuple[int, int] | None:
-    """Returns a running id, and the free id to which it can be moved so that a step takes fewer passes.
+    """Returns a running id, and the free id to which its sequence can be moved so that a step takes fewer passes.
 
-    None if no single move does that: there is neither a single id between gaps nor a gap of a single id.
+    Returns None if no single move reduces the passes. A move can do so if some running id has no running neighbour, or
+    if some gap consists of one free id.
     """
     runs: list[list[int]] = []
     for seq in sorted(running):

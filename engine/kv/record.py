@@ -1,11 +1,11 @@
-"""A run of tokens with their state as bytes in a file, readable for the same model, library build and KV types.
+"""File record of a run of tokens and its state. Only the same model, library build and KV types can read it.
 
     magic (8 bytes) | version (uint32) | identity (32 bytes) | sizes of two labels (uint32 each)
     | position of the first token (int64) | tokens (uint32) | size of the state (uint64) | checksum of the state
-    | the labels | the tokens (int32 each) | checksum of all before it | the state
+    | the labels | the tokens (int32 each) | checksum of all bytes so far | the state
 
-All little-endian; checksums are BLAKE2b-128. All before the state is one `FileFormat` envelope, so the tokens are
-verified without the state.
+Numbers are little-endian and checksums BLAKE2b-128. The bytes before the state are one `FileFormat` envelope, so the
+tokens can be verified without reading the state.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ _FIXED = struct.Struct("<IIqIQ16s")
 
 
 class Head(NamedTuple):
-    """A record without its state."""
+    """The content of a record except the state."""
 
     labels: tuple[str, str]
-    """Two names; their meaning depends on the kind of file."""
+    """For the disk tier, the keys of the block and of its parent. For a slot file, the salt, and "part" or "end"."""
     start: int
     """Position of the first token."""
     tokens: array[int]
     state_bytes: int
     checksum: bytes
-    """Of the state."""
+    """Checksum of the state."""
 
 
-def hashed(identity: str) -> bytes:
-    """Returns the digest of an identity that is written to files."""
+def identity_digest(identity: str) -> bytes:
+    """Returns the digest of an identity, as records contain it."""
     return blake2b(identity.encode(), digest_size=32).digest()
 
 
 def write(
     file: BinaryIO, identity: bytes, labels: tuple[str, str], start: int, tokens: array[int], state: State
 ) -> None:
-    """Appends a record. Raises OSError."""
+    """Appends a record to `file`. Raises OSError."""
     first, second = (label.encode() for label in labels)
     sizes = len(first), len(second), start, len(tokens), state.nbytes
     fixed = _FIXED.pack(*sizes, _FORMAT.checksum(state.data))
@@ -57,9 +57,9 @@ def write(
 
 
 def read_head(file: BinaryIO, identity: bytes) -> Head:
-    """Reads up to the state of the next record. Raises DamagedFile or OSError."""
+    """Reads the next record of `file` except its state. Raises DamagedFile or OSError."""
     fixed_bytes = PREFIX_BYTES + _FIXED.size
-    content = file.read(fixed_bytes).ljust(fixed_bytes, b"\0")  # a file that is too short fails one of the checks
+    content = file.read(fixed_bytes).ljust(fixed_bytes, b"\0")  # padding of a short file fails a later check
     first, second, start, count, state_bytes, checksum = _FIXED.unpack_from(content, PREFIX_BYTES)
     rest_bytes = first + second + 4 * count + _FORMAT.checksum_bytes
     if rest_bytes + state_bytes > os.fstat(file.fileno()).st_size - file.tell():
@@ -71,7 +71,7 @@ def read_head(file: BinaryIO, identity: bytes) -> Head:
 
 
 def read_state(file: BinaryIO, head: Head) -> State:
-    """Reads the state after `read_head`. Raises DamagedFile or OSError."""
+    """Reads the state of the record whose head `read_head` has just read. Raises DamagedFile or OSError."""
     state = np.empty(head.state_bytes, np.uint8)
     if file.readinto(state.data) != head.state_bytes or _FORMAT.checksum(state.data) != head.checksum:  # type: ignore[attr-defined]
         raise DamagedFile("it is torn or damaged")

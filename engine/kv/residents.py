@@ -1,6 +1,7 @@
 """The sequence ids of a context: allocated, idle or free, and the tokens of each.
 
-The only module that changes the context and the prefix tree, always both together.
+Each method changes the context and the prefix tree together. Sequences grow elsewhere: `KVCache.commit` adds computed
+tokens to the tree, `Offloader.load` loads cells.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ class Residents:
         self.tree = PrefixTree()
         self.idle = Idle()
         self.allocated: set[int] = set()
-        self._idle_cells: int | None = 0  # None if it is to be counted again
-        self._transitions = 0  # of ids between allocated and idle
+        self._idle_cells: int | None = 0  # None if outdated
+        self._transitions = 0  # number of changes of ids between allocated and idle
 
     @property
     def version(self) -> int:
-        """Grows whenever a prefix is dropped, or an id changes between allocated and idle."""
+        """Grows whenever a sequence is begun, cut or removed, or changes between allocated and idle."""
         return self.tree.version + self._transitions
 
     def match(self, tokens: array[int], salt: str) -> Resident:
@@ -42,7 +43,7 @@ class Residents:
 
     @property
     def idle_cells(self) -> int:
-        """Cells that only idle sequences hold."""
+        """Number of cells that only idle sequences hold."""
         if self._idle_cells is None:
             self._idle_cells = sum(size for size, holders in self.tree.runs() if holders <= self.idle.sequences)
         return self._idle_cells
@@ -53,11 +54,11 @@ class Residents:
         return sum(size for size, holders in runs if holders <= self.idle.sequences)
 
     def redundant(self, seq: int) -> bool:
-        """True if every cell of `seq` stays resident without it."""
+        """Returns True if other sequences hold every cell of `seq`, so that it can be dropped without loss."""
         return self.context.partial and self.tree.redundant(seq)
 
     def begin(self, seq: int, salt: str) -> None:
-        """Allocates `seq`, which is free or empty, without tokens."""
+        """Allocates `seq` as an empty sequence. Drops the tokens of a sequence with this id."""
         if seq in self.tree:
             self.free(seq)
         self.tree.begin(seq, salt)
@@ -65,8 +66,8 @@ class Residents:
         self._idle_cells = None
 
     def copy(self, source: int, seq: int, tokens: array[int]) -> bool:
-        """Allocates the free id `seq` with the first `tokens` of `source`: the same cells with unified KV, a copy with
-        per-slot KV. False if `source` has lost some of them; `seq` is then still free."""
+        """Allocates the free id `seq` with `tokens`, the first ones of `source`: the same cells with unified KV, a copy
+        with per-slot KV. Returns False, with `seq` still free, if the context cannot copy these positions."""
         if not self.context.copy(source, seq, len(tokens)):
             return False
         if self.context.unified:
@@ -78,8 +79,8 @@ class Residents:
         self._idle_cells = None
         return True
 
-    def take(self, seq: int) -> None:
-        """Allocates an idle sequence with all its tokens."""
+    def reallocate(self, seq: int) -> None:
+        """Allocates an idle sequence, which keeps its tokens."""
         self.idle.remove(seq)
         self.allocated.add(seq)
         self._idle_cells = None
@@ -93,8 +94,8 @@ class Residents:
         self._transitions += 1
 
     def cut(self, seq: int, length: int) -> bool:
-        """Drops the tokens of `seq` from `length` on. False if a sliding window then lacks cells before `length`; the
-        sequence cannot be continued and the caller frees it."""
+        """Drops the tokens of `seq` from `length` on. Returns False if a sliding window then lacks cells before
+        `length`: the sequence cannot be continued, and the caller must free it."""
         if length < self.tree.length(seq) or self.context.length(seq) > length:
             self.context.cut(seq, length)
             self.tree.truncate(seq, length)
@@ -111,10 +112,11 @@ class Residents:
         self._idle_cells = None
 
     def check(self) -> None:
-        """Raises AssertionError unless the tree is sound and agrees with the lengths of the context's sequences."""
+        """Raises AssertionError unless the tree is valid, each id has one state, and tree and context have equal
+        lengths."""
         self.tree.check()
         for seq in range(self.context.sequences):
             states = (seq in self.allocated) + (seq in self.idle)
             assert states == (seq in self.tree), f"sequence {seq} is allocated, idle or free"
             known, found = self.tree.length(seq) if seq in self.tree else 0, self.context.length(seq)
-            assert found == known, f"sequence {seq} has {found} positions, {known} in the tree"
+            assert found == known, f"sequence {seq} has {found} positions in the context, {known} in the tree"

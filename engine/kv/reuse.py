@@ -1,4 +1,4 @@
-"""Search for parts of a prompt that were computed at other positions or after other tokens (`--cache-reuse`)."""
+"""Finds parts of a prompt that were computed at other positions or after other tokens (`--cache-reuse`)."""
 
 from __future__ import annotations
 
@@ -11,38 +11,48 @@ from numpy.typing import NDArray
 
 from engine.kv.allocation import BlockToLoad
 from engine.kv.block import BLOCK_TOKENS, Block
-from engine.kv.tree import common
+from engine.kv.tree import common_length
 from engine.splitmix import GOLDEN_GAMMA
 
-# Shorter runs are not worth moving.
+# Moving a shorter run costs more than computing it.
 MIN_RUN_TOKENS = 16
-# Odd, so that it has an inverse modulo 2^64.
+# `Donor.seq` of stored tokens that are not in cells.
+NOT_RESIDENT = -1
+# The base is odd, so that it has an inverse modulo 2^64.
 HASH_BASE = np.uint64(GOLDEN_GAMMA)
 HASH_INVERSE = np.uint64(pow(int(HASH_BASE), -1, 2**64))
 
 
 class TokenRun(NamedTuple):
-    """`size` equal tokens, at position `new` of one sequence and `old` of another."""
+    """`size` equal tokens, at position `start` of the prompt and at position `donor_start` of the donor."""
 
-    new: int
-    old: int
+    start: int
+    donor_start: int
     size: int
 
 
 class Donor(NamedTuple):
-    """The sequence with most tokens to reuse: its id, -1 if it is not resident, its tokens, and the runs."""
+    """A sequence whose blocks are moved to other positions for a prompt."""
 
     seq: int
+    """Id of the sequence, or `NOT_RESIDENT`."""
     tokens: array[int]
     runs: list[TokenRun]
+    """Runs that the prompt has in common with this sequence."""
+
+    @property
+    def runs_span(self) -> tuple[int, int]:
+        """The donor's positions from the first token of all runs up to the end of the last one. Requires a run."""
+        return min(run.donor_start for run in self.runs), max(run.donor_start + run.size for run in self.runs)
 
 
 def runs(new: array[int], old: array[int], start: int, min_tokens: int) -> list[TokenRun]:
-    """Returns the runs of at least `min_tokens` tokens that `new`, from `start` on, has in common with `old`, in the
-    order of `new` and without overlap.
+    """Returns the runs of at least `min_tokens` tokens that `new`, from `start` on, has in common with `old`. The runs
+    are in the order of `new` and do not overlap.
 
-    Greedy: the first `min_tokens` tokens of `new` that recur are extended as far as they are equal. Windows of
-    `min_tokens` tokens are found by polynomial hashes (Karp and Rabin 1987) and compared.
+    The search is greedy: the first window of `min_tokens` tokens of `new` that is also in `old` is extended as far as
+    both are equal, and the search continues after it. Windows are found by polynomial hashes (Karp and Rabin 1987), and
+    their tokens are compared.
     """
     found: list[TokenRun] = []
     if len(new) - start < min_tokens or len(old) < min_tokens:
@@ -55,7 +65,7 @@ def runs(new: array[int], old: array[int], start: int, min_tokens: int) -> list[
         if at < end:
             continue
         source = known[int(hashes[at])]
-        size = common(old, new, at, source)
+        size = common_length(old, new, at, source)
         if size >= min_tokens:
             found.append(TokenRun(at, source, size))
             end = at + size
@@ -63,9 +73,9 @@ def runs(new: array[int], old: array[int], start: int, min_tokens: int) -> list[
 
 
 def best_donor(new: array[int], start: int, min_tokens: int, candidates: Iterable[tuple[int, array[int]]]) -> Donor:
-    """Returns the candidate (id and tokens) with most tokens of `new` from `start` on; a donor without runs if none has
-    any."""
-    longest, best = 0, Donor(-1, array("i"), [])
+    """Returns the candidate that has most tokens in common with `new` from `start` on. Returns a donor without runs if
+    no candidate has a run. A candidate is a sequence id and its tokens."""
+    longest, best = 0, Donor(NOT_RESIDENT, array("i"), [])
     for seq, tokens in candidates:
         found = runs(new, tokens, start, min_tokens)
         if (size := sum(run.size for run in found)) > longest:
@@ -73,16 +83,16 @@ def best_donor(new: array[int], start: int, min_tokens: int, candidates: Iterabl
     return best
 
 
-def shifted(run: TokenRun, blocks: Mapping[int, Block]) -> list[BlockToLoad]:
-    """Returns the blocks of the old sequence that hold `run`, to be loaded at its new positions, up to the first
-    missing one. `blocks` are by their start."""
+def moved_blocks(run: TokenRun, blocks: Mapping[int, Block]) -> list[BlockToLoad]:
+    """Returns the donor's blocks that hold `run`, to be loaded at the positions of the prompt, up to the first missing
+    block. The keys of `blocks` are their starts."""
     to_load: list[BlockToLoad] = []
-    shift = run.new - run.old
-    for start in range(run.old // BLOCK_TOKENS * BLOCK_TOKENS, run.old + run.size, BLOCK_TOKENS):
+    shift, end_of_run = run.start - run.donor_start, run.donor_start + run.size
+    for start in range(run.donor_start // BLOCK_TOKENS * BLOCK_TOKENS, end_of_run, BLOCK_TOKENS):
         block = blocks.get(start)
         if block is None:
             break
-        begin, end = max(start, run.old), min(block.end, run.old + run.size)
+        begin, end = max(start, run.donor_start), min(block.end, end_of_run)
         to_load.append(BlockToLoad(block, begin + shift, end + shift, shift))
     return to_load
 

@@ -1,7 +1,7 @@
-"""A file of one token sequence with its states, readable for the same model, library build and KV types.
+"""Slot file: one token sequence and its states. Only the same model, library build and KV types can read it.
 
-It consists of records, one for each part and one at the end, labelled with the salt and with "part" or "end". Files are
-their owner's only, as prompts can be read back from them.
+The file consists of one record for each part and one at the end, labelled with the salt and with "part" or "end". Only
+its owner may read the file, as it contains a prompt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.kv import record
 
 
 class SequencePart(NamedTuple):
-    """Consecutive tokens, the first of them at position `start`, and the state of their cells."""
+    """Consecutive tokens from position `start` on, and the state of their cells."""
 
     start: int
     tokens: array[int]
@@ -28,18 +28,18 @@ class SequencePart(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The position after its last token."""
+        """The position after the last token."""
         return self.start + len(self.tokens)
 
 
 class SequenceWriter:
-    """Writes a sequence to a temporary file that `commit` moves into place. Methods raise OSError."""
+    """Writes a sequence to a temporary file, which `commit` renames. Methods raise OSError."""
 
     def __init__(self, path: Path, identity: str, salt: str) -> None:
-        """Creates the folder if need be."""
+        """Creates the temporary file, and the folder if it does not exist."""
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._new = AtomicFile(path, "slot.", ".part")
-        self._identity, self._salt = record.hashed(identity), salt
+        self._identity, self._salt = record.identity_digest(identity), salt
 
     def write(self, parts: Iterable[SequencePart]) -> None:
         """Appends consecutive parts."""
@@ -47,24 +47,25 @@ class SequenceWriter:
             record.write(self._new.file, self._identity, (self._salt, "part"), *part)
 
     def commit(self) -> int:
-        """Completes the file and moves it into place, over an earlier file. Returns its size in bytes."""
+        """Completes the file and renames it to its path, where it replaces an earlier file. Returns the size in
+        bytes."""
         record.write(self._new.file, self._identity, (self._salt, "end"), 0, array("i"), np.empty(0, np.uint8))
         return self._new.commit()
 
     def discard(self) -> None:
-        """Removes the temporary file; no effect after `commit`."""
+        """Removes the temporary file. No effect after `commit`."""
         self._new.discard()
 
 
 class SequenceReader:
-    """Reads a sequence file, which the constructor verifies as a whole. Methods raise DamagedFile or OSError."""
+    """Reads a sequence file. The constructor verifies the whole file. Methods raise DamagedFile or OSError."""
 
     def __init__(self, path: Path, identity: str) -> None:
-        self._identity = record.hashed(identity)
+        self._identity = record.identity_digest(identity)
         self._file = path.open("rb")
         try:
             self.bytes = os.fstat(self._file.fileno()).st_size
-            """Size of the file."""
+            """Size of the file in bytes."""
             while (found := self._next())[1]:
                 pass
             if self._file.read(1):
@@ -76,13 +77,13 @@ class SequenceReader:
             raise
 
     def read(self, max_bytes: int) -> list[SequencePart]:
-        """Returns the next parts until their states exceed `max_bytes`; an empty list at the end."""
+        """Returns the next parts, until their states have `max_bytes` or more. Returns an empty list at the end."""
         parts: list[SequencePart] = []
         while max_bytes > 0:
             before = self._file.tell()
             part = self._next()[1]
             if part is None:
-                self._file.seek(before)  # the next call finds the end again
+                self._file.seek(before)  # so that the next call reads the end record again
                 break
             parts.append(part)
             max_bytes -= part.state.nbytes
@@ -93,7 +94,7 @@ class SequenceReader:
         self._file.close()
 
     def _next(self) -> tuple[str, SequencePart | None]:
-        """Returns the salt and the next part. The part is None at the end."""
+        """Returns the salt and the next part; None as the part at the end."""
         head = record.read_head(self._file, self._identity)
         state = record.read_state(self._file, head)
         salt, kind = head.labels

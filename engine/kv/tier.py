@@ -1,8 +1,8 @@
-"""One tier of the offloaded blocks: the blocks that it holds, and the order of their eviction.
+"""The blocks of one offload tier, and the order of their eviction.
 
-GreedyDual (Young 1994; Cao and Irani 1997, "Cost-aware WWW proxy caching algorithms"): a block's priority is the tier's
-clock at its last use plus its cost of recomputation per byte; the block of lowest priority is evicted, and the clock
-advances to that priority. With equal costs that is LRU.
+The policy is GreedyDual (Young 1994; Cao and Irani 1997, "Cost-aware WWW proxy caching algorithms"). The priority of a
+block is the tier's clock at the block's last use plus its cost of recomputation per byte. The block of lowest priority
+is evicted, and the clock advances to that priority. With equal costs GreedyDual is LRU.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from itertools import count
 
 from engine.kv.block import Block
 
-# Heap entries for each block above which the outdated ones are dropped.
+# The heap is rebuilt without its outdated entries once it has more than this many entries for each block.
 STALE_FACTOR = 4
 
 
 class Tier:
-    """At most `capacity` bytes of blocks. A block is never evicted before its children."""
+    """Blocks of at most `capacity` bytes together. A block is never evicted before its children in the tier."""
 
     def __init__(self, capacity: int, *, whole: bool = False) -> None:
-        """With `whole` a block's state is that of the whole sequence up to its end."""
+        """With `whole`, the state of a block contains all positions from 0 to the block's end."""
         self.capacity = capacity
         self._whole = whole
         self.bytes = 0
         self._sizes: dict[Block, int] = {}
-        self._entries: dict[Block, tuple[float, int]] = {}  # priority, and a number that orders equal ones
-        self._children: dict[Block, int] = {}
+        self._entries: dict[Block, tuple[float, int]] = {}  # priority, and a number that orders equal priorities
+        self._child_counts: dict[Block, int] = {}  # number of a block's children in the tier, unless it is 0
         self._heap: list[tuple[float, int, Block]] = []
         self._number = count()
         self._clock = 0.0
@@ -38,16 +38,17 @@ class Tier:
         return len(self._sizes)
 
     def add(self, block: Block, size: int) -> None:
-        """Adds `size` bytes of `block`, used now. May exceed the capacity: see `pop`."""
+        """Adds `block` with a state of `size` bytes, and marks it as used now. The tier may exceed its capacity until
+        `pop` has returned None."""
         assert block not in self._sizes, "a tier holds a block once"
         self._sizes[block] = size
         self.bytes += size
         if block.parent is not None:
-            self._children[block.parent] = self._children.get(block.parent, 0) + 1
+            self._child_counts[block.parent] = self._child_counts.get(block.parent, 0) + 1
         self.touch(block)
 
     def resize(self, block: Block, size: int) -> None:
-        """Corrects the bytes of `block`."""
+        """Sets the size of `block` in bytes."""
         self.bytes += size - self._sizes[block]
         self._sizes[block] = size
 
@@ -64,12 +65,13 @@ class Tier:
             heapify(self._heap)
 
     def pop(self) -> Block | None:
-        """Removes and returns the block of lowest priority while the tier exceeds its capacity."""
+        """Evicts the block of lowest priority if the tier exceeds its capacity. Returns the block; None if none must
+        go."""
         while self.bytes > self.capacity and self._heap:
             priority, number, block = heappop(self._heap)
-            if self._entries.get(block) != (priority, number) or self._children.get(block):
-                continue  # used since, or pushed again when its last child leaves
-            self._clock = max(self._clock, priority)  # a parent may have a lower priority than its children had
+            if self._entries.get(block) != (priority, number) or self._child_counts.get(block):
+                continue  # outdated, or the block has children and is pushed again with its last child's removal
+            self._clock = max(self._clock, priority)  # a parent can have a lower priority than its evicted children had
             self.remove(block)
             return block
         return None
@@ -81,8 +83,8 @@ class Tier:
         parent = block.parent
         if parent is None:
             return
-        self._children[parent] -= 1
-        if not self._children[parent]:
-            del self._children[parent]
+        self._child_counts[parent] -= 1
+        if not self._child_counts[parent]:
+            del self._child_counts[parent]
             if parent in self._sizes:
                 self._push(parent)

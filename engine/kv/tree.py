@@ -1,10 +1,10 @@
 """Prefix tree of the resident sequences.
 
-A path from a root spells the tokens of a sequence; a node is a run of tokens whose cells are held by the same
-sequences. Two sequences share a node only after `share`, that is only if they share cells, so the summed length of all
-nodes is the number of cells in use. Sequences that arrived at equal tokens independently have sibling nodes.
+The path from a root to a node contains the tokens of a sequence. A node is a run of tokens whose cells are held by the
+same sequences. Two sequences share a node only if they share its cells, which begins with `share`, so the summed length
+of all nodes is the number of cells in use. Sequences that computed equal tokens independently have sibling nodes.
 
-Each salt has a root of its own: a prefix under one salt is never matched from another.
+Each salt has its own root, so sequences with different salts never share a prefix.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy as np
 
 
 class Resident(NamedTuple):
-    """The longest resident prefix: `length` tokens, all held by `seq`, which is -1 if there is none."""
+    """The longest resident prefix of a prompt: `length` tokens, held by `seq`. `seq` is -1 if no token is resident."""
 
     seq: int
     length: int
 
 
 class Node:
-    """A run of tokens after its parent's, and the sequences that hold all of it."""
+    """A run of tokens that follows the parent's run, and the sequences that hold all of its cells."""
 
     __slots__ = ("children", "holders", "parent", "tokens")
 
@@ -35,24 +35,24 @@ class Node:
         self.children: dict[int, list[Node]] = {}
 
     def attach(self, child: Node) -> None:
-        """Makes `child`, which has tokens, a child of this node."""
+        """Adds `child`, which must have tokens, to the children of this node."""
         child.parent = self
         self.children.setdefault(child.tokens[0], []).append(child)
 
     def detach(self, child: Node) -> None:
-        """Undoes `attach`."""
+        """Removes `child` from the children of this node."""
         siblings = self.children[child.tokens[0]]
         siblings.remove(child)
         if not siblings:
             del self.children[child.tokens[0]]
 
 
-def common(left: array[int], right: array[int], start: int, at: int = 0) -> int:
+def common_length(left: array[int], right: array[int], start: int, at: int = 0) -> int:
     """Returns the length of the common prefix of `left` from `at` on and `right` from `start` on."""
     size = min(len(left) - at, len(right) - start)
     if size <= 0:
         return 0
-    # One compare in C either way; an exact match, the common case, needs no search.
+    # `argmax` is the index of the first difference, or 0 if there is none.
     unequal = np.frombuffer(left, np.int32, size, 4 * at) != np.frombuffer(right, np.int32, size, 4 * start)
     first = int(unequal.argmax())
     return first if unequal[first] else size
@@ -63,12 +63,13 @@ class PrefixTree:
 
     def __init__(self) -> None:
         self._roots: dict[str, Node] = {}
-        self._tails: dict[int, Node] = {}
+        self._tails: dict[int, Node] = {}  # last node of each sequence
         self._lengths: dict[int, int] = {}
         self._salts: dict[int, str] = {}
         self.cells = 0
+        """Number of cells that sequences hold."""
         self.version = 0
-        """Grows whenever a sequence is begun, cut or removed; earlier matches may then be wrong."""
+        """Grows whenever a sequence is begun, cut or removed, after which earlier matches may be wrong."""
 
     def __contains__(self, seq: int) -> bool:
         return seq in self._tails
@@ -82,7 +83,7 @@ class PrefixTree:
         return self._salts[seq]
 
     def sequences(self, salt: str) -> list[int]:
-        """Returns the sequences of this salt, the latest begun first."""
+        """Returns the sequences with this salt, the most recently begun first."""
         return [seq for seq, own in reversed(self._salts.items()) if own == salt]
 
     def tokens(self, seq: int) -> array[int]:
@@ -92,8 +93,8 @@ class PrefixTree:
             tokens.extend(node.tokens)
         return tokens
 
-    def own(self, seq: int) -> int:
-        """Returns the number of cells at the end of `seq` that no other sequence holds."""
+    def exclusive_tail(self, seq: int) -> int:
+        """Returns the number of cells in the last node of `seq` if no other sequence holds the node; 0 otherwise."""
         tail = self._tails[seq]
         return len(tail.tokens) if len(tail.holders) == 1 else 0
 
@@ -108,32 +109,32 @@ class PrefixTree:
         self.version += 1
 
     def match(self, tokens: array[int], salt: str = "", *, whole: bool = False) -> Resident:
-        """Returns the longest prefix of `tokens`, of any length, that a sequence of this salt holds; with `whole` only
-        whole sequences count as prefixes."""
+        """Returns the longest prefix of `tokens` that a sequence with this salt holds. With `whole`, the prefix must be
+        a whole sequence."""
         matches = self.matches(tokens, salt, whole=whole)
         seq = max(matches, key=matches.__getitem__, default=-1)
         return Resident(seq, matches[seq]) if seq >= 0 else Resident(-1, 0)
 
     def matches(self, tokens: array[int], salt: str = "", *, whole: bool = False) -> dict[int, int]:
-        """Returns, by sequence of this salt, the length of its common prefix with `tokens`, unless that is 0; with
-        `whole` only of sequences that are a prefix as a whole."""
+        """Returns the length of the common prefix with `tokens` for each sequence with this salt, unless it is 0. With
+        `whole`, only for sequences that are prefixes of `tokens` as a whole."""
         root, found = self._roots.get(salt), dict[int, int]()
-        open_ = [(root, 0)] if root is not None and tokens else []
-        while open_:
-            node, start = open_.pop()
+        pending = [(root, 0)] if root is not None and tokens else []
+        while pending:
+            node, start = pending.pop()
             for child in node.children.get(tokens[start], ()) if start < len(tokens) else ():
-                end = start + common(child.tokens, tokens, start)
+                end = start + common_length(child.tokens, tokens, start)
                 complete = end - start == len(child.tokens)
                 if not whole:
                     found.update(dict.fromkeys(child.holders, end))
                 elif complete:
                     found.update(dict.fromkeys((seq for seq in child.holders if self._tails[seq] is child), end))
                 if complete:
-                    open_.append((child, end))
+                    pending.append((child, end))
         return found
 
     def share(self, source: int, target: int, length: int) -> None:
-        """Begins `target` with the first `length` cells of `source`, in its salt."""
+        """Adds the sequence `target`, which shares the first `length` cells of `source` and has its salt."""
         assert length <= self._lengths[source], "a sequence shares only tokens that it has"
         self.begin(target, self._salts[source])
         node, end = self._tails[source], self._lengths[source]
@@ -147,7 +148,7 @@ class PrefixTree:
             held.holders.add(target)
 
     def extend(self, seq: int, tokens: Sequence[int]) -> None:
-        """Appends cells of `tokens`, held by `seq` alone, to `seq`."""
+        """Appends `tokens` to `seq`, in cells that only `seq` holds."""
         if not len(tokens):
             return
         node = self._tails[seq]
@@ -161,7 +162,7 @@ class PrefixTree:
         self.cells += len(tokens)
 
     def truncate(self, seq: int, length: int) -> None:
-        """Drops the tokens of `seq` from `length` on; cells that other sequences hold stay."""
+        """Drops the tokens of `seq` from `length` on. Cells that other sequences hold stay in use."""
         node, end = self._tails[seq], self._lengths[seq]
         self.version += end > length
         while end > length:
@@ -178,7 +179,7 @@ class PrefixTree:
         self._tails[seq], self._lengths[seq] = node, min(length, self._lengths[seq])
 
     def remove(self, seq: int) -> None:
-        """Removes `seq`; cells that no other sequence holds are free."""
+        """Removes `seq`. Cells that other sequences hold stay in use."""
         self.truncate(seq, 0)
         salt = self._salts.pop(seq)
         root = self._roots[salt]
@@ -192,11 +193,11 @@ class PrefixTree:
         return sum(len(node.tokens) for node in self._path(self._tails[seq]) if len(node.holders) == 1)
 
     def redundant(self, seq: int) -> bool:
-        """True if every cell of `seq` is also held by another sequence."""
+        """Returns True if another sequence holds every cell of `seq`."""
         return len(self._tails[seq].holders) > 1
 
     def runs(self) -> Iterator[tuple[int, set[int]]]:
-        """Yields the number of tokens and the holders of each node."""
+        """Yields the number of tokens and the holders of every node."""
         nodes = list(self._roots.values())
         while nodes:
             node = nodes.pop()
@@ -205,7 +206,7 @@ class PrefixTree:
             nodes += (child for group in node.children.values() for child in group)
 
     def holders(self, seq: int, length: int) -> Iterator[tuple[int, set[int]]]:
-        """Yields the number of tokens and the holders of each node on the first `length` tokens of `seq`, last
+        """Yields the number of tokens and the holders of each node of the first `length` tokens of `seq`, the last node
         first."""
         end = self._lengths[seq]
         for node in self._path(self._tails[seq]):
@@ -215,14 +216,14 @@ class PrefixTree:
             end = start
 
     def _path(self, node: Node) -> Iterator[Node]:
-        """Yields the nodes from `node` up to the root, the root excluded."""
+        """Yields `node` and its ancestors, the root excluded."""
         while node.parent is not None:
             yield node
             node = node.parent
 
     def _split(self, node: Node, at: int) -> Node:
-        """Splits `node` after `at` of its tokens. Returns the upper part; the lower part stays the tail of its
-        sequences."""
+        """Splits `node` after `at` of its tokens. Returns the new upper node. The lower node is the same object as
+        before, as `_tails` refers to it."""
         parent = node.parent
         assert parent is not None, "the root is never split"
         assert 0 < at < len(node.tokens), "a node is split inside its run"
@@ -234,7 +235,7 @@ class PrefixTree:
         return upper
 
     def _drop(self, node: Node, seq: int) -> None:
-        """Removes `seq` from the holders of `node`, and the node from the tree with its last holder."""
+        """Removes `seq` from the holders of `node`. Removes the node from the tree if no holder remains."""
         node.holders.discard(seq)
         parent = node.parent
         assert parent is not None, "the root is never dropped"
@@ -246,8 +247,8 @@ class PrefixTree:
             self._merge(node)
 
     def _merge(self, node: Node) -> None:
-        """Joins `node` with its only child if the same sequences hold both, so that there are never more nodes than
-        twice the sequences. The child's object stays, as tails point at it."""
+        """Joins `node` with its only child if the same sequences hold both, so that there are at most twice as many
+        nodes as sequences. The child's object stays, as `_tails` refers to it."""
         if node.parent is None or len(node.children) != 1:
             return
         ((child, *others),) = node.children.values()
@@ -270,7 +271,7 @@ class PrefixTree:
                 assert child.holders <= node.holders, "the holders of a run hold the runs before it"
             total += len(node.tokens)
             nodes += below
-        assert total == self.cells, f"the runs hold {total} tokens, counted are {self.cells}"
+        assert total == self.cells, f"the runs have {total} tokens, {self.cells} are counted"
         for seq, tail in self._tails.items():
             path = list(self._path(tail))
             assert all(seq in node.holders for node in path), f"sequence {seq} holds its own path"

@@ -1,10 +1,21 @@
-"""llama.cpp through llama-cpp-python: the only package here that calls the native library."""
+"""llama.cpp through llama-cpp-python. Only this package calls the native library.
+
+model    opens the model, vocabulary and context of a GGUF
+vocab    the vocabulary
+context  cells: copies, cuts, saved states and moves to other positions, over decoder, which has the native calls
+state    cuts states into blocks and joins blocks, by numpy on llama.cpp's state format
+shift    moves saved keys to other positions
+params   parameters of a context, size of a cell
+layout   the choice between per-slot and unified KV, and the number of cells; fit is that number for GPUs
+exact    the deterministic profile
+library  log, stop flag, enumerations and devices of the library
+"""
 
 import os
 
 # By default the threads of a step spin for milliseconds at each barrier. If the event loop or another process needs the
-# cores, a step then takes up to 50 times as long, with stalls of seconds. Spinning for microseconds costs nothing
-# measurable on a quiet machine. libgomp uses the variable when it is loaded, so it is set before the import.
+# cores, a step then takes up to 50 times as long, with stalls of seconds. With this value they spin for microseconds,
+# which costs nothing measurable on a quiet machine. The import below loads libgomp, which then reads the variable.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from engine.llama.model import open_gguf, open_vocabulary

@@ -1,7 +1,8 @@
-"""The KV cells of one model in either layout: copies, cuts, saved states and shifts, in addition to decodes.
+"""The context of one model with unified or per-slot KV: decodes, copies, cuts, saved states and shifts.
 
-With unified KV a state is loaded into a spare sequence id, and the target shares its cells. With per-slot KV a state
-replaces the content of its sequence: to append, the old content and the new are joined by numpy.
+With unified KV a state is loaded into a spare sequence id, and the target sequence then shares the spare one's cells.
+With per-slot KV the library can only replace the content of a sequence: to append a state, numpy joins it with the old
+content.
 """
 
 from __future__ import annotations
@@ -18,40 +19,40 @@ from engine.llama.library import FLASH_ATTENTION, native_log
 from engine.llama.shift import Shifter
 from engine.llama.state import StateCells, StateFormat, UnknownStateFormat
 
-# Tokens that are decoded when a context is opened, and the positions by which their state is shifted.
+# Tokens that are decoded when a context is opened, and the number of positions by which their state is then shifted.
 PROBE_TOKENS, PROBE_SHIFT = (1, 2, 3), 5
 
 
 class BlockSnapshot(NamedTuple):
-    """A native state that numpy cuts."""
+    """A native state of one sequence, from which numpy cuts blocks."""
 
     state_format: StateFormat
     cells: StateCells
 
     def cut(self, start: int, end: int) -> State | None:
-        """Returns the block of these positions; None if a position is missing."""
+        """Returns the block of positions from `start` up to `end`; None if a position is missing."""
         return self.state_format.cut(self.cells, start, end)
 
 
 class WholeSnapshot(NamedTuple):
-    """A native state that cannot be cut."""
+    """A native state of one sequence that cannot be cut."""
 
     state: State
     length: int
 
     def cut(self, start: int, end: int) -> State | None:
-        """Returns the state if the span contains all positions; None if not."""
+        """Returns the state if `start` is 0 and `end` is the length; None for any other span."""
         return self.state if (start, end) == (0, self.length) else None
 
 
-class SpareSnapshot(NamedTuple):
-    """A sequence of a context with unified KV whose states the library cuts."""
+class LibrarySnapshot(NamedTuple):
+    """A sequence in unified KV. The library cuts its states, as numpy cannot read their format."""
 
     context: LlamaContext
     seq: int
 
     def cut(self, start: int, end: int) -> State | None:
-        """Returns the state of these positions; None if a position is missing or they exceed the sliding window."""
+        """Returns the state of positions from `start` up to `end`; see `LlamaContext.state_of`."""
         return self.context.state_of(self.seq, start, end)
 
 
@@ -59,13 +60,15 @@ class LlamaContext(Decoder):
     """A context of one model. Belongs to the thread that created it, except `abort`."""
 
     def __init__(self, model: Any, params: Any, *, partial: bool, window: int, shifting: bool = False) -> None:
-        """Decodes a few tokens to verify the format of states. With `shifting`, also opens a context for shifts if the
-        library can shift the model's keys. Raises NativeFault, with nothing left in memory."""
+        """Opens a context, and decodes a few tokens to verify the format of states. With `shifting`, also opens a
+        context for shifts if the library can shift the model's keys. Raises NativeFault, with nothing left in memory.
+
+        `partial` and `window` are those of `engine.backend.Context`.
+        """
         super().__init__(model, params)
-        self.partial = partial
-        self.window = window
+        self.partial, self.window = partial, window
         self.flash: bool = params.flash_attn_type != FLASH_ATTENTION["off"]
-        # On a CPU without flash attention, llama.cpp has another kernel for the product of a single row and the cells.
+        # On a CPU without flash attention, llama.cpp uses a different kernel for a pass with a single row.
         self.prefill_rows = 1 if self.flash or not partial else 2
         if self.unified:
             self.sequences -= 1
@@ -84,15 +87,15 @@ class LlamaContext(Decoder):
 
     @property
     def divisible(self) -> bool:
-        """True if numpy can cut states, or with unified KV the library."""
+        """True if states can be cut: by numpy if their format is known, or by the library with unified KV."""
         return self.partial and (self.unified or self._format is not None)
 
     def _probe(self) -> State | None:
-        """Determines the format of states, and verifies it: the state of a few tokens is cut, loaded into another
-        sequence and compared. Returns the state. Returns None, with no format set, if the verification fails. The cells
-        are empty afterwards."""
+        """Determines and verifies the format of states: the state of a few tokens is cut, loaded into another sequence
+        and compared. Returns that state; None, with `_format` None, if the verification fails. The cells are empty
+        afterwards."""
         try:
-            self.batch.add(0, 0, self._probe_tokens(), 0)
+            self.batch.add(0, 0, _probe_tokens(self._vocabulary), 0)
             self.decode()
             state, middle, end = self.get_state(0), len(PROBE_TOKENS) - 1, len(PROBE_TOKENS)
             if state is None:
@@ -103,8 +106,8 @@ class LlamaContext(Decoder):
             target = self.sequences - 1
             loaded = all(self.load(target, [StatePart(*block)]) for block in blocks)
             again = self.get_state(target)
-            whole = [self._format.join([StatePart(each, 0, end)]) for each in (state, again) if each is not None]
-            if not loaded or len(whole) < 2 or not np.array_equal(whole[0], whole[1]):
+            joined = [self._format.join([StatePart(each, 0, end)]) for each in (state, again) if each is not None]
+            if not loaded or len(joined) < 2 or not np.array_equal(joined[0], joined[1]):
                 raise UnknownStateFormat("a state differs after it was cut, joined and loaded")
         except UnknownStateFormat as reason:
             self._format = None
@@ -116,15 +119,12 @@ class LlamaContext(Decoder):
             self.clear()
         return state
 
-    def _probe_tokens(self) -> list[int]:
-        return [min(token, self._vocabulary - 1) for token in PROBE_TOKENS]
-
     def _open_shifter(self, model: Any, params: Any, state_format: StateFormat, state: State) -> Shifter | None:
         """Opens a context for shifts. Returns None, with a warning, if the library cannot shift the model's keys."""
         shifter = None
         try:
             shifter = Shifter(model, params, state_format, self.sequence_cells, self.stop)
-            if shifter.verify(state, self._probe_tokens(), PROBE_SHIFT):
+            if shifter.verify(state, _probe_tokens(self._vocabulary), PROBE_SHIFT):
                 return shifter
             reason = "the library does not rotate this model's keys correctly"
         except NativeFault as fault:
@@ -135,7 +135,8 @@ class LlamaContext(Decoder):
         return None
 
     def copy(self, source: int, target: int, length: int) -> bool:
-        """Copies the first `length` positions of `source` to the empty `target`; all if states are not divisible.
+        """Copies the first `length` positions of `source` to the empty `target`. Copies all positions if states are not
+        divisible.
 
         Returns False, with `target` empty, if a position is missing or the library refuses the state.
         """
@@ -166,37 +167,39 @@ class LlamaContext(Decoder):
         return self.set_state(target, state)
 
     def _share(self, source: int, target: int, start: int, end: int) -> None:
-        """Adds cells of `source` to `target`. With per-slot KV the native call would end the process."""
+        """Adds the cells of `source` from `start` up to `end` to `target`. Raises NativeFault with per-slot KV, where
+        the native call would end the process."""
         if not self.unified:
             raise NativeFault("cells of one slot cannot be shared with another")
         native.llama_memory_seq_cp(self._memory, source, target, start, end)
 
     def cut(self, seq: int, length: int) -> bool:
-        """Drops positions from `length` on. Returns False, with nothing changed, if the model can only drop all."""
+        """Drops the positions of `seq` from `length` on. Returns False, with nothing changed, if the model can only
+        drop whole sequences."""
         self._check_ids(seq)
         return self.drop(seq, length or -1)
 
     def intact(self, seq: int, length: int) -> bool:
-        """Returns True if `seq` has `length` positions, and all of these that the next row attends to."""
+        """Returns True if `seq` has `length` positions, and cells for all positions that the next row attends to."""
         if self.length(seq) != length:
             return False
-        if not length or not self.partial:  # a recurrent state has its last position only
+        if not length or not self.partial:  # a recurrent state has only its last position
             return True
-        first = self.first(seq)
+        first = self.first_position(seq)
         return 0 <= first <= max(0, length - self.window) if self.window else first == 0
 
     def length(self, seq: int) -> int:
         """Returns the number of positions of `seq`."""
         self._check_ids(seq)
-        return self.last(seq) + 1
+        return self.last_position(seq) + 1
 
     def save(self, seq: int) -> Snapshot | None:
-        """Returns the cells of `seq`; None if it is empty or the library cannot save it."""
+        """Returns a snapshot of `seq`; None if `seq` is empty or its state cannot be saved."""
         length = self.length(seq)
         if not length:
             return None
         if self.divisible and self._format is None:
-            return SpareSnapshot(self, seq)
+            return LibrarySnapshot(self, seq)
         state = self.get_state(seq)
         if state is None:
             return None
@@ -210,26 +213,26 @@ class LlamaContext(Decoder):
             return None
 
     def state_of(self, seq: int, start: int, end: int) -> State | None:
-        """Returns the state of these positions, saved from the spare sequence; None if a position is missing.
+        """Returns the state of positions from `start` up to `end` of `seq`, saved from the spare sequence.
 
-        Returns None for more positions than a sliding window: the library leaves out cells that no later row attends
-        to.
+        Returns None if a position is missing, or if the positions exceed the sliding window: the library does not save
+        cells that no later row attends to.
         """
         self._check_ids(seq)
         if self.window and end - start > self.window:
             return None
         self._share(seq, self._spare, start, end)
         try:
-            whole = (self.first(self._spare), self.last(self._spare)) == (start, end - 1)
+            whole = (self.first_position(self._spare), self.last_position(self._spare)) == (start, end - 1)
             return self.get_state(self._spare) if whole else None
         finally:
             self.drop(self._spare)
 
     def load(self, seq: int, parts: Sequence[StatePart]) -> bool:
-        """Appends `parts` to `seq`. Returns False, with nothing changed, if there are too few cells or a state does not
-        fit.
+        """Appends `parts` to `seq`. Returns False, with nothing changed, if there are too few cells or a state has
+        another format.
 
-        Raises NativeFault, with the sequence empty, if the library refused the new state and then the old one.
+        Raises NativeFault, with the sequence empty, if the library refuses the new state and then also the old one.
         """
         length = self.length(seq)
         assert [part.start for part in parts] == [length, *(part.end for part in parts[:-1])], "parts are consecutive"
@@ -246,7 +249,7 @@ class LlamaContext(Decoder):
             return False
 
     def _load_joined(self, state_format: StateFormat, seq: int, length: int, parts: Sequence[StatePart]) -> bool:
-        """Loads blocks as one state. Raises UnknownStateFormat, with nothing changed."""
+        """Joins blocks to one state and loads it. Raises UnknownStateFormat, with nothing changed."""
         if self.unified:
             return self._load_spare(seq, state_format.join(parts), parts[0].start, parts[-1].end)
         before = self.get_state(seq) if length else None
@@ -262,7 +265,7 @@ class LlamaContext(Decoder):
         return False
 
     def _load_each(self, seq: int, length: int, parts: Sequence[StatePart]) -> bool:
-        """Loads states that the library has cut, one after the other."""
+        """Loads states that the library has cut, one after the other. On failure drops the new positions."""
         for part in parts:
             if not self._load_spare(seq, part.state, part.start, part.end):
                 self.drop(seq, length or -1)
@@ -270,10 +273,11 @@ class LlamaContext(Decoder):
         return True
 
     def _load_spare(self, seq: int, state: State, start: int, end: int) -> bool:
-        """Loads a state into the spare sequence, and shares its cells from `start` up to `end` with `seq`."""
+        """Loads a state into the spare sequence, and shares its cells from `start` up to `end` with `seq`. Returns
+        False if the library refuses the state or a position is missing."""
         if not self.set_state(self._spare, state):
             return False
-        if fits := self.first(self._spare) <= start and self.last(self._spare) >= end - 1:
+        if fits := self.first_position(self._spare) <= start and self.last_position(self._spare) >= end - 1:
             self._share(self._spare, seq, start, end)
         self.drop(self._spare)
         return fits
@@ -289,8 +293,8 @@ class LlamaContext(Decoder):
         return False
 
     def shift(self, state: State, start: int, end: int, by: int) -> State | None:
-        """Returns the block of positions from `start` up to `end`, moved by `by`; None if that is impossible. Raises
-        Aborted."""
+        """Returns the block of positions from `start` up to `end` of `state`, moved by `by` positions; None if it
+        cannot be moved. Raises Aborted."""
         return self._shifter.shift(state, start, end, by) if self._shifter is not None else None
 
     def _check_ids(self, *sequences: int) -> None:
@@ -302,3 +306,7 @@ class LlamaContext(Decoder):
         if self._shifter is not None:
             self._shifter.close()
         super().close()
+
+
+def _probe_tokens(vocabulary: int) -> list[int]:
+    return [min(token, vocabulary - 1) for token in PROBE_TOKENS]

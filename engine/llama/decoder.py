@@ -1,8 +1,9 @@
 """One llama.cpp context: decodes, positions and states of its sequences.
 
-Calls that end the process inside the library are refused before they are made. In llama.cpp 0c1e57098 these abort
-instead of returning an error: more rows than `n_batch`, more outputs than `n_outputs_max`, a sequence id out of range
-in a memory operation, a partial copy between streams of cells, and access to the logits of a row without logits.
+Some wrong calls abort the process instead of returning an error. They raise NativeFault here before the library is
+called. In llama.cpp 0c1e57098 they are: more rows than `n_batch`, more outputs than `n_outputs_max`, a sequence id out
+of range in a memory operation, a partial copy between streams of cells, and access to the logits of a row without
+logits.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from engine.llama.library import StopFlag
 
 
 def native_batch(batch: Batch) -> tuple[Any, Any]:
-    """Returns a `llama_batch` over the arrays of `batch`, and the arrays that must live as long as the result.
+    """Returns a `llama_batch` over the arrays of `batch`, and the additional arrays that must live as long as it.
 
-    Each row belongs to one sequence, so `seq_id[i]` points at element i of one array.
+    Each row has exactly one sequence id, so `seq_id[i]` points to element i of `batch.seq`.
     """
 
     def pointer(array: np.ndarray[Any, Any], kind: Any) -> Any:
@@ -42,10 +43,10 @@ def native_batch(batch: Batch) -> tuple[Any, Any]:
 
 
 class Decoder:
-    """A native context of one model. Belongs to the thread that created it, except `abort`."""
+    """A native context of one model. Only the thread that created it may call its methods, except `abort`."""
 
     def __init__(self, model: Any, params: Any, stop: StopFlag | None = None) -> None:
-        """`stop` is the flag of another context, or None for a new flag. Raises NativeFault."""
+        """`stop` is a flag to share with another context; None creates a new flag. Raises NativeFault."""
         self._handle = native.llama_init_from_model(model, params)
         if not self._handle:
             raise NativeFault("the context could not be created")
@@ -65,19 +66,20 @@ class Decoder:
         self.batch = Batch(native.llama_n_batch(self._handle))
         self.outputs: int = min(params.n_outputs_max, self.batch.capacity)
         self._vocabulary: int = native.llama_vocab_n_tokens(native.llama_model_get_vocab(model))
-        self._native, self._alive = native_batch(self.batch)
-        self._rows: Logits = np.empty((0, self._vocabulary), np.float32)
-        self._address = 0
+        self._native_batch, self._batch_arrays = native_batch(self.batch)
+        # View of the library's buffer of logits, and the address of the buffer.
+        self._logits_view: Logits = np.empty((0, self._vocabulary), np.float32)
+        self._logits_address = 0
 
     def decode(self, host_work: HostWork = no_host_work) -> Logits:
         """Returns the logits of the batch's rows with `output`, valid until the next decode.
 
-        On a GPU the library's call returns before the rows are computed, so `host_work` overlaps them. Raises
+        `host_work` is called when the library's call returns, which on a GPU is before the rows are computed. Raises
         NoFreeCells with the cells unchanged. After Aborted or NativeFault part of the batch may be in the cells.
         """
-        self._guard()
-        self._native.n_tokens = self.batch.rows
-        match native.llama_decode(self._handle, self._native):
+        self._check_batch()
+        self._native_batch.n_tokens = self.batch.rows
+        match native.llama_decode(self._handle, self._native_batch):
             case 0:
                 host_work()
                 return self._logits()
@@ -88,31 +90,33 @@ class Decoder:
             case code:
                 raise NativeFault(f"llama_decode returned {code}")
 
-    def _guard(self) -> None:
+    def _check_batch(self) -> None:
         batch, rows = self.batch, self.batch.rows
         if not 0 < rows <= batch.capacity:
-            raise NativeFault(f"a batch of {rows} rows; 1 to {batch.capacity} are possible")
+            raise NativeFault(f"a batch has {rows} rows; 1 to {batch.capacity} are possible")
         if batch.outputs > self.outputs:
-            raise NativeFault(f"{batch.outputs} rows of logits; {self.outputs} are possible")
+            raise NativeFault(f"a batch has {batch.outputs} rows of logits; at most {self.outputs} are possible")
         if not 0 <= batch.token[:rows].min() <= batch.token[:rows].max() < self._vocabulary:
-            raise NativeFault("a token id outside the vocabulary")
+            raise NativeFault("a batch has a token id outside the vocabulary")
         if not 0 <= batch.seq[:rows].min() <= batch.seq[:rows].max() < self.sequences:
-            raise NativeFault(f"a sequence id outside 0..{self.sequences - 1}")
+            raise NativeFault(f"a batch has a sequence id outside 0..{self.sequences - 1}")
         if batch.pos[:rows].max() >= self.positions:
             raise NoFreeCells
 
     def _logits(self) -> Logits:
         outputs = self.batch.outputs
         if not outputs:
-            native.llama_synchronize(self._handle)  # as llama_get_logits does, so that decodes take their full time
-            return self._rows[:0]
+            native.llama_synchronize(
+                self._handle
+            )  # as `llama_get_logits` does, so that `decode` returns after the step
+            return self._logits_view[:0]
         pointer = native.llama_get_logits(self._handle)
         address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
-        if address != self._address or outputs > len(self._rows):
-            # The library moves the buffer only to enlarge it, so one view serves until then.
-            self._rows = np.ctypeslib.as_array(pointer, (outputs, self._vocabulary))
-            self._address = address
-        return self._rows[:outputs]
+        if address != self._logits_address or outputs > len(self._logits_view):
+            # The view is reused, as the library moves the buffer only when it enlarges it.
+            self._logits_view = np.ctypeslib.as_array(pointer, (outputs, self._vocabulary))
+            self._logits_address = address
+        return self._logits_view[:outputs]
 
     def get_state(self, seq: int) -> State | None:
         """Returns the native state of a sequence; None if the library cannot save it."""
@@ -122,27 +126,27 @@ class Decoder:
 
     def set_state(self, seq: int, state: State) -> bool:
         """Replaces the content of a sequence. Returns False, with the sequence empty, if `state` is refused."""
-        taken: int = native.llama_state_seq_set_data(self._handle, _bytes(state), state.nbytes, seq)
-        if taken == state.nbytes:
+        read_bytes: int = native.llama_state_seq_set_data(self._handle, _bytes(state), state.nbytes, seq)
+        if read_bytes == state.nbytes:
             return True
-        self.drop(seq)  # a state that ends early can leave cells without content
+        self.drop(seq)  # a truncated state can leave cells without content
         return False
 
     def drop(self, seq: int, start: int = -1) -> bool:
-        """Drops the positions of a sequence from `start` on, all by default. Returns False, with nothing changed, if
-        the model can only drop all."""
+        """Drops the positions of a sequence from `start` on, by default all. Returns False, with nothing changed, if
+        the model can only drop whole sequences."""
         return bool(native.llama_memory_seq_rm(self._memory, seq, start, -1))
 
-    def first(self, seq: int) -> int:
+    def first_position(self, seq: int) -> int:
         """Returns the first position of a sequence; -1 if it is empty."""
         return int(native.llama_memory_seq_pos_min(self._memory, seq))
 
-    def last(self, seq: int) -> int:
+    def last_position(self, seq: int) -> int:
         """Returns the last position of a sequence; -1 if it is empty."""
         return int(native.llama_memory_seq_pos_max(self._memory, seq))
 
     def move(self, seq: int, by: int) -> None:
-        """Adds `by` to all positions of a sequence; the next decode rotates its keys accordingly."""
+        """Adds `by` to all positions of a sequence. The next decode rotates the keys accordingly."""
         native.llama_memory_seq_add(self._memory, seq, -1, -1, by)
 
     def can_move(self) -> bool:

@@ -1,4 +1,4 @@
-"""The native library as a whole: its log, stop flag, enumerations and devices."""
+"""Parts of the native library that are independent of a model: log, stop flag, enumerations and devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llama_cpp import llama_cpp as native
 
 native_log = logging.getLogger("paceline.native")
 
-# `enum ggml_type` of the types of K and V.
+# Values of `enum ggml_type` for the types of K and V.
 CACHE_TYPES = {
     "f32": 0,
     "f16": 1,
@@ -33,7 +33,7 @@ SPLIT_MODES = {"none": 0, "layer": 1, "row": 2, "tensor": 3}
 # `enum llama_flash_attn_type`.
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 
-# `GGML_LOG_LEVEL_ERROR`. Errors are logged on the debug level like other lines, as callers get exceptions.
+# `GGML_LOG_LEVEL_ERROR`. The library's errors are logged on the debug level, as callers get exceptions.
 _ERROR_LEVEL = 4
 # `GGML_BACKEND_DEVICE_TYPE_GPU`.
 _GPU_TYPE = 1
@@ -55,7 +55,7 @@ _callback = native.llama_log_callback(_record)
 
 
 def initialize() -> None:
-    """Initializes the library and redirects its log. May be called repeatedly."""
+    """Initializes the library and redirects its log to `native_log`. May be called repeatedly."""
     native.llama_log_set(_callback, ctypes.c_void_p(0))
     native.llama_backend_init()
     clear_errors()
@@ -67,8 +67,8 @@ def clear_errors() -> None:
 
 
 def built_with_amx() -> bool:
-    """Returns True if the library was compiled for AMX. Weights must then not be repacked for it: on some machines AMX
-    ends the process at the first step (ggml-org/llama.cpp issue 20824)."""
+    """Returns True if the library was compiled for AMX. Weights must then not be repacked for AMX, as on some machines
+    its kernels end the process at the first step (ggml-org/llama.cpp issue 20824)."""
     return b"AMX_INT8 = 1" in native.llama_print_system_info()
 
 
@@ -81,7 +81,7 @@ def build_info() -> str:
 
 
 def first_error() -> str:
-    """Returns the library's first error line since `clear_errors`; empty if there is none."""
+    """Returns the first error line in the library's log since `clear_errors`; empty if there is none."""
     return next(iter(_errors), "")
 
 
@@ -100,10 +100,10 @@ def read_string(call: Callable[[Any, int], int]) -> str:
 
 
 class StopFlag:
-    """Aborts the decodes of its contexts, from any thread and without the GIL.
+    """Aborts the decodes of the contexts in which it is installed. Any thread may set it.
 
-    The library calls a C function after every node of the graph and stops if the result is not 0. `strlen` of a buffer
-    is such a function: 0 while the buffer is empty, 1 once it contains a byte.
+    The library calls a C function after every node of the graph and stops if the result is not 0. That function is
+    `strlen` on a buffer, which needs no GIL: the result is 0 while the buffer is empty and 1 once it contains a byte.
     """
 
     def __init__(self) -> None:
@@ -111,11 +111,11 @@ class StopFlag:
         self._callback = ctypes.cast(ctypes.CDLL(None).strlen, native.ggml_abort_callback)
 
     def install(self, context: Any) -> None:
-        """Makes the flag stop the decodes of `context`, which must not outlive it."""
+        """Installs the flag in `context`, which must be freed before the flag."""
         native.llama_set_abort_callback(context, self._callback, ctypes.cast(self._buffer, ctypes.c_void_p))
 
     def set(self) -> None:
-        """Stops the running decode and every later one."""
+        """Aborts the running decode and every later one."""
         self._buffer[0] = b"\x01"
 
 
@@ -138,7 +138,7 @@ def _device_library() -> Any:
 
 
 def _gpus() -> list[int]:
-    """Returns the handles of all GPUs that the library can use."""
+    """Returns the native handles of all GPUs that the library can use."""
     lib = _device_library()
     all_devices = [lib.ggml_backend_dev_get(number) for number in range(lib.ggml_backend_dev_count())]
     return [device for device in all_devices if lib.ggml_backend_dev_type(device) == _GPU_TYPE]
@@ -150,9 +150,9 @@ def _device_name(device: int) -> str:
 
 
 def parse_devices(names: str) -> Any:
-    """Returns `llama_model_params.devices` for names separated by commas; None for no names.
+    """Returns `llama_model_params.devices` for names separated by commas; None for an empty string.
 
-    Raises ValueError for an unknown name, with a list of all names.
+    Raises ValueError for an unknown name. The message lists the known names.
     """
     if not names:
         return None
@@ -161,14 +161,14 @@ def parse_devices(names: str) -> Any:
     found = [lib.ggml_backend_dev_by_name(name.encode()) for name in given]
     if None in found:
         listed = ", ".join(_device_name(lib.ggml_backend_dev_get(i)) for i in range(lib.ggml_backend_dev_count()))
-        raise ValueError(f"there is no device {given[found.index(None)]!r}; there are: {listed}")
+        raise ValueError(f"there is no device {given[found.index(None)]!r}; the devices are: {listed}")
     return (ctypes.c_void_p * (len(found) + 1))(*found, None)
 
 
 def parse_tensor_split(proportions: str) -> Any:
-    """Returns `llama_model_params.tensor_split` for numbers separated by commas; None for an empty text.
+    """Returns `llama_model_params.tensor_split` for numbers separated by commas; None for an empty string.
 
-    Raises ValueError with a correct example.
+    Raises ValueError for other strings. The message contains a valid example.
     """
     if not proportions:
         return None
@@ -185,7 +185,7 @@ def parse_tensor_split(proportions: str) -> Any:
 
 
 def free_memory() -> dict[str, int]:
-    """Returns the free bytes of each GPU, by name."""
+    """Returns the free bytes of each GPU, keyed by the GPU's name."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     found = {}
     for device in _gpus():

@@ -1,4 +1,4 @@
-"""Opens a GGUF: model, vocabulary and context. Failures raise ModelError, whose message is one line."""
+"""Opens the model, vocabulary and context of a GGUF. Failures raise ModelError, whose message is one line."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ from engine.llama.library import native_log, read_string
 from engine.llama.params import MAX_SEQUENCES, cell_bytes, context_params, metadata
 from engine.llama.vocab import LlamaVocab
 
+# The first bytes of a GGUF.
+_GGUF_MAGIC = b"GGUF"
+
 
 class LlamaBackend:
-    """An opened GGUF. Belongs to the thread that opened it, except `vocab` and `info`."""
+    """An opened GGUF. Only the thread that opened it may use it, except `vocab` and `info`."""
 
     def __init__(self, model: Any, vocab: LlamaVocab, context: LlamaContext, info: ModelInfo) -> None:
         self._model = model
@@ -34,19 +37,21 @@ class LlamaBackend:
         self.info = info
 
     def close(self) -> None:
-        """Frees the context, then the model."""
+        """Frees the context, the vocabulary and the model."""
         self._context.close()
         self.vocab.close()
         native.llama_model_free(self._model)
 
 
 def open_gguf(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[], bool]) -> LlamaBackend:
-    """Opens `config.model.path`. Calls `progress` with the loaded share, and stops once `keep_loading` returns False.
+    """Opens `config.model.path`. Calls `progress` with the loaded share, and aborts once `keep_loading` returns False.
 
-    Raises ModelError, with nothing left in memory.
+    Raises ModelError, with nothing left in memory, also if the file of the draft model is not a GGUF.
     """
     path = Path(config.model.path)
     _check_file(path)
+    if config.draft.path:  # before the target model is loaded, which can take minutes
+        _check_file(Path(config.draft.path), "draft model (-md)")
     library.initialize()
     config = _exact(config, path)
     model = _load(config, progress, keep_loading)
@@ -58,7 +63,8 @@ def open_gguf(config: EngineConfig, progress: LoadProgress, keep_loading: Callab
 
 
 def _exact(config: EngineConfig, path: Path) -> EngineConfig:
-    """Returns `config`, with the settings of the deterministic profile if requested. Raises ModelError."""
+    """Returns `config`, with the settings of the deterministic profile if `deterministic` is set. Raises ModelError if
+    the model or a setting is incompatible with the profile."""
     try:
         exact.prepare(path, exact=config.model.deterministic)
         if not config.model.deterministic:
@@ -71,7 +77,7 @@ def _exact(config: EngineConfig, path: Path) -> EngineConfig:
 
 @contextmanager
 def open_vocabulary(path: Path) -> Iterator[LlamaVocab]:
-    """Opens the vocabulary of a GGUF, without its weights. Raises ModelError."""
+    """Opens the vocabulary of a GGUF without loading weights. Raises ModelError."""
     _check_file(path)
     library.initialize()
     params = native.llama_model_default_params()
@@ -87,15 +93,24 @@ def open_vocabulary(path: Path) -> Iterator[LlamaVocab]:
         native.llama_model_free(model)
 
 
-def _check_file(path: Path) -> None:
-    """Raises ModelError if `path` is not a file with the magic number of GGUF."""
+def _check_file(path: Path, kind: str = "model") -> None:
+    """Raises ModelError, which names the `kind` of file, if `path` is not a file with the magic number of GGUF."""
     try:
         with path.open("rb") as file:
             start = file.read(4)
     except OSError as error:
-        raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
-    if start != b"GGUF":
-        raise ModelError(f"{path} is not a GGUF file: it begins with {start!r}, not b'GGUF'")
+        raise ModelError(f"cannot read the {kind} {path}: {error.strerror}") from None
+    if start != _GGUF_MAGIC:
+        raise ModelError(f"the {kind} {path} is not a GGUF file: {_describe_start(start)}")
+
+
+def _describe_start(start: bytes) -> str:
+    """Returns a clause about the first bytes of a file that is not a GGUF."""
+    if not start:
+        return "the file is empty"
+    text = start.decode("ascii", "replace")
+    given = f"'{text}'" if text.isascii() and text.isprintable() else f"the bytes {start.hex(' ')}"
+    return f"it begins with {given}, not with 'GGUF'"
 
 
 def _load(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[], bool]) -> Any:
@@ -122,9 +137,8 @@ def _load(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[
 
 
 def _set_devices(config: ModelConfig, params: Any) -> tuple[Any, ...]:
-    """Sets the devices and their shares in `params`. Returns the objects that must live until the model is loaded.
-
-    Raises ValueError for unknown devices or wrong shares.
+    """Sets the devices and their shares of the model in `params`. Returns the arrays that must live until the model is
+    loaded. Raises ValueError for unknown devices or wrong shares.
     """
     chosen, shares = library.parse_devices(config.device), library.parse_tensor_split(config.tensor_split)
     if chosen is not None:
@@ -167,18 +181,16 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     info = _describe(path, model, vocab, context, device)
     info = structs.replace(
         info,
-        layout=f"{info.digest} {info.build} {_states(config, params, context)}",
+        layout=f"{info.digest} {info.build} {_state_settings(config, params, context)}",
         exact=config.model.deterministic,
         kv_unified=chosen.unified,
         kv_reason=chosen.reason,
     )
-    each = f"{context.cells} cells" if chosen.unified else f"{context.sequence_cells} cells for each slot"
-    native_log.info("%s KV, %s: %s", "unified" if chosen.unified else "per-slot", each, chosen.reason)
     return LlamaBackend(model, vocab, context, info)
 
 
 def _kind(model: Any) -> str:
-    """Returns the kind of a model with layers that do not attend to the whole context; empty for other models."""
+    """Returns `recurrent`, `hybrid` or `sliding-window`; empty if all layers attend to the whole context."""
     if native.llama_model_is_recurrent(model):
         return "recurrent"
     if native.llama_model_is_hybrid(model):
@@ -186,35 +198,36 @@ def _kind(model: Any) -> str:
     return "sliding-window" if native.llama_model_n_swa(model) else ""
 
 
-def _states(config: EngineConfig, params: Any, context: LlamaContext) -> str:
-    """Returns the types and settings that saved states depend on: equal for both KV layouts if states are divisible."""
+def _state_settings(config: EngineConfig, params: Any, context: LlamaContext) -> str:
+    """Returns the settings on which saved states depend. They are equal for both KV layouts if states are divisible."""
     kind = "exact" if config.model.deterministic else f"moved {config.memory.reuse > 0}"
     whole = "" if context.divisible or context.unified else f" {context.streams} streams"
     return f"{params.type_k} {params.type_v} {params.flash_attn_type} {kind}{whole}"
 
 
 def _layout(config: EngineConfig, model: Any, kind: str, gpu: str, params_of: Callable[[KvLayout], Any]) -> KvLayout:
-    """Returns the KV layout and its cells. Raises ModelError if --fit finds too little memory."""
-    trained: int = native.llama_model_n_ctx_train(model)
-    inputs = LayoutInputs(config.model.kv_unified, config.batch.slots, config.batch.context, trained, kind)
+    """Returns the KV layout and its number of cells. Raises ModelError if --fit finds too little memory or the slots
+    exceed the library's limit."""
+    trained_context: int = native.llama_model_n_ctx_train(model)
+    inputs = LayoutInputs(config.model.kv_unified, config.batch.slots, config.batch.context, trained_context, kind)
     if gpu and config.model.fit == "on" and not inputs.cells:
-        inputs = inputs._replace(cells=_fitting(config, model, trained, params_of), fitted=True)
+        inputs = inputs._replace(cells=_fitting_cells(config, model, trained_context, params_of), fitted=True)
     if not inputs.cells:
         free = sum(library.free_memory().values()) if gpu else layout.free_memory()
-        inputs = inputs._replace(room=int(layout.MEMORY_SHARE * free) // cell_bytes(config.model, model))
+        inputs = inputs._replace(memory_cells=int(layout.MEMORY_SHARE * free) // cell_bytes(config.model, model))
     chosen = layout.choose_layout(inputs)
     limit = MAX_SEQUENCES - 2 if chosen.unified else MAX_SEQUENCES
     if config.batch.slots > limit:
         raise ModelError(f"llama.cpp decodes at most {limit} requests together, not {config.batch.slots}")
-    return chosen._replace(reason="--deterministic needs it") if config.model.deterministic else chosen
+    return chosen._replace(reason="--deterministic requires it") if config.model.deterministic else chosen
 
 
-# Share of the cells' memory that is reserved for the cells of a draft model on the same GPUs.
+# Fraction of the fitting cells that is not allocated if a draft model's cells are on the same GPUs.
 DRAFT_CELLS_SHARE = 0.25
 
 
-def _fitting(config: EngineConfig, model: Any, trained: int, params_of: Callable[[KvLayout], Any]) -> int:
-    """Returns the cells that fit the memory of the GPUs. Raises ModelError if they have too little."""
+def _fitting_cells(config: EngineConfig, model: Any, trained_context: int, params_of: Callable[[KvLayout], Any]) -> int:
+    """Returns the number of cells that fit the free memory of the GPUs. Raises ModelError if no context fits."""
 
     def measure(cells: int) -> dict[str, int]:
         before = library.free_memory()
@@ -230,18 +243,19 @@ def _fitting(config: EngineConfig, model: Any, trained: int, params_of: Callable
         reserve, share = reserve + Path(draft.path).stat().st_size, 1 - DRAFT_CELLS_SHARE
     try:
         uses = fit.measure_memory(measure)
-        found = fit.fitting_cells(library.free_memory(), uses, reserve, config.batch.slots * trained)
+        found = fit.fitting_cells(library.free_memory(), uses, reserve, config.batch.slots * trained_context)
     except (fit.TooLittleMemory, OSError) as reason:
         raise ModelError(f"cannot fit {config.model.path}: {reason}") from None
     return fit.round_down(share * found)
 
 
-# Samples of a large model's file that its digest covers, and the bytes of each.
+# Number of samples of a large model's file that enter its digest, and the bytes of each sample.
 DIGEST_SAMPLES, SAMPLE_BYTES = 64, 2**20
 
 
 def digest(path: Path) -> str:
-    """Returns BLAKE2b of a file's size and content; of evenly spread samples if the file is larger than all samples."""
+    """Returns a BLAKE2b digest of a file's size and content. Of a file larger than all samples together, only evenly
+    spaced samples are read."""
     size = path.stat().st_size
     hashed = blake2b(str(size).encode(), digest_size=16)
     step = max(SAMPLE_BYTES, (size - SAMPLE_BYTES) // (DIGEST_SAMPLES - 1))

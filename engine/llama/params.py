@@ -1,4 +1,4 @@
-"""Parameters of a llama.cpp context: cells, batch sizes and flash attention; and the bytes of a cell."""
+"""Parameters of a llama.cpp context: cells, batch sizes and flash attention. Size of a cell in bytes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from engine.config import BatchConfig, ModelConfig
 from engine.llama.layout import PAD_CELLS, KvLayout
 from engine.llama.library import CACHE_TYPES, FLASH_ATTENTION, read_string
 
-# Rows of logits of one step: enough for two long drafts, and for each slot's next token and seven drafted ones.
+# Default maximum rows of logits of one step: for two long drafts, and for seven draft tokens and a next token per slot.
 MIN_OUTPUTS, OUTPUTS_PER_SLOT = 128, 8
-# Maximum of the attention scores of one pass without flash attention.
+# Maximum size of the attention scores of one pass for which flash attention is off by default on a CPU.
 MAX_SCORES_BYTES = 2**30
-# LLAMA_MAX_SEQ.
+# The library's `LLAMA_MAX_SEQ`.
 MAX_SEQUENCES = 256
-# Minimum of slots for flash attention by default on a CPU with unified KV.
+# Number of slots from which flash attention is on by default on a CPU with unified KV.
 FLASH_SLOTS = 32
 
 
 def resolve_flash_attention(
     model: ModelConfig, slots: int, gpu: bool, scores_bytes: int, *, unified: bool
 ) -> ModelConfig:
-    """Returns `model` with `auto` flash attention resolved. `scores_bytes` is the size of a pass's scores without it.
+    """Returns `model` with `auto` flash attention resolved for a CPU. `scores_bytes` is the size of the attention
+    scores of one pass without flash attention.
 
-    On a GPU `auto` stays the library's own choice. On a CPU flash attention is off if the scores take no more than
-    `MAX_SCORES_BYTES`: the CPU's flash kernel visits cells one by one and takes 1.4 times as long per prefill row
-    (`python -m bench.step_cost -fa on`). It is on for `FLASH_SLOTS` slots or more with unified KV, where it skips the
-    cells of other sequences, with BF16 values in place of F16, which that kernel sums in F16. Quantised values need it.
+    `auto` stays, so that the library chooses, on a GPU, with quantised values, which require flash attention, and if
+    the scores exceed `MAX_SCORES_BYTES`. It also stays with unified KV and `FLASH_SLOTS` slots or more, where flash
+    attention skips the cells of other sequences; BF16 values then replace F16 values, which the kernel would sum in
+    F16. In all other cases flash attention is off: the CPU's flash kernel visits cells one by one and takes 1.4 times
+    as long per prefill row (`python -m bench.step_cost -fa on`).
     """
     plain = model.cache_type_v in ("f32", "f16", "bf16")
     if model.flash_attention != "auto" or gpu or not plain:
@@ -45,8 +47,9 @@ def resolve_flash_attention(
 def sequences_for(slots: int, unified: bool) -> int:
     """Returns the number of native sequence ids for a number of slots.
 
-    With per-slot KV each slot has one id, as each id has its own cells. With unified KV an id costs nothing: there are
-    as many more for idle prefixes, and 17 others. The last is the spare id for loading and cutting states.
+    With per-slot KV each slot has one id, as each id has its own cells. With unified KV an id costs nothing, so each
+    slot has a second id for an idle prefix, and there are 17 more. The last one is the spare id for loading and cutting
+    states.
     """
     return min(MAX_SEQUENCES, 2 * slots + 17) if unified else slots
 
@@ -54,7 +57,8 @@ def sequences_for(slots: int, unified: bool) -> int:
 def context_params(
     model: ModelConfig, batch: BatchConfig, layout: KvLayout, threads: int, heads: int, gpu: bool
 ) -> Any:
-    """Returns the parameters of a context with the cells of `layout`, rounded up to a multiple of `PAD_CELLS`."""
+    """Returns the parameters of a context with the cells of `layout`, rounded up to a multiple of `PAD_CELLS`. `heads`
+    is the number of attention heads, `gpu` is True if a GPU computes the model."""
     params = native.llama_context_default_params()
     params.n_ctx = -(-layout.cells // PAD_CELLS) * PAD_CELLS
     params.kv_unified = layout.unified
@@ -65,8 +69,8 @@ def context_params(
     params.n_outputs_max = min(params.n_batch, max(params.n_seq_max, outputs))
     params.n_threads = threads
     params.n_threads_batch = model.threads_batch if model.threads_batch > 0 else threads
-    visible = params.n_ctx if layout.unified else params.n_ctx // batch.slots
-    scores_bytes = 4 * heads * params.n_ubatch * visible
+    attended_cells = params.n_ctx if layout.unified else params.n_ctx // batch.slots
+    scores_bytes = 4 * heads * params.n_ubatch * attended_cells
     model = resolve_flash_attention(model, batch.slots, gpu, scores_bytes, unified=layout.unified)
     params.flash_attn_type = FLASH_ATTENTION[model.flash_attention]
     params.type_k = CACHE_TYPES[model.cache_type_k]
@@ -76,13 +80,13 @@ def context_params(
 
 
 def metadata(model: Any, key: str) -> str:
-    """Returns a value of the GGUF's metadata as text; empty if the file has none."""
+    """Returns the value of `key` in the GGUF's metadata as text; empty if the file lacks the key."""
     return read_string(lambda buffer, size: native.llama_model_meta_val_str(model, key.encode(), buffer, size))
 
 
 def cell_bytes(config: ModelConfig, model: Any) -> int:
-    """Returns the bytes of a cell in all layers, by the widths in the metadata: an upper bound, as the library stores
-    fewer cells of some layers, such as those with a sliding window."""
+    """Returns the bytes of one cell in all layers together, computed from the metadata. The result is an upper bound,
+    as the library stores fewer cells in some layers, such as those with a sliding window."""
     family = metadata(model, "general.architecture")
     layers: int = native.llama_model_n_layer(model)
     heads = [int(word) for word in re.findall(r"\d+", metadata(model, f"{family}.attention.head_count_kv"))]

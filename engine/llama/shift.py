@@ -1,8 +1,8 @@
-"""Moves saved KV to other positions, in a small context.
+"""Moves saved KV to other positions, in a small context of its own.
 
-Keys are rotated by their position. The library rotates the keys of all cells of a context at once, and even a rotation
-by 0 rounds quantised keys again. So shifts have a context of few cells: they are cheap, and leave the cells of the
-serving context unchanged.
+The rotation of a key depends on its position, so moved keys are rotated again. The library rotates the keys of all
+cells of a context together, and even a rotation by 0 rounds quantised keys again. A separate context with few cells
+makes shifts cheap and leaves the cells of the serving context unchanged.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from engine.llama.library import CACHE_TYPES, FLASH_ATTENTION, StopFlag
 from engine.llama.params import metadata
 from engine.llama.state import StateFormat, UnknownStateFormat
 
+# Minimum number of cells of the context for shifts, and the rows of one pass.
 SHIFT_CELLS = 1024
 SHIFT_ROWS = 8
-# Largest difference between a rotated and a computed key, relative to the largest key: above the rounding of F16 and
-# BF16, below the factor by which the library scales the keys of models with YaRN at each rotation.
+# Maximum difference between a rotated and a computed key, relative to the largest key. The rounding of F16 and BF16 is
+# smaller; the error for models with YaRN, whose keys the library scales at each rotation, is larger.
 TOLERANCE = 0.03
 
 _BF16 = CACHE_TYPES["bf16"]
-# Cache types of unquantised keys, with the numpy type of their bytes.
+# Cache types that are not quantised, each with the numpy type of its elements.
 FLOAT_TYPES: dict[int, type[np.generic]] = {
     CACHE_TYPES["f32"]: np.float32,
     CACHE_TYPES["f16"]: np.float16,
@@ -35,10 +36,11 @@ FLOAT_TYPES: dict[int, type[np.generic]] = {
 
 
 class Shifter:
-    """Rotates the keys of states. Belongs to the thread that created it."""
+    """Rotates the keys of states. Only the thread that created it may use it."""
 
     def __init__(self, model: Any, params: Any, state_format: StateFormat, cells: int, stop: StopFlag) -> None:
-        """`params`, `cells` of a sequence and `stop` are those of the serving context. Raises NativeFault."""
+        """`params` and `stop` are those of the serving context, `cells` is its number of cells per sequence. Raises
+        NativeFault."""
         own = type(params).from_buffer_copy(params)
         own.n_ctx, own.n_seq_max, own.kv_unified = max(SHIFT_CELLS, _rope_cells(model, cells)), 1, False
         own.n_batch = own.n_ubatch = SHIFT_ROWS
@@ -51,8 +53,8 @@ class Shifter:
     def shift(self, state: State, start: int, end: int, by: int) -> State | None:
         """Returns the block of positions from `start` up to `end` of `state`, moved by `by` positions.
 
-        Returns None if the state lacks a position or has another format, or if a position would be negative. Raises
-        Aborted.
+        Returns None if the state lacks a position or has another format, if a position would be negative, or if the
+        library fails. Raises Aborted.
         """
         if start + by < 0:
             return None
@@ -74,7 +76,7 @@ class Shifter:
         if not self._decoder.set_state(0, self._format.join([StatePart(state, start, end)])):
             return None
         self._decoder.move(0, by)
-        self._compute([0], end + by)  # the library rotates the keys before it computes a row
+        self._compute([0], end + by)  # a decode, as the library rotates the keys only before computing a row
         return self._decoder.get_state(0)
 
     def _compute(self, tokens: Sequence[int], start: int) -> None:
@@ -83,9 +85,10 @@ class Shifter:
         self._decoder.decode()
 
     def verify(self, state: State, tokens: Sequence[int], by: int) -> bool:
-        """Returns True if keys of the first layer equal, up to rounding, those computed at the new positions.
+        """Returns True if shifted keys of the first layer equal, up to rounding, keys computed at the new positions.
 
-        `state` contains `tokens`, at most `SHIFT_ROWS`, from position 0 on. Quantised keys are not compared.
+        `state` is that of `tokens` from position 0 on; there are at most `SHIFT_ROWS` tokens. `by` is the shift in
+        positions. Quantised keys are not compared.
         """
         if not self._decoder.can_move():
             return False
@@ -95,7 +98,7 @@ class Shifter:
             computed = self._decoder.get_state(0)
             if moved is None or computed is None:
                 return False
-            # The first layer's keys depend on the token and its position only.
+            # Only the first layer is compared: its keys depend on nothing but the token and its position.
             rotated, expected = (self._format.cells(each).view.data[0][:1] for each in (moved, computed))
         except (UnknownStateFormat, NativeFault):
             return False
@@ -117,7 +120,7 @@ def equal_keys(one: NDArray[np.uint8], other: NDArray[np.uint8], kind: int) -> b
 
 
 def as_floats(data: NDArray[np.uint8], kind: int) -> NDArray[np.float32]:
-    """Returns K or V of a cache type in `FLOAT_TYPES` as numbers."""
+    """Returns the bytes of K or V of the cache type `kind`, one of `FLOAT_TYPES`, as numbers."""
     whole = np.ascontiguousarray(data)
     if kind == _BF16:
         return (whole.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
@@ -125,9 +128,9 @@ def as_floats(data: NDArray[np.uint8], kind: int) -> NDArray[np.float32]:
 
 
 def _rope_cells(model: Any, cells: int) -> int:
-    """Returns the minimum of cells with which the library uses the same rotations as with `cells`.
+    """Returns the minimum number of cells with which the library uses the same rotations as with `cells`.
 
-    Models that were first trained on a short context can have two sets of rotations, the second for longer contexts.
+    A model that was first trained on a short context can have a second set of rotations for longer contexts.
     """
     family = metadata(model, "general.architecture")
     first = metadata(model, f"{family}.rope.scaling.original_context_length")

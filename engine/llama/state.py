@@ -1,13 +1,20 @@
 """Cuts and joins the KV of a sequence in llama.cpp's state format, by numpy alone.
 
 The format is that of `llama_state_seq_get_data` over `llama_kv_cache::state_write` (llama.cpp 0c1e57098), for models
-whose layers all attend to the whole context: a magic number and a sequence id; the number of streams; for each stream a
-cell count and, unless that is 0, one record for each cell (position, 1, sequence id), 1 if V is transposed, the
-number of layers, K of each layer, then V of each layer that has V. K and V of a layer are a head of 12 bytes, with the
-type and the sizes, and a row for each cell; transposed V has a row of all cells for each element instead.
+whose layers all attend to the whole context. A state consists of:
 
-A block is such a state of one stream with sequence id 0: it is equal in both KV layouts, and loadable unchanged with
-unified KV. All cells of a sequence are in one stream, so a state of several streams is a block plus empty streams.
+- a magic number and a sequence id
+- the number of streams
+- for each stream a cell count; the following only if the count is not 0:
+  - one record for each cell (position, 1, sequence id)
+  - 1 if V is transposed, otherwise 0, and the number of layers
+  - K of each layer, then V of each layer that has V
+
+K or V of a layer consists of a head of 12 bytes, with the type and the sizes, and one row for each cell. Transposed V
+has one row of all cells for each element instead.
+
+A block is a state of one stream with sequence id 0. Blocks are equal in both KV layouts, and unified KV can load them
+unchanged. All cells of a sequence are in one stream, so a state with several streams is a block plus empty streams.
 """
 
 from __future__ import annotations
@@ -23,12 +30,15 @@ from numpy.typing import NDArray
 from engine.backend import State, StatePart
 
 STATE_MAGIC = 0xAF143CD8
-HEAD_BYTES = 12
+# Magic number, sequence id and number of streams.
 PREAMBLE_BYTES = 12
+# Transposition of V and number of layers.
 SHAPE_BYTES = 8
+# Head of K or V of one layer.
+HEAD_BYTES = 12
 
 _PLAIN = [("pos", "<i4"), ("count", "<u4")]
-# A cell's record, without and with M-RoPE, which adds a place in an image and a token.
+# The record of a cell without and with M-RoPE, which adds the coordinates in an image and a token.
 _CELL_RECORDS = (
     np.dtype([*_PLAIN, ("seq", "<i4")]),
     np.dtype([*_PLAIN, ("x", "<i4"), ("y", "<i4"), ("token", "<i4"), ("seq", "<i4")]),
@@ -40,29 +50,29 @@ class UnknownStateFormat(ValueError):
 
 
 class LayerRun(NamedTuple):
-    """Consecutive layers with equal heads of K, or of V."""
+    """Consecutive layers whose heads of K, or of V, are equal."""
 
     layers: int
     head: bytes
-    width: int
-    """Rows of a layer that contain all cells: 1, or one for each element if V is transposed."""
-    item: int
-    """Bytes of one cell in one of those rows."""
+    planes: int
+    """Number of arrays over all cells in a layer: 1, or one for each element if V is transposed."""
+    item_bytes: int
+    """Bytes of one cell in one plane."""
 
-    def bytes(self, cells: int) -> int:
-        """Bytes of one layer with its head."""
-        return HEAD_BYTES + self.width * cells * self.item
+    def layer_bytes(self, cells: int) -> int:
+        """Returns the bytes of one layer with `cells` cells, its head included."""
+        return HEAD_BYTES + self.planes * cells * self.item_bytes
 
 
 class StateView(NamedTuple):
-    """A state as arrays that share its memory."""
+    """The parts of a state as arrays that share the state's memory."""
 
     cells: NDArray[Any]
-    """Records of the cells."""
+    """Records of the cells, [cells]."""
     heads: list[NDArray[np.uint8]]
-    """For each run, [layers, HEAD_BYTES]."""
+    """Heads of each run, [layers, HEAD_BYTES]."""
     data: list[NDArray[np.uint8]]
-    """For each run, [layers, width, cells, item]."""
+    """K or V of each run, [layers, planes, cells, item_bytes]."""
 
 
 class StateCells:
@@ -72,7 +82,7 @@ class StateCells:
         self.view = view
         positions: NDArray[np.int32] = view.cells["pos"]
         self._order: NDArray[np.intp] | None = None
-        if not (np.diff(positions) > 0).all():  # unified KV allocates any free cells
+        if not (np.diff(positions) > 0).all():  # with unified KV the cells of a sequence can be in any order
             self._order = np.argsort(positions)
             positions = positions[self._order]
             if not (np.diff(positions) > 0).all():
@@ -80,7 +90,8 @@ class StateCells:
         self._positions = positions
 
     def find(self, start: int, end: int) -> slice | NDArray[np.intp] | None:
-        """Returns the indices of positions from `start` up to `end`, in order; None if a position is missing."""
+        """Returns the indices of the cells at positions from `start` up to `end`, in order; None if a position is
+        missing."""
         first = int(np.searchsorted(self._positions, start))
         found = self._positions[first : first + end - start]
         if not 0 < end - start == len(found) or (found[0], found[-1]) != (start, end - 1):
@@ -89,15 +100,17 @@ class StateCells:
         return indices if self._order is None else self._order[indices]
 
 
-# A state, the indices of some of its cells, and their number.
+# A state, the indices of the cells to copy from it, and their number.
 _Source = tuple[StateView, slice | NDArray[np.intp], int]
 
 
 class StateFormat(NamedTuple):
-    """The offsets and sizes in a state, for one model with one type of K and one of V."""
+    """The offsets and sizes in the states of one model with one type of K and one type of V."""
 
     cell: np.dtype[Any]
+    """Record of a cell."""
     transposed: bool
+    """True if V is transposed."""
     layers: int
     runs: tuple[LayerRun, ...]
     """The runs of K, then those of V."""
@@ -108,7 +121,7 @@ class StateFormat(NamedTuple):
         reasons = []
         for cell in _CELL_RECORDS:
             try:
-                found = _walk(state, cell)
+                found = _parse(state, cell)
                 found.cells(state)
             except (UnknownStateFormat, struct.error) as reason:
                 reasons.append(str(reason))
@@ -122,7 +135,8 @@ class StateFormat(NamedTuple):
         return int.from_bytes(self.runs[0].head[:4], "little")
 
     def cells(self, state: State) -> StateCells:
-        """Returns the cells of `state`, which share its memory. Raises UnknownStateFormat for another format."""
+        """Returns the cells of `state`, which share the state's memory. Raises UnknownStateFormat if `state` has
+        another format."""
         streams, stream, count = _streams(state)
         if not count or len(state) != self.size(count, streams):
             raise UnknownStateFormat(f"a state of {len(state)} bytes with {count} cells and {streams} streams")
@@ -139,8 +153,8 @@ class StateFormat(NamedTuple):
         return StateCells(view)
 
     def size(self, count: int, streams: int = 1) -> int:
-        """Returns the bytes of a state of `count` cells."""
-        layers = sum(run.layers * run.bytes(count) for run in self.runs)
+        """Returns the bytes of a state with `count` cells in one of `streams` streams."""
+        layers = sum(run.layers * run.layer_bytes(count) for run in self.runs)
         return PREAMBLE_BYTES + 4 * streams + count * self.cell.itemsize + SHAPE_BYTES + layers
 
     def cut(self, cells: StateCells, start: int, end: int) -> State | None:
@@ -149,7 +163,7 @@ class StateFormat(NamedTuple):
         return None if indices is None else self._join([(cells.view, indices, end - start)], 1, 0)
 
     def join(self, parts: Sequence[StatePart], streams: int = 1, stream: int = 0) -> State:
-        """Returns one state of all `parts`, for a context of `streams` streams with the sequence in `stream`.
+        """Returns one state with all `parts`, for a context with `streams` streams. The cells are in stream `stream`.
 
         Raises UnknownStateFormat if a part has another format or lacks a position.
         """
@@ -164,13 +178,13 @@ class StateFormat(NamedTuple):
 
     def _join(self, sources: Sequence[_Source], streams: int, stream: int) -> State:
         total = sum(count for _, _, count in sources)
-        made: State = np.empty(self.size(total, streams), np.uint8)
+        joined: State = np.empty(self.size(total, streams), np.uint8)
         first = _first_cell(stream)
-        struct.pack_into("<IiI", made.data, 0, STATE_MAGIC, 0, streams)
-        made[PREAMBLE_BYTES:first] = made[len(made) - 4 * (streams - stream - 1) :] = 0
-        struct.pack_into("<I", made.data, first - 4, total)
-        struct.pack_into("<II", made.data, first + total * self.cell.itemsize, self.transposed, self.layers)
-        view = self._view(made, total, stream)
+        struct.pack_into("<IiI", joined.data, 0, STATE_MAGIC, 0, streams)
+        joined[PREAMBLE_BYTES:first] = joined[len(joined) - 4 * (streams - stream - 1) :] = 0
+        struct.pack_into("<I", joined.data, first - 4, total)
+        struct.pack_into("<II", joined.data, first + total * self.cell.itemsize, self.transposed, self.layers)
+        view = self._view(joined, total, stream)
         for run, heads in zip(self.runs, view.heads, strict=True):
             heads[:] = np.frombuffer(run.head, np.uint8)
         at = 0
@@ -180,29 +194,29 @@ class StateFormat(NamedTuple):
                 target[:, :, at : at + count] = data[:, :, indices]
             at += count
         view.cells["seq"] = 0
-        return made
+        return joined
 
     def _view(self, state: State, count: int, stream: int) -> StateView:
         at = _first_cell(stream)
         cells: NDArray[Any] = np.ndarray(count, self.cell, state, at)
         at += count * self.cell.itemsize + SHAPE_BYTES
         heads, data = [], []
-        for layers, _, width, item in self.runs:
-            size = HEAD_BYTES + width * count * item
+        for layers, _, planes, item_bytes in self.runs:
+            size = HEAD_BYTES + planes * count * item_bytes
             heads.append(np.ndarray((layers, HEAD_BYTES), np.uint8, state, at, (size, 1)))
-            shape, strides = (layers, width, count, item), (size, count * item, item, 1)
+            shape, strides = (layers, planes, count, item_bytes), (size, count * item_bytes, item_bytes, 1)
             data.append(np.ndarray(shape, np.uint8, state, at + HEAD_BYTES, strides))
             at += layers * size
         return StateView(cells, heads, data)
 
 
 def _first_cell(stream: int) -> int:
-    """Returns the offset of the first cell's record if `stream` is the first stream with cells."""
+    """Returns the byte offset of the first cell's record if `stream` is the first stream with cells."""
     return PREAMBLE_BYTES + 4 * (stream + 1)
 
 
 def _streams(state: State) -> tuple[int, int, int]:
-    """Returns the number of streams of a state, the first stream with cells, and its number of cells.
+    """Returns the number of streams of a state, the first stream with cells, and the number of cells in that stream.
 
     Raises UnknownStateFormat.
     """
@@ -211,14 +225,15 @@ def _streams(state: State) -> tuple[int, int, int]:
     magic, _, streams = struct.unpack_from("<IiI", state.data)
     if magic != STATE_MAGIC or not 0 < 4 * streams <= len(state) - PREAMBLE_BYTES:
         raise UnknownStateFormat(f"a state that begins with {magic:#x} and has {streams} streams")
-    # The counts of empty streams before the first cells are zeros. Later bytes are not counts.
+    # Empty streams before the first cells have the count 0. The bytes after the first other count are not counts.
     filled = np.flatnonzero(state[PREAMBLE_BYTES : PREAMBLE_BYTES + 4 * streams].view("<u4"))
     stream = int(filled[0]) if len(filled) else 0
     return streams, stream, struct.unpack_from("<I", state.data, PREAMBLE_BYTES + 4 * stream)[0]
 
 
-def _walk(state: State, cell: np.dtype[Any]) -> StateFormat:
-    """Returns the format by the state's heads, for cell records of type `cell`. Raises UnknownStateFormat."""
+def _parse(state: State, cell: np.dtype[Any]) -> StateFormat:
+    """Returns the format that the heads in `state` describe, with cell records of type `cell`. Raises
+    UnknownStateFormat."""
     streams, stream, count = _streams(state)
     at = _first_cell(stream) + count * cell.itemsize
     end = len(state) - 4 * (streams - stream - 1)
@@ -228,17 +243,18 @@ def _walk(state: State, cell: np.dtype[Any]) -> StateFormat:
     at += SHAPE_BYTES
 
     def heads() -> Iterator[tuple[bytes, int, int]]:
-        """Yields the heads of K, then of V, which some layers lack; each with width and item."""
+        """Yields the head, the planes and the item bytes of each layer's K, then of each layer's V. Some layers have no
+        V."""
         nonlocal at
         layer = 0
         while at < end:
             head = state[at : at + HEAD_BYTES].tobytes()
             if layer >= layers and transposed:
-                _, item, width = struct.unpack("<iII", head)
+                _, item_bytes, planes = struct.unpack("<iII", head)
             else:
-                (_, item), width = struct.unpack("<iQ", head), 1
-            yield head, width, item
-            at += HEAD_BYTES + width * count * item
+                (_, item_bytes), planes = struct.unpack("<iQ", head), 1
+            yield head, planes, item_bytes
+            at += HEAD_BYTES + planes * count * item_bytes
             layer += 1
 
     found = list(heads())
@@ -249,6 +265,6 @@ def _walk(state: State, cell: np.dtype[Any]) -> StateFormat:
 
 
 def _runs(heads: Sequence[tuple[bytes, int, int]]) -> Iterator[LayerRun]:
-    """Yields one run for consecutive equal heads."""
-    for (head, width, item), equal in groupby(heads):
-        yield LayerRun(len(list(equal)), head, width, item)
+    """Yields one run for each group of consecutive equal heads."""
+    for (head, planes, item_bytes), equal in groupby(heads):
+        yield LayerRun(len(list(equal)), head, planes, item_bytes)

@@ -14,7 +14,7 @@ from engine.contract import EngineFault
 
 
 class LlamaVocab:
-    """The vocabulary of an opened model. Methods that call the library raise EngineFault once it is closed."""
+    """The vocabulary of an opened model. After `close`, methods that call the library raise EngineFault."""
 
     def __init__(self, model: Any) -> None:
         self._vocab = native.llama_model_get_vocab(model)
@@ -27,26 +27,26 @@ class LlamaVocab:
             bos if self.adds_bos else -1,
             eos if native.llama_vocab_get_add_eos(self._vocab) else -1,
         )
-        # Computed at once, as pieces and names are used after the model is closed.
+        # Computed here, as pieces and names are still used after the model is closed.
         self._pieces = [self._token_to_piece(token) for token in range(self.size)]
         self.special = frozenset(filter(self._is_special, range(self.size)))
         self._names = {token: self._token_text(token) for token in self.special}
         self._idle = threading.Condition()
-        self._calls = 0  # concurrent calls of the library
+        self._calls = 0  # number of calls of the library that run now
         self._closed = False
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Returns the token ids of `text`.
 
         With `special`, special tokens in the text are recognised and BOS is added if the model expects it. A lone
-        surrogate, which UTF-8 cannot encode, becomes a question mark. Raises EngineFault once closed.
+        surrogate, which UTF-8 cannot encode, becomes a question mark. Raises EngineFault after `close`.
         """
         with self._library_call():
             return self._tokenize(text, special)
 
     @contextmanager
     def _library_call(self) -> Iterator[None]:
-        """Keeps the vocabulary open for the length of the block. Raises EngineFault once closed."""
+        """Keeps the vocabulary open while the `with` block runs. Raises EngineFault after `close`."""
         with self._idle:
             if self._closed:
                 raise EngineFault("The model is closed.")
@@ -59,20 +59,20 @@ class LlamaVocab:
                 self._idle.notify_all()
 
     def close(self) -> None:
-        """Waits for running calls of the library. Later ones raise EngineFault."""
+        """Waits for running calls of the library. Later calls raise EngineFault."""
         with self._idle:
             self._closed = True
             self._idle.wait_for(lambda: not self._calls)
 
     def _tokenize(self, text: str, special: bool) -> list[int]:
         data = text.encode("utf-8", "replace")
-        room = len(data) + 2
+        capacity = len(data) + 2
         while True:
-            tokens = (native.llama_token * room)()
-            count = native.llama_tokenize(self._vocab, data, len(data), tokens, room, special, special)
+            tokens = (native.llama_token * capacity)()
+            count = native.llama_tokenize(self._vocab, data, len(data), tokens, capacity, special, special)
             if count >= 0:
                 return list(tokens[:count])
-            room = -count
+            capacity = -count
 
     def piece(self, token: int) -> bytes:
         """Returns the token's bytes; empty for control tokens."""
@@ -88,19 +88,19 @@ class LlamaVocab:
             size = -count
 
     def _is_special(self, token: int) -> bool:
-        """Returns True for control tokens, and for user-defined ones in angle brackets, which chat templates use."""
+        """Returns True for control tokens, and for user-defined tokens in angle brackets, which chat templates use."""
         piece = self._pieces[token]
         bracketed = piece.startswith(b"<") and piece.endswith(b">")
-        if piece and not bracketed:  # most tokens, without a call of the library
+        if piece and not bracketed:  # true of most tokens; saves the call of the library
             return False
         attributes: int = native.llama_vocab_get_attr(self._vocab, token)
         special: int = native.LLAMA_TOKEN_ATTR_CONTROL | (native.LLAMA_TOKEN_ATTR_USER_DEFINED if bracketed else 0)
         return bool(attributes & special)
 
     def text(self, token: int) -> str:
-        """Returns the token's text in the vocabulary; empty for -1, the id of a missing token.
+        """Returns the token's text in the vocabulary; empty for -1, which stands for a missing token.
 
-        Raises EngineFault once closed, except for special tokens.
+        Raises EngineFault after `close`, except for special tokens.
         """
         if token < 0:
             return ""

@@ -2,18 +2,18 @@
 
 curve        seconds of a pass by its rows, with every jump
 passes       passes and attended cells of a step, by KV layout: pure functions
-cost         cost of a step, learned from every step; number of prompt rows that fit
-calibration  the cost measured at start, saved for the next start
-acceptance   chance that the tokens of a draft are accepted
-lengths      lengths of drafts that make a step best for all sequences: pure functions
-chooser      choice among several drafts and their lengths, and exploration
+cost         cost of a step, learned from each step; number of prompt rows that fit into a step
+calibration  measurement of the cost at start, saved for the next start
+acceptance   chance that the tokens of a draft are accepted, learned from each draft
+lengths      lengths of drafts that are best for all sequences together: pure functions
+chooser      choice among several drafts and their lengths, with trials to explore
 step_log     a line in the log for every hundred steps
 """
 
 from engine.pace.acceptance import AcceptanceEstimate
 from engine.pace.calibration import Calibration, calibrate, load_calibration, save_calibration, warm_up
 from engine.pace.chooser import TRIAL_TOKENS, DraftChooser, UpcomingStep, VerifiedDraft
-from engine.pace.cost import StepCost, StepTargets, blend
+from engine.pace.cost import PrefillWait, StepCost, StepTargets, blend
 from engine.pace.curve import Curve
 from engine.pace.passes import Layout, Pass, SequenceRows, StepShape
 
@@ -25,6 +25,7 @@ __all__ = [
     "DraftChooser",
     "Layout",
     "Pass",
+    "PrefillWait",
     "SequenceRows",
     "StepCost",
     "StepShape",

@@ -6,23 +6,24 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from math import sqrt
 
-# Positions in a draft with an estimate of their own; later positions share that of the last.
+# Number of positions in a draft with an estimate of their own; later positions share the last estimate.
 _POSITIONS = 16
-# Bounds of the classes of tokens with a stated chance.
+# Upper bounds of the classes of stated chances: chances, 0 to 1, by the proposer's own estimate.
 _STATED_BOUNDS = (0.2, 0.4, 0.55, 0.7, 0.8, 0.9, 0.96)
-# Weight of an observation after the next one of its class: about twelve observations of one sequence count, so that a
-# change in the output is followed, and about a hundred of all sequences.
+# Factor on the weight of older observations at each new one of the same class. The estimate of one sequence follows
+# about its last twelve observations, so that it adapts when the output changes; that of the engine about a hundred.
 _SEQUENCE_DECAY, _ENGINE_DECAY = 0.92, 0.99
-# Number of observations that the prior counts as.
+# The prior has the weight of this many observations.
 _PRIOR_WEIGHT = 3.0
-# Chance of a token without observations. Drafts are compared with the emitted tokens even if they are not verified, so
-# a higher value is not needed for exploration.
+# Chance of a token without observations. It need not be higher for exploration, because drafts are compared with the
+# emitted tokens even if they are not verified.
 PRIOR_CHANCE = 0.4
-# Standard deviations that are subtracted from an estimate: the best of many estimates is often an overestimate.
+# Number of standard deviations that are subtracted from a mean, because the best of many means is often too high.
 _DEVIATIONS = 0.5
-# A draft ends for the curve at the first token that is accepted, with all before it, with a lower chance than this.
+# A curve ends before the first token for which the chance that it and all tokens before it are accepted is lower.
 MIN_CHANCE = 0.02
 
+# The initial mean of each class of stated chances: `PRIOR_CHANCE` times twice the centre of the class.
 _CENTRES = tuple(
     PRIOR_CHANCE * (low + high) for low, high in zip((0.0, *_STATED_BOUNDS), (*_STATED_BOUNDS, 1.0), strict=True)
 )
@@ -30,11 +31,11 @@ _START = (*(PRIOR_CHANCE for _ in range(_POSITIONS)), *_CENTRES)
 
 
 class AcceptanceEstimate:
-    """Chance that a draft's token is accepted if those before it are: by its position, and by its stated chance.
+    """Chance that a token of a draft is accepted if all tokens before it are: by position, and by stated chance.
 
-    `prior` is the estimate of the whole engine, which counts where a sequence has few observations. Only compared
-    tokens count: a draft that is accepted as a whole is no evidence about later positions, and neither are the tokens
-    after a rejected one.
+    A stated chance is the proposer's own estimate. `prior` is the estimate of the whole engine; it dominates while a
+    sequence has few observations. A draft that is accepted as a whole is no evidence about later positions, and tokens
+    after a rejected one are no evidence.
     """
 
     def __init__(self, prior: AcceptanceEstimate | None = None) -> None:
@@ -45,9 +46,10 @@ class AcceptanceEstimate:
         self._means: list[float] = [*(prior._means if prior is not None else _START)]
 
     def observe(self, position: int, stated: float | None, accepted: bool) -> None:
-        """Records whether the token at `position` was accepted; those before it were. The prior is updated too.
+        """Records whether the token at `position` was accepted, given that all tokens before it were. Updates the prior
+        too.
 
-        `stated` is the proposer's own estimate of the chance. It is `None` if the proposer makes none.
+        `stated` is the token's stated chance. `None` means that the proposer makes no estimates.
         """
         classes = (_class(position, None),) if stated is None else (_class(position, None), _class(position, stated))
         for estimate in (self,) if self._prior is None else (self._prior, self):
@@ -58,7 +60,9 @@ class AcceptanceEstimate:
         self._observed[index] = self._observed[index] * self._decay + 1.0
         self._accepted[index] = self._accepted[index] * self._decay + accepted
         self._update_mean(index)
-        if self._prior is None and index < _POSITIONS:  # a position with few observations follows the one before it
+        if (
+            self._prior is None and index < _POSITIONS
+        ):  # a position with few observations has the position before it as its prior
             for position in range(index + 1, _POSITIONS):
                 if self._observed[position] > _PRIOR_WEIGHT:
                     break
@@ -72,9 +76,11 @@ class AcceptanceEstimate:
         self._means[index] = (self._accepted[index] + _PRIOR_WEIGHT * prior) / (self._observed[index] + _PRIOR_WEIGHT)
 
     def chance(self, position: int, stated: float | None = None) -> float:
-        """Returns the chance, 0 to 1, of the token at `position`, counted from 0."""
+        """Returns the chance, 0 to 1, that the token at `position`, counted from 0, is accepted."""
         index = _class(position, stated)
-        if self._prior is not None and not self._observed[index]:  # the prior may have changed since this was made
+        if (
+            self._prior is not None and not self._observed[index]
+        ):  # the prior may have changed since `_means` was copied from it
             return self._prior.chance(position, stated)
         mean, observed = self._means[index], self._observed[index]
         if not observed and self._prior is None:
@@ -82,9 +88,10 @@ class AcceptanceEstimate:
         return max(0.0, mean - _DEVIATIONS * sqrt(mean * max(0.0, 1.0 - mean) / (observed + _PRIOR_WEIGHT + 1.0)))
 
     def curve(self, length: int, stated: Sequence[float] = ()) -> list[float]:
-        """Returns for each token of a draft the chance that it and all before it are accepted, down to `MIN_CHANCE`.
+        """Returns, for each token of a draft, the chance that it and all tokens before it are accepted. The curve ends
+        before the first chance below `MIN_CHANCE`.
 
-        `stated` are the proposer's own estimates; empty if it makes none.
+        `stated` are the stated chances of the draft; empty if the proposer makes no estimates.
         """
         if not length:
             return []
@@ -102,5 +109,5 @@ class AcceptanceEstimate:
 
 
 def _class(position: int, stated: float | None) -> int:
-    """Returns the index of the observations of a token: by its stated chance, or else by its position."""
+    """Returns the index of a token's class: by its stated chance, or by its position without a stated chance."""
     return min(position, _POSITIONS - 1) if stated is None else _POSITIONS + bisect_right(_STATED_BOUNDS, stated)

@@ -1,4 +1,4 @@
-"""Choice of the draft that is verified for each sequence and of its length, and of drafts to explore."""
+"""Chooses the draft and the length that a step verifies for each sequence, and now and then a trial to explore."""
 
 from __future__ import annotations
 
@@ -14,36 +14,38 @@ from engine.pace.lengths import Chances, DraftLengths, best_lengths, best_length
 from engine.pace.passes import Columns, SequenceRows, StepMatrix, StepShape
 from engine.pace.step_log import StepLog
 
-# A step with drafts must be better than one without by this share: the best of many estimates is often an overestimate.
+# A step with drafts must be better than one without by this share, because the best of many estimates is often too
+# high.
 DRAFT_MARGIN = 0.03
-# Share of all rows, and of all seconds, that explores drafts with negative expected gain, so that acceptance estimates
-# do not go stale.
+# Share of all rows, and of all seconds, for trials: steps that verify drafts with negative expected gain, so that
+# acceptance estimates do not go stale.
 _TRIAL_SHARE = 0.01
-# Rows, and seconds, that may be saved up for exploration.
+# Maximum rows and seconds that accumulate for trials.
 _MAX_TRIAL_ROWS, _MAX_TRIAL_SECONDS = 16.0, 5.0
-# Steps between two attempts to explore.
+# Minimum number of steps between two attempts at a trial.
 _TRIAL_INTERVAL_STEPS = 16
-# A trial is not made if its step is slower than this share of the speed without drafts.
+# A trial step must have at least this share of the tokens per second of the best step.
 _MIN_TRIAL_SPEED = 0.75
-# The best chance of a token of a batched proposer: if drafting does not pay even then, it is not explored.
+# Assumed chance that a batched proposer's token is accepted. If its drafts would not pay even then, there are no
+# trials.
 _OPTIMISTIC_CHANCE = 0.95
-# Tokens that a batched proposer drafts for each sequence in a trial.
+# Maximum tokens that a batched proposer drafts for each sequence in a trial.
 TRIAL_TOKENS = 4
-# Pairs of an interval of columns and a step that one choice computes; more take too long with many slots.
+# Maximum pairs of an interval of columns and a step that one choice computes; more take too long with many slots.
 _MAX_PAIRS = 60_000
 
 
 class UpcomingStep(NamedTuple):
-    """The next step without the drafts that are still to be chosen."""
+    """The next step, with the drafts that are chosen so far."""
 
     sequences: tuple[SequenceRows, ...]
-    """Decoding sequences in ascending order of ids, each with its row and those of drafts that are chosen already."""
+    """Decoding sequences in ascending order of ids. Each has one row, and one for each token of its chosen draft."""
     base_tokens: float
-    """Expected tokens of the step."""
+    """Expected number of tokens that the step emits."""
     cells: int
-    """Resident cells of all sequences, idle ones too."""
-    most: int
-    """Rows that may be added."""
+    """Resident cells of all sequences, including idle ones."""
+    max_more_rows: int
+    """Maximum number of rows that drafts may add."""
 
     @property
     def rows(self) -> int:
@@ -51,59 +53,63 @@ class UpcomingStep(NamedTuple):
         return sum(part.rows for part in self.sequences)
 
     def with_drafts(self, drafts: Mapping[int, int], gain: float = 0.0) -> UpcomingStep:
-        """Returns the step in which `drafts`, tokens by sequence id, are chosen too; `gain` of them are expected to be
-        accepted."""
+        """Returns the step with further drafts. `drafts` has their numbers of tokens by sequence id, and `gain` is the
+        expected number of accepted tokens."""
         sequences = tuple(part._replace(rows=part.rows + drafts.get(part.seq, 0)) for part in self.sequences)
-        most = max(0, self.most - sum(drafts.values()))
-        return UpcomingStep(sequences, self.base_tokens + gain, self.cells, most)
+        max_more_rows = max(0, self.max_more_rows - sum(drafts.values()))
+        return UpcomingStep(sequences, self.base_tokens + gain, self.cells, max_more_rows)
 
 
 class ChosenDrafts(NamedTuple):
-    """For each sequence with drafts the index of the chosen one and its length, and the expectation of the step."""
+    """The chosen drafts of the sequences that have drafts, and the expected result of the step."""
 
     picked: list[int]
+    """For each sequence the index of the chosen draft."""
     lengths: list[int]
+    """For each sequence the tokens of the chosen draft that are verified."""
     rate: float
     """Tokens per second, as in `DraftLengths`."""
     gain: float
-    """Expected accepted tokens."""
+    """Expected number of accepted tokens."""
     trial: bool = False
-    """True if the expected gain is negative."""
+    """True if the drafts are chosen to explore, although verifying them is not expected to pay."""
 
 
 class VerifiedDraft(NamedTuple):
     """Result of the verification of one draft."""
 
     drafted: int
-    """Tokens that were verified."""
+    """Number of verified tokens."""
     accepted: int
+    """Number of accepted tokens."""
     saved: float = 0.0
-    """Seconds that the accepted tokens would have taken without drafts."""
+    """Estimated seconds that the accepted tokens would have taken without drafts."""
     spent: float = 0.0
-    """Seconds by which all tokens lengthened the step."""
+    """Estimated seconds by which the draft lengthened the step."""
 
 
 class DraftChooser:
-    """Chooses drafts and their lengths by the learned cost of a step. Belongs to the engine thread."""
+    """Chooses drafts and their lengths by `cost`, the learned cost of a step. Belongs to the engine thread."""
 
     def __init__(self, cost: StepCost) -> None:
         self.cost = cost
         self._log = StepLog()
-        self._decided = ChosenDrafts([], [], 0.0, 0.0)  # the last decision
-        # Seconds of a token without drafts, and of a drafted one, in the last step.
+        self._last_choice = ChosenDrafts([], [], 0.0, 0.0)  # the result of the last call of `decide`
+        # Seconds of the last step by sequence without its draft, and by drafted token.
         self._base_token_seconds = self._drafted_token_seconds = 0.0
-        self._trial_rows = 0.0  # saved up for trials
+        self._trial_rows = 0.0  # available for trials
         self._trial_seconds = 0.0
-        self._steps = 0  # since the last attempt to explore
-        self._row_price = 0.5  # tokens that a drafted row cost in the last decision
+        self._steps = 0  # since the last attempt at a trial
+        self._row_price = 0.5  # cost of a drafted row, in tokens, in the last choice
 
     # ── after a step ──
 
     def observe_step(self, sequences: Sequence[SequenceRows], prompt_rows: int, cells: int, seconds: float) -> None:
         """Records the decode of a step.
 
-        `sequences` are its decoding sequences in ascending order of ids, each with one row and those of its draft.
-        `prompt_rows` are the rows of all others, and `cells` were resident before the step.
+        `sequences` are its decoding sequences in ascending order of ids, each with one row and one for each draft
+        token. `prompt_rows` is the number of rows of all other sequences, and `cells` that of resident cells before the
+        step.
         """
         layout = self.cost.layout
         shape = layout.shape(sequences, cells)
@@ -117,49 +123,51 @@ class DraftChooser:
         self._steps += 1
 
     def _split_seconds(self, shape: StepShape, bare: StepShape, drafted: int, seconds: float, *, mixed: bool) -> None:
-        """Splits the time of a step between drafted tokens and others. `bare` is its shape without drafts."""
+        """Splits the time of a step between drafted tokens and the other decode rows. `bare` is its shape without
+        drafts."""
         count, expected = bare.rows, self.cost.decode_seconds(shape)
         spent = min(seconds, expected) if mixed else seconds
         # Of the measured time, the share that the cost model gives to the rows without drafts.
         own = spent * self.cost.decode_seconds(bare) / expected if expected else spent
         self._base_token_seconds, self._drafted_token_seconds = own / count, max(0.0, spent - own) / max(1, drafted)
-        self._log.step(count, drafted, self._decided.gain, expected, spent)
+        self._log.record_step(count, drafted, self._last_choice.gain, expected, spent)
 
     def assess(self, drafted: int, accepted: int) -> VerifiedDraft:
-        """Returns the gain and the cost of a draft of the last step, of which `accepted` tokens were accepted."""
-        self._log.accepted(accepted)
+        """Returns the result of a draft of the last step, of which `drafted` tokens were verified and `accepted`
+        accepted."""
+        self._log.record_accepted(accepted)
         saved, spent = accepted * self._base_token_seconds, drafted * self._drafted_token_seconds
         return VerifiedDraft(drafted, accepted, saved, spent)
 
-    # ── drafts of which each sequence has some ──
+    # ── several drafts for each sequence ──
 
     def rate(self, step: UpcomingStep) -> float:
-        """Returns the tokens per second of `step` without more drafts. Something was measured."""
+        """Returns the tokens per second of `step` without further drafts. Requires a measurement."""
         shape = self.cost.layout.shape(step.sequences, step.cells)
         return step.base_tokens / (self.cost.decode_seconds(shape) + self.cost.host_seconds)
 
     def decide(self, drafts: Sequence[Sequence[Chances]], seqs: Sequence[int], step: UpcomingStep) -> ChosenDrafts:
-        """Returns the drafts that `step` verifies: the result of `choose`, or now and then a trial."""
-        self._decided = self.choose(drafts, seqs, step, trial=True)
-        return self._decided
+        """Returns the drafts that `step` verifies: the result of `choose` with trials. Stores it as the last choice."""
+        self._last_choice = self.choose(drafts, seqs, step, trial=True)
+        return self._last_choice
 
     @property
-    def trying(self) -> bool:
-        """True if the last decision was a trial."""
-        return self._decided.trial
+    def last_is_trial(self) -> bool:
+        """True if the last result of `decide` is a trial."""
+        return self._last_choice.trial
 
     def choose(
         self, drafts: Sequence[Sequence[Chances]], seqs: Sequence[int], step: UpcomingStep, *, trial: bool = False
     ) -> ChosenDrafts:
         """Returns the drafts and lengths that maximise the product of all sequences' speeds.
 
-        `drafts` are for each of the sequences `seqs` its drafts, at least one, as the chances of their tokens. With
-        `trial` the result is now and then a trial, with negative expected gain.
+        `drafts` has, for each of the sequence ids `seqs`, one or more drafts, each as the chances of its tokens. With
+        `trial` the result is now and then a trial.
         """
         longest = sum(max(map(len, curves)) for curves in drafts)
         if not longest or not self.cost.curve:
             return ChosenDrafts([0] * len(drafts), [0] * len(drafts), 0.0, 0.0)
-        lengths = self._lengths(seqs, step, min(step.most, longest))
+        lengths = self._lengths(seqs, step, min(step.max_more_rows, longest))
         best = self._best(drafts, lengths, 0)
         if trial and not best.gain and self._steps >= _TRIAL_INTERVAL_STEPS and self._trial_rows >= 1.0:
             self._steps = 0
@@ -170,16 +178,19 @@ class DraftChooser:
         return best
 
     def _lengths(
-        self, seqs: Sequence[int], step: UpcomingStep, most: int
+        self, seqs: Sequence[int], step: UpcomingStep, max_tokens: int
     ) -> Callable[[Sequence[Chances], int], DraftLengths]:
-        """Returns a function from one draft for each of `seqs`, and the least tokens in all, to the best lengths."""
+        """Returns a function that computes the best lengths, given one draft for each of `seqs` and the minimum number
+        of tokens in all."""
         if self.cost.layout.unified:
-            seconds = self.cost.unified_steps(step.rows, max(0, most), step.cells)
+            seconds = self.cost.unified_steps(step.rows, max(0, max_tokens), step.cells)
             seconds[1:] *= 1.0 + DRAFT_MARGIN
-            return lambda curves, least: best_lengths(curves, seconds, step.base_tokens, least=least)
+            return lambda curves, min_tokens: best_lengths(curves, seconds, step.base_tokens, min_tokens=min_tokens)
         columns = Columns.of(step.sequences, seqs)
         cost, steps = partial(self._per_slot_seconds, columns), max(16, _MAX_PAIRS // columns.intervals)
-        return lambda curves, least: best_lengths_per_slot(curves, cost, step.base_tokens, most, least, steps)
+        return lambda curves, min_tokens: best_lengths_per_slot(
+            curves, cost, step.base_tokens, max_tokens, min_tokens, steps
+        )
 
     def _per_slot_seconds(self, columns: Columns, lengths: StepMatrix) -> Seconds:
         seconds = self.cost.per_slot_steps(columns, columns.heights(lengths))
@@ -190,24 +201,24 @@ class DraftChooser:
         self,
         drafts: Sequence[Sequence[Chances]],
         lengths: Callable[[Sequence[Chances], int], DraftLengths],
-        least: int,
+        min_tokens: int,
     ) -> ChosenDrafts:
         """Returns the better of two choices.
 
-        The best of several drafts of a sequence depends on the price of a row in tokens, and that price on the number
-        of rows. The first choice takes the price of the last decision, the second that of the first.
+        The best of several drafts of a sequence depends on the cost of a row in tokens, and this cost on the number of
+        rows. The first choice uses the cost from the last call, the second the cost that results from the first.
         """
         price, picked = self._row_price, list[int]()
         best: ChosenDrafts | None = None
         for _ in range(2):
-            before, picked = picked, [pick_draft(curves, price) if len(curves) > 1 else 0 for curves in drafts]
-            if best is not None and picked == before:
+            previous, picked = picked, [pick_draft(curves, price) if len(curves) > 1 else 0 for curves in drafts]
+            if best is not None and picked == previous:
                 break
-            found = lengths([curves[i] for curves, i in zip(drafts, picked, strict=True)], least)
+            found = lengths([curves[i] for curves, i in zip(drafts, picked, strict=True)], min_tokens)
             if best is None or found.rate > best.rate:
                 best = ChosenDrafts(picked, found.lengths, found.rate, found.gain)
             price = found.row_price
-        assert best is not None, "the loop ran"
+        assert best is not None, "the first iteration sets it"
         self._row_price = price
         return best
 
@@ -217,28 +228,28 @@ class DraftChooser:
         self,
         curves: Sequence[Chances],
         seqs: Sequence[int],
-        bounds: tuple[int, int],
+        length_range: tuple[int, int],
         step: UpcomingStep,
         position_seconds: float,
         rate: float,
         prefill_seconds: float,
     ) -> tuple[int, float]:
-        """Returns the number of tokens that a batched proposer drafts for each of `seqs`, 0 if drafting does not pay,
-        and the tokens per second with it.
+        """Returns the number of tokens that a batched proposer drafts for each of `seqs`, and the tokens per second
+        with these drafts. The number is 0 if drafting does not pay.
 
-        `curves` are the expected chances of its tokens, `bounds` the least and the largest number, `position_seconds`
-        the time of one token for all of them, and `rate` the tokens per second without it. Now and then the result is a
-        trial although drafting is not expected to pay, if it could pay; `prefill_seconds` are then spent on histories
-        as well.
+        `curves` are the expected chances of the draft tokens, and `length_range` the minimum and the maximum number.
+        `position_seconds` is the time of one draft token for all of `seqs`, and `rate` the tokens per second without
+        these drafts. If drafting is not expected to pay but could pay, the result is now and then a trial, whose cost
+        includes `prefill_seconds` for histories.
         """
-        least, most = bounds
-        seconds = self._equal_steps(seqs, step, min(most, step.most // max(1, len(seqs))))
-        best = equal_lengths(curves, seconds, step.base_tokens, position_seconds, least)
+        min_tokens, max_tokens = length_range
+        seconds = self._equal_steps(seqs, step, min(max_tokens, step.max_more_rows // max(1, len(seqs))))
+        best = equal_lengths(curves, seconds, step.base_tokens, position_seconds, min_tokens)
         if best[0] and best[1] > rate:
             return best
-        optimistic = [[_OPTIMISTIC_CHANCE**position for position in range(1, 1 + most)]] * len(curves)
-        longest, possible = equal_lengths(optimistic, seconds, step.base_tokens, position_seconds, least)
-        tried = min(longest, max(least, TRIAL_TOKENS))
+        optimistic = [[_OPTIMISTIC_CHANCE**position for position in range(1, 1 + max_tokens)]] * len(curves)
+        longest, possible = equal_lengths(optimistic, seconds, step.base_tokens, position_seconds, min_tokens)
+        tried = min(longest, max(min_tokens, TRIAL_TOKENS))
         if not tried or possible <= rate:
             return 0, rate
         if (spent := tried * position_seconds + prefill_seconds) > self._trial_seconds:
@@ -246,11 +257,11 @@ class DraftChooser:
         self._trial_seconds -= spent
         return tried, rate
 
-    def _equal_steps(self, seqs: Sequence[int], step: UpcomingStep, most: int) -> Seconds:
-        """Returns the seconds, with the margin, of steps with 0 to `most` tokens for each of `seqs`."""
+    def _equal_steps(self, seqs: Sequence[int], step: UpcomingStep, max_tokens: int) -> Seconds:
+        """Returns the seconds, with `DRAFT_MARGIN`, of steps with 0 to `max_tokens` draft tokens for each of `seqs`."""
         if self.cost.layout.unified:
-            seconds = self.cost.unified_steps(step.rows, len(seqs) * most, step.cells)[:: max(1, len(seqs))]
+            seconds = self.cost.unified_steps(step.rows, len(seqs) * max_tokens, step.cells)[:: max(1, len(seqs))]
             seconds[1:] *= 1.0 + DRAFT_MARGIN
             return seconds
-        lengths = np.repeat(np.arange(1 + most, dtype=np.int16)[None], len(seqs), axis=0)
+        lengths = np.repeat(np.arange(1 + max_tokens, dtype=np.int16)[None], len(seqs), axis=0)
         return self._per_slot_seconds(Columns.of(step.sequences, seqs), lengths)

@@ -1,9 +1,9 @@
-"""Learned cost of a step, and the number of prompt rows that fit into it."""
+"""The cost of a step, learned from each step, and the number of prompt rows that fit into a step."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import exp, log
 from typing import NamedTuple
 
@@ -12,32 +12,35 @@ import numpy as np
 from engine.pace.curve import Curve, Seconds
 from engine.pace.passes import Columns, Indices, Layout, SequenceRows, StepMatrix, StepShape, segments, strips
 
-# Share of a new measurement in a running mean.
+# Weight of a new measurement in a running mean.
 _WEIGHT = 0.2
-# The same for the cost of prompt rows: an estimate that is too low makes steps too long, one that is too high only
-# slows prefill down, so a rise counts more than a fall.
+# The same weight for the seconds of a prompt row. An estimate that is too low makes steps too long, while one that is
+# too high only slows prefill down, so a rise has more weight than a fall.
 _RISE_WEIGHT, _FALL_WEIGHT = 0.4, 0.1
-# A measurement counts for at most this many times the mean: the machine is shared, and one delayed step must not make
-# the next ones long.
+# A measurement is capped at this many times the mean: the machine is shared, and one delayed step must not distort the
+# estimates.
 _OUTLIER_FACTOR = 1.5
-# Share of an error that is attributed to the rows of the pass, once these were measured often. Most of the rest is
-# attributed to the load factor, which all passes have in common.
+# Share of an error that is attributed to the number of rows of the pass, after many measurements of this number. Most
+# of the error is attributed to the load factor, which all passes have in common.
 _OWN_SHARE = 0.04
-# The same for a number of rows that was never measured.
+# The same share for a number of rows that was never measured.
 _NEW_SHARE = 0.5
-# Seconds of an attended cell, as a share of a pass of one row: a cost of zero could not be corrected by factors.
+# Minimum seconds of an attended cell, as a share of a pass of one row: learning multiplies, so it cannot correct a
+# zero.
 _MIN_CELL_SHARE = 1e-6
 # A chunk of a prompt has at least as many rows as make a row cost no more than this, relative to the best pass.
 _CHUNK_ROW_FACTOR = 1.15
-# Seconds after which a prompt without a first token gets twice the share of a step that it gets at first.
+# Seconds after which a short prompt without a first token gets twice the share of a step that it gets at first. A long
+# prompt gets it after the seconds of its own prefill: its length is no reason to slow down the decoding sequences.
 _SHARE_SECONDS = 3.0
-# Seconds after which a prompt without a first token may lengthen a step beyond the usual limit. Where requests arrive
-# faster than their prompts can be computed, the time to the first token would else grow without bound while other
-# sequences decode at full pace.
-_LIMIT_SECONDS = 15.0
-# One of so many steps with decoding sequences has no prompt rows, so that the cost of decoding alone is measured.
+# Waiting time, relative to the same seconds, beyond which a prompt may lengthen a step beyond the usual limit. Where
+# requests arrive faster than their prompts can be computed, the time to the first token would else grow without bound
+# while other sequences decode at full pace.
+_LIMIT_RATIO = 5.0
+# After this many steps with both decoding sequences and prompt rows, one step has no prompt rows, so that the cost of
+# decoding alone is measured.
 _REFRESH_STEPS = 16
-# A chunk below this fraction of the allowed rows, the end of a prompt, is no good measure of the cost of a row.
+# A chunk of less than this share of the allowed rows, such as the end of a prompt, does not measure the cost of a row.
 _MIN_CHUNK_SHARE = 0.25
 # A step has at most this many times the prompt rows of the last one, as estimates do not hold far beyond the measured
 # range.
@@ -45,7 +48,7 @@ _GROWTH_FACTOR = 2
 
 
 def blend(mean: float | None, value: float, weight: float = _WEIGHT) -> float:
-    """Returns the running mean after one more measurement. A mean of `None` has no measurements."""
+    """Returns the running mean `mean` after one more measurement, `value`. `None` is the mean of no measurements."""
     if mean is None:
         return value
     return mean + weight * (min(value, _OUTLIER_FACTOR * mean) - mean)
@@ -55,36 +58,44 @@ class StepTargets(NamedTuple):
     """Target seconds of a step."""
 
     step: float
-    """Of a step with decoding sequences; 0 is twice their own time."""
+    """Seconds of a step with decoding sequences; 0 is twice the seconds of the decoding sequences alone."""
     idle_step: float
-    """Of a step with prefill only."""
+    """Seconds of a step with prefill only."""
+
+
+class PrefillWait(NamedTuple):
+    """A prompt without a first token: seconds since its submission, and tokens that its prefill computes."""
+
+    seconds: float
+    tokens: int
 
 
 class StepCost:
-    """Seconds of a step by its passes and attended cells without prompts, and of each prompt row more.
+    """Cost model: seconds of a step by its passes and attended cells, plus seconds of each prompt row.
 
-    The decode of a step without prompts takes `load_factor * (sum of curve[rows of a pass] + row_cell * attended)`. The
-    curve is the model's on this machine and has jumps. The error of a measurement is divided among the three, and
-    counts for no more than `_OUTLIER_FACTOR`.
+    The decode of a step without prompts takes `load_factor * (sum of curve[rows of a pass] + row_cell * attended)`
+    seconds. The curve describes the model on this machine and has jumps. The error of a measurement, capped by
+    `_OUTLIER_FACTOR`, is divided among curve, `row_cell` and `load_factor`.
 
-    A prompt row costs more in a step with decoding sequences than in a long chunk alone, so there is a mean for each.
+    A prompt row costs more in a step with decoding sequences than in a long chunk alone, so each has its own mean.
     """
 
     def __init__(self, curve: Curve | None = None, layout: Layout | None = None, first_rows: int = 64) -> None:
-        """`layout` is that of the context whose steps are measured; unified KV by default."""
+        """`layout` is the layout of the measured context, by default unified KV. `first_rows` bounds the first prompt
+        chunk."""
         self.curve = curve or Curve()
         self.layout = layout or Layout()
         self.row_cell = 0.0
-        """Seconds of a pair of a row and an attended cell; 0 if not measured."""
+        """Seconds of a pair of a row and an attended cell; 0 before the first measurement."""
         self.load_factor = 1.0
-        """The cost of everything now, relative to the time when the curve was measured."""
+        """Current cost of all passes, relative to their cost when the curve was measured."""
         self.host_seconds = 0.0
-        """Seconds of a step outside the decode."""
+        """Mean seconds of a step outside the decode."""
         self._mixed_row: float | None = None
         self._prompt_row: float | None = None
         self._last_mixed_rows = 4
         self._last_prompt_rows = first_rows
-        self._allowed = 0  # prompt rows that the last step was allowed
+        self._allowed_rows = 0  # prompt rows that `prompt_rows` returned last
         self._mixed_steps = 0  # steps with prompt rows and decoding sequences since the last step without prompt rows
 
     def resident_cell(self, rows: int) -> float:
@@ -93,16 +104,17 @@ class StepCost:
 
     @property
     def extra_pass(self) -> float:
-        """Seconds by which a step grows if a pass of two rows is split; 0 with unified KV or if nothing was
-        measured."""
+        """Seconds by which a step grows if a pass of two rows is split. 0 with unified KV, or before the first
+        measurement."""
         if self.layout.unified or not self.curve:
             return 0.0
         return self.load_factor * max(0.0, 2 * self.curve.seconds(1) - self.curve.seconds(2))
 
     def cuts(self, rows: Sequence[SequenceRows]) -> list[int]:
-        """Returns where to cut decoding rows, in ascending order of their ids, into passes: the index after each part.
+        """Returns where to cut decoding rows, which are in ascending order of ids, into passes: the index after each
+        pass.
 
-        There is one part where attention skips the cells that a row does not attend to, or its cost is not known.
+        There are no cuts if attention skips the cells that a row does not attend to, or if the costs are unknown.
         """
         if self.layout.unified or self.layout.flash or not self.row_cell or not self.extra_pass:
             return [len(rows)]
@@ -115,7 +127,8 @@ class StepCost:
         self.host_seconds = blend(self.host_seconds or None, max(0.0, seconds))
 
     def set_load_factor(self, shape: StepShape, seconds: float) -> None:
-        """Sets the load factor by a step of one pass that takes `seconds` now; without a curve, begins one."""
+        """Sets the load factor so that a step of one pass, `shape`, costs `seconds`. An empty curve gets its first
+        point."""
         (rows,) = shape.passes
         if self.curve:
             self.load_factor = seconds / self._unscaled(shape)
@@ -124,13 +137,14 @@ class StepCost:
         self.row_cell = max(self.row_cell, _MIN_CELL_SHARE * self.curve.seconds(1))
 
     def observe(self, decode: StepShape, prompt_rows: int, seconds: float) -> None:
-        """Records a decode of `seconds`: `decode` is the shape of the step without its `prompt_rows`."""
+        """Records a decode that took `seconds`. `decode` is the shape of the step without its `prompt_rows` rows of
+        prompts."""
         if not prompt_rows:
-            refresh = self._mixed_steps >= _REFRESH_STEPS  # the first such step after many counts as several
+            refresh = self._mixed_steps >= _REFRESH_STEPS  # the first such step after many has more weight
             self._learn(decode, seconds, _RISE_WEIGHT if refresh else _WEIGHT)
             self._mixed_steps = 0
         elif not decode.passes:
-            if prompt_rows >= _MIN_CHUNK_SHARE * self._allowed:
+            if prompt_rows >= _MIN_CHUNK_SHARE * self._allowed_rows:
                 self._prompt_row = blend(self._prompt_row, seconds / prompt_rows)
                 self._last_prompt_rows = prompt_rows
         else:
@@ -144,23 +158,23 @@ class StepCost:
             return
         counts = Counter(shape.passes)
         costs = {rows: times * self.curve.seconds(rows) for rows, times in counts.items()}
-        bare, of_cells = sum(costs.values()), self.row_cell * shape.attended
-        expected = self.load_factor * (bare + of_cells)
+        of_rows, of_cells = sum(costs.values()), self.row_cell * shape.attended
+        expected = self.load_factor * (of_rows + of_cells)
         limit = log(_OUTLIER_FACTOR)
         error = max(-limit, min(limit, log(max(seconds, 1e-9) / expected)))
-        share, known = bare / (bare + of_cells), 0.0
+        share, attributed = of_rows / (of_rows + of_cells), 0.0
         for rows, cost in costs.items():
-            seen = self.curve.seen(rows)
-            own = (max(_OWN_SHARE, 0.5 / seen) if seen else _NEW_SHARE) * cost / bare
+            count = self.curve.num_measurements(rows)
+            own = (max(_OWN_SHARE, 0.5 / count) if count else _NEW_SHARE) * cost / of_rows
             self.curve.scale(rows, exp(own * share * error))
-            known += own
+            attributed += own
         self.row_cell *= exp(_OWN_SHARE * (1 - share) * error)
-        self.load_factor *= exp(weight * error * (1 - known))
+        self.load_factor *= exp(weight * error * (1 - attributed))
 
     def _observe_mixed(self, decode: StepShape, prompt_rows: int, seconds: float) -> None:
         if (alone := self.decode_seconds(decode)) > seconds:
-            self.load_factor *= (seconds / alone) ** _RISE_WEIGHT  # shorter still without the prompt
-        if prompt_rows >= _MIN_CHUNK_SHARE * self._allowed:
+            self.load_factor *= (seconds / alone) ** _RISE_WEIGHT  # without the prompt the step would be even shorter
+        if prompt_rows >= _MIN_CHUNK_SHARE * self._allowed_rows:
             each = max(seconds - self.decode_seconds(decode), 0.05 * seconds) / prompt_rows
             rises = self._mixed_row is None or each > self._mixed_row
             self._mixed_row = blend(self._mixed_row, each, _RISE_WEIGHT if rises else _FALL_WEIGHT)
@@ -170,25 +184,28 @@ class StepCost:
 
     @property
     def prompt_row(self) -> float:
-        """Seconds of a prompt row in a step without decoding sequences; 0 if none was measured."""
+        """Seconds of a prompt row in a step without decoding sequences; 0 before the first measurement."""
         return self._prompt_row or 0.0
 
     def decode_seconds(self, shape: StepShape) -> float:
-        """Returns the seconds of the decode of a step without prompt rows; 0 if nothing was measured."""
+        """Returns the seconds of the decode of a step without prompt rows; 0 before the first measurement."""
         return self.load_factor * self._unscaled(shape)
 
     def even_seconds(self, sequences: int, cells: int = 0) -> float:
-        """Returns the seconds of a decode of one row for each of `sequences`, which have `cells` cells together; 0 if
-        nothing was measured. Any thread may call."""
+        """Returns the seconds of a decode of one row for each of `sequences` sequences, which have `cells` cells
+        together.
+
+        Returns 0 before the first measurement. Any thread may call.
+        """
         return self.decode_seconds(self.layout.even(sequences, cells))
 
     def _unscaled(self, shape: StepShape) -> float:
         return sum(map(self.curve.seconds, shape.passes)) + self.row_cell * shape.attended
 
     def unified_steps(self, first: int, more: int, cells: int) -> Seconds:
-        """Returns the seconds of steps, host time included, of `first` up to `first + more` rows with unified KV.
+        """Returns the seconds, including host time, of steps of `first` up to `first + more` rows with unified KV.
 
-        `cells` cells are resident. Something was measured.
+        `cells` is the number of resident cells. Requires a measurement.
         """
         rows, ubatch = np.arange(first, first + more + 1), self.layout.ubatch
         line = self.curve.line(min(first + more, ubatch))
@@ -200,9 +217,10 @@ class StepCost:
         return self.load_factor * (bare + self.row_cell * cells * rows) + self.host_seconds
 
     def per_slot_steps(self, columns: Columns, heights: StepMatrix) -> Seconds:
-        """Returns the seconds of each of the steps `heights`, host time included, with per-slot KV.
+        """Returns the seconds, including host time, of each of the steps with per-slot KV whose columns have `heights`
+        rows.
 
-        Something was measured.
+        Requires a measurement.
         """
         found, steps = strips(columns, heights), heights.shape[1]
         totals = found.sequences * found.rows
@@ -215,16 +233,16 @@ class StepCost:
         return self.load_factor * seconds + self.host_seconds
 
     def _of_strips(self, sequences: Indices, rows: Indices) -> Seconds:
-        """Returns the seconds of strips without the cells that they attend to, before the load factor."""
+        """Returns the seconds of strips, without the cost of attended cells and without the load factor."""
         totals, ubatch = sequences * rows, self.layout.ubatch
-        most = int(totals.max(initial=0))
-        line = self.curve.line(min(most, ubatch))
-        if most <= ubatch:
+        largest = int(totals.max(initial=0))
+        line = self.curve.line(min(largest, ubatch))
+        if largest <= ubatch:
             return line.take(totals)
         each = np.maximum(1, ubatch // sequences)
         full, rest = np.divmod(rows, each)
-        seconds: Seconds = full * _cut(line, each * sequences, ubatch)
-        seconds += np.where(rest, _cut(line, rest * sequences, ubatch), 0.0)
+        seconds: Seconds = full * _pass_seconds(line, each * sequences, ubatch)
+        seconds += np.where(rest, _pass_seconds(line, rest * sequences, ubatch), 0.0)
         return seconds
 
     # ── prompts ──
@@ -235,23 +253,24 @@ class StepCost:
         step_seconds: float,
         idle_step_seconds: float,
         prefilling: float = 1.0,
-        waited: float = 0.0,
+        waits: Iterable[PrefillWait] = (),
     ) -> int:
         """Returns the prompt rows that fit into a step with `decode`: at least 1, but 0 if the step measures `decode`.
 
         A step with decoding sequences may take `step_seconds`. If that is 0, prefill gets as much time as decoding. It
         gets a multiple where there are more than one `prefilling` sequences for each decoding one, as few must not hold
-        up many, and where a prompt has `waited` for its first token: once more for each `_SHARE_SECONDS`. The limit is
-        then `idle_step_seconds`, the time of a step without decoding sequences, and twice that after
-        2 * `_LIMIT_SECONDS`. Within the limit a chunk is long enough to be efficient, see `_CHUNK_ROW_FACTOR`.
+        up many, and once more for each time that a prompt has waited as long as its own prefill takes, at least
+        `_SHARE_SECONDS`. The limit is then `idle_step_seconds`, the time of a step without decoding sequences, or up
+        to twice that beyond `_LIMIT_RATIO`. Within the limit a chunk is efficient, see `_CHUNK_ROW_FACTOR`.
         """
         if decode.passes and self._mixed_steps >= _REFRESH_STEPS:
             return 0
         if decode.passes:
             alone = self.decode_seconds(decode)
-            limit = idle_step_seconds * min(2.0, max(1.0, waited / _LIMIT_SECONDS))
-            equal = min(alone * max(prefilling, 1.0 + waited / _SHARE_SECONDS), limit)
             row = self._mixed_row or self._prompt_row
+            ratio = max((wait.seconds / max(_SHARE_SECONDS, wait.tokens * (row or 0.0)) for wait in waits), default=0.0)
+            limit = idle_step_seconds * min(2.0, max(1.0, ratio / _LIMIT_RATIO))
+            equal = min(alone * max(prefilling, 1.0 + ratio), limit)
             # With per-slot KV the chunk is a pass of its own.
             in_pass = decode.rows if self.layout.unified else 0
             if step_seconds:
@@ -263,34 +282,34 @@ class StepCost:
             rows = min(
                 _fit(idle_step_seconds, self._prompt_row or self._mixed_row), _GROWTH_FACTOR * self._last_prompt_rows
             )
-        self._allowed = max(1, rows)
-        return self._allowed
+        self._allowed_rows = max(1, rows)
+        return self._allowed_rows
 
     @property
     def _efficient_rows(self) -> int:
-        """The fewest rows of a pass that cost at most `_CHUNK_ROW_FACTOR` times as much each as the best measured pass;
-        0 if none was measured."""
+        """Minimum rows of a pass in which a row costs at most `_CHUNK_ROW_FACTOR` times as much as in the best measured
+        pass; 0 before the first measurement."""
         each = {rows: point.seconds / rows for rows, point in self.curve.points.items()}
         return min((rows for rows, cost in each.items() if cost <= _CHUNK_ROW_FACTOR * min(each.values())), default=0)
 
     def _cheapest_rows(self, others: int, rows: int) -> int:
-        """Returns about `rows`: the number of prompt rows at which a row of a pass with `others` is cheapest, where
-        measured."""
-        most = others + rows + rows // 8
+        """Returns a number near `rows`: that of prompt rows, in a pass with `others` other rows, for which the pass
+        costs least per row. Returns `rows` if the curve is not measured there."""
+        largest = others + rows + rows // 8
         first = others + max(1, rows // 2)
-        known = [total for total in self.curve.points if first <= total <= most]
-        if not known or most > max(self.curve.points):
+        known = [total for total in self.curve.points if first <= total <= largest]
+        if not known or largest > max(self.curve.points):
             return rows
-        line = self.curve.line(most)[first : most + 1]
-        return first + int(np.argmin(line / np.arange(first, most + 1))) - others
+        line = self.curve.line(largest)[first : largest + 1]
+        return first + int(np.argmin(line / np.arange(first, largest + 1))) - others
 
 
 def _fit(seconds: float, row_seconds: float | None) -> int:
-    """Returns the rows that fit into `seconds`; without a limit if the cost of a row is not known."""
+    """Returns the rows that fit into `seconds`; practically unlimited if the seconds of a row are unknown."""
     return int(seconds / row_seconds) if row_seconds else 2**30
 
 
-def _cut(line: Seconds, rows: Indices, ubatch: int) -> Seconds:
-    """Returns the seconds of passes of `rows` rows; more than `ubatch` cost in proportion."""
+def _pass_seconds(line: Seconds, rows: Indices, ubatch: int) -> Seconds:
+    """Returns the seconds of passes of `rows` rows by the curve `line`. More than `ubatch` rows cost in proportion."""
     seconds: Seconds = line[np.minimum(rows, ubatch)] * np.maximum(1.0, rows / ubatch)
     return seconds

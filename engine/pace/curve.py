@@ -1,6 +1,6 @@
-"""Seconds of a pass by its rows.
+"""The seconds of a pass as a function of its number of rows.
 
-The curve has jumps: the seconds of neighbouring numbers of rows may differ by half.
+The function has jumps: one more row can take half as long again.
 """
 
 from __future__ import annotations
@@ -16,70 +16,73 @@ Seconds = NDArray[np.float64]
 
 
 class CurvePoint(Struct):
-    """The mean of the measurements of one number of rows."""
+    """The mean seconds of the passes with one number of rows."""
 
     seconds: float
-    seen: int
-    """Number of measurements."""
+    measurements: int
+    """Number of measurements in the mean."""
 
 
 class Curve:
-    """A mean for each number of rows that was measured.
+    """The mean seconds of a pass for each measured number of rows.
 
-    Numbers of rows between two measured ones are interpolated linearly. Those beyond the last cost in proportion to
-    their rows, those before the first as much as the first.
+    Between two measured numbers of rows the seconds are interpolated linearly. Beyond the largest they grow in
+    proportion to the rows. Below the smallest they equal those of the smallest.
     """
 
-    def __init__(self, points: Mapping[int, float] | None = None, seen: int = 1) -> None:
-        """`points` are seconds by rows, each the mean of `seen` measurements."""
+    def __init__(self, points: Mapping[int, float] | None = None, measurements: int = 1) -> None:
+        """`points` are seconds by rows, each the mean of `measurements` measurements."""
         self._points: dict[int, CurvePoint] = {}
-        self._counts: list[int] = []  # in order
+        self._counts: list[int] = []  # measured numbers of rows, ascending
         self._line: Seconds = np.empty(0)
         for rows, seconds in (points or {}).items():
-            self.put(rows, seconds, seen)
+            self.put(rows, seconds, measurements)
 
     def __bool__(self) -> bool:
         return bool(self._points)
 
     @property
     def points(self) -> Mapping[int, CurvePoint]:
-        """The measurements by rows."""
+        """The measured points by rows."""
         return self._points
 
-    def put(self, rows: int, seconds: float, seen: int = 1) -> None:
-        """Sets the cost of `rows` rows."""
+    def put(self, rows: int, seconds: float, measurements: int = 1) -> None:
+        """Sets the seconds of a pass of `rows` rows, the mean of `measurements` measurements."""
         known = rows in self._points
-        self._points[rows] = CurvePoint(seconds, seen)
+        self._points[rows] = CurvePoint(seconds, measurements)
         if not known:  # after the point is stored, as another thread may call `seconds`
             insort(self._counts, rows)
         self._line = np.empty(0)
 
     def scale(self, rows: int, factor: float) -> None:
-        """Records a measurement of `rows` rows that was `factor` times the expected cost."""
+        """Multiplies the seconds of a pass of `rows` rows by `factor`, and counts one more measurement."""
         point = self._points.get(rows)
         if point is None:
             self.put(rows, factor * self.seconds(rows))
             return
         point.seconds *= factor
-        point.seen += 1
+        point.measurements += 1
         self._line = np.empty(0)
 
-    def seen(self, rows: int) -> int:
+    def num_measurements(self, rows: int) -> int:
         """Returns the number of measurements of `rows` rows."""
         point = self._points.get(rows)
-        return point.seen if point is not None else 0
+        return point.measurements if point is not None else 0
 
     def seconds(self, rows: int) -> float:
-        """Returns the seconds of a pass of `rows` rows; 0 if nothing was measured."""
+        """Returns the seconds of a pass of `rows` rows; 0 before the first measurement."""
         if (point := self._points.get(rows)) is not None:
             return point.seconds
         return float(self.line(rows)[rows]) if self._counts else 0.0
 
-    def line(self, most: int) -> Seconds:
-        """Returns the seconds by rows, from 0 to at least `most`, as a read-only array. Something was measured."""
+    def line(self, max_rows: int) -> Seconds:
+        """Returns the seconds of passes of 0 to at least `max_rows` rows, as a read-only array indexed by rows.
+
+        Requires a measurement.
+        """
         line = self._line
-        if len(line) <= most:
-            size = max(64, 1 << most.bit_length())
+        if len(line) <= max_rows:
+            size = max(64, 1 << max_rows.bit_length())
             counts = [*self._counts]
             line = np.interp(np.arange(size), counts, [self._points[rows].seconds for rows in counts])
             last = counts[-1]

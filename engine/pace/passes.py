@@ -1,4 +1,4 @@
-"""Passes over the weights that one decode takes, and the cells that its rows attend to. Pure functions of counts.
+"""Computes the passes over the weights of one decode, and the cells that its rows attend to. Pure functions of counts.
 
 llama.cpp splits a batch into passes (`llama-batch.cpp`). With unified KV a pass takes the next `ubatch` rows
 (`split_simple`). With per-slot KV a pass takes sequences whose ids are consecutive, each with the same number of rows
@@ -19,14 +19,14 @@ from engine.backend import Context
 # `llama_kv_cache::get_n_kv` rounds the cells of a pass up to a multiple of this.
 PADDED_CELLS = 256
 
+# Numbers of rows, [columns, steps], or of tokens, [drafts, steps], in alternative steps.
 StepMatrix = NDArray[np.int16]
-"""A number of rows or tokens for each column, or draft, of each of several alternative steps: [columns, steps]."""
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
 
 class SequenceRows(NamedTuple):
-    """Rows of one sequence in a step, and the cells that the sequence has before the step."""
+    """Number of rows of one sequence in a step, and number of cells that the sequence has before the step."""
 
     seq: int
     rows: int = 1
@@ -34,9 +34,9 @@ class SequenceRows(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One pass: `rows` rows of each of `sequences` sequences, from the one at index `first` on.
+    """One pass: `rows` rows of each of `sequences` consecutive sequences, the first of which has index `first`.
 
-    With unified KV a pass ignores sequences; all of its rows are counted as those of one sequence at index 0.
+    With unified KV all rows of a pass count as rows of one sequence with index 0.
     """
 
     first: int
@@ -45,17 +45,17 @@ class Pass(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Rows of all its sequences."""
+        """Rows of all sequences of the pass."""
         return self.sequences * self.rows
 
 
 class StepShape(NamedTuple):
-    """The properties of a step that its cost depends on."""
+    """The properties of a step that determine its cost."""
 
     passes: tuple[int, ...] = ()
     """Rows of each pass."""
     attended: int = 0
-    """Pairs of a row and a cell for which attention is computed."""
+    """Number of pairs of a row and a cell for which attention is computed."""
 
     @property
     def rows(self) -> int:
@@ -64,10 +64,12 @@ class StepShape(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The properties of a context that passes and attention depend on."""
+    """The properties of a context that determine passes and attended cells."""
 
     unified: bool = True
+    """True for unified KV, False for per-slot KV."""
     ubatch: int = 512
+    """Maximum rows of a pass."""
     flash: bool = False
     """True if attention skips the cells of a pass that a row does not attend to."""
 
@@ -81,18 +83,19 @@ class Layout(NamedTuple):
         return passes(rows, self.unified, self.ubatch)
 
     def shape(self, rows: Sequence[SequenceRows], resident: int = 0) -> StepShape:
-        """Returns the shape of a step of `rows` while `resident` cells of all sequences are in use."""
+        """Returns the shape of a step of `rows`. `resident` is the number of cells in use by all sequences."""
         found = self.passes(rows)
         return StepShape(tuple(each.total for each in found), attended(rows, found, self, resident))
 
     def even(self, sequences: int, cells: int = 0) -> StepShape:
-        """Returns the shape of a decode of one row for each of `sequences`, which have `cells` cells together."""
+        """Returns the shape of a decode of one row for each of `sequences` sequences, which have `cells` cells
+        together."""
         each = cells // max(1, sequences)
         return self.shape([SequenceRows(seq, 1, each) for seq in range(sequences)], cells)
 
 
 def passes(rows: Sequence[SequenceRows], unified: bool, ubatch: int) -> tuple[Pass, ...]:
-    """Returns the passes in the order in which llama.cpp computes them."""
+    """Returns the passes of a step of `rows`, in the order in which llama.cpp computes them."""
     if unified:
         full, rest = divmod(sum(part.rows for part in rows), ubatch)
         return (Pass(0, 1, ubatch),) * full + ((Pass(0, 1, rest),) if rest else ())
@@ -103,7 +106,7 @@ def passes(rows: Sequence[SequenceRows], unified: bool, ubatch: int) -> tuple[Pa
         if not left[first]:
             first += 1
             continue
-        # `split_equal` stops only after it has taken one sequence more than `ubatch`.
+        # llama.cpp's `split_equal` stops only once it has one sequence more than `ubatch`.
         end, limit = first + 1, min(count, first + ubatch + 1)
         while end < limit and left[end] and ids[end] == ids[end - 1] + 1:
             end += 1
@@ -117,9 +120,10 @@ def passes(rows: Sequence[SequenceRows], unified: bool, ubatch: int) -> tuple[Pa
 def attended(rows: Sequence[SequenceRows], found: Sequence[Pass], layout: Layout, resident: int = 0) -> int:
     """Returns the pairs of a row and a cell for which attention is computed in the passes `found` of `rows`.
 
-    With unified KV a row attends to all `resident` cells, with per-slot KV and flash attention to its sequence's.
-    Without flash attention every row of a pass costs as much as one of the longest sequence in the pass. The rows of
-    the step themselves count as one cell at most.
+    With unified KV a row attends to all `resident` cells. With per-slot KV and flash attention it attends to the cells
+    of its sequence. With per-slot KV but without flash attention it costs as much as a row of the longest sequence in
+    the pass. The cells that the step itself fills are left out, except for one that the padding without flash
+    attention includes.
     """
     if layout.unified:
         return resident * sum(part.rows for part in rows)
@@ -130,12 +134,12 @@ def attended(rows: Sequence[SequenceRows], found: Sequence[Pass], layout: Layout
 
 
 def segments(rows: Sequence[SequenceRows], pass_cells: float) -> list[int]:
-    """Returns where to cut `rows`, in ascending order of ids, into passes that are cheapest together: the index after
-    each segment, the last of them `len(rows)`.
+    """Returns where to cut `rows`, in ascending order of ids, into the cheapest passes: the index after each segment.
 
-    Without flash attention a row costs as much as the longest sequence of its pass, so a long sequence between short
-    ones is cheaper in a pass of its own. `pass_cells` is the cost of a pass in pairs of a row and a cell. Optimal, by
-    dynamic programming over the cuts (as Bellman 1961 fits curves by segments), for segments of consecutive ids.
+    The last index is `len(rows)`. Without flash attention a row costs as much as a row of the longest sequence of its
+    pass, so a long sequence between short ones can be cheaper in a pass of its own. `pass_cells` is the cost of a pass
+    in pairs of a row and a cell. The cuts are optimal for consecutive ids, by dynamic programming (as Bellman 1961 fits
+    curves by segments).
     """
     lengths, count = [padded(part.cells) for part in rows], len(rows)
     if count < 2 or sum((max(lengths) - own) * part.rows for own, part in zip(lengths, rows, strict=True)) < pass_cells:
@@ -156,7 +160,8 @@ def segments(rows: Sequence[SequenceRows], pass_cells: float) -> list[int]:
 
 
 def padded(cells: int) -> int:
-    """Returns the cells that a row of a sequence with `cells` cells costs without flash attention."""
+    """Returns the number of cells for which a row of a sequence with `cells` cells computes attention without flash
+    attention."""
     return (cells // PADDED_CELLS + 1) * PADDED_CELLS
 
 
@@ -164,65 +169,69 @@ def padded(cells: int) -> int:
 
 
 class Columns(NamedTuple):
-    """Sequences side by side in the order of their ids, as arrays over columns.
+    """The sequences of a step in ascending order of ids, as arrays over columns.
 
-    Sequences without drafts that have consecutive ids and equal numbers of rows share a column. A gap between ids is a
-    column without rows.
+    A sequence that gets a draft has a column of its own. Other sequences with consecutive ids and equal numbers of rows
+    share a column. A gap between ids is a column without rows.
     """
 
     rows: StepMatrix
     """Rows of each sequence of the column, [columns]."""
     sequences: Indices
+    """Number of sequences of the column."""
     cells: Floats
     """Cells of all sequences of the column together."""
     padded: Floats
     """Padded cells of the longest sequence of the column."""
     drafting: Indices
-    """The columns of the sequences that get drafts, in the order of the ids that `of` was given."""
+    """Indices of the columns of the sequences that get drafts, in the order of the argument `drafting` of `of`."""
 
     @classmethod
     def of(cls, rows: Sequence[SequenceRows], drafting: Collection[int]) -> Columns:
-        """Returns the columns of `rows`, where the sequences with the ids `drafting` have a column each."""
-        made: list[list[int]] = []
-        where, after = dict[int, int](), -1
+        """Returns the columns of `rows`. The sequences with the ids `drafting` get drafts."""
+        columns: list[list[int]] = []
+        column_of, next_id = dict[int, int](), -1
         for seq, count, cells in rows:
-            if made and seq != after:
-                made.append([0, 0, 0, 0])
+            if columns and seq != next_id:
+                columns.append([0, 0, 0, 0])
             if seq in drafting:
-                where[seq] = len(made)
-            elif made and seq - 1 not in where and made[-1][0] == count:
-                last = made[-1]
+                column_of[seq] = len(columns)
+            elif columns and seq - 1 not in column_of and columns[-1][0] == count:
+                last = columns[-1]
                 last[1:] = last[1] + 1, last[2] + cells, max(last[3], padded(cells))
-                after = seq + 1
+                next_id = seq + 1
                 continue
-            made.append([count, 1, cells, padded(cells)])
-            after = seq + 1
-        table = np.array(made, np.int64).reshape(len(made), 4)
+            columns.append([count, 1, cells, padded(cells)])
+            next_id = seq + 1
+        table = np.array(columns, np.int64).reshape(len(columns), 4)
         return cls(
             table[:, 0].astype(np.int16),
             table[:, 1].astype(np.intp),
             table[:, 2].astype(np.float64),
             table[:, 3].astype(np.float64),
-            np.array([where[seq] for seq in drafting], np.intp),
+            np.array([column_of[seq] for seq in drafting], np.intp),
         )
 
     @property
     def intervals(self) -> int:
-        """Number of intervals of columns."""
+        """Number of intervals of consecutive columns."""
         return len(self.rows) * (len(self.rows) + 1) // 2
 
     def heights(self, lengths: StepMatrix) -> StepMatrix:
-        """Returns the rows by column and step if draft i has `lengths[i, k]` tokens in step k."""
+        """Returns the rows of each sequence by column and step, if draft i has `lengths[i, k]` tokens in step k."""
         heights = np.repeat(self.rows[:, None], lengths.shape[1], axis=1)
         heights[self.drafting] += lengths
         return heights
 
 
 class Strips(NamedTuple):
-    """The passes of several alternative steps, as arrays: one strip is one pass unless it exceeds `ubatch` rows."""
+    """The passes of alternative steps, as arrays over strips. A strip is one pass, or several if it exceeds `ubatch`
+    rows."""
 
     step: Indices
+    """Index of the step."""
     sequences: Indices
+    """Number of sequences."""
     rows: Indices
     """Rows of each sequence."""
     padded: Floats
@@ -230,15 +239,15 @@ class Strips(NamedTuple):
 
 
 def strips(columns: Columns, heights: StepMatrix) -> Strips:
-    """Returns the strips of the steps whose columns have `heights` rows.
+    """Returns the strips of the steps in which the sequences of each column have `heights` rows.
 
-    A pass takes all rows that its sequences have in common. So each strip is a maximal interval of columns: its rows
-    are the smallest height in the interval, less the larger of the two heights beside the interval.
+    A pass takes all rows that its sequences have in common. So each strip is an interval of columns. Its rows are the
+    smallest height in the interval, minus the larger of the heights of the two columns next to the interval.
     """
     count, steps = heights.shape
     firsts, lasts = _intervals(count)
-    beside = np.zeros((count + 2, steps), np.int16)
-    beside[1:-1] = heights
+    bordered = np.zeros((count + 2, steps), np.int16)
+    bordered[1:-1] = heights
     rows = np.empty((len(firsts), steps), np.int16)
     low, end = heights.copy(), 0
     for width in range(1, count + 1):
@@ -246,7 +255,7 @@ def strips(columns: Columns, heights: StepMatrix) -> Strips:
             low = low[:-1]
             np.minimum(low, heights[width - 1 :], out=low)
         part = rows[end : end + len(low)]
-        np.maximum(beside[: len(low)], beside[width + 1 :], out=part)
+        np.maximum(bordered[: len(low)], bordered[width + 1 :], out=part)
         np.subtract(low, part, out=part)
         end += len(low)
     flat = rows.ravel()
@@ -260,7 +269,7 @@ def strips(columns: Columns, heights: StepMatrix) -> Strips:
 
 @lru_cache(64)
 def _intervals(count: int) -> tuple[Indices, Indices]:
-    """Returns the first and the last columns of all intervals of `count` columns, narrow ones first. Read-only."""
+    """Returns the first and the last column of each interval of `count` columns, by width, as read-only arrays."""
     widths = range(1, count + 1)
     firsts = np.concatenate([np.arange(count - width + 1) for width in widths])
     lasts = np.concatenate([np.arange(width - 1, count) for width in widths])
@@ -269,5 +278,5 @@ def _intervals(count: int) -> tuple[Indices, Indices]:
 
 @lru_cache(64)
 def _upper(count: int) -> NDArray[np.bool_]:
-    """Returns a square matrix that is true on and above the diagonal. Read-only."""
+    """Returns a read-only square matrix that is true on and above the diagonal."""
     return np.triu(np.ones((count, count), bool))

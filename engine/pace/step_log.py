@@ -1,4 +1,4 @@
-"""A line in the log for every hundred steps with decoding sequences."""
+"""A debug line in the log for every hundred steps with decoding sequences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LINE_STEPS = 100
 
 
 class StepLog:
-    """Sums over the steps since the last line."""
+    """Sums over the steps since the last log line."""
 
     def __init__(self) -> None:
         self._reset()
@@ -19,9 +19,9 @@ class StepLog:
         self._steps = self._sequences = self._drafted = self._accepted = 0
         self._gain = self._expected = self._measured = 0.0
 
-    def step(self, sequences: int, drafted: int, gain: float, expected: float, measured: float) -> None:
-        """Records a step: decoding sequences, drafted tokens, expected accepted tokens, expected and measured
-        seconds."""
+    def record_step(self, sequences: int, drafted: int, gain: float, expected: float, measured: float) -> None:
+        """Records a step with `sequences` decoding sequences and `drafted` draft tokens, of which `gain` are expected
+        to be accepted. `expected` and `measured` are its seconds."""
         self._steps += 1
         self._sequences += sequences
         self._drafted += drafted
@@ -29,11 +29,11 @@ class StepLog:
         self._expected += expected
         self._measured += measured
         if self._steps == _LINE_STEPS:
-            log.debug("%s", str(self))  # as a string, since the sums change before a handler formats them
+            log.debug("%s", str(self))  # formatted now, because the sums may change before a handler formats the record
             self._reset()
 
-    def accepted(self, tokens: int) -> None:
-        """Records accepted tokens of the last step."""
+    def record_accepted(self, tokens: int) -> None:
+        """Records `tokens` accepted draft tokens of the last step."""
         self._accepted += tokens
 
     def __str__(self) -> str:

@@ -1,13 +1,13 @@
-"""Sampling: from a row of logits to a token, and from a draft's rows to the accepted tokens.
+"""Sampling: picks a token from a row of logits, and verifies a draft by its rows.
 
-noise       keyed Gumbel noise: randomness as a function of seed, position and token
-candidates  the most likely tokens of a row, without sorting the vocabulary
+noise       keyed Gumbel noise: a function of seed, position and token
+candidates  selects the most likely tokens of a row without sorting the vocabulary
 truncate    top_k, typical_p, top_p, min_p, XTC
 penalties   repeat, presence and frequency penalties, DRY
-sampler     one request's sampler: all stages in order
-accept      verification of a draft by sampling the target
+sampler     applies all stages in order for one request
+accept      verifies a draft by sampling the target model
 logprobs    log probabilities of a row
-reasoning   the limit on reasoning tokens
+reasoning   ends reasoning that exceeds its budget
 """
 
 from engine.sampling.accept import sample_and_accept

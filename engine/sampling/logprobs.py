@@ -9,9 +9,9 @@ from engine.sampling.candidates import Row, peak_and_mass, top_candidates
 
 
 def logprob(row: Row, token: int, count: int) -> Logprob:
-    """Returns the log-softmax of `token`, with an error of at most 1e-5, and of the `count` most likely tokens.
+    """Returns the log-softmax of `token` and of the `count` most likely tokens, with an error of at most 1e-5.
 
-    The value is 0.0 only if all other tokens hold less than 1e-16 of the mass. Raises BadLogits.
+    A value is 0.0 only if all other tokens together have a probability below 1e-16. Raises BadLogits.
     """
     peak, mass = peak_and_mass(row)
     normaliser = math.log(mass)

@@ -1,15 +1,15 @@
-"""Keyed Gumbel noise: randomness that is a pure function of a seed, a position and a token.
+"""Keyed Gumbel noise: pseudorandom numbers that are a pure function of a seed, a position and a token.
 
-At temperature T, over the candidates that truncation left:
+At temperature T the picked token, among the candidates that remain after truncation, is
 
-    pick = argmax over token of logit[token] / T + gumbel(seed, position, token)
+    argmax over token of logit[token] / T + gumbel(seed, position, token)
 
-By the Gumbel-max trick (Gumbel 1954) the pick is an exact draw from softmax(logit / T). There is no generator state: a
-retry, a preemption, another batch or a draft cannot change a pick, and a draft model that picks with the same noise
-often agrees (Daliri, Musco, Suresh 2024). `position` is the number of tokens before the picked one.
+By the Gumbel-max trick (Gumbel 1954) the pick is an exact draw from softmax(logit / T). There is no generator state, so
+a retry, a preemption, another batch or a draft cannot change a pick. A draft model that uses the same noise often picks
+the same token (Daliri, Musco, Suresh 2024). `position` is the number of tokens before the picked one.
 
-The bits are SplitMix64's: seed and position are mixed, one after the other, into the start of a stream; the token id is
-the index in the stream.
+The random bits are those of SplitMix64: the start of a stream is a mix of seed and position, and the token id is the
+index in the stream.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from engine.splitmix import GOLDEN_GAMMA, WORD_MASK, finalize, finalize_array, mix
 
-# More than the range of the noise, -3.6 to 35.4: a token whose logit / T is this far below the maximum is never picked.
+# The noise is between -3.6 and 35.4, so a token whose logit / T is this far below the maximum is never picked.
 NOISE_SPAN = 40.0
 
-# Separates the seeds of choices from the streams of positions.
+# Makes the seeds of choices differ from the starts of streams.
 _CHOICE_KEY = 0x2545F4914F6CDD1D
-# Temporaries of more than 64 KiB cost more to map than to compute.
+# Tokens of one chunk, so that temporary arrays have at most 64 KiB: mapping larger ones takes longer than computing.
 _CHUNK_TOKENS = 8192
 _U14 = np.uint64(14)
 _GOLDEN_GAMMA_U64 = np.uint64(GOLDEN_GAMMA)
@@ -40,16 +40,16 @@ def gumbel(seed: int, position: int, tokens: NDArray[np.intp]) -> NDArray[np.flo
 
 
 def uniform(seed: int, position: int, stream: int = 0) -> float:
-    """Returns a number in (0, 1) that is independent of the noise of all tokens.
+    """Returns a uniform number in (0, 1) that is independent of the noise of all tokens.
 
-    `stream` numbers further independent draws.
+    Each value of `stream` gives an independent number.
     """
     bits = finalize(_stream_start(seed, position) + (WORD_MASK - stream) * GOLDEN_GAMMA & WORD_MASK)
     return ((bits >> 14) + 0.5) * 2.0**-50
 
 
 def derive_seed(seed: int, index: int) -> int:
-    """Returns the seed, below 2^63, of choice `index` of a request. Choice 0 has the request's own seed."""
+    """Returns the seed of choice `index` of a request, below 2^63. For choice 0 it is the request's own seed."""
     return mix(mix(seed ^ _CHOICE_KEY) + index) >> 1 if index else seed
 
 
@@ -63,7 +63,7 @@ def _gumbel(start: np.uint64, tokens: NDArray[np.intp]) -> NDArray[np.float64]:
     bits += start
     finalize_array(bits)
     bits >>= _U14
-    # 50 bits and a half: never 0, never 1, and after two logarithms a range below NOISE_SPAN.
+    # (bits + 0.5) / 2^50 is never 0 or 1, and after two logarithms its range is smaller than NOISE_SPAN.
     noise = bits.astype(np.float64)
     noise += 0.5
     noise *= 2.0**-50

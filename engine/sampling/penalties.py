@@ -1,6 +1,7 @@
-"""Penalties on tokens that would repeat recent ones, as llama.cpp's samplers define them.
+"""Penalties on tokens that would repeat recent tokens, as llama.cpp's samplers define them.
 
-All penalties change a row of logits in place. They look back on the prompt and the emitted tokens, as in llama-server.
+The functions change a row of logits in place. The history consists of the prompt and the emitted tokens, as in
+llama-server.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from engine.contract import SamplingParams
 from engine.sampling.candidates import Row
 from engine.text import TokenBytes
 
-# Float32 overflows soon after.
+# Logarithm of the maximum penalty; float32 overflows at 3e38.
 _MAX_LOG_PENALTY = math.log(1e30)
 
 
 def last_tokens(history: Sequence[int], last_n: int) -> Sequence[int]:
-    """Returns the `last_n` most recent tokens, oldest first; -1 means all tokens."""
+    """Returns the `last_n` most recent tokens of `history`, oldest first. -1 means all tokens."""
     return history if last_n < 0 else history[max(0, len(history) - last_n) :]
 
 
 def apply_penalties(row: Row, history: Sequence[int], params: SamplingParams) -> None:
-    """Applies the repeat, frequency and presence penalties to each of the `repeat_last_n` most recent tokens.
+    """Applies the repeat, frequency and presence penalties to the tokens among the `repeat_last_n` most recent ones.
 
-    The repeat penalty divides a positive logit and multiplies any other. The frequency penalty is subtracted once per
-    occurrence, the presence penalty once.
+    A positive logit is divided by the repeat penalty, any other logit is multiplied by it. The frequency penalty is
+    subtracted once for each occurrence of the token, the presence penalty once.
     """
     seen = np.array(last_tokens(history, params.repeat_last_n), np.intp)
     tokens, counts = np.unique(seen, return_counts=True)
@@ -40,11 +41,12 @@ def apply_penalties(row: Row, history: Sequence[int], params: SamplingParams) ->
 class DryPenalty:
     """DRY ("don't repeat yourself", p-e-w 2024): a penalty on each token that would extend a verbatim repeat.
 
-    If the last n tokens also occur earlier, the token that followed them there loses
-    `multiplier * base ** (n - allowed_length)`, once n is at least `allowed_length`; the longest repeat counts. A
-    repeat does not extend back over a sequence breaker, and breakers are never penalised. A token is a breaker if its
-    bytes contain one of the breaker texts; unlike in llama.cpp, a text that spans several tokens, or that of a control
-    token, is not recognised.
+    If the last n tokens also occur earlier, and n is at least `allowed_length`, then
+    `multiplier * base ** (n - allowed_length)` is subtracted from the logit of the token that followed them there. For
+    each token the longest repeat counts. A repeat ends at a sequence breaker, and breakers are never penalised.
+
+    A token is a breaker if its bytes contain one of the breaker texts. Unlike in llama.cpp, a breaker text is not
+    recognised if it spans several tokens or is the text of a control token.
     """
 
     def __init__(self, params: SamplingParams, token_bytes: TokenBytes) -> None:
@@ -54,7 +56,7 @@ class DryPenalty:
         self._breakers: dict[int, bool] = {}
 
     def apply(self, row: Row, history: Sequence[int]) -> None:
-        """Subtracts the penalties, in time linear in `dry_penalty_last_n`."""
+        """Subtracts the penalties from `row`, in time linear in `dry_penalty_last_n`."""
         shortest = self._params.dry_allowed_length
         tokens = list(last_tokens(history, self._params.dry_penalty_last_n))[::-1]
         repeats = repeat_lengths(tokens, shortest)
@@ -69,7 +71,7 @@ class DryPenalty:
         return math.exp(min(math.log(params.dry_multiplier) + growth, _MAX_LOG_PENALTY))
 
     def _unbroken(self, tokens: Sequence[int]) -> int:
-        """Returns the number of tokens, from the most recent one on, before the first breaker."""
+        """Returns the number of tokens before the first breaker. `tokens` are ordered from the most recent one."""
         return next((at for at, token in enumerate(tokens) if self._is_breaker(token)), len(tokens))
 
     def _is_breaker(self, token: int) -> bool:
@@ -83,17 +85,18 @@ class DryPenalty:
 def repeat_lengths(tokens: Sequence[int], shortest: int) -> dict[int, int]:
     """Returns, for each token that would extend a repeat of the most recent tokens, the length of the longest repeat.
 
-    `tokens` are ordered from the most recent one. Lengths do not count the token itself; those below `shortest` are
-    left out. Linear time by the Z-algorithm (Gusfield 1997, section 1.4), as DRY in koboldcpp and llama.cpp.
+    `tokens` are ordered from the most recent one. A length does not include the extending token. Lengths below
+    `shortest` are left out. The Z-algorithm (Gusfield 1997, section 1.4) takes linear time; koboldcpp and llama.cpp use
+    it for DRY too.
 
     >>> repeat_lengths("cbaycbccba", 1)
     {'y': 2, 'b': 1, 'c': 3}
     """
     longest: dict[int, int] = {} if shortest else dict.fromkeys(tokens[:-1], 0)
     total = len(tokens)
-    # lengths[at]: of the common beginning of tokens and tokens[at:].
+    # lengths[at] is the length of the common prefix of tokens and tokens[at:].
     lengths = [0] * total
-    # tokens[left:right] equals the beginning of tokens, and no such box from an earlier start ends later.
+    # tokens[left:right] is the match with a prefix of tokens, among those found so far, that ends last.
     left = right = 0
     for at in range(1, total):
         if tokens[at] != tokens[0]:

@@ -16,24 +16,24 @@ from engine.sampling.penalties import DryPenalty, apply_penalties
 from engine.sampling.truncate import truncate
 from engine.text import TokenBytes
 
-# A lower temperature would overflow the quotient, and gives the same picks.
+# Minimum divisor of logits. Division by a lower temperature would overflow, and would give the same picks.
 _MIN_TEMPERATURE = 1e-300
-# The derived seed of an independent sampler; no request has so many choices.
+# Index of the choice whose seed an independent sampler has. No request has so many choices.
 _INDEPENDENT_CHOICE = 2**32
-# A larger bias would overflow float32.
+# Maximum absolute bias; a larger one could overflow float32.
 _MAX_BIAS = 1e30
 _BANNED = np.float32(-np.inf)
 
 
 class Sampler:
-    """Picks the tokens of one request. It has no state that changes.
+    """Picks the tokens of one request.
 
-    A pick depends only on the parameters, the seed, the row and the history, so earlier picks and drafts cannot change
-    it.
+    A sampler has no mutable state: a pick depends only on the parameters, the seed, the row and the history, not on
+    earlier picks or drafts.
     """
 
     def __init__(self, request: Request, seed: int, ends: frozenset[int], token_bytes: TokenBytes) -> None:
-        """`ends` are the model's end tokens. Token ids in the request must be within the vocabulary."""
+        """`ends` are the model's end tokens. The token ids in the request must be below the size of the vocabulary."""
         params = request.sampling
         self._params = params
         self._seed = seed
@@ -61,11 +61,12 @@ class Sampler:
         discarded: int = 0,
         permitted: NDArray[np.bool_] | None = None,
     ) -> int:
-        """Returns the token after `history`, which is the prompt and the emitted tokens without `discarded` of them.
+        """Returns the next token. `history` is the prompt and the emitted tokens, without the `discarded` tokens that
+        context shifts removed.
 
-        `row` is not changed. Only `permitted` tokens, [vocabulary], are picked, and all stages treat the others as
-        banned. Bans, and biases of -inf, are ignored where they would leave no permitted token. Raises BadLogits if the
-        row has NaN, if its maximum is infinite or if every token is banned.
+        Does not change `row`. All stages treat tokens outside of the mask `permitted`, [vocabulary], as banned. Bias,
+        penalties and bans are ignored if they would leave no permitted token. Raises BadLogits if the row contains NaN,
+        if its maximum is infinite, or if every token is banned.
         """
         position = len(history) + discarded
         emitted = position - prompt_length
@@ -82,10 +83,11 @@ class Sampler:
         return self._draw(truncate(row, self._params, self._applies_xtc(position)), position)
 
     def _dominant(self, row: Row, emitted: int) -> int | None:
-        """Returns the most likely token if min_p drops all others, or at temperature 0, and bans do not matter.
+        """Returns the most likely token if it is certainly picked: at temperature 0, or if min_p drops all other
+        tokens.
 
-        None means that all stages are necessary. Most rows of most outputs are dominated, which takes a fraction of the
-        time.
+        Returns None if the token is banned or the stages must decide. Most rows of most outputs have a dominant token,
+        which takes a fraction of the time of all stages.
         """
         token = int(row.argmax())
         peak = row[token]
@@ -99,7 +101,7 @@ class Sampler:
         return token if _second_highest(row, token) < float(peak) + self._min_p_log else None
 
     def _draw(self, found: Candidates, position: int) -> int:
-        """Returns the token that the formula of `engine.sampling.noise` gives."""
+        """Returns the token that the formula in `engine.sampling.noise` picks."""
         if len(found.ids) == 1:
             return int(found.ids[0])
         scores = found.logits - found.logits.max()
@@ -116,7 +118,7 @@ class Sampler:
         return self._has_weights or bool(banned)
 
     def _adjusted(self, row: Row, history: Sequence[int], emitted: int) -> Row:
-        """Returns a copy of the row with bias, penalties and bans."""
+        """Returns a copy of the row with bias, penalties and bans applied."""
         row = row.copy()
         if self._bias is not None:
             self._bias.add(row)
@@ -129,9 +131,10 @@ class Sampler:
 
 
 def mask_row(row: Row, permitted: NDArray[np.bool_]) -> Row:
-    """Returns a copy of the row in which all tokens but the `permitted` ones are banned.
+    """Returns a copy of the row in which all tokens except the `permitted` ones are banned.
 
-    Writes only the smaller set of tokens: `np.where` over all takes two to three times as long.
+    Writes either the permitted or the other tokens, whichever are fewer: `np.where` over all takes two to three times
+    as long.
     """
     if 2 * np.count_nonzero(permitted) > len(row):
         masked = row.copy()
@@ -144,7 +147,8 @@ def mask_row(row: Row, permitted: NDArray[np.bool_]) -> Row:
 
 
 class _LogitBias:
-    """The `logit_bias` of a request: values added to logits. Values of one token add up; -inf bans it."""
+    """The `logit_bias` of a request: values that are added to logits. Several values of one token add up, and -inf bans
+    the token."""
 
     def __init__(self, pairs: Iterable[tuple[int, float]]) -> None:
         sums: dict[int, float] = {}
@@ -153,7 +157,7 @@ class _LogitBias:
         self._tokens = _ids(sums)
         values = np.array(list(sums.values()))
         self._values = np.where(np.isneginf(values), values, values.clip(-_MAX_BIAS, _MAX_BIAS))
-        assert self._tokens.min() >= 0, "the caller refuses token ids outside the vocabulary"
+        assert self._tokens.min() >= 0, "requests with token ids outside the vocabulary are refused earlier"
 
     def add(self, row: Row) -> None:
         row[self._tokens] = row[self._tokens] + self._values
@@ -164,7 +168,7 @@ def _ids(tokens: Iterable[int]) -> NDArray[np.intp]:
 
 
 def _second_highest(row: Row, token: int) -> float:
-    """Returns the highest logit of all tokens but `token`; -inf if there is no other token."""
+    """Returns the highest logit of all tokens except `token`; -inf if there is no other token."""
     if 0 < token < len(row) - 1:
         before, _, after = np.maximum.reduceat(row, (0, token, token + 1)).tolist()
         return float(max(before, after))
@@ -172,9 +176,9 @@ def _second_highest(row: Row, token: int) -> float:
 
 
 def _only_min_p(params: SamplingParams) -> float | None:
-    """Returns log(min_p), the distance below the maximum at which min_p drops tokens.
+    """Returns log(min_p): min_p drops the tokens whose logit is below the maximum plus this value.
 
-    None means that there is no min_p, or that another stage may drop the most likely token.
+    Returns None if min_p is off, or if another stage can drop the most likely token.
     """
     if params.min_p <= 0.0 or params.typical_p < 1.0 or params.xtc_probability > 0.0:
         return None

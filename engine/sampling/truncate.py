@@ -1,8 +1,8 @@
 """Truncation of the candidates: top_k, typical_p, top_p, min_p and XTC, as llama.cpp's samplers define them.
 
-The stages run in that order on the distribution at temperature 1, each on the candidates that the previous stage kept,
-with their probabilities renormalised. Each stage keeps at least one token and returns the kept ones as indices, a mask
-or a slice. Logits are float64, [candidates], finite and, unless stated otherwise, in any order.
+The stages run in this order, on the distribution at temperature 1. Each stage gets the candidates that the previous
+stage kept, with renormalised probabilities. Each stage keeps at least one candidate, and returns the kept ones as
+indices, a mask or a slice. Logits are float64, [candidates], finite and, unless stated otherwise, in any order.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ _Mask: TypeAlias = NDArray[np.bool_]
 
 
 def truncate(row: Row, params: SamplingParams, apply_xtc: bool) -> Candidates:
-    """Returns the tokens of a row that may be picked. Raises BadLogits."""
+    """Returns the candidates of a row after all stages. Raises BadLogits."""
     found = _top_k(row, params, apply_xtc)
     if params.typical_p < 1.0:
-        found = found.only(typical_p(found.logits, params.typical_p))
+        found = found.select(typical_p(found.logits, params.typical_p))
     if params.top_p < 1.0:
-        found = found.only(top_p(found.logits, params.top_p, found.mass))
+        found = found.select(top_p(found.logits, params.top_p, found.mass))
     if params.min_p > 0.0:
-        found = found.only(min_p(found.logits, params.min_p))
+        found = found.select(min_p(found.logits, params.min_p))
     if apply_xtc:
-        found = found.only(xtc(found.logits, params.xtc_threshold))
+        found = found.select(xtc(found.logits, params.xtc_threshold))
     return found
 
 
 def _top_k(row: Row, params: SamplingParams, apply_xtc: bool) -> Candidates:
-    """Applies top_k and excludes tokens that no later stage can keep or count.
+    """Applies top_k, and excludes tokens that cannot be picked and cannot affect a later stage.
 
-    Tokens `NOISE_SPAN` below the maximum hold less than 1e-12 of the mass at temperature 1, and tokens `NOISE_SPAN` * T
-    below it are never picked at temperature T. min_p depends only on the maximum and may therefore be applied early.
+    All tokens more than `NOISE_SPAN` below the maximum together hold less than 1e-12 of the mass at temperature 1.
+    Tokens more than `NOISE_SPAN` * T below the maximum are never picked at temperature T. min_p depends only on the
+    maximum, so it can be applied here.
     """
     temperature = params.temperature
     reach = NOISE_SPAN * max(temperature, 1.0)
@@ -55,40 +56,36 @@ def _top_k(row: Row, params: SamplingParams, apply_xtc: bool) -> Candidates:
 
 
 def typical_p(logits: _CandidateLogits, share: float) -> _Indices:
-    """Locally typical sampling (Meister et al. 2022).
-
-    Returns the tokens with a surprise nearest to the entropy, as many as hold more than `share` together, most likely
-    first.
+    """Locally typical sampling (Meister et al. 2022): keeps the fewest tokens that hold more than `share` of the mass
+    together, beginning with those whose surprise is closest to the entropy. Returns their indices, most likely first.
     """
     peak = logits.max()
     surprise = peak + np.log(np.exp(logits - peak).sum()) - logits
     probabilities = np.exp(-surprise)
-    strangeness = np.abs(surprise - (probabilities * surprise).sum())
-    kept = np.sort(_lowest(strangeness, probabilities, share))
+    deviation = np.abs(surprise - (probabilities * surprise).sum())
+    kept = np.sort(_lowest(deviation, probabilities, share))
     ranked: _Indices = kept[(-logits[kept]).argsort(kind="stable")]
     return ranked
 
 
 def top_p(logits: _CandidateLogits, share: float, mass: float | None = None) -> slice:
-    """Nucleus sampling (Holtzman et al. 2020): the fewest of the first `logits` that hold at least `share` of `mass`.
+    """Nucleus sampling (Holtzman et al. 2020): keeps the fewest first tokens that hold at least `share` of `mass`.
 
-    `logits` are ordered from the most likely one. `mass` is a sum of exp(logit - maximum); None means the sum over
-    `logits`.
+    `logits` are in descending order. `mass` is a sum of exp(logit - maximum); None means the sum over `logits`.
     """
     held = np.exp(logits - logits[0]).cumsum()
     return slice(int(held.searchsorted(share * (held[-1] if mass is None else mass))) + 1)
 
 
 def min_p(logits: _CandidateLogits, share: float) -> _Mask:
-    """Keeps the tokens with at least `share` of the probability of the most likely one."""
+    """Keeps the tokens whose probability is at least `share` times that of the most likely token."""
     kept: _Mask = logits >= logits.max() + math.log(share)
     return kept
 
 
 def xtc(logits: _CandidateLogits, threshold: float) -> _Mask:
-    """Exclude top choices (p-e-w 2024): drops tokens of probability `threshold` or more except the least likely one.
-
-    A threshold above one half excludes nothing.
+    """Exclude top choices (p-e-w 2024): drops the tokens with a probability of at least `threshold`, except the least
+    likely of them. A threshold above 0.5 drops nothing.
     """
     weights = np.exp(logits - logits.max())
     above = (weights >= threshold * weights.sum()).nonzero()[0]
@@ -99,10 +96,8 @@ def xtc(logits: _CandidateLogits, threshold: float) -> _Mask:
 
 
 def _lowest(scores: NDArray[np.float64], weights: NDArray[np.float64], share: float) -> _Indices:
-    """Returns the indices of the lowest scores in order, as many as have weights that add up to more than `share`.
-
-    Sorts at most eight times as many scores as necessary.
-    """
+    """Returns the indices of the lowest scores, in ascending order of score: the fewest whose weights add up to more
+    than `share`. Sorts at most eight times as many scores as necessary."""
     size = 256
     while size < len(scores):
         near = (scores <= np.partition(scores, size)[size]).nonzero()[0]

@@ -46,24 +46,25 @@ class SimBackend:
         )
 
     def close(self) -> None:
-        """Does nothing: no native object is held."""
+        """Does nothing, as the backend has no native objects."""
 
 
-def open_sim(config: EngineConfig, progress: LoadProgress, go_on: Callable[[], bool]) -> SimBackend:
-    """Returns the simulated backend. Raises ModelError if `config.sim.cost` is neither a cost nor a file of one."""
+def open_sim(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[], bool]) -> SimBackend:
+    """Returns the simulated backend. `keep_loading` is not called. Raises ModelError if `config.sim.cost` is neither
+    the name of a cost nor a cost file."""
     context = SimContext(config, read_cost(config.sim.cost))
     progress(1.0)
     return SimBackend(config, context)
 
 
 def sim_proposers(config: EngineConfig) -> ProposerFactory | None:
-    """Returns the factory of simulated proposers. `None` means the usual proposers."""
+    """Returns the factory of simulated proposers; None if the usual proposers are used."""
     if not (config.sim.on and config.sim.accept):
         return None
 
-    def speculate(request: Request) -> dict[str, Proposer]:
+    def proposers_of(request: Request) -> dict[str, Proposer]:
         if request.speculation is not None and not request.speculation.type:
             return {}
         return {"simulated": SimProposer(config.sim.seed, config.sim.accept)}
 
-    return speculate
+    return proposers_of

@@ -1,4 +1,4 @@
-"""KV cells and decodes of the simulated model."""
+"""The context of the simulated model: KV cells and decodes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from engine.sim.costs import SimCost
 from engine.sim.hashing import Hashes, draws, next_hash
 from engine.sim.vocab import END_TOKEN, FIRST_WORD_TOKEN, OUTPUT_WORDS, VOCAB_SIZE
 
-# Logit of the next word; every other word has 0.
+# Logit of the next word. The logit of every other word is 0.
 _NEXT_WORD_LOGIT = 40.0
+# Mean number of tokens before the end token.
 _MEAN_OUTPUT_TOKENS = 256
-# Standard deviation of a step's time, as a fraction of the time.
+# Standard deviation of a step's time, relative to the time.
 _JITTER = 0.03
 # Cells of all slots together if the configuration gives no number.
-_DEFAULT_CONTEXT_TOKENS = 8192
-# KV is per slot where each slot gets at least as many tokens, unless the configuration names a layout.
-_LEAST_PER_SLOT_TOKENS = 1024
+_DEFAULT_CELLS = 8192
+# Minimum number of tokens per slot for per-slot KV, if the configuration gives no layout.
+_MIN_SLOT_TOKENS = 1024
 
 
 class SimSnapshot(NamedTuple):
@@ -37,14 +38,14 @@ class SimSnapshot(NamedTuple):
     hashes: array[int]
 
     def cut(self, start: int, end: int) -> State | None:
-        """Returns the start and the hashes of the positions from `start` up to `end`; `None` if there are fewer."""
+        """Returns `start` and the hashes of positions from `start` up to `end`; None if the sequence is shorter."""
         if end > len(self.hashes):
             return None
         return np.array([start, *self.hashes[start:end]], np.uint64).view(np.uint8)
 
 
 class SimContext:
-    """Implements `engine.backend.Context`. Each cell holds one hash of all tokens up to its position."""
+    """Implements `engine.backend.Context`. A cell holds a hash of all tokens up to its position."""
 
     partial, divisible, shifts = True, True, False
     prefill_rows = 1
@@ -52,8 +53,8 @@ class SimContext:
 
     def __init__(self, config: EngineConfig, cost: SimCost) -> None:
         batch, unified = config.batch, config.model.kv_unified
-        self.cells = batch.context or _DEFAULT_CONTEXT_TOKENS
-        self.unified = self.cells < _LEAST_PER_SLOT_TOKENS * batch.slots if unified is None else unified
+        self.cells = batch.context or _DEFAULT_CELLS
+        self.unified = self.cells < _MIN_SLOT_TOKENS * batch.slots if unified is None else unified
         self.sequences = 2 * batch.slots + 17 if self.unified else batch.slots
         self.sequence_cells = self.cells if self.unified else self.cells // batch.slots
         self.outputs = batch.outputs or max(128, 8 * batch.slots)
@@ -66,7 +67,7 @@ class SimContext:
         self._random = Random(self._seed)
         self._aborted = Event()
         self._hashes = [array("Q") for _ in range(self.sequences)]
-        # With unified KV: the cells of each sequence, the number of sequences that share each cell, the unused cells.
+        # Unified KV: the cells of each sequence, the number of sequences that hold each cell, and the unused cells.
         self._pool_cells: list[list[int]] = [[] for _ in range(self.sequences)]
         self._references = [0] * self.cells
         self._free_cells = list(range(self.cells))
@@ -76,10 +77,10 @@ class SimContext:
     # ── decode ──
 
     def decode(self, host_work: HostWork = no_host_work) -> Logits:
-        """Returns the logits of the batch's rows with outputs, after the time of the step.
+        """Returns the logits of the batch's rows with `output`, after the simulated time of the step.
 
-        `host_work` is called first. An abort shortens a running decode, and every later decode raises Aborted. Raises
-        NoFreeCells with the cells unchanged.
+        `host_work` is called before the wait. `abort` ends the wait of a running decode, which still returns its
+        logits. Raises Aborted after `abort`, and NoFreeCells with the cells unchanged.
         """
         begun = time.perf_counter()
         if self._aborted.is_set():
@@ -88,7 +89,7 @@ class SimContext:
         if self.unified:
             fits = self.batch.rows <= len(self._free_cells)
         else:
-            fits = all(count <= self.room(seq) for seq, count, _ in rows)
+            fits = all(count <= self.free_positions(seq) for seq, count, _ in rows)
         if not fits:
             raise NoFreeCells
         seconds = self._cost.seconds(self._layout.shape(rows, self.cells - len(self._free_cells)))
@@ -100,7 +101,7 @@ class SimContext:
         return logits
 
     def _step_rows(self) -> list[SequenceRows]:
-        """Returns the rows of each sequence in the batch."""
+        """Returns the number of rows and the length of each sequence in the batch."""
         seqs, starts = np.unique(self.batch.seq[: self.batch.rows], return_index=True)
         assert self.unified or (np.diff(starts) > 0).all(), "ids ascend in the batch"
         ends = [*starts[1:].tolist(), self.batch.rows]
@@ -109,12 +110,12 @@ class SimContext:
             for seq, start, end in zip(seqs.tolist(), starts.tolist(), ends, strict=True)
         ]
 
-    def room(self, seq: int) -> int:
-        """Returns the number of positions that `seq` can still get."""
+    def free_positions(self, seq: int) -> int:
+        """Returns the number of positions that can be added to `seq`."""
         return len(self._free_cells) if self.unified else self.sequence_cells - self.length(seq)
 
     def _append(self) -> Hashes:
-        """Allocates cells for the batch's rows and returns the hashes of the rows with outputs."""
+        """Allocates cells for the batch's rows. Returns the hashes of the rows with `output`."""
         batch, found = self.batch, array("Q")
         columns = (column[: batch.rows].tolist() for column in (batch.seq, batch.token, batch.output))
         last = -1
@@ -147,13 +148,14 @@ class SimContext:
         return rows[: len(hashes)]
 
     def abort(self) -> None:
-        """Ends the wait of the running decode and makes every later decode raise Aborted. Callable from any thread."""
+        """Ends the wait of the running decode, and makes every later decode raise Aborted. Any thread may call it."""
         self._aborted.set()
 
     # ── cells ──
 
     def copy(self, source: int, target: int, length: int) -> bool:
-        """Gives `target` the first positions of `source`: the same cells with unified KV, else cells of its own."""
+        """Copies the first `length` positions of `source` to the empty `target`: the same cells with unified KV, new
+        cells with per-slot KV. Always returns True."""
         assert not self._hashes[target], "the target is empty"
         self._hashes[target] = self._hashes[source][:length]
         self._pool_cells[target] = self._pool_cells[source][:length]
@@ -162,7 +164,7 @@ class SimContext:
         return True
 
     def cut(self, seq: int, length: int) -> bool:
-        """Drops positions from `length` on."""
+        """Drops the positions of `seq` from `length` on. Always returns True."""
         cells = self._pool_cells[seq]
         for cell in cells[length:]:
             self._references[cell] -= 1
@@ -177,15 +179,16 @@ class SimContext:
             self.cut(seq, 0)
 
     def save(self, seq: int) -> Snapshot | None:
-        """Returns the hashes of `seq`."""
+        """Returns a snapshot of `seq`."""
         return SimSnapshot(self._hashes[seq][:])
 
     def load(self, seq: int, parts: Sequence[StatePart]) -> bool:
-        """Appends `parts` to `seq`; returns False if there are too few cells or a state is too short."""
+        """Appends `parts` to `seq`. Returns False, with nothing changed, if there are too few cells or a state lacks
+        positions."""
         end = self.length(seq)
         assert not parts or parts[0].start == end, "the first part continues the sequence"
         assert all(one.end == other.start for one, other in pairwise(parts)), "parts are consecutive"
-        if sum(part.end - part.start for part in parts) > self.room(seq):
+        if sum(part.end - part.start for part in parts) > self.free_positions(seq):
             return False
         loaded: list[int] = []
         for state, start, stop in parts:
@@ -198,7 +201,7 @@ class SimContext:
         return True
 
     def shift(self, state: State, start: int, end: int, by: int) -> State | None:
-        """Returns `None`: a hash belongs to its position."""
+        """Returns None, as hashes cannot be moved to other positions."""
         return None
 
     def intact(self, seq: int, length: int) -> bool:
@@ -206,5 +209,5 @@ class SimContext:
         return self.length(seq) == length
 
     def length(self, seq: int) -> int:
-        """Returns the positions of `seq`."""
+        """Returns the number of positions of `seq`."""
         return len(self._hashes[seq])

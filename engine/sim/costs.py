@@ -1,4 +1,4 @@
-"""Time of a simulated step: named costs, and costs measured by `paceline cost`."""
+"""Costs of simulated steps: named costs, and costs that `paceline cost` measured."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ import msgspec
 from engine.contract import ModelError
 from engine.pace import Calibration, Curve, StepShape
 
+# Returns the seconds of a pass for its number of rows.
 PassCost = Callable[[int], float]
-"""Seconds of a pass by its rows."""
 
 
 def free(rows: int) -> float:
-    """Returns 0."""
+    """Returns 0 seconds for any pass."""
     return 0.0
 
 
 def flat(rows: int) -> float:
-    """Returns the seconds of a pass on a simulated GPU, where rows are nearly free."""
+    """Returns the seconds of a pass as on a GPU: 20 ms, and little more for each row."""
     return 0.020 + 0.00005 * rows
 
 
 def linear(rows: int) -> float:
-    """Returns the seconds of a pass in which a row costs the same in a batch as alone."""
+    """Returns the seconds of a pass that takes 20 ms for each row."""
     return 0.020 * rows
 
 
 class SimCost(NamedTuple):
-    """Cost of a step by its passes and by its pairs of a row and an attended cell."""
+    """Cost of a step: the sum over its passes, and an amount for each pair of a row and a cell that the row attends
+    to."""
 
     pass_seconds: PassCost
     row_cell: float = 0.0
-    """Seconds of a pair of a row and an attended cell."""
+    """Seconds for each pair of a row and an attended cell."""
     flash: bool = True
-    """True if attention skips the cells of a pass that a row does not attend to."""
+    """True for flash attention, which skips the cells that a row does not attend to."""
 
     def seconds(self, shape: StepShape) -> float:
         """Returns the seconds of a step."""
@@ -48,9 +49,9 @@ SIM_COSTS = {"free": SimCost(free), "flat": SimCost(flat), "linear": SimCost(lin
 
 
 def read_cost(name: str) -> SimCost:
-    """Returns the cost `name` of SIM_COSTS, or the cost in the file `name`, written by `paceline cost -o FILE.json`.
+    """Returns the cost `name` in `SIM_COSTS`, or the cost in the file `name`, which `paceline cost -o FILE.json` wrote.
 
-    Raises ModelError.
+    Raises ModelError if there is no such cost and the file cannot be read.
     """
     if name in SIM_COSTS:
         return SIM_COSTS[name]

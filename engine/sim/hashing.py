@@ -1,6 +1,7 @@
 """Hashes of token histories, from which the simulated model draws its output.
 
-A hash is a linear congruential generator (Knuth's MMIX) that adds a token in each step.
+A hash is the state of a linear congruential generator (Knuth's MMIX). The increment of each step is the next token plus
+1.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from engine.splitmix import WORD_MASK
 
 Hashes = NDArray[np.uint64]
 
+# Multiplier of Knuth's MMIX generator.
 HISTORY_FACTOR = 6364136223846793005
+# Second multiplier of SplitMix64's finalizer.
 DRAW_FACTOR = 0x94D049BB133111EB
 
 
 def next_hash(history: int, token: int) -> int:
-    """Returns the hash of a history with the hash `history` and one more token."""
+    """Returns the hash of a history plus `token`. `history` is the hash of the history."""
     return (history * HISTORY_FACTOR + token + 1) & WORD_MASK
 
 

@@ -1,4 +1,4 @@
-"""A proposer that computes the output of the simulated model."""
+"""A proposer that drafts the output of the simulated model with a given acceptance."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from engine.splitmix import WORD_MASK
 
 _MAX_DRAFT_TOKENS = 16
 _WORD_COUNT = len(OUTPUT_WORDS)
-# Bits of a hash that decide whether a draft token is right.
+# Bits of a hash that determine whether a draft token is correct.
 _CHANCE_MASK = 2**16 - 1
 
 
 class SimProposer:
-    """Implements `engine.speculate.Proposer`: each draft token is right with chance `accept`."""
+    """Implements `engine.speculate.Proposer`. Each draft token is correct with probability `accept`."""
 
     def __init__(self, seed: int, accept: float) -> None:
-        """`seed` is that of the simulated model."""
+        """`seed` is the seed of the simulated model."""
         self._accept = accept
         self._tokens = array("i")
-        self._hashes = array("Q", (seed,))  # after 0, 1, 2 ... tokens
+        self._hashes = array("Q", (seed,))  # hash after the first 0, 1, 2 ... tokens
 
     def begin(self, tokens: Sequence[int]) -> None:
-        """Sets the history."""
+        """Sets the history to `tokens`."""
         self.observe(tokens)
 
     def propose(self, limit: int) -> Draft:
-        """Returns the next words, some replaced by wrong ones; a wrong word does not affect the words after it."""
+        """Returns up to `limit` next words. Some are replaced by wrong words, which do not affect the words after
+        them."""
         history, words, threshold = self._hashes[-1], list[int](), self._accept * _CHANCE_MASK
         for _ in range(min(limit, _MAX_DRAFT_TOKENS)):
-            # `draws` and `next_hash` inlined: the calls would take half the time.
+            # `draws` and `next_hash` are inlined, as calls would take half of the time.
             mixed = (history ^ history >> 31) * DRAW_FACTOR & WORD_MASK
             drawn = mixed >> 40
-            right = (mixed >> 16 & _CHANCE_MASK) < threshold
-            words.append(FIRST_WORD_TOKEN + (drawn if right else drawn + 1) % _WORD_COUNT)
+            correct = (mixed >> 16 & _CHANCE_MASK) < threshold
+            words.append(FIRST_WORD_TOKEN + (drawn if correct else drawn + 1) % _WORD_COUNT)
             history = (history * HISTORY_FACTOR + FIRST_WORD_TOKEN + drawn % _WORD_COUNT + 1) & WORD_MASK
         return Draft(words)
 
@@ -52,10 +53,11 @@ class SimProposer:
         del self._tokens[length:], self._hashes[length + 1 :]
 
     def shift(self, keep: int, discard: int) -> None:
-        """Removes the `discard` tokens after the first `keep` and hashes the tokens after them anew."""
+        """Removes the `discard` tokens after the first `keep` tokens, and computes the hashes of the remaining ones
+        again."""
         rest = self._tokens[keep + discard :]
         self.truncate(keep)
         self.observe(rest)
 
     def end(self) -> None:
-        """Does nothing: no statistics outlive the request."""
+        """Does nothing, as no statistics are kept after the request."""

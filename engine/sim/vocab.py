@@ -1,4 +1,4 @@
-"""Vocabulary of the simulated model: bytes, common words, and pairs of lower-case letters."""
+"""Vocabulary of the simulated model: single bytes, common words, and pairs of lower-case letters."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _WORDS = (
     "than into them can only other time new some could these two may first then do any like my now over such our man "
     "me even most made after also did many"
 )
-# Each word of the output has a space before it.
+# Words of the output. The token of a word begins with a space.
 OUTPUT_WORDS = _WORDS.split()
 
 END_TOKEN = 0
-# Tokens are the end token, 256 bytes, the words, and 26 * 26 pairs of letters, in this order.
+# The token ids are, in this order: the end token, 256 bytes, the words, and 26 * 26 pairs of letters.
 FIRST_WORD_TOKEN = 257
 VOCAB_SIZE = FIRST_WORD_TOKEN + len(OUTPUT_WORDS) + 26 * 26
 
 
 class SimVocab:
-    """Implements `engine.backend.Vocab`. Every text has tokens, most texts half as many as bytes."""
+    """Implements `engine.backend.Vocab`. Any text can be tokenized; most texts have half as many tokens as bytes."""
 
     kind = 0
     added = (-1, -1)
@@ -37,7 +37,8 @@ class SimVocab:
         assert self.size == VOCAB_SIZE, "tokens are bytes, words and pairs"
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """Returns token ids: words first, then pairs, then bytes. No text is a special token."""
+        """Returns the token ids of `text`: words where possible, else pairs of letters, else bytes. `special` has no
+        effect, as no text is a special token."""
         return [self._ids[spelled] for spelled in self._pattern.findall(text.encode("utf-8", "replace"))]
 
     def piece(self, token: int) -> bytes:
@@ -45,5 +46,5 @@ class SimVocab:
         return self._token_bytes[token]
 
     def text(self, token: int) -> str:
-        """Returns the token as readable text."""
+        """Returns the token as text; `<end>` for the end token."""
         return "<end>" if token == END_TOKEN else self._token_bytes[token].decode("utf-8", "replace")

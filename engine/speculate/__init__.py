@@ -2,14 +2,14 @@
 
 proposer              the protocols of proposers, and their drafts
 ngram_simple, ngram_map, ngram_mod, ngram_cache, suffix, prediction, grammar, draft_model    one type each
-ngram_index, ngram_counts, suffix_tree    data structures of these
-vocabulary            whether the vocabulary of a draft model fits
-shared_data           data that proposers share, and its files
-proposer_stats        counts, times and acceptance of one type, and their lines in the log
-tracked_proposer      a proposer with its draft and its statistics
+ngram_index, ngram_counts, suffix_tree    data structures of the proposers
+vocabulary            comparison of vocabularies, for draft models and for files of token ids
+shared_data           data that the proposers of all requests share, and the files of that data
+proposer_stats        counts, times and acceptance of one type of proposer, and its lines in the log
+tracked_proposer      a proposer of one sequence with its draft and its statistics
 sequence_proposers    all proposers of one sequence
 planner               the drafts that one step verifies, for all sequences
-speculative_decoding  all of it for one engine
+speculative_decoding  proposers, shared data, statistics and planner of one engine
 lookup                builds the static file of ngram_cache
 """
 

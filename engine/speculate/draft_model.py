@@ -1,7 +1,7 @@
-"""Type `draft`: a smaller model with the same vocabulary drafts for all sequences, one batch per draft position.
+"""`draft`: a smaller model with the same vocabulary drafts for all sequences, with one batch for each draft position.
 
-The draft model has a KV cache of its own, in which prefixes are shared as in the target model's. The rows of
-accepted tokens are committed and those of rejected tokens rolled back, so that no accepted token is computed twice.
+The draft model has its own KV cache, in which sequences share prefixes as in the target model's. The rows of accepted
+tokens are committed and the rows of rejected tokens rolled back, so that no accepted token is computed twice.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from engine.speculate.proposer import BatchedDraftRequest, Draft, DraftBounds, n
 
 log = logging.getLogger("paceline.speculation")
 
-Pick = Callable[[Logits, Sequence[int], int], int]
-"""Picks a token from a row, a history, and the number of tokens that context shifts discarded from it."""
+# Picks a token, given a row of logits, a history, and the number of tokens that context shifts discarded from it.
+PickToken = Callable[[Logits, Sequence[int], int], int]
 
-# Up to so many uncomputed tokens of a history are computed in the pass of the first draft token.
+# A history with at most this many uncomputed tokens is computed in the same pass as the first draft tokens.
 CATCH_UP_TOKENS = 8
 
 
 class DraftSequence:
-    """One sequence in the draft model: its history, its allocation while it has one, and its draft."""
+    """One sequence in the draft model: its history, its draft, and, while it is active, its allocation."""
 
     type = "draft"
 
-    def __init__(self, model: DraftModel, salt: str, bounds: DraftBounds, pick: Pick | None = None) -> None:
-        """`pick` picks the tokens of drafts; without it they are the likeliest ones."""
+    def __init__(self, model: DraftModel, salt: str, bounds: DraftBounds, pick: PickToken | None = None) -> None:
+        """`pick` picks the tokens of drafts. `None` means the most likely tokens."""
         self.salt = salt
         self.bounds = bounds
         self._pick = pick
@@ -44,46 +44,49 @@ class DraftSequence:
         self.history = array("i")
         self.allocation: Allocation | None = None
         self.computed = 0
-        """Tokens of the history in cells."""
+        """Number of tokens of the history in cells."""
         self.tokens: list[int] = []
-        """The draft; its first `drafted` tokens have rows after those of the history."""
+        """The draft. Its first `drafted` tokens are in cells, after those of the history."""
         self.chances: list[float] = []
-        """For each token of the draft its probability by the draft model."""
+        """The draft model's probability of each token of the draft."""
         self.drafted = 0
         self.joint_chance = 1.0
-        """The product of `chances`."""
+        """Product of `chances`."""
         self._model = model
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens of the history that are not in cells."""
+        """Number of tokens of the history that are not in cells."""
         return len(self.history) - self.computed
 
     @property
     def seq(self) -> int:
-        """Its sequence id in the draft model's KV cache. Only with an allocation."""
+        """The sequence id in the draft model's KV cache. Valid only with an allocation."""
         assert self.allocation is not None, "an active draft sequence has an allocation"
         return self.allocation.seq
 
     def begin(self, tokens: Sequence[int]) -> None:
-        """Sets the history. Nothing is computed before a draft is requested."""
+        """Sets the history. No token is computed before a draft is requested."""
         self.history.extend(tokens)
 
     def propose(self, limit: int) -> Draft:
-        """Returns the draft that `DraftModel.draft` has made for the sequence since the last `observe`."""
+        """Returns the draft that `DraftModel.draft` made since the last `observe`, within the bounds."""
         return self.bounds.trim(Draft(tuple(self.tokens[:limit]), tuple(self.chances[:limit])))
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
-        """Appends `emitted` to the history. Commits the rows of drafted tokens in it, and rolls the others back."""
+        """Appends `emitted` to the history. Commits the rows of drafted tokens that were emitted, and rolls back the
+        others."""
         self.history.extend(emitted)
         self.end_draft(emitted)
 
     def end_draft(self, emitted: Sequence[int] = ()) -> None:
-        """Drops the draft. Commits its rows that equal the first of `emitted`, the end of the history, and rolls the
-        others back."""
+        """Drops the draft. `emitted` are the last tokens of the history. The draft's rows are committed up to the first
+        token that differs from them, and the other rows are rolled back."""
         if self.allocation is not None and self.drafted:
             accepted = num_matching(self.tokens[: self.drafted], emitted)
-            accepted = max(0, min(accepted, self.num_uncomputed - 1))  # one row is left to compute for the next draft
+            accepted = max(
+                0, min(accepted, self.num_uncomputed - 1)
+            )  # one token stays uncomputed: its row gives the next draft
             self._model.kv.commit(self.seq, self.tokens[:accepted])
             self.computed += accepted
             if accepted < self.drafted:
@@ -91,18 +94,19 @@ class DraftSequence:
         self.tokens, self.chances, self.drafted, self.joint_chance = [], [], 0, 1.0
 
     def truncate(self, length: int) -> None:
-        """Cuts the history. The remaining prefix is matched again before the next draft."""
+        """Cuts the history to `length` tokens. The remaining prefix is matched before the next draft."""
         del self.history[length:]
         self.release()
 
     def shift(self, keep: int, discard: int) -> None:
-        """Shifts the history. The remaining prefix is matched again before the next draft."""
+        """Removes the `discard` tokens after the first `keep`. The remaining prefix is matched before the next
+        draft."""
         del self.history[keep : keep + discard]
         self._discarded += discard
         self.release()
 
     def pick(self, row: Logits) -> int:
-        """Returns the next token after history and draft by `row`, of the draft model. Raises BadLogits."""
+        """Returns the next token after history and draft, picked from the draft model's `row`. Raises BadLogits."""
         if self._pick is None:
             return argmax_token(row)
         drafted = len(self.tokens)
@@ -113,7 +117,7 @@ class DraftSequence:
             del self.history[len(self.history) - drafted :]
 
     def release(self) -> None:
-        """Releases the allocation. Its rows stay resident as a prefix for any sequence."""
+        """Releases the allocation. Its cells become an idle prefix for any sequence."""
         self.end_draft()
         if self.allocation is not None:
             self._model.kv.release(self.seq, keep=True)
@@ -121,7 +125,7 @@ class DraftSequence:
             self._model.active.remove(self)
 
     def end(self) -> None:
-        """Ends the sequence."""
+        """Ends the sequence, and releases its allocation."""
         self.release()
 
 
@@ -129,23 +133,24 @@ _DraftRequest = BatchedDraftRequest[DraftSequence]
 
 
 class _HistoryRows(NamedTuple):
-    """Rows of one pass for the history of one sequence."""
+    """The rows of one pass that compute uncomputed tokens of one sequence's history."""
 
     request: _DraftRequest
     rows: int
-    drafts: bool
-    """True if the last row gives the first token of a draft."""
+    starts_draft: bool
+    """True if the logits of the last row give the first token of a draft."""
 
 
 class DraftModel:
     """The draft model of an engine, a `BatchedProposer`. Belongs to the engine thread."""
 
     def __init__(self, backend: Backend, vocabulary: int, cost: StepCost | None = None) -> None:
-        """`vocabulary` is the number of tokens of the target model, and `cost` the cost of the draft model's steps."""
+        """`vocabulary` is the size of the target model's vocabulary, and `cost` the cost model of the draft model's
+        steps."""
         self.context = backend.context
         self.kv = KVCache(backend.context)
         self.active: list[DraftSequence] = []
-        """The sequences with an allocation, the oldest first."""
+        """The sequences with an allocation, oldest first."""
         self.fault = ""
         self._ends = backend.vocab.ends
         self._vocabulary = vocabulary
@@ -154,9 +159,9 @@ class DraftModel:
         self._pick_seconds: float | None = None
 
     def draft(self, requests: Sequence[_DraftRequest], seconds: float) -> None:
-        """Makes the drafts of `requests`, after it has prefilled histories for about `seconds`.
+        """Makes the drafts of `requests` after at most about `seconds` of prefill of their histories.
 
-        A sequence whose history is not prefilled by then, or for which there are no cells, gets no draft.
+        A sequence gets no draft if its history is not prefilled by then, or if there are too few cells.
         """
         if self.fault:
             return
@@ -165,46 +170,46 @@ class DraftModel:
             active = self._prefill(requests, seconds)
             while active:
                 begun = time.perf_counter()
-                going = [request for request, row in active if self._add_token(request, row)]
+                continued = [request for request, row in active if self._add_token(request, row)]
                 self._pick_seconds = blend(self._pick_seconds, (time.perf_counter() - begun) / len(active))
-                active = self._extend(going)
+                active = self._extend(continued)
         except NoFreeCells:
             self._preempt()
         except Aborted:
-            pass  # the engine closes
+            pass  # the engine is being closed
         except NativeFault as error:
             self._fail(str(error))
 
     def _close_gap(self) -> None:
-        """Moves a sequence so that ids stay dense, as with per-slot KV consecutive ids share a pass."""
-        self.kv.price(Costs(compute=self._cost.prompt_row, extra_pass=self._cost.extra_pass))
+        """Moves a sequence to close a gap between ids: with per-slot KV, only consecutive ids share a pass."""
+        self.kv.set_costs(Costs(compute=self._cost.prompt_row, extra_pass=self._cost.extra_pass))
         if any(sequence.drafted for sequence in self.active):
-            return  # rows that are not committed cannot be moved
+            return  # uncommitted rows cannot be moved
         if (moved := self.kv.close_gap()) is not None:
             sequence = next(sequence for sequence in self.active if sequence.seq == moved[0])
             sequence.allocation = Allocation(moved[1], sequence.computed)
 
     def position_seconds(self, sequences: int) -> float:
-        """Returns the seconds of one token for each of `sequences`; 0 if nothing was measured."""
+        """Returns the seconds of one draft token for each of `sequences`; 0 before the first measurement."""
         return self._cost.even_seconds(sequences) + sequences * (self._pick_seconds or 0.0)
 
     def prefill_tokens(self, sequence: DraftSequence) -> int:
-        """Returns the tokens of its history to prefill before its next draft, except those that need no pass of their
-        own."""
+        """Returns the number of tokens of the history that must be prefilled in passes of their own before the next
+        draft."""
         uncomputed = sequence.num_uncomputed
         if sequence.allocation is None:
             uncomputed -= self.kv.match(sequence.history, sequence.salt).length
         return max(0, uncomputed - CATCH_UP_TOKENS)
 
     def prefill_seconds(self, tokens: int) -> float:
-        """Returns the seconds of the prefill of `tokens` tokens; 0 if nothing was measured."""
+        """Returns the seconds of the prefill of `tokens` tokens; 0 before the first measurement."""
         return self._cost.prompt_row * tokens
 
     # ── histories ──
 
     def _prefill(self, requests: Sequence[_DraftRequest], seconds: float) -> list[tuple[_DraftRequest, Logits]]:
-        """Computes uncomputed tokens of the histories in one pass. Returns the requests of the sequences that can draft
-        now, each with its row of logits."""
+        """Computes uncomputed tokens of the histories in one batch. Returns the requests whose histories are complete,
+        each with its last row of logits."""
         parts = self._parts([request for request in requests if self._admit(request)], seconds)
         if not parts:
             return []
@@ -212,40 +217,45 @@ class DraftModel:
         batch = self.context.batch
         batch.clear()
         firsts = []
-        for (sequence, _, _), rows, drafts in parts:
+        for (sequence, _, _), rows, starts_draft in parts:
             start = sequence.computed
-            firsts.append(batch.add(sequence.seq, start, sequence.history[start : start + rows], int(drafts)))
+            firsts.append(batch.add(sequence.seq, start, sequence.history[start : start + rows], int(starts_draft)))
         begun, shape = time.perf_counter(), self._shape([(part.request.sequence, part.rows) for part in parts])
         logits = self._decode()
-        long = any(rows > CATCH_UP_TOKENS for _, rows, _ in parts)
-        self._cost.observe(StepShape() if long else shape, batch.rows if long else 0, time.perf_counter() - begun)
+        prefills = any(rows > CATCH_UP_TOKENS for _, rows, _ in parts)
+        seconds = time.perf_counter() - begun
+        self._cost.observe(StepShape() if prefills else shape, batch.rows if prefills else 0, seconds)
         for (sequence, _, _), rows, _ in parts:
             self.kv.commit(sequence.seq, sequence.history[sequence.computed : sequence.computed + rows])
             sequence.computed += rows
-        return [(part.request, logits[first]) for part, first in zip(parts, firsts, strict=True) if part.drafts]
+        return [(part.request, logits[first]) for part, first in zip(parts, firsts, strict=True) if part.starts_draft]
 
     def _parts(self, requests: Sequence[_DraftRequest], seconds: float) -> list[_HistoryRows]:
-        """Returns the rows of a pass: of sequences that can draft now, then as many of longer histories as fit."""
-        room, parts = self.context.batch.capacity, []
+        """Returns the rows of a batch: first short histories, which are completed, then as many tokens of long ones as
+        fit."""
+        free_rows, parts = self.context.batch.capacity, []
         for request in requests:
             uncomputed = request.sequence.num_uncomputed
-            if uncomputed <= min(CATCH_UP_TOKENS, room):
+            if uncomputed <= min(CATCH_UP_TOKENS, free_rows):
                 parts.append(_HistoryRows(request, uncomputed, request.limit > 0))
-                room -= uncomputed
-        rest = min(room, self._cost.prompt_rows(StepShape(), 0.0, seconds))
+                free_rows -= uncomputed
+        prompt_rows = min(free_rows, self._cost.prompt_rows(StepShape(), 0.0, seconds))
         for request in requests:
             uncomputed = request.sequence.num_uncomputed
-            if uncomputed > CATCH_UP_TOKENS and rest > 0:
-                rows = min(uncomputed, rest)
-                rest -= rows
+            if uncomputed > CATCH_UP_TOKENS and prompt_rows > 0:
+                rows = min(uncomputed, prompt_rows)
+                prompt_rows -= rows
                 parts.append(_HistoryRows(request, rows, rows == uncomputed and request.limit > 0))
         return parts
 
     def _admit(self, request: _DraftRequest) -> bool:
-        """Allocates cells if its history and a draft fit. Returns True if the sequence has an allocation."""
+        """Allocates cells to the sequence if its history and a draft fit. Returns True if the sequence can be
+        computed."""
         sequence = request.sequence
         sequence.end_draft()
-        if not sequence.num_uncomputed:  # its last draft was not verified, and its last row is gone
+        if (
+            not sequence.num_uncomputed
+        ):  # its last draft was not verified, and the logits of its last row are overwritten
             sequence.release()
         history = sequence.history
         if not history or len(history) + request.limit > self.context.sequence_cells:
@@ -256,7 +266,7 @@ class DraftModel:
         if sequence.allocation is None:
             match = self.kv.match(history, sequence.salt)
             need = len(history) - match.length + request.limit
-            if need > self.kv.free + self.kv.evictable - match.idle:
+            if need > self.kv.free_cells + self.kv.evictable_cells - match.idle_cells:
                 return False
             sequence.allocation = self.kv.allocate(match)
             sequence.computed = sequence.allocation.cached
@@ -266,7 +276,8 @@ class DraftModel:
     # ── drafts ──
 
     def _add_token(self, request: _DraftRequest, row: Logits) -> bool:
-        """Adds the token picked from `row` to the draft. Returns True if the draft continues."""
+        """Adds the token picked from `row` to the draft, if it is likely enough. Returns True if the draft
+        continues."""
         sequence = request.sequence
         row = self._aligned(row)
         try:
@@ -284,12 +295,13 @@ class DraftModel:
         )
 
     def _aligned(self, row: Logits) -> Logits:
-        """Returns `row` with as many tokens as the target model has; tokens unknown to the draft model get `-inf`."""
+        """Returns `row` at the size of the target model's vocabulary. Tokens that the draft model lacks get `-inf`."""
         missing = self._vocabulary - len(row)
         return np.pad(row, (0, missing), constant_values=-np.inf) if missing > 0 else row[: self._vocabulary]
 
     def _extend(self, requests: Sequence[_DraftRequest]) -> list[tuple[_DraftRequest, Logits]]:
-        """Computes the last token of each draft. Returns the requests, each with its row of logits."""
+        """Computes the last token of each draft. Returns the requests in the order of sequence ids, with their
+        logits."""
         if not requests:
             return []
         batch = self.context.batch
@@ -306,23 +318,24 @@ class DraftModel:
 
     def _shape(self, rows: Sequence[tuple[DraftSequence, int]]) -> StepShape:
         parts = [SequenceRows(sequence.seq, count, sequence.computed) for sequence, count in rows]
-        return self._cost.layout.shape(parts, self.kv.resident)
+        return self._cost.layout.shape(parts, self.kv.used_cells)
 
     def _decode(self) -> Logits:
         self.kv.evict(self.context.batch.rows)
         logits = self.context.decode()
-        self.kv.step()
+        self.kv.count_step()
         return logits
 
     # ── full cells and failures ──
 
     def _preempt(self) -> None:
-        """Releases the newest sequence, so that its cells can be evicted. Called when no cells are free."""
+        """Releases the sequence that was allocated last, so that its cells can be evicted. Called when a batch finds no
+        cells."""
         if self.active:
             self.active[-1].release()
 
     def _fail(self, reason: str) -> None:
-        """Ends all drafting: the content of the cells is unknown after a failed pass."""
+        """Ends all drafting, because the content of the cells is unknown after a failed decode."""
         self.fault = f"the draft model failed and drafts no more: {reason}"
         log.error("%s", self.fault)
         for sequence in [*self.active]:

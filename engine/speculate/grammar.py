@@ -9,9 +9,9 @@ from engine.speculate.proposer import NO_DRAFT, Draft
 
 
 class GrammarProposer:
-    """Drafts the only tokens that the grammar permits next. The model accepts each of them.
+    """Drafts the tokens that are the only ones that the grammar permits. Verification accepts all of them.
 
-    The request's `Matcher` has already consumed the emitted tokens, so the proposer keeps no history.
+    The request's `Matcher` contains the state after the emitted tokens, so the proposer keeps no history.
     """
 
     def __init__(self, matcher: Matcher) -> None:

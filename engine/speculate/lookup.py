@@ -1,4 +1,4 @@
-"""Builds the file of corpus counts that `ngram-cache` loads, as llama.cpp's llama-lookup-create does."""
+"""Builds the file of corpus counts that `ngram-cache` loads, like llama.cpp's `llama-lookup-create`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.speculate.vocabulary import vocabulary_digest
 def build_lookup(vocab: Vocab, texts: Iterable[str], path: Path, progress: Callable[[int], None]) -> None:
     """Writes the n-gram counts of `texts` to `path`. Calls `progress` with the UTF-8 bytes of each counted text.
 
-    Raises OSError if the file cannot be written; then an earlier file stays.
+    Raises OSError if the file cannot be written; an earlier file then stays.
     """
 
     def tokens() -> Iterator[list[int]]:

@@ -1,10 +1,10 @@
 """`ngram-cache`: drafts from counts of the tokens that followed the last 1 to 4 tokens.
 
-The counts are those of the request's own context, of other requests and of a corpus. Drafting is llama.cpp's
-(common/ngram-cache.cpp, common_ngram_cache_draft). llama-server learns nothing from single tokens, keeps a request's
-counts for the next request of the slot, and reads before the start of short histories; here every token is counted at
-once and the counts of a context end with its request. With empty `dynamic` and `static` counts this is prompt lookup
-decoding.
+The counts are those of the request's own context, of other requests and of a corpus. Drafts are chosen as in llama.cpp
+(common/ngram-cache.cpp, common_ngram_cache_draft). llama-server does not count single tokens, keeps a request's counts
+for the next request of the slot, and accesses memory before the start of short histories. Here each token is counted at
+once, and the counts of a context are dropped with its request. With empty `dynamic` and `static` counts the method is
+prompt lookup decoding.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from engine.speculate.ngram_counts import (
 )
 from engine.speculate.proposer import NO_DRAFT, Draft
 
-# By n-gram size: the least total count, and the least percentage of one follower. None is below 50 %, as
-# `best_follower` requires.
+# For n-grams of 1, 2, 3 and 4 tokens: the minimum total count, and the minimum percentage of the drafted follower.
+# `best_follower` requires percentages of at least 50.
 _CONTEXT_THRESHOLDS = ((2, 66), (2, 50), (1, 50), (1, 50))
 _DYNAMIC_THRESHOLDS = ((4, 75), (3, 66), (2, 66), (2, 66))
 
@@ -32,9 +32,9 @@ _DYNAMIC_THRESHOLDS = ((4, 75), (3, 66), (2, 66), (2, 66))
 class NgramCacheProposer:
     """Drafts the most frequent follower of the longest n-gram with enough counts.
 
-    The counts of this request come first, then the `dynamic` ones, to which all requests add every token and which keep
-    truncated and shifted histories, then the `static` ones, which are only read. The bigrams of `static` also weight
-    the candidates of the other two.
+    The request's own counts have priority over `dynamic` counts, and these over `static` counts. All requests add their
+    tokens to `dynamic`, where they stay after a truncation or shift. `static` is read-only; its counts of bigrams also
+    weight the candidates of the other two.
     """
 
     def __init__(self, dynamic: NgramCounts, static: NgramCounts, n_max: int = 8) -> None:
@@ -50,7 +50,7 @@ class NgramCacheProposer:
         self.observe(tokens)
 
     def propose(self, limit: int) -> Draft:
-        """Returns tokens with their share of the followers of their n-gram as their chances."""
+        """Returns a draft. The chance of a token is its share of the counted followers of its n-gram."""
         tokens: list[int] = []
         chances: list[float] = []
         tail = self._history[-NGRAM_SIZES[-1] :]
@@ -75,7 +75,7 @@ class NgramCacheProposer:
             del self._history[length:]
 
     def shift(self, keep: int, discard: int) -> None:
-        """Removes the `discard` tokens after the first `keep` and counts the context anew."""
+        """Removes the `discard` tokens after the first `keep`, and counts the remaining context from scratch."""
         del self._history[keep : keep + discard]
         self._context = NgramCounts()
         self._context.add(self._history, 0)
@@ -85,7 +85,7 @@ class NgramCacheProposer:
         self._history, self._context = [], NgramCounts()
 
     def _next_token(self, keys: Sequence[int]) -> tuple[int, float] | None:
-        """Returns the next token and its share; `keys` are the `suffix_keys` of the history."""
+        """Returns the next token and its share of the counts. `keys` are the `suffix_keys` of the history."""
         static = self._static.find(keys[1]) if len(keys) > 1 else None
         for counts, thresholds in ((self._context, _CONTEXT_THRESHOLDS), (self._dynamic, _DYNAMIC_THRESHOLDS)):
             for size in range(len(keys) - 1, -1, -1):
@@ -100,13 +100,13 @@ def best_follower(
 ) -> tuple[int, float] | None:
     """Returns the follower with the largest weighted count, and its share of all counts.
 
-    The weight is 100 times the follower's count in `static`, and 1 without one. Of equals the larger count wins, then
-    the smaller token. Returns None if the counts add up to less than `min_total` or the share is less than
-    `min_percent`, which is at least 50.
+    The weight is 100 times the follower's count in `static`, or 1 if `static` lacks the follower. The larger count,
+    then the smaller token id, decides between equal weighted counts. Returns None if the counts add up to less than
+    `min_total`, or if the share is less than `min_percent`, which is at least 50.
     """
     if isinstance(followers, int):
         return (followers & TOKEN_MASK, 1.0) if followers >> TOKEN_BITS >= min_total else None
-    # No follower has a larger share than the top one; only a follower in `static` can have a larger weighted count.
+    # The top follower has the largest share. Only a follower in `static` can have a larger weighted count.
     if followers.total < min_total or 100 * followers.top_count < min_percent * followers.total:
         return None
     if static is None:

@@ -18,15 +18,16 @@ from engine.speculate.vocabulary import token_file_format
 NGRAM_SIZES = (1, 2, 3, 4)
 # Drafting looks up only bigrams in the counts of a corpus.
 STATIC_NGRAM_SIZES = (2,)
-# With a limit on n-grams, the number of followers of each is limited too: almost any token follows a short n-gram.
+# With a limit on n-grams, the followers of each n-gram are limited to this many distinct tokens: almost any token can
+# follow a short n-gram.
 MAX_FOLLOWERS = 256
 
 TOKEN_BITS = 24
 TOKEN_MASK = 2**TOKEN_BITS - 1
 
 _FORMAT = token_file_format(b"PLNGCNT\0")
-# The key of an n-gram is the number that its tokens, plus 1, form in this base, 2^24 + 403: there is a digit for every
-# token and one for none. Unlike a power of two it lets all tokens change the low bits, which a dict uses first.
+# The key of an n-gram is a number in base 2^24 + 403, whose digits are the token ids plus 1; the digit 0 means no
+# token. Unlike with a power of two, all tokens change the low bits, which a dict uses first.
 _BASE = 16777619
 _POWERS = tuple(_BASE**size for size in range(NGRAM_SIZES[-1]))
 _ONE_COUNT = 2**TOKEN_BITS
@@ -61,9 +62,10 @@ class Followers:
             self.top = min(token for token, count in self.counts.items() if count == self.top_count)
 
 
-# The keys of n-grams, and the token that followed each.
+# The keys of n-grams, and for each the token that followed it.
 KeyedTokens: TypeAlias = tuple[Sequence[int], Sequence[int]]
-# Followers of an n-gram. A single one, the usual case, is count * 2^24 + token: a third of the memory and time.
+# Followers of an n-gram. A single follower, the usual case, is stored as count * 2^24 + token, which takes a third of
+# the memory and time of a `Followers`.
 PackedFollowers: TypeAlias = int | Followers
 
 
@@ -77,7 +79,7 @@ def suffix_keys(tokens: Sequence[int]) -> list[int]:
 
 
 def ngram_keys(history: Sequence[int], start: int, sizes: Sequence[int] = NGRAM_SIZES) -> KeyedTokens:
-    """Returns the n-grams before each of `history[start:]`, ordered by size."""
+    """Returns the keys of the n-grams directly before each of `history[start:]`, and these tokens, ordered by size."""
     if len(history) - start == 1:  # the usual case, six times as fast
         preceding = suffix_keys(history[max(0, start - sizes[-1]) : start])
         keys = [key for size, key in enumerate(preceding, 1) if size in sizes]
@@ -86,7 +88,7 @@ def ngram_keys(history: Sequence[int], start: int, sizes: Sequence[int] = NGRAM_
     followed: list[int] = []
     keys = [0] * (len(history) - start)
     for size in range(1, min(sizes[-1] + 1, len(history))):
-        if start < size:  # no n-gram of this size precedes the first tokens
+        if start < size:  # the first tokens have no n-gram of this size before them
             keys, start = keys[size - start :], size
         power = _POWERS[size - 1]
         before = history[start - size : len(history) - size]
@@ -98,7 +100,7 @@ def ngram_keys(history: Sequence[int], start: int, sizes: Sequence[int] = NGRAM_
 
 
 def unpacked(followers: PackedFollowers) -> dict[int, int]:
-    """Returns counts by token, not to be changed."""
+    """Returns the counts by token as a read-only dict."""
     return {followers & TOKEN_MASK: followers >> TOKEN_BITS} if isinstance(followers, int) else followers.counts
 
 
@@ -107,20 +109,20 @@ def _total(followers: PackedFollowers) -> int:
 
 
 class NgramCounts:
-    """For each n-gram the counts of the tokens that followed it."""
+    """Counts, for each n-gram, of the tokens that followed it."""
 
     def __init__(self, sizes: Sequence[int] = NGRAM_SIZES, limit: int | None = None) -> None:
-        """Counts n-grams of these sizes, at most `limit` of them after every `add`; with a limit of 0 none.
+        """Counts n-grams of these `sizes`. `limit` is the maximum number of n-grams after each `add`; 0 counts none.
 
-        `None` means no limit. For each n-gram above the limit, the two oldest are compared: the half of these with the
-        smaller totals, of equals the older ones, is removed; the counts of the other half are halved, rounded up, and
-        these n-grams count as new. An n-gram takes about 170 bytes, and 260 with a limit, as those that stay have more
+        `None` means no limit. To remove k n-grams, the 2k oldest are sorted by their total count, and by age between
+        equal totals. The first half is removed. The counts of the second half are halved, rounded up, and these n-grams
+        become the newest. An n-gram takes about 170 bytes, or 260 with a limit, because the remaining n-grams have more
         followers.
         """
         self._sizes = tuple(sizes)
         self._limit = limit
         self._table: dict[int, PackedFollowers] = {}
-        # With a limit, the keys from old to new.
+        # The keys, oldest first. Empty without a limit.
         self._ages: deque[int] = deque()
 
     def __len__(self) -> int:
@@ -133,7 +135,7 @@ class NgramCounts:
         return {} if found is None else dict(unpacked(found))
 
     def find(self, key: int) -> PackedFollowers | None:
-        """Returns the followers of the n-gram with this key (see `suffix_keys`)."""
+        """Returns the followers of the n-gram with `key` (see `suffix_keys`). None if the n-gram was not counted."""
         return self._table.get(key)
 
     def add(self, history: Sequence[int], start: int) -> None:
@@ -141,19 +143,19 @@ class NgramCounts:
         self.add_keyed(*ngram_keys(history, start, self._sizes))
 
     def add_keyed(self, keys: Sequence[int], tokens: Sequence[int]) -> None:
-        """Counts each token after the n-gram with its key: `add` for the result of `ngram_keys`."""
+        """Counts each of `tokens` after the n-gram with its key. `keys` and `tokens` are a result of `ngram_keys`."""
         if self._limit == 0:
             return
         table, size_before = self._table, len(self._table)
         for key, token in zip(keys, tokens, strict=True):
             fresh = _ONE_COUNT | token
-            followers = table.setdefault(key, fresh)  # one look-up where `get` and an assignment are two
+            followers = table.setdefault(key, fresh)  # one look-up; `get` and an assignment would be two
             if followers is not fresh:
                 self._add_again(key, followers, token, 1)
         self._enforce_limit(size_before)
 
     def remove(self, history: Sequence[int], start: int) -> None:
-        """Undoes `add` of the same arguments. Only without a limit, as the removal of n-grams cannot be undone."""
+        """Undoes `add` with the same arguments. Requires no limit, because the removal of n-grams cannot be undone."""
         assert self._limit is None, "counts with a limit are not exact"
         for key, token in zip(*ngram_keys(history, start, self._sizes), strict=True):
             followers = self._table[key]
@@ -170,7 +172,7 @@ class NgramCounts:
             self._add_again(key, followers, token, count)
 
     def _add_again(self, key: int, followers: PackedFollowers, token: int, count: int) -> None:
-        """Adds to the count of `token` after an n-gram that has followers."""
+        """Adds `count` to the count of `token` after the n-gram with `key`, which has `followers` already."""
         if isinstance(followers, int):
             if followers & TOKEN_MASK == token:
                 self._table[key] = followers + count * _ONE_COUNT
@@ -180,7 +182,7 @@ class NgramCounts:
             followers.add(token, count)
 
     def _enforce_limit(self, size_before: int) -> None:
-        """Removes n-grams above the limit. Before the last change there were `size_before` n-grams."""
+        """Removes n-grams above the limit. `size_before` is the number of n-grams before the last change."""
         if self._limit is None:
             return
         table, ages = self._table, self._ages
@@ -189,18 +191,18 @@ class NgramCounts:
         while (excess := len(table) - self._limit) > 0:
             oldest = [ages.popleft() for _ in range(min(2 * excess, len(ages)))]
             oldest.sort(key=lambda key: _total(table[key]))
-            for at, key in enumerate(oldest):
+            for i, key in enumerate(oldest):
                 followers = table.pop(key)
-                if at >= len(oldest) // 2:
+                if i >= len(oldest) // 2:
                     ages.append(key)
                     for token, count in unpacked(followers).items():
                         self._add_count(key, token, count + 1 >> 1)
 
     def save(self, path: Path, vocabulary_digest: bytes) -> None:
-        """Writes all counts to `path`, those of the oldest n-gram first. Raises OSError; see `FileFormat`.
+        """Writes all counts to `path`, oldest n-gram first. Raises OSError; see `FileFormat.write`.
 
-        The payload is a zlib-compressed array of int32, [rows, 6]: an n-gram, padded on the left with -1 to four
-        tokens, a token that followed it, its count.
+        The payload is a zlib-compressed array of int32, [rows, 6]. A row is an n-gram, padded on the left with -1 to
+        four tokens, a token that followed the n-gram, and the count of that token.
         """
         halves = np.array([divmod(key, _BASE**2) for key in self._table], np.int64).reshape(-1, 2)
         ngrams = np.stack(np.divmod(halves, _BASE), axis=-1).reshape(-1, NGRAM_SIZES[-1]) - 1
@@ -214,8 +216,8 @@ class NgramCounts:
     def load(self, path: Path, vocabulary_digest: bytes, n_vocab: int) -> None:
         """Adds the counts of a file, then enforces the limit.
 
-        Raises OSError or DamagedFile, also if the file has n-grams of a size that is not counted here or a token that
-        is not below `n_vocab`; then the counts are unchanged.
+        Raises OSError, or DamagedFile if the file is damaged, has n-grams of a size that is not counted here, or has a
+        token that is not below `n_vocab`. The counts are then unchanged.
         """
         try:
             rows = np.frombuffer(zlib.decompress(_FORMAT.read(path, vocabulary_digest)), "<i4")
@@ -223,7 +225,9 @@ class NgramCounts:
         except (zlib.error, ValueError) as error:
             raise DamagedFile(f"{path} is damaged: {error}") from error
         if not _valid(rows, self._sizes, n_vocab):
-            raise DamagedFile(f"{path} has n-grams of other sizes, or tokens that this vocabulary of {n_vocab} lacks")
+            raise DamagedFile(
+                f"{path} has n-grams of other sizes, or tokens outside this vocabulary of {n_vocab} tokens"
+            )
         if self._limit == 0:
             return
         size_before = len(self._table)
@@ -235,7 +239,7 @@ class NgramCounts:
 
 
 def count_corpus(texts: Iterable[Sequence[int]]) -> NgramCounts:
-    """Returns the static counts of a corpus: its bigrams, none across two texts."""
+    """Returns the static counts of a corpus: the followers of its bigrams. No bigram spans two texts."""
     counts = NgramCounts(STATIC_NGRAM_SIZES)
     for text in texts:
         counts.add(text, 0)

@@ -12,15 +12,16 @@ from engine.speculate.proposer import NO_DRAFT, Draft
 class NgramIndex:
     """A history of token ids and the earlier occurrences of its last `size` tokens.
 
-    Only n-grams with a token after them are occurrences, so the last n-gram never finds itself. Keys are 64-bit keyed
-    hashes: about 110 bytes per token for any `size`, and no client can construct a collision.
+    Only n-grams with a token after them count as occurrences, so a look-up of the last n-gram never returns the n-gram
+    itself. Keys are 64-bit keyed hashes: the index takes about 110 bytes per token for any `size`, and no client can
+    construct a collision.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.history = array("i")
         self._latest: dict[int, int] = {}
-        # For each start of an n-gram the previous start of an equal n-gram, -1 if there is none.
+        # For each start of an n-gram, the previous start of an equal n-gram, or -1.
         self._previous = array("i")
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -32,7 +33,7 @@ class NgramIndex:
             latest[key] = start
 
     def truncate(self, length: int) -> None:
-        """Removes all but the first `length` tokens, at the same cost as they were appended."""
+        """Removes all but the first `length` tokens, in time proportional to the number of removed tokens."""
         first = max(0, length - self.size)
         for key, earlier in zip(reversed(self._keys(first)), reversed(self._previous[first:]), strict=True):
             if earlier >= 0:
@@ -42,19 +43,19 @@ class NgramIndex:
         del self._previous[first:], self.history[length:]
 
     def shift(self, keep: int, discard: int) -> None:
-        """Removes the `discard` tokens after the first `keep`. N-grams across the seam are indexed."""
+        """Removes the `discard` tokens after the first `keep`. N-grams that span the gap are indexed."""
         moved = self.history[keep + discard :]
         self.truncate(keep)
         self.extend(moved)
 
     def key(self) -> int:
-        """Returns a hash of the last n-gram, or of the whole history if that is shorter."""
+        """Returns a hash of the last n-gram, or of the whole history if it is shorter than an n-gram."""
         return hash(self.history[-self.size :].tobytes())
 
     def occurrences(self, limit: int, min_following: int = 1) -> list[int]:
         """Returns the positions after at most `limit` earlier occurrences of the last n-gram, latest first.
 
-        At least `min_following` tokens of the history stand from each position on.
+        Each returned position has at least `min_following` tokens of the history from there on.
         """
         found: list[int] = []
         start, last = self._latest.get(self.key(), -1), len(self.history) - self.size - min_following
@@ -67,8 +68,8 @@ class NgramIndex:
     def continuation(self, start: int, length: int) -> array[int]:
         """Returns `length` tokens of the history from position `start` on.
 
-        Beyond the end of the history the copy repeats itself, as in LZ77 (Ziv, Lempel 1977), so a periodic history is
-        continued with its period.
+        At the end of the history the copy continues with its own beginning, as in LZ77 (Ziv, Lempel 1977), so a
+        periodic history is continued with its period.
         """
         copied = self.history[start : start + length]
         if len(copied) < length:
@@ -86,8 +87,8 @@ class NgramIndex:
 class NgramProposer(ABC):
     """Drafts from the earlier occurrences of the last `size_n` tokens in the request's own history.
 
-    A draft has at most `size_m` tokens and no chances. There is none before `min_hits` earlier occurrences. The three
-    numbers are at least 1.
+    A draft has at most `size_m` tokens and no chances. With fewer than `min_hits` earlier occurrences it is empty. The
+    three numbers are at least 1.
     """
 
     def __init__(self, size_n: int = 12, size_m: int = 48, min_hits: int = 1) -> None:
@@ -108,7 +109,7 @@ class NgramProposer(ABC):
 
     @abstractmethod
     def _draft(self, length: int) -> array[int]:
-        """Returns at most `length` tokens, given that there is an earlier occurrence."""
+        """Returns a draft of at most `length` tokens. Called only if there are `min_hits` earlier occurrences."""
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
         """Indexes `emitted`."""

@@ -8,19 +8,20 @@ from operator import itemgetter
 
 from engine.speculate.ngram_index import NgramProposer
 
-# Enough occurrences for a majority, and few enough to compare at each step. The latest count.
+# Maximum number of occurrences, the latest ones, that are compared: more would take too long at each step.
 MAX_OCCURRENCES = 32
 # Distinct continuations of an n-gram that k4v compares, the most recent first (llama.cpp's four values per key).
 MAX_CONTINUATIONS = 4
-# N-grams with a learnt draft length: less than a megabyte.
+# Maximum number of n-grams with a learnt draft length; they take less than a megabyte.
 MAX_LEARNT_LENGTHS = 4096
 
 
 class NgramMapKProposer(NgramProposer):
-    """Drafts, token by token, the majority of the occurrences that agree with the draft so far.
+    """Drafts at each position the most frequent token of those occurrences that agree with the draft so far.
 
-    Each n-gram has a draft length of its own: a rejected token cuts the length to the accepted part, full acceptance
-    doubles it, up to `size_m`. The idea is llama.cpp's (common/ngram-map.cpp), whose lengths only shrink.
+    Each n-gram has its own draft length. A rejected token cuts the length to the number of accepted tokens, and full
+    acceptance doubles the length, up to `size_m`. The method is llama.cpp's (common/ngram-map.cpp), except that its
+    lengths only shrink.
     """
 
     def __init__(self, size_n: int = 12, size_m: int = 48, min_hits: int = 1) -> None:
@@ -48,10 +49,10 @@ class NgramMapKProposer(NgramProposer):
         self._lengths.clear()
 
     def _learn(self, drafted: int, accepted: int) -> None:
-        # The history still ends where the draft began, so its last n-gram is the one that the draft came from.
+        # The history still ends where the draft began, so the draft is a continuation of the last n-gram.
         key = self.index.key()
         length = self._lengths.pop(key, self.size_m)
-        # Full acceptance of a draft that was cut short is no evidence against a longer length.
+        # The chooser may cut a draft: its full acceptance is no evidence against a longer length.
         length = max(length, 2 * drafted) if accepted == drafted else max(1, accepted)
         if length < self.size_m:
             self._lengths[key] = length
@@ -60,11 +61,11 @@ class NgramMapKProposer(NgramProposer):
 
 
 class NgramMapK4vProposer(NgramProposer):
-    """Drafts the continuation of `size_m` tokens that clearly prevails.
+    """Drafts the continuation of `size_m` tokens that clearly is the most frequent one.
 
-    Of the latest occurrences with `size_m` tokens after them, the four most recent distinct continuations are counted.
-    The most frequent one is the draft if it has at least twice the count of the other three together. The idea is
-    llama.cpp's (common/ngram-map.cpp), which drafts the last continuation.
+    The four most recent distinct continuations are counted, among the latest occurrences with `size_m` tokens after
+    them. The most frequent continuation is the draft if its count is at least twice that of the other three together.
+    The method is llama.cpp's (common/ngram-map.cpp), except that llama.cpp then drafts the last continuation.
     """
 
     def _draft(self, length: int) -> array[int]:
@@ -82,15 +83,16 @@ class NgramMapK4vProposer(NgramProposer):
 
 
 def _majority(continuations: Sequence[array[int]]) -> array[int]:
-    """Returns, at each position, the most frequent token of those `continuations` that agree so far.
+    """Returns the sequence with, at each position, the most frequent token of those `continuations` that agree so far.
 
-    The first continuation decides a tie. All have the same length, and there is at least one.
+    Between equally frequent tokens the first continuation decides. There is at least one continuation, and all have the
+    same length.
     """
-    at = 0
-    # The least and the greatest differ where any two do: each round drops a continuation, agreement costs no round.
+    position = 0
+    # The least and the greatest continuation first differ where any two do, so each round drops a continuation.
     while (low := min(continuations)) != (high := max(continuations)):
-        at = next(i for i in range(at, len(low)) if low[i] != high[i])
-        tokens = [continuation[at] for continuation in continuations]
+        position = next(i for i in range(position, len(low)) if low[i] != high[i])
+        tokens = [continuation[position] for continuation in continuations]
         prevailing = max(dict.fromkeys(tokens), key=tokens.count)
-        continuations = [continuation for continuation in continuations if continuation[at] == prevailing]
+        continuations = [continuation for continuation in continuations if continuation[position] == prevailing]
     return continuations[0]

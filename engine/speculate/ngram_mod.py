@@ -1,9 +1,10 @@
-"""`ngram-mod`: one hash table for all slots, from the last n tokens to the token that followed them.
+"""`ngram-mod`: one hash table for all slots, which maps n tokens to the token that last followed them.
 
-A draft is a chain of look-ups: each found token is rolled into the hash of the next look-up. The idea is llama.cpp's
-(common/ngram-mod.cpp), whose entries hold only a token, so that n-grams with the same index are confused, and whose
-table is cleared for all slots once it is a quarter full or one slot drafts badly. Here an entry also holds a tag of its
-n-gram, the newest entry replaces an older one, and the table is never cleared.
+A draft is a chain of look-ups: the hash of each look-up includes the tokens found before. The method is llama.cpp's
+(common/ngram-mod.cpp), with two differences. llama.cpp's entries contain only a token, so n-grams with the same index
+are confused; here an entry also contains a tag of its n-gram. llama.cpp clears the table for all slots once it is a
+quarter full or the drafts of one slot are poor; here the newest entry replaces an older one, and the table is never
+cleared.
 """
 
 from __future__ import annotations
@@ -23,40 +24,42 @@ from engine.speculate.proposer import NO_DRAFT, Draft
 from engine.speculate.vocabulary import token_file_format
 from engine.splitmix import WORD_MASK, finalize, finalize_array
 
-# 8 bytes each.
+# An entry takes 8 bytes.
 POOL_ENTRIES = 2**21
-# Up to this many tokens are added one by one, as numpy's calls cost more than the loop.
+# Up to this many tokens are added in a Python loop, which is then faster than numpy.
 MAX_LOOP_TOKENS = 48
 
 _FORMAT = token_file_format(b"PLNGMOD\0")
 _MULTIPLIER = 6364136223846793005
 _TOKEN_MASK = 2**24 - 1
 _TAG_MASK = WORD_MASK ^ _TOKEN_MASK
-# The lowest bit of every tag, so that no entry is 0.
+# The lowest bit of a tag is set in every used entry, so that no used entry is 0.
 _USED = 2**24
 
 
 def scope_of(name: str) -> int:
-    """Returns the number of a scope, below 2^64. Proposers find only n-grams of their own scope."""
+    """Returns the number, 0 to 2^64 - 1, of the scope `name`. A proposer finds only n-grams of its own scope."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 class NgramPool:
-    """The token that last followed each n-gram, by scope: 16 MiB for any number of slots. For the engine thread only.
+    """A table of the token that last followed each n-gram, by scope: 16 MiB for any number of slots.
+
+    Belongs to the engine thread.
 
     The hash of tokens t[0..n) is the rolling sum of t[j] * A^(n-1-j) modulo 2^64, combined with the scope by XOR and
     passed through SplitMix64's finaliser. Its low bits are the entry's index, its high 40 bits the tag. An entry is
-    `tag | token`, with 24 bits for the token; 0 is an empty entry. A look-up that hits an entry of another n-gram takes
-    that entry for its own with probability 2^-39.
+    `tag | token`, with 24 bits for the token; 0 is an empty entry. The probability that a look-up mistakes the entry of
+    another n-gram with the same index for its own is 2^-39.
     """
 
     def __init__(self, n_match: int = 24, entries: int = POOL_ENTRIES) -> None:
         assert n_match > 0, "an n-gram has tokens"
-        assert entries >= 8, "entries are saved by eights"
-        assert entries & (entries - 1) == 0, "an index is some bits of a hash"
+        assert entries >= 8, "a saved byte has the bits of eight entries"
+        assert entries & (entries - 1) == 0, "an index is the low bits of a hash"
         self.n_match = n_match
         self._table = np.zeros(entries, np.uint64)
-        # Reading one entry of a memoryview takes a fraction of the time of reading it from the array.
+        # A view of the same memory: reading one entry of a memoryview is much faster than of an array.
         self._entries = self._table.data
         self._index_mask = entries - 1
         self._leading = pow(_MULTIPLIER, n_match - 1, 2**64)
@@ -74,7 +77,7 @@ class NgramPool:
             self._add_loop(scope, tokens[start - self.n_match :])
 
     def chain(self, scope: int, tokens: Sequence[int], limit: int) -> list[int]:
-        """Returns the tokens that successive look-ups find after `tokens`, at most `limit`."""
+        """Returns at most `limit` tokens that successive look-ups find after `tokens`, up to the first miss."""
         n, entries, index_mask, leading = self.n_match, self._entries, self._index_mask, self._leading
         if len(tokens) < n:
             return []
@@ -106,12 +109,12 @@ class NgramPool:
             bits += ids[at : at + size]
         bits ^= np.uint64(scope)
         finalize_array(bits)
-        # numpy keeps the last of several values for one index.
+        # Of several values for one index, numpy's assignment keeps the last.
         indices = (bits & np.uint64(self._index_mask)).astype(np.intp)
         self._table[indices] = bits & np.uint64(_TAG_MASK) | np.uint64(_USED) | ids[self.n_match :]
 
     def save(self, path: Path, vocabulary_digest: bytes) -> None:
-        """Writes the used entries, 8 bytes each and a bit for each index. Raises OSError; see `FileFormat`."""
+        """Writes the used entries, 8 bytes each, and a bit for each index. Raises OSError; see `FileFormat.write`."""
         used = self._table != 0
         saved = _Saved(self.n_match, np.packbits(used).tobytes(), self._table[used].astype("<u8").tobytes())
         _FORMAT.write(path, vocabulary_digest, msgspec.msgpack.encode(saved))
@@ -119,8 +122,8 @@ class NgramPool:
     def load(self, path: Path, vocabulary_digest: bytes, n_vocab: int) -> None:
         """Replaces all entries by those of a file.
 
-        Raises OSError or DamagedFile, also if the file has another `n_match` or a token that is not below `n_vocab`;
-        then the pool is unchanged.
+        Raises OSError, or DamagedFile if the file is damaged, has another `n_match` or number of entries, or has a
+        token that is not below `n_vocab`. The pool is then unchanged.
         """
         try:
             saved = msgspec.msgpack.decode(_FORMAT.read(path, vocabulary_digest), type=_Saved)
@@ -141,20 +144,22 @@ class NgramPool:
 
 
 class _Saved(Struct, frozen=True):
+    """The payload of the file."""
+
     n_match: int
     used: bytes
     entries: bytes
 
 
 class NgramModProposer:
-    """Drafts the pool's chain of tokens after the last n tokens, and adds every token of its request to the pool.
+    """Drafts the pool's chain of tokens after the last n tokens, and adds each token of its request to the pool.
 
-    The pool keeps the entries of a history that is truncated or shifted. No entry spans the seam of a shift; tokens
-    emitted later are added after the history as it is then. An emitted token replaces a wrong entry.
+    Entries stay in the pool when the history is truncated or shifted. A shift adds no entries across the gap; tokens
+    emitted later are added after the shifted history. An emitted token that differs from an entry replaces the entry.
     """
 
     def __init__(self, pool: NgramPool, scope: int, n_min: int = 48, n_max: int = 64) -> None:
-        """A chain of fewer than `n_min` tokens is no draft; a draft has at most `n_max`."""
+        """A chain of fewer than `n_min` tokens gives no draft. A draft has at most `n_max` tokens."""
         self._pool = pool
         self._scope = scope
         self._n_min = n_min

@@ -10,8 +10,8 @@ from engine.speculate.ngram_index import NgramProposer
 class NgramSimpleProposer(NgramProposer):
     """Copies the tokens after the latest earlier occurrence.
 
-    The idea is llama.cpp's (common/ngram-map.cpp, common_ngram_simple_draft), which scans the history at each step;
-    here an index finds the occurrence.
+    The method is llama.cpp's (common/ngram-map.cpp, common_ngram_simple_draft). llama.cpp scans the history at each
+    step; here an index gives the occurrence.
     """
 
     def _draft(self, length: int) -> array[int]:

@@ -1,4 +1,9 @@
-"""The drafts that one step verifies, for all sequences at once."""
+"""Plans the drafts that one step verifies, for all sequences together.
+
+A *batched* proposer (the draft model) drafts for many sequences in one call; the others are *unbatched*. A *tracked*
+proposer is one sequence's proposer with its draft and statistics. Proposers with a *fixed* order are polled in the
+order of their types up to the first draft; otherwise the draft is chosen by *measured* costs and chances.
+"""
 
 from __future__ import annotations
 
@@ -13,30 +18,31 @@ from engine.speculate.proposer import NO_DRAFT, BatchedDraftRequest, BatchedProp
 from engine.speculate.sequence_proposers import SequenceProposers
 from engine.speculate.tracked_proposer import TrackedBatchedSequence, TrackedProposer
 
-# Share of the last step's time in which the batched proposer may prefill histories before the next.
+# Share of the last step's time that the batched proposer may spend on prefill before the next step.
 _PREFILL_SHARE = 0.5
-# Share of a step that polls of proposers without useful drafts may take.
+# Share of the last step's time that may be spent on polling proposers without useful drafts.
 _POLL_SHARE = 0.006
-# A proposer is polled in every step if its last draft was expected to have so many tokens accepted, whatever it costs.
+# A proposer is polled in every step, at any cost, if at least this many tokens of its last draft were expected to be
+# accepted.
 _USEFUL_TOKENS = 1.0
-# A proposer is polled in at least one of so many steps.
+# Maximum number of steps from one poll of a proposer to the next.
 _MAX_POLL_INTERVAL = 16
 
 
 class DraftCandidate(NamedTuple):
-    """A decoding sequence for which a draft could be verified in the next step."""
+    """A decoding sequence for which the next step can verify a draft."""
 
     proposers: SequenceProposers
     limit: int
-    """Most tokens of the draft."""
+    """Maximum tokens of the draft."""
     room: int = 1
-    """Tokens that the sequence may still emit."""
+    """`Sequence.draft_room`: one less than the tokens that the sequence may still emit."""
     seq: int = 0
-    """Its sequence id."""
+    """Sequence id."""
 
 
 class _ExpectedDraft(NamedTuple):
-    """The length of a draft, and its tokens that are expected to be accepted."""
+    """The length of a draft, and the expected number of its accepted tokens."""
 
     length: int
     gain: float
@@ -49,22 +55,26 @@ class _BatchedDraft(NamedTuple):
     candidate: DraftCandidate
     tracked: TrackedBatchedSequence
     limit: int
-    """Most tokens."""
+    """Maximum tokens."""
     curve: Sequence[float]
-    """The expected chance of each token and all before it."""
+    """For each token the expected chance that it and all tokens before it are accepted."""
     floor: float = 0.0
-    """As in `BatchedDraftRequest`."""
+    """The draft ends once the chance that all of its tokens are accepted is below this: a further token would cost more
+    than it yields."""
 
 
 class DraftPlanner:
-    """Decides for each step which proposers are polled, for which sequences the batched proposer drafts and how many
-    tokens, and which draft of each sequence is verified at which length. Belongs to the engine thread."""
+    """Plans the drafts of each step.
+
+    It selects the proposers to poll, the sequences and lengths for which the batched proposer drafts, and the draft and
+    the length that the step verifies for each sequence. Belongs to the engine thread.
+    """
 
     def __init__(self, chooser: DraftChooser, batched: BatchedProposer[Any] | None = None) -> None:
-        """`batched` drafts for the sequences that it made."""
+        """`batched` is the engine's batched proposer, if there is one."""
         self._chooser = chooser
         self._batched = batched
-        self._begun = WeakSet[TrackedBatchedSequence]()  # their histories were prefilled in part
+        self._partly_prefilled = WeakSet[TrackedBatchedSequence]()  # those whose last prefill was not completed
 
     def plan(
         self,
@@ -75,8 +85,9 @@ class DraftPlanner:
     ) -> list[Draft]:
         """Returns for each of `candidates` the draft that `step` verifies, which may be empty.
 
-        `prefilling` are the proposers of the sequences that are being prefilled: the batched proposer prefills those
-        that have no other proposer at the same time.
+        `prefilling` are the proposers of the sequences that are being prefilled. The batched proposer prefills the
+        history of such a sequence at the same time if the sequence has no other proposer, and has a fixed order or
+        batched drafts pay in this step.
         """
         budget = _POLL_SHARE * last_step_seconds / max(1, len(candidates))
         for candidate in candidates:
@@ -88,9 +99,9 @@ class DraftPlanner:
     def _choose(self, candidates: Sequence[DraftCandidate], step: UpcomingStep) -> list[Draft]:
         drafts = [each.proposers.choose_longest() if each.proposers.fixed else NO_DRAFT for each in candidates]
         step = step.with_drafts({each.seq: len(draft.tokens) for each, draft in zip(candidates, drafts, strict=True)})
-        drafted = _measured_drafts(candidates)
-        choice = self._chooser.decide(_curves(drafted), [candidates[i].seq for i in drafted], step)
-        for (i, tracked), picked, length in zip(drafted.items(), choice.picked, choice.lengths, strict=True):
+        measured = _measured_drafts(candidates)
+        choice = self._chooser.decide(_curves(measured), [candidates[i].seq for i in measured], step)
+        for (i, tracked), picked, length in zip(measured.items(), choice.picked, choice.lengths, strict=True):
             drafts[i] = candidates[i].proposers.choose(tracked[picked], length)
         return drafts
 
@@ -104,10 +115,10 @@ class DraftPlanner:
         step: UpcomingStep,
         last_step_seconds: float,
     ) -> None:
-        able = _batched_drafts(candidates)
-        measured = [draft for draft in able if not draft.candidate.proposers.fixed]
+        possible = _batched_drafts(candidates)
+        measured = [draft for draft in possible if not draft.candidate.proposers.fixed]
         paying, resumed = self._plan_batched(batched, measured, candidates, step)
-        planned = [draft for draft in able if draft.candidate.proposers.fixed] + paying + resumed
+        planned = [draft for draft in possible if draft.candidate.proposers.fixed] + paying + resumed
         requests = [BatchedDraftRequest(draft.tracked.sequence, draft.limit, draft.floor) for draft in planned]
         requests += [
             BatchedDraftRequest(tracked.sequence, 0)
@@ -116,7 +127,9 @@ class DraftPlanner:
         ]
         if not requests:
             return
-        self._begun = WeakSet(draft.tracked for draft in planned if batched.prefill_tokens(draft.tracked.sequence))
+        self._partly_prefilled = WeakSet(
+            draft.tracked for draft in planned if batched.prefill_tokens(draft.tracked.sequence)
+        )
         begun = time.perf_counter()
         batched.draft(requests, _PREFILL_SHARE * last_step_seconds)
         seconds = (time.perf_counter() - begun) / len(requests)
@@ -126,40 +139,43 @@ class DraftPlanner:
     def _plan_batched(
         self,
         batched: BatchedProposer[Any],
-        able: Sequence[_BatchedDraft],
+        possible: Sequence[_BatchedDraft],
         candidates: Sequence[DraftCandidate],
         step: UpcomingStep,
     ) -> tuple[list[_BatchedDraft], list[_BatchedDraft]]:
-        """Returns the drafts of `able` that pay, at the lengths that pay, and others whose histories are prefilled in
-        part. Their prefill would be lost without a draft."""
-        if not able or batched.fault or not self._chooser.cost.curve:
+        """Returns two lists of drafts: those of `possible` that pay, at the lengths that pay, and resumed ones.
+
+        A resumed draft completes the prefill of a history that is partly prefilled, as the part alone is of no use. The
+        draft itself is not expected to pay, so it is as short as a trial.
+        """
+        if not possible or batched.fault or not self._chooser.cost.curve:
             return [], []
         others, rate = self._without_batched(candidates, step)
         # A batched draft replaces that of another proposer if as many tokens are expected to be accepted.
-        better = [draft for draft in able if draft.i not in others or sum(draft.curve) >= others[draft.i].gain]
+        better = [draft for draft in possible if draft.i not in others or sum(draft.curve) >= others[draft.i].gain]
         paying: list[_BatchedDraft] = []
         if better:
             for draft in better:
                 others.pop(draft.i, None)
             lengths = {candidates[i].seq: other.length for i, other in others.items()}
-            beside = step.with_drafts(lengths, sum(other.gain for other in others.values()))
-            paying = self._paying_lengths(batched, better, beside, rate)
+            step_with_others = step.with_drafts(lengths, sum(other.gain for other in others.values()))
+            paying = self._paying_lengths(batched, better, step_with_others, rate)
         planned = {draft.i for draft in paying}
         resumed = [
             draft._replace(limit=min(TRIAL_TOKENS, draft.limit))
-            for draft in able
-            if draft.i not in planned and draft.tracked in self._begun
+            for draft in possible
+            if draft.i not in planned and draft.tracked in self._partly_prefilled
         ]
         return paying, resumed
 
     def _without_batched(
         self, candidates: Sequence[DraftCandidate], step: UpcomingStep
     ) -> tuple[dict[int, _ExpectedDraft], float]:
-        """Returns by candidates' index the drafts of other proposers that would be verified without the batched
-        proposer, and the tokens per second with them."""
-        drafted = _measured_drafts(candidates)
-        choice = self._chooser.choose(_curves(drafted), [candidates[i].seq for i in drafted], step)
-        chosen = zip(drafted.items(), choice.picked, choice.lengths, strict=True)
+        """Returns, by index of the candidate, the drafts that would be verified without the batched proposer, and the
+        tokens per second with these drafts."""
+        measured = _measured_drafts(candidates)
+        choice = self._chooser.choose(_curves(measured), [candidates[i].seq for i in measured], step)
+        chosen = zip(measured.items(), choice.picked, choice.lengths, strict=True)
         others = {
             i: _ExpectedDraft(length, sum(tracked[picked].curve[:length])) for (i, tracked), picked, length in chosen
         }
@@ -168,30 +184,34 @@ class DraftPlanner:
     def _paying_lengths(
         self, batched: BatchedProposer[Any], drafts: Sequence[_BatchedDraft], step: UpcomingStep, rate: float
     ) -> list[_BatchedDraft]:
-        """Returns `drafts` at the lengths that pay; none if none pays. `rate` is in tokens per second without them."""
+        """Returns `drafts` at the lengths that pay; empty if no length pays. `rate` is the tokens per second without
+        these drafts."""
         prefills = [batched.prefill_seconds(batched.prefill_tokens(draft.tracked.sequence)) for draft in drafts]
-        # Prefill is paid for by all tokens that the sequence still emits, most of which come in drafts.
+        # The cost of prefill is divided among all tokens that drafts of the sequence can still have, as most of its
+        # tokens come in drafts.
         position_seconds = batched.position_seconds(len(drafts))
         position_seconds += sum(
             spent / max(1, draft.candidate.room) for spent, draft in zip(prefills, drafts, strict=True)
         )
-        fewest = [draft.candidate.proposers.min_tokens(draft.tracked) for draft in drafts]
-        bounds = max(1, *fewest), max(draft.limit for draft in drafts)
+        min_lengths = [draft.candidate.proposers.min_tokens(draft.tracked) for draft in drafts]
+        length_range = max(1, *min_lengths), max(draft.limit for draft in drafts)
         curves, seqs = [draft.curve for draft in drafts], [draft.candidate.seq for draft in drafts]
-        length, rate = self._chooser.equal_lengths(curves, seqs, bounds, step, position_seconds, rate, sum(prefills))
-        floor = rate * position_seconds / len(drafts)
+        length, rate = self._chooser.equal_lengths(
+            curves, seqs, length_range, step, position_seconds, rate, sum(prefills)
+        )
+        floor = rate * position_seconds / len(drafts)  # tokens that the step yields in the time of one draft token
         return [
-            draft._replace(limit=min(length, draft.limit), floor=0.0 if least else floor)
-            for draft, least in zip(drafts, fewest, strict=True)
-            if min(length, draft.limit) >= max(1, least)
+            draft._replace(limit=min(length, draft.limit), floor=0.0 if min_length else floor)
+            for draft, min_length in zip(drafts, min_lengths, strict=True)
+            if min(length, draft.limit) >= max(1, min_length)
         ]
 
 
 def poll(proposers: SequenceProposers, limit: int, budget_seconds: float = inf) -> None:
     """Polls the proposers of one sequence, except a batched one, for drafts of at most `limit` tokens each.
 
-    In a fixed order the polls end with the first draft. Else, where polls of all proposers without useful drafts would
-    take more than `budget_seconds`, these are polled in turns.
+    With a fixed order, polling ends at the first draft. Otherwise, if polling all proposers without useful drafts would
+    take more than `budget_seconds`, each of them is polled only in some of the steps.
     """
     number = proposers.begin_poll()
     interval = 1 if proposers.fixed else _poll_interval(proposers.unbatched, budget_seconds)
@@ -205,12 +225,13 @@ def poll(proposers: SequenceProposers, limit: int, budget_seconds: float = inf) 
 
 
 def _poll_interval(unbatched: Sequence[TrackedProposer], budget_seconds: float) -> int:
+    # `budget_seconds` is 0 before the first step.
     cost = sum(tracked.stats.cost_seconds for tracked in unbatched if tracked.expected_accepted < _USEFUL_TOKENS)
     return 1 if cost <= budget_seconds or not budget_seconds else min(_MAX_POLL_INTERVAL, ceil(cost / budget_seconds))
 
 
 def _batched_drafts(candidates: Sequence[DraftCandidate]) -> list[_BatchedDraft]:
-    """Returns the longest drafts that the batched proposer may make."""
+    """Returns a draft of maximum length for each candidate for which the batched proposer may draft."""
     return [
         _BatchedDraft(i, candidate, tracked, limit, tracked.stats.acceptance.curve(limit))
         for i, candidate in enumerate(candidates)
@@ -220,13 +241,13 @@ def _batched_drafts(candidates: Sequence[DraftCandidate]) -> list[_BatchedDraft]
 
 
 def _measured_drafts(candidates: Sequence[DraftCandidate]) -> dict[int, list[TrackedProposer]]:
-    """Returns by candidates' index the proposers with drafts, of the candidates without a fixed order."""
+    """Returns, by index of the candidate, the proposers with drafts of each candidate without a fixed order."""
     return {
-        i: drafted
+        i: with_draft
         for i, candidate in enumerate(candidates)
-        if not candidate.proposers.fixed and (drafted := candidate.proposers.drafted)
+        if not candidate.proposers.fixed and (with_draft := candidate.proposers.with_draft)
     }
 
 
-def _curves(drafted: Mapping[int, Sequence[TrackedProposer]]) -> list[list[list[float]]]:
-    return [[tracked.curve for tracked in proposers] for proposers in drafted.values()]
+def _curves(measured: Mapping[int, Sequence[TrackedProposer]]) -> list[list[list[float]]]:
+    return [[tracked.curve for tracked in proposers] for proposers in measured.values()]

@@ -1,7 +1,8 @@
-"""`prediction`: drafts from the output that the client predicts (OpenAI's `prediction`), mostly a file to be edited.
+"""`prediction`: drafts from the output that the client predicts (OpenAI's `prediction`), often a file to be edited.
 
-The proposer follows the output through the predicted tokens; the tokens after the current position are the draft. Where
-the output differs, it may have replaced, inserted or left out tokens: the last output tokens give the new position.
+The proposer tracks the position of the output in the predicted tokens; the draft is the tokens after that position.
+Where the output differs from the prediction, tokens may have been replaced, inserted or left out. The last output
+tokens are then searched in the prediction to find the new position.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from collections.abc import Sequence
 
 from engine.speculate.proposer import NO_DRAFT, Draft
 
-# More equal tokens than this do not make a position more certain.
+# Maximum number of equal tokens that are compared: more of them do not make a position more certain.
 MAX_SYNC_TOKENS = 8
-# One equal token is found everywhere; three are found a step later than two and hardly more surely.
+# Equal tokens that give a new position. A single token occurs in many places; three give the position one step later
+# than two and are hardly more reliable.
 MIN_SYNC_TOKENS = 2
-# Bounds the index: a long prediction must not delay a step.
+# Maximum distance from the old position to a later new one. It bounds the part of a long prediction that one step
+# indexes.
 MAX_SKIP_TOKENS = 4096
-# Bounds the cost of a miss: candidate positions before the old position, and as many after it.
+# Maximum number of candidate positions before the old position, and of those after it. It bounds the cost of a miss.
 MAX_CANDIDATES_PER_SIDE = 8
 
 
@@ -28,15 +31,17 @@ class PredictionProposer:
     has passed, 0 at first. For each output token:
 
     - If it equals the predicted token at the position, the position moves past that token.
-    - Otherwise it is a miss. If the last `MIN_SYNC_TOKENS` output tokens stand in `predicted`, the position moves past
-      them, and the misses end. Candidates are the `MAX_CANDIDATES_PER_SIDE` last positions before the old one and the
-      first as many at it or up to `MAX_SKIP_TOKENS` after it. The best candidate has the longest agreement with the
-      output's end, of at most `MAX_SYNC_TOKENS`; of equals one at or after the old position; of these the nearest.
-    - Otherwise, if the token before was no miss, the position moves by one, as if the token had replaced the predicted
-      one.
+    - Otherwise the token is a miss. If the last `MIN_SYNC_TOKENS` output tokens occur in `predicted`, the position
+    moves
+      to the end of one occurrence, and the run of misses ends. Candidates are the last `MAX_CANDIDATES_PER_SIDE`
+      occurrences that end before the old position, and the first `MAX_CANDIDATES_PER_SIDE` that end at it or up to
+      `MAX_SKIP_TOKENS` after it. The best candidate is the one with the most equal tokens before it, up to
+      `MAX_SYNC_TOKENS`. Between equal candidates, one at or after the old position is preferred, then the nearest.
+    - If the tokens of a first miss do not occur, the position moves by one, as if the token had replaced the predicted
+      one. At later misses of the same run the position stays.
 
-    The draft is the predicted tokens from the position on, at most `n_max`. After two misses in a row there is none.
-    Prompt tokens that `truncate` or `shift` removes reduce `prompt_length`.
+    The draft is at most `n_max` predicted tokens from the position on. After two misses in a row there is no draft.
+    `truncate` and `shift` reduce `prompt_length` by the number of prompt tokens that they remove.
     """
 
     def __init__(self, predicted: Sequence[int], prompt_length: int, *, n_max: int = 64) -> None:
@@ -44,10 +49,11 @@ class PredictionProposer:
         self._prompt_length = prompt_length
         self._n_max = n_max
         self._ends: dict[tuple[int, ...], list[int]] = {}
-        """The ends of each run of `MIN_SYNC_TOKENS` tokens among the first `_indexed` predicted ones, ascending."""
+        """For each n-gram of `MIN_SYNC_TOKENS` tokens in the first `_indexed` predicted tokens, the ends of its
+        occurrences, ascending."""
         self._indexed = MIN_SYNC_TOKENS - 1
         self._prompt_seen = 0
-        """Tokens of the history that belong to the prompt."""
+        """Number of tokens of the history that belong to the prompt."""
         self._replay([])
 
     def begin(self, tokens: Sequence[int]) -> None:
@@ -80,7 +86,7 @@ class PredictionProposer:
         pass
 
     def _replay(self, output: Sequence[int]) -> None:
-        """Follows a whole output from the beginning of the prediction."""
+        """Computes the position of a whole output, starting at the beginning of the prediction."""
         self._output: list[int] = []
         self._position = 0
         self._misses = 0
@@ -92,7 +98,8 @@ class PredictionProposer:
         if self._position < len(self._predicted) and self._predicted[self._position] == token:
             self._position += 1
             self._misses = 0
-            # Token by token, as a miss after a long agreement would otherwise index all of it in one step.
+            # The index grows token by token; otherwise a miss after a long match would index the whole match in one
+            # step.
             self._extend_index(self._position)
             return
         self._misses += 1
@@ -103,7 +110,7 @@ class PredictionProposer:
             self._position += 1
 
     def _resync(self) -> int | None:
-        """Returns the best candidate position, or None if there is no candidate."""
+        """Returns the best candidate position. None if there is no candidate."""
         self._extend_index(self._position + MAX_SKIP_TOKENS)
         ends = self._ends.get(tuple(self._output[-MIN_SYNC_TOKENS:]), [])
         later, last = bisect_left(ends, self._position), bisect_right(ends, self._position + MAX_SKIP_TOKENS)
@@ -121,9 +128,9 @@ class PredictionProposer:
         self._indexed = max(self._indexed, last)
 
     def _agreement(self, end: int) -> int:
-        """Returns how many predicted tokens before `end` equal the output's last ones, at most `MAX_SYNC_TOKENS`."""
-        most = min(end, len(self._output), MAX_SYNC_TOKENS)
-        for back in range(MIN_SYNC_TOKENS + 1, most + 1):
+        """Returns how many predicted tokens before `end` equal the last output tokens, at most `MAX_SYNC_TOKENS`."""
+        max_equal = min(end, len(self._output), MAX_SYNC_TOKENS)
+        for back in range(MIN_SYNC_TOKENS + 1, max_equal + 1):
             if self._predicted[end - back] != self._output[-back]:
                 return back - 1
-        return most
+        return max_equal

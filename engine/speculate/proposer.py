@@ -1,4 +1,4 @@
-"""The protocols of proposers, and the drafts that they make.
+"""The protocols of proposers, and their drafts.
 
 A draft never changes the output: the model verifies each drafted token, and the engine emits only the tokens that it
 would have emitted without drafts.
@@ -17,8 +17,8 @@ class Draft(Struct, frozen=True):
 
     tokens: Sequence[int] = ()
     chances: Sequence[float] = ()
-    """For each token the chance, by the proposer's own estimate, that it follows those before it; empty if the proposer
-    makes no estimate."""
+    """For each token the proposer's own estimate of the chance that it follows the tokens before it; empty if the
+    proposer makes no estimates."""
 
 
 NO_DRAFT = Draft()
@@ -28,22 +28,22 @@ class DraftBounds(Struct, frozen=True):
     """Bounds of the drafts of one sequence."""
 
     n_max: int | None = None
-    """Most tokens; `None` is any number."""
+    """Maximum tokens. `None` means no maximum."""
     n_min: int = 0
-    """A shorter draft is dropped."""
+    """Minimum tokens: a shorter draft is dropped."""
     p_min: float = 0.0
-    """A draft ends before the first token with a lower chance by its proposer's estimate."""
-    permits: Callable[[Sequence[int]], int] | None = None
-    """Returns the number of leading tokens that a grammar permits. `None` permits all."""
+    """A draft ends before the first token whose chance, by the proposer's own estimate, is lower."""
+    num_permitted: Callable[[Sequence[int]], int] | None = None
+    """Returns the number of leading tokens that the grammar permits. `None` means no grammar."""
 
     def trim(self, draft: Draft) -> Draft:
-        """Returns the longest beginning of `draft` within the bounds."""
+        """Returns the longest prefix of `draft` within the bounds; `NO_DRAFT` if it is shorter than `n_min`."""
         length = len(draft.tokens) if self.n_max is None else min(self.n_max, len(draft.tokens))
         if self.p_min:
             unlikely = (position for position, chance in enumerate(draft.chances[:length]) if chance < self.p_min)
             length = next(unlikely, length)
-        if self.permits is not None and length:
-            length = self.permits(draft.tokens[:length])
+        if self.num_permitted is not None and length:
+            length = self.num_permitted(draft.tokens[:length])
         if not length or length < self.n_min:
             return NO_DRAFT
         return draft if length == len(draft.tokens) else Draft(draft.tokens[:length], draft.chances[:length])
@@ -52,31 +52,32 @@ class DraftBounds(Struct, frozen=True):
 class Proposer(Protocol):
     """Drafts the continuation of one sequence's history. Called on the engine thread only.
 
-    The history is a list of token ids: the tokens given to `begin`, appended to by each `observe` and edited by
-    `truncate` and `shift`. After any edit the state equals that of a new proposer that begins with the edited history.
+    The history is a list of token ids. `begin` sets it, `observe` appends to it, and `truncate` and `shift` edit it.
+    After an edit the state equals that of a new proposer that begins with the edited history.
     """
 
     def begin(self, tokens: Sequence[int]) -> None:
-        """Sets the history to `tokens`, which may be the first part of a long prompt. Called once, before all else."""
+        """Sets the history to `tokens`, which may be the first part of a long prompt. Called once, before other
+        methods."""
 
     def propose(self, limit: int) -> Draft:
-        """Returns a draft of at most `limit` tokens, which is at least 1. An empty draft is valid."""
+        """Returns a draft of at most `limit` tokens, or an empty draft. `limit` is at least 1."""
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
         """Appends `emitted` to the history.
 
-        After the verification of this proposer's last draft, `drafted` is the number of its tokens that were verified
-        and `accepted` the number that was accepted. Else both are 0.
+        If `emitted` results from the verification of this proposer's last draft, `drafted` is the number of verified
+        draft tokens and `accepted` the number of accepted ones. Otherwise both are 0.
         """
 
     def truncate(self, length: int) -> None:
         """Cuts the history to its first `length` tokens."""
 
     def shift(self, keep: int, discard: int) -> None:
-        """Removes from the history the `discard` tokens after the first `keep`; the tokens after them move up.
+        """Removes from the history the `discard` tokens after the first `keep`; later tokens move up.
 
-        The removed tokens may end after the history that the proposer has been given. The next observed tokens follow
-        the removed ones.
+        Some of the removed tokens may not have been fed to the proposer yet. The next call of `observe` then begins
+        after the removed tokens.
         """
 
     def end(self) -> None:
@@ -86,7 +87,7 @@ class Proposer(Protocol):
 class BatchedSequence(Proposer, Protocol):
     """The proposer of one sequence whose drafts a `BatchedProposer` makes.
 
-    `propose` returns the draft that the batched proposer has made since the last `observe`.
+    `propose` returns the draft that the batched proposer made since the last `observe`.
     """
 
     @property
@@ -95,10 +96,10 @@ class BatchedSequence(Proposer, Protocol):
 
     @property
     def bounds(self) -> DraftBounds:
-        """Bounds of its drafts, besides those of all proposers of the sequence."""
+        """Bounds of this proposer's drafts, in addition to those of all proposers of the sequence."""
 
     def release(self) -> None:
-        """Frees all resources of the batched proposer that the sequence holds; the next draft takes them again."""
+        """Frees the batched proposer's resources for this sequence. The next draft allocates them again."""
 
 
 _Sequence_co = TypeVar("_Sequence_co", bound=BatchedSequence, covariant=True)
@@ -108,7 +109,8 @@ _Sequence_contra = TypeVar("_Sequence_contra", bound=BatchedSequence, contravari
 class BatchedDraftRequest(NamedTuple, Generic[_Sequence_co]):
     """A draft of at most `limit` tokens for one sequence; a `limit` of 0 only prefills its history.
 
-    The draft ends once the chance that all its tokens are accepted, by the proposer's own estimate, is below `floor`.
+    The draft ends once the chance that all of its tokens are accepted, by the proposer's own estimate, is below
+    `floor`.
     """
 
     sequence: _Sequence_co
@@ -117,25 +119,26 @@ class BatchedDraftRequest(NamedTuple, Generic[_Sequence_co]):
 
 
 class BatchedProposer(Protocol[_Sequence_contra]):
-    """Drafts for many sequences in one go, one position after the other. Called on the engine thread only."""
+    """Drafts for many sequences in one call, position by position. Called on the engine thread only."""
 
     fault: str
-    """The reason for which it drafts no more; empty while it drafts."""
+    """Reason why the proposer makes no drafts any more; empty while it works."""
 
     def draft(self, requests: Sequence[BatchedDraftRequest[_Sequence_contra]], seconds: float) -> None:
-        """Makes the drafts of `requests`, after it has prefilled histories for about `seconds`.
+        """Makes the drafts of `requests` after at most about `seconds` of prefill of their histories.
 
         A sequence whose history is not prefilled by then gets no draft.
         """
 
     def position_seconds(self, sequences: int) -> float:
-        """Returns the seconds of one token for each of `sequences`; 0 if nothing was measured."""
+        """Returns the seconds of one draft token for each of `sequences`; 0 before the first measurement."""
 
     def prefill_tokens(self, sequence: _Sequence_contra) -> int:
-        """Returns the tokens of its history that must be prefilled, in passes of their own, before its next draft."""
+        """Returns the number of tokens of the history that must be prefilled in passes of their own before the next
+        draft."""
 
     def prefill_seconds(self, tokens: int) -> float:
-        """Returns the seconds of the prefill of `tokens` tokens; 0 if nothing was measured."""
+        """Returns the seconds of the prefill of `tokens` tokens; 0 before the first measurement."""
 
 
 def num_matching(draft: Sequence[int], emitted: Sequence[int]) -> int:

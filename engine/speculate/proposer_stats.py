@@ -1,4 +1,4 @@
-"""Statistics of the proposers of one type, and their lines in the log, which are llama.cpp's."""
+"""Statistics of the proposers of one type, and log lines of these in llama.cpp's format."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from engine.pace import AcceptanceEstimate, VerifiedDraft
 
 # Share of a new measurement in the mean time of a poll.
 _COST_WEIGHT = 0.1
-# Indices of the kinds of calls that are counted.
+# Indices of the counted kinds of calls.
 _FEED, _PROPOSE, _OBSERVE = range(3)
 
 
 class ProposerStats:
-    """Counts, seconds and acceptance of the proposers of one type: in one sequence, or in the whole engine.
+    """Counts, seconds and acceptance of the proposers of one type, in one sequence or in the whole engine.
 
-    Each record of a sequence's statistics is added to `total`, the engine's, too.
+    Each record in a sequence's statistics is also added to `total`, the engine's statistics.
     """
 
     def __init__(self, type: str, total: ProposerStats | None = None) -> None:
@@ -35,15 +35,16 @@ class ProposerStats:
 
     @property
     def cost_seconds(self) -> float:
-        """Mean seconds of a poll in all sequences, tokens fed in it included; 0 before the first."""
+        """Mean seconds of a poll in all sequences, including the feeding of buffered tokens; 0 before the first
+        poll."""
         return (self._total or self)._cost_seconds
 
     def record_feed(self, seconds: float, *, first: bool) -> None:
-        """Records the feeding of a part of a history, of the first part or a later one."""
+        """Records that a part of a history was fed in `seconds`. `first` is True for the first part of a sequence."""
         self._count(_FEED, seconds, int(first))
 
     def record_proposal(self, seconds: float, feed_seconds: float) -> None:
-        """Records a poll: the seconds that its draft took, and those of the tokens fed just before."""
+        """Records a poll: the seconds of the draft, and the seconds of the tokens that were fed just before."""
         self._count(_PROPOSE, seconds)
         for stats in self._both:
             stats._spent += seconds
@@ -71,7 +72,7 @@ class ProposerStats:
 
     @property
     def draft_stats(self) -> DraftStats:
-        """The counts, and the chance of the first token of the next draft. Any thread may call."""
+        """The counts, and the chance that the first token of the next draft is accepted. Any thread may call."""
         return DraftStats(
             self.type,
             self._drafted,

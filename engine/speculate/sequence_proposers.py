@@ -11,15 +11,15 @@ from engine.speculate.proposer import NO_DRAFT, BatchedSequence, Draft, DraftBou
 from engine.speculate.proposer_stats import ProposerStats
 from engine.speculate.tracked_proposer import TrackedBatchedSequence, TrackedProposer
 
-# Most tokens of histories that are fed to proposers in one step, besides those just emitted. They take some tens of
-# milliseconds; a long prompt, computed or cached, fed in one go would delay the step of all sequences.
+# Maximum tokens of histories that are fed to proposers in one step, besides those just emitted. They take some tens of
+# milliseconds; a whole long prompt, computed or cached, would delay the next step of all sequences.
 FEED_TOKENS = 2048
 
 _UNBOUNDED = DraftBounds()
 
 
 class SequenceProposers:
-    """The proposers of one sequence, in the order in which a fixed order polls them. Belongs to the engine thread."""
+    """The proposers of one sequence, in the order of `PROPOSER_TYPES`. Belongs to the engine thread."""
 
     def __init__(
         self,
@@ -30,36 +30,37 @@ class SequenceProposers:
         bounds: DraftBounds = _UNBOUNDED,
         fixed: bool = False,
     ) -> None:
-        """`proposers` by type draft for this sequence alone. `totals` are the engine's statistics by type."""
+        """`proposers`, by type, draft for this sequence alone; `batched` gets its drafts from a batched proposer.
+        `totals` are the engine's statistics by type."""
 
         def stats(type: str) -> ProposerStats:
             return ProposerStats(type, (totals or {}).get(type))
 
         self.bounds = bounds
         self.fixed = fixed
-        """True if the whole first draft is verified, in the order of the types."""
+        """True if the whole draft of the first proposer that has one is verified, without a choice by costs."""
         self.unbatched = [TrackedProposer(proposer, stats(type)) for type, proposer in proposers.items()]
         self.batched = TrackedBatchedSequence(batched, stats(batched.type)) if batched is not None else None
         self._polls = 0
         self._all = [*self.unbatched, *([self.batched] if self.batched is not None else [])]
-        self._fed = 0  # tokens of the history that the proposers have been fed, or have buffered
+        self._fed = 0  # number of tokens of the history that were fed to the proposers or buffered for them
         self._chosen: TrackedProposer | None = None
 
     @property
     def types(self) -> tuple[str, ...]:
-        """The types of its proposers."""
+        """Types of the proposers."""
         return tuple(tracked.stats.type for tracked in self._all)
 
     @property
     def draft_stats(self) -> tuple[DraftStats, ...]:
-        """The statistics of its drafts so far, by type."""
+        """Statistics of the sequence's drafts so far, by type."""
         return tuple(tracked.stats.draft_stats for tracked in self._all)
 
     # ── before a step ──
 
-    def feed(self, tokens: array[int], most: int) -> int:
-        """Feeds at most `most` more of `tokens`, the history, to the proposers. Returns the number of tokens fed."""
-        part = tokens[self._fed : self._fed + most] if self._all else tokens[:0]
+    def feed(self, tokens: array[int], max_tokens: int) -> int:
+        """Feeds to the proposers at most `max_tokens` further tokens of `tokens`, the history. Returns their number."""
+        part = tokens[self._fed : self._fed + max_tokens] if self._all else tokens[:0]
         if not part:
             return 0
         for tracked in self._all:
@@ -68,30 +69,30 @@ class SequenceProposers:
         return len(part)
 
     def can_draft(self, tokens: array[int]) -> bool:
-        """Returns True if there are proposers and they have been fed all of `tokens`, the history."""
+        """Returns True if there are proposers, and all of `tokens`, the history, were fed to them or buffered."""
         return bool(self._all) and self._fed == len(tokens)
 
     def begin_poll(self) -> int:
-        """Drops the draft that was chosen for the last step. Returns the number of polls, this one included."""
+        """Drops the draft that was chosen for the last step. Returns the number of polls, including this one."""
         self._chosen = None
         self._polls += 1
         return self._polls
 
     @property
-    def drafted(self) -> list[TrackedProposer]:
+    def with_draft(self) -> list[TrackedProposer]:
         """The proposers with a draft for the next step."""
         return [tracked for tracked in self._all if tracked.draft.tokens]
 
     def min_tokens(self, tracked: TrackedProposer) -> int:
-        """Returns the fewest tokens of a draft of `tracked`."""
+        """Returns the minimum number of tokens of a draft of `tracked`, by the bounds."""
         own = self.batched.sequence.bounds.n_min if self.batched is not None and tracked is self.batched else 0
         return max(own, self.bounds.n_min)
 
     def batched_limit(self, limit: int) -> int:
-        """Returns the most tokens, at most `limit`, of the batched proposer's draft for this sequence.
+        """Returns the maximum number of tokens, up to `limit`, of the batched proposer's draft for this sequence.
 
-        It is 0 if there is no batched proposer, if the bounds forbid drafts of that length, or if another proposer has
-        a draft in a fixed order.
+        Returns 0 if there is no batched proposer, if the bounds forbid drafts of that length, or if, with a fixed
+        order, another proposer has a draft.
         """
         if self.batched is None:
             return 0
@@ -101,8 +102,8 @@ class SequenceProposers:
         return limit if limit >= self.min_tokens(self.batched) else 0
 
     def choose(self, tracked: TrackedProposer, length: int) -> Draft:
-        """Returns the first `length` tokens of the draft of `tracked`, which the next step verifies; no tokens if the
-        bounds forbid so few."""
+        """Chooses the draft of `tracked` for the next step. Returns its first `length` tokens; `NO_DRAFT`, with no
+        draft chosen, if the bounds forbid such a short draft."""
         if length < max(1, self.min_tokens(tracked)):
             return NO_DRAFT
         self._chosen = tracked
@@ -110,20 +111,23 @@ class SequenceProposers:
         return Draft(draft.tokens[:length], draft.chances[:length])
 
     def choose_longest(self) -> Draft:
-        """Returns a whole draft, which the next step verifies: in a fixed order the first, else the one with most
-        tokens expected to be accepted."""
-        drafted = self.drafted
-        if not drafted:
+        """Chooses a draft for the next step and returns the whole of it.
+
+        With a fixed order it is the first draft, otherwise the one with the most tokens expected to be accepted.
+        """
+        with_draft = self.with_draft
+        if not with_draft:
             return NO_DRAFT
-        best = drafted[0] if self.fixed else max(drafted, key=lambda tracked: tracked.expected_accepted)
+        best = with_draft[0] if self.fixed else max(with_draft, key=lambda tracked: tracked.expected_accepted)
         return self.choose(best, len(best.draft.tokens))
 
     # ── after a step ──
 
     def observe(self, tokens: array[int], emitted: Sequence[int], verified: VerifiedDraft) -> None:
-        """Records the last tokens of the history `tokens`, the `emitted` ones; `verified` is the chosen draft's result.
+        """Records that `emitted` are the last tokens of the history `tokens`. `verified` is the result of the chosen
+        draft.
 
-        Proposers that have not been fed all of the history before are fed `emitted` later, by `feed`.
+        If earlier tokens of the history are not fed yet, `feed` feeds `emitted` later.
         """
         chosen = self._chosen if verified.drafted else None
         if self._fed == len(tokens) - len(emitted):
@@ -143,13 +147,13 @@ class SequenceProposers:
             tracked.truncate(length)
 
     def shift(self, keep: int, discard: int) -> None:
-        """Removes from the history the `discard` tokens after the first `keep`, of which not all may be fed yet."""
+        """Removes from the history the `discard` tokens after the first `keep`. Some of them may not be fed yet."""
         self._fed -= max(0, min(self._fed, keep + discard) - keep)
         for tracked in self._all:
             tracked.shift(keep, discard)
 
     def preempt(self) -> None:
-        """Drops all drafts, and frees what the sequence holds of the batched proposer."""
+        """Drops all drafts, and frees the batched proposer's resources for the sequence."""
         self._chosen = None
         for tracked in self._all:
             tracked.clear_draft()
@@ -157,6 +161,6 @@ class SequenceProposers:
             self.batched.sequence.release()
 
     def end(self) -> None:
-        """Ends the sequence."""
+        """Ends the sequence for all proposers. No method may be called afterwards."""
         for tracked in self._all:
             tracked.end()

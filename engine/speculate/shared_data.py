@@ -1,4 +1,4 @@
-"""The data that the proposers of all requests share, and the files in which it outlives the engine."""
+"""The data that the proposers of all requests share, and the files that keep it after the engine has ended."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from engine.speculate.vocabulary import vocabulary_digest
 
 _log = logging.getLogger("paceline.speculation")
 
-# About 70 megabytes.
+# Maximum number of n-grams in the counts of past requests; they take about 70 megabytes.
 _MAX_DYNAMIC_NGRAMS = 2**18
 
 
 class Saved(Protocol):
-    """Data with a file: `NgramPool` and `NgramCounts`."""
+    """Data that can be saved to a file: `NgramPool` and `NgramCounts`."""
 
     def save(self, path: Path, vocabulary_digest: bytes) -> None:
-        """Writes the file, whole or not at all. Raises OSError."""
+        """Writes the data to `path`, whole or not at all. Raises OSError."""
 
     def load(self, path: Path, vocabulary_digest: bytes, n_vocab: int) -> None:
-        """Loads the file. Raises DamagedFile or OSError; then the data is unchanged."""
+        """Loads the data from `path`. Raises DamagedFile or OSError; the data is then unchanged."""
 
 
 class SharedDraftData:
-    """Past outputs, the n-gram pool, and the n-gram counts of past requests and of a corpus; each made at first use.
+    """Past outputs, the n-gram pool, and the n-gram counts of past requests and of a corpus; each created at first use.
 
-    Only requests with equal salts share data. The counts of past requests are for requests without a salt. A file that
-    cannot be loaded is logged in one line, and its data starts empty.
+    Requests with different salts share no data, unless the configuration shares the n-gram pool. The counts of past
+    requests are for requests without a salt only. A failure to load a file is logged in one line, and the data then
+    starts empty.
     """
 
     def __init__(self, config: SpeculationConfig, vocab: Vocab) -> None:
-        """Loads the files that `config` names."""
+        """Loads the files that are named in `config`."""
         self._config = config
         self._vocab = vocab
         self._requests = count()
@@ -57,7 +58,7 @@ class SharedDraftData:
         return SharedOutputs(self._config.suffix_tokens, depth=self._config.suffix_depth)
 
     def mod(self, salt: str, n_min: int, n_max: int) -> NgramModProposer:
-        """Returns a request's proposer over the n-gram pool."""
+        """Returns a request's `ngram-mod` proposer, which uses the n-gram pool in the configured scope."""
         match self._config.pool_scope:
             case "shared":
                 scope = scope_of("shared")
@@ -68,11 +69,12 @@ class SharedDraftData:
         return NgramModProposer(self._pool, scope, n_min, n_max)
 
     def cache(self, salt: str, n_max: int) -> NgramCacheProposer:
-        """Returns a request's proposer over its own counts, those of past requests and those of a corpus."""
+        """Returns a request's `ngram-cache` proposer, which uses the counts of the request, past requests and a
+        corpus."""
         return NgramCacheProposer(NgramCounts(limit=0) if salt else self._dynamic, self._static, n_max)
 
     def save(self) -> None:
-        """Writes the files that the configuration names. A file that cannot be written is logged in one line."""
+        """Writes the files that are named in the configuration. A failure is logged in one line."""
         files: list[tuple[str, Callable[[], Saved]]] = [
             (self._config.pool_file, lambda: self._pool),
             (self._config.lookup_dynamic, lambda: self._dynamic),
@@ -107,7 +109,7 @@ class SharedDraftData:
         return vocabulary_digest(self._vocab)
 
     def _load(self, data: Saved, name: str, *, may_be_missing: bool) -> None:
-        """Loads the file `name` into `data`. An empty `name` means no file."""
+        """Loads the file `name` into `data`, or logs a warning. An empty `name` means no file."""
         path = Path(name)
         if not name or (may_be_missing and not path.exists()):
             return

@@ -26,11 +26,12 @@ from engine.speculate.suffix import SuffixProposer
 
 log = logging.getLogger("paceline.speculation")
 
-# A request may raise the draft model's bound to so many tokens, as all sequences are delayed by the longest draft.
+# A request can raise the maximum length of the draft model's drafts up to this many tokens, because the longest draft
+# delays all sequences.
 _MAX_REQUESTED_TOKENS = 16
 
+# Returns the proposers of a request, by type.
 ProposerFactory = Callable[[Request], Mapping[str, Proposer]]
-"""Makes the proposers of a request, by type."""
 
 
 class SpeculativeDecoding:
@@ -45,8 +46,8 @@ class SpeculativeDecoding:
         factory: ProposerFactory | None = None,
         cost: StepCost | None = None,
     ) -> None:
-        """`factory` replaces all types of proposers. `cost` is the cost of the target model's steps; without it, drafts
-        are verified in a fixed order only."""
+        """`factory` replaces all types of proposers. `cost` is the cost model of the target model's steps; without it,
+        drafts are verified in a fixed order only."""
         self.draft_model = draft_model
         self.chooser = DraftChooser(cost or StepCost())
         self.planner = DraftPlanner(self.chooser, draft_model)
@@ -64,19 +65,22 @@ class SpeculativeDecoding:
 
     @property
     def fault(self) -> str:
-        """The reason for which the draft model drafts no more; empty if there is none. Any thread may call."""
+        """Reason why the draft model makes no drafts any more; empty while it works. Any thread may call."""
         return self.draft_model.fault if self.draft_model is not None else ""
 
     def log_stats(self, proposers: SequenceProposers) -> None:
-        """Logs the statistics of a request's drafts, and those of its types since the start."""
-        if not proposers.types or not log.isEnabledFor(logging.INFO):
+        """Logs the acceptance of a request's drafts, and the statistics since the start of the engine of each type that
+        made one of these drafts. Logs nothing for a request without verified drafts."""
+        if not log.isEnabledFor(logging.INFO):
             return
-        log.info("%s", acceptance_line(proposers.draft_stats))
-        for type in proposers.types:
-            log.info("%s", self._stats[type])
+        drafting = [stats for stats in proposers.draft_stats if stats.drafted]
+        if drafting:
+            log.info("%s", acceptance_line(drafting))
+        for stats in drafting:
+            log.info("%s", self._stats[stats.type])
 
     def close(self) -> None:
-        """Saves the shared data for which the configuration names files."""
+        """Saves the shared data to the files that are named in the configuration."""
         self._shared.save()
 
     # ── the proposers of a request ──
@@ -86,8 +90,8 @@ class SpeculativeDecoding:
     ) -> SequenceProposers:
         """Returns the proposers of a new sequence.
 
-        The draft model picks tokens by `sampler`, the likeliest ones without it. Tokens that the grammar at `matcher`
-        forbids are cut off drafts.
+        The draft model picks tokens with `sampler`, or the most likely tokens without one. Drafts end before the first
+        token that the grammar of `matcher` forbids.
         """
         speculation = self._speculation(request)
         if self._factory is not None:
@@ -96,19 +100,20 @@ class SpeculativeDecoding:
             proposers, batched = self.proposers(request, matcher), self._draft_sequence(request, sampler)
         for type in [*proposers, *([batched.type] if batched is not None else [])]:
             self._stats.setdefault(type, ProposerStats(type))
-        permits = matcher.validate_tokens if matcher is not None else None
-        bounds = DraftBounds(speculation.n_max, speculation.n_min or 0, speculation.p_min or 0.0, permits)
+        num_permitted = matcher.validate_tokens if matcher is not None else None
+        bounds = DraftBounds(speculation.n_max, speculation.n_min or 0, speculation.p_min or 0.0, num_permitted)
         fixed = (speculation.order or self._config.order) == "fixed"
         return SequenceProposers(proposers, batched, totals=self._stats, bounds=bounds, fixed=fixed)
 
     def proposers(self, request: Request, matcher: Matcher | None = None) -> dict[str, Proposer]:
         """Returns the proposers of a request by type, except that of the draft model."""
         speculation = self._speculation(request)
-        made = {type: self._make(type, request, speculation, matcher) for type in _types(speculation)}
-        return {type: proposer for type, proposer in made.items() if proposer is not None}
+        proposers = {type: self._make(type, request, speculation, matcher) for type in _types(speculation)}
+        return {type: proposer for type, proposer in proposers.items() if proposer is not None}
 
     def _speculation(self, request: Request) -> Speculation:
-        """Returns the request's own settings, or else the default, with the request's prediction as one more type."""
+        """Returns the request's settings or else the default, with the type `prediction` added if the request has
+        one."""
         speculation = self._default if request.speculation is None else request.speculation
         if request.prediction and (speculation.type or request.speculation is None):
             return structs.replace(speculation, type=(*speculation.type, "prediction"))
@@ -147,12 +152,13 @@ class SpeculativeDecoding:
                 return None  # made by `_draft_sequence`
 
     def _sizes(self, option: str, speculation: Speculation) -> tuple[int, int, int]:
-        """Returns size_n, size_m and min_hits: the request's, the type's own, or those of all n-gram types."""
-        own = structs.asdict(self._config)
+        """Returns size_n, size_m and min_hits. The request's values have priority over those configured for the type,
+        and these over those configured for all n-gram types."""
+        config = structs.asdict(self._config)
         return (
-            speculation.size_n or own[f"{option}_size_n"] or self._config.size_n,
-            speculation.n_max or own[f"{option}_size_m"] or self._config.size_m,
-            speculation.min_hits or own[f"{option}_min_hits"] or self._config.min_hits,
+            speculation.size_n or config[f"{option}_size_n"] or self._config.size_n,
+            speculation.n_max or config[f"{option}_size_m"] or self._config.size_m,
+            speculation.min_hits or config[f"{option}_min_hits"] or self._config.min_hits,
         )
 
     def _draft_sequence(self, request: Request, sampler: Sampler | None) -> DraftSequence | None:
@@ -165,17 +171,18 @@ class SpeculativeDecoding:
         bounds = DraftBounds(n_max, n_min, p_min)
         if sampler is None or config.noise == "greedy":
             return DraftSequence(self.draft_model, request.salt, bounds)
-        own, start = sampler if config.noise == "shared" else sampler.independent(), len(request.prompt)
+        draft_sampler = sampler if config.noise == "shared" else sampler.independent()
+        prompt_length = len(request.prompt)
         return DraftSequence(
             self.draft_model,
             request.salt,
             bounds,
-            lambda row, history, discarded: own.pick(row, history, start, discarded),
+            lambda row, history, discarded: draft_sampler.pick(row, history, prompt_length, discarded),
         )
 
 
 def _types(speculation: Speculation) -> tuple[ProposerType, ...]:
-    """Returns the types of proposers of a request, in their fixed order."""
+    """Returns the types of proposers of a request, in the order of `PROPOSER_TYPES`."""
     if "auto" in speculation.type:
         return PROPOSER_TYPES
     return tuple(type for type in PROPOSER_TYPES if type in speculation.type)

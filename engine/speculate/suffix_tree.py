@@ -1,17 +1,18 @@
 """A suffix tree that grows token by token and counts the continuations of each run of tokens.
 
-The tree spells every run of at most `depth` tokens of its texts. A walk from the root finds the longest suffix of a
-history that occurred before, and its continuations. The tree is built online (Ukkonen 1995), for several texts that
-grow concurrently and with suffixes cut at `depth` tokens:
+The tree contains each run of at most `depth` tokens of its texts as a path from the root. A walk from the root gives
+the longest suffix of a history that occurred before, and the continuations of that suffix. The tree is built online
+(Ukkonen 1995), for several texts that grow concurrently, with suffixes cut at `depth` tokens:
 
-- A suffix is *settled* when it has `depth` tokens, or when its tokens do not occur elsewhere in the tree with another
-  token after them. It then ends in a leaf, which grows with the text at no cost.
-- The other suffixes of a text are *in progress*: the tree spells them already, as parts of other suffixes. They are the
-  shortest ones, so a text stores only the start of the longest of them, the *active* suffix. When a new token does not
-  continue the active suffix in the tree, that suffix is settled, and the next shorter one becomes active.
-- Of two texts with equal ends, one owns the leaf, and the other's suffix is in progress on it. If the other text gets
-  the next token first, it becomes the owner, and the former owner's suffix is in progress again. A leaf can change its
-  owner once per token and suffix; only texts that emit the same tokens at the same time cause this.
+- A suffix is *settled* when it has `depth` tokens, or when no other occurrence of it in the tree is followed by a
+token.
+  A settled suffix ends in a leaf, which grows with the text at no cost.
+- The other suffixes of a text are *in progress*: the tree contains them already, as parts of other suffixes. They are
+  the shortest suffixes, so a text stores only the start of the longest of them, the *active* suffix. When a new token
+  does not continue the active suffix in the tree, that suffix is settled, and the next shorter one becomes active.
+- Of two texts that end with the same tokens, one owns the leaf, and the other's suffix is in progress on that leaf. If
+  the other text gets the next token first, it becomes the owner, and the former owner's suffix is in progress again. A
+  leaf can change its owner once per token and suffix; only texts that get the same tokens at the same time cause this.
 
 Suffixes in progress are not counted: **the count of a run of tokens is the number of settled suffixes that begin with
 it**. Edges store the counts. Every settled suffix ends in a leaf, so an edge's count is the sum of the counts below it.
@@ -37,14 +38,15 @@ class TreeText:
 
 
 class Edge(Struct, eq=False, gc=False):
-    """A leaf: the tokens of a suffix of `source` from the parent's depth on, to the end of `source`.
+    """A leaf: an edge with the tokens of the suffix of `source` that starts at `start`, from the parent's depth to the
+    end of `source`.
 
-    The suffix starts at `start`. Of several suffixes through the edge, `source` and `start` are those of the one
-    settled last; `count` is their number.
+    `count` is the number of suffixes that were settled through the edge. `source` and `start` are those of the last
+    one.
     """
 
-    # gc=False: there are some 100,000 edges and no cycles; a collection that visits them stops all threads for 100 ms.
-    # Forks are recognised by `type`, as a negative `isinstance` takes 200 ns.
+    # gc=False: there are some 100,000 edges and no cycles; a collection that includes them stops all threads for 100
+    # ms. Forks are recognised by `type`, because a negative `isinstance` takes 200 ns.
 
     source: TreeText
     start: int
@@ -54,7 +56,7 @@ class Edge(Struct, eq=False, gc=False):
 class Fork(Edge, eq=False, gc=False):
     """An edge that ends `depth` tokens below the root, where more than one token may follow.
 
-    `best` is the child with the highest count; of equals the one through which a suffix was settled last.
+    `best` is the child with the highest count; of equal ones, the child through which a suffix was settled last.
     """
 
     depth: int
@@ -77,35 +79,34 @@ class Continuation(NamedTuple):
 
 
 class SuffixTree:
-    """The tree. Appending a token visits the edges to the ends of its suffixes: mostly a handful, at most `depth`."""
+    """The tree. Appending a token visits the paths of the suffixes that it settles: usually a few, at most `depth`."""
 
     def __init__(self, depth: int = 64) -> None:
         assert depth > 0, "a suffix has a token"
         self.depth = depth
         self.size = 0
-        """Tokens of all texts."""
-        nothing = TreeText()
-        self._root = Fork(nothing, 0, 0, 0, Edge(nothing, 0, 0), {})
+        """Number of tokens of all texts."""
+        empty = TreeText()
+        self._root = Fork(empty, 0, 0, 0, Edge(empty, 0, 0), {})
 
     def extend(self, text: TreeText, tokens: Iterable[int]) -> None:
-        """Appends `tokens` to `text`, of which all tokens are in this tree and in no other."""
+        """Appends `tokens` to `text`. All tokens of `text` must have been appended in this tree."""
         for token in tokens:
             self._append(text, token)
 
     def active(self, text: TreeText) -> Locus:
         """Returns the longest suffix of `text`, of fewer than `depth` tokens, that has another occurrence in the tree.
 
-        If `text` is the only text, a token follows that occurrence.
+        If `text` is the only text in the tree, that occurrence is followed by a token.
         """
         length = len(text.tokens) - text.active
         return Locus(self._path(text, length)[1], length)
 
     def longest(self, query: list[int], hint: int = 1) -> Locus:
-        """Returns the longest suffix of `query`, of fewer than `depth` tokens, that is in the tree with a token after
-        it.
+        """Returns the longest suffix of `query`, of fewer than `depth` tokens, that is followed by a token in the tree.
 
-        If a suffix is in the tree, so are all shorter ones: the length is found by exponential search upwards from
-        `hint` and then by bisection. `hint` changes only the time that this takes.
+        If a suffix is in the tree, so are all shorter ones. So the length is found by exponential search upwards from
+        `hint` and then by bisection. `hint` changes the time of the search, not its result.
         """
         found, step = Locus(self._root, 0), 1
         beyond = min(len(query) + 1, self.depth)
@@ -126,11 +127,12 @@ class SuffixTree:
         return edge.count if edge is not None else 0
 
     def continuation(self, locus: Locus, limit: int, p_min: float, text: TreeText | None = None) -> Continuation:
-        """Returns at most `limit` tokens: at each fork the best child, whose chance is its share of the fork's count.
+        """Returns at most `limit` tokens that may follow `locus`.
 
-        The continuation ends before the product of the chances falls below `p_min`. On a leaf it copies the leaf's
-        source, beyond `depth` if necessary, up to the end of the source. If the source is `text`, the text that ends at
-        the locus, the copy then repeats itself (as in LZ77: Ziv, Lempel 1977).
+        The walk takes the best child of each fork; its chance is its share of the fork's count. The continuation ends
+        before the product of the chances falls below `p_min`. On a leaf the continuation copies the leaf's source,
+        beyond `depth` if necessary, up to the end of the source. If the source is `text`, the text that ends at the
+        locus, the copy then continues with its own beginning (as in LZ77: Ziv, Lempel 1977).
         """
         tokens: list[int] = []
         chances: list[float] = []
@@ -147,10 +149,10 @@ class SuffixTree:
             tokens.append(edge.source.tokens[edge.start + at])
             chances.append(chance)
             at += 1
-        start, room = edge.start + at, limit - len(tokens)
-        copied = edge.source.tokens[start : start + room]
-        repeats = edge.source is text and len(copied) < room
-        tokens += islice(cycle(copied + tokens), room) if repeats else copied
+        start, missing = edge.start + at, limit - len(tokens)
+        copied = edge.source.tokens[start : start + missing]
+        repeats = edge.source is text and len(copied) < missing
+        tokens += islice(cycle(copied + tokens), missing) if repeats else copied
         chances += [1.0] * (len(tokens) - len(chances))
         return Continuation(tokens, chances)
 
@@ -174,9 +176,9 @@ class SuffixTree:
             return
 
     def _path(self, text: TreeText, length: int) -> tuple[list[Fork], Edge]:
-        """Returns the path of the active suffix's first `length` tokens: the forks above, and the edge where it ends.
+        """Returns the path of the active suffix's first `length` tokens: the forks, and the edge where the path ends.
 
-        The tree is known to spell these tokens, so the path compares one token per edge.
+        The tree contains these tokens, so the walk compares one token per edge.
         """
         tokens, start = text.tokens, text.active
         forks: list[Fork] = []
@@ -187,11 +189,11 @@ class SuffixTree:
         return forks, edge
 
     def _find(self, tokens: list[int]) -> Edge | None:
-        """Returns the edge where the path that spells `tokens` ends, or None if the tree does not spell them."""
+        """Returns the edge where the path of `tokens` ends. None if the tree does not contain them."""
         edge: Edge = self._root
         at, length = 0, len(tokens)
         while at < length:
-            assert type(edge) is Fork, "a leaf is compared to the end"
+            assert type(edge) is Fork, "a leaf is compared up to the last token"
             child = edge.children.get(tokens[at])
             if child is None:
                 return None
@@ -203,7 +205,8 @@ class SuffixTree:
         return edge
 
     def _settle(self, forks: list[Fork], edge: Edge, length: int, text: TreeText, token: int) -> None:
-        """Makes the active suffix a leaf. Its tokens but the new one, `token`, end on `edge` at `length`."""
+        """Settles the active suffix of `text` in a leaf. `token` is its last token; the others end on `edge` at
+        `length`."""
         if not _has_next(edge, length):
             edge.source.active = min(edge.source.active, edge.start)
             _pass(forks, edge, text, 0)
@@ -228,22 +231,23 @@ def _continues(edge: Edge, length: int, token: int) -> bool:
 
 
 def _pass(forks: list[Fork], edge: Edge, text: TreeText, count: int) -> None:
-    """Settles the active suffix of `text` through `forks` and `edge`, and adds `count` to the count of each."""
-    start, below = text.active, edge
+    """Settles the active suffix of `text` through `forks` and `edge`: adds `count` to the count of each, and makes the
+    suffix their source."""
+    start, child = text.active, edge
     for fork in reversed(forks):
-        below.count += count
-        below.source = text
-        below.start = start
-        if below.count >= fork.best.count:
-            fork.best = below
-        below = fork
-    below.count += count
+        child.count += count
+        child.source = text
+        child.start = start
+        if child.count >= fork.best.count:
+            fork.best = child
+        child = fork
+    child.count += count
 
 
 def _split(parent: Fork, edge: Edge, depth: int) -> Fork:
     """Splits `edge`, a child of `parent`, at `depth` and returns the new fork above it.
 
-    A suffix must be settled through the fork next: that makes the fork the best child if `edge` was.
+    The caller must settle a suffix through the fork next: this makes the fork the best child if `edge` was.
     """
     tokens, start = edge.source.tokens, edge.start
     fork = Fork(edge.source, start, edge.count, depth, edge, {tokens[start + depth]: edge})

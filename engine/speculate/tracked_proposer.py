@@ -10,7 +10,7 @@ from engine.pace import VerifiedDraft
 from engine.speculate.proposer import NO_DRAFT, BatchedSequence, DraftBounds, Proposer
 from engine.speculate.proposer_stats import ProposerStats
 
-# Most emitted tokens that are buffered: fed in one batch, they must not delay a step.
+# Maximum number of buffered tokens, so that feeding them in one batch does not delay a step.
 _MAX_BUFFERED_TOKENS = 64
 
 
@@ -23,19 +23,20 @@ class TrackedProposer:
     """
 
     def __init__(self, proposer: Proposer, stats: ProposerStats, *, buffered: bool = True) -> None:
-        """Without `buffered`, emitted tokens are fed at once."""
+        """Without `buffered`, each step's emitted tokens are fed at once."""
         self.proposer = proposer
         self.stats = stats
         self.draft = NO_DRAFT
         """The draft for the next step."""
         self.curve: list[float] = []
-        """For each token of the draft the chance that it and all before it are accepted, as far as relevant."""
+        """For each token of the draft the chance that it and all tokens before it are accepted, down to
+        `MIN_CHANCE`."""
         self.expected_accepted = 0.0
-        """Tokens of the last draft that were expected to be accepted."""
+        """Expected number of accepted tokens of the last draft."""
         self._buffered = buffered
         self._begun = False
         self._buffer = array("i")
-        self._compared = NO_DRAFT  # a draft that equals the tokens emitted since, up to `_position`
+        self._compared = NO_DRAFT  # a draft whose first `_position` tokens equal the tokens emitted since
         self._position = 0
 
     # ── history ──
@@ -69,7 +70,7 @@ class TrackedProposer:
         self.proposer.shift(keep, discard)
 
     def end(self) -> None:
-        """Ends the sequence; proposers with shared data have its whole history then."""
+        """Ends the sequence, after buffered tokens are fed, so that shared data has the whole history."""
         if self._begun:
             self.flush()
             self.proposer.end()
@@ -77,12 +78,13 @@ class TrackedProposer:
     # ── drafts ──
 
     def propose(self, limit: int, bounds: DraftBounds, batch_seconds: float = 0.0) -> None:
-        """Sets the draft to one of at most `limit` tokens. `batch_seconds` were spent on it in a batch already."""
+        """Sets `draft` to a draft of at most `limit` tokens, within `bounds`. `batch_seconds` is its share of the
+        seconds of a batched proposer."""
         started = time.perf_counter()
         self.flush()
         begun = time.perf_counter()
         draft = bounds.trim(self.proposer.propose(limit))
-        assert len(draft.tokens) <= limit, f"drafts of type {self.stats.type} keep to the limit"
+        assert len(draft.tokens) <= limit, f"a draft of type {self.stats.type} exceeds the limit"
         self.draft = draft
         self.curve = self.stats.acceptance.curve(len(draft.tokens), draft.chances)
         self.expected_accepted = sum(self.curve)
@@ -95,8 +97,8 @@ class TrackedProposer:
         self.draft, self.curve = NO_DRAFT, []
 
     def observe(self, emitted: Sequence[int], verified: VerifiedDraft | None = None) -> None:
-        """Appends `emitted` to the history. They come from the verification of this proposer's draft if `verified` is
-        its result. They do not if it is `None`."""
+        """Appends `emitted` to the history. `verified` is the result of the verification of this proposer's draft;
+        `None` if the step did not verify it."""
         if verified is not None:
             self._compared, self._position = self.draft, 0
         self._compare(emitted)
@@ -130,8 +132,8 @@ class TrackedProposer:
 
 
 class TrackedBatchedSequence(TrackedProposer):
-    """The same for a proposer whose drafts a `BatchedProposer` makes. Emitted tokens are fed at once, so that the rows
-    of rejected tokens are rolled back."""
+    """A `TrackedProposer` for a sequence of a `BatchedProposer`. Emitted tokens are fed at once, so that the rows of
+    rejected tokens are rolled back before the next batch."""
 
     def __init__(self, sequence: BatchedSequence, stats: ProposerStats) -> None:
         super().__init__(sequence, stats, buffered=False)

@@ -1,4 +1,4 @@
-"""Compares vocabularies: for a draft model and for files of token ids."""
+"""Comparison of vocabularies, for draft models and for files of token ids."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _FIRST_COMPARED_TOKEN = 5
 
 
 def vocabulary_mismatch(vocab: Vocab, draft: Vocab) -> str:
-    """Returns the first reason why token ids of `draft` do not mean the same in `vocab`; "" if there is none."""
+    """Returns the first reason why token ids of `draft` cannot be used as ids of `vocab`; empty if they can be used."""
     if vocab.kind != draft.kind:
         return f"its vocabulary is of type {draft.kind}, the model's of type {vocab.kind}"
     if vocab.added != draft.added:
-        return f"it puts the tokens {draft.added} around a text, the model {vocab.added} (-1 is none)"
+        return f"its BOS and EOS tokens around a text are {draft.added}, the model's are {vocab.added} (-1 is none)"
     if abs(vocab.size - draft.size) > _MAX_SIZE_DIFFERENCE:
         return (
             f"its vocabulary has {draft.size} tokens, the model's {vocab.size}; "

@@ -45,8 +45,8 @@ from engine.grammar import GrammarCompiler, GrammarError
 BOS, EOS, START, END = 256, 257, 258, 259
 SPECIAL = {"<s>": BOS, "</s>": EOS, "<|im_start|>": START, "<|im_end|>": END}
 
-# Bytes are the tokens of one step, a number is a pause in seconds. An event pauses until it is set, progress goes to
-# requests with `progress`, and an error ends the request.
+# One step of a script: bytes are the tokens of a step, a number is a pause in seconds, and an event is a pause until it
+# is set. Progress is delivered to requests with `progress`. An error ends the request.
 Step = bytes | float | asyncio.Event | PrefillProgress | EngineError
 Script = Callable[[Request], Iterable[Step]]
 
@@ -102,7 +102,7 @@ INFO = ModelInfo(
 # The default draft statistics of a request: one draft, three of its four tokens accepted.
 DRAFTS = (DraftStats("suffix", 4, (0, 0, 0, 1, 0), 3.5, 0.5, 0.25, 0.75),)
 
-# Slot 0 is busy, the others have never run a request.
+# Slot 0 is busy; the other slots have never run a request.
 SLOTS = (
     SlotState(
         0,
@@ -128,19 +128,19 @@ SLOTS = (
 
 
 def hello(request: Request) -> Iterable[Step]:
-    """The default script."""
+    """Returns the default script, which emits `Hello wörld` in three steps."""
     return [b"Hel", 0.002, b"lo", 0.002, " wörld".encode()]
 
 
 def endless(request: Request) -> Iterable[Step]:
-    """Tokens until the client disconnects."""
+    """Yields tokens until the client disconnects."""
     while True:
         yield b"x"
         yield 0.001
 
 
 def silence(request: Request) -> Iterable[Step]:
-    """No tokens until the client disconnects."""
+    """Returns a script that emits no token and pauses until the client disconnects."""
     return [asyncio.Event()]
 
 
@@ -157,9 +157,9 @@ class FakeEngine:
         self.request_limit = 512
         self.log: list[str] = []
         self.requests: list[Request] = []
+        # The error of a submission while at least `num_accepted` requests are open; `None` accepts every request.
         self.refusal: EngineError | None = None
-        """The error of a submission while at least `free` requests are open. None accepts every request."""
-        self.free = 0
+        self.num_accepted = 0
         self.max_requests = 512
         self.fault: EngineFault | None = None
         self.memory = MemoryInfo(
@@ -173,8 +173,8 @@ class FakeEngine:
             reuse_min_tokens=0,
         )
         self.states = SLOTS
+        # The error of saving, restoring or erasing a slot; `None` lets the operation succeed.
         self.slot_error: EngineError | None = None
-        """The error of saving, restoring or erasing a slot. None lets the operation succeed."""
         self._playing: dict[Generation, asyncio.Task[None]] = {}
         self._grammars = GrammarCompiler(self.vocab)
 
@@ -246,7 +246,7 @@ class FakeEngine:
         return SlotTransfer(70, 1000, 0.25)
 
     def _submit(self, generation: Generation) -> None:
-        if self.refusal is not None and len(self._playing) >= self.free:
+        if self.refusal is not None and len(self._playing) >= self.num_accepted:
             raise self.refusal
         self.log.append("submit")
         self._playing[generation] = asyncio.create_task(self._play(generation))
@@ -259,7 +259,7 @@ class FakeEngine:
 
     async def _play(self, generation: Generation) -> None:
         request, count = generation.request, 0
-        most = 2**30 if request.max_tokens is None else request.max_tokens
+        limit = 2**30 if request.max_tokens is None else request.max_tokens
         for step in self.script(request):
             await asyncio.sleep(step if isinstance(step, float) else 0)
             match step:
@@ -274,12 +274,12 @@ class FakeEngine:
                     if request.progress:
                         generation.deliver_progress(step)
                 case bytes():
-                    tokens = list(step[: most - count])
+                    tokens = list(step[: limit - count])
                     count += len(tokens)
                     generation.deliver_tokens(tokens, self._logprobs(request, tokens))
-            if count >= most:
+            if count >= limit:
                 break
-        self._finish(generation, self._finished(request, count, "length" if count >= most else "stop"))
+        self._finish(generation, self._finished(request, count, "length" if count >= limit else "stop"))
 
     def _finish(self, generation: Generation, end: Finished | Failed) -> None:
         self._playing.pop(generation, None)

@@ -52,7 +52,7 @@ class Server:
                 return found
 
     def ready(self) -> str:
-        """Blocks until the model is loaded, and returns the URL."""
+        """Blocks until the model is loaded, and returns the server's URL."""
         self.url = self.until(r"^Serving .* on (http://\S+) ").group(1)
         return self.url
 
@@ -61,7 +61,7 @@ class Server:
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        """Blocks until the process ends, and returns the exit code. `lines` is complete then."""
+        """Blocks until the process ends, and returns the exit code. After the call `lines` is complete."""
         code = self.process.wait(_TIMEOUT_SECONDS)
         self._thread.join(_TIMEOUT_SECONDS)
         while (line := self._queue.get(timeout=1)) is not None:

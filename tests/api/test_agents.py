@@ -1,6 +1,6 @@
-"""Third-party agents over loopback: OpenAI's client, its agents and pydantic-ai each run a loop with two tools.
+"""Third-party agents over loopback: OpenAI's client, OpenAI's agents and pydantic-ai each run a loop with two tools.
 
-The model is small and decides badly, so each step names the tool that must be called, and the last one none.
+The model is small and picks tools badly, so each request names the tool to call, and the last request forbids calls.
 """
 
 from __future__ import annotations
@@ -51,29 +51,29 @@ def client(server: Server) -> Iterator[OpenAI]:
 
 
 @pytest.fixture
-async def asynchronous(server: Server) -> AsyncIterator[AsyncOpenAI]:
+async def async_client(server: Server) -> AsyncIterator[AsyncOpenAI]:
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
         yield client
 
 
-def named(name: str) -> Any:
+def choice_of(name: str) -> Any:
     return {"type": "function", "function": {"name": name}}
 
 
 def test_openai_streaming_helper_and_loop(client: OpenAI) -> None:
     messages: list[Any] = [{"role": "user", "content": QUESTION}]
     called: list[tuple[str, dict[str, Any]]] = []
-    for choice in (named("temperature"), named("add"), "none"):
+    for choice in (choice_of("temperature"), choice_of("add"), "none"):
         kinds: list[str] = []
         with client.chat.completions.stream(
             model=NAME, messages=messages, tools=TOOLS, tool_choice=choice, max_tokens=64, seed=1
         ) as stream:
             kinds += [event.type for event in stream]
-            made = stream.get_final_completion().choices[0]
-        calls = made.message.tool_calls or []
-        assert (made.finish_reason == "tool_calls") == (choice != "none")
+            final = stream.get_final_completion().choices[0]
+        calls = final.message.tool_calls or []
+        assert (final.finish_reason == "tool_calls") == (choice != "none")
         assert ("tool_calls.function.arguments.delta" in kinds) == (choice != "none")
-        messages.append(made.message.to_dict())
+        messages.append(final.message.to_dict())
         for call in calls:
             called.append((call.function.name, json.loads(call.function.arguments)))
             messages.append({"role": "tool", "tool_call_id": call.id, "content": "7"})
@@ -90,7 +90,7 @@ def test_a_required_call(client: OpenAI) -> None:
     json.loads(call.function.arguments)
 
 
-async def test_openai_agents(asynchronous: AsyncOpenAI) -> None:
+async def test_openai_agents(async_client: AsyncOpenAI) -> None:
     called: list[str] = []
 
     @function_tool
@@ -110,7 +110,7 @@ async def test_openai_agents(asynchronous: AsyncOpenAI) -> None:
     def settings(choice: str) -> ModelSettings:
         return ModelSettings(tool_choice=choice, max_tokens=48, temperature=0.0)
 
-    model = OpenAIChatCompletionsModel(NAME, asynchronous)
+    model = OpenAIChatCompletionsModel(NAME, async_client)
     agent = Agent(
         name="sum",
         model=model,
@@ -125,9 +125,9 @@ async def test_openai_agents(asynchronous: AsyncOpenAI) -> None:
     assert isinstance(result.final_output, str)
 
 
-async def test_pydantic_ai(asynchronous: AsyncOpenAI) -> None:
+async def test_pydantic_ai(async_client: AsyncOpenAI) -> None:
     called: list[str] = []
-    model = OpenAIChatModel(NAME, provider=OpenAIProvider(openai_client=asynchronous))
+    model = OpenAIChatModel(NAME, provider=OpenAIProvider(openai_client=async_client))
 
     def choice(context: Any) -> Any:
         steps = {0: "temperature", 1: "add"}

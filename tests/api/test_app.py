@@ -141,13 +141,13 @@ async def test_metrics(app: ASGIApp) -> None:
     assert samples["vllm:spec_decode_num_draft_tokens_total", ()] == 29
     assert samples["vllm:spec_decode_num_accepted_tokens_total", ()] == 12
     name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
-    assert [samples[name, (("position", str(place)),)] for place in range(3)] == [7, 4, 1]
+    assert [samples[name, (("position", str(position)),)] for position in range(3)] == [7, 4, 1]
     suffix = ("type", "suffix")
     assert samples["paceline_spec_drafts_total", (suffix,)] == 6
     assert samples["paceline_spec_draft_tokens_total", (suffix,)] == 20
     assert samples["paceline_spec_accepted_tokens_total", (suffix,)] == 8
     name = "paceline_spec_accepted_tokens_per_pos_total"
-    assert [samples[name, (("position", str(place)), suffix)] for place in range(2)] == [5, 3]
+    assert [samples[name, (("position", str(position)), suffix)] for position in range(2)] == [5, 3]
     assert samples["process_resident_memory_bytes", ()] > 0
 
 

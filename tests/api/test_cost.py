@@ -18,7 +18,7 @@ MEASURED = Calibration({1: 0.02, 2: 0.03, 4: 0.025}, 5e-6, 0.007)
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
-    """Configurations that were measured."""
+    """Returns the configurations that `paceline cost` measures."""
     configs: list[EngineConfig] = []
 
     def measure_step_costs(config: EngineConfig, progress: LoadProgress) -> Calibration:
@@ -39,7 +39,7 @@ def test_the_curve_is_shown_and_drawn(
     assert measured[0].model.threads == 3
     assert picture.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
-    assert "some: cost of a step by its rows" in out
+    assert "some: cost of a step by number of rows" in out
     assert "7.00 ms" in out
 
 

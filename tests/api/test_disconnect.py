@@ -97,7 +97,7 @@ async def test_overload_is_a_status_with_retry_after(path: str, stream: bool, ap
 
 
 async def test_overload_of_the_second_choice_ends_the_first(path: str, app: ASGIApp, engine: FakeEngine) -> None:
-    engine.refusal, engine.free, engine.script = Overloaded(1), 1, endless
+    engine.refusal, engine.num_accepted, engine.script = Overloaded(1), 1, endless
     answer = await post(app, path, {**BODIES[path], "n": 2, "stream": True})
     assert answer.status == 429
     assert engine.log == ["submit", "cancel"]

@@ -65,7 +65,7 @@ def test_chat_stream_has_the_same_text(client: OpenAI) -> None:
     def complete(**options: Any) -> Any:
         return client.chat.completions.create(model=NAME, messages=SKY, max_tokens=16, temperature=0, **options)
 
-    complete()  # both of the following requests have the same cached prefix then
+    complete()  # the following two requests then have the same cached prefix
     whole = complete().choices[0].message.content
     chunks = list(complete(stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == whole

@@ -31,7 +31,7 @@ from tests.api.samples import CALLS, SAMPLES
 
 HERMES = format_of("<tool_call>")
 GRAMMARS = GrammarCompiler(ByteVocab())
-ONE = replace(CALLS, parallel=False)
+SINGLE_CALL = replace(CALLS, parallel=False)
 NOW = '{"name": "now", "arguments": {}}'
 BERN = '{"name": "weather", "arguments": {"city": "Bern"}}'
 TAGGED = f"<tool_call>\n{BERN}\n</tool_call>"
@@ -43,8 +43,8 @@ async def begun(constraints: MessageConstraints, format: ChatFormat = HERMES) ->
     return (await GRAMMARS.compile(LarkForm(str(lark)))).begin()
 
 
-def take(matcher: Matcher, text: str) -> str:
-    """Takes the longest permitted prefix of `text` and returns it."""
+def accept(matcher: Matcher, text: str) -> str:
+    """Accepts the longest permitted prefix of `text`, and returns the prefix."""
     tokens = text.encode()
     count = 0 if matcher.complete else matcher.validate_tokens([*tokens])
     for token in tokens[:count]:
@@ -75,7 +75,7 @@ def take(matcher: Matcher, text: str) -> str:
 async def test_permitted_messages(text: str, may_reason: bool) -> None:
     for before in ("", "<think>a <tool_call> of</think>\n\n") if may_reason else ("",):
         matcher = await begun(MessageConstraints(CALLS, may_reason))
-        assert take(matcher, before + text) == before + text
+        assert accept(matcher, before + text) == before + text
         assert matcher.native.is_accepting()
 
 
@@ -91,15 +91,15 @@ async def test_permitted_messages(text: str, may_reason: bool) -> None:
         (CALLS, 'So: ```json\n{\n "name": "weather", "arguments":', "7"),
         (CALLS, f'```\n[{NOW}, {{"name": "weather", "arguments":', "7"),
         (CALLS, f'{TAGGED} ```\n{{"name": "weather", "arguments":', "7"),
-        (ONE, NOW, " "),
-        (ONE, f"```json\n{NOW}", "\n"),
-        (ONE, TAGGED, " "),
+        (SINGLE_CALL, NOW, " "),
+        (SINGLE_CALL, f"```json\n{NOW}", "\n"),
+        (SINGLE_CALL, TAGGED, " "),
         (replace(CALLS, required=True), "", BERN),
     ],
 )
 async def test_forbidden_continuations(calls: AllowedCalls, prefix: str, then: str) -> None:
     matcher = await begun(MessageConstraints(calls, may_reason=True))
-    assert take(matcher, prefix + then) == prefix
+    assert accept(matcher, prefix + then) == prefix
 
 
 SIGNS = [*"[]{}:,7x` \n\u00a0\x1c", "```\n", "```json\n", '"name"', '"weather"', '"arguments"', '"parameters"']
@@ -118,15 +118,15 @@ def parts_of(format: ChatFormat) -> list[str]:
 @settings(max_examples=25, deadline=None)
 @given(st.data(), st.booleans(), st.booleans(), st.booleans(), st.booleans())
 async def test_parsed_calls_are_valid(
-    format: ChatFormat, data: st.DataObject, may_reason: bool, opened: bool, parallel: bool, required: bool
+    format: ChatFormat, data: st.DataObject, may_reason: bool, in_reasoning: bool, parallel: bool, required: bool
 ) -> None:
-    calls, opened = replace(CALLS, parallel=parallel, required=required), opened and bool(format.opens)
-    matcher = await begun(MessageConstraints(calls, may_reason or opened, opened), format)
+    calls, in_reasoning = replace(CALLS, parallel=parallel, required=required), in_reasoning and bool(format.opens)
+    matcher = await begun(MessageConstraints(calls, may_reason or in_reasoning, in_reasoning), format)
     parts = data.draw(st.lists(st.sampled_from(parts_of(format)), max_size=25))
-    text = "".join(take(matcher, part) for part in parts)
+    text = "".join(accept(matcher, part) for part in parts)
     if not matcher.native.is_accepting():
         return
-    parser = MessageParser(format, calls, opened=opened)
+    parser = MessageParser(format, calls, in_reasoning=in_reasoning)
     found: list[list[str]] = []
     for delta in [*parser.feed(text), *parser.finish()]:
         if isinstance(delta, ToolCallStart):
@@ -143,19 +143,21 @@ async def test_parsed_calls_are_valid(
 async def test_calls_in_reasoning_and_without_their_first_tag_are_constrained() -> None:
     format = format_of("<function=")
     for before in ("hm <tool_call>\n<function=", "hm</think>\nSo <function="):
-        matcher = await begun(MessageConstraints(CALLS, may_reason=True, opened=True), format)
-        assert take(matcher, f"{before}other>") == before
-        assert take(matcher, "weather>\n<parameter=city>\nBern\n</parameter>\n</function>")
+        matcher = await begun(MessageConstraints(CALLS, may_reason=True, in_reasoning=True), format)
+        assert accept(matcher, f"{before}other>") == before
+        assert accept(matcher, "weather>\n<parameter=city>\nBern\n</parameter>\n</function>")
         assert matcher.native.is_accepting()
 
 
-@pytest.mark.parametrize(("sign", "first", "then"), [("<|python_tag|>", "{", "7"), ("<|header_start|>", "[", "f")])
+@pytest.mark.parametrize(
+    ("sign", "first", "then"), [("<|python_tag|>", "{", "7"), ("tools <|header_start|>", "[", "f")]
+)
 async def test_reasoning_opened_by_the_prompt_closes_before_a_call(sign: str, first: str, then: str) -> None:
     required = replace(CALLS, required=True)
     for calls in (CALLS, required):
-        matcher = await begun(MessageConstraints(calls, may_reason=True, opened=True), format_of(sign))
+        matcher = await begun(MessageConstraints(calls, may_reason=True, in_reasoning=True), format_of(sign))
         prefix = f"{first}{then} hm</think>\n\n{first}"
-        assert take(matcher, prefix + then) == prefix
+        assert accept(matcher, prefix + then) == prefix
 
 
 def test_a_tag_that_is_a_special_token_in_part() -> None:
@@ -166,14 +168,14 @@ def test_a_tag_that_is_a_special_token_in_part() -> None:
 
 
 async def test_an_empty_line_after_reasoning_is_permitted() -> None:
-    matcher = await begun(MessageConstraints(CALLS, may_reason=True, opened=True), format_of("<|open|>"))
+    matcher = await begun(MessageConstraints(CALLS, may_reason=True, in_reasoning=True), format_of("<|open|>"))
     prefix = "hm<|close|>think<|sep|>\n\n<|open|>response<|sep|>Yes<|close|>response<|sep|>"
-    assert take(matcher, prefix) == prefix
+    assert accept(matcher, prefix) == prefix
 
 
 async def test_each_opening_tag_has_its_closing_tag() -> None:
     matcher = await begun(MessageConstraints(CALLS, may_reason=True), format_of("[ARGS]"))
-    assert take(matcher, "<think>[/THINK][TOOL_CALLS]x</think>[TOOL_CALLS]y").endswith("</think>[TOOL_CALLS]")
+    assert accept(matcher, "<think>[/THINK][TOOL_CALLS]x</think>[TOOL_CALLS]y").endswith("</think>[TOOL_CALLS]")
 
 
 @pytest.mark.parametrize(
@@ -186,14 +188,14 @@ async def test_each_opening_tag_has_its_closing_tag() -> None:
             "",
         ),
         ("<|python_tag|>", "", '{"name": "now", "parameters": {}}', "; "),
-        ("<|header_start|>", "[", "now()", ", "),
+        ("tools <|header_start|>", "[", "now()", ", "),
     ],
 )
 async def test_required_calls_are_limited(sign: str, head: str, one: str, separator: str) -> None:
-    """A model that repeats calls must come to an end."""
+    """The limit ends the output of a model that repeats calls."""
     matcher = await begun(MessageConstraints(replace(CALLS, required=True)), format_of(sign))
     longest = head + separator.join([one] * MAX_CALLS)
-    permitted = take(matcher, longest + separator + one)
+    permitted = accept(matcher, longest + separator + one)
     assert permitted.startswith(longest)
     assert permitted != longest + separator + one
 
@@ -206,7 +208,7 @@ async def test_gemma_grammar_follows_references_and_patterns() -> None:
     tool = Tool("f", {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}}, "$defs": {"n": node}})
     matcher = await begun(MessageConstraints(AllowedCalls((tool,), required=True)), format_of("<|tool_call>"))
     prefix = '<|tool_call>call:f{n:{id:<|"|>ab<|"|>,next:{id:<|"|>c'
-    assert take(matcher, prefix + "d") == prefix
+    assert accept(matcher, prefix + "d") == prefix
 
 
 async def test_a_schema_shared_by_several_notations_counts_once() -> None:

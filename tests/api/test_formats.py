@@ -1,4 +1,4 @@
-"""Each chat format: the parsed message, which does not depend on how the text was cut."""
+"""Each chat format: the parsed message does not depend on the cuts of the text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from api.tools.formats import (
 )
 from engine import Finished, FinishReason, Generation, Request, RequestRefused, Timings, Tokens, Usage
 from engine import Lark as LarkForm
-from tests.api.samples import CALLS, SAMPLES, Sample
+from tests.api.samples import CALLS, SAMPLES, FormatSample
 from tests.engine.vocabularies import grammar
 
 Parsed = tuple[str, str, tuple[tuple[str, str], ...]]
@@ -45,25 +45,25 @@ def fields_of(message: ChatMessage) -> Parsed:
 
 
 def deltas_of(
-    sample: Sample, pieces: Sequence[str], calls: AllowedCalls = CALLS, *, split: bool = True
+    sample: FormatSample, pieces: Sequence[str], calls: AllowedCalls = CALLS, *, split: bool = True
 ) -> list[MessageDelta]:
-    parser = MessageParser(sample.chat_format, calls, opened=sample.opened, split=split)
+    parser = MessageParser(sample.chat_format, calls, in_reasoning=sample.in_reasoning, split_reasoning=split)
     deltas = [delta for piece in pieces for delta in parser.feed(piece)]
     return [*deltas, *parser.finish()]
 
 
-def parse(sample: Sample, pieces: Sequence[str], calls: AllowedCalls = CALLS, *, split: bool = True) -> Parsed:
+def parse(sample: FormatSample, pieces: Sequence[str], calls: AllowedCalls = CALLS, *, split: bool = True) -> Parsed:
     return fields_of(message_from_deltas(deltas_of(sample, pieces, calls, split=split)))
 
 
-def expected(sample: Sample) -> Parsed:
+def expected(sample: FormatSample) -> Parsed:
     return sample.content, sample.reasoning, sample.calls
 
 
 def split_in_twelve(text: str) -> list[str]:
-    """Returns the text in twelve parts, or in single characters if there are fewer."""
+    """Returns the text in twelve parts, or in single characters if the text is shorter."""
     count = min(12, len(text))
-    ends = [len(text) * place // count for place in range(count + 1)]
+    ends = [len(text) * position // count for position in range(count + 1)]
     return [text[start:end] for start, end in pairwise(ends)]
 
 
@@ -71,8 +71,8 @@ def groupings(tokens: Sequence[str]) -> Iterator[list[str]]:
     """Yields every way of grouping tokens into steps."""
     for cuts in range(2 ** (len(tokens) - 1)):
         steps = [tokens[0]]
-        for place, token in enumerate(tokens[1:]):
-            if cuts >> place & 1:
+        for position, token in enumerate(tokens[1:]):
+            if cuts >> position & 1:
                 steps.append(token)
             else:
                 steps[-1] += token
@@ -80,17 +80,17 @@ def groupings(tokens: Sequence[str]) -> Iterator[list[str]]:
 
 
 @sample
-def test_a_whole_message(sample: Sample) -> None:
+def test_a_whole_message(sample: FormatSample) -> None:
     assert parse(sample, [sample.text]) == expected(sample)
 
 
 @sample
-def test_every_way_of_grouping_twelve_tokens(sample: Sample) -> None:
+def test_every_way_of_grouping_twelve_tokens(sample: FormatSample) -> None:
     assert all(parse(sample, steps) == expected(sample) for steps in groupings(split_in_twelve(sample.text)))
 
 
 @given(st.sampled_from(SAMPLES), st.lists(st.integers(1, 9), max_size=120))
-def test_any_cuts(sample: Sample, sizes: list[int]) -> None:
+def test_any_cuts(sample: FormatSample, sizes: list[int]) -> None:
     pieces, rest = [], sample.text
     for size in sizes:
         pieces.append(rest[:size])
@@ -99,8 +99,9 @@ def test_any_cuts(sample: Sample, sizes: list[int]) -> None:
 
 
 @given(st.sampled_from(SAMPLES), st.data())
-def test_truncated_messages(sample: Sample, data: st.DataObject) -> None:
-    """A truncated message does not depend on the cuts either, and its calls are prefixes of the whole calls."""
+def test_truncated_messages(sample: FormatSample, data: st.DataObject) -> None:
+    """The parse of a truncated message does not depend on the cuts, and its calls are prefixes of the whole message's
+    calls."""
     text = sample.text[: data.draw(st.integers(0, len(sample.text)))]
     whole = parse(sample, [text])
     assert parse(sample, list(text)) == whole
@@ -112,7 +113,7 @@ def test_truncated_messages(sample: Sample, data: st.DataObject) -> None:
 @given(
     st.sampled_from(SAMPLES), st.lists(st.integers(1, 12), max_size=60), st.sampled_from(["", "東", "days", "</", "So"])
 )
-async def test_byte_tokens_with_stop_strings(sample: Sample, sizes: list[int], stop: str) -> None:
+async def test_byte_tokens_with_stop_strings(sample: FormatSample, sizes: list[int], stop: str) -> None:
     """Tokens are single bytes, so that steps end inside of characters, and control tokens are markers."""
 
     async def streamed(steps: Sequence[Sequence[int]]) -> Parsed:
@@ -120,7 +121,7 @@ async def test_byte_tokens_with_stop_strings(sample: Sample, sizes: list[int], s
         control_texts = tuple((token, marker) for marker, token in control.items())
         request = Request(prompt=(1,), stop=(stop,) if stop else (), control_texts=control_texts)
         generation = Generation(request, lambda token: bytes([token]), lambda _: None, lambda _: None)
-        parser = MessageParser(sample.chat_format, CALLS, opened=sample.opened)
+        parser = MessageParser(sample.chat_format, CALLS, in_reasoning=sample.in_reasoning)
         for step in steps:
             generation.deliver_tokens(step)
         generation.deliver_end(END)
@@ -139,7 +140,7 @@ async def test_byte_tokens_with_stop_strings(sample: Sample, sizes: list[int], s
     await asyncio.sleep(0)
 
 
-def tokens_of(sample: Sample) -> list[int]:
+def tokens_of(sample: FormatSample) -> list[int]:
     """Returns the bytes of the text, and ids from 256 on for its markers."""
     tokens: list[int] = []
     text = sample.text
@@ -155,7 +156,7 @@ def tokens_of(sample: Sample) -> list[int]:
 
 
 @sample
-def test_each_call_starts_once_with_the_next_index(sample: Sample) -> None:
+def test_each_call_starts_once_with_the_next_index(sample: FormatSample) -> None:
     deltas = deltas_of(sample, list(sample.text))
     begun = [each for each in deltas if isinstance(each, ToolCallStart)]
     assert [each.index for each in begun] == list(range(len(sample.calls)))
@@ -173,7 +174,7 @@ def test_arguments_are_streamed() -> None:
 
 def test_calls_without_tools_are_content() -> None:
     text = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
-    assert parse(Sample("hermes", text, "", "", ()), [text], AllowedCalls()) == (text, "", ())
+    assert parse(FormatSample("hermes", text, "", "", ()), [text], AllowedCalls()) == (text, "", ())
 
 
 def test_reasoning_without_split_is_content() -> None:
@@ -184,7 +185,7 @@ def test_reasoning_without_split_is_content() -> None:
 
 def test_a_bare_call_of_an_unknown_tool_is_content() -> None:
     text = '{"name": "other", "parameters": {}}'
-    assert parse(Sample("llama", text, "", "", ()), [text]) == (text, "", ())
+    assert parse(FormatSample("llama", text, "", "", ()), [text]) == (text, "", ())
 
 
 @pytest.mark.parametrize(
@@ -203,13 +204,13 @@ def test_values_get_the_types_of_the_schema(written: str, schema: object, value:
     root = {"type": "object", "properties": {"p": schema}, "$defs": {"list": {"type": "array"}}}
     text = f"<function=f>\n<parameter=p>\n{written}\n</parameter>\n</function>"
     calls = AllowedCalls((Tool("f", root),))
-    assert parse(Sample("qwen-xml", text, "", "", ()), [text], calls)[2] == (("f", f'{{"p": {value}}}'),)
+    assert parse(FormatSample("qwen-xml", text, "", "", ()), [text], calls)[2] == (("f", f'{{"p": {value}}}'),)
 
 
 @pytest.mark.parametrize(("name", "bracket"), [("llama", "{"), ("pythonic", "[")])
 def test_a_bare_call_after_white_space_is_constrained(name: str, bracket: str) -> None:
     written = LarkBuilder({})
-    Sample(name, "", "", "", ()).chat_format.grammar(written, MessageConstraints(CALLS))
+    FormatSample(name, "", "", "", ()).chat_format.grammar(written, MessageConstraints(CALLS))
     matcher = grammar(LarkForm(str(written))).begin()
     assert matcher.validate_tokens(b"hi " + bracket.encode()) == 4
     assert matcher.validate_tokens(bracket.encode()) == 1
@@ -219,25 +220,25 @@ def test_a_bare_call_after_white_space_is_constrained(name: str, bracket: str) -
 def test_names_with_colons() -> None:
     call = "<|tool_call_begin|>functions.a:b:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
     text = f"<|tool_calls_section_begin|>{call}<|tool_calls_section_end|>"
-    assert parse(Sample("kimi", text, "", "", ()), [text])[2] == (("a:b", "{}"),)
+    assert parse(FormatSample("kimi", text, "", "", ()), [text])[2] == (("a:b", "{}"),)
 
 
 def test_lone_surrogates_are_escaped() -> None:
     text = r"[weather(city='\ud83d')]"
-    assert parse(Sample("pythonic", text, "", "", ()), [text])[2] == (("weather", r'{"city": "\ud83d"}'),)
+    assert parse(FormatSample("pythonic", text, "", "", ()), [text])[2] == (("weather", r'{"city": "\ud83d"}'),)
 
 
 def test_names_that_are_not_python() -> None:
     text = "[weather(from='a, b)', x-y=[1, {'c': None}], days = -2, late=false)]"
     arguments = '{"from": "a, b)", "x-y": [1, {"c": null}], "days": -2, "late": false}'
-    assert parse(Sample("pythonic", text, "", "", ()), list(text))[2] == (("weather", arguments),)
+    assert parse(FormatSample("pythonic", text, "", "", ()), list(text))[2] == (("weather", arguments),)
 
 
 @pytest.mark.parametrize(("name", "key"), [("qwen-xml", "a>b"), ("dsml", 'a"b'), ("pythonic", "a=b"), ("gemma", "a:b")])
 def test_unsupported_property_names_are_refused(name: str, key: str) -> None:
     calls = AllowedCalls((Tool("f", {"type": "object", "properties": {key: {"type": "string"}}}),))
     with pytest.raises(RequestRefused, match="a property named"):
-        Sample(name, "", "", "", ()).chat_format.grammar(LarkBuilder({}), MessageConstraints(calls))
+        FormatSample(name, "", "", "", ()).chat_format.grammar(LarkBuilder({}), MessageConstraints(calls))
 
 
 def test_repeated_definitions_are_limited() -> None:
@@ -245,7 +246,7 @@ def test_repeated_definitions_are_limited() -> None:
     schema = {"type": "object", "properties": properties, "$defs": {"a": {"enum": ["x" * 10_000, 1]}}}
     calls = AllowedCalls((Tool("f", schema),))
     with pytest.raises(RequestRefused, match="more than 262144 characters"):
-        Sample("glm", "", "", "", ()).chat_format.grammar(LarkBuilder({}), MessageConstraints(calls))
+        FormatSample("glm", "", "", "", ()).chat_format.grammar(LarkBuilder({}), MessageConstraints(calls))
 
 
 @pytest.mark.parametrize("module", [formats, lark_builder, values], ids=lambda module: module.__name__)
@@ -262,4 +263,4 @@ def test_every_format_has_a_sample() -> None:
 def test_a_malformed_call_after_a_complete_call() -> None:
     complete = '<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n'
     text = f'<｜DSML｜tool_calls>\n{complete}<｜DSML｜invoke name="now">no tag'
-    assert parse(Sample("dsml", text, "", "", ()), [text]) == ("no tag", "", (("now", "{}"),))
+    assert parse(FormatSample("dsml", text, "", "", ()), [text]) == ("no tag", "", (("now", "{}"),))

@@ -1,4 +1,4 @@
-"""Imports inside api point to lower layers only, and imports of the engine are its public names."""
+"""Imports inside api point to lower layers only, and api imports only public names of the engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.engine.test_layers import ROOT, imports, upward
 
-ROOMS = """
+API = """
 http
 config
 schema
@@ -40,7 +40,7 @@ COMMANDS = "cost flags lookup"
 @pytest.mark.parametrize(
     ("package", "layers"),
     [
-        ("api", ROOMS),
+        ("api", API),
         ("api.http", HTTP),
         ("api.config", CONFIG),
         ("api.schema", SCHEMA),

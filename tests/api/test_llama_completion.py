@@ -33,9 +33,9 @@ def settings_of(reply: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("path", [PATH, "/completions"])
 async def test_a_body(app: ASGIApp, path: str) -> None:
     reply = (await post(app, path, {"prompt": "Say: ", "seed": 5, "return_tokens": True})).json
-    made = settings_of(reply)
-    assert (made["seed"], made["n_predict"], made["temperature"], made["stream"]) == (5, -1, 0.8, False)
-    assert made["samplers"][-1] == "temperature"
+    reported = settings_of(reply)
+    assert (reported["seed"], reported["n_predict"], reported["temperature"], reported["stream"]) == (5, -1, 0.8, False)
+    assert reported["samplers"][-1] == "temperature"
     assert reply == {
         "index": 0,
         "content": "Hello wörld",
@@ -65,8 +65,8 @@ async def test_a_stream(app: ASGIApp) -> None:
         {**common, "content": "lo", "tokens": [*b"lo"], "tokens_predicted": 5},
         {**common, "content": " ", "tokens": [*b" "], "tokens_predicted": 6},
     ]
-    made = settings_of(last)
-    assert (made["n_predict"], made["max_tokens"], made["stream"]) == (6, 6, True)
+    reported = settings_of(last)
+    assert (reported["n_predict"], reported["max_tokens"], reported["stream"]) == (6, 6, True)
     assert last == {
         "index": 0,
         "content": "",
@@ -196,9 +196,9 @@ async def test_engine_request(app: ASGIApp, engine: FakeEngine) -> None:
 
 async def test_settings_report_the_grammar(app: ASGIApp) -> None:
     for fields in ({"grammar": 'root ::= "a"'}, {"json_schema": {"type": "object"}}, {"grammar_lazy": False}):
-        made = (await post(app, PATH, {"prompt": "x", **fields})).json["generation_settings"]
-        assert made["grammar"] == fields.get("grammar", "")
-        assert made["json_schema"] == fields.get("json_schema")
+        reported = (await post(app, PATH, {"prompt": "x", **fields})).json["generation_settings"]
+        assert reported["grammar"] == fields.get("grammar", "")
+        assert reported["json_schema"] == fields.get("json_schema")
 
 
 async def test_cache_prompt_false(app: ASGIApp, engine: FakeEngine) -> None:
@@ -298,7 +298,7 @@ async def test_a_disconnect_cancels(app: ASGIApp, engine: FakeEngine) -> None:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({}, None),
+        ({}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [1, [2]]}, "prompt"),
@@ -332,7 +332,7 @@ async def test_refusals(app: ASGIApp, engine: FakeEngine, body: dict[str, Any], 
     assert engine.log == []
 
 
-async def test_too_much_is_refused_before_tokenizing(
+async def test_oversized_bodies_are_refused_before_tokenizing(
     app: ASGIApp, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.vocab, "tokenize", None)

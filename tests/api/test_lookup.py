@@ -20,7 +20,7 @@ TEXT = "a cat sat on a mat\n"
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A text in a folder of its own; the tokens of the model are bytes."""
+    """Returns the path of a text in its own folder; the tokens of the model are bytes."""
     monkeypatch.setattr(lookup, "open_vocabulary", lambda path: nullcontext(ByteVocab()))
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(TEXT * 5)
@@ -32,14 +32,14 @@ def build(*arguments: object) -> int:
 
 
 def test_two_texts_are_counted(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more, made = corpus.with_name("more.txt"), corpus.with_name("static.bin")
-    more.write_text("atlas")
-    assert build(corpus, more, "-m", "model.gguf", "-o", made) == 0
+    second, output = corpus.with_name("more.txt"), corpus.with_name("static.bin")
+    second.write_text("atlas")
+    assert build(corpus, second, "-m", "model.gguf", "-o", output) == 0
     first, *_, last = capsys.readouterr().err.splitlines()
     assert first == "Counting 2 texts"
-    assert last == f"Wrote {made}: serve with --spec-type ngram-cache --lookup-cache-static {made}"
+    assert last == f"Wrote {output}: serve with --spec-type ngram-cache --lookup-cache-static {output}"
     counts = NgramCounts()
-    counts.load(made, vocabulary_digest(ByteVocab()), ByteVocab.size)
+    counts.load(output, vocabulary_digest(ByteVocab()), ByteVocab.size)
     assert counts.followers(b"at") == {ord(" "): 10, ord("\n"): 5, ord("l"): 1}
 
 
@@ -70,13 +70,13 @@ def test_an_interrupt_keeps_the_old_file(
     def tokenize(self: ByteVocab, text: str, *, special: bool) -> list[int]:
         raise KeyboardInterrupt
 
-    made = corpus.with_name("static.bin")
-    made.write_text("before")
+    output = corpus.with_name("static.bin")
+    output.write_text("before")
     monkeypatch.setattr(ByteVocab, "tokenize", tokenize)
-    assert build(corpus, "-m", "m", "-o", made) == 1
+    assert build(corpus, "-m", "m", "-o", output) == 1
     assert capsys.readouterr().err.endswith("paceline: interrupted; nothing was written\n")
-    assert made.read_text() == "before"
-    assert sorted(path.name for path in made.parent.iterdir()) == ["corpus.txt", "static.bin"]
+    assert output.read_text() == "before"
+    assert sorted(path.name for path in output.parent.iterdir()) == ["corpus.txt", "static.bin"]
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,13 @@ def test_a_file_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     text = tmp_path / "text"
     text.write_text("x")
     assert build(text, "-m", text, "-o", tmp_path / "o") == 1
-    assert capsys.readouterr().err == f"paceline: {text} is not a GGUF file: it begins with b'x', not b'GGUF'\n"
+    assert (
+        capsys.readouterr().err
+        == f"paceline: the model {text} is not a GGUF file: it begins with 'x', not with 'GGUF'\n"
+    )
 
 
 def test_unknown_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lookup"]) == main(["lookup", "make"]) == 2
-    assert capsys.readouterr().err == f"{USAGE}\n" * 2
+    error = "paceline: unknown command 'lookup'; the nearest is lookup build"
+    assert capsys.readouterr().err == f"{error}\n{USAGE}\n" * 2

@@ -45,9 +45,9 @@ def test_the_template_of_smollm() -> None:
 
 
 def test_chatml_without_a_template() -> None:
-    made = prompts_of(None)
-    assert made.render(chat()) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert made.warning == "The model has no chat template; ChatML is used."
+    renderer = prompts_of(None)
+    assert renderer.render(chat()) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert renderer.warning == "The model has no chat template; ChatML is used."
     assert prompts_of(SMOL).warning is None
 
 
@@ -99,7 +99,7 @@ def test_strftime_now() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "complaint"),
+    ("template", "message"),
     [
         ("{{ raise_exception('Roles must alternate!') }}", "Roles must alternate!"),
         ("{{ messages[7].content }}", "no element 7"),
@@ -116,18 +116,18 @@ def test_strftime_now() -> None:
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ],
 )
-def test_template_errors_fail_the_request(template: str, complaint: str) -> None:
-    with pytest.raises(RequestRefused, match=complaint):
+def test_template_errors_fail_the_request(template: str, message: str) -> None:
+    with pytest.raises(RequestRefused, match=message):
         render(template)
 
 
 def test_invalid_jinja() -> None:
-    made = prompts_of("{% if %}")
-    assert made.warning is not None
-    assert made.template is None
-    assert made.tokenize("x") == (ord("x"),)
+    renderer = prompts_of("{% if %}")
+    assert renderer.warning is not None
+    assert renderer.template is None
+    assert renderer.tokenize("x") == (ord("x"),)
     with pytest.raises(RequestRefused, match="cannot be used"):
-        made.render(chat())
+        renderer.render(chat())
 
 
 def test_reserved_variables_override_kwargs() -> None:
@@ -169,8 +169,8 @@ NEW = "<|im_end|>\n<|im_start|>assistant\n"
     ],
 )
 def test_continue_or_new_message(message: dict[str, Any], fields: dict[str, Any], prefill: bool, end: str) -> None:
-    made = prompts_of(None, prefill_assistant=prefill)
-    assert made.render(chat(HI, message, **fields)).endswith(end)
+    renderer = prompts_of(None, prefill_assistant=prefill)
+    assert renderer.render(chat(HI, message, **fields)).endswith(end)
 
 
 def test_a_call_cannot_be_continued() -> None:
@@ -186,9 +186,9 @@ def test_documents() -> None:
 
 
 def test_template_and_kwargs_of_the_server() -> None:
-    made = prompts_of(SMOL, template="{{ a }}{{ b }}{{ messages[0].content }}", template_kwargs='{"a": 1, "b": 2}')
-    assert made.render(chat(chat_template_kwargs={"b": 3})) == "13hi"
-    assert made.warning is None
+    renderer = prompts_of(SMOL, template="{{ a }}{{ b }}{{ messages[0].content }}", template_kwargs='{"a": 1, "b": 2}')
+    assert renderer.render(chat(chat_template_kwargs={"b": 3})) == "13hi"
+    assert renderer.warning is None
     assert prompts_of(None, template="chatml").warning is None
 
 
@@ -197,20 +197,20 @@ def test_request_templates() -> None:
     with pytest.raises(RequestRefused, match="--trust-request-chat-template") as caught:
         render(SMOL, chat_template=own)
     assert caught.value.field == "chat_template"
-    made = prompts_of("{% if %}", trust_request_template=True)
-    assert made.render(chat(chat_template=own)) == "hi!"
-    assert made.render(chat(chat_template="gemma")).endswith("<start_of_turn>model\n")
+    renderer = prompts_of("{% if %}", trust_request_template=True)
+    assert renderer.render(chat(chat_template=own)) == "hi!"
+    assert renderer.render(chat(chat_template="gemma")).endswith("<start_of_turn>model\n")
     for broken in ("{% if %}", "lama3"):
         with pytest.raises(RequestRefused, match="chat_template cannot be used") as caught:
-            made.render(chat(chat_template=broken))
+            renderer.render(chat(chat_template=broken))
         assert caught.value.field == "chat_template"
 
 
 def test_warning_for_a_template_that_always_fails() -> None:
-    made = prompts_of("{{ raise_exception('never') }}")
-    assert made.warning == "The chat template fails on a plain user message or does not show its content."
+    renderer = prompts_of("{{ raise_exception('never') }}")
+    assert renderer.warning == "The chat template fails on a plain user message or does not show its content."
     with pytest.raises(RequestRefused, match="never"):
-        made.render(chat())
+        renderer.render(chat())
 
 
 def test_an_assistant_without_content() -> None:
@@ -239,8 +239,8 @@ def test_the_developer_role() -> None:
 
 @pytest.mark.parametrize("text", ["x", "<s>x"])
 async def test_bos_is_added_once(text: str) -> None:
-    made = prompts_of(None, bos_added=True)
-    assert await made.tokenize_prompt(text) == (BOS, ord("x"))
+    renderer = prompts_of(None, bos_added=True)
+    assert await renderer.tokenize_prompt(text) == (BOS, ord("x"))
 
 
 @pytest.mark.parametrize("bos_added", [False, True])
@@ -248,15 +248,15 @@ async def test_bos_is_added_once(text: str) -> None:
 async def test_added_and_special_tokens(bos_added: bool, add: bool, parse: bool) -> None:
     before = [BOS] if add and bos_added else []
     inside = [BOS, ord("x")] if parse else list(b"<s>x")
-    made = prompts_of(None, bos_added=bos_added)
-    assert await made.tokenize_text("<s>x", add=add, parse=parse) == [*before, *inside]
-    assert await made.tokenize_text("", add=add, parse=parse) == before
-    assert made.detokenize([BOS, ord("x"), 0xC3]) == "<s>x�"
+    renderer = prompts_of(None, bos_added=bos_added)
+    assert await renderer.tokenize_text("<s>x", add_special=add, parse_special=parse) == [*before, *inside]
+    assert await renderer.tokenize_text("", add_special=add, parse_special=parse) == before
+    assert renderer.detokenize([BOS, ord("x"), 0xC3]) == "<s>x�"
 
 
 async def test_special_tokens_of_the_template() -> None:
-    made = prompts_of(None)
-    assert (await made.tokenize_prompt(await made.render_chat(chat())))[0] == START
+    renderer = prompts_of(None)
+    assert (await renderer.tokenize_prompt(await renderer.render_chat(chat())))[0] == START
 
 
 async def test_long_texts_run_on_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,24 +267,25 @@ async def test_long_texts_run_on_a_thread(monkeypatch: pytest.MonkeyPatch) -> No
         return function(*arguments)
 
     monkeypatch.setattr("anyio.to_thread.run_sync", run_sync)
-    made = prompts_of(None)
-    dues: dict[int, list[str]] = {100: [], prompts.LONG_TEXT_CHARS: ["render", "tokenize"]}
-    for size, due in dues.items():
-        text = await made.render_chat(chat({"role": "user", "content": "x" * size}))
-        assert len(await made.tokenize_prompt(text)) > size
-        assert ran == due
-    assert len(await made.tokenize_prediction(PredictedOutput("content", "x" * 100))) == 100
+    renderer = prompts_of(None)
+    expected_calls: dict[int, list[str]] = {100: [], prompts.LONG_TEXT_CHARS: ["render", "tokenize"]}
+    for size, calls in expected_calls.items():
+        text = await renderer.render_chat(chat({"role": "user", "content": "x" * size}))
+        assert len(await renderer.tokenize_prompt(text)) > size
+        assert ran == calls
+    assert len(await renderer.tokenize_prediction(PredictedOutput("content", "x" * 100))) == 100
     assert (
-        len(await made.tokenize_prediction(PredictedOutput("content", "x" * prompts.LONG_TEXT_CHARS)))
+        len(await renderer.tokenize_prediction(PredictedOutput("content", "x" * prompts.LONG_TEXT_CHARS)))
         == prompts.LONG_TEXT_CHARS
     )
     assert (
-        len(await made.tokenize_text("x" * prompts.LONG_TEXT_CHARS, add=False, parse=False)) == prompts.LONG_TEXT_CHARS
+        len(await renderer.tokenize_text("x" * prompts.LONG_TEXT_CHARS, add_special=False, parse_special=False))
+        == prompts.LONG_TEXT_CHARS
     )
     assert ran == ["render", "tokenize", "tokenize", "_tokenize_text"]
-    made = prompts_of("<tool_call>{{ messages[0].content }}")
-    await made.render_chat(chat(tools=[{"description": "x" * prompts.LONG_TEXT_CHARS}]))
-    await made.render_chat(chat(*[HI] * 1000))
+    renderer = prompts_of("<tool_call>{{ messages[0].content }}")
+    await renderer.render_chat(chat(tools=[{"description": "x" * prompts.LONG_TEXT_CHARS}]))
+    await renderer.render_chat(chat(*[HI] * 1000))
     assert ran[4:] == ["render", "render"]
 
 

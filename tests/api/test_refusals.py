@@ -36,7 +36,7 @@ def text(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({}, None),
+        ({}, "messages"),
         ({"messages": None}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
@@ -78,12 +78,15 @@ def text(**fields: Any) -> dict[str, Any]:
         (chat(logit_bias={"9" * 5000: 1}), "logit_bias"),
         (message(tool_calls=[{}]), "messages[0].tool_calls[0].function"),
         (message(tool_calls=[{"function": {"name": "f"}}, {"function": "f"}]), "messages[0].tool_calls[1].function"),
-        (chat(tools=[{"type": "function"}]), "tools[0]"),
+        (chat(tools=[{"type": "function"}]), "tools[0].function"),
         (chat(functions=[{"name": "f"}]), "functions"),
         (chat(tool_choice="required"), "tool_choice"),
         (chat(response_format={"type": "yaml"}), "response_format.type"),
         (chat(response_format={"type": "json_schema"}), "response_format.json_schema"),
-        (chat(response_format={"type": "json_schema", "json_schema": {"name": "x"}}), "response_format.json_schema"),
+        (
+            chat(response_format={"type": "json_schema", "json_schema": {"name": "x"}}),
+            "response_format.json_schema.schema",
+        ),
         (chat(response_format="json"), "response_format"),
         (chat(grammar="root ::= x"), "grammar"),
         (chat(grammar="start: x"), "grammar"),
@@ -94,7 +97,7 @@ def text(**fields: Any) -> dict[str, Any]:
         (chat(guided_regex="("), "guided_regex"),
         (chat(guided_choice=[]), "guided_choice"),
         (chat(guided_choice=[1]), "guided_choice[0]"),
-        (chat(structured_outputs={"structural_tag": "{}"}), "structured_outputs"),
+        (chat(structured_outputs={"structural_tag": "{}"}), "structured_outputs.structural_tag"),
         (chat(structured_outputs={"grammar": "root ::= ("}), "structured_outputs.grammar"),
         (chat(guided_regex="a", guided_choice=["a"]), "guided_choice"),
         (chat(response_format={"type": "json_object"}, grammar='root ::= "a"'), "grammar"),
@@ -118,8 +121,8 @@ def text(**fields: Any) -> dict[str, Any]:
         (chat(speculative={"size_n": 0}), "speculative.size_n"),
         (chat(speculative={"min_hits": "2"}), "speculative.min_hits"),
         (chat(prediction="hi"), "prediction"),
-        (chat(prediction={"type": "content"}), "prediction"),
-        (chat(prediction={"content": "hi"}), "prediction"),
+        (chat(prediction={"type": "content"}), "prediction.content"),
+        (chat(prediction={"content": "hi"}), "prediction.type"),
         (chat(prediction={"type": "text", "content": "hi"}), "prediction.type"),
         (chat(prediction={"type": "content", "content": 5}), "prediction.content"),
         (chat(prediction={"type": "content", "content": ["hi"]}), "prediction.content[0]"),
@@ -141,7 +144,7 @@ async def test_chat_names_the_field(app: ASGIApp, engine: FakeEngine, body: dict
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({}, None),
+        ({}, "prompt"),
         ({"prompt": None}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": []}, "prompt"),
@@ -207,6 +210,33 @@ async def test_no_json_causes_a_fault(path: tuple[str, type[Struct]], data: st.D
     app = create_app(app_state(FakeEngine()))
     answer = await post(app, path[0], {"messages": HELLO, "prompt": "hi", **fields})
     assert answer.status in (200, 400, 404)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "messages: the field is missing; expected a list of at least 1 item"),
+        ({"messages": "hi"}, "messages: expected a list of at least 1 item, not 'hi'"),
+        (message(role=""), "messages[0].role: expected a string of 1 to 64 characters, not ''"),
+        (chat(temperature=-1), "temperature: expected a number from 0 to 100, not -1"),
+        (chat(temperature="hot"), "temperature: expected a number from 0 to 100, not 'hot'"),
+        (chat(top_k=10**12), "top_k: expected a whole number from -2^31 to 2^31 - 1, not 1000000000000"),
+        (chat(repeat_penalty=0), "repeat_penalty: expected a number above 0, up to 100, not 0"),
+        (chat(n=True), "n: expected a whole number from 1 to 128, not true"),
+        (chat(stop=["x"] * 65), "stop: expected a string of at most 512 characters or a list of at most 64 items, not"),
+        (chat(stop=["a", 7]), "stop[1]: expected a string of at most 512 characters, not 7"),
+        (chat(speculative={"n_max": 0}), "speculative.n_max: expected a whole number from 1 to 1024, not 0"),
+        (chat(tools=[{"type": "function"}]), "tools[0].function: the field is missing; expected an object"),
+        (chat(reasoning_format="x"), "reasoning_format: expected one of auto, deepseek, none, not 'x'"),
+        (
+            chat(structured_outputs={"regx": "a"}),
+            "structured_outputs.regx: there is no such field; the nearest is regex",
+        ),
+    ],
+    ids=lambda value: str(value)[:100],
+)
+async def test_messages_name_the_expected_and_the_given_value(app: ASGIApp, body: dict[str, Any], message: str) -> None:
+    assert (await post(app, CHAT, body)).json["error"]["message"].startswith(message)
 
 
 async def test_errors_name_the_nearest_valid_name(app: ASGIApp) -> None:

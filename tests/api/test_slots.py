@@ -82,7 +82,9 @@ async def test_files_need_a_folder(app: ASGIApp, action: str) -> None:
     answer = await post(app, f"/slots/0?action={action}", {"filename": "x"})
     assert answer.status == 501
     assert answer.json["error"]["type"] == "not_supported_error"
-    assert answer.json["error"]["message"].endswith("Start it with `--slot-save-path`")
+    assert answer.json["error"]["message"].startswith(
+        "This server does not support slots action. Start it with `--slot-save-path`"
+    )
     assert (await post(app, "/slots/0?action=erase", None)).status == 200
 
 

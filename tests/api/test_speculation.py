@@ -44,7 +44,9 @@ def app_with(engine: FakeEngine, *types: str) -> ASGIApp:
     ids=str,
 )
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-async def test_what_reaches_the_engine(engine: FakeEngine, path: str, field: Any, expected: Speculation | None) -> None:
+async def test_the_speculation_of_the_engine_request(
+    engine: FakeEngine, path: str, field: Any, expected: Speculation | None
+) -> None:
     answer = await post(app_with(engine, "ngram-mod"), path, {**HELLO, "prompt": "hi", "speculative": field})
     assert answer.status == 200
     assert engine.requests[0].speculation == expected
@@ -62,7 +64,9 @@ async def test_what_reaches_the_engine(engine: FakeEngine, path: str, field: Any
     ],
     ids=str,
 )
-async def test_true_is_the_default_types_or_all(engine: FakeEngine, field: Any, types: Any, expected: Any) -> None:
+async def test_true_means_the_default_types_or_all_types(
+    engine: FakeEngine, field: Any, types: Any, expected: Any
+) -> None:
     assert (await post(app_with(engine, *types), TEXT, {"prompt": "x", "speculative": field})).status == 200
     assert engine.requests[0].speculation == Speculation(type=expected)
 

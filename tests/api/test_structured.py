@@ -60,8 +60,8 @@ def test_parse_a_stream(client: OpenAI) -> None:
 def test_grammars_with_speculation(client: OpenAI) -> None:
     def complete(speculative: Any, **fields: Any) -> str:
         body = {"seed": 5, "speculative": speculative, **fields}
-        made = client.completions.create(model=NAME, prompt="The answer:", max_tokens=48, extra_body=body)
-        return made.choices[0].text
+        reply = client.completions.create(model=NAME, prompt="The answer:", max_tokens=48, extra_body=body)
+        return reply.choices[0].text
 
     assert complete(True, structured_outputs={"regex": "[0-9]{5}"}).isdigit()
     assert complete(True, guided_choice=["north", "south"]) in ("north", "south")

@@ -398,7 +398,7 @@ def test_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "complaint"),
+    ("config", "message"),
     [
         ({"template": "x"}, "--chat-template: there is no chat template named 'x'"),
         ({"template": "chatml", "template_file": "x"}, "exclude each other"),
@@ -407,10 +407,10 @@ def test_settings(tmp_path: Path) -> None:
         ({"template_kwargs": "{'a': 1}"}, "--chat-template-kwargs: expected a JSON object"),
     ],
 )
-def test_invalid_settings(config: dict[str, Any], complaint: str) -> None:
-    made = ChatConfig(**config)
-    with pytest.raises(InvalidTemplate, match=complaint):
-        _ = configured_template(made), configured_kwargs(made)
+def test_invalid_settings(config: dict[str, Any], message: str) -> None:
+    chat_config = ChatConfig(**config)
+    with pytest.raises(InvalidTemplate, match=message):
+        _ = configured_template(chat_config), configured_kwargs(chat_config)
 
 
 @pytest.mark.parametrize("source", ["{% if %}", "{{ x", "{% unheard_of %}", "{{ x | unheard_of }}"])

@@ -70,7 +70,7 @@ DRAFTLESS = "prediction, grammar, ngram-simple, ngram-map-k, ngram-map-k4v, ngra
         (
             DRAFT | {"speculation": {"types": ["none"]}},
             {},
-            ["Speculation: off; requests can select draft (small.gguf); --spec-type draft is for all"],
+            ["Speculation: off; requests can select draft (small.gguf); --spec-type draft enables it for all"],
         ),
         (
             DRAFT,

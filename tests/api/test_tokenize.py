@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.types import ASGIApp
 
-from api.llama_server.tokenize import MAX_DETOKENIZED
+from api.llama_server.tokenize import MAX_DETOKENIZED_TOKENS
 from api.server.app import create_app
 from api.templates.prompts import LONG_TEXT_CHARS
 from tests.api.asgi import call, post
@@ -24,7 +24,7 @@ CHAT_OF_HELLO = [START, *b"user\nhi", END, *b"\n", START, *b"assistant\n"]
 
 @pytest.fixture
 def app_with_bos() -> ASGIApp:
-    """A server whose model adds BOS before each text."""
+    """Returns an application whose model adds BOS before each text."""
     return create_app(app_state(FakeEngine(info=msgspec.structs.replace(INFO, bos_added=True))))
 
 
@@ -99,9 +99,9 @@ async def test_long_texts_run_on_a_thread(app: ASGIApp, monkeypatch: pytest.Monk
         assert len(ran) == 2
 
 
-async def test_too_much_is_refused(app: ASGIApp) -> None:
+async def test_too_many_tokens_are_refused(app: ASGIApp) -> None:
     for path, field in (("/detokenize", "tokens"), ("/tokenize", "content")):
-        answer = await post(app, path, {field: [1] * (MAX_DETOKENIZED + 1)})
+        answer = await post(app, path, {field: [1] * (MAX_DETOKENIZED_TOKENS + 1)})
         assert (answer.status, answer.json["error"]["param"]) == (400, field)
 
 
@@ -213,14 +213,14 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     messages=MESSAGES,
     called=st.booleans(),
     fields=st.fixed_dictionaries({}, optional=FIELDS),
-    begins=st.booleans(),
+    bos_added=st.booleans(),
     template=st.sampled_from([None, QWEN]),
 )
 async def test_all_endpoints_agree_on_the_tokens(
-    messages: Any, called: bool, fields: dict[str, Any], begins: bool, template: str | None
+    messages: Any, called: bool, fields: dict[str, Any], bos_added: bool, template: str | None
 ) -> None:
-    """A chat completion has the tokens of render, /tokenize and /apply-template, and is refused exactly if they are."""
-    engine = FakeEngine(info=msgspec.structs.replace(INFO, bos_added=begins, chat_template=template))
+    """Chat completion, render, /tokenize and /apply-template have equal tokens, and refuse the same bodies."""
+    engine = FakeEngine(info=msgspec.structs.replace(INFO, bos_added=bos_added, chat_template=template))
     engine.request_limit = 8192
     app = create_app(app_state(engine))
     if called:
@@ -261,14 +261,14 @@ async def test_no_grammar_is_compiled_for_tokens(app: ASGIApp, path: str) -> Non
         ("/tokenize", {"prompt": ["a"]}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
         ("/tokenize", {"messages": HELLO, "chat_template": "chatml"}, "chat_template"),
-        ("/tokenize", {"messages": HELLO, "tools": [{"type": "function"}]}, "tools[0]"),
+        ("/tokenize", {"messages": HELLO, "tools": [{"type": "function"}]}, "tools[0].function"),
         ("/apply-template", {"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
         ("/v1/chat/completions/render", {"messages": HELLO, "functions": [{"name": "f"}]}, "functions"),
-        ("/detokenize", {}, None),
+        ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
         ("/detokenize", {"tokens": [260]}, "tokens"),
         ("/detokenize", {"tokens": "hi"}, "tokens"),
-        ("/apply-template", {"prompt": "hi"}, None),
+        ("/apply-template", {"prompt": "hi"}, "messages"),
         ("/v1/completions/render", {"prompt": ""}, "prompt"),
         ("/v1/completions/render", {"prompt": "x" * 600}, "prompt"),
         ("/v1/chat/completions/render", {"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),

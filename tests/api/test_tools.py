@@ -11,6 +11,7 @@ import pytest
 from starlette.types import ASGIApp
 
 from api.server.app import create_app
+from api.templates.builtin import BUILTIN_TEMPLATES
 from api.tools.tool_choice import closed_schema
 from engine import Lark, Request
 from engine.grammar import GrammarCompiler
@@ -25,6 +26,7 @@ WEATHER = {
     },
 }
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
+# A template in the style of reasoning models: the prompt opens the reasoning unless reasoning is disabled.
 QWEN = (
     "{% if tools %}{{ tools | tojson }}{% endif %}"
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
@@ -32,7 +34,6 @@ QWEN = (
     "{% endfor %}{% if add_generation_prompt %}[assistant]{% if enable_thinking is not defined or enable_thinking %}"
     "<think>\n{% else %}<think>\n\n</think>\n{% endif %}{% endif %}"
 )
-"""A template in the style of reasoning models: the prompt opens the reasoning unless reasoning is disabled."""
 
 
 def engine_with_output(text: str, template: str | None = QWEN, size: int = 3) -> FakeEngine:
@@ -84,7 +85,7 @@ async def test_a_streamed_message_with_reasoning_and_a_call() -> None:
     assert [call["function"]["name"] for call in calls if "name" in call["function"]] == ["weather"]
     assert sum("id" in call for call in calls) == 1
     assert "".join(call["function"]["arguments"] for call in calls) == '{"city": "Bern"}'
-    assert len([call for call in calls if call["function"]["arguments"]]) > 2, "they come as they are written"
+    assert len([call for call in calls if call["function"]["arguments"]]) > 2, "the arguments are streamed"
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
@@ -167,6 +168,24 @@ async def test_tool_instructions_for_templates_without_tools() -> None:
     assert reply["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "weather"
 
 
+@pytest.mark.parametrize("name", BUILTIN_TEMPLATES)
+async def test_built_in_templates_describe_tools_and_calls(name: str) -> None:
+    engine = engine_with_output(CALL, BUILTIN_TEMPLATES[name])
+    engine.request_limit = 4096
+    reply = await ask(engine, tools=[WEATHER])
+    assert '"name": "weather"' in prompt_of(engine)
+    assert "<tool_call>" in prompt_of(engine)
+    assert reply["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "weather"
+
+
+async def test_a_llama_4_template_with_tools_has_calls_in_pythons_notation() -> None:
+    template = "{{ tools }}{% for m in messages %}<|header_start|>{{ m.role }}<|header_end|>{{ m.content }}{% endfor %}"
+    engine = engine_with_output("[weather(city='Bern')]", template)
+    reply = await ask(engine, tools=[WEATHER])
+    assert reply["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Bern"}'
+    assert "You may call functions" not in prompt_of(engine)
+
+
 @pytest.mark.parametrize("content", ["hi", [{"type": "text", "text": "hi"}]])
 async def test_tool_instructions_for_templates_without_a_system_role(content: Any) -> None:
     gemma = (
@@ -238,8 +257,8 @@ def test_nested_schemas_are_closed() -> None:
             {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "wether"}}},
             "tool_choice.function.name",
         ),
-        ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice"),
-        ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0].type"),
         ({"tools": [WEATHER, WEATHER]}, "tools[1].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
@@ -269,8 +288,8 @@ async def test_refusals_name_the_field(fields: Any, param: str) -> None:
     assert reply["error"]["param"] == param
 
 
+# Markers in the templates of the formats that convert schemas themselves.
 SIGNS = ("<function=", "<arg_key>", "｜DSML｜", "<|open|>", "<|tool_call>", "<|header_start|>")
-"""Template signs of the formats that convert schemas themselves."""
 
 
 @pytest.mark.parametrize("sign", SIGNS)

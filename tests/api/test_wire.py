@@ -43,7 +43,7 @@ DRAFTED = {
 
 
 def without_variable_fields(reply: dict[str, Any], **expected: Any) -> dict[str, Any]:
-    """Returns `reply` without the fields that differ from call to call, after checking these."""
+    """Checks the fields that differ from call to call, and returns `reply` without them."""
     assert reply.pop("id").startswith(expected["id"])
     assert reply.pop("created") > 1_700_000_000
     assert reply.pop("system_fingerprint").startswith("fp_")
@@ -158,7 +158,7 @@ async def test_choices_of_a_stream_are_interleaved(app: ASGIApp, engine: FakeEng
     assert done == "[DONE]"
 
 
-async def test_choices_draw_with_their_own_seeds(app: ASGIApp, engine: FakeEngine) -> None:
+async def test_choices_sample_with_their_own_seeds(app: ASGIApp, engine: FakeEngine) -> None:
     answer = await post(app, CHAT, {"messages": HELLO, "n": 3, "seed": 7})
     assert [request.sampling.seed for request in engine.requests] == [derive_seed(7, i) for i in range(3)]
     assert [choice["index"] for choice in answer.json["choices"]] == [0, 1, 2]
@@ -166,7 +166,7 @@ async def test_choices_draw_with_their_own_seeds(app: ASGIApp, engine: FakeEngin
 
 
 @pytest.mark.parametrize("seed", [None, -1])
-async def test_a_drawn_seed_is_in_the_reply(app: ASGIApp, engine: FakeEngine, seed: int | None) -> None:
+async def test_a_random_seed_is_in_the_reply(app: ASGIApp, engine: FakeEngine, seed: int | None) -> None:
     received = {(await post(app, CHAT, {"messages": HELLO, "seed": seed})).json["seed"] for _ in range(3)}
     assert received == {request.sampling.seed for request in engine.requests}
     assert len(received) == 3
@@ -298,7 +298,7 @@ async def test_stop_strings_never_show(app: ASGIApp, engine: FakeEngine) -> None
     assert (await post(app, CHAT, {"messages": HELLO, "stop": "lo"})).json["choices"][0]["message"]["content"] == "Hel"
 
 
-async def test_what_reaches_the_engine(app: ASGIApp, engine: FakeEngine) -> None:
+async def test_the_fields_of_the_engine_request(app: ASGIApp, engine: FakeEngine) -> None:
     body = {
         "prompt": "x",
         "temperature": 0.25,

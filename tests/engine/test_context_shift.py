@@ -11,27 +11,27 @@ from engine.batch import Batch
 from engine.config import SpeculationConfig
 from engine.contract import Finished, FinishReason, ReasoningBudget, Request, SamplingParams
 from engine.sequence import Sequence
-from tests.engine.test_same_as_alone import LAYOUTS, Bench, context_of
+from tests.engine.test_same_as_alone import LAYOUTS, CoreBench, context_of
 from tests.toy import ToyContext, ToyVocab
 
 LIMIT = 40
-LOOPS = SamplingParams(temperature=0.7, seed=3, logit_bias=tuple((token, 9.0) for token in range(1, 4)))
+LOOPING = SamplingParams(temperature=0.7, seed=3, logit_bias=tuple((token, 9.0) for token in range(1, 4)))
 
 
-def asked(tokens: int) -> Request:
-    return Request(prompt=tuple(range(5, 25)), max_tokens=tokens, ignore_eos=True, sampling=LOOPS)
+def looping_request(tokens: int) -> Request:
+    return Request(prompt=tuple(range(5, 25)), max_tokens=tokens, ignore_eos=True, sampling=LOOPING)
 
 
-def submit(bench: Bench, key: int, request: Request, keep: int) -> Sequence:
-    """As `Bench.submit`, with context shift."""
+def submit(bench: CoreBench, key: int, request: Request, keep: int) -> Sequence:
+    """Submits a request as `CoreBench.submit` does, with context shift."""
     sequence = Sequence(key, request, 3, ToyVocab(), LIMIT, keep)
-    bench.got[key], bench.sequences[key] = [], sequence
+    bench.outputs[key], bench.sequences[key] = [], sequence
     bench.core.lifecycle.submit(sequence)
     return sequence
 
 
-def naive(request: Request, keep: int) -> list[int]:
-    """The same by its definition: every token is picked from the whole history as of then, computed anew."""
+def expected_output(request: Request, keep: int) -> list[int]:
+    """Returns the expected output: each token is picked from the whole current history, recomputed from scratch."""
     sampler = Sequence(0, request, 3, ToyVocab(), LIMIT, keep).sampler
     history, discarded = list(request.prompt), 0
     got: list[int] = []
@@ -52,11 +52,11 @@ def naive(request: Request, keep: int) -> list[int]:
 @pytest.mark.parametrize("unified", LAYOUTS)
 @pytest.mark.parametrize("keep", [0, 4, -1])
 def test_discarded_tokens_change_nothing_afterwards(keep: int, unified: bool) -> None:
-    bench = Bench(context_of(unified, 150))
-    request = asked(200)
+    bench = CoreBench(context_of(unified, 150))
+    request = looping_request(200)
     submit(bench, 0, request, keep)
     bench.run()
-    assert bench.got[0] == naive(request, keep)
+    assert bench.outputs[0] == expected_output(request, keep)
     end = bench.ends[0]
     assert isinstance(end, Finished)
     assert end.reason is FinishReason.LENGTH
@@ -71,21 +71,21 @@ def test_every_proposer_survives_a_hundred_shifts(kind: Any, unified: bool) -> N
         types=(kind,), order="fixed", size_n=2, size_m=6, mod_match=2, mod_min=0, suffix_tokens=500
     )
     draft = context_of(unified, 150, other=0.3)
-    bench = Bench(context_of(unified, 150), speculation=speculation, draft=draft)
-    request = asked(100 * LIMIT // 2 + 200)
+    bench = CoreBench(context_of(unified, 150), speculation=speculation, draft=draft)
+    request = looping_request(100 * LIMIT // 2 + 200)
     sequences = [submit(bench, key, request, 4) for key in range(2)]
     bench.run()
-    plain = Bench(ToyContext(cells=150))
+    plain = CoreBench(ToyContext(cells=150))
     submit(plain, 0, request, 4)
     plain.run()
-    assert bench.got[0] == bench.got[1] == plain.got[0]
+    assert bench.outputs[0] == bench.outputs[1] == plain.outputs[0]
     assert all(sequence.discarded >= 100 * (LIMIT - 4) // 2 for sequence in sequences)
     assert sum(drafts.accepted for drafts in bench.speculative_decoding.draft_stats) > 100
 
 
 def test_without_context_shift_a_full_context_ends_the_request() -> None:
-    bench = Bench(ToyContext(cells=LIMIT))
-    bench.submit(0, asked(200))
+    bench = CoreBench(ToyContext(cells=LIMIT))
+    bench.submit(0, looping_request(200))
     bench.run()
     end = bench.ends[0]
     assert isinstance(end, Finished)
@@ -93,11 +93,11 @@ def test_without_context_shift_a_full_context_ends_the_request() -> None:
 
 
 def test_discarded_tokens_count_for_the_reasoning_budget() -> None:
-    """A budget of more tokens than the context holds."""
+    """The budget has more tokens than the context."""
     closing = (30, 31, 32)
     bound = ReasoningBudget(70, "", "never written", closing)
-    bench = Bench(ToyContext(cells=150))
-    sequence = submit(bench, 0, structs.replace(asked(120), reasoning=bound), 4)
+    bench = CoreBench(ToyContext(cells=150))
+    sequence = submit(bench, 0, structs.replace(looping_request(120), reasoning=bound), 4)
     bench.run()
     assert sequence.discarded > len(sequence.request.prompt)
-    assert [place for place in range(120) if tuple(bench.got[0][place : place + 3]) == closing] == [70]
+    assert [position for position in range(120) if tuple(bench.outputs[0][position : position + 3]) == closing] == [70]

@@ -1,4 +1,4 @@
-"""Blocks on disk: whole or gone, in order, and without delay for the engine."""
+"""Blocks on disk are complete or absent, are changed in order, and do not delay the engine."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def equal(left: State | None, right: State | None) -> bool:
 
 
 def settle(disk: Disk) -> list[Written]:
-    """The results of all writes so far, once they are done."""
+    """Waits until all writes are done, and returns their results."""
     until = time.monotonic() + 5
     while disk.queued and time.monotonic() < until:
         time.sleep(0.0005)
@@ -69,8 +69,8 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     disk.close()
 
 
-class Gate:
-    """Stands before every write; `began` is set when the worker is there."""
+class WriteGate:
+    """Blocks every write until `open` is set; sets `began` when the worker has reached a write."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.began, self.open, self._save = Event(), Event(), module._save
@@ -83,8 +83,8 @@ class Gate:
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch, disk: Disk) -> Iterator[Gate]:
-    gate = Gate(monkeypatch)
+def gate(monkeypatch: pytest.MonkeyPatch, disk: Disk) -> Iterator[WriteGate]:
+    gate = WriteGate(monkeypatch)
     yield gate
     gate.open.set()
 
@@ -106,7 +106,7 @@ def test_written_blocks_are_read(tmp_path: Path, size: int) -> None:
     (entry,) = Disk(tmp_path, "model a").entries()
     assert (entry.key, entry.parent, entry.start, entry.tokens) == (A, ROOT, 64, TOKENS)
     assert (entry.bytes, entry.tokens.typecode) == (written, "i")
-    assert before - 0.01 <= entry.used <= time.time()
+    assert before - 0.01 <= entry.used_at <= time.time()
 
 
 def test_a_block_may_be_written_again(disk: Disk) -> None:
@@ -176,7 +176,7 @@ def test_a_renamed_file_is_not_another_block(disk: Disk) -> None:
     assert disk.entries() == []
 
 
-def test_identities_are_apart(tmp_path: Path, disk: Disk) -> None:
+def test_models_do_not_share_blocks(tmp_path: Path, disk: Disk) -> None:
     other = Disk(tmp_path / "kept", "model b")
     assert disk.folder.name != other.folder.name
     assert len(disk.folder.name) == 16
@@ -263,7 +263,7 @@ def test_a_kill_leaves_only_whole_files(tmp_path: Path) -> None:
 # ── order ──
 
 
-def test_reads_pass_writes(disk: Disk, gate: Gate) -> None:
+def test_reads_overtake_writes(disk: Disk, gate: WriteGate) -> None:
     gate.open.set()
     put(disk, A, state_of(1))
     gate.open.clear()
@@ -284,7 +284,7 @@ def test_reads_pass_writes(disk: Disk, gate: Gate) -> None:
     assert [written.key for written in settle(disk)] == [B, C, *KEYS[3:]]
 
 
-def test_queued_writes_can_be_read(disk: Disk, gate: Gate) -> None:
+def test_queued_writes_can_be_read(disk: Disk, gate: WriteGate) -> None:
     disk.write(A, ROOT, 0, TOKENS, state_of(1))
     assert gate.began.wait(5)
     disk.write(B, ROOT, 0, TOKENS, state_of(2))
@@ -300,7 +300,7 @@ def test_queued_writes_can_be_read(disk: Disk, gate: Gate) -> None:
     assert all(map(equal, (read.result(5) for read in (first, second, third, fourth)), expected))
 
 
-def test_a_read_is_not_passed_by_later_changes(disk: Disk, gate: Gate) -> None:
+def test_later_changes_do_not_overtake_a_read(disk: Disk, gate: WriteGate) -> None:
     gate.open.set()
     put(disk, A, state_of(1))
     gate.open.clear()
@@ -317,7 +317,7 @@ def test_a_read_is_not_passed_by_later_changes(disk: Disk, gate: Gate) -> None:
     assert disk.read(A).result(5) is None
 
 
-def test_a_removal_does_not_pass_its_write(disk: Disk, gate: Gate) -> None:
+def test_a_removal_does_not_overtake_its_write(disk: Disk, gate: WriteGate) -> None:
     for key in (A, B):
         disk.write(key, ROOT, 0, TOKENS, state_of(1))
         disk.remove(key)
@@ -327,7 +327,7 @@ def test_a_removal_does_not_pass_its_write(disk: Disk, gate: Gate) -> None:
     assert os.listdir(disk.folder) == []
 
 
-def test_a_cancelled_read_is_not_done(disk: Disk, gate: Gate) -> None:
+def test_a_cancelled_read_is_not_done(disk: Disk, gate: WriteGate) -> None:
     disk.write(A, ROOT, 0, TOKENS, state_of(1))
     assert gate.began.wait(5)
     (disk.folder / f"{B}.block").write_bytes(b"torn")
@@ -362,7 +362,7 @@ def test_no_state_stays_in_memory(disk: Disk) -> None:
 
 
 class FullDisk:
-    """Takes half of a state while `is_full`."""
+    """Writes only half of any content while `is_full`, and fails at the state."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_full, self.tries = True, 0
@@ -394,7 +394,7 @@ def test_a_full_disk_pauses_writing(
     assert equal(disk.read(A).result(5), state_of(1))
     assert os.listdir(disk.folder) == [f"{A}.block"]
     monkeypatch.setattr(module, "WRITE_PAUSE_SECONDS", 0.0)
-    disk._resume = 0.0
+    disk._writes_resume_at = 0.0
     assert put(disk, B, state_of(2)) is None
     assert full.tries == 2
     (record,) = caplog.records
@@ -420,7 +420,7 @@ def test_the_folder_may_vanish(disk: Disk, caplog: pytest.LogCaptureFixture) -> 
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def test_another_process_may_clear_leftovers_meanwhile(
+def test_another_process_may_clear_leftovers_during_a_write(
     disk: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = os.replace
@@ -447,7 +447,7 @@ def test_any_failure_of_a_read_is_a_miss(disk: Disk, monkeypatch: pytest.MonkeyP
     assert put(disk, A, state_of(1))
 
 
-def test_closing_is_bounded(disk: Disk, gate: Gate) -> None:
+def test_closing_is_bounded(disk: Disk, gate: WriteGate) -> None:
     for key in (A, B):
         disk.write(key, ROOT, 0, TOKENS, state_of(1))
     assert gate.began.wait(5)
@@ -489,8 +489,8 @@ OPERATIONS = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(OPERATIONS)
-def test_as_a_dict(operations: list[tuple[str, str]]) -> None:
-    """Reads see exactly the changes submitted before them, however late the worker is."""
+def test_random_operations_equal_a_dict(operations: list[tuple[str, str]]) -> None:
+    """A read returns the effect of exactly the changes submitted before it, however late the worker is."""
     with tempfile.TemporaryDirectory() as name:
         disk = Disk(Path(name), "model a")
         model: dict[str, State] = {}

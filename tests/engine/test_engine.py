@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from engine import (
     Update,
 )
 from engine.grammar import compiler
+from engine.thread import ENGINE_FAILED
 from tests.toy import VOCABULARY, ToyBackend, ToyContext, failing, opener
 
 CONFIG = EngineConfig.of(path="toy.gguf", slots=2, queue=4)
@@ -37,30 +39,30 @@ ENDLESS = Request(prompt=(1, 2, 3), ignore_eos=True)
 FEW = Request(prompt=(1, 2, 3), max_tokens=3, ignore_eos=True)
 
 
-async def read(engine: Engine, request: Request) -> list[Update]:
-    """All updates of a request."""
+async def collect(engine: Engine, request: Request) -> list[Update]:
+    """Returns all updates of a request."""
     async with engine.generate(request) as generation:
         return [update async for update in generation]
 
 
-def shown(updates: list[Update]) -> str:
-    """The text of all updates."""
+def text_of(updates: list[Update]) -> str:
+    """Returns the text of all updates."""
     return "".join(update.text for update in updates if isinstance(update, Tokens))
 
 
-def toy(*, pace: float = 0.0) -> ToyBackend:
-    """A toy whose every decode takes `pace` seconds."""
+def toy_backend(*, decode_seconds: float = 0.0) -> ToyBackend:
+    """Returns a toy backend whose decodes take `decode_seconds` each."""
     context = ToyContext(cells=2000)
-    context.before_decode = lambda: time.sleep(pace)
+    context.before_decode = lambda: time.sleep(decode_seconds)
     return ToyBackend(context)
 
 
 async def test_updates_are_tokens_and_then_one_end() -> None:
-    backend = toy()
+    backend = toy_backend()
     shares: list[float] = []
     async with Engine.open(CONFIG, opener=opener(backend), progress=shares.append) as engine:
         request = Request(prompt=(1, 2, 3), max_tokens=7, ignore_eos=True)
-        *tokens, end = await read(engine, request)
+        *tokens, end = await collect(engine, request)
         assert isinstance(end, Finished)
         assert sum(len(update.ids) for update in tokens if isinstance(update, Tokens)) == end.usage.completion == 7
         stats = engine.stats()
@@ -74,7 +76,7 @@ async def test_updates_are_tokens_and_then_one_end() -> None:
 
 async def test_unread_tokens_are_merged() -> None:
     async with (
-        Engine.open(CONFIG, opener=opener(toy())) as engine,
+        Engine.open(CONFIG, opener=opener(toy_backend())) as engine,
         engine.generate(Request(prompt=(1,), max_tokens=50, ignore_eos=True)) as generation,
     ):
         await asyncio.sleep(0.3)
@@ -84,8 +86,8 @@ async def test_unread_tokens_are_merged() -> None:
     assert len(updates[0].ids) == 50
 
 
-async def test_leaving_cancels_within_a_step() -> None:
-    async with Engine.open(CONFIG, opener=opener(toy(pace=0.01))) as engine:
+async def test_leaving_cancels_within_two_steps() -> None:
+    async with Engine.open(CONFIG, opener=opener(toy_backend(decode_seconds=0.01))) as engine:
         async with engine.generate(ENDLESS) as generation:
             await anext(generation)
         before = engine.stats().steps
@@ -94,9 +96,9 @@ async def test_leaving_cancels_within_a_step() -> None:
         assert engine.stats().steps <= before + 2
 
 
-async def test_a_cancelled_task_leaves_too() -> None:
-    async with Engine.open(CONFIG, opener=opener(toy(pace=0.01))) as engine:
-        task = asyncio.ensure_future(read(engine, ENDLESS))
+async def test_cancelling_a_task_cancels_its_request() -> None:
+    async with Engine.open(CONFIG, opener=opener(toy_backend(decode_seconds=0.01))) as engine:
+        task = asyncio.ensure_future(collect(engine, ENDLESS))
         await asyncio.sleep(0.1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -107,71 +109,79 @@ async def test_a_cancelled_task_leaves_too() -> None:
 
 async def test_a_stop_string_over_several_tokens() -> None:
     greedy = SamplingParams(temperature=0)
-    async with Engine.open(CONFIG, opener=opener(toy())) as engine:
+    async with Engine.open(CONFIG, opener=opener(toy_backend())) as engine:
         request = Request(prompt=(1, 2), max_tokens=30, ignore_eos=True, sampling=greedy)
-        text = shown(await read(engine, request))
+        text = text_of(await collect(engine, request))
         stop = text[10:13]
         stopped = Request(prompt=(1, 2), max_tokens=30, ignore_eos=True, sampling=greedy, stop=(stop,))
-        updates = await read(engine, stopped)
+        updates = await collect(engine, stopped)
     end = updates[-1]
     assert isinstance(end, Finished)
     assert (end.reason, end.stop) == (FinishReason.STOP, stop)
     at = text.index(stop)
-    assert shown(updates) == text[:at]
+    assert text_of(updates) == text[:at]
     assert end.usage.completion == at + 3, "a token is a character here"
 
 
 async def test_a_failed_step_is_reported_and_the_engine_continues() -> None:
-    backend = toy()
+    backend = toy_backend()
     async with Engine.open(CONFIG, opener=opener(backend)) as engine:
         with failing(backend.context, [3]), pytest.raises(EngineFault, match="injected"):
-            await read(engine, ENDLESS)
-        updates = await read(engine, Request(prompt=(1,), max_tokens=2, ignore_eos=True))
+            await collect(engine, ENDLESS)
+        updates = await collect(engine, Request(prompt=(1,), max_tokens=2, ignore_eos=True))
         assert isinstance(updates[-1], Finished)
 
 
 class Panic(BaseException):
-    """As libraries in Rust raise it: no Exception."""
+    """A BaseException that is no Exception, as panics of Rust libraries are."""
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, Panic])
-async def test_when_the_thread_dies_every_request_fails_then_and_later(kind: Callable[[str], Exception]) -> None:
-    backend = toy(pace=0.01)
+async def test_when_the_thread_dies_running_and_later_requests_fail(
+    kind: Callable[[str], Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = toy_backend(decode_seconds=0.01)
     async with Engine.open(CONFIG, opener=opener(backend)) as engine:
-        tasks = [asyncio.ensure_future(read(engine, ENDLESS)) for _ in range(4)]
+        tasks = [asyncio.ensure_future(collect(engine, ENDLESS)) for _ in range(4)]
         await asyncio.sleep(0.1)
         backend.context.faults = lambda n: kind("a bug of ours")
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(result, EngineFault) and result.fatal for result in results)
-        with pytest.raises(EngineFault, match="a bug of ours"):
+        assert {str(result) for result in results} == {ENGINE_FAILED}
+        with pytest.raises(EngineFault, match=ENGINE_FAILED):
             await engine.generate(ENDLESS).__aenter__()
     assert backend.closed
+    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert record.name == "paceline.engine"
+    assert record.exc_info is not None
+    assert str(record.exc_info[1]) == "a bug of ours"
+    assert "Traceback" in caplog.text
 
 
-class Broken:
-    """A grammar that cannot begin."""
+class BrokenGrammar:
+    """A grammar whose `begin` raises."""
 
-    size = VOCABULARY
+    vocabulary = VOCABULARY
 
     def begin(self) -> Any:
         raise RuntimeError("no memory")
 
 
-async def test_a_request_that_cannot_start_fails_alone_and_takes_no_place() -> None:
-    async with Engine.open(CONFIG, opener=opener(toy())) as engine:
+async def test_a_request_that_cannot_start_fails_alone_and_frees_its_slot() -> None:
+    async with Engine.open(CONFIG, opener=opener(toy_backend())) as engine:
         for _ in range(engine.max_requests + 1):
             with pytest.raises(EngineFault, match="no memory"):
-                await read(engine, Request(prompt=(1,), grammar=cast("Any", Broken())))
-        updates = await read(engine, Request(prompt=(1,), max_tokens=2, ignore_eos=True))
+                await collect(engine, Request(prompt=(1,), grammar=cast("Any", BrokenGrammar())))
+        updates = await collect(engine, Request(prompt=(1,), max_tokens=2, ignore_eos=True))
         assert isinstance(updates[-1], Finished)
         await asyncio.wait_for(engine.drain(20), 20)
 
 
 async def test_the_progress_of_a_prefill() -> None:
-    async with Engine.open(CONFIG, opener=opener(toy(pace=0.005))) as engine:
+    async with Engine.open(CONFIG, opener=opener(toy_backend(decode_seconds=0.005))) as engine:
         request = Request(prompt=(*range(1, 40),) * 5, max_tokens=3, ignore_eos=True, progress=True)
         for known in (0, 194):
-            *updates, end = await read(engine, request)
+            *updates, end = await collect(engine, request)
             found = [update.prefill_progress for update in updates if isinstance(update, Tokens)]
             reports = [progress for progress in found if progress is not None]
             processed = [progress.processed for progress in reports]
@@ -179,7 +189,7 @@ async def test_the_progress_of_a_prefill() -> None:
             assert {(progress.prompt, progress.cached) for progress in reports} == {(195, known)}
             assert isinstance(end, Finished)
             assert len(reports) > 2 or known
-        assert not any(update.prefill_progress for update in await read(engine, FEW) if isinstance(update, Tokens))
+        assert not any(update.prefill_progress for update in await collect(engine, FEW) if isinstance(update, Tokens))
 
 
 @pytest.mark.parametrize("warmup", [True, False])
@@ -189,13 +199,13 @@ async def test_the_first_grammar_is_compiled_before_the_first_request(
     specs: list[GrammarSpec] = []
     monkeypatch.setattr(compiler, "_compile_native", lambda spec, tokenizer: specs.append(spec))
     config = EngineConfig.of(path="toy.gguf", slots=2, warmup=warmup)
-    async with Engine.open(config, opener=opener(toy())):
+    async with Engine.open(config, opener=opener(toy_backend())):
         assert specs == [JsonObject()] * warmup
 
 
 async def test_a_first_grammar_that_takes_long_does_not_end_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "COMPILE_SECONDS", 0.0)
-    async with Engine.open(CONFIG, opener=opener(toy())) as engine:
+    async with Engine.open(CONFIG, opener=opener(toy_backend())) as engine:
         with pytest.raises(RequestRefused, match="was not compiled"):
             await engine.compile(Regex("a"))
 
@@ -206,7 +216,7 @@ async def test_the_end_fails_requests_whose_grammar_is_being_compiled(
 ) -> None:
     go_on = threading.Event()
     monkeypatch.setattr(compiler, "_compile_native", lambda spec, tokenizer: go_on.wait(5))
-    async with Engine.open(CONFIG, opener=opener(toy())) as engine:
+    async with Engine.open(CONFIG, opener=opener(toy_backend())) as engine:
         waiting = [asyncio.create_task(engine.compile(Regex(pattern))) for pattern in "aabcd"]
         await asyncio.sleep(0.01)
         if drained:
@@ -218,8 +228,8 @@ async def test_the_end_fails_requests_whose_grammar_is_being_compiled(
     go_on.set()
 
 
-async def test_drain_waits_for_what_ends_in_time() -> None:
-    async with Engine.open(CONFIG, opener=opener(toy(pace=0.005))) as engine:
+async def test_drain_lets_requests_end_in_time() -> None:
+    async with Engine.open(CONFIG, opener=opener(toy_backend(decode_seconds=0.005))) as engine:
         request = Request(prompt=(1,), max_tokens=20, ignore_eos=True)
         async with engine.generate(request) as generation:
             await anext(generation)
@@ -231,7 +241,7 @@ async def test_drain_waits_for_what_ends_in_time() -> None:
 
 
 async def test_closing_with_running_requests_ends_them() -> None:
-    backend = toy(pace=0.01)
+    backend = toy_backend(decode_seconds=0.01)
     async with Engine.open(CONFIG, opener=opener(backend)) as engine:
         generation = engine.generate(ENDLESS)
         await generation.__aenter__()

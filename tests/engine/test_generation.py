@@ -36,7 +36,7 @@ class Recorder:
 
 
 @given(st.lists(st.integers(1, 5), max_size=30))
-async def test_the_text_does_not_depend_on_how_tokens_were_grouped(sizes: list[int]) -> None:
+async def test_the_text_does_not_depend_on_the_grouping_of_tokens(sizes: list[int]) -> None:
     data = "naïve 👩‍👩‍👧 STO and STOP then more".encode()
     recorder = Recorder("STOP")
     for size in [*sizes, len(data)]:
@@ -84,7 +84,7 @@ async def test_entering_submits_and_leaving_cancels_only_before_the_end() -> Non
     assert ended.calls == ["submit"]
 
 
-async def test_a_failure_is_raised_after_what_came_before_it() -> None:
+async def test_a_failure_is_raised_after_earlier_tokens() -> None:
     recorder = Recorder()
     recorder.generation.deliver_tokens(b"ab")
     recorder.generation.deliver_end(Failed(EngineFault("boom")))

@@ -1,4 +1,5 @@
-"""Specs compile to grammars or are refused with the wrong keyword; masks permit exactly the grammar's tokens."""
+"""Specs compile to grammars, or are refused with the pointer of the wrong keyword; masks permit exactly the grammar's
+tokens."""
 
 from __future__ import annotations
 
@@ -60,10 +61,10 @@ def permitted(matcher: Matcher) -> set[int]:
     return set(np.flatnonzero(permits(0)).tolist())
 
 
-def wander(made: Grammar, random: Random, most: int = 60) -> tuple[bytes, bool]:
+def random_output(compiled: Grammar, random: Random, max_tokens: int = 60) -> tuple[bytes, bool]:
     """Returns a random text that the masks permit, and True if it is complete."""
-    matcher, output = made.begin(), bytearray()
-    for _ in range(most):
+    matcher, output = compiled.begin(), bytearray()
+    for _ in range(max_tokens):
         token = random.choice(sorted(permitted(matcher)))
         if token in ASCII.ends:
             return bytes(output), True
@@ -91,9 +92,9 @@ def wander(made: Grammar, random: Random, most: int = 60) -> tuple[bytes, bool]:
     ids=lambda value: type(value).__name__,
 )
 def test_permitted_texts_match_the_spec(spec: GrammarSpec, pattern: str) -> None:
-    made, ended = grammar(spec), 0
+    compiled, ended = grammar(spec), 0
     for seed in range(30):
-        text, whole = wander(made, Random(seed))
+        text, whole = random_output(compiled, Random(seed))
         ended += whole
         assert not whole or re.fullmatch(pattern, text.decode())
     assert ended
@@ -103,7 +104,7 @@ def test_permitted_texts_match_the_spec(spec: GrammarSpec, pattern: str) -> None
 def test_outputs_of_json_specs_are_json(spec: GrammarSpec) -> None:
     ended = 0
     for seed in range(40):
-        text, whole = wander(grammar(spec), Random(seed), 300)
+        text, whole = random_output(grammar(spec), Random(seed), 300)
         if whole:
             json.loads(text)
             ended += 1
@@ -178,13 +179,15 @@ def test_drafts_are_cut_where_the_grammar_or_an_end_token_ends_them() -> None:
 
 
 def test_forced_tokens() -> None:
-    assert grammar(schema(PERSON), ASCII).begin().forced_tokens(8) == [], "space may come first, or the bracket alone"
+    assert grammar(schema(PERSON), ASCII).begin().forced_tokens(8) == [], (
+        "white space may come first, or the bracket alone"
+    )
     matcher = grammar(Lark('start: "[name]" /[a-z]/ "true"')).begin()
     tokens = matcher.forced_tokens(8)
     assert tokens == ASCII.tokenize("[name]", special=False)
     assert matcher.forced_tokens(2) == tokens[:2]
     for token in tokens:
-        assert permitted(matcher) == {token}, "though the word could be spelled by letters"
+        assert permitted(matcher) == {token}, "although single letters could spell the word"
         matcher.accept_token(token)
     assert matcher.forced_tokens(8) == []
     matcher.accept_token(ord("x"))
@@ -193,22 +196,22 @@ def test_forced_tokens() -> None:
     assert matcher.forced_tokens(8) == []
 
 
-class Spacious(AsciiVocab):
-    """A vocabulary that puts a space before every text, as some models' do."""
+class SpacePrefixVocab(AsciiVocab):
+    """A vocabulary that prepends a space to every text, as those of some models do."""
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         return super().tokenize(f" {text}", special=special)
 
 
-@pytest.mark.parametrize("vocab", [AsciiVocab(), Spacious()], ids=lambda vocab: type(vocab).__name__)
+@pytest.mark.parametrize("vocab", [AsciiVocab(), SpacePrefixVocab()], ids=lambda vocab: type(vocab).__name__)
 def test_forced_texts_are_tokenized_to_the_byte(vocab: AsciiVocab) -> None:
-    """Also if the vocabulary changes a text, or has no tokens for it."""
+    """This holds even if the vocabulary changes a text or has no token for it."""
     for text in ("name", ' "name"', "é!", "<|call|>", "x"):
         matcher = grammar(OneOfTexts((text,)), vocab).begin()
         assert bytes_of(matcher.forced_tokens(20)) == text.encode()
 
 
-class Counting(AsciiVocab):
+class CountingVocab(AsciiVocab):
     """A vocabulary that records the tokenized texts."""
 
     def __init__(self) -> None:
@@ -221,7 +224,7 @@ class Counting(AsciiVocab):
 
 
 def test_a_long_forced_text_is_tokenized_in_blocks_and_once() -> None:
-    vocab, text = Counting(), "name true" * 1000
+    vocab, text = CountingVocab(), "name true" * 1000
     matcher = grammar(OneOfTexts((text,)), vocab).begin()
     tokens = matcher.forced_tokens(10_000)
     assert bytes_of(tokens) == text.encode()
@@ -236,13 +239,13 @@ def test_a_long_forced_text_is_tokenized_in_blocks_and_once() -> None:
 
 
 def test_masks_of_many_rows() -> None:
-    """Each mask is that of a matcher that accepted the draft tokens before it."""
-    made = grammar(schema(PERSON))
+    """Each mask equals the mask of a matcher that has accepted the draft tokens before the row."""
+    compiled = grammar(schema(PERSON))
     texts = ('{"name": "x', "", '{\n "', '{"name": "abc", "age": 12')
     drafts = (' "y", "age"', '{"name"', "nam", "34}")
     masks, requests = Masks(ASCII.size), []
     for key, (text, draft) in enumerate(zip(texts, drafts, strict=True)):
-        matcher = made.begin()
+        matcher = compiled.begin()
         for token in ASCII.tokenize(text, special=False):
             matcher.accept_token(token)
         tokens = ASCII.tokenize(draft, special=False)
@@ -259,16 +262,16 @@ def test_masks_of_many_rows() -> None:
 
 
 def test_overlapped_masks_are_the_same() -> None:
-    made = grammar(Regex("[ab]{3}c"))
+    compiled = grammar(Regex("[ab]{3}c"))
     inline, overlapped = Masks(ASCII.size), Masks(ASCII.size, overlapped=True)
     for masks in (inline, overlapped):
-        masks.begin([MaskRequest(1, made.begin(), (ord("a"),))])
-        masks.begin([MaskRequest(2, made.begin(), (ord("a"), ord("b")))])
+        masks.begin([MaskRequest(1, compiled.begin(), (ord("a"),))])
+        masks.begin([MaskRequest(2, compiled.begin(), (ord("a"), ord("b")))])
     for row in range(3):
-        here, there = inline.of(2), overlapped.of(2)
-        assert here is not None
-        assert there is not None
-        assert (here(row) == there(row)).all()
+        inline_mask, overlapped_mask = inline.of(2), overlapped.of(2)
+        assert inline_mask is not None
+        assert overlapped_mask is not None
+        assert (inline_mask(row) == overlapped_mask(row)).all()
     overlapped.close()
 
 
@@ -346,32 +349,33 @@ def test_gbnf_equals_the_converters_result(text: str) -> None:
 
 
 def test_gbnf_comments_are_dropped() -> None:
-    """The converter copies all comments for each of them: seconds for as many as fit a spec."""
+    """llguidance's converter copies all comments for each comment, which takes seconds in a spec of the maximum
+    size."""
     text = "# one\n" + "#\n" * 100_000 + 'root ::= "#" [#] # the last'
     assert lark_from_gbnf(text).split() == ["%llguidance", "{}", "start:", '"#"', "/[#]/"]
 
 
 def test_a_chain_of_rules_does_not_take_long() -> None:
-    """The converter alone takes minutes."""
+    """llguidance's converter alone would take minutes."""
     text = "root ::= r0\n" + "\n".join(f"r{i} ::= r{i + 1}" for i in range(10_000)) + '\nr10000 ::= "a"'
     assert lark_from_gbnf(text).endswith('R9999: R10000\nR10000: "a"\n')
 
 
 @pytest.mark.parametrize("text", ["[)" * 100_000, '"' + '\\"' * 100_000], ids=["classes", "quotes"])
 def test_unclosed_parts_do_not_take_long(text: str) -> None:
-    """A search for the end of each part takes minutes."""
+    """A search for the end of each part would take minutes."""
     with pytest.raises(GrammarError, match="not valid GBNF"):
         lark_from_gbnf(f"root ::= {text}")
 
 
 def test_the_longest_chain_of_rules() -> None:
-    """With a smaller stack it ends the process."""
+    """With a smaller thread stack the chain would crash the process."""
     text = "start: r0\n" + "\n".join(f"r{i:x}:r{i + 1:x}" for i in range(19_000)) + f'\nr{19_000:x}: "a"'
     assert 2**17 < len(text) < compiler.MAX_GRAMMAR_BYTES
     assert permitted(grammar(Lark(text)).begin()) == {ord("a")}
 
 
-def test_a_deep_schema_is_refused_before_native_code_sees_it() -> None:
+def test_a_deep_schema_is_refused_before_it_reaches_native_code() -> None:
     deep: Any = {"type": "string"}
     for _ in range(MAX_SCHEMA_DEPTH // 2 - 1):
         deep = {"properties": {"a": deep}}
@@ -432,7 +436,7 @@ DOG = {"type": "object", "properties": {"kind": {"enum": ["dog", "wolf"]}, "tail
 
 
 def test_many_pointers_with_one_long_prefix_take_little_memory() -> None:
-    """The pointers as texts would take a gigabyte."""
+    """Pointers stored as strings would take a gigabyte."""
     deep: Any = {"properties": {"a" * 2**17: {"properties": {f"p{i}": {} for i in range(9000)}}}}
     assert len(list(keywords(deep))) == 2
     named: Any = {**CAT, "properties": {"kind": {"enum": [f"{i}" for i in range(9000)]}}}
@@ -475,19 +479,19 @@ def test_a_schema_cannot_make_the_compiler_lenient() -> None:
 
 async def test_equal_specs_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "CACHED_GRAMMARS", 2)
-    kept = GrammarCompiler(ASCII)
-    first = await kept.compile(Regex("a"))
-    assert await kept.compile(Regex("a")) is first
-    both = await asyncio.gather(*(kept.compile(Regex("b")) for _ in range(4)))
-    assert await kept.compile(Regex("b")) in both
-    await kept.compile(Regex("a"))
-    await kept.compile(Regex("c"))
-    assert await kept.compile(Regex("a")) is first, "a was used after b"
-    assert await kept.compile(Regex("b")) not in both
-    kept.close()
+    grammars = GrammarCompiler(ASCII)
+    first = await grammars.compile(Regex("a"))
+    assert await grammars.compile(Regex("a")) is first
+    both = await asyncio.gather(*(grammars.compile(Regex("b")) for _ in range(4)))
+    assert await grammars.compile(Regex("b")) in both
+    await grammars.compile(Regex("a"))
+    await grammars.compile(Regex("c"))
+    assert await grammars.compile(Regex("a")) is first, "a was used after b"
+    assert await grammars.compile(Regex("b")) not in both
+    grammars.close()
 
 
-def test_usual_multiples() -> None:
+def test_common_multiples_are_accepted() -> None:
     fields = {f"f{value}": {"type": "number", "multipleOf": value} for value in (0.01, 0.25, 5, 12, 15, 60, 86_400)}
     grammar(schema({"properties": fields}))
 
@@ -562,15 +566,15 @@ async def test_jobs_without_a_caller_are_not_started() -> None:
 
 async def test_a_slow_compilation_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "COMPILE_SECONDS", 0.0)
-    kept = GrammarCompiler(ASCII)
+    grammars = GrammarCompiler(ASCII)
     with pytest.raises(GrammarError, match="was not compiled within 0 seconds"):
-        await kept.compile(Regex("a{3}"))
-    kept.close()
+        await grammars.compile(Regex("a{3}"))
+    grammars.close()
 
 
 def test_matchers_are_independent() -> None:
-    made = grammar(Regex("ab|cd"))
-    one, other = made.begin(), made.begin()
+    compiled = grammar(Regex("ab|cd"))
+    one, other = compiled.begin(), compiled.begin()
     one.accept_token(ord("a"))
     assert permitted(other) == {ord("a"), ord("c")}
     assert permitted(one) == {ord("b")}
@@ -579,14 +583,14 @@ def test_matchers_are_independent() -> None:
 
 
 async def test_an_exhausted_grammar_is_compiled_again() -> None:
-    made = GrammarCompiler(ASCII)
+    grammars = GrammarCompiler(ASCII)
     spec = Regex("[ab]{3}")
-    first = await made.compile(spec)
-    assert await made.compile(spec) is first
+    first = await grammars.compile(spec)
+    assert await grammars.compile(spec) is first
     (wrong,) = ASCII.tokenize("c", special=False)
     with pytest.raises(GrammarError):
         first.begin().accept_token(wrong)
-    second = await made.compile(spec)
+    second = await grammars.compile(spec)
     assert second is not first
-    assert await made.compile(spec) is second
-    made.close()
+    assert await grammars.compile(spec) is second
+    grammars.close()

@@ -1,4 +1,4 @@
-"""With any other requests and drafts, a request with a grammar has the same tokens as alone, and they match it."""
+"""A request with a grammar has the same tokens as alone, whatever the other requests and drafts; its output matches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from engine.contract import (
 from engine.grammar import Gbnf, GrammarSpec, Lark, OneOfTexts, Regex
 from engine.sequence import Sequence
 from engine.speculate import Draft
-from tests.engine.test_same_as_alone import Bench, Oracle, draw_request
+from tests.engine.test_same_as_alone import CoreBench, Oracle, draw_request
 from tests.engine.vocabularies import PAIRS, bytes_of, grammar
 from tests.toy import END, VOCABULARY, ToyBackend, ToyContext
 
@@ -37,26 +37,26 @@ SPECS: list[tuple[GrammarSpec, str]] = [
 ]
 
 
-def backend(context: ToyContext) -> Any:
-    made = ToyBackend(context)
-    made.vocab = PAIRS
-    return made
+def pair_backend(context: ToyContext) -> Any:
+    toy = ToyBackend(context)
+    toy.vocab = PAIRS
+    return toy
 
 
 def alone(request: Request) -> tuple[list[int], FinishReason]:
     context = ToyContext(cells=300)
-    bench = Bench(context, slots=1, backend=backend(context))
+    bench = CoreBench(context, slots=1, backend=pair_backend(context))
     bench.submit(0, request)
     bench.run()
     end = bench.ends[0]
     assert isinstance(end, Finished)
-    return bench.got[0], end.reason
+    return bench.outputs[0], end.reason
 
 
-def draw(random: Random, prefixes: list[list[int]]) -> tuple[Request, str]:
+def draw_constrained(random: Random, prefixes: list[list[int]]) -> tuple[Request, str]:
     spec, pattern = random.choice(SPECS)
-    made = structs.replace(draw_request(random, prefixes, 60), grammar=grammar(spec, PAIRS))
-    return structs.replace(made, max_tokens=random.choice([1, 10, 60])), pattern
+    request = structs.replace(draw_request(random, prefixes, 60), grammar=grammar(spec, PAIRS))
+    return structs.replace(request, max_tokens=random.choice([1, 10, 60])), pattern
 
 
 @pytest.mark.parametrize("kind", [*PROPOSER_TYPES, "auto", "fixed", "oracle"])
@@ -69,17 +69,17 @@ def test_tokens_are_those_alone_and_follow_the_grammar(kind: Any, seed: int) -> 
         types=types, order=order, size_n=2, size_m=5, mod_match=2, mod_min=1, suffix_tokens=100
     )
     context = ToyContext(cells=random.choice([90, 300]), rows=random.choice([16, 64]), outputs=random.choice([8, 16]))
-    bench = Bench(
+    bench = CoreBench(
         context,
         prompt_rows=random.choice([1, 5, 100]),
         speculation=None if kind == "oracle" else speculation,
         draft=ToyContext(cells=200, other=0.3),
-        backend=backend(context),
+        backend=pair_backend(context),
     )
     prefixes = [[random.randrange(1, VOCABULARY) for _ in range(20)] for _ in range(2)]
     expected: dict[int, tuple[list[int], FinishReason]] = {}
     for key in range(10):
-        request, pattern = draw(random, prefixes)
+        request, pattern = draw_constrained(random, prefixes)
         if key % 3 == 2:
             request, pattern = structs.replace(request, grammar=None), ".*"
         tokens, reason = expected[key] = alone(request)
@@ -96,20 +96,20 @@ def test_tokens_are_those_alone_and_follow_the_grammar(kind: Any, seed: int) -> 
             bench.core.lifecycle.preempt(random.choice(list(bench.core.running.values())))
     bench.run()
     ends = {key: end.reason for key, end in bench.ends.items() if isinstance(end, Finished)}
-    assert {key: (bench.got[key], ends[key]) for key in ends} == expected
+    assert {key: (bench.outputs[key], ends[key]) for key in ends} == expected
     assert any(drafts.drafted for drafts in bench.speculative_decoding.draft_stats)
     for drafts in bench.speculative_decoding.draft_stats:
         assert drafts.type != "grammar" or drafts.drafted == drafts.accepted, "forced tokens are always accepted"
 
 
-def run(request: Request, **options: Any) -> tuple[str, Finished]:
+def run_one(request: Request, **options: Any) -> tuple[str, Finished]:
     context = ToyContext(cells=300)
-    bench = Bench(context, backend=backend(context), **options)
+    bench = CoreBench(context, backend=pair_backend(context), **options)
     bench.submit(0, request)
     bench.run()
     end = bench.ends[0]
     assert isinstance(end, Finished), end
-    return bytes_of(bench.got[0], PAIRS).decode(), end
+    return bytes_of(bench.outputs[0], PAIRS).decode(), end
 
 
 def request_of(spec: GrammarSpec, **options: Any) -> Request:
@@ -117,23 +117,23 @@ def request_of(spec: GrammarSpec, **options: Any) -> Request:
 
 
 def test_a_complete_output_ends_by_itself() -> None:
-    text, end = run(request_of(OneOfTexts(("ABCD",)), max_tokens=9))
+    text, end = run_one(request_of(OneOfTexts(("ABCD",)), max_tokens=9))
     assert text == "ABCD"
     assert (end.reason, end.stop) == (FinishReason.STOP, None)
     assert end.usage.completion <= 4, "no end token was needed"
-    text, end = run(request_of(OneOfTexts(("ABCD",)), max_tokens=end.usage.completion))
-    assert (text, end.reason) == ("ABCD", FinishReason.STOP), "with its last token"
+    text, end = run_one(request_of(OneOfTexts(("ABCD",)), max_tokens=end.usage.completion))
+    assert (text, end.reason) == ("ABCD", FinishReason.STOP), "the output ends with its last token"
 
 
-def test_an_output_that_may_end_but_need_not_ends_by_a_token() -> None:
+def test_an_output_that_may_continue_ends_by_an_end_token() -> None:
     likely = SamplingParams(temperature=0.0, logit_bias=((END, 50.0),))
-    text, end = run(request_of(Regex("AB*"), max_tokens=40, sampling=likely))
+    text, end = run_one(request_of(Regex("AB*"), max_tokens=40, sampling=likely))
     assert text in ("A", "AB"), "one token"
     assert (end.reason, end.stop, end.usage.completion) == (FinishReason.STOP, END, 2)
 
 
 def test_an_empty_output() -> None:
-    text, end = run(request_of(Regex("(ABCD)?"), sampling=SamplingParams(logit_bias=((END, 50.0),))))
+    text, end = run_one(request_of(Regex("(ABCD)?"), sampling=SamplingParams(logit_bias=((END, 50.0),))))
     assert (text, end.reason) == ("", FinishReason.STOP)
 
 
@@ -148,8 +148,8 @@ def test_an_empty_output() -> None:
         {"sampling": SamplingParams(temperature=0.0, xtc_probability=1.0, xtc_threshold=0.01, typical_p=0.1)},
     ],
 )
-def test_the_grammar_wins_over_bans(options: Any) -> None:
-    text, end = run(request_of(Lark('start: "AB" "CDEF"{2}'), max_tokens=60, **options))
+def test_the_grammar_overrides_bans(options: Any) -> None:
+    text, end = run_one(request_of(Lark('start: "AB" "CDEF"{2}'), max_tokens=60, **options))
     assert end.reason is FinishReason.STOP
     assert "ABCDEFCDEF".startswith(text) if "stop_tokens" in options else text == "ABCDEFCDEF"
 
@@ -157,15 +157,15 @@ def test_the_grammar_wins_over_bans(options: Any) -> None:
 def test_bans_apply_where_the_grammar_permits_other_tokens() -> None:
     banned = SamplingParams(temperature=1.0, logit_bias=((2, float("-inf")), (41, float("-inf"))))
     for seed in range(5):
-        text, _ = run(request_of(Regex("[ABC]{10}"), sampling=structs.replace(banned, seed=seed), ignore_eos=True))
+        text, _ = run_one(request_of(Regex("[ABC]{10}"), sampling=structs.replace(banned, seed=seed), ignore_eos=True))
         assert len(text) == 10
-        assert not re.search("(?<!A)(?<!B)B(?!C)", text), "B is part of tokens that are not banned only"
+        assert not re.search("(?<!A)(?<!B)B(?!C)", text), "B is only part of tokens that are not banned"
 
 
 def test_logprobs_are_of_the_raw_logits() -> None:
     free = Request(prompt=(1, 2, 3), max_tokens=1, logprobs=3, sampling=SamplingParams(temperature=0.0))
     context = ToyContext(cells=300)
-    bench = Bench(context, backend=backend(context))
+    bench = CoreBench(context, backend=pair_backend(context))
     found: dict[int, Any] = {}
     inner = bench.deliver
 
@@ -185,7 +185,9 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 def test_forced_tokens_save_steps() -> None:
     spec = Lark('start: "ABCDEFGHAACC" /[AB]/')
     context = ToyContext(cells=300)
-    bench = Bench(context, backend=backend(context), speculation=SpeculationConfig(types=("grammar",), order="fixed"))
+    bench = CoreBench(
+        context, backend=pair_backend(context), speculation=SpeculationConfig(types=("grammar",), order="fixed")
+    )
     greedy = SamplingParams(temperature=0.0, logit_bias=tuple((t, 30.0) for t in range(41, VOCABULARY)))
     bench.submit(0, request_of(spec, sampling=greedy))
     bench.run()
@@ -196,20 +198,20 @@ def test_forced_tokens_save_steps() -> None:
 
 
 def test_a_grammar_survives_a_context_shift() -> None:
-    """A shift discards tokens of the history, not of the output."""
+    """A context shift discards tokens of the history, not of the output."""
     context = ToyContext(cells=300)
-    bench = Bench(context, backend=backend(context))
-    made = request_of(Regex("(ABCDEFGH)+"), max_tokens=100, ignore_eos=True)
-    sequence = Sequence(0, made, 5, PAIRS, 20, 2)
-    bench.got[0], bench.sequences[0] = [], sequence
+    bench = CoreBench(context, backend=pair_backend(context))
+    request = request_of(Regex("(ABCDEFGH)+"), max_tokens=100, ignore_eos=True)
+    sequence = Sequence(0, request, 5, PAIRS, 20, 2)
+    bench.outputs[0], bench.sequences[0] = [], sequence
     bench.core.lifecycle.submit(sequence)
     bench.run()
-    text = bytes_of(bench.got[0], PAIRS).decode()
+    text = bytes_of(bench.outputs[0], PAIRS).decode()
     assert sequence.discarded > 20
     assert ("ABCDEFGH" * 30).startswith(text)
 
 
-class Stubborn(Oracle):
+class RepeatedDraft(Oracle):
     """Drafts the same tokens at every step."""
 
     def propose(self, limit: int) -> Draft:
@@ -218,38 +220,39 @@ class Stubborn(Oracle):
 
 @pytest.mark.parametrize("drafted", [False, True])
 def test_a_grammar_that_cannot_be_followed_fails_its_request_alone(drafted: bool) -> None:
-    """The vocabulary has no letter after h. Tokens picked before the failure are emitted, also those of its step."""
+    """No token continues the output with `[xyz]`. Tokens picked before the failure are emitted, also those of its
+    step."""
     context = ToyContext(cells=300)
-    bench = Bench(context, backend=backend(context))
+    bench = CoreBench(context, backend=pair_backend(context))
     likely = SamplingParams(temperature=0.0, logit_bias=((41, 50.0),))
     request = request_of(Regex("(AB){3}[xyz]"), sampling=likely, logprobs=0, speculation=Speculation(order="fixed"))
-    bench.submit(0, request, Stubborn(request, [41, 41], 0.0, Random(0)) if drafted else None)
+    bench.submit(0, request, RepeatedDraft(request, [41, 41], 0.0, Random(0)) if drafted else None)
     bench.submit(1, Request(prompt=(4, 5), max_tokens=5, ignore_eos=True))
     bench.run()
-    assert bytes_of(bench.got[0], PAIRS) == b"ABABAB"
+    assert bytes_of(bench.outputs[0], PAIRS) == b"ABABAB"
     assert isinstance(bench.ends[0], Failed)
     assert isinstance(bench.ends[0].error, RequestRefused)
     assert isinstance(bench.ends[1], Finished)
-    assert len(bench.got[1]) == 5
+    assert len(bench.outputs[1]) == 5
     assert bench.core.counters.completion_tokens == 8
 
 
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_a_draft_that_cannot_be_continued_changes_nothing(offloaded: bool) -> None:
-    """The vocabulary has no letter after h, so no token can follow AB, which the request does not pick."""
+    """No token is a letter of `[xyz]`, so no token can follow AB; the request itself never picks AB."""
     likely = SamplingParams(temperature=0.0, logit_bias=((1, 80.0), (3, 50.0), (4, 50.0)))
     request = request_of(Regex("(A(B[xyz]|CD)){3}"), sampling=likely, speculation=Speculation(order="fixed"))
-    assert run(request)[0] == "ACDACDACD"
+    assert run_one(request)[0] == "ACDACDACD"
     context = ToyContext(cells=300)
-    made = backend(context)
-    made.info = structs.replace(made.info, offloaded=offloaded)
-    bench = Bench(context, backend=made)
+    toy = pair_backend(context)
+    toy.info = structs.replace(toy.info, offloaded=offloaded)
+    bench = CoreBench(context, backend=toy)
     drafted: list[int] = []
-    bench.submit(0, request, Stubborn(request, [2, 8], 0.0, Random(0)))
+    bench.submit(0, request, RepeatedDraft(request, [2, 8], 0.0, Random(0)))
     while bench.core.lifecycle.busy:
         drafted += bench.sequences[0].draft
         bench.core.step()
-    assert bytes_of(bench.got[0], PAIRS) == b"ACDACDACD"
+    assert bytes_of(bench.outputs[0], PAIRS) == b"ACDACDACD"
     assert drafted == [2, 2, 2], "the draft was verified and rejected"
     bench.core.close()
 
@@ -257,15 +260,15 @@ def test_a_draft_that_cannot_be_continued_changes_nothing(offloaded: bool) -> No
 @pytest.mark.parametrize("rule", ["x[max_tokens=3]: /[AB]+/", 'x[stop="C"]: /[AB]+/', "x[lazy]: /[AB]+C/"])
 @pytest.mark.parametrize("wrong", [0.0, 0.4])
 def test_rules_without_rollback_have_drafts_too(rule: str, wrong: float) -> None:
-    """The library cannot roll back where a rule has one of the first two attributes."""
+    """llguidance cannot roll back in a rule with `max_tokens` or `stop`."""
     for seed in range(6):
         likely = SamplingParams(temperature=1.0, seed=seed)
         spec = Lark(f'start: (x "D")+ "E"\n{rule}')
         request = request_of(spec, sampling=likely, max_tokens=40, speculation=Speculation(order="fixed"))
         tokens, reason = alone(request)
-        bench = Bench(context := ToyContext(cells=300), backend=backend(context))
+        bench = CoreBench(context := ToyContext(cells=300), backend=pair_backend(context))
         bench.submit(0, request, Oracle(request, tokens, wrong, Random(seed)))
         bench.run()
         end = bench.ends[0]
         assert isinstance(end, Finished), end
-        assert (bench.got[0], end.reason) == (tokens, reason)
+        assert (bench.outputs[0], end.reason) == (tokens, reason)

@@ -1,4 +1,5 @@
-"""10,000 random operations on the KV cache itself, in both layouts and for each kind of state, checked after each."""
+"""Random operations on the KV cache, in both layouts and for each kind of state; each operation is followed by a
+check."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-class Running(Struct):
-    """An allocation, and the tokens that it has or will have."""
+class RunningSequence(Struct):
+    """A running sequence: its allocation, and the tokens that its cells hold or will hold."""
 
     allocation: Allocation
     prompt: list[int]
@@ -38,8 +39,8 @@ class Running(Struct):
     length: int
 
 
-class Machine:
-    """Does random operations and compares the cells with the tokens that they should hold."""
+class CacheFuzzer:
+    """Runs random operations and compares the cells with the tokens that they should hold."""
 
     def __init__(self, seed: int, kind: str) -> None:
         self.random = random = Random(f"{kind} {seed}")
@@ -57,7 +58,7 @@ class Machine:
         ram = random.choice([0, 1000, 100_000])
         self.offload = Offload(ram, whole=not self.context.divisible) if ram else None
         self.kv = KVCache(self.context, self.offload, random.choice([0, 16]))
-        self.running: list[Running] = []
+        self.running: list[RunningSequence] = []
         self.prefixes = [[random.randrange(1, VOCABULARY) for _ in range(CELLS)] for _ in range(3)]
         self.log: list[str] = []
         self.operations: list[Callable[[], None]] = [
@@ -88,9 +89,9 @@ class Machine:
         assert self.context.used() == 0
 
     def check(self) -> None:
-        """The cache is sound, and each running sequence's cells hold its tokens."""
+        """Asserts that the cache is consistent and that each running sequence's cells hold its tokens."""
         self.kv.check()
-        assert self.context.used() == self.kv.resident == self.kv.stats().used
+        assert self.context.used() == self.kv.used_cells == self.kv.stats().used
         for each in self.running:
             assert self.kv.length(each.allocation.seq) == each.length
             assert self.held(each.allocation.seq) == each.prompt[: each.length], self.log
@@ -100,7 +101,7 @@ class Machine:
                 self.check_blocks(root)
 
     def check_blocks(self, block: Block) -> None:
-        """The states of `block` and its children are of their tokens."""
+        """Asserts that the states of all blocks below `block` hold the tokens of the blocks."""
         for child in block.children.values():
             if child.state is not None:
                 whole = not self.context.divisible
@@ -109,11 +110,11 @@ class Machine:
             self.check_blocks(child)
 
     def held(self, seq: int) -> list[int]:
-        """The tokens in the cells of a sequence."""
+        """Returns the tokens in the cells of a sequence."""
         return [cell.token for _, cell in sorted(self.context.held[seq].items())]
 
     def draw(self) -> tuple[list[int], str]:
-        """A prompt, and its salt."""
+        """Returns a random prompt and its salt."""
         random = self.random
         prompt = random.choice(self.prefixes)[random.choice([0, 0, 0, 5]) : random.randint(1, CELLS - 30)]
         prompt += [random.randrange(1, VOCABULARY) for _ in range(random.randint(1, 5))]
@@ -127,40 +128,42 @@ class Machine:
         prompt, salt = self.draw()
         match = self.kv.match(array("i", prompt), salt)
         assert self.kv.match(array("i", prompt), salt, match) is match
-        assert match.idle <= match.length < len(prompt)
-        self.evict()  # what was matched may be gone
+        assert match.idle_cells <= match.length < len(prompt)
+        self.evict()  # may evict matched cells
         allocation = self.kv.allocate(match)
-        self.running.append(Running(allocation, prompt, salt, allocation.cached))
+        self.running.append(RunningSequence(allocation, prompt, salt, allocation.cached))
 
     def decode(self) -> None:
-        """Computes the next tokens of some sequences, with drafts of which some are rejected."""
+        """Computes the next tokens of some sequences, with drafts that are partly rejected."""
         random, batch = self.random, self.context.batch
-        room = min(batch.capacity, self.kv.free + self.kv.evictable)
+        free_rows = min(batch.capacity, self.kv.free_cells + self.kv.evictable_cells)
         batch.clear()
-        parts: list[tuple[Running, list[int], list[int]]] = []
+        parts: list[tuple[RunningSequence, list[int], list[int]]] = []
         for each in sorted(self.running, key=lambda each: each.allocation.seq):
             seq = each.allocation.seq
             if each.length == len(each.prompt) < CELLS - 8:
                 each.prompt.append(random.randrange(1, VOCABULARY))
-            ready = min(self.kv.ready(seq, len(each.prompt)), random.randint(1, 60), room)
+            ready = min(self.kv.ready(seq, len(each.prompt)), random.randint(1, 60), free_rows)
             if ready <= 0 or random.random() < 0.2:
                 continue
             tokens, drafts = each.prompt[each.length : each.length + ready], list[int]()
             if self.context.partial and each.length + ready == len(each.prompt) < CELLS - 16:
-                drafts = [random.randrange(1, VOCABULARY) for _ in range(min(room - ready, random.choice([0, 0, 3])))]
+                drafts = [
+                    random.randrange(1, VOCABULARY) for _ in range(min(free_rows - ready, random.choice([0, 0, 3])))
+                ]
             batch.add(seq, each.length, [*tokens, *drafts], 0)
-            room -= ready + len(drafts)
+            free_rows -= ready + len(drafts)
             parts.append((each, tokens, drafts))
         if not parts:
             return
         self.kv.evict(batch.rows)
         self.context.decode()
-        self.kv.step()
+        self.kv.count_step()
         for each, tokens, drafts in parts:
-            self.verified(each, tokens, drafts)
+            self.verify(each, tokens, drafts)
 
-    def verified(self, each: Running, tokens: list[int], drafts: list[int]) -> None:
-        """Commits tokens and the first drafts, and rolls the others back."""
+    def verify(self, each: RunningSequence, tokens: list[int], drafts: list[int]) -> None:
+        """Commits the tokens and some of the draft tokens, and rolls the rest back."""
         seq = each.allocation.seq
         self.kv.commit(seq, tokens)
         each.length += len(tokens)
@@ -189,7 +192,7 @@ class Machine:
     def evict(self) -> None:
         wanted = self.random.randint(0, CELLS)
         self.kv.evict(wanted)
-        assert self.kv.free >= wanted or not self.kv.evictable
+        assert self.kv.free_cells >= wanted or not self.kv.evictable_cells
 
     def drop_idle(self) -> None:
         self.kv.drop_idle()
@@ -211,7 +214,7 @@ class Machine:
     def price(self) -> None:
         draw = self.random.choice
         costs = Costs(compute=draw([0.0, 1e-6, 1.0]), resident=draw([0.0, 1.0]), extra_pass=draw([0.0, 1e-3, 1.0]))
-        self.kv.price(costs)
+        self.kv.set_costs(costs)
 
     def move_elsewhere(self) -> None:
         """Exports a sequence, and imports it under another salt."""
@@ -224,21 +227,22 @@ class Machine:
         for part in parts:
             assert part.tokens == tokens[part.start : part.end]
         if parts and self.offload is not None:
+            before = self.kv.transfer.known_length(tokens, "")
             self.kv.transfer.put(tokens[: parts[-1].end], "elsewhere", parts)
-            assert self.kv.transfer.known(tokens, "") == self.kv.transfer.known(tokens, "")
+            assert self.kv.transfer.known_length(tokens, "") <= before, "other salts gain nothing"
 
     def erase(self) -> None:
         prompt, salt = self.draw()
         tokens = array("i", prompt)
-        before = self.kv.transfer.known(tokens, salt)
+        before = self.kv.transfer.known_length(tokens, salt)
         erased = self.kv.transfer.erase(tokens, salt)
-        assert erased == before - self.kv.transfer.known(tokens, salt)
+        assert erased == before - self.kv.transfer.known_length(tokens, salt)
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_operations(kind: str, seed: int) -> None:
-    Machine(seed, kind).run()
+    CacheFuzzer(seed, kind).run()
 
 
 def test_there_are_ten_thousand_operations() -> None:

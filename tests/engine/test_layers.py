@@ -52,7 +52,7 @@ SIM = "hashing vocab costs\ncontext proposer\nbackend"
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports, by full name."""
+    """Returns the full names of the modules that a file imports."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -63,7 +63,7 @@ def imports(path: Path) -> set[str]:
 
 
 def upward(package: str, layers: str) -> list[str]:
-    """Imports inside `package` that do not point to a lower layer; folders count as one module."""
+    """Returns the imports inside `package` that do not point to a lower layer; a folder counts as one module."""
     rank = {name: level for level, line in enumerate(layers.strip().split("\n")) for name in line.split()}
     folder = ROOT / package.replace(".", "/")
     wrong: list[str] = []
@@ -98,23 +98,23 @@ def test_imports_point_down(package: str, layers: str) -> None:
     assert [line for line in upward(package, layers) if line not in lazily] == []
 
 
-def test_only_the_llama_package_knows_the_native_library() -> None:
+def test_only_the_llama_package_imports_the_native_library() -> None:
     users = [path for path in (ROOT / "engine").rglob("*.py") if any(n.startswith("llama_cpp") for n in imports(path))]
     assert {path.parent.name for path in users} == {"llama"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "engine").rglob("*.py")), ids=lambda path: path.name)
-def test_the_engine_knows_no_http(path: Path) -> None:
+def test_the_engine_imports_no_http(path: Path) -> None:
     assert not any(name.split(".")[0] in {"api", "starlette", "uvicorn", "httptools"} for name in imports(path))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "api").rglob("*.py")), ids=lambda path: path.name)
-def test_the_api_knows_no_llama(path: Path) -> None:
+def test_the_api_imports_no_llama(path: Path) -> None:
     assert not any(name.startswith(("llama_cpp", "engine.llama")) for name in imports(path))
 
 
 def test_files_and_functions_stay_small() -> None:
-    """Files to 350 lines, functions to 60, tests excepted."""
+    """Files have at most 350 lines and functions at most 60, except in tests."""
     long: list[str] = []
     for package in ("engine", "api", "bench"):
         for path in (ROOT / package).rglob("*.py"):

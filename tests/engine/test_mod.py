@@ -34,7 +34,7 @@ def index_of(scope: int, ngram: tuple[int, ...], entries: int) -> int:
 
 
 class NaivePool:
-    """At each index the last scope, n-gram and token."""
+    """A dict that holds the last scope, n-gram and token at each index."""
 
     def __init__(self, n: int, entries: int) -> None:
         self.n, self.entries = n, entries
@@ -48,8 +48,8 @@ class NaivePool:
         return found[2] if found is not None and found[:2] == (scope, ngram) else None
 
 
-class Naive:
-    """A proposer whose history is a list."""
+class NaiveModProposer:
+    """A reference proposer whose history is a list."""
 
     def __init__(self, pool: NaivePool, scope: int, n_min: int, n_max: int) -> None:
         self.pool, self.scope, self.n_min, self.n_max = pool, scope, n_min, n_max
@@ -89,11 +89,12 @@ NAMES = ["observe", "observe", "observe", "propose", "propose", "propose", "trun
 def test_equals_the_naive_reference(
     script: bytes, n: int, entries: int, n_min: int, n_max: int, prompts: bytes
 ) -> None:
-    """12,000 operations, ten bytes each, of four slots in two scopes; all drafts are compared after each."""
+    """Runs 12,000 operations, ten bytes each, of four slots in two scopes; all drafts are compared after each
+    operation."""
     pool, plain = NgramPool(n, entries), NaivePool(n, entries)
     scopes = [scope_of("one"), scope_of("two")]
     slots = [NgramModProposer(pool, scopes[at % 2], n_min, n_max) for at in range(SLOTS)]
-    naive = [Naive(plain, scopes[at % 2], n_min, n_max) for at in range(SLOTS)]
+    naive = [NaiveModProposer(plain, scopes[at % 2], n_min, n_max) for at in range(SLOTS)]
     for at, (slot, other) in enumerate(zip(slots, naive, strict=True)):
         prompt = [byte % 4 for byte in prompts[at :: 2 * SLOTS]]
         slot.begin(prompt)
@@ -170,7 +171,7 @@ def test_no_occupancy_wipes_the_pool() -> None:
     assert other.propose(1).tokens == tokens[-1:]
 
 
-def test_an_entry_of_another_ngram_is_not_believed() -> None:
+def test_an_entry_of_another_ngram_is_not_used() -> None:
     pool = NgramPool(2, 8)
     NgramModProposer(pool, 1, n_min=1).begin(random.Random(2).choices(range(50), k=2000))
     strangers = NgramModProposer(pool, 1, n_min=1)
@@ -180,7 +181,7 @@ def test_an_entry_of_another_ngram_is_not_believed() -> None:
         assert strangers.propose(1).tokens == ()
 
 
-def test_scopes_do_not_see_each_other() -> None:
+def test_scopes_do_not_share_entries() -> None:
     pool = NgramPool(2)
     NgramModProposer(pool, scope_of("alice"), n_min=1).begin([1, 2, 3])
     for name, found in (("alice", [3]), ("bob", ())):
@@ -189,7 +190,7 @@ def test_scopes_do_not_see_each_other() -> None:
         assert slot.propose(1).tokens == found
 
 
-def test_the_limit_does_not_count_against_the_shortest_draft() -> None:
+def test_the_limit_does_not_affect_the_minimum_length() -> None:
     slot = NgramModProposer(NgramPool(1), 1, n_min=5, n_max=8)
     slot.begin([1, 2, 3, 4, 5, 1])
     assert slot.propose(2).tokens == [2, 3]
@@ -198,7 +199,7 @@ def test_the_limit_does_not_count_against_the_shortest_draft() -> None:
     assert slot.propose(2).tokens == ()
 
 
-def test_a_shift_teaches_nothing_and_what_follows_it_is_learnt_at_once() -> None:
+def test_a_shift_adds_no_entries_and_later_tokens_are_learnt_at_once() -> None:
     pool = NgramPool(2)
     slot = NgramModProposer(pool, 1, n_min=1)
     slot.begin([1, 2, 3, 4, 5])
@@ -213,7 +214,7 @@ def test_a_shift_teaches_nothing_and_what_follows_it_is_learnt_at_once() -> None
     assert other.propose(1).tokens == [6]
 
 
-def test_a_truncated_history_leaves_the_pool_what_was_seen() -> None:
+def test_truncating_a_history_keeps_the_entries() -> None:
     slot = NgramModProposer(NgramPool(2), 1, n_min=1)
     slot.begin([1, 2, 3, 4])
     slot.truncate(2)
@@ -326,7 +327,7 @@ def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_save_that_fails_leaves_what_was_there(saved: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_a_failed_save_keeps_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     before = saved.read_bytes()
     monkeypatch.setattr(f"os.{step}", failing)
     with pytest.raises(OSError, match="disk full"):
@@ -345,7 +346,7 @@ def test_a_folder_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [list, tuple, lambda tokens: array("i", tokens)], ids=["list", "tuple", "array"])
-def test_any_sequence_will_do(make: Callable[[list[int]], list[int]]) -> None:
+def test_any_sequence_type_is_accepted(make: Callable[[list[int]], list[int]]) -> None:
     slot = NgramModProposer(NgramPool(2), 1, n_min=1)
     slot.begin(make([1, 2, 3]))
     slot.observe(make([1, 2]))

@@ -1,4 +1,4 @@
-"""Parts of a prompt that were computed at other positions: found as an exhaustive search finds them, and moved."""
+"""Parts of a prompt that were computed at other positions are found, as by an exhaustive search, and moved."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from engine.contract import Finished, Request, SamplingParams
 from engine.kv.reuse import TokenRun, runs
 from tests.engine.test_memory import prompt_of
-from tests.engine.test_same_as_alone import LAYOUTS, Bench, alone, context_of
+from tests.engine.test_same_as_alone import LAYOUTS, CoreBench, alone, context_of
 
 
-def first(new: array[int], old: array[int], start: int, least: int) -> int | None:
-    """The position of the first run, by comparing every position with every other."""
-    windows = {tuple(old[at : at + least]) for at in range(len(old) - least + 1)}
-    return next((at for at in range(start, len(new) - least + 1) if tuple(new[at : at + least]) in windows), None)
+def first_run(new: array[int], old: array[int], start: int, min_size: int) -> int | None:
+    """Returns the first position from `start` on at which `min_size` tokens of `new` occur in `old`; `None` if there is
+    none."""
+    windows = {tuple(old[at : at + min_size]) for at in range(len(old) - min_size + 1)}
+    return next((at for at in range(start, len(new) - min_size + 1) if tuple(new[at : at + min_size]) in windows), None)
 
 
 tokens = st.lists(st.integers(0, 2), max_size=40).map(lambda values: array("i", values))
@@ -26,27 +27,27 @@ tokens = st.lists(st.integers(0, 2), max_size=40).map(lambda values: array("i", 
 
 @given(tokens, tokens, st.integers(0, 10), st.integers(1, 6))
 def test_runs_begin_where_an_exhaustive_search_finds_them(
-    new: array[int], old: array[int], start: int, least: int
+    new: array[int], old: array[int], start: int, min_size: int
 ) -> None:
-    found = runs(new, old, start, least)
+    found = runs(new, old, start, min_size)
     end = start
     for run in found:
-        assert run.new >= end
-        assert run.size >= least
-        assert new[run.new : run.new + run.size] == old[run.old : run.old + run.size]
-        end = run.new + run.size
-    assert (found[0].new if found else None) == first(new, old, start, least)
+        assert run.start >= end
+        assert run.size >= min_size
+        assert new[run.start : run.start + run.size] == old[run.donor_start : run.donor_start + run.size]
+        end = run.start + run.size
+    assert (found[0].start if found else None) == first_run(new, old, start, min_size)
 
 
-def test_a_changed_header_costs_a_run_on_each_side() -> None:
+def test_the_text_after_a_changed_header_is_one_run() -> None:
     header, rest = array("i", prompt_of(10)), array("i", prompt_of(200, 1))
     old, new = header + array("i", (7, 8, 9)) + rest, header + array("i", (1, 2, 3, 4, 5)) + rest
     assert runs(new, old, 10, 64) == [TokenRun(15, 13, 200)]
 
 
-def bench_with(reuse: int, cells: int = 2000, *, unified: bool = True) -> Bench:
-    """A core that moves cells."""
-    return Bench(context_of(unified, cells, rows=512), ram=10**6, reuse=reuse)
+def bench_with(reuse: int, cells: int = 2000, *, unified: bool = True) -> CoreBench:
+    """Returns a bench whose engine moves cells."""
+    return CoreBench(context_of(unified, cells, rows=512), ram=10**6, reuse=reuse)
 
 
 @pytest.mark.parametrize("unified", LAYOUTS)
@@ -68,9 +69,9 @@ def test_the_part_after_a_changed_line_is_moved(resident: bool, width: int, unif
     assert isinstance(end, Finished)
     assert end.usage.cached == 20 + 300
     assert end.usage.moved == 300
-    assert context.computed - before == width + 1 + len(bench.got[1]) - 1
-    assert bench.got[1] == alone(request, 2000)[0], "the toy's cells know only their positions"
-    bench.submit(2, Request(prompt=(*request.prompt, *bench.got[1], 3), max_tokens=1))
+    assert context.computed - before == width + 1 + len(bench.outputs[1]) - 1
+    assert bench.outputs[1] == alone(request, 2000)[0], "the toy's logits depend only on tokens and positions"
+    bench.submit(2, Request(prompt=(*request.prompt, *bench.outputs[1], 3), max_tokens=1))
     bench.run()
     again = bench.ends[2]
     assert isinstance(again, Finished)
@@ -111,5 +112,5 @@ def test_prompts_of_shuffled_parts_in_few_cells(seed: int, unified: bool) -> Non
         if random.random() < 0.3:
             bench.core.kv.evict(200) if unified else bench.core.kv.drop_idle()
     bench.run()
-    assert bench.got == wanted
+    assert bench.outputs == wanted
     assert any(isinstance(end, Finished) and end.usage.moved for end in bench.ends.values())

@@ -1,4 +1,4 @@
-"""No request shows in the time or the tokens of a request with another salt."""
+"""No request changes the computed rows or the tokens of a request with another salt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.contract import Finished, Request, Speculation
 from engine.kv import Offload
 from engine.kv.disk import Disk
 from engine.speculate import SharedDraftData, SpeculativeDecoding
-from tests.engine.test_same_as_alone import LAYOUTS, Bench, context_of
+from tests.engine.test_same_as_alone import LAYOUTS, CoreBench, context_of
 from tests.toy import VOCABULARY, ToyContext, ToyVocab
 
 PROMPT = tuple(Random(0).randrange(1, VOCABULARY) for _ in range(200))
@@ -24,7 +24,7 @@ def request(salt: str, tokens: int = 1) -> Request:
     return Request(prompt=PROMPT, max_tokens=tokens, ignore_eos=True, salt=salt)
 
 
-def cost(bench: Bench, key: int, salt: str) -> tuple[int, int]:
+def cost(bench: CoreBench, key: int, salt: str) -> tuple[int, int]:
     """Returns the number of rows that a request computes, and its count of cached tokens."""
     before = bench.backend.context.computed
     bench.submit(key, request(salt))
@@ -38,11 +38,11 @@ def cost(bench: Bench, key: int, salt: str) -> tuple[int, int]:
 @pytest.mark.parametrize("partial", [True, False])
 @pytest.mark.parametrize("where", ["cells", "RAM", "disk"])
 def test_a_prefix_of_another_salt_saves_nothing(tmp_path: Path, where: str, partial: bool, unified: bool) -> None:
-    def bench() -> Bench:
+    def bench() -> CoreBench:
         disk = Disk(tmp_path, "toy") if where == "disk" else None
         offload = Offload(10**6, whole=not partial, disk=disk, disk_bytes=10**6)
         context = context_of(unified, 2000, rows=512, partial=partial)
-        return Bench(context, offload=offload, prompt_rows=50)
+        return CoreBench(context, offload=offload, prompt_rows=50)
 
     first = second = bench()
     assert cost(first, 0, "private") == (200, 0)
@@ -55,26 +55,26 @@ def test_a_prefix_of_another_salt_saves_nothing(tmp_path: Path, where: str, part
     for key, salt in enumerate(["", "privat", "private ", "Private"], 1):
         assert cost(second, key, salt) == (200, 0)
     found = 199 if partial else 196
-    assert cost(second, 9, "private") == (200 - found, found), "its own is found"
+    assert cost(second, 9, "private") == (200 - found, found), "the same salt finds the prefix"
     second.core.close()
 
 
 @pytest.mark.parametrize("unified", LAYOUTS)
 @pytest.mark.parametrize("partial", [True, False])
 def test_no_request_is_held_for_rows_of_another_salt(partial: bool, unified: bool) -> None:
-    bench = Bench(context_of(unified, 2000, partial=partial), ram=10**6, prompt_rows=20)
+    bench = CoreBench(context_of(unified, 2000, partial=partial), ram=10**6, prompt_rows=20)
     bench.submit(0, request("private"))
     bench.core.step()
     for key, salt in enumerate(["private", "", "public"], 1):
         bench.submit(key, request(salt))
     bench.core.step()
-    assert sorted(bench.core.running) == [0, 2, 3], "only the one of its own salt is held"
+    assert sorted(bench.core.running) == [0, 2, 3], "only the request of the same salt is held"
     bench.run()
     assert bench.backend.context.computed == 3 * 200 + 1
 
 
 def test_slot_states_show_neither_tokens_nor_salts() -> None:
-    bench = Bench(ToyContext(cells=2000), ram=10**6)
+    bench = CoreBench(ToyContext(cells=2000), ram=10**6)
     cost(bench, 0, "private")
     shown = repr(bench.core.slots.states())
     assert "private" not in shown
@@ -93,9 +93,10 @@ def speculative_decoding() -> SpeculativeDecoding:
 
 
 def draft_of(speculative_decoding: SpeculativeDecoding, kind: Any, salt: str, known: int) -> tuple[int, ...]:
-    """The draft for a request that has `known` tokens of EMITTED; it then emits the others."""
-    asked = Request(prompt=EMITTED[:20], salt=salt, speculation=Speculation(type=(kind,), n_min=0))
-    proposer = speculative_decoding.proposers(asked)[kind]
+    """Returns the draft of a request whose history is the first `known` tokens of EMITTED; the request then emits the
+    rest."""
+    request_of_type = Request(prompt=EMITTED[:20], salt=salt, speculation=Speculation(type=(kind,), n_min=0))
+    proposer = speculative_decoding.proposers(request_of_type)[kind]
     proposer.begin(EMITTED[:20])
     for token in EMITTED[20:known]:
         proposer.observe([token])
@@ -115,13 +116,13 @@ def test_no_draft_comes_from_outputs_of_another_salt(kind: Any) -> None:
         assert draft_of(shared, kind, salt, 60) == fresh
     learnt = draft_of(shared, kind, "private", 60)
     if kind in ("ngram-mod", "suffix"):
-        assert learnt == EMITTED[60:64], "requests of its own salt do"
+        assert learnt == EMITTED[60:64], "outputs of the same salt are drafted"
     if kind == "ngram-cache":
-        assert draft_of(shared, kind, "", 60) == EMITTED[60:64], "those without a salt learn from each other"
+        assert draft_of(shared, kind, "", 60) == EMITTED[60:64], "requests without a salt share their outputs"
 
 
 def test_the_draft_model_shares_nothing_across_salts() -> None:
-    bench = Bench(
+    bench = CoreBench(
         ToyContext(cells=2000, rows=512),
         speculation=SpeculationConfig(types=("draft",)),
         draft=ToyContext(cells=2000, rows=512),
@@ -130,5 +131,5 @@ def test_the_draft_model_shares_nothing_across_salts() -> None:
     bench.run()
     model = bench.speculative_decoding.draft_model
     assert model is not None
-    assert model.kv.match(array("i", PROMPT), "private").reach == 199
-    assert model.kv.match(array("i", PROMPT), "public").reach == 0
+    assert model.kv.match(array("i", PROMPT), "private").known_length == 199
+    assert model.kv.match(array("i", PROMPT), "public").known_length == 0

@@ -24,12 +24,12 @@ KEY = bytes(range(32))
 OTHER_KEY = bytes(32)
 NOTHING = NgramCounts(limit=0)
 
-Find = Callable[[tuple[int, ...]], Counter[int]]
+FollowerCounter = Callable[[tuple[int, ...]], Counter[int]]
 CONTEXT_THRESHOLDS = {1: (2, 66), 2: (2, 50), 3: (1, 50), 4: (1, 50)}
 DYNAMIC_THRESHOLDS = {1: (4, 75), 2: (3, 66), 3: (2, 66), 4: (2, 66)}
 
 
-def scanned(history: Sequence[int]) -> Find:
+def scanned(history: Sequence[int]) -> FollowerCounter:
     """Returns a function that counts the followers of an n-gram in `history` by a scan."""
 
     def find(ngram: tuple[int, ...]) -> Counter[int]:
@@ -40,8 +40,8 @@ def scanned(history: Sequence[int]) -> Find:
     return find
 
 
-class Naive:
-    """The reference of an NgramCounts without a limit."""
+class NaiveCounts:
+    """A reference of NgramCounts without a limit."""
 
     def __init__(self, sizes: Sequence[int] = NGRAM_SIZES) -> None:
         self.sizes = sizes
@@ -56,28 +56,30 @@ class Naive:
         return self.counts.get(ngram, Counter())
 
 
-def next_token(history: list[int], context: Find, dynamic: Find, static: Find) -> tuple[int, float] | None:
-    usual = static(tuple(history[-2:])) if len(history) >= 2 else Counter[int]()
+def next_token(
+    history: list[int], context: FollowerCounter, dynamic: FollowerCounter, static: FollowerCounter
+) -> tuple[int, float] | None:
+    static_counts = static(tuple(history[-2:])) if len(history) >= 2 else Counter[int]()
     for find, thresholds in ((context, CONTEXT_THRESHOLDS), (dynamic, DYNAMIC_THRESHOLDS)):
         for size in (4, 3, 2, 1):
             if len(history) < size or not (found := find(tuple(history[-size:]))):
                 continue
             samples, percent = thresholds[size]
-            weight = {token: number * (100 * usual[token] or 1) for token, number in found.items()}
+            weight = {token: number * (100 * static_counts[token] or 1) for token, number in found.items()}
             _, number, token = max((weight[token], number, -token) for token, number in found.items())
             if found.total() >= samples and 100 * number >= percent * found.total():
                 return -token, number / found.total()
-    if usual:
-        number, token = max((number, -token) for token, number in usual.items())
-        if usual.total() >= 2 and 100 * number >= 50 * usual.total():
-            return -token, number / usual.total()
+    if static_counts:
+        number, token = max((number, -token) for token, number in static_counts.items())
+        if static_counts.total() >= 2 and 100 * number >= 50 * static_counts.total():
+            return -token, number / static_counts.total()
     return None
 
 
-def naive_draft(history: list[int], most: int, dynamic: Find, static: Find) -> Draft:
+def naive_draft(history: list[int], max_tokens: int, dynamic: FollowerCounter, static: FollowerCounter) -> Draft:
     context, known = scanned(history), len(history)
     history, chances = list(history), list[float]()
-    while len(chances) < most and (found := next_token(history, context, dynamic, static)):
+    while len(chances) < max_tokens and (found := next_token(history, context, dynamic, static)):
         history.append(found[0])
         chances.append(found[1])
     return Draft(history[known:], chances) if chances else Draft()
@@ -100,10 +102,10 @@ NAMES = ["observe", "observe", "observe", "propose", "propose", "truncate", "shi
 def test_equals_the_naive_reference(
     script: bytes, alphabet: int, n_max: int, alone: bool, corpus: bytes, prompts: bytes
 ) -> None:
-    """12,000 operations, ten bytes each, of three slots that share dynamic counts unless `alone`."""
-    static, plain_static = count_corpus([[byte % alphabet for byte in corpus]]), Naive(STATIC_NGRAM_SIZES)
+    """Runs 12,000 operations, ten bytes each, of three slots that share dynamic counts unless `alone`."""
+    static, plain_static = count_corpus([[byte % alphabet for byte in corpus]]), NaiveCounts(STATIC_NGRAM_SIZES)
     plain_static.add([byte % alphabet for byte in corpus], 0)
-    dynamic, plain = NOTHING if alone else NgramCounts(), Naive(() if alone else NGRAM_SIZES)
+    dynamic, plain = NOTHING if alone else NgramCounts(), NaiveCounts(() if alone else NGRAM_SIZES)
     slots, histories = [], []
     for at in range(SLOTS):
         slots.append(NgramCacheProposer(dynamic, static, n_max))
@@ -144,15 +146,15 @@ def test_equals_the_naive_reference(
 
 def check(counts: NgramCounts, history: list[int]) -> None:
     """Asserts that the counts are exactly those of `history`, without n-grams that have no counts."""
-    plain = Naive()
+    plain = NaiveCounts()
     plain.add(history, 0)
     assert len(counts) == len(plain.counts)
     for ngram, followers in plain.counts.items():
         assert counts.followers(ngram) == followers
 
 
-class NaiveBounded(Naive):
-    """A dict holds the n-grams from old to new, as the docstring of NgramCounts orders them."""
+class NaiveBoundedCounts(NaiveCounts):
+    """A reference with a limit: a dict holds the n-grams from oldest to newest, in the order of NgramCounts."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -173,7 +175,7 @@ class NaiveBounded(Naive):
 @given(st.binary(max_size=400), st.integers(1, 30), st.lists(st.integers(1, 60), max_size=30))
 def test_bounded_counts_equal_the_naive_reference(drawn: bytes, limit: int, sizes: list[int]) -> None:
     tokens = [byte % 5 for byte in drawn]
-    counts, plain = NgramCounts(limit=limit), NaiveBounded(limit)
+    counts, plain = NgramCounts(limit=limit), NaiveBoundedCounts(limit)
     for size in [*sizes, len(tokens)]:
         part, tokens = tokens[:size], tokens[size:]
         counts.add(part, 0)
@@ -224,7 +226,7 @@ def test_outputs_of_others_enter_the_dynamic_counts_at_once() -> None:
 
 
 @pytest.mark.parametrize("history", [[], [1], [1, 2], [1, 2, 3]])
-def test_short_histories_are_read_only_where_they_are(history: list[int]) -> None:
+def test_short_histories_use_only_existing_ngrams(history: list[int]) -> None:
     dynamic = NgramCounts()
     for _ in range(4):
         dynamic.add([*history, 7], 0)
@@ -247,10 +249,10 @@ def test_a_truncated_or_shifted_history_is_dropped_and_the_dynamic_counts_are_no
     assert len(dynamic) == learnt
 
 
-def test_a_corpus_weighs_the_candidates_and_drafts_where_nothing_else_is_known() -> None:
+def test_a_corpus_weighs_the_candidates_and_drafts_without_other_counts() -> None:
     slot = NgramCacheProposer(NOTHING, NOTHING)
     slot.begin([1, 2, 3, 9, 1, 2, 4, 8, 1, 2])
-    assert slot.propose(1) == Draft([3], [0.5]), "of equals the smaller token"
+    assert slot.propose(1) == Draft([3], [0.5]), "the smaller of two equally frequent tokens"
     slot = NgramCacheProposer(NOTHING, count_corpus([[1, 2, 4, 4], [2, 4]]))
     slot.begin([1, 2, 3, 9, 1, 2, 4, 8, 1, 2])
     assert slot.propose(1) == Draft([4], [0.5])
@@ -260,7 +262,7 @@ def test_a_corpus_weighs_the_candidates_and_drafts_where_nothing_else_is_known()
 
 
 def test_a_rare_token_that_the_corpus_prefers_stops_the_draft() -> None:
-    history = [2, 3, 2, 3, 2, 3, 2, 4, 2]  # after 2: three times 3, once 4
+    history = [2, 3, 2, 3, 2, 3, 2, 4, 2]  # token 2 is followed three times by 3 and once by 4
     slot = NgramCacheProposer(NOTHING, NOTHING)
     slot.begin(history)
     assert slot.propose(1) == Draft([3], [0.75])
@@ -276,7 +278,7 @@ def test_counts_of_a_corpus_are_bigrams_within_a_text() -> None:
     assert counts.followers([1, 2]) == {3: 1}
 
 
-def test_what_is_seen_often_outlives_what_is_seen_once() -> None:
+def test_frequent_ngrams_outlive_rare_ones() -> None:
     counts = NgramCounts(limit=400)
     fresh = random.Random(1)
     for _ in range(100):
@@ -286,7 +288,7 @@ def test_what_is_seen_often_outlives_what_is_seen_once() -> None:
     assert len(counts) <= 400
 
 
-def test_no_room_keeps_nothing(tmp_path: Path) -> None:
+def test_a_limit_of_zero_keeps_nothing(tmp_path: Path) -> None:
     counts = NgramCounts(limit=0)
     counts.add([1, 2, 3], 0)
     count_corpus([[1, 2, 3]]).save(tmp_path / "counts", KEY)
@@ -330,14 +332,14 @@ def test_saved_counts_come_back(tmp_path: Path, length: int) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["counts"]
 
 
-def test_a_file_is_added_to_what_is_known(tmp_path: Path) -> None:
+def test_loading_adds_to_existing_counts(tmp_path: Path) -> None:
     counts = count_corpus([[1, 2, 3]])
     counts.save(tmp_path / "counts", KEY)
     counts.load(tmp_path / "counts", KEY, 5)
     assert counts.followers([1, 2]) == {3: 2}
 
 
-def test_counts_of_bigrams_load_where_more_is_counted(tmp_path: Path) -> None:
+def test_bigram_counts_load_into_counts_of_more_sizes(tmp_path: Path) -> None:
     count_corpus([[1, 2, 3]]).save(tmp_path / "counts", KEY)
     counts = NgramCounts()
     counts.load(tmp_path / "counts", KEY, 5)
@@ -375,7 +377,7 @@ def test_a_flipped_byte_is_refused(saved: Path) -> None:
 
 def test_files_that_belong_elsewhere_are_refused(saved: Path) -> None:
     assert "another vocabulary" in refused(saved, key=OTHER_KEY)
-    assert "vocabulary of 50 lacks" in refused(saved, n_vocab=50)
+    assert "outside this vocabulary of 50 tokens" in refused(saved, n_vocab=50)
     assert "other sizes" in refused(saved, sizes=STATIC_NGRAM_SIZES)
     ngram_counts._FORMAT._replace(magic=b"OTHERONE").write(saved, KEY, b"payload")
     assert "another kind" in refused(saved)
@@ -406,7 +408,7 @@ def test_a_sound_file_with_noise_in_it_is_refused(saved: Path, body: bytes) -> N
     assert "damaged" in refused(saved)
 
 
-def test_a_save_that_fails_leaves_what_was_there(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_keeps_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object) -> None:
         raise OSError("disk full")
 
@@ -419,7 +421,7 @@ def test_a_save_that_fails_leaves_what_was_there(saved: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("make", [list, tuple, lambda tokens: array("i", tokens)], ids=["list", "tuple", "array"])
-def test_any_sequence_will_do(make: Callable[[list[int]], list[int]]) -> None:
+def test_any_sequence_type_is_accepted(make: Callable[[list[int]], list[int]]) -> None:
     slot = NgramCacheProposer(NgramCounts(), count_corpus([make([1, 2, 3])]))
     slot.begin(make([4, 1, 2, 3]))
     slot.observe(make([4, 1, 2]))

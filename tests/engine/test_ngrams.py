@@ -16,13 +16,13 @@ from engine.speculate.ngram_map import MAX_CONTINUATIONS, MAX_OCCURRENCES, Ngram
 from engine.speculate.ngram_simple import NgramSimpleProposer
 
 KINDS: list[type[NgramProposer]] = [NgramSimpleProposer, NgramMapKProposer, NgramMapK4vProposer]
-Drafting = Callable[["Naive", list[int], int], list[int]]
+DraftFunction = Callable[["NaiveNgramProposer", list[int], int], list[int]]
 
 
-class Naive:
-    """The reference: a list, scanned for every draft."""
+class NaiveNgramProposer:
+    """A reference proposer whose history is a list that is scanned for every draft."""
 
-    def __init__(self, draft: Drafting, size_n: int, size_m: int, min_hits: int) -> None:
+    def __init__(self, draft: DraftFunction, size_n: int, size_m: int, min_hits: int) -> None:
         self.draft, self.n, self.m, self.min_hits = draft, size_n, size_m, min_hits
         self.history: list[int] = []
         self.lengths: dict[tuple[int, ...], int] = {}
@@ -51,11 +51,11 @@ class Naive:
         self.lengths[self.key()] = after
 
 
-def simple(naive: Naive, starts: list[int], length: int) -> list[int]:
+def simple(naive: NaiveNgramProposer, starts: list[int], length: int) -> list[int]:
     return naive.copied(starts[0], length)
 
 
-def map_k(naive: Naive, starts: list[int], length: int) -> list[int]:
+def map_k(naive: NaiveNgramProposer, starts: list[int], length: int) -> list[int]:
     length = min(length, naive.lengths.get(naive.key(), naive.m))
     values = [naive.copied(start, length) for start in starts[:MAX_OCCURRENCES]]
     draft: list[int] = []
@@ -65,7 +65,7 @@ def map_k(naive: Naive, starts: list[int], length: int) -> list[int]:
     return draft
 
 
-def map_k4v(naive: Naive, starts: list[int], length: int) -> list[int]:
+def map_k4v(naive: NaiveNgramProposer, starts: list[int], length: int) -> list[int]:
     values = [tuple(naive.history[start : start + naive.m]) for start in starts]
     complete = [value for value in values if len(value) == naive.m][:MAX_OCCURRENCES]
     distinct = [value for i, value in enumerate(complete) if value not in complete[:i]][:MAX_CONTINUATIONS]
@@ -75,7 +75,7 @@ def map_k4v(naive: Naive, starts: list[int], length: int) -> list[int]:
     return []
 
 
-DRAFTING: dict[type[NgramProposer], Drafting] = {
+DRAFTING: dict[type[NgramProposer], DraftFunction] = {
     NgramSimpleProposer: simple,
     NgramMapKProposer: map_k,
     NgramMapK4vProposer: map_k4v,
@@ -83,7 +83,7 @@ DRAFTING: dict[type[NgramProposer], Drafting] = {
 
 
 class Operation(NamedTuple):
-    """A step of a request. The meaning of the numbers depends on the name; they are reduced to valid values."""
+    """A step of a request. The meaning of the numbers depends on the name; the numbers are reduced to valid values."""
 
     name: str
     limit: int
@@ -101,13 +101,13 @@ class Operation(NamedTuple):
 OPERATIONS = st.lists(st.binary(min_size=9, max_size=9).map(Operation.of), min_size=50, max_size=80)
 
 
-class Pair:
+class ProposerPair:
     """A proposer and its reference, compared at each step."""
 
     def __init__(self, kind: type[NgramProposer], size_n: int, size_m: int, min_hits: int, alphabet: int = 5) -> None:
         self.sizes = (size_n, size_m, min_hits)
         self.proposer = kind(*self.sizes)
-        self.naive = Naive(DRAFTING[kind], size_n, size_m, min_hits)
+        self.naive = NaiveNgramProposer(DRAFTING[kind], size_n, size_m, min_hits)
         self.alphabet = alphabet
 
     def begin(self, tokens: Sequence[int]) -> None:
@@ -185,8 +185,8 @@ def test_equals_the_reference(
     repeats: int,
     operations: list[Operation],
 ) -> None:
-    """At least 250 * 50 operations, each followed by a proposal."""
-    pair = Pair(kind, *sizes)
+    """Runs at least 250 * 50 operations, each followed by a proposal."""
+    pair = ProposerPair(kind, *sizes)
     pair.begin([token % pair.alphabet for token in prompt] * repeats)
     for operation in operations:
         pair.apply(operation)
@@ -195,7 +195,7 @@ def test_equals_the_reference(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hundred_shifts(kind: type[NgramProposer]) -> None:
-    pair, chance = Pair(kind, 2, 4, 1, alphabet=2), random.Random(7)
+    pair, chance = ProposerPair(kind, 2, 4, 1, alphabet=2), random.Random(7)
     pair.begin([chance.randrange(2) for _ in range(100)])
     for _ in range(100):
         pair.shift(keep=chance.randrange(20), discard=chance.randrange(1, 50))
@@ -204,7 +204,7 @@ def test_a_hundred_shifts(kind: type[NgramProposer]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_history_in_batches_equals_one_in_one(kind: type[NgramProposer]) -> None:
+def test_a_history_fed_in_batches_gives_the_same_state(kind: type[NgramProposer]) -> None:
     chance = random.Random(3)
     tokens = [chance.randrange(3) for _ in range(2000)]
     whole, pieces = kind(3, 5), kind(3, 5)
@@ -219,7 +219,7 @@ def test_a_history_in_batches_equals_one_in_one(kind: type[NgramProposer]) -> No
 
 @pytest.mark.parametrize("kind", [NgramSimpleProposer, NgramMapKProposer])
 def test_a_periodic_text_is_continued_periodically(kind: type[NgramProposer]) -> None:
-    """Although each occurrence has only three tokens after it: the copy repeats."""
+    """The latest occurrence has few tokens after it, so the copy repeats."""
     proposer = kind(size_n=4, size_m=20)
     proposer.begin([1, 2, 3] * 3)
     assert list(proposer.propose(20).tokens) == [1, 2, 3] * 6 + [1, 2]
@@ -232,7 +232,7 @@ def test_a_run_of_one_token_goes_on() -> None:
     assert list(index.continuation(3, 4)) == [5, 5, 5, 5]
 
 
-def test_occurrences_are_the_latest_first_and_have_what_must_follow() -> None:
+def test_occurrences_are_latest_first_and_have_enough_following_tokens() -> None:
     index = NgramIndex(1)
     index.extend([4, 0, 4, 0, 0, 4, 0])
     assert index.occurrences(10) == [5, 4, 2]
@@ -259,22 +259,22 @@ def test_a_history_without_repetition_has_no_draft(kind: type[NgramProposer], hi
     assert not proposer.propose(8).tokens
 
 
-def test_the_simple_one_copies_the_latest() -> None:
+def test_ngram_simple_copies_after_the_latest_match() -> None:
     proposer = NgramSimpleProposer(size_n=1, size_m=2)
     proposer.begin([1, 7, 7, 1, 7, 7, 1, 8, 9, 1])
     assert list(proposer.propose(5).tokens) == [8, 9]
     assert list(proposer.propose(1).tokens) == [8]
 
 
-def test_map_k_follows_the_majority_of_those_that_agree() -> None:
-    """After 1: twice 2 and once 3; of the two that went on with 2, the latest decides the tie."""
+def test_map_k_follows_the_majority_of_agreeing_occurrences() -> None:
+    """Token 1 is followed twice by 2 and once by 3; of the occurrences followed by 2 the latest decides the tie."""
     proposer = NgramMapKProposer(size_n=1, size_m=2)
     proposer.begin([1, 2, 5, 1, 2, 6, 1, 3, 5, 1])
     assert list(proposer.propose(2).tokens) == [2, 6]
 
 
 def learner() -> NgramMapKProposer:
-    """Returns a proposer whose history ends with 1, 2; twenty other tokens followed these before."""
+    """Returns a proposer whose history ends with 1, 2; twenty other tokens follow the earlier 1, 2."""
     proposer = NgramMapKProposer(size_n=2, size_m=12)
     proposer.begin([1, 2, *range(10, 30), 1, 2])
     return proposer
@@ -294,7 +294,7 @@ def test_the_length_shrinks_and_grows_back() -> None:
     assert [verify(proposer, right) for right in (3, 0, 100, 100, 100, 100, 100)] == [12, 3, 1, 2, 4, 8, 12]
 
 
-def test_a_right_draft_cut_short_says_nothing_against_a_long_one() -> None:
+def test_a_right_truncated_draft_does_not_shorten_later_drafts() -> None:
     proposer = learner()
     assert len(proposer.propose(100).tokens) == 12
     proposer.observe([10, 99, 1, 2], drafted=1, accepted=1)
@@ -330,7 +330,7 @@ def test_the_length_learnt_longest_ago_is_dropped(monkeypatch: pytest.MonkeyPatc
     assert sizes == [1, 4, 1]
 
 
-def test_k4v_drafts_the_winner_and_not_the_last_seen() -> None:
+def test_k4v_drafts_the_winner_and_not_the_latest() -> None:
     proposer = NgramMapK4vProposer(size_n=1, size_m=2)
     proposer.begin([1, 7, 8] * 2 + [1, 5, 6, 1])
     assert list(proposer.propose(9).tokens) == [7, 8]
@@ -346,7 +346,7 @@ def test_k4v_drafts_nothing_without_a_clear_winner() -> None:
 
 
 def test_k4v_weighs_the_four_most_recent_values() -> None:
-    """The one seen most often is the fifth and no longer counts."""
+    """The most frequent value is the fifth most recent one and does not count."""
     proposer = NgramMapK4vProposer(size_n=1, size_m=1)
     proposer.begin([1, 9] * 9 + [1, 2, 1, 3, 1, 4] + [1, 5] * 6 + [1])
     assert list(proposer.propose(1).tokens) == [5]
@@ -357,7 +357,7 @@ def test_k4v_counts_the_latest_32_occurrences() -> None:
     proposer.begin([1, 5] + [1, 7] * 21 + [1, 5] * 10 + [1])
     assert not proposer.propose(1).tokens, "21 against 11"
     proposer.observe([7, 1])
-    assert list(proposer.propose(1).tokens) == [7], "22 against 10: the first no longer counts"
+    assert list(proposer.propose(1).tokens) == [7], "22 against 10: the first occurrence no longer counts"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,6 +21,7 @@ from engine.pace import (
     AcceptanceEstimate,
     DraftChooser,
     Layout,
+    PrefillWait,
     SequenceRows,
     StepCost,
     StepShape,
@@ -41,13 +42,13 @@ FREE = SimCost(free)
 
 
 def decode(rows: int, cells: int = 0) -> StepShape:
-    """A step of one pass with unified KV, beside so many resident cells."""
+    """Returns the shape of a step of one pass with unified KV and `cells` resident cells."""
     return StepShape((rows,), rows * cells)
 
 
-def loaded(count: int, most: int) -> UpcomingStep:
-    """A step of so many sequences, to which `most` rows may be added."""
-    return UpcomingStep(tuple(SequenceRows(seq) for seq in range(count)), count, 0, most)
+def upcoming_step(count: int, max_rows: int) -> UpcomingStep:
+    """Returns an upcoming step of `count` sequences, to which `max_rows` draft rows may be added."""
+    return UpcomingStep(tuple(SequenceRows(seq) for seq in range(count)), count, 0, max_rows)
 
 
 def test_decoding_sequences_keep_half_their_speed() -> None:
@@ -81,12 +82,12 @@ def test_chunks_grow_step_by_step_where_rows_are_free() -> None:
     for _ in range(40):
         sizes.append(cost.prompt_rows(decode(1), 0.0, 0.5))
         cost.observe(decode(1), sizes[-1], 0.0101)
-    opened = [size for size in sizes if size]  # now and then a step measures decoding alone
+    opened = [size for size in sizes if size]  # a size of 0 is a step that measures decoding alone
     assert opened == sorted(opened)
     assert opened[-1] > 1000
 
 
-def test_alone_a_prompt_takes_what_the_idle_step_allows() -> None:
+def test_a_prompt_alone_fills_the_idle_step() -> None:
     cost = StepCost()
     for _ in range(20):
         rows = cost.prompt_rows(StepShape(), 0.0, 0.5)
@@ -103,7 +104,7 @@ def test_an_outlier_moves_little() -> None:
 
 
 @pytest.mark.parametrize(("rows", "seconds"), [(1, 0.01), (2, 0.02), (3, 0.03), (8, 0.08), (16, 0.16)])
-def test_counts_that_were_not_measured_lie_between_those_that_were(rows: int, seconds: float) -> None:
+def test_unmeasured_row_counts_are_interpolated(rows: int, seconds: float) -> None:
     cost = StepCost()
     assert cost.decode_seconds(decode(rows)) == 0.0
     for known in (2, 4, 8):
@@ -112,8 +113,8 @@ def test_counts_that_were_not_measured_lie_between_those_that_were(rows: int, se
     assert cost.decode_seconds(decode(rows)) == pytest.approx(expected)
 
 
-class Clock:
-    """A clock that a simulated step moves."""
+class SimulatedClock:
+    """A clock that only simulated steps advance."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -127,7 +128,7 @@ class ClockedContext(SimContext):
 
     shifts = True
 
-    def __init__(self, clock: Clock, cost: SimCost, *, unified: bool, cells: int) -> None:
+    def __init__(self, clock: SimulatedClock, cost: SimCost, *, unified: bool, cells: int) -> None:
         super().__init__(
             EngineConfig.of(path=SIMULATED_MODEL, slots=16, context=cells, outputs=64, kv_unified=unified), FREE
         )
@@ -153,7 +154,7 @@ class ClockedContext(SimContext):
 def test_a_calibration_measures_passes_and_cells(
     measured: bool, unified: bool, flash: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, true = Clock(), SimCost(lambda rows: 0.01 + 0.002 * rows, 2e-6, flash)
+    clock, true = SimulatedClock(), SimCost(lambda rows: 0.01 + 0.002 * rows, 2e-6, flash)
     monkeypatch.setattr(time, "perf_counter", clock)
     context = ClockedContext(clock, true, unified=unified, cells=16 * 1200)
     found = calibrate(context) if measured else None
@@ -170,7 +171,7 @@ def test_a_calibration_measures_passes_and_cells(
 
 
 def test_cells_are_computed_where_states_cannot_be_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
+    clock = SimulatedClock()
     monkeypatch.setattr(time, "perf_counter", clock)
     quick = ClockedContext(clock, SimCost(lambda rows: 0.01 + 0.002 * rows, 2e-6), unified=False, cells=16 * 1200)
     slow = ClockedContext(clock, SimCost(lambda rows: 0.02 * rows, 2e-6), unified=False, cells=16 * 1200)
@@ -182,7 +183,7 @@ def test_cells_are_computed_where_states_cannot_be_shifted(monkeypatch: pytest.M
 
 
 def test_cells_that_cannot_be_copied_are_not_measured() -> None:
-    context = ClockedContext(Clock(), SimCost(free, 1.0), unified=False, cells=16 * 200)
+    context = ClockedContext(SimulatedClock(), SimCost(free, 1.0), unified=False, cells=16 * 200)
     context.partial = False
     assert calibrate(context).row_cell == 0.0
 
@@ -241,7 +242,7 @@ def test_resident_cells_make_every_row_dearer() -> None:
     cost.row_cell = 1e-6
     assert cost.decode_seconds(decode(8, 1000)) == pytest.approx(0.03 + 8e-3)
     assert [*cost.unified_steps(1, 7, 1000)][7] == pytest.approx(0.03 + 8e-3)
-    for _ in range(3000):  # the true cost is twice that
+    for _ in range(3000):  # the true cost of a cell is twice `row_cell`
         for rows in (1, 8):
             cost.observe(decode(rows), 0, (0.01 if rows == 1 else 0.03))
             cost.observe(decode(rows, 20_000), 0, (0.01 if rows == 1 else 0.03) + 2e-6 * rows * 20_000)
@@ -258,7 +259,7 @@ def test_prompt_rows_settle_where_a_row_is_cheapest() -> None:
 
 
 @given(st.dictionaries(st.integers(1, 300), st.floats(0.001, 9.0), min_size=1), st.integers(1, 500))
-def test_a_curve_goes_through_what_was_measured(points: dict[int, float], rows: int) -> None:
+def test_a_curve_goes_through_the_measured_points(points: dict[int, float], rows: int) -> None:
     curve = Curve()
     for count, seconds in points.items():
         curve.put(count, seconds)
@@ -299,9 +300,9 @@ def test_a_calibration_that_cannot_be_saved_is_logged(
 
 
 def record(acceptance: AcceptanceEstimate, compared: int, right: int) -> None:
-    """Records a draft of which `right` tokens were accepted and, if `compared` is more, the next was rejected."""
-    for place in range(min(compared, right + 1)):
-        acceptance.observe(place, None, place < right)
+    """Records a verification: `right` tokens are accepted and, if `compared` is larger, the next token is rejected."""
+    for position in range(min(compared, right + 1)):
+        acceptance.observe(position, None, position < right)
 
 
 def test_acceptance_is_learned_from_drafts() -> None:
@@ -311,7 +312,7 @@ def test_acceptance_is_learned_from_drafts() -> None:
         record(of_all, 4, 2)  # the third token is always wrong
     assert of_all.chance(0) > 0.95
     assert of_all.chance(2) < 0.1
-    assert of_all.chance(3) < 0.1, "never reached, so most likely like the one before"
+    assert of_all.chance(3) < 0.1, "the position is never reached, so its chance is close to that of the one before"
     assert 1.8 < sum(of_all.curve(64)) < 2.2
     of_one = AcceptanceEstimate(of_all)
     assert of_one.chance(2) == of_all.chance(2)
@@ -344,7 +345,7 @@ curves = st.lists(st.lists(st.floats(0.05, 1.0), max_size=5), min_size=1, max_si
 
 
 def brute_force(chances: Sequence[Sequence[float]], seconds: Sequence[float]) -> float:
-    """The best rate of all possible lengths: the geometric mean of the speeds, times their number."""
+    """Returns the best rate of all lengths; a rate is the geometric mean of the speeds times their number."""
     best = 0.0
     for lengths in product(*(range(len(curve) + 1) for curve in chances)):
         if sum(lengths) < len(seconds):
@@ -405,14 +406,14 @@ def test_equal_lengths_are_the_best(raw: list[list[float]], each: float) -> None
     assert rate == pytest.approx(max([rates[0], *rates[2:]]))
 
 
-def test_a_batched_proposer_that_cannot_pay_is_not_tried_however_much_is_saved_up() -> None:
+def test_a_batched_proposer_is_tried_only_if_it_can_pay() -> None:
     cost = StepCost()
     cost.curve.put(1, 0.03, 3)
     cost.curve.put(32, 0.5, 3)
     chooser = DraftChooser(cost)
     for _ in range(1000):
         chooser.observe_step([SequenceRows(0)], 0, 0, 0.03)
-    load = loaded(1, 100)
+    load = upcoming_step(1, 100)
     rate = 1 / 0.03
     assert chooser.equal_lengths([[0.7] * 8], [0], (1, 8), load, 0.03, rate, 0.0) == (0, rate)
     assert chooser.equal_lengths([[0.2] * 8], [0], (1, 8), load, 0.001, rate, 2.0) == (0, rate), (
@@ -420,8 +421,8 @@ def test_a_batched_proposer_that_cannot_pay_is_not_tried_however_much_is_saved_u
     )
     most, _ = chooser.equal_lengths([[0.2] * 8], [0], (1, 8), load, 0.001, rate, 0.2)
     assert most > 0, "a trial, as drafting may pay"
-    assert chooser.equal_lengths([[0.2] * 8], [0], (1, 8), load, 0.001, rate, 0.2) == (0, rate), "once"
-    most, _ = chooser.equal_lengths([[0.9**place for place in range(1, 9)]], [0], (1, 8), load, 0.001, rate, 0.0)
+    assert chooser.equal_lengths([[0.2] * 8], [0], (1, 8), load, 0.001, rate, 0.2) == (0, rate), "there is one trial"
+    most, _ = chooser.equal_lengths([[0.9**position for position in range(1, 9)]], [0], (1, 8), load, 0.001, rate, 0.0)
     assert most > 2
     for _ in range(1000):
         chooser.observe_step([SequenceRows(0)], 0, 0, 0.03)
@@ -429,16 +430,16 @@ def test_a_batched_proposer_that_cannot_pay_is_not_tried_however_much_is_saved_u
     assert most > 0, "trials never end for good"
 
 
-# ── all of it, in simulated time ──
+# ── the whole policy, in simulated time ──
 
 
 @pytest.mark.parametrize("layout", [UNIFIED, PER_SLOT], ids=["unified", "per slot"])
 @pytest.mark.parametrize("clients", [1, 4, 16])
 def test_on_a_flat_curve_the_speed_is_near_an_oracle(clients: int, layout: Layout) -> None:
     rates = [lambda _: 0.8] * clients
-    runs = [simulate(flat, rates, 1200 // clients, before=100, seed=seed, layout=layout) for seed in range(4)]
+    runs = [simulate(flat, rates, 1200 // clients, warmup_steps=100, seed=seed, layout=layout) for seed in range(4)]
     rate = sum(ran.tokens for ran in runs) / sum(ran.seconds for ran in runs)
-    assert rate > 0.96 * oracle(flat, [0.8] * clients), "3 %, and 1 % of chance"
+    assert rate > 0.96 * oracle(flat, [0.8] * clients), "3 % of the speed, and 1 % for randomness"
 
 
 @pytest.mark.parametrize("layout", [UNIFIED, PER_SLOT], ids=["unified", "per slot"])
@@ -459,28 +460,28 @@ def test_a_change_of_acceptance_is_followed() -> None:
 
 
 def test_a_decision_keeps_to_the_rows_of_a_step() -> None:
-    """Many long drafts are cut to the rows of a step. `python -m bench.simulated` prints the time."""
+    """Many long drafts are cut to the rows of a step; `python -m bench.simulated` prints the time of a decision."""
     cost = StepCost()
     cost.curve.put(1, 0.02, 3)
     cost.curve.put(128, 0.03, 3)
-    slots = [[[0.9**place for place in range(1, 65)]] * 2] * 16
-    choice = DraftChooser(cost).choose(slots, range(16), loaded(16, 112))
+    slots = [[[0.9**position for position in range(1, 65)]] * 2] * 16
+    choice = DraftChooser(cost).choose(slots, range(16), upcoming_step(16, 112))
     assert sum(choice.lengths) == 112
 
 
-def test_a_line_for_every_hundred_steps(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_log_line_for_every_hundred_steps(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", "paceline.pace")
     cost = StepCost()
     cost.curve.put(1, 0.02, 3)
     cost.curve.put(8, 0.03, 3)
     chooser = DraftChooser(cost)
     for _ in range(150):
-        choice = chooser.decide([[[0.9, 0.8]]], [0], loaded(1, 8))
+        choice = chooser.decide([[[0.9, 0.8]]], [0], upcoming_step(1, 8))
         assert choice.lengths == [2]
         chooser.observe_step([SequenceRows(0, 3)], 0, 0, cost.decode_seconds(decode(3)))
-        made = chooser.assess(2, 1)
-        assert made.saved == pytest.approx(0.02)
-        assert made.spent == pytest.approx(cost.decode_seconds(decode(3)) - 0.02)
+        assessed = chooser.assess(2, 1)
+        assert assessed.saved == pytest.approx(0.02)
+        assert assessed.spent == pytest.approx(cost.decode_seconds(decode(3)) - 0.02)
     (line,) = caplog.messages
     assert line.startswith(
         "100 steps: 1.0 sequences, 2.0 drafted tokens, 1.70 expected to be accepted, 0.99 accepted; "
@@ -494,3 +495,16 @@ def test_few_decoding_sequences_do_not_delay_many_prefilling_ones() -> None:
     assert cost.prompt_rows(decode(1), 0.0, 0.5, prefilling=7.0) > 6
     assert cost.prompt_rows(decode(1), 0.02, 0.5, prefilling=7.0) == cost.prompt_rows(decode(1), 0.02, 0.5)
     assert cost.prompt_rows(decode(1), 0.0, 0.03, prefilling=7.0) == 3
+
+
+def test_a_prompt_gains_rows_by_its_wait_relative_to_its_own_prefill() -> None:
+    """A short prompt that waits gets more of a step; a long one gets as much only after a wait that fits its length."""
+    cost = StepCost(Curve({1: 0.01, 64: 0.64}))
+    cost.observe(StepShape(), 32, 0.32)
+    cost.observe(decode(4), 64, 0.68)
+    assert cost.prompt_row == pytest.approx(0.01)
+    assert cost.prompt_rows(decode(4), 0.0, 10.0) == 4
+    assert cost.prompt_rows(decode(4), 0.0, 10.0, waits=[PrefillWait(30.0, 3000)]) == 8
+    short = cost.prompt_rows(decode(4), 0.0, 10.0, waits=[PrefillWait(30.0, 10)])
+    assert short > 16
+    assert cost.prompt_rows(decode(4), 0.0, 10.0, waits=[PrefillWait(30.0, 10), PrefillWait(1.0, 10)]) == short

@@ -19,7 +19,8 @@ from engine.pace.passes import Columns, Pass, StepMatrix, padded, passes, segmen
 
 
 def split_equal(seq_ids: Sequence[int], n_ubatch: int) -> list[list[int]]:
-    """`llama_batch_allocr::split_equal` with `sequential`, called until no token is left: the tokens of each ubatch."""
+    """Returns the tokens of each ubatch: a port of `llama_batch_allocr::split_equal` with `sequential`, called
+    repeatedly."""
     used = [False] * len(seq_ids)
     of_sequence: dict[int, list[int]] = {}
     for i, seq in enumerate(seq_ids):
@@ -58,7 +59,7 @@ def split_equal(seq_ids: Sequence[int], n_ubatch: int) -> list[list[int]]:
 
 
 def rows_of(counts: Sequence[int], gaps: Sequence[int] = (), cells: Sequence[int] = ()) -> list[SequenceRows]:
-    """Sequences with these rows; an id is left out before each index in `gaps`."""
+    """Returns sequences with `counts` rows; an id is skipped before each index in `gaps`."""
     ids = accumulate(2 if i in gaps else 1 for i in range(len(counts)))
     return [
         SequenceRows(seq - 1, rows, cells[i] if cells else 0)
@@ -105,7 +106,9 @@ def test_attended_cells_by_layout() -> None:
     rows = rows_of([1, 3, 1], cells=[100, 1000, 300])
     assert Layout(unified=True).shape(rows, 5000) == StepShape((5,), 25_000)
     assert Layout(unified=False, flash=True).shape(rows, 5000) == StepShape((3, 2), 100 + 3000 + 300)
-    assert Layout(unified=False).shape(rows, 5000) == StepShape((3, 2), 5 * 1024), "as many as the longest has"
+    assert Layout(unified=False).shape(rows, 5000) == StepShape((3, 2), 5 * 1024), (
+        "each row attends to the padded cells of the longest sequence"
+    )
     assert padded(0) == padded(255) == 256
     assert padded(256) == 512
     assert Layout(unified=False).even(4, 400) == StepShape((4,), 4 * 256)
@@ -118,13 +121,13 @@ def test_attended_cells_by_layout() -> None:
 def brute_steps(
     cost: StepCost, rows: Sequence[SequenceRows], drafting: Sequence[int], lengths: StepMatrix
 ) -> list[float]:
-    """The result of `per_slot_steps`, computed step by step."""
-    made = []
+    """Returns the result of `per_slot_steps`, computed step by step."""
+    seconds = []
     for k in range(lengths.shape[1]):
-        more = dict(zip(drafting, lengths[:, k].tolist(), strict=True))
-        step = [part._replace(rows=part.rows + more.get(part.seq, 0)) for part in rows]
-        made.append(cost.decode_seconds(cost.layout.shape(step)) + cost.host_seconds)
-    return made
+        draft_rows = dict(zip(drafting, lengths[:, k].tolist(), strict=True))
+        step = [part._replace(rows=part.rows + draft_rows.get(part.seq, 0)) for part in rows]
+        seconds.append(cost.decode_seconds(cost.layout.shape(step)) + cost.host_seconds)
+    return seconds
 
 
 def jumping(rows: int) -> float:
@@ -170,16 +173,16 @@ machines = st.sampled_from([lambda rows: 0.02 + 0.0005 * rows, lambda rows: 0.02
 
 
 def rate_of(curves: Sequence[Sequence[float]], lengths: Sequence[int], seconds: float) -> float:
-    """The geometric mean of the sequences' speeds, for each of them."""
+    """Returns the geometric mean of the sequences' speeds, times their number."""
     gains = [1 + sum(curve[:length]) for curve, length in zip(curves, lengths, strict=True)]
     return float(len(gains) * np.prod(gains) ** (1 / len(gains)) / seconds)
 
 
-def brute_force(cost: StepCost, curves: Sequence[Sequence[float]], most: int) -> dict[tuple[int, ...], float]:
-    """The rates of all possible lengths."""
+def brute_force(cost: StepCost, curves: Sequence[Sequence[float]], max_total: int) -> dict[tuple[int, ...], float]:
+    """Returns the rates of all possible lengths."""
     rates = {}
     for lengths in product(*(range(len(curve) + 1) for curve in curves)):
-        if sum(lengths) <= most:
+        if sum(lengths) <= max_total:
             shape = cost.layout.shape(rows_of([1 + length for length in lengths]))
             rates[lengths] = rate_of(curves, lengths, cost.decode_seconds(shape))
     return rates
@@ -187,26 +190,30 @@ def brute_force(cost: StepCost, curves: Sequence[Sequence[float]], most: int) ->
 
 @given(drafts, machines, st.integers(0, 16), st.integers(0, 2))
 def test_lengths_by_passes_are_never_worse_than_the_compared_ones(
-    raw: list[list[float]], machine: object, most: int, least: int
+    raw: list[list[float]], machine: object, max_total: int, min_total: int
 ) -> None:
     curves = [[*accumulate(curve, mul)] for curve in raw]
     cost = StepCost(Curve({rows: machine(rows) for rows in range(1, 40)}), Layout(False))  # type: ignore[operator]
     columns = Columns.of(rows_of([1] * len(curves)), range(len(curves)))
     found = best_lengths_per_slot(
-        curves, lambda lengths: cost.per_slot_steps(columns, columns.heights(lengths)), len(curves), most, least
+        curves,
+        lambda lengths: cost.per_slot_steps(columns, columns.heights(lengths)),
+        len(curves),
+        max_total,
+        min_total,
     )
-    rates = brute_force(cost, curves, most)
+    rates = brute_force(cost, curves, max_total)
     none = rates[(0,) * len(curves)]
     assert rates[(*found.lengths,)] == pytest.approx(found.rate)
     assert found.gain == pytest.approx(sum(sum(c[:n]) for c, n in zip(curves, found.lengths, strict=True)))
-    if not least:
+    if not min_total:
         assert found.rate >= none * (1 - 1e-9)
         for length in range(1, 5):
             if (lengths := tuple(min(length, len(curve)) for curve in curves)) in rates:
                 assert found.rate >= rates[lengths] * (1 - 1e-6)
-    elif most and sum(map(len, curves)) >= least:
-        assert sum(found.lengths) >= min(least, most)
-    assert found.rate >= 0.85 * max(rates.values()) or least
+    elif max_total and sum(map(len, curves)) >= min_total:
+        assert sum(found.lengths) >= min(min_total, max_total)
+    assert found.rate >= 0.85 * max(rates.values()) or min_total
 
 
 @given(drafts, machines)
@@ -222,10 +229,10 @@ def test_one_draft_beside_others_is_of_the_best_length(raw: list[list[float]], m
 
 def test_where_each_pass_has_a_cost_drafts_are_of_equal_length() -> None:
     cost = StepCost(Curve({1: 0.020, 128: 0.021}), Layout(False))
-    unlike = [[0.9**place for place in range(1, 9)], [0.5**place for place in range(1, 5)]] * 4
+    unlike = [[0.9**position for position in range(1, 9)], [0.5**position for position in range(1, 5)]] * 4
     load = UpcomingStep(tuple(rows_of([1] * 8)), 8, 0, 112)
     choice = DraftChooser(cost).choose([[curve] for curve in unlike], range(8), load)
-    assert set(choice.lengths) == {4}, "the likely ones longer would cost four passes more"
+    assert set(choice.lengths) == {4}, "longer drafts for the likely ones would cost four more passes"
     cost = StepCost(Curve({1: 0.020, 128: 2.560}), Layout(False))
     assert sum(DraftChooser(cost).choose([[curve] for curve in unlike], range(8), load).lengths) == 0
 
@@ -237,7 +244,7 @@ def test_many_sequences_are_decided_by_fewer_alternatives() -> None:
         compared.append(lengths.shape[1])
         return np.asarray(0.02 + 0.0001 * lengths.max(axis=0), np.float64)
 
-    curves = [[0.9**place for place in range(1, 17)]] * 100
+    curves = [[0.9**position for position in range(1, 17)]] * 100
     found = best_lengths_per_slot(curves, cost, 100, 2000, steps=24)
     assert compared[0] <= 30
     assert set(found.lengths) == {16}
@@ -251,14 +258,14 @@ def test_fixed_drafts_and_gaps_are_part_of_the_step() -> None:
     assert chooser.rate(load) == pytest.approx(6.0 / cost.decode_seconds(StepShape((4, 3))))
     certain = [1.0] * 3
     choice = chooser.choose([[certain], [certain], [certain]], [0, 2, 3], load)
-    assert choice.lengths == [3, 3, 3], "they share the passes of the fixed draft"
+    assert choice.lengths == [3, 3, 3], "the drafts share the passes of the fixed draft"
     assert choice.rate > chooser.rate(load) * (1 - DRAFT_MARGIN)
 
 
 def test_equal_lengths_share_a_pass() -> None:
     cost = StepCost(Curve({1: 0.020, 128: 0.021}), Layout(False))
     chooser, load = DraftChooser(cost), UpcomingStep(tuple(rows_of([1] * 4)), 4, 0, 100)
-    curves = [[0.9**place for place in range(1, 9)]] * 4
+    curves = [[0.9**position for position in range(1, 9)]] * 4
     most, rate = chooser.equal_lengths(curves, [0, 1, 2, 3], (1, 8), load, 0.001, chooser.rate(load), 0.0)
     assert most == 8
     assert rate > 3 * chooser.rate(load)

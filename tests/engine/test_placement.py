@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.kv.placement import Costs, SlotOption, choose, displacement, gaps, move_target, worth_copying
+from engine.kv.placement import Costs, SlotOption, added_passes, choose_slot, displacement, move_target, worth_copying
 
-# Computing a token costs as much as moving a thousand; a pass as much as computing two.
+# Computing a token costs as much as moving 1,000 tokens; an extra pass costs as much as computing two tokens.
 COSTS = Costs(compute=1e-3, move=1e-6, extra_pass=2e-3)
 
 
@@ -22,10 +22,10 @@ def option(seq: int, kept: int = 0, lost: int = 0, unsaved: int = 0, age: int = 
 @pytest.mark.parametrize(
     ("case", "options", "source", "running", "chosen"),
     [
-        ("of empty slots the lowest", [option(2), option(0), option(1)], 0, [], 0),
+        ("the lowest of the empty slots", [option(2), option(0), option(1)], 0, [], 0),
         ("the slot that holds the prefix", [option(0), option(1, kept=500, lost=3)], 500, [], 1),
         (
-            "the slot that holds more of it",
+            "the slot that holds more of the prefix",
             [option(0, kept=300, lost=100), option(1, kept=500, lost=100)],
             500,
             [],
@@ -40,11 +40,11 @@ def option(seq: int, kept: int = 0, lost: int = 0, unsaved: int = 0, age: int = 
         ),
         ("the slot whose content is saved", [option(0, lost=500, unsaved=500), option(1, lost=500)], 0, [], 1),
         ("the slot that is unused longer", [option(0, lost=500, age=1), option(1, lost=500, age=900)], 0, [], 1),
-        ("the slot of the shorter content", [option(0, lost=900), option(1, lost=500)], 0, [], 1),
-        ("beside what runs", [option(0), option(4)], 0, [3], 4),
-        ("the slot between two that run", [option(0), option(4), option(8)], 0, [3, 5, 7], 4),
+        ("the slot with the shorter content", [option(0, lost=900), option(1, lost=500)], 0, [], 1),
+        ("a slot next to a running one", [option(0), option(4)], 0, [3], 4),
+        ("the slot between two running ones", [option(0), option(4), option(8)], 0, [3, 5, 7], 4),
         (
-            "a slot beside what runs rather than the one that holds a short prefix",
+            "a slot next to a running one rather than the slot that holds a short prefix",
             [option(0, kept=5), option(4)],
             5,
             [3],
@@ -53,15 +53,15 @@ def option(seq: int, kept: int = 0, lost: int = 0, unsaved: int = 0, age: int = 
     ],
 )
 def test_choice(case: str, options: list[SlotOption], source: int, running: list[int], chosen: int) -> None:
-    assert choose(options, source, running, COSTS, offloads=True).seq == chosen, case
+    assert choose_slot(options, source, running, COSTS, offloads=True).seq == chosen, case
 
 
-def test_what_is_lost_is_computed_where_nothing_is_offloaded() -> None:
+def test_without_offload_lost_tokens_cost_their_computation() -> None:
     costs = Costs(compute=1e-3, move=1e-6)
     options = [option(0, lost=100), option(1, kept=100, lost=0)]
-    assert choose(options, 100, [], costs, offloads=True).seq == 1
+    assert choose_slot(options, 100, [], costs, offloads=True).seq == 1
     far = [option(0, lost=1000), option(1, kept=90)]
-    assert choose(far, 100, [], costs, offloads=False).seq == 1
+    assert choose_slot(far, 100, [], costs, offloads=False).seq == 1
     assert displacement(far[0], costs, offloads=False) == pytest.approx(0.5 * 1000 * 1e-3)
     assert displacement(far[0], costs, offloads=True) == pytest.approx(0.5 * 1000 * 1e-6)
     unmeasured = displacement(option(0, lost=1000, age=512), Costs(move=1e-6), offloads=False)
@@ -86,7 +86,7 @@ def test_copies_are_cheaper_than_computing(source: int, kept: int, costs: Costs,
 
 
 def passes(running: Collection[int]) -> int:
-    """Passes of a step with one row for each id."""
+    """Returns the number of passes of a step with one row for each id."""
     ids = sorted(running)
     return bool(ids) + sum(above != below + 1 for below, above in pairwise(ids))
 
@@ -97,7 +97,7 @@ some_ids = st.sets(st.integers(0, 12))
 @given(some_ids, st.integers(0, 13))
 def test_gaps_are_the_passes_that_a_sequence_adds(running: set[int], seq: int) -> None:
     running.discard(seq)
-    assert gaps(seq, running) == (passes({*running, seq}) - passes(running) if running else 0)
+    assert added_passes(seq, running) == (passes({*running, seq}) - passes(running) if running else 0)
 
 
 @given(some_ids)
@@ -111,7 +111,7 @@ def test_a_move_saves_a_pass_and_is_found_if_there_is_one(running: set[int]) -> 
     assert (move_target(running) in saving) if saving else move_target(running) is None
 
 
-def test_a_gap_below_all_that_runs_costs_nothing() -> None:
+def test_a_gap_below_all_running_slots_costs_nothing() -> None:
     assert move_target([3]) is None
     assert move_target([2, 3]) is None
     assert move_target([]) is None

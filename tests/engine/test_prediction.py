@@ -16,12 +16,12 @@ from engine.speculate.prediction import (
     PredictionProposer,
 )
 
-# Name, two numbers and tokens.
+# An operation: its name, two numbers and tokens.
 Operation = tuple[str, int, int, list[int]]
 
 
-class Naive:
-    """The reference: follows the whole output again for every draft."""
+class NaivePrediction:
+    """A reference proposer that follows the whole output again for every draft."""
 
     def __init__(self, predicted: list[int], prompt_length: int) -> None:
         self.predicted, self.prompt_length = predicted, prompt_length
@@ -76,7 +76,7 @@ PREDICTED = st.lists(st.integers(0, 2), max_size=30)
 @settings(max_examples=300, deadline=None)
 @given(PREDICTED, st.integers(0, 6), st.binary(min_size=315, max_size=450).map(operations))
 def test_equals_the_reference(predicted: list[int], prompt_length: int, operations: list[Operation]) -> None:
-    prediction, naive = PredictionProposer(predicted, prompt_length), Naive(predicted, prompt_length)
+    prediction, naive = PredictionProposer(predicted, prompt_length), NaivePrediction(predicted, prompt_length)
     prediction.begin([])
     for name, first, second, tokens in operations:
         length = len(naive.history)
@@ -100,21 +100,21 @@ def test_equals_the_reference(predicted: list[int], prompt_length: int, operatio
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 1), min_size=150, max_size=250), st.lists(st.integers(0, 1), max_size=60))
 def test_equals_the_reference_with_many_candidates(predicted: list[int], output: list[int]) -> None:
-    prediction, naive = PredictionProposer(predicted, 0), Naive(predicted, 0)
+    prediction, naive = PredictionProposer(predicted, 0), NaivePrediction(predicted, 0)
     for i in range(len(output)):
         prediction.observe(output[i : i + 1])
     naive.history = output
     assert list(prediction.propose(8).tokens) == naive.propose(8)
 
 
-def spelled(text: str) -> list[int]:
+def tokens_of(text: str) -> list[int]:
     """Returns a token for each word, sign or run of blanks."""
     return [sum(ord(char) << 8 * i for i, char in enumerate(word)) for word in re.findall(r"\w+|\s+|.", text)]
 
 
-def steps(predicted: str, output: str, limit: int = 16) -> tuple[int, int]:
+def count_steps(predicted: str, output: str, limit: int = 16) -> tuple[int, int]:
     """Returns the number of steps that the output takes and the number of accepted draft tokens."""
-    prediction, tokens = PredictionProposer(spelled(predicted), 0), spelled(output)
+    prediction, tokens = PredictionProposer(tokens_of(predicted), 0), tokens_of(output)
     prediction.begin([])
     count = right = done = 0
     while done < len(tokens):
@@ -126,34 +126,34 @@ def steps(predicted: str, output: str, limit: int = 16) -> tuple[int, int]:
 
 
 CODE = "\n".join(f"    total{i} = old + step({i}, old)\n    check(total{i}, limit={i * 7})" for i in range(12))
-LENGTH = len(spelled(CODE))
+LENGTH = len(tokens_of(CODE))
 
 
 def test_the_predicted_text_takes_a_step_for_each_draft() -> None:
-    assert steps(CODE, CODE) == (-(-LENGTH // 17), LENGTH - LENGTH // 17)
+    assert count_steps(CODE, CODE) == (-(-LENGTH // 17), LENGTH - LENGTH // 17)
 
 
 def test_a_renamed_variable_costs_a_step_for_each_use() -> None:
-    count, _ = steps(CODE, CODE.replace("old", "new"), limit=64)
+    count, _ = count_steps(CODE, CODE.replace("old", "new"), limit=64)
     assert count <= 2 * 12 + 2
 
 
 def test_a_name_that_becomes_two_tokens_costs_four_steps() -> None:
-    count, _ = steps(CODE, CODE.replace("old", "new.er"), limit=64)
+    count, _ = count_steps(CODE, CODE.replace("old", "new.er"), limit=64)
     assert count <= 2 * 12 * 4 + 2
 
 
 def test_inserted_lines_are_passed() -> None:
     lines = CODE.split("\n")
     output = "\n".join([*lines[:8], "    print(1)", "    return early", *lines[8:]])
-    count, right = steps(CODE, output, limit=64)
+    count, right = count_steps(CODE, output, limit=64)
     assert right >= LENGTH - 12
     assert count <= 30
 
 
 def test_deleted_lines_are_skipped() -> None:
     lines = CODE.split("\n")
-    count, right = steps(CODE, "\n".join(lines[:6] + lines[10:]), limit=64)
+    count, right = count_steps(CODE, "\n".join(lines[:6] + lines[10:]), limit=64)
     assert right >= LENGTH * 20 // 24 - 12
     assert count <= 12
 
@@ -173,7 +173,7 @@ def test_a_draft_has_at_most_n_max_tokens() -> None:
     assert prediction.propose(9).tokens == [0, 1, 2]
 
 
-def test_one_token_may_be_replaced_two_are_a_divergence() -> None:
+def test_one_token_may_be_replaced_and_two_are_a_divergence() -> None:
     prediction = PredictionProposer([1, 2, 3, 4, 5], 0)
     prediction.begin([1, 9])
     assert prediction.propose(9).tokens == [3, 4, 5]
@@ -204,7 +204,7 @@ def test_an_edit_moves_the_position_back(keep: int, discard: int) -> None:
     ("repeats", "expected"), [(MAX_CANDIDATES_PER_SIDE - 3, [3]), (MAX_CANDIDATES_PER_SIDE - 2, [9])]
 )
 def test_candidates_per_side_are_bounded(repeats: int, expected: list[int]) -> None:
-    """The best position is the last of `repeats` + 3; the old one is the first."""
+    """The best position is the last of `repeats` + 3 candidates; the current position is the first."""
     prediction = PredictionProposer([8, 2, 2, 9] + [2, 2, 4] * repeats + [2, 2, 2, 3], 0)
     prediction.begin([8, 2, 2, 2])
     assert prediction.propose(1).tokens == expected
@@ -212,7 +212,7 @@ def test_candidates_per_side_are_bounded(repeats: int, expected: list[int]) -> N
 
 @pytest.mark.parametrize(("last", "expected"), [(MAX_SKIP_TOKENS, [MAX_SKIP_TOKENS + 1]), (MAX_SKIP_TOKENS + 1, [])])
 def test_skips_are_bounded(last: int, expected: list[int]) -> None:
-    """After the first miss the position is 1; after `last` it would be `last` + 1."""
+    """After the first miss the position is 1; after the token `last` the position would be `last` + 1."""
     prediction = PredictionProposer(range(MAX_SKIP_TOKENS + 9), 0)
     prediction.begin([99_999, 99_999, last - 1, last])
     assert list(prediction.propose(1).tokens) == expected

@@ -1,8 +1,8 @@
 """The property: whatever else runs, a request's tokens are those it gets alone, in both KV layouts.
 
-Requests arrive, are cancelled, share prefixes, have drafts verified that are accepted or not, are preempted when cells
-run out and meet decodes that fail for lack of cells. The toy context's logits depend on every token that a row attends
-to, so any slip shows.
+Requests arrive, are cancelled, share prefixes, have accepted and rejected drafts, are preempted when cells run out, and
+are part of decodes that fail for lack of cells. The toy context's logits depend on every token that a row attends
+to, so any bookkeeping error changes an output.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from msgspec import structs
 
 from engine.backend import NativeFault, NoFreeCells
 from engine.config import DraftConfig, SpeculationConfig
-from engine.contract import PROPOSER_TYPES, Failed, Finished, FinishReason, Request, SamplingParams
+from engine.contract import PROPOSER_TYPES, Failed, Finished, FinishReason, Logprob, Request, SamplingParams
 from engine.kv import Offload
 from engine.kv.idle import UNPRICED_STEPS
 from engine.outbox import Outbox, StepOutput
@@ -28,8 +28,8 @@ from engine.step import EngineCore
 from tests.toy import VOCABULARY, ToyBackend, ToyContext
 
 
-class Direct:
-    """An event loop that delivers at once."""
+class ImmediateLoop:
+    """An event loop that calls functions immediately."""
 
     def is_closed(self) -> bool:
         return False
@@ -39,7 +39,7 @@ class Direct:
 
 
 class Oracle:
-    """Drafts from the tokens that the request will have, each wrong with chance `wrong`."""
+    """Drafts the tokens that the request will emit; each draft token is wrong with probability `wrong`."""
 
     def __init__(self, request: Request, truth: abc.Sequence[int], wrong: float, random: Random) -> None:
         self.truth, self.wrong, self.random = truth, wrong, random
@@ -69,8 +69,8 @@ class Oracle:
         self.ended = True
 
 
-def flat(context: Any) -> StepCost:
-    """Steps that cost the same whatever they hold, so that every draft is worth verifying."""
+def equal_cost(context: Any) -> StepCost:
+    """Returns equal costs for all steps, so that every draft is worth verifying."""
     cost = StepCost(layout=Layout.of(context))
     cost.curve.put(1, 1.0)
     cost.curve.put(1000, 1.0)
@@ -82,12 +82,12 @@ LAYOUTS = [pytest.param(True, id="unified"), pytest.param(False, id="per-slot")]
 
 
 def context_of(unified: bool, cells: int, slots: int = 4, *, sequences: int = 12, **settings: Any) -> ToyContext:
-    """A context for so many slots, in which a request can have `cells` cells in either layout."""
+    """Returns a context for `slots` slots in which a request can have `cells` cells in either layout."""
     return ToyContext(cells=cells, sequences=sequences if unified else slots, unified=unified, **settings)
 
 
-class Bench:
-    """A core without a thread, and the tokens and terminal updates of its requests."""
+class CoreBench:
+    """An engine core without a thread, and the tokens and terminal updates of its requests."""
 
     def __init__(
         self,
@@ -104,17 +104,18 @@ class Bench:
         backend: Any = None,
     ) -> None:
         self.backend: Any = backend or ToyBackend(context)
-        self.got: dict[int, list[int]] = {}
+        self.outputs: dict[int, list[int]] = {}
+        self.logprobs: dict[int, list[Logprob]] = {}
         self.ends: dict[int, Finished | Failed] = {}
-        outbox = Outbox(cast("Any", Direct()), self.deliver)
-        self.next: dict[str, Proposer] = {}
+        outbox = Outbox(cast("Any", ImmediateLoop()), self.deliver)
+        self.next_proposers: dict[str, Proposer] = {}
         self.speculative_decoding = SpeculativeDecoding(
             SharedDraftData(speculation or SpeculationConfig(), self.backend.vocab),
             speculation or SpeculationConfig(),
             DraftConfig(n_max=6, noise=noise),
             DraftModel(ToyBackend(draft), VOCABULARY, StepCost(layout=Layout.of(draft))) if draft else None,
-            None if speculation else lambda _: self.next,
-            flat(self.backend.context),
+            None if speculation else lambda _: self.next_proposers,
+            equal_cost(self.backend.context),
         )
         offload = offload or (Offload(ram, whole=not context.divisible) if ram else None)
         self.core = EngineCore(
@@ -124,9 +125,10 @@ class Bench:
         self.sequences: dict[int, Sequence] = {}
 
     def deliver(self, items: list[StepOutput]) -> None:
-        for key, ids, _, end in items:
+        for key, ids, logprobs, end in items:
             assert key not in self.ends, "nothing follows the terminal update"
-            self.got[key] += ids
+            self.outputs[key] += ids
+            self.logprobs.setdefault(key, []).extend(logprobs)
             if isinstance(end, Finished | Failed):
                 self.ends[key] = end
 
@@ -134,26 +136,26 @@ class Bench:
         seed = request.sampling.seed or 0
         context = self.backend.context
         sequence = Sequence(key, request, seed, self.backend.vocab, context.sequence_cells)
-        self.next = {"oracle": proposer} if proposer else {}
-        self.got[key], self.sequences[key] = [], sequence
+        self.next_proposers = {"oracle": proposer} if proposer else {}
+        self.outputs[key], self.sequences[key] = [], sequence
         self.core.lifecycle.submit(sequence)
 
     def check(self) -> None:
-        """Cache, context and sequences agree."""
+        """Asserts that cache, context and sequences agree."""
         self.core.kv.check()
         for sequence in self.core.running.values():
             assert sequence.computed == self.core.kv.length(sequence.seq), "sequence and cache agree"
 
-    def rest(self) -> None:
-        """All that is idle is saved, as when nothing runs for a while."""
+    def offload_idle(self) -> None:
+        """Saves all idle sequences, as the engine does while nothing runs."""
         while self.core.maintain_idle():
             pass
 
-    def run(self, most: int = 5000) -> None:
+    def run(self, max_steps: int = 5000) -> None:
         while self.core.lifecycle.busy:
             self.core.step()
-            most -= 1
-            assert most, "no end in sight"
+            max_steps -= 1
+            assert max_steps, "the run does not end"
         self.core.step()
         self.core.check_idle()
         self.check()
@@ -161,26 +163,27 @@ class Bench:
     def compare(
         self, wanted: Mapping[int, tuple[abc.Sequence[int], FinishReason]], cancelled: Container[int], *, faults: bool
     ) -> None:
-        """Every request has the tokens and the finish reason it has alone, a cancelled one the first of the tokens."""
+        """Asserts that each request has the tokens and the finish reason of `wanted`; a cancelled one has the first
+        tokens."""
         for key, (tokens, reason) in wanted.items():
             end = self.ends[key]
             if isinstance(end, Failed):
                 assert faults, "no request fails unless decodes do"
             elif end.reason is FinishReason.CANCELLED:
                 assert key in cancelled
-                assert self.got[key] == tokens[: len(self.got[key])]
+                assert self.outputs[key] == tokens[: len(self.outputs[key])]
             else:
-                assert (self.got[key], end.reason) == (tokens, reason)
+                assert (self.outputs[key], end.reason) == (tokens, reason)
 
 
 def alone(request: Request, cells: int) -> tuple[list[int], FinishReason]:
-    """Tokens and reason of a request that has everything to itself."""
-    bench = Bench(ToyContext(cells=cells), slots=1)
+    """Returns the tokens and the finish reason of a request that runs alone."""
+    bench = CoreBench(ToyContext(cells=cells), slots=1)
     bench.submit(0, request)
     bench.run()
     end = bench.ends[0]
     assert isinstance(end, Finished)
-    return bench.got[0], end.reason
+    return bench.outputs[0], end.reason
 
 
 def draw_request(random: Random, prefixes: list[list[int]], longest: int) -> Request:
@@ -212,7 +215,7 @@ def test_random_interleavings(seed: int, unified: bool) -> None:
     cells = random.choice([64, 90, 300])
     sequences, rows = random.choice([5, 12]), random.choice([16, 64])
     context = context_of(unified, cells, sequences=sequences, rows=rows, outputs=16)
-    bench = Bench(context, slots=4, prompt_rows=random.choice([1, 5, 100]))
+    bench = CoreBench(context, slots=4, prompt_rows=random.choice([1, 5, 100]))
     chance = random.choice([0.0, 0.0, 0.1])
     context.faults = lambda _: NoFreeCells() if random.random() < chance else None
     prefixes = [[random.randrange(1, VOCABULARY) for _ in range(40)] for _ in range(3)]
@@ -234,19 +237,19 @@ def test_random_interleavings(seed: int, unified: bool) -> None:
             bench.core.lifecycle.preempt(random.choice(list(bench.core.running.values())))
     bench.run()
     bench.compare(wanted, cancelled, faults=chance > 0)
-    assert context.used() == bench.core.kv.resident
+    assert context.used() == bench.core.kv.used_cells
     bench.core.kv.drop_idle()
     assert context.used() == 0
 
 
-FREE = tuple(kind for kind in PROPOSER_TYPES if kind != "grammar")
-"""Types for requests without a grammar; for the others see test_grammar_exact.py."""
-LOOPS = SamplingParams(temperature=0.0, logit_bias=tuple((token, 8.0) for token in range(1, 5)))
-"""Emits only four tokens, so that n-grams recur."""
+# Types for requests without a grammar; test_grammar_exact.py tests requests with a grammar.
+GRAMMARLESS_TYPES = tuple(kind for kind in PROPOSER_TYPES if kind != "grammar")
+# Only four tokens are emitted, so that n-grams recur.
+LOOPING = SamplingParams(temperature=0.0, logit_bias=tuple((token, 8.0) for token in range(1, 5)))
 
 
 @pytest.mark.parametrize("unified", LAYOUTS)
-@pytest.mark.parametrize("kind", [*FREE, "auto", "fixed"])
+@pytest.mark.parametrize("kind", [*GRAMMARLESS_TYPES, "auto", "fixed"])
 @pytest.mark.parametrize("seed", range(6))
 def test_no_type_of_speculation_changes_the_tokens(kind: Any, seed: int, unified: bool) -> None:
     random = Random(seed)
@@ -257,7 +260,7 @@ def test_no_type_of_speculation_changes_the_tokens(kind: Any, seed: int, unified
     )
     draft = context_of(unified, random.choice([60, 400]), other=0.3)
     cells, rows, outputs = random.choice([90, 300]), random.choice([16, 64]), random.choice([8, 16])
-    bench = Bench(
+    bench = CoreBench(
         context_of(unified, cells, rows=rows, outputs=outputs),
         prompt_rows=random.choice([1, 5, 100]),
         speculation=speculation,
@@ -268,7 +271,7 @@ def test_no_type_of_speculation_changes_the_tokens(kind: Any, seed: int, unified
     for key in range(8):
         request = structs.replace(draw_request(random, prefixes, 60), max_tokens=random.choice([1, 10, 40]))
         if key < 2 or random.random() < 0.5:
-            request = structs.replace(request, sampling=LOOPS, ignore_eos=True, max_tokens=50)
+            request = structs.replace(request, sampling=LOOPING, ignore_eos=True, max_tokens=50)
         wanted[key] = alone(request, 300)[0]
         if kind in ("prediction", "auto", "fixed"):
             prediction = tuple(token if random.random() < 0.8 else 7 for token in wanted[key])
@@ -280,8 +283,8 @@ def test_no_type_of_speculation_changes_the_tokens(kind: Any, seed: int, unified
         if bench.core.running and random.random() < 0.15:
             bench.core.lifecycle.preempt(random.choice(list(bench.core.running.values())))
     bench.run()
-    assert bench.got == wanted
-    expected = FREE if kind in ("auto", "fixed") else (kind,)
+    assert bench.outputs == wanted
+    expected = GRAMMARLESS_TYPES if kind in ("auto", "fixed") else (kind,)
     assert {drafts.type for drafts in bench.speculative_decoding.draft_stats} == set(expected)
     assert any(drafts.drafted for drafts in bench.speculative_decoding.draft_stats), "something was drafted"
     assert bench.speculative_decoding.draft_model is not None
@@ -289,11 +292,14 @@ def test_no_type_of_speculation_changes_the_tokens(kind: Any, seed: int, unified
 
 
 def run_by_cell_order(seed: int, *, unified: bool) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """Outputs of requests that come and go, share prefixes and have rejected drafts, and their outputs alone, where
-    logits also depend on the order of the cells."""
+    """Returns outputs of requests that arrive and end, share prefixes and have rejected drafts, and their outputs
+    alone.
+
+    The logits also depend on the order of the cells.
+    """
     random = Random(seed)
     cells = random.choice([64, 90, 300])
-    bench = Bench(
+    bench = CoreBench(
         context_of(unified, cells, rows=64, outputs=16, by_cell_order=True), prompt_rows=random.choice([1, 5, 100])
     )
     prefixes = [[random.randrange(1, VOCABULARY) for _ in range(40)] for _ in range(3)]
@@ -307,31 +313,33 @@ def run_by_cell_order(seed: int, *, unified: bool) -> tuple[dict[int, list[int]]
             bench.check()
         if bench.core.running and random.random() < 0.15:
             bench.core.lifecycle.preempt(random.choice(list(bench.core.running.values())))
-    bench.run(most=20_000)
-    return bench.got, wanted
+    bench.run(max_steps=20_000)
+    return bench.outputs, wanted
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_with_per_slot_kv_cells_are_in_the_order_of_positions(seed: int) -> None:
-    """Hence the last bits of a sum over cells depend on nothing else, as the deterministic profile requires."""
+    """The last bits of a sum over cells therefore depend on nothing else, as the deterministic profile requires."""
     got, wanted = run_by_cell_order(seed, unified=False)
     assert got == wanted
 
 
+# Only prompts have these tokens, so that no prompt continues an output.
 OWN_TOKENS = range(40, VOCABULARY)
-"""Tokens that only prompts have, so that no prompt continues an output."""
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_of_prompts_are_never_single_and_share_no_pass(seed: int) -> None:
-    """Where logits depend on that, as on a CPU without flash attention, an output does not depend on chunks, on cached
-    prefixes or on the sequences beside it."""
+    """An output does not depend on chunks, cached prefixes or other sequences.
+
+    The logits of a single row differ here from those of several rows, as on a CPU without flash attention.
+    """
     random = Random(seed)
 
     def context(slots: int) -> ToyContext:
         return context_of(False, 100, slots, rows=64, outputs=16, prefill_rows=2)
 
-    bench = Bench(context(4), prompt_rows=random.choice([2, 3, 7, 100]), ram=random.choice([0, 10**6]))
+    bench = CoreBench(context(4), prompt_rows=random.choice([2, 3, 7, 100]), ram=random.choice([0, 10**6]))
     prefixes = [[random.randrange(1, OWN_TOKENS[0]) for _ in range(40)] for _ in range(3)]
     bias = tuple((token, -100.0) for token in OWN_TOKENS)
     wanted: dict[int, list[int]] = {}
@@ -340,19 +348,19 @@ def test_rows_of_prompts_are_never_single_and_share_no_pass(seed: int) -> None:
         prompt = (*random.choice(prefixes)[: random.randint(1, 40)], *own)
         sampling = SamplingParams(temperature=random.choice([0.0, 1.0]), seed=key, logit_bias=bias)
         request = Request(prompt=prompt, max_tokens=random.randint(1, 20), sampling=sampling)
-        single = Bench(context(1), slots=1)
+        single = CoreBench(context(1), slots=1)
         single.submit(0, request)
         single.run()
-        wanted[key] = single.got[0]
+        wanted[key] = single.outputs[0]
         bench.submit(key, request)
         for _ in range(random.randint(0, 6)):
             bench.core.step()
     bench.run()
-    assert bench.got == wanted
+    assert bench.outputs == wanted
 
 
 def test_with_unified_kv_the_order_of_cells_can_change_the_text() -> None:
-    """Else the test above would prove nothing."""
+    """Without this effect of the order, the tests with `by_cell_order` would prove nothing."""
     got, wanted = run_by_cell_order(2, unified=True)
     assert got != wanted
 
@@ -363,11 +371,11 @@ def test_right_and_wrong_drafts_change_nothing(wrong: float, unified: bool) -> N
     request = Request(prompt=(1, 2, 3), max_tokens=24, ignore_eos=True, sampling=SamplingParams(seed=4))
     tokens, _ = alone(request, 200)
     context = context_of(unified, 200)
-    bench = Bench(context, slots=2)
+    bench = CoreBench(context, slots=2)
     bench.submit(0, request, Oracle(request, tokens, wrong, Random(0)))
     bench.run()
     end = bench.ends[0]
-    assert bench.got[0] == tokens
+    assert bench.outputs[0] == tokens
     assert isinstance(end, Finished)
     assert end.usage.drafted > 0
     assert end.usage.accepted == (end.usage.drafted if wrong == 0 else 0)
@@ -377,7 +385,7 @@ def test_right_and_wrong_drafts_change_nothing(wrong: float, unified: bool) -> N
 @pytest.mark.parametrize("unified", LAYOUTS)
 def test_a_prefix_in_flight_is_computed_once(unified: bool) -> None:
     context = context_of(unified, 200)
-    bench = Bench(context, prompt_rows=7)
+    bench = CoreBench(context, prompt_rows=7)
     shared = tuple(range(1, 41))
     for key in range(4):
         bench.submit(key, Request(prompt=(*shared, 41 + key), max_tokens=3, ignore_eos=True))
@@ -391,7 +399,7 @@ def test_a_prefix_in_flight_is_computed_once(unified: bool) -> None:
 @pytest.mark.parametrize("unified", LAYOUTS)
 def test_a_held_request_starts_when_the_request_it_is_held_for_is_cancelled(unified: bool) -> None:
     context = context_of(unified, 200)
-    bench = Bench(context, prompt_rows=10)
+    bench = CoreBench(context, prompt_rows=10)
     shared = tuple(range(1, 41))
     bench.submit(0, Request(prompt=(*shared, 41), max_tokens=3))
     bench.submit(1, Request(prompt=(*shared, 42), max_tokens=3, ignore_eos=True))
@@ -410,18 +418,18 @@ def test_a_held_request_starts_when_the_request_it_is_held_for_is_cancelled(unif
 @pytest.mark.parametrize("unified", LAYOUTS)
 def test_the_next_turn_of_a_conversation_computes_only_what_is_new(unified: bool) -> None:
     context = context_of(unified, 200)
-    bench = Bench(context)
+    bench = CoreBench(context)
     first = Request(prompt=tuple(range(1, 21)), max_tokens=10, ignore_eos=True)
     bench.submit(0, first)
     bench.run()
     before = context.computed
-    bench.submit(1, Request(prompt=(*first.prompt, *bench.got[0], 7, 8), max_tokens=1))
+    bench.submit(1, Request(prompt=(*first.prompt, *bench.outputs[0], 7, 8), max_tokens=1))
     bench.run()
     assert context.computed - before == 3, "the last token of the output has no cell, and two are new"
 
 
 def test_cancelling_a_queued_request_frees_nothing_and_ends_once() -> None:
-    bench = Bench(ToyContext(), slots=1)
+    bench = CoreBench(ToyContext(), slots=1)
     bench.submit(0, Request(prompt=(1,), max_tokens=5, ignore_eos=True))
     bench.submit(1, Request(prompt=(2,), max_tokens=5))
     bench.core.step()
@@ -431,48 +439,48 @@ def test_cancelling_a_queued_request_frees_nothing_and_ends_once() -> None:
     end = bench.ends[1]
     assert isinstance(end, Finished)
     assert end.reason is FinishReason.CANCELLED
-    assert len(bench.got[0]) == 5
+    assert len(bench.outputs[0]) == 5
 
 
 @pytest.mark.parametrize("unified", LAYOUTS)
 def test_a_model_that_cannot_share_parts_still_serves(unified: bool) -> None:
     context = context_of(unified, 200, partial=False)
-    bench = Bench(context)
+    bench = CoreBench(context)
     request = Request(prompt=(1, 2, 3, 4), max_tokens=6, ignore_eos=True, sampling=SamplingParams(temperature=0))
     tokens, _ = alone(request, 200)
     for key in range(3):
         bench.submit(key, request, Oracle(request, tokens, 0.0, Random(0)))
     bench.run()
-    assert [bench.got[key] for key in range(3)] == [tokens] * 3
+    assert [bench.outputs[key] for key in range(3)] == [tokens] * 3
     assert context.computed == 3 * (4 + 5)
 
 
 @pytest.mark.parametrize("unified", LAYOUTS)
 def test_a_failed_step_fails_its_sequences_and_no_other(unified: bool) -> None:
     context = context_of(unified, 200, slots=1)
-    bench = Bench(context, slots=1)
+    bench = CoreBench(context, slots=1)
     bench.submit(0, Request(prompt=(1, 2), max_tokens=9, ignore_eos=True))
     bench.submit(1, Request(prompt=(1, 2), max_tokens=9, ignore_eos=True))
     context.faults = lambda n: NativeFault("injected") if n == 3 else None
     bench.run()
     assert isinstance(bench.ends[0], Failed)
     assert isinstance(bench.ends[1], Finished)
-    assert len(bench.got[1]) == 9
+    assert len(bench.outputs[1]) == 9
 
 
 @pytest.mark.parametrize("unified", LAYOUTS)
 @pytest.mark.parametrize("faults", [1, 2, 4])
 def test_decodes_that_find_no_cells_are_tried_with_less(faults: int, unified: bool) -> None:
-    """However often in a row: no request fails while more than a row was tried."""
+    """Up to `faults` decodes of several rows fail in a row; no request fails."""
     request = Request(prompt=tuple(range(1, 20)), max_tokens=9, ignore_eos=True)
     tokens, _ = alone(request, 200)
     context = context_of(unified, 200)
-    bench = Bench(context)
+    bench = CoreBench(context)
     for key in range(3):
         bench.submit(key, request, Oracle(request, tokens, 0.5, Random(1)))
     context.faults = lambda n: NoFreeCells() if n % 10 < faults and context.batch.rows > 1 else None
     bench.run()
-    assert [bench.got[key] for key in range(3)] == [tokens] * 3
+    assert [bench.outputs[key] for key in range(3)] == [tokens] * 3
 
 
 @pytest.mark.parametrize("unified", LAYOUTS)
@@ -480,18 +488,18 @@ def test_two_sequences_that_never_fit_together_run_one_after_the_other(unified: 
     request = Request(prompt=(1, 2, 3), max_tokens=6, ignore_eos=True)
     tokens, _ = alone(request, 200)
     context = context_of(unified, 200)
-    bench = Bench(context)
+    bench = CoreBench(context)
     for key in range(2):
         bench.submit(key, request)
     context.faults = lambda n: NoFreeCells() if len(set(context.batch.seq[: context.batch.rows])) > 1 else None
     bench.run()
-    assert [bench.got[key] for key in range(2)] == [tokens] * 2
+    assert [bench.outputs[key] for key in range(2)] == [tokens] * 2
 
 
 @pytest.mark.parametrize("unified", LAYOUTS)
 def test_a_request_that_does_not_fit_alone_fails_and_no_other(unified: bool) -> None:
     context = context_of(unified, 200)
-    bench = Bench(context)
+    bench = CoreBench(context)
     bench.submit(0, Request(prompt=(1, 2, 3), max_tokens=6, ignore_eos=True))
     bench.core.step()
     bench.submit(1, Request(prompt=(4, 5, 6), max_tokens=6, ignore_eos=True))
@@ -509,23 +517,23 @@ def test_a_request_that_does_not_fit_alone_fails_and_no_other(unified: bool) -> 
 
 @pytest.mark.parametrize("unified", LAYOUTS)
 def test_a_source_that_lost_cells_is_not_shared(monkeypatch: pytest.MonkeyPatch, unified: bool) -> None:
-    """As with a sliding window: the prompt is computed then."""
+    """The prompt is computed again, as with a sliding window."""
     context = context_of(unified, 200)
     monkeypatch.setattr(context, "copy", lambda source, target, length: False)
     monkeypatch.setattr(context, "intact", lambda seq, length: False)
     context.window = 16
-    bench = Bench(context)
+    bench = CoreBench(context)
     request = Request(prompt=tuple(range(1, 45)), max_tokens=3, ignore_eos=True)
     for key in range(2):
         bench.submit(key, request)
         bench.run()
-    assert bench.got[0] == bench.got[1]
+    assert bench.outputs[0] == bench.outputs[1]
     assert context.computed == 2 * (44 + 2)
 
 
 def test_an_idle_prefix_is_evicted_when_keeping_it_has_cost_enough() -> None:
     context = ToyContext(cells=2000)
-    bench = Bench(context)
+    bench = CoreBench(context)
     idle = Request(prompt=tuple(range(1, 41)), max_tokens=1)
     bench.submit(0, idle)
     bench.run()
@@ -534,18 +542,18 @@ def test_an_idle_prefix_is_evicted_when_keeping_it_has_cost_enough() -> None:
     before = context.computed
     bench.submit(2, idle)
     bench.run()
-    assert context.computed == before + 1, "still there"
+    assert context.computed == before + 1, "the prefix is still resident"
     bench.submit(3, Request(prompt=(46,), max_tokens=UNPRICED_STEPS + 100, ignore_eos=True))
     bench.run()
     before = context.computed
     bench.submit(4, idle)
     bench.run()
-    assert context.computed == before + 40, "gone"
+    assert context.computed == before + 40, "the prefix is evicted"
 
 
 def test_with_per_slot_kv_an_idle_prefix_stays_until_its_slot_is_needed() -> None:
     context = context_of(False, 2000, slots=2)
-    bench = Bench(context, slots=2)
+    bench = CoreBench(context, slots=2)
     idle = Request(prompt=tuple(range(1, 41)), max_tokens=1)
     bench.submit(0, idle)
     bench.run()
@@ -559,9 +567,9 @@ def test_with_per_slot_kv_an_idle_prefix_stays_until_its_slot_is_needed() -> Non
 
 @pytest.mark.parametrize("unified", LAYOUTS)
 def test_a_prompt_that_grows_by_a_token_each_time(unified: bool) -> None:
-    """Requests as from an editor: each diverges from the last at another token."""
+    """Requests resemble those of an editor: each diverges from the previous one at another token."""
     context = context_of(unified, 3000, rows=2048)
-    bench = Bench(context, prompt_rows=2048)
+    bench = CoreBench(context, prompt_rows=2048)
     document = [1 + n % (VOCABULARY - 2) for n in range(1500)]
     for size in range(1, 1500, 1):
         bench.submit(size, Request(prompt=(*document[:size], VOCABULARY - 1), max_tokens=0))
@@ -571,7 +579,7 @@ def test_a_prompt_that_grows_by_a_token_each_time(unified: bool) -> None:
 
 
 def test_a_stop_string_counts_as_a_stop() -> None:
-    bench = Bench(ToyContext())
+    bench = CoreBench(ToyContext())
     bench.submit(0, Request(prompt=(1,), ignore_eos=True))
     bench.core.step()
     bench.core.lifecycle.end(0, FinishReason.STOP)

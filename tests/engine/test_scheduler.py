@@ -9,13 +9,13 @@ from msgspec import structs
 
 from engine.scheduler import (
     Admission,
+    FreeCapacity,
     Hold,
-    InFlight,
-    Limits,
+    InFlightPrefix,
     Plan,
-    Room,
-    Rows,
+    ScheduledRows,
     SequenceView,
+    StepLimits,
     WaitingView,
     admit,
     plan,
@@ -23,8 +23,8 @@ from engine.scheduler import (
     save_points,
 )
 
-WIDE = Limits(rows=64, outputs=64, prompt_rows=64)
-ROOMY = Room(slots=4, free=1000, idle=0)
+WIDE_LIMITS = StepLimits(rows=64, outputs=64, prompt_rows=64)
+MANY_CELLS = FreeCapacity(slots=4, free_cells=1000, evictable_cells=0)
 
 
 def view(
@@ -36,111 +36,139 @@ def view(
 @pytest.mark.parametrize(
     ("case", "sequences", "room", "limits", "rows"),
     [
-        ("nothing runs", [], ROOMY, WIDE, []),
-        ("one decodes", [view(1, 10, 9)], ROOMY, WIDE, [Rows(1, 1)]),
-        ("one is prefilled", [view(1, 10, 0)], ROOMY, WIDE, [Rows(1, 10)]),
-        ("drafts are verified with a row", [view(1, 10, 9, drafts=4)], ROOMY, WIDE, [Rows(1, 1, 4)]),
-        ("prefill shares the step", [view(1, 10, 9), view(2, 40, 8)], ROOMY, WIDE, [Rows(1, 1), Rows(2, 32)]),
+        ("nothing runs", [], MANY_CELLS, WIDE_LIMITS, []),
+        ("one decodes", [view(1, 10, 9)], MANY_CELLS, WIDE_LIMITS, [ScheduledRows(1, 1)]),
+        ("one is prefilled", [view(1, 10, 0)], MANY_CELLS, WIDE_LIMITS, [ScheduledRows(1, 10)]),
+        (
+            "drafts are verified with a row",
+            [view(1, 10, 9, drafts=4)],
+            MANY_CELLS,
+            WIDE_LIMITS,
+            [ScheduledRows(1, 1, 4)],
+        ),
+        (
+            "prefill shares the step",
+            [view(1, 10, 9), view(2, 40, 8)],
+            MANY_CELLS,
+            WIDE_LIMITS,
+            [ScheduledRows(1, 1), ScheduledRows(2, 32)],
+        ),
         (
             "the budget limits prompts, not decoding",
             [view(1, 10, 9), view(2, 400, 0)],
-            ROOMY,
-            Limits(64, 64, 5),
-            [Rows(1, 1), Rows(2, 5)],
+            MANY_CELLS,
+            StepLimits(64, 64, 5),
+            [ScheduledRows(1, 1), ScheduledRows(2, 5)],
         ),
         (
             "a short prompt passes a long one that came at the same time",
             [view(1, 4000, 0), view(2, 20, 0)],
-            ROOMY,
-            Limits(64, 64, 60),
-            [Rows(2, 20), Rows(1, 40)],
+            MANY_CELLS,
+            StepLimits(64, 64, 60),
+            [ScheduledRows(2, 20), ScheduledRows(1, 40)],
         ),
         (
-            "of three the shortest two fill the step",
+            "the shortest two of three prompts fill the step",
             [view(1, 90, 0), view(2, 30, 0), view(3, 25, 0)],
-            ROOMY,
-            Limits(64, 64, 48),
-            [Rows(3, 25), Rows(2, 23)],
+            MANY_CELLS,
+            StepLimits(64, 64, 48),
+            [ScheduledRows(3, 25), ScheduledRows(2, 23)],
         ),
         (
             "a long prompt gains weight as it waits",
             [view(1, 400, 0, waited=30.0), view(2, 20, 0, waited=1.0)],
-            ROOMY,
-            Limits(64, 64, 60),
-            [Rows(1, 60)],
+            MANY_CELLS,
+            StepLimits(64, 64, 60),
+            [ScheduledRows(1, 60)],
         ),
         (
             "a prompt gains weight with what is computed of it",
             [view(1, 400, 390), view(2, 20, 0)],
-            ROOMY,
-            Limits(64, 64, 15),
-            [Rows(1, 10), Rows(2, 5)],
+            MANY_CELLS,
+            StepLimits(64, 64, 15),
+            [ScheduledRows(1, 10), ScheduledRows(2, 5)],
         ),
         (
             "prompts of equal length finish in the order of their arrival",
             [view(1, 90, 0, waited=2.0), view(2, 90, 0, waited=1.0), view(3, 90, 0, waited=3.0)],
-            ROOMY,
-            Limits(64, 64, 64),
-            [Rows(3, 64)],
+            MANY_CELLS,
+            StepLimits(64, 64, 64),
+            [ScheduledRows(3, 64)],
         ),
         (
-            "of equal ratios the oldest is first",
+            "the oldest of equal ratios is first",
             [view(1, 90, 0), view(2, 90, 0)],
-            ROOMY,
-            Limits(64, 64, 1),
-            [Rows(1, 1)],
+            MANY_CELLS,
+            StepLimits(64, 64, 1),
+            [ScheduledRows(1, 1)],
         ),
         (
             "tokens after a block to load are not computed",
             [view(1, 90, 0, blocked=70), view(2, 90, 0, blocked=90)],
-            ROOMY,
-            WIDE,
-            [Rows(1, 20)],
+            MANY_CELLS,
+            WIDE_LIMITS,
+            [ScheduledRows(1, 20)],
         ),
         (
             "outputs limit drafts, one being kept for each sequence",
             [view(1, 10, 9, drafts=9), view(2, 10, 9, drafts=9)],
-            ROOMY,
-            Limits(64, 6, 64),
-            [Rows(1, 1, 2), Rows(2, 1, 2)],
+            MANY_CELLS,
+            StepLimits(64, 6, 64),
+            [ScheduledRows(1, 1, 2), ScheduledRows(2, 1, 2)],
         ),
         (
             "a short draft leaves its share to the others",
             [view(1, 10, 9, drafts=1), view(2, 10, 9, drafts=9)],
-            ROOMY,
-            Limits(64, 8, 64),
-            [Rows(1, 1, 1), Rows(2, 1, 5)],
+            MANY_CELLS,
+            StepLimits(64, 8, 64),
+            [ScheduledRows(1, 1, 1), ScheduledRows(2, 1, 5)],
         ),
         (
             "drafts are given up before idle prefixes are",
             [view(1, 10, 9, drafts=9)],
-            Room(0, free=1, idle=50),
-            WIDE,
-            [Rows(1, 1)],
+            FreeCapacity(0, free_cells=1, evictable_cells=50),
+            WIDE_LIMITS,
+            [ScheduledRows(1, 1)],
         ),
-        ("the batch limits prompts", [view(1, 900, 0)], ROOMY, Limits(64, 64, 500), [Rows(1, 64)]),
-        ("cells limit prompts", [view(1, 900, 0)], Room(0, free=3, idle=4), WIDE, [Rows(1, 7)]),
+        ("the batch limits prompts", [view(1, 900, 0)], MANY_CELLS, StepLimits(64, 64, 500), [ScheduledRows(1, 64)]),
+        (
+            "cells limit prompts",
+            [view(1, 900, 0)],
+            FreeCapacity(0, free_cells=3, evictable_cells=4),
+            WIDE_LIMITS,
+            [ScheduledRows(1, 7)],
+        ),
     ],
 )
-def test_rows(case: str, sequences: list[SequenceView], room: Room, limits: Limits, rows: list[Rows]) -> None:
+def test_rows(
+    case: str, sequences: list[SequenceView], room: FreeCapacity, limits: StepLimits, rows: list[ScheduledRows]
+) -> None:
     assert plan(sequences, room, limits) == Plan(tuple(rows)), case
 
 
 def test_the_newest_is_preempted_when_decoding_finds_no_cells() -> None:
     sequences = [view(1, 50, 49, exclusive=49), view(2, 30, 29, exclusive=9), view(3, 20, 19, exclusive=1)]
-    assert plan(sequences, Room(0, free=1, idle=0), WIDE) == Plan((Rows(1, 1), Rows(2, 1)), (3,))
+    assert plan(sequences, FreeCapacity(0, free_cells=1, evictable_cells=0), WIDE_LIMITS) == Plan(
+        (ScheduledRows(1, 1), ScheduledRows(2, 1)), (3,)
+    )
 
 
 def test_two_prompts_without_cells_do_not_block_each_other() -> None:
     sequences = [view(1, 90, 50, exclusive=50), view(2, 90, 50, exclusive=50)]
-    assert plan(sequences, Room(0, free=0, idle=0), WIDE) == Plan((Rows(1, 40),), (2,))
+    assert plan(sequences, FreeCapacity(0, free_cells=0, evictable_cells=0), WIDE_LIMITS) == Plan(
+        (ScheduledRows(1, 40),), (2,)
+    )
 
 
 def test_a_step_without_cells_is_tried_with_fewer_rows() -> None:
-    assert reduce_rows([Rows(1, 1, 3), Rows(2, 8)]) == (Rows(1, 1), Rows(2, 8))
-    assert reduce_rows([Rows(1, 1), Rows(2, 8), Rows(3, 3)]) == (Rows(1, 1), Rows(2, 4), Rows(3, 2))
-    assert reduce_rows([Rows(1, 1), Rows(2, 1), Rows(3, 1)]) == (Rows(1, 1),)
-    assert reduce_rows([Rows(1, 1)]) == ()
+    assert reduce_rows([ScheduledRows(1, 1, 3), ScheduledRows(2, 8)]) == (ScheduledRows(1, 1), ScheduledRows(2, 8))
+    assert reduce_rows([ScheduledRows(1, 1), ScheduledRows(2, 8), ScheduledRows(3, 3)]) == (
+        ScheduledRows(1, 1),
+        ScheduledRows(2, 4),
+        ScheduledRows(3, 2),
+    )
+    assert reduce_rows([ScheduledRows(1, 1), ScheduledRows(2, 1), ScheduledRows(3, 1)]) == (ScheduledRows(1, 1),)
+    assert reduce_rows([ScheduledRows(1, 1)]) == ()
 
 
 def test_whole_states_are_saved_shortly_before_the_end_of_a_prompt() -> None:
@@ -149,77 +177,100 @@ def test_whole_states_are_saved_shortly_before_the_end_of_a_prompt() -> None:
     assert save_points(100, divisible=True) == ()
 
 
-def waiting(key: int, known: int, resident: int = 0, idle: int = 0, in_flight: InFlight | None = None) -> WaitingView:
+def waiting(
+    key: int, known: int, resident: int = 0, idle: int = 0, in_flight: InFlightPrefix | None = None
+) -> WaitingView:
     return WaitingView(key, known, resident, idle, resident, in_flight)
 
 
 @pytest.mark.parametrize(
     ("case", "requests", "sequences", "room", "start", "holds"),
     [
-        ("no request waits", [], [], ROOMY, None, []),
-        ("first come", [waiting(1, 10), waiting(2, 10)], [], ROOMY, 1, []),
-        ("no slot", [waiting(1, 10)], [], Room(0, 1000, 0), None, []),
+        ("no request waits", [], [], MANY_CELLS, None, []),
+        ("the first request in the queue starts", [waiting(1, 10), waiting(2, 10)], [], MANY_CELLS, 1, []),
+        ("no slot", [waiting(1, 10)], [], FreeCapacity(0, 1000, 0), None, []),
         (
             "a request whose prefix is in flight is held, and lets others pass",
-            [waiting(1, 100, 10, in_flight=InFlight(9, 90)), waiting(2, 10)],
+            [waiting(1, 100, 10, in_flight=InFlightPrefix(9, 90)), waiting(2, 10)],
             [view(9, 200, 10)],
-            ROOMY,
+            MANY_CELLS,
             2,
             [Hold(1, 9, 90)],
         ),
         (
-            "it starts once the prefix is resident",
-            [waiting(1, 100, 90, in_flight=InFlight(9, 90))],
+            "a held request starts once the prefix is resident",
+            [waiting(1, 100, 90, in_flight=InFlightPrefix(9, 90))],
             [view(9, 200, 95)],
-            ROOMY,
+            MANY_CELLS,
             1,
             [],
         ),
         (
             "a prefix in flight must be longer by enough",
-            [waiting(1, 100, 59, in_flight=InFlight(9, 90))],
+            [waiting(1, 100, 59, in_flight=InFlightPrefix(9, 90))],
             [view(9, 200, 59)],
-            ROOMY,
+            MANY_CELLS,
             1,
             [],
         ),
         (
-            "a prefix that loading gives is not held for",
-            [WaitingView(1, 100, 10, 0, 90, InFlight(9, 90))],
+            "a request is not held for a prefix that it can load",
+            [WaitingView(1, 100, 10, 0, 90, InFlightPrefix(9, 90))],
             [view(9, 200, 10)],
-            ROOMY,
+            MANY_CELLS,
             1,
             [],
         ),
         (
             "a prefix that will not be saved cannot be shared",
-            [waiting(1, 100, 10, in_flight=InFlight(9, 90, can_save=False))],
+            [waiting(1, 100, 10, in_flight=InFlightPrefix(9, 90, can_save=False))],
             [view(9, 200, 10)],
-            ROOMY,
+            MANY_CELLS,
             1,
             [],
         ),
-        ("nothing is in flight if nothing runs", [waiting(1, 100, 10, 0, InFlight(9, 90))], [], ROOMY, 1, []),
-        ("running sequences are not preempted", [waiting(1, 100)], [view(9, 50, 49)], Room(1, 90, 0), None, []),
-        ("a prefix counts once", [waiting(1, 100, 80)], [view(9, 90, 89)], Room(1, 60, 0), 1, []),
         (
-            "an idle prefix that it shares cannot be evicted",
+            "nothing is in flight if nothing runs",
+            [waiting(1, 100, 10, 0, InFlightPrefix(9, 90))],
+            [],
+            MANY_CELLS,
+            1,
+            [],
+        ),
+        ("running sequences are not preempted", [waiting(1, 100)], [view(9, 50, 49)], FreeCapacity(1, 90, 0), None, []),
+        ("a prefix counts once", [waiting(1, 100, 80)], [view(9, 90, 89)], FreeCapacity(1, 60, 0), 1, []),
+        (
+            "an idle prefix that a request shares cannot be evicted",
             [waiting(1, 100, 80, 80)],
             [view(9, 9, 8)],
-            Room(1, 0, 90),
+            FreeCapacity(1, 0, 90),
             None,
             [],
         ),
-        ("idle prefixes make room", [waiting(1, 100)], [view(9, 9, 8)], Room(1, 10, 200), 1, []),
-        ("the first does not starve", [waiting(1, 500), waiting(2, 5)], [view(9, 9, 8)], Room(1, 90, 0), None, []),
-        ("if nothing runs, any request starts", [waiting(1, 190)], [], Room(1, 10, 190), 1, []),
+        (
+            "idle prefixes are evicted for a request",
+            [waiting(1, 100)],
+            [view(9, 9, 8)],
+            FreeCapacity(1, 10, 200),
+            1,
+            [],
+        ),
+        (
+            "the first request in the queue does not starve",
+            [waiting(1, 500), waiting(2, 5)],
+            [view(9, 9, 8)],
+            FreeCapacity(1, 90, 0),
+            None,
+            [],
+        ),
+        ("if nothing runs, any request starts", [waiting(1, 190)], [], FreeCapacity(1, 10, 190), 1, []),
     ],
 )
 def test_admission(
     case: str,
     requests: list[WaitingView],
     sequences: list[SequenceView],
-    room: Room,
+    room: FreeCapacity,
     start: int | None,
     holds: list[Hold],
 ) -> None:
@@ -241,55 +292,65 @@ def test_a_plan_keeps_every_limit_and_always_has_rows(
         view(key, known + more, known, drafts if more == 1 else 0, exclusive, waited=waited)
         for key, (known, more, drafts, exclusive, waited) in enumerate(shapes)
     ]
-    limits = Limits(rows=64, outputs=16, prompt_rows=prompt_rows)
-    made = plan(sequences, Room(0, free, idle + 1), limits)
-    rows = sum(part.tokens + part.drafts for part in made.rows)
-    freed = sum(each.exclusive for each in sequences if each.key in made.preempt)
+    limits = StepLimits(rows=64, outputs=16, prompt_rows=prompt_rows)
+    planned = plan(sequences, FreeCapacity(0, free, idle + 1), limits)
+    rows = sum(part.tokens + part.drafts for part in planned.rows)
+    freed = sum(each.exclusive for each in sequences if each.key in planned.preempt)
     assert 0 < rows <= limits.rows
     assert rows <= free + idle + 1 + freed
-    assert sum(1 + part.drafts for part in made.rows) <= limits.outputs
-    for part in made.rows:
+    assert sum(1 + part.drafts for part in planned.rows) <= limits.outputs
+    for part in planned.rows:
         each = next(each for each in sequences if each.key == part.key)
-        assert part.key not in made.preempt
+        assert part.key not in planned.preempt
         assert part.tokens <= each.num_uncomputed
         assert part.drafts <= each.drafts
-    kept = [each for each in sequences if each.key not in made.preempt]
-    assert {each.key for each in kept if each.num_uncomputed == 1} <= {part.key for part in made.rows}
+    kept = [each for each in sequences if each.key not in planned.preempt]
+    assert {each.key for each in kept if each.num_uncomputed == 1} <= {part.key for part in planned.rows}
 
 
-TWO = Limits(rows=64, outputs=64, prompt_rows=64, min_prompt_rows=2, ubatch=16)
-"""Single rows are computed by other kernels than several."""
+# Single rows are computed by other kernels than several.
+NO_SINGLE_ROWS = StepLimits(rows=64, outputs=64, prompt_rows=64, min_prompt_rows=2, ubatch=16)
 
 
 @pytest.mark.parametrize(
     ("case", "sequences", "limits", "rows"),
     [
-        ("no rest of one row", [view(1, 11, 0)], structs.replace(TWO, prompt_rows=10), [Rows(1, 9)]),
-        ("three rows are not split", [view(1, 3, 0)], structs.replace(TWO, prompt_rows=2), [Rows(1, 3)]),
-        ("no pass of one row", [view(1, 17, 0)], TWO, [Rows(1, 15)]),
-        ("nor after several passes", [view(1, 33, 0)], TWO, [Rows(1, 31)]),
-        ("two rows in the last pass", [view(1, 18, 0)], TWO, [Rows(1, 18)]),
+        (
+            "no single row is left for later",
+            [view(1, 11, 0)],
+            structs.replace(NO_SINGLE_ROWS, prompt_rows=10),
+            [ScheduledRows(1, 9)],
+        ),
+        (
+            "three rows are not split",
+            [view(1, 3, 0)],
+            structs.replace(NO_SINGLE_ROWS, prompt_rows=2),
+            [ScheduledRows(1, 3)],
+        ),
+        ("no pass of one row", [view(1, 17, 0)], NO_SINGLE_ROWS, [ScheduledRows(1, 15)]),
+        ("no pass of one row after several passes", [view(1, 33, 0)], NO_SINGLE_ROWS, [ScheduledRows(1, 31)]),
+        ("two rows in the last pass", [view(1, 18, 0)], NO_SINGLE_ROWS, [ScheduledRows(1, 18)]),
         (
             "one row before a block to load",
             [view(1, 10, 9), structs.replace(view(2, 40, 8), blocked=31)],
-            TWO,
-            [Rows(1, 1), Rows(2, 1)],
+            NO_SINGLE_ROWS,
+            [ScheduledRows(1, 1), ScheduledRows(2, 1)],
         ),
         (
             "drafts leave a prompt its rows",
             [view(1, 10, 9, drafts=60), view(2, 40, 8)],
-            structs.replace(TWO, rows=16, prompt_rows=2),
-            [Rows(1, 1, 12), Rows(2, 3)],
+            structs.replace(NO_SINGLE_ROWS, rows=16, prompt_rows=2),
+            [ScheduledRows(1, 1, 12), ScheduledRows(2, 3)],
         ),
         (
-            "where only one row fits, it is taken",
+            "one row is taken if only one fits",
             [view(1, 10, 9), view(2, 40, 8)],
-            structs.replace(TWO, rows=2),
-            [Rows(1, 1), Rows(2, 1)],
+            structs.replace(NO_SINGLE_ROWS, rows=2),
+            [ScheduledRows(1, 1), ScheduledRows(2, 1)],
         ),
     ],
 )
-def test_rows_of_a_prompt_are_several_where_that_can_be(
-    case: str, sequences: list[SequenceView], limits: Limits, rows: list[Rows]
+def test_prompt_rows_are_not_single_where_possible(
+    case: str, sequences: list[SequenceView], limits: StepLimits, rows: list[ScheduledRows]
 ) -> None:
-    assert plan(sequences, ROOMY, limits) == Plan(tuple(rows)), case
+    assert plan(sequences, MANY_CELLS, limits) == Plan(tuple(rows)), case

@@ -65,7 +65,7 @@ def test_a_long_history_is_fed_in_batches() -> None:
     assert proposers.feed(tokens, 2) == 2
     assert not proposers.can_draft(tokens)
     tokens.append(6)
-    proposers.observe(tokens, [6], VerifiedDraft(0, 0))  # a token emitted meanwhile is fed in its turn
+    proposers.observe(tokens, [6], VerifiedDraft(0, 0))  # a token emitted before the feed is complete is fed in order
     assert proposers.feed(tokens, 3) == 3
     assert proposers.feed(tokens, 0) == 0
     assert proposers.feed(tokens, 9) == 1
@@ -78,7 +78,7 @@ def test_the_draft_with_most_expected_tokens_is_chosen() -> None:
     proposers = SequenceProposers({"bad": bad, "good": good})
     tokens = array("i", [0])
     proposers.feed(tokens, 9)
-    assert step(proposers, tokens, [1]).tokens == [9, 9, 9, 9], "the longer one, as nothing is observed yet"
+    assert step(proposers, tokens, [1]).tokens == [9, 9, 9, 9], "the longer draft, as nothing is observed yet"
     for _ in range(4):
         drafted = step(proposers, tokens, [1, 2, 3])
     assert drafted.tokens == [1, 2]
@@ -142,7 +142,7 @@ def test_counts_and_the_line_in_the_log() -> None:
     )
 
 
-def alone(kind: ProposerType, prompt: Sequence[int]) -> Proposer:
+def new_proposer(kind: ProposerType, prompt: Sequence[int]) -> Proposer:
     request = Request(
         prompt=tuple(prompt), prediction=(1, 2, 3, 1, 2, 2), salt="x", speculation=Speculation(type=(kind,))
     )
@@ -152,20 +152,21 @@ def alone(kind: ProposerType, prompt: Sequence[int]) -> Proposer:
 @pytest.mark.parametrize("kind", [kind for kind in PROPOSER_TYPES if kind not in ("draft", "grammar")])
 @pytest.mark.parametrize("seed", range(20))
 def test_a_shift_before_the_whole_history_was_fed(kind: ProposerType, seed: int) -> None:
-    """Tokens fed after it follow the remaining history, as if the discarded tokens had never been in it."""
+    """Tokens fed after the shift follow the remaining history, as if the discarded tokens had never been in the
+    history."""
     random = Random(seed)
     prompt = [random.randint(1, 3) for _ in range(20)]
     fed, keep = random.randint(1, 20), random.randint(0, 15)
     discard = random.randint(1, 20 - keep)
-    edited = alone(kind, prompt)
+    edited = new_proposer(kind, prompt)
     edited.begin(prompt[:fed])
     edited.shift(keep, discard)
     edited.observe(prompt[max(fed, keep + discard) :] if fed >= keep else prompt[fed:keep] + prompt[keep + discard :])
     left = prompt[:keep] + prompt[keep + discard :]
-    fresh = alone(kind, left)
+    fresh = new_proposer(kind, left)
     fresh.begin(left)
     for output in (1, 2, 3):
-        if kind != "ngram-mod":  # its pool keeps the tokens that were emitted before
+        if kind != "ngram-mod":  # the pool keeps tokens that were emitted earlier
             assert [*edited.propose(8).tokens] == [*fresh.propose(8).tokens]
         edited.observe([output])
         fresh.observe([output])
@@ -174,7 +175,7 @@ def test_a_shift_before_the_whole_history_was_fed(kind: ProposerType, seed: int)
 # ── polls ──
 
 
-def test_proposers_without_useful_drafts_are_polled_in_turns_where_polls_of_all_take_too_long() -> None:
+def test_proposers_without_useful_drafts_take_turns_if_polling_all_takes_too_long() -> None:
     useful, mute, wrong = FixedDraft([1, 1, 1]), FixedDraft([]), FixedDraft([9])
     proposers = SequenceProposers({"useful": useful, "mute": mute, "wrong": wrong})
     tokens = array("i", [1])
@@ -227,6 +228,6 @@ def test_a_draft_that_is_not_verified_is_compared_until_it_fails() -> None:
         tokens.append(token)
         proposers.observe(tokens, [token], VerifiedDraft(0, 0))
     (tracked,) = proposers.unbatched
-    chances = [tracked.stats.acceptance.chance(place) for place in range(4)]
+    chances = [tracked.stats.acceptance.chance(position) for position in range(4)]
     assert chances[0] > AcceptanceEstimate().chance(0)
     assert chances[2] > chances[3]

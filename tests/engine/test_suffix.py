@@ -19,14 +19,14 @@ SALTS = ["", "tenant"]
 FACTOR = 1.5
 P_MIN = 0.3
 
-# Tokens and their chances.
+# A draft: tokens and their chances.
 Drafted = tuple[bytes, list[float]]
-# Name, request, two numbers and tokens.
+# An operation: its name, the index of the request, two numbers and tokens.
 Operation = tuple[str, int, int, int, list[int]]
 
 
 class NaiveTree:
-    """Texts, and the settled suffixes, as (text, start), in the order of settling."""
+    """A reference tree: the texts, and the settled suffixes as pairs of text and start, in the order of settling."""
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
@@ -75,7 +75,7 @@ class NaiveTree:
                 self.tokens_of(suffix)[len(here)] for suffix in passing if len(self.tokens_of(suffix)) > len(here)
             ]
             if options:
-                _, _, token = max((options.count(token), place, token) for place, token in enumerate(options))
+                _, _, token = max((options.count(token), position, token) for position, token in enumerate(options))
                 chance = options.count(token) / len(options)
             else:
                 copied = copied or passing[-1]
@@ -92,7 +92,7 @@ class NaiveTree:
 
 
 class NaiveOutputs:
-    """For each salt its trees, newest first. The last salt is the most recently used."""
+    """The trees of each salt, newest first; the last salt is the most recently used."""
 
     def __init__(self, bound: int, depth: int) -> None:
         self.bound, self.depth = bound, depth
@@ -148,7 +148,7 @@ class NaiveSuffix:
     def shift(self, keep: int, discard: int) -> None:
         history = self.history
         if discard:
-            self.prompt_length -= sum(keep <= place < keep + discard for place in range(self.prompt_length))
+            self.prompt_length -= sum(keep <= position < keep + discard for position in range(self.prompt_length))
             self.output = NaiveOutput()
             self.learn(history[:keep] + history[keep + discard :])
 
@@ -161,7 +161,10 @@ class NaiveSuffix:
                 most, own = min(limit, max(1, int(FACTOR * length))), 0 if tree is self.tree else None
                 drafted = tree.continuation(self.history[-length:], most, P_MIN, own)
                 if sum(accumulate(drafted[1], mul)) > sum(accumulate(raw, mul)):
-                    best = drafted[0], [chance * (1 - 1 / place) for place, chance in enumerate(drafted[1], length + 1)]
+                    best = (
+                        drafted[0],
+                        [chance * (1 - 1 / position) for position, chance in enumerate(drafted[1], length + 1)],
+                    )
                     raw = drafted[1]
         return best
 
@@ -201,8 +204,8 @@ def test_active_suffix_of_the_only_text_is_its_longest_match(tokens: list[int], 
     assert tree.active(text) == tree.longest(tokens)
 
 
-class Requests:
-    """Three concurrent requests, each with its reference; an ended request is replaced by the next."""
+class RequestPairs:
+    """Three concurrent requests, each with its reference; an ended request is replaced by a new one."""
 
     def __init__(self) -> None:
         self.shared, self.naive_shared = SharedOutputs(BOUND, DEPTH), NaiveOutputs(BOUND, DEPTH)
@@ -252,7 +255,7 @@ def operations(drawn: bytes) -> list[Operation]:
 @settings(max_examples=250, deadline=None)
 @given(st.binary(min_size=400, max_size=600).map(operations))
 def test_proposer_equals_the_reference(operations: list[Operation]) -> None:
-    requests = Requests()
+    requests = RequestPairs()
     for operation in operations:
         requests.apply(*operation)
 
@@ -270,7 +273,7 @@ def test_draft_is_as_long_as_the_match() -> None:
     assert proposer.propose(2).tokens == [4, 5]
 
 
-def test_a_short_match_is_worth_a_token() -> None:
+def test_a_short_match_drafts_one_token() -> None:
     proposer = suffix(factor=0.1)
     proposer.begin([1, 2, 3, 4, 5, 1, 2])
     assert proposer.propose(9).tokens == [3]
@@ -283,7 +286,7 @@ def test_most_frequent_continuation_is_drafted_with_its_chance() -> None:
     assert (draft.tokens, draft.chances) == ([8], [0.5 * (1 - 1 / 3)])
 
 
-def test_of_equally_frequent_ones_the_latest_is_drafted() -> None:
+def test_the_latest_of_equally_frequent_continuations_is_drafted() -> None:
     proposer = suffix()
     proposer.begin([1, 2, 8, 1, 2, 7, 1, 2])
     draft = proposer.propose(1)
@@ -341,7 +344,7 @@ def test_history_is_preferred_to_outputs_of_others() -> None:
     assert proposer.propose(1).tokens == [7]
 
 
-def test_no_seam_is_shared() -> None:
+def test_no_sequence_across_an_edit_is_shared() -> None:
     shared = SharedOutputs()
     first = suffix(shared)
     first.begin([1, 2, 3, 4, 5])
@@ -354,7 +357,7 @@ def test_no_seam_is_shared() -> None:
     assert (draft.tokens, draft.chances) == ([3], [0.5])
 
 
-def test_a_shift_takes_its_part_of_the_prompt() -> None:
+def test_a_shift_shortens_the_prompt() -> None:
     shared = SharedOutputs()
     proposer = suffix(shared, prompt_length=4)
     proposer.begin([1, 2, 3, 4, 5])
@@ -393,7 +396,7 @@ def test_the_salt_unused_longest_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("bound", [0, 1])
-def test_without_room_nothing_is_shared(bound: int) -> None:
+def test_a_bound_of_zero_or_one_shares_nothing(bound: int) -> None:
     shared = SharedOutputs(bound)
     proposer = suffix(shared)
     proposer.begin([1, 2, 3, 1, 2])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from engine.kv.tree import PrefixTree, Resident
 
 
-class Naive:
-    """Each sequence is a list of (token, cell) with cells shared by identity."""
+class NaivePrefixTree:
+    """A reference tree: each sequence is a list of pairs of token and cell, and cells are shared by identity."""
 
     def __init__(self) -> None:
         self.held: dict[int, list[tuple[int, object]]] = {}
@@ -45,7 +45,7 @@ OPERATION = st.tuples(
 )
 
 
-def apply(tree: PrefixTree, naive: Naive, operation: tuple[str, int, int, int, list[int], str]) -> None:
+def apply(tree: PrefixTree, naive: NaivePrefixTree, operation: tuple[str, int, int, int, list[int], str]) -> None:
     name, seq, other, length, tokens, salt = operation
     known = seq in naive.held
     match name:
@@ -70,7 +70,7 @@ def apply(tree: PrefixTree, naive: Naive, operation: tuple[str, int, int, int, l
 @settings(max_examples=300, deadline=None)
 @given(st.lists(OPERATION, max_size=40), TOKENS)
 def test_equals_the_naive_model(operations: list[tuple[str, int, int, int, list[int], str]], query: list[int]) -> None:
-    tree, naive = PrefixTree(), Naive()
+    tree, naive = PrefixTree(), NaivePrefixTree()
     for operation in operations:
         apply(tree, naive, operation)
         tree.check()

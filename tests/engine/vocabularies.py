@@ -27,7 +27,7 @@ class PairVocab(ToyVocab):
 
 
 class AsciiVocab:
-    """ASCII, some words, and three special tokens, two of which are end tokens."""
+    """A vocabulary of ASCII, some words, and three special tokens, two of which are end tokens."""
 
     WORDS = ('{"', '":', '"}', '", "', "true", "null", "name", "age", ' "', "<b>", "café")
     SPECIAL = ("<|end|>", "<|stop|>", "<|call|>")
@@ -54,7 +54,7 @@ class AsciiVocab:
 
 
 def longest_tokens(text: str, tokens_by_text: dict[str, int]) -> list[int]:
-    """Returns the longest token at each position."""
+    """Returns a tokenization of `text` with the longest token at each position."""
     tokens = []
     while text:
         size = next(size for size in range(8, 0, -1) if text[:size] in tokens_by_text)
@@ -67,7 +67,7 @@ ASCII = AsciiVocab()
 PAIRS = PairVocab()
 
 
-# One for each vocabulary, as its tokenizer takes long to build.
+# One compiler for each vocabulary, because building a tokenizer takes long.
 _COMPILERS: dict[int, GrammarCompiler] = {}
 
 

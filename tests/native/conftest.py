@@ -1,4 +1,4 @@
-"""The real model. The tests fail without it: `make test` downloads it."""
+"""Fixtures with the real model. The tests fail without its file, which `make test` downloads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODEL = Path(__file__).parents[2] / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf
 
 @pytest.fixture(scope="session")
 def shared_backend() -> Iterator[LlamaBackend]:
-    """One opened model for all native tests, with unified KV and few cells, which are filled quickly."""
+    """Yields one opened model for all native tests, with unified KV and few cells, which tests fill quickly."""
     backend = open_gguf(EngineConfig.of(path=MODEL, slots=4, context=1024, rows=256), lambda share: None, lambda: True)
     yield backend
     backend.close()
@@ -24,7 +24,7 @@ def shared_backend() -> Iterator[LlamaBackend]:
 
 @pytest.fixture
 def backend(shared_backend: LlamaBackend) -> LlamaBackend:
-    """The model with empty cells and an empty batch."""
+    """Returns the opened model with empty cells and an empty batch."""
     context = shared_backend.context
     context.batch.clear()
     for seq in range(context.sequences):

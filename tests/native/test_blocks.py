@@ -32,14 +32,14 @@ TOKENS = [int(token) for token in np.random.default_rng(5).integers(100, 4000, 3
 LENGTH, BLOCK_TOKENS = 45, 16
 
 
-class Sample(NamedTuple):
-    """A context in which the first tokens were computed once."""
+class ContextSample(NamedTuple):
+    """A context, and the states and logits after it computed the first LENGTH tokens."""
 
     context: LlamaContext
     blocks: list[StatePart]
     whole: State
     expected: Logits
-    """The logits of the row after them."""
+    """The logits of the row after these tokens."""
 
 
 def opened(unified: bool, **fields: Any) -> LlamaBackend:
@@ -48,8 +48,8 @@ def opened(unified: bool, **fields: Any) -> LlamaBackend:
 
 
 @pytest.fixture(scope="module", params=list(TYPES))
-def pair(request: pytest.FixtureRequest) -> Iterator[dict[str, Sample]]:
-    """Contexts of both layouts with the same types of cells."""
+def pair(request: pytest.FixtureRequest) -> Iterator[dict[str, ContextSample]]:
+    """Yields contexts of both layouts with the same types of cells."""
     fields = TYPES[request.param] | {"memory": {"reuse": 16}}
     backends = {"unified": opened(True, **fields), "per-slot": opened(False, **fields)}
     assert backends["unified"].info.layout == backends["per-slot"].info.layout
@@ -58,25 +58,25 @@ def pair(request: pytest.FixtureRequest) -> Iterator[dict[str, Sample]]:
         backend.close()
 
 
-def sample_of(backend: LlamaBackend) -> Sample:
+def sample_of(backend: LlamaBackend) -> ContextSample:
     context = backend.context
     assert isinstance(context, LlamaContext)
     assert all(context.length(seq) == 0 for seq in range(context.sequences)), "the probe leaves nothing behind"
     feed(context, 0, 0, TOKENS[:LENGTH], 0)
     saved = blocks(context, 0)
-    return Sample(context, saved, cut(context, 0, 0, LENGTH), after(context, 0))
+    return ContextSample(context, saved, cut(context, 0, 0, LENGTH), next_logits(context, 0))
 
 
 @pytest.fixture(params=["unified", "per-slot"])
-def sample(pair: dict[str, Sample], request: pytest.FixtureRequest) -> Sample:
-    """A context with empty cells."""
+def sample(pair: dict[str, ContextSample], request: pytest.FixtureRequest) -> ContextSample:
+    """Returns a sample whose context has empty cells."""
     found = pair[request.param]
     found.context.clear()
     return found
 
 
-def after(context: Context, seq: int) -> Logits:
-    """The logits of a sequence's next row, which is dropped again."""
+def next_logits(context: Context, seq: int) -> Logits:
+    """Returns the logits of a sequence's next row; the row is dropped afterwards."""
     length = context.length(seq)
     row: Logits = feed(context, seq, length, TOKENS[length : length + 1])[0]
     assert context.cut(seq, length)
@@ -92,13 +92,13 @@ def cut(context: Context, seq: int, start: int, end: int) -> State:
 
 
 def blocks(context: Context, seq: int) -> list[StatePart]:
-    """All that a sequence has, in blocks."""
+    """Returns the whole state of a sequence in blocks of BLOCK_TOKENS tokens."""
     length = context.length(seq)
     spans = [(start, min(length, start + BLOCK_TOKENS)) for start in range(0, length, BLOCK_TOKENS)]
     return [StatePart(cut(context, seq, *span), *span) for span in spans]
 
 
-def test_the_properties_of_a_context(sample: Sample) -> None:
+def test_the_properties_of_a_context(sample: ContextSample) -> None:
     context = sample.context
     expected = (22, 768, 1) if context.unified else (3, 256, 3)
     assert (context.sequences, context.sequence_cells, context.streams) == expected
@@ -107,55 +107,55 @@ def test_the_properties_of_a_context(sample: Sample) -> None:
     assert context.shifts
 
 
-def test_blocks_loaded_elsewhere_give_the_same_logits(sample: Sample) -> None:
+def test_blocks_loaded_elsewhere_give_the_same_logits(sample: ContextSample) -> None:
     context = sample.context
     assert context.load(2, sample.blocks)
     assert (context.length(2), context.intact(2, LENGTH)) == (LENGTH, True)
     assert np.array_equal(cut(context, 2, 0, LENGTH), sample.whole)
-    assert np.array_equal(after(context, 2), sample.expected)
+    assert np.array_equal(next_logits(context, 2), sample.expected)
 
 
-def test_parts_of_blocks_are_appended_to_what_a_sequence_has(sample: Sample) -> None:
+def test_parts_of_blocks_are_appended_to_a_sequence(sample: ContextSample) -> None:
     context, (first, second, third) = sample.context, (part.state for part in sample.blocks)
     assert context.load(1, [StatePart(first, 0, 16), StatePart(sample.whole, 16, 20)])
     assert context.length(1) == 20
     assert context.load(1, [StatePart(second, 20, 32), StatePart(third, 32, LENGTH)])
-    assert np.array_equal(after(context, 1), sample.expected)
+    assert np.array_equal(next_logits(context, 1), sample.expected)
 
 
-def test_a_copy_has_the_same_logits_and_stays_when_its_source_changes(sample: Sample) -> None:
+def test_a_copy_has_the_same_logits_and_stays_when_its_source_changes(sample: ContextSample) -> None:
     context = sample.context
     assert context.load(0, sample.blocks)
     assert context.copy(0, 1, 30)
     assert context.cut(0, 30)
-    expected = after(context, 0)
-    assert np.array_equal(after(context, 1), expected)
+    expected = next_logits(context, 0)
+    assert np.array_equal(next_logits(context, 1), expected)
     assert context.cut(0, 10)
-    assert np.array_equal(after(context, 1), expected)
+    assert np.array_equal(next_logits(context, 1), expected)
     assert not context.copy(0, 2, 11), "the source has 10 positions"
     assert context.length(2) == 0
     assert context.copy(0, 2, 0)
     assert context.length(2) == 0
 
 
-def test_rejected_rows_leave_no_trace(sample: Sample) -> None:
+def test_rejected_rows_leave_no_trace(sample: ContextSample) -> None:
     context = sample.context
     assert context.load(0, sample.blocks)
     feed(context, 0, LENGTH, [5, 6, 7, 8, 9], 0)
     assert context.cut(0, LENGTH)
-    assert np.array_equal(after(context, 0), sample.expected)
+    assert np.array_equal(next_logits(context, 0), sample.expected)
 
 
-def test_blocks_of_one_layout_load_in_the_other(pair: dict[str, Sample]) -> None:
+def test_blocks_of_one_layout_load_in_the_other(pair: dict[str, ContextSample]) -> None:
     for source, target in (("unified", "per-slot"), ("per-slot", "unified")):
         context = pair[target].context
         context.clear()
         assert context.load(1, pair[source].blocks)
         assert np.array_equal(cut(context, 1, 0, LENGTH), pair[source].whole)
-        assert np.array_equal(after(context, 1), pair[source].expected)
+        assert np.array_equal(next_logits(context, 1), pair[source].expected)
 
 
-def test_what_does_not_fit_is_refused_and_changes_nothing(sample: Sample) -> None:
+def test_states_that_do_not_fit_are_refused_and_change_nothing(sample: ContextSample) -> None:
     context, (first, second, _) = sample.context, sample.blocks
     assert context.load(1, [first])
     foreign = second.state.copy()
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(sample: Sample) -> Non
         assert np.array_equal(cut(context, 1, 0, 16), first.state)
 
 
-def test_a_load_without_free_cells_changes_nothing(pair: dict[str, Sample]) -> None:
+def test_a_load_without_free_cells_changes_nothing(pair: dict[str, ContextSample]) -> None:
     context, saved = pair["unified"].context, pair["unified"].blocks
     context.clear()
     full = context.cells // LENGTH
@@ -183,7 +183,9 @@ def test_a_load_without_free_cells_changes_nothing(pair: dict[str, Sample]) -> N
     assert context.load(full, saved)
 
 
-def test_a_load_that_the_library_refuses_leaves_what_was_there(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_that_the_library_refuses_keeps_the_old_content(
+    sample: ContextSample, monkeypatch: pytest.MonkeyPatch
+) -> None:
     context, saved = sample.context, sample.blocks
     assert context.load(0, saved[:2])
     refuse, work = [True], context.set_state
@@ -198,7 +200,7 @@ def test_a_load_that_the_library_refuses_leaves_what_was_there(sample: Sample, m
     assert not context.load(0, saved[2:])
     assert context.length(0) == 32
     assert context.load(0, saved[2:])
-    assert np.array_equal(after(context, 0), sample.expected)
+    assert np.array_equal(next_logits(context, 0), sample.expected)
     if not context.unified:
         refuse[:] = [True, True]
         context.cut(0, 32)
@@ -207,7 +209,7 @@ def test_a_load_that_the_library_refuses_leaves_what_was_there(sample: Sample, m
         assert context.length(0) == 0
 
 
-def test_rows_beyond_a_sequences_cells_and_foreign_ids_are_refused(sample: Sample) -> None:
+def test_rows_beyond_a_sequences_cells_and_foreign_ids_are_refused(sample: ContextSample) -> None:
     context = sample.context
     assert context.load(0, sample.blocks)
     with pytest.raises(NoFreeCells):
@@ -220,11 +222,11 @@ def test_rows_beyond_a_sequences_cells_and_foreign_ids_are_refused(sample: Sampl
     if not context.unified:
         with pytest.raises(NativeFault, match="shared"):
             context._share(0, 1, 0, 10)
-    assert context.save(2) is None, "there is nothing"
+    assert context.save(2) is None, "the sequence is empty"
     assert [context.length(seq) for seq in range(3)] == [LENGTH, 0, 0]
 
 
-def test_a_shifted_state_is_that_of_tokens_computed_there(sample: Sample) -> None:
+def test_a_shifted_state_is_that_of_tokens_computed_there(sample: ContextSample) -> None:
     context, whole, by = sample.context, sample.whole, 117
     assert context.load(0, sample.blocks)
     moved = context.shift(whole, 0, LENGTH, by)
@@ -242,7 +244,7 @@ def test_a_shifted_state_is_that_of_tokens_computed_there(sample: Sample) -> Non
     assert np.array_equal(cut(context, 0, 0, LENGTH), whole), "no sequence changes"
 
 
-def test_a_part_of_a_state_is_shifted_back(sample: Sample) -> None:
+def test_a_part_of_a_state_is_shifted_back(sample: ContextSample) -> None:
     context, whole = sample.context, sample.whole
     there = context.shift(whole, 10, 40, 200)
     assert there is not None
@@ -262,13 +264,13 @@ def form_of(context: LlamaContext) -> StateFormat:
 
 
 def data_of(context: LlamaContext, state: State) -> list[NDArray[np.uint8]]:
-    """K and V of all layers, which are one run each."""
+    """Returns the keys and the values of all layers."""
     return form_of(context).cells(state).view.data
 
 
 @pytest.mark.parametrize("scaling", [native.LLAMA_ROPE_SCALING_TYPE_LINEAR, native.LLAMA_ROPE_SCALING_TYPE_YARN])
 def test_keys_that_the_library_would_scale_at_each_rotation_are_not_shifted(scaling: int) -> None:
-    """With YaRN each rotation multiplies the keys by a factor that belongs into them only once."""
+    """With YaRN each rotation multiplies the keys by a factor that must be applied only once."""
     config = EngineConfig.of(path=MODEL, slots=2)
     params = context_params(config.model, config.batch, KvLayout(False, 512, ""), 2, 9, False)
     params.rope_scaling_type, params.rope_freq_scale, params.yarn_orig_ctx = scaling, 0.25, 2048

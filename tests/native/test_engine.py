@@ -32,19 +32,19 @@ CONFIG = EngineConfig.of(path=MODEL, slots=4, queue=2, context=2048)
 
 @pytest_asyncio.fixture
 async def engine() -> AsyncIterator[Engine]:
-    """A real engine with four slots."""
+    """Yields an engine on the real model with four slots."""
     async with Engine.open(CONFIG) as opened:
         yield opened
 
 
 def chat(engine: Engine, text: str) -> tuple[int, ...]:
-    """The prompt of one user message."""
+    """Returns the prompt of one user message."""
     prompt = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
     return tuple(engine.vocab.tokenize(prompt, special=True))
 
 
 async def collect(engine: Engine, request: Request) -> tuple[list[int], str, list[Logprob], Finished]:
-    """All tokens, the text, the log probabilities and the end of a generation."""
+    """Returns all tokens, the text, the log probabilities and the end of a generation."""
     ids: list[int] = []
     logprobs: list[Logprob] = []
     text = ""

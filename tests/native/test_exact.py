@@ -1,7 +1,7 @@
-"""Other requests, drafts and preemption do not change a request's output, on the real model: a part of
-`python -m bench.exactness`.
+"""On the real model, other requests, drafts and preemption do not change a request's output.
 
-In the deterministic profile tokens and log probabilities are equal to the bit, with noise and penalties and without.
+The tests are a part of `python -m bench.exactness`. In the deterministic profile tokens and log probabilities are equal
+to the bit, with and without noise and penalties.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 
 import pytest
 
-from bench.exactness import ALONE, Series, Way, WayResult, config, in_way, request_of
+from bench.exactness import ALONE, ServingSetup, SetupComparison, SetupResult, config, request_of, requests_for
 from engine import Engine, Finished, Tokens
 from engine.engine import open_vocabulary
 from tests.native.conftest import MODEL
@@ -29,55 +29,57 @@ TEXTS = (
 
 
 @pytest.fixture(scope="module")
-def series() -> Series:
-    """The completions of all prompts, each computed alone, to compare with."""
+def comparison() -> SetupComparison:
+    """Returns a comparison whose reference is the completion of each prompt alone."""
     with open_vocabulary(MODEL) as vocab:
         prompts = [tuple(vocab.tokenize(text, special=True)) for text in TEXTS]
-    made = Series(MODEL, None, True, [request_of(prompt, number, 12) for number, prompt in enumerate(prompts)])
-    alone = asyncio.run(made.run(ALONE))
+    new_comparison = SetupComparison(
+        MODEL, None, True, [request_of(prompt, number, 12) for number, prompt in enumerate(prompts)]
+    )
+    alone = asyncio.run(new_comparison.run(ALONE))
     assert alone.cached == alone.drafted == alone.preemptions == 0
-    return made
+    return new_comparison
 
 
-async def equal_outputs(series: Series, way: Way) -> WayResult:
-    """The outcome of `way`, in which every request has the output that it has alone."""
-    outcome = await series.run(way)
+async def equal_outputs(comparison: SetupComparison, setup: ServingSetup) -> SetupResult:
+    """Returns the outcome of `setup`, and asserts that every request has the output that it has alone."""
+    outcome = await comparison.run(setup)
     assert outcome.differing == {}
     assert outcome.equal == len(TEXTS), "log probabilities are equal too"
     return outcome
 
 
-async def test_a_draft_with_errors(series: Series) -> None:
-    outcome = await equal_outputs(series, Way("predicted", types=("prediction",)))
+async def test_a_draft_with_errors(comparison: SetupComparison) -> None:
+    outcome = await equal_outputs(comparison, ServingSetup("predicted", types=("prediction",)))
     assert 20 < outcome.accepted < outcome.drafted
 
 
-async def test_many_clients_with_all_drafts_and_preemption(series: Series) -> None:
-    outcome = await equal_outputs(series, Way("preempted", clients=8, types=("auto",), preempt=0.3))
+async def test_many_clients_with_all_drafts_and_preemption(comparison: SetupComparison) -> None:
+    outcome = await equal_outputs(comparison, ServingSetup("preempted", clients=8, types=("auto",), preempt=0.3))
     assert outcome.drafted > 0
     assert outcome.preemptions > 0
 
 
-async def test_chunked_prefill(series: Series) -> None:
-    await equal_outputs(series, Way("chunks", clients=3, rows=5))
+async def test_chunked_prefill(comparison: SetupComparison) -> None:
+    await equal_outputs(comparison, ServingSetup("chunks", clients=3, rows=5))
 
 
-async def test_a_prefix_that_is_found_instead_of_computed(series: Series) -> None:
-    outcome = await equal_outputs(series, Way("twice", times=2))
-    assert outcome.cached >= sum(len(request.prompt) - 1 for request in series.requests)
+async def test_a_prefix_that_is_found_instead_of_computed(comparison: SetupComparison) -> None:
+    outcome = await equal_outputs(comparison, ServingSetup("twice", times=2))
+    assert outcome.cached >= sum(len(request.prompt) - 1 for request in comparison.requests)
 
 
-async def test_log_probabilities_of_a_consumer_that_waits_for_the_end(series: Series) -> None:
-    way = Way("at the end", types=("prediction",))
-    request = in_way(way, series.requests, series.reference)[0]
-    opened = Engine.open(config(way, MODEL, None, deterministic=True))
+async def test_log_probabilities_of_a_consumer_that_waits_for_the_end(comparison: SetupComparison) -> None:
+    setup = ServingSetup("at the end", types=("prediction",))
+    request = requests_for(setup, comparison.requests, comparison.reference)[0]
+    opened = Engine.open(config(setup, MODEL, None, deterministic=True))
     async with opened as engine, engine.generate(request) as updates:
         await engine.drain(60.0)
         output, end = [update async for update in updates]
     assert isinstance(output, Tokens)
     assert isinstance(end, Finished)
     assert end.usage.accepted > 0
-    assert (output.ids, output.logprobs) == (series.reference[0].ids, series.reference[0].logprobs)
+    assert (output.ids, output.logprobs) == (comparison.reference[0].ids, comparison.reference[0].logprobs)
     for token in output.logprobs:
         likeliest = [chance for _, chance in token.top]
         assert 0.0 > token.logprob == likeliest[0] > likeliest[1] > likeliest[2], "greedy, without penalties"

@@ -38,7 +38,7 @@ def context(opened: Context) -> Context:
 
 @pytest.fixture(scope="module")
 def expected(opened: Context) -> Logits:
-    """The logits of the last four rows, each computed alone after one prefill."""
+    """Returns the logits of the last four rows, each computed alone after one prefill."""
     opened.clear()
     feed(opened, 0, 0, TOKENS[: LENGTH - 4], 0)
     return np.concatenate([feed(opened, 0, at, TOKENS[at : at + 1]) for at in range(LENGTH - 4, LENGTH)])

@@ -102,8 +102,8 @@ async def test_outputs_match_a_schema_and_drafts_do_not_change_them(engine: Engi
     for ids, end in plain:
         assert end.reason is FinishReason.STOP
         validator.validate(json.loads(text_of(engine, ids)))
-    (made,) = {drafts.type for _, end in forced for drafts in end.drafts}
-    assert made == "grammar"
+    (drafting_type,) = {drafts.type for _, end in forced for drafts in end.drafts}
+    assert drafting_type == "grammar"
     assert sum(end.usage.accepted for _, end in forced) > 10
 
 
@@ -140,10 +140,10 @@ async def test_refusals(engine: Engine) -> None:
     assert refusal.value.field == "/properties/a/uniqueItems"
     other = structs.replace(await request_of(engine, Regex("x"), 0.0))
     assert other.grammar is not None
-    other.grammar.size += 1
+    other.grammar.vocabulary += 1
     with pytest.raises(RequestRefused, match="another model"):
         engine.generate(other)
-    other.grammar.size -= 1
+    other.grammar.vocabulary -= 1
 
 
 async def test_a_request_cancelled_while_it_compiles(engine: Engine) -> None:

@@ -188,8 +188,9 @@ def test_calls_that_end_the_process_are_refused(backend: LlamaBackend) -> None:
     ("content", "words"),
     [
         (None, "cannot read"),
-        (b"", "not a GGUF"),
-        (b"hello world", "not a GGUF"),
+        (b"", "not a GGUF file: the file is empty"),
+        (b"hello world", "not a GGUF file: it begins with 'hell', not with 'GGUF'"),
+        (b"PK\x03\x04", "not a GGUF file: it begins with the bytes 50 4b 03 04, not with 'GGUF'"),
         (b"GGUF\x03\x00\x00\x00", "cannot load"),
         ("half", "cannot load"),
     ],
@@ -203,6 +204,13 @@ def test_a_broken_file_is_one_clear_line(tmp_path: Path, content: bytes | str | 
     with pytest.raises(ModelError, match=words) as caught:
         open_gguf(EngineConfig.of(path=path), lambda share: None, lambda: True)
     assert "\n" not in str(caught.value)
+
+
+def test_the_file_of_the_draft_model_is_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
+    config, shares = EngineConfig.of(path=MODEL, draft={"path": str(tmp_path / "none.gguf")}), list[float]()
+    with pytest.raises(ModelError, match=r"cannot read the draft model \(-md\) .*none.gguf: No such file"):
+        open_gguf(config, shares.append, lambda: True)
+    assert shares == []
 
 
 def test_loading_reports_and_can_be_stopped() -> None:

@@ -12,26 +12,29 @@ from typing import Any
 import pytest
 
 from engine import Engine, EngineConfig, FinishReason, Request, SamplingParams
-from engine.contract import Failed, Finished
+from engine.contract import Failed, Finished, Logprob
 from engine.kv import Offload
 from engine.llama import open_gguf
-from tests.engine.test_same_as_alone import LAYOUTS, Bench, Oracle
+from engine.speculate import num_matching
+from tests.engine.test_same_as_alone import LAYOUTS, CoreBench, Oracle
 from tests.native import tiny
 from tests.native.conftest import MODEL
 from tests.native.test_engine import collect
 
 GREEDY = SamplingParams(temperature=0.0)
 MIB = 2**20
+# Far above the rounding of a tiny model, far below the usual distance of its two most likely tokens.
+NEAR_TIE_NATS = 0.02
 
 
 def words(seed: int, count: int, start: int = 300, stop: int = 480) -> tuple[int, ...]:
-    """A prompt that shares no prefix with those of other seeds."""
+    """Returns `count` random tokens from `start` to `stop` - 1, drawn with `seed`."""
     random = Random(seed)
     return tuple(random.randrange(start, stop) for _ in range(count))
 
 
-def bench_of(path: Path, *, ram: int = 64 * MIB, reuse: int = 0, **fields: Any) -> Bench:
-    """A core over a real model, without a thread."""
+def bench_of(path: Path, *, ram: int = 64 * MIB, reuse: int = 0, **fields: Any) -> CoreBench:
+    """Returns a bench over a real model."""
     options: dict[str, Any] = {
         "path": path,
         "slots": 4,
@@ -41,23 +44,29 @@ def bench_of(path: Path, *, ram: int = 64 * MIB, reuse: int = 0, **fields: Any) 
     } | fields
     backend = open_gguf(EngineConfig.of(**options), lambda share: None, lambda: True)
     offload = Offload(ram, whole=not backend.context.divisible) if ram else None
-    return Bench(backend.context, slots=4, prompt_rows=64, backend=backend, offload=offload, reuse=reuse)
+    return CoreBench(backend.context, slots=4, prompt_rows=64, backend=backend, offload=offload, reuse=reuse)
 
 
-def alone(path: Path, requests: list[Request], **fields: Any) -> list[list[int]]:
-    """The tokens of each request alone, without tiers and without other requests' prefixes."""
+def alone(path: Path, requests: list[Request], **fields: Any) -> CoreBench:
+    """Returns a bench with the outputs of each request alone: without tiers and other requests' prefixes."""
     bench = bench_of(path, ram=0, **fields)
     for key, request in enumerate(requests):
         bench.submit(key, request)
         bench.run()
         bench.core.kv.drop_idle()
     bench.backend.close()
-    return [bench.got[key] for key in range(len(requests))]
+    return bench
+
+
+def near_tie(logprob: Logprob) -> bool:
+    """True if rounding can swap the two most likely tokens of a greedy row."""
+    (_, first), (_, second) = logprob.top
+    return first - second < NEAR_TIE_NATS
 
 
 @pytest.fixture(scope="session", params=["recurrent", "hybrid", "windowed"])
 def small(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model whose sequences cannot be cut or shared at any position."""
+    """Returns the path of a tiny model whose sequences cannot be cut or shared at any position."""
     make: Callable[..., Path] = getattr(tiny, request.param)
     path = tmp_path_factory.mktemp("tiny") / f"{request.param}.gguf"
     return make(path, 64) if request.param == "windowed" else make(path)
@@ -67,7 +76,7 @@ both = pytest.mark.parametrize("unified", LAYOUTS)
 
 
 def cells(unified: bool, each: int) -> dict[str, Any]:
-    """Settings for four slots, in which a request can have `each` cells in either layout."""
+    """Returns settings for four slots in which a request can have `each` cells in either layout."""
     return {"kv_unified": unified, "context": each if unified else 4 * each}
 
 
@@ -77,7 +86,7 @@ def test_the_next_turn_computes_new_tokens_only(small: Path, unified: bool) -> N
     first = words(1, 300)
     bench.submit(0, Request(prompt=first, max_tokens=40, ignore_eos=True, sampling=GREEDY))
     bench.run()
-    second = (*first, *bench.got[0], *words(2, 20))
+    second = (*first, *bench.outputs[0], *words(2, 20))
     for key in (1, 2):
         bench.submit(key, Request(prompt=second, max_tokens=5, ignore_eos=True, sampling=GREEDY))
         bench.run()
@@ -85,8 +94,8 @@ def test_the_next_turn_computes_new_tokens_only(small: Path, unified: bool) -> N
         assert isinstance(end, Finished)
         assert end.usage.cached >= (339 if key == 1 else 355)
         bench.core.kv.drop_idle()
-        assert bench.core.kv.resident == 0
-    assert bench.got[1] == bench.got[2]
+        assert bench.core.kv.used_cells == 0
+    assert bench.outputs[1] == bench.outputs[2]
     bench.backend.close()
 
 
@@ -104,8 +113,11 @@ def test_a_shared_prompt_is_computed_once(small: Path, unified: bool) -> None:
     bench.backend.close()
 
 
-def run_at_random(path: Path, seed: int, operations: int, longest: int, **fields: Any) -> Bench:
-    """Arrivals, cancellations, preemptions, steps and evictions in random order; all tokens are those alone."""
+def run_at_random(
+    path: Path, seed: int, operations: int, longest: int, *, exact: bool = True, **fields: Any
+) -> CoreBench:
+    """Runs arrivals, cancellations, preemptions, steps and evictions in random order; asserts that all tokens are those
+    alone. Without `exact` all requests are greedy, and an output may leave that of the request alone at a near-tie."""
     random = Random(seed)
     prefixes = [words(n, longest) for n in range(3)]
     requests = [
@@ -113,11 +125,13 @@ def run_at_random(path: Path, seed: int, operations: int, longest: int, **fields
             prompt=(*random.choice(prefixes)[: random.randint(1, longest)], *words(100 + n, random.randint(1, 20))),
             max_tokens=random.choice([1, 8, longest // 5]),
             ignore_eos=True,
-            sampling=random.choice([GREEDY, SamplingParams(temperature=0.8, seed=n)]),
+            sampling=random.choice([GREEDY, SamplingParams(temperature=0.8, seed=n) if exact else GREEDY]),
+            logprobs=None if exact else 2,
         )
         for n in range(operations // 20)
     ]
-    expected = alone(path, requests, **fields)
+    reference = alone(path, requests, **fields)
+    expected = reference.outputs
     bench = bench_of(path, ram=random.choice([MIB, 8 * MIB]), **fields)
     cancelled: set[int] = set()
     for _ in range(operations):
@@ -135,15 +149,16 @@ def run_at_random(path: Path, seed: int, operations: int, longest: int, **fields
             bench.core.lifecycle.preempt(random.choice([*bench.core.running.values()]))
         elif draw == 4:
             kv = bench.core.kv
-            kv.evict(random.randint(0, bench.core.context.cells)) if kv.evictable else kv.drop_idle()
+            kv.evict(random.randint(0, bench.core.context.cells)) if kv.evictable_cells else kv.drop_idle()
         else:
             bench.core.step()
         bench.check()
-    bench.run(most=20_000)
-    for key, tokens in bench.got.items():
+    bench.run(max_steps=20_000)
+    for key, tokens in bench.outputs.items():
         end = bench.ends[key]
         assert not isinstance(end, Failed), end
-        assert tokens == expected[key][: len(tokens)]
+        equal = num_matching(tokens, expected[key])
+        assert equal == len(tokens) or (not exact and near_tie(reference.logprobs[key][equal]))
         assert len(tokens) == len(expected[key]) or key in cancelled
     bench.backend.close()
     return bench
@@ -152,8 +167,11 @@ def run_at_random(path: Path, seed: int, operations: int, longest: int, **fields
 @both
 def test_random_operations_on_models_that_cannot_cut_or_share(small: Path, unified: bool) -> None:
     """With Q8_0 weights, flash attention and BF16 values a row has the same bits in every batch if its cells are in
-    order; recurrent states always do."""
-    bench = run_at_random(small, 1, 400, 200, flash_attention="on", cache_type_v="bf16", **cells(unified, 512))
+    order; a row of a recurrent model always has. The cells of a sliding window are used in a ring, whose order depends
+    on how the prompt was cut into chunks."""
+    exact = "windowed" not in small.name
+    fields = {"flash_attention": "on", "cache_type_v": "bf16", **cells(unified, 512)}
+    bench = run_at_random(small, 1, 400, 200, exact=exact, **fields)
     assert bench.core.kv.stats().saved_tokens
     assert bench.core.kv.stats().restored_tokens
 
@@ -179,7 +197,7 @@ def test_the_part_after_a_changed_line_is_moved_on_the_real_model(unified: bool)
     assert isinstance(end, Finished)
     assert end.usage.moved > 60
     assert end.usage.prompt - end.usage.cached < 20
-    assert bench.backend.vocab.piece(bench.got[1][0]) == b" kite"
+    assert bench.backend.vocab.piece(bench.outputs[1][0]) == b" kite"
     bench.backend.close()
 
 

@@ -42,7 +42,7 @@ async def generate(engine: Engine, wanted: Request) -> tuple[list[int], Finished
     raise AssertionError("no terminal update")
 
 
-async def all_of(engine: Engine, temperature: float) -> tuple[list[list[int]], list[Finished]]:
+async def generate_all(engine: Engine, temperature: float) -> tuple[list[list[int]], list[Finished]]:
     """Returns the outputs for all `TEXTS`, generated concurrently."""
     got = await asyncio.gather(*(generate(engine, request(engine, text, temperature)) for text in TEXTS))
     return [ids for ids, _ in got], [end for _, end in got]
@@ -50,7 +50,7 @@ async def all_of(engine: Engine, temperature: float) -> tuple[list[list[int]], l
 
 @pytest.fixture(scope="module")
 def plain() -> dict[float, list[list[int]]]:
-    """The outputs without speculation, by temperature."""
+    """Returns the outputs without speculation, by temperature."""
 
     async def alone() -> dict[float, list[list[int]]]:
         async with Engine.open(config(types=["none"])) as engine:
@@ -70,8 +70,8 @@ def _without(wanted: Request, speculation: Speculation) -> Request:
 
 
 @pytest.fixture(scope="module")
-def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model cut to its first layers."""
+def first_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the path of the model cut to its first three layers."""
     return cut(MODEL, tmp_path_factory.mktemp("models") / "first-layers.gguf", 3)
 
 
@@ -79,7 +79,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_draftless_types_keep_the_output(temperature: float, plain: dict[float, list[list[int]]]) -> None:
     speculation = {"types": ["auto"], "size_n": 3, "size_m": 8, "mod_match": 3, "mod_min": 0}
     async with Engine.open(config(**speculation)) as engine:
-        ids, ends = await all_of(engine, temperature)
+        ids, ends = await generate_all(engine, temperature)
         assert ids == plain[temperature]
         assert sum(end.usage.drafted for end in ends) > 0
         if not temperature:
@@ -90,17 +90,22 @@ async def test_draftless_types_keep_the_output(temperature: float, plain: dict[f
 async def test_the_model_as_its_own_draft(temperature: float, plain: dict[float, list[list[int]]]) -> None:
     draft = {"path": str(MODEL), "n_max": 5, "cache_type_v": "bf16"}
     async with Engine.open(config(types=["draft"], draft=draft)) as engine:
-        ids, ends = await all_of(engine, temperature)
+        ids, ends = await generate_all(engine, temperature)
         assert ids == plain[temperature]
-        made = [drafts for end in ends for drafts in end.drafts if drafts.type == "draft"]
-        drafted, accepted = sum(drafts.drafted for drafts in made), sum(drafts.accepted for drafts in made)
+        model_drafts = [drafts for end in ends for drafts in end.drafts if drafts.type == "draft"]
+        drafted, accepted = (
+            sum(drafts.drafted for drafts in model_drafts),
+            sum(drafts.accepted for drafts in model_drafts),
+        )
         assert drafted > 8
-        assert 0.9 * drafted < accepted, "also when sampled: the noise is the same"
+        assert 0.9 * drafted < accepted, "also when sampled, as target and draft model have the same noise"
 
 
-async def test_a_bad_draft_model_keeps_the_output(bad: Path, plain: dict[float, list[list[int]]]) -> None:
-    async with Engine.open(config(types=["draft"], draft={"path": str(bad), "n_max": 4, "context": 512})) as engine:
-        ids, ends = await all_of(engine, 0.0)
+async def test_a_bad_draft_model_keeps_the_output(first_layers: Path, plain: dict[float, list[list[int]]]) -> None:
+    async with Engine.open(
+        config(types=["draft"], draft={"path": str(first_layers), "n_max": 4, "context": 512})
+    ) as engine:
+        ids, ends = await generate_all(engine, 0.0)
         assert ids == plain[0.0]
         assert sum(end.usage.accepted for end in ends) < sum(end.usage.drafted for end in ends)
 
@@ -129,21 +134,25 @@ async def test_shared_data_outlives_the_engine(tmp_path: Path) -> None:
             ids, end = await generate(engine, request(engine, "Once upon a time"))
     mod = next(drafts for drafts in end.drafts if drafts.type == "ngram-mod")
     assert len(ids) == 24
-    assert mod.accepted >= 10, "the second engine has the outputs of the first"
+    assert mod.accepted >= 10, "the second engine drafts from the outputs of the first"
 
 
 async def test_the_lines_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "paceline.speculation")
-    async with Engine.open(config(types=["ngram-simple"], size_n=2, size_m=4)) as engine:
+    async with Engine.open(config(types=["ngram-simple", "ngram-mod"], size_n=2, size_m=4)) as engine:
+        one_token = structs.replace(request(engine, LIST), max_tokens=1)
+        await generate(engine, one_token)
+        assert caplog.text.count("statistics") == 0, "the request has no draft"
         _, end = await generate(engine, request(engine, LIST))
     assert f"draft acceptance rate = {end.usage.accepted / end.usage.drafted:.5f} (" in caplog.text
     assert "statistics ngram_simple: #calls(b,g,a) = 1 " in caplog.text
+    assert "statistics ngram_mod" not in caplog.text, "the type has made no draft"
 
 
 async def test_lengths_by_measured_cost_keep_the_output(plain: dict[float, list[list[int]]]) -> None:
     async with Engine.open(config(types=["auto"], order="measured")) as engine:
         for _ in range(2):
-            ids, _ = await all_of(engine, 0.8)
+            ids, _ = await generate_all(engine, 0.8)
             assert ids == plain[0.8]
         stats = engine.stats()
     seconds = stats.step_seconds
@@ -159,4 +168,4 @@ async def test_a_second_start_measures_nothing(
     for _ in range(2):
         async with Engine.open(config()) as engine:
             assert engine.stats().step_seconds[16] > 0
-    assert caplog.text.count("counts of rows in") == 1
+    assert caplog.text.count("calibration: measured passes of") == 1

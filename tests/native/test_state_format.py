@@ -1,4 +1,4 @@
-"""Cutting and joining states by numpy, on states of every shape that the tests build byte by byte."""
+"""Cutting and joining states of every shape; the tests build the states byte by byte."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from engine.backend import State, StatePart
 from engine.llama.state import STATE_MAGIC, StateFormat, UnknownStateFormat
 
 
-class Made(NamedTuple):
-    """A state, with K and V of each layer by position: [layers][cells, row]."""
+class BuiltState(NamedTuple):
+    """A state, and its keys and values by layer: [layers][cells, bytes of a row]."""
 
     state: State
     keys: list[np.ndarray[tuple[int, int], np.dtype[np.uint8]]]
     values: list[np.ndarray[tuple[int, int], np.dtype[np.uint8]]]
 
 
-def made(
+def build_state(
     positions: list[int],
     widths: tuple[int, ...] = (6, 6, 6),
     *,
@@ -29,15 +29,16 @@ def made(
     image: bool = False,
     streams: int = 1,
     stream: int = 0,
-) -> Made:
-    """A state of these positions as `llama_kv_cache::state_write` writes it; `widths` are the numbers of each layer."""
+) -> BuiltState:
+    """Returns a state of `positions` as `llama_kv_cache::state_write` writes it; `widths` are the F16 numbers of a row
+    by layer."""
     random, count = np.random.default_rng(len(positions)), len(positions)
     keys = [random.integers(0, 256, (count, 2 * width), np.uint8) for width in widths]
     rows = [random.integers(0, 256, (count, 2 * width), np.uint8) for width in (widths if values is None else values)]
     parts = [struct.pack("<IiI", STATE_MAGIC, stream, streams), bytes(4 * stream), struct.pack("<I", count)]
     for position in positions:
-        place = struct.pack("<iii", position, position, 77) if image else b""
-        parts.append(struct.pack("<iI", position, 1) + place + struct.pack("<i", stream))
+        image_position = struct.pack("<iii", position, position, 77) if image else b""
+        parts.append(struct.pack("<iI", position, 1) + image_position + struct.pack("<i", stream))
     parts.append(struct.pack("<II", transposed, len(widths)))
     parts += [struct.pack("<iQ", 1, row.shape[1]) + row.tobytes() for row in keys]
     for row in rows:
@@ -45,7 +46,7 @@ def made(
         body = row.reshape(count, -1, 2).transpose(1, 0, 2) if transposed else row
         parts.append(head + body.tobytes())
     parts.append(bytes(4 * (streams - stream - 1)))
-    return Made(np.frombuffer(b"".join(parts), np.uint8), keys, rows)
+    return BuiltState(np.frombuffer(b"".join(parts), np.uint8), keys, rows)
 
 
 SHAPES: dict[str, dict[str, object]] = {
@@ -63,17 +64,17 @@ SHAPES: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_cut_and_joined_a_state_is_as_before(shape: str) -> None:
     given = SHAPES[shape]
-    state = made(list(range(10)), **given).state  # type: ignore[arg-type]
+    state = build_state(list(range(10)), **given).state  # type: ignore[arg-type]
     form = StateFormat.of(state)
     cells = form.cells(state)
     spans = [(0, 4), (4, 5), (5, 10)]
     blocks = [StatePart(block, *span) for span in spans if (block := form.cut(cells, *span)) is not None]
     assert all(StateFormat.of(block.state) == form for block in blocks)
     assert [block.state.nbytes for block in blocks] == [form.size(end - start) for start, end in spans]
-    whole = made(list(range(10)), **{**given, "streams": 1, "stream": 0})  # type: ignore[arg-type]
+    whole = build_state(list(range(10)), **{**given, "streams": 1, "stream": 0})  # type: ignore[arg-type]
     assert np.array_equal(form.join(blocks), whole.state), "a block has one stream and sequence 0"
     there = form.join(blocks, 5, 2).copy()
-    expected = made(list(range(10)), **{**given, "streams": 5, "stream": 2}).state.copy()  # type: ignore[arg-type]
+    expected = build_state(list(range(10)), **{**given, "streams": 5, "stream": 2}).state.copy()  # type: ignore[arg-type]
     form.cells(expected).view.cells["seq"] = 0
     expected[4:8] = 0
     assert np.array_equal(there, expected)
@@ -82,7 +83,7 @@ def test_cut_and_joined_a_state_is_as_before(shape: str) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_cells_in_any_order_are_cut_by_position(transposed: bool) -> None:
     order = [14, 15, 12, 13, 10, 11]
-    source = made(order, transposed=transposed)
+    source = build_state(order, transposed=transposed)
     form = StateFormat.of(source.state)
     block = form.cut(form.cells(source.state), 11, 14)
     assert block is not None
@@ -95,7 +96,7 @@ def test_cells_in_any_order_are_cut_by_position(transposed: bool) -> None:
 
 
 def test_missing_positions_are_no_block() -> None:
-    state = made([3, 4, 6, 7]).state
+    state = build_state([3, 4, 6, 7]).state
     form = StateFormat.of(state)
     cells = form.cells(state)
     assert form.cut(cells, 3, 5) is not None
@@ -107,7 +108,7 @@ def test_missing_positions_are_no_block() -> None:
 
 @pytest.mark.parametrize("size", [0, 3, 15, 16, 40, 100])
 def test_a_state_that_ends_early_is_unknown(size: int) -> None:
-    state = made(list(range(4))).state
+    state = build_state(list(range(4))).state
     form = StateFormat.of(state)
     for short in (state[:size], state[:-1], np.concatenate([state, state[:4]])):
         with pytest.raises(UnknownStateFormat):
@@ -117,15 +118,15 @@ def test_a_state_that_ends_early_is_unknown(size: int) -> None:
 
 
 def test_a_state_of_another_model_or_type_is_unknown() -> None:
-    form = StateFormat.of(made([0, 1]).state)
+    form = StateFormat.of(build_state([0, 1]).state)
     for shape in ("transposed", "layers of several widths", "values narrower than keys", "places in images"):
         with pytest.raises(UnknownStateFormat):
-            form.cells(made([0, 1], **SHAPES[shape]).state)  # type: ignore[arg-type]
-    other = made([0, 1]).state.copy()
+            form.cells(build_state([0, 1], **SHAPES[shape]).state)  # type: ignore[arg-type]
+    other = build_state([0, 1]).state.copy()
     other[other.tobytes().index(struct.pack("<iQ", 1, 12))] = 30  # BF16 keys of as many bytes
     with pytest.raises(UnknownStateFormat, match="other types"):
         form.cells(other)
-    double = made([0, 0]).state
+    double = build_state([0, 0]).state
     with pytest.raises(UnknownStateFormat, match="one position"):
         form.cells(double)
 

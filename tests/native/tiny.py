@@ -1,7 +1,7 @@
 """GGUFs of less than a megabyte with random weights, for kinds of models whose real files are too large for tests.
 
 Their outputs depend on the whole context and do not repeat soon, but have no meaning. The weights are Q8_0, whose
-kernels compute a row to the same bits in every batch.
+kernels compute the same bits for a row in every batch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import quantize
 
 WIDTH, LAYERS = 64, 4
-# Values of a head. There are two heads of queries and one of keys and values: a cell is one block of Q8_0.
-HEAD = 32
+# Values of a head. Two heads of queries share one head of keys and values, so that a cell is one block of Q8_0.
+HEAD_WIDTH = 32
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -26,64 +26,64 @@ TEMPLATE = (
 def recurrent(path: Path, seed: int = 1) -> Path:
     """Writes a model with one state instead of cells (Mamba)."""
     inner, state, rank = 2 * WIDTH, 16, 32
-    made = _Model(path, "mamba", seed, feed_forward=0)
-    made.writer.add_ssm_conv_kernel(4)
-    made.writer.add_ssm_inner_size(inner)
-    made.writer.add_ssm_state_size(state)
-    made.writer.add_ssm_time_step_rank(rank)
+    model = _Model(path, "mamba", seed, feed_forward=0)
+    model.writer.add_ssm_conv_kernel(4)
+    model.writer.add_ssm_inner_size(inner)
+    model.writer.add_ssm_state_size(state)
+    model.writer.add_ssm_time_step_rank(rank)
     for layer in range(LAYERS):
-        made.ones(f"blk.{layer}.attn_norm", WIDTH)
-        made.matrix(f"blk.{layer}.ssm_in", WIDTH, 2 * inner, gain=1.5)
-        made.numbers(f"blk.{layer}.ssm_conv1d.weight", made.random(inner, 4))
-        made.numbers(f"blk.{layer}.ssm_conv1d.bias", np.zeros(inner))
-        made.matrix(f"blk.{layer}.ssm_x", inner, rank + 2 * state, gain=2)
-        made.matrix(f"blk.{layer}.ssm_dt", rank, inner)
-        made.numbers(f"blk.{layer}.ssm_dt.bias", np.full(inner, -2))  # a state lasts for tens of tokens
-        made.numbers(f"blk.{layer}.ssm_a", -np.tile(np.linspace(0.1, 2, state), (inner, 1)))
-        made.ones(f"blk.{layer}.ssm_d", inner, suffix="")
-        made.matrix(f"blk.{layer}.ssm_out", inner, WIDTH, gain=2)
-    return made.written("output_norm")
+        model.ones(f"blk.{layer}.attn_norm", WIDTH)
+        model.matrix(f"blk.{layer}.ssm_in", WIDTH, 2 * inner, gain=1.5)
+        model.numbers(f"blk.{layer}.ssm_conv1d.weight", model.random(inner, 4))
+        model.numbers(f"blk.{layer}.ssm_conv1d.bias", np.zeros(inner))
+        model.matrix(f"blk.{layer}.ssm_x", inner, rank + 2 * state, gain=2)
+        model.matrix(f"blk.{layer}.ssm_dt", rank, inner)
+        model.numbers(f"blk.{layer}.ssm_dt.bias", np.full(inner, -2))  # a state lasts for tens of tokens
+        model.numbers(f"blk.{layer}.ssm_a", -np.tile(np.linspace(0.1, 2, state), (inner, 1)))
+        model.ones(f"blk.{layer}.ssm_d", inner, suffix="")
+        model.matrix(f"blk.{layer}.ssm_out", inner, WIDTH, gain=2)
+    return model.written("output_norm")
 
 
 def hybrid(path: Path, seed: int = 1) -> Path:
     """Writes a model whose even layers have a state and whose odd layers have cells (LFM2)."""
-    made = _Model(path, "lfm2", seed, feed_forward=2 * WIDTH)
-    made.writer.add_shortconv_l_cache(3)
-    made.writer.add_head_count(WIDTH // HEAD)
-    made.writer.add_head_count_kv([layer % 2 for layer in range(LAYERS)])
-    made.writer.add_vocab_size(len(_tokens()[0]))
+    model = _Model(path, "lfm2", seed, feed_forward=2 * WIDTH)
+    model.writer.add_shortconv_l_cache(3)
+    model.writer.add_head_count(WIDTH // HEAD_WIDTH)
+    model.writer.add_head_count_kv([layer % 2 for layer in range(LAYERS)])
+    model.writer.add_vocab_size(len(_tokens()[0]))
     for layer in range(LAYERS):
-        made.ones(f"blk.{layer}.attn_norm", WIDTH)
+        model.ones(f"blk.{layer}.attn_norm", WIDTH)
         if layer % 2:
-            made.attention(layer)
+            model.attention(layer)
         else:
-            made.matrix(f"blk.{layer}.shortconv.in_proj", WIDTH, 3 * WIDTH)
-            made.numbers(f"blk.{layer}.shortconv.conv.weight", made.random(WIDTH, 3))
-            made.matrix(f"blk.{layer}.shortconv.out_proj", WIDTH, WIDTH)
-        made.feed_forward(layer)
-    return made.written("token_embd_norm")
+            model.matrix(f"blk.{layer}.shortconv.in_proj", WIDTH, 3 * WIDTH)
+            model.numbers(f"blk.{layer}.shortconv.conv.weight", model.random(WIDTH, 3))
+            model.matrix(f"blk.{layer}.shortconv.out_proj", WIDTH, WIDTH)
+        model.feed_forward(layer)
+    return model.written("token_embd_norm")
 
 
 def windowed(path: Path, window: int = 32, seed: int = 1) -> Path:
     """Writes a model whose even layers attend to the last `window` positions only (Gemma 3); 0 means all positions."""
-    made = _Model(path, "gemma3", seed, feed_forward=2 * WIDTH)
-    made.writer.add_head_count(WIDTH // HEAD)
-    made.writer.add_head_count_kv(1)
-    made.writer.add_key_length(HEAD)
-    made.writer.add_value_length(HEAD)
-    made.writer.add_sliding_window(window)
-    made.writer.add_sliding_window_pattern([layer % 2 == 0 for layer in range(LAYERS)])
+    model = _Model(path, "gemma3", seed, feed_forward=2 * WIDTH)
+    model.writer.add_head_count(WIDTH // HEAD_WIDTH)
+    model.writer.add_head_count_kv(1)
+    model.writer.add_key_length(HEAD_WIDTH)
+    model.writer.add_value_length(HEAD_WIDTH)
+    model.writer.add_sliding_window(window)
+    model.writer.add_sliding_window_pattern([layer % 2 == 0 for layer in range(LAYERS)])
     for layer in range(LAYERS):
-        made.ones(f"blk.{layer}.attn_norm", WIDTH)
-        made.attention(layer)
-        made.ones(f"blk.{layer}.post_attention_norm", WIDTH)
-        made.feed_forward(layer)
-        made.ones(f"blk.{layer}.post_ffw_norm", WIDTH)
-    return made.written("output_norm")
+        model.ones(f"blk.{layer}.attn_norm", WIDTH)
+        model.attention(layer)
+        model.ones(f"blk.{layer}.post_attention_norm", WIDTH)
+        model.feed_forward(layer)
+        model.ones(f"blk.{layer}.post_ffw_norm", WIDTH)
+    return model.written("output_norm")
 
 
 class _Model:
-    """A GGUF in the making: the vocabulary, the fields common to all kinds, and weights from one seed."""
+    """A writer of a GGUF: the vocabulary, the fields common to all kinds, and weights from one seed."""
 
     def __init__(self, path: Path, architecture: str, seed: int, feed_forward: int) -> None:
         self.path = path
@@ -119,11 +119,11 @@ class _Model:
     def attention(self, layer: int) -> None:
         """Adds queries, keys and values. Their norms make the scores large, so that a few positions matter most."""
         self.matrix(f"blk.{layer}.attn_q", WIDTH, WIDTH)
-        self.matrix(f"blk.{layer}.attn_k", WIDTH, HEAD)
-        self.matrix(f"blk.{layer}.attn_v", WIDTH, HEAD, gain=2)
+        self.matrix(f"blk.{layer}.attn_k", WIDTH, HEAD_WIDTH)
+        self.matrix(f"blk.{layer}.attn_v", WIDTH, HEAD_WIDTH, gain=2)
         self.matrix(f"blk.{layer}.attn_output", WIDTH, WIDTH)
         for norm in ("attn_q_norm", "attn_k_norm"):
-            self.numbers(f"blk.{layer}.{norm}.weight", np.full(HEAD, 1.7))
+            self.numbers(f"blk.{layer}.{norm}.weight", np.full(HEAD_WIDTH, 1.7))
 
     def feed_forward(self, layer: int) -> None:
         """Adds the gated feed-forward part with its norm."""
@@ -133,11 +133,11 @@ class _Model:
         self.matrix(f"blk.{layer}.ffn_down", self._hidden, WIDTH, gain=2)
 
     def random(self, *shape: int) -> np.ndarray[Any, Any]:
-        """Returns the next numbers of the seed, of unit variance."""
+        """Returns the seed's next normal random numbers, of unit variance."""
         return self._random.standard_normal(shape, np.float32)
 
     def matrix(self, name: str, columns: int, rows: int, gain: float = 1.0) -> None:
-        """Adds a weight of `columns` inputs and `rows` outputs, `gain` times as large as the inputs."""
+        """Adds a weight of `columns` inputs and `rows` outputs; outputs are about `gain` times as large as inputs."""
         weight = quantize(self.random(rows, columns) * np.float32(gain / columns**0.5), GGMLQuantizationType.Q8_0)
         self.writer.add_tensor(f"{name}.weight", weight, raw_dtype=GGMLQuantizationType.Q8_0)
 
@@ -160,7 +160,8 @@ class _Model:
 
 
 def _tokens() -> tuple[list[str], list[str]]:
-    """Returns special tokens, all bytes in GPT-2's spelling and some pairs of letters; and the merges of the pairs."""
+    """Returns the tokens (special ones, all bytes in GPT-2's spelling, pairs of letters) and the merges of the
+    pairs."""
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     spelled = {byte: chr(byte) for byte in plain}
     for number, byte in enumerate(byte for byte in range(256) if byte not in spelled):

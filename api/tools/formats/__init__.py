@@ -1,4 +1,4 @@
-"""Chat formats: how model families write reasoning and tool calls, each with a parser and a grammar."""
+"""Chat formats: the notations of reasoning and tool calls by model family, each with a parser and a grammar."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CHAT_FORMATS: tuple[ChatFormat, ...] = (
 
 
 def format_of(template: str | None) -> ChatFormat:
-    """Returns the format of models with this chat template, `Generic` without a template.
+    """Returns the format of models with the chat template `template`. Without a template the format is `Generic`.
 
     >>> format_of("... <tool_call> ...").name, format_of(None).name
     ('hermes', 'generic')

@@ -1,4 +1,4 @@
-"""Arguments that a format writes one by one, each as bare text between tags."""
+"""Tool-call arguments in formats that write each argument as bare text between tags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from api.tools.formats.values import json_string, properties, text_to_json, unsu
 class ArgumentWriter:
     """Emits the arguments of one call as JSON, each argument once its value is complete.
 
-    The call starts with its first argument or at its end, so that a call that is cut off before is none.
+    The call starts with its first argument, or at its end if it has none. Output that is cut off earlier has no call.
     """
 
     def __init__(self, parser: MessageParser, name: str) -> None:
@@ -25,16 +25,16 @@ class ArgumentWriter:
         """True once the call has started."""
 
     def text(self, key: str, text: str) -> None:
-        """Emits an argument written as bare text, as JSON of the type in its schema."""
-        found = self._schema.get("properties")
-        self.json(key, text_to_json(text, found.get(key) if isinstance(found, dict) else None, self._schema))
+        """Emits an argument written as bare text, converted to JSON by the types of its schema."""
+        schemas = self._schema.get("properties")
+        self.json(key, text_to_json(text, schemas.get(key) if isinstance(schemas, dict) else None, self._schema))
 
     def string(self, key: str, text: str) -> None:
-        """Emits an argument of type string."""
+        """Emits an argument whose value is the string `text`."""
         self.json(key, json_string(text))
 
     def json(self, key: str, value: str) -> None:
-        """Emits an argument written as JSON."""
+        """Emits an argument whose value is the JSON text `value`."""
         self._begin()
         self._parser.arguments(f"{', ' if self._count else '{'}{json_string(key)}: {value}")
         self._count += 1
@@ -51,10 +51,10 @@ class ArgumentWriter:
 
 
 def collect_value(buffer: TextBuffer, close: str, ends: Mapping[str, Sequence[str]]) -> Parse[str | None]:
-    """Returns the bare value before the first of `ends`, None if the text ends first.
+    """Returns the bare value up to its end marker. Returns None if the text ends first.
 
-    A value may contain the text of an end: an end counts only if one of its followers comes next, or always if it has
-    no followers. `close` is consumed, another end is left in the buffer.
+    `ends` maps each end marker to its followers. A marker ends the value if one of its followers comes next, or if it
+    has no followers; otherwise it is a part of the value. The marker `close` is consumed, others stay in the buffer.
     """
     parts: list[str] = []
     while (end := (yield from buffer.until(tuple(ends), parts.append))) is not None:
@@ -71,16 +71,16 @@ def collect_value(buffer: TextBuffer, close: str, ends: Mapping[str, Sequence[st
 
 
 def parameter_rules(
-    lark: LarkBuilder, tool: Tool, index: int, opening: Callable[[str, Any], str], close: str, signs: str = ""
+    lark: LarkBuilder, tool: Tool, index: int, opening: Callable[[str, Any], str], close: str, forbidden: str = ""
 ) -> str:
-    """Returns the expression of the arguments in the order of the schema's properties; optional ones may be absent.
+    """Returns the expression of the arguments, in the order of the schema's properties. Optional ones may be absent.
 
-    `opening` returns the text before the value of a property, from its name and schema. Raises RequestRefused for
-    unsupported schemas and for names with one of the characters `signs`.
+    `opening` returns the text before a value from the property's name and schema. Raises RequestRefused for
+    unsupported schemas and for names that contain a character of `forbidden`.
     """
     parts: list[str] = []
     for name, schema, required in properties(tool.parameters, tool.name):
-        if set(name) & set(signs):
+        if set(name) & set(forbidden):
             raise unsupported_name(tool.name, name)
         value = value_rule(
             lark, f"v{index}_{len(parts)}", schema, tool.parameters, close, tool=tool.name, path=f"/properties/{name}"

@@ -47,19 +47,19 @@ class MessageConstraints(Struct, frozen=True):
 
     calls: AllowedCalls
     may_reason: bool = False
-    """True if reasoning may come first."""
-    opened: bool = False
+    """True if the message may start with reasoning."""
+    in_reasoning: bool = False
     """True if the prompt ends inside of the reasoning."""
     answer: str | None = None
     """The Lark expression of an answer without calls. None permits any text."""
 
 
 class ChatFormat(ABC):
-    """The notation in which a model family writes reasoning and tool calls. `MessageParser` holds all state."""
+    """The notation in which a model family writes reasoning and tool calls. All state is in `MessageParser`."""
 
     name: ClassVar[str]
-    template_signs: ClassVar[tuple[str, ...]]
-    """Substrings of chat templates; a template with one of them belongs to this format."""
+    template_substrings: ClassVar[tuple[str, ...]]
+    """Substrings of chat templates. A template that contains one of them belongs to this format."""
     markers: ClassVar[tuple[str, ...]]
     """The markers that the parser searches for. Special tokens among them must be detokenized by name."""
     opens: ClassVar[tuple[str, ...]] = ("<think>",)
@@ -77,14 +77,14 @@ class ChatFormat(ABC):
 
     def matches(self, template: str) -> bool:
         """True if models with this chat template write this format."""
-        return any(sign in template for sign in self.template_signs)
+        return any(text in template for text in self.template_substrings)
 
     def may_reason(self, template: str) -> bool:
         """True if models with this chat template may reason before they answer."""
         return any(tag in template for tag in self.opens)
 
     def call_id(self, index: int, name: str) -> str:
-        """Returns a new id for a call whose text contains none."""
+        """Returns a new id for a call without an id in its text."""
         return f"call_{uuid4().hex[:24]}"
 
     def opens_reasoning(self, prompt: str) -> bool:
@@ -93,16 +93,19 @@ class ChatFormat(ABC):
 
 
 class MessageParser:
-    """Parses one message. The concatenated deltas depend on the text alone, not on how the text was cut.
+    """Parses one message. The concatenated deltas depend on the text only, not on the pieces in which the text arrives.
 
     White space around reasoning is dropped, and so is white space at the end of the content of a message with calls.
     """
 
-    def __init__(self, format: ChatFormat, calls: AllowedCalls, *, opened: bool = False, split: bool = True) -> None:
-        """With `opened` the text starts in the reasoning. Without `split` reasoning and its tags are content."""
+    def __init__(
+        self, format: ChatFormat, calls: AllowedCalls, *, in_reasoning: bool = False, split_reasoning: bool = True
+    ) -> None:
+        """With `in_reasoning` the text starts inside of the reasoning. Without `split_reasoning` reasoning and its tags
+        are content."""
         self.calls = calls
-        self.opened = opened
-        self.split = split
+        self.in_reasoning = in_reasoning
+        self.split_reasoning = split_reasoning
         self.buffer = TextBuffer()
         self.num_calls = 0
         """Calls started so far."""
@@ -120,7 +123,7 @@ class MessageParser:
         return self._resume()
 
     def finish(self) -> list[MessageDelta]:
-        """Ends the text and returns the remaining deltas. A call without a complete header is dropped."""
+        """Ends the text and returns the remaining deltas. A call whose header is incomplete is dropped."""
         self.buffer.ended = True
         deltas = self._resume()
         if self._content_space and not self.num_calls:
@@ -147,7 +150,7 @@ class MessageParser:
 
     def reasoning(self, text: str) -> None:
         """Emits reasoning."""
-        if not self.split:
+        if not self.split_reasoning:
             self.content(text)
             return
         text = self._reasoning_space + text
@@ -161,16 +164,16 @@ class MessageParser:
 
     def reasoning_tag(self, text: str) -> None:
         """Drops a tag around reasoning, or emits the tag as content if reasoning is content."""
-        if not self.split:
+        if not self.split_reasoning:
             self.content(text)
 
     def end_reasoning(self) -> None:
         """Ends the reasoning."""
         self._reasoning_space = ""
-        self._strip_content = self.split
+        self._strip_content = self.split_reasoning
 
     def begin_call(self, name: str, id: str = "") -> None:
-        """Starts a call, with a new id if `id` is empty. Marks of the buffer are cleared: a call cannot be undone."""
+        """Starts a call, with a new id if `id` is empty. Clears the buffer's marks, because a call cannot be undone."""
         self.buffer.clear_marks()
         index, self.num_calls = self.num_calls, self.num_calls + 1
         self._deltas.append(ToolCallStart(index, id or self._format.call_id(index, name), name))

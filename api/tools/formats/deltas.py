@@ -1,4 +1,4 @@
-"""Increments of a parsed message. The increments of one kind, concatenated, are one field of the message."""
+"""Increments of a parsed message. The texts of all increments of one type add up to one field of the message."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from api.tools.formats.text_buffer import Parse
 from api.tools.formats.values import json_or_string, json_types
 
 _DSML, _LINE = "｜DSML｜", "\n"
-# The section's tag differs between versions; the last version writes a space after the sign in every tag.
+# The section's tag differs between versions. The last version has a space after ｜DSML｜ in every tag.
 _SECTIONS = ("function_calls", "tool_calls", " calls")
 _NAME = re.compile(r'name="([^"]*)"')
 
@@ -21,11 +21,11 @@ _NAME = re.compile(r'name="([^"]*)"')
 class Dsml(TaggedFormat):
     """<｜DSML｜invoke name="f"><｜DSML｜parameter name="p" string="true">value</｜DSML｜parameter></｜DSML｜invoke>
 
-    The grammar is written by hand, as the tag of the section depends on the model. It permits the first two tags.
+    The grammar is written by hand, because the section's tag depends on the model. It permits the first two sections.
     """
 
     name = "dsml"
-    template_signs = (_DSML,)
+    template_substrings = (_DSML,)
     triggers = tuple(f"<{_DSML}{section}>" for section in _SECTIONS)
     markers = (_DSML, "<think>", "</think>")
     separator = ""
@@ -40,19 +40,19 @@ class Dsml(TaggedFormat):
         invoke, parameter = f"<{_DSML}{space}invoke", f"<{_DSML}{space}parameter"
         invoke_end, value_end = f"</{_DSML}{space}invoke>", f"</{_DSML}{space}parameter>"
         end = trigger.replace("<", "</")
-        while (sign := (yield from buffer.accept(invoke, end))) == invoke:
+        while (marker := (yield from buffer.accept(invoke, end))) == invoke:
             head, closed = yield from buffer.collect((">",))
             name = _NAME.search(head)
             if closed is None or name is None:
                 break
             writer = ArgumentWriter(parser, name.group(1))
-            while not head.endswith("/") and (sign := (yield from buffer.accept(parameter, invoke_end))) == parameter:
+            while not head.endswith("/") and (marker := (yield from buffer.accept(parameter, invoke_end))) == parameter:
                 if not (yield from self._parse_parameter(parser, writer, value_end, (parameter, invoke_end))):
                     return True
-            if sign is None:
+            if marker is None:
                 break
             writer.close()
-        return sign == end or parser.num_calls > before
+        return marker == end or parser.num_calls > before
 
     def _parse_parameter(
         self, parser: MessageParser, writer: ArgumentWriter, end: str, followers: tuple[str, ...]
@@ -75,10 +75,10 @@ class Dsml(TaggedFormat):
     def grammar(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
         bodies = []
         if tools := self.bodies(lark, constraints.calls):
-            several = lark.several(tools, "", constraints.calls.parallel)
+            call_list = lark.call_list(tools, "", constraints.calls.parallel)
             for section in _SECTIONS[:2]:
                 head, foot = lark.text(f"{section}>{_LINE}"), lark.text(f"</{_DSML}{section}>")
-                bodies.append(f"{head} {several} {foot}")
+                bodies.append(f"{head} {call_list} {foot}")
         self.message(lark, constraints, bodies, parallel=False)
 
     def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:

@@ -1,4 +1,4 @@
-"""Gemma 4 and FunctionGemma: objects like JSON, with bare keys and string quotes of their own."""
+"""Gemma 4 and FunctionGemma: objects like JSON, with bare keys and a token as the quote of strings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Gemma(TaggedFormat):
     """<|tool_call>call:f{p:<|"|>text<|"|>,q:[1,2]}<tool_call|>"""
 
     name = "gemma"
-    template_signs = ("<|tool_call>",)
+    template_substrings = ("<|tool_call>",)
     triggers = ("<|tool_call>",)
     end = "<tool_call|>"
     quote = '<|"|>'
@@ -29,8 +29,8 @@ class Gemma(TaggedFormat):
         buffer = parser.buffer
         if not (yield from buffer.accept("call:")):
             return False
-        name, sign = yield from buffer.collect(("{", self.end))
-        if sign != "{" or not name.strip():
+        name, marker = yield from buffer.collect(("{", self.end))
+        if marker != "{" or not name.strip():
             return False
         parser.begin_call(name.strip())
         if (yield from self._parse_object(parser)):
@@ -38,7 +38,7 @@ class Gemma(TaggedFormat):
         return True
 
     def _parse_object(self, parser: MessageParser) -> Parse[bool]:
-        """Parses an object after its bracket and emits it as JSON. False if the text ends first."""
+        """Parses an object after its bracket and emits the object as JSON. Returns False if the text ends first."""
         buffer, before = parser.buffer, "{"
         while not (yield from buffer.accept("}")):
             key, end = yield from buffer.collect((":",))
@@ -66,12 +66,12 @@ class Gemma(TaggedFormat):
 
     def _parse_value(self, parser: MessageParser) -> Parse[bool]:
         buffer = parser.buffer
-        sign = yield from buffer.accept(self.quote, "{", "[")
-        if sign == "{":
+        marker = yield from buffer.accept(self.quote, "{", "[")
+        if marker == "{":
             return (yield from self._parse_object(parser))
-        if sign == "[":
+        if marker == "[":
             return (yield from self._parse_array(parser))
-        if sign == self.quote:
+        if marker == self.quote:
             text, end = yield from buffer.collect((self.quote,))
             if end is not None:
                 parser.arguments(json_string(text))
@@ -91,7 +91,7 @@ class FunctionGemma(Gemma):
     """<start_function_call>call:f{p:<escape>text<escape>}<end_function_call>"""
 
     name = "function-gemma"
-    template_signs = ("<start_function_call>",)
+    template_substrings = ("<start_function_call>",)
     triggers = ("<start_function_call>",)
     end = "<end_function_call>"
     quote = "<escape>"

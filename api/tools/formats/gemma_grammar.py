@@ -1,4 +1,4 @@
-"""The grammar of Gemma's notation of arguments: JSON with bare keys and string quotes of its own."""
+"""The grammar of Gemma's arguments: JSON with bare keys and a token as the quote of strings."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from api.tools.formats.values import (
 
 
 class GemmaGrammar:
-    """Adds the rules of one tool's arguments."""
+    """Adds the rules of one tool's arguments to a grammar."""
 
     def __init__(self, lark: LarkBuilder, quote: str, tool: str, root: ParameterSchema, prefix: str) -> None:
         """`prefix` starts the names of all rules."""
         self._lark, self._quote, self._tool, self._root, self._prefix = lark, quote, tool, root, prefix
         self._count = 0
-        self._definitions: dict[str, str] = {}  # rule names by schema with a reference
+        self._definitions: dict[str, str] = {}  # rule names by the JSON of a schema with `$ref`
 
     def object(self, schema: ParameterSchema, path: str = "") -> str:
         """Returns the expression of an object with the schema's properties, at `path` in the tool's parameters. Raises
@@ -55,7 +55,7 @@ class GemmaGrammar:
         return self._lark.any_of([self._typed(schema, kind, path) for kind in sorted(kinds)])
 
     def _reference(self, schema: ParameterSchema, path: str) -> str:
-        """Returns the rule of a definition, named before its body is built, as definitions may be recursive."""
+        """Returns the rule of a definition. The name is stored before the body exists: definitions may be recursive."""
         key = json.dumps(schema, sort_keys=True)
         if key not in self._definitions:
             definition = resolved(schema, self._root)
@@ -75,11 +75,11 @@ class GemmaGrammar:
             return self.object(schema, path)
         if kind == "array":
             return self._array(schema, path)
-        alone = {**schema, "type": kind}
+        of_kind = {**schema, "type": kind}
         if kind != "string":
-            return self._lark.json(with_definitions(alone, self._root))
+            return self._lark.json(with_definitions(of_kind, self._root))
         quote, name = self._lark.text(self._quote), self._rule_name()
-        return f"{quote} {value_rule(self._lark, name, alone, {}, self._quote, tool=self._tool, path=path)}"
+        return f"{quote} {value_rule(self._lark, name, of_kind, {}, self._quote, tool=self._tool, path=path)}"
 
     def _array(self, schema: ParameterSchema, path: str) -> str:
         if unknown := set(schema) - ANNOTATIONS - {"items"}:

@@ -1,4 +1,4 @@
-"""gpt-oss: Harmony, a turn of several messages with a channel each; a message with a recipient is a call."""
+"""gpt-oss: Harmony, whose turns consist of messages with a channel each. A message with a recipient is a call."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _RECIPIENT = re.compile(r"to=([^\s<]+)")
 class Harmony(ChatFormat):
     """<|channel|>commentary to=functions.f <|constrain|>json<|message|>{...}<|call|>
 
-    Parser and grammar are written by hand: headers enclose the answer too, so no trigger starts a call in free text.
+    Parser and grammar are written by hand: the answer has a header too, so there is no free text with triggers.
     """
 
     name = "harmony"
-    template_signs = (_CHANNEL,)
+    template_substrings = (_CHANNEL,)
     markers = (_START, _MESSAGE, *_ENDS, _CHANNEL, _CONSTRAIN)
     opens = ()
     closes = ""
 
     def may_reason(self, template: str) -> bool:
-        return True  # also makes sure that the answer is parsed, as its headers are no content
+        return True  # the answer must be parsed even without tools, because its header is not content
 
     def parse(self, parser: MessageParser) -> Parse[None]:
         buffer = parser.buffer
@@ -37,7 +37,7 @@ class Harmony(ChatFormat):
             buffer.mark()
             head, end = yield from buffer.collect((_MESSAGE,))
             if end is None and "<|" not in head and not head.lstrip().startswith("to="):
-                buffer.rewind()  # text without any header is content
+                buffer.rewind()  # text without a header is content
                 parser.content(buffer.advance(len(buffer.rest)))
             buffer.clear_marks()
             if end is None:
@@ -47,7 +47,7 @@ class Harmony(ChatFormat):
             yield from buffer.accept(_START)
 
     def _parse_message(self, parser: MessageParser, head: str) -> Parse[bool]:
-        """Parses a message after its header. False at the end of the text."""
+        """Parses a message after its header. Returns False at the end of the text."""
         recipient = (_RECIPIENT.findall(head) or [""])[-1]
         channel = (_CHANNEL_NAME.findall(head) or ["final"])[-1]
         if recipient.startswith(_FUNCTIONS) and parser.calls.tools:
@@ -65,8 +65,10 @@ class Harmony(ChatFormat):
         return more
 
     def _parse_body(self, parser: MessageParser, sink: TextSink) -> Parse[bool]:
-        """Passes a message to `sink` up to its end. An end marker counts only before the next message or the end of the
-        text. False if the text ends without an end marker."""
+        """Passes a message to `sink` up to its end marker. Returns False if the text ends without an end marker.
+
+        An end marker that neither the next message nor the end of the text follows is part of the message.
+        """
         buffer = parser.buffer
         while (end := (yield from buffer.until(_ENDS, sink))) is not None:
             while not buffer.rest and not buffer.ended:
@@ -77,9 +79,9 @@ class Harmony(ChatFormat):
         return False
 
     def grammar(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
-        body, next_ = lark.before("body", _END), lark.text(f"{_START}assistant")
-        analysis = lark.rule("analysis", f"{lark.text(f'{_CHANNEL}analysis{_MESSAGE}')} {body} {next_}")
-        preamble = lark.rule("preamble", f"{lark.text(f'{_CHANNEL}commentary{_MESSAGE}')} {body} {next_}")
+        body, next_header = lark.text_until("body", _END), lark.text(f"{_START}assistant")
+        analysis = lark.rule("analysis", f"{lark.text(f'{_CHANNEL}analysis{_MESSAGE}')} {body} {next_header}")
+        preamble = lark.rule("preamble", f"{lark.text(f'{_CHANNEL}commentary{_MESSAGE}')} {body} {next_header}")
         final = lark.rule("final", f"{lark.text(f'{_CHANNEL}final{_MESSAGE}')} {constraints.answer or 'TEXT'}")
         calls = [self._call(lark, tool) for tool in constraints.calls.tools]
         if constraints.calls.required:
@@ -88,7 +90,7 @@ class Harmony(ChatFormat):
             lark.rule("start", f"({analysis} | {preamble})* {lark.any_of([final, *calls])}")
 
     def _call(self, lark: LarkBuilder, tool: Tool) -> str:
-        """Returns the expression of a call, with the recipient in the channel or in the role."""
+        """Returns the expression of a call. The recipient stands after the channel or after the role."""
         recipient = f"to={_FUNCTIONS}{tool.name}"
         in_channel = f"{_CHANNEL}commentary {recipient} {_CONSTRAIN}json{_MESSAGE}"
         in_role = f" {recipient}{_CHANNEL}commentary {_CONSTRAIN}json{_MESSAGE}"
@@ -96,4 +98,4 @@ class Harmony(ChatFormat):
 
 
 def _discard(text: str) -> None:
-    """Sink for text that is not shown."""
+    """Drops text: the sink for messages that are neither content nor reasoning."""

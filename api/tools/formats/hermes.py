@@ -1,4 +1,4 @@
-"""Hermes and Qwen: JSON in <tool_call> tags, in code fences or bare. Also the prompt for templates without tools."""
+"""Hermes and Qwen: JSON in <tool_call> tags, in code fences or bare. Also instructions for templates without tools."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from api.tools.formats.lark_builder import LarkBuilder, UntaggedCalls
 from api.tools.formats.tagged import TaggedFormat
 from api.tools.formats.text_buffer import Parse
 
-_CALL, _CALLED = "<tool_call>", "</tool_call>"
+_CALL, _CALL_END = "<tool_call>", "</tool_call>"
 
 
 class Hermes(TaggedFormat):
     """<tool_call>{"name": ..., "arguments": {...}}</tool_call>
 
-    Small models replace the tags by a Markdown code fence, or omit them at the start of the answer. Both are parsed, as
-    by llama.cpp.
+    Small models write a Markdown code fence instead of the tags, or omit the tags at the start of the answer. Both
+    variants are parsed, as in llama.cpp.
     """
 
     name = "hermes"
-    template_signs = (_CALL,)
+    template_substrings = (_CALL,)
     triggers = (_CALL, *FENCE_STARTS)
     fences = FENCE_STARTS
-    markers = (_CALL, _CALLED, "<think>", "</think>")
+    markers = (_CALL, _CALL_END, "<think>", "</think>")
 
     def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
         if trigger in FENCE_STARTS:
             end, found = "```", (yield from parse_untagged_calls(parser))
         else:
-            end, found = _CALLED, (yield from parse_call_object(parser))
+            end, found = _CALL_END, (yield from parse_call_object(parser))
         if found:
             yield from parser.buffer.accept(end)
         return found
 
     def parse_answer_start(self, parser: MessageParser) -> Parse[None]:
         if parser.calls.tools and (yield from parse_untagged_calls(parser)):
-            yield from parser.buffer.accept(_CALLED)
+            yield from parser.buffer.accept(_CALL_END)
 
     def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
-        end = lark.text(f"\n{_CALLED}")
+        end = lark.text(f"\n{_CALL_END}")
         return f'"\\n" {call_object(lark, tool, index)} {end}'
 
     def untagged(self, lark: LarkBuilder, calls: AllowedCalls) -> UntaggedCalls | None:
@@ -56,10 +56,10 @@ class Hermes(TaggedFormat):
 
 
 class Generic(Hermes):
-    """The Hermes format for models whose template has no tools; `tool_instructions` describes it in the prompt."""
+    """The Hermes format for templates without tools. `tool_instructions` describes the format in the prompt."""
 
     name = "generic"
-    template_signs = ("",)
+    template_substrings = ("",)
 
 
 def tool_instructions(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -69,5 +69,5 @@ def tool_instructions(tools: Sequence[Mapping[str, Any]]) -> str:
         "You may call functions to help with the user's request. Their signatures:\n"
         f"<tools>\n{listed}\n</tools>\n\n"
         "To call one, answer with its name and arguments as JSON between these tags:\n"
-        f'{_CALL}\n{{"name": "the name", "arguments": {{"a name": "a value"}}}}\n{_CALLED}'
+        f'{_CALL}\n{{"name": "the name", "arguments": {{"a name": "a value"}}}}\n{_CALL_END}'
     )

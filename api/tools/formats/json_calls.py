@@ -1,4 +1,4 @@
-"""Calls that are a JSON object with a name and arguments, in any order."""
+"""Calls that are a JSON object with the keys for name and arguments in any order."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from api.tools.formats.base import AllowedCalls, MessageParser, Tool
 from api.tools.formats.lark_builder import WHITE_SPACE, LarkBuilder, UntaggedCalls, literal
 from api.tools.formats.text_buffer import Parse
 
-# The keys under which models write the arguments.
+# The keys of the arguments; models write either of them.
 ARGUMENT_KEYS = ("arguments", "parameters")
-# The starts of Markdown code fences, in which small models write calls.
+# Starts of Markdown code fences in which small models write calls.
 FENCE_STARTS = ("```json\n", "```\n")
 
-# The texts that `parse_untagged_calls` requires before and after a tool's name, as regular expressions.
+# Regular expressions of the texts that `parse_untagged_calls` requires before and after a tool's name.
 _BEFORE_NAME = WHITE_SPACE + WHITE_SPACE.join((r"[\[,]?", r"\{", '"name"', ":", '"'))
 _AFTER_NAME = '"' + WHITE_SPACE + WHITE_SPACE.join((",", f'"({"|".join(ARGUMENT_KEYS)})"', ":"))
-# White space where only the rest of a call is permitted, bounded as small models repeat it.
+# White space inside of an untagged call, bounded because small models repeat white space without end.
 _GAP = r"\s{0,8}"
 
 
-def parse_call_object(parser: MessageParser, *, known: bool = False) -> Parse[bool]:
-    """Parses and emits the object of one call. False if the text is no call; with `known`, calls of unknown tools are
-    none."""
-    return (yield from _CallObject(parser, known).parse())
+def parse_call_object(parser: MessageParser, *, known_only: bool = False) -> Parse[bool]:
+    """Parses and emits the object of one call. Returns False if the text is not a call.
+
+    With `known_only`, an object with the name of an unknown tool is not a call.
+    """
+    return (yield from _CallObject(parser, known_only).parse())
 
 
 def parse_untagged_calls(parser: MessageParser) -> Parse[bool]:
-    """Parses and emits calls without tags, one after the other or in a list. False if there is none."""
+    """Parses and emits calls without tags, one after the other or in a list. Returns False if there is no call."""
     buffer, before = parser.buffer, parser.num_calls
     buffer.mark()
     listed = yield from buffer.accept("[")
@@ -43,32 +45,32 @@ def parse_untagged_calls(parser: MessageParser) -> Parse[bool]:
 
 
 def _parse_untagged_call(parser: MessageParser) -> Parse[bool]:
-    """Parses one call. False if the text does not start with the name of a known tool and with arguments: JSON of
-    another kind is content."""
+    """Parses one call. Returns False if the text does not start with a known tool's name and arguments: other JSON is
+    content."""
     buffer = parser.buffer
     names = tuple(f'"{tool.name}"' for tool in parser.calls.tools)
     keys = tuple(f'"{key}"' for key in ARGUMENT_KEYS)
-    signs: list[str] = []
+    markers: list[str] = []
     for options in (("{",), ('"name"',), (":",), names, (",",), keys, (":",)):
-        sign = yield from buffer.accept(*options)
-        if sign is None:
+        marker = yield from buffer.accept(*options)
+        if marker is None:
             return False
-        signs.append(sign)
+        markers.append(marker)
     if not (yield from buffer.peek("{")):
         return False
-    parser.begin_call(signs[3][1:-1])
+    parser.begin_call(markers[3][1:-1])
     if (yield from buffer.value(parser.arguments)):
         yield from buffer.accept("}")
     return True
 
 
 class _CallObject:
-    """Parser of one call's object. Arguments that precede the name are held back until the name is known."""
+    """Parser of one call's object. Arguments before the name are held back until the name is complete."""
 
-    def __init__(self, parser: MessageParser, known: bool) -> None:
-        self._parser, self._known = parser, known
+    def __init__(self, parser: MessageParser, known_only: bool) -> None:
+        self._parser, self._known_only = parser, known_only
         self._name: str | None = None
-        self._held: str | None = None
+        self._held_arguments: str | None = None
         self._has_arguments = False
 
     def parse(self) -> Parse[bool]:
@@ -76,17 +78,17 @@ class _CallObject:
         if not (yield from buffer.accept("{")):
             return False
         while True:
-            sign = yield from buffer.accept("}", ",", '"')
-            if sign == '"':
+            marker = yield from buffer.accept("}", ",", '"')
+            if marker == '"':
                 if not (yield from self._parse_member()):
                     return self._name is not None
-            elif sign == "}":
+            elif marker == "}":
                 return self._end()
-            elif sign is None:
+            elif marker is None:
                 return self._name is not None
 
     def _parse_member(self) -> Parse[bool]:
-        """Parses a key, after its first quote, and its value. False if the text is malformed or incomplete."""
+        """Parses a member after the first quote of its key. Returns False for malformed or incomplete text."""
         buffer = self._parser.buffer
         key, end = yield from buffer.collect(('"',))
         if end is None or not (yield from buffer.accept(":")):
@@ -101,13 +103,13 @@ class _CallObject:
         if key == "name" and self._name is None:
             return self._begin(text)
         if key in ARGUMENT_KEYS:
-            self._held = _unwrapped(text)
+            self._held_arguments = _unwrapped(text)
             self._flush()
         return True
 
     def _begin(self, text: str) -> bool:
         name = _json_value(text)
-        if not isinstance(name, str) or not name or (self._known and name not in self._parser.calls):
+        if not isinstance(name, str) or not name or (self._known_only and name not in self._parser.calls):
             return False
         self._name = name
         self._parser.begin_call(name)
@@ -115,20 +117,20 @@ class _CallObject:
         return True
 
     def _flush(self) -> None:
-        if self._name is not None and self._held is not None and not self._has_arguments:
+        if self._name is not None and self._held_arguments is not None and not self._has_arguments:
             self._has_arguments = True
-            self._parser.arguments(self._held)
+            self._parser.arguments(self._held_arguments)
 
     def _end(self) -> bool:
         if self._name is None:
             return False
-        self._held = self._held or "{}"
+        self._held_arguments = self._held_arguments or "{}"
         self._flush()
         return True
 
 
 def _json_value(text: str) -> object:
-    """Returns the decoded JSON, None for malformed JSON."""
+    """Returns the decoded JSON. Returns None for malformed JSON."""
     try:
         return jiter.from_json(text.encode(), allow_inf_nan=False)
     except ValueError:
@@ -136,19 +138,19 @@ def _json_value(text: str) -> object:
 
 
 def _unwrapped(text: str) -> str:
-    """Returns the arguments' JSON, unwrapped if a model wrote it as a JSON string."""
+    """Returns the JSON of the arguments, decoded first if the model wrote the object as a JSON string."""
     value = _json_value(text)
     return value if isinstance(value, str) and isinstance(_json_value(value), dict) else text
 
 
 def call_object(lark: LarkBuilder, tool: Tool, index: int, arguments_key: str = "arguments") -> str:
-    """Returns the expression of a call's object."""
+    """Returns the Lark expression of a call's object."""
     head = lark.text(f'{{"name": {json.dumps(tool.name)}, "{arguments_key}": ')
     return f'{head} {_arguments_rule(lark, tool, index)} "}}"'
 
 
 def untagged_calls(lark: LarkBuilder, calls: AllowedCalls) -> UntaggedCalls:
-    """Returns the calls without tags, in any JSON layout."""
+    """Returns the patterns of calls without tags, with any white space in the JSON."""
     gap, end = lark.rule("GAP", f"/{_GAP}/"), lark.rule("UNTAGGED_END", f"/{_GAP}\\}}/")
     rules = []
     for index, tool in enumerate(calls.tools):
@@ -159,5 +161,5 @@ def untagged_calls(lark: LarkBuilder, calls: AllowedCalls) -> UntaggedCalls:
 
 
 def _arguments_rule(lark: LarkBuilder, tool: Tool, index: int) -> str:
-    """Returns the rule of a tool's arguments, shared by all ways to write the call."""
+    """Returns the rule of a tool's arguments, shared by all notations of the call."""
     return lark.json_rule(f"arguments_{index}", tool.parameters)

@@ -1,4 +1,4 @@
-"""Kimi K2: a section of calls, each an id that contains the name, and JSON arguments."""
+"""Kimi K2: a section of calls. A call is an id that contains the tool's name, and JSON arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from api.tools.formats.tagged import TaggedFormat
 from api.tools.formats.text_buffer import Parse
 
 _BEGIN, _END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
-_CALL, _ARGUMENTS, _CALLED = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
+_CALL, _ARGUMENTS, _CALL_END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
 _PREFIX = "functions."
 _CALL_NUMBER = re.compile(r":\s*\d*\Z")
 
@@ -19,10 +19,10 @@ class Kimi(TaggedFormat):
     """<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{...}<|tool_call_end|>"""
 
     name = "kimi"
-    template_signs = (_CALL,)
+    template_substrings = (_CALL,)
     triggers = (_BEGIN,)
     section_end = _END
-    markers = (_BEGIN, _END, _CALL, _ARGUMENTS, _CALLED, "<think>", "</think>")
+    markers = (_BEGIN, _END, _CALL, _ARGUMENTS, _CALL_END, "<think>", "</think>")
 
     def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
         buffer = parser.buffer
@@ -33,7 +33,7 @@ class Kimi(TaggedFormat):
             parser.begin_call(_CALL_NUMBER.sub("", id.strip().removeprefix(_PREFIX)), id.strip())
             if not (yield from buffer.value(parser.arguments)):
                 return True
-            yield from buffer.accept(_CALLED)
+            yield from buffer.accept(_CALL_END)
         return True
 
     def call_id(self, index: int, name: str) -> str:
@@ -41,4 +41,4 @@ class Kimi(TaggedFormat):
 
     def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
         head = f"{lark.text(f'{_CALL}{_PREFIX}{tool.name}:')} /[0-9]{{1,3}}/ {lark.text(_ARGUMENTS)}"
-        return f"{head} {lark.json(tool.parameters)} {lark.text(_CALLED)}"
+        return f"{head} {lark.json(tool.parameters)} {lark.text(_CALL_END)}"

@@ -1,4 +1,4 @@
-"""Kimi K3: XTML, in which elements of special tokens enclose everything and each argument has its type."""
+"""Kimi K3: XTML, whose elements of special tokens enclose reasoning, answer, calls and each typed argument."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ _ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 class KimiXtml(ChatFormat):
     """<|open|>call tool="f"<|sep|><|open|>argument key="p" type="string"<|sep|>value<|close|>argument<|sep|>
 
-    Parser and grammar are written by hand: elements enclose the answer too, so no trigger starts a call in free text.
+    Parser and grammar are written by hand: an element encloses the answer too, so there is no free text with triggers.
     """
 
     name = "kimi-xtml"
-    template_signs = (_OPEN,)
+    template_substrings = (_OPEN,)
     markers = (_OPEN, _CLOSE, _SEP)
     opens = (f"{_OPEN}think{_SEP}",)
     closes = f"{_CLOSE}think{_SEP}"
 
     def may_reason(self, template: str) -> bool:
-        return True  # also makes sure that the answer is parsed, as its elements are no content
+        return True  # the answer must be parsed even without tools, because its tags are not content
 
     def parse(self, parser: MessageParser) -> Parse[None]:
         buffer = parser.buffer
-        if parser.opened:
+        if parser.in_reasoning:
             yield from self._parse_reasoning(parser, "")
-        while (sign := (yield from buffer.until((_OPEN, _CLOSE), parser.content))) is not None:
+        while (marker := (yield from buffer.until((_OPEN, _CLOSE), parser.content))) is not None:
             head, end = yield from buffer.collect((_SEP,))
             if end is None:
                 return
-            if sign == _OPEN and head == "think":
+            if marker == _OPEN and head == "think":
                 yield from self._parse_reasoning(parser, self.opens[0])
-            elif sign == _OPEN and head == "tools" and parser.calls.tools:
+            elif marker == _OPEN and head == "tools" and parser.calls.tools:
                 yield from self._parse_calls(parser)
 
     def _parse_reasoning(self, parser: MessageParser, tag: str) -> Parse[None]:
@@ -85,11 +85,11 @@ class KimiXtml(ChatFormat):
         return True
 
     def grammar(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
-        reasoning = f"{lark.before('thought', self.closes)} {AFTER_REASONING}"
-        if not constraints.opened:
+        reasoning = f"{lark.text_until('thought', self.closes)} {AFTER_REASONING}"
+        if not constraints.in_reasoning:
             reasoning = f"({lark.text(self.opens[0])} {reasoning})?"
         start, end = lark.text(_RESPONSE), lark.text(_RESPONSE_END)
-        response = f"{start}? {lark.before('response', _RESPONSE_END)}"
+        response = f"{start}? {lark.text_until('response', _RESPONSE_END)}"
         if constraints.answer is not None:
             response = f"{start}? {constraints.answer} {end}"
         done = f"({lark.text(_MESSAGE_END)})?"
@@ -100,7 +100,7 @@ class KimiXtml(ChatFormat):
             lark.rule(f"tool_{index}", self._body(lark, each, index))
             for index, each in enumerate(constraints.calls.tools)
         ]
-        calls = lark.several(tools, "", constraints.calls.parallel)
+        calls = lark.call_list(tools, "", constraints.calls.parallel)
         section = f"{lark.text(_TOOLS)} {calls} {lark.text(_TOOLS_END)}"
         if constraints.calls.required:
             lark.rule("start", f"{reasoning} ({start}? {end})? {section} {done}")

@@ -1,4 +1,4 @@
-"""Grammars of messages with tool calls, in llguidance's Lark dialect: free text up to a trigger, then a valid call."""
+"""Builds grammars of messages with tool calls in llguidance's Lark dialect: free text, a trigger, then a valid call."""
 
 from __future__ import annotations
 
@@ -14,39 +14,40 @@ from engine import MAX_GRAMMAR_BYTES, RequestRefused
 ANY_TEXT, NON_EMPTY_TEXT = r"(.|\n)*", r"(.|\n)+"
 # The white space that `str.strip` removes, as a regular expression.
 WHITE_SPACE = r"[\s\x1c-\x1f]*"
-# White space permitted after reasoning, bounded as small models repeat line breaks.
+# White space permitted after reasoning, bounded because small models repeat line breaks.
 AFTER_REASONING = r"/\s{0,2}/"
-# Consecutive calls where nothing else is permitted, as small models may repeat calls without end.
+# Maximum calls in a row where only calls are permitted, because small models may repeat calls without end.
 MAX_CALLS = 32
 
-# JSON as chat templates show it: a space after commas and colons. Flexible white space lets small models repeat it.
+# JSON in the layout of chat templates: one space after commas and colons. Flexible white space is not permitted,
+# because small models repeat it without end.
 _JSON_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class ReasoningTags(Struct, frozen=True):
-    """The reasoning that may come first: pairs of opening and closing tags."""
+    """The pairs of opening and closing tags of the reasoning with which a message may start."""
 
     tags: Sequence[tuple[str, str]] = ()
-    opened: bool = False
+    in_reasoning: bool = False
     """True if the prompt ends with the first opening tag."""
 
 
 class UntaggedCalls(Struct, frozen=True):
-    """Calls without a trigger, at the start of the answer or after a code fence. All fields but the last are regular
+    """Calls without a trigger, at the start of the answer or after a code fence. All fields except `calls` are regular
     expressions."""
 
     head: str
-    """The text of a call up to the tool's name."""
+    """A call up to the tool's name."""
     fence: str
     """The code fences."""
     names: str
-    """The names of tools and the text after them; without a match the text is no call."""
+    """A tool's name and the text after it. Text after `head` that does not match is not a call."""
     calls: Sequence[str]
-    """For each tool, the expression of a call from the name on."""
+    """The Lark expression of a call from the name on, one for each tool."""
 
 
 class CallPattern(Struct, frozen=True):
-    """The calls of a message."""
+    """The patterns of the calls in a message. Expressions are Lark expressions."""
 
     trigger: str
     """The text before each call."""
@@ -56,18 +57,18 @@ class CallPattern(Struct, frozen=True):
     parallel: bool
     required: bool
     others: Sequence[tuple[str, str]] = ()
-    """More triggers with the expressions after them. Unused if calls are required."""
+    """Further triggers, each with the expression after it. Unused if calls are required."""
     untagged: UntaggedCalls | None = None
     """Calls without a trigger. Unused if calls are required."""
     interrupts: Sequence[tuple[str, str]] = ()
-    """Triggers that close reasoning, with the expressions after them."""
+    """Triggers that close reasoning, each with the expression after it."""
 
 
 class LarkBuilder:
-    """Collects the rules of one grammar; `str` returns the grammar's text."""
+    """Collects the rules of one grammar. `str(builder)` is the grammar's text. Methods return Lark expressions."""
 
     def __init__(self, special: Mapping[str, int]) -> None:
-        """`special` maps the markers that are special tokens to their ids. No text matches a special token."""
+        """`special` maps the markers that are special tokens to their ids. A regular expression never matches them."""
         self._special = special
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
         self._rules: dict[str, str] = {}
@@ -80,12 +81,12 @@ class LarkBuilder:
     # ── expressions ──
 
     def rule(self, name: str, body: str) -> str:
-        """Adds a rule unless the name is taken. Returns the name without its options in brackets."""
+        """Adds a rule unless the name exists. Returns the name without options in brackets, such as `[lazy]`."""
         self._rules.setdefault(name, body)
         return name.partition("[")[0]
 
     def text(self, text: str) -> str:
-        """Returns the expression of exactly this text, with markers that are special tokens as tokens.
+        """Returns the expression that matches exactly `text`. Special tokens in `text` are matched as tokens.
 
         >>> LarkBuilder({"<|call|>": 7}).text("<|call|>f"), LarkBuilder({}).text("")
         ('<[7]> "f"', '""')
@@ -99,7 +100,7 @@ class LarkBuilder:
         )
 
     def any_of(self, expressions: Sequence[str]) -> str:
-        """Returns the alternative of these expressions."""
+        """Returns the expression that matches one of `expressions`."""
         return "(" + " | ".join(expressions) + ")"
 
     def json(self, schema: Any) -> str:
@@ -107,7 +108,7 @@ class LarkBuilder:
         `MAX_GRAMMAR_BYTES`."""
         text = json.dumps({**schema, "x-guidance": _JSON_SPACING} if isinstance(schema, Mapping) else {})
         self._schema_chars += len(text)
-        # Each reference repeats its definition, so a small request could grow beyond the memory.
+        # Each reference repeats its definition, so a small request could become a grammar larger than the memory.
         if self._schema_chars > MAX_GRAMMAR_BYTES:
             raise RequestRefused(
                 f"The schemas make a grammar of more than {MAX_GRAMMAR_BYTES} characters, the maximum: "
@@ -116,67 +117,68 @@ class LarkBuilder:
         return f"%json {text}"
 
     def json_rule(self, name: str, schema: Any) -> str:
-        """Adds a rule of JSON valid by `schema` unless the name is taken, and returns the name."""
+        """Adds a rule of JSON valid by `schema` unless the name exists, and returns the name."""
         return name if name in self._rules else self.rule(name, self.json(schema))
 
     def members(self, name: str, members: Sequence[tuple[str, bool]], separator: str) -> str:
-        """Returns the expression of (expression, required) members in order; optional members may be absent."""
+        """Returns the expression of `members` in order, each an expression and whether the member is required."""
         comma, first, more = self.text(separator), '""', '""'
-        for place, (member, required) in reversed(list(enumerate(members))):
-            one = self.rule(f"{name}_{place}", member)
+        for index, (member, required) in reversed(list(enumerate(members))):
+            one = self.rule(f"{name}_{index}", member)
             first, more = (
-                self.rule(f"{name}_{place}_first", f"{one} {more}" if required else f"{one} {more} | {first}"),
-                self.rule(f"{name}_{place}_more", f"{comma} {one} {more}{'' if required else f' | {more}'}"),
+                self.rule(f"{name}_{index}_first", f"{one} {more}" if required else f"{one} {more} | {first}"),
+                self.rule(f"{name}_{index}_more", f"{comma} {one} {more}{'' if required else f' | {more}'}"),
             )
         return first
 
-    def several(self, bodies: Sequence[str], separator: str, parallel: bool) -> str:
-        """Returns the expression of one of `bodies`, or of up to `MAX_CALLS` of them if `parallel`."""
+    def call_list(self, bodies: Sequence[str], separator: str, parallel: bool) -> str:
+        """Returns the expression of one call of `bodies`, or of up to `MAX_CALLS` calls if `parallel`."""
         one = self.rule("one", self.any_of(bodies))
         return f"{one} {self._repeated(one, separator, parallel)}"
 
-    def before(self, name: str, marker: str, text: str = ANY_TEXT, unless: str = "") -> str:
-        """Adds a rule of `text` up to and including the first `marker`, without texts that start like `unless`."""
+    def text_until(self, name: str, marker: str, text: str = ANY_TEXT, unless: str = "") -> str:
+        """Adds a rule of `text` up to and including the first `marker`. Text that starts with a match of `unless` is
+        excluded. `text` and `unless` are regular expressions."""
         if self._has_special(marker):
-            return self.rule(name, f"{self.free(name, text, unless)} {self.text(marker)}")
-        return self.rule(f"{name}[lazy]", self.free(name, text + literal(marker), unless))
+            return self.rule(name, f"{self.free_text(name, text, unless)} {self.text(marker)}")
+        return self.rule(f"{name}[lazy]", self.free_text(name, text + literal(marker), unless))
 
-    def free(self, name: str, text: str, unless: str) -> str:
-        """Returns the expression of text that matches `text` and does not start like `unless`."""
+    def free_text(self, name: str, text: str, unless: str) -> str:
+        """Returns the expression of text that matches `text` and does not start with a match of `unless`."""
         if not unless:
             return f"/{text}/"
         return self.rule(f"{name.upper()}_TEXT", f"/{text}/ & ~/({unless}){ANY_TEXT}/")
 
-    def without(self, triggers: Sequence[str]) -> str:
-        """Returns the expression of any text without these triggers."""
+    def text_without(self, triggers: Sequence[str]) -> str:
+        """Returns the expression of any text that contains none of `triggers`."""
         excluded = "|".join(literal(trigger) for trigger in triggers if not self._has_special(trigger))
-        return self.free("without", ANY_TEXT, f"{ANY_TEXT}({excluded})" if excluded else "")
+        return self.free_text("without", ANY_TEXT, f"{ANY_TEXT}({excluded})" if excluded else "")
 
-    def opening(self, reasoning: ReasoningTags) -> str:
-        """Returns the regular expression of text that opens reasoning, empty if only special tokens do."""
+    def opening_pattern(self, reasoning: ReasoningTags) -> str:
+        """Returns the regular expression of the opening tags; empty if all of them contain special tokens."""
         tags = "|".join(literal(tag) for tag, _ in reasoning.tags if not self._has_special(tag))
         return f"{WHITE_SPACE}({tags})" if tags else ""
 
     # ── whole messages ──
 
     def message(self, calls: CallPattern, reasoning: ReasoningTags, answer: str | None) -> None:
-        """Adds the rules of a message: optional reasoning, then calls, an answer, or free text with calls in it.
+        """Adds the rules of a message: optional reasoning, then calls, an answer, or free text that contains calls.
 
-        Required calls exclude everything else. With `answer` the message is either calls or `answer`.
+        If calls are required, nothing else is permitted. With `answer` the message is either calls or `answer`.
         """
         if calls.required or answer:
             call = self.rule("call", f"{self.text(calls.trigger)} {calls.body}")
             more = self._repeated(call, calls.separator, calls.parallel)
-            several = f"{call} {more}"
-            rest = self.rule("rest", several if calls.required else f"{several} | {answer}")
-            self.start(reasoning, rest, rest, AFTER_REASONING, self._interrupted(calls, more))
+            call_list = f"{call} {more}"
+            rest = self.rule("rest", call_list if calls.required else f"{call_list} | {answer}")
+            self.root_rule(reasoning, rest, rest, AFTER_REASONING, self._interrupted(calls, more))
             return
         more = "rest" if calls.parallel else ""
         rest = self._free_answer("rest", calls)
-        without = rest if reasoning.opened else self._free_answer("plain", calls, self.opening(reasoning))
-        self.start(reasoning, rest, without, "", self._interrupted(calls, more))
+        without = rest if reasoning.in_reasoning else self._free_answer("plain", calls, self.opening_pattern(reasoning))
+        self.root_rule(reasoning, rest, without, "", self._interrupted(calls, more))
 
-    def start(
+    def root_rule(
         self,
         reasoning: ReasoningTags,
         after: str,
@@ -184,14 +186,14 @@ class LarkBuilder:
         space: str = AFTER_REASONING,
         interrupted: Sequence[str] = (),
     ) -> None:
-        """Adds the root rule: reasoning, `space` and `after`; or reasoning that ends in one of `interrupted`; or
-        `without`, unless the prompt opened the reasoning."""
-        ways = [] if reasoning.opened and reasoning.tags else [without]
-        for index, (tag, closes) in enumerate(reasoning.tags[:1] if reasoning.opened else reasoning.tags):
-            ends = (f"{self.before(f'thought_{index}', closes)} {space} {after}", *interrupted)
-            begins = "" if reasoning.opened else self._opening_tag(f"OPEN_{index}", tag)
-            ways += [f"{begins} {end}" for end in ends]
-        self.rule("start", " | ".join(ways))
+        """Adds the root rule with up to three alternatives: reasoning, `space` and `after`; reasoning that ends in one
+        of `interrupted`; and, unless the prompt ends inside of the reasoning, `without`."""
+        alternatives = [] if reasoning.in_reasoning and reasoning.tags else [without]
+        for index, (tag, closes) in enumerate(reasoning.tags[:1] if reasoning.in_reasoning else reasoning.tags):
+            ends = (f"{self.text_until(f'thought_{index}', closes)} {space} {after}", *interrupted)
+            begins = "" if reasoning.in_reasoning else self._opening_tag(f"OPEN_{index}", tag)
+            alternatives += [f"{begins} {end}" for end in ends]
+        self.rule("start", " | ".join(alternatives))
 
     def _has_special(self, text: str) -> bool:
         return any(name in text for name in self._special)
@@ -201,18 +203,18 @@ class LarkBuilder:
         return f"({self.text(separator)} {one}){{0,{MAX_CALLS - 1}}}" if parallel else ""
 
     def _opening_tag(self, name: str, tag: str) -> str:
-        """Returns the expression of an opening tag, after optional white space unless the tag has a special token."""
+        """Returns the expression of an opening tag. White space may precede a tag without special tokens."""
         return self.text(tag) if self._has_special(tag) else self.rule(name, f"/{WHITE_SPACE}{literal(tag)}/")
 
     def _interrupted(self, calls: CallPattern, more: str) -> list[str]:
-        """Returns the expressions of reasoning that ends in a call, followed by `more`."""
+        """Returns the expressions of reasoning that a call ends, each followed by `more`."""
         return [
-            f"{self.before(f'interrupt_{index}', trigger)} {body} {more}"
+            f"{self.text_until(f'interrupt_{index}', trigger)} {body} {more}"
             for index, (trigger, body) in enumerate(calls.interrupts)
         ]
 
     def _free_answer(self, name: str, calls: CallPattern, unless: str = "") -> str:
-        """Adds a rule of free text with calls in it that does not start like `unless`."""
+        """Adds a rule of free text that contains calls and does not start with a match of `unless`."""
         untagged = calls.untagged
         if untagged is None:
             return self.rule(name, " | ".join(self._continuations(name, calls, "", unless)))
@@ -223,15 +225,15 @@ class LarkBuilder:
         return self.rule(name, " | ".join(self._continuations(name, calls, f"({untagged.head}|{fenced})", unless)))
 
     def _continuations(self, name: str, calls: CallPattern, begins: str, unless: str) -> Iterator[str]:
-        """Yields the continuations of free text that does not start like `unless`: up to the end, up to a trigger, and
-        up to `begins`, the start of an untagged call.
+        """Yields the alternatives of free text that does not start with a match of `unless`.
 
-        Untagged calls are matched by greedy terminals: with lazy ones each mask would visit the whole vocabulary.
+        The text reaches to the end, to a trigger, or to the start of an untagged call, a match of `begins`. Untagged
+        calls are matched by greedy terminals, because masks of lazy ones take a pass over the whole vocabulary.
         """
         free = "|".join(filter(None, (begins, unless)))
-        yield self.free(name, ANY_TEXT, free)
+        yield self.free_text(name, ANY_TEXT, free)
         for index, (trigger, body) in enumerate([(calls.trigger, calls.body), *calls.others]):
-            head = self.before(f"{name}_head_{index}", trigger, ANY_TEXT, free)
+            head = self.text_until(f"{name}_head_{index}", trigger, ANY_TEXT, free)
             yield f"{head} {body} {'rest' if calls.parallel else ''}"
         if begins:
             at = f"/{begins}/ & ~/{begins}{NON_EMPTY_TEXT}/{f' & ~/{unless}{ANY_TEXT}/' if unless else ''}"
@@ -239,12 +241,12 @@ class LarkBuilder:
 
 
 def literal(text: str) -> str:
-    r"""Returns a regular expression of exactly this text, for use between slashes.
+    r"""Returns the regular expression that matches exactly `text`, for use between slashes.
 
     >>> literal("</a>\n")
     '<\\/a>\\n'
     """
-    return "".join(_ESCAPED.get(sign, sign) for sign in text)
+    return "".join(_ESCAPED.get(char, char) for char in text)
 
 
-_ESCAPED = {sign: "\\" + sign for sign in r"\/.^$|?*+()[]{}-"} | {"\n": r"\n", "\t": r"\t", '"': '"'}
+_ESCAPED = {char: "\\" + char for char in r"\/.^$|?*+()[]{}-"} | {"\n": r"\n", "\t": r"\t", '"': '"'}

@@ -18,7 +18,7 @@ from api.tools.formats.values import properties, to_json, unsupported_name, with
 class _BareFormat(TaggedFormat):
     """A format whose calls may also start the answer without a trigger.
 
-    The grammar is written by hand, as one trigger starts all calls and the trigger is optional.
+    The grammar is written by hand, because one optional trigger starts all calls.
     """
 
     bracket: ClassVar[str]
@@ -37,7 +37,7 @@ class _BareFormat(TaggedFormat):
 
     @abstractmethod
     def calls(self, lark: LarkBuilder, constraints: MessageConstraints) -> str:
-        """Returns the expression of all calls of a message."""
+        """Returns the Lark expression of all calls of a message."""
 
     def grammar(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
         if not constraints.calls.tools:
@@ -46,31 +46,32 @@ class _BareFormat(TaggedFormat):
         calls, reasoning = lark.rule("calls", self.calls(lark, constraints)), self.reasoning_tags(constraints)
         if constraints.calls.required or constraints.answer is not None:
             rest = lark.rule("rest", calls if constraints.calls.required else f"{calls} | {constraints.answer}")
-            lark.start(reasoning, rest, rest)
+            lark.root_rule(reasoning, rest, rest)
             return
         reasoning = self.reasoning_tags(constraints, always=True)
         rest = self._free_answer(lark, "rest", calls)
-        lark.start(reasoning, rest, self._free_answer(lark, "plain", calls, lark.opening(reasoning)))
+        lark.root_rule(reasoning, rest, self._free_answer(lark, "plain", calls, lark.opening_pattern(reasoning)))
 
     def _free_answer(self, lark: LarkBuilder, name: str, calls: str, unless: str = "") -> str:
-        """Adds a rule of calls, or of text that starts neither like a call nor like `unless`, with optional calls."""
+        """Adds a rule of calls, or of text with optional calls. The text starts neither with `bracket` nor with a match
+        of `unless`."""
         text = rf"\s*([^{literal(self.bracket)}\s]{ANY_TEXT})?"  # the parser accepts a call after white space too
-        head = lark.before(f"{name}_head", self.trigger, text, unless)
-        return lark.rule(name, f"{calls} | {lark.free(name, text, unless)} | {head} {calls}")
+        head = lark.text_until(f"{name}_head", self.trigger, text, unless)
+        return lark.rule(name, f"{calls} | {lark.free_text(name, text, unless)} | {head} {calls}")
 
 
 class Llama(_BareFormat):
     """{"name": ..., "parameters": {...}}, several calls separated by semicolons."""
 
     name = "llama"
-    template_signs = ("<|python_tag|>", '"parameters": dictionary of argument name')
+    template_substrings = ("<|python_tag|>", '"parameters": dictionary of argument name')
     triggers = ("<|python_tag|>",)
     markers = ("<|python_tag|>", "<think>", "</think>")
     bracket = "{"
     separator = "; "
 
     def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
-        if not (yield from parse_call_object(parser, known=not trigger)):
+        if not (yield from parse_call_object(parser, known_only=not trigger)):
             return False
         while (yield from parser.buffer.accept(";")):
             if not (yield from parse_call_object(parser)):
@@ -78,21 +79,27 @@ class Llama(_BareFormat):
         return True
 
     def calls(self, lark: LarkBuilder, constraints: MessageConstraints) -> str:
-        return lark.several(self.bodies(lark, constraints.calls), self.separator, constraints.calls.parallel)
+        return lark.call_list(self.bodies(lark, constraints.calls), self.separator, constraints.calls.parallel)
 
     def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
         return call_object(lark, tool, index, "parameters")
 
 
 class Pythonic(_BareFormat):
-    """[f(a="b"), g()]; each call is emitted once it is complete."""
+    """[f(a="b"), g()]. A call is emitted when the text of the call is complete.
+
+    A template of Llama 4 that renders no tools, such as the built-in one, has the format `Generic`.
+    """
 
     name = "pythonic"
-    template_signs = ("<|header_start|>",)
+    template_substrings = ("<|header_start|>",)
     triggers = ("<|python_start|>",)
     markers = ("<|python_start|>", "<|python_end|>", "<think>", "</think>")
     bracket = "["
     separator = ", "
+
+    def matches(self, template: str) -> bool:
+        return super().matches(template) and "tools" in template
 
     def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
         buffer, before = parser.buffer, parser.num_calls
@@ -113,9 +120,8 @@ class Pythonic(_BareFormat):
             parser.arguments(arguments)
 
     def calls(self, lark: LarkBuilder, constraints: MessageConstraints) -> str:
-        return (
-            f'"[" {lark.several(self.bodies(lark, constraints.calls), self.separator, constraints.calls.parallel)} "]"'
-        )
+        call_list = lark.call_list(self.bodies(lark, constraints.calls), self.separator, constraints.calls.parallel)
+        return f'"[" {call_list} "]"'
 
     def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
         members = []
@@ -139,8 +145,8 @@ _LITERAL_ERRORS = ValueError, TypeError, SyntaxError, MemoryError, RecursionErro
 
 
 def _parse_arguments(buffer: TextBuffer) -> Parse[str | None]:
-    """Parses `a="b", c=1)` and returns the arguments as JSON, None if they are not literals. Keys may be any text,
-    Python keywords included."""
+    """Parses `a="b", c=1)` and returns the arguments as JSON. Returns None if a value is not a literal. Keys may be any
+    text, Python keywords included."""
     values: dict[str, object] = {}
     while not (yield from buffer.accept(")")):
         key, sign = yield from buffer.collect(("=", ")"))

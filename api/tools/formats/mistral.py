@@ -1,4 +1,4 @@
-"""Mistral: [TOOL_CALLS], then a JSON list of calls, or a name, [ARGS] and arguments; newer models repeat the tag."""
+"""Mistral: [TOOL_CALLS], name, [ARGS] and arguments for each call. Older models: [TOOL_CALLS] and a JSON list."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _CALL, _ARGUMENTS, _ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 class Mistral(TaggedFormat):
     """[TOOL_CALLS]f[ARGS]{...}[TOOL_CALLS]g[ARGS]{...}
 
-    The parser accepts the list of older models too.
+    The parser also accepts the notation of `MistralList`.
     """
 
     name = "mistral"
-    template_signs = (_ARGUMENTS,)
+    template_substrings = (_ARGUMENTS,)
     triggers = (_CALL,)
     markers = (_CALL, _ARGUMENTS, _ID, "[THINK]", "[/THINK]", "<think>", "</think>")
     opens = ("[THINK]", "<think>")
@@ -65,19 +65,19 @@ class Mistral(TaggedFormat):
 
 
 class MistralList(Mistral):
-    """[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...], models up to 2024.
+    """[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...], of models up to 2024.
 
-    The grammar is written by hand, as all calls follow one trigger in brackets.
+    The grammar is written by hand, because one trigger precedes the list of all calls.
     """
 
     name = "mistral-list"
-    template_signs = (_CALL,)
+    template_substrings = (_CALL,)
 
     def grammar(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
         body = ""
         if tools := self.bodies(lark, constraints.calls):
-            several = lark.several(tools, ", ", constraints.calls.parallel)
-            body = lark.rule("list", f'/ ?/ "[" {several} "]"')
+            call_list = lark.call_list(tools, ", ", constraints.calls.parallel)
+            body = lark.rule("list", f'/ ?/ "[" {call_list} "]"')
         self.message(lark, constraints, [body] if body else [], parallel=False)
 
     def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:

@@ -8,29 +8,29 @@ from api.tools.formats.lark_builder import LarkBuilder
 from api.tools.formats.tagged import TaggedFormat
 from api.tools.formats.text_buffer import Parse
 
-_CALL, _CALLED = "<tool_call>", "</tool_call>"
+_CALL, _CALL_END = "<tool_call>", "</tool_call>"
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
 _PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
 _LINE = "\n"
-# The ends of a value with their followers. Models sometimes omit the first.
+# The end markers of a value with their followers (see `collect_value`). Models sometimes omit </parameter>.
 _VALUE_ENDS: dict[str, tuple[str, ...]] = {
-    _PARAMETER_END: (_PARAMETER, _FUNCTION_END, _CALLED),
+    _PARAMETER_END: (_PARAMETER, _FUNCTION_END, _CALL_END),
     f"{_LINE}{_PARAMETER}": (),
-    f"{_LINE}{_FUNCTION_END}": (_CALLED,),
+    f"{_LINE}{_FUNCTION_END}": (_CALL_END,),
 }
 
 
 class QwenXml(TaggedFormat):
     """<tool_call><function=f><parameter=p>value</parameter></function></tool_call>, where <tool_call> may be absent.
 
-    The grammar is written by hand, as calls may also start at <function= and inside of reasoning.
+    The grammar is written by hand, because calls may also start with <function= or inside of reasoning.
     """
 
     name = "qwen-xml"
-    template_signs = (_FUNCTION,)
+    template_substrings = (_FUNCTION,)
     triggers = (_CALL, _FUNCTION)
     interrupts = (f"{_CALL}{_LINE}{_FUNCTION}",)
-    markers = (_CALL, _CALLED, "<think>", "</think>")
+    markers = (_CALL, _CALL_END, "<think>", "</think>")
 
     def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
         buffer = parser.buffer
@@ -40,7 +40,7 @@ class QwenXml(TaggedFormat):
         if end is None or not name.strip():
             return False
         writer = ArgumentWriter(parser, name.strip())
-        while (sign := (yield from buffer.accept(_PARAMETER, _FUNCTION_END, _CALLED))) == _PARAMETER:
+        while (marker := (yield from buffer.accept(_PARAMETER, _FUNCTION_END, _CALL_END))) == _PARAMETER:
             key, end = yield from buffer.collect((">",))
             if end is None:
                 return True
@@ -48,11 +48,11 @@ class QwenXml(TaggedFormat):
             if value is None:
                 return True
             writer.text(key.strip(), value.removeprefix(_LINE).removesuffix(_LINE))
-        if sign is None:
+        if marker is None:
             return writer.begun
         writer.close()
-        if sign == _FUNCTION_END:
-            yield from buffer.accept(_CALLED)
+        if marker == _FUNCTION_END:
+            yield from buffer.accept(_CALL_END)
         return True
 
     def grammar(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
@@ -66,4 +66,4 @@ class QwenXml(TaggedFormat):
         close = f"{_LINE}{_PARAMETER_END}{_LINE}"
         rules = parameter_rules(lark, tool, index, lambda key, _: f"{_PARAMETER}{key}>{_LINE}", close, ">")
         call = lark.rule(f"call_{index}", f"{lark.text(f'{tool.name}>{_LINE}')} {rules} {lark.text(_FUNCTION_END)}")
-        return f"{lark.text(f'{_LINE}{_FUNCTION}')} {call} {lark.text(f'{_LINE}{_CALLED}')}"
+        return f"{lark.text(f'{_LINE}{_FUNCTION}')} {call} {lark.text(f'{_LINE}{_CALL_END}')}"

@@ -18,7 +18,7 @@ class TaggedFormat(ChatFormat):
     interrupts: ClassVar[tuple[str, ...]] = ()
     """Triggers that also close reasoning."""
     fences: ClassVar[tuple[str, ...]] = ()
-    """Triggers that are content unless a call follows. Another trigger at the end of the text is dropped."""
+    """Triggers that are content if no call follows. Other triggers are dropped if the text ends without a call."""
     separator: ClassVar[str] = "\n"
     """The text between two calls."""
     section_end: ClassVar[str] = ""
@@ -26,11 +26,11 @@ class TaggedFormat(ChatFormat):
 
     @abstractmethod
     def parse_call(self, parser: MessageParser, trigger: str) -> Parse[bool]:
-        """Parses the text after a trigger. False if the text is no call; nothing was emitted then."""
+        """Parses the text after a trigger. Returns False, with nothing emitted, if the text is not a call."""
 
     @abstractmethod
     def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
-        """Returns the expression of one call of `tool`, the `index`-th, after the trigger."""
+        """Returns the Lark expression of a call of `tool` after the trigger. `index` numbers the tools."""
 
     @property
     def trigger(self) -> str:
@@ -38,7 +38,7 @@ class TaggedFormat(ChatFormat):
         return self.triggers[0]
 
     def closing(self, tag: str) -> str:
-        """Returns the tag that closes reasoning opened by `tag`."""
+        """Returns the tag that closes reasoning after the opening tag `tag`."""
         return self.closes
 
     # ── parser ──
@@ -58,18 +58,18 @@ class TaggedFormat(ChatFormat):
                 parser.content(buffer.advance(len(trigger)))
 
     def parse_answer_start(self, parser: MessageParser) -> Parse[None]:
-        """Parses calls without a trigger, which some formats permit at the start of the answer."""
+        """Parses calls without a trigger at the start of the answer, in formats that permit such calls."""
         yield from ()
 
     def parse_reasoning(self, parser: MessageParser) -> Parse[None]:
-        """Parses the reasoning, if the text starts with any."""
+        """Parses the reasoning if the text starts with reasoning."""
         if not self.opens:
             return
         buffer = parser.buffer
-        tag = self.opens[0] if parser.opened else (yield from buffer.accept(*self.opens))
+        tag = self.opens[0] if parser.in_reasoning else (yield from buffer.accept(*self.opens))
         if tag is None:
             return
-        if not parser.opened:
+        if not parser.in_reasoning:
             parser.reasoning_tag(tag)
         closing = self.closing(tag)
         end = yield from buffer.until((closing, *(self.interrupts if parser.calls.tools else ())), parser.reasoning)
@@ -86,8 +86,8 @@ class TaggedFormat(ChatFormat):
         bodies, calls = self.bodies(lark, constraints.calls), constraints.calls
         if self.section_end:
             if bodies:
-                several = lark.several(bodies, "", calls.parallel)
-                bodies = [lark.rule("section", f"{several} {lark.text(self.section_end)}")]
+                call_list = lark.call_list(bodies, "", calls.parallel)
+                bodies = [lark.rule("section", f"{call_list} {lark.text(self.section_end)}")]
             self.message(lark, constraints, bodies, parallel=False)
             return
         # Untagged calls matter only where free text is permitted.
@@ -105,34 +105,36 @@ class TaggedFormat(ChatFormat):
         others: Sequence[tuple[str, str]] = (),
         interrupts: Sequence[tuple[str, str]] = (),
     ) -> None:
-        """Adds the rules of a message with calls: `trigger` and one of `bodies`, repeated if `parallel`, and the other
-        ways to start a call."""
+        """Adds the rules of a message with calls: `trigger` and one of `bodies`, repeated if `parallel`, and calls
+        that start otherwise."""
         if not bodies:
             self.message_without_calls(lark, constraints)
             return
         body = lark.rule("body", lark.any_of(bodies))
         required = constraints.calls.required
         calls = CallPattern(self.trigger, body, self.separator, parallel, required, others, untagged, interrupts)
-        # Free text may start with a reasoning tag under any template, and is parsed as reasoning then.
-        free = not required and not constraints.answer
-        lark.message(calls, self.reasoning_tags(constraints, always=free), constraints.answer)
+        # Free text may start with a reasoning tag under any template, and the parser then expects reasoning.
+        has_free_text = not required and not constraints.answer
+        lark.message(calls, self.reasoning_tags(constraints, always=has_free_text), constraints.answer)
 
     def message_without_calls(self, lark: LarkBuilder, constraints: MessageConstraints) -> None:
         """Adds the rules of a message without calls."""
         triggers = [trigger for trigger in self.triggers if trigger not in self.fences]
-        text = lark.without(triggers) if constraints.calls.withheld else "TEXT"
+        text = lark.text_without(triggers) if constraints.calls.withheld else "TEXT"
         rest = lark.rule("rest", constraints.answer or text)
-        lark.start(self.reasoning_tags(constraints), rest, rest)
+        lark.root_rule(self.reasoning_tags(constraints), rest, rest)
 
     def reasoning_tags(self, constraints: MessageConstraints, *, always: bool = False) -> ReasoningTags:
-        """Returns the tags of the reasoning that may come first, no tags if none may come."""
+        """Returns the tags of the reasoning that may start the message; no tags if it may not start with reasoning."""
         permitted = self.closes and (always or constraints.may_reason)
-        return ReasoningTags([(tag, self.closing(tag)) for tag in self.opens] if permitted else [], constraints.opened)
+        return ReasoningTags(
+            [(tag, self.closing(tag)) for tag in self.opens] if permitted else [], constraints.in_reasoning
+        )
 
     def bodies(self, lark: LarkBuilder, calls: AllowedCalls) -> list[str]:
-        """Returns one rule for each tool."""
+        """Adds one rule for each tool and returns the names of the rules."""
         return [lark.rule(f"tool_{index}", self.body(lark, tool, index)) for index, tool in enumerate(calls.tools)]
 
     def untagged(self, lark: LarkBuilder, calls: AllowedCalls) -> UntaggedCalls | None:
-        """Returns the calls without a trigger, None if the format has none."""
+        """Returns the patterns of calls without a trigger. Returns None if the format has no such calls."""
         return None

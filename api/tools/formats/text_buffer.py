@@ -1,7 +1,7 @@
 """Incremental parsing of streamed text: generators that yield whenever they need more text.
 
-A parser commits to a result as soon as the text so far determines the result, and not before. Results therefore depend
-on the text alone and not on how the text was cut into tokens.
+A parser emits a result as soon as the text so far determines the result, and not earlier. Results therefore depend only
+on the text, not on its division into tokens.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TypeVar
 from engine import partial_match_length
 
 _Result = TypeVar("_Result")
-# A parsing routine: yields when it needs more text, returns its result.
+# A parsing routine: a generator that yields when it needs more text, and returns its result.
 Parse = Generator[None, None, _Result]
-# A function that receives text as soon as the text is certain.
+# A function that receives parsed text, each part as soon as later text cannot change its meaning.
 TextSink = Callable[[str], object]
 
 _OUTSIDE = {quotes: re.compile(rf"[{quotes}{{}}()\[\]]") for quotes in ('"', "\"'")}
@@ -24,34 +24,34 @@ _SCALAR_END = re.compile(r"[,\]})\s<]")
 
 
 class TextBuffer:
-    """The streamed text and a position in it. No marker or option of one call may be a part of another one."""
+    """The streamed text and a position in it. The markers or options of one method call must not contain each other."""
 
     def __init__(self) -> None:
         self._text = ""
-        self._at = 0
+        self._position = 0
         self._marks: list[int] = []
         self.ended = False
-        """True once no more text comes."""
+        """True once the text is complete."""
 
     def feed(self, text: str) -> None:
         """Appends text and drops the text before the first mark."""
-        start = min(self._marks, default=self._at)
+        start = min(self._marks, default=self._position)
         self._text = self._text[start:] + text
-        self._at -= start
+        self._position -= start
         self._marks = [mark - start for mark in self._marks]
 
     @property
     def rest(self) -> str:
         """The text from the position to the end of the buffer."""
-        return self._text[self._at :]
+        return self._text[self._position :]
 
     def mark(self, before: int = 0) -> None:
-        """Marks the position minus `before` characters. The routine must not have yielded since those characters."""
-        self._marks.append(self._at - before)
+        """Marks the position minus `before` characters. The routine must not have yielded since it passed them."""
+        self._marks.append(self._position - before)
 
     def rewind(self) -> None:
         """Moves the position to the last mark and removes the mark."""
-        self._at = self._marks.pop()
+        self._position = self._marks.pop()
 
     def drop_mark(self) -> None:
         """Removes the last mark."""
@@ -63,12 +63,14 @@ class TextBuffer:
 
     def advance(self, size: int) -> str:
         """Moves the position by `size` characters, which must be in the buffer, and returns them."""
-        self._at += size
-        return self._text[self._at - size : self._at]
+        self._position += size
+        return self._text[self._position - size : self._position]
 
     def until(self, markers: Sequence[str], sink: TextSink) -> Parse[str | None]:
         """Passes the text before the first marker to `sink`, moves behind the marker and returns the marker.
-        Returns None at the end of the text."""
+
+        Returns None if the text ends first.
+        """
         while True:
             rest = self.rest
             found = [(at, marker) for marker in markers if (at := rest.find(marker)) >= 0]
@@ -86,13 +88,13 @@ class TextBuffer:
             yield
 
     def collect(self, markers: Sequence[str]) -> Parse[tuple[str, str | None]]:
-        """Returns the text before the first marker, and the marker. The marker is None at the end of the text."""
+        """Returns the text before the first marker, and the marker. The marker is None if the text ends first."""
         parts: list[str] = []
         marker = yield from self.until(markers, parts.append)
         return "".join(parts), marker
 
     def peek(self, *options: str) -> Parse[str | None]:
-        """Returns the option that follows after white space, None without one. The position stays."""
+        """Returns the option that follows after white space. Returns None if no option follows. The position stays."""
         while True:
             rest = self.rest.lstrip()
             for option in options:
@@ -103,8 +105,8 @@ class TextBuffer:
             yield
 
     def accept(self, *options: str) -> Parse[str | None]:
-        """Returns the option that follows after white space and moves behind it. Without one the result is None and
-        the position stays."""
+        """Returns the option that follows after white space, and moves behind the option. Returns None, without moving,
+        if no option follows."""
         option = yield from self.peek(*options)
         if option is not None:
             self._skip_space()
@@ -112,11 +114,11 @@ class TextBuffer:
         return option
 
     def value(self, sink: TextSink, quotes: str = '"') -> Parse[bool]:
-        """Passes the next JSON value to `sink` as it comes, without white space before it. True if the value is
-        complete, False if the text ended first.
+        """Passes the next JSON value, without preceding white space, to `sink` as it arrives. Returns False if the text
+        ends before the value is complete.
 
-        Brackets are only counted; the value is not validated. With both kinds of `quotes` the value is a Python
-        literal, or a bracketed expression.
+        Brackets are only counted; the value is not validated. With both kinds of quotes in `quotes` the value is a
+        Python literal or a bracketed expression.
         """
         while not self.rest.lstrip():
             if self.ended:
@@ -173,12 +175,12 @@ class _BracketScanner:
             self._step(found.group())
         return at
 
-    def _step(self, sign: str) -> None:
+    def _step(self, char: str) -> None:
         if self._quote:
-            self._escaped = sign == "\\"
+            self._escaped = char == "\\"
             self._quote = self._quote if self._escaped else ""
-        elif sign in "\"'":
-            self._quote = sign
+        elif char in "\"'":
+            self._quote = char
         else:
-            self._depth += 1 if sign in "{[(" else -1
+            self._depth += 1 if char in "{[(" else -1
         self.done = not self._quote and self._depth <= 0

@@ -26,7 +26,7 @@ _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", 
 
 
 def json_types(schema: Any, root: ParameterSchema) -> frozenset[str]:
-    """Returns the JSON types that a value may have, the empty set if the schema does not restrict them.
+    """Returns the JSON types that a value may have, or the empty set if the schema does not restrict them.
 
     >>> sorted(json_types({"anyOf": [{"type": "integer"}, {"type": "null"}]}, {}))
     ['integer', 'null']
@@ -47,7 +47,9 @@ def json_types(schema: Any, root: ParameterSchema) -> frozenset[str]:
 
 
 def text_to_json(text: str, schema: Any, root: ParameterSchema) -> str:
-    """Returns `text` as JSON of a type that the schema permits, or as a JSON string if `text` is no such JSON.
+    """Returns `text` as JSON of a type that the schema permits, otherwise as a JSON string.
+
+    JSON of another type is returned unchanged if the schema does not permit strings either.
 
     >>> text_to_json("True", {"type": "boolean"}, {}), text_to_json("02139", {"type": "string"}, {})
     ('true', '"02139"')
@@ -87,7 +89,7 @@ def to_json(value: Any) -> str:
 
 
 def json_or_string(text: str) -> str:
-    """Returns `text` if it is JSON, `text` as a JSON string otherwise."""
+    """Returns `text`, stripped of white space, if it is JSON. Returns `text` as a JSON string otherwise."""
     try:
         jiter.from_json(text.strip().encode(), allow_inf_nan=False)
     except ValueError:
@@ -136,8 +138,8 @@ _Keywords = TypeVar("_Keywords", bound=Struct)
 
 
 def properties(schema: ParameterSchema, tool: str) -> list[tuple[str, ParameterSchema, bool]]:
-    """Returns the properties of an object: name, schema, and whether the property is required. Raises RequestRefused
-    for keywords that a list of properties cannot enforce."""
+    """Returns the name, the schema and the requiredness of each property of an object. Raises RequestRefused for
+    keywords that a list of properties cannot enforce."""
     supported = {"properties", "required", "additionalProperties", "$defs", "definitions"}
     unknown = set(schema) - ANNOTATIONS - supported
     if unknown:
@@ -162,8 +164,8 @@ def _decoded(schema: ParameterSchema, kind: type[_Keywords], tool: str) -> _Keyw
 
 
 def enum_values(schema: ParameterSchema, tool: str) -> list[Any] | None:
-    """Returns the values that `enum` or `const` permits, None if the schema has neither. Raises RequestRefused for an
-    invalid `enum`."""
+    """Returns the values that `enum` or `const` permits. Returns None if the schema has neither. Raises RequestRefused
+    for an invalid `enum`."""
     found = _enum_keyword(schema)
     if found is not None and not (isinstance(found, list) and found):
         raise unsupported_schema(tool, "an enum that is not a list of values")
@@ -175,7 +177,7 @@ def _enum_keyword(schema: ParameterSchema) -> Any:
 
 
 def with_definitions(schema: ParameterSchema, root: ParameterSchema) -> ParameterSchema:
-    """Returns a part of `root` with the definitions of `root`."""
+    """Returns `schema`, a part of `root`, with the definitions of `root`."""
     return {**schema, **{key: root[key] for key in ("$defs", "definitions") if key in root}}
 
 
@@ -195,7 +197,7 @@ def value_rule(
     """
     if json_types(schema, root) != {"string"}:
         return lark.rule(name, f"{lark.json(with_definitions(schema, root))} {lark.text(close)}")
-    schema = resolved(schema, root)  # pydantic writes enumerations as references
+    schema = resolved(schema, root)  # pydantic represents enumerations as references
     if (values := enum_values(schema, tool)) is not None:
         return lark.rule(name, lark.any_of([lark.text(f"{value}{close}") for value in values]))
     if unknown := set(schema) - ANNOTATIONS - {"minLength", "maxLength", "pattern", "format"}:
@@ -207,17 +209,17 @@ def value_rule(
             raise unsupported_schema(tool, f"{path}/pattern together with a length")
         text = rf"(.|\n){{{keywords.minLength},{'' if keywords.maxLength is None else keywords.maxLength}}}"
     if text == ANY_TEXT:
-        return lark.before(name, close)
+        return lark.text_until(name, close)
     return lark.rule(name, f"/{text}/ {lark.text(close)}")
 
 
-# Characters that need an escape between slashes; an escaped character is matched first and kept.
+# An escaped character, which is kept, or a character that needs an escape between slashes.
 _UNESCAPED = re.compile(r"\\.|[/\n]", re.DOTALL)
 _ESCAPES = {"/": r"\/", "\n": r"\n"}
 
 
 def _whole_match(pattern: str) -> str:
-    r"""Returns a regular expression, for use between slashes, of the whole texts in which `pattern` matches somewhere.
+    r"""Returns the regular expression, for use between slashes, of all texts that contain a match of `pattern`.
 
     >>> _whole_match(r"^a/b\/c$")
     '(a\\/b\\/c)'
@@ -229,10 +231,10 @@ def _whole_match(pattern: str) -> str:
     return before + _UNESCAPED.sub(lambda part: _ESCAPES.get(part[0], part[0]), f"({inner})") + after
 
 
-def unsupported_schema(tool: str, what: str) -> RequestRefused:
+def unsupported_schema(tool: str, feature: str) -> RequestRefused:
     """Returns the error for a schema that the grammar cannot enforce."""
     return RequestRefused(
-        f"The parameters of {tool!r} cannot be enforced in the notation in which this model writes calls: {what} is "
+        f"The parameters of {tool!r} cannot be enforced in the notation in which this model writes calls: {feature} is "
         "not supported.",
         field="tools",
     )

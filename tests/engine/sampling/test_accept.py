@@ -1,4 +1,4 @@
-"""Verification by sampling the target: any draft gives the tokens of no draft."""
+"""Verification by sampling the target: the emitted tokens do not depend on the draft."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def model(history: Sequence[int]) -> Row:
 
 
 def run(sampler: Sampler, propose: Callable[[array[int]], list[int]], count: int) -> list[int]:
-    """Generates with drafts, each row computed from the history and the draft tokens before it."""
+    """Returns `count` tokens generated with drafts; a row depends on the history and on the draft tokens before it."""
     history = array("i", PROMPT)
     while len(history) < len(PROMPT) + count:
         draft = propose(history)

@@ -14,10 +14,10 @@ from engine.sampling import ReasoningLimiter
 CLOSING = tuple(b"</t>")
 
 
-def written(budget: int, model: bytes, *, opens: str = "", forbidden: Container[int] = ()) -> bytes:
+def limited_output(budget: int, model: bytes, *, opens: str = "", forbidden: Container[int] = ()) -> bytes:
     """Returns the output of a model that would emit `model`, one byte per token.
 
-    At `forbidden` positions a grammar forbids the forced token.
+    A grammar forbids the forced token at `forbidden` positions.
     """
     limiter = ReasoningLimiter(ReasoningBudget(budget, opens, "</t>", CLOSING), lambda token: bytes([token]))
     found = bytearray()
@@ -29,34 +29,34 @@ def written(budget: int, model: bytes, *, opens: str = "", forbidden: Container[
     return bytes(found)
 
 
-def test_it_is_closed_when_the_budget_is_spent() -> None:
-    assert written(3, b"abcdefghijklm") == b"abc</t>hijklm"
+def test_reasoning_is_closed_when_the_budget_is_spent() -> None:
+    assert limited_output(3, b"abcdefghijklm") == b"abc</t>hijklm"
 
 
 def test_reasoning_that_ends_in_time_is_unchanged() -> None:
-    assert written(9, b"ab</t>cdefghijklm") == b"ab</t>cdefghijklm"
+    assert limited_output(9, b"ab</t>cdefghijklm") == b"ab</t>cdefghijklm"
 
 
-def test_a_budget_of_none_closes_at_once() -> None:
-    assert written(0, b"abcdefg") == b"</t>efg"
-    assert written(0, b"<t>abcdefg", opens="<t>") == b"<t></t>efg"
+def test_a_budget_of_zero_closes_at_once() -> None:
+    assert limited_output(0, b"abcdefg") == b"</t>efg"
+    assert limited_output(0, b"<t>abcdefg", opens="<t>") == b"<t></t>efg"
 
 
 def test_a_character_is_not_cut() -> None:
-    assert written(2, "a👩bcdefgh".encode()) == "a👩</t>fgh".encode()
+    assert limited_output(2, "a👩bcdefgh".encode()) == "a👩</t>fgh".encode()
 
 
 @pytest.mark.parametrize(("late", "found"), [(13, b"</t>efg"), (14, b"abcdefg")])
-def test_it_counts_from_where_reasoning_begins(late: int, found: bytes) -> None:
-    assert written(2, b"<t>abcdefgh", opens="<t>") == b"<t>ab</t>gh"
-    assert written(2, b"abcdefgh" * 4, opens="<t>") == b"abcdefgh" * 4
-    assert written(2, b"." * late + b"<t>ababcdefg", opens="<t>") == b"." * late + b"<t>ab" + found
+def test_the_budget_counts_from_the_start_of_the_reasoning(late: int, found: bytes) -> None:
+    assert limited_output(2, b"<t>abcdefgh", opens="<t>") == b"<t>ab</t>gh"
+    assert limited_output(2, b"abcdefgh" * 4, opens="<t>") == b"abcdefgh" * 4
+    assert limited_output(2, b"." * late + b"<t>ababcdefg", opens="<t>") == b"." * late + b"<t>ab" + found
 
 
 @given(st.integers(0, 12), st.text(min_size=1, max_size=20))
 def test_the_output_is_valid_utf8_with_one_end(budget: int, text: str) -> None:
     model = text.replace("<", "").encode() + b"." * 24
-    found = written(budget, model)
+    found = limited_output(budget, model)
     assert found.count(b"</t>") == 1
     assert found.partition(b"</t>")[0] == model[: found.index(b"</t>")]
     assert budget <= found.index(b"</t>") <= budget + 3
@@ -64,13 +64,13 @@ def test_the_output_is_valid_utf8_with_one_end(budget: int, text: str) -> None:
 
 
 def test_bytes_that_are_no_text_are_cut() -> None:
-    assert written(2, b"\xf0" * 20).index(b"</t>") == 6
+    assert limited_output(2, b"\xf0" * 20).index(b"</t>") == 6
 
 
 def test_the_end_is_forced_as_soon_as_the_grammar_permits_it() -> None:
-    assert written(0, b"abcdefgh", forbidden={0}) == b"a</t>fgh"
-    assert written(0, b"abcdefghi", forbidden={2}) == b"</c</t>hi"
-    assert written(0, "a👩cdefghijk".encode(), forbidden={0, 1}) == "a👩</t>ghijk".encode()
+    assert limited_output(0, b"abcdefgh", forbidden={0}) == b"a</t>fgh"
+    assert limited_output(0, b"abcdefghi", forbidden={2}) == b"</c</t>hi"
+    assert limited_output(0, "a👩cdefghijk".encode(), forbidden={0, 1}) == "a👩</t>ghijk".encode()
 
 
 def test_the_tag_is_emitted_once_even_if_its_continuation_is_forbidden() -> None:

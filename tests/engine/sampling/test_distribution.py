@@ -17,7 +17,7 @@ from engine.sampling import Sampler, argmax_token, sample_and_accept
 from engine.sampling.candidates import Row
 from tests.engine.sampling.test_sampler import deviation, token_bytes
 
-SAMPLES, FEWER = 20_000, 2_000
+SAMPLES, FEWER_SAMPLES = 20_000, 2_000
 VOCABULARY, PROMPT, POSITION = 200, 30, 37
 HISTORY = range(POSITION)
 Chances = NDArray[np.float64]
@@ -61,7 +61,7 @@ def agreement(target: Chances, draft: Chances) -> dict[str, float]:
     """Returns the exact acceptance rate of a draft token, by its source.
 
     With the same Gumbel noise both models pick token i with chance 1 / sum over j of max(p_j / p_i, q_j / q_i)
-    (Daliri, Musco, Suresh 2024). That is never less than p_i q_i, the chance with independent noise.
+    (Daliri, Musco, Suresh 2024). This chance is never less than p_i q_i, the chance with independent noise.
     """
     both = ((target > 0) & (draft > 0)).nonzero()[0]
     shared = sum(1 / np.maximum(target / target[i], draft / draft[i]).sum() for i in both)
@@ -81,7 +81,7 @@ def test_samples_follow_the_distribution_with_any_draft(params: SamplingParams) 
     alone = [emitted(sampler) for sampler in samplers]
     assert deviation(np.bincount(alone, minlength=VOCABULARY), chances * SAMPLES) < 4.0
     for name, due in agreement(chances, distribution(DRAFT, params)).items():
-        some = samplers if name == "shared" else samplers[:FEWER]
+        some = samplers if name == "shared" else samplers[:FEWER_SAMPLES]
         drafted = [DRAFTS[name](sampler) for sampler in some]
         drawn = [emitted(sampler, token) for sampler, token in zip(some, drafted, strict=True)]
         assert drawn == alone[: len(some)]

@@ -31,7 +31,7 @@ def deviation(counts: NDArray[np.intp], expected: float) -> float:
 
 
 def test_the_noise_is_pinned() -> None:
-    """Requests with a recorded seed give the same tokens in every release."""
+    """The values are fixed, so that a recorded seed gives the same tokens in every release."""
     tokens = np.array([0, 1, 49151, 151935])
     first = [1.0530590592834124, -0.6807578025137798, 0.7115001858537433, -0.19557984770366205]
     other = [-0.23160170097449095, -0.3379539671667559, 0.2597702829022208, -1.1083770024693613]
@@ -57,9 +57,9 @@ def test_large_and_small_calls_agree() -> None:
 
 
 def test_the_noise_has_a_smaller_range_than_its_span() -> None:
-    least, most = 0.5 * 2.0**-50, 1.0 - 0.5 * 2.0**-50
-    assert 0.0 < least < most < 1.0
-    assert -math.log(-math.log(most)) + math.log(-math.log(least)) < NOISE_SPAN - 1.0
+    smallest, largest = 0.5 * 2.0**-50, 1.0 - 0.5 * 2.0**-50
+    assert 0.0 < smallest < largest < 1.0
+    assert -math.log(-math.log(largest)) + math.log(-math.log(smallest)) < NOISE_SPAN - 1.0
 
 
 @pytest.mark.parametrize("axis", ["seed", "position", "token"])
@@ -81,7 +81,7 @@ def test_uniform_along_each_axis(axis: str) -> None:
     [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, -1), (1, -1, 0), (1, 0, -1), (2**32, 0, 0), (0, 2**16, 0), (0, 0, 2**12)],
 )
 def test_neighbours_are_independent(seed: int, position: int, token: int) -> None:
-    """Chi-square of pairs over a 16 by 16 grid, and their correlation."""
+    """The chi-square of pairs over a 16 by 16 grid and their correlation are small."""
     tokens = np.arange(1, 17)
     keys = [(7 + i % 64, 100 + i // 64) for i in range(4096)]
     first = np.concatenate([uniforms(s, p, tokens) for s, p in keys])
@@ -107,9 +107,9 @@ def test_the_coin_is_uniform_and_independent_of_the_tokens() -> None:
     coins = np.array([uniform(5, position) for position in range(16_384)])
     assert 0.0 < coins.min() < coins.max() < 1.0
     assert abs(deviation(np.bincount((coins * 64).astype(np.intp), minlength=64), len(coins) / 64)) < 4.0
-    beside = np.array([uniform(5, position, 1) for position in range(16_384)])
+    other_coins = np.array([uniform(5, position, 1) for position in range(16_384)])
     tokens = np.concatenate([uniforms(5, position, np.array([0])) for position in range(16_384)])
-    for others in (beside, tokens):
+    for others in (other_coins, tokens):
         assert abs(float(np.corrcoef(coins, others)[0, 1])) < 4.0 / math.sqrt(len(coins))
         assert not np.isclose(coins, others, rtol=0.0, atol=1e-12).any()
 

@@ -29,7 +29,8 @@ windows = st.sampled_from([-1, 0, 1, 5, 64])
 
 
 def letters(token: int) -> bytes:
-    """Token 3 is a line feed, token 4 contains one; the other tokens are no breakers."""
+    """Returns the bytes of a token: token 3 is a line feed, token 4 contains a line feed, the others are no
+    breakers."""
     return {3: b"\n", 4: b"x\ny"}.get(token, b"x")
 
 
@@ -65,7 +66,7 @@ def slow_penalties(row: Row, history: Sequence[int], params: SamplingParams) -> 
 
 
 def slow_dry(row: Row, history: Sequence[int], params: SamplingParams, token_bytes: TokenBytes) -> list[float]:
-    """Compares the end of the history with the tokens before every earlier position, one by one."""
+    """Returns the logits after DRY; compares the end of the history with the tokens before every earlier position."""
     result = [float(logit) for logit in row]
     seen = window(history, params.dry_penalty_last_n)
     breakers = {t for t in range(VOCABULARY) if any(b.encode() in token_bytes(t) for b in params.dry_sequence_breakers)}

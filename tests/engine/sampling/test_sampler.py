@@ -80,7 +80,7 @@ def softmax(row: Row, params: SamplingParams) -> NDArray[np.float64]:
 
 def deviation(counts: NDArray[np.intp], expected: NDArray[np.float64]) -> float:
     """Returns Pearson's chi-square in standard deviations from its mean; rare cells are pooled."""
-    assert not counts[expected == 0.0].any(), "a pick that the law excludes"
+    assert not counts[expected == 0.0].any(), "a token of probability 0 was picked"
     rare = expected < 8.0
     seen = np.append(counts[~rare], counts[rare].sum())
     due = np.append(expected[~rare], expected[rare].sum())
@@ -98,8 +98,8 @@ def deviation(counts: NDArray[np.intp], expected: NDArray[np.float64]) -> float:
     ],
 )
 def test_picks_at_consecutive_positions_follow_the_softmax(params: dict[str, Any], count: int) -> None:
-    row, law = random_row(5), SamplingParams(**params)
-    expected = softmax(row, law)
+    row, sampling = random_row(5), SamplingParams(**params)
+    expected = softmax(row, sampling)
     pick = sampler(99, **params).pick
     picks = np.array([pick(row, range(length), 0) for length in range(1, count + 1)])
     assert deviation(np.bincount(picks, minlength=len(row)), expected * count) < 4.0
@@ -109,8 +109,8 @@ def test_picks_at_consecutive_positions_follow_the_softmax(params: dict[str, Any
 
 def test_picks_of_consecutive_seeds_follow_the_softmax() -> None:
     count = 10_000
-    row, law = random_row(6), SamplingParams(temperature=1.0, top_k=0)
-    expected = softmax(row, law)
+    row, sampling = random_row(6), SamplingParams(temperature=1.0, top_k=0)
+    expected = softmax(row, sampling)
     picks = np.array([sampler(seed, temperature=1.0, top_k=0).pick(row, range(50), 0) for seed in range(count)])
     assert deviation(np.bincount(picks, minlength=len(row)), expected * count) < 4.0
     pairs = np.bincount(picks[1:] * len(row) + picks[:-1], minlength=len(row) ** 2)
@@ -118,8 +118,8 @@ def test_picks_of_consecutive_seeds_follow_the_softmax() -> None:
 
 
 def test_choices_of_one_request_are_independent() -> None:
-    row, law = random_row(8), SamplingParams(temperature=1.0)
-    expected = softmax(row, law)
+    row, sampling = random_row(8), SamplingParams(temperature=1.0)
+    expected = softmax(row, sampling)
     one, other = (
         np.array([sampler(derive_seed(seed, index), temperature=1.0).pick(row, range(9), 0) for seed in range(5000)])
         for index in (0, 1)
@@ -146,25 +146,26 @@ def test_the_formula(row: Row, seed: int, position: int, params: dict[str, Any])
 
 @given(st.integers(0, 1000), st.sampled_from([3.0, 10.0, 50.0]), some_params, st.booleans(), st.integers(0, 3))
 def test_a_dominant_token_is_the_pick_of_all_stages(
-    number: int, scale: float, params: dict[str, Any], ignore: bool, least: int
+    number: int, scale: float, params: dict[str, Any], ignore_eos: bool, min_tokens: int
 ) -> None:
     row = random_row(number, scale=scale)
-    quick, thorough = (sampler(ignore_eos=ignore, min_tokens=least, ends=(1, 2), **params) for _ in range(2))
+    quick, thorough = (sampler(ignore_eos=ignore_eos, min_tokens=min_tokens, ends=(1, 2), **params) for _ in range(2))
     thorough._dominant = lambda row, emitted: None  # type: ignore[method-assign]
     assert quick.pick(row, [5] * 12, 11) == thorough.pick(row, [5] * 12, 11)
 
 
 @given(rows, some_params, st.integers(0, 3), st.integers(0, 3))
-def test_greedy_is_argmax(row: Row, params: dict[str, Any], least: int, more: int) -> None:
-    """Temperature 0 picks the argmax of a row that no stage changes."""
+def test_greedy_is_argmax(row: Row, params: dict[str, Any], min_tokens: int, extra_tokens: int) -> None:
+    """At temperature 0 the pick is the argmax of a row that no stage changes."""
     params |= {"temperature": 0.0, "logit_bias": (), "dry_multiplier": 0.0, "repeat_last_n": 0}
-    subject = sampler(ends=(0,), min_tokens=least, **params)
-    assert subject.pick(row, [0, 1, *[0] * (least + more)], 2) == row.argmax()
+    subject = sampler(ends=(0,), min_tokens=min_tokens, **params)
+    assert subject.pick(row, [0, 1, *[0] * (min_tokens + extra_tokens)], 2) == row.argmax()
 
 
 @given(rows, some_params, st.integers(0, 2**63 - 1))
 def test_a_pick_is_pure(row: Row, params: dict[str, Any], seed: int) -> None:
-    """The row, read-only here, is unchanged, and neither earlier picks nor the type of the history matter."""
+    """A pick leaves the row, read-only here, unchanged, and depends neither on earlier picks nor on the history's
+    type."""
     assume(len(row) > 1)
     history = [token % len(row) for token in (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 1, 4, 1)]
     before = row.copy()
@@ -214,8 +215,8 @@ def test_bias_is_added_and_adds_up() -> None:
 
 def test_penalties_come_after_the_bias() -> None:
     row = np.array([1.0, 0.9], np.float32)
-    # (1 - 2) * 3 = -3 against (0.9 - 2) * 1 = -1.1; the other way round 1 / 3 - 2 = -1.7 would be the same pick,
-    # but a positive bias of 1 gives (1 + 1) / 3 = 0.67 against 0.9, and 1 / 3 + 1 = 1.33 the other way round.
+    # Token 0 has a bias of 1 and a penalty of 3: (1 + 1) / 3 = 0.67 is below 0.9. The reverse order gives 1 / 3 + 1 =
+    # 1.33.
     assert sampler(temperature=0.0, repeat_penalty=3.0, logit_bias=((0, 1.0),)).pick(row, [0], 1) == 1
 
 
@@ -266,8 +267,8 @@ def test_an_extreme_temperature_is_uniform() -> None:
 
 
 @given(rows, some_params, st.integers(0, 2**32), st.floats(0.0, 1.0))
-def test_with_a_grammar_there_are_no_other_tokens(row: Row, params: dict[str, Any], seed: int, share: float) -> None:
-    """The pick is that from a row in which the other tokens are banned."""
+def test_a_grammar_permits_no_other_tokens(row: Row, params: dict[str, Any], seed: int, share: float) -> None:
+    """The pick equals the pick from a row in which the forbidden tokens are banned."""
     permitted = np.random.default_rng(seed).random(len(row)) < share
     assume(permitted.any())
     banned = np.where(permitted, row, -np.inf).astype(np.float32)
@@ -276,7 +277,7 @@ def test_with_a_grammar_there_are_no_other_tokens(row: Row, params: dict[str, An
     assert picked == sampler(seed, **params).pick(banned, [0], 1)
 
 
-def test_bans_count_as_far_as_a_grammar_leaves_a_choice() -> None:
+def test_bans_apply_while_the_grammar_permits_another_token() -> None:
     row = random_row(3)
     permitted = np.zeros(len(row), np.bool_)
     permitted[[5, 9]] = True

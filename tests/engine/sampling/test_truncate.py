@@ -28,7 +28,7 @@ SIZES = [1, 2, 5, 17, 40, 257, 700, 4096, 5003]
 
 @st.composite
 def rows(draw: st.DrawFn, sizes: Sequence[int] = SIZES) -> Row:
-    """Rows of very different shapes: flat, peaked, with ties, with banned tokens."""
+    """Draws rows of very different shapes: flat, peaked, with ties, with banned tokens."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     size = draw(st.sampled_from(sizes))
     row = rng.normal(size=size) * draw(st.sampled_from([0.01, 0.5, 3.0, 20.0]))
@@ -100,7 +100,7 @@ def slow_xtc(row: Row, tokens: list[int], threshold: float) -> list[int]:
 
 
 def slow_truncate(row: Row, params: SamplingParams, apply_xtc: bool) -> list[int]:
-    """Applies all stages to all tokens that are not banned."""
+    """Returns the tokens that remain after all stages, of those that are not banned."""
     tokens = ranked(row)
     if params.top_k > 0:
         tokens = tokens[: params.top_k]
@@ -195,15 +195,15 @@ def test_xtc(row: Row, threshold: float) -> None:
     st.sampled_from([0.3, 1.0, 2.5]),
 )
 def test_all_stages(
-    row: Row, apply_xtc: bool, top_k: int, typical: float, top: float, least: float, temperature: float
+    row: Row, apply_xtc: bool, top_k: int, typical: float, top: float, min_share: float, temperature: float
 ) -> None:
-    params = SamplingParams(top_k=top_k, typical_p=typical, top_p=top, min_p=least, temperature=temperature)
+    params = SamplingParams(top_k=top_k, typical_p=typical, top_p=top, min_p=min_share, temperature=temperature)
     assume(np.ptp(row[np.isfinite(row)]) < 38.0 * min(1.0, temperature))
     found = truncate(row, params, apply_xtc)
     assert sorted(found.ids.tolist()) == sorted(slow_truncate(row, params, apply_xtc))
 
 
-# The cases of llama.cpp's tests/test-sampling.cpp: probabilities, parameter, tokens left.
+# The cases of llama.cpp's tests/test-sampling.cpp: probabilities, parameter, remaining tokens.
 @pytest.mark.parametrize(
     ("stage", "probabilities", "value", "left"),
     [
@@ -234,13 +234,13 @@ def test_cases_of_llama_cpp(
 def test_bad_rows(size: int, bad: list[float]) -> None:
     row = np.full(size, -np.inf if bad == [-np.inf] else 1.0, np.float32)
     row[[3, size - 2][: len(bad)]] = bad
-    for act in (
+    for function in (
         argmax_token,
         peak_and_mass,
         lambda row: candidates_within(row, 40.0),
         lambda row: top_candidates(row, 4),
     ):
         with pytest.raises(BadLogits):
-            act(row)
+            function(row)
     with pytest.raises(BadLogits):
         nucleus_candidates(row, 0.9, 40.0)
