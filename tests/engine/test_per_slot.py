@@ -106,6 +106,26 @@ def test_two_requests_with_one_new_prefix_compute_it_once() -> None:
     assert (cached(bench, 0), cached(bench, 1)) == (0, 300)
 
 
+def test_a_stored_whole_state_replaces_the_shorter_prefix_of_a_slot() -> None:
+    """The longest prefix is in a running sequence and cannot be copied; the free slot keeps less than was saved."""
+    bench = bench_of(slots=2, ram=10**6, divisible=False)
+    long = prompt_of(200)
+    bench.submit(0, request((*long, 1), 400))
+    for _ in range(4):
+        bench.core.step()
+    bench.submit(1, request((*long[:40], 50), 3))
+    while 1 not in bench.ends:
+        bench.core.step()
+    bench.submit(2, request((*long, 2), 3))
+    while 2 not in bench.ends:
+        bench.core.step()
+        bench.check()
+    assert cached(bench, 2) > 40, "the saved state was loaded"
+    bench.run()
+    for key, prompt in ((0, (*long, 1)), (2, (*long, 2))):
+        assert bench.outputs[key] == alone(bench.sequences[key].request, 1000)[0], prompt
+
+
 @pytest.mark.parametrize("ram", [0, 10**6])
 def test_whole_states_are_copied_or_saved_for_requests_with_one_prefix(ram: int) -> None:
     """With a sliding window and per-slot KV a prefix of a longer sequence can be shared only if it was saved."""
