@@ -218,7 +218,7 @@ def _fill_slots(context: Context, cells: tuple[int, int], sequences: int) -> int
 
     Returns the number of cells of each of these sequences; 0 if there are fewer than `_MIN_FILLED_CELLS`.
     """
-    max_cells, (filled, computable) = min(_MAX_FILLED_CELLS, context.sequence_cells - 1), cells
+    max_cells, (filled, computable) = min(_MAX_FILLED_CELLS, context.sequence_cells - _CELL_STEP_ROWS), cells
     while context.shifts and 2 * filled <= max_cells:
         snapshot = context.save(0)
         state = snapshot.cut(0, filled) if snapshot is not None else None

@@ -182,6 +182,14 @@ def test_cells_are_computed_where_states_cannot_be_shifted(monkeypatch: pytest.M
     assert clock.now - begun < 7
 
 
+@pytest.mark.parametrize("cells", [128, 200, 256, 1024])
+def test_the_cells_of_one_slot_are_not_exceeded(cells: int) -> None:
+    config = EngineConfig.of(path=SIMULATED_MODEL, slots=1, context=cells, kv_unified=False)
+    context = SimContext(config, SimCost(free))
+    assert calibrate(context).row_cell >= 0.0
+    assert context.length(0) == 0
+
+
 def test_cells_that_cannot_be_copied_are_not_measured() -> None:
     context = ClockedContext(SimulatedClock(), SimCost(free, 1.0), unified=False, cells=16 * 200)
     context.partial = False
