@@ -2,7 +2,7 @@
 
 The tables have masks as a fraction of a step, compile times of schemas, and gaps of running streams during the
 compilation of a large schema. The schemas are those of the tools of the Berkeley function calling leaderboard
-(`python bench/models.py bfcl`).
+(`python bench/models.py bfcl`), and those in the forms that clients send (`bench/client_schemas.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from bench import bfcl
+from bench.client_schemas import client_schemas
 from bench.figures import save, show, spread
 from bench.models import SOURCES
 from engine import Engine, EngineConfig, JsonSchema, Request, RequestRefused, SamplingParams, Speculation, Tokens
@@ -45,38 +46,36 @@ _NO_DRAFTS = Speculation()
 # ── compile times ──
 
 
-async def compile_schemas(model: Path) -> dict[str, Any]:
-    """Returns the number of tools, the compile times of their distinct schemas, and the errors of the schemas that do
-    not compile."""
+async def compile_schemas(model: Path, schemas: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Returns the number of named schemas, the compile times of the distinct ones without strict, the keywords that are
+    not enforced, and the errors of the schemas that do not compile."""
     with open_vocabulary(model) as vocab:
         grammars = GrammarCompiler(vocab)
         begun = time.perf_counter()
         await grammars.compile(JsonSchema(b"{}"))
         first_seconds = time.perf_counter() - begun
         seconds: list[float] = []
+        unenforced: dict[bytes, tuple[str, ...]] = {}
         errors: dict[bytes, str] = {}
-        failed: dict[str, str] = {}
-        count = 0
-        for where, schema in bfcl.schemas():
-            count += 1
-            text = msgspec.json.encode(schema)
-            if text not in errors:
-                begun = time.perf_counter()
-                try:
-                    await grammars.compile(JsonSchema(text))
-                    errors[text] = ""
-                except GrammarError as error:
-                    errors[text] = str(error)
-                seconds.append(time.perf_counter() - begun)
-            if errors[text]:
-                failed[where] = errors[text]
+        names: dict[str, bytes] = {}
+        for name, schema in schemas:
+            names[name] = text = msgspec.json.encode(schema)
+            if text in unenforced:
+                continue
+            begun = time.perf_counter()
+            unenforced[text] = ()
+            try:
+                relaxed = (await grammars.compile(JsonSchema(text, strict=False))).relaxed
+                unenforced[text] = () if relaxed is None else relaxed.unenforced
+            except GrammarError as error:
+                errors[text] = str(error)
+            seconds.append(time.perf_counter() - begun)
         grammars.close()
-    num_failed = sum(map(bool, errors.values()))
     return {
-        "tools": count,
-        "failed": failed,
-        "different": len(errors),
-        "different_failed": num_failed,
+        "schemas": len(names),
+        "different": len(unenforced),
+        "failed": {name: errors[text] for name, text in names.items() if text in errors},
+        "unenforced": {name: unenforced[text] for name, text in names.items() if unenforced[text]},
         "milliseconds": spread(seconds),
         "first_seconds": first_seconds,
     }
@@ -249,21 +248,26 @@ def main() -> None:
         ["", "p50", "p99", "max"],
         [[name, found["p50"], found["p99"], found["max"]] for name, found in gaps.items()],
     )
-    schemas = asyncio.run(compile_schemas(options.model))
-    compiling, times = 1 - len(schemas["failed"]) / schemas["tools"], schemas["milliseconds"]
+    compiled = {
+        "tools of the leaderboard": asyncio.run(compile_schemas(options.model, bfcl.schemas())),
+        "schemas of clients": asyncio.run(compile_schemas(options.model, client_schemas())),
+    }
     show(
-        "tools of the leaderboard",
-        ["tools", "compile, %", "distinct", "of these fail", "ms p50", "p99", "max", "first, s"],
+        "schemas without strict",
+        ["", "schemas", "distinct", "refused", "enforced in part", "ms p50", "p99", "max", "first, s"],
         [
             [
-                *(schemas["tools"], f"{100 * compiling:.3f}", schemas["different"], schemas["different_failed"]),
-                *(times["p50"], times["p99"], times["max"], schemas["first_seconds"]),
+                *(title, found["schemas"], found["different"], len(found["failed"]), len(found["unenforced"])),
+                *(found["milliseconds"][key] for key in ("p50", "p99", "max")),
+                found["first_seconds"],
             ]
+            for title, found in compiled.items()
         ],
     )
-    for where, reason in schemas["failed"].items():
-        print(f"{where}: {reason}")
-    save("grammars", {"masks": shares, "gaps": gaps, "schemas": schemas})
+    for found in compiled.values():
+        for name, reason in [*found["failed"].items(), *found["unenforced"].items()]:
+            print(f"{name}: {reason if isinstance(reason, str) else ', '.join(reason)}")
+    save("grammars", {"masks": shares, "gaps": gaps, "schemas": compiled})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Without `-m` the 469 recorded outputs of `python bench/models.py canitoolcall` are parsed, each whole and in random
 chunks; mismatches are listed. With `-m` the model gets questions of all categories of the Berkeley function calling
 leaderboard (`python bench/models.py bfcl`) with `tool_choice` `required`. The arguments of a call must be valid by its
-schema; a call truncated by `max_tokens` is a failure. Further flags are passed to the server.
+schema; a call truncated by `max_tokens` is a failure. With `--required` the model gets 20 small tasks instead, which
+must end by themselves with the number of calls that the question asks for. Further flags are passed to the server.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import jsonschema_rs
 
 from bench import bfcl
 from bench.recorded import RecordedOutput, recorded_outputs
+from bench.required_tasks import REQUIRED_TASKS, RequiredTask, offered_tools
 from bench.server import HOST, serving
 from bench.workloads import CHAT_PATH
 
@@ -67,10 +69,11 @@ def _size(question: bfcl.BfclQuestion) -> int:
     return len(json.dumps([function.tool for function in question.function or []]))
 
 
-def answer(port: int, model: str, question: bfcl.BfclQuestion, tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def answer(
+    port: int, messages: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]], **fields: Any
+) -> dict[str, Any]:
     """Returns the choice of one request. Raises RuntimeError with the server's error if the request fails."""
-    body: dict[str, Any] = {"model": model, "messages": question.question[0], "tools": list(tools)}
-    body |= {"tool_choice": "required", "parallel_tool_calls": False, "max_tokens": _MAX_TOKENS, "seed": 7}
+    body = {"messages": messages, "tools": tools, "tool_choice": "required", "max_tokens": _MAX_TOKENS, **fields}
     request = urllib.request.Request(
         f"http://{HOST}:{port}{CHAT_PATH}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -103,7 +106,8 @@ def call_all(model: Path, count: int, arguments: Sequence[str]) -> int:
     def failed(question: bfcl.BfclQuestion) -> bool:
         tools = [function.tool for function in question.function or []]
         try:
-            reason = fault(answer(server.port, model.stem, question, tools), tools)
+            choice = answer(server.port, question.question[0], tools, parallel_tool_calls=False, seed=7)
+            reason = fault(choice, tools)
         except RuntimeError as error:
             reason = str(error)
         if reason:
@@ -116,14 +120,37 @@ def call_all(model: Path, count: int, arguments: Sequence[str]) -> int:
     return failures
 
 
+def call_required(model: Path, arguments: Sequence[str]) -> int:
+    """Sends the required tasks, at temperature 0, to a server on `model`. Returns the number of wrong answers."""
+
+    def failed(task: RequiredTask) -> bool:
+        tools = offered_tools(task)
+        choice = answer(server.port, [{"role": "user", "content": task.question}], tools, temperature=0)
+        calls = [call["function"] for call in choice["message"].get("tool_calls") or []]
+        reason = fault(choice, tools) or ("" if tuple(call["name"] for call in calls) == task.calls else "other calls")
+        print(f"{task.question} {[call['arguments'] for call in calls]} {reason or 'as asked for'}", flush=True)
+        return bool(reason)
+
+    with serving(model, arguments) as server:
+        failures = sum(map(failed, REQUIRED_TASKS))
+    print(f"{len(REQUIRED_TASKS) - failures} of {len(REQUIRED_TASKS)} required tasks of {model.stem} end as asked for")
+    return failures
+
+
 def main() -> None:
     """Prints the failures and their number; the exit code is 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", type=Path, help="GGUF file of the model whose tool calls are validated")
     parser.add_argument("--calls", type=int, default=100, help="number of questions (default: 100)")
+    parser.add_argument("--required", action="store_true", help="20 small tasks, with the number of calls asked for")
     parser.add_argument("--cuts", type=int, default=12, help="random splits of each recorded output (default: 12)")
     arguments, rest = parser.parse_known_args()
-    failures = call_all(arguments.model, arguments.calls, rest) if arguments.model else parse_all(arguments.cuts)
+    if arguments.required and not arguments.model:
+        parser.error("--required needs a model: add -m FILE")
+    if arguments.required:
+        failures = call_required(arguments.model, rest)
+    else:
+        failures = call_all(arguments.model, arguments.calls, rest) if arguments.model else parse_all(arguments.cuts)
     raise SystemExit(min(failures, 1))
 
 

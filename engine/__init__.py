@@ -1,10 +1,11 @@
 """Continuous batching over llama.cpp for asyncio: the public names, nothing else."""
 
-from engine.backend import ModelInfo, Vocab
+from engine.backend import Embedding, EmbeddingInfo, FimTokens, ModelInfo, RerankMarks, Vocab
 from engine.config import (
     SIMULATED_MODEL,
     BatchConfig,
     DraftConfig,
+    EmbeddingConfig,
     EngineConfig,
     MemoryConfig,
     ModelConfig,
@@ -36,7 +37,8 @@ from engine.contract import (
     Update,
     Usage,
 )
-from engine.engine import Engine, MemoryInfo, measure_step_costs, open_vocabulary
+from engine.embedding import EmbeddingModel
+from engine.engine import Engine, measure_step_costs, open_vocabulary
 from engine.generation import Generation
 from engine.grammar import (
     MAX_GRAMMAR_BYTES,
@@ -49,6 +51,9 @@ from engine.grammar import (
     Lark,
     OneOfTexts,
     Regex,
+    RelaxedSchema,
+    drop_keyword,
+    relax_schema,
     resolve_reference,
 )
 from engine.pace import Calibration
@@ -56,8 +61,8 @@ from engine.sampling import derive_seed
 from engine.slotfiles import SlotTransfer
 from engine.slots import RequestState, SlotState
 from engine.speculate.lookup import build_lookup
-from engine.stats import Histogram, Stats
-from engine.text import partial_match_length
+from engine.stats import Histogram, MemoryInfo, Stats
+from engine.text import StopScope, TextRange, partial_match_length
 
 __all__ = [
     "MAX_GRAMMAR_BYTES",
@@ -70,10 +75,15 @@ __all__ = [
     "DraftConfig",
     "DraftStats",
     "Draining",
+    "Embedding",
+    "EmbeddingConfig",
+    "EmbeddingInfo",
+    "EmbeddingModel",
     "Engine",
     "EngineConfig",
     "EngineError",
     "EngineFault",
+    "FimTokens",
     "FinishReason",
     "Finished",
     "Gbnf",
@@ -97,9 +107,11 @@ __all__ = [
     "ProposerType",
     "ReasoningBudget",
     "Regex",
+    "RelaxedSchema",
     "Request",
     "RequestRefused",
     "RequestState",
+    "RerankMarks",
     "SamplingParams",
     "SimConfig",
     "SlotState",
@@ -107,6 +119,8 @@ __all__ = [
     "Speculation",
     "SpeculationConfig",
     "Stats",
+    "StopScope",
+    "TextRange",
     "Timings",
     "Tokens",
     "Update",
@@ -114,8 +128,10 @@ __all__ = [
     "Vocab",
     "build_lookup",
     "derive_seed",
+    "drop_keyword",
     "measure_step_costs",
     "open_vocabulary",
     "partial_match_length",
+    "relax_schema",
     "resolve_reference",
 ]

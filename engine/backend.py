@@ -55,6 +55,18 @@ class NativeFault(Exception):
     """A decode failed; part of the batch may be in the cells."""
 
 
+class FimTokens(NamedTuple):
+    """Ids of the tokens that mark the parts of a fill-in-the-middle prompt; -1 for a token that the model lacks."""
+
+    prefix: int = -1
+    suffix: int = -1
+    middle: int = -1
+    repository: int = -1
+    """Precedes the name of a repository."""
+    file: int = -1
+    """Precedes the name of a file."""
+
+
 class ModelInfo(Struct, frozen=True):
     """Properties of the loaded model, for operators and clients."""
 
@@ -90,6 +102,9 @@ class ModelInfo(Struct, frozen=True):
     """True for unified KV, False for per-slot KV."""
     kv_reason: str = ""
     """Reason of that layout, with the flag that changes it."""
+    fim: FimTokens = FimTokens()
+    generates: bool = True
+    """False for a model that computes embeddings only."""
 
 
 class Vocab(Protocol):
@@ -263,3 +278,60 @@ class Backend(Protocol):
 
 # Called on the engine thread with the share of a model that is loaded, 0 to 1.
 LoadProgress = Callable[[float], None]
+
+
+# The vectors of one input, [vectors, numbers]: one vector, or one for each token without pooling.
+Embedding = NDArray[np.float32]
+
+
+class RerankMarks(NamedTuple):
+    """Tokens around a query and a document, for models without a template of such pairs."""
+
+    start: tuple[int, ...]
+    middle: tuple[int, ...]
+    end: tuple[int, ...]
+
+
+class EmbeddingInfo(Struct, frozen=True):
+    """Properties of the model that computes embeddings."""
+
+    name: str
+    """Name of the file without its extension."""
+    path: str
+    pooling: str
+    """`none`, `mean`, `cls`, `last` or `rank`."""
+    width: int
+    """Numbers of a vector; for `rank` the number of scores."""
+    limit: int
+    """Maximum tokens of one input."""
+    rerank_template: str
+    """Text around `{query}` and `{document}`; empty if the model has none."""
+    marks: RerankMarks
+
+
+class EmbeddingBackend(Protocol):
+    """An opened model that computes embeddings. Used by one thread, except `info`, `vocab` and `abort`."""
+
+    @property
+    def info(self) -> EmbeddingInfo:
+        """Properties of the model."""
+
+    @property
+    def vocab(self) -> Vocab:
+        """The model's vocabulary."""
+
+    @property
+    def sequences(self) -> int:
+        """Maximum number of inputs of one decode."""
+
+    def embed(self, inputs: Sequence[Sequence[int]]) -> list[Embedding]:
+        """Returns the vectors of each input, at most `sequences` inputs with together at most `info.limit` tokens.
+
+        Raises Aborted or NativeFault.
+        """
+
+    def abort(self) -> None:
+        """Makes the running decode and every later one raise Aborted."""
+
+    def close(self) -> None:
+        """Frees the native objects."""

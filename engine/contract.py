@@ -14,12 +14,14 @@ Every request gets any number of `Tokens` and then exactly one terminal update: 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Literal, get_args
 
 from msgspec import Meta, Struct
 
 from engine.grammar import Grammar
+from engine.text import StopScope
 
 
 class EngineError(Exception):
@@ -42,13 +44,13 @@ class ContextExceeded(RequestRefused):
     """A prompt of `prompt_tokens` tokens does not fit, with one new token, into a context of `limit` tokens."""
 
     def __init__(self, prompt_tokens: int, limit: int, slots: int = 0) -> None:
-        """`slots` is the number of slots among which the context is divided evenly; 0 if one request may use the whole
-        context."""
+        """`slots` is the number of slots that share the context evenly; 0 if one request may use all of it."""
         share = f" (each of {slots} slots has its own part of --ctx-size)" if slots else ""
         remedy = "a larger --ctx-size, fewer --parallel slots or --kv-unified" if slots else "a larger --ctx-size"
         super().__init__(
             f"This model's maximum context length is {limit} tokens{share}, but the prompt has {prompt_tokens}. "
-            f"Shorten the prompt or serve with {remedy}.",
+            # Clients match the beginning, which is OpenAI's, or these words, which are llama-server's.
+            f"The request exceeds the available context size. Shorten the prompt or serve with {remedy}.",
             field="prompt",
         )
         self.prompt_tokens = prompt_tokens
@@ -191,21 +193,30 @@ class Request(Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     """Maximum number of new tokens; 0 only prefills the prompt. None means up to the end of the context."""
     min_tokens: int = 0
-    """Neither an end token nor a stop token is sampled before this many tokens, unless the grammar permits no other."""
+    """Neither an end token nor a stop token is sampled before this many tokens, unless the grammar permits no other. A
+    stop string that these tokens complete does not end the continuation."""
     sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
     """Strings that end the continuation. The string that is complete first ends it and is not part of the text."""
+    stop_scope: Callable[[], StopScope] | None = None
+    """Returns a new scope of the stop strings. None means that they apply to the whole text."""
     stop_tokens: tuple[int, ...] = ()
     """Tokens that end the continuation besides the model's end tokens; not part of the text."""
     ignore_eos: bool = False
     """If True, the model's end tokens are never sampled, unless the grammar permits no other."""
     logprobs: int | None = None
     """Number of alternatives reported for each token. None reports no logprobs at all."""
+    post_sampling: bool = False
+    """If True, logprobs are those of the distribution after all sampling stages, else those of the raw logits."""
     grammar: Grammar | None = None
     """Grammar of the continuation, from `Engine.compile`. An end token is sampled only where the grammar may end. Where
     the grammar must end, the continuation ends without an end token."""
     salt: str = ""
     """Namespace: cached prefixes and the shared data of proposers are shared between requests of equal salt only."""
+    cache: bool = True
+    """If False, no cached prefix is used, and nothing of the request stays in cells or tiers after its end."""
+    keep: int | None = None
+    """Tokens of the prompt that a context shift keeps; -1 keeps the whole prompt. None means the engine's default."""
     speculation: Speculation | None = None
     """None means the engine's default."""
     prediction: tuple[int, ...] = ()
@@ -215,6 +226,8 @@ class Request(Struct, frozen=True, kw_only=True):
     """Control tokens with the text that each has in the output. All other control tokens have no text."""
     reasoning: ReasoningBudget | None = None
     """None means no bound on the reasoning."""
+    slot: int | None = None
+    """The slot in which the request runs if it is free when the request starts. None means any slot."""
     progress: bool = False
     """If True, every step of the prefill is reported as a `PrefillProgress`."""
     id: str = ""
@@ -230,7 +243,7 @@ class FinishReason(StrEnum):
 
 
 class Logprob(Struct, frozen=True):
-    """Log probability of an emitted token under the raw logits of its row, and the most likely tokens of that row."""
+    """Log probabilities of an emitted token and of the most likely tokens of its row, see `Request.post_sampling`."""
 
     token: int
     logprob: float
@@ -323,6 +336,8 @@ class Finished(Struct, frozen=True):
     """One for each type of the request's proposers."""
     discarded: int = 0
     """Tokens discarded by context shifts."""
+    slot: int = -1
+    """Number of the slot in which the request ran; -1 if it did not start."""
 
 
 class Failed(Struct, frozen=True):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, closing
 from itertools import count
 from pathlib import Path
 
-from msgspec import Struct
-
 from engine import slotfiles
-from engine.backend import Backend, LoadProgress, ModelInfo, NativeFault, Vocab
+from engine.backend import Backend, Embedding, LoadProgress, ModelInfo, NativeFault, Vocab
 from engine.config import EngineConfig
 from engine.contract import (
     PROPOSER_TYPES,
@@ -30,6 +28,7 @@ from engine.contract import (
     Request,
     RequestRefused,
 )
+from engine.embedding import EmbeddingModel, EmbeddingThread
 from engine.generation import Generation
 from engine.grammar import CompilerClosed, CompileTimeout, Grammar, GrammarCompiler, GrammarError, GrammarSpec
 from engine.outbox import StepOutput
@@ -37,7 +36,7 @@ from engine.pace import Calibration
 from engine.slotfiles import SlotTransfer
 from engine.slots import SlotState
 from engine.speculate import ProposerFactory
-from engine.stats import Stats
+from engine.stats import MemoryInfo, Stats
 from engine.step import SHUTTING_DOWN, EngineCore
 from engine.thread import (
     Cancel,
@@ -52,7 +51,7 @@ from engine.thread import (
     open_model,
     request_limit,
 )
-from engine.validation import check_parameters, check_prompt
+from engine.validation import check_parameters, check_prompt, check_slot
 
 
 def open_vocabulary(path: Path) -> AbstractContextManager[Vocab]:
@@ -73,26 +72,11 @@ def measure_step_costs(config: EngineConfig, progress: LoadProgress) -> Calibrat
         backend.close()
 
 
-class MemoryInfo(Struct, frozen=True):
-    """Layout and capacities of the KV cache."""
-
-    kv_unified: bool
-    """True if all slots share the KV cells, False if each slot has its own."""
-    kv_reason: str
-    """Reason of that layout, in one line."""
-    partial: bool
-    """True if requests can share a prefix that ends at any token, False if they can share only a whole earlier
-    sequence."""
-    window: int
-    """Size in tokens of the sliding window of some layers; 0 if all layers attend to all tokens."""
-    ram_bytes: int
-    """Capacity of the RAM tier."""
-    disk: bool
-    """True if there is a disk tier, which outlives the engine."""
-    disk_bytes: int
-    """Capacity of the disk tier; 0 if there is none."""
-    reuse_min_tokens: int
-    """Minimum tokens of a recurring part of a prompt that is moved instead of computed; 0 if no part is moved."""
+def _retry_after_seconds(stats: Stats) -> float:
+    """Returns the busy seconds per finished request, from 1 to 60, as an estimate of the seconds until another request
+    can be queued."""
+    done = stats.requests_finished["stop"] + stats.requests_finished["length"]
+    return min(60.0, max(1.0, stats.busy_seconds / done if done else 1.0))
 
 
 class Engine:
@@ -107,6 +91,9 @@ class Engine:
         self._config = config
         self._thread = EngineThread(config, opener, proposer_factory, Listener(progress, self._deliver, self._on_fault))
         self._inbox = self._thread.inbox
+        self._embedding = EmbeddingThread(config)
+        self.embeddings: EmbeddingModel | None = None
+        """The model that computes embeddings. None if the configuration has none."""
         self._generations: dict[int, Generation] = {}  # by key, until their terminal update
         self._active: set[int] = set()  # keys of the generations that are not cancelled
         self._keys = count(1)
@@ -136,11 +123,14 @@ class Engine:
         engine = cls(config, opener, proposer_factory, progress)
         try:
             engine._opened = await engine._thread.open()
+            if config.embedding.enabled or not engine.info.generates:
+                engine.embeddings = await engine._embedding.open(engine._model)
             with closing(GrammarCompiler(engine.vocab)) as engine._grammars:
-                if config.model.warmup:
+                if config.model.warmup and engine.info.generates:
                     await engine._grammars.warm_up()
                 yield engine
         finally:
+            await engine._embedding.close()
             await engine._thread.close()
 
     # ── properties ──
@@ -267,17 +257,32 @@ class Engine:
         Raises RequestRefused if the request can never run. Entering raises Overloaded if slots and queue are full,
         Draining or EngineFault if the engine takes no requests.
         """
+        if not self.info.generates:
+            raise RequestRefused("This model computes embeddings, not text.")
         check_prompt(request.prompt, self.vocab.size)
         if len(request.prompt) >= self.request_limit:
             raise self.context_exceeded(len(request.prompt))
         check_parameters(request, self.vocab.size, self.unavailable_proposers)
+        check_slot(request.slot, self.slots)
         return Generation(request, self.vocab.piece, self._submit, self._cancel)
+
+    async def embed(self, inputs: Sequence[Sequence[int]]) -> list[Embedding]:
+        """Returns the vectors of each input: token ids of the model `embeddings`, at most its `limit`.
+
+        Raises Overloaded if `max_requests` requests are computed, Draining or EngineFault if the engine takes no
+        requests.
+        """
+        if self._refusal is not None:
+            raise self._refusal()
+        if self._embedding.requests >= self.max_requests:
+            raise Overloaded(_retry_after_seconds(self.stats()))
+        return await self._embedding.embed(inputs)
 
     def _submit(self, generation: Generation) -> None:
         if self._refusal is not None:
             raise self._refusal()
         if len(self._active) >= self.max_requests:
-            raise Overloaded(self._retry_after())
+            raise Overloaded(_retry_after_seconds(self.stats()))
         key, request = next(self._keys), generation.request
         seed = request.sampling.seed
         generation.key = key
@@ -285,13 +290,6 @@ class Engine:
         self._active.add(key)
         self._no_requests.clear()
         self._inbox.put(Submit(key, request, secrets.randbits(63) if seed is None else seed))
-
-    def _retry_after(self) -> float:
-        """Returns the busy seconds per finished request, from 1 to 60, as an estimate of the seconds until another
-        request can be queued."""
-        stats = self.stats()
-        done = stats.requests_finished["stop"] + stats.requests_finished["length"]
-        return min(60.0, max(1.0, stats.busy_seconds / done if done else 1.0))
 
     def _cancel(self, generation: Generation) -> None:
         self._active.discard(generation.key)
@@ -319,9 +317,11 @@ class Engine:
         EngineFault."""
         self._refusal = Draining
         self._grammars.close()
+        idle = asyncio.gather(self._no_requests.wait(), self._embedding.idle.wait())
         try:
-            await asyncio.wait_for(self._no_requests.wait(), grace)
+            await asyncio.wait_for(idle, grace)
         except TimeoutError:
+            await self._embedding.close()
             self._inbox.put(FailAll(SHUTTING_DOWN))
             await self._no_requests.wait()
 

@@ -34,14 +34,15 @@ class Generation:
         self._piece = with_control_texts(request.control_texts, piece)
         self._submit = submit
         self._cancel = cancel
-        self._text = Detokenizer(request.stop)
+        scope = request.stop_scope() if request.stop and request.stop_scope else None
+        self._text = Detokenizer(request.stop, min_tokens=request.min_tokens, scope=scope)
         self._wakeup: asyncio.Future[None] | None = None  # set while `__anext__` awaits an update
         # Released tokens that were not yielded yet, then tokens whose text is held back.
         self._ids: list[int] = []
         self._logprobs: list[Logprob] = []
         self._released = 0  # number of released tokens in `_ids`
         self._released_text = ""
-        self._count = 0  # tokens received, up to the one that completed a stop string
+        self._count = 0  # tokens received, up to the one at which a stop string was found
         self._progress: PrefillProgress | None = None  # not yielded yet
         self._end: Finished | Failed | None = None
         self._enough = False
@@ -139,7 +140,7 @@ class Generation:
             return end
         stopped_by = self._text.stopped_by
         reason = FinishReason.LENGTH if stopped_by is None else FinishReason.STOP
-        usage = msgspec.structs.replace(end.usage, completion=self._count)
+        usage = msgspec.structs.replace(end.usage, completion=self._count - self._text.surplus)
         return msgspec.structs.replace(end, reason=reason, usage=usage, stop=stopped_by)
 
     def _take(self) -> Tokens:

@@ -49,16 +49,19 @@ class Lifecycle:
         self._outbox.end(key, Failed(error))
 
     def start(self, sequence: Sequence) -> None:
-        """Moves a waiting sequence into a free slot, and allocates the longest cached prefix of its tokens."""
+        """Moves a waiting sequence into a free slot, preferably that of its request, and allocates the longest cached
+        prefix of its tokens."""
         first = sequence.admitted is None
-        match = sequence.match or self._kv.match(sequence.tokens, sequence.request.salt)
+        match = sequence.match or self._kv.match(sequence.tokens, sequence.salt)
         self.waiting.discard(sequence)
-        sequence.start(self._kv.allocate(match))
+        keep = sequence.request.cache
+        sequence.start(self._kv.allocate(match, self.slots.preferred_seq(sequence), keep=keep))
         self.running[sequence.key] = sequence
         self.slots.take(sequence)
         self.waiting.add_in_flight(sequence)
-        for length in scheduler.save_points(len(sequence.tokens), divisible=self._kv.divisible):
-            self._kv.save_at(sequence.seq, length)
+        if keep:
+            for length in scheduler.save_points(len(sequence.tokens), divisible=self._kv.divisible):
+                self._kv.save_at(sequence.seq, length)
         self._counters.restores += self._kv.loading(sequence.seq)
         if first:
             self._counters.queue.add(time.perf_counter() - sequence.submitted)
@@ -98,11 +101,13 @@ class Lifecycle:
         if sequence.admitted is not None:
             self._speculative_decoding.log_stats(sequence.proposers)
         self._counters.finished[outcome] += 1
+        longest = max(self._counters.longest_sequence, sequence.prompt_length + sequence.emitted)
+        self._counters.longest_sequence = longest
 
     def _leave(self, sequence: Sequence, *, keep: bool) -> None:
         self.slots.leave(sequence)
         self.running.pop(sequence.key, None)
         self.waiting.discard(sequence)
         if sequence.allocation is not None:
-            self._kv.release(sequence.seq, keep=keep)
+            self._kv.release(sequence.seq, keep=keep and sequence.request.cache)
             sequence.stop()

@@ -6,7 +6,7 @@ import time
 from collections import abc
 from itertools import pairwise
 
-from engine.kv import KVCache
+from engine.kv import Allocation, KVCache
 from engine.pace import PrefillWait, SequenceRows, StepCost
 from engine.scheduler import ScheduledRows, SequenceView
 from engine.sequence import Sequence
@@ -46,11 +46,16 @@ class Running(dict[int, Sequence]):
             if sequence.num_uncomputed == 1
         )
 
+    def change_id(self, old: int, new: int) -> None:
+        """Gives the sequence with the id `old` the allocation of the id `new`, to which the KV cache moved it."""
+        sequence = next(sequence for sequence in self.values() if sequence.seq == old)
+        sequence.allocation = Allocation(new, sequence.computed)
+
     def prefill_waits(self) -> list[PrefillWait]:
         """Returns age and length of each prompt without a first token."""
         now = time.perf_counter()
         return [
-            PrefillWait(now - sequence.submitted, sequence.prompt_length - sequence.cached_so_far)
+            PrefillWait(now - sequence.submitted, sequence.num_uncached)
             for sequence in self.values()
             if sequence.first_token is None
         ]

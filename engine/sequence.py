@@ -50,6 +50,8 @@ class Sequence:
         """State of the reasoning budget after the emitted tokens. None without a budget."""
         self.proposers = SequenceProposers({})
         """Set by `Lifecycle.submit`."""
+        self.slot = -1
+        """Number of the slot in which the sequence runs or ran last; -1 before the first start."""
         self.allocation: Allocation | None = None
         self.computed = 0
         """Number of tokens in cells."""
@@ -76,6 +78,11 @@ class Sequence:
         self.last_token = 0.0
 
     # ── state ──
+
+    @property
+    def salt(self) -> str:
+        """The namespace of the sequence in the KV cache. A request that is not cached has a namespace of its own."""
+        return self.request.salt if self.request.cache else f"\0{self.key}"
 
     @property
     def seq(self) -> int:
@@ -199,6 +206,11 @@ class Sequence:
         """Prompt tokens that were loaded or shared so far."""
         return self.cached if self.cached is not None else max(0, self.computed - self.prefilled)
 
+    @property
+    def num_uncached(self) -> int:
+        """Prompt tokens that the prefill computes, those that can still be loaded or shared included."""
+        return self.prompt_length - self.cached_so_far
+
     def end_prefill(self) -> int:
         """Records that the prompt is in cells. The first call returns the number of prompt tokens that were loaded or
         shared. Later calls return 0."""
@@ -236,4 +248,5 @@ class Sequence:
             stop=self.stop_token,
             drafts=drafts,
             discarded=self.discarded,
+            slot=self.slot,
         )

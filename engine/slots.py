@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from heapq import heappop, heappush
+from bisect import insort
 from typing import NamedTuple
 
 from msgspec import Struct, structs
@@ -87,13 +87,18 @@ class Slot:
         """The running sequence. None if the slot is idle."""
         self.last_content = NO_CONTENT
         """Content of the last sequence that left the slot, or that was restored into it."""
+        self.last_seq = number
+        """Id in the KV cache of the last sequence that left the slot."""
         self._last_request: RequestState | None = None
 
     @property
     def content(self) -> SlotContent:
-        """The content of the running sequence, or of the last one if the slot is idle."""
+        """The content of the running sequence, or of the last one if the slot is idle. An uncached sequence has no
+        content."""
         if self.sequence is None:
             return self.last_content
+        if not self.sequence.request.cache:
+            return NO_CONTENT
         return SlotContent(self.sequence.tokens[: self.sequence.computed], self.sequence.request.salt)
 
     @property
@@ -107,6 +112,7 @@ class Slot:
         """Frees the slot. The running sequence must still have its allocation."""
         assert self.sequence is not None, "a sequence runs"
         self.last_content = self.content
+        self.last_seq = self.sequence.seq
         self._last_request = structs.replace(RequestState.of(self.sequence), draft=0)
         self.sequence = None
 
@@ -116,23 +122,33 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self._slots = [Slot(number) for number in range(count)]
-        self._free = list(range(count))
+        self._free = list(range(count))  # ascending
         self._taken: dict[int, Slot] = {}
 
     def __len__(self) -> int:
         return len(self._slots)
 
     def take(self, sequence: Sequence) -> None:
-        """Puts `sequence`, which has an allocation, into the lowest free slot. Requires a free slot."""
-        slot = self._taken[sequence.key] = self._slots[heappop(self._free)]
+        """Puts `sequence`, which has an allocation, into the slot that its request prefers if that slot is free,
+        otherwise into the lowest free slot. Requires a free slot."""
+        preferred = sequence.request.slot
+        sequence.slot = preferred if preferred in self._free else self._free[0]
+        self._free.remove(sequence.slot)
+        slot = self._taken[sequence.key] = self._slots[sequence.slot]
         slot.sequence = sequence
+
+    def preferred_seq(self, sequence: Sequence) -> int | None:
+        """Returns the id in the KV cache of the last sequence in the slot that the request prefers. None if the request
+        prefers no slot, or if the slot is taken."""
+        number = sequence.request.slot
+        return self._slots[number].last_seq if number in self._free else None
 
     def leave(self, sequence: Sequence) -> None:
         """Frees the slot of `sequence`, which still has its allocation. No effect on a waiting sequence."""
         slot = self._taken.pop(sequence.key, None)
         if slot is not None:
             slot.leave()
-            heappush(self._free, slot.number)
+            insort(self._free, slot.number)
 
     def states(self) -> tuple[SlotState, ...]:
         """Returns snapshots of all slots, by number."""

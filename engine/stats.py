@@ -1,4 +1,5 @@
-"""Counters of the engine: the engine thread changes them, any thread takes snapshots."""
+"""Counters of the engine, which the engine thread changes and of which any thread takes snapshots; capacities of the KV
+cache."""
 
 from __future__ import annotations
 
@@ -50,6 +51,14 @@ class Stats(Struct, frozen=True):
     restored_tokens: int
     busy_seconds: float
     native_seconds: float
+    prefilled_tokens: int
+    """Prompt tokens computed for requests that have a first token."""
+    prefill_seconds: float
+    """Seconds from the start of each request to its first token."""
+    busy_slots: int
+    """Sequences in each step, added up."""
+    longest_sequence: int
+    """Most tokens of prompt and output of a request that has ended."""
     queue: Histogram
     ttft: Histogram
     gap: Histogram
@@ -109,6 +118,10 @@ class Counters:
         self.restored_tokens = 0
         self.busy_seconds = 0.0
         self.native_seconds = 0.0
+        self.prefilled_tokens = 0
+        self.prefill_seconds = 0.0
+        self.busy_slots = 0
+        self.longest_sequence = 0
         self.queue = Buckets()
         self.ttft = Buckets()
         self.gap = Buckets()
@@ -131,9 +144,15 @@ class Counters:
         else:
             self.gap.add(gap)
 
-    def record_decode(self, passes: int, seconds: float) -> None:
-        """Records a decode."""
+    def record_prefill(self, tokens: int, seconds: float) -> None:
+        """Records the first token of a request, `seconds` after its start, for which `tokens` tokens were computed."""
+        self.prefilled_tokens += tokens
+        self.prefill_seconds += seconds
+
+    def record_decode(self, sequences: int, passes: int, seconds: float) -> None:
+        """Records a decode with rows of `sequences` sequences."""
         self.steps += 1
+        self.busy_slots += sequences
         self.native_passes += passes
         self.native_seconds += seconds
 
@@ -159,3 +178,25 @@ class Counters:
 
 _COMPUTED_FIELDS = ("requests_finished", "queue", "ttft", "gap", "drafts", "step_seconds")
 _PLAIN_FIELDS = tuple(name for name in Stats.__struct_fields__ if name not in _COMPUTED_FIELDS)
+
+
+class MemoryInfo(Struct, frozen=True):
+    """Layout and capacities of the KV cache."""
+
+    kv_unified: bool
+    """True if all slots share the KV cells, False if each slot has its own."""
+    kv_reason: str
+    """Reason of that layout, in one line."""
+    partial: bool
+    """True if requests can share a prefix that ends at any token, False if they can share only a whole earlier
+    sequence."""
+    window: int
+    """Size in tokens of the sliding window of some layers; 0 if all layers attend to all tokens."""
+    ram_bytes: int
+    """Capacity of the RAM tier."""
+    disk: bool
+    """True if there is a disk tier, which outlives the engine."""
+    disk_bytes: int
+    """Capacity of the disk tier; 0 if there is none."""
+    reuse_min_tokens: int
+    """Minimum tokens of a recurring part of a prompt that is moved instead of computed; 0 if no part is moved."""

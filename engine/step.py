@@ -10,7 +10,7 @@ from engine import scheduler
 from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
 from engine.contract import EngineFault, FinishReason
 from engine.grammar import Masks
-from engine.kv import Allocation, Costs, KVCache, Offload
+from engine.kv import Costs, KVCache, Offload
 from engine.lifecycle import Lifecycle
 from engine.outbox import Outbox
 from engine.pace import StepTargets, UpcomingStep
@@ -117,8 +117,7 @@ class EngineCore:
         self.kv.set_costs(Costs(compute=self.cost.prompt_row, resident=resident, extra_pass=extra_pass))
         self.kv.maintain(MOVE_SHARE * self._decode_seconds)
         if (moved := self.kv.close_gap()) is not None:
-            sequence = next(sequence for sequence in self.running.values() if sequence.seq == moved[0])
-            sequence.allocation = Allocation(moved[1], sequence.computed)
+            self.running.change_id(*moved)
         self._load()
 
     def _load(self) -> None:
@@ -159,9 +158,8 @@ class EngineCore:
     def _execute(self, rows: abc.Sequence[ScheduledRows]) -> None:
         """Decodes `rows`, or fewer if there are too few cells, and processes the logits.
 
-        The count of free cells is exact for attention to all tokens; other kinds of models may have fewer. Then all
-        idle prefixes are evicted and the step is repeated with fewer rows. If not even a single row fits, its sequence
-        fails.
+        The count of free cells is exact for attention to all tokens; other models may have fewer. Then all idle
+        prefixes are evicted and the step is repeated with fewer rows. A sequence whose single row does not fit fails.
         """
         while True:
             self.kv.evict(sum(part.tokens + part.drafts for part in rows))
@@ -184,7 +182,7 @@ class EngineCore:
             else:
                 self._decode_seconds = time.perf_counter() - begun
                 self._chooser.observe_step(decoding, prompt_rows, cells, self._decode_seconds)
-                self.counters.record_decode(len(passes), self._decode_seconds)
+                self.counters.record_decode(len(rows), len(passes), self._decode_seconds)
                 self._process(placed, firsts, logits)
             return
 
@@ -228,7 +226,10 @@ class EngineCore:
         drafts, draft = len(rows) - 1, sequence.draft
         result = verify(sequence, draft[:drafts], rows, self._masks.of(sequence.key))
         if result.ids:
-            self.counters.record_emission(len(result.ids), sequence.mark_emission(now), now - sequence.submitted)
+            gap = sequence.mark_emission(now)
+            self.counters.record_emission(len(result.ids), gap, now - sequence.submitted)
+            if gap is None:
+                self.counters.record_prefill(sequence.num_uncached, now - (sequence.admitted or now))
         if result.streamed:
             self._outbox.tokens(sequence.key, result.streamed, result.logprobs)
         if result.error is not None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import codecs
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 # Returns the bytes of a token.
 TokenBytes: TypeAlias = Callable[[int], bytes]
+# The characters from a start to an end, counted from the start of the output.
+TextRange: TypeAlias = tuple[int, int]
 
 
 def with_control_texts(control_texts: Sequence[tuple[int, str]], token_bytes: TokenBytes) -> TokenBytes:
@@ -32,12 +34,44 @@ def partial_match_length(text: str, markers: Sequence[str]) -> int:
     return 0
 
 
+class StopScope(Protocol):
+    """Decides to which parts of one output stop strings apply."""
+
+    @property
+    def decided(self) -> int:
+        """Number of leading characters of the output that are decided. No later range starts before them."""
+
+    def ranges(self, text: str, *, final: bool) -> Sequence[TextRange]:
+        """Appends `text` to the output, which is complete if `final`. Returns the ranges to which stop strings apply,
+        in order, except those returned before."""
+
+
+class _WholeText:
+    """The scope of stop strings that apply everywhere."""
+
+    def __init__(self) -> None:
+        self.decided = 0
+
+    def ranges(self, text: str, *, final: bool) -> Sequence[TextRange]:
+        start, self.decided = self.decided, self.decided + len(text)
+        return [(start, self.decided)]
+
+
 class DecodedText(NamedTuple):
     """The text and the tokens that one call of a `Detokenizer` releases."""
 
     text: str
     tokens: int
     """Number of tokens that this call releases."""
+
+
+class _TokenSpan(NamedTuple):
+    """The range of a token's characters, including those shared with other tokens."""
+
+    start: int
+    end: int
+    complete: int
+    """Number of characters that are complete after the token."""
 
 
 class Detokenizer:
@@ -50,16 +84,24 @@ class Detokenizer:
     tokens that begin before the stop string are released, the others never.
     """
 
-    def __init__(self, stops: Sequence[str] = ()) -> None:
+    def __init__(self, stops: Sequence[str] = (), *, min_tokens: int = 0, scope: StopScope | None = None) -> None:
+        """A stop string that the first `min_tokens` tokens complete does not match, as in vLLM. A stop string matches
+        only inside one range of `scope`, or of adjacent ranges; None means everywhere."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = tuple(stop for stop in stops if stop)
+        self._min_tokens = min_tokens
+        self._scope = scope or _WholeText()
         self._held = ""
+        self._fed = 0  # tokens fed; all of them if there are stop strings
         # Characters decoded by `_decoder`, both released and held ones.
         self._decoded = 0
-        # For each token that is not released, the range of its characters, including those shared with other tokens.
-        self._spans: list[tuple[int, int]] = []
+        self._protected = 0  # leading characters that complete no stop string
+        self._run: TextRange = (0, 0)  # the last adjacent ranges of the scope
+        self._spans: list[_TokenSpan] = []  # tokens that are not released
         self.stopped_by: str | None = None
         """The stop string that matched. None before a match."""
+        self.surplus = 0
+        """Number of tokens fed after the token that completed the stop string."""
 
     def feed(self, content: bytes) -> DecodedText:
         """Adds the bytes of one token and returns the text released by them. After a match no text is released.
@@ -78,8 +120,11 @@ class Detokenizer:
         fresh = self._decoder.decode(content)
         self._decoded += len(fresh)
         incomplete = bool(self._decoder.getstate()[0])
-        self._spans.append((start, self._decoded + incomplete))
-        return self._release(self._held + fresh, final=False)
+        self._spans.append(_TokenSpan(start, self._decoded + incomplete, self._decoded))
+        self._fed += 1
+        if self._fed <= self._min_tokens:
+            self._protected = self._decoded
+        return self._release(fresh, final=False)
 
     def decode_complete(self, content: bytes) -> str | None:
         """Returns the text of one or more tokens if no text is held back before or after them, the usual case.
@@ -99,29 +144,55 @@ class Detokenizer:
             return DecodedText("", 0)
         fresh = self._decoder.decode(b"", True)
         self._decoded += len(fresh)
-        return self._release(self._held + fresh, final=True)
+        return self._release(fresh, final=True)
 
-    def _release(self, text: str, *, final: bool) -> DecodedText:
-        if (found := self._first_stop(text)) is not None:
-            at, self.stopped_by = found
-            return DecodedText(text[:at], self._release_begun(self._decoded - len(text) + at))
-        size = len(text) - (0 if final else partial_match_length(text, self._stops))
+    def _release(self, fresh: str, *, final: bool) -> DecodedText:
+        text = self._held + fresh
+        offset = self._decoded - len(text)
+        for start, end in self._scope.ranges(fresh, final=final):
+            run_start, run_end = self._run
+            self._run = (run_start if start == run_end else start, end)
+            if (found := self._first_stop(text, offset)) is not None:
+                return self._stop(text, offset, *found)
+        size = len(text) if final else self._decided_size(text, offset)
         self._held = text[size:]
-        return DecodedText(text[:size], self._release_ended(self._decoded - len(self._held)))
+        return DecodedText(text[:size], self._release_ended(offset + size))
 
-    def _first_stop(self, text: str) -> tuple[int, str] | None:
-        """Returns the start of the stop string that is complete first, and that stop string. None if there is no
-        match."""
-        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+    def _decided_size(self, text: str, offset: int) -> int:
+        """Returns the number of leading characters of `text` in which no stop string can begin any more."""
+        (start, end), decided = self._run, self._scope.decided
+        if end < decided:
+            return decided - offset
+        run = text[max(0, start - offset) : end - offset]
+        return end - offset - partial_match_length(run, self._stops)
+
+    def _first_stop(self, text: str, offset: int) -> tuple[int, str] | None:
+        """Returns the place in `text` of the stop string that is complete first, and that stop string.
+
+        `offset` is the place of `text` in the output. Returns None if there is no match in the last adjacent ranges.
+        """
+        start, end = (max(0, at - offset) for at in self._run)
+        first_end = self._protected - offset + 1
+        found = [
+            (at + len(stop), at, stop)
+            for stop in self._stops
+            if (at := text.find(stop, max(start, first_end - len(stop)), end)) >= 0
+        ]
         return min(found)[1:] if found else None
+
+    def _stop(self, text: str, offset: int, at: int, stop: str) -> DecodedText:
+        self.stopped_by = stop
+        stop_end = offset + at + len(stop)
+        self.surplus = sum(span.complete >= stop_end for span in self._spans[:-1])
+        return DecodedText(text[:at], self._release_begun(offset + at))
 
     def _release_ended(self, position: int) -> int:
         """Removes the tokens that end at or before character `position`. Returns the number of removed tokens."""
-        count = bisect_right(self._spans, position, key=lambda span: span[1])
+        count = bisect_right(self._spans, position, key=lambda span: span.end)
         del self._spans[:count]
         return count
 
     def _release_begun(self, position: int) -> int:
         """Removes all tokens. Returns the number of tokens that begin before character `position`."""
         spans, self._spans = self._spans, []
-        return bisect_left(spans, position, key=lambda span: span[0])
+        return bisect_left(spans, position, key=lambda span: span.start)

@@ -217,7 +217,7 @@ class EngineThread:
     def _sequence(self, core: EngineCore, key: int, request: Request, seed: int) -> Sequence:
         batch, info = self._config.batch, core.backend.info
         limit = request_limit(core.context, info)
-        keep = batch.keep if batch.context_shift else None
+        keep = (batch.keep if request.keep is None else request.keep) if batch.context_shift else None
         return Sequence(key, request, seed, core.backend.vocab, limit, keep)
 
     def _run_query(
@@ -305,7 +305,7 @@ class EngineThread:
 
     def _cost(self, config: EngineConfig, backend: Backend) -> StepCost:
         """Returns the cost model of the steps of `backend`, from measurements unless `config` disables them."""
-        if not config.model.warmup:
+        if not (config.model.warmup and backend.info.generates):
             return StepCost(layout=Layout.of(backend.context))
         return warm_up(backend.context, load_or_measure_costs(config, backend) if config.model.calibrate else None)
 

@@ -37,5 +37,11 @@ def check_parameters(request: Request, vocabulary: int, unavailable_proposers: M
         raise RequestRefused(f"stop_token_ids has {outside}.", field="stop_token_ids")
 
 
+def check_slot(slot: int | None, slots: int) -> None:
+    """Raises RequestRefused unless `slot` is None or the number of one of `slots` slots."""
+    if slot is not None and not 0 <= slot < slots:
+        raise RequestRefused(f"There is no slot {slot}; slots are 0 to {slots - 1}.", field="id_slot")
+
+
 def _outside(tokens: Collection[int], vocabulary: int) -> bool:
     return bool(tokens) and (min(tokens) < 0 or max(tokens) >= vocabulary)

@@ -9,7 +9,7 @@ from msgspec import Struct
 from engine.backend import Logits
 from engine.contract import EngineError, EngineFault, FinishReason, Logprob, RequestRefused
 from engine.grammar import GrammarError, RowMasks
-from engine.sampling import BadLogits, logprob, sample_and_accept
+from engine.sampling import BadLogits, Candidates, candidate_logprob, logprob, sample_and_accept
 from engine.sequence import Sequence
 
 
@@ -38,11 +38,16 @@ def verify(
     appended, as they would be without drafts.
     """
 
+    request, candidates = sequence.request, list[Candidates]()
+
     def sample(row: int) -> int:
         permitted = None if masks is None else masks(row)
+        state = rows[row], sequence.tokens, sequence.prompt_length, sequence.discarded, permitted
+        if request.logprobs is not None and request.post_sampling:
+            candidates.append(sequence.sampler.candidates(*state))
         if (token := sequence.forced) is not None and (permitted is None or permitted[token]):
             return token
-        return sequence.sampler.pick(rows[row], sequence.tokens, sequence.prompt_length, sequence.discarded, permitted)
+        return sequence.sampler.pick(*state)
 
     ids: list[int] = []
     logprobs: list[Logprob] = []
@@ -53,8 +58,12 @@ def verify(
         for token in sample_and_accept(draft, sample):
             row = len(ids)
             reason = sequence.append(token)
-            if sequence.request.logprobs is not None and sequence.stop_token is None:
-                logprobs.append(logprob(rows[row], token, sequence.request.logprobs))
+            if request.logprobs is not None and sequence.stop_token is None:
+                logprobs.append(
+                    candidate_logprob(candidates[row], token, request.logprobs)
+                    if request.post_sampling
+                    else logprob(rows[row], token, request.logprobs)
+                )
             ids.append(token)
             accepted += row < len(draft) and draft[row] == token
             if reason is not None:

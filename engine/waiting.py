@@ -62,7 +62,7 @@ class Waiting:
     def add_in_flight(self, sequence: Sequence) -> None:
         """Adds the tokens of the started `sequence` to the in-flight prefixes, if it must be prefilled."""
         if sequence.num_uncomputed > 1:
-            self._in_flight.begin(sequence.key, sequence.request.salt)
+            self._in_flight.begin(sequence.key, sequence.salt)
             self._in_flight.extend(sequence.key, sequence.tokens)
 
     def remove_in_flight(self, sequence: Sequence) -> None:
@@ -89,7 +89,7 @@ class Waiting:
             yield self._view(sequence, running)
 
     def _view(self, sequence: Sequence, running: Mapping[int, Sequence]) -> WaitingView:
-        tokens, salt = sequence.tokens, sequence.request.salt
+        tokens, salt = sequence.tokens, sequence.salt
         sequence.match = match = self._kv.match(tokens, salt, sequence.match)
         key, length = self._in_flight.match(match.matchable, salt)
         in_flight = None

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine.text
-from engine.text import Detokenizer
+from engine.text import Detokenizer, TextRange
 
 FAMILY = "👨‍👩‍👧‍👦"  # four people and three zero-width joiners: 25 bytes
 SAMPLES = ["plain", "naïve café", "你好，世界", "日本語テキスト", "🙂🙃", FAMILY, "a\u0301b", "\x00\t\n", "𝔘𝔫𝔦"]
@@ -152,6 +152,71 @@ def test_an_incomplete_stop_string_is_released_at_the_end() -> None:
 
 def test_an_empty_stop_string_is_ignored() -> None:
     assert feed_all(Detokenizer(stops=("",)), [b"abc"]) == ("abc", 1)
+
+
+@given(st.data(), texts, stops, st.integers(0, 12))
+def test_stop_strings_match_only_beyond_the_minimum(
+    data: st.DataObject, text: str, stops: tuple[str, ...], min_tokens: int
+) -> None:
+    """As in vLLM, a stop string may begin among the first tokens but not end there."""
+    parts = [part.encode() for part in text]
+    ends = [at + len(stop) for stop in stops for at in range(len(text)) if text.startswith(stop, at)]
+    end = min((end for end in ends if end > min_tokens), default=None)
+    detokenizer = Detokenizer(stops, min_tokens=min_tokens)
+    released = feed_all(detokenizer, parts)[0]
+    if end is None:
+        assert (released, detokenizer.stopped_by) == (text, None)
+    else:
+        assert detokenizer.stopped_by is not None
+        assert released == text[: end - len(detokenizer.stopped_by)]
+        assert text[:end].endswith(detokenizer.stopped_by)
+
+
+class _QuotesExempt:
+    """A scope that excludes quoted text, and decides on a quoted text once it ends."""
+
+    def __init__(self) -> None:
+        self.decided, self._text = 0, ""
+
+    def ranges(self, text: str, *, final: bool) -> list[TextRange]:
+        self._text += text
+        start, inside, found = self.decided, False, list[TextRange]()
+        for at in range(start, len(self._text)):
+            if self._text[at] == "'":
+                inside = not inside
+                if inside and start < at:
+                    found.append((start, at))
+                start = self.decided = at + (not inside)
+        if not inside and start < len(self._text):
+            found.append((start, len(self._text)))
+            self.decided = len(self._text)
+        return found
+
+
+@given(st.data())
+def test_stop_strings_apply_inside_their_scope_only(data: st.DataObject) -> None:
+    text = "ab 'END END' E 'x' N EN'END'D END later"
+    detokenizer = Detokenizer(("END",), scope=_QuotesExempt())
+    parts = data.draw(cuts(text.encode()))
+    assert feed_all(detokenizer, parts)[0] == text.partition("END later")[0]
+    assert detokenizer.stopped_by == "END"
+
+
+def test_tokens_after_a_late_match_are_surplus() -> None:
+    detokenizer = Detokenizer(("END",), scope=_Undecided())
+    assert feed_all(detokenizer, [b"aE", b"ND", b"b", b"c"]) == ("a", 1)
+    assert detokenizer.surplus == 2
+
+
+class _Undecided:
+    """A scope that is decided at the end of the text only."""
+
+    def __init__(self) -> None:
+        self.decided, self._size = 0, 0
+
+    def ranges(self, text: str, *, final: bool) -> list[TextRange]:
+        self._size += len(text)
+        return [(0, self._size)] if final else []
 
 
 class TestTokens:

@@ -107,14 +107,21 @@ def _convert(flag: Flag, given: Any, source: str) -> object:
     `given` is a text, a list of texts for a repeatable flag, or a boolean for a switch on the command line. `source`
     names the flag or the variable in errors. Raises OptionError.
     """
-    if flag.comma_separated:
-        given = [word for text in given for each in text.split(",") if (word := each.strip())]
+    if flag.repeatable:
+        given = _words(flag, given)
     if flag.switch:
         given = _BOOLEANS.get(given, given)
     try:
         return msgspec.to_builtins(msgspec.convert(_resolve_aliases(flag, given, source), flag.type, strict=False))
     except msgspec.ValidationError:
         raise OptionError(f"{source}: expected {flag.expects}, not {quoted(given)}") from None
+
+
+def _words(flag: Flag, texts: Sequence[str]) -> list[str]:
+    """Returns the values in `texts`, of which each may hold several if the flag allows commas between them."""
+    if not flag.comma_separated:
+        return list(texts)
+    return [word for text in texts for each in text.split(",") if (word := each.strip())]
 
 
 def _resolve_aliases(flag: Flag, given: Any, source: str) -> Any:
@@ -165,6 +172,8 @@ def _check_table(entries: dict[str, Any], table: str, source: str) -> dict[str, 
     for key, given in entries.items():
         if key not in flags:
             raise OptionError(f"{source} has no key {key!r}{nearest_hint(key, flags)}")
+        if flags[key].repeatable and isinstance(given, str):
+            given = _words(flags[key], [given])
         checked[key] = _resolve_aliases(flags[key], given, f"{source} {key}")
         try:
             msgspec.convert(checked[key], flags[key].type)

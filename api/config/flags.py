@@ -19,6 +19,7 @@ HEADINGS = {
     "speculation": "Speculative decoding",
     "draft": "Draft model",
     "sim": "Simulation",
+    "embedding": "Embeddings and reranking",
     "server": "HTTP server",
     "chat": "Chat templates and reasoning",
     "sampling": "Default sampling parameters",

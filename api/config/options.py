@@ -8,6 +8,7 @@ from api.config.server import ChatConfig, ServerConfig
 from engine import (
     BatchConfig,
     DraftConfig,
+    EmbeddingConfig,
     EngineConfig,
     MemoryConfig,
     ModelConfig,
@@ -26,6 +27,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     speculation: SpeculationConfig = SpeculationConfig()
     draft: DraftConfig = DraftConfig()
     sim: SimConfig = SimConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
     server: ServerConfig = ServerConfig()
     chat: ChatConfig = ChatConfig()
     sampling: SamplingParams = SamplingParams()
@@ -40,4 +42,5 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             speculation=self.speculation,
             draft=self.draft,
             sim=self.sim,
+            embedding=self.embedding,
         )

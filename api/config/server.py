@@ -10,14 +10,26 @@ from msgspec import Meta, Struct
 class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Address, access, limits and shutdown of the HTTP server."""
 
-    host: Annotated[str, Meta(min_length=1, description="address to listen on")] = "127.0.0.1"
+    host: Annotated[
+        tuple[str, ...],
+        Meta(min_length=1, description="addresses to listen on, separated by commas, all with the same port"),
+    ] = ("127.0.0.1",)
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 is any free port")] = 8000
-    alias: Annotated[str, Meta(description="name of the model in the API; empty uses the file name without .gguf")] = ""
+    alias: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="names of the model in the API, separated by commas, the first for replies; none uses the file "
+            "name without .gguf"
+        ),
+    ] = ()
+    strict_model: Annotated[
+        bool, Meta(description="refuse requests that name another model, instead of serving them with this one")
+    ] = False
     api_keys: Annotated[
         tuple[str, ...],
         Meta(
             description="API keys, separated by commas; each request except GET /health needs one of them as "
-            "`Authorization: Bearer` or `x-api-key`; without keys the server is open"
+            "`Authorization: Bearer`, `x-api-key` or `api-key`; without keys the server is open"
         ),
     ] = ()
     cache_salt_by_key: Annotated[
@@ -27,6 +39,32 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             "the same cache_salt"
         ),
     ] = False
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="origins whose web pages may call the server, separated by commas; `*` is every origin, "
+            "`localhost` every origin of this machine"
+        ),
+    ] = ("*",)
+    cors_methods: Annotated[
+        tuple[str, ...], Meta(description="methods that web pages may use, separated by commas")
+    ] = ("GET", "POST", "DELETE", "OPTIONS")
+    cors_headers: Annotated[
+        tuple[str, ...], Meta(description="request headers that web pages may send, separated by commas; `*` is all")
+    ] = ("*",)
+    cors_credentials: Annotated[
+        bool, Meta(description="let web pages send cookies and HTTP authentication; with origins `*` of every origin")
+    ] = True
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="names besides localhost that a Host header may have, separated by commas; `*` is all; checked "
+            "if the server listens on loopback addresses only and has no API keys"
+        ),
+    ] = ()
+    any_content_type: Annotated[
+        bool, Meta(description="accept JSON bodies with any Content-Type, which web pages can send without CORS")
+    ] = False
     slots_endpoint: Annotated[
         bool, Meta(description="serve GET /slots: the states of the slots, without prompts and outputs")
     ] = True
@@ -34,6 +72,22 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         str,
         Meta(description="folder in which POST /slots/{id} saves and restores KV caches of slots; empty disables both"),
     ] = ""
+    spm_infill: Annotated[
+        bool,
+        Meta(
+            description="put the text after the gap first in fill-in-the-middle prompts (suffix, prefix, middle), as "
+            "some models prefer"
+        ),
+    ] = False
+    response_store: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=2**20,
+            description="MiB of memory for the latest responses of POST /v1/responses, which previous_response_id "
+            "continues; 0 stores none",
+        ),
+    ] = 64
     sse_ping: Annotated[
         float,
         Meta(ge=0.0, le=3600.0, description="seconds without an event before a stream gets a comment line; 0 is off"),
@@ -42,7 +96,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         float, Meta(ge=0.0, le=3600.0, description="maximum seconds for running requests to finish at shutdown")
     ] = 5.0
     max_body: Annotated[int, Meta(ge=1024, le=2**30, description="maximum bytes of a request body")] = 8 * 2**20
-    verbose: Annotated[bool, Meta(description="also log health checks, metric scrapes and details")] = False
+    verbose: Annotated[
+        bool, Meta(description="also log health checks, metric scrapes and details; replies have `__verbose`")
+    ] = False
 
 
 class ChatConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,8 +107,8 @@ class ChatConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     template: Annotated[
         str,
         Meta(
-            description="chat template: the name of a built-in one, such as chatml, llama3 or gemma, or Jinja source; "
-            "empty uses the model's own"
+            description="chat template: the name of a built-in one, such as chatml, llama3 or gemma, Jinja source, or "
+            "a literal text; empty uses the model's own"
         ),
     ] = ""
     template_file: Annotated[str, Meta(description="file with a chat template in Jinja")] = ""

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from api.schema.requests import GenerationRequest, ResponseFormat, StructuredOutputs
+from api.generation.schema_checks import CompiledConstraint, SchemaCheck
+from api.schema.request_values import ResponseFormat, StructuredOutputs
+from api.schema.requests import GenerationRequest
 from engine import (
     Engine,
     Gbnf,
-    Grammar,
     GrammarSpec,
     JsonObject,
     JsonSchema,
@@ -23,6 +24,9 @@ from engine import (
 )
 
 _RESPONSE_FORMATS = ("text", "json_object", "json_schema")
+
+# Keywords that determine the type of a value.
+_TYPE_KEYWORDS = frozenset(("type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"))
 
 # The start of a line that is valid in Lark and not in GBNF. A match stays within one line, for a search in linear time.
 _LARK_LINE = re.compile(r"^[^\S\n]*(%llguidance\b|start\s*:(?!:=))", re.MULTILINE)
@@ -46,19 +50,31 @@ def parse_constraint(request: GenerationRequest) -> Constraint | None:
     return constraints[0] if constraints else None
 
 
-async def compile_constraint(engine: Engine, constraint: Constraint | None) -> Grammar | None:
-    """Returns the compiled grammar of `constraint`; None without a constraint.
+async def compile_constraint(engine: Engine, constraint: Constraint | None) -> CompiledConstraint | None:
+    """Returns the compiled grammar of `constraint`, with the check of what it does not enforce; None without a
+    constraint.
 
     Raises RequestRefused, whose `field` is the constraint's path. For a schema, the JSON pointer of the unsupported
     keyword is appended to the path.
     """
     if constraint is None:
         return None
+    spec, path = constraint
     try:
-        return await engine.compile(constraint.spec)
+        grammar = await engine.compile(spec)
     except RequestRefused as error:
-        error.field = constraint.path + (error.field or "")
+        error.field = path + (error.field or "")
         raise
+    if isinstance(spec, JsonSchema) and grammar.relaxed is not None and grammar.relaxed.unenforced:
+        return CompiledConstraint(grammar, SchemaCheck.of(msgspec.json.decode(spec.schema), grammar.relaxed, path))
+    return CompiledConstraint(grammar)
+
+
+def enforced_spec(constraint: Constraint | None, compiled: CompiledConstraint | None) -> GrammarSpec | None:
+    """Returns the spec of `constraint` without the keywords that its grammar does not enforce."""
+    if constraint is None or compiled is None or compiled.grammar.relaxed is None:
+        return None if constraint is None else constraint.spec
+    return JsonSchema(msgspec.json.encode(compiled.grammar.relaxed.schema))
 
 
 def _constraints(request: GenerationRequest) -> Iterator[Constraint]:
@@ -81,7 +97,7 @@ def _from_response_format(response_format: ResponseFormat) -> Iterator[Constrain
         case "text":
             return
         case "json_object" if response_format.schema is not None:
-            yield Constraint(_schema(response_format.schema), "response_format.schema")
+            yield Constraint(_object_schema(response_format.schema), "response_format.schema")
         case "json_object":
             yield Constraint(JsonObject(), "response_format")
         case "json_schema":
@@ -91,7 +107,8 @@ def _from_response_format(response_format: ResponseFormat) -> Iterator[Constrain
                     "schema.",
                     field="response_format.json_schema",
                 )
-            yield Constraint(_schema(response_format.json_schema.schema), "response_format.json_schema.schema")
+            named = response_format.json_schema
+            yield Constraint(_schema(named.schema, strict=named.strict is True), "response_format.json_schema.schema")
         case other:
             raise RequestRefused(
                 f"response_format.type: {other[:64]!r} is not supported; use one of {', '.join(_RESPONSE_FORMATS)}.",
@@ -112,9 +129,16 @@ def _from_structured_outputs(outputs: StructuredOutputs, prefix: str = "structur
         yield Constraint(_gbnf_or_lark(outputs.grammar), f"{prefix}grammar")
 
 
-def _schema(schema: dict[str, Any] | str) -> JsonSchema:
+def _schema(schema: dict[str, Any] | str, *, strict: bool = False) -> JsonSchema:
     """Returns a schema from an object or from JSON text, which clients of vLLM may send."""
-    return JsonSchema(schema.encode() if isinstance(schema, str) else msgspec.json.encode(schema))
+    return JsonSchema(schema.encode() if isinstance(schema, str) else msgspec.json.encode(schema), strict=strict)
+
+
+def _object_schema(schema: dict[str, Any]) -> GrammarSpec:
+    """Returns the spec of a `json_object` with a schema, which permits only objects unless it has other types."""
+    if _TYPE_KEYWORDS.isdisjoint(name for name, value in schema.items() if value is not None):
+        schema = {**schema, "type": "object"}
+    return _schema(schema)
 
 
 def _gbnf_or_lark(text: str) -> GrammarSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,12 @@ from engine import Draining, Engine, EngineFault, ProposerType
 
 PACELINE_VERSION = version("paceline")
 
+_log = logging.getLogger("paceline")
+
+# Names of other models that are remembered and cut to, so that a client can fill neither the memory nor the log.
+_LOGGED_NAMES = 100
+_LOGGED_CHARS = 128
+
 
 class LoadedModel:
     """An open engine with the options, names and prompt renderer of its model."""
@@ -24,14 +31,19 @@ class LoadedModel:
         file = Path(info.path)
         self.engine = engine
         self.options = options
-        self.name = options.server.alias or file.stem
+        self.aliases = options.server.alias or (file.stem,)
+        """The names of the model in the API."""
+        self.name = self.aliases[0]
+        """The name in replies."""
         self.created = int(time.time())
         """Seconds since the epoch."""
         self.prompts = PromptRenderer(info, engine.vocab, options.chat)
         self.fingerprint = "fp_" + hashlib.sha256(f"{PACELINE_VERSION} {info.layout}".encode()).hexdigest()[:10]
         """A hash of Paceline's version and of `info.layout`: the model file, the library's build, the KV types and the
         attention kernel."""
-        self._names = {self.name, file.name, file.stem, info.path}
+        self._names = {*self.aliases, file.name, file.stem, info.path}
+        self._strict = options.server.strict_model
+        self._other_names: set[str] = set()
 
     @property
     def default_proposers(self) -> tuple[ProposerType, ...]:
@@ -40,8 +52,20 @@ class LoadedModel:
         return tuple(kind for kind in self.engine.proposers if kind in configured or "auto" in configured)
 
     def check_name(self, name: str | None) -> None:
-        """Raises UnknownModel if `name` is neither empty nor a name of this model."""
-        if name and name not in self._names:
+        """Checks the `model` of a request. Another name than those of this model raises UnknownModel with
+        `--strict-model`, else it is logged once."""
+        if not name or name in self._names:
+            return
+        if self._strict:
+            raise UnknownModel(name, self.name)
+        name = name[:_LOGGED_CHARS]
+        if name not in self._other_names and len(self._other_names) < _LOGGED_NAMES:
+            self._other_names.add(name)
+            _log.info("%s serves requests for the model %r; --strict-model refuses them", self.name, name)
+
+    def require_name(self, name: str) -> None:
+        """Raises UnknownModel if `name` is not a name of this model."""
+        if name not in self._names:
             raise UnknownModel(name, self.name)
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import anyio.to_thread
 import msgspec
 from msgspec import Struct
 
-from api.generation.constraints import Constraint, compile_constraint, parse_constraint
+from api.generation.constraints import Constraint, compile_constraint, enforced_spec, parse_constraint
+from api.generation.enforced_calls import EnforcedCalls
+from api.generation.schema_checks import CompiledConstraint
 from api.schema.requests import ChatRequest
 from api.templates.prompts import PromptRenderer
-from api.tools.formats import AllowedCalls, ChatFormat, LarkBuilder, MessageConstraints, MessageParser
+from api.tools.formats import AllowedCalls, ChatFormat, LarkBuilder, MessageConstraints, MessageParser, StopRanges
 from api.tools.tool_choice import allowed_calls
 from engine import (
     Engine,
@@ -21,6 +27,7 @@ from engine import (
     OneOfTexts,
     ReasoningBudget,
     RequestRefused,
+    StopScope,
 )
 
 # Tokens at the end of a prompt that are searched for an open reasoning tag.
@@ -69,7 +76,14 @@ class PreparedChat(Struct, frozen=True):
             self.format, self.calls, in_reasoning=self.in_reasoning, split_reasoning=self.split_reasoning
         )
 
-    async def grammar(self, engine: Engine) -> Grammar | None:
+    @property
+    def stop_scope(self) -> Callable[[], StopScope] | None:
+        """Returns new scopes of the stop strings, which exclude tool calls. None if the output has no calls."""
+        return (
+            partial(StopRanges, self.format, self.calls, in_reasoning=self.in_reasoning) if self.calls.tools else None
+        )
+
+    async def grammar(self, engine: Engine) -> CompiledConstraint | None:
         """Returns the grammar of the output: tool calls valid by their schemas, or an answer valid by the constraint.
 
         None permits any output. Raises RequestRefused, which names the field.
@@ -77,6 +91,8 @@ class PreparedChat(Struct, frozen=True):
         constraint = self.constraint
         # The constraint is compiled alone first, so that an error names the constraint's own keyword.
         answer_only = await compile_constraint(engine, constraint)
+        if answer_only is not None:
+            answer_only = msgspec.structs.replace(answer_only, new_parser=self.parser)
         if not self.calls.tools and not (self.may_reason if constraint else self.calls.withheld):
             return answer_only
         if constraint is not None and not isinstance(constraint.spec, _EMBEDDABLE):
@@ -87,29 +103,42 @@ class PreparedChat(Struct, frozen=True):
                 f"{constraint.path}: a regex or grammar cannot be combined with {conflict}; use a JSON schema.",
                 field=constraint.path,
             )
+        answer = enforced_spec(constraint, answer_only)
         try:
-            return await engine.compile(Lark(self._lark(constraint)))
+            grammar, calls = await self._compile_message(engine, answer)
         except RequestRefused as error:
-            if not isinstance(error, GrammarTimeout):
-                await self._check_tool_schemas(engine)
             error.field = error.field or ("tools" if self.calls.tools or constraint is None else constraint.path)
             raise
+        answer_checks = () if answer_only is None else answer_only.checks
+        return CompiledConstraint(grammar, (*answer_checks, *calls.checks), self.parser)
 
-    def _lark(self, constraint: Constraint | None) -> str:
+    async def _compile_message(self, engine: Engine, answer: GrammarSpec | None) -> tuple[Grammar, EnforcedCalls]:
+        """Returns the grammar of the message, and the calls with the part of their schemas that it enforces. Raises
+        RequestRefused."""
+
+        def lark(calls: AllowedCalls) -> str:
+            return self._lark(calls, answer)
+
+        # On a worker thread, as large schemas take tens of milliseconds.
+        text, calls = await anyio.to_thread.run_sync(lambda: EnforcedCalls.of(self.calls).build(lark))
+        try:
+            return await engine.compile(Lark(text)), calls
+        except GrammarTimeout:
+            raise
+        except RequestRefused:
+            # A schema that compiles alone names its keyword, and without strict drops it.
+            fewer = await calls.compiled_alone(engine)
+            if fewer == calls:
+                raise
+        text, calls = await anyio.to_thread.run_sync(fewer.build, lark)
+        return await engine.compile(Lark(text)), calls
+
+    def _lark(self, calls: AllowedCalls, answer: GrammarSpec | None) -> str:
         """Returns the Lark grammar of the message. Raises RequestRefused."""
         lark = LarkBuilder(self.marker_tokens)
-        answer = None if constraint is None else _expression(lark, constraint.spec)
-        self.format.grammar(lark, MessageConstraints(self.calls, self.may_reason, self.in_reasoning, answer))
+        expression = None if answer is None else _expression(lark, answer)
+        self.format.grammar(lark, MessageConstraints(calls, self.may_reason, self.in_reasoning, expression))
         return str(lark)
-
-    async def _check_tool_schemas(self, engine: Engine) -> None:
-        """Raises RequestRefused, with the keyword's path, for the first tool whose schema does not compile alone."""
-        for index, tool in enumerate(self.calls.tools):
-            try:
-                await engine.compile(JsonSchema(msgspec.json.encode(tool.parameters)))
-            except RequestRefused as error:
-                error.field = f"tools[{index}].function.parameters{error.field or ''}"
-                raise
 
 
 async def prepare_chat(request: ChatRequest, prompts: PromptRenderer) -> PreparedChat:

@@ -14,7 +14,9 @@ from api.http.request_context import request_context
 from api.http.responses import json_error
 
 # Paths without authentication: load balancers probe without a key.
-_PUBLIC_PATHS = ("/health",)
+_PUBLIC_PATHS = ("/health", "/v1/health")
+# Headers with the bare key, used without `Authorization: Bearer`: of Anthropic's clients, of Azure's.
+_KEY_HEADERS = ("x-api-key", "api-key")
 
 
 class ApiKeyMiddleware:
@@ -58,4 +60,6 @@ def _key_in(scope: Scope) -> str:
     """Returns the API key in the headers; empty if there is none."""
     headers = Headers(scope=scope)
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    if scheme.lower() == "bearer":
+        return token.strip()
+    return next((headers[name] for name in _KEY_HEADERS if name in headers), "")

@@ -72,8 +72,16 @@ class InvalidApiKey(EngineError):
         super().__init__("The API key is missing or wrong; send a valid one as 'Authorization: Bearer KEY'.")
 
 
+class ForeignPage(EngineError):
+    """A server on a loopback address refuses the request of a page of another machine: 403."""
+
+    def __init__(self, header: str, value: str, flag: str) -> None:
+        super().__init__(f"{header}: {value[:_QUOTED_CHARS]!r} is not allowed here; {flag} adds more.")
+
+
 class EndpointDisabled(EngineError):
-    """The server's flags disable the endpoint: 501. The message names the flag that enables the endpoint."""
+    """The server's flags or the model disable the endpoint: 501. The message names the flag that enables the endpoint,
+    or what the model lacks."""
 
 
 class NoIdleSlot(EngineError):
@@ -91,7 +99,7 @@ def error_response(error: Exception) -> ErrorResponse:
                 400,
                 ErrorInfo(
                     str(error),
-                    "invalid_request_error",
+                    "exceed_context_size_error",
                     error.field,
                     "context_length_exceeded",
                     error.prompt_tokens,
@@ -105,7 +113,10 @@ def error_response(error: Exception) -> ErrorResponse:
         case RecursionError():
             return _invalid_request(400, "The body is nested too deeply; send JSON with fewer levels.")
         case InvalidApiKey():
-            return _invalid_request(401, str(error), None, "invalid_api_key", {"www-authenticate": "Bearer"})
+            info = ErrorInfo(str(error), "authentication_error", None, "invalid_api_key")
+            return ErrorResponse(401, info, {"www-authenticate": "Bearer"})
+        case ForeignPage():
+            return ErrorResponse(403, ErrorInfo(str(error), "permission_error"))
         case Overloaded():
             return _retry_later(429, ErrorInfo(str(error), "rate_limit_error", None, "queue_full"), error.retry_after)
         case ModelLoading() | NoIdleSlot():

@@ -6,11 +6,13 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.http.dialects import OPENAI_DIALECT, Dialect
 from engine import Finished
 
 _log = logging.getLogger("paceline")
@@ -22,7 +24,7 @@ CLIENT_CLOSED_REQUEST = 499
 _SAFE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 # Monitoring requests are logged at DEBUG.
-_MONITORING_PATHS = ("/health", "/metrics", "/slots")
+_MONITORING_PATHS = ("/health", "/v1/health", "/metrics", "/slots")
 
 
 class RequestContext:
@@ -42,6 +44,8 @@ class RequestContext:
         """The terminal updates of the choices that have finished."""
         self.error: Exception | None = None
         """The exception that refused the request or ended its stream; None if there was none."""
+        self.dialect: Dialect = OPENAI_DIALECT
+        """The shape of errors, pings and the request's id."""
         self.namespace = ""
         """The namespace of the API key; empty if all keys share prefixes."""
         self._started = time.monotonic()
@@ -91,22 +95,29 @@ def request_context(scope: Scope) -> RequestContext:
 
 
 class RequestContextMiddleware:
-    """The outermost ASGI middleware: gives each request a RequestContext, and logs the context at the end."""
+    """The outermost ASGI middleware: gives each request a RequestContext, and logs the context at the end.
 
-    def __init__(self, app: ASGIApp) -> None:
+    `dialects` has the dialects of paths by their beginning. Other paths have OpenAI's dialect.
+    """
+
+    def __init__(self, app: ASGIApp, dialects: Mapping[str, Dialect] | None = None) -> None:
         self._app = app
+        self._dialects = dict(dialects or {})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         context = RequestContext(scope, send)
+        context.dialect = self._dialect(context.path)
         scope.setdefault("state", {})["context"] = context
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 context.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = context.id
+                headers = MutableHeaders(scope=message)
+                for name in filter(None, ("x-request-id", context.dialect.id_header)):
+                    headers[name] = context.id
             await send(message)
 
         try:
@@ -114,3 +125,7 @@ class RequestContextMiddleware:
         finally:
             level = logging.DEBUG if context.path in _MONITORING_PATHS else logging.INFO
             _log.log(level, "%s", context)
+
+    def _dialect(self, path: str) -> Dialect:
+        matching = (dialect for start, dialect in self._dialects.items() if path.startswith(start))
+        return next(matching, OPENAI_DIALECT)

@@ -14,15 +14,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.http.error_responses import error_response
-from api.http.events import JSONBody, encode_json, sse_event
-from api.http.request_context import CLIENT_CLOSED_REQUEST, request_context
+from api.http.events import JSONBody, encode_json
+from api.http.request_context import CLIENT_CLOSED_REQUEST, RequestContext, request_context
 from api.http.tasks import run_until_disconnect
 from engine import EngineError
 
 _log = logging.getLogger("paceline")
-
-# An SSE comment keeps the connection open in proxies; clients ignore the comment.
-_PING_COMMENT = b": ping\n\n"
 
 SendEvents = Callable[[bytes], Awaitable[None]]
 
@@ -36,10 +33,22 @@ class JSONResponse(Response):
         super().__init__(encode_json(body), status, headers)
 
 
-def json_error(error: Exception) -> JSONResponse:
+class ErrorJSONResponse(Response):
+    """The JSON response for an exception, in the dialect of the request."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error_response(error)
+        super().__init__(None, self._error.status)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        context, error = request_context(scope), self._error
+        body, status = context.dialect.error_body(error, context.id), context.dialect.error_status(error)
+        await JSONResponse(body, status, error.headers)(scope, receive, send)
+
+
+def json_error(error: Exception) -> Response:
     """Returns the JSON response for `error`."""
-    response = error_response(error)
-    return JSONResponse(response.body, response.status, response.headers)
+    return ErrorJSONResponse(error)
 
 
 class PendingJSONResponse(Response):
@@ -102,7 +111,7 @@ class EventStreamResponse(Response):
                     if not self._started:
                         raise
                 context.error = error
-                await send_events(_error_event(error))
+                await send_events(_error_event(error, context))
             self._last_sent = math.inf  # no ping may follow the last event
             await send_body({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -113,7 +122,7 @@ class EventStreamResponse(Response):
                     if remaining > 0:
                         await anyio.sleep(min(remaining, self.ping_seconds))
                     else:
-                        await send_events(_PING_COMMENT)
+                        await send_events(context.dialect.ping)
 
         try:
             done = await run_until_disconnect(receive, stream, *([keep_alive] if self.ping_seconds else []))
@@ -133,7 +142,8 @@ class _SocketClosed(Exception):
     """`send` failed: the client disconnected before `receive` returned the disconnect message."""
 
 
-def _error_event(error: Exception) -> bytes:
+def _error_event(error: Exception, context: RequestContext) -> bytes:
     if not isinstance(error, EngineError):
         _log.error("The stream failed", exc_info=error)
-    return sse_event(error_response(error).body)
+    dialect = context.dialect
+    return dialect.error_event(dialect.error_body(error_response(error), context.id))

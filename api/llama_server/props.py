@@ -8,7 +8,7 @@ from typing import Literal
 from msgspec import Struct
 
 from api.generation.loaded_model import PACELINE_VERSION, LoadedModel
-from api.llama_server.generation_settings import default_settings
+from api.schema.generation_settings import default_settings
 from api.templates.chat_template import Capabilities
 from engine import MemoryInfo
 

@@ -16,7 +16,8 @@ from api.generation.loaded_model import AppState, LoadedModel
 from api.generation.prepared_chat import prepare_chat
 from api.http.request_body import read_body
 from api.http.responses import JSONResponse
-from api.schema.requests import ChatRequest, NonNegativeInt, decode_body
+from api.schema.request_values import NonNegativeInt
+from api.schema.requests import ChatRequest, decode_body
 from api.templates.prompts import PromptRenderer, map_distinct, run_long_in_thread
 from engine import RequestRefused
 

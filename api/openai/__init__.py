@@ -1,1 +1,1 @@
-"""OpenAI's generation endpoints, chat and text, and vLLM's render endpoints for both."""
+"""OpenAI's generation endpoints: chat, text and responses, and vLLM's render endpoints for the first two."""

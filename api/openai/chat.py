@@ -9,8 +9,10 @@ from msgspec import UNSET
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from api.generation.choices import Choices, ReplyBuilder, read_generation_request, respond
+from api.generation.chat_choices import chat_choices
+from api.generation.choices import read_generation_request
 from api.generation.loaded_model import AppState, LoadedModel
+from api.generation.openai_replies import ReplyBuilder, respond
 from api.generation.prepared_chat import PreparedChat, prepare_chat
 from api.http.events import sse_event
 from api.http.request_context import request_context
@@ -19,7 +21,7 @@ from api.schema.logprobs import chat_logprobs
 from api.schema.replies import ChatChoice, ChatChunkChoice, ChatMessage, DeltaMessage
 from api.schema.requests import ChatRequest
 from api.tools.formats import MessageParser
-from engine import ContextExceeded, Finished, FinishReason, Logprob, Tokens
+from engine import Finished, FinishReason, Logprob, Tokens
 
 _DECODER = msgspec.json.Decoder(ChatRequest)
 
@@ -35,35 +37,20 @@ class ChatCompletionEndpoint:
         model = self._state.model
         request = await read_generation_request(http_request, model, _DECODER)
         chat = await prepare_chat(request, model.prompts)
-        prediction = await model.prompts.tokenize_prediction(request.prediction)
-        try:
-            choices = Choices(
-                model,
-                request_context(http_request.scope),
-                request,
-                [chat.prompt],
-                token_limit=request.token_limit,
-                logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-                prediction=prediction,
-                control_texts=chat.control_texts,
-                reasoning=chat.reasoning_budget,
-                grammar=await chat.grammar(model.engine),
-            )
-        except ContextExceeded as error:
-            error.field = "messages"
-            raise
+        choices = await chat_choices(model, request_context(http_request.scope), request, chat)
         builder = ChatReplyBuilder(model, request, chat, len(choices))
         return respond(request, choices, builder, model.options.server.sse_ping)
 
 
 class ChatReplyBuilder(ReplyBuilder):
-    """Builds chat chunks and choices. The first chunk of a choice has the role, the last one the finish reason."""
+    """Builds chat chunks and choices. The first chunk of a choice has only the role, the last one the finish reason."""
 
     def __init__(self, model: LoadedModel, request: ChatRequest, chat: PreparedChat, choices: int) -> None:
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         super().__init__(model, request, kind, "chatcmpl-")
         self._vocab = model.engine.vocab
-        self._choices = [(ChatChunkChoice(index, DeltaMessage("assistant", "")),) for index in range(choices)]
+        self._choices = [(ChatChunkChoice(index, DeltaMessage()),) for index in range(choices)]
+        self._without_role = set(range(choices))  # indices of the choices without a chunk so far
         self._parsers = [chat.parser() for _ in range(choices)]
 
     def token_event(self, index: int, update: Tokens) -> bytes:
@@ -75,8 +62,18 @@ class ChatReplyBuilder(ReplyBuilder):
             return b""
         choice.logprobs = chat_logprobs(self._vocab, update.logprobs) if update.logprobs else None
         event = sse_event(self.chunk)
-        choice.delta.role = UNSET
-        return event
+        return self._role_event(index) + event if index in self._without_role else event
+
+    def progress_event(self, index: int) -> bytes:
+        start = self._role_event(index) if index in self._without_role else b""
+        self.chunk.choices = (ChatChunkChoice(index, DeltaMessage()),)
+        return start + sse_event(self.chunk)
+
+    def _role_event(self, index: int) -> bytes:
+        """Returns the encoded first chunk of the choice. As in llama-server, it has the role, and null as content."""
+        self._without_role.discard(index)
+        choice = ChatChunkChoice(index, DeltaMessage("assistant", None))
+        return sse_event(msgspec.structs.replace(self.chunk, choices=(choice,), timings=UNSET, prompt_progress=UNSET))
 
     def _set_delta(self, index: int, text: str, message: DeltaMessage) -> bool:
         """Sets the fields that `text` adds to the message. Returns False if `text` adds nothing yet."""
@@ -92,10 +89,11 @@ class ChatReplyBuilder(ReplyBuilder):
         self.chunk.choices = choices = self._choices[index]
         choice = choices[0]
         parser = self._parsers[index]
-        set_fields(choice.delta, parser.finish() if parser else ())
+        set_fields(choice.delta, parser.finish(truncated=end.reason is FinishReason.LENGTH) if parser else ())
         # A choice without output had no first chunk, so its final chunk has the role and the content too.
-        if choice.delta.role is not UNSET and choice.delta.content is UNSET:
-            choice.delta.content = ""
+        if index in self._without_role:
+            choice.delta.role = "assistant"
+            choice.delta.content = "" if choice.delta.content is UNSET else choice.delta.content
         choice.logprobs = None
         choice.finish_reason = _finish_reason(end, parser)
 
@@ -104,12 +102,13 @@ class ChatReplyBuilder(ReplyBuilder):
         if parser is None:
             message = ChatMessage(content=text)
         else:
-            message = message_from_deltas([*parser.feed(text), *parser.finish()])
+            truncated = end.reason is FinishReason.LENGTH
+            message = message_from_deltas([*parser.feed(text), *parser.finish(truncated=truncated)])
         reply_logprobs = chat_logprobs(self._vocab, logprobs) if logprobs else None
         return ChatChoice(index, message, reply_logprobs, _finish_reason(end, parser))
 
 
 def _finish_reason(end: Finished, parser: MessageParser | None) -> str:
-    """Returns `tool_calls` for a complete message with calls, otherwise the engine's finish reason."""
-    has_calls = parser is not None and parser.num_calls > 0
-    return "tool_calls" if has_calls and end.reason is FinishReason.STOP else end.reason
+    """Returns `tool_calls` for a message with complete calls, otherwise the engine's finish reason."""
+    has_calls = end.reason is FinishReason.STOP and parser is not None and parser.has_complete_calls
+    return "tool_calls" if has_calls else end.reason

@@ -9,15 +9,17 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from api.generation.choices import Choices, ReplyBuilder, check_choice_count, read_generation_request, respond
+from api.generation.choices import Choices, check_choice_count, read_generation_request
 from api.generation.constraints import compile_constraint, parse_constraint
 from api.generation.loaded_model import AppState, LoadedModel
+from api.generation.openai_replies import ReplyBuilder, respond
 from api.http.events import sse_event
 from api.http.request_context import request_context
 from api.schema.logprobs import TextLogprobsBuilder
 from api.schema.replies import TextChoice
 from api.schema.requests import TextRequest
-from engine import Finished, Logprob, Tokens
+from api.templates.infill import InfillText, infill_prompt, missing_fim_tokens
+from engine import Finished, Logprob, RequestRefused, Tokens
 
 # Maximum new tokens of a request without a limit, as in OpenAI's API and in vLLM.
 DEFAULT_MAX_TOKENS = 16
@@ -41,9 +43,9 @@ class TextCompletionEndpoint:
             model,
             request_context(http_request.scope),
             request,
-            await tokenize_prompts(model, texts),
+            await tokenize_prompts(model, texts, request.suffix),
             token_limit=DEFAULT_MAX_TOKENS if request.token_limit is None else request.token_limit,
-            logprobs=request.logprobs,
+            logprobs=request.num_logprobs,
             prediction=await model.prompts.tokenize_prediction(request.prediction),
             grammar=await compile_constraint(model.engine, constraint),
         )
@@ -55,15 +57,46 @@ class TextCompletionEndpoint:
         return respond(request, choices, TextReplyBuilder(model, request, echoes), model.options.server.sse_ping)
 
 
-async def tokenize_prompts(model: LoadedModel, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
-    """Returns the token ids of `prompts`, each a text or token ids. Raises RequestRefused for too many prompts."""
+async def tokenize_prompts(
+    model: LoadedModel, prompts: Sequence[str | list[int]], suffix: str | None = None
+) -> list[tuple[int, ...]]:
+    """Returns the token ids of `prompts`, each a text or token ids. With `suffix`, the continuation of a prompt fills
+    the gap between its text and the suffix.
+
+    Raises RequestRefused for too many prompts, and for a suffix if the model has no tokens that mark a gap.
+    """
     check_choice_count(model, len(prompts), 1)
+    suffix_tokens = await _tokenize_suffix(model, suffix) if suffix else None
     tokenized: list[tuple[int, ...]] = []
     for prompt in prompts:
         await asyncio.sleep(0)  # lets the event loop serve other requests between two prompts
-        tokens = await model.prompts.tokenize_prompt(prompt) if isinstance(prompt, str) else tuple(prompt)
+        if suffix_tokens is not None:
+            tokens = await _around_gap(model, prompt, suffix_tokens)
+        else:
+            tokens = await model.prompts.tokenize_prompt(prompt) if isinstance(prompt, str) else tuple(prompt)
         tokenized.append(tokens)
     return tokenized
+
+
+async def _tokenize_suffix(model: LoadedModel, suffix: str) -> list[int]:
+    if missing := missing_fim_tokens(model.engine.info.fim):
+        raise RequestRefused(
+            f"suffix: this model has no token for {missing}, so it cannot insert text; leave the field out.",
+            field="suffix",
+        )
+    return await model.prompts.tokenize_text(suffix, add_special=False, parse_special=False)
+
+
+async def _around_gap(model: LoadedModel, prompt: str | list[int], suffix: Sequence[int]) -> tuple[int, ...]:
+    """Returns a fill-in-the-middle prompt. Names of special tokens in a text are plain text, as they are in code."""
+    prefix = (
+        await model.prompts.tokenize_text(prompt, add_special=False, parse_special=False)
+        if isinstance(prompt, str)
+        else prompt
+    )
+    suffix_first = model.options.server.spm_infill
+    engine = model.engine
+    return infill_prompt(engine.info.fim, engine.vocab.added[0], InfillText(prefix, suffix), suffix_first=suffix_first)
 
 
 class TextReplyBuilder(ReplyBuilder):
@@ -73,7 +106,7 @@ class TextReplyBuilder(ReplyBuilder):
         """`echoes` has the text to echo for each choice; the texts are empty if the request has no `echo`."""
         super().__init__(model, request, "text_completion", "cmpl-")
         self._echoes = list(echoes)
-        self._top_logprobs = request.logprobs or 0
+        self._top_logprobs = request.num_logprobs or 0
         self._logprobs = [TextLogprobsBuilder(model.engine.vocab) for _ in echoes]
         self._choices = [(TextChoice(index, ""),) for index in range(len(echoes))]
 
@@ -84,6 +117,10 @@ class TextReplyBuilder(ReplyBuilder):
         choice = choices[0]
         choice.text = self._take_echo(index) + update.text
         choice.logprobs = self._logprobs[index].build(update.logprobs, self._top_logprobs) if update.logprobs else None
+        return sse_event(self.chunk)
+
+    def progress_event(self, index: int) -> bytes:
+        self.chunk.choices = (TextChoice(index, ""),)
         return sse_event(self.chunk)
 
     def set_final_chunk(self, index: int, end: Finished) -> None:

@@ -5,6 +5,7 @@ Routers use the token ids to send requests with equal prefixes to the same serve
 
 from __future__ import annotations
 
+from typing import Literal
 from uuid import uuid4
 
 import msgspec
@@ -17,7 +18,8 @@ from api.generation.loaded_model import AppState, LoadedModel
 from api.generation.prepared_chat import prepare_chat
 from api.http.responses import JSONResponse
 from api.openai.completions import DEFAULT_MAX_TOKENS, tokenize_prompts
-from api.schema.requests import ChatRequest, GenerationRequest, StreamOptions, TextRequest
+from api.schema.request_values import StreamOptions
+from api.schema.requests import ChatRequest, GenerationRequest, TextRequest
 from engine import ContextExceeded
 
 _CHAT_DECODER = msgspec.json.Decoder(ChatRequest)
@@ -79,8 +81,15 @@ class RenderedPrompt(Struct, frozen=True, kw_only=True):
     kv_transfer_params: None = None
 
 
+class InputTokensReply(Struct, frozen=True):
+    """The body of POST /v1/responses/input_tokens and POST /v1/chat/completions/input_tokens."""
+
+    input_tokens: int
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+
+
 class RenderEndpoints:
-    """The endpoints POST /v1/chat/completions/render and POST /v1/completions/render."""
+    """The endpoints that render prompts without generation: /render and /input_tokens below the completions."""
 
     def __init__(self, state: AppState) -> None:
         self._state = state
@@ -97,12 +106,18 @@ class RenderEndpoints:
             raise
         return JSONResponse(rendered)
 
+    async def count_chat(self, http_request: HTTPRequest) -> Response:
+        """Returns the number of tokens of a chat's prompt, which may be longer than the context."""
+        model = self._state.model
+        request = await read_generation_request(http_request, model, _CHAT_DECODER)
+        return JSONResponse(InputTokensReply(len((await prepare_chat(request, model.prompts)).prompt)))
+
     async def text(self, http_request: HTTPRequest) -> Response:
         """Returns a list with the rendered prompts of a text completion."""
         model = self._state.model
         request = await read_generation_request(http_request, model, _TEXT_DECODER)
         token_limit = DEFAULT_MAX_TOKENS if request.token_limit is None else request.token_limit
-        prompts = await tokenize_prompts(model, request.prompts)
+        prompts = await tokenize_prompts(model, request.prompts, request.suffix)
         request_id = f"cmpl-{uuid4().hex}"
         return JSONResponse(
             [

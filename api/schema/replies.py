@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, field
 
 from api.schema.speculation_stats import MetricsReply, SpeculativeReply
-from engine import Finished
+from engine import Finished, PrefillProgress
 
 
 class PromptDetails(Struct, frozen=True):
@@ -50,6 +50,28 @@ class UsageReply(Struct, frozen=True):
             PromptDetails(sum(_cached(choices) for choices in prompts)),
             CompletionDetails(accepted, sum(end.usage.drafted for end in ends) - accepted),
         )
+
+
+class RunningUsage(Struct, frozen=True):
+    """vLLM's `usage` of a chunk: the tokens of the chunk's choice so far."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class PromptProgress(Struct, frozen=True):
+    """llama-server's `prompt_progress`: prefill progress in tokens; `processed` includes tokens from the cache."""
+
+    total: int
+    cache: int
+    processed: int
+    time_ms: int
+
+    @classmethod
+    def of(cls, progress: PrefillProgress) -> PromptProgress:
+        """Returns the engine's prefill progress in llama-server's shape."""
+        return cls(progress.prompt, progress.cached, progress.processed, round(progress.seconds * 1e3))
 
 
 class TimingsReply(Struct, frozen=True):
@@ -97,6 +119,29 @@ class TimingsReply(Struct, frozen=True):
             sum(end.usage.accepted for end in ends) if drafted else UNSET,
             any(end.discarded for end in ends) or UNSET,
             sum(min(end.usage.moved for end in choices) for choices in prompts) or UNSET,
+        )
+
+    @classmethod
+    def running(cls, prefill: PrefillProgress | None, prompt: int, predicted: int, seconds: float) -> TimingsReply:
+        """Returns the timings of a choice that has not finished.
+
+        `seconds` is the time since the first of `predicted` tokens. Without `prefill`, the last progress of the
+        prefill, no time of the `prompt` tokens is known.
+        """
+        cached = 0 if prefill is None else prefill.cached
+        prefilled = prompt if prefill is None else prefill.processed - prefill.cached
+        prefill_seconds = 0.0 if prefill is None else prefill.seconds
+        decoded = max(0, predicted - 1)
+        return cls(
+            cached,
+            prefilled,
+            prefill_seconds * 1e3,
+            _ratio(prefill_seconds * 1e3, prefilled),
+            _ratio(prefilled, prefill_seconds),
+            predicted,
+            seconds * 1e3,
+            _ratio(seconds * 1e3, decoded),
+            _ratio(decoded, seconds),
         )
 
 
@@ -188,7 +233,7 @@ class DeltaMessage(Struct):
     """The fields that a chunk adds to the message."""
 
     role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
     reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCallChunk] | UnsetType = UNSET
 
@@ -211,6 +256,16 @@ class TextChoice(Struct):
     finish_reason: str | None = None
 
 
+class UnenforcedKeywords(Struct, frozen=True):
+    """The keywords of the request's schemas that the grammar did not enforce, and whether the outputs satisfy them."""
+
+    keywords: list[str]
+    """The path of the schema in the request, then the JSON pointer of the keyword."""
+    satisfied: list[bool | None]
+    """For each choice, whether it is valid by the schemas with these keywords. None if that cannot be told, for example
+    for a truncated output, and if the schemas describe no part of the output."""
+
+
 class CompletionReply(Struct, kw_only=True):
     """The body or a chunk of an OpenAI completion, chat or text."""
 
@@ -220,12 +275,16 @@ class CompletionReply(Struct, kw_only=True):
     model: str
     system_fingerprint: str
     choices: Sequence[ChatChoice | ChatChunkChoice | TextChoice]
-    usage: UsageReply | UnsetType | None = UNSET
+    usage: UsageReply | RunningUsage | UnsetType | None = UNSET
     timings: TimingsReply | UnsetType = UNSET
+    prompt_progress: PromptProgress | UnsetType = UNSET
     metrics: MetricsReply | UnsetType = UNSET
     speculative: SpeculativeReply | UnsetType = UNSET
     seed: int | UnsetType = UNSET
     """The seed of the choices, from the request or drawn by the server."""
+    unenforced_schema_keywords: UnenforcedKeywords | UnsetType = UNSET
+    verbose: Struct | UnsetType = field(default=UNSET, name="__verbose")
+    """llama-server's reply for the choice, if the request or the server has `verbose`."""
 
 
 class ModelMeta(Struct, frozen=True):
@@ -247,6 +306,8 @@ class ModelReply(Struct, frozen=True):
     meta: ModelMeta
     object: Literal["model"] = "model"
     owned_by: Literal["paceline"] = "paceline"
+    aliases: tuple[str, ...] = ()
+    """The names of `--alias`."""
 
 
 class ModelList(Struct, frozen=True):

@@ -6,92 +6,51 @@ parameters are checked in `GenerationRequest.sampling_params`, so that each rang
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct
 
 from api.http.decode_errors import as_refusal, path_of_wrong_type
+from api.schema.logit_bias import MAX_LOGIT_BIASES, LogitBias, bias_pairs, numeric_biases
+from api.schema.request_values import (
+    ChoiceCount,
+    ContentPart,
+    ContextKeep,
+    Int32,
+    NonNegativeInt,
+    PredictedOutput,
+    ProbabilityCount,
+    PromptObject,
+    ResponseFormat,
+    SignedSeed,
+    StopString,
+    StopStrings,
+    StreamOptions,
+    StructuredOutputs,
+    TokenLimit,
+    TopLogprobCount,
+    prompt_text,
+)
+from api.schema.samplers import neutral_values, parse_samplers
+from api.schema.speculation import SpeculativeField, with_dotted_fields
 from engine import RequestRefused, SamplingParams
 
-# Every JSON parser reads integers up to 2^53 exactly.
-NonNegativeInt = Annotated[int, Meta(ge=0, le=2**53)]
-# A maximum number of tokens; -1 is unlimited.
-TokenLimit = Annotated[int, Meta(ge=-1, le=2**53)]
-ChoiceCount = Annotated[int, Meta(ge=1, le=128)]
-TopLogprobCount = Annotated[int, Meta(ge=0, le=20)]
-Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
-SignedSeed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-StopString = Annotated[str, Meta(max_length=512)]
-StopStrings = Annotated[list[StopString], Meta(max_length=64)]
-# A pair of a token and its bias. The token is an id, or a text whose tokens all get the bias (POST /completion only);
-# the bias false bans the token.
-LogitBias = tuple[int | str, float | bool]
-
-# Maximum entries of one request's `logit_bias`.
-MAX_LOGIT_BIASES = 2**16
-# The bias of a banned token: far below any logit, and finite.
-_BAN_BIAS = -1e9
-_TOKEN_ID = re.compile(r"\d{1,19}")
-
 _BodyT = TypeVar("_BodyT", bound=Struct)
-
-
-class StreamOptions(Struct):
-    """OpenAI's `stream_options`."""
-
-    include_usage: bool | None = None
-
-
-class NamedSchema(Struct):
-    """A JSON schema in OpenAI's shape. The grammar enforces the schema with and without `strict`."""
-
-    schema: dict[str, Any]
-    name: str | None = None
-    strict: bool | None = None
-
-
-class ResponseFormat(Struct):
-    """OpenAI's constraint on the output. `schema` is llama-server's extension of type `json_object`."""
-
-    type: str
-    json_schema: NamedSchema | None = None
-    schema: dict[str, Any] | None = None
-
-
-class StructuredOutputs(Struct, forbid_unknown_fields=True):
-    """vLLM's constraint on the output. At most one field may be set."""
-
-    json: dict[str, Any] | str | None = None
-    json_object: bool | None = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
-
-
-class ContentPart(Struct):
-    """One part of a message's content."""
-
-    type: str
-    text: str | None = None
-
-
-class PredictedOutput(Struct):
-    """OpenAI's `prediction`: a text of which the output probably repeats large parts."""
-
-    type: Literal["content"]
-    content: str | list[ContentPart]
 
 
 class GenerationRequest(Struct, kw_only=True):
     """The fields that all generation endpoints share. Fields named as in `SamplingParams` have the same meaning."""
 
+    shape: ClassVar[Literal["chat", "text", "llama-server"]] = "chat"
+    """The kind of endpoint: a chat API, OpenAI's text completion, or llama-server's completion."""
+
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: ChoiceCount | None = None
+    n_cmpl: ChoiceCount | None = None
     stop: StopString | StopStrings | None = None
     stop_token_ids: Annotated[list[NonNegativeInt], Meta(max_length=1024)] | None = None
     max_tokens: TokenLimit | None = None
@@ -100,7 +59,14 @@ class GenerationRequest(Struct, kw_only=True):
     min_tokens: NonNegativeInt | None = None
     ignore_eos: bool | None = None
     cache_salt: Annotated[str, Meta(max_length=1024)] | None = None
-    speculative: bool | str | dict[str, Any] | None = None
+    speculative: SpeculativeField = None
+    # llama-server's spelling of the fields of `speculative`, which `parse_speculation` checks.
+    speculative_type: Any = msgspec.field(default=None, name="speculative.type")
+    speculative_n_max: Any = msgspec.field(default=None, name="speculative.n_max")
+    speculative_n_min: Any = msgspec.field(default=None, name="speculative.n_min")
+    speculative_p_min: Any = msgspec.field(default=None, name="speculative.p_min")
+    speculative_size_n: Any = msgspec.field(default=None, name="speculative.ngram_size_n")
+    speculative_min_hits: Any = msgspec.field(default=None, name="speculative.ngram_min_hits")
     prediction: PredictedOutput | None = None
 
     seed: SignedSeed | None = None
@@ -121,7 +87,21 @@ class GenerationRequest(Struct, kw_only=True):
     dry_sequence_breakers: list[str] | None = None
     xtc_probability: float | None = None
     xtc_threshold: float | None = None
-    logit_bias: dict[str, float] | Annotated[list[LogitBias], Meta(max_length=MAX_LOGIT_BIASES)] | None = None
+    logit_bias: dict[str, float | bool] | Annotated[list[LogitBias], Meta(max_length=MAX_LOGIT_BIASES)] | None = None
+    samplers: str | list[str] | None = None
+
+    id_slot: Int32 | None = None
+    cache_prompt: bool | None = None
+    n_keep: ContextKeep | None = None
+    n_discard: NonNegativeInt | None = None
+    n_probs: ProbabilityCount | None = None
+    post_sampling_probs: bool | None = None
+    t_max_predict_ms: Int32 | None = None
+    timings_per_token: bool | None = None
+    return_progress: bool | None = None
+    verbose: bool | None = None
+    backend_sampling: bool | None = None
+    """Accepted without effect: where tokens are sampled changes no output."""
 
     response_format: ResponseFormat | None = None
     grammar: str | None = None
@@ -132,6 +112,42 @@ class GenerationRequest(Struct, kw_only=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
 
+    # Fields that some or all endpoints refuse unless their value is off, see `refuse_unsupported`. Requests with
+    # messages define the types of those from `top_logprobs` on.
+    grammar_lazy: bool | None = None
+    n_indent: NonNegativeInt | None = None
+    min_keep: NonNegativeInt | None = None
+    mirostat: Int32 | None = None
+    dynatemp_range: float | None = None
+    top_n_sigma: float | None = None
+    adaptive_target: float | None = None
+    lora: list[Any] | None = None
+    return_tokens: bool | None = None
+    response_fields: Annotated[list[str], Meta(max_length=64)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: ChoiceCount | None = None
+    top_logprobs: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    functions: Any = None
+    function_call: Any = None
+    reasoning_format: Any = None
+    reasoning_effort: Any = None
+    enable_thinking: Any = None
+    reasoning_budget: Any = None
+    reasoning_budget_tokens: Any = None
+    thinking_budget_tokens: Any = None
+    add_generation_prompt: Any = None
+    continue_final_message: Any = None
+    chat_template: Any = None
+    chat_template_kwargs: Any = None
+    documents: Any = None
+
+    def __post_init__(self) -> None:
+        self.n = self.n_cmpl if self.n is None else self.n
+
     @property
     def token_limit(self) -> int | None:
         """The maximum number of new tokens, -1 for unlimited. None if the request sets no limit."""
@@ -141,6 +157,11 @@ class GenerationRequest(Struct, kw_only=True):
     def include_usage(self) -> bool:
         """True if a stream ends with a usage chunk."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """True if each chunk has the usage of its choice so far."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -156,7 +177,8 @@ class GenerationRequest(Struct, kw_only=True):
         if self.repetition_penalty is not None:
             given.setdefault("repeat_penalty", self.repetition_penalty)
         if self.logit_bias:
-            given["logit_bias"] = self._logit_biases()
+            given["logit_bias"] = numeric_biases(bias_pairs(self.logit_bias))
+        given |= neutral_values(self.sampler_stages)
         if not given:
             return defaults
         values = msgspec.structs.asdict(defaults) | given
@@ -165,22 +187,23 @@ class GenerationRequest(Struct, kw_only=True):
         except msgspec.ValidationError as error:
             raise as_refusal(error, SamplingParams, values) from None
 
-    def _logit_biases(self) -> list[tuple[int, float]]:
-        if len(self.logit_bias or ()) > MAX_LOGIT_BIASES:
-            raise RequestRefused(
-                f"logit_bias: {len(self.logit_bias or ())} entries are too many; send at most {MAX_LOGIT_BIASES}.",
-                field="logit_bias",
-            )
-        pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias or ()
-        biases = []
-        for token, bias in pairs:
-            if not _TOKEN_ID.fullmatch(str(token)) or bias is True:
-                raise RequestRefused(
-                    f"logit_bias: {str(token)[:32]!r}: {bias!r} is not a bias; map token ids to numbers.",
-                    field="logit_bias",
-                )
-            biases.append((int(token), _BAN_BIAS if bias is False else float(bias)))
-        return biases
+    @property
+    def sampler_stages(self) -> Sequence[str]:
+        """The active sampler stages. Raises RequestRefused for unknown stages and another order than `SAMPLERS`."""
+        return parse_samplers(self.samplers)
+
+    @property
+    def speculative_fields(self) -> SpeculativeField:
+        """The field `speculative`, with the fields that the request spells with a dot."""
+        dotted = {
+            "type": self.speculative_type,
+            "n_max": self.speculative_n_max,
+            "n_min": self.speculative_n_min,
+            "p_min": self.speculative_p_min,
+            "size_n": self.speculative_size_n,
+            "min_hits": self.speculative_min_hits,
+        }
+        return with_dotted_fields(self.speculative, dotted)
 
 
 _SAMPLING_FIELDS = tuple(name for name in SamplingParams.__struct_fields__ if name not in ("seed", "logit_bias"))
@@ -193,6 +216,7 @@ class ChatMessageParam(Struct, omit_defaults=True):
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    function_call: dict[str, Any] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -221,6 +245,11 @@ class ChatRequest(GenerationRequest, kw_only=True):
     documents: list[dict[str, Any]] | None = None
 
     @property
+    def num_logprobs(self) -> int | None:
+        """The number of alternatives reported for each token. None reports no log probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else self.n_probs or None
+
+    @property
     def thinking_budget(self) -> int | None:
         """The maximum number of reasoning tokens, -1 for unlimited. None if the request sets no budget."""
         return _first_given(self.reasoning_budget, self.reasoning_budget_tokens, self.thinking_budget_tokens)
@@ -229,18 +258,22 @@ class ChatRequest(GenerationRequest, kw_only=True):
 class TextRequest(GenerationRequest, kw_only=True):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[str | int | list[int]]
+    shape = "text"
+
+    prompt: str | PromptObject | list[str | int | PromptObject | list[int]]
     logprobs: TopLogprobCount | None = None
-    echo: bool | None = None
-    suffix: str | None = None
-    best_of: ChoiceCount | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The number of alternatives reported for each token. None reports no log probabilities."""
+        return self.n_probs or None if self.logprobs is None else self.logprobs
 
     @property
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts, each a text or token ids. Raises RequestRefused for an empty list or a list of mixed types."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        texts = [item for item in self.prompt if isinstance(item, str)]
+        if not isinstance(self.prompt, list):
+            return [prompt_text(self.prompt)]
+        texts = [prompt_text(item) for item in self.prompt if isinstance(item, str | PromptObject)]
         lists = [item for item in self.prompt if isinstance(item, list)]
         tokens = [item for item in self.prompt if isinstance(item, int)]
         for prompts in (texts, lists, [tokens] if tokens else []):
@@ -271,26 +304,6 @@ def _decode_untyped(body: bytes) -> Any:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return UNSET
-
-
-def refuse_unsupported(request: GenerationRequest) -> None:
-    """Raises RequestRefused for a field that would have no effect although the client expects one."""
-    if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
-        raise RequestRefused("top_logprobs: logprobs is not set; set logprobs to true.", field="top_logprobs")
-    if isinstance(request, TextRequest):
-        _refuse_unsupported_text(request)
-
-
-def _refuse_unsupported_text(request: TextRequest) -> None:
-    if request.suffix:
-        raise RequestRefused("suffix: insertion is not supported; leave the field out.", field="suffix")
-    if request.best_of is not None and request.best_of != (request.n or 1):
-        raise RequestRefused(
-            f"best_of: {request.best_of} is not supported; leave the field out or set it to n, {request.n or 1}.",
-            field="best_of",
-        )
-    if request.echo and request.logprobs is not None:
-        raise RequestRefused("echo: logprobs of the prompt are not computed; leave out echo or logprobs.", field="echo")
 
 
 def _first_given(*values: int | None) -> int | None:

@@ -11,6 +11,9 @@ from api.config.spellings import PROPOSER_TYPE_ALIASES
 from api.http.decode_errors import as_refusal, choices_hint, nearest_hint
 from engine import PROPOSER_TYPES, ProposerType, RequestRefused, Speculation
 
+# A request's `speculative` field.
+SpeculativeField = bool | str | dict[str, Any] | None
+
 _TYPES = (*PROPOSER_TYPES, "auto", "none")
 _FIELDS = Speculation.__struct_fields__
 
@@ -33,6 +36,24 @@ def parse_speculation(
         case str():
             return msgspec.convert({"type": _parse_types([field], ["speculative"])}, Speculation)
     return _parse_object({name: value for name, value in field.items() if value is not None}, default_types)
+
+
+def with_dotted_fields(field: SpeculativeField, dotted: Mapping[str, Any]) -> SpeculativeField:
+    """Returns `field` with the values in `dotted` that are not None. Values in an object `field` have priority.
+
+    `n_max` 0, llama-server's spelling of no drafts, and the field false disable speculation.
+    """
+    given = {name: value for name, value in dotted.items() if value is not None}
+    if field is False or not given:
+        return field
+    if type(given.get("n_max")) is int and given["n_max"] == 0:
+        return False
+    match field:
+        case str():
+            return given | {"type": field}
+        case dict():
+            return given | {name: value for name, value in field.items() if value is not None}
+    return given
 
 
 def _parse_object(fields: dict[str, Any], default_types: Iterable[ProposerType]) -> Speculation:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -12,46 +11,40 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from api.generation.loaded_model import AppState, LoadedModel
+from api.anthropic.errors import ANTHROPIC_DIALECT
+from api.anthropic.messages import MessagesEndpoints
+from api.generation.loaded_model import AppState
 from api.http.api_keys import ApiKeyMiddleware
+from api.http.content_type import JSONContentMiddleware
+from api.http.origins import CorsMiddleware, CorsPolicy, LoopbackGuard, is_loopback
 from api.http.request_context import CLIENT_CLOSED_REQUEST, RequestContextMiddleware, request_context
-from api.http.responses import JSONResponse, json_error
+from api.http.responses import json_error
 from api.llama_server.completion import CompletionEndpoint
-from api.llama_server.props import props_reply
+from api.llama_server.infill import InfillEndpoint
+from api.llama_server.rerank import RerankEndpoint
 from api.llama_server.slots import SlotEndpoints
 from api.llama_server.tokenize import TokenizeEndpoints
 from api.openai.chat import ChatCompletionEndpoint
 from api.openai.completions import TextCompletionEndpoint
+from api.openai.embeddings import EmbeddingEndpoints
 from api.openai.render import RenderEndpoints
-from api.schema.replies import HealthReply, ModelList, ModelMeta, ModelReply
-from api.server.metrics import metrics_registry
+from api.openai.responses.endpoint import ResponsesEndpoints
+from api.server.status import StatusEndpoints
 from engine import EngineError
+
+_MESSAGES_PATH = "/v1/messages"
 
 
 def create_app(state: AppState) -> ASGIApp:
     """Returns the ASGI application. Routes answer 503 until `state` has a loaded model."""
-    chat, text, render = ChatCompletionEndpoint(state), TextCompletionEndpoint(state), RenderEndpoints(state)
-    completion, tokens, slots = CompletionEndpoint(state), TokenizeEndpoints(state), SlotEndpoints(state)
-    status = StatusEndpoints(state)
-    app = Starlette(
+    app: ASGIApp = Starlette(
         routes=[
-            Route("/v1/chat/completions", chat.create, methods=["POST"]),
-            Route("/chat/completions", chat.create, methods=["POST"]),
-            Route("/v1/completions", text.create, methods=["POST"]),
-            Route("/completion", completion.complete, methods=["POST"]),
-            Route("/completions", completion.complete, methods=["POST"]),
-            Route("/v1/chat/completions/render", render.chat, methods=["POST"]),
-            Route("/v1/completions/render", render.text, methods=["POST"]),
-            Route("/tokenize", tokens.tokenize, methods=["POST"]),
-            Route("/detokenize", tokens.detokenize, methods=["POST"]),
-            Route("/apply-template", tokens.apply_template, methods=["POST"]),
-            Route("/v1/models", status.models),
-            Route("/v1/models/{id:path}", status.model),
-            Route("/health", status.health),
-            Route("/metrics", status.metrics),
-            Route("/props", status.props),
-            Route("/slots", slots.show),
-            Route("/slots/{id}", slots.act, methods=["POST"]),
+            *_openai_routes(state),
+            *_responses_routes(state),
+            *_anthropic_routes(state),
+            *_llama_server_routes(state),
+            *_embedding_routes(state),
+            *_status_routes(state),
         ],
         exception_handlers={
             EngineError: _on_error,
@@ -61,50 +54,92 @@ def create_app(state: AppState) -> ASGIApp:
             Exception: _on_error,
         },
     )
-    config = state.config
     # The middleware encloses Starlette, because Starlette's own response to an unexpected exception needs a request id.
-    return RequestContextMiddleware(
-        ApiKeyMiddleware(app, config.api_keys, separate_namespaces=config.cache_salt_by_key)
-    )
+    # The outermost comes last.
+    config = state.config
+    if not config.any_content_type:
+        app = JSONContentMiddleware(app)
+    app = ApiKeyMiddleware(app, config.api_keys, separate_namespaces=config.cache_salt_by_key)
+    cors = CorsPolicy(config.cors_origins, config.cors_methods, config.cors_headers, config.cors_credentials)
+    # A page of a foreign origin has no key, so keys make the checks needless, also behind a proxy on this machine.
+    if not config.api_keys and all(map(is_loopback, config.host)):
+        app = LoopbackGuard(app, cors, config.allowed_hosts)
+    return RequestContextMiddleware(CorsMiddleware(app, cors), {_MESSAGES_PATH: ANTHROPIC_DIALECT})
 
 
-class StatusEndpoints:
-    """The endpoints that report on the server: /health, /metrics, /props and /v1/models."""
-
-    def __init__(self, state: AppState) -> None:
-        self._state = state
-        self._registry: CollectorRegistry | None = None
-
-    async def health(self, request: Request) -> Response:
-        """Returns 200 if requests are accepted. Raises ModelLoading, Draining or EngineFault otherwise."""
-        _ = self._state.model
-        return JSONResponse(HealthReply())
-
-    async def metrics(self, request: Request) -> Response:
-        """Returns the metrics in Prometheus' text format."""
-        if self._registry is None:
-            self._registry = metrics_registry(self._state.model.engine)
-        return Response(generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
-
-    async def props(self, request: Request) -> Response:
-        """Returns the properties of the model and the defaults of requests, in llama-server's shape."""
-        return JSONResponse(props_reply(self._state.model))
-
-    async def models(self, request: Request) -> Response:
-        """Returns a list with the loaded model."""
-        return JSONResponse(ModelList([_model_reply(self._state.model)]))
-
-    async def model(self, request: Request) -> Response:
-        """Returns the loaded model. Raises UnknownModel if the path names another one."""
-        model = self._state.model
-        model.check_name(request.path_params["id"])
-        return JSONResponse(_model_reply(model))
+def _openai_routes(state: AppState) -> list[Route]:
+    chat, text, render = ChatCompletionEndpoint(state), TextCompletionEndpoint(state), RenderEndpoints(state)
+    return [
+        Route("/v1/chat/completions", chat.create, methods=["POST"]),
+        Route("/chat/completions", chat.create, methods=["POST"]),
+        Route("/v1/completions", text.create, methods=["POST"]),
+        Route("/v1/chat/completions/input_tokens", render.count_chat, methods=["POST"]),
+        Route("/chat/completions/input_tokens", render.count_chat, methods=["POST"]),
+        Route("/v1/chat/completions/render", render.chat, methods=["POST"]),
+        Route("/v1/completions/render", render.text, methods=["POST"]),
+    ]
 
 
-def _model_reply(model: LoadedModel) -> ModelReply:
-    info = model.engine.info
-    meta = ModelMeta(info.vocabulary, info.context, info.trained_context, info.parameters, info.bytes)
-    return ModelReply(model.name, model.created, model.engine.request_limit, meta)
+def _responses_routes(state: AppState) -> list[Route]:
+    responses = ResponsesEndpoints(state)
+    return [
+        route
+        for path in ("/v1/responses", "/responses")
+        for route in (
+            Route(path, responses.create, methods=["POST"]),
+            Route(f"{path}/input_tokens", responses.input_tokens, methods=["POST"]),
+            Route(f"{path}/{{id}}", responses.retrieve, methods=["GET"]),
+            Route(f"{path}/{{id}}", responses.delete, methods=["DELETE"]),
+            Route(f"{path}/{{id}}/input_items", responses.input_items, methods=["GET"]),
+        )
+    ]
+
+
+def _anthropic_routes(state: AppState) -> list[Route]:
+    messages = MessagesEndpoints(state)
+    return [
+        Route(_MESSAGES_PATH, messages.create, methods=["POST"]),
+        Route(f"{_MESSAGES_PATH}/count_tokens", messages.count_tokens, methods=["POST"]),
+    ]
+
+
+def _llama_server_routes(state: AppState) -> list[Route]:
+    completion, tokens, slots = CompletionEndpoint(state), TokenizeEndpoints(state), SlotEndpoints(state)
+    infill = InfillEndpoint(state)
+    return [
+        Route("/completion", completion.complete, methods=["POST"]),
+        Route("/completions", completion.complete, methods=["POST"]),
+        Route("/infill", infill.fill, methods=["POST"]),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        Route("/apply-template", tokens.apply_template, methods=["POST"]),
+        Route("/slots", slots.show),
+        Route("/slots/{id}", slots.act, methods=["POST"]),
+    ]
+
+
+def _embedding_routes(state: AppState) -> list[Route]:
+    embeddings, rerank = EmbeddingEndpoints(state), RerankEndpoint(state)
+    rerank_paths = ("/rerank", "/reranking", "/v1/rerank", "/v1/reranking", "/v2/rerank")
+    return [
+        Route("/v1/embeddings", embeddings.create, methods=["POST"]),
+        Route("/embeddings", embeddings.native, methods=["POST"]),
+        Route("/embedding", embeddings.native, methods=["POST"]),
+        *(Route(path, rerank.rank, methods=["POST"]) for path in rerank_paths),
+    ]
+
+
+def _status_routes(state: AppState) -> list[Route]:
+    status = StatusEndpoints(state)
+    return [
+        *(Route(path, status.models) for path in ("/v1/models", "/v1/models/", "/models")),
+        Route("/v1/models/{id:path}", status.model),
+        Route("/health", status.health),
+        Route("/v1/health", status.health),
+        Route("/version", status.version),
+        Route("/metrics", status.metrics),
+        Route("/props", status.props),
+    ]
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

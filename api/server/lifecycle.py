@@ -9,8 +9,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -19,6 +19,7 @@ import uvloop
 from api.config.options import Options
 from api.generation.loaded_model import AppState, LoadedModel
 from api.server.app import create_app
+from api.server.http_protocol import HTTPProtocol
 from api.server.terminal import ProgressBar, client_url, print_line, start_message
 from engine import Engine, EngineError
 
@@ -41,17 +42,34 @@ def run(options: Options) -> int:
     logging.getLogger("paceline").setLevel(logging.DEBUG if options.server.verbose else logging.INFO)
     logging.getLogger("paceline.native").setLevel(logging.INFO)  # the library writes thousands of lines per load
     threading.stack_size(THREAD_STACK_BYTES)
-    host, port = options.server.host, options.server.port
-    try:
-        listener = listen(host, port)
-    except OSError as error:
-        # A socket error's strerror repeats the address. Errors of name resolution have a negative errno, which
-        # os.strerror does not know.
-        reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
-        print_line(f"paceline: cannot listen on {host}:{port}: {reason}")
-        return 1
-    with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(options, listener))
+    with ExitStack() as exit_stack:
+        try:
+            listeners = _listen_on_all(options.server.host, options.server.port, exit_stack)
+        except _AddressError as error:
+            print_line(f"paceline: {error}")
+            return 1
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(options, listeners))
+
+
+class _AddressError(Exception):
+    """The server cannot listen on an address."""
+
+
+def _listen_on_all(hosts: Sequence[str], port: int, exit_stack: ExitStack) -> list[socket.socket]:
+    """Returns a listening socket for each host, which `exit_stack` closes. All have the same port: for port 0 the free
+    port of the first. Raises _AddressError."""
+    listeners: list[socket.socket] = []
+    for host in dict.fromkeys(hosts):
+        try:
+            listeners.append(exit_stack.enter_context(listen(host, port)))
+        except OSError as error:
+            # A socket error's strerror repeats the address. Errors of name resolution have a negative errno, which
+            # os.strerror does not know.
+            reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
+            raise _AddressError(f"cannot listen on {host}:{port}: {reason}") from None
+        port = listeners[0].getsockname()[1]
+    return listeners
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -60,12 +78,12 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server(address[:2], family=family, backlog=_LISTEN_BACKLOG)
 
 
-async def _serve(options: Options, listener: socket.socket) -> int:
+async def _serve(options: Options, listeners: list[socket.socket]) -> int:
     """Serves HTTP until the engine is drained: 503 during loading and draining. Returns the exit code."""
     state = AppState(options.server)
     signals = StopSignals()
     server = _UvicornServer(state)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    serving = asyncio.create_task(server.serve(sockets=listeners))
     serving.add_done_callback(lambda _: signals.stop.set())
     try:
         async with AsyncExitStack() as exit_stack:
@@ -73,7 +91,8 @@ async def _serve(options: Options, listener: socket.socket) -> int:
             if engine is None:
                 return 0
             state.loaded = LoadedModel(engine, options)
-            print_line(start_message(state.loaded, client_url(options.server, listener.getsockname()[1])))
+            port = listeners[0].getsockname()[1]
+            print_line(start_message(state.loaded, *(client_url(host, port) for host in options.server.host)))
             await signals.stop.wait()
             state.draining = True
             await _drain(engine, options.server.grace, signals)
@@ -131,7 +150,7 @@ class _UvicornServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(state),
-                http="httptools",
+                http=HTTPProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -63,6 +63,7 @@ class EngineCollector(Collector):
         yield from _speculation_metrics(stats)
         yield from _step_metrics(stats)
         yield from _vllm_metrics(stats)
+        yield from _llama_server_metrics(stats)
 
 
 def metrics_registry(engine: Engine) -> CollectorRegistry:
@@ -133,17 +134,54 @@ def _vllm_metrics(stats: Stats) -> Iterator[Metric]:
     yield CounterMetricFamily("vllm:prompt_tokens", "Prompt tokens", value=stats.prompt_tokens)
     yield CounterMetricFamily("vllm:generation_tokens", "Tokens emitted", value=stats.completion_tokens)
     yield _histogram("vllm:time_to_first_token_seconds", "Seconds from submission to the first token", stats.ttft)
+    yield from _draft_metrics("vllm:", stats)
+
+
+def _llama_server_metrics(stats: Stats) -> Iterator[Metric]:
+    """Yields llama-server's metrics. Its rates are those since the last scrape, these are those since the start."""
+    prompt_rate = _ratio(stats.prefilled_tokens, stats.prefill_seconds)
+    output_rate = _ratio(stats.completion_tokens - sum(stats.ttft.counts), stats.gap.sum)
+    counters = {
+        "prompt_tokens": ("Prompt tokens computed", stats.prefilled_tokens),
+        "prompt_tokens_cached": ("Prompt tokens found in the prefix cache", stats.cached_tokens),
+        "prompt_seconds": ("Seconds from the start to the first token of requests", stats.prefill_seconds),
+        "tokens_predicted": ("Tokens emitted", stats.completion_tokens),
+        "tokens_predicted_seconds": ("Seconds between the steps that emit tokens of a request", stats.gap.sum),
+        "n_decode": ("Engine steps", stats.steps),
+    }
+    for name, (help_text, value) in counters.items():
+        yield CounterMetricFamily(f"llamacpp:{name}", help_text, value=value)
+    yield from _draft_metrics("llamacpp:", stats)
+    gauges = {
+        "n_tokens_max": ("Most tokens of prompt and output of one request", stats.longest_sequence),
+        "prompt_tokens_seconds": ("Prompt tokens computed per second", prompt_rate),
+        "predicted_tokens_seconds": ("Tokens after the first per second of a request", output_rate),
+        "requests_processing": ("Requests that occupy a slot", stats.running),
+        "requests_deferred": ("Requests in the queue", stats.waiting),
+        "n_busy_slots_per_decode": ("Mean number of sequences in a step", _ratio(stats.busy_slots, stats.steps)),
+    }
+    for name, (help_text, value) in gauges.items():
+        yield GaugeMetricFamily(f"llamacpp:{name}", help_text, value=value)
+
+
+def _draft_metrics(prefix: str, stats: Stats) -> Iterator[Metric]:
+    """Yields the metrics of speculative decoding that vLLM and llama-server name alike."""
     counts, drafted = by_accepted(stats.drafts), sum(each.drafted for each in stats.drafts)
     accepted = sum(each.accepted for each in stats.drafts)
-    yield CounterMetricFamily("vllm:spec_decode_num_drafts", "Drafts verified", value=sum(counts))
-    yield CounterMetricFamily("vllm:spec_decode_num_draft_tokens", "Draft tokens verified", value=drafted)
-    yield CounterMetricFamily("vllm:spec_decode_num_accepted_tokens", "Draft tokens accepted", value=accepted)
+    name = f"{prefix}spec_decode_num"
+    yield CounterMetricFamily(f"{name}_drafts", "Drafts verified", value=sum(counts))
+    yield CounterMetricFamily(f"{name}_draft_tokens", "Draft tokens verified", value=drafted)
+    yield CounterMetricFamily(f"{name}_accepted_tokens", "Draft tokens accepted", value=accepted)
     positions = _counter(
-        "vllm:spec_decode_num_accepted_tokens_per_pos", "Draft tokens accepted, by position in the draft", "position"
+        f"{name}_accepted_tokens_per_pos", "Draft tokens accepted, by position in the draft", "position"
     )
     for position, count in enumerate(by_position(counts)):
         positions.add_metric([str(position)], count)
     yield positions
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
 
 
 def _counter(name: str, help_text: str, *labels: str) -> CounterMetricFamily:

@@ -11,7 +11,6 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from api.config.server import ServerConfig
 from api.generation.loaded_model import LoadedModel
 
 # Share of the work between two progress lines if stderr is not a terminal.
@@ -59,24 +58,29 @@ class ProgressBar:
             self._next_share = (quarters + 1) * _LINE_SHARE
 
 
-def start_message(model: LoadedModel, url: str) -> str:
-    """Returns the start message: warnings, the model, the server's URL and settings, and an example command."""
+def start_message(model: LoadedModel, url: str, *other_urls: str) -> str:
+    """Returns the start message: warnings, the model, the server's URLs and settings, and an example command."""
     engine = model.engine
-    facts = [
-        f"Serving {model.name} on {url}",
-        f"{engine.slots} slot{'s' if engine.slots > 1 else ''}",
+    kv = (
         f"unified KV, {engine.info.context} tokens"
         if engine.memory.kv_unified
-        else f"per-slot KV, {engine.request_limit} tokens each",
+        else f"per-slot KV, {engine.request_limit} tokens each"
+    )
+    facts = [
+        f"Serving {', '.join(model.aliases)} on {' and '.join((url, *other_urls))}",
+        *([f"{engine.slots} slot{'s' if engine.slots > 1 else ''}", kv] if engine.info.generates else []),
         engine.info.device,
         *(["deterministic"] if engine.info.exact else []),
     ]
     key = " -H 'Authorization: Bearer YOUR_KEY'" if model.options.server.api_keys else ""
+    if not engine.info.generates:
+        return "\n".join([" · ".join(facts), *_embedding_lines(model)])
     lines = [
         *(f"Note: {warning}" for warning in _warnings(model)),
         " · ".join(facts),
         *([f"KV layout: {engine.memory.kv_reason}"] if engine.memory.kv_reason else []),
         *_speculation_lines(model),
+        *_embedding_lines(model),
         f"Try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\",
         """  -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}'""",
     ]
@@ -104,7 +108,15 @@ def _speculation_lines(model: LoadedModel) -> Iterator[str]:
         yield f"Speculation: off; requests can select draft ({Path(draft).name}); --spec-type draft enables it for all"
 
 
-def client_url(config: ServerConfig, port: int) -> str:
-    """Returns the URL at which a client on this machine reaches the server."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+def _embedding_lines(model: LoadedModel) -> Iterator[str]:
+    """Yields a line with the model that computes embeddings, if there is one."""
+    if (embedder := model.engine.embeddings) is not None:
+        info = embedder.info
+        kind = "Reranking" if info.pooling == "rank" else "Embeddings"
+        yield f"{kind}: {info.name}, pooling {info.pooling}, at most {info.limit} tokens for each input"
+
+
+def client_url(host: str, port: int) -> str:
+    """Returns the URL at which a client on this machine reaches a server that listens on `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
     return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}"

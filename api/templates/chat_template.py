@@ -166,6 +166,7 @@ class ChatTemplate:
         try:
             return self.render(
                 {
+                    **default_variables(),
                     "messages": messages,
                     "add_generation_prompt": True,
                     "bos_token": "",
@@ -210,10 +211,13 @@ def compile_template(text: str) -> ChatTemplate:
 
 
 def resolve_template(text: str) -> str:
-    """Returns the built-in template named `text`, or `text` itself if it is Jinja. Raises InvalidTemplate."""
+    """Returns the built-in template named `text`, or `text` itself: Jinja, or a literal text of several words.
+
+    Raises InvalidTemplate for a single word that is no name.
+    """
     if text in BUILTIN_TEMPLATES:
         return BUILTIN_TEMPLATES[text]
-    if "{" not in text:
+    if "{" not in text and len(text.split()) == 1:
         raise InvalidTemplate(f"there is no chat template named {text[:64]!r}{choices_hint(text, BUILTIN_TEMPLATES)}")
     return text
 
@@ -233,6 +237,18 @@ def configured_template(chat: ChatConfig) -> str | None:
         return resolve_template(chat.template) if chat.template else None
     except InvalidTemplate as error:
         raise InvalidTemplate(f"--chat-template: {error}") from None
+
+
+def default_variables() -> dict[str, Any]:
+    """Returns the variables that llama-server gives to every template: today's date in two forms, thinking on, and
+    no functions."""
+    today = datetime.now()
+    return {
+        "datetime": today.strftime("%b %d %Y"),
+        "date_string": today.strftime("%d %b %Y"),
+        "enable_thinking": True,
+        "functions": "",
+    }
 
 
 def configured_kwargs(chat: ChatConfig) -> dict[str, Any]:

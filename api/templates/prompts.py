@@ -1,10 +1,11 @@
 """Prompts: chat requests rendered by the chat template, and text converted to tokens and back.
 
-Chat templates get the same variables as from Hugging Face's `apply_chat_template`.
+Chat templates get the same variables as from Hugging Face's `apply_chat_template`, and those that llama-server adds.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence, Sized
 from functools import partial
 from typing import Any, TypeVar
@@ -13,8 +14,10 @@ import anyio.to_thread
 import msgspec
 
 from api.config.server import ChatConfig
-from api.schema.requests import ChatMessageParam, ChatRequest, ContentPart, PredictedOutput
+from api.schema.request_values import PredictedOutput
+from api.schema.requests import ChatRequest
 from api.templates.builtin import CHATML
+from api.templates.chat_messages import append_end_mark, cut_at_end_mark, join_parts, part_texts, template_message
 from api.templates.chat_template import (
     ChatTemplate,
     InvalidTemplate,
@@ -22,6 +25,7 @@ from api.templates.chat_template import (
     compile_template,
     configured_kwargs,
     configured_template,
+    default_variables,
 )
 from api.templates.tool_messages import calls_as_text, with_argument_objects, with_tool_instructions
 from api.tools.formats import ChatFormat, Generic, format_of
@@ -34,9 +38,6 @@ _Result = TypeVar("_Result")
 # characters takes about 5 ms.
 LONG_TEXT_CHARS = 20_000
 
-# Marks the end of the message to continue. The trailing space is missing in the prompt if the template strips content.
-_END_MARK = "\ue000paceline cuts here\ue001 "
-
 
 class PromptRenderer:
     """Renders chat requests and converts between text and tokens, for one model."""
@@ -46,7 +47,7 @@ class PromptRenderer:
         self._info = info
         self._vocab = vocab
         self.chat = chat
-        self._default_variables = configured_kwargs(chat)
+        self._configured_variables = configured_kwargs(chat)
         self.warning: str | None = None
         """A sentence about the defect of the server's template. None if the template has no defect."""
         self.template = self._server_template()
@@ -68,7 +69,9 @@ class PromptRenderer:
         # contain calls, and the prompt keeps its prefix.
         tools = request.tools or None
         continues = self._continues_last_message(request)
-        messages = [self._template_message(index, message) for index, message in enumerate(request.messages)]
+        messages = [template_message(index, each, template.source) for index, each in enumerate(request.messages)]
+        if continues:
+            messages[-1] = join_parts(messages[-1])
         if "tool_calls" not in template.source:
             messages = list(map(calls_as_text, messages))
         if tools and isinstance(self.format_for(request), Generic):
@@ -78,10 +81,30 @@ class PromptRenderer:
             messages = list(map(with_argument_objects, messages))
         messages = list(map(template.adapted, messages))
         if continues:
-            _append_end_mark(messages[-1])
+            append_end_mark(messages[-1])
+        variables = self._variables(request, messages, tools, continues=continues)
+        text = template.render(variables)
+        if continues:
+            text = cut_at_end_mark(text)
+        elif variables["enable_thinking"] is False:
+            text = self._with_closed_reasoning(request, text)
+        return self._without_added_text(text)
+
+    def _variables(
+        self,
+        request: ChatRequest,
+        messages: list[TemplateMessage],
+        tools: list[dict[str, Any]] | None,
+        *,
+        continues: bool,
+    ) -> dict[str, Any]:
+        """Returns the variables of the template. Raises RequestRefused if `enable_thinking` is not a boolean."""
         variables = {
+            **default_variables(),
             "documents": None,
-            **self._default_variables,
+            # Templates of Firefunction take the tools as a text.
+            "functions": json.dumps(tools, ensure_ascii=False, indent=2) if tools else "",
+            **self._configured_variables,
             **self._reasoning_variables(request),
             **(request.chat_template_kwargs or {}),
             "messages": messages,
@@ -92,8 +115,24 @@ class PromptRenderer:
         }
         if request.documents is not None:
             variables["documents"] = request.documents
-        text = template.render(variables)
-        return _cut_at_end_mark(text) if continues else text
+        thinking = variables["enable_thinking"]
+        if thinking is not None and not isinstance(thinking, bool):  # templates would take the text "false" for true
+            raise RequestRefused(
+                f"enable_thinking: expected true or false, not {str(thinking)[:32]!r}.",
+                field="chat_template_kwargs.enable_thinking",
+            )
+        return variables
+
+    def _with_closed_reasoning(self, request: ChatRequest, text: str) -> str:
+        """Returns `text`, with a closing tag if the template opens the reasoning although thinking is off."""
+        format = self.format_for(request)
+        return text + format.closes if format.closes and format.opens_reasoning(text) else text
+
+    def _without_added_text(self, text: str) -> str:
+        """Returns `text` without the names of BOS and EOS at its ends where the tokenizer adds these tokens."""
+        before, after = self._vocab.added
+        text = text.removeprefix(self._info.bos) if before >= 0 else text
+        return text.removesuffix(self._info.eos) if after >= 0 else text
 
     def template_for(self, request: ChatRequest) -> ChatTemplate:
         """Returns the template of the request, or the server's. Raises RequestRefused if it cannot be used."""
@@ -154,7 +193,15 @@ class PromptRenderer:
         """True if the completion continues the last message instead of starting a new one. Raises RequestRefused."""
         last = request.messages[-1]
         if request.continue_final_message is None and request.add_generation_prompt is None:
-            return self.chat.prefill_assistant and last.role == "assistant" and not last.tool_calls
+            continues = self.chat.prefill_assistant and last.role == "assistant" and not last.tool_calls
+            if continues and [message.role for message in request.messages[-2:]] == ["assistant", "assistant"]:
+                # The beginning is llama-server's message, as clients may match it.
+                raise RequestRefused(
+                    "Cannot have 2 or more assistant messages at the end of the list. Join them, or set "
+                    "add_generation_prompt or continue_final_message.",
+                    field="messages",
+                )
+            return continues
         if not request.continue_final_message:
             return False
         if request.add_generation_prompt:
@@ -168,29 +215,6 @@ class PromptRenderer:
                 field="continue_final_message",
             )
         return True
-
-    def _template_message(self, index: int, message: ChatMessageParam) -> TemplateMessage:
-        """Returns the message's fields for the template, with content as a string or a list of text parts. Raises
-        RequestRefused."""
-        if message.content is None and message.role != "assistant":
-            raise RequestRefused(
-                f"A message of role {message.role!r} needs content.", field=f"messages[{index}].content"
-            )
-        for call_index, call in enumerate(message.tool_calls or ()):
-            if not isinstance(call.get("function"), dict):
-                raise RequestRefused(
-                    "A tool call needs a function: an object with a name and arguments.",
-                    field=f"messages[{index}].tool_calls[{call_index}].function",
-                )
-        fields: TemplateMessage = msgspec.to_builtins(message)
-        if not message.tool_calls:
-            fields.pop("tool_calls", None)  # templates treat a message with an empty list as a message with calls
-        if isinstance(message.content, list):
-            texts = _part_texts(message.content, f"messages[{index}].content")
-            fields["content"] = [{"type": "text", "text": text} for text in texts]
-        else:
-            fields["content"] = message.content or ""
-        return fields
 
     # ── text to tokens ──
 
@@ -215,7 +239,7 @@ class PromptRenderer:
         if prediction is None:
             return ()
         content = prediction.content
-        text = content if isinstance(content, str) else "".join(_part_texts(content, "prediction.content"))
+        text = content if isinstance(content, str) else "".join(part_texts(content, "prediction.content"))
         return tuple(await run_long_in_thread(partial(self._vocab.tokenize, special=False), text))
 
     async def tokenize_text(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
@@ -294,41 +318,6 @@ async def run_long_in_thread(function: Callable[[_Argument], _Result], argument:
     return await anyio.to_thread.run_sync(function, argument)
 
 
-def _append_end_mark(message: TemplateMessage) -> None:
-    """Appends the end mark to the message's text, in place."""
-    content = message["content"]
-    if isinstance(content, str):
-        message["content"] = content + _END_MARK
-    else:
-        last = content[-1]["text"] if content else ""
-        message["content"] = [*content[:-1], {"type": "text", "text": last + _END_MARK}]
-
-
-def _cut_at_end_mark(text: str) -> str:
-    """Returns `text` up to the end mark, stripped if the template strips content. Raises RequestRefused if `text`
-    has no end mark."""
-    at = text.rfind(_END_MARK.rstrip())
-    if at < 0:
-        raise RequestRefused(
-            "The chat template does not show the last message, so it cannot be continued.",
-            field="continue_final_message",
-        )
-    return text[:at] if text.startswith(_END_MARK, at) else text[:at].rstrip()
-
-
 def _request_bytes(request: ChatRequest) -> int:
     """Returns the size as JSON of all fields that the template renders."""
     return len(msgspec.json.encode((request.messages, request.tools, request.documents, request.chat_template_kwargs)))
-
-
-def _part_texts(parts: Sequence[ContentPart], path: str) -> list[str]:
-    """Returns the texts of content parts. Raises RequestRefused for parts of another type."""
-    for index, part in enumerate(parts):
-        if part.type != "text":
-            raise RequestRefused(
-                f"Content parts of type {part.type[:32]!r} are not supported, only 'text'.",
-                field=f"{path}[{index}].type",
-            )
-        if part.text is None:
-            raise RequestRefused("A content part of type 'text' needs text.", field=f"{path}[{index}].text")
-    return [part.text or "" for part in parts]

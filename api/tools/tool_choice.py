@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -14,6 +14,7 @@ from api.tools.formats import AllowedCalls, Tool
 from engine import MAX_SCHEMA_DEPTH, RequestRefused
 
 _TOOL_CHOICES = ("auto", "none", "required")
+_ALLOWED_TOOLS = "allowed_tools"
 # Maximum tools whose names are compared for the hint about an unknown name, because comparing takes time.
 _MAX_COMPARED_TOOLS = 64
 
@@ -25,7 +26,7 @@ class FunctionDefinition(Struct):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-    """Ignored: arguments are always valid by the schema."""
+    """True refuses a keyword of the schema that cannot be enforced. The others are enforced with and without it."""
 
 
 class ToolDefinition(Struct):
@@ -48,56 +49,84 @@ class NamedToolChoice(Struct):
     type: str = "function"
 
 
+class AllowedToolChoices(Struct):
+    """The `allowed_tools` of a `tool_choice`: some of the tools, of which the answer may or must call any."""
+
+    tools: list[NamedToolChoice]
+    mode: Literal["auto", "required"] = "auto"
+
+
+class AllowedToolsChoice(Struct):
+    """A `tool_choice` that names several tools."""
+
+    allowed_tools: AllowedToolChoices
+
+
 def allowed_calls(request: ChatRequest) -> AllowedCalls:
     """Returns the calls that the answer may or must contain. Raises RequestRefused with the field."""
-    if request.functions or request.function_call is not None:
-        raise RequestRefused(
-            "functions and function_call are not supported: send tools and tool_choice, which replace them.",
-            field="functions" if request.functions else "function_call",
-        )
+    _refuse_functions(request)
     choice = request.tool_choice
+    if choice is None and request.function_call == "none":
+        choice = "none"
     if choice == "none":
         return AllowedCalls(withheld=bool(request.tools))
-    tools = _tools(request.tools or [])
+    tools, parallel = _tools(request.tools or []), request.parallel_tool_calls is not False
     if isinstance(choice, Mapping):
-        tools = (_named_tool(choice, tools),)
-    elif choice is not None and choice not in _TOOL_CHOICES:
+        if choice.get("type") == _ALLOWED_TOOLS:
+            return _allowed_tools(choice, tools, parallel)
+        return AllowedCalls((_named_tool(choice, tools),), required=True, parallel=False)
+    if choice is not None and choice not in _TOOL_CHOICES:
         raise RequestRefused(
             f"tool_choice must be one of {', '.join(_TOOL_CHOICES)}, or name a function, not {str(choice)[:64]!r}.",
             field="tool_choice",
         )
-    required = choice == "required" or isinstance(choice, Mapping)
-    if required and not tools:
+    if choice == "required" and not tools:
         raise RequestRefused(
             "tool_choice 'required' needs tools: send tools, or tool_choice 'auto'.", field="tool_choice"
         )
-    return AllowedCalls(tools, required, request.parallel_tool_calls is not False and not isinstance(choice, Mapping))
+    return AllowedCalls(tools, choice == "required", parallel)
+
+
+def _refuse_functions(request: ChatRequest) -> None:
+    """Raises RequestRefused for OpenAI's fields from before tools, except for those without a call."""
+    if request.functions or request.function_call not in (None, "none"):
+        raise RequestRefused(
+            "functions and function_call are not supported: send tools and tool_choice, which replace them.",
+            field="functions" if request.functions else "function_call",
+        )
 
 
 def _tools(definitions: Sequence[Any]) -> tuple[Tool, ...]:
+    for index, definition in enumerate(definitions):
+        _check_type(definition, f"tools[{index}].type")
     try:
         decoded = msgspec.convert(definitions, list[ToolDefinition])
     except msgspec.ValidationError as error:
         raise as_refusal(error, list[ToolDefinition], definitions, "tools") from None
     tools: dict[str, Tool] = {}
     for index, each in enumerate(decoded):
-        if each.type != "function":
-            raise RequestRefused(
-                f"Tools of type {each.type[:32]!r} are not supported, only 'function'.", field=f"tools[{index}].type"
-            )
         name = each.function.name
         if name in tools:
             raise RequestRefused(
                 f"Two tools are named {name!r}; each needs a name of its own.", field=f"tools[{index}].function.name"
             )
         parameters = each.function.parameters or {"properties": {}, "additionalProperties": False}
-        if parameters.get("type", "object") != "object":
+        if parameters.get("type") not in (None, "object"):
             raise RequestRefused(
                 "The type of a function's parameters must be 'object'.",
                 field=f"tools[{index}].function.parameters.type",
             )
-        tools[name] = Tool(name, closed_schema({"type": "object", **parameters}))
+        schema = closed_schema({**parameters, "type": "object"})
+        tools[name] = Tool(name, schema, strict=each.function.strict is True, index=index)
     return tuple(tools.values())
+
+
+def _check_type(value: Mapping[str, Any], field: str, *others: str) -> None:
+    """Raises RequestRefused for a tool that is not a function, such as one that OpenAI's servers run."""
+    kind = value.get("type")
+    if isinstance(kind, str) and kind not in ("function", *others):
+        supported = " or ".join(map(repr, ("function", *others)))
+        raise RequestRefused(f"Tools of type {kind[:32]!r} are not supported, only {supported}.", field=field)
 
 
 # Keywords that permit or require properties besides those in `properties`.
@@ -109,6 +138,9 @@ _EXTRA_PROPERTY_KEYWORDS = {
     "patternProperties",
     "unevaluatedProperties",
     "minProperties",
+    "if",
+    "dependentSchemas",
+    "dependencies",
 }
 
 
@@ -139,11 +171,29 @@ def closed_schema(schema: Any, levels: int = MAX_SCHEMA_DEPTH) -> Any:
     return closed
 
 
+def _allowed_tools(choice: Mapping[str, Any], tools: Sequence[Tool], parallel: bool) -> AllowedCalls:
+    try:
+        allowed = msgspec.convert(choice, AllowedToolsChoice).allowed_tools
+    except msgspec.ValidationError as error:
+        raise as_refusal(error, AllowedToolsChoice, choice, "tool_choice") from None
+    path = "tool_choice.allowed_tools.tools"
+    if not allowed.tools:
+        raise RequestRefused(f"{path}: the list is empty; name a tool, or use tool_choice 'none'.", field=path)
+    names = [each.function.name for each in allowed.tools]
+    found = {name: _tool_named(name, tools, f"{path}[{index}].function.name") for index, name in enumerate(names)}
+    return AllowedCalls(tuple(found.values()), allowed.mode == "required", parallel)
+
+
 def _named_tool(choice: Mapping[str, Any], tools: Sequence[Tool]) -> Tool:
+    _check_type(choice, "tool_choice.type", _ALLOWED_TOOLS)
     try:
         name = msgspec.convert(choice, NamedToolChoice).function.name
     except msgspec.ValidationError as error:
         raise as_refusal(error, NamedToolChoice, choice, "tool_choice") from None
+    return _tool_named(name, tools, "tool_choice.function.name")
+
+
+def _tool_named(name: str, tools: Sequence[Tool], field: str) -> Tool:
     for tool in tools:
         if tool.name == name:
             return tool
@@ -152,4 +202,4 @@ def _named_tool(choice: Mapping[str, Any], tools: Sequence[Tool]) -> Tool:
         if tools
         else "; the request has no tools"
     )
-    raise RequestRefused(f"No tool is named {name[:64]!r}{hint}.", field="tool_choice.function.name")
+    raise RequestRefused(f"No tool is named {name[:64]!r}{hint}.", field=field)

@@ -8,11 +8,13 @@ model        model file, threads, devices and KV types
 batch        slots, queue, context and rows
 memory       the tiers of the KV cache
 speculation  proposers and the draft model
+embedding    embeddings and reranking
 sim          the simulated model
 machine      cores and name of the processor
 """
 
 from engine.config.batch import BatchConfig
+from engine.config.embedding import EmbeddingConfig, Pooling
 from engine.config.engine import EngineConfig
 from engine.config.machine import physical_cores, processor_name
 from engine.config.memory import MemoryConfig
@@ -25,9 +27,11 @@ __all__ = [
     "BatchConfig",
     "CacheType",
     "DraftConfig",
+    "EmbeddingConfig",
     "EngineConfig",
     "MemoryConfig",
     "ModelConfig",
+    "Pooling",
     "SimConfig",
     "SpeculationConfig",
     "physical_cores",

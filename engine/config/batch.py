@@ -65,8 +65,8 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             le=60_000.0,
             description="maximum milliseconds of a step with prefill and decode rows; 0 is twice the time of a step "
             "without prefill rows, so that decoding sequences keep half of their speed; the time grows, up to "
-            "--idle-step-ms, if more sequences are prefilled than decoded, or if a request has had no token for "
-            "seconds; after 30 s up to twice --idle-step-ms",
+            "--idle-step-ms, if more sequences are prefilled than decoded, or if a request has had no token for 3 s, "
+            "or for the time of its own prefill if that is longer; after ten times that up to twice --idle-step-ms",
         ),
     ] = 0.0
     idle_step_ms: Annotated[

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from engine.config.batch import BatchConfig
+from engine.config.embedding import EmbeddingConfig
 from engine.config.memory import MemoryConfig
 from engine.config.model import ModelConfig
 from engine.config.sim import SimConfig
@@ -24,6 +25,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     speculation: SpeculationConfig = SpeculationConfig()
     draft: DraftConfig = DraftConfig()
     sim: SimConfig = SimConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
 
     @classmethod
     def of(
@@ -33,6 +35,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         speculation: SpeculationConfig | dict[str, object] | None = None,
         draft: DraftConfig | dict[str, object] | None = None,
         sim: SimConfig | dict[str, object] | None = None,
+        embedding: EmbeddingConfig | dict[str, object] | None = None,
         **fields: object,
     ) -> EngineConfig:
         """Returns a checked configuration. `fields` are fields of `model` and of `batch`.
@@ -52,6 +55,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             "speculation": speculation or {},
             "draft": draft or {},
             "sim": sim or {},
+            "embedding": embedding or {},
         }
         return msgspec.convert(tables, cls)
 

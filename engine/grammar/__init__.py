@@ -3,6 +3,7 @@
 spec       grammar specs and errors
 pointer    JSON pointers and `$ref`
 schema     JSON schemas: limits, `oneOf`, and the search for the keyword that causes an error
+relax      the part of a JSON schema that a grammar enforces
 gbnf       conversion of GBNF, llama.cpp's grammars, to Lark
 tokenizer  a model's vocabulary for llguidance
 matcher    the state of one output in its grammar
@@ -16,6 +17,7 @@ from engine.grammar.jobs import CompilerClosed
 from engine.grammar.masks import MaskRequest, Masks, RowMasks
 from engine.grammar.matcher import Matcher
 from engine.grammar.pointer import resolve_reference
+from engine.grammar.relax import RelaxedSchema, drop_keyword, relax_schema
 from engine.grammar.schema import MAX_SCHEMA_DEPTH
 from engine.grammar.spec import (
     CompileTimeout,
@@ -47,6 +49,9 @@ __all__ = [
     "Matcher",
     "OneOfTexts",
     "Regex",
+    "RelaxedSchema",
     "RowMasks",
+    "drop_keyword",
+    "relax_schema",
     "resolve_reference",
 ]

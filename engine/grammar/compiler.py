@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections import OrderedDict
 from contextlib import suppress
 from functools import partial
@@ -16,14 +17,8 @@ from engine.backend import Vocab
 from engine.grammar.gbnf import lark_from_gbnf
 from engine.grammar.jobs import JobQueue, JobTimeout
 from engine.grammar.matcher import Matcher
-from engine.grammar.schema import (
-    Schema,
-    check_multiples,
-    embedded_schemas,
-    one_of_as_any_of,
-    parse_schema,
-    unusable_keyword,
-)
+from engine.grammar.relax import RelaxedSchema, drop_keyword, relax_schema, rewritten, rewritten_lark
+from engine.grammar.schema import Schema, check_multiples, embedded_schemas, parse_schema, unusable_keyword
 from engine.grammar.spec import (
     CompileTimeout,
     Gbnf,
@@ -43,6 +38,8 @@ MAX_GRAMMAR_BYTES = 2**18
 MAX_BRACKET_DEPTH = 200
 # Maximum time of one compilation, including its time in the queue.
 COMPILE_SECONDS = 10.0
+# Maximum time after which no further keyword of a schema that is not strict is dropped.
+RELAX_SECONDS = 4.0
 # Maximum number of cached grammars.
 CACHED_GRAMMARS = 256
 # By default the library allows one million units of work, about 20 ms, for the lexer of a grammar, and 200,000 for one
@@ -57,8 +54,17 @@ JSON_OVERRIDES = {"lenient": False}
 class Grammar:
     """A compiled spec. Any number of outputs can use it."""
 
-    def __init__(self, spec: GrammarSpec, native: LLMatcher, vocabulary: int, ends: frozenset[int]) -> None:
+    def __init__(
+        self,
+        spec: GrammarSpec,
+        native: LLMatcher,
+        vocabulary: int,
+        ends: frozenset[int],
+        relaxed: RelaxedSchema | None = None,
+    ) -> None:
         self.spec = spec
+        self.relaxed = relaxed
+        """The part of the schema that the grammar enforces. None if the spec is not a JSON schema."""
         self.vocabulary = vocabulary
         """Number of tokens in the vocabulary."""
         self.exhausted = False
@@ -128,8 +134,13 @@ class GrammarCompiler:
     # ── on a worker thread ──
 
     def _compile(self, key: bytes, spec: GrammarSpec) -> Grammar:
-        native = _compile_native(spec, self._get_tokenizer())
-        grammar = Grammar(spec, native, self._vocab.size, self._vocab.ends)
+        tokenizer, relaxed = self._get_tokenizer(), None
+        if isinstance(spec, JsonSchema):
+            schema = relax_schema(parse_schema(spec.schema), strict=spec.strict)
+            native, relaxed = _compile_schema(schema, spec.strict, tokenizer)
+        else:
+            native = _matcher(_source(spec), tokenizer, _subject(spec))
+        grammar = Grammar(spec, native, self._vocab.size, self._vocab.ends, relaxed)
         with self._cache_lock:
             self._cache[key] = grammar
             if len(self._cache) > CACHED_GRAMMARS:
@@ -143,20 +154,33 @@ class GrammarCompiler:
             return self._tokenizer
 
 
-def _compile_native(spec: GrammarSpec, tokenizer: LLTokenizer) -> LLMatcher:
-    """Returns the native matcher of `spec` at an empty output. Raises GrammarError."""
-    if isinstance(spec, JsonSchema):
-        return _compile_schema(parse_schema(spec.schema), tokenizer)
-    return _matcher(_source(spec), tokenizer, _subject(spec))
+def _compile_schema(relaxed: RelaxedSchema, strict: bool, tokenizer: LLTokenizer) -> tuple[LLMatcher, RelaxedSchema]:
+    """Returns the native matcher at an empty output, and the part of the schema that it enforces.
+
+    Drops a keyword that cannot be followed, then the next one, unless `strict`. Raises GrammarError with the JSON
+    pointer of the keyword that causes the library's error.
+    """
+    deadline = time.perf_counter() + RELAX_SECONDS
+    while True:
+        try:
+            return _schema_matcher(relaxed.schema, tokenizer), relaxed
+        except GrammarError as error:
+            if strict or error.pointer is None or time.perf_counter() > deadline:
+                raise
+            fewer = drop_keyword(relaxed, error.pointer)
+            if fewer is None:
+                raise
+            relaxed = fewer
 
 
-def _compile_schema(schema: Schema, tokenizer: LLTokenizer) -> LLMatcher:
+def _schema_matcher(schema: Schema, tokenizer: LLTokenizer) -> LLMatcher:
     """Returns the native matcher of `schema`. Raises GrammarError with the JSON pointer of the keyword that causes the
     library's error."""
 
     def error_of(variant: Schema) -> str:
         return LLMatcher.validate_grammar(_json_grammar(variant), tokenizer, limits=PARSER_LIMITS)
 
+    check_multiples(schema)
     source = _json_grammar(schema)
     try:
         return _matcher(source, tokenizer, "The schema")
@@ -178,7 +202,7 @@ def _matcher(source: str, tokenizer: LLTokenizer, subject: str) -> LLMatcher:
 
 
 def _json_grammar(schema: Schema) -> str:
-    text = json.dumps(one_of_as_any_of(schema))
+    text = json.dumps(rewritten(schema))
     try:
         grammar: str = LLMatcher.grammar_from_json_schema(text, defaults=JSON_DEFAULTS, overrides=JSON_OVERRIDES)  # type: ignore[arg-type]
     except ValueError as error:  # for example a number out of range
@@ -205,7 +229,7 @@ def _source(spec: GrammarSpec) -> str:
         case Lark(text):
             _check_bracket_depth(text, "The grammar")
             check_multiples([*embedded_schemas(text)])
-            return LLMatcher.grammar_from_lark(text)
+            return LLMatcher.grammar_from_lark(rewritten_lark(text))
     raise AssertionError("schemas are compiled by _compile_schema")
 
 

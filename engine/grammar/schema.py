@@ -33,6 +33,8 @@ _SCHEMA_KEYWORDS = (
 )
 _LIST_KEYWORDS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _OBJECT_KEYWORDS = ("properties", "patternProperties", "dependentSchemas")
+# Keywords without which a schema loses most of its form. The search for the cause of an error removes them last.
+_FORMING = frozenset((*_SCHEMA_KEYWORDS, *_LIST_KEYWORDS, *_OBJECT_KEYWORDS, "required")) - {"not", "if", "oneOf"}
 
 Schema = dict[str, Any]
 
@@ -56,8 +58,8 @@ class SchemaKeyword(NamedTuple):
 
 
 def parse_schema(text: bytes) -> Schema:
-    """Returns the schema in `text`. Raises GrammarError if `text` is not a JSON object or the schema exceeds a
-    limit."""
+    """Returns the schema in `text`. Raises GrammarError if `text` is not a JSON object or the schema is nested too
+    deep."""
     try:
         schema = msgspec.json.decode(text)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:  # ValueError: a number with thousands of digits
@@ -66,7 +68,6 @@ def parse_schema(text: bytes) -> Schema:
         raise GrammarError("A schema must be a JSON object.")
     if (depth := nesting_depth(schema)) > MAX_SCHEMA_DEPTH:
         raise GrammarError(f"The schema is nested {depth} levels deep; at most {MAX_SCHEMA_DEPTH} are allowed.")
-    check_multiples(schema)
     return schema
 
 
@@ -113,14 +114,16 @@ def unusable_keyword(schema: Schema, error: str, error_of: Callable[[Schema], st
 
     The cause is a keyword without which the schema has another error or none. `error_of` returns the error of a variant
     of `schema`; an empty string if there is none. Keywords that occur in `error` are removed first, from the root down,
-    then the other keywords, from the leaves up. If no removal changes the error, which can have several causes, returns
-    the first keyword that occurs in `error`.
+    then the other keywords, from the leaves up, and last the keywords that contain others. If no removal changes the
+    error, which can have several causes, returns the first keyword that occurs in `error`.
     """
     words = set(re.findall(r"[$\w]+", error))
     found = list(keywords(schema))
-    named = [keyword for keyword in found if keyword.name in words]
+    named = [keyword for keyword in found if keyword.name in words and keyword.name not in _FORMING]
+    others = [keyword for keyword in found if keyword.name not in words and keyword.name not in _FORMING]
+    forming = [keyword for keyword in found if keyword.name in _FORMING]
     deadline = time.perf_counter() + SEARCH_SECONDS
-    for keyword in [*named, *reversed([keyword for keyword in found if keyword.name not in words])]:
+    for keyword in [*named, *reversed(others), *reversed(forming)]:
         if time.perf_counter() > deadline:
             break
         if error_of(without_keyword(schema, keyword)) != error:
@@ -158,9 +161,7 @@ def _subschemas(parts: PointerParts, schema: Schema) -> Iterator[tuple[PointerPa
 
 def without_keyword(schema: Schema, keyword: SchemaKeyword) -> Schema:
     """Returns a copy of `schema` that lacks one keyword."""
-    copy: Schema = _renamed(
-        schema, lambda part, name: None if part is keyword.schema and name == keyword.name else name
-    )
+    copy: Schema = renamed(schema, lambda part, name: None if part is keyword.schema and name == keyword.name else name)
     return copy
 
 
@@ -174,7 +175,7 @@ def one_of_as_any_of(schema: Schema) -> Schema:
     }
     if not disjoint:
         return schema
-    copy: Schema = _renamed(schema, lambda part, name: "anyOf" if name == "oneOf" and id(part) in disjoint else name)
+    copy: Schema = renamed(schema, lambda part, name: "anyOf" if name == "oneOf" and id(part) in disjoint else name)
     return copy
 
 
@@ -221,12 +222,27 @@ def _dereferenced(schema: Schema, part: Any) -> Any:
     return part
 
 
-def _renamed(part: Any, rename: Callable[[Schema, str], str | None]) -> Any:
+def renamed(part: Any, rename: Callable[[Schema, str], str | None]) -> Any:
     """Returns a copy of `part` in which each key has the name that `rename` returns. Drops keys for which it returns
     None."""
     if isinstance(part, list):
-        return [_renamed(item, rename) for item in part]
+        return [renamed(item, rename) for item in part]
     if not isinstance(part, dict):
         return part
     names = [(rename(part, name), value) for name, value in part.items()]
-    return {name: _renamed(value, rename) for name, value in names if name is not None}
+    return {name: renamed(value, rename) for name, value in names if name is not None}
+
+
+def subschemas_replaced(schema: Schema, replace: Callable[[Schema], Any]) -> Any:
+    """Returns a copy of `schema` in which `replace` was applied to the schema and to each subschema that has an effect,
+    the outer ones first."""
+    return _replaced(schema, {id(keyword.schema) for keyword in keywords(schema)}, replace)
+
+
+def _replaced(part: Any, ids: set[int], replace: Callable[[Schema], Any]) -> Any:
+    if isinstance(part, list):
+        return [_replaced(item, ids, replace) for item in part]
+    if not isinstance(part, dict):
+        return part
+    new = replace(part) if id(part) in ids else part
+    return {name: _replaced(value, ids, replace) for name, value in new.items()} if isinstance(new, dict) else new

@@ -26,6 +26,9 @@ class JsonSchema(Struct, frozen=True, tag=True):
 
     schema: bytes
     """The schema as JSON in UTF-8."""
+    strict: bool = True
+    """True if a keyword that cannot be followed is an error. Otherwise the grammar enforces the other keywords, and
+    `Grammar.relaxed` lists those that it does not."""
 
 
 class JsonObject(Struct, frozen=True, tag=True):

@@ -22,15 +22,16 @@ class Allocator:
         self.costs = Costs()
         self._gap_seconds = 0.0  # estimated seconds of all extra passes since the present gap among allocated ids
 
-    def allocate(self, match: Match) -> tuple[int, int]:
-        """Allocates an id. Returns the id and the number of the prompt's tokens that it holds.
+    def allocate(self, match: Match, preferred: int | None) -> tuple[int, int]:
+        """Allocates an id, with per-slot KV rather the free id `preferred` than another one. Returns the id and the
+        number of the prompt's tokens that it holds.
 
         An id is always available: at most as many ids are allocated as there are slots, and an idle sequence is evicted
         if no id is free.
         """
         # Loading a state that is not divisible replaces all cells of a sequence, so no resident prefix is used.
         length = 0 if match.stored.blocks and not self._context.divisible else match.length
-        return self._share(match, length) if self._context.unified else self._take_slot(match, length)
+        return self._share(match, length) if self._context.unified else self._take_slot(match, length, preferred)
 
     def _share(self, match: Match, length: int) -> tuple[int, int]:
         """Unified KV: allocates a free id that shares the cells of the resident prefix."""
@@ -42,7 +43,7 @@ class Allocator:
         self._eviction.use(match.seq)
         return seq, length
 
-    def _take_slot(self, match: Match, length: int) -> tuple[int, int]:
+    def _take_slot(self, match: Match, length: int, preferred: int | None) -> tuple[int, int]:
         """Per-slot KV: allocates the slot of least cost, which keeps its own prefix of the prompt or gets a copy of the
         longest one."""
         prefix_lengths = self._tree.matches(match.matchable, match.salt, whole=not self._context.partial)
@@ -52,7 +53,7 @@ class Allocator:
         whole = bool(length) and length == self._tree.length(match.seq)
         # A state that is not divisible can only be copied whole.
         copyable = length if self._context.divisible or whole else 0
-        option = choose_slot(options, copyable, allocated, self.costs, offloads=self._offloads)
+        option = choose_slot(options, copyable, allocated, self.costs, offloads=self._offloads, preferred=preferred)
         copies = worth_copying(copyable, option.kept, self.costs)
         seq, kept = option.seq, self._eviction.vacate(option.seq, 0 if copies else option.kept)
         if copies and self._residents.copy(match.seq, seq, match.tokens[:length]):

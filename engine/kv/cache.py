@@ -113,11 +113,17 @@ class KVCache:
 
     # ── allocating ──
 
-    def allocate(self, match: Match) -> Allocation:
+    def allocate(self, match: Match, preferred: int | None = None, *, keep: bool = True) -> Allocation:
         """Allocates a sequence id that holds the longest resident prefix of the prompt. `load` loads the blocks that
-        continue the prefix. Always succeeds, as at most as many ids are allocated as there are slots."""
+        continue the prefix. Always succeeds, as at most as many ids are allocated as there are slots.
+
+        Without `keep` no block of the sequence is saved while it grows.
+
+        With per-slot KV the prompt displaces the content of the id `preferred`, if it is free, rather than that of
+        another id.
+        """
         match = self.match(match.tokens, match.salt)  # a running sequence may have grown since, which keeps `version`
-        seq, length = self._allocator.allocate(match)
+        seq, length = self._allocator.allocate(match, preferred)
         matchable = match.matchable
         stored = match.stored if length == match.length else self._stored(matchable, match.salt, length)
         if length and stored.blocks and not self._context.divisible:
@@ -129,7 +135,7 @@ class KVCache:
         active = self._active[seq] = Active(deque(to_load + self._moved_blocks(matchable, match.salt, known, but=seq)))
         # Cells leave a sliding window while the sequence grows, so its blocks are saved before, from `cursor` on. The
         # cells of other models stay until an eviction saves them.
-        if self._offload is not None and self._context.window and self._context.divisible:
+        if keep and self._offload is not None and self._context.window and self._context.divisible:
             start = length // BLOCK_TOKENS * BLOCK_TOKENS
             active.cursor = self._offload.tree.pin(matchable[:start], match.salt)
             active.unsaved = matchable[start:length]

@@ -48,24 +48,33 @@ class SlotOption(Struct, frozen=True):
 
 
 def choose_slot(
-    options: Sequence[SlotOption], copyable: int, running: Collection[int], costs: Costs, *, offloads: bool
+    options: Sequence[SlotOption],
+    copyable: int,
+    running: Collection[int],
+    costs: Costs,
+    *,
+    offloads: bool,
+    preferred: int | None = None,
 ) -> SlotOption:
     """Returns the slot of least cost: the seconds of prefill, displaced content and extra passes. Among equal costs,
-    returns the lowest id. `options` is not empty.
+    returns the id `preferred` or else the lowest id. `options` is not empty.
+
+    The content of `preferred` costs nothing: its client replaces it with the prompt.
 
     `copyable` is the length in tokens of the longest prefix that can be copied into a slot. A copy is assumed where it
     is cheaper than computing the tokens that the slot lacks.
     """
     longest = max(copyable, *(option.kept for option in options))
 
-    def cost(option: SlotOption) -> tuple[float, int]:
-        seconds = displacement(option, costs, offloads=offloads)
+    def cost(option: SlotOption) -> tuple[float, bool, int]:
+        others = option.seq != preferred
+        seconds = displacement(option, costs, offloads=offloads) if others else 0.0
         seconds += _REQUEST_STEPS * costs.extra_pass * added_passes(option.seq, running)
         if worth_copying(copyable, option.kept, costs):
             seconds += costs.move * copyable
         else:
             seconds += costs.recompute * (longest - option.kept)
-        return seconds, option.seq
+        return seconds, others, option.seq
 
     return min(options, key=cost)
 

@@ -6,6 +6,7 @@ context  cells: copies, cuts, saved states and moves to other positions, over de
 state    cuts states into blocks and joins blocks, by numpy on llama.cpp's state format
 shift    moves saved keys to other positions
 params   parameters of a context, size of a cell
+embedding   embeddings in a context of its own; textless stands for the cells of a model that computes no text
 layout   the choice between per-slot and unified KV, and the number of cells; fit is that number for GPUs
 exact    the deterministic profile
 library  log, stop flag, enumerations and devices of the library
@@ -18,6 +19,7 @@ import os
 # which costs nothing measurable on a quiet machine. The import below loads libgomp, which then reads the variable.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+from engine.llama.embedding import open_embedding
 from engine.llama.model import open_gguf, open_vocabulary
 
-__all__ = ["open_gguf", "open_vocabulary"]
+__all__ = ["open_embedding", "open_gguf", "open_vocabulary"]

@@ -19,6 +19,10 @@ from engine.batch import Batch
 from engine.llama.library import StopFlag
 
 
+class NoKVCells(NativeFault):
+    """The model has no KV cells: it computes embeddings, not text."""
+
+
 def native_batch(batch: Batch) -> tuple[Any, Any]:
     """Returns a `llama_batch` over the arrays of `batch`, and the additional arrays that must live as long as it.
 
@@ -53,7 +57,7 @@ class Decoder:
         self._memory = native.llama_get_memory(self._handle)
         if not self._memory:  # llama_decode is then llama_encode, which aborts with more rows than outputs
             native.llama_free(self._handle)
-            raise NativeFault("the model has no KV cache: it computes embeddings, not text")
+            raise NoKVCells("the model has no KV cells: it computes embeddings, not text")
         self.stop = stop or StopFlag()
         self.stop.install(self._handle)
         self.unified = bool(params.kv_unified)

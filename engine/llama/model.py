@@ -17,9 +17,11 @@ from engine.config import EngineConfig, ModelConfig, physical_cores
 from engine.contract import ModelError
 from engine.llama import exact, fit, layout, library
 from engine.llama.context import LlamaContext
+from engine.llama.decoder import NoKVCells
 from engine.llama.layout import KvLayout, LayoutInputs
 from engine.llama.library import native_log, read_string
 from engine.llama.params import MAX_SEQUENCES, cell_bytes, context_params, metadata
+from engine.llama.textless import TextlessContext
 from engine.llama.vocab import LlamaVocab
 
 # The first bytes of a GGUF.
@@ -29,8 +31,8 @@ _GGUF_MAGIC = b"GGUF"
 class LlamaBackend:
     """An opened GGUF. Only the thread that opened it may use it, except `vocab` and `info`."""
 
-    def __init__(self, model: Any, vocab: LlamaVocab, context: LlamaContext, info: ModelInfo) -> None:
-        self._model = model
+    def __init__(self, model: Any, vocab: LlamaVocab, context: LlamaContext | TextlessContext, info: ModelInfo) -> None:
+        self.model = model
         self._context = context
         self.vocab = vocab
         self.context: Context = context
@@ -40,21 +42,23 @@ class LlamaBackend:
         """Frees the context, the vocabulary and the model."""
         self._context.close()
         self.vocab.close()
-        native.llama_model_free(self._model)
+        native.llama_model_free(self.model)
 
 
 def open_gguf(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[], bool]) -> LlamaBackend:
     """Opens `config.model.path`. Calls `progress` with the loaded share, and aborts once `keep_loading` returns False.
 
-    Raises ModelError, with nothing left in memory, also if the file of the draft model is not a GGUF.
+    Raises ModelError, with nothing left in memory, also if the file of the draft or embedding model is not a GGUF.
     """
     path = Path(config.model.path)
     _check_file(path)
     if config.draft.path:  # before the target model is loaded, which can take minutes
         _check_file(Path(config.draft.path), "draft model (-md)")
+    if config.embedding.path:
+        _check_file(Path(config.embedding.path), "embedding model (--embedding-model)")
     library.initialize()
     config = _exact(config, path)
-    model = _load(config, progress, keep_loading)
+    model = load_model(config, progress, keep_loading)
     try:
         return _open(config, path, model)
     except BaseException:
@@ -113,7 +117,9 @@ def _describe_start(start: bytes) -> str:
     return f"it begins with {given}, not with 'GGUF'"
 
 
-def _load(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[], bool]) -> Any:
+def load_model(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[], bool]) -> Any:
+    """Returns the native model of `config.model.path`. Raises ModelError."""
+
     def report(share: float, user_data: object) -> bool:
         progress(share)
         return keep_loading()
@@ -154,9 +160,9 @@ def _reason(default: str) -> str:
 
 
 def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
-    kinds = (native.llama_model_has_encoder, native.llama_model_is_diffusion)
-    if any(kind(model) for kind in kinds) or not native.llama_model_has_decoder(model):
-        raise ModelError(f"{path} is not a decoder-only language model; Paceline serves only those")
+    has_encoder, has_decoder = native.llama_model_has_encoder(model), native.llama_model_has_decoder(model)
+    if (has_encoder and has_decoder) or native.llama_model_is_diffusion(model):
+        raise ModelError(f"{path} is neither a decoder-only language model nor a model for embeddings")
     kind, window = _kind(model), native.llama_model_n_swa(model)
     if config.model.deterministic and kind:
         raise ModelError(f"{path} cannot be served with --deterministic: the model is {kind}")
@@ -172,8 +178,12 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     params = params_of(chosen)
     partial = kind not in ("recurrent", "hybrid")
     shifting = config.memory.reuse > 0 and not config.model.deterministic
+    context: LlamaContext | TextlessContext = TextlessContext(config.batch.slots)
     try:
-        context = LlamaContext(model, params, partial=partial, window=window, shifting=shifting)
+        if has_decoder:
+            context = LlamaContext(model, params, partial=partial, window=window, shifting=shifting)
+    except NoKVCells:
+        native_log.debug("%s computes embeddings only", path)
     except NativeFault as fault:
         raise ModelError(f"cannot open a context of {params.n_ctx} tokens: {_reason(str(fault))}") from None
     vocab = LlamaVocab(model)
@@ -198,7 +208,7 @@ def _kind(model: Any) -> str:
     return "sliding-window" if native.llama_model_n_swa(model) else ""
 
 
-def _state_settings(config: EngineConfig, params: Any, context: LlamaContext) -> str:
+def _state_settings(config: EngineConfig, params: Any, context: LlamaContext | TextlessContext) -> str:
     """Returns the settings on which saved states depend. They are equal for both KV layouts if states are divisible."""
     kind = "exact" if config.model.deterministic else f"moved {config.memory.reuse > 0}"
     whole = "" if context.divisible or context.unified else f" {context.streams} streams"
@@ -241,6 +251,8 @@ def _fitting_cells(config: EngineConfig, model: Any, trained_context: int, param
     draft, reserve, share = config.draft, config.model.fit_target * 2**20, 1.0
     if draft.path and draft.gpu_layers and not draft.device:
         reserve, share = reserve + Path(draft.path).stat().st_size, 1 - DRAFT_CELLS_SHARE
+    if config.embedding.path and config.model.gpu_layers:
+        reserve += Path(config.embedding.path).stat().st_size
     try:
         uses = fit.measure_memory(measure)
         found = fit.fitting_cells(library.free_memory(), uses, reserve, config.batch.slots * trained_context)
@@ -266,7 +278,9 @@ def digest(path: Path) -> str:
     return hashed.hexdigest()
 
 
-def _describe(path: Path, model: Any, vocab: LlamaVocab, context: LlamaContext, device: str) -> ModelInfo:
+def _describe(
+    path: Path, model: Any, vocab: LlamaVocab, context: LlamaContext | TextlessContext, device: str
+) -> ModelInfo:
     template: bytes | None = native.llama_model_chat_template(model, None)
     return ModelInfo(
         name=metadata(model, "general.name") or path.stem,
@@ -285,4 +299,6 @@ def _describe(path: Path, model: Any, vocab: LlamaVocab, context: LlamaContext, 
         digest=digest(path),
         build=library.build_info(),
         offloaded=not device.startswith("CPU"),
+        fim=vocab.fim,
+        generates=isinstance(context, LlamaContext),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as native
 
+from engine.backend import FimTokens
 from engine.contract import EngineFault
 
 
@@ -26,6 +27,13 @@ class LlamaVocab:
         self.added: tuple[int, int] = (
             bos if self.adds_bos else -1,
             eos if native.llama_vocab_get_add_eos(self._vocab) else -1,
+        )
+        self.fim = FimTokens(
+            native.llama_vocab_fim_pre(self._vocab),
+            native.llama_vocab_fim_suf(self._vocab),
+            native.llama_vocab_fim_mid(self._vocab),
+            native.llama_vocab_fim_rep(self._vocab),
+            native.llama_vocab_fim_sep(self._vocab),
         )
         # Computed here, as pieces and names are still used after the model is closed.
         self._pieces = [self._token_to_piece(token) for token in range(self.size)]
@@ -116,9 +124,13 @@ class LlamaVocab:
     @property
     def bos(self) -> str:
         """Text of the BOS token; empty if the model has none."""
-        return self.text(native.llama_vocab_bos(self._vocab))
+        return self._special_text(native.llama_vocab_bos(self._vocab))
 
     @property
     def eos(self) -> str:
         """Text of the EOS token; empty if the model has none."""
-        return self.text(native.llama_vocab_eos(self._vocab))
+        return self._special_text(native.llama_vocab_eos(self._vocab))
+
+    def _special_text(self, token: int) -> str:
+        # For a file without the token's number the library returns a default, which may be a token of plain text.
+        return self.text(token) if token in self.special else ""

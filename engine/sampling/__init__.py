@@ -11,17 +11,19 @@ reasoning   ends reasoning that exceeds its budget
 """
 
 from engine.sampling.accept import sample_and_accept
-from engine.sampling.candidates import BadLogits, argmax_token, peak_and_mass
-from engine.sampling.logprobs import logprob
+from engine.sampling.candidates import BadLogits, Candidates, argmax_token, peak_and_mass
+from engine.sampling.logprobs import candidate_logprob, logprob
 from engine.sampling.noise import derive_seed
 from engine.sampling.reasoning import ReasoningLimiter
 from engine.sampling.sampler import Sampler
 
 __all__ = [
     "BadLogits",
+    "Candidates",
     "ReasoningLimiter",
     "Sampler",
     "argmax_token",
+    "candidate_logprob",
     "derive_seed",
     "logprob",
     "peak_and_mass",

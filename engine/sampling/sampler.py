@@ -74,13 +74,29 @@ class Sampler:
             row = mask_row(row, permitted)
         if not self._has_weights and (token := self._dominant(row, emitted)) is not None:
             return token
-        if self._adjusts(emitted):
-            adjusted = self._adjusted(row, history, emitted)
-            if permitted is None or adjusted.max() > -np.inf:
-                row = adjusted
+        row = self._weighted(row, history, emitted, masked=permitted is not None)
         if self._params.temperature <= 0.0:
             return argmax_token(row)
         return self._draw(truncate(row, self._params, self._applies_xtc(position)), position)
+
+    def candidates(
+        self,
+        row: Row,
+        history: Sequence[int],
+        prompt_length: int,
+        discarded: int = 0,
+        permitted: NDArray[np.bool_] | None = None,
+    ) -> Candidates:
+        """Returns the tokens that `pick` draws from with the same arguments. Their logits are divided by the
+        temperature, so that their softmax is the distribution. Raises BadLogits."""
+        position = len(history) + discarded
+        if permitted is not None:
+            row = mask_row(row, permitted)
+        row = self._weighted(row, history, position - prompt_length, masked=permitted is not None)
+        if self._params.temperature <= 0.0:
+            return Candidates(np.array([argmax_token(row)]), np.zeros(1))
+        found = truncate(row, self._params, self._applies_xtc(position))
+        return Candidates(found.ids, self._scores(found))
 
     def _dominant(self, row: Row, emitted: int) -> int | None:
         """Returns the most likely token if it is certainly picked: at temperature 0, or if min_p drops all other
@@ -104,10 +120,15 @@ class Sampler:
         """Returns the token that the formula in `engine.sampling.noise` picks."""
         if len(found.ids) == 1:
             return int(found.ids[0])
-        scores = found.logits - found.logits.max()
-        scores /= max(self._params.temperature, _MIN_TEMPERATURE)
+        scores = self._scores(found)
         scores += gumbel(self._seed, position, found.ids)
         return int(found.ids[scores.argmax()])
+
+    def _scores(self, found: Candidates) -> NDArray[np.float64]:
+        """Returns the logits less their maximum, divided by the temperature."""
+        scores: NDArray[np.float64] = found.logits - found.logits.max()
+        scores /= max(self._params.temperature, _MIN_TEMPERATURE)
+        return scores
 
     def _applies_xtc(self, position: int) -> bool:
         chance = self._params.xtc_probability
@@ -116,6 +137,13 @@ class Sampler:
     def _adjusts(self, emitted: int) -> bool:
         banned = self._banned_early if emitted < self._min_tokens else self._banned
         return self._has_weights or bool(banned)
+
+    def _weighted(self, row: Row, history: Sequence[int], emitted: int, *, masked: bool) -> Row:
+        """Returns the row with bias, penalties and bans applied, unless these leave no token of a `masked` row."""
+        if not self._adjusts(emitted):
+            return row
+        adjusted = self._adjusted(row, history, emitted)
+        return adjusted if not masked or adjusted.max() > -np.inf else row
 
     def _adjusted(self, row: Row, history: Sequence[int], emitted: int) -> Row:
         """Returns a copy of the row with bias, penalties and bans applied."""

@@ -35,11 +35,15 @@ class DraftSequence:
 
     type = "draft"
 
-    def __init__(self, model: DraftModel, salt: str, bounds: DraftBounds, pick: PickToken | None = None) -> None:
-        """`pick` picks the tokens of drafts. `None` means the most likely tokens."""
+    def __init__(
+        self, model: DraftModel, salt: str, bounds: DraftBounds, pick: PickToken | None = None, *, keep: bool = True
+    ) -> None:
+        """`pick` picks the tokens of drafts. `None` means the most likely tokens. With `keep` released cells become an
+        idle prefix, else they are free."""
         self.salt = salt
         self.bounds = bounds
         self._pick = pick
+        self._keep = keep
         self._discarded = 0
         self.history = array("i")
         self.allocation: Allocation | None = None
@@ -117,10 +121,10 @@ class DraftSequence:
             del self.history[len(self.history) - drafted :]
 
     def release(self) -> None:
-        """Releases the allocation. Its cells become an idle prefix for any sequence."""
+        """Releases the allocation. Its cells become an idle prefix for any sequence, or are freed."""
         self.end_draft()
         if self.allocation is not None:
-            self._model.kv.release(self.seq, keep=True)
+            self._model.kv.release(self.seq, keep=self._keep)
             self.allocation, self.computed = None, 0
             self._model.active.remove(self)
 

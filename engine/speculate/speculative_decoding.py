@@ -170,7 +170,7 @@ class SpeculativeDecoding:
         p_min = config.p_min if speculation.p_min is None else speculation.p_min
         bounds = DraftBounds(n_max, n_min, p_min)
         if sampler is None or config.noise == "greedy":
-            return DraftSequence(self.draft_model, request.salt, bounds)
+            return DraftSequence(self.draft_model, request.salt, bounds, keep=request.cache)
         draft_sampler = sampler if config.noise == "shared" else sampler.independent()
         prompt_length = len(request.prompt)
         return DraftSequence(
@@ -178,6 +178,7 @@ class SpeculativeDecoding:
             request.salt,
             bounds,
             lambda row, history, discarded: draft_sampler.pick(row, history, prompt_length, discarded),
+            keep=request.cache,
         )
 
 

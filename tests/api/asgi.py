@@ -72,7 +72,7 @@ async def call(
     raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     unsent = list(body_chunks) if body_chunks is not None else [raw]
     length = {} if body_chunks is not None else {"content-length": str(len(raw))}
-    head = {"host": "test", **length, **(headers or {})}
+    head = {"host": "localhost", **length, **(headers or {})}
     if disconnect_after == 0:
         gone.set()
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+import numpy as np
 
 from api.config.options import Options
 from api.generation.loaded_model import AppState, LoadedModel
@@ -15,6 +16,8 @@ from engine import (
     PROPOSER_TYPES,
     ContextExceeded,
     DraftStats,
+    Embedding,
+    EmbeddingModel,
     Engine,
     EngineError,
     EngineFault,
@@ -41,6 +44,7 @@ from engine import (
 )
 from engine.contract import Failed
 from engine.grammar import GrammarCompiler, GrammarError
+from engine.validation import check_slot
 
 BOS, EOS, START, END = 256, 257, 258, 259
 SPECIAL = {"<s>": BOS, "</s>": EOS, "<|im_start|>": START, "<|im_end|>": END}
@@ -162,6 +166,8 @@ class FakeEngine:
         self.num_accepted = 0
         self.max_requests = 512
         self.fault: EngineFault | None = None
+        self.embeddings: EmbeddingModel | None = None
+        self.embedded: list[Sequence[int]] = []
         self.memory = MemoryInfo(
             kv_unified=False,
             kv_reason="each slot has 512 tokens",
@@ -198,8 +204,18 @@ class FakeEngine:
             kind in self.unavailable_proposers for kind in request.speculation.type
         ):
             raise RequestRefused("speculative.type: the proposer is unavailable.", field="speculative.type")
+        check_slot(request.slot, self.slots)
         self.requests.append(request)
         return Generation(request, self.vocab.piece, self._submit, self._cancel)
+
+    async def embed(self, inputs: Sequence[Sequence[int]]) -> list[Embedding]:
+        """Returns one vector, the number of tokens, their sum and their last one, or with pooling `none` one for each
+        token."""
+        self.embedded += inputs
+        assert self.embeddings is not None
+        if self.embeddings.info.pooling == "none":
+            return [np.array([[token, 0, 0] for token in tokens], np.float32) for tokens in inputs]
+        return [np.array([[len(tokens), sum(tokens), tokens[-1]]], np.float32) for tokens in inputs]
 
     def stats(self) -> Stats:
         histogram = Histogram((0.1, 1.0), (2, 1, 1), 3.5)
@@ -211,6 +227,10 @@ class FakeEngine:
             **dict.fromkeys(("steps", "native_passes", "preemptions", "restores", "hits"), 5),
             busy_seconds=2.5,
             native_seconds=2.0,
+            prefilled_tokens=6,
+            prefill_seconds=0.5,
+            busy_slots=15,
+            longest_sequence=99,
             queue=histogram,
             ttft=histogram,
             gap=histogram,

@@ -93,6 +93,21 @@ SAMPLES = [
         (("now", "{}"),),
     ),
     FormatSample(
+        "hermes",
+        f'{{{{"name": "weather", "arguments": {ZÜRICH}}}}}\n{{{{"name": "now", "arguments": {{}}}}}}',
+        "",
+        "",
+        (("weather", ZÜRICH), ("now", "{}")),
+    ),
+    FormatSample(
+        "hermes",
+        '<tool_call>\n{{"name": "now", "arguments": {}}}\n</tool_call>\n'
+        '```json\n{ {"name": "now", "arguments": {}}}\n```',
+        "",
+        "",
+        (("now", "{}"), ("now", "{}")),
+    ),
+    FormatSample(
         "hermes", 'See ```json\n[{"name": "weather"}]\n```', 'See ```json\n[{"name": "weather"}]\n```', "", ()
     ),
     FormatSample(

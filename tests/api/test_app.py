@@ -71,6 +71,7 @@ async def test_ids_go_with_streams(app: ASGIApp) -> None:
         ({"authorization": "Bearer one"}, 200),
         ({"authorization": "bearer two"}, 200),
         ({"x-api-key": "two"}, 200),
+        ({"api-key": "one"}, 200),
         ({"authorization": "Bearer three"}, 401),
         ({"authorization": "Bearer "}, 401),
         ({"authorization": "Basic one"}, 401),
@@ -85,9 +86,10 @@ async def test_keys(app_of: Apps, headers: dict[str, str], status: int) -> None:
     answer = await post(app, CHAT, HELLO, headers=headers)
     assert answer.status == status
     if status == 401:
-        assert answer.json["error"]["code"] == "invalid_api_key"
+        error = answer.json["error"]
+        assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
         assert answer.headers["www-authenticate"] == "Bearer"
-    assert (await call(app, "GET", "/health")).status == 200
+    assert (await call(app, "GET", "/v1/health")).status == (await call(app, "GET", "/health")).status == 200
     assert (await call(app, "GET", "/metrics")).status == 401
 
 
@@ -116,6 +118,7 @@ async def test_while_draining(engine: FakeEngine) -> None:
 async def test_metrics(app: ASGIApp) -> None:
     answer = await call(app, "GET", "/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
+    assert int(answer.headers["process-start-time-unix"]) > 1_700_000_000
     text = b"".join(answer.chunks).decode()
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
@@ -149,6 +152,25 @@ async def test_metrics(app: ASGIApp) -> None:
     name = "paceline_spec_accepted_tokens_per_pos_total"
     assert [samples[name, (("position", str(position)), suffix)] for position in range(2)] == [5, 3]
     assert samples["process_resident_memory_bytes", ()] > 0
+    llama = {name.removeprefix("llamacpp:"): value for (name, _), value in samples.items() if "llamacpp:" in name}
+    assert llama == {
+        "spec_decode_num_accepted_tokens_per_pos_total": 1,  # at the last position
+        "prompt_tokens_total": 6,
+        "prompt_tokens_cached_total": 7,
+        "prompt_seconds_total": 0.5,
+        "tokens_predicted_total": 7,
+        "tokens_predicted_seconds_total": 3.5,
+        "n_decode_total": 5,
+        "n_tokens_max": 99,
+        "spec_decode_num_draft_tokens_total": 29,
+        "spec_decode_num_accepted_tokens_total": 12,
+        "spec_decode_num_drafts_total": 8,
+        "prompt_tokens_seconds": 12,
+        "predicted_tokens_seconds": 3 / 3.5,
+        "requests_processing": 2,
+        "requests_deferred": 1,
+        "n_busy_slots_per_decode": 3,
+    }
 
 
 async def test_the_log_has_one_line_for_a_request(app: ASGIApp, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,8 @@ TEXT = "/v1/completions"
 NATIVE = "/completion"
 NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}}
 RAW = b'{"type":"object","properties":{"n":{"type":"integer"}}}'
+LENIENT = JsonSchema(RAW, strict=False)
+OBJECT = JsonSchema(b'{"type":"object"}', strict=False)
 NAMED = {"name": "number", "schema": NUMBER}
 
 
@@ -28,22 +30,24 @@ NAMED = {"name": "number", "schema": NUMBER}
         ({"grammar": ""}, None),
         ({"structured_outputs": {"json_object": False}}, None),
         ({"response_format": {"type": "json_object"}}, JsonObject()),
-        ({"response_format": {"type": "json_object", "schema": NUMBER}}, JsonSchema(RAW)),
-        ({"response_format": {"type": "json_schema", "json_schema": NAMED}}, JsonSchema(RAW)),
+        ({"response_format": {"type": "json_object", "schema": NUMBER}}, LENIENT),
+        ({"response_format": {"type": "json_object", "schema": {}}}, OBJECT),
+        ({"response_format": {"type": "json_object", "schema": {"type": None}}}, OBJECT),
+        ({"response_format": {"type": "json_schema", "json_schema": NAMED}}, LENIENT),
         ({"response_format": {"type": "json_schema", "json_schema": {**NAMED, "strict": True}}}, JsonSchema(RAW)),
-        ({"response_format": {"type": "json_schema", "json_schema": {**NAMED, "strict": False}}}, JsonSchema(RAW)),
+        ({"response_format": {"type": "json_schema", "json_schema": {**NAMED, "strict": False}}}, LENIENT),
         ({"response_format": {"type": "text"}, "guided_regex": "a+"}, Regex("a+")),
-        ({"json_schema": NUMBER}, JsonSchema(RAW)),
+        ({"json_schema": NUMBER}, LENIENT),
         ({"grammar": 'root ::= "a" start\nstart ::= "b"'}, Gbnf('root ::= "a" start\nstart ::= "b"')),
         ({"grammar": '%llguidance {}\nstart: "a"'}, Lark('%llguidance {}\nstart: "a"')),
         ({"grammar": 'x: "a"\nstart: x'}, Lark('x: "a"\nstart: x')),
         ({"grammar": '\n \n\t start : "a"'}, Lark('\n \n\t start : "a"')),
         ({"grammar": "\n" * 100_000 + 'root ::= "a"'}, Gbnf("\n" * 100_000 + 'root ::= "a"')),
-        ({"guided_json": NUMBER}, JsonSchema(RAW)),
-        ({"guided_json": RAW.decode()}, JsonSchema(RAW)),
+        ({"guided_json": NUMBER}, LENIENT),
+        ({"guided_json": RAW.decode()}, LENIENT),
         ({"guided_choice": ["a", "b"]}, OneOfTexts(("a", "b"))),
         ({"guided_grammar": 'root ::= "a"'}, Gbnf('root ::= "a"')),
-        ({"structured_outputs": {"json": NUMBER}}, JsonSchema(RAW)),
+        ({"structured_outputs": {"json": NUMBER}}, LENIENT),
         ({"structured_outputs": {"json_object": True}}, JsonObject()),
         ({"structured_outputs": {"regex": "[ab]"}}, Regex("[ab]")),
         ({"structured_outputs": {"choice": ["a"]}}, OneOfTexts(("a",))),
@@ -67,12 +71,17 @@ async def test_the_engine_gets_the_grammar(
     ("fields", "param", "message"),
     [
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"items": {"not": {}}}}}},
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"items": {"not": {"const": 1}}}, "strict": True},
+                }
+            },
             "response_format.json_schema.schema/items/not",
             "/items/not",
         ),
-        ({"structured_outputs": {"json": {"items": {"not": {}}}}}, "structured_outputs.json/items/not", "/items/not"),
-        ({"guided_json": {"items": {"not": {}}}}, "guided_json/items/not", "/items/not"),
+        ({"structured_outputs": {"json": "[1]"}}, "structured_outputs.json", "JSON object"),
+        ({"guided_json": "{"}, "guided_json", "not valid JSON"),
         ({"grammar": "root ::= nowhere"}, "grammar", "nowhere"),
         ({"json_schema": NUMBER, "guided_json": NUMBER}, "guided_json", "json_schema and guided_json exclude"),
         ({"structured_outputs": {"regex": "a", "json": NUMBER}}, "structured_outputs.regex", "exclude each other"),

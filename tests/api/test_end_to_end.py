@@ -133,7 +133,7 @@ def test_models(client: OpenAI) -> None:
 
 def test_refusals(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="not served here"):
-        client.chat.completions.create(model="gpt-5", messages=SKY)
+        client.models.retrieve("gpt-5")
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model=NAME, prompt="word " * 5000)
     assert caught.value.code == "context_length_exceeded"

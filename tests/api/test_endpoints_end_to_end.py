@@ -163,3 +163,57 @@ def test_invalid_settings(arguments: tuple[str, ...], message: str) -> None:
         assert server.wait() == 2
         assert len(server.lines) == 1
         assert message in server.lines[0]
+
+
+def test_a_request_that_is_not_cached(server: Server) -> None:
+    body = {"prompt": "Not cached: " + "one two three " * 20, "n_predict": 4, "temperature": 0}
+    first = post(server, "/completion", {**body, "cache_prompt": False})
+    again = post(server, "/v1/completions", {**body, "cache_prompt": False})
+    assert (first["timings"]["cache_n"], again["timings"]["cache_n"]) == (0, 0)
+    cached = [post(server, "/completion", body)["timings"]["cache_n"] for _ in range(2)]
+    assert cached[0] < 5, "the requests before left nothing"
+    assert cached[1] > 40
+    assert post(server, "/completion", {**body, "cache_prompt": False})["timings"]["cache_n"] == 0
+    assert first["content"] == again["choices"][0]["text"]
+
+
+def test_probabilities_after_sampling(server: Server) -> None:
+    body = {
+        "prompt": "Today was the day. Today I would finally become a",
+        "n_predict": 5,
+        "temperature": 1.0,
+        "seed": 3,
+    }
+    fields = {"n_probs": 10, "post_sampling_probs": True, "top_k": 40}
+    tokens = post(server, "/completion", {**body, **fields})["completion_probabilities"]
+    assert len(tokens) == 5
+    assert len(tokens[0]["top_probs"]) == 10
+    for token in tokens:
+        probs = [each["prob"] for each in token["top_probs"]]
+        assert 0.0 < token["prob"] <= 1.0
+        assert probs == sorted(probs, reverse=True)
+        assert min(probs) > 0.0
+        assert len(probs) == 10 or sum(probs) == pytest.approx(1.0)
+    greedy = post(server, "/completion", {**body, **fields, "temperature": 0})["completion_probabilities"]
+    assert [[each["prob"] for each in token["top_probs"]] for token in greedy] == [[1.0]] * 5
+    chat = {"messages": SKY, "max_tokens": 2, "logprobs": True, "top_logprobs": 5, "post_sampling_probs": True}
+    content = post(server, "/v1/chat/completions", {**chat, "temperature": 0})["choices"][0]["logprobs"]["content"]
+    assert [token["logprob"] for token in content] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/completion"])
+def test_progress_of_the_prefill(server: Server, path: str) -> None:
+    text = f"{path} " + "a b c d " * 100
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": text}], "prompt": text, "stream": True}
+    fields = {"max_tokens": 3, "return_progress": True, "timings_per_token": True, "ignore_eos": True}
+    del body["prompt" if "chat" in path else "messages"]
+    with httpx2.stream("POST", f"{server.url}{path}", json={**body, **fields}, timeout=60) as reply:
+        lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+    events = [json.loads(line) for line in lines if line != "[DONE]"]
+    progress = [event["prompt_progress"] for event in events if "prompt_progress" in event]
+    assert progress[0]["processed"] == progress[0]["cache"]
+    assert progress[-1]["processed"] == progress[-1]["total"] > 300
+    timed = [event["timings"] for event in events if "timings" in event]
+    assert timed[-2]["prompt_n"] == timed[-1]["prompt_n"]
+    assert timed[-2]["prompt_ms"] > 0
+    assert timed[-1]["predicted_n"] == 3

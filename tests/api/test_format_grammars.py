@@ -64,6 +64,7 @@ def accept(matcher: Matcher, text: str) -> str:
         'So: {"name": "weather", "arguments": 7}',
         BERN,
         f" {BERN} done",
+        f"{{{BERN}}}\n{{{NOW}}}",
         '{ "name":"now",\n "parameters" : {"x": 1}\n}\n' + BERN,
         f"{BERN}\n</tool_call>",
         f"a {TAGGED} b",
@@ -94,12 +95,83 @@ async def test_permitted_messages(text: str, may_reason: bool) -> None:
         (SINGLE_CALL, NOW, " "),
         (SINGLE_CALL, f"```json\n{NOW}", "\n"),
         (SINGLE_CALL, TAGGED, " "),
-        (replace(CALLS, required=True), "", BERN),
+        (replace(CALLS, required=True), "", "Hi"),
+        (replace(SINGLE_CALL, required=True), TAGGED, " "),
+        (CALLS, '{{"name": "weather", "arguments": ', "7"),
     ],
 )
 async def test_forbidden_continuations(calls: AllowedCalls, prefix: str, then: str) -> None:
     matcher = await begun(MessageConstraints(calls, may_reason=True))
     assert accept(matcher, prefix + then) == prefix
+
+
+JSON_ANSWER = '%json {"type": "object", "properties": {"x": {"type": "integer"}}, "additionalProperties": false}'
+
+
+@pytest.mark.parametrize("answer", [None, JSON_ANSWER])
+@pytest.mark.parametrize(
+    ("sign", "head", "one", "end"),
+    [
+        ("<tool_call>", "", f"<tool_call>\n{NOW}\n</tool_call>", ""),
+        ("<tool_call>", "", NOW, ""),
+        ("", "", NOW, ""),
+        ("<function=", "", "<tool_call>\n<function=now>\n</function>\n</tool_call>", ""),
+        ("<arg_key>", "", "<tool_call>now\n</tool_call>", ""),
+        ("[ARGS]", "", "[TOOL_CALLS]now[ARGS]{}", ""),
+        ("<|tool_call>", "", "<|tool_call>call:now{}<tool_call|>", ""),
+        ("<start_function_call>", "", "<start_function_call>call:now{}<end_function_call>", ""),
+        (
+            "<｜tool▁call▁begin｜>",
+            "<｜tool▁calls▁begin｜>",
+            "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
+            "<｜tool▁calls▁end｜>",
+        ),
+        (
+            "｜DSML｜",
+            "<｜DSML｜tool_calls>\n",
+            '<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n',
+            "</｜DSML｜tool_calls>",
+        ),
+        (
+            "<|tool_call_begin|>",
+            "<|tool_calls_section_begin|>",
+            "<|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{}<|tool_call_end|>",
+            "<|tool_calls_section_end|>",
+        ),
+    ],
+)
+async def test_a_turn_may_end_after_white_space(sign: str, head: str, one: str, end: str, answer: str | None) -> None:
+    constraints = MessageConstraints(replace(CALLS, required=answer is None), answer=answer)
+    for text in (f"{one}", f"{one}\n", f"{one}\n\n", f"{one}\n{one}\n", f"{one}\n\n{one}"):
+        matcher = await begun(constraints, format_of(sign))
+        assert accept(matcher, head + text + end) == head + text + end
+        assert matcher.native.is_accepting()
+
+
+@pytest.mark.parametrize(
+    ("sign", "text"),
+    [
+        ("<tool_call>", f"```json\n{NOW}\n{BERN}\n```"),
+        ("<tool_call>", '```\n{\n  "name": "now",\n  "arguments": {}\n}\n```'),
+        ("<tool_call>", f"{{{NOW}}}\n"),
+        ("<|python_tag|>", '{"name": "now", "parameters": {}}\n'),
+        ("<|python_tag|>", '{"name": "now", "parameters": {}}; {"name": "now", "parameters": {}} '),
+        ("tools <|header_start|>", "[now()]"),
+        ("tools <|header_start|>", "[now(), now()\n]"),
+        ("[TOOL_CALLS]", f"[TOOL_CALLS] [{NOW}]"),
+        ("<|channel|>", "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}"),
+        (
+            "<|open|>",
+            '<|close|>think<|sep|><|open|>tools<|sep|><|open|>call tool="now" index="1"<|sep|><|close|>call<|sep|>\n'
+            "<|close|>tools<|sep|>",
+        ),
+    ],
+)
+async def test_a_turn_may_end_after_its_last_call(sign: str, text: str) -> None:
+    matcher = await begun(MessageConstraints(replace(CALLS, required=True)), format_of(sign))
+    prefix = "<|open|>think<|sep|>" if sign == "<|open|>" else ""
+    assert accept(matcher, prefix + text) == prefix + text
+    assert matcher.native.is_accepting()
 
 
 SIGNS = [*"[]{}:,7x` \n\u00a0\x1c", "```\n", "```json\n", '"name"', '"weather"', '"arguments"', '"parameters"']

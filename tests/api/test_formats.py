@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import doctest
+import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from types import ModuleType
@@ -23,6 +24,7 @@ from api.tools.formats import (
     MessageConstraints,
     MessageDelta,
     MessageParser,
+    StopRanges,
     Tool,
     ToolCallStart,
     format_of,
@@ -31,6 +33,7 @@ from api.tools.formats import (
 )
 from engine import Finished, FinishReason, Generation, Request, RequestRefused, Timings, Tokens, Usage
 from engine import Lark as LarkForm
+from engine.text import Detokenizer
 from tests.api.samples import CALLS, SAMPLES, FormatSample
 from tests.engine.vocabularies import grammar
 
@@ -108,6 +111,62 @@ def test_truncated_messages(sample: FormatSample, data: st.DataObject) -> None:
     for (name, arguments), (due_name, due_arguments) in zip(whole[2], sample.calls, strict=False):
         assert name == due_name
         assert due_arguments.startswith(arguments)
+
+
+# Without a trigger, the beginning of a call is a text like any other.
+TRIGGERED = [sample for sample in SAMPLES if not re.search(r"^\s*[{\[]|```|</think>\s*{", sample.text)]
+
+
+@pytest.mark.parametrize("sample", TRIGGERED, ids=lambda sample: f"{sample.format}-{sample.text[:12]!r}")
+def test_the_beginning_of_a_marker_is_no_content(sample: FormatSample) -> None:
+    """However an output is truncated, its content and reasoning are beginnings of those of the whole output."""
+    for end in range(len(sample.text)):
+        parser = MessageParser(sample.chat_format, CALLS, in_reasoning=sample.in_reasoning)
+        deltas = [*parser.feed(sample.text[:end]), *parser.finish(truncated=True)]
+        content, reasoning, _ = fields_of(message_from_deltas(deltas))
+        assert sample.content.startswith(content.rstrip())
+        assert sample.reasoning.startswith(reasoning)
+
+
+def test_a_whole_answer_may_end_with_the_beginning_of_a_marker() -> None:
+    assert parse(FormatSample("hermes", "a <", "", "", ()), ["a <"]) == ("a <", "", ())
+
+
+def test_a_call_cut_in_its_closing_tag_has_no_content() -> None:
+    whole = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    for end in range(whole.index("}}") + 2, len(whole)):
+        assert parse(FormatSample("hermes", "", "", "", ()), list(whole[:end])) == ("", "", (("now", "{}"),))
+
+
+@pytest.mark.parametrize(("text", "complete"), [("{}", True), ('{"city": "', False), ("", False)])
+def test_calls_are_complete_if_their_arguments_are_json(text: str, complete: bool) -> None:
+    parser = MessageParser(format_of("[ARGS]"), CALLS)
+    parser.feed(f"[TOOL_CALLS]now[ARGS]{{}}[TOOL_CALLS]weather[ARGS]{text}")
+    parser.finish()
+    assert (parser.num_calls, parser.has_complete_calls) == (2, complete)
+
+
+@given(st.sampled_from(SAMPLES), st.data(), st.sampled_from(["東", "Zü", '"', "}", "</", "\n", "weather", "=", "<"]))
+def test_stop_strings_apply_outside_of_calls(sample: FormatSample, data: st.DataObject, stop: str) -> None:
+    """No call is cut, in any grouping of tokens; content and reasoning end before the stop string."""
+
+    def streamed(sizes: Sequence[int]) -> tuple[Parsed, str | None]:
+        scope = StopRanges(sample.chat_format, CALLS, in_reasoning=sample.in_reasoning)
+        detokenizer, rest, text = Detokenizer((stop,), scope=scope), sample.text.encode(), ""
+        for size in [*sizes, len(rest)]:
+            text += detokenizer.feed(rest[:size]).text
+            rest = rest[size:]
+        return parse(sample, [text + detokenizer.finish().text]), detokenizer.stopped_by
+
+    found, stopped_by = streamed(data.draw(st.lists(st.integers(1, 12), max_size=60)))
+    assert (found, stopped_by) == streamed([])
+    content, _, calls = found
+    assert sample.calls[: len(calls)] == calls
+    assert sample.content.startswith(content.rstrip())
+    if stopped_by is None:
+        assert found == expected(sample)
+    if "<think" not in sample.text:
+        assert stop not in content
 
 
 @given(

@@ -13,27 +13,36 @@ schema
 tools
 templates
 generation
-openai llama_server
+anthropic openai llama_server
 server
 commands
 __main__
 """
-HTTP = "decode_errors events tasks request_body\nerror_responses request_context\nresponses\napi_keys"
+HTTP = "decode_errors events tasks request_body\nerror_responses\ndialects\nrequest_context\nresponses\napi_keys content_type origins"
 CONFIG = "server\noptions spellings\nflags\ncommand_line"
-SCHEMA = "requests speculation speculation_stats\nreplies\nlogprobs"
+SCHEMA = "logit_bias speculation speculation_stats\ngeneration_settings replies\nlogprobs samplers request_values\ncompletion_replies requests\nunsupported"
 TOOLS = "formats\ntool_choice"
 FORMATS = """
 deltas text_buffer lark_builder
 base
-tagged values
+tagged values stop_ranges
 json_calls arguments gemma_grammar
 deepseek dsml gemma glm harmony hermes kimi kimi_xtml llama mistral qwen_xml
 """
-TEMPLATES = "builtin\nchat_template\ntool_messages\nprompts"
-GENERATION = "loaded_model\nconstraints choices\nprepared_chat"
-OPENAI = "messages\nchat completions\nrender"
-LLAMA_SERVER = "generation_settings\ncompletion_schema\ncompletion props slots tokenize"
-SERVER = "metrics terminal\napp\nlifecycle"
+TEMPLATES = "builtin\nchat_template\nchat_messages tool_messages\nprompts\ninfill"
+GENERATION = "loaded_model json_validation\nschema_checks\nconstraints embedding completion_output enforced_calls\nchoices prepared_chat\nopenai_replies chat_choices"
+ANTHROPIC = "messages_schema errors\nblocks conversation\nconversion\nmessages"
+OPENAI = "messages\nchat completions embeddings\nrender\nresponses"
+RESPONSES = """
+request
+reply
+conversation output input_items
+chat_form store
+run
+endpoint
+"""
+LLAMA_SERVER = "completion_schema\ncompletion props rerank slots tokenize\ninfill"
+SERVER = "http_protocol metrics terminal\nstatus\napp\nlifecycle"
 COMMANDS = "cost flags lookup"
 
 
@@ -48,7 +57,9 @@ COMMANDS = "cost flags lookup"
         ("api.tools.formats", FORMATS),
         ("api.templates", TEMPLATES),
         ("api.generation", GENERATION),
+        ("api.anthropic", ANTHROPIC),
         ("api.openai", OPENAI),
+        ("api.openai.responses", RESPONSES),
         ("api.llama_server", LLAMA_SERVER),
         ("api.server", SERVER),
         ("api.commands", COMMANDS),

@@ -169,6 +169,25 @@ async def test_probabilities(app: ASGIApp, engine: FakeEngine) -> None:
     assert "completion_probabilities" not in last
 
 
+async def test_probabilities_after_sampling(app: ASGIApp, engine: FakeEngine) -> None:
+    engine.script = lambda request: [b"z"]
+    body = {"prompt": "x", "n_probs": 1, "post_sampling_probs": True}
+    answer = (await post(app, PATH, body)).json
+    prob = pytest.approx(0.60653066)
+    top = [{"id": 122, "token": "z", "bytes": [122], "prob": prob}]
+    assert answer["completion_probabilities"] == [
+        {"id": 122, "token": "z", "bytes": [122], "prob": prob, "top_probs": top}
+    ]
+    assert answer["generation_settings"]["post_sampling_probs"] is True
+    assert engine.requests[0].post_sampling
+
+
+async def test_logprobs_is_another_name_of_n_probs(app: ASGIApp, engine: FakeEngine) -> None:
+    for fields in ({"logprobs": 3}, {"n_probs": 3, "logprobs": 5}):
+        await post(app, PATH, {"prompt": "x", **fields})
+    assert [request.logprobs for request in engine.requests] == [3, 3]
+
+
 async def test_engine_request(app: ASGIApp, engine: FakeEngine) -> None:
     body = {
         "prompt": "x",
@@ -202,10 +221,28 @@ async def test_settings_report_the_grammar(app: ASGIApp) -> None:
 
 
 async def test_cache_prompt_false(app: ASGIApp, engine: FakeEngine) -> None:
-    for _ in range(2):
-        await post(app, PATH, {"prompt": "x", "cache_prompt": False})
-    salts = {request.salt for request in engine.requests}
-    assert len(salts - {""}) == 2
+    reply = (await post(app, PATH, {"prompt": "x", "cache_prompt": False, "cache_salt": "s"})).json
+    assert (engine.requests[0].cache, engine.requests[0].salt) == (False, "s")
+    assert reply["tokens_cached"] == 0
+
+
+async def test_settings_report_banned_tokens(app: ASGIApp, engine: FakeEngine) -> None:
+    body = {"prompt": "x", "ignore_eos": True, "logit_bias": {"66": 0.5, "hi": False}}
+    reported = (await post(app, PATH, body)).json["generation_settings"]["logit_bias"]
+    ends = [{"token": token, "bias": None} for token in sorted(engine.vocab.ends)]
+    assert reported == [
+        {"token": 66, "bias": 0.5},
+        {"token": 104, "bias": None},
+        {"token": 105, "bias": None},
+        *ends,
+    ]
+    assert (await post(app, PATH, {"prompt": "x"})).json["generation_settings"]["logit_bias"] == []
+
+
+async def test_settings_report_absent_stages_as_off(app: ASGIApp) -> None:
+    reported = (await post(app, PATH, {"prompt": "x", "n_keep": 7})).json["generation_settings"]
+    assert (reported["mirostat"], reported["adaptive_target"], reported["top_n_sigma"]) == (0, -1.0, -1.0)
+    assert (reported["n_keep"], reported["n_discard"], reported["min_keep"]) == (7, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -241,9 +278,15 @@ async def test_response_fields(app: ASGIApp) -> None:
     assert events[0]["tokens_predicted"] == 2
 
 
-async def test_timings_per_token(app: ASGIApp) -> None:
-    *chunks, _ = (await post(app, PATH, {"prompt": "x", "stream": True, "timings_per_token": True})).events
-    assert [chunk["timings"]["predicted_n"] for chunk in chunks] == [3, 5, 12]
+async def test_timings_per_token(app: ASGIApp, engine: FakeEngine) -> None:
+    body = {"prompt": "x", "stream": True, "timings_per_token": True, "return_progress": True}
+    engine.script = lambda request: [PrefillProgress(10, 4, 10, 0.5), 0.002, b"Hel", 0.002, b"lo", 0.002, b"!"]
+    start, progress, *chunks, _ = (await post(app, PATH, body)).events
+    assert (start["prompt_progress"]["processed"], progress["prompt_progress"]["processed"]) == (4, 10)
+    prompt = {"cache_n": 4, "prompt_n": 6, "prompt_ms": 500.0, "prompt_per_second": 12.0}
+    for each in (progress, *chunks):
+        assert prompt.items() <= each["timings"].items()
+    assert [chunk["timings"]["predicted_n"] for chunk in chunks] == [3, 5, 6]
     assert all(chunk["timings"]["predicted_per_second"] > 0 for chunk in chunks[1:])
 
 
@@ -303,7 +346,7 @@ async def test_a_disconnect_cancels(app: ASGIApp, engine: FakeEngine) -> None:
         ({"prompt": []}, "prompt"),
         ({"prompt": [1, [2]]}, "prompt"),
         ({"prompt": [1.5]}, "prompt[0]"),
-        ({"prompt": {"prompt_string": "x"}}, "prompt"),
+        ({"prompt": {"prompt_string": "x", "multimodal_data": ["x"]}}, "prompt"),
         ({"prompt": ["a"] * 100, "n_cmpl": 3}, "n"),
         ({"prompt": "x", "n_predict": -2}, "n_predict"),
         ({"prompt": "x", "id_slot": 4}, "id_slot"),
@@ -315,7 +358,6 @@ async def test_a_disconnect_cancels(app: ASGIApp, engine: FakeEngine) -> None:
         ({"prompt": "x", "n_indent": 1}, "n_indent"),
         ({"prompt": "x", "grammar": 'root ::= "a"', "grammar_lazy": True}, "grammar_lazy"),
         ({"prompt": "x", "grammar": 'root ::= "a"', "json_schema": {}}, "json_schema"),
-        ({"prompt": "x", "post_sampling_probs": True}, "post_sampling_probs"),
         ({"prompt": "x", "lora": [{"id": 0, "scale": 1}]}, "lora"),
         ({"prompt": "x", "samplers": ["temperature", "top_k"]}, "samplers"),
         ({"prompt": "x", "samplers": ["top_k", "top_k"]}, "samplers"),
@@ -354,9 +396,14 @@ async def test_texts_with_too_many_tokens_for_biases(app: ASGIApp) -> None:
 
 async def test_n_keep_with_context_shift(engine: FakeEngine) -> None:
     app = create_app(app_state(engine, options={"batch": {"context_shift": True, "keep": 8}}))
-    assert (await post(app, PATH, {"prompt": "x", "n_keep": 8, "n_discard": 0})).status == 200
-    for body in ({"n_keep": 9}, {"n_discard": 5}):
-        assert (await post(app, PATH, {"prompt": "x", **body})).json["error"]["param"] == next(iter(body))
+    reported = [
+        (await post(app, PATH, {"prompt": "x", "n_keep": keep, "n_discard": 0})).json["generation_settings"]["n_keep"]
+        for keep in (9, -1, None)
+    ]
+    assert reported == [9, -1, 8]
+    assert [request.keep for request in engine.requests] == [9, -1, None]
+    assert (await post(app, PATH, {"prompt": "x", "n_discard": 5})).json["error"]["param"] == "n_discard"
+    assert (await post(app, PATH, {"prompt": "x", "n_keep": -2})).json["error"]["param"] == "n_keep"
 
 
 async def test_keys(app_of: Apps) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -9,7 +10,8 @@ import msgspec
 import pytest
 
 from api.config.server import ChatConfig
-from api.schema.requests import ChatRequest, PredictedOutput, TextRequest
+from api.schema.request_values import PredictedOutput
+from api.schema.requests import ChatRequest, TextRequest
 from api.templates import prompts
 from api.templates.prompts import PromptRenderer
 from engine import RequestRefused
@@ -145,8 +147,11 @@ def test_content_in_parts() -> None:
 
 @pytest.mark.parametrize("text", ["so far", "so far ", ""])
 def test_continuing_a_last_message_of_parts(text: str) -> None:
-    message = {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": text}]}
-    assert render(IN_PARTS, HI, message, continue_final_message=True) == f"user:hiassistant:a{text}"
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": text}]
+    message = {"role": "assistant", "content": parts}
+    assert render(IN_PARTS, HI, message, continue_final_message=True) == f"user:hiassistant:a\n\n{text}"
+    parts.insert(0, {"type": "text", "text": ""})
+    assert render(None, HI, message).endswith(f"assistant\na\n\n{text}"), "joined as by llama-server"
 
 
 ANSWER = {"role": "assistant", "content": "so far"}
@@ -171,6 +176,37 @@ NEW = "<|im_end|>\n<|im_start|>assistant\n"
 def test_continue_or_new_message(message: dict[str, Any], fields: dict[str, Any], prefill: bool, end: str) -> None:
     renderer = prompts_of(None, prefill_assistant=prefill)
     assert renderer.render(chat(HI, message, **fields)).endswith(end)
+
+
+def test_two_assistant_messages_at_the_end() -> None:
+    messages = (HI, ANSWER, ANSWER)
+    with pytest.raises(RequestRefused, match="Cannot have 2 or more assistant messages at the end") as caught:
+        render(None, *messages)
+    assert caught.value.field == "messages"
+    assert render(None, *messages, continue_final_message=True).endswith("assistant\nso far")
+    assert render(None, *messages, add_generation_prompt=True).endswith(NEW)
+    assert prompts_of(None, prefill_assistant=False).render(chat(*messages)).endswith(NEW)
+
+
+@pytest.mark.parametrize("role", ["User", "human", "bot", "x" * 64])
+def test_unknown_roles(role: str) -> None:
+    with pytest.raises(RequestRefused, match="roles are system, developer, user, assistant, tool") as caught:
+        render(None, HI, {"role": role, "content": "x"})
+    assert caught.value.field == "messages[1].role"
+
+
+def test_a_role_that_only_the_template_names() -> None:
+    assert render("{% if messages[0].role == 'human' %}h{% endif %}", {"role": "human", "content": "x"}) == "h"
+
+
+def test_legacy_function_messages() -> None:
+    template = (
+        "{% for m in messages %}[{{ m.role }}{% for c in m.tool_calls or [] %} {{ c.function.name }}"
+        "{{ c.function.arguments }}{% endfor %} {{ m.content }}{{ m.function_call }}]{% endfor %}"
+    )
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    result = {"role": "function", "name": "f", "content": "4"}
+    assert render(template, HI, call, result) == "[user hi][assistant f{} ][tool 4]"
 
 
 def test_a_call_cannot_be_continued() -> None:
@@ -235,6 +271,57 @@ def test_the_developer_role() -> None:
     message = {"role": "developer", "content": "x"}
     assert render("{{ messages[0].role }}", message) == "system"
     assert render("{% if messages[0].role == 'developer' %}d{% endif %}", message) == "d"
+
+
+THINKING = "{% if enable_thinking %}on{% else %}off{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "text"),
+    [
+        ({}, {}, "on"),
+        ({"reasoning_budget": 0}, {}, "off"),
+        ({"template_kwargs": '{"enable_thinking": false}'}, {}, "off"),
+        ({}, {"reasoning_effort": "none"}, "off"),
+        ({}, {"enable_thinking": False}, "off"),
+        ({"reasoning_budget": 0}, {"chat_template_kwargs": {"enable_thinking": True}}, "on"),
+    ],
+)
+def test_thinking_is_on_unless_reasoning_is_off(config: dict[str, Any], fields: dict[str, Any], text: str) -> None:
+    assert prompts_of(THINKING, **config).render(chat(**fields)) == text
+
+
+def test_enable_thinking_is_a_boolean() -> None:
+    with pytest.raises(RequestRefused, match="expected true or false, not 'false'") as caught:
+        render(THINKING, chat_template_kwargs={"enable_thinking": "false"})
+    assert caught.value.field == "chat_template_kwargs.enable_thinking"
+
+
+def test_reasoning_that_the_template_opens_is_closed_when_thinking_is_off() -> None:
+    template = "{{ messages[0].content + '<think>\n' }}"
+    assert render(template) == "hi<think>\n"
+    assert render(template, enable_thinking=False) == "hi<think>\n</think>"
+
+
+def test_dates_and_functions() -> None:
+    form = "{{ datetime == strftime_now('%b %d %Y') }}{{ date_string == strftime_now('%d %b %Y') }}[{{ functions }}]"
+    tools = [{"type": "function", "function": {"name": "é"}}]
+    assert render(form) == "TrueTrue[]"
+    text = json.dumps(tools, ensure_ascii=False, indent=2)
+    assert render("<tool_call>{{ functions }}", tools=tools) == f"<tool_call>{text}"
+    assert render("{{ date_string }}", chat_template_kwargs={"date_string": "1 May 2026"}) == "1 May 2026"
+
+
+def test_a_literal_text_as_template() -> None:
+    renderer = prompts_of(None, template="This is not a chat template, it is")
+    assert renderer.render(chat()) == "This is not a chat template, it is"
+
+
+@pytest.mark.parametrize(("bos_added", "text"), [(True, "hi"), (False, "<s>hi")])
+def test_the_prompt_of_a_chat_has_no_bos_that_the_tokenizer_adds(bos_added: bool, text: str) -> None:
+    renderer = prompts_of("{{ bos_token }}{{ messages[0].content }}", bos_added=bos_added)
+    assert renderer.render(chat()) == text
+    assert renderer.tokenize(text) == (BOS, *b"hi")
 
 
 @pytest.mark.parametrize("text", ["x", "<s>x"])

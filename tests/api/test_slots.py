@@ -147,3 +147,14 @@ async def test_api_keys(app_of: Apps) -> None:
     app = app_of(api_keys=["one"])
     assert (await call(app, "GET", "/slots")).status == 401
     assert (await post(app, "/slots/0?action=erase", None)).status == 401
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/completion"])
+async def test_requests_prefer_a_slot(app: ASGIApp, engine: FakeEngine, path: str) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "max_tokens": 1}
+    for given, expected in ((2, 2), (0, 0), (-1, None), (None, None)):
+        assert (await post(app, path, {**body, "id_slot": given})).status == 200
+        assert engine.requests[-1].slot == expected
+    for wrong in (4, -2):
+        answer = await post(app, path, {**body, "id_slot": wrong})
+        assert (answer.status, answer.json["error"]["param"]) == (400, "id_slot")

@@ -165,7 +165,7 @@ async def test_predictions(app: ASGIApp, engine: FakeEngine, path: str, content:
 
 async def test_props(engine: FakeEngine) -> None:
     options = {"speculation": {"types": ["suffix", "draft"]}, "sampling": {"temperature": 0.5}}
-    app = create_app(app_state(engine, options=options, alias="me"))
+    app = create_app(app_state(engine, options=options, alias=["me"]))
     props = (await call(app, "GET", "/props")).json
     settings = props.pop("default_generation_settings")
     assert settings["n_ctx"] == 512

@@ -70,12 +70,34 @@ def test_grammars_with_speculation(client: OpenAI) -> None:
     assert json.loads(complete({"type": "grammar", "order": "fixed"}, json_schema=schema))["direction"] == "north"
 
 
-def test_an_unsupported_schema(client: OpenAI) -> None:
-    named: Any = {"name": "x", "schema": {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}}
+class Harbours(BaseModel):
+    sea: str = Field(max_length=12, pattern="^[A-Z][a-z]+$")
+    names: set[Literal["Oslo", "Lima", "Rome"]] = Field(min_length=2, max_length=2)
+
+
+def test_a_keyword_that_no_grammar_follows(client: OpenAI) -> None:
+    """With strict it is refused by its path; without, the rest is enforced and the output is checked."""
+    body: dict[str, Any] = {"model": NAME, "messages": SEA, "max_tokens": 100}
     with pytest.raises(openai.BadRequestError) as refusal:
-        client.chat.completions.create(
-            model=NAME,
-            messages=SEA,
-            response_format={"type": "json_schema", "json_schema": named},
-        )
-    assert refusal.value.param == "response_format.json_schema.schema/properties/a/not"
+        client.chat.completions.parse(**body, response_format=Harbours)
+    path = "response_format.json_schema.schema/properties/names/uniqueItems"
+    assert refusal.value.param == path
+    named: Any = {"name": "harbours", "schema": Harbours.model_json_schema()}
+    reply = client.chat.completions.create(
+        **body, response_format={"type": "json_schema", "json_schema": named}, n=4, seed=1, temperature=1.5
+    )
+    found = [json.loads(choice.message.content or "") for choice in reply.choices]
+    assert all({"sea", "names"} <= set(each) and len(each["names"]) == 2 for each in found)
+    assert reply.model_extra is not None
+    assert reply.model_extra["unenforced_schema_keywords"] == {
+        "keywords": [path],
+        "satisfied": [len({*each["names"]}) == 2 for each in found],
+    }
+
+
+def test_json_object_with_an_empty_schema_is_an_object(client: OpenAI) -> None:
+    empty: Any = {"type": "json_object", "schema": {}}
+    reply = client.chat.completions.create(
+        model=NAME, messages=SEA, max_tokens=64, response_format=empty, temperature=0.0
+    )
+    assert (reply.choices[0].message.content or "").lstrip().startswith("{")

@@ -381,7 +381,8 @@ def test_an_endless_template_does_not_block_others(monkeypatch: pytest.MonkeyPat
 
 def test_templates_by_name() -> None:
     assert resolve_template("chatml") == BUILTIN_TEMPLATES["chatml"]
-    assert resolve_template("{{ messages }}") == "{{ messages }}"
+    for text in ("{{ messages }}", "This is not a chat template, it is"):
+        assert resolve_template(text) == text
     with pytest.raises(InvalidTemplate, match="there is no chat template named 'llama33'; the nearest is llama3"):
         resolve_template("llama33")
     assert compile_template("chatml") is compile_template("chatml")

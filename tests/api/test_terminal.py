@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from api.config.server import ServerConfig
 from api.server.lifecycle import listen
 from api.server.terminal import ProgressBar, client_url, start_message
 from tests.api.fake import INFO, FakeEngine, app_state
+from tests.api.test_embeddings import embedding_engine
 
 
 def test_lines_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,10 +32,14 @@ def test_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 def test_start_message() -> None:
     info = msgspec.structs.replace(INFO, chat_template="{{ messages }}")
-    model = app_state(FakeEngine(info=info), alias="me").loaded
+    model = app_state(FakeEngine(info=info), alias=["me", "you"]).loaded
     assert model is not None
-    first, layout, speculation, *command = start_message(model, "http://127.0.0.1:8000").split("\n")
-    assert first == "Serving me on http://127.0.0.1:8000 · 4 slots · per-slot KV, 512 tokens each · no device"
+    message = start_message(model, "http://127.0.0.1:8000", "http://[::1]:8000")
+    first, layout, speculation, *command = message.split("\n")
+    assert first == (
+        "Serving me, you on http://127.0.0.1:8000 and http://[::1]:8000 · 4 slots · per-slot KV, 512 tokens each · "
+        "no device"
+    )
     assert layout == "KV layout: each slot has 512 tokens"
     assert speculation.startswith("Speculation: auto (prediction, ")
     assert command[0] == ("Try: curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\")
@@ -48,6 +52,16 @@ def test_start_message_with_a_missing_template() -> None:
     shown = start_message(model, "x")
     assert shown.startswith("Note: The model has no chat template; ChatML is used.\n")
     assert "YOUR_KEY" in shown
+
+
+def test_start_message_with_embeddings() -> None:
+    engine = embedding_engine()
+    model = app_state(engine).loaded
+    assert model is not None
+    line = "Embeddings: embedder, pooling mean, at most 64 tokens for each input"
+    assert line in start_message(model, "http://x").split("\n")
+    engine.info = msgspec.structs.replace(INFO, generates=False)
+    assert start_message(model, "http://x").split("\n") == ["Serving fake-1 on http://x · no device", line]
 
 
 DRAFT: dict[str, Any] = {"draft": {"path": "/models/small.gguf"}}
@@ -112,7 +126,7 @@ def test_start_message_has_the_proposers(
     ],
 )
 def test_client_urls(host: str, url: str) -> None:
-    assert client_url(ServerConfig(host=host), 80) == url
+    assert client_url(host, 80) == url
 
 
 def test_an_address_of_another_machine() -> None:

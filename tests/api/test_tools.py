@@ -26,6 +26,7 @@ WEATHER = {
     },
 }
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
+EARLIER_CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
 # A template in the style of reasoning models: the prompt opens the reasoning unless reasoning is disabled.
 QWEN = (
     "{% if tools %}{{ tools | tojson }}{% endif %}"
@@ -79,7 +80,7 @@ async def test_a_streamed_message_with_reasoning_and_a_call() -> None:
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert [delta["role"] for delta in deltas if "role" in delta] == ["assistant"]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "hm"
-    assert "".join(delta.get("content", "") for delta in deltas) == "So."
+    assert "".join(delta.get("content") or "" for delta in deltas) == "So."
     calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
     assert {call["index"] for call in calls} == {0}
     assert [call["function"]["name"] for call in calls if "name" in call["function"]] == ["weather"]
@@ -260,6 +261,20 @@ def test_nested_schemas_are_closed() -> None:
         ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice.function"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [WEATHER, {"type": "web_search"}]}, "tools[1].type"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": []}}},
+            "tool_choice.allowed_tools.tools",
+        ),
+        (
+            {
+                "tools": [WEATHER],
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": [{"function": {"name": "f"}}]}},
+            },
+            "tool_choice.allowed_tools.tools[0].function.name",
+        ),
         ({"tools": [WEATHER, WEATHER]}, "tools[1].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "a\n"}}]}, "tools[0].function.name"),
@@ -272,7 +287,11 @@ def test_nested_schemas_are_closed() -> None:
                 "tools": [
                     {
                         "type": "function",
-                        "function": {"name": "f", "parameters": {"properties": {"x": {"not": {"type": "string"}}}}},
+                        "function": {
+                            "name": "f",
+                            "strict": True,
+                            "parameters": {"properties": {"x": {"not": {"const": 1}}}},
+                        },
                     }
                 ]
             },

@@ -9,8 +9,9 @@ from msgspec import UNSET
 from starlette.types import ASGIApp
 
 from api.schema.replies import TimingsReply
-from engine import Finished, FinishReason, Timings, Usage, derive_seed
+from engine import Finished, FinishReason, PrefillProgress, Timings, Usage, derive_seed
 from tests.api.asgi import call, post
+from tests.api.conftest import Apps
 from tests.api.fake import FakeEngine
 
 CHAT = "/v1/chat/completions"
@@ -107,7 +108,7 @@ async def test_chat_stream(app: ASGIApp) -> None:
     assert done == "[DONE]"
     assert len({chunk["id"] for chunk in chunks}) == 1
     received = [without_variable_fields(chunk, id="chatcmpl-", object="chat.completion.chunk") for chunk in chunks]
-    deltas = [{"role": "assistant", "content": "Hel"}, {"content": "lo"}, {"content": " wörld"}]
+    deltas = [{"role": "assistant", "content": None}, {"content": "Hel"}, {"content": "lo"}, {"content": " wörld"}]
     assert received == [
         *({"choices": [{"index": 0, "delta": d, "logprobs": None, "finish_reason": None}]} for d in deltas),
         {
@@ -119,10 +120,10 @@ async def test_chat_stream(app: ASGIApp) -> None:
     ]
 
 
-async def test_each_step_is_one_event_in_one_message(app: ASGIApp, engine: FakeEngine) -> None:
+async def test_each_step_is_one_message_with_one_event_for_its_text(app: ASGIApp, engine: FakeEngine) -> None:
     engine.script = lambda request: [b"several tokens", 0.01, b" at once"]
     answer = await post(app, CHAT, {"messages": HELLO, "stream": True})
-    assert [chunk.count(b"data: ") for chunk in answer.chunks] == [1, 1, 2]
+    assert [chunk.count(b"data: ") for chunk in answer.chunks] == [2, 1, 2], "the role first, [DONE] last"
 
 
 async def test_usage_of_a_stream_is_a_chunk_of_its_own(app: ASGIApp) -> None:
@@ -151,8 +152,8 @@ async def test_choices_of_a_stream_are_interleaved(app: ASGIApp, engine: FakeEng
     engine.script = script
     *chunks, last, done = (await post(app, CHAT, {"messages": HELLO, "stream": True, "n": 2, "seed": 9})).events
     received = [(c["choices"][0]["index"], c["choices"][0]["delta"].get("content")) for c in [*chunks, last]]
-    assert received == [(0, "a"), (1, "a"), (0, "b"), (0, None), (1, "b"), (1, None)]
-    assert [c["choices"][0]["delta"].get("role") for c in chunks[:2]] == ["assistant"] * 2
+    assert received == [(0, None), (0, "a"), (1, None), (1, "a"), (0, "b"), (0, None), (1, "b"), (1, None)]
+    assert [c["choices"][0]["delta"].get("role") for c in chunks[:4]] == ["assistant", None] * 2
     assert "timings" not in chunks[-2]
     assert last["timings"]["predicted_n"] == 4
     assert done == "[DONE]"
@@ -189,7 +190,7 @@ async def test_chat_logprobs(app: ASGIApp, engine: FakeEngine) -> None:
         ],
     }
     events = (await post(app, CHAT, {**body, "stream": True})).events
-    streamed = [entry for event in events[:-2] for entry in event["choices"][0]["logprobs"]["content"]]
+    streamed = [entry for event in events[1:-2] for entry in event["choices"][0]["logprobs"]["content"]]
     assert streamed == content
     assert events[-2]["choices"][0]["logprobs"] is None
 
@@ -205,7 +206,8 @@ async def test_text_before_its_token_has_no_logprobs(
     logprobs: Any = True if path == CHAT else 1
     body = {"messages": HELLO, "prompt": "x", "stop": "!?", "logprobs": logprobs, "stream": True}
     received = [event["choices"][0]["logprobs"] for event in (await post(app, path, body)).events[:-1]]
-    assert [each and len(each[key]) for each in received] == [1, None, 2, None]
+    role = [None] if path == CHAT else []
+    assert [each and len(each[key]) for each in received] == [*role, 1, None, 2, None]
 
 
 async def test_text(app: ASGIApp, engine: FakeEngine) -> None:
@@ -292,7 +294,7 @@ async def test_text_logprobs(app: ASGIApp, engine: FakeEngine) -> None:
 
 async def test_stop_strings_never_show(app: ASGIApp, engine: FakeEngine) -> None:
     answer = await post(app, CHAT, {"messages": HELLO, "stop": ["lo w", "never"], "stream": True})
-    text = "".join(event["choices"][0]["delta"].get("content", "") for event in answer.events[:-1])
+    text = "".join(event["choices"][0]["delta"].get("content") or "" for event in answer.events[:-1])
     assert text == "Hel"
     assert answer.events[-2]["choices"][0]["finish_reason"] == "stop"
     assert (await post(app, CHAT, {"messages": HELLO, "stop": "lo"})).json["choices"][0]["message"]["content"] == "Hel"
@@ -340,6 +342,7 @@ async def test_models(app: ASGIApp) -> None:
         "owned_by": "paceline",
         "max_model_len": 512,
         "meta": {"n_vocab": 260, "n_ctx": 2048, "n_ctx_train": 4096, "n_params": 2000, "size": 1000},
+        "aliases": ["fake-1"],
     }
     assert (await call(app, "GET", "/v1/models/fake-1")).json["id"] == "fake-1"
     assert (await call(app, "GET", "/v1/models//models/fake-1.gguf")).json["id"] == "fake-1"
@@ -361,3 +364,67 @@ def test_timings_count_moved_tokens() -> None:
 
     assert TimingsReply.of([[end(30), end(20)], [end(5)]]).moved_n == 25
     assert TimingsReply.of([[end(0)]]).moved_n is UNSET
+
+
+async def test_continuous_usage(app: ASGIApp) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"messages": HELLO, "prompt": "Say: ", "stream": True, "stream_options": options, "max_tokens": 6}
+    for path, prompt, counts in ((CHAT, PROMPT_OF_HELLO, [3, 3, 5, 6, 6]), (TEXT, 5, [3, 5, 6, 6])):
+        *chunks, last, _ = (await post(app, path, body)).events
+        expected = [{"prompt_tokens": prompt, "completion_tokens": n, "total_tokens": prompt + n} for n in counts]
+        assert [chunk["usage"] for chunk in chunks] == expected
+        assert last["usage"] == usage(prompt, 6)
+    only_continuous = {**body, "stream_options": {"continuous_usage_stats": True}}
+    assert all("usage" not in chunk for chunk in (await post(app, CHAT, only_continuous)).events[:-1])
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_progress_and_timings_of_a_stream(app: ASGIApp, engine: FakeEngine, path: str) -> None:
+    engine.script = lambda request: [
+        PrefillProgress(100, 20, 60, 0.25),
+        0.005,
+        PrefillProgress(100, 20, 100, 0.5),
+        0.005,
+        b"ab",
+        0.005,
+        b"c",
+    ]
+    body = {"messages": HELLO, "prompt": "x", "stream": True, "return_progress": True, "timings_per_token": True}
+    events = (await post(app, path, body)).events[:-1]
+    if path == CHAT:
+        role = events.pop(0)
+        assert role["choices"][0]["delta"] == {"role": "assistant", "content": None}
+        assert not {"timings", "prompt_progress"} & role.keys()
+    start = {"total": 100, "cache": 20, "processed": 20, "time_ms": 0}
+    steps = [start, {**start, "processed": 60, "time_ms": 250}, {**start, "processed": 100, "time_ms": 500}]
+    assert [event.get("prompt_progress") for event in events] == [*steps, None, None, None]
+    choices = [event["choices"][0] for event in events]
+    assert [choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices[3:]] == [
+        "ab",
+        "c",
+        "",
+    ]
+    assert [event["timings"]["predicted_n"] for event in events] == [0, 0, 0, 2, 3, 3]
+    assert [event["timings"]["prompt_n"] for event in events[:5]] == [40, 40, 80, 80, 80]
+    quiet = (await post(app, path, {**body, "return_progress": False, "timings_per_token": False})).events[:-2]
+    assert not any({"timings", "prompt_progress"} & event.keys() for event in quiet)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_verbose(app: ASGIApp, app_of: Apps, path: str, stream: bool) -> None:
+    body = {"messages": HELLO, "prompt": "hi", "stream": stream}
+    for served, fields, expected in (
+        (app, {"verbose": True}, 1),
+        (app, {}, 0),
+        (app_of(verbose=True), {}, 1),
+        (app_of(verbose=True), {"verbose": False}, 0),
+    ):
+        answer = await post(served, path, {**body, **fields})
+        replies = answer.events[:-1] if stream else [answer.json]
+        verbose = [reply["__verbose"] for reply in replies if "__verbose" in reply]
+        assert len(verbose) == expected
+        for reply in verbose:
+            assert "hi" in reply["prompt"]
+            assert reply["content"] == ("" if stream else "Hello wörld")
+            assert reply["generation_settings"]["stream"] is stream

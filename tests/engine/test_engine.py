@@ -197,7 +197,7 @@ async def test_the_first_grammar_is_compiled_before_the_first_request(
     monkeypatch: pytest.MonkeyPatch, warmup: bool
 ) -> None:
     specs: list[GrammarSpec] = []
-    monkeypatch.setattr(compiler, "_compile_native", lambda spec, tokenizer: specs.append(spec))
+    monkeypatch.setattr(compiler.GrammarCompiler, "_compile", lambda self, key, spec: specs.append(spec))
     config = EngineConfig.of(path="toy.gguf", slots=2, warmup=warmup)
     async with Engine.open(config, opener=opener(toy_backend())):
         assert specs == [JsonObject()] * warmup
@@ -215,7 +215,7 @@ async def test_the_end_fails_requests_whose_grammar_is_being_compiled(
     monkeypatch: pytest.MonkeyPatch, drained: bool
 ) -> None:
     go_on = threading.Event()
-    monkeypatch.setattr(compiler, "_compile_native", lambda spec, tokenizer: go_on.wait(5))
+    monkeypatch.setattr(compiler.GrammarCompiler, "_compile", lambda self, key, spec: go_on.wait(5))
     async with Engine.open(CONFIG, opener=opener(toy_backend())) as engine:
         waiting = [asyncio.create_task(engine.compile(Regex(pattern))) for pattern in "aabcd"]
         await asyncio.sleep(0.01)

@@ -18,7 +18,7 @@ config outbox
 kv sampling pace scheduler
 llama
 speculate
-sequence generation sim stats validation
+sequence generation sim stats validation embedding
 verify waiting slots running
 lifecycle
 step
@@ -26,7 +26,7 @@ thread
 slotfiles
 engine
 """
-GRAMMAR = "spec pointer tokenizer jobs\nschema gbnf matcher\nmasks compiler"
+GRAMMAR = "spec pointer tokenizer jobs\nschema gbnf matcher\nmasks relax\ncompiler"
 SAMPLING = "accept noise candidates reasoning\nlogprobs truncate penalties\nsampler"
 KV = """
 tree record idle placement
@@ -46,8 +46,8 @@ ngram_simple ngram_map ngram_cache suffix prediction grammar sequence_proposers
 shared_data planner lookup
 speculative_decoding
 """
-LLAMA = "library exact state layout\nfit params\ndecoder\nshift\nvocab context\nmodel"
-CONFIG = "machine batch model sim\nmemory speculation\nengine"
+LLAMA = "library exact state layout\nfit params\ndecoder\nshift\nvocab context textless\nmodel\nembedding"
+CONFIG = "machine batch model sim embedding\nmemory speculation\nengine"
 SIM = "hashing vocab costs\ncontext proposer\nbackend"
 
 

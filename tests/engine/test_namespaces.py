@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from engine.config import DraftConfig, SpeculationConfig
 from engine.contract import Finished, Request, Speculation
@@ -133,3 +134,37 @@ def test_the_draft_model_shares_nothing_across_salts() -> None:
     assert model is not None
     assert model.kv.match(array("i", PROMPT), "private").known_length == 199
     assert model.kv.match(array("i", PROMPT), "public").known_length == 0
+
+
+@pytest.mark.parametrize("unified", LAYOUTS)
+@pytest.mark.parametrize(("partial", "window"), [(True, 0), (True, 150), (False, 0)])
+def test_a_request_that_is_not_cached_keeps_nothing(partial: bool, window: int, unified: bool) -> None:
+    context = context_of(unified, 2000, rows=512, partial=partial)
+    context.window, context.shifts = window, context.divisible and not window
+    bench = CoreBench(context, offload=Offload(10**6, whole=not partial), prompt_rows=50)
+    uncached = structs.replace(request("", 40), cache=False)
+    bench.submit(0, uncached)
+    bench.core.step()
+    bench.core.lifecycle.preempt(bench.sequences[0])
+    bench.submit(1, uncached)
+    bench.run()
+    assert bench.outputs[0] == bench.outputs[1]
+    assert context.used() == 0
+    assert bench.core.kv.stats().saved_tokens == 0
+    assert [state.tokens for state in bench.core.slots.states()] == [0] * len(bench.core.slots)
+    assert cost(bench, 2, "") == (200, 0), "the next request finds nothing"
+    bench.submit(3, uncached)
+    bench.run()
+    end = bench.ends[3]
+    assert isinstance(end, Finished)
+    assert end.usage.cached == 0, "the request itself uses no cached prefix"
+
+
+def test_the_draft_model_keeps_nothing_of_a_request_that_is_not_cached() -> None:
+    draft = ToyContext(cells=2000, rows=512)
+    speculation = SpeculationConfig(types=("draft",), order="fixed")
+    bench = CoreBench(ToyContext(cells=2000, rows=512), draft=draft, speculation=speculation)
+    bench.submit(0, structs.replace(request("", 20), cache=False))
+    bench.run()
+    assert draft.computed > 200, "the draft model computed the prompt"
+    assert draft.used() == 0

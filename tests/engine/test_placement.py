@@ -56,6 +56,14 @@ def test_choice(case: str, options: list[SlotOption], source: int, running: list
     assert choose_slot(options, source, running, COSTS, offloads=True).seq == chosen, case
 
 
+def test_the_preferred_slot_is_chosen_unless_another_holds_what_cannot_be_copied() -> None:
+    options = [option(0), option(1, lost=5000), option(2, kept=500)]
+    assert choose_slot(options, 500, [], COSTS, offloads=True, preferred=1).seq == 2, "a copy costs a little"
+    assert choose_slot(options[:2], 500, [], COSTS, offloads=True, preferred=1).seq == 1
+    assert choose_slot([option(0), option(1)], 0, [], COSTS, offloads=True, preferred=1).seq == 1
+    assert choose_slot(options, 0, [], COSTS, offloads=True, preferred=7).seq == 2
+
+
 def test_without_offload_lost_tokens_cost_their_computation() -> None:
     costs = Costs(compute=1e-3, move=1e-6)
     options = [option(0, lost=100), option(1, kept=100, lost=0)]

@@ -17,7 +17,16 @@ from msgspec import structs
 
 from engine.backend import NativeFault, NoFreeCells
 from engine.config import DraftConfig, SpeculationConfig
-from engine.contract import PROPOSER_TYPES, Failed, Finished, FinishReason, Logprob, Request, SamplingParams
+from engine.contract import (
+    PROPOSER_TYPES,
+    Failed,
+    Finished,
+    FinishReason,
+    Logprob,
+    Request,
+    SamplingParams,
+    Speculation,
+)
 from engine.kv import Offload
 from engine.kv.idle import UNPRICED_STEPS
 from engine.outbox import Outbox, StepOutput
@@ -585,3 +594,22 @@ def test_a_stop_string_counts_as_a_stop() -> None:
     bench.core.lifecycle.end(0, FinishReason.STOP)
     bench.run()
     assert bench.core.counters.finished == {"stop": 1, "length": 0, "cancelled": 0, "error": 0}
+
+
+def test_probabilities_after_sampling_are_the_same_with_drafts() -> None:
+    sampling = SamplingParams(temperature=0.9, top_k=6, top_p=1.0, min_p=0.0, presence_penalty=0.5, seed=5)
+    request = Request(
+        prompt=(1, 2, 3, 4), max_tokens=30, ignore_eos=True, sampling=sampling, logprobs=3, post_sampling=True
+    )
+    bench = CoreBench(context_of(True, 500), speculation=SpeculationConfig(order="fixed"))
+    bench.submit(0, structs.replace(request, speculation=Speculation()))
+    bench.run()
+    bench.submit(1, structs.replace(request, prediction=tuple(bench.outputs[0])))
+    bench.run()
+    end = bench.ends[1]
+    assert isinstance(end, Finished)
+    assert end.usage.accepted > 0
+    assert bench.logprobs[0] == bench.logprobs[1]
+    for entry in bench.logprobs[0]:
+        assert entry.logprob > float("-inf")
+        assert len(entry.top) == 3

@@ -285,9 +285,11 @@ def backend(*, unified: bool = True, **options: Any) -> ToyBackend:
     return ToyBackend(context_of(unified, 1000, slots=3, **options))
 
 
-async def generate(engine: Engine, prompt: tuple[int, ...], tokens: int = 5, salt: str = "") -> Finished:
+async def generate(
+    engine: Engine, prompt: tuple[int, ...], tokens: int = 5, salt: str = "", slot: int | None = None
+) -> Finished:
     sampling = SamplingParams(seed=1)
-    request = Request(prompt=prompt, max_tokens=tokens, ignore_eos=True, salt=salt, sampling=sampling)
+    request = Request(prompt=prompt, max_tokens=tokens, ignore_eos=True, salt=salt, sampling=sampling, slot=slot)
     async with engine.generate(request) as generation:
         updates = [update async for update in generation]
     assert isinstance(updates[-1], Finished)
@@ -317,6 +319,27 @@ async def test_a_slot_outlives_the_engine(tmp_path: Path, partial: bool, unified
         with pytest.raises(RequestRefused, match="Slot 2 is empty"):
             await engine.save_slot(2, path)
         assert await engine.erase_slot(2) == 0
+
+
+@both
+async def test_a_request_runs_in_the_slot_that_it_prefers(tmp_path: Path, unified: bool) -> None:
+    first, second = prompt_of(100), prompt_of(80, 1)
+    toy = backend(unified=unified)
+    async with Engine.open(config(ram=0), opener=opener(toy)) as engine:
+        assert (await generate(engine, first, slot=2)).slot == 2
+        assert (await generate(engine, second, slot=1)).slot == 1
+        assert (await engine.save_slot(2, tmp_path / "x")).tokens == 104
+        assert (await generate(engine, prompt_of(50, 2), slot=1)).slot == 1
+        assert [state.tokens for state in await engine.slot_states()] == [0, 54, 104]
+        assert (await generate(engine, first, slot=0)).usage.cached == 99, "another slot's prefix is shared"
+        assert await engine.erase_slot(2) + await engine.erase_slot(0) == 104
+        assert (await generate(engine, first, slot=2)).usage.cached <= 1
+        async with engine.generate(Request(prompt=prompt_of(10, 3), ignore_eos=True, slot=1)) as running:
+            await anext(running)
+            assert (await generate(engine, second, slot=1)).slot == 0, "the lowest free slot instead of a busy one"
+        with pytest.raises(RequestRefused, match="no slot 3") as caught:
+            engine.generate(Request(prompt=(1,), slot=3))
+        assert caught.value.field == "id_slot"
 
 
 async def test_the_lowest_free_slot_is_taken() -> None:

@@ -275,7 +275,7 @@ def test_keys_that_the_library_would_scale_at_each_rotation_are_not_shifted(scal
     params = context_params(config.model, config.batch, KvLayout(False, 512, ""), 2, 9, False)
     params.rope_scaling_type, params.rope_freq_scale, params.yarn_orig_ctx = scaling, 0.25, 2048
     backend = opened(False)
-    context = LlamaContext(backend._model, params, partial=True, window=0, shifting=True)
+    context = LlamaContext(backend.model, params, partial=True, window=0, shifting=True)
     assert context.shifts is (scaling == native.LLAMA_ROPE_SCALING_TYPE_LINEAR)
     context.close()
     backend.close()

@@ -16,6 +16,8 @@ from api.tools.formats.lark_builder import LarkBuilder
 from api.tools.formats.llama import Llama, Pythonic
 from api.tools.formats.mistral import Mistral, MistralList
 from api.tools.formats.qwen_xml import QwenXml
+from api.tools.formats.stop_ranges import StopRanges
+from api.tools.formats.values import UnsupportedNotation
 
 __all__ = [
     "CHAT_FORMATS",
@@ -29,8 +31,10 @@ __all__ = [
     "MessageDelta",
     "MessageParser",
     "ReasoningDelta",
+    "StopRanges",
     "Tool",
     "ToolCallStart",
+    "UnsupportedNotation",
     "format_of",
     "tool_instructions",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 from uuid import uuid4
 
+import jiter
 from msgspec import Struct
 
 from api.tools.formats.deltas import ArgumentsDelta, ContentDelta, MessageDelta, ReasoningDelta, ToolCallStart
@@ -20,6 +21,10 @@ class Tool(Struct, frozen=True):
     name: str
     parameters: Mapping[str, Any]
     """The JSON schema of the arguments, of type object."""
+    strict: bool = False
+    """True if a keyword of the schema that cannot be enforced is an error."""
+    index: int = 0
+    """The position of the tool in the request."""
 
 
 class AllowedCalls(Struct, frozen=True):
@@ -111,6 +116,7 @@ class MessageParser:
         """Calls started so far."""
         self._format = format
         self._deltas: list[MessageDelta] = []
+        self._arguments: list[list[str]] = []  # of each call
         self._content_space = ""  # white space at the end of the content, held back until more content follows
         self._reasoning_space = ""
         self._has_reasoning = False
@@ -122,13 +128,23 @@ class MessageParser:
         self.buffer.feed(text)
         return self._resume()
 
-    def finish(self) -> list[MessageDelta]:
-        """Ends the text and returns the remaining deltas. A call whose header is incomplete is dropped."""
-        self.buffer.ended = True
+    def finish(self, *, truncated: bool = False) -> list[MessageDelta]:
+        """Ends the text and returns the remaining deltas. A call whose header is incomplete is dropped.
+
+        The beginning of a closing tag after a call is dropped too, and at the end of a `truncated` text the beginning
+        of any marker: "</tool_" is no content. A whole answer may end with "<".
+        """
+        self.buffer.ended, self.buffer.truncated = True, truncated
+        self.buffer.completes_options = truncated or self.num_calls > 0
         deltas = self._resume()
         if self._content_space and not self.num_calls:
             deltas.append(ContentDelta(self._content_space))
         return deltas
+
+    @property
+    def has_complete_calls(self) -> bool:
+        """True if the message has calls and the arguments of each are valid JSON."""
+        return self.num_calls > 0 and all(_is_json("".join(parts)) for parts in self._arguments)
 
     def _resume(self) -> list[MessageDelta]:
         next(self._routine, None)
@@ -176,9 +192,19 @@ class MessageParser:
         """Starts a call, with a new id if `id` is empty. Clears the buffer's marks, because a call cannot be undone."""
         self.buffer.clear_marks()
         index, self.num_calls = self.num_calls, self.num_calls + 1
+        self._arguments.append([])
         self._deltas.append(ToolCallStart(index, id or self._format.call_id(index, name), name))
 
     def arguments(self, text: str) -> None:
         """Appends JSON text to the arguments of the last call."""
         if text:
+            self._arguments[-1].append(text)
             self._deltas.append(ArgumentsDelta(self.num_calls - 1, text))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        jiter.from_json(text.encode(), allow_inf_nan=False)
+    except ValueError:
+        return False
+    return True

@@ -8,11 +8,13 @@ from typing import Any
 
 from api.tools.formats.lark_builder import LarkBuilder
 from api.tools.formats.values import (
-    ANNOTATIONS,
+    ARRAY_RESTRICTIONS,
     ParameterSchema,
+    definition_path,
     enum_values,
     json_types,
     properties,
+    refuse_keywords,
     resolved,
     unsupported_name,
     unsupported_schema,
@@ -34,7 +36,7 @@ class GemmaGrammar:
         """Returns the expression of an object with the schema's properties, at `path` in the tool's parameters. Raises
         RequestRefused for unsupported schemas."""
         members = []
-        for key, each, required in properties(schema, self._tool):
+        for key, each, required in properties(schema, self._tool, path):
             if ":" in key:
                 raise unsupported_name(self._tool, key)
             value = self._value(each, f"{path}/properties/{key}")
@@ -48,10 +50,11 @@ class GemmaGrammar:
             return self._lark.any_of([self._lark.text(self._constant(value)) for value in values])
         for name in ("anyOf", "oneOf"):
             if name in schema:
-                return self._lark.any_of([self._value(each, path) for each in self._options(schema[name])])
+                options = enumerate(self._options(schema[name]))
+                return self._lark.any_of([self._value(each, f"{path}/{name}/{at}") for at, each in options])
         kinds = json_types(schema, self._root)
         if not kinds:
-            raise unsupported_schema(self._tool, f"{path}, a value of any type,")
+            return self._any_value()
         return self._lark.any_of([self._typed(schema, kind, path) for kind in sorted(kinds)])
 
     def _reference(self, schema: ParameterSchema, path: str) -> str:
@@ -60,9 +63,9 @@ class GemmaGrammar:
         if key not in self._definitions:
             definition = resolved(schema, self._root)
             if "$ref" in definition:
-                raise unsupported_schema(self._tool, f"{path}/$ref")
+                raise unsupported_schema(self._tool, f"{path}/$ref", (f"{path}/$ref",))
             self._definitions[key] = name = self._rule_name()
-            self._lark.rule(name, self._value(definition, path))
+            self._lark.rule(name, self._value(definition, definition_path(schema, path)))
         return self._definitions[key]
 
     def _options(self, options: Any) -> list[ParameterSchema]:
@@ -82,13 +85,22 @@ class GemmaGrammar:
         return f"{quote} {value_rule(self._lark, name, of_kind, {}, self._quote, tool=self._tool, path=path)}"
 
     def _array(self, schema: ParameterSchema, path: str) -> str:
-        if unknown := set(schema) - ANNOTATIONS - {"items"}:
-            raise unsupported_schema(self._tool, f"{path}/{min(unknown)}")
+        refuse_keywords(schema, ARRAY_RESTRICTIONS, self._tool, path)
         items = schema.get("items")
         if not isinstance(items, Mapping):
-            raise unsupported_schema(self._tool, f"{path}, an array without items,")
+            items = {}
         item = self._lark.rule(self._rule_name(), self._value(items, f"{path}/items"))
         return f'"[" ({item} ("," {item})*)? "]"'
+
+    def _any_value(self) -> str:
+        """Returns the rule of a value of any type."""
+        lark, quote = self._lark, self._lark.text(self._quote)
+        text = lark.text_until("any_text", self._quote)
+        lark.rule("any_member", r'/[\w$-]+/ ":" any_value')
+        lark.rule("any_object", '"{" (any_member ("," any_member)*)? "}"')
+        lark.rule("any_array", '"[" (any_value ("," any_value)*)? "]"')
+        scalar = lark.json({"type": ["number", "boolean", "null"]})
+        return lark.rule("any_value", f"{quote} {text} | any_object | any_array | {scalar}")
 
     def _constant(self, value: Any) -> str:
         return f"{self._quote}{value}{self._quote}" if isinstance(value, str) else json.dumps(value)

@@ -32,19 +32,19 @@ class Harmony(ChatFormat):
         return True  # the answer must be parsed even without tools, because its header is not content
 
     def parse(self, parser: MessageParser) -> Parse[None]:
-        buffer = parser.buffer
+        buffer, started = parser.buffer, False
         while True:
             buffer.mark()
             head, end = yield from buffer.collect((_MESSAGE,))
-            if end is None and "<|" not in head and not head.lstrip().startswith("to="):
+            if end is None and not started and "<|" not in head and not head.lstrip().startswith("to="):
                 buffer.rewind()  # text without a header is content
-                parser.content(buffer.advance(len(buffer.rest)))
+                yield from buffer.until((_START, _CHANNEL, _MESSAGE), parser.content)
             buffer.clear_marks()
             if end is None:
                 return
             if not (yield from self._parse_message(parser, head.rpartition(_START)[2])):
                 return
-            yield from buffer.accept(_START)
+            started = (yield from buffer.accept(_START)) is not None
 
     def _parse_message(self, parser: MessageParser, head: str) -> Parse[bool]:
         """Parses a message after its header. Returns False at the end of the text."""

@@ -9,6 +9,7 @@ from typing import Any
 from api.tools.formats.base import AllowedCalls, MessageParser, Tool
 from api.tools.formats.json_calls import (
     FENCE_STARTS,
+    bare_calls,
     call_object,
     parse_call_object,
     parse_untagged_calls,
@@ -25,7 +26,8 @@ class Hermes(TaggedFormat):
     """<tool_call>{"name": ..., "arguments": {...}}</tool_call>
 
     Small models write a Markdown code fence instead of the tags, or omit the tags at the start of the answer. Both
-    variants are parsed, as in llama.cpp.
+    variants are parsed, as in llama.cpp. Required calls may be written so too: a model that never writes the tags often
+    ends after its first call if it must.
     """
 
     name = "hermes"
@@ -50,6 +52,9 @@ class Hermes(TaggedFormat):
     def body(self, lark: LarkBuilder, tool: Tool, index: int) -> str:
         end = lark.text(f"\n{_CALL_END}")
         return f'"\\n" {call_object(lark, tool, index)} {end}'
+
+    def bare(self, lark: LarkBuilder, calls: AllowedCalls) -> str:
+        return bare_calls(lark, calls, self.separator)
 
     def untagged(self, lark: LarkBuilder, calls: AllowedCalls) -> UntaggedCalls | None:
         return untagged_calls(lark, calls)

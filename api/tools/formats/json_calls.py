@@ -8,7 +8,7 @@ import jiter
 
 from api.tools.formats.base import AllowedCalls, MessageParser, Tool
 from api.tools.formats.lark_builder import WHITE_SPACE, LarkBuilder, UntaggedCalls, literal
-from api.tools.formats.text_buffer import Parse
+from api.tools.formats.text_buffer import Parse, TextBuffer
 
 # The keys of the arguments; models write either of them.
 ARGUMENT_KEYS = ("arguments", "parameters")
@@ -16,7 +16,7 @@ ARGUMENT_KEYS = ("arguments", "parameters")
 FENCE_STARTS = ("```json\n", "```\n")
 
 # Regular expressions of the texts that `parse_untagged_calls` requires before and after a tool's name.
-_BEFORE_NAME = WHITE_SPACE + WHITE_SPACE.join((r"[\[,]?", r"\{", '"name"', ":", '"'))
+_BEFORE_NAME = WHITE_SPACE + WHITE_SPACE.join((r"[\[,]?", r"\{", r"\{?", '"name"', ":", '"'))
 _AFTER_NAME = '"' + WHITE_SPACE + WHITE_SPACE.join((",", f'"({"|".join(ARGUMENT_KEYS)})"', ":"))
 # White space inside of an untagged call, bounded because small models repeat white space without end.
 _GAP = r"\s{0,8}"
@@ -47,21 +47,35 @@ def parse_untagged_calls(parser: MessageParser) -> Parse[bool]:
 def _parse_untagged_call(parser: MessageParser) -> Parse[bool]:
     """Parses one call. Returns False if the text does not start with a known tool's name and arguments: other JSON is
     content."""
-    buffer = parser.buffer
+    buffer, name = parser.buffer, ""
     names = tuple(f'"{tool.name}"' for tool in parser.calls.tools)
     keys = tuple(f'"{key}"' for key in ARGUMENT_KEYS)
-    markers: list[str] = []
-    for options in (("{",), ('"name"',), (":",), names, (",",), keys, (":",)):
+    braces = yield from _accept_braces(buffer)
+    if not braces:
+        return False
+    for options in (('"name"',), (":",), names, (",",), keys, (":",)):
         marker = yield from buffer.accept(*options)
         if marker is None:
             return False
-        markers.append(marker)
+        name = marker[1:-1] if options is names else name
     if not (yield from buffer.peek("{")):
         return False
-    parser.begin_call(markers[3][1:-1])
+    parser.begin_call(name)
     if (yield from buffer.value(parser.arguments)):
-        yield from buffer.accept("}")
+        for _ in range(braces):
+            yield from buffer.accept("}")
     return True
+
+
+def _accept_braces(buffer: TextBuffer) -> Parse[int]:
+    """Moves behind the braces that open a call and returns their number, at most 2.
+
+    The template of Qwen2.5-Coder shows a call as {{"name": ..., "arguments": ...}}, and the model copies the braces.
+    """
+    count = 0
+    while count < 2 and (yield from buffer.accept("{")):
+        count += 1
+    return count
 
 
 class _CallObject:
@@ -75,7 +89,8 @@ class _CallObject:
 
     def parse(self) -> Parse[bool]:
         buffer = self._parser.buffer
-        if not (yield from buffer.accept("{")):
+        braces = yield from _accept_braces(buffer)
+        if not braces:
             return False
         while True:
             marker = yield from buffer.accept("}", ",", '"')
@@ -83,6 +98,8 @@ class _CallObject:
                 if not (yield from self._parse_member()):
                     return self._name is not None
             elif marker == "}":
+                if braces > 1:
+                    yield from buffer.accept("}")
                 return self._end()
             elif marker is None:
                 return self._name is not None
@@ -151,13 +168,29 @@ def call_object(lark: LarkBuilder, tool: Tool, index: int, arguments_key: str = 
 
 def untagged_calls(lark: LarkBuilder, calls: AllowedCalls) -> UntaggedCalls:
     """Returns the patterns of calls without tags, with any white space in the JSON."""
-    gap, end = lark.rule("GAP", f"/{_GAP}/"), lark.rule("UNTAGGED_END", f"/{_GAP}\\}}/")
+    gap, end = lark.rule("GAP", f"/{_GAP}/"), _untagged_end(lark)
     rules = []
     for index, tool in enumerate(calls.tools):
         name = lark.rule(f"NAME_{index}", f"/{literal(tool.name)}{_AFTER_NAME}/")
         rules.append(f"{name} {gap} {_arguments_rule(lark, tool, index)} {end}")
     names, fences = ("|".join(map(literal, texts)) for texts in ([tool.name for tool in calls.tools], FENCE_STARTS))
     return UntaggedCalls(_BEFORE_NAME, f"({fences})", f"({names}){_AFTER_NAME}", rules)
+
+
+def bare_calls(lark: LarkBuilder, calls: AllowedCalls, separator: str) -> str:
+    """Returns the Lark expression of all calls of a message without tags, bare or in a code fence."""
+    objects, end = [], _untagged_end(lark)
+    for index, tool in enumerate(calls.tools):
+        parts = (r"\{\{?", '"name"', ":", f'"{literal(tool.name)}"', ",", '"arguments"', ":", "")
+        head = lark.rule(f"BARE_{index}", f"/{_GAP.join(parts)}/")
+        objects.append(f"{head} {_arguments_rule(lark, tool, index)} {end}")
+    bare = lark.rule("bare", lark.call_list(objects, separator, calls.parallel))
+    fence, fence_end = lark.rule("FENCE", r"/```(json)?\n/"), lark.rule("FENCE_END", r"/\s{0,4}```/")
+    return f"{bare} | {fence} {bare} {fence_end}"
+
+
+def _untagged_end(lark: LarkBuilder) -> str:
+    return lark.rule("UNTAGGED_END", f"/{_GAP}\\}}\\}}?/")
 
 
 def _arguments_rule(lark: LarkBuilder, tool: Tool, index: int) -> str:

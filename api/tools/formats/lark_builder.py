@@ -16,6 +16,9 @@ ANY_TEXT, NON_EMPTY_TEXT = r"(.|\n)*", r"(.|\n)+"
 WHITE_SPACE = r"[\s\x1c-\x1f]*"
 # White space permitted after reasoning, bounded because small models repeat line breaks.
 AFTER_REASONING = r"/\s{0,2}/"
+# White space permitted between calls and after the last one: many models emit a line break before the token that ends
+# the turn. Bounded because small models repeat line breaks.
+_CALL_GAP = r"/\s{1,4}/"
 # Maximum calls in a row where only calls are permitted, because small models may repeat calls without end.
 MAX_CALLS = 32
 
@@ -62,6 +65,9 @@ class CallPattern(Struct, frozen=True):
     """Calls without a trigger. Unused if calls are required."""
     interrupts: Sequence[tuple[str, str]] = ()
     """Triggers that close reasoning, each with the expression after it."""
+    bare: str = ""
+    """The expression of all calls of a message without triggers. Used only if calls are required or the alternative is
+    an answer in a given form. Empty if the format has none."""
 
 
 class LarkBuilder:
@@ -132,9 +138,12 @@ class LarkBuilder:
         return first
 
     def call_list(self, bodies: Sequence[str], separator: str, parallel: bool) -> str:
-        """Returns the expression of one call of `bodies`, or of up to `MAX_CALLS` calls if `parallel`."""
+        """Returns the expression of one call of `bodies`, or of up to `MAX_CALLS` calls if `parallel`.
+
+        A separator of white space stands for any other, as models vary it.
+        """
         one = self.rule("one", self.any_of(bodies))
-        return f"{one} {self._repeated(one, separator, parallel)}"
+        return f"{one} {self._more_calls(one, separator, parallel)}"
 
     def text_until(self, name: str, marker: str, text: str = ANY_TEXT, unless: str = "") -> str:
         """Adds a rule of `text` up to and including the first `marker`. Text that starts with a match of `unless` is
@@ -168,9 +177,11 @@ class LarkBuilder:
         """
         if calls.required or answer:
             call = self.rule("call", f"{self.text(calls.trigger)} {calls.body}")
-            more = self._repeated(call, calls.separator, calls.parallel)
-            call_list = f"{call} {more}"
-            rest = self.rule("rest", call_list if calls.required else f"{call_list} | {answer}")
+            more = self._more_calls(call, calls.separator, calls.parallel)
+            call_lists = f"{call} {more}"
+            if calls.bare:
+                call_lists += f" | {calls.bare}"
+            rest = self.rule("rest", call_lists if calls.required else f"{call_lists} | {answer}")
             self.root_rule(reasoning, rest, rest, AFTER_REASONING, self._interrupted(calls, more))
             return
         more = "rest" if calls.parallel else ""
@@ -198,9 +209,15 @@ class LarkBuilder:
     def _has_special(self, text: str) -> bool:
         return any(name in text for name in self._special)
 
-    def _repeated(self, one: str, separator: str, parallel: bool) -> str:
-        """Returns the expression of the calls after the first call."""
-        return f"({self.text(separator)} {one}){{0,{MAX_CALLS - 1}}}" if parallel else ""
+    def _more_calls(self, one: str, separator: str, parallel: bool) -> str:
+        """Returns the expression of the text after the first call: further calls, then white space.
+
+        Without `parallel` it is empty, so that the output ends by itself.
+        """
+        if not parallel:
+            return ""
+        gap = f"{self.rule('CALL_GAP', _CALL_GAP)}?"
+        return f"({self.text(separator) if separator.strip() else gap} {one}){{0,{MAX_CALLS - 1}}} {gap}"
 
     def _opening_tag(self, name: str, tag: str) -> str:
         """Returns the expression of an opening tag. White space may precede a tag without special tokens."""

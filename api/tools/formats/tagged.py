@@ -47,7 +47,7 @@ class TaggedFormat(ChatFormat):
         yield from self.parse_reasoning(parser)
         yield from self.parse_answer_start(parser)
         buffer, triggers = parser.buffer, self.triggers if parser.calls.tools else ()
-        while (trigger := (yield from buffer.until(triggers, parser.content))) is not None:
+        while (trigger := (yield from buffer.until(triggers, parser.content, texts=self.fences))) is not None:
             buffer.mark(len(trigger))
             if (yield from self.parse_call(parser, trigger)):
                 buffer.clear_marks()
@@ -91,8 +91,10 @@ class TaggedFormat(ChatFormat):
             self.message(lark, constraints, bodies, parallel=False)
             return
         # Untagged calls matter only where free text is permitted.
-        untagged = None if calls.required or constraints.answer else self.untagged(lark, calls)
-        self.message(lark, constraints, bodies, parallel=calls.parallel, untagged=untagged)
+        only_calls = calls.required or constraints.answer
+        untagged = None if only_calls else self.untagged(lark, calls)
+        bare = self.bare(lark, calls) if only_calls and bodies else ""
+        self.message(lark, constraints, bodies, parallel=calls.parallel, untagged=untagged, bare=bare)
 
     def message(
         self,
@@ -104,6 +106,7 @@ class TaggedFormat(ChatFormat):
         untagged: UntaggedCalls | None = None,
         others: Sequence[tuple[str, str]] = (),
         interrupts: Sequence[tuple[str, str]] = (),
+        bare: str = "",
     ) -> None:
         """Adds the rules of a message with calls: `trigger` and one of `bodies`, repeated if `parallel`, and calls
         that start otherwise."""
@@ -112,7 +115,7 @@ class TaggedFormat(ChatFormat):
             return
         body = lark.rule("body", lark.any_of(bodies))
         required = constraints.calls.required
-        calls = CallPattern(self.trigger, body, self.separator, parallel, required, others, untagged, interrupts)
+        calls = CallPattern(self.trigger, body, self.separator, parallel, required, others, untagged, interrupts, bare)
         # Free text may start with a reasoning tag under any template, and the parser then expects reasoning.
         has_free_text = not required and not constraints.answer
         lark.message(calls, self.reasoning_tags(constraints, always=has_free_text), constraints.answer)
@@ -134,6 +137,10 @@ class TaggedFormat(ChatFormat):
     def bodies(self, lark: LarkBuilder, calls: AllowedCalls) -> list[str]:
         """Adds one rule for each tool and returns the names of the rules."""
         return [lark.rule(f"tool_{index}", self.body(lark, tool, index)) for index, tool in enumerate(calls.tools)]
+
+    def bare(self, lark: LarkBuilder, calls: AllowedCalls) -> str:
+        """Returns the expression of all calls without triggers where calls are required; empty if there are none."""
+        return ""
 
     def untagged(self, lark: LarkBuilder, calls: AllowedCalls) -> UntaggedCalls | None:
         """Returns the patterns of calls without a trigger. Returns None if the format has no such calls."""

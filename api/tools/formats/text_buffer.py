@@ -28,15 +28,21 @@ class TextBuffer:
 
     def __init__(self) -> None:
         self._text = ""
+        self._dropped = 0  # characters before `_text`
         self._position = 0
         self._marks: list[int] = []
         self.ended = False
         """True once the text is complete."""
+        self.truncated = False
+        """True if the text ends in the middle, so that the beginning of a marker at its end belongs to the marker."""
+        self.completes_options = False
+        """True if the beginning of an option at the end of the text counts as the option."""
 
     def feed(self, text: str) -> None:
         """Appends text and drops the text before the first mark."""
         start = min(self._marks, default=self._position)
         self._text = self._text[start:] + text
+        self._dropped += start
         self._position -= start
         self._marks = [mark - start for mark in self._marks]
 
@@ -44,6 +50,16 @@ class TextBuffer:
     def rest(self) -> str:
         """The text from the position to the end of the buffer."""
         return self._text[self._position :]
+
+    @property
+    def consumed(self) -> int:
+        """Number of characters of the whole text before the position."""
+        return self._dropped + self._position
+
+    @property
+    def decided(self) -> int:
+        """Number of characters of the whole text before the first mark and the position."""
+        return self._dropped + min(self._marks, default=self._position)
 
     def mark(self, before: int = 0) -> None:
         """Marks the position minus `before` characters. The routine must not have yielded since it passed them."""
@@ -66,10 +82,11 @@ class TextBuffer:
         self._position += size
         return self._text[self._position - size : self._position]
 
-    def until(self, markers: Sequence[str], sink: TextSink) -> Parse[str | None]:
+    def until(self, markers: Sequence[str], sink: TextSink, *, texts: Sequence[str] = ()) -> Parse[str | None]:
         """Passes the text before the first marker to `sink`, moves behind the marker and returns the marker.
 
-        Returns None if the text ends first.
+        Returns None if the text ends first. The beginning of a marker at the end of a truncated text is dropped, unless
+        the marker is one of `texts`.
         """
         while True:
             rest = self.rest
@@ -80,10 +97,13 @@ class TextBuffer:
                     sink(self.advance(at))
                 self.advance(len(marker))
                 return marker
-            size = len(rest) - (0 if self.ended else partial_match_length(rest, markers))
-            if size:
+            if self.ended:
+                markers = [marker for marker in markers if marker not in texts] if self.truncated else ()
+            held = partial_match_length(rest, markers)
+            if size := len(rest) - held:
                 sink(self.advance(size))
             if self.ended:
+                self.advance(held)
                 return None
             yield
 
@@ -94,13 +114,19 @@ class TextBuffer:
         return "".join(parts), marker
 
     def peek(self, *options: str) -> Parse[str | None]:
-        """Returns the option that follows after white space. Returns None if no option follows. The position stays."""
+        """Returns the option that follows after white space. Returns None if no option follows. The position stays.
+
+        The beginning of an option at the end of the text counts as the option if `completes_options` is set.
+        """
         while True:
             rest = self.rest.lstrip()
             for option in options:
                 if rest.startswith(option):
                     return option
-            if self.ended or (rest and not any(option.startswith(rest) for option in options)):
+            begun = next((option for option in options if option.startswith(rest)), None)
+            if self.ended:
+                return begun if rest and self.completes_options else None
+            if begun is None:
                 return None
             yield
 
@@ -110,7 +136,7 @@ class TextBuffer:
         option = yield from self.peek(*options)
         if option is not None:
             self._skip_space()
-            self.advance(len(option))
+            self.advance(min(len(option), len(self.rest)))
         return option
 
     def value(self, sink: TextSink, quotes: str = '"') -> Parse[bool]:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
+from urllib.parse import unquote
 
 import jiter
 import msgspec
@@ -18,10 +19,15 @@ from engine import RequestRefused, resolve_reference
 # The JSON schema of a tool's arguments or of a part of them.
 ParameterSchema = Mapping[str, Any]
 
-# Keywords that do not restrict a value beyond its type.
-ANNOTATIONS = frozenset(
-    ("type", "description", "title", "default", "examples", "deprecated", "nullable", "$schema", "$id")
-)
+# Keywords that restrict a value of any type, which a notation of bare values cannot enforce.
+_COMBINING = frozenset(("allOf", "anyOf", "oneOf", "not", "if", "$ref", "$dynamicRef", "$recursiveRef"))
+_OBJECT_RESTRICTIONS = _COMBINING | {
+    *("patternProperties", "minProperties", "maxProperties", "propertyNames", "dependencies", "dependentRequired"),
+    *("dependentSchemas", "enum", "const"),
+}
+ARRAY_RESTRICTIONS = _COMBINING | {
+    *("minItems", "maxItems", "prefixItems", "uniqueItems", "contains", "unevaluatedItems"),
+}
 _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 
 
@@ -137,20 +143,26 @@ class _StringKeywords(Struct):
 _Keywords = TypeVar("_Keywords", bound=Struct)
 
 
-def properties(schema: ParameterSchema, tool: str) -> list[tuple[str, ParameterSchema, bool]]:
-    """Returns the name, the schema and the requiredness of each property of an object. Raises RequestRefused for
-    keywords that a list of properties cannot enforce."""
-    supported = {"properties", "required", "additionalProperties", "$defs", "definitions"}
-    unknown = set(schema) - ANNOTATIONS - supported
-    if unknown:
-        raise unsupported_schema(tool, f"/{min(unknown)}")
+def properties(schema: ParameterSchema, tool: str, path: str = "") -> list[tuple[str, ParameterSchema, bool]]:
+    """Returns the name, the schema and the requiredness of each property of the object at `path`, those that are only
+    required last, without those that permit no value. Raises RequestRefused for keywords that a list of properties
+    cannot enforce."""
+    refuse_keywords(schema, _OBJECT_RESTRICTIONS, tool, path)
     keywords = _decoded(schema, _ObjectKeywords, tool)
-    if missing := [name for name in keywords.required if name not in keywords.properties]:
-        raise unsupported_schema(tool, f"a required property {missing[0]!r} that is not among /properties")
+    schemas, required = keywords.properties, dict.fromkeys(keywords.required)
+    names = [*schemas, *(name for name in required if name not in schemas)]
     return [
-        (name, each if isinstance(each, Mapping) else {}, name in keywords.required)
-        for name, each in keywords.properties.items()
+        (name, each if isinstance(each := schemas.get(name), Mapping) else {}, name in required)
+        for name in names
+        if schemas.get(name) not in (False, {"not": {}})
     ]
+
+
+def refuse_keywords(schema: ParameterSchema, restricting: frozenset[str], tool: str, path: str) -> None:
+    """Raises UnsupportedNotation for the keywords of `schema`, the schema at `path`, that are in `restricting`."""
+    if found := sorted(restricting.intersection(schema)):
+        pointers = tuple(f"{path}/{name}" for name in found)
+        raise unsupported_schema(tool, pointers[0], pointers)
 
 
 def _decoded(schema: ParameterSchema, kind: type[_Keywords], tool: str) -> _Keywords:
@@ -197,20 +209,21 @@ def value_rule(
     """
     if json_types(schema, root) != {"string"}:
         return lark.rule(name, f"{lark.json(with_definitions(schema, root))} {lark.text(close)}")
+    path = definition_path(schema, path)
     schema = resolved(schema, root)  # pydantic represents enumerations as references
     if (values := enum_values(schema, tool)) is not None:
         return lark.rule(name, lark.any_of([lark.text(f"{value}{close}") for value in values]))
-    if unknown := set(schema) - ANNOTATIONS - {"minLength", "maxLength", "pattern", "format"}:
-        raise unsupported_schema(tool, f"{path}/{min(unknown)}")
+    refuse_keywords(schema, _COMBINING, tool, path)
     keywords = _decoded(schema, _StringKeywords, tool)
-    text = ANY_TEXT if keywords.pattern is None else _whole_match(keywords.pattern)
+    texts = [] if keywords.pattern is None else [_whole_match(keywords.pattern)]
     if {"minLength", "maxLength"} & set(schema):
-        if keywords.pattern is not None:
-            raise unsupported_schema(tool, f"{path}/pattern together with a length")
-        text = rf"(.|\n){{{keywords.minLength},{'' if keywords.maxLength is None else keywords.maxLength}}}"
-    if text == ANY_TEXT:
+        texts.append(rf"(.|\n){{{keywords.minLength},{'' if keywords.maxLength is None else keywords.maxLength}}}")
+    if not texts:
         return lark.text_until(name, close)
-    return lark.rule(name, f"/{text}/ {lark.text(close)}")
+    text = f"/{texts[0]}/"
+    if len(texts) > 1:
+        text = lark.rule(f"{name.upper()}_TEXT", " & ".join(f"/{each}/" for each in texts))
+    return lark.rule(name, f"{text} {lark.text(close)}")
 
 
 # An escaped character, which is kept, or a character that needs an escape between slashes.
@@ -231,15 +244,32 @@ def _whole_match(pattern: str) -> str:
     return before + _UNESCAPED.sub(lambda part: _ESCAPES.get(part[0], part[0]), f"({inner})") + after
 
 
-def unsupported_schema(tool: str, feature: str) -> RequestRefused:
-    """Returns the error for a schema that the grammar cannot enforce."""
-    return RequestRefused(
+def definition_path(schema: ParameterSchema, path: str) -> str:
+    """Returns the JSON pointer of the definition to which `schema` refers; `path` if it refers to none."""
+    reference = schema.get("$ref")
+    return unquote(reference[1:]) if isinstance(reference, str) and reference.startswith("#") else path
+
+
+class UnsupportedNotation(RequestRefused):
+    """A tool's schema cannot be enforced in the notation of the model's calls."""
+
+    def __init__(self, message: str, tool: str, pointers: tuple[str, ...]) -> None:
+        """`pointers` are those of the keywords that the notation cannot express, if there are any."""
+        super().__init__(message, field="tools")
+        self.tool = tool
+        self.pointers = pointers
+
+
+def unsupported_schema(tool: str, feature: str, pointers: tuple[str, ...] = ()) -> UnsupportedNotation:
+    """Returns the error for a schema that the grammar cannot enforce because of the keywords at `pointers`."""
+    return UnsupportedNotation(
         f"The parameters of {tool!r} cannot be enforced in the notation in which this model writes calls: {feature} is "
         "not supported.",
-        field="tools",
+        tool,
+        pointers,
     )
 
 
-def unsupported_name(tool: str, name: str) -> RequestRefused:
+def unsupported_name(tool: str, name: str) -> UnsupportedNotation:
     """Returns the error for a property whose name contains a character that ends names in the notation."""
     return unsupported_schema(tool, f"a property named {name[:64]!r}")

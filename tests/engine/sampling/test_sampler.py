@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engine.contract import Request, SamplingParams
-from engine.sampling import BadLogits, Sampler, derive_seed
+from engine.sampling import BadLogits, Sampler, candidate_logprob, derive_seed
 from engine.sampling.candidates import Row
 from engine.sampling.noise import gumbel
 from engine.sampling.truncate import truncate
@@ -287,3 +288,30 @@ def test_bans_apply_while_the_grammar_permits_another_token() -> None:
     assert strict.pick(row, [0], 1, permitted=permitted) == 5
     with pytest.raises(BadLogits):
         strict.pick(np.full(40, np.nan, np.float32), [0], 1, permitted=permitted)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.7, top_k=5, top_p=1.0, min_p=0.0),
+        SamplingParams(temperature=1.5, top_k=0, top_p=0.8, min_p=0.05),
+        SamplingParams(temperature=0.5, top_k=0, typical_p=0.6, logit_bias=((3, 2.0),)),
+        SamplingParams(temperature=0.9, presence_penalty=1.5, xtc_probability=1.0, xtc_threshold=0.05),
+        SamplingParams(temperature=0.0),
+    ],
+    ids=str,
+)
+def test_picks_follow_the_candidates(params: SamplingParams) -> None:
+    row = np.random.default_rng(1).normal(size=40).astype(np.float32) * 2
+    history, counts, draws = [1, 3, 5], Counter[int](), 4000
+    permitted = np.arange(40) % 3 != 0
+    samplers = [Sampler(Request(prompt=(1,), sampling=params), seed, frozenset(), token_bytes) for seed in range(draws)]
+    counts.update(each.pick(row, history, 3, permitted=permitted) for each in samplers)
+    found = samplers[0].candidates(row, history, 3, permitted=permitted)
+    for token in found.ids.tolist():
+        chance = math.exp(candidate_logprob(found, token, 0).logprob)
+        assert counts.pop(token, 0) / draws == pytest.approx(chance, abs=4 * math.sqrt(0.25 / draws))
+    assert not counts, "no other token is picked"
+    forbidden = candidate_logprob(found, 0, 3)
+    assert forbidden.logprob == -math.inf
+    assert [token for token, _ in forbidden.top] == found.ids[(-found.logits).argsort()[:3]].tolist()

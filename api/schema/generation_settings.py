@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
+from api.schema.logit_bias import BAN_BIAS
 from engine import Request, SamplingParams
 
 # Sampler stages in the order of execution, by llama-server's names. `top_n_sigma` is always off.
 SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
+# Stages that this server lacks, with llama-server's values for off.
+_ABSENT_STAGES: dict[str, object] = {
+    "dynatemp_range": 0.0,
+    "dynatemp_exponent": 1.0,
+    "top_n_sigma": -1.0,
+    "mirostat": 0,
+    "mirostat_tau": 5.0,
+    "mirostat_eta": 0.1,
+    "adaptive_target": -1.0,
+    "adaptive_decay": 0.9,
+    "min_keep": 0,
+}
 
 
 def default_settings(defaults: SamplingParams) -> dict[str, object]:
@@ -16,10 +31,13 @@ def default_settings(defaults: SamplingParams) -> dict[str, object]:
     del settings["logit_bias"]
     return {
         **settings,
+        **_ABSENT_STAGES,
         "seed": -1 if defaults.seed is None else defaults.seed,
         "n_predict": -1,
         "max_tokens": -1,
         "min_tokens": 0,
+        "n_keep": 0,
+        "n_discard": 0,
         "ignore_eos": False,
         "stop": (),
         "stream": False,
@@ -27,24 +45,34 @@ def default_settings(defaults: SamplingParams) -> dict[str, object]:
         "samplers": SAMPLERS,
         "timings_per_token": False,
         "post_sampling_probs": False,
+        "backend_sampling": False,
         "lora": (),
     }
 
 
-def request_settings(request: Request, seed: int, *, stream: bool) -> dict[str, object]:
-    """Returns the parameters of `request`. A request with the seed `seed` reproduces the completion."""
+def request_settings(request: Request, seed: int, *, stream: bool, keep: int, ends: Iterable[int]) -> dict[str, object]:
+    """Returns the parameters of `request`. A request with the seed `seed` reproduces the completion.
+
+    `keep` is the server's value of `n_keep`, and `ends` are the model's end tokens, which `ignore_eos` bans. The bias
+    of a banned token is null.
+    """
     max_tokens = -1 if request.max_tokens is None else request.max_tokens
     speculation = request.speculation
+    biases = [(token, None if bias <= BAN_BIAS else bias) for token, bias in request.sampling.logit_bias]
+    if request.ignore_eos:
+        biases += [(token, None) for token in sorted(ends)]
     settings = default_settings(request.sampling) | {
         "seed": seed,
         "n_predict": max_tokens,
         "max_tokens": max_tokens,
         "min_tokens": request.min_tokens,
+        "n_keep": keep if request.keep is None else request.keep,
         "ignore_eos": request.ignore_eos,
         "stop": request.stop,
         "stream": stream,
         "n_probs": request.logprobs or 0,
-        "logit_bias": [{"token": token, "bias": bias} for token, bias in request.sampling.logit_bias],
+        "post_sampling_probs": request.post_sampling,
+        "logit_bias": [{"token": token, "bias": bias} for token, bias in biases],
     }
     if speculation is not None:
         settings["speculative.types"] = ",".join(speculation.type) or "none"

@@ -1,0 +1,101 @@
+"""Embeddings of texts and token ids, for the endpoints of all clients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import anyio.to_thread
+import numpy as np
+
+from api.generation.loaded_model import LoadedModel
+from api.http.error_responses import EndpointDisabled
+from engine import Embedding, EmbeddingModel, RequestRefused, Vocab
+
+# The value to which the norm 0 scales the largest number of an embedding, so that it fits 16 bits.
+_MAX_NORM_VALUE = 32760.0
+
+
+class EmbeddedInput(NamedTuple):
+    """The number of tokens of an input, and its vectors."""
+
+    tokens: int
+    vectors: Embedding
+
+
+def embedding_model(model: LoadedModel) -> EmbeddingModel:
+    """Returns the model that computes embeddings. Raises EndpointDisabled if there is none."""
+    if model.engine.embeddings is None:
+        raise EndpointDisabled(
+            "This server does not support embeddings. Start it with `--embeddings` or `--embedding-model`."
+        )
+    return model.engine.embeddings
+
+
+async def tokenize_inputs(embedder: EmbeddingModel, inputs: Sequence[Sequence[str | int]]) -> list[list[int]]:
+    """Returns the tokens of each input, a mixed list of texts and token ids, computed on a worker thread.
+
+    The model's special tokens are added around the first part, if it is a text.
+    """
+    return await anyio.to_thread.run_sync(
+        lambda: [_tokenize_mixed(embedder.vocab, parts) for parts in inputs],
+    )
+
+
+async def embed_tokens(
+    model: LoadedModel, inputs: Sequence[Sequence[int]], names: Sequence[str]
+) -> list[EmbeddedInput]:
+    """Returns the vectors of each input. `names` has the field of each input in error messages.
+
+    Raises RequestRefused for an input that is empty, too long or outside of the vocabulary.
+    """
+    embedder = embedding_model(model)
+    for tokens, name in zip(inputs, names, strict=True):
+        _check_input(embedder, tokens, name)
+    vectors = await model.engine.embed(inputs)
+    return [EmbeddedInput(len(tokens), each) for tokens, each in zip(inputs, vectors, strict=True)]
+
+
+def normalized(vectors: Embedding, norm: int) -> Embedding:
+    """Returns `vectors`, each scaled to 1 in the p-norm `norm`. -1 changes nothing, and 0 scales the largest absolute
+    number to 32,760, as in llama-server."""
+    if norm < 0:
+        return vectors
+    sizes = np.abs(vectors.astype(np.float64))
+    if norm == 0:
+        lengths = sizes.max(axis=1, keepdims=True) / _MAX_NORM_VALUE
+    else:
+        lengths = (sizes**norm).sum(axis=1, keepdims=True) ** (1 / norm)
+    return (vectors / np.where(lengths > 0, lengths, np.inf)).astype(np.float32)
+
+
+def without_added(vocab: Vocab, tokens: list[int]) -> list[int]:
+    """Returns `tokens` without the BOS and EOS that the tokenizer added."""
+    before, after = vocab.added
+    start = int(bool(tokens) and tokens[0] == before)
+    return tokens[start : len(tokens) - int(len(tokens) > start and tokens[-1] == after)]
+
+
+def _tokenize_mixed(vocab: Vocab, parts: Sequence[str | int]) -> list[int]:
+    tokens: list[int] = []
+    for index, part in enumerate(parts):
+        if isinstance(part, int):
+            tokens.append(part)
+        else:
+            found = vocab.tokenize(part, special=True)
+            tokens += without_added(vocab, found) if index else found
+    return tokens
+
+
+def _check_input(embedder: EmbeddingModel, tokens: Sequence[int], name: str) -> None:
+    limit, size = embedder.info.limit, embedder.vocab.size
+    if not tokens:
+        raise RequestRefused(f"{name} is empty: at least one token is required.", field=name)
+    if len(tokens) > limit:
+        raise RequestRefused(
+            f"{name} is too large: it has {len(tokens)} tokens, and this server embeds at most {limit} "
+            "(--embedding-tokens, up to the model's training context).",
+            field=name,
+        )
+    if not 0 <= min(tokens) <= max(tokens) < size:
+        raise RequestRefused(f"{name} has a token id outside of 0 to {size - 1}.", field=name)

@@ -1,0 +1,226 @@
+"""The embedding thread: computes embeddings beside the engine thread, many inputs in one decode.
+
+On a CPU both threads compete for the same cores. The embedding thread, and so the library's threads for its decodes,
+have a lower priority: a step of the engine preempts them, so embeddings use the time that streams leave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from engine.backend import Aborted, Backend, Embedding, EmbeddingBackend, EmbeddingInfo, Vocab
+from engine.config import EngineConfig
+from engine.contract import Draining, EngineError, EngineFault, ModelError
+
+log = logging.getLogger("paceline.engine")
+
+# Niceness of the thread above that of the process, on systems where each thread has its own, and the maximum.
+THREAD_NICENESS, MAX_NICENESS = 10, 19
+# Maximum rows of a decode of several inputs; a longer input is decoded alone.
+PACKED_ROWS = 512
+
+# Opens the model for embeddings on the embedding thread, given the configuration, the target model, and a function that
+# returns False once the load must be cancelled. Raises ModelError.
+EmbeddingOpener = Callable[[EngineConfig, Backend, Callable[[], bool]], EmbeddingBackend]
+
+
+def open_embedding_model(config: EngineConfig, target: Backend, keep_loading: Callable[[], bool]) -> EmbeddingBackend:
+    """Opens the model of `config.embedding` with llama.cpp. Raises ModelError."""
+    if config.sim.on:
+        raise ModelError("the simulated model computes no embeddings; leave --embeddings out")
+    from engine.llama import open_embedding
+
+    return open_embedding(config, target, keep_loading)
+
+
+class EmbeddingModel(NamedTuple):
+    """The model that computes embeddings."""
+
+    info: EmbeddingInfo
+    vocab: Vocab
+
+
+class EmbeddingJob:
+    """The inputs of one request, of which the first `taken` are computed or being computed."""
+
+    def __init__(self, inputs: Sequence[Sequence[int]], future: asyncio.Future[list[Embedding]]) -> None:
+        self.inputs = inputs
+        self.future = future
+        self.taken = 0
+        self.cancelled = False
+        self.results: dict[int, Embedding] = {}
+
+
+class PackedInput(NamedTuple):
+    """One input of a job, by its number."""
+
+    job: EmbeddingJob
+    number: int
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The token ids."""
+        return self.job.inputs[self.number]
+
+
+def pack(jobs: deque[EmbeddingJob], max_rows: int, max_inputs: int) -> list[PackedInput]:
+    """Takes the inputs of the next decode from `jobs`, one of each job in turn, and drops jobs without further inputs.
+
+    The inputs have together at most `max_rows` tokens, unless there is a single longer one.
+    """
+    packed: list[PackedInput] = []
+    rows = 0
+    while jobs and len(packed) < max_inputs:
+        job = jobs[0]
+        if job.cancelled or job.taken == len(job.inputs):
+            jobs.popleft()
+            continue
+        length = len(job.inputs[job.taken])
+        if packed and rows + length > max_rows:
+            break
+        packed.append(PackedInput(job, job.taken))
+        rows += length
+        job.taken += 1
+        jobs.rotate(-1)
+    return packed
+
+
+class EmbeddingThread:
+    """The embedding thread. Its public methods are for the event loop on which it was created."""
+
+    def __init__(self, config: EngineConfig, opener: EmbeddingOpener = open_embedding_model) -> None:
+        self._config = config
+        self._opener = opener
+        self._loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[EmbeddingBackend] = self._loop.create_future()
+        self._jobs: deque[EmbeddingJob] = deque()
+        self._running: set[EmbeddingJob] = set()
+        self._changed = threading.Condition()  # guards `_jobs` and `_closing`
+        self._closing = False
+        self.idle = asyncio.Event()
+        """Set while no request runs."""
+        self.idle.set()
+        self._thread: threading.Thread | None = None
+        self._backend: EmbeddingBackend | None = None
+
+    # ── on the event loop ──
+
+    async def open(self, target: Backend) -> EmbeddingModel:
+        """Starts the thread and returns the opened model. Raises ModelError."""
+        self._thread = threading.Thread(target=self._serve, args=(target,), name="paceline-embedding")
+        self._thread.start()
+        self._backend = await asyncio.shield(self._opened)
+        return EmbeddingModel(self._backend.info, self._backend.vocab)
+
+    @property
+    def requests(self) -> int:
+        """Number of requests whose embeddings are not complete."""
+        return len(self._running)
+
+    async def embed(self, inputs: Sequence[Sequence[int]]) -> list[Embedding]:
+        """Returns the vectors of each input. Every input must fit `EmbeddingInfo.limit`.
+
+        Raises EngineFault if a decode fails, Draining if the thread closes.
+        """
+        job = EmbeddingJob(inputs, self._loop.create_future())
+        with self._changed:
+            if self._closing:
+                raise Draining
+            self._jobs.append(job)
+            self._changed.notify()
+        self._running.add(job)
+        self.idle.clear()
+        try:
+            return await job.future
+        finally:
+            job.cancelled = True
+            self._running.discard(job)
+            if not self._running:
+                self.idle.set()
+
+    async def close(self) -> None:
+        """Ends all requests, frees the model, and waits for the end of the thread. May be called twice."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._opened.cancel()
+        if self._backend is not None:
+            self._backend.abort()
+        if self._thread is not None:
+            await asyncio.shield(asyncio.to_thread(self._thread.join))
+        for job in self._running:
+            _fail(job, Draining())
+
+    # ── on the embedding thread ──
+
+    def _call_soon(self, function: Callable[..., None], *arguments: object) -> None:
+        with suppress(RuntimeError):  # the event loop has ended
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _serve(self, target: Backend) -> None:
+        with suppress(AttributeError, OSError):
+            thread = threading.get_native_id()
+            niceness = os.getpriority(os.PRIO_PROCESS, thread) + THREAD_NICENESS
+            os.setpriority(os.PRIO_PROCESS, thread, min(niceness, MAX_NICENESS))
+        try:
+            backend = self._opener(self._config, target, lambda: not self._closing)
+        except Exception as error:
+            self._call_soon(_refuse, self._opened, error)
+            return
+        self._call_soon(_open, self._opened, backend)
+        try:
+            while packed := self._next(backend):
+                self._compute(backend, packed)
+        finally:
+            backend.close()
+
+    def _next(self, backend: EmbeddingBackend) -> list[PackedInput]:
+        """Blocks until there are inputs, and returns those of the next decode; none once the thread must end."""
+        with self._changed:
+            while not self._closing:
+                if packed := pack(self._jobs, min(PACKED_ROWS, backend.info.limit), backend.sequences):
+                    return packed
+                self._changed.wait()
+        return []
+
+    def _compute(self, backend: EmbeddingBackend, packed: list[PackedInput]) -> None:
+        try:
+            vectors = backend.embed([each.tokens for each in packed])
+        except Aborted:
+            return  # `close` fails the jobs
+        except Exception:
+            log.exception("embeddings have failed")
+            for each in packed:
+                self._call_soon(_fail, each.job, EngineFault("The embedding has failed; the log has the reason."))
+            return
+        self._call_soon(_deliver, packed, vectors)
+
+
+def _open(opened: asyncio.Future[EmbeddingBackend], backend: EmbeddingBackend) -> None:
+    if not opened.done():
+        opened.set_result(backend)
+
+
+def _refuse(opened: asyncio.Future[EmbeddingBackend], error: Exception) -> None:
+    if not opened.done():
+        opened.set_exception(error)
+
+
+def _deliver(packed: list[PackedInput], vectors: list[Embedding]) -> None:
+    for (job, number), embedding in zip(packed, vectors, strict=True):
+        job.results[number] = embedding
+        if len(job.results) == len(job.inputs) and not job.future.done():
+            job.future.set_result([job.results[each] for each in range(len(job.inputs))])
+
+
+def _fail(job: EmbeddingJob, error: EngineError) -> None:
+    job.cancelled = True
+    if not job.future.done():
+        job.future.set_exception(error)
