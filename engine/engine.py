@@ -317,9 +317,10 @@ class Engine:
         EngineFault."""
         self._refusal = Draining
         self._grammars.close()
-        idle = asyncio.gather(self._no_requests.wait(), self._embedding.idle.wait())
         try:
-            await asyncio.wait_for(idle, grace)
+            async with asyncio.timeout(grace):
+                await self._no_requests.wait()
+                await self._embedding.idle.wait()
         except TimeoutError:
             await self._embedding.close()
             self._inbox.put(FailAll(SHUTTING_DOWN))

@@ -6,6 +6,9 @@ from collections.abc import Collection, Mapping
 
 from engine.contract import Request, RequestRefused
 
+# Fields of a request that count something.
+_COUNTS = ("max_tokens", "min_tokens", "logprobs")
+
 
 def check_prompt(prompt: tuple[int, ...], vocabulary: int) -> None:
     """Raises RequestRefused unless `prompt` has at least one token and all token ids are in a vocabulary of this
@@ -22,8 +25,9 @@ def check_parameters(request: Request, vocabulary: int, unavailable_proposers: M
     `unavailable_proposers` has the reason for each type of proposer that no request can use.
     """
     outside = f"a token id outside 0..{vocabulary - 1}"
-    if (request.max_tokens or 0) < 0:
-        raise RequestRefused("max_tokens must be 0 or more.", field="max_tokens")
+    for name in _COUNTS:  # another type would fail in a step, and with it every request
+        if (value := getattr(request, name)) is not None and (type(value) is not int or value < 0):
+            raise RequestRefused(f"{name} must be a whole number, 0 or more, not {value!r:.64}.", field=name)
     if _outside([token for token, _ in request.sampling.logit_bias], vocabulary):
         raise RequestRefused(f"logit_bias names {outside}.", field="logit_bias")
     if _outside(request.prediction, vocabulary):

@@ -121,8 +121,9 @@ def _block_text(block: ContentBlock, path: str, other_types: Sequence[str] = ())
         case ContentBlock(type="text"):
             return _required(block.text, path, "text")
         case ContentBlock(type="document", source=BlockSource(type="text" | "content") as source):
-            content = source.data if source.type == "text" else source.content
-            return _joined(block.title, *_content_texts(content, f"{path}.source.content"))
+            if source.type == "text":
+                return _joined(block.title, _required(source.data, f"{path}.source", "data"))
+            return _joined(block.title, *_content_texts(source.content, f"{path}.source.content"))
         case ContentBlock(type="search_result", source=str() as url):
             return _joined(block.title, url, *_content_texts(block.content, f"{path}.content"))
     kind, field = repr(block.type[:_QUOTED_CHARS]), "type"

@@ -73,7 +73,7 @@ def anthropic_path(path: str) -> str:
 
 @contextmanager
 def anthropic_paths() -> Iterator[None]:
-    """Changes the path in a RequestRefused, which is that of a chat request, to the path in a request of this API."""
+    """Replaces the path in a RequestRefused, a path of the chat request, by the path in a request of this API."""
     try:
         yield
     except RequestRefused as error:
@@ -125,7 +125,7 @@ def _tool_fields(tools: Sequence[ToolParam], choice: ToolChoiceParam | None) -> 
     if choice.disable_parallel_tool_use:
         fields["parallel_tool_calls"] = False
     if choice.type in ("any", "tool") and not tools:
-        raise RequestRefused(f"tool_choice: type {choice.type!r} needs tools.", field="tools")
+        raise RequestRefused(f"tool_choice: type {choice.type!r} needs tools.", field="tool_choice")
     if choice.type != "tool":
         fields["tool_choice"] = _TOOL_CHOICES[choice.type]
     elif choice.name is None:

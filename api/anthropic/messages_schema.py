@@ -234,7 +234,7 @@ class StopInfo(Struct, frozen=True):
 
 
 class MessageEnd(Struct, frozen=True, tag="message_delta"):
-    """The event before the last: why the message ended, and its usage."""
+    """The event before the last, with the reason for the end of the message and its usage."""
 
     delta: StopInfo
     usage: MessageUsage

@@ -62,10 +62,12 @@ def normalized(vectors: Embedding, norm: int) -> Embedding:
     if norm < 0:
         return vectors
     sizes = np.abs(vectors.astype(np.float64))
+    largest = sizes.max(axis=1, keepdims=True)
     if norm == 0:
-        lengths = sizes.max(axis=1, keepdims=True) / _MAX_NORM_VALUE
+        lengths = largest / _MAX_NORM_VALUE
     else:
-        lengths = (sizes**norm).sum(axis=1, keepdims=True) ** (1 / norm)
+        ratios = sizes / np.where(largest > 0, largest, 1)  # at most 1, as powers of other numbers may overflow
+        lengths = largest * (ratios**norm).sum(axis=1, keepdims=True) ** (1 / norm)
     return (vectors / np.where(lengths > 0, lengths, np.inf)).astype(np.float32)
 
 

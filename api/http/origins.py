@@ -119,7 +119,7 @@ class LoopbackGuard:
         host, origin = headers.get("host", ""), headers.get("origin")
         if host and not self._allows_host(_host_of(f"//{host}")):
             return ForeignPage("Host", host, "--allowed-hosts")
-        if origin and not self._cors.allows(origin) and urlsplit(origin).netloc != host:
+        if origin and not self._cors.allows(origin) and origin.partition("://")[2] != host:
             return ForeignPage("Origin", origin, "--cors-origins")
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
@@ -23,6 +24,9 @@ from engine import EmbeddingModel, RequestRefused
 
 # Maximum documents of one request.
 _MAX_DOCUMENTS = 2048
+
+# Replaced in one pass, as a query may contain the text of a placeholder.
+_PLACEHOLDER = re.compile(r"\{query\}|\{document\}")
 
 
 class RerankDocument(Struct):
@@ -138,7 +142,8 @@ def _tokenize_pair(embedder: EmbeddingModel, query: str, document: str) -> list[
     """Returns the tokens of a query and a document: in the model's template, or between its special tokens."""
     info, vocab = embedder.info, embedder.vocab
     if info.rerank_template:
-        text = info.rerank_template.replace("{query}", query).replace("{document}", document)
+        texts = {"{query}": query, "{document}": document}
+        text = _PLACEHOLDER.sub(lambda found: texts[found[0]], info.rerank_template)
         return without_added(vocab, vocab.tokenize(text, special=True))
     start, middle, end = info.marks
     first, second = (vocab.tokenize(text, special=False) for text in (query, document))

@@ -6,7 +6,7 @@ import asyncio
 import base64
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
@@ -30,10 +30,11 @@ Norm = Annotated[int, Meta(ge=-1, le=64)]
 
 
 class EmbeddingObject(Struct):
-    """An input in llama-server's shapes with a name: a text, or content parts as in chats."""
+    """An input in llama-server's shapes with a name: a text, or content parts as in chats. Only text is supported."""
 
     prompt_string: str | None = None
     content: list[ContentPart] | None = None
+    multimodal_data: Any = None
 
 
 # A text, a mixed list of texts and token ids, an object, or a list of inputs.
@@ -209,6 +210,10 @@ def _parts(item: str | int | Sequence[str | int] | EmbeddingObject, path: str) -
 
 
 def _object_text(item: EmbeddingObject, path: str) -> str:
+    if item.multimodal_data:
+        raise RequestRefused(
+            f"{path}: multimodal_data is not supported; send the text alone in prompt_string.", field=path
+        )
     if item.prompt_string is not None:
         return item.prompt_string
     if item.content is None:

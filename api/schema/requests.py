@@ -112,8 +112,8 @@ class GenerationRequest(Struct, kw_only=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
 
-    # Fields that some or all endpoints refuse unless their value is off, see `refuse_unsupported`. Requests with
-    # messages define the types of those from `top_logprobs` on.
+    # Fields that some or all endpoints refuse unless their value is off, see `refuse_unsupported`. `ChatFields`
+    # has the types of those from `top_logprobs` on.
     grammar_lazy: bool | None = None
     n_indent: NonNegativeInt | None = None
     min_keep: NonNegativeInt | None = None
@@ -221,11 +221,9 @@ class ChatMessageParam(Struct, omit_defaults=True):
     reasoning_content: str | None = None
 
 
-class ChatRequest(GenerationRequest, kw_only=True):
-    """The body of POST /v1/chat/completions."""
+class ChatFields(GenerationRequest, kw_only=True):
+    """The shared fields with the types of the fields that only chats have."""
 
-    messages: Annotated[list[ChatMessageParam], Meta(min_length=1)]
-    logprobs: bool | None = None
     top_logprobs: TopLogprobCount | None = None
     tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -243,6 +241,13 @@ class ChatRequest(GenerationRequest, kw_only=True):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
+
+
+class ChatRequest(ChatFields, kw_only=True):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessageParam], Meta(min_length=1)]
+    logprobs: bool | None = None
 
     @property
     def num_logprobs(self) -> int | None:

@@ -78,11 +78,12 @@ async def test_ids_go_with_streams(app: ASGIApp) -> None:
         ({"authorization": "one"}, 401),
         ({"authorization": "Bearer \xff"}, 401),
         ({"x-api-key": "on"}, 401),
+        ({"x-api-key": "schlüssel".encode().decode("latin-1")}, 200),  # the test client sends Latin-1
     ],
     ids=str,
 )
 async def test_keys(app_of: Apps, headers: dict[str, str], status: int) -> None:
-    app = app_of(api_keys=["one", "two"])
+    app = app_of(api_keys=["one", "two", "schlüssel"])
     answer = await post(app, CHAT, HELLO, headers=headers)
     assert answer.status == status
     if status == 401:

@@ -111,6 +111,7 @@ async def test_special_tokens_surround_each_input() -> None:
         ({"input": [1, [2]]}, "input", "mixes"),
         ({"input": {}}, "input[0]", "prompt_string or content"),
         ({"input": {"content": "a"}}, "input.content", "expected a list"),
+        ({"input": {"prompt_string": "a", "multimodal_data": ["b"]}}, "input[0]", "multimodal_data is not supported"),
         ({"input": {"content": [{"type": "image_url"}]}}, "input[0].content[0].type", "not supported"),
         ({"input": "a", "dimensions": 2}, "dimensions", "3 numbers"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format", "base64"),
@@ -167,6 +168,12 @@ def test_norms(norm: int, expected: list[float]) -> None:
     assert normalized(np.zeros((1, 2), np.float32), norm).tolist() == [[0, 0]]
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_high_norms_of_extreme_numbers(scale: float) -> None:
+    vectors = np.array([[3 * scale, -4 * scale]], np.float32)
+    np.testing.assert_allclose(normalized(vectors, 64), [[0.75, -1]], rtol=1e-6)
+
+
 RERANK = {"query": "q", "documents": ["a", "ccc", "bb"]}
 
 
@@ -189,6 +196,8 @@ async def test_rerank_options() -> None:
     reply = await embed(engine, body, "/reranking")
     assert engine.embedded[0] == [BOS, *b"q vs a"], "only the BOS of the template"
     assert reply["results"] == [{"index": 1, "relevance_score": 9.0, "document": {"text": "ccc"}}]
+    await embed(engine, {"query": "{document}", "documents": ["{query}"]}, "/rerank")
+    assert engine.embedded[-1] == [BOS, *b"{document} vs {query}"], "placeholders of a text are not replaced"
     tei = {"query": "q", "texts": ["a", "ccc"], "return_text": True}
     assert [each["text"] for each in await embed(engine, tei, "/rerank")] == ["ccc", "a"]
     assert [each["index"] for each in await embed(engine, {**tei, "top_n": 99}, "/rerank")] == [1, 0]

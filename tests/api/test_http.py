@@ -8,6 +8,7 @@ import logging
 import socket
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -136,7 +137,14 @@ async def test_where_names_are_checked(app_of: Apps, config: dict[str, Any], che
 
 
 @pytest.mark.parametrize(
-    ("origin", "status"), [("http://localhost:8000", 200), ("https://a.example", 200), ("https://evil.example", 403)]
+    ("origin", "status"),
+    [
+        ("http://localhost:8000", 200),
+        ("https://a.example", 200),
+        ("https://evil.example", 403),
+        ("null", 403),
+        ("http://[::1", 403),
+    ],
 )
 async def test_pages_that_may_not_call_a_loopback_address(app_of: Apps, origin: str, status: int) -> None:
     """The page of the server itself may call it without being listed."""
@@ -286,6 +294,49 @@ def test_an_upgrade_in_two_parts(url: str) -> None:
             connection.sendall(data[cut:])
             response = b"".join(iter(lambda: connection.recv(65536), b""))
         assert response.startswith(b"HTTP/1.1 200")
+
+
+def test_many_upgrades_in_one_packet(url: str) -> None:
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    _, rest = exchange(url, head * 2000 + last)
+    assert rest.count(b"HTTP/1.1 200 OK") == 2000
+
+
+@pytest.mark.parametrize(
+    "request_start",
+    [
+        b"GET /health HTTP/1.1\r\n" + b"X-Long: 1234567890\r\n" * 5000,
+        b"GET /health HTTP/1.1\r\nX: " + b"a" * 500_000,
+        b"GET /" + b"a" * 500_000,
+        request_of("1.1", "Transfer-Encoding: chunked", body=b"1\r\n{\r\n0\r\n" + b"X: 1234567890\r\n" * 50_000),
+    ],
+    ids=["many headers", "one header", "path", "trailers"],
+)
+def test_endless_heads(url: str, request_start: bytes) -> None:
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port or 80), timeout=60) as connection:
+        with suppress(ConnectionError):
+            connection.sendall(request_start)
+            connection.sendall(b"\r\n")
+        with suppress(ConnectionError):  # a reset may overtake the response
+            response = b"".join(iter(lambda: connection.recv(65536), b""))
+            assert response.startswith(b"HTTP/1.1 431 ")
+
+
+@pytest.mark.parametrize("expect", [(), ("Expect: 100-continue",)])
+def test_header_names_are_in_title_case(url: str, expect: tuple[str, ...]) -> None:
+    """Some clients of llama-server compare the names by case."""
+    parts = urlsplit(url)
+    body = json.dumps({"prompt": "1", "max_tokens": 1, "stream": True}).encode()
+    headers = (*expect, "Origin: http://localhost", "Connection: close", f"Content-Length: {len(body)}")
+    with socket.create_connection((parts.hostname, parts.port or 80), timeout=60) as connection:
+        connection.sendall(request_of("1.1", *headers, body=body))
+        response = b"".join(iter(lambda: connection.recv(65536), b""))
+    head = response.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")[0]
+    names = [line.partition(b":")[0] for line in head.split(b"\r\n")[1:]]
+    assert names == [name.title() for name in names]
+    assert {b"Content-Type", b"Access-Control-Allow-Origin", b"X-Request-Id", b"Transfer-Encoding"} <= set(names)
 
 
 @pytest.mark.parametrize("stream", [True, False])

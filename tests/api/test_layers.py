@@ -18,9 +18,22 @@ server
 commands
 __main__
 """
-HTTP = "decode_errors events tasks request_body\nerror_responses\ndialects\nrequest_context\nresponses\napi_keys content_type origins"
+HTTP = """
+decode_errors events tasks request_body
+error_responses
+dialects
+request_context
+responses
+api_keys content_type origins
+"""
 CONFIG = "server\noptions spellings\nflags\ncommand_line"
-SCHEMA = "logit_bias speculation speculation_stats\ngeneration_settings replies\nlogprobs samplers request_values\ncompletion_replies requests\nunsupported"
+SCHEMA = """
+logit_bias speculation speculation_stats
+generation_settings replies
+logprobs samplers request_values
+completion_replies requests
+unsupported
+"""
 TOOLS = "formats\ntool_choice"
 FORMATS = """
 deltas text_buffer lark_builder
@@ -30,7 +43,13 @@ json_calls arguments gemma_grammar
 deepseek dsml gemma glm harmony hermes kimi kimi_xtml llama mistral qwen_xml
 """
 TEMPLATES = "builtin\nchat_template\nchat_messages tool_messages\nprompts\ninfill"
-GENERATION = "loaded_model json_validation\nschema_checks\nconstraints embedding completion_output enforced_calls\nchoices prepared_chat\nopenai_replies chat_choices"
+GENERATION = """
+loaded_model json_validation
+schema_checks
+constraints embedding completion_output enforced_calls
+choices prepared_chat
+openai_replies chat_choices
+"""
 ANTHROPIC = "messages_schema errors\nblocks conversation\nconversion\nmessages"
 OPENAI = "messages\nchat completions embeddings\nrender\nresponses"
 RESPONSES = """

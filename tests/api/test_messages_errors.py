@@ -40,6 +40,10 @@ def block_error(block: Any, role: str = "user") -> dict[str, Any]:
             "messages[0].content[0].source.type: Blocks of type 'document' with a source of type 'base64'",
         ),
         (block_error({"type": "text"}), "messages[0].content[0].text: the field is missing"),
+        (
+            block_error({"type": "document", "source": {"type": "text"}}),
+            "messages[0].content[0].source.data: the field is missing",
+        ),
         (block_error({"type": "tool_result"}), "messages[0].content[0].tool_use_id: the field is missing"),
         (
             block_error({"type": "tool_use", "id": "x"}, "assistant"),
@@ -55,7 +59,7 @@ def block_error(block: Any, role: str = "user") -> dict[str, Any]:
         ({"tools": [{**WEATHER, "name": "a b"}]}, "tools[0].name: expected a string"),
         ({"tools": [{"name": "f", "input_schema": {"type": "array"}}]}, "tools[0].input_schema.type: The type"),
         ({"tools": [WEATHER, WEATHER]}, "tools[1].name: Two tools"),
-        ({"tool_choice": {"type": "any"}}, "tools: tool_choice: type 'any' needs tools"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice: type 'any' needs tools"),
         ({"tools": [WEATHER], "tool_choice": {"type": "tool"}}, "tool_choice.name: the field is missing"),
         ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice.name: No tool is named 'x'"),
         ({"temperature": -1}, "temperature: expected a number from 0 to 100, not -1"),

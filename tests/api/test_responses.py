@@ -237,6 +237,14 @@ def test_a_summary_is_reasoning_too_and_encrypted_reasoning_is_dropped() -> None
     assert messages_of({"type": "reasoning", "summary": [], "encrypted_content": "x"}) == []
 
 
+def test_the_reasoning_items_of_one_turn_are_joined() -> None:
+    thoughts = [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": text}]} for text in ("a", "b")]
+    conversation = ChatConversation(None)
+    conversation.add([thoughts[0], {"role": "assistant", "content": "So."}, thoughts[1]], "input")
+    (message,) = conversation.messages
+    assert (message.reasoning_content, message.content) == ("a\n\nb", "So.")
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -253,6 +261,9 @@ def test_a_summary_is_reasoning_too_and_encrypted_reasoning_is_dropped() -> None
         ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0].type"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].id"),
+        ({"input": [{"type": "item_reference"}]}, "input[0].id"),
+        ({"input": [{"role": "user", "content": "hi", "id": 5}]}, "input[0].id"),
+        ({"input": [{}]}, "input[0].type"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
@@ -268,6 +279,17 @@ def test_a_summary_is_reasoning_too_and_encrypted_reasoning_is_dropped() -> None
         ),
         ({"tools": [{"type": "web_search"}, {"type": "function"}]}, "tools[1].name"),
         ({"tools": [{"name": "f"}]}, "tools[0].type"),
+        ({"tools": [{"type": None}]}, "tools[0].type"),
+        ({"tools": [None]}, "tools[0]"),
+        ({"tools": {}}, "tools"),
+        ({"tool_choice": 5}, "tool_choice"),
+        ({"tool_choice": {}}, "tool_choice.type"),
+        ({"top_logprobs": 1.5}, "top_logprobs"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"documents": 5}, "documents"),
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs"),
+        ({"enable_thinking": "x"}, "enable_thinking"),
+        ({"reasoning_budget": 1.5}, "reasoning_budget"),
         ({"tools": [{"type": "custom", "strict": True}]}, "tools[0].type"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice.name"),
         ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.name"),

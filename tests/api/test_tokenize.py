@@ -14,6 +14,7 @@ from api.llama_server.tokenize import MAX_DETOKENIZED_TOKENS
 from api.server.app import create_app
 from api.templates.prompts import LONG_TEXT_CHARS
 from tests.api.asgi import call, post
+from tests.api.conftest import Apps
 from tests.api.fake import BOS, END, INFO, START, FakeEngine, app_state
 from tests.api.test_refusals import VALUES
 from tests.api.test_tools import QWEN, WEATHER
@@ -245,7 +246,9 @@ async def test_all_endpoints_agree_on_the_tokens(
 @pytest.mark.parametrize("path", ["/v1/chat/completions/render", "/tokenize", "/apply-template"])
 async def test_no_grammar_is_compiled_for_tokens(app: ASGIApp, path: str) -> None:
     """An unsupported schema changes no token; only the completion refuses it."""
-    body = {"messages": HELLO, "json_schema": {"not": {"type": "string"}}}
+    schema = {"type": "object", "not": {"required": ["a"]}}
+    strict = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": schema}}
+    body = {"messages": HELLO, "response_format": strict}
     assert (await post(app, path, body)).status == 200
     assert (await post(app, "/v1/chat/completions", body)).status == 400
 
@@ -284,8 +287,10 @@ async def test_refusals(app: ASGIApp, engine: FakeEngine, path: str, body: Any, 
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/v1/completions/render"])
-async def test_another_model(app: ASGIApp, path: str) -> None:
-    assert (await post(app, path, {"prompt": "x", "tokens": [1], "model": "gpt-5"})).status == 404
+async def test_another_model(app_of: Apps, path: str) -> None:
+    body = {"prompt": "x", "tokens": [1], "model": "gpt-5"}
+    assert (await post(app_of(), path, body)).status == 200
+    assert (await post(app_of(strict_model=True), path, body)).status == 404
 
 
 @settings(max_examples=100, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 import time
@@ -123,6 +124,14 @@ async def test_a_stop_string_over_several_tokens() -> None:
     assert end.usage.completion == at + 3, "a token is a character here"
 
 
+@pytest.mark.parametrize("fields", [{"logprobs": 1.5}, {"logprobs": -1}, {"max_tokens": "5"}, {"min_tokens": True}])
+async def test_a_count_of_a_wrong_type_is_refused_before_a_step(fields: dict[str, Any]) -> None:
+    async with Engine.open(CONFIG, opener=opener(toy_backend())) as engine:
+        with pytest.raises(RequestRefused, match="whole number") as caught:
+            engine.generate(Request(prompt=(1,), **fields))
+        assert caught.value.field == next(iter(fields))
+
+
 async def test_a_failed_step_is_reported_and_the_engine_continues() -> None:
     backend = toy_backend()
     async with Engine.open(CONFIG, opener=opener(backend)) as engine:
@@ -238,6 +247,26 @@ async def test_drain_lets_requests_end_in_time() -> None:
                 await engine.generate(request).__aenter__()
             updates = [update async for update in generation]
         assert isinstance(updates[-1], Finished)
+
+
+async def test_a_cancelled_drain_reports_no_error() -> None:
+    """A second signal cancels the first drain."""
+    errors: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    request = Request(prompt=(1,), max_tokens=1000, ignore_eos=True)
+    async with (
+        Engine.open(CONFIG, opener=opener(toy_backend(decode_seconds=0.005))) as engine,
+        engine.generate(request) as generation,
+    ):
+        await anext(generation)
+        draining = asyncio.create_task(engine.drain(20))
+        await asyncio.sleep(0.01)
+        draining.cancel()
+        await engine.drain(0)
+        await asyncio.sleep(0)
+        del draining
+        gc.collect()
+    assert not errors
 
 
 async def test_closing_with_running_requests_ends_them() -> None:

@@ -23,8 +23,8 @@ from tests.native.test_engine import collect
 
 GREEDY = SamplingParams(temperature=0.0)
 MIB = 2**20
-# Far above the rounding of a tiny model, far below the usual distance of its two most likely tokens.
-NEAR_TIE_NATS = 0.02
+# Rounding alone, as of F16 instead of BF16 values, moves log probabilities of these tiny models by up to 0.3.
+NEAR_TIE_NATS = 0.4
 
 
 def words(seed: int, count: int, start: int = 300, stop: int = 480) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ class FunctionTools:
                 self.positions.append(position)
                 continue
             message = _unsupported_tool(tool, path)
-            if "type" not in tool or tool.get("strict"):
+            if tool.get("type") is None or tool.get("strict"):
                 raise RequestRefused(message, field=path)
             self.warnings.append(RequestWarning(path, f"{message} The tool was dropped."))
 
@@ -88,7 +88,12 @@ class ChatForm:
                     "tool_choice: type 'allowed_tools' needs mode, 'auto' or 'required', and a list of tools.",
                     field="tool_choice.mode",
                 )
-        kind = str(choice.get("type"))[:_QUOTED_CHARS]
+        if choice.get("type") is None:
+            raise RequestRefused(
+                "tool_choice.type: the field is missing; expected 'function' or 'allowed_tools'",
+                field="tool_choice.type",
+            )
+        kind = str(choice["type"])[:_QUOTED_CHARS]
         raise RequestRefused(
             f"tool_choice.type: {kind!r} is not supported; use 'function' or 'allowed_tools'.",
             field="tool_choice.type",
@@ -96,7 +101,7 @@ class ChatForm:
 
     @contextmanager
     def paths(self) -> Iterator[None]:
-        """Changes the path of a RequestRefused from that in the chat request to that in the original request."""
+        """Replaces the path in a RequestRefused, a path of the chat request, by the path in the original request."""
         try:
             yield
         except RequestRefused as error:

@@ -92,7 +92,8 @@ class ChatConversation:
             case "reasoning":
                 reasoning = _convert(item, InputReasoning, path)
                 if text := _reasoning_text(reasoning, path):
-                    self._assistant(path).reasoning_content = text
+                    message = self._assistant(path)
+                    message.reasoning_content = _join(message.reasoning_content, text)
             case other:
                 raise RequestRefused(
                     f"{path}.type: items of type {str(other)[:_QUOTED_CHARS]!r} are not supported, only "
@@ -122,8 +123,7 @@ class ChatConversation:
         self.paths.append(path)
 
     def cuts(self) -> list[int]:
-        """Returns the indices of the messages with which a shortened conversation may begin: those of the user, after
-        the first message that is not from the system."""
+        """Returns the indices of the user's messages, with which a shortened conversation may begin."""
         return [index for index, message in enumerate(self.messages) if message.role == "user"]
 
     def cut(self, start: int) -> ChatConversation:

@@ -111,7 +111,7 @@ class ResponsesEndpoints:
         conversation.add(decoded_items(previous), "previous_response_id", indexed=False)
         conversation.add(new, "input")
         if not conversation.messages:
-            raise RequestRefused("input: the list has no items; send at least one.", field="input")
+            raise RequestRefused("input: the conversation has no messages; send at least one.", field="input")
         form, chat = await _prepare(request, conversation, model)
         return ResponseTurn(form, chat, previous, new)
 

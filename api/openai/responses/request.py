@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from api.schema.request_values import TokenLimit
-from api.schema.requests import GenerationRequest
+from api.schema.requests import ChatFields
 from engine import RequestRefused
 
 SummaryDetail = Literal["auto", "concise", "detailed"]
@@ -40,7 +40,7 @@ class TextOptions(Struct, frozen=True, omit_defaults=True):
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class ResponsesRequest(GenerationRequest, kw_only=True):
+class ResponsesRequest(ChatFields, kw_only=True):
     """The body of POST /v1/responses and /v1/responses/input_tokens."""
 
     input: str | list[dict[str, Any]] | None = None

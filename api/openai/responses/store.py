@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Struct
 from starlette.exceptions import HTTPException
 
+from api.http.decode_errors import quoted
 from api.http.events import encode_json
 from api.openai.responses.conversation import item_type
 from api.openai.responses.reply import ResponseReply
@@ -105,7 +106,7 @@ class ResponseStore:
     def resolved_items(self, namespace: str, items: str | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Returns the items of an input, each with an id. Replaces references by the items of stored outputs.
 
-        Raises RequestRefused for a reference to an unknown item.
+        Raises RequestRefused for a reference to an unknown item, an item without a type, and an id that is no string.
         """
         if isinstance(items, str):
             items = [{"role": "user", "content": [{"type": "input_text", "text": items}]}]
@@ -113,12 +114,18 @@ class ResponseStore:
 
     def _resolved(self, namespace: str, item: Mapping[str, Any], path: str) -> Mapping[str, Any]:
         kind, id = item_type(item), item.get("id")
+        if kind is None:
+            raise RequestRefused(f"{path}.type: the field is missing; expected a string", field=f"{path}.type")
+        if kind != "item_reference" and not id:
+            id = f"{_ID_PREFIXES.get(kind, 'item')}_{uuid4().hex}"
+        if not isinstance(id, str):
+            raise RequestRefused(f"{path}.id: expected a string, not {quoted(id)}", field=f"{path}.id")
         if kind != "item_reference":
-            return {**item, "type": kind, "id": id or f"{_ID_PREFIXES.get(kind or '', 'item')}_{uuid4().hex}"}
-        found = self._items.get((namespace, str(id)))
+            return {**item, "type": kind, "id": id}
+        found = self._items.get((namespace, id))
         if found is None:
             raise RequestRefused(
-                f"{path}.id: item with id {str(id)[:_QUOTED_CHARS]!r} not found.{self._remedy or _RESEND}",
+                f"{path}.id: item with id {id[:_QUOTED_CHARS]!r} not found.{self._remedy or _RESEND}",
                 field=f"{path}.id",
             )
         return decoded_items([found])[0]
