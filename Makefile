@@ -18,13 +18,17 @@ ARGS   ?=
 NO_AMX := -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
 export CMAKE_ARGS := -DLLAVA_BUILD=OFF $(NO_AMX) $(CMAKE_ARGS)
 
-.PHONY: serve test check bench bench-full gpu-bundle clean
+.PHONY: serve test test-long check bench bench-full gpu-bundle clean
 
 serve: $(VENV)/.installed $(MODEL)
 	$(BIN)/paceline serve -m $(MODEL) $(ARGS)
 
 test: $(VENV)/.developed $(SMOLLM) check
 	$(BIN)/pytest -n auto --dist worksteal
+
+# The random tests with many more seeds and operations, for a night.
+test-long: $(VENV)/.developed $(SMOLLM)
+	PACELINE_TEST_LONG=1 $(BIN)/pytest -n auto --dist worksteal --timeout 3600
 
 check: $(VENV)/.developed
 	$(BIN)/ruff check engine api tests bench

@@ -156,8 +156,7 @@ class Engine:
         return request_limit(self._model.context, self.info)
 
     def context_exceeded(self, prompt_tokens: int) -> ContextExceeded:
-        """Returns the error for a prompt of `prompt_tokens` tokens; its message names the flags that raise the
-        limit."""
+        """Returns the error for a prompt of `prompt_tokens` tokens. It names the flags that raise the limit."""
         context = self._model.context
         shared = not context.unified and self.slots > 1 and context.sequence_cells == self.request_limit
         return ContextExceeded(prompt_tokens, self.request_limit, self.slots if shared else 0)

@@ -68,7 +68,7 @@ class PromptRenderer:
         # Templates get the tools even if `tool_choice` is "none", as in vLLM and llama-server: earlier messages may
         # contain calls, and the prompt keeps its prefix.
         tools = request.tools or None
-        continues = self._continues_last_message(request)
+        continues = _continues_last_message(request, prefill=self.chat.prefill_assistant)
         messages = [template_message(index, each, template.source) for index, each in enumerate(request.messages)]
         if continues:
             messages[-1] = join_parts(messages[-1])
@@ -189,33 +189,6 @@ class PromptRenderer:
             variables["enable_thinking"] = variables["thinking"] = enabled
         return variables
 
-    def _continues_last_message(self, request: ChatRequest) -> bool:
-        """True if the completion continues the last message instead of starting a new one. Raises RequestRefused."""
-        last = request.messages[-1]
-        if request.continue_final_message is None and request.add_generation_prompt is None:
-            continues = self.chat.prefill_assistant and last.role == "assistant" and not last.tool_calls
-            if continues and [message.role for message in request.messages[-2:]] == ["assistant", "assistant"]:
-                # The beginning is llama-server's message, as clients may match it.
-                raise RequestRefused(
-                    "Cannot have 2 or more assistant messages at the end of the list. Join them, or set "
-                    "add_generation_prompt or continue_final_message.",
-                    field="messages",
-                )
-            return continues
-        if not request.continue_final_message:
-            return False
-        if request.add_generation_prompt:
-            raise RequestRefused(
-                "add_generation_prompt and continue_final_message exclude each other: set only one of them.",
-                field="continue_final_message",
-            )
-        if last.tool_calls:
-            raise RequestRefused(
-                "A message with tool calls cannot be continued: omit continue_final_message.",
-                field="continue_final_message",
-            )
-        return True
-
     # ── text to tokens ──
 
     async def tokenize_prompt(self, text: str) -> tuple[int, ...]:
@@ -321,3 +294,32 @@ async def run_long_in_thread(function: Callable[[_Argument], _Result], argument:
 def _request_bytes(request: ChatRequest) -> int:
     """Returns the size as JSON of all fields that the template renders."""
     return len(msgspec.json.encode((request.messages, request.tools, request.documents, request.chat_template_kwargs)))
+
+
+def _continues_last_message(request: ChatRequest, *, prefill: bool) -> bool:
+    """Returns True if the completion continues the last message instead of starting a new one; with `prefill`, also the
+    assistant's last message by default. Raises RequestRefused."""
+    last = request.messages[-1]
+    if request.continue_final_message is None and request.add_generation_prompt is None:
+        continues = prefill and last.role == "assistant" and not last.tool_calls
+        if continues and [message.role for message in request.messages[-2:]] == ["assistant", "assistant"]:
+            # The beginning is llama-server's message, as clients may match it.
+            raise RequestRefused(
+                "Cannot have 2 or more assistant messages at the end of the list. Join them, or set "
+                "add_generation_prompt or continue_final_message.",
+                field="messages",
+            )
+        return continues
+    if not request.continue_final_message:
+        return False
+    if request.add_generation_prompt:
+        raise RequestRefused(
+            "add_generation_prompt and continue_final_message exclude each other: set only one of them.",
+            field="continue_final_message",
+        )
+    if last.tool_calls:
+        raise RequestRefused(
+            "A message with tool calls cannot be continued: omit continue_final_message.",
+            field="continue_final_message",
+        )
+    return True

@@ -224,7 +224,7 @@ async def test_the_end_fails_requests_whose_grammar_is_being_compiled(
     monkeypatch: pytest.MonkeyPatch, drained: bool
 ) -> None:
     go_on = threading.Event()
-    monkeypatch.setattr(compiler.GrammarCompiler, "_compile", lambda self, key, spec: go_on.wait(5))
+    monkeypatch.setattr(compiler.GrammarCompiler, "_compile", lambda self, key, spec: go_on.wait(1))
     async with Engine.open(CONFIG, opener=opener(toy_backend())) as engine:
         waiting = [asyncio.create_task(engine.compile(Regex(pattern))) for pattern in "aabcd"]
         await asyncio.sleep(0.01)

@@ -15,9 +15,10 @@ from msgspec import Struct
 from engine.kv import Allocation, Costs, KVCache, Offload
 from engine.kv.block import Block
 from engine.kv.sequence_file import SequencePart
+from tests.sizes import sized
 from tests.toy import VOCABULARY, ToyContext
 
-SEEDS, OPERATIONS = 40, 150
+SEEDS, OPERATIONS = sized(40, 400), 150
 SLOTS = 4
 CELLS = 160
 KINDS: dict[str, dict[str, Any]] = {

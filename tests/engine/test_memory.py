@@ -20,6 +20,7 @@ from engine.kv import Costs, Offload, offloader
 from engine.kv.block import BLOCK_TOKENS
 from engine.kv.disk import Disk
 from tests.engine.test_same_as_alone import LAYOUTS, CoreBench, Oracle, alone, context_of, draw_request
+from tests.sizes import sized
 from tests.toy import VOCABULARY, ToyContext
 
 # Bytes of a token in the toy's states.
@@ -545,7 +546,7 @@ def run_at_random(
 
 
 @both
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(sized(20, 400)))
 def test_random_operations(seed: int, tmp_path: Path, unified: bool) -> None:
     run_at_random(seed, 250, tmp_path if seed % 2 else None, unified=unified)
 
@@ -558,7 +559,7 @@ def test_random_operations(seed: int, tmp_path: Path, unified: bool) -> None:
         pytest.param(False, True, id="cut"),
     ],
 )
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(sized(8, 200)))
 def test_random_operations_on_states_that_are_not_divisible(
     seed: int, tmp_path: Path, unified: bool, partial: bool
 ) -> None:

@@ -34,6 +34,7 @@ from engine.pace import Layout, StepCost, StepTargets
 from engine.sequence import Sequence
 from engine.speculate import Draft, DraftModel, Proposer, SharedDraftData, SpeculativeDecoding
 from engine.step import EngineCore
+from tests.sizes import sized
 from tests.toy import VOCABULARY, ToyBackend, ToyContext
 
 
@@ -218,7 +219,7 @@ def draw_request(random: Random, prefixes: list[list[int]], longest: int) -> Req
 
 
 @pytest.mark.parametrize("unified", LAYOUTS)
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(sized(60, 1000)))
 def test_random_interleavings(seed: int, unified: bool) -> None:
     random = Random(seed)
     cells = random.choice([64, 90, 300])
@@ -326,7 +327,7 @@ def run_by_cell_order(seed: int, *, unified: bool) -> tuple[dict[int, list[int]]
     return bench.outputs, wanted
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(sized(20, 400)))
 def test_with_per_slot_kv_cells_are_in_the_order_of_positions(seed: int) -> None:
     """The last bits of a sum over cells therefore depend on nothing else, as the deterministic profile requires."""
     got, wanted = run_by_cell_order(seed, unified=False)
@@ -337,7 +338,7 @@ def test_with_per_slot_kv_cells_are_in_the_order_of_positions(seed: int) -> None
 OWN_TOKENS = range(40, VOCABULARY)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(sized(20, 400)))
 def test_rows_of_prompts_are_never_single_and_share_no_pass(seed: int) -> None:
     """An output does not depend on chunks, cached prefixes or other sequences.
 

@@ -20,6 +20,7 @@ from tests.engine.test_same_as_alone import LAYOUTS, CoreBench, Oracle
 from tests.native import tiny
 from tests.native.conftest import MODEL
 from tests.native.test_engine import collect
+from tests.sizes import sized
 
 GREEDY = SamplingParams(temperature=0.0)
 MIB = 2**20
@@ -177,7 +178,7 @@ def test_random_operations_on_models_that_cannot_cut_or_share(small: Path, unifi
 
 
 def test_random_operations_on_the_real_model() -> None:
-    bench = run_at_random(MODEL, 1, 500, 80, context=512, deterministic=True)
+    bench = run_at_random(MODEL, 1, sized(200, 2000), 80, context=512, deterministic=True)
     assert bench.core.kv.stats().saved_tokens
     assert bench.core.kv.stats().restored_tokens
 
