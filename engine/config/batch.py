@@ -29,7 +29,7 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             description="maximum number of requests queued for a slot; further requests get 429 with Retry-After",
         ),
     ] = 256
-    rows: Annotated[int, Meta(ge=32, le=2**16, description="maximum rows (tokens) of one decode")] = 2048
+    rows: Annotated[int, Meta(ge=1, le=2**16, description="maximum rows (tokens) of one decode")] = 2048
     ubatch: Annotated[
         int, Meta(ge=32, le=2**16, description="maximum rows (tokens) of one ubatch, a pass over the weights")
     ] = 512
