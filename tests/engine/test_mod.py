@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from engine.checksummed import DamagedFile
 from engine.speculate import ngram_mod
 from engine.speculate.ngram_mod import MAX_LOOP_TOKENS, NgramModProposer, NgramPool, scope_of
+from tests.sizes import sized
 
 KEY = bytes(range(32))
 OTHER_KEY = bytes(32)
@@ -77,7 +78,7 @@ STEPS = 40
 NAMES = ["observe", "observe", "observe", "propose", "propose", "propose", "truncate", "shift"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=sized(150, 2000), deadline=None)
 @given(
     st.binary(min_size=10 * STEPS, max_size=10 * STEPS),
     st.integers(1, 4),

@@ -19,6 +19,7 @@ from engine.speculate import ngram_counts
 from engine.speculate.ngram_cache import NgramCacheProposer
 from engine.speculate.ngram_counts import NGRAM_SIZES, STATIC_NGRAM_SIZES, NgramCounts, count_corpus, ngram_keys
 from engine.speculate.proposer import Draft
+from tests.sizes import sized
 
 KEY = bytes(range(32))
 OTHER_KEY = bytes(32)
@@ -90,7 +91,7 @@ STEPS = 40
 NAMES = ["observe", "observe", "observe", "propose", "propose", "truncate", "shift", "restart"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=sized(150, 2000), deadline=None)
 @given(
     st.binary(min_size=10 * STEPS, max_size=10 * STEPS),
     st.integers(2, 5),

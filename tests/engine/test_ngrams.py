@@ -14,6 +14,7 @@ from engine.speculate import ngram_map
 from engine.speculate.ngram_index import NgramIndex, NgramProposer
 from engine.speculate.ngram_map import MAX_CONTINUATIONS, MAX_OCCURRENCES, NgramMapK4vProposer, NgramMapKProposer
 from engine.speculate.ngram_simple import NgramSimpleProposer
+from tests.sizes import sized
 
 KINDS: list[type[NgramProposer]] = [NgramSimpleProposer, NgramMapKProposer, NgramMapK4vProposer]
 DraftFunction = Callable[["NaiveNgramProposer", list[int], int], list[int]]
@@ -171,7 +172,7 @@ def state(proposer: NgramProposer) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=sized(120, 2000), deadline=None)
 @given(
     sizes=st.tuples(st.integers(1, 4), st.integers(1, 8), st.integers(1, 3), st.integers(2, 5)),
     prompt=st.binary(max_size=20),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from engine.speculate.suffix import SharedOutputs, SuffixProposer
 from engine.speculate.suffix_tree import SuffixTree, TreeText
+from tests.sizes import sized
 
 DEPTH = 5
 BOUND = 24
@@ -252,7 +253,7 @@ def operations(drawn: bytes) -> list[Operation]:
     ]
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=sized(120, 2000), deadline=None)
 @given(st.binary(min_size=400, max_size=600).map(operations))
 def test_proposer_equals_the_reference(operations: list[Operation]) -> None:
     requests = RequestPairs()

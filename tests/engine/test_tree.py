@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.kv.tree import PrefixTree, Resident
+from tests.sizes import sized
 
 
 class NaivePrefixTree:
@@ -67,7 +68,7 @@ def apply(tree: PrefixTree, naive: NaivePrefixTree, operation: tuple[str, int, i
             del naive.held[seq], naive.salts[seq]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=sized(150, 2000), deadline=None)
 @given(st.lists(OPERATION, max_size=40), TOKENS)
 def test_equals_the_naive_model(operations: list[tuple[str, int, int, int, list[int], str]], query: list[int]) -> None:
     tree, naive = PrefixTree(), NaivePrefixTree()
