@@ -107,14 +107,8 @@ class TimingsReply(Struct, frozen=True):
         drafted = sum(end.usage.drafted for end in ends)
         return cls(
             cached,
-            prefilled,
-            prefill_seconds * 1e3,
-            _ratio(prefill_seconds * 1e3, prefilled),
-            _ratio(prefilled, prefill_seconds),
-            predicted,
-            decode_seconds * 1e3,
-            _ratio(decode_seconds * 1e3, decoded),
-            _ratio(decoded, decode_seconds),
+            *_speeds(prefilled, prefilled, prefill_seconds),
+            *_speeds(predicted, decoded, decode_seconds),
             drafted or UNSET,
             sum(end.usage.accepted for end in ends) if drafted else UNSET,
             any(end.discarded for end in ends) or UNSET,
@@ -131,23 +125,19 @@ class TimingsReply(Struct, frozen=True):
         cached = 0 if prefill is None else prefill.cached
         prefilled = prompt if prefill is None else prefill.processed - prefill.cached
         prefill_seconds = 0.0 if prefill is None else prefill.seconds
-        decoded = max(0, predicted - 1)
         return cls(
-            cached,
-            prefilled,
-            prefill_seconds * 1e3,
-            _ratio(prefill_seconds * 1e3, prefilled),
-            _ratio(prefilled, prefill_seconds),
-            predicted,
-            seconds * 1e3,
-            _ratio(seconds * 1e3, decoded),
-            _ratio(decoded, seconds),
+            cached, *_speeds(prefilled, prefilled, prefill_seconds), *_speeds(predicted, max(0, predicted - 1), seconds)
         )
 
 
 def _cached(choices: Sequence[Finished]) -> int:
     # The first choice computes the prompt and the others find it in the cache: the minimum is the first choice's count.
     return min(end.usage.cached for end in choices)
+
+
+def _speeds(tokens: int, timed: int, seconds: float) -> tuple[int, float, float, float]:
+    """Returns `tokens`, their milliseconds, and milliseconds for each and number per second of the `timed` ones."""
+    return tokens, seconds * 1e3, _ratio(seconds * 1e3, timed), _ratio(timed, seconds)
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
+from openai import AsyncOpenAI, OpenAI
 from starlette.types import ASGIApp
 
 from api.server.app import create_app
 from tests.api.fake import FakeEngine, app_state, hello
+from tests.api.server import Server
 
 Apps = Callable[..., ASGIApp]
 
@@ -41,3 +43,16 @@ def app_of(engine: FakeEngine) -> Apps:
 @pytest.fixture
 def app(app_of: Apps) -> ASGIApp:
     return app_of()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[OpenAI]:
+    """A client of the test module's server."""
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        yield client
+
+
+@pytest.fixture
+async def async_client(server: Server) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        yield client

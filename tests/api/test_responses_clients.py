@@ -6,7 +6,7 @@ The model is small and picks tools badly, so each request names the tool to call
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
@@ -27,18 +27,6 @@ def server() -> Iterator[Server]:
     with serving("-np", "4") as server:
         server.ready()
         yield server
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-        yield client
-
-
-@pytest.fixture
-async def async_client(server: Server) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-        yield client
 
 
 def test_create_continue_and_delete(client: OpenAI) -> None:

@@ -490,10 +490,8 @@ def run_at_random(
     partial: bool = True,
     divisible: bool | None = None,
 ) -> CoreBench:
-    """Runs random arrivals, cancellations, preemptions, evictions, lost states and steps without free cells.
-
-    The state is checked after each operation, and every request's tokens at the end.
-    """
+    """Runs random arrivals, cancellations, preemptions, evictions, lost states and steps without free cells. The state
+    is checked after each operation, and every request's tokens at the end."""
     random = Random(seed)
     cells = random.choice([300, 500, 1200])
     sequences, rows = random.choice([7, 14]), random.choice([64, 256])
