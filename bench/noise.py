@@ -51,7 +51,7 @@ def pick_of(noise: str, vocab: Vocab, case: RecordedRequest, params: SamplingPar
     if noise == "greedy":
         return None
     sampler = Sampler(Request(prompt=case.prompt, sampling=params), params.seed or 0, vocab.ends, vocab.piece)
-    own = sampler if noise == "shared" else sampler.independent()
+    own = sampler if noise == "shared" else sampler.for_drafts(independent=True)
     return lambda row, history, discarded: own.pick(row, history, len(case.prompt), discarded)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Row: TypeAlias = NDArray[np.float32]
 
 # Distance below the maximum that excludes only banned tokens, whose logit is -inf.
-_UNLIMITED_REACH = 1e30
+UNLIMITED_REACH = 1e30
 
 
 class BadLogits(ValueError):
@@ -31,6 +31,8 @@ class Candidates(NamedTuple):
     mass: float | None = None
     """Sum of exp(logit - maximum) to which probabilities are relative, if it includes tokens that are not candidates.
     None means the sum over the candidates."""
+    probabilities: NDArray[np.float64] | None = None
+    """Probabilities before adaptive-p replaced the logits. None means the softmax of `logits`."""
 
     def select(self, kept: NDArray[np.intp] | NDArray[np.bool_] | slice) -> Candidates:
         """Returns the candidates at `kept`: indices, a mask or a slice. Their `mass` is None."""
@@ -50,7 +52,7 @@ def candidates_within(row: Row, reach: float) -> Candidates:
     return _candidates(row, ids)
 
 
-def top_candidates(row: Row, k: int, reach: float = _UNLIMITED_REACH) -> Candidates:
+def top_candidates(row: Row, k: int, reach: float = UNLIMITED_REACH) -> Candidates:
     """Returns the `k` most likely of the tokens at most `reach` below the maximum, most likely first. Raises BadLogits.
 
     The row is viewed as a matrix with `width` columns. The k-th largest column maximum is a lower bound of the k-th

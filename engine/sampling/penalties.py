@@ -10,18 +10,15 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.contract import SamplingParams
 from engine.sampling.candidates import Row
+from engine.sampling.repeats import RepeatLengths, last_tokens
 from engine.text import TokenBytes
 
 # Logarithm of the maximum penalty; float32 overflows at 3e38.
 _MAX_LOG_PENALTY = math.log(1e30)
-
-
-def last_tokens(history: Sequence[int], last_n: int) -> Sequence[int]:
-    """Returns the `last_n` most recent tokens of `history`, oldest first. -1 means all tokens."""
-    return history if last_n < 0 else history[max(0, len(history) - last_n) :]
 
 
 def apply_penalties(row: Row, history: Sequence[int], params: SamplingParams) -> None:
@@ -31,11 +28,12 @@ def apply_penalties(row: Row, history: Sequence[int], params: SamplingParams) ->
     subtracted once for each occurrence of the token, the presence penalty once.
     """
     seen = np.array(last_tokens(history, params.repeat_last_n), np.intp)
-    tokens, counts = np.unique(seen, return_counts=True)
+    occurrences = np.bincount(seen, minlength=1)
+    tokens = occurrences.nonzero()[0]
     logits = row[tokens].astype(np.float64)
     repeat = params.repeat_penalty
     logits = np.where(logits > 0.0, logits / repeat, logits * repeat)
-    row[tokens] = logits - counts * params.frequency_penalty - params.presence_penalty
+    row[tokens] = logits - occurrences[tokens] * params.frequency_penalty - params.presence_penalty
 
 
 class DryPenalty:
@@ -49,30 +47,50 @@ class DryPenalty:
     recognised if it spans several tokens or is the text of a control token.
     """
 
-    def __init__(self, params: SamplingParams, token_bytes: TokenBytes) -> None:
+    def __init__(self, params: SamplingParams, token_bytes: TokenBytes, origin: DryPenalty | None = None) -> None:
         self._params = params
         self._token_bytes = token_bytes
         self._texts = tuple(text.encode() for text in params.dry_sequence_breakers if text)
-        self._breakers: dict[int, bool] = {}
+        self._breakers: dict[int, bool] = {} if origin is None else origin._breakers
+        # Scratch space: index of the longest repeat by token.
+        self._winners = np.zeros(0, np.intp)
+        known: RepeatLengths | None = None if origin is None else origin._repeats
+        self._repeats: RepeatLengths = RepeatLengths(params.dry_penalty_last_n, self._is_breaker, known)
+
+    def fork(self) -> DryPenalty:
+        """Returns the same penalty for histories that continue this one's, as drafts do."""
+        return DryPenalty(self._params, self._token_bytes, self)
 
     def apply(self, row: Row, history: Sequence[int]) -> None:
-        """Subtracts the penalties from `row`, in time linear in `dry_penalty_last_n`."""
-        shortest = self._params.dry_allowed_length
-        tokens = list(last_tokens(history, self._params.dry_penalty_last_n))[::-1]
-        repeats = repeat_lengths(tokens, shortest)
-        limit = self._unbroken(tokens[: max(repeats.values(), default=0)])
-        for token, size in repeats.items():
-            if min(size, limit) >= shortest and not self._is_breaker(token):
-                row[token] -= self._penalty(min(size, limit))
+        """Subtracts the penalties from `row`.
 
-    def _penalty(self, size: int) -> float:
+        If `history` continues that of the last call, the time is a few vectorised passes over `dry_penalty_last_n`.
+        """
+        self._repeats.update(history)
+        shortest, limit = self._params.dry_allowed_length, self._repeats.unbroken
+        if limit < shortest:
+            return
+        tokens, lengths = self._longest(*self._repeats.continuations(shortest), len(row))
+        penalised = ~np.array([self._is_breaker(token) for token in tokens.tolist()], np.bool_)
+        tokens = tokens[penalised]
+        row[tokens] = row[tokens] - self._penalties(np.minimum(lengths[penalised], limit))
+
+    def _longest(
+        self, tokens: NDArray[np.int32], lengths: NDArray[np.int32], vocabulary: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Returns each token once, with its greatest length."""
+        if len(self._winners) != vocabulary:
+            self._winners = np.zeros(vocabulary, np.intp)
+        order = lengths.argsort(kind="stable")
+        self._winners[tokens[order]] = order  # of several values for one index the last is kept
+        wins = self._winners[tokens] == np.arange(len(tokens))
+        return tokens[wins], lengths[wins]
+
+    def _penalties(self, sizes: NDArray[np.int32]) -> NDArray[np.float64]:
         params = self._params
-        growth = (size - params.dry_allowed_length) * math.log(params.dry_base)
-        return math.exp(min(math.log(params.dry_multiplier) + growth, _MAX_LOG_PENALTY))
-
-    def _unbroken(self, tokens: Sequence[int]) -> int:
-        """Returns the number of tokens before the first breaker. `tokens` are ordered from the most recent one."""
-        return next((at for at, token in enumerate(tokens) if self._is_breaker(token)), len(tokens))
+        growth = (sizes - params.dry_allowed_length) * math.log(params.dry_base)
+        penalties: NDArray[np.float64] = np.exp(np.minimum(math.log(params.dry_multiplier) + growth, _MAX_LOG_PENALTY))
+        return penalties
 
     def _is_breaker(self, token: int) -> bool:
         known = self._breakers.get(token)
@@ -80,33 +98,3 @@ class DryPenalty:
             content = self._token_bytes(token)
             known = self._breakers[token] = any(text in content for text in self._texts)
         return known
-
-
-def repeat_lengths(tokens: Sequence[int], shortest: int) -> dict[int, int]:
-    """Returns, for each token that would extend a repeat of the most recent tokens, the length of the longest repeat.
-
-    `tokens` are ordered from the most recent one. A length does not include the extending token. Lengths below
-    `shortest` are left out. The Z-algorithm (Gusfield 1997, section 1.4) takes linear time; koboldcpp and llama.cpp use
-    it for DRY too.
-
-    >>> repeat_lengths("cbaycbccba", 1)
-    {'y': 2, 'b': 1, 'c': 3}
-    """
-    longest: dict[int, int] = {} if shortest else dict.fromkeys(tokens[:-1], 0)
-    total = len(tokens)
-    # lengths[at] is the length of the common prefix of tokens and tokens[at:].
-    lengths = [0] * total
-    # tokens[left:right] is the match with a prefix of tokens, among those found so far, that ends last.
-    left = right = 0
-    for at in range(1, total):
-        if tokens[at] != tokens[0]:
-            continue
-        length = min(lengths[at - left], right - at) if at < right else 0
-        if at + length >= right:
-            while at + length < total and tokens[length] == tokens[at + length]:
-                length += 1
-            left, right = at, at + length
-        lengths[at] = length
-        if length >= shortest:
-            longest[tokens[at - 1]] = max(length, longest.get(tokens[at - 1], 0))
-    return longest

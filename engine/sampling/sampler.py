@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 
 from engine.contract import Request, SamplingParams
 from engine.sampling.candidates import Candidates, Row, argmax_token
+from engine.sampling.feedback import AdaptiveP, Mirostat
+from engine.sampling.infill import infill
 from engine.sampling.noise import derive_seed, gumbel, uniform
+from engine.sampling.peaks import Peak, row_peak
 from engine.sampling.penalties import DryPenalty, apply_penalties
-from engine.sampling.truncate import truncate
+from engine.sampling.stages import WEIGHING_STAGES, active_stages, has_adaptive_p, only_min_p, run_stages
+from engine.sampling.temperature import softmax
+from engine.sampling_params import SamplerStage
 from engine.text import TokenBytes
 
-# Minimum divisor of logits. Division by a lower temperature would overflow, and would give the same picks.
-_MIN_TEMPERATURE = 1e-300
 # Index of the choice whose seed an independent sampler has. No request has so many choices.
 _INDEPENDENT_CHOICE = 2**32
 # Maximum absolute bias; a larger one could overflow float32.
@@ -28,8 +31,8 @@ _BANNED = np.float32(-np.inf)
 class Sampler:
     """Picks the tokens of one request.
 
-    A sampler has no mutable state: a pick depends only on the parameters, the seed, the row and the history, not on
-    earlier picks or drafts.
+    A pick depends only on the parameters, the seed, the row, the history and, with Mirostat or adaptive-p, the
+    probabilities of the tokens that `sample` returned. It does not depend on drafts.
     """
 
     def __init__(self, request: Request, seed: int, ends: frozenset[int], token_bytes: TokenBytes) -> None:
@@ -37,21 +40,49 @@ class Sampler:
         params = request.sampling
         self._params = params
         self._seed = seed
+        self._token_bytes = token_bytes
+        self._end_ids = _ids(ends)
         self._bias = _LogitBias(params.logit_bias) if params.logit_bias else None
-        self._dry = DryPenalty(params, token_bytes) if _has_dry(params) else None
-        self._has_penalties = _has_penalties(params)
+        stages = active_stages(params)
+        self._dry = DryPenalty(params, token_bytes) if "dry" in stages else None
+        # Stages that change logits of the whole row, before the first one that selects candidates.
+        leading = next((at for at, stage in enumerate(stages) if stage not in WEIGHING_STAGES), len(stages))
+        self._leading, self._stages = stages[:leading], stages[leading:]
         self._min_tokens = request.min_tokens
         self._banned = ends if request.ignore_eos else frozenset()
         self._banned_early = ends.union(request.stop_tokens)
         self._banned_ids, self._banned_early_ids = _ids(self._banned), _ids(self._banned_early)
-        self._has_weights = bool(self._bias or self._dry or self._has_penalties)
-        self._min_p_log = _only_min_p(params)
+        self._has_weights = bool(self._bias or self._leading)
+        self._min_p_log = only_min_p(params, self._stages)
+        self._is_greedy = _is_greedy(params, self._stages)
+        self._mirostat = Mirostat(params) if params.mirostat and not self._is_greedy else None
+        self._adaptive = AdaptiveP(params) if has_adaptive_p(params) and not self._is_greedy else None
+        self._feedback = self._mirostat or self._adaptive
 
-    def independent(self) -> Sampler:
-        """Returns a sampler with the same parameters and independent noise."""
+    def for_drafts(self, *, independent: bool) -> Sampler:
+        """Returns a sampler for the draft model, with the same parameters and state, and with the same or independent
+        noise."""
         other = copy(self)
-        other._seed = derive_seed(self._seed, _INDEPENDENT_CHOICE)
+        other._dry = None if self._dry is None else self._dry.fork()
+        if independent:
+            other._seed = derive_seed(self._seed, _INDEPENDENT_CHOICE)
         return other
+
+    def sample(
+        self,
+        row: Row,
+        history: Sequence[int],
+        prompt_length: int,
+        discarded: int = 0,
+        permitted: NDArray[np.bool_] | None = None,
+        peak: Peak | None = None,
+    ) -> int:
+        """Returns `pick` of the arguments, and advances the state of Mirostat or adaptive-p by the token. `peak` is the
+        peak of the row, if it is known."""
+        token, probability = self._pick(row, history, prompt_length, discarded, permitted, peak)
+        if self._feedback is not None:
+            self._feedback.advance(probability)
+        return token
 
     def pick(
         self,
@@ -68,16 +99,7 @@ class Sampler:
         penalties and bans are ignored if they would leave no permitted token. Raises BadLogits if the row contains NaN,
         if its maximum is infinite, or if every token is banned.
         """
-        position = len(history) + discarded
-        emitted = position - prompt_length
-        if permitted is not None:
-            row = mask_row(row, permitted)
-        if not self._has_weights and (token := self._dominant(row, emitted)) is not None:
-            return token
-        row = self._weighted(row, history, emitted, masked=permitted is not None)
-        if self._params.temperature <= 0.0:
-            return argmax_token(row)
-        return self._draw(truncate(row, self._params, self._applies_xtc(position)), position)
+        return self._pick(row, history, prompt_length, discarded, permitted)[0]
 
     def candidates(
         self,
@@ -87,60 +109,90 @@ class Sampler:
         discarded: int = 0,
         permitted: NDArray[np.bool_] | None = None,
     ) -> Candidates:
-        """Returns the tokens that `pick` draws from with the same arguments. Their logits are divided by the
-        temperature, so that their softmax is the distribution. Raises BadLogits."""
+        """Returns the tokens that `pick` draws from with the same arguments. The softmax of their logits is the
+        distribution. Raises BadLogits."""
         position = len(history) + discarded
         if permitted is not None:
             row = mask_row(row, permitted)
         row = self._weighted(row, history, position - prompt_length, masked=permitted is not None)
-        if self._params.temperature <= 0.0:
+        if self._is_greedy:
             return Candidates(np.array([argmax_token(row)]), np.zeros(1))
-        found = truncate(row, self._params, self._applies_xtc(position))
-        return Candidates(found.ids, self._scores(found))
+        return self._distribution(row, history, position)
 
-    def _dominant(self, row: Row, emitted: int) -> int | None:
+    def _pick(
+        self,
+        row: Row,
+        history: Sequence[int],
+        prompt_length: int,
+        discarded: int,
+        permitted: NDArray[np.bool_] | None,
+        peak: Peak | None = None,
+    ) -> tuple[int, float]:
+        """Returns the next token, and the probability by which the state of Mirostat or adaptive-p advances."""
+        position = len(history) + discarded
+        emitted = position - prompt_length
+        if permitted is not None:
+            row, peak = mask_row(row, permitted), None
+        if not self._has_weights and (token := self._dominant(peak or row_peak(row), emitted)) is not None:
+            return token, 1.0
+        row = self._weighted(row, history, emitted, masked=permitted is not None)
+        if self._is_greedy:
+            return argmax_token(row), 1.0
+        found = self._distribution(row, history, position)
+        at = self._draw(found, position)
+        return int(found.ids[at]), self._probability(found, at)
+
+    def _dominant(self, peak: Peak, emitted: int) -> int | None:
         """Returns the most likely token if it is certainly picked: at temperature 0, or if min_p drops all other
         tokens.
 
         Returns None if the token is banned or the stages must decide. Most rows of most outputs have a dominant token,
         which takes a fraction of the time of all stages.
         """
-        token = int(row.argmax())
-        peak = row[token]
         banned = self._banned_early if emitted < self._min_tokens else self._banned
-        if token in banned or not math.isfinite(peak):
+        if peak.token in banned or not math.isfinite(peak.highest):
             return None
-        if self._params.temperature <= 0.0:
-            return token
+        if self._is_greedy:
+            return peak.token
         if self._min_p_log is None:
             return None
-        return token if _second_highest(row, token) < float(peak) + self._min_p_log else None
+        return peak.token if peak.second < peak.highest + self._min_p_log else None
+
+    def _distribution(self, row: Row, history: Sequence[int], position: int) -> Candidates:
+        """Returns the candidates of a weighted row after all stages, with logits less their maximum."""
+        if self._mirostat is not None:
+            return self._mirostat.select(row)
+
+        def other(stage: SamplerStage, found: Candidates) -> Candidates:
+            if stage == "infill":
+                return infill(found, row, self._end_ids, self._token_bytes)
+            weighed = np.full(len(row), _BANNED)
+            weighed[found.ids] = found.logits
+            self._weigh(stage, weighed, history)
+            return Candidates(found.ids, weighed[found.ids].astype(np.float64))
+
+        stages = self._stages
+        if "xtc" in stages and uniform(self._seed, position) >= self._params.xtc_probability:
+            stages = tuple(stage for stage in stages if stage != "xtc")
+        found = run_stages(row, self._params, stages, other)
+        if self._adaptive is not None:
+            found = self._adaptive.reshape(found)
+        return found._replace(logits=found.logits - found.logits.max())
 
     def _draw(self, found: Candidates, position: int) -> int:
-        """Returns the token that the formula in `engine.sampling.noise` picks."""
+        """Returns the index of the candidate that the formula in `engine.sampling.noise` picks."""
         if len(found.ids) == 1:
-            return int(found.ids[0])
-        scores = self._scores(found)
-        scores += gumbel(self._seed, position, found.ids)
-        return int(found.ids[scores.argmax()])
+            return 0
+        return int((found.logits + gumbel(self._seed, position, found.ids)).argmax())
 
-    def _scores(self, found: Candidates) -> NDArray[np.float64]:
-        """Returns the logits less their maximum, divided by the temperature."""
-        scores: NDArray[np.float64] = found.logits - found.logits.max()
-        scores /= max(self._params.temperature, _MIN_TEMPERATURE)
-        return scores
-
-    def _applies_xtc(self, position: int) -> bool:
-        chance = self._params.xtc_probability
-        return chance > 0.0 and uniform(self._seed, position) < chance
-
-    def _adjusts(self, emitted: int) -> bool:
-        banned = self._banned_early if emitted < self._min_tokens else self._banned
-        return self._has_weights or bool(banned)
+    def _probability(self, found: Candidates, at: int) -> float:
+        if self._feedback is None:
+            return 1.0
+        return float((softmax(found.logits) if found.probabilities is None else found.probabilities)[at])
 
     def _weighted(self, row: Row, history: Sequence[int], emitted: int, *, masked: bool) -> Row:
         """Returns the row with bias, penalties and bans applied, unless these leave no token of a `masked` row."""
-        if not self._adjusts(emitted):
+        if not self._has_weights and not (self._banned_early if emitted < self._min_tokens else self._banned):
             return row
         adjusted = self._adjusted(row, history, emitted)
         return adjusted if not masked or adjusted.max() > -np.inf else row
@@ -150,12 +202,17 @@ class Sampler:
         row = row.copy()
         if self._bias is not None:
             self._bias.add(row)
-        if self._has_penalties:
-            apply_penalties(row, history, self._params)
-        if self._dry is not None:
-            self._dry.apply(row, history)
+        for stage in self._leading:
+            self._weigh(stage, row, history)
         row[self._banned_early_ids if emitted < self._min_tokens else self._banned_ids] = _BANNED
         return row
+
+    def _weigh(self, stage: SamplerStage, row: Row, history: Sequence[int]) -> None:
+        """Applies the penalties or DRY to the row in place."""
+        if stage == "penalties":
+            apply_penalties(row, history, self._params)
+        elif self._dry is not None:
+            self._dry.apply(row, history)
 
 
 def mask_row(row: Row, permitted: NDArray[np.bool_]) -> Row:
@@ -195,28 +252,9 @@ def _ids(tokens: Iterable[int]) -> NDArray[np.intp]:
     return np.array(list(tokens), np.intp)
 
 
-def _second_highest(row: Row, token: int) -> float:
-    """Returns the highest logit of all tokens except `token`; -inf if there is no other token."""
-    if 0 < token < len(row) - 1:
-        before, _, after = np.maximum.reduceat(row, (0, token, token + 1)).tolist()
-        return float(max(before, after))
-    return float(max(row[:token].max(initial=-np.inf), row[token + 1 :].max(initial=-np.inf)))
-
-
-def _only_min_p(params: SamplingParams) -> float | None:
-    """Returns log(min_p): min_p drops the tokens whose logit is below the maximum plus this value.
-
-    Returns None if min_p is off, or if another stage can drop the most likely token.
-    """
-    if params.min_p <= 0.0 or params.typical_p < 1.0 or params.xtc_probability > 0.0:
-        return None
-    return math.log(params.min_p)
-
-
-def _has_penalties(params: SamplingParams) -> bool:
-    neutral = params.repeat_penalty == 1.0 and not params.presence_penalty and not params.frequency_penalty
-    return params.repeat_last_n != 0 and not neutral
-
-
-def _has_dry(params: SamplingParams) -> bool:
-    return params.dry_multiplier > 0.0 and params.dry_penalty_last_n != 0
+def _is_greedy(params: SamplingParams, stages: Sequence[SamplerStage]) -> bool:
+    """Returns True if the temperature leaves only the most likely token of a weighted row."""
+    if params.temperature > 0.0:
+        return False
+    has_stage = "temperature" in stages and params.dynatemp_range <= 0.0 and WEIGHING_STAGES.isdisjoint(stages)
+    return has_stage or bool(params.mirostat)

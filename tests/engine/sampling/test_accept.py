@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.contract import Request, SamplingParams
@@ -21,6 +21,10 @@ SAMPLING = [
     SamplingParams(temperature=1.0),
     SamplingParams(temperature=1.2, repeat_penalty=1.3, frequency_penalty=0.2, dry_multiplier=0.8),
     SamplingParams(top_k=0, top_p=1.0, min_p=0.0, xtc_probability=0.5, xtc_threshold=0.05, typical_p=0.9),
+    SamplingParams(mirostat=1, mirostat_tau=2.0, mirostat_eta=0.9),
+    SamplingParams(mirostat=2, mirostat_tau=1.0, mirostat_eta=0.9),
+    SamplingParams(adaptive_target=0.4, adaptive_decay=0.3, min_p=0.01, dynatemp_range=0.5),
+    SamplingParams(samplers=("temperature", "top_k", "penalties", "infill"), repeat_penalty=2.0, top_k=5),
 ]
 
 
@@ -75,20 +79,23 @@ def run(sampler: Sampler, propose: Callable[[array[int]], list[int]], count: int
         draft = propose(history)
         before = [*history]
         rows = [model([*before, *draft[:j]]) for j in range(len(draft) + 1)]
-        for token in sample_and_accept(draft, lambda j, rows=rows: sampler.pick(rows[j], history, len(PROMPT))):  # type: ignore[misc]
+        for token in sample_and_accept(draft, lambda j, rows=rows: sampler.sample(rows[j], history, len(PROMPT))):  # type: ignore[misc]
             history.append(token)
     return [*history[len(PROMPT) : len(PROMPT) + count]]
 
 
 @pytest.mark.parametrize("params", SAMPLING)
+@settings(max_examples=40)
 @given(st.integers(0, 2**63 - 1), st.data())
 def test_no_draft_changes_a_token(params: SamplingParams, seed: int, data: st.DataObject) -> None:
     request = Request(prompt=PROMPT, sampling=params, min_tokens=3)
-    sampler = Sampler(request, seed, frozenset({0}), lambda token: b"\n" if token == 7 else b"x")
-    alone = run(sampler, lambda history: [], 12)
+    own, other = (Sampler(request, seed, frozenset({0}), lambda token: b"\n" if token == 7 else b"x") for _ in "12")
+    drafts = own.for_drafts(independent=False)
+    alone = run(other, lambda history: [], 12)
 
     def propose(history: array[int]) -> list[int]:
+        drafts.pick(model(history), history, len(PROMPT))  # the draft model's picks advance no state
         right = alone[len(history) - len(PROMPT) :][: data.draw(st.integers(0, 4))]
         return right + data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=2))
 
-    assert run(sampler, propose, 12) == alone
+    assert run(own, propose, 12) == alone

@@ -30,7 +30,7 @@ DRAFT: Row = TARGET + np.random.default_rng(2).normal(size=VOCABULARY).astype(np
 DRAFTS: dict[str, Callable[[Sampler], int]] = {
     "shared": lambda sampler: sampler.pick(DRAFT, HISTORY, PROMPT),
     "greedy": lambda sampler: argmax_token(DRAFT),
-    "off": lambda sampler: sampler.independent().pick(DRAFT, HISTORY, PROMPT),
+    "off": lambda sampler: sampler.for_drafts(independent=True).pick(DRAFT, HISTORY, PROMPT),
 }
 PARAMS = [
     SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.05),

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from engine.contract import SamplingParams
 from engine.sampling.candidates import Row
-from engine.sampling.penalties import DryPenalty, apply_penalties, last_tokens, repeat_lengths
+from engine.sampling.penalties import DryPenalty, apply_penalties
+from engine.sampling.repeats import last_tokens, prefix_matches
 from engine.text import TokenBytes
 
 VOCABULARY = 12
@@ -139,17 +140,42 @@ def test_dry(
     assert row.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-@given(repeats, st.integers(0, 5))
-def test_repeat_lengths(history: list[int], shortest: int) -> None:
-    tokens = history[::-1]
-    expected: dict[int, int] = {}
+@given(repeats)
+def test_prefix_matches(tokens: list[int]) -> None:
+    expected = [0] * len(tokens)
     for at in range(1, len(tokens)):
-        size = 0
-        while at + size < len(tokens) and tokens[size] == tokens[at + size]:
-            size += 1
-        if size >= shortest:
-            expected[tokens[at - 1]] = max(size, expected.get(tokens[at - 1], 0))
-    assert repeat_lengths(tokens, shortest) == expected
+        while at + expected[at] < len(tokens) and tokens[expected[at]] == tokens[at + expected[at]]:
+            expected[at] += 1
+    assert prefix_matches(tokens) == expected
+
+
+@given(st.data(), windows, st.sampled_from([0, 1, 2]), st.sampled_from([(), ("\n",)]))
+def test_dry_of_a_growing_history(data: st.DataObject, last_n: int, allowed: int, breakers: tuple[str, ...]) -> None:
+    """Tokens, rejected drafts, context shifts and jumps in any order: each row is that of a new sampler."""
+    assume(last_n != 0)
+    params = SamplingParams(
+        dry_multiplier=0.8, dry_penalty_last_n=last_n, dry_allowed_length=allowed, dry_sequence_breakers=breakers
+    )
+    own, history = DryPenalty(params, letters), array("i", data.draw(repeats))
+    drafts = own.fork()
+    for _ in range(data.draw(st.integers(1, 8))):
+        penalty, tokens = own, array("i", data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3)))
+        match data.draw(st.sampled_from(["token", "draft", "shift", "jump"])):
+            case "token":
+                history += tokens
+            case "shift":
+                del history[2 : len(history) // 2]
+            case "jump":
+                history += tokens * 300
+        is_draft = data.draw(st.booleans())
+        given_history = history + tokens if is_draft else history
+        row = random_row(1)
+        expected = slow_dry(row, given_history[-400:], params, letters) if last_n > 0 else None
+        fresh = row.copy()
+        DryPenalty(params, letters).apply(fresh, array("i", given_history))
+        (drafts if is_draft else penalty).apply(row, array("i", given_history))
+        assert row.tolist() == fresh.tolist()
+        assert expected is None or row.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 # The cases of llama.cpp's tests/test-sampling.cpp.

@@ -18,7 +18,8 @@ from engine.contract import Request, SamplingParams
 from engine.sampling import BadLogits, Sampler, candidate_logprob, derive_seed
 from engine.sampling.candidates import Row
 from engine.sampling.noise import gumbel
-from engine.sampling.truncate import truncate
+from engine.sampling.stages import run_stages
+from tests.engine.sampling.test_truncate import no_other, truncations
 
 PURE: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
@@ -72,7 +73,7 @@ some_params = st.fixed_dictionaries(
 
 def softmax(row: Row, params: SamplingParams) -> NDArray[np.float64]:
     """Returns the exact distribution of a pick, [vocabulary]."""
-    found = truncate(row, params, False)
+    found = run_stages(row, params, truncations(params, apply_xtc=False), no_other)
     result = np.zeros(len(row))
     result[found.ids] = np.exp((found.logits - found.logits.max()) / params.temperature)
     result /= result.sum()
@@ -140,7 +141,8 @@ def test_without_truncation_no_token_is_left_out(row: Row, seed: int, position: 
 @given(rows, st.integers(0, 2**63 - 1), st.integers(0, 1000), some_params)
 def test_the_formula(row: Row, seed: int, position: int, params: dict[str, Any]) -> None:
     params |= {"repeat_last_n": 0, "dry_multiplier": 0.0, "xtc_probability": 0.0, "logit_bias": (), "temperature": 0.7}
-    found = truncate(row, SamplingParams(**params), False)
+    sampling = SamplingParams(**params)
+    found = run_stages(row, sampling, truncations(sampling, apply_xtc=False), no_other)
     scores = found.logits / 0.7 + gumbel(seed, position, found.ids)
     assert sampler(seed, **params).pick(row, range(position), 0) == found.ids[scores.argmax()]
 
@@ -151,7 +153,7 @@ def test_a_dominant_token_is_the_pick_of_all_stages(
 ) -> None:
     row = random_row(number, scale=scale)
     quick, thorough = (sampler(ignore_eos=ignore_eos, min_tokens=min_tokens, ends=(1, 2), **params) for _ in range(2))
-    thorough._dominant = lambda row, emitted: None  # type: ignore[method-assign]
+    thorough._dominant = lambda peak, emitted: None  # type: ignore[method-assign]
     assert quick.pick(row, [5] * 12, 11) == thorough.pick(row, [5] * 12, 11)
 
 

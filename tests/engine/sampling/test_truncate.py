@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from engine.contract import SamplingParams
 from engine.sampling.candidates import (
     BadLogits,
+    Candidates,
     Row,
     argmax_token,
     candidates_within,
@@ -21,7 +22,10 @@ from engine.sampling.candidates import (
     peak_and_mass,
     top_candidates,
 )
-from engine.sampling.truncate import min_p, top_p, truncate, typical_p, xtc
+from engine.sampling.infill import infill
+from engine.sampling.stages import active_stages, run_stages
+from engine.sampling.truncate import min_p, top_p, typical_p, xtc
+from engine.sampling_params import SamplerStage
 
 SIZES = [1, 2, 5, 17, 40, 257, 700, 4096, 5003]
 
@@ -99,6 +103,16 @@ def slow_xtc(row: Row, tokens: list[int], threshold: float) -> list[int]:
     return tokens[above - 1 :] if above > 1 and threshold <= 0.5 else tokens
 
 
+def truncations(params: SamplingParams, *, apply_xtc: bool) -> tuple[SamplerStage, ...]:
+    """Returns the active stages that drop candidates."""
+    stages = [stage for stage in active_stages(params) if stage not in ("penalties", "dry", "temperature", "xtc")]
+    return (*stages, "xtc") if apply_xtc else tuple(stages)
+
+
+def no_other(stage: SamplerStage, found: Candidates) -> Candidates:
+    raise AssertionError(stage)
+
+
 def slow_truncate(row: Row, params: SamplingParams, apply_xtc: bool) -> list[int]:
     """Returns the tokens that remain after all stages, of those that are not banned."""
     tokens = ranked(row)
@@ -111,6 +125,32 @@ def slow_truncate(row: Row, params: SamplingParams, apply_xtc: bool) -> list[int
     if params.min_p > 0.0:
         tokens = slow_min_p(row, tokens, params.min_p)
     return slow_xtc(row, tokens, params.xtc_threshold) if apply_xtc else tokens
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "ends", "left"),
+    [
+        ([0.4, 0.3, 0.2, 0.1], [0], [0]),  # an end token is likely
+        ([0.05, 0.7, 0.2, 0.05], [0], [0, 1]),  # "a" and "abc" are merged with "ab"
+        ([0.1, 0.3, 0.3, 0.3], [], [1]),
+        ([0.25, 0.25, 0.25, 0.25], [], [1]),  # the other token is likely at first, but not among the likely ones
+    ],
+)
+def test_infill(probabilities: list[float], ends: list[int], left: list[int]) -> None:
+    texts = [b"", b"ab", b"abc", b"a"]
+    row = np.log(np.array(probabilities, np.float32))
+    found = infill(candidates_within(row, 40.0), row, np.array(ends, np.intp), texts.__getitem__)
+    assert sorted(found.ids.tolist()) == left
+
+
+def test_an_improbable_infill_ends() -> None:
+    row = np.zeros(9, np.float32)
+    row[8] = -9.0
+    found = candidates_within(row, 5.0)
+    texts = [bytes([65 + token]) for token in range(9)]
+    assert infill(found, row, np.array([8]), texts.__getitem__).ids.tolist() == [8]
+    row[8] = -np.inf
+    assert infill(found, row, np.array([8]), texts.__getitem__).ids.tolist() == [0]
 
 
 @given(rows(), st.integers(1, 300))
@@ -199,7 +239,7 @@ def test_all_stages(
 ) -> None:
     params = SamplingParams(top_k=top_k, typical_p=typical, top_p=top, min_p=min_share, temperature=temperature)
     assume(np.ptp(row[np.isfinite(row)]) < 38.0 * min(1.0, temperature))
-    found = truncate(row, params, apply_xtc)
+    found = run_stages(row, params, truncations(params, apply_xtc=apply_xtc), no_other)
     assert sorted(found.ids.tolist()) == sorted(slow_truncate(row, params, apply_xtc))
 
 
