@@ -21,6 +21,15 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         ),
     ] = 0
     slots: Annotated[int, Meta(ge=1, le=256, description="number of slots: sequences that are decoded together")] = 16
+    slot_context: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=2**24,
+            description="maximum tokens of one request with unified KV; without --ctx-size the pool has so many cells "
+            "for each slot; 0 is no limit besides the pool",
+        ),
+    ] = 0
     queue: Annotated[
         int,
         Meta(
@@ -29,6 +38,15 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             description="maximum number of requests queued for a slot; further requests get 429 with Retry-After",
         ),
     ] = 256
+    queue_timeout: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=86_400.0,
+            description="maximum seconds in the queue before a request starts, after which it gets 503 with "
+            "Retry-After; 0 is no maximum",
+        ),
+    ] = 0.0
     rows: Annotated[int, Meta(ge=1, le=2**16, description="maximum rows (tokens) of one decode")] = 2048
     ubatch: Annotated[
         int, Meta(ge=32, le=2**16, description="maximum rows (tokens) of one ubatch, a pass over the weights")

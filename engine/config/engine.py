@@ -8,10 +8,14 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct, structs
 
+from engine.config.adapters import AdapterConfig
 from engine.config.batch import BatchConfig
+from engine.config.cpu import CpuConfig
 from engine.config.embedding import EmbeddingConfig
+from engine.config.loading import LoadConfig
 from engine.config.memory import MemoryConfig
 from engine.config.model import ModelConfig
+from engine.config.rope import RopeConfig
 from engine.config.sim import SimConfig
 from engine.config.speculation import DraftConfig, SpeculationConfig
 
@@ -20,22 +24,30 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """All settings of an engine; `EngineConfig.of(path="model.gguf", slots=4)` is the short form."""
 
     model: ModelConfig
+    load: LoadConfig = LoadConfig()
+    rope: RopeConfig = RopeConfig()
+    cpu: CpuConfig = CpuConfig()
     batch: BatchConfig = BatchConfig()
     memory: MemoryConfig = MemoryConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     draft: DraftConfig = DraftConfig()
     sim: SimConfig = SimConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
+    adapters: AdapterConfig = AdapterConfig()
 
     @classmethod
     def of(
         cls,
         *,
+        load: LoadConfig | dict[str, object] | None = None,
+        rope: RopeConfig | dict[str, object] | None = None,
+        cpu: CpuConfig | dict[str, object] | None = None,
         memory: MemoryConfig | dict[str, object] | None = None,
         speculation: SpeculationConfig | dict[str, object] | None = None,
         draft: DraftConfig | dict[str, object] | None = None,
         sim: SimConfig | dict[str, object] | None = None,
         embedding: EmbeddingConfig | dict[str, object] | None = None,
+        adapters: AdapterConfig | dict[str, object] | None = None,
         **fields: object,
     ) -> EngineConfig:
         """Returns a checked configuration. `fields` are fields of `model` and of `batch`.
@@ -51,18 +63,23 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         tables = {
             "model": model,
             "batch": batch,
+            "load": load or {},
+            "rope": rope or {},
+            "cpu": cpu or {},
             "memory": memory or {},
             "speculation": speculation or {},
             "draft": draft or {},
             "sim": sim or {},
             "embedding": embedding or {},
+            "adapters": adapters or {},
         }
         return msgspec.convert(tables, cls)
 
     def for_draft_model(self, cells: int) -> EngineConfig:
         """Returns the configuration of the draft model's engine. `cells` is the number of the target model's KV cells.
 
-        Settings of `model` and `batch` that `draft` lacks are those of the target model; other tables have defaults.
+        Settings of `model`, `load`, `rope`, `cpu` and `batch` that `draft` lacks are those of the target model; other
+        tables have defaults.
         The KV layout is per-slot if the target has `--no-kv-unified`, and is chosen at start otherwise.
         """
         draft = self.draft
@@ -86,5 +103,12 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             cache_type_v=draft.cache_type_v,
             deterministic=False,
         )
+        load = structs.replace(
+            self.load,
+            override_tensor=draft.override_tensor,
+            cpu_moe=draft.cpu_moe,
+            n_cpu_moe=draft.n_cpu_moe,
+            n_cpu_ffn=0,
+        )
         batch = structs.replace(self.batch, context=draft.context or cells, outputs=self.batch.slots)
-        return EngineConfig(model=model, batch=batch)
+        return EngineConfig(model=model, load=load, rope=self.rope, cpu=self.cpu, batch=batch)

@@ -25,6 +25,12 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
+def cache_folder() -> Path:
+    """Returns the folder of files that can be made again: `$XDG_CACHE_HOME/paceline`, or else `~/.cache/paceline`.
+    Raises RuntimeError if there is no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paceline"
+
+
 def memory_bytes() -> int:
     """Returns the size of the physical memory in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -45,7 +45,19 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             "context for each slot; no effect if --ctx-size is given",
         ),
     ] = "off"
-    fit_target: Annotated[int, Meta(ge=0, le=2**30, description="MiB that --fit leaves free on each GPU")] = 1024
+    fit_target: Annotated[
+        str,
+        Meta(
+            description="MiB that --fit leaves free on each GPU, or on the first, the second and so on, separated by "
+            "commas; the last number is for all further GPUs"
+        ),
+    ] = "1024"
+    fit_context: Annotated[
+        int,
+        Meta(
+            ge=256, le=2**24, description="fewest KV cells with which --fit serves; fewer end the start with an error"
+        ),
+    ] = 256
     threads: Annotated[
         int,
         Meta(ge=-1, le=512, description="threads of a step with one row; 0 or -1 is the number of physical cores"),
@@ -72,6 +84,19 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ] = "auto"
     cache_type_k: Annotated[CacheType, Meta(description="type of the keys in the KV cache")] = "f16"
     cache_type_v: Annotated[CacheType, Meta(description="type of the values in the KV cache")] = "f16"
+    kv_offload: Annotated[
+        bool, Meta(description="keep the KV cache on the GPUs of its layers; --no-kv-offload keeps it in RAM")
+    ] = True
+    op_offload: Annotated[bool, Meta(description="let a GPU compute large operations on weights that are in RAM")] = (
+        True
+    )
+    swa_full: Annotated[
+        bool,
+        Meta(
+            description="keep the cells of all positions in layers with a sliding window too, so that prefixes can end "
+            "anywhere"
+        ),
+    ] = False
     deterministic: Annotated[
         bool,
         Meta(

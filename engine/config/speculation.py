@@ -158,6 +158,9 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ] = -1
     cache_type_k: Annotated[CacheType, Meta(description="type of the keys in the draft model's KV cache")] = "f16"
     cache_type_v: Annotated[CacheType, Meta(description="type of the values in the draft model's KV cache")] = "f16"
+    override_tensor: Annotated[tuple[str, ...], Meta(description="--override-tensor of the draft model")] = ()
+    cpu_moe: Annotated[bool, Meta(description="--cpu-moe of the draft model")] = False
+    n_cpu_moe: Annotated[int, Meta(ge=0, le=10_000, description="--n-cpu-moe of the draft model")] = 0
     noise: Annotated[
         Literal["shared", "greedy", "off"],
         Meta(

@@ -5,7 +5,8 @@ vocab    the vocabulary
 context  cells: copies, cuts, saved states and moves to other positions, over decoder, which has the native calls
 state    cuts states into blocks and joins blocks, by numpy on llama.cpp's state format
 shift    moves saved keys to other positions
-params   parameters of a context, size of a cell
+adapters LoRA adapters and control vectors
+params   parameters of a context, size of a cell; placement has those of a load, threads the pools and their cores
 embedding   embeddings in a context of its own; textless stands for the cells of a model that computes no text
 layout   the choice between per-slot and unified KV, and the number of cells; fit is that number for GPUs
 exact    the deterministic profile
@@ -18,8 +19,12 @@ import os
 # cores, a step then takes up to 50 times as long, with stalls of seconds. With this value they spin for microseconds,
 # which costs nothing measurable on a quiet machine. The import below loads libgomp, which then reads the variable.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# A failed assertion of the library then ends the process at once. Otherwise each thread that fails forks a debugger,
+# which can block for ever and keeps the listening socket.
+os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
 from engine.llama.embedding import open_embedding
+from engine.llama.library import list_devices
 from engine.llama.model import open_gguf, open_vocabulary
 
-__all__ = ["open_embedding", "open_gguf", "open_vocabulary"]
+__all__ = ["list_devices", "open_embedding", "open_gguf", "open_vocabulary"]

@@ -9,14 +9,18 @@ logits.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from llama_cpp import llama_cpp as native
+from numpy.typing import NDArray
 
+from engine.adapters import AdapterSet
 from engine.backend import Aborted, HostWork, Logits, NativeFault, NoFreeCells, State, no_host_work
 from engine.batch import Batch
 from engine.llama.library import StopFlag
+from engine.llama.threads import ThreadPools
 
 
 class NoKVCells(NativeFault):
@@ -74,6 +78,9 @@ class Decoder:
         # View of the library's buffer of logits, and the address of the buffer.
         self._logits_view: Logits = np.empty((0, self._vocabulary), np.float32)
         self._logits_address = 0
+        self.adapters: Sequence[Any] = ()
+        """Native handles of the model's LoRA adapters, by number."""
+        self._applied: AdapterSet = ()
 
     def decode(self, host_work: HostWork = no_host_work) -> Logits:
         """Returns the logits of the batch's rows with `output`, valid until the next decode.
@@ -122,6 +129,24 @@ class Decoder:
             self._logits_address = address
         return self._logits_view[:outputs]
 
+    def set_adapters(self, adapters: AdapterSet) -> bool:
+        """Applies `adapters`, and no others, to later decodes. Returns True if the set has changed."""
+        if adapters == self._applied:
+            return False
+        count, scales = len(adapters), [each.scale for each in adapters]
+        handles = (native.llama_adapter_lora_p_ctypes * count)(*(self.adapters[each.id] for each in adapters))
+        native.llama_set_adapters_lora(self._handle, handles, count, (ctypes.c_float * count)(*scales))
+        self._applied = adapters
+        return True
+
+    def add_control_vector(self, directions: NDArray[np.float32], start: int, end: int) -> None:
+        """Adds `directions`, [layers from 1 on, width], to the outputs of the layers from `start` to `end` in all later
+        decodes. Raises NativeFault."""
+        numbers = np.ascontiguousarray(directions, np.float32)
+        pointer = numbers.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        if native.llama_set_adapter_cvec(self._handle, pointer, numbers.size, numbers.shape[1], start, end):
+            raise NativeFault("the control vector does not fit the model")
+
     def get_state(self, seq: int) -> State | None:
         """Returns the native state of a sequence; None if the library cannot save it."""
         size: int = native.llama_state_seq_get_size(self._handle, seq)
@@ -164,6 +189,10 @@ class Decoder:
     def abort(self) -> None:
         """Makes the running decode and every later one raise Aborted. Any thread may call it."""
         self.stop.set()
+
+    def attach(self, pools: ThreadPools) -> None:
+        """Makes later decodes use the threads of `pools`, which must be closed after the context."""
+        pools.attach(self._handle)
 
     def close(self) -> None:
         """Frees the context, which must not be used again."""

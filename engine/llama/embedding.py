@@ -17,14 +17,15 @@ from msgspec import structs
 
 from engine.backend import Aborted, Backend, Embedding, EmbeddingInfo, NativeFault, RerankMarks
 from engine.batch import Batch
-from engine.config import EngineConfig, Pooling, physical_cores
+from engine.config import EngineConfig, LoadConfig, Pooling
 from engine.contract import ModelError
 from engine.llama import exact, library
 from engine.llama.decoder import native_batch
 from engine.llama.layout import PAD_CELLS
 from engine.llama.library import FLASH_ATTENTION
 from engine.llama.model import LlamaBackend, load_model
-from engine.llama.params import resolve_flash_attention
+from engine.llama.params import resolve_flash_attention, serving_gpu, set_rope
+from engine.llama.threads import thread_count
 from engine.llama.vocab import LlamaVocab
 
 # Maximum tokens of one input unless the configuration has a number: the scores of one layer stay below 1 GiB.
@@ -99,6 +100,10 @@ class LlamaEmbedding:
         """Makes the running decode and every later one raise Aborted."""
         self._stop.set()
 
+    def resume(self) -> None:
+        """Lets later decodes run after `abort`."""
+        self._stop.clear()
+
     def release_context(self) -> None:
         """Frees the context, but neither the model nor the vocabulary."""
         native.llama_free(self._handle)
@@ -106,8 +111,7 @@ class LlamaEmbedding:
     def close(self) -> None:
         """Frees the context, and the model if it is owned."""
         self.release_context()
-        if self._owned:
-            self.vocab.close()
+        if self._owned and self.vocab.close():
             native.llama_model_free(self._model)
 
 
@@ -121,7 +125,8 @@ def open_embedding(config: EngineConfig, target: Backend, keep_loading: Callable
         return _open_context(config, target.model, target.vocab, Path(target.info.path), owned=False)
     path = Path(config.embedding.path)
     exact.prepare(path, exact=False)
-    own = structs.replace(config, model=structs.replace(config.model, path=str(path)))
+    load = LoadConfig(load_mode=config.load.mode, repack=config.load.repack)
+    own = structs.replace(config, model=structs.replace(config.model, path=str(path)), load=load)
     model = load_model(own, lambda share: None, keep_loading)
     try:
         vocab = LlamaVocab(model)
@@ -156,12 +161,13 @@ def _params(config: EngineConfig, model: Any, pooling: int) -> Any:
     rows = min(config.embedding.rows or DEFAULT_LIMIT, trained or DEFAULT_LIMIT)
     # The library computes rows of a recurrent model in ubatches of equal lengths, which would divide the longer inputs.
     recurrent = native.llama_model_is_recurrent(model) or native.llama_model_is_hybrid(model)
-    threads = config.model.threads if config.model.threads > 0 else physical_cores()
-    gpu = bool(config.model.gpu_layers and library.gpu_name())
+    threads, gpu = thread_count(config.cpu, config.model.threads), bool(serving_gpu(config.model))
     scores_bytes = 4 * native.llama_model_n_head(model) * rows * rows
     plain = structs.replace(config.model, cache_type_k="f16", cache_type_v="f16")
     flash = resolve_flash_attention(plain, 1, gpu, scores_bytes, unified=True).flash_attention
     params = native.llama_context_default_params()
+    if not config.embedding.path:
+        set_rope(config.rope, params)
     params.embeddings = True
     params.pooling_type = pooling
     params.n_ctx = -(-rows // PAD_CELLS) * PAD_CELLS

@@ -90,7 +90,9 @@ def multiplied_weights(path: Path) -> dict[str, str]:
     return {name: kind for name, kind in types.items() if "norm" not in name and name.endswith(".weight")}
 
 
-class _InitParams(ctypes.Structure):
+class GgufInitParams(ctypes.Structure):
+    """`struct gguf_init_params`."""
+
     _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
 
 
@@ -98,12 +100,15 @@ def tensor_types(path: Path) -> dict[str, str]:
     """Returns the types of all tensors in a GGUF, keyed by the tensors' names; empty if the library cannot open the
     file."""
     lib = native._lib
-    lib.gguf_init_from_file.restype, lib.gguf_init_from_file.argtypes = ctypes.c_void_p, [ctypes.c_char_p, _InitParams]
+    lib.gguf_init_from_file.restype, lib.gguf_init_from_file.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_char_p, GgufInitParams],
+    )
     lib.gguf_get_n_tensors.restype, lib.gguf_get_n_tensors.argtypes = ctypes.c_int64, [ctypes.c_void_p]
     lib.gguf_get_tensor_name.restype = lib.ggml_type_name.restype = ctypes.c_char_p
     lib.gguf_get_tensor_name.argtypes = lib.gguf_get_tensor_type.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     lib.gguf_free.argtypes = [ctypes.c_void_p]
-    file = lib.gguf_init_from_file(str(path).encode(), _InitParams(True, None))
+    file = lib.gguf_init_from_file(str(path).encode(), GgufInitParams(True, None))
     if not file:
         return {}
     try:

@@ -6,7 +6,9 @@ the memory of a context on a device is taken to be a fixed part plus a part for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, repeat
 from typing import NamedTuple
 
 from engine.llama.layout import PAD_CELLS
@@ -25,6 +27,17 @@ class MemoryUse(NamedTuple):
     cell_bytes: float
 
 
+def reserved_bytes(targets: str, devices: Iterable[str]) -> dict[str, int]:
+    """Returns the bytes that are to stay free on each device. `targets` is MiB, separated by commas; the last number is
+    for all further devices. Raises ValueError."""
+    words = [word.strip() for word in targets.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,9}", word) for word in words):
+        raise ValueError(f"--fit-target {targets} is no list of MiB: use whole numbers, such as 1024 or 1024,512")
+    return dict(
+        zip(devices, chain((int(word) * 2**20 for word in words), repeat(int(words[-1]) * 2**20)), strict=False)
+    )
+
+
 class TooLittleMemory(Exception):
     """A device has too little free memory for any context. The message is one line."""
 
@@ -39,16 +52,24 @@ def measure_memory(measure: Measure) -> dict[str, MemoryUse]:
     return uses
 
 
-def fitting_cells(free: Mapping[str, int], uses: Mapping[str, MemoryUse], reserve_bytes: int, limit: int) -> int:
-    """Returns the number of cells that fit every device with `reserve_bytes` left free: a multiple of `PAD_CELLS`, at
-    most `limit`. `free` is the free bytes of each device. Raises TooLittleMemory."""
+def fitting_cells(
+    free: Mapping[str, int],
+    uses: Mapping[str, MemoryUse],
+    reserved: Mapping[str, int],
+    limit: int,
+    minimum: int = PAD_CELLS,
+) -> int:
+    """Returns the number of cells that fit every device: a multiple of `PAD_CELLS`, at most `limit`. `free` and
+    `reserved` are the free bytes of each device, and those of them that are to stay free. Raises TooLittleMemory if
+    fewer than `minimum` cells fit."""
     count = float(limit)
     for device, use in uses.items():
         if not use.cell_bytes:  # a device without cells sets no limit, even if it is full
             continue
-        left = free[device] - reserve_bytes - use.fixed_bytes
-        if left < PAD_CELLS * use.cell_bytes:
-            raise TooLittleMemory(f"{device} has {free[device] / 2**20:.0f} MiB free, too little for any context")
+        left = free[device] - reserved.get(device, 0) - use.fixed_bytes
+        if left < minimum * use.cell_bytes:
+            context = "any context" if minimum <= PAD_CELLS else f"the {minimum} cells of --fit-ctx"
+            raise TooLittleMemory(f"{device} has {free[device] / 2**20:.0f} MiB free, too little for {context}")
         count = min(count, left / use.cell_bytes)
     return round_down(count)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from llama_cpp import llama_cpp as native
 
+from engine.devices import DeviceInfo
+
 native_log = logging.getLogger("paceline.native")
 
 # Values of `enum ggml_type` for the types of K and V.
@@ -33,10 +35,16 @@ SPLIT_MODES = {"none": 0, "layer": 1, "row": 2, "tensor": 3}
 # `enum llama_flash_attn_type`.
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 
-# `GGML_LOG_LEVEL_ERROR`. The library's errors are logged on the debug level, as callers get exceptions.
-_ERROR_LEVEL = 4
-# `GGML_BACKEND_DEVICE_TYPE_GPU`.
-_GPU_TYPE = 1
+# `GGML_LOG_LEVEL_WARN` and `GGML_LOG_LEVEL_ERROR`. Errors are logged on the debug level, as callers get exceptions.
+_WARNING_LEVEL, _ERROR_LEVEL = 3, 4
+# The name in --device that stands for the CPU alone.
+NO_DEVICE = "none"
+
+# `GGML_BACKEND_DEVICE_TYPE_CPU` and `GGML_BACKEND_DEVICE_TYPE_GPU`.
+_CPU_TYPE, _GPU_TYPE = 0, 1
+
+# Words in those of the library's warnings that say that a setting of the user has no effect.
+_LOST_SETTINGS = ("failed to mlock", "failed to VirtualLock", "Bad metadata override type")
 
 _errors: deque[str] = deque(maxlen=20)
 
@@ -47,7 +55,8 @@ def _record(level: int, text: bytes, user_data: object) -> None:
         return
     if level == _ERROR_LEVEL:
         _errors.append(line)
-    native_log.debug("%s", line)
+    lost = level == _WARNING_LEVEL and any(words in line for words in _LOST_SETTINGS)
+    native_log.log(logging.WARNING if lost else logging.DEBUG, "%s", line)
 
 
 # The library keeps the pointer, so the object must live as long as the process.
@@ -118,6 +127,10 @@ class StopFlag:
         """Aborts the running decode and every later one."""
         self._buffer[0] = b"\x01"
 
+    def clear(self) -> None:
+        """Lets later decodes run."""
+        self._buffer[0] = b"\x00"
+
 
 @cache
 def _device_library() -> Any:
@@ -131,17 +144,62 @@ def _device_library() -> Any:
         ("description", ctypes.c_char_p, (ctypes.c_void_p,)),
         ("type", ctypes.c_int, (ctypes.c_void_p,)),
         ("memory", None, (ctypes.c_void_p, size, size)),
+        ("by_type", ctypes.c_void_p, (ctypes.c_int,)),
+        ("backend_reg", ctypes.c_void_p, (ctypes.c_void_p,)),
+        ("buffer_type", ctypes.c_void_p, (ctypes.c_void_p,)),
     ):
         function = getattr(lib, f"ggml_backend_dev_{name}")
         function.restype, function.argtypes = result, arguments
+    lib.ggml_backend_buft_name.restype, lib.ggml_backend_buft_name.argtypes = ctypes.c_char_p, (ctypes.c_void_p,)
+    lib.ggml_backend_reg_get_proc_address.restype = lib.ggml_backend_reg_by_name.restype = ctypes.c_void_p
+    lib.ggml_backend_reg_get_proc_address.argtypes = ctypes.c_void_p, ctypes.c_char_p
+    lib.ggml_backend_reg_by_name.argtypes = (ctypes.c_char_p,)
+    lib.ggml_backend_register.restype, lib.ggml_backend_register.argtypes = None, (ctypes.c_void_p,)
     return lib
+
+
+def _devices() -> list[int]:
+    """Returns the native handles of all devices, the CPU included."""
+    lib = _device_library()
+    return [lib.ggml_backend_dev_get(number) for number in range(lib.ggml_backend_dev_count())]
+
+
+def cpu_function(name: str) -> int:
+    """Returns the address of a function of the CPU's backend by its name in C. The backend can be a library of its
+    own."""
+    lib = _device_library()
+    backend = lib.ggml_backend_dev_backend_reg(lib.ggml_backend_dev_by_type(_CPU_TYPE))
+    address: int = lib.ggml_backend_reg_get_proc_address(backend, name.encode())
+    return address
+
+
+def buffer_types() -> dict[str, int]:
+    """Returns the native buffer type of each device, keyed by its name in --override-tensor."""
+    lib = _device_library()
+    found = [lib.ggml_backend_dev_buffer_type(device) for device in _devices()]
+    return {lib.ggml_backend_buft_name(buffer).decode("utf-8", "replace"): buffer for buffer in found if buffer}
+
+
+@cache
+def add_rpc_servers(servers: tuple[str, ...]) -> None:
+    """Adds the devices of RPC servers. Raises ValueError if the library was built without RPC."""
+    if not servers:
+        return
+    lib = _device_library()
+    backend = lib.ggml_backend_reg_by_name(b"RPC") if native.llama_supports_rpc() else None
+    if not backend:
+        raise ValueError("--rpc needs a llama-cpp-python that was built with -DGGML_RPC=on; leave --rpc out")
+    address = lib.ggml_backend_reg_get_proc_address(backend, b"ggml_backend_rpc_add_server")
+    add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
+    for server in servers:
+        if not (added := add_server(server.encode())):
+            raise ValueError(f"--rpc: no server answers at {server}; start rpc-server there first")
+        lib.ggml_backend_register(added)
 
 
 def _gpus() -> list[int]:
     """Returns the native handles of all GPUs that the library can use."""
-    lib = _device_library()
-    all_devices = [lib.ggml_backend_dev_get(number) for number in range(lib.ggml_backend_dev_count())]
-    return [device for device in all_devices if lib.ggml_backend_dev_type(device) == _GPU_TYPE]
+    return [device for device in _devices() if _device_library().ggml_backend_dev_type(device) == _GPU_TYPE]
 
 
 def _device_name(device: int) -> str:
@@ -150,17 +208,18 @@ def _device_name(device: int) -> str:
 
 
 def parse_devices(names: str) -> Any:
-    """Returns `llama_model_params.devices` for names separated by commas; None for an empty string.
+    """Returns `llama_model_params.devices` for names separated by commas; None for an empty string. The name `none`
+    alone means no device besides the CPU.
 
     Raises ValueError for an unknown name. The message lists the known names.
     """
     if not names:
         return None
     lib = _device_library()
-    given = [name.strip() for name in names.split(",")]
+    given = [] if names == NO_DEVICE else [name.strip() for name in names.split(",")]
     found = [lib.ggml_backend_dev_by_name(name.encode()) for name in given]
     if None in found:
-        listed = ", ".join(_device_name(lib.ggml_backend_dev_get(i)) for i in range(lib.ggml_backend_dev_count()))
+        listed = ", ".join(map(_device_name, _devices()))
         raise ValueError(f"there is no device {given[found.index(None)]!r}; the devices are: {listed}")
     return (ctypes.c_void_p * (len(found) + 1))(*found, None)
 
@@ -186,12 +245,20 @@ def parse_tensor_split(proportions: str) -> Any:
 
 def free_memory() -> dict[str, int]:
     """Returns the free bytes of each GPU, keyed by the GPU's name."""
+    return {info.name: info.free_bytes for info in map(_device_info, _gpus())}
+
+
+def list_devices() -> list[DeviceInfo]:
+    """Returns all devices besides the CPU."""
+    type_of = _device_library().ggml_backend_dev_type
+    return [_device_info(device) for device in _devices() if type_of(device) != _CPU_TYPE]
+
+
+def _device_info(device: int) -> DeviceInfo:
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    found = {}
-    for device in _gpus():
-        _device_library().ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        found[_device_name(device)] = free.value
-    return found
+    _device_library().ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+    described: bytes = _device_library().ggml_backend_dev_description(device)
+    return DeviceInfo(_device_name(device), described.decode("utf-8", "replace"), total.value, free.value)
 
 
 def gpu_name() -> str:

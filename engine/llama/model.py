@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -13,26 +12,44 @@ from llama_cpp import llama_cpp as native
 from msgspec import structs
 
 from engine.backend import Context, LoadProgress, ModelInfo, NativeFault
-from engine.config import EngineConfig, ModelConfig, physical_cores
+from engine.config import EngineConfig, RopeConfig
 from engine.contract import ModelError
 from engine.llama import exact, fit, layout, library
+from engine.llama.adapters import adapter_files, apply_adapters, load_adapters, read_control_vector
 from engine.llama.context import LlamaContext
 from engine.llama.decoder import NoKVCells
+from engine.llama.gguf_check import check_file
 from engine.llama.layout import KvLayout, LayoutInputs
 from engine.llama.library import native_log, read_string
-from engine.llama.params import MAX_SEQUENCES, cell_bytes, context_params, metadata
+from engine.llama.memory_check import check_cells
+from engine.llama.params import (
+    MAX_SEQUENCES,
+    cell_bytes,
+    context_params,
+    metadata,
+    serving_gpu,
+    set_rope,
+    trained_tokens,
+)
+from engine.llama.placement import set_placement
 from engine.llama.textless import TextlessContext
+from engine.llama.threads import ThreadPools, check_cpus, open_pools, prepare_threads, thread_count
 from engine.llama.vocab import LlamaVocab
-
-# The first bytes of a GGUF.
-_GGUF_MAGIC = b"GGUF"
 
 
 class LlamaBackend:
     """An opened GGUF. Only the thread that opened it may use it, except `vocab` and `info`."""
 
-    def __init__(self, model: Any, vocab: LlamaVocab, context: LlamaContext | TextlessContext, info: ModelInfo) -> None:
+    def __init__(
+        self,
+        model: Any,
+        vocab: LlamaVocab,
+        context: LlamaContext | TextlessContext,
+        info: ModelInfo,
+        pools: ThreadPools | None = None,
+    ) -> None:
         self.model = model
+        self._pools = pools
         self._context = context
         self.vocab = vocab
         self.context: Context = context
@@ -41,8 +58,10 @@ class LlamaBackend:
     def close(self) -> None:
         """Frees the context, the vocabulary and the model."""
         self._context.close()
-        self.vocab.close()
-        native.llama_model_free(self.model)
+        if self._pools is not None:
+            self._pools.close()
+        if self.vocab.close():
+            native.llama_model_free(self.model)
 
 
 def open_gguf(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[], bool]) -> LlamaBackend:
@@ -51,12 +70,16 @@ def open_gguf(config: EngineConfig, progress: LoadProgress, keep_loading: Callab
     Raises ModelError, with nothing left in memory, also if the file of the draft or embedding model is not a GGUF.
     """
     path = Path(config.model.path)
-    _check_file(path)
+    check_file(path)
     if config.draft.path:  # before the target model is loaded, which can take minutes
-        _check_file(Path(config.draft.path), "draft model (-md)")
+        check_file(Path(config.draft.path), "draft model (-md)")
     if config.embedding.path:
-        _check_file(Path(config.embedding.path), "embedding model (--embedding-model)")
+        check_file(Path(config.embedding.path), "embedding model (--embedding-model)")
+    for file, use in adapter_files(config.adapters):
+        check_file(Path(file), use)
     library.initialize()
+    _check_settings(config)
+    prepare_threads(config.cpu)
     config = _exact(config, path)
     model = load_model(config, progress, keep_loading)
     try:
@@ -66,6 +89,18 @@ def open_gguf(config: EngineConfig, progress: LoadProgress, keep_loading: Callab
         raise
 
 
+def _check_settings(config: EngineConfig) -> None:
+    """Raises ModelError for settings of threads, positions or loading that are invalid or contradict each other."""
+    for each in (config, *([config.for_draft_model(0)] if config.draft.path else ())):
+        try:
+            check_cpus(each.cpu)
+            fit.reserved_bytes(each.model.fit_target, ())
+            set_rope(each.rope, native.llama_context_default_params())
+            set_placement(each.model, each.load, native.llama_model_default_params())
+        except ValueError as error:
+            raise ModelError(f"cannot load the model {each.model.path}: {error}") from None
+
+
 def _exact(config: EngineConfig, path: Path) -> EngineConfig:
     """Returns `config`, with the settings of the deterministic profile if `deterministic` is set. Raises ModelError if
     the model or a setting is incompatible with the profile."""
@@ -73,7 +108,7 @@ def _exact(config: EngineConfig, path: Path) -> EngineConfig:
         exact.prepare(path, exact=config.model.deterministic)
         if not config.model.deterministic:
             return config
-        gpu = library.gpu_name() if config.model.gpu_layers else ""
+        gpu = serving_gpu(config.model)
         return structs.replace(config, model=exact.exact_config(config.model, gpu))
     except exact.NotExact as reason:
         raise ModelError(f"{path} cannot be served with --deterministic: {reason}") from None
@@ -82,7 +117,7 @@ def _exact(config: EngineConfig, path: Path) -> EngineConfig:
 @contextmanager
 def open_vocabulary(path: Path) -> Iterator[LlamaVocab]:
     """Opens the vocabulary of a GGUF without loading weights. Raises ModelError."""
-    _check_file(path)
+    check_file(path)
     library.initialize()
     params = native.llama_model_default_params()
     params.vocab_only = True
@@ -93,28 +128,8 @@ def open_vocabulary(path: Path) -> Iterator[LlamaVocab]:
     try:
         yield vocab
     finally:
-        vocab.close()
-        native.llama_model_free(model)
-
-
-def _check_file(path: Path, kind: str = "model") -> None:
-    """Raises ModelError, which names the `kind` of file, if `path` is not a file with the magic number of GGUF."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise ModelError(f"cannot read the {kind} {path}: {error.strerror}") from None
-    if start != _GGUF_MAGIC:
-        raise ModelError(f"the {kind} {path} is not a GGUF file: {_describe_start(start)}")
-
-
-def _describe_start(start: bytes) -> str:
-    """Returns a clause about the first bytes of a file that is not a GGUF."""
-    if not start:
-        return "the file is empty"
-    text = start.decode("ascii", "replace")
-    given = f"'{text}'" if text.isascii() and text.isprintable() else f"the bytes {start.hex(' ')}"
-    return f"it begins with {given}, not with 'GGUF'"
+        if vocab.close():
+            native.llama_model_free(model)
 
 
 def load_model(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[], bool]) -> Any:
@@ -126,33 +141,15 @@ def load_model(config: EngineConfig, progress: LoadProgress, keep_loading: Calla
 
     callback = native.llama_progress_callback(report)
     params = native.llama_model_default_params()
-    params.n_gpu_layers = config.model.gpu_layers
     params.progress_callback = callback
-    try:
-        references = _set_devices(config.model, params)
-    except ValueError as error:
-        raise ModelError(f"cannot load the model {config.model.path}: {error}") from None
+    references = set_placement(config.model, config.load, params)
     if library.built_with_amx():
         native_log.warning("llama.cpp was built with AMX, which can crash; weights are not repacked, which is slower")
-    params.use_extra_bufts = not (library.built_with_amx() or config.model.deterministic)
     model = native.llama_model_load_from_file(config.model.path.encode(), params)
     del references
     if not model:
         raise ModelError(f"cannot load the model {config.model.path}: {_reason('the library gave no reason')}")
     return model
-
-
-def _set_devices(config: ModelConfig, params: Any) -> tuple[Any, ...]:
-    """Sets the devices and their shares of the model in `params`. Returns the arrays that must live until the model is
-    loaded. Raises ValueError for unknown devices or wrong shares.
-    """
-    chosen, shares = library.parse_devices(config.device), library.parse_tensor_split(config.tensor_split)
-    if chosen is not None:
-        params.devices = ctypes.cast(chosen, ctypes.c_void_p)
-    if shares is not None:
-        params.tensor_split = shares
-    params.split_mode, params.main_gpu = library.SPLIT_MODES[config.split_mode], config.main_gpu
-    return chosen, shares
 
 
 def _reason(default: str) -> str:
@@ -166,15 +163,20 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     kind, window = _kind(model), native.llama_model_n_swa(model)
     if config.model.deterministic and kind:
         raise ModelError(f"{path} cannot be served with --deterministic: the model is {kind}")
-    threads = config.model.threads if config.model.threads > 0 else physical_cores()
-    gpu = library.gpu_name() if config.model.gpu_layers else ""
+    adapters = load_adapters(model, config.adapters, path, exact=config.model.deterministic)
+    vector = read_control_vector(model, config.adapters)
+    threads, gpu = thread_count(config.cpu, config.model.threads), serving_gpu(config.model)
     heads: int = native.llama_model_n_head(model)
+    trained_context = trained_tokens(config.rope, model)
 
     def params_of(chosen: KvLayout) -> Any:
-        return context_params(config.model, config.batch, chosen, threads, heads, bool(gpu))
+        params = context_params(config.model, config.batch, chosen, threads, heads, bool(gpu))
+        set_rope(config.rope, params)
+        return params
 
     library.clear_errors()
-    chosen = _layout(config, model, kind, gpu, params_of)
+    chosen = _layout(config, model, kind, gpu, trained_context, params_of)
+    check_cells(config.model, model, chosen.cells, kind, gpu=bool(gpu))
     params = params_of(chosen)
     partial = kind not in ("recurrent", "hybrid")
     shifting = config.memory.reuse > 0 and not config.model.deterministic
@@ -186,17 +188,28 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
         native_log.debug("%s computes embeddings only", path)
     except NativeFault as fault:
         raise ModelError(f"cannot open a context of {params.n_ctx} tokens: {_reason(str(fault))}") from None
+    pools = open_pools(config.cpu, params.n_threads, params.n_threads_batch)
+    if pools is not None and isinstance(context, LlamaContext):
+        context.attach(pools)
+    if isinstance(context, LlamaContext):
+        apply_adapters(context, adapters, vector)
+    elif adapters or vector:
+        raise ModelError(f"{path} computes embeddings only, to which neither --lora nor --control-vector applies")
     vocab = LlamaVocab(model)
     device = gpu or f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     info = _describe(path, model, vocab, context, device)
     info = structs.replace(
         info,
-        layout=f"{info.digest} {info.build} {_state_settings(config, params, context)}",
+        trained_context=trained_context,
+        layout=f"{info.digest} {info.build} {_state_settings(config, params, context)}"
+        + (f" control {vector.digest}" if vector else ""),
         exact=config.model.deterministic,
         kv_unified=chosen.unified,
         kv_reason=chosen.reason,
+        adapters=tuple(each.info for each in adapters),
+        cell_bytes=cell_bytes(config.model, model) if isinstance(context, LlamaContext) else 0,
     )
-    return LlamaBackend(model, vocab, context, info)
+    return LlamaBackend(model, vocab, context, info, pools)
 
 
 def _kind(model: Any) -> str:
@@ -212,14 +225,26 @@ def _state_settings(config: EngineConfig, params: Any, context: LlamaContext | T
     """Returns the settings on which saved states depend. They are equal for both KV layouts if states are divisible."""
     kind = "exact" if config.model.deterministic else f"moved {config.memory.reuse > 0}"
     whole = "" if context.divisible or context.unified else f" {context.streams} streams"
-    return f"{params.type_k} {params.type_v} {params.flash_attn_type} {kind}{whole}"
+    changes = [] if config.rope == RopeConfig() else [repr(config.rope)]
+    changes += sorted(config.load.override_kv)
+    changes += ["full windows"] if config.model.swa_full else []
+    return " ".join([f"{params.type_k} {params.type_v} {params.flash_attn_type} {kind}{whole}", *changes])
 
 
-def _layout(config: EngineConfig, model: Any, kind: str, gpu: str, params_of: Callable[[KvLayout], Any]) -> KvLayout:
+def _layout(
+    config: EngineConfig,
+    model: Any,
+    kind: str,
+    gpu: str,
+    trained_context: int,
+    params_of: Callable[[KvLayout], Any],
+) -> KvLayout:
     """Returns the KV layout and its number of cells. Raises ModelError if --fit finds too little memory or the slots
     exceed the library's limit."""
-    trained_context: int = native.llama_model_n_ctx_train(model)
-    inputs = LayoutInputs(config.model.kv_unified, config.batch.slots, config.batch.context, trained_context, kind)
+    batch = config.batch
+    unified = True if batch.slot_context and config.model.kv_unified is None else config.model.kv_unified
+    cells = batch.context or batch.slots * batch.slot_context
+    inputs = LayoutInputs(unified, batch.slots, cells, trained_context, kind)
     if gpu and config.model.fit == "on" and not inputs.cells:
         inputs = inputs._replace(cells=_fitting_cells(config, model, trained_context, params_of), fitted=True)
     if not inputs.cells:
@@ -248,14 +273,17 @@ def _fitting_cells(config: EngineConfig, model: Any, trained_context: int, param
         native.llama_free(context)
         return {device: before[device] - after[device] for device in before}
 
-    draft, reserve, share = config.draft, config.model.fit_target * 2**20, 1.0
+    draft, reserve, share = config.draft, 0, 1.0
     if draft.path and draft.gpu_layers and not draft.device:
         reserve, share = reserve + Path(draft.path).stat().st_size, 1 - DRAFT_CELLS_SHARE
     if config.embedding.path and config.model.gpu_layers:
         reserve += Path(config.embedding.path).stat().st_size
     try:
         uses = fit.measure_memory(measure)
-        found = fit.fitting_cells(library.free_memory(), uses, reserve, config.batch.slots * trained_context)
+        limit = config.batch.slots * trained_context
+        free = library.free_memory()
+        reserved = {name: size + reserve for name, size in fit.reserved_bytes(config.model.fit_target, free).items()}
+        found = fit.fitting_cells(free, uses, reserved, limit, round(config.model.fit_context / share))
     except (fit.TooLittleMemory, OSError) as reason:
         raise ModelError(f"cannot fit {config.model.path}: {reason}") from None
     return fit.round_down(share * found)
@@ -300,5 +328,6 @@ def _describe(
         build=library.build_info(),
         offloaded=not device.startswith("CPU"),
         fim=vocab.fim,
+        longest_token=vocab.longest_token,
         generates=isinstance(context, LlamaContext),
     )

@@ -9,9 +9,9 @@ from typing import Any
 from llama_cpp import llama_cpp as native
 from msgspec import structs
 
-from engine.config import BatchConfig, ModelConfig
+from engine.config import BatchConfig, ModelConfig, RopeConfig
 from engine.llama.layout import PAD_CELLS, KvLayout
-from engine.llama.library import CACHE_TYPES, FLASH_ATTENTION, read_string
+from engine.llama.library import CACHE_TYPES, FLASH_ATTENTION, NO_DEVICE, gpu_name, read_string
 
 # Default maximum rows of logits of one step: for two long drafts, and for seven draft tokens and a next token per slot.
 MIN_OUTPUTS, OUTPUTS_PER_SLOT = 128, 8
@@ -21,6 +21,8 @@ MAX_SCORES_BYTES = 2**30
 MAX_SEQUENCES = 256
 # Number of slots from which flash attention is on by default on a CPU with unified KV.
 FLASH_SLOTS = 32
+# `enum llama_rope_scaling_type`.
+ROPE_SCALINGS = {"auto": -1, "none": 0, "linear": 1, "yarn": 2}
 
 
 def resolve_flash_attention(
@@ -42,6 +44,27 @@ def resolve_flash_attention(
         values = "bf16" if (model.cache_type_k, model.cache_type_v) == ("f16", "f16") else model.cache_type_v
         return structs.replace(model, cache_type_v=values)
     return structs.replace(model, flash_attention="off") if scores_bytes <= MAX_SCORES_BYTES else model
+
+
+def serving_gpu(model: ModelConfig) -> str:
+    """Returns the description of the first GPU that computes the model; empty if the CPU does."""
+    return gpu_name() if model.gpu_layers and model.device != NO_DEVICE else ""
+
+
+def set_rope(rope: RopeConfig, params: Any) -> None:
+    """Sets the rotary position embeddings of a context. Raises ValueError if a factor is set twice."""
+    params.rope_scaling_type = ROPE_SCALINGS[rope.scaling]
+    params.rope_freq_base, params.rope_freq_scale = rope.freq_base, rope.frequency_factor
+    params.yarn_orig_ctx = rope.yarn_context
+    params.yarn_ext_factor, params.yarn_attn_factor = rope.yarn_ext_factor, rope.yarn_attn_factor
+    params.yarn_beta_slow, params.yarn_beta_fast = rope.yarn_beta_slow, rope.yarn_beta_fast
+
+
+def trained_tokens(rope: RopeConfig, model: Any) -> int:
+    """Returns the tokens of the training context, after the scaling of `rope`. Called before a context is opened, as
+    the library adjusts its own number for YaRN."""
+    tokens: int = native.llama_model_n_ctx_train(model)
+    return rope.scaled_context(round(tokens * (native.llama_model_rope_freq_scale_train(model) or 1.0)), tokens)
 
 
 def sequences_for(slots: int, unified: bool) -> int:
@@ -75,6 +98,7 @@ def context_params(
     params.flash_attn_type = FLASH_ATTENTION[model.flash_attention]
     params.type_k = CACHE_TYPES[model.cache_type_k]
     params.type_v = CACHE_TYPES[model.cache_type_v]
+    params.offload_kqv, params.op_offload, params.swa_full = model.kv_offload, model.op_offload, model.swa_full
     params.no_perf = True
     return params
 

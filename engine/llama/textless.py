@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine.adapters import AdapterSet
 from engine.backend import HostWork, Logits, NativeFault, Snapshot, State, StatePart, no_host_work
 from engine.batch import Batch
 
@@ -23,6 +24,10 @@ class TextlessContext:
     def decode(self, host_work: HostWork = no_host_work) -> Logits:
         """Raises NativeFault."""
         raise NativeFault("the model computes embeddings, not text")
+
+    def set_adapters(self, adapters: AdapterSet) -> bool:
+        """Returns False."""
+        return False
 
     def copy(self, source: int, target: int, length: int) -> bool:
         """Returns True for the empty copy, which is the only possible one."""

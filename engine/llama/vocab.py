@@ -6,12 +6,21 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from llama_cpp import llama_cpp as native
 
 from engine.backend import FimTokens
 from engine.contract import EngineFault
+from engine.llama.special_tokens import PIECE_BYTES, SpecialToken, SpecialTokenSplitter
+from engine.worker_pool import checkpoint
+
+# Seconds for a running call of the library to end before the model is freed.
+_CLOSE_SECONDS = 5.0
+
+# `LLAMA_VOCAB_TYPE_SPM` and `LLAMA_VOCAB_TYPE_BPE`: the tokenizers that cover all of a text by the bytes of tokens.
+_COVERING_KINDS = (1, 2)
 
 
 class LlamaVocab:
@@ -49,8 +58,61 @@ class LlamaVocab:
         With `special`, special tokens in the text are recognised and BOS is added if the model expects it. A lone
         surrogate, which UTF-8 cannot encode, becomes a question mark. Raises EngineFault after `close`.
         """
+        data = text.encode("utf-8", "replace")
+        if len(data) <= PIECE_BYTES:
+            with self._library_call():
+                return self._tokenize(data, add=special, parse=special)
+        tokens: list[int] = []
+        for piece in self._splitter(special=special).split(data):
+            checkpoint()
+            with self._library_call():
+                tokens += self._tokenize(piece, add=False, parse=special)
+        before, after = self._around if special else ([], [])
+        return [*before, *tokens, *after]
+
+    @property
+    def longest_token(self) -> int:
+        """Maximum bytes of a text that become one token; 0 if there is no maximum."""
+        strips: int = native.LLAMA_TOKEN_ATTR_LSTRIP | native.LLAMA_TOKEN_ATTR_RSTRIP
         with self._library_call():
-            return self._tokenize(text, special)
+            unbounded = any(native.llama_vocab_get_attr(self._vocab, token) & strips for token in self.special)
+        if unbounded or self.kind not in _COVERING_KINDS:
+            return 0
+        return max(*map(len, self._pieces), *(len(name.encode()) for name in self._names.values()), 1)
+
+    def _splitter(self, *, special: bool) -> SpecialTokenSplitter:
+        return self._special_splitter if special else self._user_defined_splitter
+
+    @cached_property
+    def _special_splitter(self) -> SpecialTokenSplitter:
+        found: int = native.LLAMA_TOKEN_ATTR_CONTROL | native.LLAMA_TOKEN_ATTR_UNKNOWN
+        return SpecialTokenSplitter(self._tokens_with(found | native.LLAMA_TOKEN_ATTR_USER_DEFINED))
+
+    @cached_property
+    def _user_defined_splitter(self) -> SpecialTokenSplitter:
+        return SpecialTokenSplitter(self._tokens_with(native.LLAMA_TOKEN_ATTR_USER_DEFINED))
+
+    def _tokens_with(self, wanted: int) -> list[SpecialToken]:
+        """Returns the tokens that have one of the attributes `wanted`."""
+        with self._library_call():
+            attributes = ((token, native.llama_vocab_get_attr(self._vocab, token)) for token in range(self.size))
+            return [
+                SpecialToken(
+                    native.llama_vocab_get_text(self._vocab, token),
+                    bool(each & native.LLAMA_TOKEN_ATTR_LSTRIP),
+                    bool(each & native.LLAMA_TOKEN_ATTR_RSTRIP),
+                )
+                for token, each in attributes
+                if each & wanted
+            ]
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The tokens that the library adds before and after a text."""
+        with self._library_call():
+            added = self._tokenize(b"", add=True, parse=False)
+        first = len(added) > 1 or self.adds_bos
+        return added[:first], added[first:]
 
     @contextmanager
     def _library_call(self) -> Iterator[None]:
@@ -66,18 +128,18 @@ class LlamaVocab:
                 self._calls -= 1
                 self._idle.notify_all()
 
-    def close(self) -> None:
-        """Waits for running calls of the library. Later calls raise EngineFault."""
+    def close(self) -> bool:
+        """Refuses later calls of the library with EngineFault, and waits for the running ones. Returns False if one
+        takes too long: the model must then not be freed."""
         with self._idle:
             self._closed = True
-            self._idle.wait_for(lambda: not self._calls)
+            return self._idle.wait_for(lambda: not self._calls, _CLOSE_SECONDS)
 
-    def _tokenize(self, text: str, special: bool) -> list[int]:
-        data = text.encode("utf-8", "replace")
+    def _tokenize(self, data: bytes, *, add: bool, parse: bool) -> list[int]:
         capacity = len(data) + 2
         while True:
             tokens = (native.llama_token * capacity)()
-            count = native.llama_tokenize(self._vocab, data, len(data), tokens, capacity, special, special)
+            count = native.llama_tokenize(self._vocab, data, len(data), tokens, capacity, add, parse)
             if count >= 0:
                 return list(tokens[:count])
             capacity = -count

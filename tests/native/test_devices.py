@@ -22,23 +22,29 @@ def test_as_many_cells_as_fit_the_measured_memory() -> None:
     assert uses["CUDA0"] == pytest.approx((100 * MIB, 1000))
     assert uses["CUDA1"] == pytest.approx((50 * MIB, 0))
     free = {"CUDA0": 1000 * MIB, "CUDA1": 100 * MIB, "CUDA2": 1000 * MIB}
-    found = fit.fitting_cells(free, uses, 10 * MIB, 10**6)
+    found = fit.fitting_cells(free, uses, dict.fromkeys(free, 10 * MIB), 10**6)
     assert found % 256 == 0
     assert all(measure(found)[device] <= free[device] - 10 * MIB for device in free)
     assert measure(found + 256)["CUDA2"] > free["CUDA2"] - 10 * MIB
-    assert fit.fitting_cells(free, uses, 10 * MIB, 8192) == 8192
+    assert fit.fitting_cells(free, uses, {}, 8192) == 8192
 
 
 def test_too_little_memory_is_an_error() -> None:
     uses = {"CUDA0": fit.MemoryUse(100 * MIB, 1000)}
     with pytest.raises(fit.TooLittleMemory, match="CUDA0 has 100 MiB free"):
-        fit.fitting_cells({"CUDA0": 100 * MIB}, uses, 0, 8192)
+        fit.fitting_cells({"CUDA0": 100 * MIB}, uses, {}, 8192)
+    free = {"CUDA0": 105 * MIB}
+    assert fit.fitting_cells(free, uses, {}, 8192, minimum=4096) == 5120
+    with pytest.raises(fit.TooLittleMemory, match="too little for the 8192 cells of --fit-ctx"):
+        fit.fitting_cells(free, uses, {}, 8192, minimum=8192)
 
 
 def test_a_gpu_without_cells_may_be_full() -> None:
     """With `--device CUDA0`, the memory of CUDA1 does not matter."""
     uses = {"CUDA0": fit.MemoryUse(100 * MIB, 1000), "CUDA1": fit.MemoryUse(0, 0)}
-    assert fit.fitting_cells({"CUDA0": 9000 * MIB, "CUDA1": 300 * MIB}, uses, 1024 * MIB, 8192) == 8192
+    free = {"CUDA0": 9000 * MIB, "CUDA1": 300 * MIB}
+    assert fit.fitting_cells(free, uses, fit.reserved_bytes("1024", free), 8192) == 8192
+    assert fit.reserved_bytes("64, 32", ("a", "b", "c")) == {"a": 64 * MIB, "b": 32 * MIB, "c": 32 * MIB}
 
 
 @pytest.mark.parametrize("proportions", ["a", "3,", "-1,2", "0,0", "inf", ",".join("1" * 99)])

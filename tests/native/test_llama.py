@@ -63,11 +63,11 @@ def test_texts_are_tokenized_concurrently(backend: LlamaBackend, monkeypatch: py
     vocab = backend.vocab
     begun, go, tokenize = threading.Event(), threading.Event(), vocab._tokenize
 
-    def held(text: str, special: bool) -> list[int]:
-        if text == "long":
+    def held(data: bytes, *, add: bool, parse: bool) -> list[int]:
+        if data == b"long":
             begun.set()
             assert go.wait(60)
-        return tokenize(text, special)
+        return tokenize(data, add=add, parse=parse)
 
     monkeypatch.setattr(vocab, "_tokenize", held)
     other = threading.Thread(target=vocab.tokenize, args=["long"], kwargs={"special": False})

@@ -82,6 +82,27 @@ def windowed(path: Path, window: int = 32, seed: int = 1) -> Path:
     return model.written("output_norm")
 
 
+def experts(path: Path, seed: int = 1) -> Path:
+    """Writes a model whose feed-forward parts are two of four experts (Mixtral)."""
+    model = _Model(path, "llama", seed, feed_forward=2 * WIDTH)
+    model.writer.add_head_count(WIDTH // HEAD_WIDTH)
+    model.writer.add_head_count_kv(1)
+    model.writer.add_key_length(HEAD_WIDTH)
+    model.writer.add_value_length(HEAD_WIDTH)
+    model.writer.add_rope_dimension_count(HEAD_WIDTH)
+    model.writer.add_expert_count(4)
+    model.writer.add_expert_used_count(2)
+    for layer in range(LAYERS):
+        model.ones(f"blk.{layer}.attn_norm", WIDTH)
+        model.attention(layer, norms=False)
+        model.ones(f"blk.{layer}.ffn_norm", WIDTH)
+        model.matrix(f"blk.{layer}.ffn_gate_inp", WIDTH, 4)
+        model.matrix(f"blk.{layer}.ffn_gate_exps", WIDTH, 2 * WIDTH, of=4)
+        model.matrix(f"blk.{layer}.ffn_up_exps", WIDTH, 2 * WIDTH, of=4)
+        model.matrix(f"blk.{layer}.ffn_down_exps", 2 * WIDTH, WIDTH, gain=2, of=4)
+    return model.written("output_norm")
+
+
 class _Model:
     """A writer of a GGUF: the vocabulary, the fields common to all kinds, and weights from one seed."""
 
@@ -116,13 +137,13 @@ class _Model:
         self.writer.add_add_bos_token(False)
         self.writer.add_chat_template(TEMPLATE)
 
-    def attention(self, layer: int) -> None:
+    def attention(self, layer: int, *, norms: bool = True) -> None:
         """Adds queries, keys and values. Their norms make the scores large, so that a few positions matter most."""
         self.matrix(f"blk.{layer}.attn_q", WIDTH, WIDTH)
         self.matrix(f"blk.{layer}.attn_k", WIDTH, HEAD_WIDTH)
         self.matrix(f"blk.{layer}.attn_v", WIDTH, HEAD_WIDTH, gain=2)
         self.matrix(f"blk.{layer}.attn_output", WIDTH, WIDTH)
-        for norm in ("attn_q_norm", "attn_k_norm"):
+        for norm in ("attn_q_norm", "attn_k_norm") if norms else ():
             self.numbers(f"blk.{layer}.{norm}.weight", np.full(HEAD_WIDTH, 1.7))
 
     def feed_forward(self, layer: int) -> None:
@@ -136,9 +157,11 @@ class _Model:
         """Returns the seed's next normal random numbers, of unit variance."""
         return self._random.standard_normal(shape, np.float32)
 
-    def matrix(self, name: str, columns: int, rows: int, gain: float = 1.0) -> None:
-        """Adds a weight of `columns` inputs and `rows` outputs; outputs are about `gain` times as large as inputs."""
-        weight = quantize(self.random(rows, columns) * np.float32(gain / columns**0.5), GGMLQuantizationType.Q8_0)
+    def matrix(self, name: str, columns: int, rows: int, gain: float = 1.0, of: int = 0) -> None:
+        """Adds a weight of `columns` inputs and `rows` outputs, or `of` of them for experts; outputs are about `gain`
+        times as large as inputs."""
+        shape = (of, rows, columns) if of else (rows, columns)
+        weight = quantize(self.random(*shape) * np.float32(gain / columns**0.5), GGMLQuantizationType.Q8_0)
         self.writer.add_tensor(f"{name}.weight", weight, raw_dtype=GGMLQuantizationType.Q8_0)
 
     def numbers(self, name: str, values: np.ndarray[Any, Any]) -> None:

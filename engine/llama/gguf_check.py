@@ -1,0 +1,143 @@
+"""Checks the metadata of a GGUF for values with which the library would end the process."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import llama_cpp as native
+
+from engine.contract import ModelError
+from engine.llama import library
+from engine.llama.exact import GgufInitParams
+
+# The first bytes of a GGUF.
+_GGUF_MAGIC = b"GGUF"
+# The library's `LLAMA_MAX_LAYERS`.
+MAX_LAYERS = 512
+_TOKENS = b"tokenizer.ggml.tokens"
+# `enum gguf_type`.
+_UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
+
+
+def check_file(path: Path, kind: str = "model") -> None:
+    """Raises ModelError, which names the `kind` of file, if `path` is no GGUF or has metadata that would end the
+    process."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise ModelError(f"cannot read the {kind} {path}: {error.strerror}") from None
+    if start != _GGUF_MAGIC:
+        raise ModelError(f"the {kind} {path} is not a GGUF file: {_describe_start(start)}")
+    check_metadata(path, kind)
+
+
+def _describe_start(start: bytes) -> str:
+    """Returns a clause about the first bytes of a file that is not a GGUF."""
+    if not start:
+        return "the file is empty"
+    text = start.decode("ascii", "replace")
+    given = f"'{text}'" if text.isascii() and text.isprintable() else f"the bytes {start.hex(' ')}"
+    return f"it begins with {given}, not with 'GGUF'"
+
+
+def check_metadata(path: Path, kind: str) -> None:
+    """Raises ModelError, which names the `kind` of file, if the library would end the process while it loads or
+    computes the model. Damage that the library itself reports is left to it."""
+    library.initialize()
+    with _opened(path) as gguf:
+        if gguf and (reason := next(_problems(_library(), gguf), "")):
+            raise ModelError(f"the {kind} {path} is damaged: {reason}")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Yields the metadata of the file. None means that the library cannot read it."""
+    lib = _library()
+    gguf = lib.gguf_init_from_file(str(path).encode(), GgufInitParams(True, None))
+    try:
+        yield gguf
+    finally:
+        if gguf:
+            lib.gguf_free(gguf)
+
+
+def _problems(lib: Any, gguf: Any) -> Iterator[str]:
+    for index in range(lib.gguf_get_n_kv(gguf)):
+        name: bytes = lib.gguf_get_key(gguf, index)
+        kind: int = lib.gguf_get_kv_type(gguf, index)
+        key = name.decode("utf-8", "replace")
+        if kind == _UINT32 and name.endswith(b".block_count"):
+            blocks: int = lib.gguf_get_val_u32(gguf, index)
+            if not 1 <= blocks <= MAX_LAYERS:
+                yield f"{key} is {blocks}, not a number of layers from 1 to {MAX_LAYERS}"
+        elif kind == _FLOAT32:
+            value: float = lib.gguf_get_val_f32(gguf, index)
+            if math.isnan(value) or (name.endswith(b"epsilon") and value < 0):
+                yield f"{key} is {value}"
+        elif kind == _ARRAY and name == _TOKENS and lib.gguf_get_arr_type(gguf, index) == _STRING:
+            texts = [lib.gguf_get_arr_str(gguf, index, token) for token in range(lib.gguf_get_arr_n(gguf, index))]
+            yield from _repeated_tokens(texts)
+            if _is_sentencepiece(lib, gguf):
+                yield from _missing_bytes(texts)
+
+
+def _repeated_tokens(texts: Sequence[bytes]) -> Iterator[str]:
+    """Yields a sentence for each token whose text an earlier one has. Empty texts may be repeated."""
+    if len(set(texts)) == len(texts):
+        return
+    first: dict[bytes, int] = {}
+    for token, text in enumerate(texts):
+        if (earlier := first.setdefault(text, token)) != token and text:
+            yield f"the tokens {earlier} and {token} have the same text {text.decode('utf-8', 'replace')!r}"
+
+
+def _is_sentencepiece(lib: Any, gguf: Any) -> bool:
+    index: int = lib.gguf_find_key(gguf, b"tokenizer.ggml.model")
+    return index >= 0 and lib.gguf_get_kv_type(gguf, index) == _STRING and lib.gguf_get_val_str(gguf, index) == b"llama"
+
+
+def _missing_bytes(texts: Sequence[bytes]) -> Iterator[str]:
+    """Yields a sentence if a byte has no token: a text with this byte would end the process."""
+    known = set(texts)
+    missing = [byte for byte in range(256) if b"<0x%02X>" % byte not in known and bytes([byte]) not in known]
+    if missing:
+        yield f"no token has the text <0x{missing[0]:02X}>, which a SentencePiece vocabulary needs for every byte"
+
+
+@cache
+def _library() -> Any:
+    """Returns the library with the result types of its GGUF functions, which the binding does not declare."""
+    lib = native._lib
+    pointer, number, text = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
+    results: dict[str, Any] = {
+        "gguf_init_from_file": pointer,
+        "gguf_get_n_kv": number,
+        "gguf_find_key": number,
+        "gguf_get_key": text,
+        "gguf_get_val_str": text,
+        "gguf_get_kv_type": ctypes.c_int,
+        "gguf_get_val_u32": ctypes.c_uint32,
+        "gguf_get_val_f32": ctypes.c_float,
+        "gguf_get_arr_type": ctypes.c_int,
+        "gguf_get_arr_n": ctypes.c_size_t,
+        "gguf_get_arr_str": text,
+        "gguf_free": None,
+    }
+    arguments: dict[str, tuple[Any, ...]] = {
+        "gguf_init_from_file": (text, GgufInitParams),
+        "gguf_get_n_kv": (pointer,),
+        "gguf_find_key": (pointer, text),
+        "gguf_free": (pointer,),
+        "gguf_get_arr_str": (pointer, number, ctypes.c_size_t),
+    }
+    for name, result in results.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments.get(name, (pointer, number))
+    return lib
