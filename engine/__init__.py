@@ -1,18 +1,25 @@
 """Continuous batching over llama.cpp for asyncio: the public names, nothing else."""
 
+from engine.adapters import AdapterInfo, AdapterScale
 from engine.backend import Embedding, EmbeddingInfo, FimTokens, ModelInfo, RerankMarks, Vocab
 from engine.config import (
     SIMULATED_MODEL,
+    AdapterConfig,
     BatchConfig,
+    CpuConfig,
     DraftConfig,
     EmbeddingConfig,
     EngineConfig,
+    LoadConfig,
     MemoryConfig,
     ModelConfig,
+    RopeConfig,
     SimConfig,
     SpeculationConfig,
 )
 from engine.contract import (
+    FORCED_TOKEN,
+    MODEL_TOKEN,
     PROPOSER_TYPES,
     ContextExceeded,
     DraftStats,
@@ -31,16 +38,20 @@ from engine.contract import (
     Request,
     RequestRefused,
     SamplingParams,
+    ShutDown,
     Speculation,
     Timings,
     Tokens,
     Update,
     Usage,
 )
+from engine.devices import DeviceInfo
+from engine.diagnosis import Diagnosis, MachineInfo, OpenedEngine, Opening, StepEstimate, diagnose
 from engine.embedding import EmbeddingModel
-from engine.engine import Engine, measure_step_costs, open_vocabulary
+from engine.engine import Engine, list_devices, measure_step_costs, open_vocabulary
 from engine.generation import Generation
 from engine.grammar import (
+    JSON_TYPES,
     MAX_GRAMMAR_BYTES,
     MAX_SCHEMA_DEPTH,
     Gbnf,
@@ -55,23 +66,40 @@ from engine.grammar import (
     drop_keyword,
     relax_schema,
     resolve_reference,
+    unknown_types,
 )
+from engine.loaded_adapters import LoadedAdapters
 from engine.pace import Calibration
 from engine.sampling import derive_seed
+from engine.sampling_params import DEFAULT_SAMPLERS, SamplerStage
 from engine.slotfiles import SlotTransfer
 from engine.slots import RequestState, SlotState
 from engine.speculate.lookup import build_lookup
-from engine.stats import Histogram, MemoryInfo, Stats
+from engine.stats import EmbeddingStats, Histogram, MemoryInfo, Stats
 from engine.text import StopScope, TextRange, partial_match_length
+from engine.time_limits import DeadlineExceeded, QueueTimeout
+from engine.worker_pool import WORKERS, checkpoint
 
 __all__ = [
+    "DEFAULT_SAMPLERS",
+    "FORCED_TOKEN",
+    "JSON_TYPES",
     "MAX_GRAMMAR_BYTES",
     "MAX_SCHEMA_DEPTH",
+    "MODEL_TOKEN",
     "PROPOSER_TYPES",
     "SIMULATED_MODEL",
+    "WORKERS",
+    "AdapterConfig",
+    "AdapterInfo",
+    "AdapterScale",
     "BatchConfig",
     "Calibration",
     "ContextExceeded",
+    "CpuConfig",
+    "DeadlineExceeded",
+    "DeviceInfo",
+    "Diagnosis",
     "DraftConfig",
     "DraftStats",
     "Draining",
@@ -79,6 +107,7 @@ __all__ = [
     "EmbeddingConfig",
     "EmbeddingInfo",
     "EmbeddingModel",
+    "EmbeddingStats",
     "Engine",
     "EngineConfig",
     "EngineError",
@@ -95,16 +124,22 @@ __all__ = [
     "JsonObject",
     "JsonSchema",
     "Lark",
+    "LoadConfig",
+    "LoadedAdapters",
     "Logprob",
+    "MachineInfo",
     "MemoryConfig",
     "MemoryInfo",
     "ModelConfig",
     "ModelError",
     "ModelInfo",
     "OneOfTexts",
+    "OpenedEngine",
+    "Opening",
     "Overloaded",
     "PrefillProgress",
     "ProposerType",
+    "QueueTimeout",
     "ReasoningBudget",
     "Regex",
     "RelaxedSchema",
@@ -112,13 +147,17 @@ __all__ = [
     "RequestRefused",
     "RequestState",
     "RerankMarks",
+    "RopeConfig",
+    "SamplerStage",
     "SamplingParams",
+    "ShutDown",
     "SimConfig",
     "SlotState",
     "SlotTransfer",
     "Speculation",
     "SpeculationConfig",
     "Stats",
+    "StepEstimate",
     "StopScope",
     "TextRange",
     "Timings",
@@ -127,11 +166,15 @@ __all__ = [
     "Usage",
     "Vocab",
     "build_lookup",
+    "checkpoint",
     "derive_seed",
+    "diagnose",
     "drop_keyword",
+    "list_devices",
     "measure_step_costs",
     "open_vocabulary",
     "partial_match_length",
     "relax_schema",
     "resolve_reference",
+    "unknown_types",
 ]

@@ -12,6 +12,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from engine.adapters import AdapterInfo, AdapterSet
 from engine.batch import Batch
 
 # Rows of logits, [rows, vocabulary]. The next decode overwrites them.
@@ -103,8 +104,14 @@ class ModelInfo(Struct, frozen=True):
     kv_reason: str = ""
     """Reason of that layout, with the flag that changes it."""
     fim: FimTokens = FimTokens()
+    longest_token: int = 0
+    """Maximum bytes of a text that become one token; 0 if there is no maximum."""
     generates: bool = True
     """False for a model that computes embeddings only."""
+    adapters: tuple[AdapterInfo, ...] = ()
+    """The loaded LoRA adapters, by number."""
+    cell_bytes: int = 0
+    """Bytes of one KV cell in all layers together, an upper bound; 0 if there are no cells."""
 
 
 class Vocab(Protocol):
@@ -214,6 +221,9 @@ class Context(Protocol):
         decode raises. Raises NoFreeCells with the cells unchanged. After Aborted or NativeFault, `length` returns the
         positions that each sequence still has.
         """
+
+    def set_adapters(self, adapters: AdapterSet) -> bool:
+        """Applies `adapters`, and no others, to later decodes. Returns True if the set changes."""
 
     def copy(self, source: int, target: int, length: int) -> bool:
         """Copies the first `length` positions of `source` to the empty sequence `target`. If states are not divisible,
@@ -331,7 +341,10 @@ class EmbeddingBackend(Protocol):
         """
 
     def abort(self) -> None:
-        """Makes the running decode and every later one raise Aborted."""
+        """Makes the running decode, and every one before `resume`, raise Aborted."""
+
+    def resume(self) -> None:
+        """Lets later decodes run after `abort`."""
 
     def close(self) -> None:
         """Frees the native objects."""

@@ -20,7 +20,10 @@ from typing import Annotated, Literal, get_args
 
 from msgspec import Meta, Struct
 
+from engine.adapters import AdapterSet, namespace
 from engine.grammar import Grammar
+from engine.sampling_params import SamplingParams as SamplingParams
+from engine.sampling_params import Share as Share
 from engine.text import StopScope
 
 
@@ -43,12 +46,14 @@ class GrammarTimeout(RequestRefused):
 class ContextExceeded(RequestRefused):
     """A prompt of `prompt_tokens` tokens does not fit, with one new token, into a context of `limit` tokens."""
 
-    def __init__(self, prompt_tokens: int, limit: int, slots: int = 0) -> None:
-        """`slots` is the number of slots that share the context evenly; 0 if one request may use all of it."""
+    def __init__(self, prompt_tokens: int, limit: int, slots: int = 0, *, at_least: bool = False) -> None:
+        """`slots` is the number of slots that share the context evenly; 0 if one request may use all of it. `at_least`
+        is True if the prompt was refused by its length in bytes, from which `prompt_tokens` follows as a minimum."""
+        count = f"at least {prompt_tokens}" if at_least else prompt_tokens
         share = f" (each of {slots} slots has its own part of --ctx-size)" if slots else ""
         remedy = "a larger --ctx-size, fewer --parallel slots or --kv-unified" if slots else "a larger --ctx-size"
         super().__init__(
-            f"This model's maximum context length is {limit} tokens{share}, but the prompt has {prompt_tokens}. "
+            f"This model's maximum context length is {limit} tokens{share}, but the prompt has {count}. "
             # Clients match the beginning, which is OpenAI's, or these words, which are llama-server's.
             f"The request exceeds the available context size. Shorten the prompt or serve with {remedy}.",
             field="prompt",
@@ -84,57 +89,15 @@ class EngineFault(EngineError):
         self.fatal = fatal
 
 
-Share = Annotated[float, Meta(ge=0.0, le=1.0)]
-# The number of latest tokens that a penalty considers; -1 means all tokens, 0 none.
-TokenWindow = Annotated[int, Meta(ge=-1)]
+# Clients get this sentence. The exception and its traceback are for the operator, so only the log has them.
+REQUEST_FAILED = "The request has failed; the server's log has the reason."
 
 
-class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Parameters of sampling, with the names and defaults of llama-server.
+class ShutDown(EngineFault):
+    """The engine was closed before the request ended."""
 
-    The stages run in this order: logit_bias, penalties, DRY, top_k, typical_p, top_p, min_p, XTC, temperature. The
-    three penalties and DRY look back on the prompt and the output, as llama-server's do. `msgspec.convert` checks the
-    ranges; the constructor does not.
-    """
-
-    temperature: Annotated[float, Meta(ge=0.0, le=100.0, description="0 picks the most likely token")] = 0.8
-    top_k: Annotated[int, Meta(ge=-1, description="keep the k most likely tokens; 0 or -1 keeps all")] = 40
-    top_p: Annotated[Share, Meta(description="keep the most likely tokens that together have this probability")] = 0.95
-    min_p: Annotated[Share, Meta(description="drop tokens below this part of the highest probability")] = 0.05
-    typical_p: Annotated[Share, Meta(description="locally typical sampling; 1 is off")] = 1.0
-    repeat_penalty: Annotated[
-        float, Meta(gt=0.0, le=100.0, description="lowers logits of tokens that occurred; 1 is off")
-    ] = 1.0
-    repeat_last_n: Annotated[
-        TokenWindow,
-        Meta(description="latest tokens that the three penalties look at; -1 is all"),
-    ] = 64
-    presence_penalty: Annotated[
-        float, Meta(ge=-100.0, le=100.0, description="subtracted from the logit of a token that occurred; 0 is off")
-    ] = 0.0
-    frequency_penalty: Annotated[
-        float,
-        Meta(ge=-100.0, le=100.0, description="subtracted from its logit for each occurrence; 0 is off"),
-    ] = 0.0
-    dry_multiplier: Annotated[float, Meta(ge=0.0, le=100.0, description="DRY repetition penalty; 0 is off")] = 0.0
-    dry_base: Annotated[float, Meta(ge=1.0, le=100.0, description="growth per repeated token")] = 1.75
-    dry_allowed_length: Annotated[int, Meta(ge=0, description="repeats up to this many tokens have no DRY penalty")] = 2
-    dry_penalty_last_n: Annotated[TokenWindow, Meta(description="latest tokens that DRY looks at; -1 is all")] = 64
-    dry_sequence_breakers: Annotated[tuple[str, ...], Meta(description="strings that end a repeat for DRY")] = (
-        "\n",
-        ":",
-        '"',
-        "*",
-    )
-    xtc_probability: Annotated[Share, Meta(description="chance that XTC is applied to a token; 0 is off")] = 0.0
-    xtc_threshold: Annotated[Share, Meta(description="XTC drops all but the least likely token above this")] = 0.1
-    logit_bias: Annotated[
-        tuple[tuple[int, float], ...], Meta(description="tokens and the numbers added to their logits")
-    ] = ()
-    seed: Annotated[
-        Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
-        Meta(description="default seed of requests; without it each request has a random one"),
-    ] = None
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down.")
 
 
 ProposerType = Literal[
@@ -151,6 +114,9 @@ ProposerType = Literal[
 # The order of `ProposerType` is that in which proposers are polled with `order = "fixed"` (`--spec-order fixed`).
 PROPOSER_TYPES: tuple[ProposerType, ...] = get_args(ProposerType)
 DraftLength = Annotated[int, Meta(ge=0, le=1024)]
+
+# Origins of tokens that are not drafted: the only permitted token of a row, and a token sampled among several.
+FORCED_TOKEN, MODEL_TOKEN = "forced", "model"
 
 
 class Speculation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -191,7 +157,8 @@ class Request(Struct, frozen=True, kw_only=True):
     prompt: tuple[int, ...]
     """Token ids, special ones included; at least one."""
     max_tokens: int | None = None
-    """Maximum number of new tokens; 0 only prefills the prompt. None means up to the end of the context."""
+    """Maximum number of new tokens; 0 only prefills the prompt. None means up to the end of the context, or as many
+    tokens as the context has with context shifts."""
     min_tokens: int = 0
     """Neither an end token nor a stop token is sampled before this many tokens, unless the grammar permits no other. A
     stop string that these tokens complete does not end the continuation."""
@@ -212,7 +179,9 @@ class Request(Struct, frozen=True, kw_only=True):
     """Grammar of the continuation, from `Engine.compile`. An end token is sampled only where the grammar may end. Where
     the grammar must end, the continuation ends without an end token."""
     salt: str = ""
-    """Namespace: cached prefixes and the shared data of proposers are shared between requests of equal salt only."""
+    """Cached prefixes and the shared data of proposers are shared between requests of equal salt and adapters only."""
+    adapters: AdapterSet | None = None
+    """The LoRA adapters of the request. None means the engine's default set."""
     cache: bool = True
     """If False, no cached prefix is used, and nothing of the request stays in cells or tiers after its end."""
     keep: int | None = None
@@ -228,10 +197,25 @@ class Request(Struct, frozen=True, kw_only=True):
     """None means no bound on the reasoning."""
     slot: int | None = None
     """The slot in which the request runs if it is free when the request starts. None means any slot."""
+    owner: str = ""
+    """The client, key or user among which slots and prefill are divided fairly."""
+    weight: Annotated[float, Meta(gt=0.0)] = 1.0
+    """The owner's share, relative to those of other owners."""
+    priority: int = 0
+    """Requests with a lower value start first, and those with a higher one yield to them."""
+    timeout: float | None = None
+    """Seconds from submission to the end of the request. None means no limit."""
     progress: bool = False
     """If True, every step of the prefill is reported as a `PrefillProgress`."""
+    origins: bool = False
+    """If True, the origin of each token is reported, see `Tokens.origins`."""
     id: str = ""
     """The caller's identifier, for logs."""
+
+    @property
+    def namespace(self) -> str:
+        """The namespace of prefixes and drafts: equal for equal salts and adapters only."""
+        return namespace(self.salt, self.adapters or ())
 
 
 class FinishReason(StrEnum):
@@ -271,6 +255,9 @@ class Tokens(Struct, frozen=True):
     ids: tuple[int, ...]
     text: str
     logprobs: tuple[Logprob, ...] = ()
+    origins: tuple[str, ...] = ()
+    """For each token, if the request asks: the type of the proposer that drafted it, `FORCED_TOKEN` or
+    `MODEL_TOKEN`."""
     prefill_progress: PrefillProgress | None = None
     """Set in updates during the prefill, which have no tokens."""
 
@@ -305,6 +292,8 @@ class DraftStats(Struct, frozen=True):
     """Seconds taken by proposing and verifying all drafts."""
     chance: float = 0.0
     """Current estimate of the chance, 0 to 1, that the first token of a draft is accepted."""
+    failures: int = 0
+    """Requests for which a proposer was switched off after an exception."""
 
     @property
     def accepted(self) -> int:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from engine.backend import Aborted, Backend, Embedding, EmbeddingBackend, EmbeddingInfo, Vocab
 from engine.config import EngineConfig
 from engine.contract import Draining, EngineError, EngineFault, ModelError
+from engine.stats import EmbeddingStats
 
 log = logging.getLogger("paceline.engine")
 
@@ -102,8 +103,10 @@ class EmbeddingThread:
         self._opened: asyncio.Future[EmbeddingBackend] = self._loop.create_future()
         self._jobs: deque[EmbeddingJob] = deque()
         self._running: set[EmbeddingJob] = set()
-        self._changed = threading.Condition()  # guards `_jobs` and `_closing`
+        self._changed = threading.Condition()  # guards `_jobs`, `_decoding` and `_closing`
+        self._decoding: list[PackedInput] = []  # the inputs of the running decode
         self._closing = False
+        self._stats = EmbeddingStats()
         self.idle = asyncio.Event()
         """Set while no request runs."""
         self.idle.set()
@@ -124,10 +127,16 @@ class EmbeddingThread:
         """Number of requests whose embeddings are not complete."""
         return len(self._running)
 
+    @property
+    def stats(self) -> EmbeddingStats:
+        """The counters since the start."""
+        return self._stats
+
     async def embed(self, inputs: Sequence[Sequence[int]]) -> list[Embedding]:
         """Returns the vectors of each input. Every input must fit `EmbeddingInfo.limit`.
 
-        Raises EngineFault if a decode fails, Draining if the thread closes.
+        Cancelling this coroutine aborts the running decode if it has inputs of cancelled requests only. Raises
+        EngineFault if a decode fails, Draining if the thread closes.
         """
         job = EmbeddingJob(inputs, self._loop.create_future())
         with self._changed:
@@ -140,10 +149,17 @@ class EmbeddingThread:
         try:
             return await job.future
         finally:
-            job.cancelled = True
+            self._cancel(job)
             self._running.discard(job)
             if not self._running:
                 self.idle.set()
+
+    def _cancel(self, job: EmbeddingJob) -> None:
+        """Drops the inputs of a job that are not computed yet. No effect on a complete job."""
+        job.cancelled = True
+        with self._changed:
+            if self._backend and self._decoding and all(each.job.cancelled for each in self._decoding):
+                self._backend.abort()
 
     async def close(self) -> None:
         """Ends all requests, frees the model, and waits for the end of the thread. May be called twice."""
@@ -184,8 +200,11 @@ class EmbeddingThread:
     def _next(self, backend: EmbeddingBackend) -> list[PackedInput]:
         """Blocks until there are inputs, and returns those of the next decode; none once the thread must end."""
         with self._changed:
+            self._decoding = []
             while not self._closing:
                 if packed := pack(self._jobs, min(PACKED_ROWS, backend.info.limit), backend.sequences):
+                    backend.resume()
+                    self._decoding = packed
                     return packed
                 self._changed.wait()
         return []
@@ -194,12 +213,15 @@ class EmbeddingThread:
         try:
             vectors = backend.embed([each.tokens for each in packed])
         except Aborted:
-            return  # `close` fails the jobs
+            return  # the jobs are cancelled, or `close` fails them
         except Exception:
             log.exception("embeddings have failed")
             for each in packed:
                 self._call_soon(_fail, each.job, EngineFault("The embedding has failed; the log has the reason."))
             return
+        done = self._stats
+        tokens = done.tokens + sum(len(each.tokens) for each in packed)
+        self._stats = EmbeddingStats(done.inputs + len(packed), tokens, done.decodes + 1)
         self._call_soon(_deliver, packed, vectors)
 
 

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, asynccontextmanager, closing
 from itertools import count
 from pathlib import Path
 
+import msgspec
+
 from engine import slotfiles
 from engine.backend import Backend, Embedding, LoadProgress, ModelInfo, NativeFault, Vocab
 from engine.config import EngineConfig
@@ -19,25 +21,28 @@ from engine.contract import (
     EngineError,
     EngineFault,
     Failed,
+    Finished,
     FinishReason,
     GrammarTimeout,
     ModelError,
     Overloaded,
-    PrefillProgress,
     ProposerType,
     Request,
     RequestRefused,
 )
+from engine.devices import DeviceInfo
 from engine.embedding import EmbeddingModel, EmbeddingThread
 from engine.generation import Generation
 from engine.grammar import CompilerClosed, CompileTimeout, Grammar, GrammarCompiler, GrammarError, GrammarSpec
+from engine.loaded_adapters import LoadedAdapters
+from engine.measured_costs import load_or_measure_costs
 from engine.outbox import StepOutput
 from engine.pace import Calibration
 from engine.slotfiles import SlotTransfer
 from engine.slots import SlotState
 from engine.speculate import ProposerFactory
-from engine.stats import MemoryInfo, Stats
-from engine.step import SHUTTING_DOWN, EngineCore
+from engine.stats import MemoryInfo, Stats, memory_info
+from engine.step import EngineCore
 from engine.thread import (
     Cancel,
     EngineThread,
@@ -47,11 +52,10 @@ from engine.thread import (
     Opener,
     Result,
     Submit,
-    load_or_measure_costs,
     open_model,
     request_limit,
 )
-from engine.validation import check_parameters, check_prompt, check_slot
+from engine.validation import TokenCheck, check_parameters, check_slot
 
 
 def open_vocabulary(path: Path) -> AbstractContextManager[Vocab]:
@@ -59,6 +63,13 @@ def open_vocabulary(path: Path) -> AbstractContextManager[Vocab]:
     from engine.llama import open_vocabulary
 
     return open_vocabulary(path)
+
+
+def list_devices() -> list[DeviceInfo]:
+    """Returns the devices besides the CPU on which models can be computed."""
+    from engine.llama import list_devices
+
+    return list_devices()
 
 
 def measure_step_costs(config: EngineConfig, progress: LoadProgress) -> Calibration:
@@ -84,6 +95,8 @@ class Engine:
 
     _opened: LoadedEngine
     _grammars: GrammarCompiler
+    adapters: LoadedAdapters
+    """The LoRA adapters that requests can name."""
 
     def __init__(
         self, config: EngineConfig, opener: Opener, proposer_factory: ProposerFactory | None, progress: LoadProgress
@@ -95,7 +108,8 @@ class Engine:
         self.embeddings: EmbeddingModel | None = None
         """The model that computes embeddings. None if the configuration has none."""
         self._generations: dict[int, Generation] = {}  # by key, until their terminal update
-        self._active: set[int] = set()  # keys of the generations that are not cancelled
+        self._check_tokens = TokenCheck()
+        self._active: dict[int, str] = {}  # the owners of the generations that are not cancelled, by key
         self._keys = count(1)
         self._no_requests = asyncio.Event()
         self._no_requests.set()
@@ -123,6 +137,7 @@ class Engine:
         engine = cls(config, opener, proposer_factory, progress)
         try:
             engine._opened = await engine._thread.open()
+            engine.adapters = LoadedAdapters(engine.info.adapters)
             if config.embedding.enabled or not engine.info.generates:
                 engine.embeddings = await engine._embedding.open(engine._model)
             with closing(GrammarCompiler(engine.vocab)) as engine._grammars:
@@ -153,28 +168,19 @@ class Engine:
     @property
     def request_limit(self) -> int:
         """Maximum number of tokens of one request, prompt and output together."""
-        return request_limit(self._model.context, self.info)
+        return request_limit(self._model.context, self.info, self._config.batch.slot_context)
 
-    def context_exceeded(self, prompt_tokens: int) -> ContextExceeded:
-        """Returns the error for a prompt of `prompt_tokens` tokens. It names the flags that raise the limit."""
+    def context_exceeded(self, prompt_tokens: int, *, at_least: bool = False) -> ContextExceeded:
+        """Returns the error for a prompt of (at least) `prompt_tokens` tokens, with the flags that raise the limit."""
         context = self._model.context
         shared = not context.unified and self.slots > 1 and context.sequence_cells == self.request_limit
-        return ContextExceeded(prompt_tokens, self.request_limit, self.slots if shared else 0)
+        return ContextExceeded(prompt_tokens, self.request_limit, self.slots if shared else 0, at_least=at_least)
 
     @property
     def memory(self) -> MemoryInfo:
         """Layout and capacities of the KV cache."""
-        context, memory = self._model.context, self._config.memory
-        return MemoryInfo(
-            kv_unified=context.unified,
-            kv_reason=self.info.kv_reason,
-            partial=context.partial,
-            window=context.window,
-            ram_bytes=memory.ram_bytes,
-            disk=bool(memory.disk),
-            disk_bytes=memory.disk_bytes if memory.disk else 0,
-            reuse_min_tokens=self._opened.core.kv.reuse,
-        )
+        reuse = self._opened.core.kv.reuse
+        return memory_info(self._model.context, self._config.memory, self.info.kv_reason, reuse)
 
     @property
     def _model(self) -> Backend:
@@ -193,7 +199,8 @@ class Engine:
 
     def stats(self) -> Stats:
         """Returns a snapshot of the counters."""
-        return self._opened.core.counters.snapshot()
+        snapshot = self._opened.core.counters.snapshot()
+        return msgspec.structs.replace(snapshot, embeddings=self._embedding.stats, owners=self._requests_by_owner())
 
     async def query(self, function: Callable[[EngineCore], Result]) -> Result:
         """Returns the result of `function`, called on the engine thread between two steps, which delays all requests.
@@ -258,12 +265,12 @@ class Engine:
         """
         if not self.info.generates:
             raise RequestRefused("This model computes embeddings, not text.")
-        check_prompt(request.prompt, self.vocab.size)
+        self._check_tokens(request, self.vocab.size)
         if len(request.prompt) >= self.request_limit:
             raise self.context_exceeded(len(request.prompt))
         check_parameters(request, self.vocab.size, self.unavailable_proposers)
         check_slot(request.slot, self.slots)
-        return Generation(request, self.vocab.piece, self._submit, self._cancel)
+        return Generation(self.adapters.resolve(request), self.vocab.piece, self._submit, self._cancel)
 
     async def embed(self, inputs: Sequence[Sequence[int]]) -> list[Embedding]:
         """Returns the vectors of each input: token ids of the model `embeddings`, at most its `limit`.
@@ -280,34 +287,43 @@ class Engine:
     def _submit(self, generation: Generation) -> None:
         if self._refusal is not None:
             raise self._refusal()
-        if len(self._active) >= self.max_requests:
+        if len(self._active) >= self.max_requests and not self._has_reserved_place(generation.request.owner):
             raise Overloaded(_retry_after_seconds(self.stats()))
         key, request = next(self._keys), generation.request
         seed = request.sampling.seed
         generation.key = key
         self._generations[key] = generation
-        self._active.add(key)
+        self._active[key] = request.owner
         self._no_requests.clear()
         self._inbox.put(Submit(key, request, secrets.randbits(63) if seed is None else seed))
 
+    def _has_reserved_place(self, owner: str) -> bool:
+        """Returns True if `owner` has no other request, and one of the places for such owners is free. There are as
+        many of these as slots, so that no owner can fill the queue for all."""
+        return len(self._active) < self.max_requests + self.slots and owner not in self._active.values()
+
+    def _requests_by_owner(self) -> dict[str, tuple[int, int]]:
+        counts: dict[str, tuple[int, int]] = {}
+        for generation in self._generations.values():
+            started, queued = counts.get(generation.request.owner, (0, 0))
+            has_started = generation.slot >= 0
+            counts[generation.request.owner] = (started + has_started, queued + (not has_started))
+        return counts
+
     def _cancel(self, generation: Generation) -> None:
-        self._active.discard(generation.key)
+        self._active.pop(generation.key, None)
         reason = FinishReason.STOP if generation.complete else FinishReason.CANCELLED
         self._inbox.put(Cancel(generation.key, reason))
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
-        for key, ids, logprobs, event in outputs:
-            generation = self._generations.get(key)
-            if generation is None:
+        for output in outputs:
+            if (generation := self._generations.get(output.key)) is None:
                 continue
-            if event is None:
-                generation.deliver_tokens(ids, logprobs)
-            elif isinstance(event, PrefillProgress):
-                generation.deliver_progress(event)
-            else:
-                generation.deliver_end(event)
-                del self._generations[key]
-                self._active.discard(key)
+            if not generation.deliver(output):
+                self._cancel(generation)
+            if isinstance(output.event, Finished | Failed):
+                del self._generations[output.key]
+                self._active.discard(output.key)
         if not self._generations:
             self._no_requests.set()
 
@@ -322,7 +338,7 @@ class Engine:
                 await self._embedding.idle.wait()
         except TimeoutError:
             await self._embedding.close()
-            self._inbox.put(FailAll(SHUTTING_DOWN))
+            self._inbox.put(FailAll())
             await self._no_requests.wait()
 
     def _on_fault(self, fault: EngineFault) -> None:

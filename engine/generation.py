@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from typing import Self
 
 import msgspec
 
-from engine.contract import Failed, Finished, FinishReason, Logprob, PrefillProgress, Request, Tokens, Update
+from engine.contract import (
+    REQUEST_FAILED,
+    EngineFault,
+    Failed,
+    Finished,
+    FinishReason,
+    Logprob,
+    PrefillProgress,
+    Request,
+    Tokens,
+    Update,
+)
+from engine.outbox import SlotTaken, StepOutput
 from engine.text import Detokenizer, TokenBytes, with_control_texts
+
+log = logging.getLogger("paceline.engine")
 
 
 class Generation:
@@ -31,6 +46,8 @@ class Generation:
         self.request = request
         self.key = 0
         """The engine's number for the request; 0 until it is submitted."""
+        self.slot = -1
+        """Number of the slot in which the request runs or ran last; -1 before it starts."""
         self._piece = with_control_texts(request.control_texts, piece)
         self._submit = submit
         self._cancel = cancel
@@ -40,6 +57,7 @@ class Generation:
         # Released tokens that were not yielded yet, then tokens whose text is held back.
         self._ids: list[int] = []
         self._logprobs: list[Logprob] = []
+        self._origins: list[str] = []
         self._released = 0  # number of released tokens in `_ids`
         self._released_text = ""
         self._count = 0  # tokens received, up to the one at which a stop string was found
@@ -88,11 +106,34 @@ class Generation:
             self._enough = True
             self._cancel(self)
 
-    def deliver_tokens(self, ids: Sequence[int], logprobs: Sequence[Logprob] = ()) -> None:
+    def deliver(self, output: StepOutput) -> bool:
+        """Adds the output of one step. Called on the event loop.
+
+        Returns False after an exception, which has failed this request alone and is in the log.
+        """
+        try:
+            match output.event:
+                case None:
+                    self.deliver_tokens(output.ids, output.logprobs, output.origins)
+                case PrefillProgress():
+                    self.deliver_progress(output.event)
+                case SlotTaken(number):
+                    self.slot = number
+                case _:
+                    self.deliver_end(output.event)
+        except Exception:
+            log.exception("request %s failed", self.request.id)
+            self._end = Failed(EngineFault(REQUEST_FAILED))
+            self._wake()
+            return False
+        return True
+
+    def deliver_tokens(self, ids: Sequence[int], logprobs: Sequence[Logprob] = (), origins: Sequence[str] = ()) -> None:
         """Adds the tokens of one step. Called on the event loop."""
         if self._end is not None or self.complete:
             return
         self._logprobs += logprobs
+        self._origins += origins
         if (text := self._text.decode_complete(b"".join(map(self._piece, ids)))) is not None:
             self._count += len(ids)
             self._ids += ids
@@ -145,7 +186,12 @@ class Generation:
 
     def _take(self) -> Tokens:
         count = self._released
-        update = Tokens(tuple(self._ids[:count]), self._released_text, tuple(self._logprobs[:count]))
-        del self._ids[:count], self._logprobs[:count]
+        update = Tokens(
+            tuple(self._ids[:count]),
+            self._released_text,
+            tuple(self._logprobs[:count]),
+            tuple(self._origins[:count]),
+        )
+        del self._ids[:count], self._logprobs[:count], self._origins[:count]
         self._released, self._released_text = 0, ""
         return update

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import abc
+from functools import partial
 
 from engine import scheduler
 from engine.contract import EngineError, EngineFault, Failed, FinishReason
+from engine.fairness import TokenCounters, displaced
 from engine.kv import KVCache
 from engine.outbox import Outbox
 from engine.running import Running
@@ -14,6 +16,7 @@ from engine.sequence import Sequence
 from engine.slots import Slots
 from engine.speculate import SpeculativeDecoding
 from engine.stats import Counters
+from engine.time_limits import TimeLimits
 from engine.waiting import Waiting
 
 
@@ -21,15 +24,23 @@ class Lifecycle:
     """The sequences of one engine, each either waiting or running in a slot. Belongs to the engine thread."""
 
     def __init__(
-        self, kv: KVCache, slots: int, speculative_decoding: SpeculativeDecoding, outbox: Outbox, counters: Counters
+        self,
+        kv: KVCache,
+        slots: int,
+        speculative_decoding: SpeculativeDecoding,
+        outbox: Outbox,
+        counters: Counters,
+        queue_timeout: float = 0.0,
     ) -> None:
-        self.running = Running(kv)
-        self.waiting = Waiting(kv)
+        self._token_counters = TokenCounters()
+        self.running = Running(kv, self._token_counters)
+        self.waiting = Waiting(kv, self._token_counters)
         self.slots = Slots(slots)
         self._kv = kv
         self._speculative_decoding = speculative_decoding
         self._outbox = outbox
         self._counters = counters
+        self._time_limits = TimeLimits(queue_timeout)
 
     @property
     def busy(self) -> bool:
@@ -37,11 +48,13 @@ class Lifecycle:
         return bool(self.running or self.waiting)
 
     def submit(self, sequence: Sequence) -> None:
-        """Adds a new request at the end of the queue."""
+        """Adds a new request to the queue."""
         sequence.proposers = self._speculative_decoding.sequence_proposers(
             sequence.request, sequence.sampler, sequence.matcher
         )
+        self._token_counters.join(sequence.request.owner)
         self.waiting.put(sequence)
+        self._time_limits.add(sequence, lambda key: key in self.running or self.waiting.get(key) is not None)
 
     def reject(self, key: int, error: EngineError) -> None:
         """Ends a request that has no sequence."""
@@ -58,6 +71,7 @@ class Lifecycle:
         sequence.start(self._kv.allocate(match, self.slots.preferred_seq(sequence), keep=keep))
         self.running[sequence.key] = sequence
         self.slots.take(sequence)
+        self._outbox.slot_taken(sequence.key, sequence.slot)
         self.waiting.add_in_flight(sequence)
         if keep:
             for length in scheduler.save_points(len(sequence.tokens), divisible=self._kv.divisible):
@@ -66,14 +80,40 @@ class Lifecycle:
         if first:
             self._counters.queue.add(time.perf_counter() - sequence.submitted)
             self._counters.prompt_tokens += sequence.prompt_length
+            self.charge(sequence, sequence.num_uncomputed)
+
+    def charge(self, sequence: Sequence, tokens: int) -> None:
+        """Adds `tokens` to the counter of the sequence's owner."""
+        self._token_counters.charge(sequence.request.owner, tokens, sequence.request.weight)
 
     def preempt(self, sequence: Sequence, *, keep: bool = True) -> None:
         """Moves a running sequence to the front of the queue. Its cells become an idle prefix if `keep`, else free."""
-        self._leave(sequence, keep=keep)
-        self.waiting.unhold(sequence.key)
-        sequence.proposers.preempt()
+        self._suspend(sequence, keep=keep)
         self.waiting.put_first(sequence)
         self._counters.preemptions += 1
+
+    def yielding(self, waiting: Sequence) -> Sequence | None:
+        """Returns the running sequence that yields to `waiting`. None if that has to wait."""
+        key = displaced(waiting.claim, self.running.claims())
+        return None if key is None else self.running[key]
+
+    def displace(self, sequence: Sequence) -> None:
+        """Moves a running sequence that yields to another to its place in the queue. Its cells become an idle
+        prefix."""
+        self._suspend(sequence, keep=True)
+        self.waiting.put(sequence)
+        self._counters.displacements += 1
+
+    def expire(self, now: float) -> None:
+        """Ends the requests that exceed a time limit: with an error before their first token, else with LENGTH."""
+        for key in self._time_limits.reached(now):
+            sequence = self.running.get(key) or self.waiting.get(key)
+            if sequence is None:
+                continue
+            if (error := self._time_limits.error(sequence, now)) is not None:
+                self.fail(sequence, error)
+            elif sequence.due <= now:
+                self.finish(sequence, FinishReason.LENGTH)
 
     def end(self, key: int, reason: FinishReason) -> None:
         """Ends a running or waiting request. No effect on a request that has ended."""
@@ -90,13 +130,30 @@ class Lifecycle:
         self._end(sequence, "error", keep=False)
         self._outbox.end(sequence.key, Failed(error))
 
-    def fail_all(self, message: str, sequences: abc.Iterable[Sequence] | None = None) -> None:
-        """Ends each of `sequences` with an EngineFault. `None` means all running and waiting sequences."""
+    def fail_all(
+        self, new_fault: abc.Callable[[], EngineFault], sequences: abc.Iterable[Sequence] | None = None
+    ) -> None:
+        """Ends each of `sequences` with a fault of its own. `None` means all running and waiting sequences."""
         for sequence in [*self.running.values(), *self.waiting] if sequences is None else sequences:
-            self.fail(sequence, EngineFault(message))
+            self.fail(sequence, new_fault())
+
+    def reject_rows(self, sequences: abc.Collection[Sequence]) -> None:
+        """Preempts `sequences`, whose rows found no cells, while paused sequences hold cells; else fails them."""
+        if len(self.running.active) == len(self.running):
+            no_cell = "the KV cache has no free cell for a single row of the sequence"
+            self.fail_all(partial(EngineFault, no_cell), sequences)
+            return
+        for sequence in sequences:
+            self.preempt(sequence)
+
+    def _suspend(self, sequence: Sequence, *, keep: bool) -> None:
+        self._leave(sequence, keep=keep)
+        self.waiting.unhold(sequence.key)
+        sequence.proposers.preempt()
 
     def _end(self, sequence: Sequence, outcome: str, *, keep: bool) -> None:
         self._leave(sequence, keep=keep)
+        self._token_counters.leave(sequence.request.owner)
         sequence.proposers.end()
         if sequence.admitted is not None:
             self._speculative_decoding.log_stats(sequence.proposers)

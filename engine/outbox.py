@@ -9,13 +9,20 @@ from typing import NamedTuple
 from engine.contract import Failed, Finished, Logprob, PrefillProgress
 
 
+class SlotTaken(NamedTuple):
+    """The event of a sequence that starts, or starts again, in a slot."""
+
+    number: int
+
+
 class StepOutput(NamedTuple):
-    """New tokens of one sequence, or an event: the sequence's prefill progress or its terminal update."""
+    """New tokens of one sequence, or an event: its slot, its prefill progress or its terminal update."""
 
     key: int
     ids: Sequence[int]
     logprobs: Sequence[Logprob]
-    event: Finished | Failed | PrefillProgress | None
+    event: Finished | Failed | PrefillProgress | SlotTaken | None
+    origins: Sequence[str] = ()
 
 
 class Outbox:
@@ -26,9 +33,13 @@ class Outbox:
         self._deliver = deliver
         self._outputs: list[StepOutput] = []
 
-    def tokens(self, key: int, ids: Sequence[int], logprobs: Sequence[Logprob]) -> None:
+    def tokens(self, key: int, ids: Sequence[int], logprobs: Sequence[Logprob], origins: Sequence[str] = ()) -> None:
         """Adds tokens of a sequence."""
-        self._outputs.append(StepOutput(key, ids, logprobs, None))
+        self._outputs.append(StepOutput(key, ids, logprobs, None, origins))
+
+    def slot_taken(self, key: int, number: int) -> None:
+        """Adds the slot in which a sequence starts."""
+        self._outputs.append(StepOutput(key, (), (), SlotTaken(number)))
 
     def prefill_progress(self, key: int, progress: PrefillProgress) -> None:
         """Adds the progress of a sequence's prefill."""

@@ -6,6 +6,8 @@ import time
 from collections import abc
 from itertools import pairwise
 
+from engine.adapters import AdapterSet, AdapterTurns
+from engine.fairness import Claim, TokenCounters
 from engine.kv import Allocation, KVCache
 from engine.pace import PrefillWait, SequenceRows, StepCost
 from engine.scheduler import ScheduledRows, SequenceView
@@ -16,9 +18,27 @@ from engine.speculate import DraftCandidate, SequenceProposers
 class Running(dict[int, Sequence]):
     """The sequences with an allocation in `kv`, by key, in the order of their starts. Belongs to the engine thread."""
 
-    def __init__(self, kv: KVCache) -> None:
+    def __init__(self, kv: KVCache, counters: TokenCounters) -> None:
         super().__init__()
         self._kv = kv
+        self._counters = counters
+        self._turns = AdapterTurns()
+        self.adapters: AdapterSet = ()
+        """The LoRA adapters of the next step. Sequences with other adapters are paused."""
+
+    def choose_adapters(self) -> None:
+        """Sets `adapters` to those of a sequence that has rows. Has the same result until the next step."""
+        has_rows = (sequence for sequence in self.values() if not self._kv.loading(sequence.seq))
+        self.adapters = self._turns.choose({sequence.adapters: None for sequence in has_rows})
+
+    def count_step(self, seconds: float) -> None:
+        """Counts a step of `adapters`, after which other adapters may be chosen."""
+        self._turns.count_step(seconds)
+
+    @property
+    def active(self) -> list[Sequence]:
+        """The sequences that have the adapters of the next step, in the order of their starts."""
+        return [sequence for sequence in self.values() if sequence.adapters == self.adapters]
 
     def views(self) -> list[SequenceView]:
         """Returns the scheduler's input, in the order of the sequences' starts."""
@@ -36,13 +56,21 @@ class Running(dict[int, Sequence]):
             exclusive=self._kv.exclusive(sequence.seq) if scarce else 0,
             blocked=sequence.num_uncomputed - self._kv.ready(sequence.seq, known),
             waited=now - sequence.submitted,
+            paused=sequence.adapters != self.adapters,
+            priority=sequence.request.priority,
+            served=self._counters[sequence.request.owner],
         )
 
+    def claims(self) -> list[Claim]:
+        """Returns the claims of the sequences to their slots, in the order of their starts."""
+        return [sequence.claim for sequence in self.values()]
+
     def decoding(self) -> list[SequenceRows]:
-        """Returns the rows of the decoding sequences in the next step, drafts included, in the order of their ids."""
+        """Returns the rows of the active decoding sequences in the next step, drafts included, in the order of their
+        ids."""
         return sorted(
             SequenceRows(sequence.seq, 1 + len(sequence.draft), sequence.computed)
-            for sequence in self.values()
+            for sequence in self.active
             if sequence.num_uncomputed == 1
         )
 
@@ -52,11 +80,11 @@ class Running(dict[int, Sequence]):
         sequence.allocation = Allocation(new, sequence.computed)
 
     def prefill_waits(self) -> list[PrefillWait]:
-        """Returns age and length of each prompt without a first token."""
+        """Returns age and length of each active prompt without a first token."""
         now = time.perf_counter()
         return [
             PrefillWait(now - sequence.submitted, sequence.num_uncached)
-            for sequence in self.values()
+            for sequence in self.active
             if sequence.first_token is None
         ]
 
@@ -68,11 +96,11 @@ class Running(dict[int, Sequence]):
         return [sequence.proposers for sequence in self.values() if sequence.num_uncomputed > 1]
 
     def draft_candidates(self, max_tokens: int) -> dict[int, DraftCandidate]:
-        """Returns, by key, the decoding sequences for which the next step can verify a draft of up to `max_tokens`
-        tokens."""
+        """Returns, by key, the active decoding sequences for which the next step can verify a draft of up to
+        `max_tokens` tokens."""
         return {
             sequence.key: DraftCandidate(sequence.proposers, limit, sequence.draft_room(), sequence.seq)
-            for sequence in self.values()
+            for sequence in self.active
             if sequence.num_uncomputed == 1
             and sequence.proposers.can_draft(sequence.tokens)
             and (limit := min(sequence.draft_room(), max_tokens)) > 0

@@ -3,7 +3,7 @@
 There are no phases. A sequence has *uncomputed* tokens: known tokens that are not in cells. A sequence with one
 uncomputed token decodes, and draft tokens may be verified in the same step. A sequence with more is prefilled, or
 recomputed after a preemption. When cells run out, drafts are dropped first, then idle prefixes are evicted, then the
-sequence that started last is preempted.
+sequence that started last, of those with the lowest priority, is preempted.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ class SequenceView(Struct, frozen=True):
     them."""
     waited: float = 0.0
     """Seconds since the request was submitted."""
+    paused: bool = False
+    """True if the sequence has no rows in this step, because its adapters are not those of the step."""
+    priority: int = 0
+    """The least is first."""
+    served: float = 0.0
+    """The counter of the sequence's owner, see `engine.fairness`."""
 
     @property
     def num_uncomputed(self) -> int:
@@ -61,7 +67,7 @@ class InFlightPrefix(Struct, frozen=True):
 
 
 class WaitingView(Struct, frozen=True):
-    """A waiting request; counts are in tokens. Lists of views are sorted by arrival."""
+    """A waiting request; counts are in tokens. Lists of views are in the order of the queue."""
 
     key: int
     known: int
@@ -120,6 +126,8 @@ class Admission(Struct, frozen=True):
 
     start: int | None
     holds: tuple[Hold, ...] = ()
+    blocked: int | None = None
+    """The key of the first request that is not held, if it does not fit."""
 
 
 class Plan(Struct, frozen=True):
@@ -149,7 +157,7 @@ def admit(waiting: Iterable[WaitingView], running: Sequence[SequenceView], capac
             continue
         need = view.known - view.resident + HEADROOM_CELLS
         fits = not running or need + reserved <= capacity.free_cells + capacity.evictable_cells - view.idle
-        return Admission(view.key if fits else None, tuple(holds))
+        return Admission(view.key, tuple(holds)) if fits else Admission(None, tuple(holds), view.key)
     return Admission(None, tuple(holds))
 
 
@@ -169,15 +177,17 @@ def save_points(tokens: int, *, divisible: bool) -> tuple[int, ...]:
 def plan(running: Sequence[SequenceView], capacity: FreeCapacity, limits: StepLimits) -> Plan:
     """Returns the next step: a row for each decoding sequence, then draft rows, then prompt rows.
 
-    While cells do not suffice, the sequence that started last is preempted and its cells count as evictable. The first
-    one always fits, because no request is longer than the cells, so at least one sequence gets a row.
+    Paused sequences get no rows. While cells do not suffice, the sequence that started last, of those with the lowest
+    priority, is preempted, paused or not, and its cells count as evictable. The first one always fits, because no
+    request is longer than the cells, so at least one sequence gets a row, unless the first one is paused.
     """
-    sequences, preempt = list(running), []
+    sequences, preempt = sorted(running, key=lambda view: view.priority), []
     cells = capacity.free_cells + capacity.evictable_cells
     while len(sequences) > 1 and not _fits(sequences, cells):
         last = sequences.pop()
         preempt.append(last.key)
         cells += last.exclusive
+    sequences = [view for view in sequences if not view.paused]
     rows = _rows(sequences, cells, capacity.free_cells if not preempt else 0, limits)
     return Plan(tuple(rows), tuple(preempt))
 
@@ -198,8 +208,9 @@ def reduce_rows(rows: Sequence[ScheduledRows]) -> tuple[ScheduledRows, ...]:
 def _fits(sequences: Sequence[SequenceView], cells: int) -> bool:
     """Returns True if the cells suffice for a row of each decoding sequence, and one row of a prompt if there is
     one."""
-    decoding = sum(view.num_uncomputed == 1 for view in sequences)
-    return decoding + (decoding < len(sequences)) <= cells
+    active = [view for view in sequences if not view.paused]
+    decoding = sum(view.num_uncomputed == 1 for view in active)
+    return decoding + (decoding < len(active)) <= cells
 
 
 def _rows(sequences: Sequence[SequenceView], cells: int, free: int, limits: StepLimits) -> list[ScheduledRows]:
@@ -222,17 +233,22 @@ def _rows(sequences: Sequence[SequenceView], cells: int, free: int, limits: Step
 
 
 def _prefill(sequences: Sequence[SequenceView], total: int, limits: StepLimits) -> list[ScheduledRows]:
-    """Splits `total` prompt rows by highest response ratio next (Hansen 1971): seconds waited per token to compute.
+    """Splits `total` prompt rows by priority, then by the counters of the owners, and among the sequences of an owner
+    by highest response ratio next (Hansen 1971): seconds waited per token to compute.
 
     Short prompts pass long ones, prompts of equal length finish in the order of their arrival, and the priority of a
     long prompt grows with its waiting time.
     """
     rows: list[ScheduledRows] = []
-    for view in sorted(sequences, key=lambda view: -view.waited / view.num_uncomputed):
+    for view in sorted(sequences, key=_prefill_order):
         if size := _chunk(view.ready, total, limits):
             rows.append(ScheduledRows(view.key, size))
             total -= size
     return rows
+
+
+def _prefill_order(view: SequenceView) -> tuple[int, float, float]:
+    return view.priority, view.served, -view.waited / view.num_uncomputed
 
 
 def _chunk(ready: int, total: int, limits: StepLimits) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from array import array
 from collections import abc
 from typing import TYPE_CHECKING
 
+from engine.adapters import AdapterSet
 from engine.batch import Batch
 from engine.contract import Finished, FinishReason, PrefillProgress, Request, Timings, Usage
+from engine.fairness import Claim
 from engine.grammar import MaskRequest
 from engine.kv import Allocation, Match
 from engine.sampling import ReasoningLimiter, Sampler
@@ -71,8 +74,11 @@ class Sequence:
         self._limit = limit
         self._keep = None if keep is None else self.prompt_length if keep < 0 else min(keep, self.prompt_length)
         room = 2**62 if keep is not None else limit - self.prompt_length
-        self._max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
+        # Without a maximum a context shift could go on for ever.
+        self._max_tokens = min(room, limit) if request.max_tokens is None else min(request.max_tokens, room)
         self.submitted = time.perf_counter()
+        self.due = math.inf if request.timeout is None else self.submitted + request.timeout
+        """Time at which the request ends if it is not complete. Infinite without a deadline."""
         self.admitted: float | None = None
         self.first_token: float | None = None
         self.last_token = 0.0
@@ -82,7 +88,17 @@ class Sequence:
     @property
     def salt(self) -> str:
         """The namespace of the sequence in the KV cache. A request that is not cached has a namespace of its own."""
-        return self.request.salt if self.request.cache else f"\0{self.key}"
+        return self.request.namespace if self.request.cache else f"\0{self.key}"
+
+    @property
+    def claim(self) -> Claim:
+        """The sequence's claim to a slot."""
+        return Claim(self.key, self.request.owner, self.request.weight, self.request.priority)
+
+    @property
+    def adapters(self) -> AdapterSet:
+        """The LoRA adapters that are applied to every row of the sequence."""
+        return self.request.adapters or ()
 
     @property
     def seq(self) -> int:

@@ -45,7 +45,8 @@ async def save(thread: EngineThread, number: int, path: Path, layout: str) -> Sl
     cannot be written; an earlier file at `path` then stays.
     """
     begun = time.perf_counter()
-    content, identity = await thread.query(lambda core: (core.slots.content(number), _identity(core, layout)))
+    digest = await _content_digest(thread)
+    content, identity = await thread.query(lambda core: (core.slots.content(number), _identity(core, layout, digest)))
     try:
         file = await asyncio.to_thread(SequenceWriter, path, identity, content.salt)
         try:
@@ -84,7 +85,8 @@ async def restore(thread: EngineThread, number: int, path: Path, layout: str) ->
     content unchanged, if the slot is busy, there is no offload tier, or the file is damaged or of another `layout`.
     """
     begun = time.perf_counter()
-    identity = await thread.query(lambda core: _check_restorable(core, number, layout))
+    digest = await _content_digest(thread)
+    identity = await thread.query(lambda core: _check_restorable(core, number, layout, digest))
     try:
         file = await asyncio.to_thread(_open, path, identity)
         try:
@@ -99,13 +101,13 @@ async def restore(thread: EngineThread, number: int, path: Path, layout: str) ->
     return SlotTransfer(tokens, file.bytes, time.perf_counter() - begun)
 
 
-def _check_restorable(core: EngineCore, number: int, layout: str) -> str:
+def _check_restorable(core: EngineCore, number: int, layout: str, digest: str) -> str:
     """Returns the identity that a file must have. Raises RequestRefused if no file can be restored into the slot
     now."""
     core.slots.idle(number)
     if not core.kv.offloads:
         raise RequestRefused("Slots are restored into RAM: serve with a --cache-ram other than 0.")
-    return _identity(core, layout)
+    return _identity(core, layout, digest)
 
 
 def _open(path: Path, identity: str) -> SequenceReader:
@@ -157,5 +159,12 @@ def _erase(core: EngineCore, number: int) -> int:
     return erased
 
 
-def _identity(core: EngineCore, layout: str) -> str:
-    return f"{layout} {'blocks' if core.context.divisible else 'whole'}"
+async def _content_digest(thread: EngineThread) -> str:
+    """Returns the digest of the model's files. Waits until they are hashed, which takes a second for each gigabyte at
+    the first start with these files."""
+    digest: str = await asyncio.wrap_future(thread.contents.future())
+    return digest
+
+
+def _identity(core: EngineCore, layout: str, digest: str) -> str:
+    return f"{layout} {digest} {'blocks' if core.context.divisible else 'whole'}"

@@ -99,7 +99,7 @@ class Slot:
             return self.last_content
         if not self.sequence.request.cache:
             return NO_CONTENT
-        return SlotContent(self.sequence.tokens[: self.sequence.computed], self.sequence.request.salt)
+        return SlotContent(self.sequence.tokens[: self.sequence.computed], self.sequence.salt)
 
     @property
     def state(self) -> SlotState:

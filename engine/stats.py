@@ -4,10 +4,12 @@ cache."""
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from msgspec import Struct
 
+from engine.backend import Context
+from engine.config import MemoryConfig
 from engine.contract import DraftStats
 from engine.kv import KVStats
 
@@ -23,6 +25,14 @@ class Histogram(Struct, frozen=True):
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
     sum: float
+
+
+class EmbeddingStats(Struct, frozen=True):
+    """Totals of the embeddings since the start of the engine."""
+
+    inputs: int = 0
+    tokens: int = 0
+    decodes: int = 0
 
 
 class Stats(Struct, frozen=True):
@@ -73,6 +83,11 @@ class Stats(Struct, frozen=True):
     """Statistics of the drafts of all requests, by type of proposer."""
     step_seconds: dict[int, float]
     """Expected seconds of a decode by number of rows, given the current number of resident cells."""
+    embeddings: EmbeddingStats = EmbeddingStats()
+    displacements: int = 0
+    """Total of the running sequences that yielded to a sequence of another owner or of a higher priority."""
+    owners: Mapping[str, tuple[int, int]] = {}
+    """For each owner with requests, the numbers of those that have started and of those that have not."""
 
 
 class Buckets:
@@ -112,6 +127,7 @@ class Counters:
         self.steps = 0
         self.native_passes = 0
         self.preemptions = 0
+        self.displacements = 0
         self.restores = 0
         self.hits = 0
         self.saved_tokens = 0
@@ -176,7 +192,7 @@ class Counters:
         )
 
 
-_COMPUTED_FIELDS = ("requests_finished", "queue", "ttft", "gap", "drafts", "step_seconds")
+_COMPUTED_FIELDS = ("requests_finished", "queue", "ttft", "gap", "drafts", "step_seconds", "embeddings", "owners")
 _PLAIN_FIELDS = tuple(name for name in Stats.__struct_fields__ if name not in _COMPUTED_FIELDS)
 
 
@@ -200,3 +216,17 @@ class MemoryInfo(Struct, frozen=True):
     """Capacity of the disk tier; 0 if there is none."""
     reuse_min_tokens: int
     """Minimum tokens of a recurring part of a prompt that is moved instead of computed; 0 if no part is moved."""
+
+
+def memory_info(context: Context, config: MemoryConfig, kv_reason: str, reuse_min_tokens: int) -> MemoryInfo:
+    """Returns the layout and the capacities of the KV cache in the cells of `context`."""
+    return MemoryInfo(
+        kv_unified=context.unified,
+        kv_reason=kv_reason,
+        partial=context.partial,
+        window=context.window,
+        ram_bytes=config.ram_bytes,
+        disk=bool(config.disk),
+        disk_bytes=config.disk_bytes if config.disk else 0,
+        reuse_min_tokens=reuse_min_tokens,
+    )

@@ -11,35 +11,36 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 from msgspec import Struct
 
 from engine.backend import Backend, Context, LoadProgress, ModelInfo
-from engine.config import EngineConfig, processor_name
-from engine.contract import PROPOSER_TYPES, EngineError, EngineFault, FinishReason, Request
+from engine.config import EngineConfig
+from engine.contents import ContentDigest
+from engine.contract import PROPOSER_TYPES, EngineError, EngineFault, FinishReason, Request, ShutDown
 from engine.kv import Offload, open_offload
+from engine.measured_costs import load_or_measure_costs
 from engine.outbox import Outbox, StepOutput
-from engine.pace import (
-    Calibration,
-    Layout,
-    StepCost,
-    StepTargets,
-    calibrate,
-    load_calibration,
-    save_calibration,
-    warm_up,
-)
+from engine.pace import Layout, StepCost, StepTargets, warm_up
 from engine.sequence import Sequence
 from engine.sim import open_sim, sim_proposers
 from engine.speculate import DraftModel, ProposerFactory, SharedDraftData, SpeculativeDecoding, vocabulary_mismatch
-from engine.step import SHUTTING_DOWN, EngineCore
+from engine.step import EngineCore
 
 log = logging.getLogger("paceline.engine")
 
 # Clients get this sentence. The exception and its traceback are for the operator, so only the log has them.
 ENGINE_FAILED = "The engine has failed; its log has the reason."
+
+# Maximum time for which the start waits for the digest of the model's files. Hashing larger files goes on beside
+# requests, which use the disk tier once the digest is known.
+DISK_OPEN_SECONDS = 1.0
+
+# Maximum commands between two steps while requests run, so that a flood of commands cannot hold the steps.
+COMMANDS_PER_STEP = 256
 
 Result = TypeVar("Result")
 
@@ -60,9 +61,11 @@ class Cancel(Struct, frozen=True):
 
 
 class FailAll(Struct, frozen=True):
-    """Ends every request with an EngineFault."""
+    """Ends every request with ShutDown."""
 
-    message: str
+
+class Wake(Struct, frozen=True):
+    """Runs a step, which opens the disk tier, as the model's files are hashed."""
 
 
 class Query(Struct, frozen=True):
@@ -72,7 +75,7 @@ class Query(Struct, frozen=True):
     future: asyncio.Future[Any]
 
 
-Command = Submit | Cancel | FailAll | Query
+Command = Submit | Cancel | FailAll | Wake | Query
 # Opens a model on the engine thread, given the configuration, a progress callback, and a function that returns False
 # once the load must be cancelled. Raises EngineError.
 Opener = Callable[[EngineConfig, LoadProgress, Callable[[], bool]], Backend]
@@ -87,26 +90,10 @@ def open_model(config: EngineConfig, progress: LoadProgress, keep_loading: Calla
     return open_gguf(config, progress, keep_loading)
 
 
-def load_or_measure_costs(config: EngineConfig, backend: Backend, *, remeasure: bool = False) -> Calibration:
-    """Returns the measured costs of the steps of `backend`, which was opened with `config`.
-
-    The costs are those that an earlier start has saved. Without saved costs, and with `remeasure`, they are measured
-    now and saved.
-    """
-    model, info = config.model, backend.info
-    settings = f"{model.threads} {model.threads_batch} {config.batch.ubatch} {backend.context.outputs}"
-    settings += f" {model.gpu_layers} {model.device} {model.split_mode} {model.tensor_split} {model.main_gpu}"
-    layout = Layout.of(backend.context)
-    key = f"{info.layout} {info.device} {settings} {layout} {backend.context.sequences} {processor_name()}"
-    measured = None if remeasure else load_calibration(key)
-    if measured is None:
-        save_calibration(key, measured := calibrate(backend.context))
-    return measured
-
-
-def request_limit(context: Context, info: ModelInfo) -> int:
-    """Returns the maximum number of tokens of one request, prompt and output together."""
-    return min(context.sequence_cells, info.trained_context or 2**30)
+def request_limit(context: Context, info: ModelInfo, slot_context: int) -> int:
+    """Returns the maximum number of tokens of one request, prompt and output together. `slot_context` is that of the
+    configuration; 0 is none."""
+    return min(context.sequence_cells, info.trained_context or 2**30, slot_context or 2**30)
 
 
 class Listener(NamedTuple):
@@ -138,6 +125,8 @@ class EngineThread:
     ) -> None:
         self._config = config
         self._opener = opener
+        self.contents = ContentDigest(Path(config.model.path))
+        """The digest of the model's files, on which saved states depend."""
         self._proposer_factory = proposer_factory
         self._listener = listener
         self._loop = asyncio.get_running_loop()
@@ -163,11 +152,12 @@ class EngineThread:
         """Ends all requests, frees the models, and waits for the end of the thread."""
         self._opened.cancel()
         self._closing.set()
+        self.contents.close()
         for backend in self._backends:
             backend.context.abort()
         self.inbox.put(None)
         await asyncio.shield(asyncio.to_thread(self._thread.join))
-        self._fail_queries(SHUTTING_DOWN)
+        self._fail_queries(str(ShutDown()))
 
     async def query(self, function: Callable[[EngineCore], Result]) -> Result:
         """Returns the result of `function`, called on the engine thread between two steps.
@@ -205,18 +195,21 @@ class EngineThread:
             case Submit(key, request, seed):
                 try:
                     core.lifecycle.submit(self._sequence(core, key, request, seed))
-                except Exception as error:  # of the library that follows grammars
-                    core.lifecycle.reject(key, EngineFault(f"the request cannot start: {error}"))
+                except Exception:  # of the library that follows grammars
+                    log.exception("a request cannot start")
+                    core.lifecycle.reject(key, EngineFault("The request cannot start; the log has the reason."))
             case Cancel(key, reason):
                 core.lifecycle.end(key, reason)
-            case FailAll(message):
-                core.lifecycle.fail_all(message)
+            case FailAll():
+                core.lifecycle.fail_all(ShutDown)
+            case Wake():
+                pass
             case Query(function, future):
                 self._run_query(core, function, future)
 
     def _sequence(self, core: EngineCore, key: int, request: Request, seed: int) -> Sequence:
         batch, info = self._config.batch, core.backend.info
-        limit = request_limit(core.context, info)
+        limit = request_limit(core.context, info, batch.slot_context)
         keep = (batch.keep if request.keep is None else request.keep) if batch.context_shift else None
         return Sequence(key, request, seed, core.backend.vocab, limit, keep)
 
@@ -233,9 +226,13 @@ class EngineThread:
     def _serve(self) -> None:
         with ExitStack() as stack:
             try:
+                digest = self.contents.future() if self._config.memory.disk else None
                 backend = self._open_model(stack)
                 draft = self._open_draft(backend, stack) if self._config.draft.path else None
-                offload = open_offload(self._config.memory, backend.info, whole=not backend.context.divisible)
+                whole = not backend.context.divisible
+                offload = open_offload(self._config.memory, backend.info, digest, whole=whole)
+                if digest is not None:
+                    digest.add_done_callback(lambda _: self.inbox.put(Wake()))
             except Exception as error:
                 self._call_soon(_settle, self._opened, None, error)
                 return
@@ -277,6 +274,8 @@ class EngineThread:
     def _serve_with(self, backend: Backend, draft: Backend | None, offload: Offload | None) -> None:
         try:
             core = self._create_core(backend, draft, offload)
+            if offload is not None:
+                offload.await_disk(DISK_OPEN_SECONDS)
             self._call_soon(_settle, self._opened, LoadedEngine(backend, core, self._unavailable), None)
             self._run(core)
             core.close()
@@ -301,7 +300,16 @@ class EngineThread:
         factory = self._proposer_factory or sim_proposers(config)
         speculative_decoding = SpeculativeDecoding(shared, config.speculation, config.draft, model, factory, cost)
         outbox = Outbox(self._loop, self._listener.on_outputs)
-        return EngineCore(backend, batch.slots, targets, outbox, speculative_decoding, offload, config.memory.reuse)
+        return EngineCore(
+            backend,
+            batch.slots,
+            targets,
+            outbox,
+            speculative_decoding,
+            offload,
+            config.memory.reuse,
+            batch.queue_timeout,
+        )
 
     def _cost(self, config: EngineConfig, backend: Backend) -> StepCost:
         """Returns the cost model of the steps of `backend`, from measurements unless `config` disables them."""
@@ -315,12 +323,14 @@ class EngineThread:
         while True:
             if not core.lifecycle.busy:
                 core.check_idle()
-            while not core.lifecycle.busy or not self.inbox.empty():
+            taken = 0
+            while not core.lifecycle.busy or (taken < COMMANDS_PER_STEP and not self.inbox.empty()):
+                taken += 1
                 while not core.lifecycle.busy and self.inbox.empty() and core.maintain_idle():
                     pass
                 command = self.inbox.get()
                 if command is None:
-                    core.lifecycle.fail_all(SHUTTING_DOWN)
+                    core.lifecycle.fail_all(ShutDown)
                     core.step()
                     return
                 self._execute(core, command)

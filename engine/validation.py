@@ -10,13 +10,27 @@ from engine.contract import Request, RequestRefused
 _COUNTS = ("max_tokens", "min_tokens", "logprobs")
 
 
-def check_prompt(prompt: tuple[int, ...], vocabulary: int) -> None:
-    """Raises RequestRefused unless `prompt` has at least one token and all token ids are in a vocabulary of this
-    size."""
-    if not prompt:
-        raise RequestRefused("The prompt is empty: at least one token is required.", field="prompt")
-    if _outside(prompt, vocabulary):
-        raise RequestRefused(f"The prompt holds a token id outside 0..{vocabulary - 1}.", field="prompt")
+class TokenCheck:
+    """Checks prompts and predictions, once for successive requests with the same ones, such as the choices of one HTTP
+    request."""
+
+    def __init__(self) -> None:
+        self._prompt: tuple[int, ...] | None = None
+        self._prediction: tuple[int, ...] | None = None
+
+    def __call__(self, request: Request, vocabulary: int) -> None:
+        """Raises RequestRefused unless the prompt has at least one token and all token ids are in a vocabulary of this
+        size."""
+        prompt, prediction = request.prompt, request.prediction
+        if prompt is self._prompt and prediction is self._prediction:
+            return
+        if not prompt:
+            raise RequestRefused("The prompt is empty: at least one token is required.", field="prompt")
+        if _outside(prompt, vocabulary):
+            raise RequestRefused(f"The prompt holds a token id outside 0..{vocabulary - 1}.", field="prompt")
+        if _outside(prediction, vocabulary):
+            raise RequestRefused(f"The prediction holds a token id outside 0..{vocabulary - 1}.", field="prediction")
+        self._prompt, self._prediction = prompt, prediction
 
 
 def check_parameters(request: Request, vocabulary: int, unavailable_proposers: Mapping[str, str]) -> None:
@@ -30,8 +44,6 @@ def check_parameters(request: Request, vocabulary: int, unavailable_proposers: M
             raise RequestRefused(f"{name} must be a whole number, 0 or more, not {value!r:.64}.", field=name)
     if _outside([token for token, _ in request.sampling.logit_bias], vocabulary):
         raise RequestRefused(f"logit_bias names {outside}.", field="logit_bias")
-    if _outside(request.prediction, vocabulary):
-        raise RequestRefused(f"The prediction holds {outside}.", field="prediction")
     if request.grammar is not None and request.grammar.vocabulary != vocabulary:
         raise RequestRefused("The grammar was compiled for another model.", field="grammar")
     for kind in request.speculation.type if request.speculation is not None else ():

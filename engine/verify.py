@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections import abc
 
+import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from engine.backend import Logits
-from engine.contract import EngineError, EngineFault, FinishReason, Logprob, RequestRefused
+from engine.contract import (
+    FORCED_TOKEN,
+    MODEL_TOKEN,
+    REQUEST_FAILED,
+    EngineError,
+    EngineFault,
+    FinishReason,
+    Logprob,
+    RequestRefused,
+)
 from engine.grammar import GrammarError, RowMasks
-from engine.sampling import BadLogits, Candidates, candidate_logprob, logprob, sample_and_accept
+from engine.sampling import BadLogits, Candidates, Peak, candidate_logprob, logprob, sample_and_accept
 from engine.sequence import Sequence
+
+log = logging.getLogger("paceline.engine")
 
 
 class VerificationResult(Struct, frozen=True):
@@ -26,28 +40,38 @@ class VerificationResult(Struct, frozen=True):
     """Set if the sequence ends with the last token."""
     error: EngineError | None
     """Set if the sequence cannot continue."""
+    origins: abc.Sequence[str] = ()
+    """The origins of `streamed`, if the request asks."""
 
 
 def verify(
-    sequence: Sequence, draft: abc.Sequence[int], rows: Logits, masks: RowMasks | None = None
+    sequence: Sequence,
+    draft: abc.Sequence[int],
+    rows: Logits,
+    peaks: abc.Sequence[Peak],
+    masks: RowMasks | None = None,
 ) -> VerificationResult:
     """Appends to `sequence` the tokens that `rows` emit: one per accepted draft token and one more, up to its end.
 
-    Row j attended to the first j draft tokens, and `masks` returns the grammar mask of a row. The result has an error
+    Row j attended to the first j draft tokens. `peaks` has the peak of each row, and `masks` returns the grammar mask
+    of a row. The result has an error
     if no token can be sampled from a row, or if the grammar permits no continuation. The tokens before the error are
     appended, as they would be without drafts.
     """
 
     request, candidates = sequence.request, list[Candidates]()
+    forced: list[bool] = []
 
     def sample(row: int) -> int:
         permitted = None if masks is None else masks(row)
         state = rows[row], sequence.tokens, sequence.prompt_length, sequence.discarded, permitted
         if request.logprobs is not None and request.post_sampling:
             candidates.append(sequence.sampler.candidates(*state))
+        if request.origins:
+            forced.append(_is_forced(sequence, permitted))
         if (token := sequence.forced) is not None and (permitted is None or permitted[token]):
             return token
-        return sequence.sampler.pick(*state)
+        return sequence.sampler.sample(*state, peaks[row])
 
     ids: list[int] = []
     logprobs: list[Logprob] = []
@@ -72,5 +96,24 @@ def verify(
         error = EngineFault(str(fault))
     except GrammarError as refusal:
         error = RequestRefused(f"The grammar does not permit any continuation of the output: {refusal}.")
+    except Exception:  # of a sampler or a grammar: the other sequences go on
+        log.exception("request %s failed", request.id)
+        error = EngineFault(REQUEST_FAILED)
     streamed = ids if sequence.stop_token is None else ids[:-1]
-    return VerificationResult(ids, streamed, logprobs, accepted, reason, error)
+    origins = _origins(sequence, forced[: len(streamed)], accepted) if request.origins else ()
+    return VerificationResult(ids, streamed, logprobs, accepted, reason, error, origins)
+
+
+def _is_forced(sequence: Sequence, permitted: NDArray[np.bool_] | None) -> bool:
+    """Returns True if the next token is the only one that the grammar permits, or belongs to the closing text of the
+    reasoning budget."""
+    if permitted is not None and np.count_nonzero(permitted) == 1:
+        return True
+    closing = sequence.forced
+    return closing is not None and (permitted is None or bool(permitted[closing]))
+
+
+def _origins(sequence: Sequence, forced: abc.Sequence[bool], accepted: int) -> list[str]:
+    """Returns the origins of the emitted tokens, of which the first `accepted` were drafted."""
+    drafted = [sequence.proposers.chosen_type] * accepted
+    return [*drafted, *(FORCED_TOKEN if each else MODEL_TOKEN for each in forced[accepted:])][: len(forced)]

@@ -2,48 +2,66 @@
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from heapq import heapify, heappop, heapreplace
 
+from engine.fairness import QueueEntry, Rank, TokenCounters, rank
 from engine.kv import KVCache, PrefixTree
 from engine.scheduler import Hold, InFlightPrefix, WaitingView
 from engine.sequence import Sequence
 
 
 class Waiting:
-    """The queue: waiting sequences in the order of their arrival, preempted ones first. `put` and `put_first` define
-    the order. Belongs to the engine thread."""
+    """The queue. Fair queueing orders the owners (`engine.fairness`); the requests of an owner are in the order of
+    their priorities, deadlines and arrivals, preempted ones first. Belongs to the engine thread."""
 
-    def __init__(self, kv: KVCache) -> None:
+    def __init__(self, kv: KVCache, counters: TokenCounters) -> None:
         self._kv = kv
-        self._queue: deque[Sequence] = deque()
+        self._counters = counters
+        self._sequences: dict[int, Sequence] = {}
+        self._queues: dict[str, list[QueueEntry]] = {}  # by owner, sorted, none empty
+        self._entries: dict[int, QueueEntry] = {}
         self._holds: dict[int, Hold] = {}
         self._in_flight = PrefixTree()  # the tokens of the prefilling sequences
 
     def __len__(self) -> int:
-        return len(self._queue)
+        return len(self._sequences)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._queue)
+        return iter(self._sequences.values())
+
+    def __getitem__(self, key: int) -> Sequence:
+        return self._sequences[key]
 
     def put(self, sequence: Sequence) -> None:
-        """Adds a sequence at the end."""
-        self._queue.append(sequence)
+        """Adds a new sequence, or one that yielded its slot to another owner."""
+        self._insert(sequence, is_new=True)
 
     def put_first(self, sequence: Sequence) -> None:
-        """Adds a preempted sequence at the front."""
-        self._queue.appendleft(sequence)
+        """Adds a preempted sequence, which resumes before all others of its priority."""
+        self._insert(sequence, is_new=False)
+
+    def _insert(self, sequence: Sequence, *, is_new: bool) -> None:
+        entry = QueueEntry(sequence.request.priority, is_new, sequence.due, sequence.key)
+        self._sequences[sequence.key], self._entries[sequence.key] = sequence, entry
+        insort(self._queues.setdefault(sequence.request.owner, []), entry)
 
     def get(self, key: int) -> Sequence | None:
         """Returns the waiting sequence with this key. None if no such sequence waits."""
-        return next((sequence for sequence in self._queue if sequence.key == key), None)
+        return self._sequences.get(key)
 
     def discard(self, sequence: Sequence) -> None:
         """Removes `sequence` from the queue and from the in-flight prefixes. No effect where it is absent."""
         self.remove_in_flight(sequence)
         self._holds.pop(sequence.key, None)
-        if sequence in self._queue:
-            self._queue.remove(sequence)
+        if self._sequences.pop(sequence.key, None) is None:
+            return
+        queue, entry = self._queues[sequence.request.owner], self._entries.pop(sequence.key)
+        del queue[bisect_left(queue, entry)]
+        if not queue:
+            del self._queues[sequence.request.owner]
 
     def hold(self, holds: Iterable[Hold]) -> None:
         """Records holds. `views` leaves out held requests until their holds end."""
@@ -70,6 +88,30 @@ class Waiting:
         if sequence.key in self._in_flight:
             self._in_flight.remove(sequence.key)
 
+    # ── order ──
+
+    def first(self, running: Mapping[int, Sequence]) -> Sequence:
+        """Returns the first sequence of the queue, which may be held. Requires that a sequence waits."""
+        return next(self._in_order(running))
+
+    def _in_order(self, running: Mapping[int, Sequence]) -> Iterator[Sequence]:
+        counts = Counter(sequence.request.owner for sequence in running.values())
+
+        def place(owner: str, index: int) -> tuple[Rank, str, int]:
+            entry = self._queues[owner][index]
+            share = counts[owner] / self._sequences[entry.key].request.weight
+            return rank(entry, self._counters[owner], share), owner, index
+
+        heap = [place(owner, 0) for owner in self._queues]
+        heapify(heap)
+        while heap:
+            _, owner, index = heap[0]
+            yield self._sequences[self._queues[owner][index].key]
+            if index + 1 < len(self._queues[owner]):
+                heapreplace(heap, place(owner, index + 1))
+            else:
+                heappop(heap)
+
     # ── views ──
 
     def views(self, running: Mapping[int, Sequence]) -> Iterator[WaitingView]:
@@ -78,7 +120,7 @@ class Waiting:
 
         A hold ends once its tokens are in cells or its source no longer runs.
         """
-        for sequence in self._queue:
+        for sequence in self._in_order(running):
             hold = self._holds.get(sequence.key)
             source = running.get(hold.source) if hold is not None else None
             if hold is not None and source is not None and source.computed < hold.length:

@@ -14,6 +14,7 @@ from itertools import groupby
 
 import numpy as np
 
+from engine.adapters import AdapterSet
 from engine.backend import (
     Aborted,
     HostWork,
@@ -34,6 +35,8 @@ VOCABULARY = 50
 END = 0
 # Added in a saved state to a token whose row was the only row of its sequence in a pass.
 SINGLE = 1000
+# Added to the token in a cell for each LoRA adapter, times its number, so that logits depend on the adapters.
+ADAPTED = 100
 
 
 class Cell:
@@ -109,6 +112,7 @@ class ToyContext:
         self.aborted = False
         self.before_decode: Callable[[], None] = lambda: None
         self.held: list[dict[int, Cell]] = [{} for _ in range(sequences)]
+        self.adapters: AdapterSet = ()
 
     def decode(self, host_work: HostWork = no_host_work) -> Logits:
         """Returns the logits of the output rows; the cells are unchanged if the batch does not fit."""
@@ -138,12 +142,18 @@ class ToyContext:
         single = self._single(ids) if self.prefill_rows > 1 else [False] * len(ids)
         for (seq, pos, token), one in zip(rows, single, strict=True):
             assert pos == lengths[seq], f"sequence {seq}: position {pos} after {lengths[seq]} tokens"
-            self.held[seq][int(pos)] = Cell(int(token), next(free[-1 if self.unified else seq]), single=one)
+            token = int(token) + ADAPTED * sum(each.id + 1 for each in self.adapters)
+            self.held[seq][int(pos)] = Cell(token, next(free[-1 if self.unified else seq]), single=one)
             lengths[seq] += 1
         self.computed += len(rows)
         host_work()
         out = [self._logits(seq, pos) for (seq, pos, _), on in zip(rows, batch.output, strict=False) if on]
         return np.stack(out) if out else np.empty((0, VOCABULARY), np.float32)
+
+    def set_adapters(self, adapters: AdapterSet) -> bool:
+        """Applies `adapters` to the rows of later decodes."""
+        changed, self.adapters = adapters != self.adapters, adapters
+        return changed
 
     def _check_order(self, ids: list[int]) -> None:
         """Asserts an order of rows with few passes.

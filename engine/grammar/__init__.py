@@ -18,7 +18,7 @@ from engine.grammar.masks import MaskRequest, Masks, RowMasks
 from engine.grammar.matcher import Matcher
 from engine.grammar.pointer import resolve_reference
 from engine.grammar.relax import RelaxedSchema, drop_keyword, relax_schema
-from engine.grammar.schema import MAX_SCHEMA_DEPTH
+from engine.grammar.schema import JSON_TYPES, MAX_SCHEMA_DEPTH, unknown_types
 from engine.grammar.spec import (
     CompileTimeout,
     Gbnf,
@@ -32,6 +32,7 @@ from engine.grammar.spec import (
 )
 
 __all__ = [
+    "JSON_TYPES",
     "MAX_GRAMMAR_BYTES",
     "MAX_SCHEMA_DEPTH",
     "CompileTimeout",
@@ -54,4 +55,5 @@ __all__ = [
     "drop_keyword",
     "relax_schema",
     "resolve_reference",
+    "unknown_types",
 ]

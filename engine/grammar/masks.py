@@ -12,6 +12,7 @@ from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
 from numpy.typing import NDArray
 
+from engine.background import run_in_background
 from engine.grammar.matcher import Matcher
 
 # Packed masks, [rows, words]. Bit b of word w is 1 if token 32 w + b is permitted.
@@ -44,7 +45,7 @@ class Masks:
         self._size = size
         self._bitmasks = allocate_bitmasks(0, size)
         self._sequences: dict[int, tuple[int, Matcher]] = {}  # first row and matcher of each sequence, by key
-        self._thread = ThreadPoolExecutor(1, "paceline-masks") if overlapped else None
+        self._thread = ThreadPoolExecutor(1, "paceline-masks", run_in_background) if overlapped else None
         self._running: Future[None] | None = None
 
     def begin(self, requests: Sequence[MaskRequest]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeGuard
 import msgspec
 
 from engine.grammar.schema import (
+    JSON_TYPES,
     Schema,
     SchemaKeyword,
     check_multiples,
@@ -57,7 +58,6 @@ _NOT_FOLLOWED = frozenset(
 _IN_PLACE = ("allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas", "dependencies", "not")
 # Maximum bytes of the copies of `additionalProperties` that replace one `propertyNames`.
 _MAX_COPIED_BYTES = 2**13
-_TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
 # The keyword that marks a `oneOf` whose branches may overlap; `rewritten` makes it an `anyOf`.
 _OVERLAPPING = "x-overlapping-one-of"
 # A schema in a Lark grammar as group 1, or a comment, literal or regular expression, which is skipped.
@@ -285,7 +285,7 @@ def _complement(part: Schema) -> list[str] | None:
     excluded = part["not"]
     if not isinstance(excluded, dict) or not permits_everything(_omitting(excluded, "type")):
         return None
-    kinds, allowed = _type_list(excluded.get("type")), _type_list(part.get("type", list(_TYPES)))
+    kinds, allowed = _type_list(excluded.get("type")), _type_list(part.get("type", list(JSON_TYPES)))
     if not kinds or not allowed or ("integer" in kinds and "number" not in kinds and "number" in allowed):
         return None
     excluded_kinds = {*kinds, "integer"} if "number" in kinds else {*kinds}
@@ -295,7 +295,7 @@ def _complement(part: Schema) -> list[str] | None:
 def _type_list(value: Any) -> list[str]:
     """Returns the valid types in the value of `type`; empty if one of them is invalid."""
     listed = value if isinstance(value, list) else [value]
-    return listed if all(kind in _TYPES for kind in listed) else []
+    return listed if all(kind in JSON_TYPES for kind in listed) else []
 
 
 def _listed_names(part: Schema) -> list[str] | None:

@@ -36,6 +36,9 @@ _OBJECT_KEYWORDS = ("properties", "patternProperties", "dependentSchemas")
 # Keywords without which a schema loses most of its form. The search for the cause of an error removes them last.
 _FORMING = frozenset((*_SCHEMA_KEYWORDS, *_LIST_KEYWORDS, *_OBJECT_KEYWORDS, "required")) - {"not", "if", "oneOf"}
 
+# The types of JSON Schema.
+JSON_TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
+
 Schema = dict[str, Any]
 
 # The parts of a JSON pointer. They are joined only on demand, as names can be long and pointers share prefixes.
@@ -94,6 +97,15 @@ def _multiples(item: Any) -> Iterator[int]:
     value = item.get("multipleOf") if isinstance(item, dict) else None
     if isinstance(value, int | float) and not isinstance(value, bool) and value and math.isfinite(value):
         yield int("".join(map(str, Decimal(str(value)).normalize().as_tuple().digits)))
+
+
+def unknown_types(schema: Schema) -> list[str]:
+    """Returns the JSON pointers of each `type` that JSON Schema does not define, so that no value is valid."""
+    return [each.pointer for each in keywords(schema) if each.name == "type" and not _is_type(each.schema["type"])]
+
+
+def _is_type(value: Any) -> bool:
+    return all(isinstance(each, str) and each in JSON_TYPES for each in (value if isinstance(value, list) else [value]))
 
 
 def nesting_depth(value: object) -> int:

@@ -25,6 +25,7 @@ from time import monotonic, time
 from typing import BinaryIO, NamedTuple
 
 from engine.backend import State
+from engine.background import run_in_background
 from engine.checksummed import AtomicFile, DamagedFile
 from engine.kv import record
 
@@ -42,6 +43,16 @@ _READ, _CHANGE, _CLOSE = range(3)
 
 class UnusableFolder(OSError):
     """Files cannot be created in the folder. The message is one line with the folder and the reason."""
+
+
+def prepare_folder(folder: Path) -> None:
+    """Creates `folder` if it does not exist. Raises UnusableFolder if files cannot be created there."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UnusableFolder(f"cannot write prefixes to {folder}: {error.strerror or error}") from error
 
 
 class DiskEntry(NamedTuple):
@@ -86,12 +97,7 @@ class Disk:
         """Creates `folder` and a subfolder for `identity`. Raises UnusableFolder if files cannot be created there."""
         self.folder = folder / blake2b(identity.encode(), digest_size=8).hexdigest()
         self._identity = record.identity_digest(identity)
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder):
-                pass
-        except OSError as error:
-            raise UnusableFolder(f"cannot write prefixes to {self.folder}: {error.strerror or error}") from error
+        prepare_folder(self.folder)
         self._jobs: PriorityQueue[tuple[int, int, Callable[[], object] | None]] = PriorityQueue()
         self._job_numbers = count()  # keep jobs of equal priority in order
         self._changes: dict[str, _Change] = {}  # the latest unfinished change of each key
@@ -208,6 +214,7 @@ class Disk:
     # ── on the worker thread ──
 
     def _work(self) -> None:
+        run_in_background()
         while (job := self._jobs.get()[2]) is not None:
             job()
             del job  # so that its state does not stay in memory until the next job

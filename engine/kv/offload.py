@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Iterable, Sequence
 from concurrent import futures
+from concurrent.futures import Future
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.backend import ModelInfo, State
 from engine.config import MemoryConfig
 from engine.contract import ModelError
 from engine.kv.block import BLOCK_TOKENS, MAX_SIBLINGS, Block
 from engine.kv.block_tree import BlockTree
-from engine.kv.disk import Disk, UnusableFolder
+from engine.kv.disk import Disk, DiskEntry, UnusableFolder, prepare_folder
 from engine.kv.tier import Tier
+
+log = logging.getLogger("paceline.memory")
 
 # Maximum time that one call blocks until a read finishes, so that the engine thread soon executes its commands.
 DISK_WAIT_SECONDS = 0.05
 # Maximum of bytes queued for writing. While more are queued, new blocks are not written to disk.
 WRITE_QUEUE_BYTES = 2**28
+
+
+class OpenedDisk(NamedTuple):
+    """A disk tier, and the blocks that were in its folder."""
+
+    disk: Disk
+    entries: list[DiskEntry]
 
 
 class Offload:
@@ -33,11 +46,13 @@ class Offload:
         self.ram = Tier(ram_bytes, whole=whole)
         self.disk = Tier(disk_bytes, whole=whole)
         """Blocks on disk or queued to be written."""
-        self._files = disk
+        self._files: Disk | None = disk
         self._writing: dict[str, Block] = {}  # blocks whose write has not finished, by key
         self._added = 0  # number of states that entered RAM since the start
+        # The disk tier and its blocks, while the model's files are being hashed on another thread.
+        self._opening: Future[OpenedDisk] | None = None
         if disk is not None:
-            self._open(disk)
+            self._add_entries(disk, disk.entries())
 
     @property
     def version(self) -> int:
@@ -131,9 +146,31 @@ class Offload:
 
     # ── on disk ──
 
-    def _open(self, disk: Disk) -> None:
+    def open_later(self, opening: Future[OpenedDisk]) -> None:
+        """Uses the disk tier of `opening` from the first `poll` after its end. Blocks stay in RAM until then."""
+        self._opening = opening
+
+    def await_disk(self, seconds: float) -> None:
+        """Blocks for up to `seconds` until the disk tier can be used."""
+        if self._opening is not None:
+            futures.wait([self._opening], seconds)
+        self.poll()
+
+    def _open(self, opening: Future[OpenedDisk]) -> None:
+        """Starts to use the disk tier of `opening`. Logs a warning and goes on without one if it failed."""
+        try:
+            disk, entries = opening.result()
+        except Exception as error:
+            log.warning("there is no disk tier: %s", error)
+            return
+        self._files = disk
+        self._add_entries(disk, entries)
+        for block in sorted(self.tree.blocks(), key=lambda block: block.start):
+            if block.state is not None:
+                self._write(block, block.state)
+
+    def _add_entries(self, disk: Disk, entries: list[DiskEntry]) -> None:
         """Adds the blocks in the folder to the tree and the disk tier. Removes files whose parents are missing."""
-        entries = disk.entries()
         blocks: dict[str, Block] = {}
         for entry in sorted(entries, key=lambda entry: entry.start):
             parent = blocks.get(entry.parent)
@@ -168,6 +205,9 @@ class Offload:
 
     def poll(self) -> None:
         """Processes the results of finished writes. Called once a step and while the engine is idle."""
+        if self._opening is not None and self._opening.done():
+            opening, self._opening = self._opening, None
+            self._open(opening)
         if self._files is None:
             return
         for key, size in self._files.finished():
@@ -208,13 +248,29 @@ class Offload:
         assert total == self.ram.bytes <= max(self.ram.capacity, 0), f"{total} bytes in RAM, {self.ram.bytes} counted"
 
 
-def open_offload(config: MemoryConfig, info: ModelInfo, *, whole: bool) -> Offload | None:
-    """Returns the offload tiers of a model; None if neither is configured. Raises ModelError if the folder of
-    --cache-disk cannot be used."""
+def open_offload(config: MemoryConfig, info: ModelInfo, digest: Future[str] | None, *, whole: bool) -> Offload | None:
+    """Returns the offload tiers of a model; None if neither is configured. The disk tier is opened when `digest`, that
+    of the model's files, is known. Raises ModelError if the folder of --cache-disk cannot be used."""
     if not config.offloads:
         return None
+    offload = Offload(config.ram_bytes, whole=whole, disk_bytes=config.disk_bytes)
+    if not config.disk or digest is None:
+        return offload
+    folder = Path(config.disk)
     try:
-        disk = Disk(Path(config.disk), info.layout) if config.disk else None
+        prepare_folder(folder)
     except UnusableFolder as error:
         raise ModelError(f"--cache-disk cannot be used: {error}") from None
-    return Offload(config.ram_bytes, whole=whole, disk=disk, disk_bytes=config.disk_bytes)
+    opening: Future[OpenedDisk] = Future()
+    digest.add_done_callback(partial(_open_disk, folder, info.layout, opening))
+    offload.open_later(opening)
+    return offload
+
+
+def _open_disk(folder: Path, layout: str, opening: Future[OpenedDisk], digest: Future[str]) -> None:
+    """Opens the disk tier and lists its blocks, on the thread that has computed `digest`."""
+    try:
+        disk = Disk(folder, f"{layout} {digest.result()}")
+        opening.set_result(OpenedDisk(disk, disk.entries()))
+    except Exception as error:
+        opening.set_exception(error)

@@ -7,7 +7,6 @@ factor is measured at each start.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -18,6 +17,7 @@ from msgspec import Struct
 
 from engine.backend import Context, StatePart
 from engine.checksummed import AtomicFile
+from engine.config import cache_folder
 from engine.pace.cost import StepCost
 from engine.pace.curve import Curve
 from engine.pace.passes import Layout, SequenceRows
@@ -238,11 +238,6 @@ def _fill_slots(context: Context, cells: tuple[int, int], sequences: int) -> int
 # ── from one start to the next ──
 
 
-def _folder() -> Path:
-    """Returns the folder of calibrations: `$XDG_CACHE_HOME/paceline`, or else `~/.cache/paceline`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paceline"
-
-
 def load_calibration(key: str) -> Calibration | None:
     """Returns the calibration saved for `key`, a string of all properties that it depends on. `None` if there is no
     valid file."""
@@ -267,4 +262,4 @@ def save_calibration(key: str, calibration: Calibration) -> None:
 
 
 def _path(key: str) -> Path:
-    return _folder() / f"cost-{blake2b(f'{_FORMAT} {key}'.encode(), digest_size=12).hexdigest()}.json"
+    return cache_folder() / f"cost-{blake2b(f'{_FORMAT} {key}'.encode(), digest_size=12).hexdigest()}.json"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -99,22 +100,32 @@ def passes(rows: Sequence[SequenceRows], unified: bool, ubatch: int) -> tuple[Pa
     if unified:
         full, rest = divmod(sum(part.rows for part in rows), ubatch)
         return (Pass(0, 1, ubatch),) * full + ((Pass(0, 1, rest),) if rest else ())
-    ids, left = [part.seq for part in rows], [part.rows for part in rows]
-    found: list[Pass] = []
-    first, count = 0, len(rows)
+    heights, found = [part.rows for part in rows], list[Pass]()
+    gaps = [i for i, (one, other) in enumerate(pairwise(rows), 1) if other.seq != one.seq + 1]
+    for first, end in pairwise((0, *gaps, len(rows))):
+        found += _passes_of_run(first, heights[first:end], ubatch)
+    return tuple(found)
+
+
+def _passes_of_run(start: int, left: list[int], ubatch: int) -> list[Pass]:
+    """Returns the passes of sequences with consecutive ids, which have `left` rows. The first one has index `start`."""
+    count, lowest = len(left), min(left, default=0)
+    if lowest and lowest * count <= ubatch and lowest == max(left):  # most steps, so they get a shortcut
+        return [Pass(start, count, lowest)]
+    found, first = list[Pass](), 0
     while first < count:
         if not left[first]:
             first += 1
             continue
         # llama.cpp's `split_equal` stops only once it has one sequence more than `ubatch`.
         end, limit = first + 1, min(count, first + ubatch + 1)
-        while end < limit and left[end] and ids[end] == ids[end - 1] + 1:
+        while end < limit and left[end]:
             end += 1
         part = left[first:end]
         each = min(min(part), max(1, ubatch // len(part)))
         left[first:end] = [rows - each for rows in part]
-        found.append(Pass(first, end - first, each))
-    return tuple(found)
+        found.append(Pass(start + first, end - first, each))
+    return found
 
 
 def attended(rows: Sequence[SequenceRows], found: Sequence[Pass], layout: Layout, resident: int = 0) -> int:

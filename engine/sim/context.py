@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.adapters import AdapterSet
 from engine.backend import Aborted, HostWork, Logits, NoFreeCells, Snapshot, State, StatePart, no_host_work
 from engine.batch import Batch
 from engine.config import EngineConfig
@@ -152,6 +153,10 @@ class SimContext:
         self._aborted.set()
 
     # ── cells ──
+
+    def set_adapters(self, adapters: AdapterSet) -> bool:
+        """Returns False, as the simulated model has no adapters."""
+        return False
 
     def copy(self, source: int, target: int, length: int) -> bool:
         """Copies the first `length` positions of `source` to the empty `target`: the same cells with unified KV, new

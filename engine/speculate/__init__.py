@@ -14,7 +14,7 @@ lookup                builds the static file of ngram_cache
 """
 
 from engine.speculate.draft_model import DraftModel
-from engine.speculate.planner import DraftCandidate
+from engine.speculate.planner import DraftCandidate, LastStep
 from engine.speculate.proposer import NO_DRAFT, Draft, DraftBounds, Proposer, num_matching
 from engine.speculate.sequence_proposers import FEED_TOKENS, SequenceProposers
 from engine.speculate.shared_data import SharedDraftData
@@ -28,6 +28,7 @@ __all__ = [
     "DraftBounds",
     "DraftCandidate",
     "DraftModel",
+    "LastStep",
     "Proposer",
     "ProposerFactory",
     "SequenceProposers",

@@ -88,9 +88,7 @@ class DraftSequence:
         token that differs from them, and the other rows are rolled back."""
         if self.allocation is not None and self.drafted:
             accepted = num_matching(self.tokens[: self.drafted], emitted)
-            accepted = max(
-                0, min(accepted, self.num_uncomputed - 1)
-            )  # one token stays uncomputed: its row gives the next draft
+            accepted = max(0, min(accepted, self.num_uncomputed - 1))  # the row of the last token gives the next draft
             self._model.kv.commit(self.seq, self.tokens[:accepted])
             self.computed += accepted
             if accepted < self.drafted:
@@ -162,8 +160,9 @@ class DraftModel:
         self._cost = cost or StepCost()
         self._pick_seconds: float | None = None
 
-    def draft(self, requests: Sequence[_DraftRequest], seconds: float) -> None:
-        """Makes the drafts of `requests` after at most about `seconds` of prefill of their histories.
+    def draft(self, requests: Sequence[_DraftRequest], seconds: float, min_rows: int = 1) -> None:
+        """Makes the drafts of `requests` after at most about `seconds` of prefill of their histories, or `min_rows`
+        rows if these take longer.
 
         A sequence gets no draft if its history is not prefilled by then, or if there are too few cells.
         """
@@ -171,7 +170,7 @@ class DraftModel:
             return
         self._close_gap()
         try:
-            active = self._prefill(requests, seconds)
+            active = self._prefill(requests, seconds, min_rows)
             while active:
                 begun = time.perf_counter()
                 continued = [request for request, row in active if self._add_token(request, row)]
@@ -183,6 +182,9 @@ class DraftModel:
             pass  # the engine is being closed
         except NativeFault as error:
             self._fail(str(error))
+        except Exception as error:
+            log.exception("the draft model failed")
+            self._fail(repr(error))
 
     def _close_gap(self) -> None:
         """Moves a sequence to close a gap between ids: with per-slot KV, only consecutive ids share a pass."""
@@ -211,10 +213,12 @@ class DraftModel:
 
     # ── histories ──
 
-    def _prefill(self, requests: Sequence[_DraftRequest], seconds: float) -> list[tuple[_DraftRequest, Logits]]:
+    def _prefill(
+        self, requests: Sequence[_DraftRequest], seconds: float, min_rows: int
+    ) -> list[tuple[_DraftRequest, Logits]]:
         """Computes uncomputed tokens of the histories in one batch. Returns the requests whose histories are complete,
         each with its last row of logits."""
-        parts = self._parts([request for request in requests if self._admit(request)], seconds)
+        parts = self._parts([request for request in requests if self._admit(request)], seconds, min_rows)
         if not parts:
             return []
         parts.sort(key=lambda part: part.request.sequence.seq)
@@ -234,7 +238,7 @@ class DraftModel:
             sequence.computed += rows
         return [(part.request, logits[first]) for part, first in zip(parts, firsts, strict=True) if part.starts_draft]
 
-    def _parts(self, requests: Sequence[_DraftRequest], seconds: float) -> list[_HistoryRows]:
+    def _parts(self, requests: Sequence[_DraftRequest], seconds: float, min_rows: int) -> list[_HistoryRows]:
         """Returns the rows of a batch: first short histories, which are completed, then as many tokens of long ones as
         fit."""
         free_rows, parts = self.context.batch.capacity, []
@@ -243,7 +247,7 @@ class DraftModel:
             if uncomputed <= min(CATCH_UP_TOKENS, free_rows):
                 parts.append(_HistoryRows(request, uncomputed, request.limit > 0))
                 free_rows -= uncomputed
-        prompt_rows = min(free_rows, self._cost.prompt_rows(StepShape(), 0.0, seconds))
+        prompt_rows = min(free_rows, max(min_rows, self._cost.prompt_rows(StepShape(), 0.0, seconds)))
         for request in requests:
             uncomputed = request.sequence.num_uncomputed
             if uncomputed > CATCH_UP_TOKENS and prompt_rows > 0:

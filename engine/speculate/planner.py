@@ -20,6 +20,10 @@ from engine.speculate.tracked_proposer import TrackedBatchedSequence, TrackedPro
 
 # Share of the last step's time that the batched proposer may spend on prefill before the next step.
 _PREFILL_SHARE = 0.5
+# Seconds of this prefill if only one sequence runs, so that no other one is delayed.
+_PREFILL_SECONDS_ALONE = 0.5
+# Minimum rows of this prefill: more than a step emits, so that a history is complete after a limited number of steps.
+_MIN_PREFILL_ROWS = 16
 # Share of the last step's time that may be spent on polling proposers without useful drafts.
 _POLL_SHARE = 0.006
 # A proposer is polled in every step, at any cost, if at least this many tokens of its last draft were expected to be
@@ -27,6 +31,14 @@ _POLL_SHARE = 0.006
 _USEFUL_TOKENS = 1.0
 # Maximum number of steps from one poll of a proposer to the next.
 _MAX_POLL_INTERVAL = 16
+
+
+class LastStep(NamedTuple):
+    """Measurements of the last decode."""
+
+    seconds: float
+    prompt_rows: int = 0
+    """Rows of sequences that were being prefilled."""
 
 
 class DraftCandidate(NamedTuple):
@@ -81,7 +93,7 @@ class DraftPlanner:
         candidates: Sequence[DraftCandidate],
         prefilling: Sequence[SequenceProposers],
         step: UpcomingStep,
-        last_step_seconds: float,
+        last_step: LastStep,
     ) -> list[Draft]:
         """Returns for each of `candidates` the draft that `step` verifies, which may be empty.
 
@@ -89,11 +101,11 @@ class DraftPlanner:
         history of such a sequence at the same time if the sequence has no other proposer, and has a fixed order or
         batched drafts pay in this step.
         """
-        budget = _POLL_SHARE * last_step_seconds / max(1, len(candidates))
+        budget = _POLL_SHARE * last_step.seconds / max(1, len(candidates))
         for candidate in candidates:
             poll(candidate.proposers, candidate.limit, budget)
         if self._batched is not None:
-            self._poll_batched(self._batched, candidates, prefilling, step, last_step_seconds)
+            self._poll_batched(self._batched, candidates, prefilling, step, last_step)
         return self._choose(candidates, step)
 
     def _choose(self, candidates: Sequence[DraftCandidate], step: UpcomingStep) -> list[Draft]:
@@ -113,9 +125,16 @@ class DraftPlanner:
         candidates: Sequence[DraftCandidate],
         prefilling: Sequence[SequenceProposers],
         step: UpcomingStep,
-        last_step_seconds: float,
+        last_step: LastStep,
     ) -> None:
-        possible = _batched_drafts(candidates)
+        # The history of the batched proposer grows by as many rows as the prompts did, so that a sequence whose prompt
+        # was computed in the last step can have a draft in the next one.
+        min_rows = max(_MIN_PREFILL_ROWS, last_step.prompt_rows)
+        possible = [
+            draft
+            for draft in _batched_drafts(candidates)
+            if batched.prefill_tokens(draft.tracked.sequence) < min_rows * draft.candidate.room
+        ]
         measured = [draft for draft in possible if not draft.candidate.proposers.fixed]
         paying, resumed = self._plan_batched(batched, measured, candidates, step)
         planned = [draft for draft in possible if draft.candidate.proposers.fixed] + paying + resumed
@@ -123,7 +142,10 @@ class DraftPlanner:
         requests += [
             BatchedDraftRequest(tracked.sequence, 0)
             for proposers in prefilling
-            if (tracked := proposers.batched) is not None and not proposers.unbatched and (proposers.fixed or paying)
+            if (tracked := proposers.batched) is not None
+            and not tracked.failed
+            and not proposers.unbatched
+            and (proposers.fixed or paying)
         ]
         if not requests:
             return
@@ -131,7 +153,8 @@ class DraftPlanner:
             draft.tracked for draft in planned if batched.prefill_tokens(draft.tracked.sequence)
         )
         begun = time.perf_counter()
-        batched.draft(requests, _PREFILL_SHARE * last_step_seconds)
+        alone = len(step.sequences) + len(prefilling) == 1
+        batched.draft(requests, _PREFILL_SECONDS_ALONE if alone else _PREFILL_SHARE * last_step.seconds, min_rows)
         seconds = (time.perf_counter() - begun) / len(requests)
         for draft in planned:
             draft.tracked.propose(draft.limit, draft.candidate.proposers.bounds, seconds)

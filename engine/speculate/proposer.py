@@ -124,8 +124,11 @@ class BatchedProposer(Protocol[_Sequence_contra]):
     fault: str
     """Reason why the proposer makes no drafts any more; empty while it works."""
 
-    def draft(self, requests: Sequence[BatchedDraftRequest[_Sequence_contra]], seconds: float) -> None:
-        """Makes the drafts of `requests` after at most about `seconds` of prefill of their histories.
+    def draft(
+        self, requests: Sequence[BatchedDraftRequest[_Sequence_contra]], seconds: float, min_rows: int = 1
+    ) -> None:
+        """Makes the drafts of `requests` after at most about `seconds` of prefill of their histories, or `min_rows`
+        rows if these take longer.
 
         A sequence whose history is not prefilled by then gets no draft.
         """

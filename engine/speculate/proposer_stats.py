@@ -32,6 +32,7 @@ class ProposerStats:
         self._expected = 0.0
         self._saved = 0.0
         self._spent = 0.0
+        self._failures = 0
 
     @property
     def cost_seconds(self) -> float:
@@ -57,6 +58,11 @@ class ProposerStats:
         for stats in self._both:
             stats._add(verified, expected)
 
+    def record_failure(self) -> None:
+        """Records that a proposer was switched off after an exception."""
+        for stats in self._both:
+            stats._failures += 1
+
     def _add(self, verified: VerifiedDraft, expected: float) -> None:
         self._drafted += verified.drafted
         self._expected += expected
@@ -81,6 +87,7 @@ class ProposerStats:
             self._saved,
             self._spent,
             self.acceptance.chance(0),
+            self._failures,
         )
 
     def __str__(self) -> str:

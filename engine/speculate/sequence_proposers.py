@@ -52,6 +52,11 @@ class SequenceProposers:
         return tuple(tracked.stats.type for tracked in self._all)
 
     @property
+    def chosen_type(self) -> str:
+        """Type of the proposer whose draft was chosen for the next step; empty if there is none."""
+        return "" if self._chosen is None else self._chosen.stats.type
+
+    @property
     def draft_stats(self) -> tuple[DraftStats, ...]:
         """Statistics of the sequence's drafts so far, by type."""
         return tuple(tracked.stats.draft_stats for tracked in self._all)
@@ -94,7 +99,7 @@ class SequenceProposers:
         Returns 0 if there is no batched proposer, if the bounds forbid drafts of that length, or if, with a fixed
         order, another proposer has a draft.
         """
-        if self.batched is None:
+        if self.batched is None or self.batched.failed:
             return 0
         if self.fixed and any(tracked.draft.tokens for tracked in self.unbatched):
             return 0
@@ -123,13 +128,13 @@ class SequenceProposers:
 
     # ── after a step ──
 
-    def observe(self, tokens: array[int], emitted: Sequence[int], verified: VerifiedDraft) -> None:
+    def observe(self, tokens: array[int], emitted: Sequence[int], verified: VerifiedDraft | None) -> None:
         """Records that `emitted` are the last tokens of the history `tokens`. `verified` is the result of the chosen
-        draft.
+        draft; None if no draft token was verified.
 
         If earlier tokens of the history are not fed yet, `feed` feeds `emitted` later.
         """
-        chosen = self._chosen if verified.drafted else None
+        chosen = self._chosen if verified is not None and verified.drafted else None
         if self._fed == len(tokens) - len(emitted):
             self._fed = len(tokens)
             for tracked in self._all:

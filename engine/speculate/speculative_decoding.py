@@ -136,13 +136,13 @@ class SpeculativeDecoding:
                 return NgramMapK4vProposer(*self._sizes("map_k4v", speculation))
             case "ngram-mod":
                 n_min = config.mod_min if speculation.n_min is None else speculation.n_min
-                return shared.mod(request.salt, n_min, max(config.mod_max, speculation.n_max or 0))
+                return shared.mod(request.namespace, n_min, max(config.mod_max, speculation.n_max or 0))
             case "ngram-cache":
                 return shared.cache(request.salt, speculation.n_max or config.cache_max)
             case "suffix":
                 return SuffixProposer(
                     shared.outputs,
-                    request.salt,
+                    request.namespace,
                     len(request.prompt),
                     depth=config.suffix_depth,
                     factor=config.suffix_factor,
@@ -171,7 +171,7 @@ class SpeculativeDecoding:
         bounds = DraftBounds(n_max, n_min, p_min)
         if sampler is None or config.noise == "greedy":
             return DraftSequence(self.draft_model, request.salt, bounds, keep=request.cache)
-        draft_sampler = sampler if config.noise == "shared" else sampler.independent()
+        draft_sampler = sampler.for_drafts(independent=config.noise == "off")
         prompt_length = len(request.prompt)
         return DraftSequence(
             self.draft_model,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from array import array
 from collections.abc import Sequence
 
 from engine.pace import VerifiedDraft
-from engine.speculate.proposer import NO_DRAFT, BatchedSequence, DraftBounds, Proposer
+from engine.speculate.proposer import NO_DRAFT, BatchedSequence, Draft, DraftBounds, Proposer
 from engine.speculate.proposer_stats import ProposerStats
+
+log = logging.getLogger("paceline.speculation")
 
 # Maximum number of buffered tokens, so that feeding them in one batch does not delay a step.
 _MAX_BUFFERED_TOKENS = 64
@@ -20,6 +23,8 @@ class TrackedProposer:
     Tokens emitted between two calls of `propose` are buffered and fed to the proposer in one batch at the next call. A
     draft is compared with the emitted tokens even if it is not verified, so that the acceptance estimate does not go
     stale.
+
+    A proposer that raises an exception drafts no more for the sequence, which goes on without its drafts.
     """
 
     def __init__(self, proposer: Proposer, stats: ProposerStats, *, buffered: bool = True) -> None:
@@ -44,10 +49,13 @@ class TrackedProposer:
     def feed(self, tokens: Sequence[int]) -> None:
         """Appends `tokens` to the proposer's history."""
         begun = time.perf_counter()
-        if self._begun:
-            self.proposer.observe(tokens)
-        else:
-            self.proposer.begin(tokens)
+        try:
+            if self._begun:
+                self.proposer.observe(tokens)
+            else:
+                self.proposer.begin(tokens)
+        except Exception:
+            self._disable()
         self.stats.record_feed(time.perf_counter() - begun, first=not self._begun)
         self._begun = True
 
@@ -61,19 +69,41 @@ class TrackedProposer:
         """Cuts the history to its first `length` tokens."""
         self.flush()
         self.stop_comparing()
-        self.proposer.truncate(length)
+        try:
+            self.proposer.truncate(length)
+        except Exception:
+            self._disable()
 
     def shift(self, keep: int, discard: int) -> None:
         """Removes from the history the `discard` tokens after the first `keep`."""
         self.flush()
         self.stop_comparing()
-        self.proposer.shift(keep, discard)
+        try:
+            self.proposer.shift(keep, discard)
+        except Exception:
+            self._disable()
 
     def end(self) -> None:
         """Ends the sequence, after buffered tokens are fed, so that shared data has the whole history."""
         if self._begun:
             self.flush()
-            self.proposer.end()
+            try:
+                self.proposer.end()
+            except Exception:
+                self._disable()
+
+    @property
+    def failed(self) -> bool:
+        """True after an exception of the proposer."""
+        return self.proposer is _FAILED
+
+    def _disable(self) -> None:
+        """Replaces the proposer after an exception, which is being handled."""
+        log.exception("a proposer of type %s failed and drafts no more for its request", self.stats.type)
+        self.stats.record_failure()
+        self.proposer = _FAILED
+        self.clear_draft()
+        self.stop_comparing()
 
     # ── drafts ──
 
@@ -83,8 +113,12 @@ class TrackedProposer:
         started = time.perf_counter()
         self.flush()
         begun = time.perf_counter()
-        draft = bounds.trim(self.proposer.propose(limit))
-        assert len(draft.tokens) <= limit, f"a draft of type {self.stats.type} exceeds the limit"
+        try:
+            draft = bounds.trim(self.proposer.propose(limit))
+            assert len(draft.tokens) <= limit, f"a draft of type {self.stats.type} exceeds the limit"
+        except Exception:
+            self._disable()
+            draft = NO_DRAFT
         self.draft = draft
         self.curve = self.stats.acceptance.curve(len(draft.tokens), draft.chances)
         self.expected_accepted = sum(self.curve)
@@ -104,7 +138,10 @@ class TrackedProposer:
         self._compare(emitted)
         if verified is not None:
             begun = time.perf_counter()
-            self.proposer.observe(emitted, verified.drafted, verified.accepted)
+            try:
+                self.proposer.observe(emitted, verified.drafted, verified.accepted)
+            except Exception:
+                self._disable()
             expected = sum(self.curve[: verified.drafted])
             self.stats.record_verification(verified, expected, time.perf_counter() - begun)
         elif self._buffered:
@@ -112,7 +149,10 @@ class TrackedProposer:
             if len(self._buffer) >= _MAX_BUFFERED_TOKENS:
                 self.flush()
         else:
-            self.proposer.observe(emitted)
+            try:
+                self.proposer.observe(emitted)
+            except Exception:
+                self._disable()
         self.clear_draft()
 
     def stop_comparing(self) -> None:
@@ -129,6 +169,32 @@ class TrackedProposer:
             self._position = self._position + 1 if equal else len(tokens)
         if self._position >= len(tokens):
             self.stop_comparing()
+
+
+class _FailedProposer:
+    """Implements `Proposer` in the place of a proposer that raised an exception: makes no drafts."""
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """No effect."""
+
+    def propose(self, limit: int) -> Draft:
+        """Returns no draft."""
+        return NO_DRAFT
+
+    def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
+        """No effect."""
+
+    def truncate(self, length: int) -> None:
+        """No effect."""
+
+    def shift(self, keep: int, discard: int) -> None:
+        """No effect."""
+
+    def end(self) -> None:
+        """No effect."""
+
+
+_FAILED = _FailedProposer()
 
 
 class TrackedBatchedSequence(TrackedProposer):

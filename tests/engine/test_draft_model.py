@@ -337,3 +337,37 @@ def test_drafts_shorter_than_n_min_are_not_made() -> None:
     (drafts,) = end_of(bench, 0).drafts
     assert drafts.accepted > 0
     assert sum(drafts.by_accepted[1:5]) <= 1, "only the last draft may be shorter"
+
+
+@both
+@pytest.mark.parametrize("length", [11, 60, 200])
+def test_drafts_begin_in_the_second_step_after_prefill(length: int, unified: bool) -> None:
+    """Although a draft model as slow as the target reads hardly a token in half of a step without prompts."""
+    bench = draft_bench(ToyContext(cells=400) if unified else context_of(False, 400))
+    cast("Any", bench.speculative_decoding.draft_model)._cost.prompt_rows = lambda *_: 1
+    request = structs.replace(
+        greedy_request(tokens=40, speculation=Speculation(type=("draft",), order="fixed")),
+        prompt=tuple(1 + position % 40 for position in range(length)),
+    )
+    bench.submit(0, request)
+    while len(bench.outputs.get(0, ())) < 1:
+        bench.core.step()
+    bench.core.step()
+    bench.core.step()
+    assert bench.core.counters.drafted_tokens > 0
+    bench.run()
+    assert bench.outputs[0] == alone(request, 400)[0]
+
+
+def test_a_history_that_cannot_be_complete_before_the_end_is_not_prefilled() -> None:
+    draft = ToyContext(cells=400)
+    bench = draft_bench(draft)
+    bench.submit(0, greedy_request(tokens=30))
+    bench.run()
+    cached = structs.replace(greedy_request(tokens=2), prompt=tuple(1 + position % 40 for position in range(200)))
+    bench.submit(1, structs.replace(cached, speculation=Speculation(type=())))
+    bench.run()
+    before = draft.computed
+    bench.submit(2, structs.replace(cached, speculation=Speculation(type=("draft",), order="fixed")))
+    bench.run()
+    assert draft.computed == before, "16 rows a step for two steps are fewer than 200"

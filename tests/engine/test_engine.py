@@ -179,7 +179,7 @@ class BrokenGrammar:
 async def test_a_request_that_cannot_start_fails_alone_and_frees_its_slot() -> None:
     async with Engine.open(CONFIG, opener=opener(toy_backend())) as engine:
         for _ in range(engine.max_requests + 1):
-            with pytest.raises(EngineFault, match="no memory"):
+            with pytest.raises(EngineFault, match="cannot start"):
                 await collect(engine, Request(prompt=(1,), grammar=cast("Any", BrokenGrammar())))
         updates = await collect(engine, Request(prompt=(1,), max_tokens=2, ignore_eos=True))
         assert isinstance(updates[-1], Finished)

@@ -10,24 +10,31 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 ENGINE = """
-batch text checksummed splitmix
+batch text checksummed splitmix background devices adapters worker_pool sampling_params fairness
 backend
 grammar
 contract
 config outbox
+contents
 kv sampling pace scheduler
 llama
 speculate
-sequence generation sim stats validation embedding
-verify waiting slots running
+sequence generation sim stats validation loaded_adapters
+verify waiting slots running embedding
 lifecycle
-step
+output_processor
+step measured_costs
 thread
 slotfiles
 engine
+diagnosis
 """
 GRAMMAR = "spec pointer tokenizer jobs\nschema gbnf matcher\nmasks relax\ncompiler"
-SAMPLING = "accept noise candidates reasoning\nlogprobs truncate penalties\nsampler"
+SAMPLING = """
+accept noise candidates reasoning repeats truncate temperature
+peaks logprobs penalties feedback infill stages
+sampler
+"""
 KV = """
 tree record idle placement
 block disk sequence_file
@@ -46,8 +53,16 @@ ngram_simple ngram_map ngram_cache suffix prediction grammar sequence_proposers
 shared_data planner lookup
 speculative_decoding
 """
-LLAMA = "library exact state layout\nfit params\ndecoder\nshift\nvocab context textless\nmodel\nembedding"
-CONFIG = "machine batch model sim embedding\nmemory speculation\nengine"
+LLAMA = """
+library exact state layout special_tokens
+fit gguf_check params placement threads
+decoder memory_check
+shift adapters
+vocab context textless
+model
+embedding
+"""
+CONFIG = "machine batch model adapters loading rope cpu sim embedding\nmemory speculation\nengine"
 SIM = "hashing vocab costs\ncontext proposer\nbackend"
 
 

@@ -112,7 +112,10 @@ class CoreBench:
         reuse: int = 0,
         offload: Offload | None = None,
         backend: Any = None,
+        faulty: bool = False,
     ) -> None:
+        """With `faulty`, proposers may fail."""
+        self._faulty = faulty
         self.backend: Any = backend or ToyBackend(context)
         self.outputs: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[Logprob]] = {}
@@ -135,7 +138,7 @@ class CoreBench:
         self.sequences: dict[int, Sequence] = {}
 
     def deliver(self, items: list[StepOutput]) -> None:
-        for key, ids, logprobs, end in items:
+        for key, ids, logprobs, end, *_ in items:
             assert key not in self.ends, "nothing follows the terminal update"
             self.outputs[key] += ids
             self.logprobs.setdefault(key, []).extend(logprobs)
@@ -169,6 +172,8 @@ class CoreBench:
         self.core.step()
         self.core.check_idle()
         self.check()
+        failures = [stats.type for stats in self.speculative_decoding.draft_stats if stats.failures]
+        assert self._faulty or not failures, f"proposers failed: {failures}"
 
     def compare(
         self, wanted: Mapping[int, tuple[abc.Sequence[int], FinishReason]], cancelled: Container[int], *, faults: bool
@@ -194,6 +199,14 @@ def alone(request: Request, cells: int) -> tuple[list[int], FinishReason]:
     end = bench.ends[0]
     assert isinstance(end, Finished)
     return bench.outputs[0], end.reason
+
+
+# Sampling whose state follows from the output.
+STATEFUL = (
+    SamplingParams(mirostat=2, mirostat_tau=2.0, mirostat_eta=0.7, seed=1),
+    SamplingParams(adaptive_target=0.4, adaptive_decay=0.3, min_p=0.01, seed=2),
+    SamplingParams(mirostat=1, mirostat_tau=2.0, mirostat_eta=0.7, seed=3),
+)
 
 
 def draw_request(random: Random, prefixes: list[list[int]], longest: int) -> Request:
@@ -233,6 +246,8 @@ def test_random_interleavings(seed: int, unified: bool) -> None:
     cancelled: set[int] = set()
     for key in range(12):
         request = draw_request(random, prefixes, cells)
+        if key % 4 == 3:
+            request = structs.replace(request, sampling=STATEFUL[key % len(STATEFUL)])
         wanted[key] = alone(request, cells)
         oracle = Oracle(request, wanted[key][0], random.choice([0.0, 0.3, 1.0]), random)
         bench.submit(key, request, oracle if random.random() < 0.5 else None)

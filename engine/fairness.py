@@ -1,0 +1,115 @@
+"""Fair queueing over owners: the order of the queue, and the running sequence that yields to a waiting one.
+
+Each owner has a virtual token counter (Sheng et al. 2024, "Fairness in Serving Large Language Models"): the prompt
+tokens to compute and the tokens emitted for its requests, divided by its weight. The owner with the smallest counter is
+next. Pure functions of values, and the counters.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from msgspec import Struct
+
+# Maximum number of owners without requests whose counters are kept.
+_IDLE_OWNERS = 1024
+
+
+class QueueEntry(NamedTuple):
+    """The place of a waiting request among those of its owner; the least is first."""
+
+    priority: int
+    is_new: bool
+    """False for a preempted request, which resumes before all other requests of its priority."""
+    due: float
+    """Time at which the request ends if it is not complete. Infinite without a deadline."""
+    key: int
+    """Keys ascend in the order of arrival."""
+
+
+class Claim(Struct, frozen=True):
+    """A running sequence, or the waiting one that could displace it."""
+
+    key: int
+    owner: str
+    weight: float
+    priority: int
+
+
+Rank = tuple[int, bool, float, float, int]
+
+
+def rank(entry: QueueEntry, served: float, share: float) -> Rank:
+    """Returns the place in the whole queue of an owner's first request; the least starts first.
+
+    `served` is the owner's counter. `share`, the number of its running sequences divided by its weight, decides between
+    equal counters.
+    """
+    return entry.priority, entry.is_new, served, share, entry.key
+
+
+def displaced(candidate: Claim, running: Sequence[Claim]) -> int | None:
+    """Returns the key of the sequence that is preempted so that `candidate` can start, or None if it has to wait.
+    `running` is in the order of the starts.
+
+    A sequence of lower priority always yields. Among equal priorities, sequences are divided by max-min fairness: one
+    of an owner yields if that owner keeps at least as many for its weight as the candidate's then has. So no two owners
+    displace each other in turn. Of several, the sequence that started last yields.
+    """
+    if lowest := max((claim.priority for claim in running if claim.priority > candidate.priority), default=0):
+        return next(claim.key for claim in reversed(running) if claim.priority == lowest)
+    counts = Counter(claim.owner for claim in running)
+    least = (counts[candidate.owner] + 1) / candidate.weight
+    victim, most = None, 0.0
+    for claim in running:
+        left = (counts[claim.owner] - 1) / claim.weight
+        if claim.owner != candidate.owner and claim.priority == candidate.priority and left >= max(least, most):
+            victim, most = claim.key, left
+    return victim
+
+
+class TokenCounters:
+    """The virtual token counters of all owners. Belongs to the engine thread."""
+
+    def __init__(self) -> None:
+        self._served: dict[str, float] = {}
+        self._requests: Counter[str] = Counter()  # running and waiting ones of each owner
+
+    def __getitem__(self, owner: str) -> float:
+        """The counter of `owner`: tokens divided by its weight."""
+        return self._served.get(owner, 0.0)
+
+    def join(self, owner: str) -> None:
+        """Counts a new request of `owner`. If it is the only one, the counter rises to the smallest one of the owners
+        with requests, so that time without requests gives no advantage later."""
+        if not self._requests:
+            self._served.clear()
+        elif owner not in self._requests:
+            self._served[owner] = max(self[owner], self._floor())
+        self._requests[owner] += 1
+
+    def leave(self, owner: str) -> None:
+        """Counts the end of a request of `owner`."""
+        self._requests[owner] -= 1
+        if not self._requests[owner]:
+            del self._requests[owner]
+            self._served = _without_idle(self._served, self._requests)
+
+    def charge(self, owner: str, tokens: int, weight: float) -> None:
+        """Adds `tokens` computed for a request of `owner`."""
+        self._served[owner] = self[owner] + tokens / weight
+
+    def _floor(self) -> float:
+        return min(self[owner] for owner in self._requests)
+
+
+def _without_idle(served: dict[str, float], requests: Mapping[str, int]) -> dict[str, float]:
+    """Returns `served` without the smallest counters of owners without requests, if these are too many. The smallest
+    ones would rise the most at the next request."""
+    if len(served) <= len(requests) + _IDLE_OWNERS:
+        return served
+    idle = sorted((owner for owner in served if owner not in requests), key=served.__getitem__)
+    dropped = set(idle[: len(idle) // 2])
+    return {owner: tokens for owner, tokens in served.items() if owner not in dropped}
