@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +11,20 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from api.config.command_line import CommandParser, OptionError, parse
+from api.config.arguments import take_option
+from api.config.command_line import OptionError, parse
+from api.hub.errors import HubError
+from api.hub.resolve import resolve_models
 from api.server.terminal import ProgressBar, print_line
 from engine import Calibration, EngineError, measure_step_costs
 
+_USAGE = """\
+usage: paceline cost -m model.gguf [-o FILE.png|FILE.json] [flags of paceline serve]
+
+Measures the cost of a step by number of rows on this machine.
+
+  -o, --output FILE   plot of the costs (default: cost.png), or with the suffix .json the costs as JSON for --sim-cost
+"""
 _BAR_CHARS = 24
 
 
@@ -22,36 +33,33 @@ def run_cost(arguments: Sequence[str]) -> int:
 
     1 means that the model cannot be opened or the file cannot be written, 2 that the arguments are invalid.
     """
-    parser = CommandParser(
-        prog="paceline cost",
-        usage="paceline cost -m model.gguf [-o FILE.png|FILE.json] [flags of paceline serve]",
-        description=__doc__,
-        allow_abbrev=False,
-    )
-    output_help = "plot of the costs (default cost.png), or with the suffix .json the costs as JSON for --sim-cost"
-    parser.add_argument("-o", "--output", type=Path, default=Path("cost.png"), help=output_help)
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(_USAGE)
+        return 0
     try:
-        given, rest = parser.parse_known_args(arguments)
+        output, rest = take_option(arguments, "-o", "--output")
         options = parse(rest, os.environ)
     except OptionError as error:
         print_line(f"paceline cost: {error}")
         return 2
-    name = Path(options.model.path).stem
+    path = Path(output or "cost.png")
     try:
+        options = resolve_models(options, print_line)
+        name = Path(options.model.path).stem
         with ProgressBar(f"Measuring {name}") as bar:
             calibration = measure_step_costs(options.engine, bar.update)
         print_costs(name, calibration)
-        if given.output.suffix == ".json":
-            given.output.write_bytes(msgspec.json.encode(calibration))
+        if path.suffix == ".json":
+            path.write_bytes(msgspec.json.encode(calibration))
         else:
-            plot_costs(name, calibration, given.output)
-    except (EngineError, OSError) as error:
+            plot_costs(name, calibration, path)
+    except (EngineError, HubError, OSError) as error:
         print_line(f"paceline: {error}")
         return 1
     except ImportError:
         print_line("paceline: the plot needs matplotlib: pip install 'paceline[plot]'")
         return 1
-    print_line(f"Wrote {given.output}")
+    print_line(f"Wrote {path}")
     return 0
 
 

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from api.config.command_line import CommandParser, OptionError
 from api.server.terminal import ProgressBar, print_line
-from api.templates.prompts import LONG_TEXT_CHARS
+from api.templates.text_tokens import LONG_TEXT_CHARS
 from engine import EngineError, build_lookup, open_vocabulary
 
 # Maximum size of a chunk of text; bounds the memory besides the counts.
@@ -109,8 +109,8 @@ def chunks(paths: Iterable[Path]) -> Iterator[str]:
 def _file_chunks(file: TextIO) -> Iterator[str]:
     lines: list[str] = []
     size = 0
-    # Long lines are cut because the tokenizer of some models recurses once per character (see `THREAD_STACK_BYTES` in
-    # `api.server.lifecycle`).
+    # Long lines are cut because the tokenizer of some models recurses once per character (see `WORKER_STACK_BYTES` in
+    # `engine.worker_pool`).
     while line := file.readline(LONG_TEXT_CHARS):
         lines.append(line)
         size += len(line)

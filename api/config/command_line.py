@@ -1,46 +1,65 @@
-"""Parses the options of `paceline serve`: flags override environment variables, which override the file."""
+"""Parses the options of `paceline serve`: flags override a preset, environment variables and the configuration file."""
 
 from __future__ import annotations
 
 import argparse
 import re
-import tomllib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
+from api.config.arguments import (
+    COMMAND_OPTIONS,
+    CONFIG_OPTION,
+    HELP,
+    PRESET_FILE,
+    PRESET_NAME,
+    PRINTING_OPTIONS,
+    CommandOption,
+    GivenOption,
+    split_arguments,
+)
+from api.config.config_file import read_config_file
 from api.config.flags import FLAGS, HEADINGS, Flag
+from api.config.hub import hub_problem, named_model
 from api.config.options import Options
-from api.config.spellings import IGNORED_FLAGS, IGNORED_FLAGS_WITH_VALUE, PROPOSER_TYPE_ALIASES
-from api.http.decode_errors import choices_hint, describe_type, nearest_hint, quoted
+from api.config.other_flags import OtherFlag
+from api.config.presets import Preset, read_preset
+from api.config.refused import REFUSED
+from api.config.request_defaults import with_request_defaults
+from api.config.shortcuts import SHORTCUTS
+from api.config.values import BOOLEAN_WORDS, OptionError, convert_value
 from engine import SIMULATED_MODEL
 
-# Booleans in environment variables, as llama-server spells them.
-_BOOLEANS = {
-    **dict.fromkeys(("true", "1", "on", "enabled"), True),
-    **dict.fromkeys(("false", "0", "off", "disabled"), False),
-}
+__all__ = ["CommandParser", "OptionError", "parse", "printing_option"]
+
+# Repositories name themselves as user/model, with or without a quant.
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
-# argparse's message about `--switch=value`.
-_VALUE_OF_A_SWITCH = re.compile(r"argument (\S+): ignored explicit argument .*", re.DOTALL)
+class _Given(NamedTuple):
+    """The value of a setting: a text, a list of texts, or a boolean."""
 
-
-class OptionError(Exception):
-    """Invalid options. The message is one line with the option and the expected value."""
+    value: Any
+    source: str
+    """Flag, key or variable, for errors."""
 
 
 class CommandParser(argparse.ArgumentParser):
     """An argparse parser that raises OptionError for invalid arguments instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
-        if found := _VALUE_OF_A_SWITCH.fullmatch(message):
-            names = found[1].split("/")
-            switch = [name for name in names if name.startswith("--")][-2:]
-            raise OptionError(f"{(switch or names)[0]} takes no value: use {' or '.join(switch or names)}")
         raise OptionError(message.removeprefix("argument "))
+
+
+def printing_option(arguments: Sequence[str]) -> CommandOption | None:
+    """Returns the first option that prints something instead of serving. None if there is none.
+
+    Raises OptionError if an earlier argument is invalid.
+    """
+    given = (each.option for each in split_arguments(arguments))
+    return next((each for each in given if isinstance(each, CommandOption) and each in PRINTING_OPTIONS), None)
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Options:
@@ -48,44 +67,144 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
 
     An empty environment variable counts as unset.
     """
-    given, rest = _parser().parse_known_args([_dashed(argument) for argument in arguments])
-    if rest:
-        raise OptionError(_unknown_argument(rest))
-    values: dict[str, Any] = vars(given)
-    tables = _read_file(values.pop("config")) if "config" in values else {}
-    for flag in FLAGS:
-        if flag.dest in values:
-            value = _convert(flag, values[flag.dest], flag.spelled)
-        elif text := (environment or {}).get(flag.env):
-            value = _convert(flag, [text] if flag.repeatable else text, flag.env)
-        else:
+    given = tuple(split_arguments(arguments))
+    if any(each.option is HELP for each in given):
+        _help_parser().print_help()
+        raise SystemExit(0)
+    environment = {name: text for name, text in (environment or {}).items() if text}
+    command = _command_values(given, environment)
+    _refuse_flags(given, environment)
+    preset = _read_preset(command)
+    settings = _variables(environment)
+    for name in SHORTCUTS:
+        if name in command:
+            settings |= {dest: _shortcut_value(dest, text, name) for dest, text in SHORTCUTS[name].items()}
+    if preset:
+        _refuse_flags(preset.options, {})
+        settings |= _preset_defaults(preset, _collect([*preset.options, *given])) | _collect(preset.options)
+    settings |= _collect(given)
+    return _options(settings, command.get(CONFIG_OPTION.names[0]))
+
+
+def _command_values(given: Iterable[GivenOption], environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the values of the command's own options by their first names."""
+    variables = {each.names[0]: environment[each.env] for each in COMMAND_OPTIONS if each.env in environment}
+    own = {each.option.names[0]: "".join(each.values) for each in given if isinstance(each.option, CommandOption)}
+    return variables | own
+
+
+def _read_preset(command: Mapping[str, str]) -> Preset | None:
+    path, name = (command.get(option.names[0]) for option in (PRESET_FILE, PRESET_NAME))
+    if path is None and name is not None:
+        raise OptionError("--preset names a section of an INI file: name the file with --models-preset")
+    return read_preset(path, name) if path else None
+
+
+def _refuse_flags(given: Iterable[GivenOption], environment: Mapping[str, str]) -> None:
+    """Raises OptionError for a refused flag or variable."""
+    for name, option, text, on in _refusable(given, environment):
+        if on and text not in option.harmless:
+            raise OptionError(f"{name}: {option.reason}")
+
+
+def _refusable(
+    given: Iterable[GivenOption], environment: Mapping[str, str]
+) -> Iterator[tuple[str, OtherFlag, str | None, bool]]:
+    """Yields the refused flags and variables with their values, and False for a switch that is off."""
+    for each in given:
+        if isinstance(each.option, OtherFlag) and each.option.refused:
+            yield each.source, each.option, each.values[0] if each.values else None, each.on
+    for option in REFUSED:
+        if text := environment.get(option.env):
+            yield option.env, option, text, option.arity > 0 or BOOLEAN_WORDS.get(text, True)
+
+
+def _variables(environment: Mapping[str, str]) -> dict[str, _Given]:
+    """Returns the settings in environment variables by their flags' dests."""
+    return {flag.dest: found for flag in FLAGS if (found := _variable(flag, environment))}
+
+
+def _variable(flag: Flag, environment: Mapping[str, str]) -> _Given | None:
+    # llama-server turns a switch off for any value of the variable with NO.
+    off = flag.env.replace("LLAMA_ARG_", "LLAMA_ARG_NO_", 1) if flag.switch else ""
+    if off != flag.env and off in environment:
+        return _Given(False, off)
+    name = next((name for name in (flag.env, *flag.older_env) if name in environment), None)
+    if name is None:
+        return None
+    text = environment[name]
+    return _Given([text] if flag.repeatable else text.split() if flag.arity > 1 else text, name)
+
+
+def _shortcut_value(dest: str, text: str, source: str) -> _Given:
+    repeatable = next(flag.repeatable for flag in FLAGS if flag.dest == dest)
+    return _Given([text] if repeatable else text, source)
+
+
+def _preset_defaults(preset: Preset, settings: Mapping[str, _Given]) -> dict[str, _Given]:
+    """Returns the settings that follow from the name of a preset: the model's name, and its repository unless
+    `settings` name a model."""
+    defaults = {"server.alias": _Given([preset.name], "--preset")}
+    if _REPOSITORY.fullmatch(preset.name) and not settings.keys() & {"model.path", "hub.repo", "hub.url"}:
+        defaults["hub.repo"] = _Given(preset.name, "--preset")
+    return defaults
+
+
+def _collect(given: Iterable[GivenOption]) -> dict[str, _Given]:
+    """Returns the settings by their flags' dests. The last value counts; a repeatable flag has all its values."""
+    settings: dict[str, _Given] = {}
+    for each in given:
+        if not isinstance(flag := each.option, Flag):
             continue
-        tables.setdefault(flag.table, {})[flag.field] = value
+        if flag.switch:
+            settings[flag.dest] = _Given(each.on, each.source)
+        elif flag.repeatable:
+            earlier = settings[flag.dest].value if flag.dest in settings else []
+            settings[flag.dest] = _Given([*earlier, *each.values], each.source)
+        else:
+            settings[flag.dest] = _Given(each.values[0] if flag.arity == 1 else list(each.values), each.source)
+    return settings
+
+
+def _options(settings: Mapping[str, _Given], config_path: str | None) -> Options:
+    """Returns the options of the settings and of the configuration file below them. Raises OptionError."""
+    tables = read_config_file(config_path) if config_path is not None else {}
+    for flag in FLAGS:
+        if flag.dest in settings:
+            value = convert_value(flag, *settings[flag.dest])
+            if value is not msgspec.UNSET:
+                tables.setdefault(flag.table, {})[flag.field] = value
     if tables.get("sim", {}).get("on"):
         tables.setdefault("model", {}).setdefault("path", SIMULATED_MODEL)
+    if problem := hub_problem(tables):
+        raise OptionError(problem)
+    if name := named_model(tables):
+        tables.setdefault("model", {}).setdefault("path", name)
     if not tables.get("model", {}).get("path"):
-        raise OptionError("no model is given: name a GGUF file with -m")
-    return msgspec.convert(tables, Options)
+        raise OptionError("no model is given: name a GGUF file with -m, or a repository with -hf")
+    return with_request_defaults(msgspec.convert(tables, Options))
 
 
-def _parser() -> CommandParser:
-    """Returns a parser that leaves values as text; `_convert` checks them."""
+# ── help ──
+
+
+def _help_parser() -> CommandParser:
+    """Returns an argparse parser of all settings, which formats the help."""
     parser = CommandParser(
         prog="paceline serve",
+        usage="paceline serve -m model.gguf [flags]",
         description="Serves a GGUF model to many clients at once, over OpenAI's API.",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+        add_help=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with the same settings; flags override it")
+    for option in COMMAND_OPTIONS:
+        value = {"metavar": option.metavar} if option.arity else {"action": "store_true"}
+        parser.add_argument(*option.names, help=option.help, **value)  # type: ignore[arg-type]
     for table, heading in HEADINGS.items():
         group = parser.add_argument_group(heading)
         for flag in FLAGS:
             if flag.table == table:
                 _add(group, flag)
-    for name in IGNORED_FLAGS:
-        parser.add_argument(name, action="store_const", const=None, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    for name in IGNORED_FLAGS_WITH_VALUE:
-        parser.add_argument(name, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
@@ -93,92 +212,6 @@ def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
     allowed, variable = f"{flag.allowed}; " if flag.allowed else "", f"; env: {flag.env}" if flag.env else ""
     text = f"{flag.help} ({allowed}default: {flag.default_text}{variable})".replace("%", "%%")
     if flag.switch:
-        group.add_argument(
-            *flag.names, dest=flag.dest, action=argparse.BooleanOptionalAction, help=text, default=argparse.SUPPRESS
-        )
+        group.add_argument(*flag.names, *flag.listed_off_names, dest=flag.dest, action="store_true", help=text)
         return
-    action = "append" if flag.repeatable else "store"
-    group.add_argument(*flag.names, dest=flag.dest, action=action, metavar=flag.metavar, help=text)
-
-
-def _convert(flag: Flag, given: Any, source: str) -> object:
-    """Returns the value of the flag's field.
-
-    `given` is a text, a list of texts for a repeatable flag, or a boolean for a switch on the command line. `source`
-    names the flag or the variable in errors. Raises OptionError.
-    """
-    if flag.repeatable:
-        given = _words(flag, given)
-    if flag.switch:
-        given = _BOOLEANS.get(given, given)
-    try:
-        return msgspec.to_builtins(msgspec.convert(_resolve_aliases(flag, given, source), flag.type, strict=False))
-    except msgspec.ValidationError:
-        raise OptionError(f"{source}: expected {flag.expects}, not {quoted(given)}") from None
-
-
-def _words(flag: Flag, texts: Sequence[str]) -> list[str]:
-    """Returns the values in `texts`, of which each may hold several if the flag allows commas between them."""
-    if not flag.comma_separated:
-        return list(texts)
-    return [word for text in texts for each in text.split(",") if (word := each.strip())]
-
-
-def _resolve_aliases(flag: Flag, given: Any, source: str) -> Any:
-    """Returns `given`, with llama-server's names in a list of choices replaced. Raises OptionError for other names."""
-    if not flag.choices or not isinstance(given, list):
-        return given
-    names = [PROPOSER_TYPE_ALIASES.get(name, name) if isinstance(name, str) else name for name in given]
-    for name in names:
-        if isinstance(name, str) and name not in flag.choices:
-            raise OptionError(f"{source}: unknown value {name!r}{choices_hint(name, flag.choices)}")
-    return names
-
-
-def _dashed(argument: str) -> str:
-    """Returns the argument with the underscores of a flag's name as dashes. llama-server accepts both."""
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
-
-
-def _unknown_argument(rest: Sequence[str]) -> str:
-    flag = next((argument for argument in rest if argument.startswith("-")), None)
-    if flag is None:
-        return f"unexpected argument {rest[0]!r}; a model is named with -m"
-    name = flag.partition("=")[0]
-    names = [name for known in FLAGS for name in known.names]
-    return f"unknown flag {name}{nearest_hint(name, [*names, '--config', *IGNORED_FLAGS, *IGNORED_FLAGS_WITH_VALUE])}"
-
-
-def _read_file(path: str) -> dict[str, Any]:
-    """Returns the tables of a configuration file. Raises OptionError for unknown keys and invalid values."""
-    try:
-        tables = tomllib.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise OptionError(f"--config: cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OptionError(f"--config: {path} is not TOML: {error}") from None
-    for table, entries in tables.items():
-        if table not in HEADINGS or not isinstance(entries, dict):
-            raise OptionError(f"{path}: unknown table [{table}]{choices_hint(table, HEADINGS)}")
-        tables[table] = _check_table(entries, table, f"{path}: [{table}]")
-    return tables
-
-
-def _check_table(entries: dict[str, Any], table: str, source: str) -> dict[str, Any]:
-    """Returns the checked entries of one table. Raises OptionError whose message starts with `source`."""
-    flags = {flag.field: flag for flag in FLAGS if flag.table == table}
-    checked: dict[str, Any] = {}
-    for key, given in entries.items():
-        if key not in flags:
-            raise OptionError(f"{source} has no key {key!r}{nearest_hint(key, flags)}")
-        if flags[key].repeatable and isinstance(given, str):
-            given = _words(flags[key], [given])
-        checked[key] = _resolve_aliases(flags[key], given, f"{source} {key}")
-        try:
-            msgspec.convert(checked[key], flags[key].type)
-        except msgspec.ValidationError:
-            flag = flags[key]
-            expected = flag.expects if flag.choices else describe_type(flag.kind)
-            raise OptionError(f"{source} {key}: expected {expected}, not {quoted(given)}") from None
-    return checked
+    group.add_argument(*flag.names, dest=flag.dest, metavar=flag.metavar, help=text)

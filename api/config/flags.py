@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 from msgspec import Struct, inspect
 
 from api.config.options import Options
+from api.config.spelling import Spelling
 from api.config.spellings import SPELLINGS
 from api.http.decode_errors import describe_type
 
 # Heading of each table of a configuration file.
 HEADINGS = {
     "model": "Model",
+    "hub": "Downloaded models",
+    "load": "Loading the weights",
+    "rope": "Scaling of positions",
+    "cpu": "Processor",
     "batch": "Context and batches",
     "memory": "Prefix cache",
     "speculation": "Speculative decoding",
     "draft": "Draft model",
     "sim": "Simulation",
     "embedding": "Embeddings and reranking",
+    "adapters": "LoRA adapters and control vectors",
     "server": "HTTP server",
+    "log": "Log",
     "chat": "Chat templates and reasoning",
+    "generation": "Generation",
     "sampling": "Default sampling parameters",
 }
 
@@ -52,6 +61,12 @@ class Flag(Struct, frozen=True):
     """Allowed items of a list; empty if any text is allowed."""
     comma_separated: bool
     """True if one argument may hold several values, separated by commas."""
+    off_names: tuple[str, ...]
+    """Spellings that turn a switch off."""
+    older_env: tuple[str, ...]
+    """Environment variables of earlier versions of llama-server."""
+    aliases: Mapping[str, str]
+    """llama-server's words for some values. An empty value is the default."""
 
     @property
     def dest(self) -> str:
@@ -72,6 +87,23 @@ class Flag(Struct, frozen=True):
     def switch(self) -> bool:
         """True if the flag takes no value and has a `--no-` form."""
         return isinstance(self.kind, inspect.BoolType)
+
+    @property
+    def listed_off_names(self) -> tuple[str, ...]:
+        """`off_names` without the short `-no-` forms, for the help."""
+        return tuple(name for name in self.off_names if not name.startswith("-no-"))
+
+    @property
+    def three_way(self) -> bool:
+        """True if the value is on or off, or possibly auto: the flag without a value then means on."""
+        return isinstance(self.kind, inspect.LiteralType) and {"on", "off"} <= set(self.kind.values)
+
+    @property
+    def arity(self) -> int:
+        """Number of values on the command line."""
+        if self.switch:
+            return 0
+        return len(self.kind.item_types) if isinstance(self.kind, inspect.TupleType) else 1
 
     @property
     def metavar(self) -> str:
@@ -96,6 +128,8 @@ class Flag(Struct, frozen=True):
         """
         if self.choices:
             return "some of " + ", ".join(self.choices)
+        if isinstance(self.kind, inspect.TupleType):
+            return " and ".join(map(describe_type, self.kind.item_types))
         return "on or off" if self.switch else describe_type(self.kind)
 
     @property
@@ -151,7 +185,17 @@ def _flag(table: str, struct: type[Struct], field: msgspec.structs.FieldInfo) ->
         spelling.default_flag,
         choices,
         bool(choices) or spelling.comma_separated,
+        _off_names(spelling) if isinstance(kind, inspect.BoolType) else (),
+        spelling.older_env,
+        spelling.aliases,
     )
+
+
+def _off_names(spelling: Spelling) -> tuple[str, ...]:
+    """Returns the `--no-` forms of a switch and its other negative spellings."""
+    names = [name for name in spelling.flags if not name.lstrip("-").startswith("no-")]
+    derived = [name[: len(name) - len(bare)] + f"no-{bare}" for name in names if (bare := name.lstrip("-"))]
+    return (*spelling.off_flags, *derived)
 
 
 def _choices(kind: inspect.Type) -> tuple[str, ...]:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from api.config.server import ChatConfig, ServerConfig
+from api.config.generation import GenerationConfig
+from api.config.hub import HubConfig
+from api.config.server import ChatConfig, LogConfig, ServerConfig
 from engine import (
+    AdapterConfig,
     BatchConfig,
+    CpuConfig,
     DraftConfig,
     EmbeddingConfig,
     EngineConfig,
+    LoadConfig,
     MemoryConfig,
     ModelConfig,
+    RopeConfig,
     SamplingParams,
     SimConfig,
     SpeculationConfig,
@@ -22,14 +28,21 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings of a server; each field is a table of a `--config` file."""
 
     model: ModelConfig
+    hub: HubConfig = HubConfig()
+    load: LoadConfig = LoadConfig()
+    rope: RopeConfig = RopeConfig()
+    cpu: CpuConfig = CpuConfig()
     batch: BatchConfig = BatchConfig()
     memory: MemoryConfig = MemoryConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     draft: DraftConfig = DraftConfig()
     sim: SimConfig = SimConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
+    adapters: AdapterConfig = AdapterConfig()
     server: ServerConfig = ServerConfig()
+    log: LogConfig = LogConfig()
     chat: ChatConfig = ChatConfig()
+    generation: GenerationConfig = GenerationConfig()
     sampling: SamplingParams = SamplingParams()
 
     @property
@@ -37,10 +50,14 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """The part of the settings that the engine uses."""
         return EngineConfig(
             model=self.model,
+            load=self.load,
+            rope=self.rope,
+            cpu=self.cpu,
             batch=self.batch,
             memory=self.memory,
             speculation=self.speculation,
             draft=self.draft,
             sim=self.sim,
             embedding=self.embedding,
+            adapters=self.adapters,
         )

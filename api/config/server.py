@@ -22,16 +22,39 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             "name without .gguf"
         ),
     ] = ()
+    tags: Annotated[
+        tuple[str, ...],
+        Meta(description="words about the model for GET /v1/models, separated by commas; without effect"),
+    ] = ()
     strict_model: Annotated[
         bool, Meta(description="refuse requests that name another model, instead of serving them with this one")
     ] = False
-    api_keys: Annotated[
-        tuple[str, ...],
+    api_prefix: Annotated[
+        str,
         Meta(
+            pattern=r"^(/[^/?#\s]+)*\Z",
+            description="path before the paths of all endpoints, such as /llm; empty is none",
+        ),
+    ] = ""
+    reuse_port: Annotated[
+        bool,
+        Meta(description="let other processes listen on the same port, among which the kernel divides connections"),
+    ] = False
+    ssl_key_file: Annotated[
+        str, Meta(description="file with the private key for HTTPS, in PEM; needs --ssl-cert-file; empty is plain HTTP")
+    ] = ""
+    ssl_cert_file: Annotated[str, Meta(description="file with the certificate chain for HTTPS, in PEM")] = ""
+    api_keys: Annotated[
+        tuple[Annotated[str, Meta(min_length=1)], ...],
+        Meta(
+            min_length=1,
             description="API keys, separated by commas; each request except GET /health needs one of them as "
-            "`Authorization: Bearer`, `x-api-key` or `api-key`; without keys the server is open"
+            "`Authorization: Bearer`, `x-api-key` or `api-key`; without keys the server is open",
         ),
     ] = ()
+    api_key_file: Annotated[
+        str, Meta(description="file with more API keys, one for each line; lines that begin with # are comments")
+    ] = ""
     cache_salt_by_key: Annotated[
         bool,
         Meta(
@@ -95,10 +118,59 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     grace: Annotated[
         float, Meta(ge=0.0, le=3600.0, description="maximum seconds for running requests to finish at shutdown")
     ] = 5.0
+    timeout: Annotated[
+        float,
+        Meta(
+            ge=1.0,
+            le=86400.0,
+            description="maximum seconds without the next bytes of a body, and without the client taking bytes of a "
+            "response",
+        ),
+    ] = 600.0
+    header_timeout: Annotated[
+        float, Meta(ge=1.0, le=3600.0, description="maximum seconds for the head of a request to arrive")
+    ] = 60.0
+    # Longer than in clients' pools, so that the clients close idle connections first.
+    keep_alive: Annotated[
+        int, Meta(ge=1, le=86400, description="seconds after a response before an idle connection is closed")
+    ] = 75
+    max_connections: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=2**16,
+            description="maximum open connections; at the limit the one that has waited for a request for longest is "
+            "closed, or new requests get a 503 if there is none; fewer if the system allows fewer open files",
+        ),
+    ] = 1024
+    props: Annotated[bool, Meta(description="accept POST /props, which changes nothing, as in llama-server")] = False
     max_body: Annotated[int, Meta(ge=1024, le=2**30, description="maximum bytes of a request body")] = 8 * 2**20
+    ui: Annotated[bool, Meta(description="serve a page with a chat and a live view of the server at /")] = True
     verbose: Annotated[
         bool, Meta(description="also log health checks, metric scrapes and details; replies have `__verbose`")
     ] = False
+
+
+class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Form and destination of the log."""
+
+    disable: Annotated[bool, Meta(description="write no log")] = False
+    file: Annotated[str, Meta(description="file to which the log is appended besides stderr; empty is none")] = ""
+    jsonl: Annotated[bool, Meta(description="write one JSON object for each line of the log, to stdout")] = False
+    colors: Annotated[
+        Literal["auto", "on", "off"],
+        Meta(description="color the levels of warnings and errors; auto does so on terminals"),
+    ] = "auto"
+    prefix: Annotated[bool, Meta(description="begin each line with its level")] = True
+    timestamps: Annotated[bool, Meta(description="begin each line with the time")] = True
+    verbosity: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="lowest level of the log: 0 nothing, 1 errors, 2 warnings, 3 requests, 4 health checks and "
+            "details, 5 and more the native library",
+        ),
+    ] = 3
 
 
 class ChatConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -139,6 +211,34 @@ class ChatConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "template, -1 is no limit",
         ),
     ] = -1
+    reasoning: Annotated[
+        Literal["auto", "on", "off"],
+        Meta(
+            description="value of `enable_thinking` in the template: on is true, off is false, auto leaves it to "
+            "--chat-template-kwargs; requests override it"
+        ),
+    ] = "auto"
+    reasoning_effort: Annotated[
+        str,
+        Meta(
+            description="default of `reasoning_effort` in the template, such as low, medium or high; empty is the "
+            "template's own default"
+        ),
+    ] = ""
+    reasoning_budget_message: Annotated[
+        str, Meta(description="text before the end of the reasoning when its budget is used up; empty is no text")
+    ] = ""
+    preserve_reasoning: Annotated[
+        bool | None,
+        Meta(
+            description="keep the reasoning of earlier turns in the prompt, in templates that can do so; without "
+            "either flag the template decides"
+        ),
+    ] = None
+    skip_parsing: Annotated[
+        bool,
+        Meta(description="leave the output of chats as it is: reasoning and tool calls stay in the content, unparsed"),
+    ] = False
     prefill_assistant: Annotated[
         bool,
         Meta(

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from api.__main__ import main as paceline
-from engine import step
+from engine import output_processor
 from engine.backend import Logits
 from engine.grammar import RowMasks
-from engine.sampling import Sampler
+from engine.sampling import Peak, Sampler
 from engine.sequence import Sequence as EngineSequence
 from engine.verify import VerificationResult, verify
 
@@ -38,16 +38,17 @@ class RandomAcceptanceSampler(Sampler):
         self._rate = rate
         self._source = random
 
-    def pick(
+    def sample(
         self,
         row: Logits,
         history: Sequence[int],
         prompt_length: int,
         discarded: int = 0,
         permitted: NDArray[np.bool_] | None = None,
+        peak: Peak | None = None,
     ) -> int:
         """Returns the draft token or the sampled token."""
-        token = self._own.pick(row, history, prompt_length, discarded, permitted)
+        token = self._own.sample(row, history, prompt_length, discarded, permitted, peak)
         position = len(history) - self._start
         agrees = position < len(self._draft) and self._source.random() < self._rate
         return self._draft[position] if agrees else token
@@ -61,13 +62,18 @@ class RandomAcceptanceVerifier:
         self._random = Random(0)
 
     def __call__(
-        self, sequence: EngineSequence, draft: Sequence[int], rows: Logits, permits: RowMasks | None = None
+        self,
+        sequence: EngineSequence,
+        draft: Sequence[int],
+        rows: Logits,
+        peaks: Sequence[Peak],
+        masks: RowMasks | None = None,
     ) -> VerificationResult:
         """Verifies a draft with the arguments and the result of `engine.verify.verify`."""
         own = sequence.sampler
         sequence.sampler = RandomAcceptanceSampler(own, draft, len(sequence.tokens), self._rate, self._random)
         try:
-            return verify(sequence, draft, rows, permits)
+            return verify(sequence, draft, rows, peaks, masks)
         finally:
             sequence.sampler = own
 
@@ -83,7 +89,7 @@ def rates(rate: float, length: int) -> str:
 def main() -> int:
     """Runs the server until a signal ends the process; returns the exit code."""
     rate, *arguments = sys.argv[1:]
-    with patch.object(step, "verify", RandomAcceptanceVerifier(float(rate))):
+    with patch.object(output_processor, "verify", RandomAcceptanceVerifier(float(rate))):
         return paceline(["serve", *arguments])
 
 

@@ -1,0 +1,170 @@
+"""Files of a repository, on the hub or in the cache of `huggingface_hub`, and their download."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from msgspec import Struct
+
+from api.config.hub import HubConfig
+from api.http.decode_errors import nearest_hint
+from api.hub.download import PARTIAL_SUFFIX, RemoteFile, check_space, download
+from api.hub.errors import HubError, hub_errors
+from api.hub.gguf_names import choose_model, files_of, missing_parts, parse_gguf_name, quants_of, split_repository
+
+_REPLY_SECONDS = 15.0
+
+
+class Hub(Struct, frozen=True):
+    """Where models come from, and the folder in which they are cached."""
+
+    endpoint: str
+    folder: Path
+    token: str = ""
+    offline: bool = False
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of requests to the hub, with the given or the saved token."""
+        from huggingface_hub.utils import build_hf_headers
+
+        return build_hf_headers(token=self.token or None, library_name="paceline")
+
+
+class Repository(NamedTuple):
+    """A revision of a repository."""
+
+    name: str
+    commit: str
+    """Empty in the cache."""
+    files: Mapping[str, RemoteFile | Path]
+    """Files by path: to download, or cached."""
+
+
+def hub_of(config: HubConfig) -> Hub:
+    """Returns the hub. LLAMA_CACHE and MODEL_ENDPOINT, llama-server's variables, override those of huggingface_hub."""
+    from huggingface_hub import constants
+
+    return Hub(
+        endpoint=(os.environ.get("MODEL_ENDPOINT") or constants.ENDPOINT).rstrip("/"),
+        folder=Path(os.environ.get("LLAMA_CACHE") or constants.HF_HUB_CACHE).expanduser(),
+        token=config.token,
+        offline=config.offline or constants.HF_HUB_OFFLINE,
+    )
+
+
+def fetch_model(hub: Hub, name: str, file: str, note: Callable[[str], None]) -> Path:
+    """Returns the first or only file of a model after all its files are in the cache.
+
+    `name` is `user/model[:quant]`; a `file` replaces the choice by quantization. If the hub cannot be read, cached
+    files are used. `note` gets a line about either. Raises HubError.
+    """
+    repository, quant = split_repository(name)
+    cached = _cached(hub, repository)
+    if hub.offline:
+        if not cached.files:
+            raise HubError(f"{repository} is not in the cache {hub.folder}, and --offline forbids the download")
+        return _cached_files(cached, quant, file)
+    try:
+        listed = _listed(hub, repository)
+        return _fetch(hub, listed, _chosen(listed, quant, file), note)
+    except HubError as error:
+        try:
+            path = _cached_files(cached, quant, file)
+        except HubError:
+            raise error from None
+        note(f"{error}. The cached {path.name} is used.")
+        return path
+
+
+def _listed(hub: Hub, name: str) -> Repository:
+    """Returns the newest revision on the hub. Raises HubError."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(name, token="authorization" in hub.headers):
+        api = HfApi(endpoint=hub.endpoint, token=hub.token or None, library_name="paceline")
+        info = api.model_info(name, files_metadata=True, timeout=_REPLY_SECONDS)
+    files: dict[str, RemoteFile | Path] = {}
+    for sibling in info.siblings or ():
+        url = f"{hub.endpoint}/{name}/resolve/{info.sha}/{sibling.rfilename}"
+        etag = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id or ""
+        files[sibling.rfilename] = RemoteFile(sibling.rfilename, url, sibling.size, etag)
+    return Repository(name, info.sha or "", files)
+
+
+def _cached(hub: Hub, name: str) -> Repository:
+    """Returns the files in the cache, of the branch `main` before other revisions."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repos = scan_cache_dir(hub.folder).repos
+    except (CacheNotFound, ValueError):
+        return Repository(name, "", {})
+    revisions = [revision for repo in repos if repo.repo_id == name for revision in repo.revisions]
+    files: dict[str, RemoteFile | Path] = {}
+    for revision in sorted(revisions, key=lambda each: ("main" in each.refs, each.last_modified), reverse=True):
+        for file in sorted(revision.files, key=lambda each: each.file_path):
+            files.setdefault(file.file_path.relative_to(revision.snapshot_path).as_posix(), file.file_path)
+    return Repository(name, "", files)
+
+
+def _chosen(repository: Repository, quant: str, file: str) -> tuple[str, ...]:
+    """Returns the paths of all files of the model. Raises HubError, which names files or quantizations that exist."""
+    name, paths = repository.name, list(repository.files)
+    if not (models := [path for path in paths if path.endswith(".gguf")]):
+        raise HubError(f"{name} has no GGUF files; repositories with GGUFs are often named like it, with -GGUF")
+    if file:
+        if file not in paths:
+            raise HubError(f"{name} has no file {file!r}{nearest_hint(file, models)}")
+        chosen = file
+    elif not (chosen := choose_model(paths, quant) or ""):
+        quants = ", ".join(quants_of(paths)) or "none that a file name shows"
+        raise HubError(f"{name} has no model with the quantization {quant!r}; it has: {quants}")
+    files = files_of(paths, chosen)
+    if missing := missing_parts(files):
+        raise HubError(f"{chosen} in {name} is one of {parse_gguf_name(chosen).parts} files, of which {missing} lack")
+    return files
+
+
+def _cached_files(repository: Repository, quant: str, file: str) -> Path:
+    """Returns the path of the first file of a model in the cache. Raises HubError unless all its files are there."""
+    if not repository.files:
+        raise HubError(f"{repository.name} is not in the cache")
+    path = repository.files[_chosen(repository, quant, file)[0]]
+    assert isinstance(path, Path)
+    return path
+
+
+def _fetch(hub: Hub, repository: Repository, paths: tuple[str, ...], note: Callable[[str], None]) -> Path:
+    """Downloads the files that the cache lacks, and returns the path of the first. Raises HubError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
+    from huggingface_hub.file_download import repo_folder_name
+
+    blobs = hub.folder / repo_folder_name(repo_id=repository.name, repo_type="model") / "blobs"
+    files = [file for path in paths if isinstance(file := repository.files[path], RemoteFile)]
+    lacking = [file for file in files if not (blobs / file.etag).exists()]
+    present = sum(path.stat().st_size for file in lacking for path in blobs.glob(f"{file.etag}.*{PARTIAL_SUFFIX}"))
+    check_space(repository.name, hub.folder, (file.size for file in lacking), present)
+    if lacking:
+        note(f"Downloading {paths[0]} of {repository.name} to {hub.folder}")
+    with hub_errors(repository.name, token="authorization" in hub.headers):
+        for file in lacking:
+            # The library's own download starts anew after an interruption, but it alone takes files of any size.
+            if file.etag and (file.size or 0) <= MAX_HTTP_DOWNLOAD_SIZE:
+                download(file, blobs / file.etag, hub.headers, hub.folder / ".locks")
+        found = [
+            hf_hub_download(
+                repository.name,
+                path,
+                cache_dir=hub.folder,
+                endpoint=hub.endpoint,
+                token=hub.token or None,
+                library_name="paceline",
+            )
+            for path in paths
+        ]
+    return Path(found[0])
