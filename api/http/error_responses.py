@@ -7,7 +7,7 @@ from math import ceil
 from msgspec import UNSET, Struct, UnsetType
 from starlette.exceptions import HTTPException
 
-from engine import ContextExceeded, Draining, EngineError, Overloaded, RequestRefused
+from engine import ContextExceeded, Draining, EngineError, Overloaded, RequestRefused, ShutDown
 
 # `Retry-After` while the model loads or no slot is idle.
 _RETRY_SECONDS = 1.0
@@ -27,6 +27,8 @@ class ErrorInfo(Struct, frozen=True):
     code: str | int | None = None
     n_prompt_tokens: int | UnsetType = UNSET
     n_ctx: int | UnsetType = UNSET
+    progress: float | UnsetType = UNSET
+    """The loaded share of the model, 0 to 1, while it loads."""
 
 
 class ErrorBody(Struct, frozen=True):
@@ -59,10 +61,11 @@ class UnknownModel(RequestRefused):
 
 
 class ModelLoading(EngineError):
-    """The model is not loaded yet: 503. The message is llama-server's."""
+    """The model is not loaded yet, only its part `share`: 503. The message is llama-server's."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = 0.0) -> None:
         super().__init__("Loading model")
+        self.share = share
 
 
 class InvalidApiKey(EngineError):
@@ -89,6 +92,13 @@ class NoIdleSlot(EngineError):
 
     def __init__(self) -> None:
         super().__init__("no slot available")
+
+
+class TooManyConnections(EngineError):
+    """All connections have requests, and the server accepts no more: 503."""
+
+    def __init__(self) -> None:
+        super().__init__("The server has too many connections; --max-connections allows more. Retry later.")
 
 
 def error_response(error: Exception) -> ErrorResponse:
@@ -119,9 +129,12 @@ def error_response(error: Exception) -> ErrorResponse:
             return ErrorResponse(403, ErrorInfo(str(error), "permission_error"))
         case Overloaded():
             return _retry_later(429, ErrorInfo(str(error), "rate_limit_error", None, "queue_full"), error.retry_after)
-        case ModelLoading() | NoIdleSlot():
+        case ModelLoading():
+            info = ErrorInfo(str(error), "unavailable_error", None, 503, progress=round(error.share, 3))
+            return _retry_later(503, info, _RETRY_SECONDS)
+        case NoIdleSlot() | TooManyConnections():
             return _retry_later(503, ErrorInfo(str(error), "unavailable_error", None, 503), _RETRY_SECONDS)
-        case Draining():
+        case Draining() | ShutDown():
             return _retry_later(
                 503, ErrorInfo(str(error), "unavailable_error", None, "shutting_down"), _RESTART_SECONDS
             )

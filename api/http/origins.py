@@ -7,6 +7,7 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from msgspec import Struct
+from msgspec.structs import replace
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -96,6 +97,29 @@ class CorsMiddleware:
             await self._app(scope, receive, send_with_cors)
 
 
+class StateGuard:
+    """ASGI middleware for servers without API keys: answers 403 to pages of foreign origins that change the server's
+    state with a method other than GET below one of `paths`.
+
+    Any page may generate if `cors` allows every origin, as by default. Slots, adapters and properties affect other
+    clients, so for them an origin must be that of the server or be listed by `cors`, and `*` lists none.
+    """
+
+    def __init__(self, app: ASGIApp, cors: CorsPolicy, paths: tuple[str, ...]) -> None:
+        self._app = app
+        self._listed = replace(cors, origins=tuple(origin for origin in cors.origins if origin != _ANY))
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] != "GET" and scope["path"].startswith(self._paths):
+            headers = Headers(scope=scope)
+            origin = headers.get("origin")
+            if origin and not _is_own(origin, headers) and not self._listed.allows(origin):
+                await json_error(ForeignPage("Origin", origin, "--cors-origins"))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 class LoopbackGuard:
     """ASGI middleware for servers on loopback addresses, which only programs and pages of this machine should reach.
 
@@ -119,7 +143,7 @@ class LoopbackGuard:
         host, origin = headers.get("host", ""), headers.get("origin")
         if host and not self._allows_host(_host_of(f"//{host}")):
             return ForeignPage("Host", host, "--allowed-hosts")
-        if origin and not self._cors.allows(origin) and origin.partition("://")[2] != host:
+        if origin and not self._cors.allows(origin) and not _is_own(origin, headers):
             return ForeignPage("Origin", origin, "--cors-origins")
         return None
 
@@ -131,6 +155,11 @@ class LoopbackGuard:
             or name.endswith(".localhost")
             or _is_address(name)
         )
+
+
+def _is_own(origin: str, headers: Headers) -> bool:
+    """Returns True if pages of `origin` come from the address in the Host header."""
+    return origin.partition("://")[2] == headers.get("host", "")
 
 
 def is_loopback(host: str) -> bool:

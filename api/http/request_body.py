@@ -5,11 +5,10 @@ from __future__ import annotations
 import zlib
 from codecs import BOM_UTF8
 
-import anyio.to_thread
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from engine import RequestRefused
+from engine import WORKERS, RequestRefused
 
 _COMPRESSIONS = ("gzip", "x-gzip", "deflate")
 # zlib's window size for data with the header of either gzip or zlib.
@@ -32,7 +31,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         )
     body = await _receive(request, max_bytes)
     if encoding in _COMPRESSIONS:
-        body = await anyio.to_thread.run_sync(_decompress, body, max_bytes)
+        body = await WORKERS.run(_decompress, body, max_bytes)
     return body.removeprefix(BOM_UTF8)
 
 

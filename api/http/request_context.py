@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.http.dialects import OPENAI_DIALECT, Dialect
-from engine import Finished
+from api.http.error_responses import error_response
+from api.http.events import encode_json
+from engine import Draining, Finished
 
 _log = logging.getLogger("paceline")
 
@@ -23,8 +26,9 @@ CLIENT_CLOSED_REQUEST = 499
 # Request ids of clients that are kept. Other characters could forge log lines.
 _SAFE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
-# Monitoring requests are logged at DEBUG.
-_MONITORING_PATHS = ("/health", "/v1/health", "/metrics", "/slots")
+# Monitoring requests and those of the page's files are logged at DEBUG.
+_MONITORING_PATHS = ("/health", "/v1/health", "/metrics", "/slots", "/v1/paceline/events", "/")
+_PAGE_FILES = "/ui/"
 
 
 class RequestContext:
@@ -97,12 +101,19 @@ def request_context(scope: Scope) -> RequestContext:
 class RequestContextMiddleware:
     """The outermost ASGI middleware: gives each request a RequestContext, and logs the context at the end.
 
-    `dialects` has the dialects of paths by their beginning. Other paths have OpenAI's dialect.
+    `dialects` has the dialects of paths by their beginning. Other paths have OpenAI's dialect. A request that is
+    cancelled before its response, while `is_draining` returns True, gets the error of a server that shuts down.
     """
 
-    def __init__(self, app: ASGIApp, dialects: Mapping[str, Dialect] | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        dialects: Mapping[str, Dialect] | None = None,
+        is_draining: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._app = app
         self._dialects = dict(dialects or {})
+        self._is_draining = is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -122,10 +133,27 @@ class RequestContextMiddleware:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            if not self._is_draining():
+                raise
+            # uvicorn cancels what is left at the end of a shutdown, and would log a traceback for each request.
+            if context.status == CLIENT_CLOSED_REQUEST:
+                await _send_draining(context, send_with_id)
         finally:
-            level = logging.DEBUG if context.path in _MONITORING_PATHS else logging.INFO
+            is_quiet = context.path in _MONITORING_PATHS or context.path.startswith(_PAGE_FILES)
+            level = logging.DEBUG if is_quiet else logging.INFO
             _log.log(level, "%s", context)
 
     def _dialect(self, path: str) -> Dialect:
         matching = (dialect for start, dialect in self._dialects.items() if path.startswith(start))
         return next(matching, OPENAI_DIALECT)
+
+
+async def _send_draining(context: RequestContext, send: Send) -> None:
+    """Sends the error of a server that shuts down, with a header that closes the connection."""
+    error = error_response(Draining())
+    body = encode_json(context.dialect.error_body(error, context.id))
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    raw = [(name.encode(), text.encode()) for name, text in (headers | error.headers).items()]
+    await send({"type": "http.response.start", "status": context.dialect.error_status(error), "headers": raw})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

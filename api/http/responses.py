@@ -95,17 +95,24 @@ class EventStreamResponse(Response):
         # Body messages bypass the middleware, which needs the start message only and costs time for every message.
         send_body = context.send
 
+        async def send_part(events: bytes, *, more: bool) -> None:
+            # Only an error of the socket is a disconnect; `produce` may raise OSError for other reasons.
+            try:
+                if not self._started:
+                    await self._start(send)
+                await send_body({"type": "http.response.body", "body": events, "more_body": more})
+            except OSError:
+                raise _SocketClosed from None
+
         async def send_events(events: bytes) -> None:
-            if not self._started:
-                await self._start(send)
             self._last_sent = time.monotonic()
-            await send_body({"type": "http.response.body", "body": events, "more_body": True})
+            await send_part(events, more=True)
 
         async def stream() -> None:
             try:
                 await self.produce(send_events)
-            except OSError:
-                raise _SocketClosed from None
+            except _SocketClosed:
+                raise
             except Exception as error:
                 async with self._start_lock:  # a ping may be starting the response concurrently
                     if not self._started:
@@ -113,10 +120,10 @@ class EventStreamResponse(Response):
                 context.error = error
                 await send_events(_error_event(error, context))
             self._last_sent = math.inf  # no ping may follow the last event
-            await send_body({"type": "http.response.body", "body": b"", "more_body": False})
+            await send_part(b"", more=False)
 
         async def keep_alive() -> None:
-            with suppress(OSError):
+            with suppress(_SocketClosed):
                 while True:
                     remaining = self._last_sent + self.ping_seconds - time.monotonic()
                     if remaining > 0:

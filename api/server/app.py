@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from http import HTTPStatus
 
 from starlette.applications import Starlette
@@ -15,12 +16,16 @@ from api.anthropic.errors import ANTHROPIC_DIALECT
 from api.anthropic.messages import MessagesEndpoints
 from api.generation.loaded_model import AppState
 from api.http.api_keys import ApiKeyMiddleware
+from api.http.connection_limit import ConnectionLimitMiddleware
 from api.http.content_type import JSONContentMiddleware
-from api.http.origins import CorsMiddleware, CorsPolicy, LoopbackGuard, is_loopback
+from api.http.disconnect import DisconnectMiddleware
+from api.http.origins import CorsMiddleware, CorsPolicy, LoopbackGuard, StateGuard, is_loopback
+from api.http.prefix import PathPrefixMiddleware
 from api.http.request_context import CLIENT_CLOSED_REQUEST, RequestContextMiddleware, request_context
 from api.http.responses import json_error
 from api.llama_server.completion import CompletionEndpoint
 from api.llama_server.infill import InfillEndpoint
+from api.llama_server.lora import LoraEndpoints
 from api.llama_server.rerank import RerankEndpoint
 from api.llama_server.slots import SlotEndpoints
 from api.llama_server.tokenize import TokenizeEndpoints
@@ -29,23 +34,30 @@ from api.openai.completions import TextCompletionEndpoint
 from api.openai.embeddings import EmbeddingEndpoints
 from api.openai.render import RenderEndpoints
 from api.openai.responses.endpoint import ResponsesEndpoints
+from api.server.predict import predict_routes
 from api.server.status import StatusEndpoints
+from api.ui.events import EVENTS_PATH, LiveEventsEndpoint
+from api.ui.page import ASSET_PATH, PAGE_PATH, PageEndpoints
 from engine import EngineError
 
 _MESSAGES_PATH = "/v1/messages"
+# Paths whose POST requests change the state that all clients share.
+_STATE_PATHS = ("/slots/", "/lora-adapters", "/props")
 
 
 def create_app(state: AppState) -> ASGIApp:
     """Returns the ASGI application. Routes answer 503 until `state` has a loaded model."""
+    routes = [
+        *_openai_routes(state),
+        *_responses_routes(state),
+        *_anthropic_routes(state),
+        *_llama_server_routes(state),
+        *_embedding_routes(state),
+        *_status_routes(state),
+        *_page_routes(state),
+    ]
     app: ASGIApp = Starlette(
-        routes=[
-            *_openai_routes(state),
-            *_responses_routes(state),
-            *_anthropic_routes(state),
-            *_llama_server_routes(state),
-            *_embedding_routes(state),
-            *_status_routes(state),
-        ],
+        routes=[*routes, *predict_routes(routes, os.environ, state.config.max_body)],
         exception_handlers={
             EngineError: _on_error,
             HTTPException: _on_http_error,
@@ -59,12 +71,20 @@ def create_app(state: AppState) -> ASGIApp:
     config = state.config
     if not config.any_content_type:
         app = JSONContentMiddleware(app)
-    app = ApiKeyMiddleware(app, config.api_keys, separate_namespaces=config.cache_salt_by_key)
+    app = ApiKeyMiddleware(
+        app, config.api_keys, separate_namespaces=config.cache_salt_by_key, is_public=_is_page if config.ui else _never
+    )
     cors = CorsPolicy(config.cors_origins, config.cors_methods, config.cors_headers, config.cors_credentials)
     # A page of a foreign origin has no key, so keys make the checks needless, also behind a proxy on this machine.
-    if not config.api_keys and all(map(is_loopback, config.host)):
-        app = LoopbackGuard(app, cors, config.allowed_hosts)
-    return RequestContextMiddleware(CorsMiddleware(app, cors), {_MESSAGES_PATH: ANTHROPIC_DIALECT})
+    if not config.api_keys:
+        app = StateGuard(app, cors, _STATE_PATHS)
+        if all(map(is_loopback, config.host)):
+            app = LoopbackGuard(app, cors, config.allowed_hosts)
+    app = DisconnectMiddleware(CorsMiddleware(ConnectionLimitMiddleware(app), cors))
+    if config.api_prefix:
+        app = PathPrefixMiddleware(app, config.api_prefix)
+    dialects = {config.api_prefix + _MESSAGES_PATH: ANTHROPIC_DIALECT}
+    return RequestContextMiddleware(app, dialects, lambda: state.draining)
 
 
 def _openai_routes(state: AppState) -> list[Route]:
@@ -88,6 +108,7 @@ def _responses_routes(state: AppState) -> list[Route]:
         for route in (
             Route(path, responses.create, methods=["POST"]),
             Route(f"{path}/input_tokens", responses.input_tokens, methods=["POST"]),
+            Route(f"{path}/", responses.retrieve, methods=["GET"]),
             Route(f"{path}/{{id}}", responses.retrieve, methods=["GET"]),
             Route(f"{path}/{{id}}", responses.delete, methods=["DELETE"]),
             Route(f"{path}/{{id}}/input_items", responses.input_items, methods=["GET"]),
@@ -105,7 +126,7 @@ def _anthropic_routes(state: AppState) -> list[Route]:
 
 def _llama_server_routes(state: AppState) -> list[Route]:
     completion, tokens, slots = CompletionEndpoint(state), TokenizeEndpoints(state), SlotEndpoints(state)
-    infill = InfillEndpoint(state)
+    infill, lora = InfillEndpoint(state), LoraEndpoints(state)
     return [
         Route("/completion", completion.complete, methods=["POST"]),
         Route("/completions", completion.complete, methods=["POST"]),
@@ -114,6 +135,8 @@ def _llama_server_routes(state: AppState) -> list[Route]:
         Route("/detokenize", tokens.detokenize, methods=["POST"]),
         Route("/apply-template", tokens.apply_template, methods=["POST"]),
         Route("/slots", slots.show),
+        Route("/lora-adapters", lora.show),
+        Route("/lora-adapters", lora.set_scales, methods=["POST"]),
         Route("/slots/{id}", slots.act, methods=["POST"]),
     ]
 
@@ -139,7 +162,24 @@ def _status_routes(state: AppState) -> list[Route]:
         Route("/version", status.version),
         Route("/metrics", status.metrics),
         Route("/props", status.props),
+        Route("/props", status.set_props, methods=["POST"]),
     ]
+
+
+def _page_routes(state: AppState) -> list[Route]:
+    events = Route(EVENTS_PATH, LiveEventsEndpoint(state).stream)
+    if not state.config.ui:
+        return [events]
+    page = PageEndpoints(needs_key=bool(state.config.api_keys))
+    return [events, Route(PAGE_PATH, page.page), Route(f"{ASSET_PATH}{{name}}", page.asset)]
+
+
+def _is_page(path: str) -> bool:
+    return path == PAGE_PATH or path.startswith(ASSET_PATH)
+
+
+def _never(path: str) -> bool:
+    return False
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import socket
-import sys
-import threading
-from collections.abc import Iterator, Sequence
+import ssl
+from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import uvicorn
 import uvloop
 
 from api.config.options import Options
+from api.config.server import ServerConfig
 from api.generation.loaded_model import AppState, LoadedModel
+from api.generation.request_limits import check_request_defaults
 from api.server.app import create_app
+from api.server.connections import ConnectionLimits, WaitingConnections, connection_limits
 from api.server.http_protocol import HTTPProtocol
+from api.server.logs import configure_logging
 from api.server.terminal import ProgressBar, client_url, print_line, start_message
-from engine import Engine, EngineError
-
-# Idle connections stay open longer than in clients' pools, so that the clients close them first.
-_KEEP_ALIVE_SECONDS = 75
-
-# Threads tokenize with llama.cpp, whose regular expression for some models recurses once per character
-# (ggml-org/llama.cpp issue 27783). Only touched pages of the stack take memory.
-THREAD_STACK_BYTES = 64 * 2**20
+from engine import WORKERS, Engine, EngineError
 
 # Time for clients to receive the last data after draining.
 _FLUSH_SECONDS = 3
@@ -37,62 +34,93 @@ _LISTEN_BACKLOG = 2048
 
 
 def run(options: Options) -> int:
-    """Serves until a signal arrives. Returns the exit code: 1 if the model or the address cannot be opened."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("paceline").setLevel(logging.DEBUG if options.server.verbose else logging.INFO)
-    logging.getLogger("paceline.native").setLevel(logging.INFO)  # the library writes thousands of lines per load
-    threading.stack_size(THREAD_STACK_BYTES)
+    """Serves until a signal arrives. Returns the exit code: 1 if the model, the address or a file cannot be opened."""
     with ExitStack() as exit_stack:
         try:
-            listeners = _listen_on_all(options.server.host, options.server.port, exit_stack)
-        except _AddressError as error:
+            _configure_log(options)
+            _check_certificate(options.server)
+            listeners = _listen_on_all(options.server, exit_stack)
+        except _StartError as error:
             print_line(f"paceline: {error}")
             return 1
+        WORKERS.start()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(options, listeners))
 
 
-class _AddressError(Exception):
-    """The server cannot listen on an address."""
+class _StartError(Exception):
+    """The server cannot listen on an address, or cannot use a file."""
 
 
-def _listen_on_all(hosts: Sequence[str], port: int, exit_stack: ExitStack) -> list[socket.socket]:
+def _configure_log(options: Options) -> None:
+    try:
+        configure_logging(options.log, verbose=options.server.verbose)
+    except OSError as error:
+        raise _StartError(f"--log-file: cannot write {options.log.file}: {error.strerror}") from None
+
+
+def _check_certificate(config: ServerConfig) -> None:
+    """Raises _StartError unless both or none of the files for HTTPS are given, and fit each other."""
+    files = {"--ssl-cert-file": config.ssl_cert_file, "--ssl-key-file": config.ssl_key_file}
+    given = [flag for flag, path in files.items() if path]
+    if not given:
+        return
+    if missing := [flag for flag in files if flag not in given]:
+        raise _StartError(f"{given[0]} needs {missing[0]} as well: HTTPS takes a certificate and its private key")
+    for flag, path in files.items():
+        if not os.access(path, os.R_OK):
+            raise _StartError(f"{flag}: cannot read {path}")
+    try:
+        # An encrypted key would ask for a password on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.ssl_cert_file, config.ssl_key_file, password="")
+    except (ssl.SSLError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise _StartError(
+            f"--ssl-cert-file, --ssl-key-file: not a certificate and its unencrypted key: {reason}"
+        ) from None
+
+
+def _listen_on_all(config: ServerConfig, exit_stack: ExitStack) -> list[socket.socket]:
     """Returns a listening socket for each host, which `exit_stack` closes. All have the same port: for port 0 the free
-    port of the first. Raises _AddressError."""
+    port of the first. Raises _StartError."""
     listeners: list[socket.socket] = []
-    for host in dict.fromkeys(hosts):
+    port = config.port
+    for host in dict.fromkeys(config.host):
         try:
-            listeners.append(exit_stack.enter_context(listen(host, port)))
+            listeners.append(exit_stack.enter_context(listen(host, port, reuse_port=config.reuse_port)))
         except OSError as error:
             # A socket error's strerror repeats the address. Errors of name resolution have a negative errno, which
             # os.strerror does not know.
             reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
-            raise _AddressError(f"cannot listen on {host}:{port}: {reason}") from None
+            raise _StartError(f"cannot listen on {host}:{port}: {reason}") from None
         port = listeners[0].getsockname()[1]
     return listeners
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
     """Returns a listening socket. Raises OSError if the address is in use or does not belong to this machine."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    return socket.create_server(address[:2], family=family, backlog=_LISTEN_BACKLOG)
+    return socket.create_server(address[:2], family=family, backlog=_LISTEN_BACKLOG, reuse_port=reuse_port)
 
 
 async def _serve(options: Options, listeners: list[socket.socket]) -> int:
     """Serves HTTP until the engine is drained: 503 during loading and draining. Returns the exit code."""
     state = AppState(options.server)
     signals = StopSignals()
-    server = _UvicornServer(state)
+    server = UvicornServer(state, connection_limits(options.server))
     serving = asyncio.create_task(server.serve(sockets=listeners))
     serving.add_done_callback(lambda _: signals.stop.set())
     try:
         async with AsyncExitStack() as exit_stack:
-            engine = await _open_engine(options, exit_stack, signals)
+            engine = await _open_engine(options, state, exit_stack, signals)
             if engine is None:
                 return 0
-            state.loaded = LoadedModel(engine, options)
+            model = LoadedModel(engine, options)
+            if engine.info.generates:
+                await check_request_defaults(model)
+            state.loaded = model
             port = listeners[0].getsockname()[1]
-            print_line(start_message(state.loaded, *(client_url(host, port) for host in options.server.host)))
+            print_line(start_message(state.loaded, *_client_urls(options.server, port)))
             await signals.stop.wait()
             state.draining = True
             await _drain(engine, options.server.grace, signals)
@@ -105,10 +133,22 @@ async def _serve(options: Options, listeners: list[socket.socket]) -> int:
         await server.close(serving)
 
 
-async def _open_engine(options: Options, exit_stack: AsyncExitStack, signals: StopSignals) -> Engine | None:
+def _client_urls(config: ServerConfig, port: int) -> list[str]:
+    scheme = "https" if config.ssl_cert_file else "http"
+    return [client_url(host, port, scheme) + config.api_prefix for host in config.host]
+
+
+async def _open_engine(
+    options: Options, state: AppState, exit_stack: AsyncExitStack, signals: StopSignals
+) -> Engine | None:
     """Returns the engine, which `exit_stack` closes. Returns None if a signal arrives first. Raises ModelError."""
     with ProgressBar(f"Loading {Path(options.model.path).name}") as bar:
-        opening = asyncio.create_task(exit_stack.enter_async_context(Engine.open(options.engine, progress=bar.update)))
+
+        def progress(share: float) -> None:
+            state.loaded_share = share
+            bar.update(share)
+
+        opening = asyncio.create_task(exit_stack.enter_async_context(Engine.open(options.engine, progress=progress)))
         first_signal = asyncio.create_task(signals.stop.wait())
         await asyncio.wait({opening, first_signal}, return_when=asyncio.FIRST_COMPLETED)
         first_signal.cancel()
@@ -131,33 +171,40 @@ async def _drain(engine: Engine, grace_seconds: float, signals: StopSignals) -> 
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: the first signal sets `stop`, the second one `force`. Created on the server's event loop."""
+    """SIGINT, SIGTERM and SIGHUP: the first signal sets `stop`, the second one `force`. Created on the server's event
+    loop."""
 
     def __init__(self) -> None:
         self.stop = asyncio.Event()
         self.force = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # started with nohup
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
 
     def _on_signal(self) -> None:
         (self.force if self.stop.is_set() else self.stop).set()
 
 
-class _UvicornServer(uvicorn.Server):
+class UvicornServer(uvicorn.Server):
     """uvicorn without its signal handlers, which would raise the signals again at the end."""
 
-    def __init__(self, state: AppState) -> None:
+    def __init__(self, state: AppState, limits: ConnectionLimits) -> None:
+        config = state.config
+        protocol = partial(HTTPProtocol, limits=limits, waiting=WaitingConnections())
         super().__init__(
             uvicorn.Config(
                 create_app(state),
-                http=HTTPProtocol,
+                http=cast("type[asyncio.Protocol]", protocol),
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
-                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_keep_alive=config.keep_alive,
+                ssl_keyfile=config.ssl_key_file or None,
+                ssl_certfile=config.ssl_cert_file or None,
                 timeout_graceful_shutdown=_FLUSH_SECONDS,
             )
         )

@@ -62,6 +62,7 @@ class EngineCollector(Collector):
         yield from _engine_metrics(stats)
         yield from _speculation_metrics(stats)
         yield from _step_metrics(stats)
+        yield from _embedding_metrics(stats)
         yield from _vllm_metrics(stats)
         yield from _llama_server_metrics(stats)
 
@@ -105,7 +106,9 @@ def _speculation_metrics(stats: Stats) -> Iterator[Metric]:
         "saved": _counter("paceline_spec_saved_seconds", "Seconds of decoding saved by accepted draft tokens", "type"),
         "spent": _counter("paceline_spec_spent_seconds", "Seconds spent on proposing and verifying drafts", "type"),
     }
+    failures = _counter("paceline_spec_failures", "Requests whose proposer was switched off after an exception", "type")
     for each in stats.drafts:
+        failures.add_metric([each.type], each.failures)
         drafts.add_metric([each.type], sum(each.by_accepted))
         drafted.add_metric([each.type], each.drafted)
         accepted.add_metric([each.type], each.accepted)
@@ -114,7 +117,7 @@ def _speculation_metrics(stats: Stats) -> Iterator[Metric]:
         chance.add_metric([each.type], each.chance)
         for field, family in estimates.items():
             family.add_metric([each.type], getattr(each, field))
-    yield from (drafts, drafted, accepted, positions, chance, *estimates.values())
+    yield from (drafts, drafted, accepted, positions, chance, failures, *estimates.values())
 
 
 def _step_metrics(stats: Stats) -> Iterator[Metric]:
@@ -124,6 +127,13 @@ def _step_metrics(stats: Stats) -> Iterator[Metric]:
     for rows, estimate in stats.step_seconds.items():
         seconds.add_metric([str(rows)], estimate)
     yield seconds
+
+
+def _embedding_metrics(stats: Stats) -> Iterator[Metric]:
+    done = stats.embeddings
+    yield CounterMetricFamily("paceline_embedding_inputs", "Inputs embedded or scored", value=done.inputs)
+    yield CounterMetricFamily("paceline_embedding_tokens", "Tokens of these inputs", value=done.tokens)
+    yield CounterMetricFamily("paceline_embedding_decodes", "Decodes of the embedding thread", value=done.decodes)
 
 
 def _vllm_metrics(stats: Stats) -> Iterator[Metric]:
@@ -138,16 +148,19 @@ def _vllm_metrics(stats: Stats) -> Iterator[Metric]:
 
 
 def _llama_server_metrics(stats: Stats) -> Iterator[Metric]:
-    """Yields llama-server's metrics. Its rates are those since the last scrape, these are those since the start."""
+    """Yields llama-server's metrics. Its rates are those since the last scrape, these are those since the start.
+
+    As in llama-server, embeddings count as prompts. The maximum `n_tokens_max` is a gauge here and a counter there.
+    """
     prompt_rate = _ratio(stats.prefilled_tokens, stats.prefill_seconds)
     output_rate = _ratio(stats.completion_tokens - sum(stats.ttft.counts), stats.gap.sum)
     counters = {
-        "prompt_tokens": ("Prompt tokens computed", stats.prefilled_tokens),
+        "prompt_tokens": ("Prompt tokens computed", stats.prefilled_tokens + stats.embeddings.tokens),
         "prompt_tokens_cached": ("Prompt tokens found in the prefix cache", stats.cached_tokens),
         "prompt_seconds": ("Seconds from the start to the first token of requests", stats.prefill_seconds),
         "tokens_predicted": ("Tokens emitted", stats.completion_tokens),
         "tokens_predicted_seconds": ("Seconds between the steps that emit tokens of a request", stats.gap.sum),
-        "n_decode": ("Engine steps", stats.steps),
+        "n_decode": ("Decodes", stats.steps + stats.embeddings.decodes),
     }
     for name, (help_text, value) in counters.items():
         yield CounterMetricFamily(f"llamacpp:{name}", help_text, value=value)

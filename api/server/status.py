@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.generation.loaded_model import PACELINE_VERSION, AppState, LoadedModel
+from api.http.error_responses import EndpointDisabled
 from api.http.responses import JSONResponse
 from api.llama_server.props import props_reply
 from api.schema.replies import HealthReply, ModelList, ModelMeta, ModelReply
@@ -43,6 +44,13 @@ class StatusEndpoints:
         """Returns the properties of the model and the defaults of requests, in llama-server's shape."""
         return JSONResponse(props_reply(self._state.model))
 
+    async def set_props(self, request: Request) -> Response:
+        """Changes nothing, as in llama-server, which has no property to change. Raises EndpointDisabled without
+        `--props`."""
+        if not self._state.config.props:
+            raise EndpointDisabled("This server does not support changing global properties. Start it with `--props`.")
+        return JSONResponse({"success": True})
+
     async def models(self, request: Request) -> Response:
         """Returns a list with the loaded model."""
         model = self._state.model
@@ -58,4 +66,5 @@ class StatusEndpoints:
 def _model_reply(model: LoadedModel, name: str) -> ModelReply:
     info = model.engine.info
     meta = ModelMeta(info.vocabulary, info.context, info.trained_context, info.parameters, info.bytes)
-    return ModelReply(name, model.created, model.engine.request_limit, meta, aliases=model.aliases)
+    limit, tags = model.engine.request_limit, model.options.server.tags
+    return ModelReply(name, model.created, limit, meta, aliases=model.aliases, tags=tags)

@@ -11,6 +11,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from api.config.flags import FLAGS
 from api.generation.loaded_model import LoadedModel
 
 # Share of the work between two progress lines if stderr is not a terminal.
@@ -81,6 +82,7 @@ def start_message(model: LoadedModel, url: str, *other_urls: str) -> str:
         *([f"KV layout: {engine.memory.kv_reason}"] if engine.memory.kv_reason else []),
         *_speculation_lines(model),
         *_embedding_lines(model),
+        *([f"Page: {url}/"] if model.options.server.ui else []),
         f"Try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\",
         """  -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}'""",
     ]
@@ -88,9 +90,15 @@ def start_message(model: LoadedModel, url: str, *other_urls: str) -> str:
 
 
 def _warnings(model: LoadedModel) -> Iterator[str]:
-    """Yields deviations from the options: an unusable chat template, and requested proposer types without effect."""
+    """Yields deviations from the options: an unusable chat template, requested proposer types without effect, and
+    settings of a draft model that is not there."""
     if model.prompts.warning:
         yield model.prompts.warning
+    draft = model.options.draft
+    flags = [flag for flag in FLAGS if flag.table == "draft" and getattr(draft, flag.field) != flag.default]
+    if flags and not draft.path:
+        names = ", ".join(next(name for name in flag.names if name.startswith("--")) for flag in flags)
+        yield f"There is no draft model (-md): without effect are {names}."
     requested = {*model.options.speculation.default_types, *(["draft"] if model.options.draft.path else [])}
     for kind, reason in model.engine.unavailable_proposers.items():
         if kind in requested:
@@ -98,7 +106,7 @@ def _warnings(model: LoadedModel) -> Iterator[str]:
 
 
 def _speculation_lines(model: LoadedModel) -> Iterator[str]:
-    """Yields a line with the default proposer types, or with the draft model that requests can select."""
+    """Yields a line with the default proposer types; without any, with the draft model that requests can select."""
     draft = model.options.draft.path if "draft" in model.engine.proposers else ""
     if model.default_proposers:
         names = [f"draft ({Path(draft).name})" if kind == "draft" else kind for kind in model.default_proposers]
@@ -106,6 +114,8 @@ def _speculation_lines(model: LoadedModel) -> Iterator[str]:
         yield f"Speculation: {mode} ({', '.join(names)})"
     elif draft:
         yield f"Speculation: off; requests can select draft ({Path(draft).name}); --spec-type draft enables it for all"
+    else:
+        yield "Speculation: off"
 
 
 def _embedding_lines(model: LoadedModel) -> Iterator[str]:
@@ -116,7 +126,7 @@ def _embedding_lines(model: LoadedModel) -> Iterator[str]:
         yield f"{kind}: {info.name}, pooling {info.pooling}, at most {info.limit} tokens for each input"
 
 
-def client_url(host: str, port: int) -> str:
+def client_url(host: str, port: int, scheme: str = "http") -> str:
     """Returns the URL at which a client on this machine reaches a server that listens on `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-    return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}"
+    return f"{scheme}://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}"
