@@ -1,5 +1,6 @@
 # make serve   set up on first use, then serve a small chat model (or MODEL=path.gguf)
 # make test    set up on first use, then run all checks and tests
+# make test-clients   install clients from npm, then test the server with them
 # make bench   measure overhead and speed, in 10 minutes
 # make bench-full   make bench, then compare with other servers, in hours
 # make gpu-bundle   write an archive for a GPU host without a network to build/
@@ -18,7 +19,7 @@ ARGS   ?=
 NO_AMX := -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
 export CMAKE_ARGS := -DLLAVA_BUILD=OFF $(NO_AMX) $(CMAKE_ARGS)
 
-.PHONY: serve test test-long check bench bench-full gpu-bundle clean
+.PHONY: serve test test-long test-clients check bench bench-full gpu-bundle clean
 
 serve: $(VENV)/.installed $(MODEL)
 	$(BIN)/paceline serve -m $(MODEL) $(ARGS)
@@ -29,6 +30,10 @@ test: $(VENV)/.developed $(SMOLLM) check
 # The random tests with many more seeds and operations, for a night.
 test-long: $(VENV)/.developed $(SMOLLM)
 	PACELINE_TEST_LONG=1 $(BIN)/pytest -n auto --dist worksteal --timeout 3600
+
+# SDKs and coding agents from npm with Qwen2.5-Coder models. They use node 20 or newer and about 900 MB in build/.
+test-clients: $(VENV)/.developed build/clients/.installed
+	PACELINE_TEST_CLIENTS=1 $(BIN)/pytest tests/clients
 
 check: $(VENV)/.developed
 	$(BIN)/ruff check engine api tests bench
@@ -59,6 +64,11 @@ gpu-bundle: $(VENV)/.developed $(SMOLLM)
 
 clean:
 	rm -rf $(VENV) .models .gpu build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+build/clients/.installed: tests/clients/package.json tests/clients/package-lock.json
+	@mkdir -p $(@D) && cp $^ $(@D)
+	@cd $(@D) && npm ci --ignore-scripts --no-audit --no-fund
+	@touch $@
 
 # Compiles llama.cpp for this machine; the printed counter is ninja's.
 $(VENV)/.native: pyproject.toml

@@ -44,15 +44,6 @@ STAND_INS = {
 }
 # Files that tests download into their folder `tmp`, and their stand-ins.
 DOWNLOADS = {"stories15M-q4_0.gguf": "llama.gguf"}
-# llama-server's flags that Paceline does not need, with the number of their values.
-DROPPED_FLAGS = {
-    "--offline": 0,
-    "--no-jinja": 0,
-    "--swa-full": 0,
-    "--backend_sampling": 0,
-    "--n-predict": 1,
-    "--tags": 1,
-}
 
 
 class TestOutcome(msgspec.Struct, frozen=True):
@@ -83,21 +74,14 @@ def with_local_model(words: Sequence[str], models: Path) -> list[str]:
 
 
 def as_paceline(words: Sequence[str]) -> list[str]:
-    """Returns Paceline's spelling of a command line of llama-server.
+    """Returns Paceline's command line for one of llama-server.
 
-    The defaults are llama-server's: per-slot KV unless `--kv-unified` is given. Flags of features that Paceline lacks
-    stay, so that the server refuses them at start.
+    The flags are unchanged; per-slot KV is the default, as in llama-server, unless `--kv-unified` is given. Without a
+    model llama-server is a router, and Paceline gets a tiny model, since most tests without one are about web pages.
     """
-    result, items = [], iter(words)
-    for word in items:
-        if word in DROPPED_FLAGS:
-            for _ in range(DROPPED_FLAGS[word]):
-                next(items)
-        elif word == "--reasoning":
-            result += ["--reasoning-budget", "0"] if next(items) == "off" else []
-        else:
-            result.append(word)
-    return result if "--kv-unified" in result else [*result, "--no-kv-unified"]
+    model = [] if "--model" in words else ["--model", str(MODELS / STAND_INS[""])]
+    layout = [] if "--kv-unified" in words else ["--no-kv-unified"]
+    return [*model, *words, *layout]
 
 
 def server_command(server: str, words: Sequence[str]) -> list[str]:

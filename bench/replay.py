@@ -30,7 +30,14 @@ from engine.engine import open_vocabulary
 from engine.pace import Layout, SequenceRows, StepCost, UpcomingStep
 from engine.pace.calibration import CALIBRATED_WEIGHT
 from engine.pace.curve import Curve
-from engine.speculate import DraftCandidate, SequenceProposers, SharedDraftData, SpeculativeDecoding, num_matching
+from engine.speculate import (
+    DraftCandidate,
+    LastStep,
+    SequenceProposers,
+    SharedDraftData,
+    SpeculativeDecoding,
+    num_matching,
+)
 
 # Relative standard deviation of the step times that the policy observes.
 NOISE = 0.05
@@ -82,7 +89,7 @@ def replay(
         ]
         cells = sum(len(request.history) - 1 for request in running)
         upcoming = UpcomingStep(tuple(request.rows() for request in running), len(running), cells, MAX_DRAFT_ROWS)
-        planned = decoding.planner.plan(candidates, [], upcoming, step_seconds)
+        planned = decoding.planner.plan(candidates, [], upcoming, LastStep(step_seconds))
         drafts = {candidate.seq: draft.tokens for candidate, draft in zip(candidates, planned, strict=True)}
         drafting_seconds = time.perf_counter() - begun
         rows = [request.rows(len(drafts.get(request.seq, ()))) for request in running]

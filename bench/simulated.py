@@ -29,6 +29,7 @@ from engine.sim.costs import flat, linear
 from engine.speculate import (
     Draft,
     DraftCandidate,
+    LastStep,
     SequenceProposers,
     SharedDraftData,
     SpeculativeDecoding,
@@ -197,7 +198,9 @@ def simulate(
             tuple(SequenceRows(seq) for seq in range(len(sequences))), len(sequences), 0, MAX_DRAFT_ROWS
         )
         candidates = [DraftCandidate(one.proposers, MAX_DRAFT_TOKENS, 1, seq) for seq, one in enumerate(sequences)]
-        drafts = decoding.planner.plan(candidates, [], upcoming, inf)  # the time of drafting itself is not simulated
+        drafts = decoding.planner.plan(
+            candidates, [], upcoming, LastStep(inf)
+        )  # the time of drafting itself is not simulated
         total = sum(len(draft.tokens) for draft in drafts)
         rows = [SequenceRows(seq, 1 + len(draft.tokens)) for seq, draft in enumerate(drafts)]
         seconds = sum(map(machine, layout.shape(rows).passes))

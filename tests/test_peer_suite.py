@@ -37,9 +37,10 @@ def test_models_of_the_hub_become_files() -> None:
 
 
 def test_command_lines_of_paceline() -> None:
-    words = ["--offline", "--n-predict", "64", "--no-jinja", "--reasoning", "off", "--tools", "all"]
-    assert as_paceline(words) == ["--reasoning-budget", "0", "--tools", "all", "--no-kv-unified"]
-    assert as_paceline(["--reasoning", "auto", "--kv-unified"]) == ["--kv-unified"]
+    words = ["--model", "x.gguf", "--n-predict", "64"]
+    assert as_paceline(words) == [*words, "--no-kv-unified"]
+    assert as_paceline([*words, "--kv-unified"]) == [*words, "--kv-unified"]
+    assert as_paceline(["--kv-unified"])[:1] == ["--model"], "a router"
 
 
 def test_outcomes_of_a_report() -> None:

@@ -16,7 +16,7 @@ from engine import RequestRefused
 # would keep every request from using the cached prefix of the one before.
 _BILLING_HEADER = "x-anthropic-billing-header:"
 
-_TEXT_TYPES = ("text", "document with a text", "search_result")
+_TEXT_TYPES = ("text", "document with a text", "search_result", "tool_reference")
 # The types of blocks that messages of a role may have besides those with a text.
 _BLOCK_TYPES = {"user": ("tool_result",), "assistant": ("tool_use", "thinking", "redacted_thinking"), "system": ()}
 _QUOTED_CHARS = 64
@@ -40,6 +40,16 @@ def message_params(
         if not blocks:
             conversation.begin(message.role)
     return conversation.finish()
+
+
+def named_tools(messages: Sequence[MessageParam]) -> frozenset[str]:
+    """Returns the names of the tools that calls and `tool_reference` blocks of the messages name."""
+    blocks = [block for each in messages if not isinstance(each.content, str) for block in each.content]
+    blocks += [inner for block in blocks if isinstance(block.content, list) for inner in block.content]
+    calls = {block.name for block in blocks if block.type == "tool_use" and block.name}
+    return frozenset(
+        calls | {block.tool_name for block in blocks if block.type == "tool_reference" and block.tool_name}
+    )
 
 
 class _Conversation:
@@ -113,13 +123,15 @@ def _content_texts(content: str | Sequence[ContentBlock] | None, path: str) -> l
 
 
 def _block_text(block: ContentBlock, path: str, other_types: Sequence[str] = ()) -> str:
-    """Returns the text of a block of type text, document or search_result. Raises RequestRefused for other types.
+    """Returns the text of a block of `_TEXT_TYPES`. Raises RequestRefused for other types.
 
     `other_types` are further types of blocks that are supported at this place.
     """
     match block:
         case ContentBlock(type="text"):
             return _required(block.text, path, "text")
+        case ContentBlock(type="tool_reference"):
+            return f"The tool {_required(block.tool_name, path, 'tool_name')} is available."
         case ContentBlock(type="document", source=BlockSource(type="text" | "content") as source):
             if source.type == "text":
                 return _joined(block.title, _required(source.data, f"{path}.source", "data"))

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from api.anthropic.conversation import message_params
+from api.anthropic.client_tools import client_tool_definition
+from api.anthropic.conversation import message_params, named_tools
 from api.anthropic.messages_schema import MessagesRequest, OutputFormat, ToolChoiceParam, ToolParam
 from api.schema.request_values import NamedSchema, ResponseFormat
 from api.schema.requests import ChatRequest, GenerationRequest
@@ -24,6 +25,7 @@ _CHAT_FIELDS = (
     *("parallel_tool_calls", "functions", "function_call", "documents", "chat_template"),
     *("reasoning_format", "reasoning_effort", "enable_thinking"),
     *("reasoning_budget", "reasoning_budget_tokens", "thinking_budget_tokens"),
+    "reasoning_budget_message",
     *("add_generation_prompt", "continue_final_message", "top_logprobs", "n_probs", "post_sampling_probs"),
     *("timings_per_token", "return_progress"),
 )
@@ -34,6 +36,7 @@ _UNSUPPORTED_FIELDS = {
     "container": "this server runs no containers; leave the field out",
     "compaction": "this server summarizes no conversations; ask for a summary in a message",
     "thread": "this server holds no conversations; leave the field out and send all messages",
+    "token_origins": "events of a message have no origins of tokens; use /v1/chat/completions",
 }
 
 # Patterns of paths in chat requests, with the paths of the same values in requests of this API.
@@ -46,43 +49,56 @@ _PATHS = (
 )
 
 
-def chat_request(request: MessagesRequest) -> ChatRequest:
-    """Returns the chat request with the same meaning. Raises RequestRefused with the field.
+class MessageForm:
+    """A request of the Messages API as a chat: `request` has the same meaning as a chat request."""
 
-    Without `thinking` the server's and the template's defaults decide on reasoning, as in chat completions.
-    """
-    _refuse_foreign_fields(request)
-    fields = {name: getattr(request, name) for name in GenerationRequest.__struct_fields__}
-    if request.token_limit is None:
-        fields["max_tokens"] = _DEFAULT_MAX_TOKENS
-    if request.stop_sequences:
-        fields["stop"] = [*request.stop_strings, *request.stop_sequences]
-    if (output_format := _output_format(request)) is not None:
-        fields["response_format"] = ResponseFormat("json_schema", NamedSchema(output_format.schema))
-    fields |= _tool_fields(request.tools or (), request.tool_choice) | _reasoning_fields(request)
-    return ChatRequest(**fields | {"messages": message_params(request.system, request.messages)})
+    def __init__(self, request: MessagesRequest) -> None:
+        """Raises RequestRefused with the field.
+
+        Without `thinking` the server's and the template's defaults decide on reasoning, as in chat completions.
+        """
+        _refuse_foreign_fields(request)
+        self._positions = _offered_positions(request)
+        fields = {name: getattr(request, name) for name in GenerationRequest.__struct_fields__}
+        if request.token_limit is None:
+            fields["max_tokens"] = _DEFAULT_MAX_TOKENS
+        if request.stop_sequences:
+            fields["stop"] = [*request.stop_strings, *request.stop_sequences]
+        if (output_format := _output_format(request)) is not None:
+            fields["response_format"] = ResponseFormat("json_schema", NamedSchema(output_format.schema))
+        fields |= _tool_fields(request.tools or (), self._positions, request.tool_choice) | _reasoning_fields(request)
+        self.request = ChatRequest(**fields | {"messages": message_params(request.system, request.messages)})
+
+    def original_path(self, path: str) -> str:
+        """Returns the path in the original request of a chat request's `path`."""
+        if found := re.match(r"tools\[(\d+)\]", path):
+            path = f"tools[{self._positions[int(found[1])]}]{path[found.end() :]}"
+        for pattern, replacement in _PATHS:
+            if found := pattern.match(path):
+                return found.expand(replacement) + path[found.end() :]
+        return path
+
+    @contextmanager
+    def paths(self) -> Iterator[None]:
+        """Replaces the path in a RequestRefused, a path of the chat request, by the path in the original request."""
+        try:
+            yield
+        except RequestRefused as error:
+            path, message = error.field or "", str(error)
+            if path:
+                error.field = self.original_path(path)
+                if message.startswith(path):
+                    error.args = (error.field + message.removeprefix(path),)
+            raise
 
 
-def anthropic_path(path: str) -> str:
-    """Returns the path in a request of this API for a path in the chat request."""
-    for pattern, replacement in _PATHS:
-        if found := pattern.match(path):
-            return found.expand(replacement) + path[found.end() :]
-    return path
-
-
-@contextmanager
-def anthropic_paths() -> Iterator[None]:
-    """Replaces the path in a RequestRefused, a path of the chat request, by the path in a request of this API."""
-    try:
-        yield
-    except RequestRefused as error:
-        path, message = error.field or "", str(error)
-        if path:
-            error.field = anthropic_path(path)
-            if message.startswith(path):
-                error.args = (error.field + message.removeprefix(path),)
-        raise
+def _offered_positions(request: MessagesRequest) -> list[int]:
+    """Returns the positions of the tools that the model is shown: all but those whose loading is deferred."""
+    tools = request.tools or ()
+    if not any(tool.defer_loading for tool in tools):
+        return [*range(len(tools))]
+    loaded = named_tools(request.messages) | {request.tool_choice.name if request.tool_choice else None}
+    return [position for position, tool in enumerate(tools) if not tool.defer_loading or tool.name in loaded]
 
 
 def _refuse_foreign_fields(request: MessagesRequest) -> None:
@@ -117,9 +133,12 @@ def _reasoning_fields(request: MessagesRequest) -> dict[str, Any]:
     return fields
 
 
-def _tool_fields(tools: Sequence[ToolParam], choice: ToolChoiceParam | None) -> dict[str, Any]:
-    """Returns the fields `tools`, `tool_choice` and `parallel_tool_calls` of a chat request."""
-    fields: dict[str, Any] = {"tools": [_chat_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]}
+def _tool_fields(
+    tools: Sequence[ToolParam], positions: Sequence[int], choice: ToolChoiceParam | None
+) -> dict[str, Any]:
+    """Returns the fields `tools`, those at `positions`, `tool_choice` and `parallel_tool_calls` of a chat request."""
+    chat_tools = [_chat_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
+    fields: dict[str, Any] = {"tools": [chat_tools[position] for position in positions]}
     if choice is None:
         return fields
     if choice.disable_parallel_tool_use:
@@ -139,9 +158,11 @@ def _tool_fields(tools: Sequence[ToolParam], choice: ToolChoiceParam | None) -> 
 
 def _chat_tool(tool: ToolParam, path: str) -> dict[str, Any]:
     if tool.type not in (None, "custom"):
+        if defined := client_tool_definition(tool.type):
+            return {"type": "function", "function": {"name": tool.name, **defined}}
         raise RequestRefused(
             f"Tools of type {tool.type[:_QUOTED_CHARS]!r} are not supported, only 'custom' tools, which the client "
-            "runs and describes by an input_schema.",
+            "runs and describes by an input_schema, and Anthropic's bash, text_editor and memory tools.",
             field=f"{path}.type",
         )
     if tool.input_schema is None:

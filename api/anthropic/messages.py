@@ -11,7 +11,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from api.anthropic.blocks import BlockEvents, content_blocks
-from api.anthropic.conversion import anthropic_path, anthropic_paths, chat_request
+from api.anthropic.conversion import MessageForm
 from api.anthropic.errors import tagged_event
 from api.anthropic.messages_schema import (
     MessageEnd,
@@ -47,13 +47,13 @@ class MessagesEndpoints:
         """Generates the assistant's next message."""
         model = self._state.model
         request = await read_generation_request(http_request, model, _DECODER)
-        as_chat = chat_request(request)
-        with anthropic_paths():
-            chat = await prepare_chat(as_chat, model.prompts)
+        form = MessageForm(request)
+        with form.paths():
+            chat = await prepare_chat(form.request, model.prompts)
             choices = await chat_choices(
-                model, request_context(http_request.scope), as_chat, chat, progress=bool(request.stream)
+                model, request_context(http_request.scope), form.request, chat, progress=bool(request.stream)
             )
-        run = MessageRun(model, chat, choices, shows_thinking=request.shows_thinking)
+        run = MessageRun(model, form, chat, choices, shows_thinking=request.shows_thinking)
         if request.stream:
             return EventStreamResponse(run.stream, model.options.server.sse_ping)
         return PendingJSONResponse(run.body)
@@ -62,17 +62,20 @@ class MessagesEndpoints:
         """Returns the number of tokens of the prompt, which may be longer than the context."""
         model = self._state.model
         request = await read_generation_request(http_request, model, _DECODER)
-        as_chat = chat_request(request)
-        with anthropic_paths():
-            chat = await prepare_chat(as_chat, model.prompts)
+        form = MessageForm(request)
+        with form.paths():
+            chat = await prepare_chat(form.request, model.prompts)
         return JSONResponse(TokenCountReply(len(chat.prompt)))
 
 
 class MessageRun:
     """The generation of one message, as a whole body or as a stream of events."""
 
-    def __init__(self, model: LoadedModel, chat: PreparedChat, choices: Choices, *, shows_thinking: bool) -> None:
+    def __init__(
+        self, model: LoadedModel, form: MessageForm, chat: PreparedChat, choices: Choices, *, shows_thinking: bool
+    ) -> None:
         self._id = f"msg_{uuid4().hex}"
+        self._form = form
         self._model = model
         self._choices = choices
         self._parser = chat.parser()
@@ -134,7 +137,7 @@ class MessageRun:
         found = self._choices.outputs[0].unenforced_keywords()
         if found is UNSET:
             return UNSET
-        return UnenforcedKeywords([anthropic_path(path) for path in found.keywords], found.satisfied)
+        return UnenforcedKeywords([self._form.original_path(path) for path in found.keywords], found.satisfied)
 
     def _deltas(self, text: str) -> Sequence[MessageDelta]:
         if self._parser is not None:

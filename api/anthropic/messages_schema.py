@@ -40,6 +40,7 @@ class ContentBlock(Struct):
     is_error: bool | None = None
     source: str | BlockSource | None = None
     title: str | None = None
+    tool_name: str | None = None
 
 
 class MessageParam(Struct):
@@ -57,6 +58,8 @@ class ToolParam(Struct):
     description: str | None = None
     input_schema: dict[str, Any] | None = None
     strict: bool | None = None
+    defer_loading: bool | None = None
+    """True hides the tool from the model until a `tool_reference` in the messages names it."""
 
 
 class ToolChoiceParam(Struct):
@@ -106,6 +109,15 @@ class MessagesRequest(GenerationRequest, kw_only=True):
     container: Any = None
     compaction: Any = None
     thread: Any = None
+
+    @property
+    def has_stop(self) -> bool:
+        return self.stop_sequences is not None or self.stop is not None
+
+    @property
+    def defines_output(self) -> bool:
+        has_format = self.output_config is not None and self.output_config.format is not None
+        return has_format or self.output_format is not None or super().defines_output
 
     @property
     def shows_thinking(self) -> bool:

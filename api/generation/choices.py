@@ -8,21 +8,23 @@ from contextlib import AsyncExitStack
 from functools import partial
 from typing import TypeVar
 
-import anyio.to_thread
 import msgspec
 from starlette.requests import Request as HTTPRequest
 
 from api.generation.completion_output import CompletionOutput
 from api.generation.loaded_model import LoadedModel
+from api.generation.request_limits import apply_request_defaults, check_draft_limits, max_new_tokens
 from api.generation.schema_checks import CompiledConstraint
 from api.http.request_body import read_body
 from api.http.request_context import RequestContext
 from api.http.tasks import run_concurrently
 from api.schema.logit_bias import bias_pairs, texts_in_biases, tokenize_biases
-from api.schema.requests import GenerationRequest, decode_body
+from api.schema.requests import LONG_BODY_BYTES, GenerationRequest, decode_body
 from api.schema.speculation import parse_speculation
 from api.schema.unsupported import refuse_unsupported
 from engine import (
+    WORKERS,
+    AdapterScale,
     EngineFault,
     Finished,
     FinishReason,
@@ -78,6 +80,7 @@ class Choices:
         sampling = request.sampling_params(model.options.sampling)
         self.speculation = parse_speculation(request.speculative_fields, model.default_proposers)
         """The request's `speculative` field. None if the request has no such field."""
+        check_draft_limits(self.speculation, model.options)
         prediction = prediction[: model.engine.request_limit]
         own_fields = _own_fields(request)
         self._context = context
@@ -86,7 +89,7 @@ class Choices:
                 msgspec.structs.replace(
                     own_fields,
                     prompt=prompt,
-                    max_tokens=None if token_limit in (None, -1) else token_limit,
+                    max_tokens=max_new_tokens(model, token_limit, len(prompt)),
                     sampling=msgspec.structs.replace(sampling, seed=derive_seed(self.seed, choice)),
                     stop_scope=stop_scope,
                     logprobs=logprobs,
@@ -94,7 +97,7 @@ class Choices:
                     salt=context.cache_salt(request.cache_salt),
                     speculation=self.speculation,
                     prediction=prediction,
-                    control_texts=control_texts,
+                    control_texts=model.control_texts or control_texts,
                     reasoning=reasoning,
                     progress=progress or own_fields.progress,
                     id=context.id,
@@ -104,7 +107,7 @@ class Choices:
             for choice in range(self.n)
         ]
         self.outputs = [
-            CompletionOutput(model, request, index, generation.request, self.seed, grammar)
+            CompletionOutput(model, request, index, generation, self.seed, grammar)
             for index, generation in enumerate(self._generations)
         ]
         """The outputs so far, one for each choice."""
@@ -180,19 +183,29 @@ async def read_generation_request(
 ) -> _RequestT:
     """Returns the parsed body. Raises HTTPException 413 for a too large body, RequestRefused for an invalid one."""
     body = await read_body(http_request, model.options.server.max_body)
-    request = parse_generation_request(body, model, decoder)
+    request = await parse_any_generation_request(body, model, decoder)
     if request.logit_bias:
         pairs = bias_pairs(request.logit_bias)
         if texts_in_biases(pairs):
-            request.logit_bias = await anyio.to_thread.run_sync(tokenize_biases, pairs, model.engine.vocab)
+            request.logit_bias = await WORKERS.run(tokenize_biases, pairs, model.engine.vocab)
     return request
 
 
-def parse_generation_request(body: bytes, model: LoadedModel, decoder: msgspec.json.Decoder[_RequestT]) -> _RequestT:
+async def parse_any_generation_request(
+    body: bytes, model: LoadedModel, decoder: msgspec.json.Decoder[_RequestT]
+) -> _RequestT:
+    """Returns the request in `body`, parsed on a worker thread if the body is long. Raises RequestRefused."""
+    if len(body) < LONG_BODY_BYTES:
+        return _parse_generation_request(body, model, decoder)
+    return await WORKERS.run(_parse_generation_request, body, model, decoder)
+
+
+def _parse_generation_request(body: bytes, model: LoadedModel, decoder: msgspec.json.Decoder[_RequestT]) -> _RequestT:
     """Returns the request in `body`. Raises RequestRefused for invalid JSON, another model or an unsupported field."""
     request = decode_body(decoder, body)
     model.check_name(request.model)
     refuse_unsupported(request)
+    apply_request_defaults(request, model.options.generation)
     if request.n_discard and model.options.batch.context_shift:
         raise RequestRefused(
             "n_discard must be 0: a context shift discards half of the tokens after n_keep.", field="n_discard"
@@ -209,10 +222,12 @@ def _own_fields(request: GenerationRequest) -> Request:
         stop_tokens=tuple(request.stop_token_ids or ()),
         ignore_eos=bool(request.ignore_eos),
         post_sampling=bool(request.post_sampling_probs),
+        adapters=tuple(AdapterScale(each.id, each.scale) for each in request.lora) if request.lora else None,
         cache=request.cache_prompt is not False,
         keep=request.n_keep,
         slot=None if request.id_slot == -1 else request.id_slot,
         progress=bool(request.return_progress or request.timings_per_token),
+        origins=bool(request.token_origins),
     )
 
 

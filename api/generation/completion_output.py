@@ -13,7 +13,8 @@ from api.schema.completion_replies import LlamaCompletionChunk, LlamaCompletionR
 from api.schema.generation_settings import request_settings
 from api.schema.replies import PromptProgress, RunningUsage, TimingsReply, UnenforcedKeywords
 from api.schema.requests import GenerationRequest
-from engine import Finished, FinishReason, Logprob, PrefillProgress, Request, Tokens
+from api.schema.token_origins import TokenOrigin, token_origins
+from engine import Finished, FinishReason, Generation, Logprob, PrefillProgress, Tokens
 
 
 class CompletionOutput:
@@ -25,7 +26,7 @@ class CompletionOutput:
         model: LoadedModel,
         body: GenerationRequest,
         index: int,
-        request: Request,
+        generation: Generation,
         seed: int,
         constraint: CompiledConstraint | None = None,
     ) -> None:
@@ -36,12 +37,14 @@ class CompletionOutput:
         self._model = model
         self._body = body
         self._index = index
-        self._request = request
+        self._generation = generation
+        self._request = generation.request
         self._seed = seed
         self._constraint = constraint
         self._text_to_check: list[str] = []
         self._texts: list[str] = []
         self._tokens: list[int] = []
+        self._origins: list[str] = []
         self._count = 0
         self._has_new_line = False
         self._started: float | None = None
@@ -83,17 +86,23 @@ class CompletionOutput:
             self._tokens += update.ids
             self._texts.append(update.text)
             self.logprobs += update.logprobs
+            self._origins += update.origins
 
     def new_progress(self, progress: PrefillProgress) -> list[PrefillProgress]:
         """Returns the progress to report after a step. The first report of a choice has only the cached tokens."""
         is_first, self._has_reported_progress = not self._has_reported_progress, True
-        if not is_first or progress.processed == progress.cached:
-            return [progress]
-        return [PrefillProgress(progress.prompt, progress.cached, progress.cached, 0.0), progress]
+        start = PrefillProgress(progress.prompt, progress.cached, progress.cached, 0.0)
+        if is_first and progress.processed > progress.cached:
+            return [start, progress]
+        return [start if is_first else progress]
 
-    def timings(self) -> TimingsReply:
-        """Returns llama-server's timings so far."""
-        return TimingsReply.running(self.prefill, len(self._request.prompt), self._count, self.seconds)
+    def token_origins(self) -> list[TokenOrigin] | UnsetType:
+        """Returns the tokens with their origins; UNSET in a stream, and if the request does not ask."""
+        return token_origins(self._model.engine.vocab, self._tokens, self._origins)
+
+    def timings(self, prefill: PrefillProgress | None = None) -> TimingsReply:
+        """Returns llama-server's timings so far, or at an earlier progress `prefill`."""
+        return TimingsReply.running(prefill or self.prefill, len(self._request.prompt), self._count, self.seconds)
 
     def usage(self) -> RunningUsage:
         """Returns vLLM's usage so far."""
@@ -114,9 +123,10 @@ class CompletionOutput:
             index=self._index,
             content="",
             tokens=(),
+            id_slot=self._generation.slot,
             tokens_predicted=0,
             tokens_evaluated=len(self._request.prompt),
-            timings=self.timings() if self._body.timings_per_token else UNSET,
+            timings=self.timings(progress) if self._body.timings_per_token else UNSET,
             prompt_progress=PromptProgress.of(progress),
         )
 
@@ -126,10 +136,12 @@ class CompletionOutput:
             index=self._index,
             content=update.text,
             tokens=update.ids,
+            id_slot=self._generation.slot,
             tokens_predicted=self._count,
             tokens_evaluated=len(self._request.prompt),
             timings=self.timings() if self._body.timings_per_token else UNSET,
             completion_probabilities=self._probabilities(update.logprobs) or UNSET,
+            token_origins=token_origins(self._model.engine.vocab, update.ids, update.origins),
         )
 
     def reply(self, end: Finished) -> LlamaCompletionReply:
@@ -156,6 +168,7 @@ class CompletionOutput:
             tokens_cached=self._tokens_cached(end),
             timings=TimingsReply.of([[end]]),
             completion_probabilities=self._probabilities(self.logprobs) or UNSET,
+            token_origins=self.token_origins(),
             unenforced_schema_keywords=self.unenforced_keywords(),
         )
 
@@ -187,7 +200,6 @@ class CompletionOutput:
             keep=model.options.batch.keep,
             ends=model.engine.vocab.ends,
         ) | {
-            "samplers": body.sampler_stages,
             "timings_per_token": bool(body.timings_per_token),
             "grammar": body.grammar or "",
             "json_schema": body.json_schema,

@@ -12,6 +12,7 @@ from api.generation.schema_checks import CompiledConstraint, SchemaCheck
 from api.schema.request_values import ResponseFormat, StructuredOutputs
 from api.schema.requests import GenerationRequest
 from engine import (
+    JSON_TYPES,
     Engine,
     Gbnf,
     GrammarSpec,
@@ -21,6 +22,7 @@ from engine import (
     OneOfTexts,
     Regex,
     RequestRefused,
+    unknown_types,
 )
 
 _RESPONSE_FORMATS = ("text", "json_object", "json_schema")
@@ -66,8 +68,22 @@ async def compile_constraint(engine: Engine, constraint: Constraint | None) -> C
         error.field = path + (error.field or "")
         raise
     if isinstance(spec, JsonSchema) and grammar.relaxed is not None and grammar.relaxed.unenforced:
-        return CompiledConstraint(grammar, SchemaCheck.of(msgspec.json.decode(spec.schema), grammar.relaxed, path))
+        schema = msgspec.json.decode(spec.schema)
+        _refuse_unknown_types(schema, path)
+        return CompiledConstraint(grammar, SchemaCheck.of(schema, grammar.relaxed, path))
     return CompiledConstraint(grammar)
+
+
+def _refuse_unknown_types(schema: dict[str, Any], path: str) -> None:
+    """Raises RequestRefused for a `type` that JSON Schema does not define, as in llama-server.
+
+    The schema of a form is the client's own, unlike those of tools, of which one must not prevent all others.
+    """
+    if pointers := unknown_types(schema):
+        raise RequestRefused(
+            f"{path}{pointers[0]}: JSON Schema has no such type; use {', '.join(JSON_TYPES)} or a list of these.",
+            field=path + pointers[0],
+        )
 
 
 def enforced_spec(constraint: Constraint | None, compiled: CompiledConstraint | None) -> GrammarSpec | None:

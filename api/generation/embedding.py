@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import anyio.to_thread
 import numpy as np
 
 from api.generation.loaded_model import LoadedModel
 from api.http.error_responses import EndpointDisabled
-from engine import Embedding, EmbeddingModel, RequestRefused, Vocab
+from engine import WORKERS, Embedding, EmbeddingModel, RequestRefused, Vocab, checkpoint
 
+# Maximum numbers of a reply's vectors, as many as those of 2,048 inputs with 4,096 numbers each.
+MAX_REPLY_NUMBERS = 2**23
 # The value to which the norm 0 scales the largest number of an embedding, so that it fits 16 bits.
 _MAX_NORM_VALUE = 32760.0
 
@@ -37,7 +38,7 @@ async def tokenize_inputs(embedder: EmbeddingModel, inputs: Sequence[Sequence[st
 
     The model's special tokens are added around the first part, if it is a text.
     """
-    return await anyio.to_thread.run_sync(
+    return await WORKERS.run(
         lambda: [_tokenize_mixed(embedder.vocab, parts) for parts in inputs],
     )
 
@@ -47,11 +48,14 @@ async def embed_tokens(
 ) -> list[EmbeddedInput]:
     """Returns the vectors of each input. `names` has the field of each input in error messages.
 
-    Raises RequestRefused for an input that is empty, too long or outside of the vocabulary.
+    Raises RequestRefused for an input that is empty, too long or outside of the vocabulary, and for inputs with too
+    many vectors.
     """
     embedder = embedding_model(model)
     for tokens, name in zip(inputs, names, strict=True):
         _check_input(embedder, tokens, name)
+    if embedder.info.pooling == "none":
+        _check_vectors(sum(map(len, inputs)), embedder.info.width)
     vectors = await model.engine.embed(inputs)
     return [EmbeddedInput(len(tokens), each) for tokens, each in zip(inputs, vectors, strict=True)]
 
@@ -81,12 +85,21 @@ def without_added(vocab: Vocab, tokens: list[int]) -> list[int]:
 def _tokenize_mixed(vocab: Vocab, parts: Sequence[str | int]) -> list[int]:
     tokens: list[int] = []
     for index, part in enumerate(parts):
+        checkpoint()
         if isinstance(part, int):
             tokens.append(part)
         else:
             found = vocab.tokenize(part, special=True)
             tokens += without_added(vocab, found) if index else found
     return tokens
+
+
+def _check_vectors(tokens: int, width: int) -> None:
+    if tokens * width > MAX_REPLY_NUMBERS:
+        raise RequestRefused(
+            f"The inputs have {tokens} tokens, and the pooling type 'none' gives each a vector of {width} numbers: "
+            f"send at most {MAX_REPLY_NUMBERS // width} tokens, or start the server with another --pooling."
+        )
 
 
 def _check_input(embedder: EmbeddingModel, tokens: Sequence[int], name: str) -> None:

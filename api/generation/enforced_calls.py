@@ -42,7 +42,7 @@ class EnforcedCalls(Struct, frozen=True):
         return tuple(
             check
             for tool, relaxed in zip(self.calls.tools, self.relaxed, strict=True)
-            for check in SchemaCheck.of(tool.parameters, relaxed, _path(tool), tool.name)
+            for check in SchemaCheck.of(tool.parameters, relaxed, tool.path, tool.name)
         )
 
     def build(self, lark: Callable[[AllowedCalls], str]) -> tuple[str, EnforcedCalls]:
@@ -61,7 +61,7 @@ class EnforcedCalls(Struct, frozen=True):
         them."""
         index = next(index for index, tool in enumerate(self.calls.tools) if tool.name == error.tool)
         tool, relaxed = self.calls.tools[index], self.relaxed[index]
-        error.field = _path(tool) + (error.pointers[0] if error.pointers else "")
+        error.field = tool.path + (error.pointers[0] if error.pointers else "")
         if tool.strict or not error.pointers:
             raise error
         for pointer in error.pointers:
@@ -87,10 +87,6 @@ class EnforcedCalls(Struct, frozen=True):
         return EnforcedCalls(self.calls, schemas)
 
 
-def _path(tool: Tool) -> str:
-    return f"tools[{tool.index}].function.parameters"
-
-
 def _relaxed(tool: Tool) -> RelaxedSchema:
     try:
         return relax_schema(dict(tool.parameters), strict=tool.strict)
@@ -104,7 +100,7 @@ async def _compiled(engine: Engine, tool: Tool, relaxed: RelaxedSchema) -> Relax
     try:
         compiled = (await engine.compile(spec)).relaxed
     except RequestRefused as error:
-        error.field = _path(tool) + (error.field or "")
+        error.field = tool.path + (error.field or "")
         raise
     if compiled is None or not compiled.unenforced:
         return relaxed

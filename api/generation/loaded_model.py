@@ -37,10 +37,13 @@ class LoadedModel:
         """The name in replies."""
         self.created = int(time.time())
         """Seconds since the epoch."""
-        self.prompts = PromptRenderer(info, engine.vocab, options.chat)
+        self.prompts = PromptRenderer(info, engine.vocab, options.chat, self._check_prompt_length)
         self.fingerprint = "fp_" + hashlib.sha256(f"{PACELINE_VERSION} {info.layout}".encode()).hexdigest()[:10]
         """A hash of Paceline's version and of `info.layout`: the model file, the library's build, the KV types and the
         attention kernel."""
+        special = engine.vocab.special - engine.vocab.ends if options.generation.special else ()
+        self.control_texts = tuple((token, engine.vocab.text(token)) for token in sorted(special))
+        """The special tokens with their texts, if all outputs have these (`--special`); otherwise empty."""
         self._names = {*self.aliases, file.name, file.stem, info.path}
         self._strict = options.server.strict_model
         self._other_names: set[str] = set()
@@ -50,6 +53,11 @@ class LoadedModel:
         """The proposer types of requests without a `speculative` field."""
         configured = self.options.speculation.default_types
         return tuple(kind for kind in self.engine.proposers if kind in configured or "auto" in configured)
+
+    def _check_prompt_length(self, tokens: int) -> None:
+        """Raises ContextExceeded if no prompt of at least so many tokens can run."""
+        if self.engine.info.generates and tokens >= self.engine.request_limit:
+            raise self.engine.context_exceeded(tokens, at_least=True)
 
     def check_name(self, name: str | None) -> None:
         """Checks the `model` of a request. Another name than those of this model raises UnknownModel with
@@ -76,6 +84,8 @@ class AppState:
         self.config = config
         self.loaded: LoadedModel | None = None
         """The loaded model. None while the model loads."""
+        self.loaded_share = 0.0
+        """The loaded share of the model, 0 to 1."""
         self.draining = False
 
     @property
@@ -84,7 +94,7 @@ class AppState:
         if self.draining:
             raise Draining
         if self.loaded is None:
-            raise ModelLoading
+            raise ModelLoading(self.loaded_share)
         if (fault := self.loaded.engine.fault) is not None:
             raise EngineFault(str(fault), fatal=True)
         return self.loaded

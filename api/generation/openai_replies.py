@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from functools import partial
 from uuid import uuid4
 
-from msgspec import UNSET
+from msgspec import UNSET, structs
 
 from api.generation.choices import Choices
-from api.generation.completion_output import unenforced_keywords
+from api.generation.completion_output import CompletionOutput, unenforced_keywords
 from api.generation.loaded_model import LoadedModel
 from api.http.events import DONE_EVENT, sse_event
 from api.http.responses import EventStreamResponse, PendingJSONResponse, SendEvents
@@ -91,18 +91,21 @@ async def _stream(request: GenerationRequest, choices: Choices, builder: ReplyBu
             chunk.verbose = UNSET
         elif update.prefill_progress is not None:
             if request.return_progress:
-                await send_events(_progress_events(builder, index, output.new_progress(update.prefill_progress)))
+                await send_events(_progress_events(request, builder, index, output, update.prefill_progress))
         elif events := builder.token_event(index, update):
             await send_events(events)
 
     await choices.run(on_update)
 
 
-def _progress_events(builder: ReplyBuilder, index: int, reports: Sequence[PrefillProgress]) -> bytes:
-    """Returns one encoded event for each of `reports`."""
+def _progress_events(
+    request: GenerationRequest, builder: ReplyBuilder, index: int, output: CompletionOutput, progress: PrefillProgress
+) -> bytes:
+    """Returns the encoded events that report the progress of a choice's prefill."""
     events = b""
-    for progress in reports:
-        builder.chunk.prompt_progress = PromptProgress.of(progress)
+    for report in output.new_progress(progress):
+        builder.chunk.prompt_progress = PromptProgress.of(report)
+        builder.chunk.timings = output.timings(report) if request.timings_per_token else UNSET
         events += builder.progress_event(index)
     builder.chunk.prompt_progress = UNSET
     return events
@@ -138,7 +141,9 @@ async def _body(choices: Choices, builder: ReplyBuilder) -> CompletionReply:
     await choices.run(on_update)
     outputs, ends, reply = choices.outputs, choices.finished, builder.chunk
     reply.choices = [
-        builder.whole_choice(index, output.text, output.logprobs, end)
+        structs.replace(
+            builder.whole_choice(index, output.text, output.logprobs, end), token_origins=output.token_origins()
+        )
         for index, (output, end) in enumerate(zip(outputs, ends, strict=True))
     ]
     reply.usage = UsageReply.of(choices.finished_by_prompt)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import anyio.to_thread
 import msgspec
 from msgspec import Struct
 
@@ -13,10 +12,11 @@ from api.generation.constraints import Constraint, compile_constraint, enforced_
 from api.generation.enforced_calls import EnforcedCalls
 from api.generation.schema_checks import CompiledConstraint
 from api.schema.requests import ChatRequest
-from api.templates.prompts import PromptRenderer
+from api.templates.prompts import PromptRenderer, is_long_chat
 from api.tools.formats import AllowedCalls, ChatFormat, LarkBuilder, MessageConstraints, MessageParser, StopRanges
 from api.tools.tool_choice import allowed_calls
 from engine import (
+    WORKERS,
     Engine,
     Grammar,
     GrammarSpec,
@@ -120,7 +120,7 @@ class PreparedChat(Struct, frozen=True):
             return self._lark(calls, answer)
 
         # On a worker thread, as large schemas take tens of milliseconds.
-        text, calls = await anyio.to_thread.run_sync(lambda: EnforcedCalls.of(self.calls).build(lark))
+        text, calls = await WORKERS.run(lambda: EnforcedCalls.of(self.calls).build(lark))
         try:
             return await engine.compile(Lark(text)), calls
         except GrammarTimeout:
@@ -130,7 +130,7 @@ class PreparedChat(Struct, frozen=True):
             fewer = await calls.compiled_alone(engine)
             if fewer == calls:
                 raise
-        text, calls = await anyio.to_thread.run_sync(fewer.build, lark)
+        text, calls = await WORKERS.run(fewer.build, lark)
         return await engine.compile(Lark(text)), calls
 
     def _lark(self, calls: AllowedCalls, answer: GrammarSpec | None) -> str:
@@ -146,18 +146,23 @@ async def prepare_chat(request: ChatRequest, prompts: PromptRenderer) -> Prepare
 
     Raises RequestRefused, which names the field.
     """
-    constraint, calls = parse_constraint(request), allowed_calls(request)
+    if is_long_chat(request):
+        constraint, calls = await WORKERS.run(lambda: (parse_constraint(request), allowed_calls(request)))
+    else:
+        constraint, calls = parse_constraint(request), allowed_calls(request)
     prompt_text = await prompts.render_chat(request)
     prompt = await prompts.tokenize_prompt(prompt_text)
     format, template = prompts.format_for(request), prompts.template_for(request).source
     split_reasoning = (request.reasoning_format or prompts.chat.reasoning_format) != "none"
+    if prompts.chat.skip_parsing:
+        calls, split_reasoning = AllowedCalls(), False
     in_reasoning = format.opens_reasoning(prompts.detokenize(prompt[-_PROMPT_TAIL_TOKENS:]))
     may_reason = in_reasoning or format.may_reason(template)
     marker_tokens = {name: token for name in format.markers if (token := prompts.special_token(name)) is not None}
     max_tokens, budget = prompts.reasoning_budget(request), None
     if max_tokens >= 0 and may_reason and format.closes:
         opens = "" if in_reasoning else format.opens[0]
-        budget = ReasoningBudget(max_tokens, opens, format.closes, prompts.closing_tokens(format.closes))
+        budget = ReasoningBudget(max_tokens, opens, format.closes, prompts.closing_tokens(request, format.closes))
     return PreparedChat(
         prompt_text, prompt, format, calls, constraint, split_reasoning, in_reasoning, may_reason, marker_tokens, budget
     )

@@ -1,1 +1,2 @@
-"""Endpoints in llama-server's own shapes: /completion, /tokenize, /detokenize, /apply-template, /slots and /props."""
+"""Endpoints in llama-server's shapes: /completion, /tokenize, /detokenize, /apply-template, /slots, /lora-adapters,
+/props and others."""

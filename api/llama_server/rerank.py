@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
 
-import anyio.to_thread
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request as HTTPRequest
@@ -19,8 +18,8 @@ from api.http.error_responses import EndpointDisabled
 from api.http.events import JSONBody
 from api.http.request_body import read_body
 from api.http.responses import PendingJSONResponse
-from api.schema.requests import decode_body
-from engine import EmbeddingModel, RequestRefused
+from api.schema.requests import decode_any_body
+from engine import WORKERS, EmbeddingModel, RequestRefused
 
 # Maximum documents of one request.
 _MAX_DOCUMENTS = 2048
@@ -108,7 +107,7 @@ class RerankEndpoint:
             raise EndpointDisabled(
                 "This server does not support reranking. Start it with `--reranking` and a reranker model." + reason
             )
-        body = decode_body(_DECODER, await read_body(request, model.options.server.max_body))
+        body = await decode_any_body(_DECODER, await read_body(request, model.options.server.max_body))
         if body.model != embedder.info.name:
             model.check_name(body.model)
         return PendingJSONResponse(partial(_reply, model, body))
@@ -116,7 +115,7 @@ class RerankEndpoint:
 
 async def _reply(model: LoadedModel, body: RerankRequest) -> JSONBody:
     texts, embedder = body.all_texts, embedding_model(model)
-    pairs = await anyio.to_thread.run_sync(lambda: [_tokenize_pair(embedder, body.query, text) for text in texts])
+    pairs = await WORKERS.run(lambda: [_tokenize_pair(embedder, body.query, text) for text in texts])
     field = "texts" if body.documents is None else "documents"
     scored = await embed_tokens(model, pairs, [f"{field}[{index}]" for index in range(len(texts))])
     best = _best_first(scored)[: body.top_n]

@@ -70,6 +70,8 @@ class SlotReply(Struct, frozen=True, kw_only=True):
     """Computed tokens of prompt and output, as in llama-server."""
     n_prompt_tokens_processed: int | UnsetType = UNSET
     n_prompt_tokens_cache: int | UnsetType = UNSET
+    prompt_tokens: int | UnsetType = UNSET
+    """Tokens of the prompt, computed or not."""
     params: dict[str, object] | UnsetType = UNSET
     next_token: Sequence[NextToken] | UnsetType = UNSET
     n_draft: int | UnsetType = UNSET
@@ -82,7 +84,8 @@ class SlotReply(Struct, frozen=True, kw_only=True):
         limit, request = model.engine.request_limit, state.request
         if request is None:
             return cls(id=state.number, n_ctx=limit, speculative=bool(model.default_proposers), is_processing=False)
-        remaining = -1 if request.max_tokens is None else request.max_tokens - request.emitted
+        # As in llama-server, an idle slot has no budget left of its last request.
+        remaining = request.max_tokens - request.emitted if state.busy and request.max_tokens is not None else -1
         return cls(
             id=state.number,
             n_ctx=limit,
@@ -92,8 +95,9 @@ class SlotReply(Struct, frozen=True, kw_only=True):
             n_prompt_tokens=state.tokens,
             n_prompt_tokens_processed=request.processed,
             n_prompt_tokens_cache=request.cached,
+            prompt_tokens=request.prompt,
             params=_params(request),
-            next_token=[NextToken(state.busy, remaining, request.emitted)],
+            next_token=[NextToken(state.busy, remaining, request.emitted if state.busy else 0)],
             n_draft=request.draft,
             drafts=[DraftStatsReply.of(drafts) for drafts in request.drafts],
         )

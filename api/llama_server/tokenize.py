@@ -11,14 +11,15 @@ from msgspec import Meta, Raw, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.generation.choices import parse_generation_request, read_generation_request
+from api.generation.choices import parse_any_generation_request, read_generation_request
 from api.generation.loaded_model import AppState, LoadedModel
 from api.generation.prepared_chat import prepare_chat
 from api.http.request_body import read_body
 from api.http.responses import JSONResponse
 from api.schema.request_values import NonNegativeInt
-from api.schema.requests import ChatRequest, decode_body
-from api.templates.prompts import PromptRenderer, map_distinct, run_long_in_thread
+from api.schema.requests import ChatRequest, decode_any_body
+from api.templates.prompts import PromptRenderer
+from api.templates.text_tokens import map_distinct, run_long_in_thread
 from engine import RequestRefused
 
 # Maximum tokens of one request that are converted to text. Also the maximum length of a request's list.
@@ -117,15 +118,15 @@ class TokenizeEndpoints:
         """Returns the tokens of `content` in llama-server's shape, or of `prompt` or `messages` in vLLM's shape."""
         model = self._state.model
         body = await read_body(request, model.options.server.max_body)
-        fields = decode_body(_BODY_KIND, body)
+        fields = await decode_any_body(_BODY_KIND, body)
         if bytes(fields.content) != b"null":
-            return JSONResponse(await _llama_tokenize_reply(model, decode_body(_LLAMA_TOKENIZE, body)))
+            return JSONResponse(await _llama_tokenize_reply(model, await decode_any_body(_LLAMA_TOKENIZE, body)))
         if bytes(fields.messages) != b"null":
-            chat = parse_generation_request(body, model, _TOKENIZE_CHAT)
+            chat = await parse_any_generation_request(body, model, _TOKENIZE_CHAT)
             prepared = await prepare_chat(chat, model.prompts)
             return JSONResponse(await _tokenize_reply(model, prepared.prompt, chat.return_token_strs))
         if bytes(fields.prompt) != b"null":
-            text = decode_body(_TOKENIZE_COMPLETION, body)
+            text = await decode_any_body(_TOKENIZE_COMPLETION, body)
             model.check_name(text.model)
             tokens = await _tokenize_completion(model, text)
             return JSONResponse(await _tokenize_reply(model, tokens, text.return_token_strs))
@@ -136,7 +137,7 @@ class TokenizeEndpoints:
     async def detokenize(self, request: Request) -> Response:
         """Returns the text of `tokens`, with special tokens by name."""
         model = self._state.model
-        body = decode_body(_DETOKENIZE, await read_body(request, model.options.server.max_body))
+        body = await decode_any_body(_DETOKENIZE, await read_body(request, model.options.server.max_body))
         model.check_name(body.model)
         _check_tokens(model, body.tokens, "tokens")
         text = await run_long_in_thread(model.prompts.detokenize, body.tokens)

@@ -20,6 +20,7 @@ from api.openai.messages import message_from_deltas, set_fields
 from api.schema.logprobs import chat_logprobs
 from api.schema.replies import ChatChoice, ChatChunkChoice, ChatMessage, DeltaMessage
 from api.schema.requests import ChatRequest
+from api.schema.token_origins import token_origins
 from api.tools.formats import MessageParser
 from engine import Finished, FinishReason, Logprob, Tokens
 
@@ -49,18 +50,20 @@ class ChatReplyBuilder(ReplyBuilder):
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         super().__init__(model, request, kind, "chatcmpl-")
         self._vocab = model.engine.vocab
+        self._functions = bool(request.functions)
         self._choices = [(ChatChunkChoice(index, DeltaMessage()),) for index in range(choices)]
         self._without_role = set(range(choices))  # indices of the choices without a chunk so far
         self._parsers = [chat.parser() for _ in range(choices)]
 
     def token_event(self, index: int, update: Tokens) -> bytes:
-        if not update.text and not update.logprobs:
+        if not update.text and not update.logprobs and not update.origins:
             return b""
         self.chunk.choices = choices = self._choices[index]
         choice = choices[0]
-        if not self._set_delta(index, update.text, choice.delta) and not update.logprobs:
+        if not self._set_delta(index, update.text, choice.delta) and not update.logprobs and not update.origins:
             return b""
         choice.logprobs = chat_logprobs(self._vocab, update.logprobs) if update.logprobs else None
+        choice.token_origins = token_origins(self._vocab, update.ids, update.origins)
         event = sse_event(self.chunk)
         return self._role_event(index) + event if index in self._without_role else event
 
@@ -82,20 +85,21 @@ class ChatReplyBuilder(ReplyBuilder):
             message.content = text
             return True
         deltas = parser.feed(text)
-        set_fields(message, deltas)
+        set_fields(message, deltas, functions=self._functions)
         return bool(deltas)
 
     def set_final_chunk(self, index: int, end: Finished) -> None:
         self.chunk.choices = choices = self._choices[index]
         choice = choices[0]
         parser = self._parsers[index]
-        set_fields(choice.delta, parser.finish(truncated=end.reason is FinishReason.LENGTH) if parser else ())
+        rest = parser.finish(truncated=end.reason is FinishReason.LENGTH) if parser else ()
+        set_fields(choice.delta, rest, functions=self._functions)
         # A choice without output had no first chunk, so its final chunk has the role and the content too.
         if index in self._without_role:
             choice.delta.role = "assistant"
             choice.delta.content = "" if choice.delta.content is UNSET else choice.delta.content
-        choice.logprobs = None
-        choice.finish_reason = _finish_reason(end, parser)
+        choice.logprobs, choice.token_origins = None, UNSET
+        choice.finish_reason = self._finish_reason(end, parser)
 
     def whole_choice(self, index: int, text: str, logprobs: Sequence[Logprob], end: Finished) -> ChatChoice:
         parser = self._parsers[index]
@@ -103,12 +107,13 @@ class ChatReplyBuilder(ReplyBuilder):
             message = ChatMessage(content=text)
         else:
             truncated = end.reason is FinishReason.LENGTH
-            message = message_from_deltas([*parser.feed(text), *parser.finish(truncated=truncated)])
+            deltas = [*parser.feed(text), *parser.finish(truncated=truncated)]
+            message = message_from_deltas(deltas, functions=self._functions)
         reply_logprobs = chat_logprobs(self._vocab, logprobs) if logprobs else None
-        return ChatChoice(index, message, reply_logprobs, _finish_reason(end, parser))
+        return ChatChoice(index, message, reply_logprobs, self._finish_reason(end, parser))
 
-
-def _finish_reason(end: Finished, parser: MessageParser | None) -> str:
-    """Returns `tool_calls` for a message with complete calls, otherwise the engine's finish reason."""
-    has_calls = end.reason is FinishReason.STOP and parser is not None and parser.has_complete_calls
-    return "tool_calls" if has_calls else end.reason
+    def _finish_reason(self, end: Finished, parser: MessageParser | None) -> str:
+        """Returns `tool_calls` or `function_call` for a message with complete calls, otherwise the engine's reason."""
+        if end.reason is FinishReason.STOP and parser is not None and parser.has_complete_calls:
+            return "function_call" if self._functions else "tool_calls"
+        return end.reason

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 import msgspec
+from msgspec import UNSET
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
@@ -18,6 +19,7 @@ from api.http.request_context import request_context
 from api.schema.logprobs import TextLogprobsBuilder
 from api.schema.replies import TextChoice
 from api.schema.requests import TextRequest
+from api.schema.token_origins import token_origins
 from api.templates.infill import InfillText, infill_prompt, missing_fim_tokens
 from engine import Finished, Logprob, RequestRefused, Tokens
 
@@ -106,17 +108,19 @@ class TextReplyBuilder(ReplyBuilder):
         """`echoes` has the text to echo for each choice; the texts are empty if the request has no `echo`."""
         super().__init__(model, request, "text_completion", "cmpl-")
         self._echoes = list(echoes)
+        self._vocab = model.engine.vocab
         self._top_logprobs = request.num_logprobs or 0
         self._logprobs = [TextLogprobsBuilder(model.engine.vocab) for _ in echoes]
         self._choices = [(TextChoice(index, ""),) for index in range(len(echoes))]
 
     def token_event(self, index: int, update: Tokens) -> bytes:
-        if not update.text and not update.logprobs:
+        if not update.text and not update.logprobs and not update.origins:
             return b""
         self.chunk.choices = choices = self._choices[index]
         choice = choices[0]
         choice.text = self._take_echo(index) + update.text
         choice.logprobs = self._logprobs[index].build(update.logprobs, self._top_logprobs) if update.logprobs else None
+        choice.token_origins = token_origins(self._vocab, update.ids, update.origins)
         return sse_event(self.chunk)
 
     def progress_event(self, index: int) -> bytes:
@@ -127,7 +131,7 @@ class TextReplyBuilder(ReplyBuilder):
         self.chunk.choices = choices = self._choices[index]
         choice = choices[0]
         choice.text = self._take_echo(index)
-        choice.logprobs = None
+        choice.logprobs, choice.token_origins = None, UNSET
         choice.finish_reason = end.reason
 
     def whole_choice(self, index: int, text: str, logprobs: Sequence[Logprob], end: Finished) -> TextChoice:

@@ -19,7 +19,7 @@ from api.http.events import JSONBody, encode_json
 from api.http.request_body import read_body
 from api.http.responses import PendingJSONResponse
 from api.schema.request_values import ContentPart
-from api.schema.requests import decode_body
+from api.schema.requests import decode_any_body
 from api.templates.chat_messages import part_texts
 from engine import Embedding, EmbeddingInfo, RequestRefused
 
@@ -137,7 +137,7 @@ async def _read(request: HTTPRequest, model: LoadedModel) -> EmbeddingRequest:
     info = embedding_model(model).info
     if info.pooling == "rank":
         raise RequestRefused("The model computes scores, not embeddings: use POST /rerank.")
-    body = decode_body(_DECODER, await read_body(request, model.options.server.max_body))
+    body = await decode_any_body(_DECODER, await read_body(request, model.options.server.max_body))
     if body.model != info.name:
         model.check_name(body.model)
     if body.dimensions not in (None, info.width):

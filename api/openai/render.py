@@ -16,6 +16,7 @@ from starlette.responses import Response
 from api.generation.choices import read_generation_request
 from api.generation.loaded_model import AppState, LoadedModel
 from api.generation.prepared_chat import prepare_chat
+from api.generation.request_limits import max_new_tokens
 from api.http.responses import JSONResponse
 from api.openai.completions import DEFAULT_MAX_TOKENS, tokenize_prompts
 from api.schema.request_values import StreamOptions
@@ -45,7 +46,9 @@ class RenderedSampling(Struct, frozen=True, kw_only=True):
     min_tokens: int
 
     @classmethod
-    def of(cls, request: GenerationRequest, model: LoadedModel, token_limit: int | None) -> RenderedSampling:
+    def of(
+        cls, request: GenerationRequest, model: LoadedModel, token_limit: int | None, prompt_tokens: int
+    ) -> RenderedSampling:
         """Returns the parameters of `request`. Raises RequestRefused for a value out of range."""
         sampling = request.sampling_params(model.options.sampling)
         return cls(
@@ -61,7 +64,7 @@ class RenderedSampling(Struct, frozen=True, kw_only=True):
             stop=request.stop_strings,
             stop_token_ids=request.stop_token_ids or [],
             ignore_eos=bool(request.ignore_eos),
-            max_tokens=None if token_limit == -1 else token_limit,
+            max_tokens=max_new_tokens(model, token_limit, prompt_tokens),
             min_tokens=request.min_tokens or 0,
         )
 
@@ -136,7 +139,7 @@ def _render(
     return RenderedPrompt(
         request_id=request_id,
         token_ids=tokens,
-        sampling_params=RenderedSampling.of(request, model, token_limit),
+        sampling_params=RenderedSampling.of(request, model, token_limit, len(tokens)),
         model=model.name,
         stream=bool(request.stream),
         stream_options=request.stream_options,

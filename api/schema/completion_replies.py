@@ -11,6 +11,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from api.schema.logprobs import MIN_LOGPROB
 from api.schema.replies import PromptProgress, TimingsReply, UnenforcedKeywords
+from api.schema.token_origins import TokenOrigin
 from engine import Logprob, Vocab
 
 
@@ -61,7 +62,7 @@ class LlamaCompletionChunk(Struct, frozen=True, kw_only=True):
     content: str
     tokens: Sequence[int]
     stop: bool = False
-    id_slot: int = -1
+    id_slot: int
     tokens_predicted: int
     """Tokens emitted so far."""
     tokens_evaluated: int
@@ -69,6 +70,7 @@ class LlamaCompletionChunk(Struct, frozen=True, kw_only=True):
     timings: TimingsReply | UnsetType = UNSET
     prompt_progress: PromptProgress | UnsetType = UNSET
     completion_probabilities: Sequence[TokenProb] | UnsetType = UNSET
+    token_origins: list[TokenOrigin] | UnsetType = UNSET
 
 
 class LlamaCompletionReply(Struct, frozen=True, kw_only=True):
@@ -93,6 +95,7 @@ class LlamaCompletionReply(Struct, frozen=True, kw_only=True):
     """Tokens that remain in the prefix cache."""
     timings: TimingsReply
     completion_probabilities: Sequence[TokenProb] | UnsetType = UNSET
+    token_origins: list[TokenOrigin] | UnsetType = UNSET
     unenforced_schema_keywords: UnenforcedKeywords | UnsetType = UNSET
 
     def selected(self, fields: Sequence[str]) -> dict[str, Any]:

@@ -9,21 +9,6 @@ import msgspec
 from api.schema.logit_bias import BAN_BIAS
 from engine import Request, SamplingParams
 
-# Sampler stages in the order of execution, by llama-server's names. `top_n_sigma` is always off.
-SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
-# Stages that this server lacks, with llama-server's values for off.
-_ABSENT_STAGES: dict[str, object] = {
-    "dynatemp_range": 0.0,
-    "dynatemp_exponent": 1.0,
-    "top_n_sigma": -1.0,
-    "mirostat": 0,
-    "mirostat_tau": 5.0,
-    "mirostat_eta": 0.1,
-    "adaptive_target": -1.0,
-    "adaptive_decay": 0.9,
-    "min_keep": 0,
-}
-
 
 def default_settings(defaults: SamplingParams) -> dict[str, object]:
     """Returns the parameters of a request that sets none."""
@@ -31,7 +16,6 @@ def default_settings(defaults: SamplingParams) -> dict[str, object]:
     del settings["logit_bias"]
     return {
         **settings,
-        **_ABSENT_STAGES,
         "seed": -1 if defaults.seed is None else defaults.seed,
         "n_predict": -1,
         "max_tokens": -1,
@@ -42,7 +26,6 @@ def default_settings(defaults: SamplingParams) -> dict[str, object]:
         "stop": (),
         "stream": False,
         "n_probs": 0,
-        "samplers": SAMPLERS,
         "timings_per_token": False,
         "post_sampling_probs": False,
         "backend_sampling": False,
@@ -72,6 +55,7 @@ def request_settings(request: Request, seed: int, *, stream: bool, keep: int, en
         "stream": stream,
         "n_probs": request.logprobs or 0,
         "post_sampling_probs": request.post_sampling,
+        "lora": [{"id": each.id, "scale": each.scale} for each in request.adapters or ()],
         "logit_bias": [{"token": token, "bias": bias} for token, bias in biases],
     }
     if speculation is not None:

@@ -11,6 +11,7 @@ from typing import Literal
 from msgspec import UNSET, Struct, UnsetType, field
 
 from api.schema.speculation_stats import MetricsReply, SpeculativeReply
+from api.schema.token_origins import TokenOrigin
 from engine import Finished, PrefillProgress
 
 
@@ -208,6 +209,8 @@ class ChatMessage(Struct, frozen=True, kw_only=True):
     content: str | None
     reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCallReply] | UnsetType = UNSET
+    function_call: FunctionCallReply | UnsetType = UNSET
+    """The call of a request with `functions`."""
 
 
 class ChatChoice(Struct, frozen=True):
@@ -217,6 +220,7 @@ class ChatChoice(Struct, frozen=True):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: str
+    token_origins: list[TokenOrigin] | UnsetType = UNSET
 
 
 class DeltaMessage(Struct):
@@ -226,6 +230,8 @@ class DeltaMessage(Struct):
     content: str | UnsetType | None = UNSET
     reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCallChunk] | UnsetType = UNSET
+    function_call: FunctionCallReply | UnsetType = UNSET
+    """A part of the call of a request with `functions`."""
 
 
 class ChatChunkChoice(Struct):
@@ -235,6 +241,7 @@ class ChatChunkChoice(Struct):
     delta: DeltaMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
+    token_origins: list[TokenOrigin] | UnsetType = UNSET
 
 
 class TextChoice(Struct):
@@ -244,6 +251,7 @@ class TextChoice(Struct):
     text: str
     logprobs: TextLogprobs | None = None
     finish_reason: str | None = None
+    token_origins: list[TokenOrigin] | UnsetType = UNSET
 
 
 class UnenforcedKeywords(Struct, frozen=True):
@@ -298,6 +306,8 @@ class ModelReply(Struct, frozen=True):
     owned_by: Literal["paceline"] = "paceline"
     aliases: tuple[str, ...] = ()
     """The names of `--alias`."""
+    tags: tuple[str, ...] = ()
+    """The words of `--tags`."""
 
 
 class ModelList(Struct, frozen=True):

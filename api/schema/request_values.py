@@ -23,6 +23,13 @@ StopString = Annotated[str, Meta(max_length=512)]
 StopStrings = Annotated[list[StopString], Meta(max_length=64)]
 
 
+class LoraScale(Struct):
+    """llama-server's choice of one LoRA adapter. Adapters that a list leaves out are not applied."""
+
+    id: NonNegativeInt
+    scale: float = 0.0
+
+
 class StreamOptions(Struct):
     """OpenAI's `stream_options`, with vLLM's `continuous_usage_stats`."""
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, Struct
 
+from api.config.samplers import MAX_SAMPLERS
 from api.http.decode_errors import as_refusal, path_of_wrong_type
 from api.schema.logit_bias import MAX_LOGIT_BIASES, LogitBias, bias_pairs, numeric_biases
 from api.schema.request_values import (
@@ -19,6 +20,7 @@ from api.schema.request_values import (
     ContentPart,
     ContextKeep,
     Int32,
+    LoraScale,
     NonNegativeInt,
     PredictedOutput,
     ProbabilityCount,
@@ -33,11 +35,14 @@ from api.schema.request_values import (
     TopLogprobCount,
     prompt_text,
 )
-from api.schema.samplers import neutral_values, parse_samplers
+from api.schema.samplers import parse_samplers
 from api.schema.speculation import SpeculativeField, with_dotted_fields
-from engine import RequestRefused, SamplingParams
+from engine import WORKERS, RequestRefused, SamplingParams
 
 _BodyT = TypeVar("_BodyT", bound=Struct)
+
+# Bodies of this many bytes are decoded on a worker thread: decoding takes up to 10 ns for each byte.
+LONG_BODY_BYTES = 2**17
 
 
 class GenerationRequest(Struct, kw_only=True):
@@ -84,12 +89,22 @@ class GenerationRequest(Struct, kw_only=True):
     dry_base: float | None = None
     dry_allowed_length: Int32 | None = None
     dry_penalty_last_n: Int32 | None = None
-    dry_sequence_breakers: list[str] | None = None
+    dry_sequence_breakers: Annotated[list[StopString], Meta(max_length=64)] | None = None
     xtc_probability: float | None = None
     xtc_threshold: float | None = None
     logit_bias: dict[str, float | bool] | Annotated[list[LogitBias], Meta(max_length=MAX_LOGIT_BIASES)] | None = None
-    samplers: str | list[str] | None = None
+    dynatemp_range: float | None = None
+    dynatemp_exponent: float | None = None
+    top_n_sigma: float | None = None
+    mirostat: Int32 | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    adaptive_target: float | None = None
+    adaptive_decay: float | None = None
+    min_keep: Int32 | None = None
+    samplers: Annotated[str, Meta(max_length=1024)] | Annotated[list[str], Meta(max_length=MAX_SAMPLERS)] | None = None
 
+    lora: Annotated[list[LoraScale], Meta(max_length=64)] | None = None
     id_slot: Int32 | None = None
     cache_prompt: bool | None = None
     n_keep: ContextKeep | None = None
@@ -100,6 +115,7 @@ class GenerationRequest(Struct, kw_only=True):
     timings_per_token: bool | None = None
     return_progress: bool | None = None
     verbose: bool | None = None
+    token_origins: bool | None = None
     backend_sampling: bool | None = None
     """Accepted without effect: where tokens are sampled changes no output."""
 
@@ -116,12 +132,6 @@ class GenerationRequest(Struct, kw_only=True):
     # has the types of those from `top_logprobs` on.
     grammar_lazy: bool | None = None
     n_indent: NonNegativeInt | None = None
-    min_keep: NonNegativeInt | None = None
-    mirostat: Int32 | None = None
-    dynatemp_range: float | None = None
-    top_n_sigma: float | None = None
-    adaptive_target: float | None = None
-    lora: list[Any] | None = None
     return_tokens: bool | None = None
     response_fields: Annotated[list[str], Meta(max_length=64)] | None = None
     echo: bool | None = None
@@ -139,6 +149,7 @@ class GenerationRequest(Struct, kw_only=True):
     reasoning_budget: Any = None
     reasoning_budget_tokens: Any = None
     thinking_budget_tokens: Any = None
+    reasoning_budget_message: Any = None
     add_generation_prompt: Any = None
     continue_final_message: Any = None
     chat_template: Any = None
@@ -168,6 +179,18 @@ class GenerationRequest(Struct, kw_only=True):
         """The stop strings; empty if there are none."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
+    def has_stop(self) -> bool:
+        """True if the request has the field of stop strings."""
+        return self.stop is not None
+
+    @property
+    def defines_output(self) -> bool:
+        """True if the request has a form of structured output, or tools."""
+        forms = self.response_format, self.grammar, self.json_schema, self.structured_outputs, self.guided_json
+        guided = self.guided_regex, self.guided_choice, self.guided_grammar
+        return bool(self.tools or self.functions) or any(form is not None for form in (*forms, *guided))
+
     def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
         """Returns `defaults` updated with the request's sampling fields except the seed.
 
@@ -178,7 +201,8 @@ class GenerationRequest(Struct, kw_only=True):
             given.setdefault("repeat_penalty", self.repetition_penalty)
         if self.logit_bias:
             given["logit_bias"] = numeric_biases(bias_pairs(self.logit_bias))
-        given |= neutral_values(self.sampler_stages)
+        if self.samplers is not None:
+            given["samplers"] = parse_samplers(self.samplers)
         if not given:
             return defaults
         values = msgspec.structs.asdict(defaults) | given
@@ -186,11 +210,6 @@ class GenerationRequest(Struct, kw_only=True):
             return msgspec.convert(values, SamplingParams)
         except msgspec.ValidationError as error:
             raise as_refusal(error, SamplingParams, values) from None
-
-    @property
-    def sampler_stages(self) -> Sequence[str]:
-        """The active sampler stages. Raises RequestRefused for unknown stages and another order than `SAMPLERS`."""
-        return parse_samplers(self.samplers)
 
     @property
     def speculative_fields(self) -> SpeculativeField:
@@ -206,7 +225,9 @@ class GenerationRequest(Struct, kw_only=True):
         return with_dotted_fields(self.speculative, dotted)
 
 
-_SAMPLING_FIELDS = tuple(name for name in SamplingParams.__struct_fields__ if name not in ("seed", "logit_bias"))
+_SAMPLING_FIELDS = tuple(
+    name for name in SamplingParams.__struct_fields__ if name not in ("seed", "logit_bias", "samplers")
+)
 
 
 class ChatMessageParam(Struct, omit_defaults=True):
@@ -228,14 +249,15 @@ class ChatFields(GenerationRequest, kw_only=True):
     tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[Any] | None = None
-    function_call: Any = None
+    functions: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
+    function_call: str | dict[str, Any] | None = None
     reasoning_format: Literal["auto", "deepseek", "none"] | None = None
     reasoning_effort: Annotated[str, Meta(max_length=32)] | None = None
     enable_thinking: bool | None = None
     reasoning_budget: TokenLimit | None = None
     reasoning_budget_tokens: TokenLimit | None = None
     thinking_budget_tokens: TokenLimit | None = None
+    reasoning_budget_message: Annotated[str, Meta(max_length=4096)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
@@ -248,6 +270,11 @@ class ChatRequest(ChatFields, kw_only=True):
 
     messages: Annotated[list[ChatMessageParam], Meta(min_length=1)]
     logprobs: bool | None = None
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The tools for the template, with OpenAI's legacy `functions` as tools."""
+        return self.tools or [{"type": "function", "function": function} for function in self.functions or ()]
 
     @property
     def num_logprobs(self) -> int | None:
@@ -301,6 +328,13 @@ def decode_body(decoder: msgspec.json.Decoder[_BodyT], body: bytes) -> _BodyT:
         raise as_refusal(error, SamplingParams if is_sampling else decoder.type, _decode_untyped(body)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestRefused(f"The body is not valid JSON: {error}") from None
+
+
+async def decode_any_body(decoder: msgspec.json.Decoder[_BodyT], body: bytes) -> _BodyT:
+    """Returns `decode_body(decoder, body)`, computed on a worker thread if the body is long. Raises RequestRefused."""
+    if len(body) < LONG_BODY_BYTES:
+        return decode_body(decoder, body)
+    return await WORKERS.run(decode_body, decoder, body)
 
 
 def _decode_untyped(body: bytes) -> Any:

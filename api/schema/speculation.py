@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from api.config.spellings import PROPOSER_TYPE_ALIASES
+from api.config.spelling import PROPOSER_TYPE_ALIASES
 from api.http.decode_errors import as_refusal, choices_hint, nearest_hint
 from engine import PROPOSER_TYPES, ProposerType, RequestRefused, Speculation
 

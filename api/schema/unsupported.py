@@ -27,12 +27,6 @@ _OffValues = Mapping[str, tuple[Callable[[Any], bool], str]]
 _UNSUPPORTED: _OffValues = {
     "grammar_lazy": (_is_empty, "only false is supported: a grammar applies from the first token"),
     "n_indent": (_is_empty, "only 0 is supported"),
-    "min_keep": (lambda value: value <= 1, "only 0 and 1 are supported: one token is always kept"),
-    "mirostat": (_is_empty, "only 0 is supported"),
-    "dynatemp_range": (_is_empty, "only 0 is supported"),
-    "top_n_sigma": (lambda value: value <= 0, "only 0 or less is supported"),
-    "adaptive_target": (lambda value: value < 0, "only a value below 0 is supported"),
-    "lora": (_is_empty, "only an empty list is supported"),
 }
 
 _FOR_CHATS = "only a chat completion has this field; use /v1/chat/completions"
@@ -50,6 +44,7 @@ _CHAT_ONLY: _OffValues = {
     "reasoning_budget": (lambda value: value == -1, _FOR_CHATS),
     "reasoning_budget_tokens": (lambda value: value == -1, _FOR_CHATS),
     "thinking_budget_tokens": (lambda value: value == -1, _FOR_CHATS),
+    "reasoning_budget_message": (_is_empty, _FOR_CHATS),
     "add_generation_prompt": (_is_empty, _FOR_CHATS),
     "continue_final_message": (_is_empty, _FOR_CHATS),
     "chat_template": (_is_empty, _FOR_CHATS),

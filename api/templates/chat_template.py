@@ -25,7 +25,7 @@ from msgspec import Struct
 from api.config.server import ChatConfig
 from api.http.decode_errors import choices_hint
 from api.templates.builtin import BUILTIN_TEMPLATES
-from engine import RequestRefused
+from engine import RequestRefused, checkpoint
 
 # Longest text that a template may render, or create by one repetition.
 MAX_RENDERED_CHARS = 2**24
@@ -96,6 +96,7 @@ class ChatTemplate:
         size = 0
         try:
             for chunk in self._template.generate(variables):
+                checkpoint()
                 chunks.append(chunk)
                 size += len(chunk)
                 if size > MAX_RENDERED_CHARS:
@@ -254,9 +255,26 @@ def default_variables() -> dict[str, Any]:
 def configured_kwargs(chat: ChatConfig) -> dict[str, Any]:
     """Returns the configured template variables. Raises InvalidTemplate."""
     try:
-        return msgspec.json.decode(chat.template_kwargs or "{}", type=dict[str, Any])
+        variables = msgspec.json.decode(chat.template_kwargs or "{}", type=dict[str, Any])
     except msgspec.DecodeError as error:
         raise InvalidTemplate(f"--chat-template-kwargs: expected a JSON object: {error}") from None
+    if chat.reasoning != "auto":
+        variables |= thinking_variables(chat.reasoning == "on")
+    if chat.reasoning_effort:
+        variables |= effort_variables(chat.reasoning_effort)
+    if chat.preserve_reasoning is not None:
+        variables |= {name: kept == chat.preserve_reasoning for name, kept in _KEEP_REASONING.items()}
+    return variables
+
+
+def thinking_variables(enabled: bool) -> dict[str, Any]:
+    """Returns the template variables that turn thinking on or off, by the names of several model families."""
+    return {"enable_thinking": enabled, "thinking": enabled}
+
+
+def effort_variables(effort: str) -> dict[str, Any]:
+    """Returns the template variables of the reasoning effort, by the names of several model families."""
+    return {"reasoning_effort": effort, "reasoning_strength": effort}
 
 
 class _GenerationTag(Extension):

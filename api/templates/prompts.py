@@ -6,18 +6,14 @@ Chat templates get the same variables as from Hugging Face's `apply_chat_templat
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence, Sized
-from functools import partial
-from typing import Any, TypeVar
-
-import anyio.to_thread
-import msgspec
+from collections.abc import Callable
+from typing import Any
 
 from api.config.server import ChatConfig
-from api.schema.request_values import PredictedOutput
 from api.schema.requests import ChatRequest
+from api.schema.value_size import is_larger
 from api.templates.builtin import CHATML
-from api.templates.chat_messages import append_end_mark, cut_at_end_mark, join_parts, part_texts, template_message
+from api.templates.chat_messages import append_end_mark, cut_at_end_mark, join_parts, template_message
 from api.templates.chat_template import (
     ChatTemplate,
     InvalidTemplate,
@@ -26,26 +22,28 @@ from api.templates.chat_template import (
     configured_kwargs,
     configured_template,
     default_variables,
+    effort_variables,
+    thinking_variables,
 )
+from api.templates.text_tokens import LONG_TEXT_CHARS, TextTokenizer
 from api.templates.tool_messages import calls_as_text, with_argument_objects, with_tool_instructions
 from api.tools.formats import ChatFormat, Generic, format_of
-from engine import ModelInfo, RequestRefused, Vocab
-
-_Argument = TypeVar("_Argument", bound=Sized)
-_Result = TypeVar("_Result")
-
-# Texts of this many characters, and lists of this many tokens, are processed on a worker thread: tokenizing 20,000
-# characters takes about 5 ms.
-LONG_TEXT_CHARS = 20_000
+from engine import WORKERS, ModelInfo, RequestRefused, Vocab
 
 
-class PromptRenderer:
+class PromptRenderer(TextTokenizer):
     """Renders chat requests and converts between text and tokens, for one model."""
 
-    def __init__(self, info: ModelInfo, vocab: Vocab, chat: ChatConfig = ChatConfig()) -> None:  # noqa: B008 (frozen)
-        """Raises InvalidTemplate for invalid settings."""
-        self._info = info
-        self._vocab = vocab
+    def __init__(
+        self,
+        info: ModelInfo,
+        vocab: Vocab,
+        chat: ChatConfig = ChatConfig(),  # noqa: B008 (frozen)
+        check_prompt_length: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        """`check_prompt_length` raises ContextExceeded if no prompt of at least so many tokens can run. Raises
+        InvalidTemplate for invalid settings."""
+        super().__init__(info, vocab, check_prompt_length)
         self.chat = chat
         self._configured_variables = configured_kwargs(chat)
         self.warning: str | None = None
@@ -56,10 +54,12 @@ class PromptRenderer:
     # ── chat ──
 
     async def render_chat(self, request: ChatRequest) -> str:
-        """Returns `render(request)`, computed on a worker thread if it may take long. Raises RequestRefused."""
-        if request.chat_template is None and _request_bytes(request) < LONG_TEXT_CHARS:
+        """Returns `render(request)`, computed on a worker thread if it may take long. Raises RequestRefused,
+        ContextExceeded for more messages than tokens fit the context."""
+        self._check_prompt_length(len(request.messages))
+        if request.chat_template is None and not is_long_chat(request):
             return self.render(request)
-        return await anyio.to_thread.run_sync(self.render, request)
+        return await WORKERS.run(self.render, request)
 
     def render(self, request: ChatRequest) -> str:
         """Returns the prompt of a conversation, with special tokens by name. Raises RequestRefused with the
@@ -67,7 +67,7 @@ class PromptRenderer:
         template = self.template_for(request)
         # Templates get the tools even if `tool_choice` is "none", as in vLLM and llama-server: earlier messages may
         # contain calls, and the prompt keeps its prefix.
-        tools = request.tools or None
+        tools = request.offered_tools or None
         continues = _continues_last_message(request, prefill=self.chat.prefill_assistant)
         messages = [template_message(index, each, template.source) for index, each in enumerate(request.messages)]
         if continues:
@@ -151,6 +151,16 @@ class PromptRenderer:
         budget = request.thinking_budget
         return self.chat.reasoning_budget if budget is None else budget
 
+    def closing_tokens(self, request: ChatRequest, tag: str) -> tuple[int, ...]:
+        """Returns the tokens of the message at the end of a budget, of a closing tag and of an empty line after it."""
+        message = request.reasoning_budget_message
+        text = self.chat.reasoning_budget_message if message is None else message
+        return (
+            *self._vocab.tokenize(text, special=False),
+            *self._tokenize_bare(tag),
+            *self._vocab.tokenize("\n\n", special=False),
+        )
+
     def _server_template(self) -> ChatTemplate | None:
         source = configured_template(self.chat) or self._info.chat_template
         if source is None:
@@ -181,119 +191,19 @@ class PromptRenderer:
         """Returns the template variables that control reasoning, by the names of several model families."""
         variables: dict[str, Any] = {}
         if request.reasoning_effort is not None:
-            variables["reasoning_effort"] = request.reasoning_effort
+            variables |= effort_variables(request.reasoning_effort)
         enabled = request.enable_thinking
         if enabled is None and (request.reasoning_effort == "none" or self.reasoning_budget(request) == 0):
             enabled = False
         if enabled is not None:
-            variables["enable_thinking"] = variables["thinking"] = enabled
+            variables |= thinking_variables(enabled)
         return variables
 
-    # ── text to tokens ──
 
-    async def tokenize_prompt(self, text: str) -> tuple[int, ...]:
-        """Returns `tokenize(text)`, computed on a worker thread if the text is long. Raises RequestRefused."""
-        return await run_long_in_thread(self.tokenize, text)
-
-    def tokenize(self, text: str) -> tuple[int, ...]:
-        """Returns the tokens of a prompt. Names of special tokens are parsed, and BOS and EOS are added if the model
-        expects them. Raises RequestRefused for an empty prompt."""
-        info = self._info
-        if info.bos_added and info.bos:
-            text = text.removeprefix(info.bos)  # many templates render BOS, which the tokenizer adds too
-        tokens = self._vocab.tokenize(text, special=True)
-        if not tokens:
-            raise RequestRefused("The prompt is empty.", field="prompt")
-        return tuple(tokens)
-
-    async def tokenize_prediction(self, prediction: PredictedOutput | None) -> tuple[int, ...]:
-        """Returns the tokens of a predicted output, in which names of special tokens are plain text. Empty without a
-        prediction. Raises RequestRefused."""
-        if prediction is None:
-            return ()
-        content = prediction.content
-        text = content if isinstance(content, str) else "".join(part_texts(content, "prediction.content"))
-        return tuple(await run_long_in_thread(partial(self._vocab.tokenize, special=False), text))
-
-    async def tokenize_text(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Returns the tokens of a text, which may be empty. `add_special` adds BOS and EOS if the model expects them,
-        `parse_special` parses the names of special tokens."""
-        return await run_long_in_thread(
-            partial(self._tokenize_text, add_special=add_special, parse_special=parse_special), text
-        )
-
-    async def tokenize_parts(self, parts: Sequence[str | int], *, add_special: bool, parse_special: bool) -> list[int]:
-        """Returns the tokens of a mixed list of texts and tokens. BOS and EOS are added around the first part only, and
-        only if that part is a text."""
-        return await anyio.to_thread.run_sync(
-            partial(self._tokenize_parts, parts, add_special=add_special, parse_special=parse_special)
-        )
-
-    def _tokenize_text(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        tokens = self._vocab.tokenize(text, special=parse_special)
-        if add_special and not parse_special:
-            before, after = ([token] if token >= 0 else [] for token in self._vocab.added)
-            return [*before, *tokens, *after]
-        return tokens if add_special or not parse_special else self._without_added(tokens)
-
-    def _tokenize_parts(self, parts: Sequence[str | int], *, add_special: bool, parse_special: bool) -> list[int]:
-        tokens: list[int] = []
-        for index, part in enumerate(parts):
-            if isinstance(part, int):
-                tokens.append(part)
-            else:
-                tokens += self._tokenize_text(part, add_special=add_special and index == 0, parse_special=parse_special)
-        return tokens
-
-    def special_token(self, text: str) -> int | None:
-        """Returns the id of the special token named `text`. None if there is no such token."""
-        tokens = self._tokenize_bare(text)
-        return tokens[0] if len(tokens) == 1 and tokens[0] in self._vocab.special else None
-
-    def closing_tokens(self, tag: str) -> tuple[int, ...]:
-        """Returns the tokens of a closing tag and an empty line after it."""
-        return (*self._tokenize_bare(tag), *self._vocab.tokenize("\n\n", special=False))
-
-    def _tokenize_bare(self, text: str) -> list[int]:
-        return self._without_added(self._vocab.tokenize(text, special=True))
-
-    def _without_added(self, tokens: list[int]) -> list[int]:
-        """Returns `tokens` without the BOS and EOS that the tokenizer added."""
-        before, after = self._vocab.added
-        start = int(bool(tokens) and tokens[0] == before)
-        return tokens[start : len(tokens) - int(len(tokens) > start and tokens[-1] == after)]
-
-    # ── tokens to text ──
-
-    def plain_text(self, tokens: Sequence[int]) -> str:
-        """Returns the text of `tokens`, in which special tokens are omitted."""
-        return b"".join(map(self._vocab.piece, tokens)).decode("utf-8", "replace")
-
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        """Returns the text of `tokens`, with special tokens by name."""
-        return b"".join(map_distinct(tokens, self.token_bytes)).decode("utf-8", "replace")
-
-    def token_bytes(self, token: int) -> bytes:
-        """Returns the token's bytes; for a special token, the name's bytes."""
-        return self._vocab.piece(token) or self._vocab.text(token).encode()
-
-
-def map_distinct(tokens: Sequence[int], function: Callable[[int], _Result]) -> list[_Result]:
-    """Returns `function` of each token. `function` is called once for each distinct token."""
-    results = {token: function(token) for token in set(tokens)}
-    return [results[token] for token in tokens]
-
-
-async def run_long_in_thread(function: Callable[[_Argument], _Result], argument: _Argument) -> _Result:
-    """Returns `function(argument)`, computed on a worker thread if the argument is long."""
-    if len(argument) < LONG_TEXT_CHARS:
-        return function(argument)
-    return await anyio.to_thread.run_sync(function, argument)
-
-
-def _request_bytes(request: ChatRequest) -> int:
-    """Returns the size as JSON of all fields that the template renders."""
-    return len(msgspec.json.encode((request.messages, request.tools, request.documents, request.chat_template_kwargs)))
+def is_long_chat(request: ChatRequest) -> bool:
+    """Returns True if work on the messages, tools and schemas of a request takes more than about a millisecond."""
+    rendered = (request.messages, request.tools, request.documents, request.chat_template_kwargs)
+    return is_larger(LONG_TEXT_CHARS, rendered, request.response_format, request.json_schema, request.guided_json)
 
 
 def _continues_last_message(request: ChatRequest, *, prefill: bool) -> bool:
@@ -301,7 +211,7 @@ def _continues_last_message(request: ChatRequest, *, prefill: bool) -> bool:
     assistant's last message by default. Raises RequestRefused."""
     last = request.messages[-1]
     if request.continue_final_message is None and request.add_generation_prompt is None:
-        continues = prefill and last.role == "assistant" and not last.tool_calls
+        continues = prefill and last.role == "assistant" and not (last.tool_calls or last.function_call)
         if continues and [message.role for message in request.messages[-2:]] == ["assistant", "assistant"]:
             # The beginning is llama-server's message, as clients may match it.
             raise RequestRefused(
@@ -317,7 +227,7 @@ def _continues_last_message(request: ChatRequest, *, prefill: bool) -> bool:
             "add_generation_prompt and continue_final_message exclude each other: set only one of them.",
             field="continue_final_message",
         )
-    if last.tool_calls:
+    if last.tool_calls or last.function_call:
         raise RequestRefused(
             "A message with tool calls cannot be continued: omit continue_final_message.",
             field="continue_final_message",

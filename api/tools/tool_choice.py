@@ -11,12 +11,16 @@ from msgspec import Meta, Struct
 from api.http.decode_errors import as_refusal, nearest_hint
 from api.schema.requests import ChatRequest
 from api.tools.formats import AllowedCalls, Tool
-from engine import MAX_SCHEMA_DEPTH, RequestRefused
+from engine import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH, RequestRefused
 
 _TOOL_CHOICES = ("auto", "none", "required")
 _ALLOWED_TOOLS = "allowed_tools"
+# Values of the legacy `function_call` that name no function.
+_NO_FUNCTION_CALL = (None, "auto", "none")
 # Maximum tools whose names are compared for the hint about an unknown name, because comparing takes time.
 _MAX_COMPARED_TOOLS = 64
+# Maximum bytes of all schemas with their descriptions, which no grammar contains.
+_MAX_SCHEMA_BYTES = 4 * MAX_GRAMMAR_BYTES
 
 
 class FunctionDefinition(Struct):
@@ -64,7 +68,8 @@ class AllowedToolsChoice(Struct):
 
 def allowed_calls(request: ChatRequest) -> AllowedCalls:
     """Returns the calls that the answer may or must contain. Raises RequestRefused with the field."""
-    _refuse_functions(request)
+    if request.functions or request.function_call not in _NO_FUNCTION_CALL:
+        return _function_calls(request)
     choice = request.tool_choice
     if choice is None and request.function_call == "none":
         choice = "none"
@@ -87,13 +92,28 @@ def allowed_calls(request: ChatRequest) -> AllowedCalls:
     return AllowedCalls(tools, choice == "required", parallel)
 
 
-def _refuse_functions(request: ChatRequest) -> None:
-    """Raises RequestRefused for OpenAI's fields from before tools, except for those without a call."""
-    if request.functions or request.function_call not in (None, "none"):
+def _function_calls(request: ChatRequest) -> AllowedCalls:
+    """Returns the calls of OpenAI's fields from before tools: at most one. Raises RequestRefused with the field."""
+    if not request.functions or request.tools or request.tool_choice is not None:
+        reason = "belongs to functions" if not request.functions else "and functions exclude tools and tool_choice"
+        raise RequestRefused(f"function_call {reason}: send tools and tool_choice instead.", field="function_call")
+    try:
+        decoded = msgspec.convert(request.functions, list[FunctionDefinition])
+    except msgspec.ValidationError as error:
+        raise as_refusal(error, list[FunctionDefinition], request.functions, "functions") from None
+    tools = _distinct_tools({f"functions[{index}]": each for index, each in enumerate(decoded)})
+    choice = request.function_call
+    if choice == "none":
+        return AllowedCalls(withheld=True)
+    if choice in _NO_FUNCTION_CALL:
+        return AllowedCalls(tools, parallel=False)
+    try:
+        name = msgspec.convert(choice, NamedFunction).name
+    except msgspec.ValidationError:
         raise RequestRefused(
-            "functions and function_call are not supported: send tools and tool_choice, which replace them.",
-            field="functions" if request.functions else "function_call",
-        )
+            "function_call must be 'auto', 'none' or an object with the name of a function.", field="function_call"
+        ) from None
+    return AllowedCalls((_tool_named(name, tools, "function_call.name"),), required=True, parallel=False)
 
 
 def _tools(definitions: Sequence[Any]) -> tuple[Tool, ...]:
@@ -103,21 +123,29 @@ def _tools(definitions: Sequence[Any]) -> tuple[Tool, ...]:
         decoded = msgspec.convert(definitions, list[ToolDefinition])
     except msgspec.ValidationError as error:
         raise as_refusal(error, list[ToolDefinition], definitions, "tools") from None
+    return _distinct_tools({f"tools[{index}].function": each.function for index, each in enumerate(decoded)})
+
+
+def _distinct_tools(definitions: Mapping[str, FunctionDefinition]) -> tuple[Tool, ...]:
+    """Returns the tools of functions by their paths. Raises RequestRefused for a name that occurs twice."""
     tools: dict[str, Tool] = {}
-    for index, each in enumerate(decoded):
-        name = each.function.name
+    size = 0
+    for path, function in definitions.items():
+        name = function.name
         if name in tools:
-            raise RequestRefused(
-                f"Two tools are named {name!r}; each needs a name of its own.", field=f"tools[{index}].function.name"
-            )
-        parameters = each.function.parameters or {"properties": {}, "additionalProperties": False}
+            raise RequestRefused(f"Two tools are named {name!r}; each needs a name of its own.", field=f"{path}.name")
+        parameters = function.parameters or {"properties": {}, "additionalProperties": False}
         if parameters.get("type") not in (None, "object"):
             raise RequestRefused(
-                "The type of a function's parameters must be 'object'.",
-                field=f"tools[{index}].function.parameters.type",
+                "The type of a function's parameters must be 'object'.", field=f"{path}.parameters.type"
+            )
+        size += len(msgspec.json.encode(parameters))
+        if size > _MAX_SCHEMA_BYTES:
+            raise RequestRefused(
+                f"tools: the schemas have more than {_MAX_SCHEMA_BYTES} bytes together; send fewer.", field="tools"
             )
         schema = closed_schema({**parameters, "type": "object"})
-        tools[name] = Tool(name, schema, strict=each.function.strict is True, index=index)
+        tools[name] = Tool(name, schema, strict=function.strict is True, path=f"{path}.parameters")
     return tuple(tools.values())
 
 

@@ -14,10 +14,12 @@ from api.config.options import Options
 from api.generation.loaded_model import AppState, LoadedModel
 from engine import (
     PROPOSER_TYPES,
+    AdapterInfo,
     ContextExceeded,
     DraftStats,
     Embedding,
     EmbeddingModel,
+    EmbeddingStats,
     Engine,
     EngineError,
     EngineFault,
@@ -44,6 +46,7 @@ from engine import (
 )
 from engine.contract import Failed
 from engine.grammar import GrammarCompiler, GrammarError
+from engine.loaded_adapters import LoadedAdapters
 from engine.validation import check_slot
 
 BOS, EOS, START, END = 256, 257, 258, 259
@@ -100,6 +103,10 @@ INFO = ModelInfo(
     bos="<s>",
     eos="</s>",
     bos_added=False,
+    adapters=(
+        AdapterInfo(id=0, path="/adapters/a.gguf", scale=0.0, digest="a", task_name="sums", prompt_prefix="Add: "),
+        AdapterInfo(id=1, path="/adapters/b.gguf", scale=0.0, digest="b"),
+    ),
 )
 
 
@@ -168,6 +175,7 @@ class FakeEngine:
         self.fault: EngineFault | None = None
         self.embeddings: EmbeddingModel | None = None
         self.embedded: list[Sequence[int]] = []
+        self.adapters = LoadedAdapters(info.adapters)
         self.memory = MemoryInfo(
             kv_unified=False,
             kv_reason="each slot has 512 tokens",
@@ -194,8 +202,8 @@ class FakeEngine:
         except GrammarError as error:
             raise RequestRefused(str(error), field=error.pointer) from None
 
-    def context_exceeded(self, prompt_tokens: int) -> ContextExceeded:
-        return ContextExceeded(prompt_tokens, self.request_limit)
+    def context_exceeded(self, prompt_tokens: int, *, at_least: bool = False) -> ContextExceeded:
+        return ContextExceeded(prompt_tokens, self.request_limit, at_least=at_least)
 
     def generate(self, request: Request) -> Generation:
         if len(request.prompt) >= self.request_limit:
@@ -205,6 +213,7 @@ class FakeEngine:
         ):
             raise RequestRefused("speculative.type: the proposer is unavailable.", field="speculative.type")
         check_slot(request.slot, self.slots)
+        request = self.adapters.resolve(request)
         self.requests.append(request)
         return Generation(request, self.vocab.piece, self._submit, self._cancel)
 
@@ -245,6 +254,7 @@ class FakeEngine:
                 DraftStats("ngram-mod", 9, (0, 1, 0, 1)),
             ),
             step_seconds={1: 0.01, 2: 0.015},
+            embeddings=EmbeddingStats(2, 5, 1),
         )
 
     async def slot_states(self) -> tuple[SlotState, ...]:
@@ -296,7 +306,9 @@ class FakeEngine:
                 case bytes():
                     tokens = list(step[: limit - count])
                     count += len(tokens)
-                    generation.deliver_tokens(tokens, self._logprobs(request, tokens))
+                    # Of each step's tokens the last one is the model's, as after an accepted draft.
+                    origins = [*["suffix"] * (len(tokens) - 1), "model"] if request.origins else []
+                    generation.deliver_tokens(tokens, self._logprobs(request, tokens), origins[: len(tokens)])
             if count >= limit:
                 break
         self._finish(generation, self._finished(request, count, "length" if count >= limit else "stop"))

@@ -152,16 +152,17 @@ async def test_metrics(app: ASGIApp) -> None:
     assert samples["paceline_spec_accepted_tokens_total", (suffix,)] == 8
     name = "paceline_spec_accepted_tokens_per_pos_total"
     assert [samples[name, (("position", str(position)), suffix)] for position in range(2)] == [5, 3]
+    assert [samples[f"paceline_embedding_{name}_total", ()] for name in ("inputs", "tokens", "decodes")] == [2, 5, 1]
     assert samples["process_resident_memory_bytes", ()] > 0
     llama = {name.removeprefix("llamacpp:"): value for (name, _), value in samples.items() if "llamacpp:" in name}
     assert llama == {
         "spec_decode_num_accepted_tokens_per_pos_total": 1,  # at the last position
-        "prompt_tokens_total": 6,
+        "prompt_tokens_total": 6 + 5,
         "prompt_tokens_cached_total": 7,
         "prompt_seconds_total": 0.5,
         "tokens_predicted_total": 7,
         "tokens_predicted_seconds_total": 3.5,
-        "n_decode_total": 5,
+        "n_decode_total": 5 + 1,
         "n_tokens_max": 99,
         "spec_decode_num_draft_tokens_total": 29,
         "spec_decode_num_accepted_tokens_total": 12,

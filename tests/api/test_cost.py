@@ -35,8 +35,8 @@ def test_the_curve_is_shown_and_drawn(
     tmp_path: Path, measured: list[EngineConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "curve.png"
-    assert main(["cost", "-o", str(picture), "-m", "some.gguf", "-t", "3"]) == 0
-    assert measured[0].model.threads == 3
+    assert main(["cost", "-o", str(picture), "-m", "some.gguf", "-t", "3", "-ot", "exps=CPU"]) == 0
+    assert (measured[0].model.threads, measured[0].load.override_tensor) == (3, ("exps=CPU",))
     assert picture.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "some: cost of a step by number of rows" in out

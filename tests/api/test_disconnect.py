@@ -144,11 +144,19 @@ async def test_after_a_fatal_fault_the_server_is_unhealthy(path: str, app: ASGIA
     assert (await call(app, "GET", "/health")).status == 500
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, OSError])
 async def test_unexpected_exception_after_the_first_byte(
-    path: str, app: ASGIApp, engine: FakeEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    path: str,
+    kind: type[Exception],
+    app: ASGIApp,
+    engine: FakeEngine,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """An OSError of the server itself is no disconnect of the client."""
+
     def broken(*_: object) -> None:
-        raise RuntimeError("secret")
+        raise kind("secret")
 
     engine.script = lambda request: [b"a", 0.01, b"b"]
     monkeypatch.setattr("api.generation.openai_replies._last_events", broken)

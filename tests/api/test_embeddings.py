@@ -138,6 +138,14 @@ async def test_the_shape_of_llama_server() -> None:
     assert every_token == [{"index": 0, "embedding": [[97.0, 0.0, 0.0], [98.0, 0.0, 0.0]]}]
 
 
+async def test_too_many_vectors_are_refused() -> None:
+    engine = embedding_engine(pooling="none", width=2**22)
+    reply = await post(app_of(engine), "/embeddings", {"input": ["a", "bc"]})
+    assert (reply.status, engine.embedded) == (400, [])
+    assert "at most 2 tokens in a request" in reply.json["error"]["message"]
+    assert (await post(app_of(engine), "/embeddings", {"input": ["ab"]})).status == 200
+
+
 async def test_poolings_that_fit_no_reply() -> None:
     unpooled = await post(app_of(embedding_engine(pooling="none")), "/v1/embeddings", {"input": "a"})
     scores = await post(app_of(embedding_engine(pooling="rank")), "/v1/embeddings", {"input": "a"})

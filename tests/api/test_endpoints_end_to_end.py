@@ -39,10 +39,12 @@ def test_completion(server: Server) -> None:
     assert whole["content"].startswith(" four")
     assert (whole["stop_type"], whole["tokens_predicted"], len(whole["tokens"])) == ("limit", 8, 8)
     assert post(server, "/detokenize", {"tokens": whole["tokens"]})["content"] == whole["content"]
-    with httpx2.stream("POST", f"{server.url}/completion", json={**body, "stream": True}, timeout=60) as reply:
+    streamed = {**body, "stream": True, "id_slot": 2, "return_progress": True}
+    with httpx2.stream("POST", f"{server.url}/completion", json=streamed, timeout=60) as reply:
         events = [json.loads(line.removeprefix("data: ")) for line in reply.iter_lines() if line]
     assert "".join(event["content"] for event in events) == whole["content"]
     assert [token for event in events for token in event["tokens"]] == whole["tokens"]
+    assert {event["id_slot"] for event in events} == {2}
     assert [event["stop"] for event in events] == [False] * (len(events) - 1) + [True]
     assert events[-1]["timings"]["predicted_n"] == 8
     assert events[-1]["timings"]["cache_n"] > 0

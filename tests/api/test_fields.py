@@ -64,12 +64,23 @@ SAME: dict[str, Any] = {
     "dry_sequence_breakers": ["x"],
     "xtc_probability": 0.5,
     "xtc_threshold": 0.25,
-    "samplers": ["top_k", "temperature"],
+    "dynatemp_range": 0.5,
+    "dynatemp_exponent": 2.0,
+    "top_n_sigma": 1.5,
+    "mirostat": 2,
+    "mirostat_tau": 4.0,
+    "mirostat_eta": 0.2,
+    "adaptive_target": 0.5,
+    "adaptive_decay": 0.5,
+    "min_keep": 2,
+    "samplers": ["temperature", "top_k"],
     "logit_bias": {"hi": False, "65": 1.5},
+    "lora": [{"id": 1, "scale": 0.5}],
     "n_probs": 2,
     "post_sampling_probs": True,
     "timings_per_token": True,
     "return_progress": True,
+    "token_origins": True,
     "response_format": {"type": "json_object"},
     "grammar": 'root ::= "a"',
     "json_schema": {"type": "integer"},
@@ -82,11 +93,8 @@ SAME: dict[str, Any] = {
 
 # Fields that some endpoints refuse, with a value other than off and the endpoints that refuse it.
 REFUSED: dict[str, tuple[Any, set[str]]] = {
-    **dict.fromkeys(("mirostat", "n_indent"), (1, {CHAT, TEXT, LLAMA})),
-    **dict.fromkeys(("dynatemp_range", "top_n_sigma", "adaptive_target"), (0.5, {CHAT, TEXT, LLAMA})),
-    "min_keep": (2, {CHAT, TEXT, LLAMA}),
+    "n_indent": (1, {CHAT, TEXT, LLAMA}),
     "grammar_lazy": (True, {CHAT, TEXT, LLAMA}),
-    "lora": ([{"id": 0, "scale": 1}], {CHAT, TEXT, LLAMA}),
     "best_of": (2, {CHAT, TEXT, LLAMA}),
     "n_discard": (5, {CHAT, TEXT, LLAMA}),
     "return_tokens": (True, {CHAT, TEXT}),
@@ -95,7 +103,7 @@ REFUSED: dict[str, tuple[Any, set[str]]] = {
     "suffix": ("x", {CHAT, TEXT, LLAMA}),  # the fake model cannot insert text
     "tools": ([{"type": "function", "function": {"name": "f"}}], {TEXT, LLAMA}),
     "tool_choice": ("required", {CHAT, TEXT, LLAMA}),  # there are no tools
-    "functions": ([{"name": "f"}], {CHAT, TEXT, LLAMA}),
+    "functions": ([{"name": "f"}], {TEXT, LLAMA}),
     "function_call": ({"name": "f"}, {CHAT, TEXT, LLAMA}),
     "top_logprobs": (2, {CHAT, TEXT, LLAMA}),  # without logprobs
     "documents": ([{"text": "x"}], {TEXT, LLAMA}),

@@ -153,6 +153,30 @@ async def test_pages_that_may_not_call_a_loopback_address(app_of: Apps, origin: 
     assert answer.status == status
 
 
+@pytest.mark.parametrize(
+    ("config", "origin", "status"),
+    [
+        ({}, None, 200),
+        ({}, "https://evil.example", 403),
+        ({}, "http://lan:8000", 200),
+        ({"cors_origins": ["https://a.example"]}, "https://a.example", 200),
+        ({"api_keys": ["k"]}, "https://a.example", 200),
+    ],
+    ids=str,
+)
+async def test_pages_that_may_not_change_slots(
+    app_of: Apps, config: dict[str, Any], origin: str | None, status: int
+) -> None:
+    """By default a page of any origin may generate, but only the server's own may erase what others have cached."""
+    app = app_of(host=["0.0.0.0"], **config)
+    headers = {"host": "lan:8000", "authorization": "Bearer k", **({"origin": origin} if origin else {})}
+    for length in ("0", "2"):  # without a body, a page needs no permission to send the request
+        body = None if length == "0" else {}
+        own = {**headers, "content-length": length, "content-type": "application/json"}
+        assert (await post(app, "/slots/1?action=erase", body, headers=own)).status == status
+    assert (await post(app, CHAT, HELLO, headers={**headers, "content-type": "application/json"})).status == 200
+
+
 # ── bodies ──
 
 
@@ -321,7 +345,7 @@ def test_endless_heads(url: str, request_start: bytes) -> None:
             connection.sendall(b"\r\n")
         with suppress(ConnectionError):  # a reset may overtake the response
             response = b"".join(iter(lambda: connection.recv(65536), b""))
-            assert response.startswith(b"HTTP/1.1 431 ")
+            assert response.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 414 "))
 
 
 @pytest.mark.parametrize("expect", [(), ("Expect: 100-continue",)])

@@ -9,11 +9,12 @@ from tests.engine.test_layers import ROOT, imports, upward
 API = """
 http
 config
+hub
 schema
 tools
 templates
 generation
-anthropic openai llama_server
+anthropic openai llama_server ui
 server
 commands
 __main__
@@ -24,11 +25,27 @@ error_responses
 dialects
 request_context
 responses
-api_keys content_type origins
+api_keys content_type disconnect origins prefix
+connection_limit
 """
-CONFIG = "server\noptions spellings\nflags\ncommand_line"
+CONFIG = """
+server hub generation samplers other_flags shortcuts spelling
+options spellings without_effect refused
+flags
+values
+arguments config_file key_file request_defaults
+presets
+command_line
+"""
+HUB = """
+errors gguf_names
+download
+repository
+url
+cache resolve
+"""
 SCHEMA = """
-logit_bias speculation speculation_stats
+logit_bias speculation speculation_stats token_origins value_size
 generation_settings replies
 logprobs samplers request_values
 completion_replies requests
@@ -42,27 +59,36 @@ tagged values stop_ranges
 json_calls arguments gemma_grammar
 deepseek dsml gemma glm harmony hermes kimi kimi_xtml llama mistral qwen_xml
 """
-TEMPLATES = "builtin\nchat_template\nchat_messages tool_messages\nprompts\ninfill"
+TEMPLATES = "builtin\nchat_template\nchat_messages tool_messages\ntext_tokens\nprompts\ninfill"
 GENERATION = """
 loaded_model json_validation
 schema_checks
 constraints embedding completion_output enforced_calls
-choices prepared_chat
+request_limits prepared_chat
+choices
 openai_replies chat_choices
 """
-ANTHROPIC = "messages_schema errors\nblocks conversation\nconversion\nmessages"
+ANTHROPIC = "client_tools messages_schema errors\nblocks conversation\nconversion\nmessages"
 OPENAI = "messages\nchat completions embeddings\nrender\nresponses"
 RESPONSES = """
-request
+encoded_reasoning request
 reply
+tools
 conversation output input_items
 chat_form store
 run
 endpoint
 """
-LLAMA_SERVER = "completion_schema\ncompletion props rerank slots tokenize\ninfill"
-SERVER = "http_protocol metrics terminal\nstatus\napp\nlifecycle"
-COMMANDS = "cost flags lookup"
+LLAMA_SERVER = "completion_schema\ncompletion lora props rerank slots tokenize\ninfill"
+UI = "page snapshot\nevents"
+SERVER = "connections logs\nhttp_protocol metrics predict terminal\nstatus\napp\nlifecycle"
+COMMANDS = """
+server_client
+chat_session own_server top_sample
+top_view chat
+cost doctor flags lookup models top
+printing
+"""
 
 
 @pytest.mark.parametrize(
@@ -71,6 +97,7 @@ COMMANDS = "cost flags lookup"
         ("api", API),
         ("api.http", HTTP),
         ("api.config", CONFIG),
+        ("api.hub", HUB),
         ("api.schema", SCHEMA),
         ("api.tools", TOOLS),
         ("api.tools.formats", FORMATS),
@@ -80,6 +107,7 @@ COMMANDS = "cost flags lookup"
         ("api.openai", OPENAI),
         ("api.openai.responses", RESPONSES),
         ("api.llama_server", LLAMA_SERVER),
+        ("api.ui", UI),
         ("api.server", SERVER),
         ("api.commands", COMMANDS),
     ],

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from api.llama_server.completion_schema import LlamaCompletionRequest
 from api.server.app import create_app
-from engine import EngineFault, Finished, FinishReason, PrefillProgress, Timings, Usage, derive_seed
+from engine import DEFAULT_SAMPLERS, EngineFault, Finished, FinishReason, PrefillProgress, Timings, Usage, derive_seed
 from tests.api.asgi import post
 from tests.api.conftest import Apps
 from tests.api.fake import BOS, INFO, START, FakeEngine, app_state
@@ -239,33 +239,31 @@ async def test_settings_report_banned_tokens(app: ASGIApp, engine: FakeEngine) -
     assert (await post(app, PATH, {"prompt": "x"})).json["generation_settings"]["logit_bias"] == []
 
 
-async def test_settings_report_absent_stages_as_off(app: ASGIApp) -> None:
+async def test_settings_report_inactive_stages_as_off(app: ASGIApp) -> None:
     reported = (await post(app, PATH, {"prompt": "x", "n_keep": 7})).json["generation_settings"]
     assert (reported["mirostat"], reported["adaptive_target"], reported["top_n_sigma"]) == (0, -1.0, -1.0)
     assert (reported["n_keep"], reported["n_discard"], reported["min_keep"]) == (7, 0, 0)
 
 
 @pytest.mark.parametrize(
-    ("samplers", "off"),
+    ("samplers", "stages"),
     [
-        (["top_k", "temperature"], {"top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "dry_multiplier": 0.0}),
-        ("kt", {"top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "dry_multiplier": 0.0}),
-        ("edskypmxt", {}),
-        (["penalties", "dry", "top_k", "typical_p", "top_p", "min_p", "xtc"], {"temperature": 1.0}),
+        (["temperature", "top_k"], ("temperature", "top_k")),
         (
-            [],
-            {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "dry_multiplier": 0.0, "temperature": 1.0},
+            ["Top-K", "nucleus", "typ", "minP", "temp", "top_k"],
+            ("top_k", "top_p", "typ_p", "min_p", "temperature", "top_k"),
         ),
-        (None, {}),
+        ("tkia", ("temperature", "top_k", "infill", "adaptive_p")),
+        ("edskypmxt", DEFAULT_SAMPLERS),
+        ("xtc;top_n_sigma", ("xtc", "top_n_sigma")),
+        ([], ()),
+        (None, DEFAULT_SAMPLERS),
     ],
     ids=str,
 )
-async def test_samplers(app: ASGIApp, engine: FakeEngine, samplers: Any, off: dict[str, float]) -> None:
-    on = {"top_k": 5, "top_p": 0.5, "min_p": 0.25, "repeat_penalty": 1.5, "dry_multiplier": 0.5, "temperature": 0.75}
-    reported = (await post(app, PATH, {"prompt": "x", "samplers": samplers, **on})).json["generation_settings"]
-    assert len(reported["samplers"]) == (9 if samplers is None else len(samplers))
-    sampling = engine.requests[0].sampling
-    assert {name: getattr(sampling, name) for name in {**on, **off}} == {**on, **off}
+async def test_samplers(app: ASGIApp, engine: FakeEngine, samplers: Any, stages: tuple[str, ...]) -> None:
+    reported = (await post(app, PATH, {"prompt": "x", "samplers": samplers})).json["generation_settings"]
+    assert (tuple(reported["samplers"]), engine.requests[0].sampling.samplers) == (stages, stages)
 
 
 async def test_response_fields(app: ASGIApp) -> None:
@@ -283,6 +281,7 @@ async def test_timings_per_token(app: ASGIApp, engine: FakeEngine) -> None:
     engine.script = lambda request: [PrefillProgress(10, 4, 10, 0.5), 0.002, b"Hel", 0.002, b"lo", 0.002, b"!"]
     start, progress, *chunks, _ = (await post(app, PATH, body)).events
     assert (start["prompt_progress"]["processed"], progress["prompt_progress"]["processed"]) == (4, 10)
+    assert (start["timings"]["prompt_n"], start["timings"]["prompt_ms"]) == (0, 0.0)
     prompt = {"cache_n": 4, "prompt_n": 6, "prompt_ms": 500.0, "prompt_per_second": 12.0}
     for each in (progress, *chunks):
         assert prompt.items() <= each["timings"].items()
@@ -351,17 +350,16 @@ async def test_a_disconnect_cancels(app: ASGIApp, engine: FakeEngine) -> None:
         ({"prompt": "x", "n_predict": -2}, "n_predict"),
         ({"prompt": "x", "id_slot": 4}, "id_slot"),
         ({"prompt": "x", "n_probs": 101}, "n_probs"),
-        ({"prompt": "x", "mirostat": 1}, "mirostat"),
-        ({"prompt": "x", "dynatemp_range": 0.5}, "dynatemp_range"),
-        ({"prompt": "x", "top_n_sigma": 1.0}, "top_n_sigma"),
-        ({"prompt": "x", "min_keep": 2}, "min_keep"),
+        ({"prompt": "x", "mirostat": 3}, "mirostat"),
+        ({"prompt": "x", "dynatemp_range": -0.5}, "dynatemp_range"),
+        ({"prompt": "x", "adaptive_decay": 1.0}, "adaptive_decay"),
+        ({"prompt": "x", "min_keep": -1}, "min_keep"),
         ({"prompt": "x", "n_indent": 1}, "n_indent"),
         ({"prompt": "x", "grammar": 'root ::= "a"', "grammar_lazy": True}, "grammar_lazy"),
         ({"prompt": "x", "grammar": 'root ::= "a"', "json_schema": {}}, "json_schema"),
-        ({"prompt": "x", "lora": [{"id": 0, "scale": 1}]}, "lora"),
-        ({"prompt": "x", "samplers": ["temperature", "top_k"]}, "samplers"),
-        ({"prompt": "x", "samplers": ["top_k", "top_k"]}, "samplers"),
-        ({"prompt": "x", "samplers": ["topk"]}, "samplers"),
+        ({"prompt": "x", "lora": [{"id": 2, "scale": 1}]}, "lora"),
+        ({"prompt": "x", "samplers": ["top_q"]}, "samplers"),
+        ({"prompt": "x", "samplers": ["top_k"] * 65}, "samplers"),
         ({"prompt": "x", "samplers": "kz"}, "samplers"),
         ({"prompt": "x", "logit_bias": [[1, True]]}, "logit_bias"),
     ],

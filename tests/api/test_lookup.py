@@ -10,7 +10,7 @@ import pytest
 from api.__main__ import USAGE, main
 from api.commands import lookup
 from api.commands.lookup import CHUNK_CHARS, chunks
-from api.templates.prompts import LONG_TEXT_CHARS
+from api.templates.text_tokens import LONG_TEXT_CHARS
 from engine.speculate.ngram_counts import NgramCounts
 from engine.speculate.vocabulary import vocabulary_digest
 from tests.api.fake import ByteVocab

@@ -2,91 +2,93 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from msgspec import inspect
 
 from api.__main__ import USAGE, main
 from api.commands.flags import flag_reference
+from api.config.arguments import ALL_OPTIONS
 from api.config.command_line import OptionError, parse
 from api.config.flags import FLAGS, HEADINGS, Flag
 from api.config.options import Options
-from api.config.spellings import IGNORED_FLAGS, IGNORED_FLAGS_WITH_VALUE, SPELLINGS
+from api.config.spellings import SPELLINGS
 from engine import BatchConfig, SamplingParams
 
 ROOT = Path(__file__).parents[2]
 
-EXAMPLES: dict[str, Any] = {
-    "path": "other.gguf",
-    "flash_attention": "on",
-    "cache_type_k": "q8_0",
-    "cache_type_v": "bf16",
-    "host": ("0.0.0.0", "::"),
-    "alias": ("me", "you"),
-    "cors_origins": ("https://example.com", "localhost"),
-    "cors_methods": ("POST",),
-    "cors_headers": ("authorization",),
-    "allowed_hosts": ("box.local",),
-    "max_body": 4096,
-    "api_keys": ("a", "b"),
-    "dry_sequence_breakers": ("x",),
-    "device": "CUDA0,CUDA1",
-    "split_mode": "row",
-    "tensor_split": "3,1",
-    "fit": "on",
-    "types": ("ngram-mod", "suffix"),
-    "order": "fixed",
-    "pool_scope": "shared",
-    "pool_file": "pool.bin",
-    "disk": "prefixes",
-    "lookup_static": "static.bin",
-    "lookup_dynamic": "dynamic.bin",
-    "noise": "greedy",
-    "slot_save_path": "slots",
-    "cost": "linear",
-    "template": "chatml",
-    "template_file": "my.jinja",
-    "template_kwargs": '{"a": 1}',
-    "reasoning_format": "none",
-    "pooling": "cls",
-    "normalize": 3,
-}
+# Values with a form that the type does not have.
+EXAMPLES: dict[str, Any] = {"template_kwargs": '{"a": 1}', "repo": "user/model:Q8_0", "draft_repo": "user/draft"}
+EXAMPLES |= {"url": "https://host/model.gguf", "api_prefix": "/models", "json_schema": "{}", "samplers": "top_k"}
+EXAMPLES |= {"sampler_seq": "k", "logit_bias": ("15043+1",), "n_min": 5, "mod_min": 30}
+# The text of these files replaces another setting.
+KEPT_FLAGS = [flag for flag in FLAGS if flag.field not in ("grammar_file", "json_schema_file")]
+EXAMPLES |= {"mod_min": 5, "n_min": 5, "logit_bias": ("7-inf",), "samplers": "temperature;top_k", "sampler_seq": "tk"}
+EXAMPLES |= {"grammar_file": __file__, "json_schema": "{}", "json_schema_file": str(ROOT / "tests/api/schema.json")}
 FLAGS_WITH_VARIABLE = [flag for flag in FLAGS if flag.env]
 
 
 def example(flag: Flag) -> Any:
     """Returns a valid value that is not the default."""
-    if flag.field in EXAMPLES:
-        return EXAMPLES[flag.field]
-    if flag.switch:
-        return not flag.default
-    return 0.5 if isinstance(flag.default, float) and flag.field not in ("dry_base", "idle_step_ms") else 77
+    return EXAMPLES[flag.field] if flag.field in EXAMPLES else value_of(flag.kind, flag.default)
+
+
+def value_of(kind: inspect.Type, default: Any) -> Any:
+    """Returns a value of a type that is not `default`."""
+    match kind:
+        case inspect.Metadata():
+            return value_of(kind.type, default)
+        case inspect.BoolType():
+            return not default
+        case inspect.LiteralType():
+            return next(value for value in kind.values if value != default)
+        case inspect.UnionType():
+            return value_of(kind.types[0], default)
+        case inspect.VarTupleType():
+            return (value_of(kind.item_type, default[0] if default else None),)
+        case inspect.TupleType():
+            return tuple(value_of(item, None) for item in kind.item_types)
+        case inspect.IntType() | inspect.FloatType():
+            usual = 77 if isinstance(kind, inspect.IntType) else 0.5
+            return next(
+                value
+                for value in (usual, kind.ge, kind.le, 1.5)
+                if value is not None and is_valid(kind, value, default)
+            )
+    return "text"
+
+
+def is_valid(kind: inspect.IntType | inspect.FloatType, value: float, default: Any) -> bool:
+    low, high = -inf if kind.ge is None else kind.ge, inf if kind.le is None else kind.le
+    return value != default and low <= value <= high and (kind.gt is None or value > kind.gt)
 
 
 def value_in(options: Options, flag: Flag) -> Any:
     return getattr(getattr(options, flag.table), flag.field)
 
 
-@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.dest)
+@pytest.mark.parametrize("flag", KEPT_FLAGS, ids=lambda flag: flag.dest)
 def test_every_spelling_of_every_flag(flag: Flag) -> None:
     value = example(flag)
-    for name in flag.names:
+    for name in flag.off_names if value is False else flag.names:
         if flag.switch:
-            arguments = [name if value else f"--no-{name.removeprefix('--')}"]
+            arguments = [name]
         elif flag.repeatable:
             arguments = [word for item in value for word in (name, item)]
         else:
-            arguments = [name, str(value)]
+            arguments = [name, *map(str, value if flag.arity > 1 else [value])]
         assert value_in(parse(["-m", "model.gguf", *arguments]), flag) == value
-        if name.startswith("--") and not flag.switch and not flag.repeatable:
+        if name.startswith("--") and flag.arity == 1 and not flag.repeatable:
             assert (
                 value_in(parse(["-m", "x", f"{name.replace('-', '_').replace('__', '--', 1)}={value}"]), flag) == value
             )
 
 
-@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.dest)
+@pytest.mark.parametrize("flag", KEPT_FLAGS, ids=lambda flag: flag.dest)
 def test_every_key_of_a_file(flag: Flag, tmp_path: Path) -> None:
     value = example(flag)
     shown = msgspec.json.encode(value).decode()
@@ -166,30 +168,10 @@ def test_errors_in_the_environment(
     assert capsys.readouterr().err == f"paceline serve: {message}\n"
 
 
-LLAMA_SERVER_FLAGS = """
--md --model-draft --spec-draft-model --spec-draft-n-max --spec-draft-n-min --spec-draft-p-min --draft-p-min
---draft --draft-n --draft-max --draft-min --draft-n-min -ngld --gpu-layers-draft --n-gpu-layers-draft
---spec-draft-ngl -devd --device-draft --spec-draft-device -td --threads-draft --spec-draft-threads -tbd
---threads-batch-draft --spec-draft-threads-batch -ctkd --cache-type-k-draft --spec-draft-type-k -ctvd
---cache-type-v-draft --spec-draft-type-v -cd --ctx-size-draft -lcs --lookup-cache-static -lcd
---lookup-cache-dynamic --spec-type --spec-default --spec-ngram-mod-n-match --spec-ngram-mod-n-min
---spec-ngram-mod-n-max --spec-ngram-simple-size-n --spec-ngram-simple-size-m --spec-ngram-simple-min-hits
---spec-ngram-map-k-size-n --spec-ngram-map-k-size-m --spec-ngram-map-k-min-hits --spec-ngram-map-k4v-size-n
---spec-ngram-map-k4v-size-m --spec-ngram-map-k4v-min-hits --spec-ngram-size-n --spec-ngram-size-m
---spec-ngram-min-hits --spec-draft-p-split --draft-p-split --spec-draft-sampling --spec-draft-backend-sampling
---no-spec-draft-backend-sampling
-"""
-
-
-def test_the_speculation_flags_of_llama_server_are_known() -> None:
-    names = {name for flag in FLAGS for name in flag.names} | {*IGNORED_FLAGS, *IGNORED_FLAGS_WITH_VALUE}
-    assert set(LLAMA_SERVER_FLAGS.split()) - names == set()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no model is given: name a GGUF file with -m"),
+        ([], "no model is given: name a GGUF file with -m, or a repository with -hf"),
         (["-m"], "-m/--model: expected one argument"),
         (["-m", "x", "-np", "0"], "-np/--parallel: expected a whole number from 1 to 256, not '0'"),
         (["-m", "x", "-np", "many"], "-np/--parallel: expected a whole number from 1 to 256, not 'many'"),
@@ -197,7 +179,6 @@ def test_the_speculation_flags_of_llama_server_are_known() -> None:
         (["-m", "x", "-fa", "maybe"], "-fa/--flash-attn: expected one of auto, off, on, not 'maybe'"),
         (["-m", "x", "--ctx-sise", "9"], "unknown flag --ctx-sise; the nearest is --ctx-size"),
         (["-m", "x", "--paralel=9"], "unknown flag --paralel; the nearest is --parallel"),
-        (["-m", "x", "--no-jinja"], "unknown flag --no-jinja; the nearest is --jinja"),
         (["-m", "x", "--spec-draft-sampling"], "--spec-draft-sampling: expected one argument"),
         (
             ["-m", "x", "--spec-type", "suffix,ngram-mood"],
@@ -205,15 +186,14 @@ def test_the_speculation_flags_of_llama_server_are_known() -> None:
         ),
         (
             ["-m", "x", "--spec-type", "draft-eagle3"],
-            "--spec-type: unknown value 'draft-eagle3'; expected one of auto, draft, grammar, ngram-cache, "
-            "ngram-map-k, ngram-map-k4v, ngram-mod, ngram-simple, none, prediction, suffix",
+            "--spec-type: draft layers and draft heads are not used: use draft with -md, or auto",
         ),
         (["-m", "x", "--foo"], "unknown flag --foo"),
         (
             ["-m", "x", "--kv-unified=maybe"],
             "--kv-unified takes no value: use --kv-unified or --no-kv-unified",
         ),
-        (["-m", "x", "--jinja=on"], "--jinja takes no value: use --jinja"),
+        (["-m", "x", "--jinja=maybe"], "--jinja takes no value: use --jinja"),
         (["-m", "x", "y"], "unexpected argument 'y'; a model is named with -m"),
         (["-m", "x", "--config", "/nowhere"], "--config: cannot read /nowhere: No such file or directory"),
     ],
@@ -233,7 +213,7 @@ def test_errors_on_the_command_line(arguments: list[str], message: str, capsys: 
         ('[batch]\nslots = "5"', "[batch] slots: expected a whole number from 1 to 256, not '5'"),
         ("[batch]\ncontext_shift = 1", "[batch] context_shift: expected true or false, not 1"),
         ("[server]\nhost = true", "[server] host: expected a list of at least 1 item, not true"),
-        ("[server]\napi_keys = 7", "[server] api_keys: expected a list, not 7"),
+        ("[server]\napi_keys = 7", "[server] api_keys: expected a list of at least 1 item, not 7"),
         ("[speculation]\nmap_k_size_n = 0", "map_k_size_n: expected a whole number from 1 to 1024, not 0"),
         ("[batch", "is not TOML"),
         ('[speculation]\ntypes = ["sufix"]', "[speculation] types: unknown value 'sufix'; the nearest is suffix"),
@@ -251,13 +231,8 @@ def test_errors_in_a_file(text: str, message: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_ignored_flags_of_llama_server() -> None:
-    with_values = [word for name in IGNORED_FLAGS_WITH_VALUE for word in (name, "0.5")]
-    assert parse(["-m", "x", *IGNORED_FLAGS, *with_values]) == parse(["-m", "x"])
-
-
 def test_no_two_settings_share_a_name() -> None:
-    names = [name for flag in FLAGS for name in flag.names] + list(IGNORED_FLAGS + IGNORED_FLAGS_WITH_VALUE)
+    names = [name for option in ALL_OPTIONS for name in option.names]
     assert len(names) == len(set(names))
 
 
@@ -278,7 +253,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_field_has_a_spelling_and_every_spelling_a_field() -> None:
     structs = {field.type: set(field.type.__struct_fields__) for field in msgspec.structs.fields(Options)}
-    structs[SamplingParams].remove("logit_bias")
+    structs[SamplingParams] -= {"logit_bias", "samplers", "min_keep"}  # GenerationConfig sets the first two
     assert {struct: set(spellings) for struct, spellings in SPELLINGS.items()} == structs
     assert tuple(HEADINGS) == Options.__struct_fields__
 
@@ -291,7 +266,8 @@ def test_reference(capsys: pytest.CaptureFixture[str]) -> None:
         "| `-np`, `--parallel`, `$LLAMA_ARG_N_PARALLEL` | `slots` | 16 | "
         "number of slots: sequences that are decoded together (from 1 to 256) |" in reference
     )
-    rows = [line for line in reference.split("\n") if line.startswith("| `")]
+    settings, _ = reference.split("## Flags without effect")
+    rows = [line for line in settings.split("\n") if line.startswith("| `")]
     assert len(rows) == len(FLAGS)
     assert BatchConfig().slots == 16
 

@@ -12,9 +12,10 @@ import pytest
 from api.config.server import ChatConfig
 from api.schema.request_values import PredictedOutput
 from api.schema.requests import ChatRequest, TextRequest
-from api.templates import prompts
 from api.templates.prompts import PromptRenderer
+from api.templates.text_tokens import LONG_TEXT_CHARS
 from engine import RequestRefused
+from engine.worker_pool import WorkerPool
 from tests.api.fake import BOS, INFO, START, ByteVocab
 
 SMOL = (
@@ -349,29 +350,29 @@ async def test_special_tokens_of_the_template() -> None:
 async def test_long_texts_run_on_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
-    async def run_sync(function: Any, *arguments: Any) -> Any:
+    async def run(self: WorkerPool, function: Any, *arguments: Any) -> Any:
         ran.append(getattr(function, "func", function).__name__)
         return function(*arguments)
 
-    monkeypatch.setattr("anyio.to_thread.run_sync", run_sync)
+    monkeypatch.setattr(WorkerPool, "run", run)
     renderer = prompts_of(None)
-    expected_calls: dict[int, list[str]] = {100: [], prompts.LONG_TEXT_CHARS: ["render", "tokenize"]}
+    expected_calls: dict[int, list[str]] = {100: [], LONG_TEXT_CHARS: ["render", "tokenize"]}
     for size, calls in expected_calls.items():
         text = await renderer.render_chat(chat({"role": "user", "content": "x" * size}))
         assert len(await renderer.tokenize_prompt(text)) > size
         assert ran == calls
     assert len(await renderer.tokenize_prediction(PredictedOutput("content", "x" * 100))) == 100
     assert (
-        len(await renderer.tokenize_prediction(PredictedOutput("content", "x" * prompts.LONG_TEXT_CHARS)))
-        == prompts.LONG_TEXT_CHARS
+        len(await renderer.tokenize_prediction(PredictedOutput("content", "x" * LONG_TEXT_CHARS)))
+        == LONG_TEXT_CHARS
     )
     assert (
-        len(await renderer.tokenize_text("x" * prompts.LONG_TEXT_CHARS, add_special=False, parse_special=False))
-        == prompts.LONG_TEXT_CHARS
+        len(await renderer.tokenize_text("x" * LONG_TEXT_CHARS, add_special=False, parse_special=False))
+        == LONG_TEXT_CHARS
     )
     assert ran == ["render", "tokenize", "tokenize", "_tokenize_text"]
     renderer = prompts_of("<tool_call>{{ messages[0].content }}")
-    await renderer.render_chat(chat(tools=[{"description": "x" * prompts.LONG_TEXT_CHARS}]))
+    await renderer.render_chat(chat(tools=[{"description": "x" * LONG_TEXT_CHARS}]))
     await renderer.render_chat(chat(*[HI] * 1000))
     assert ran[4:] == ["render", "render"]
 

@@ -78,7 +78,7 @@ def text(**fields: Any) -> dict[str, Any]:
         (message(tool_calls=[{}]), "messages[0].tool_calls[0].function"),
         (message(tool_calls=[{"function": {"name": "f"}}, {"function": "f"}]), "messages[0].tool_calls[1].function"),
         (chat(tools=[{"type": "function"}]), "tools[0].function"),
-        (chat(functions=[{"name": "f"}]), "functions"),
+        (chat(function_call={"name": "f"}), "function_call"),
         (chat(tool_choice="required"), "tool_choice"),
         (chat(response_format={"type": "yaml"}), "response_format.type"),
         (chat(response_format={"type": "json_schema"}), "response_format.json_schema"),

@@ -290,7 +290,7 @@ def test_the_reasoning_items_of_one_turn_are_joined() -> None:
         ({"chat_template_kwargs": 5}, "chat_template_kwargs"),
         ({"enable_thinking": "x"}, "enable_thinking"),
         ({"reasoning_budget": 1.5}, "reasoning_budget"),
-        ({"tools": [{"type": "custom", "strict": True}]}, "tools[0].type"),
+        ({"tools": [{"type": "computer_use", "strict": True}]}, "tools[0].type"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice.name"),
         ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.name"),
         ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
@@ -406,6 +406,20 @@ async def test_responses_that_are_not_stored(app_of: Apps, config: dict[str, Any
     assert ("--response-store" in answer.json["error"]["message"]) == bool(config)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_response_that_the_store_cannot_hold_says_so(app_of: Apps, stream: bool) -> None:
+    app = app_of(response_store=1)
+    answer = await post(app, PATH, {"input": "x", "stream": stream, "metadata": {"a": "b"}, "user": "y" * 2**20})
+    last = b"".join(answer.chunks).decode().rpartition("data: ")[2]
+    reply = json.loads(last)["response"] if stream else answer.json
+    assert (reply["status"], reply["store"]) == ("completed", False)
+    assert (await call(app, "GET", f"{PATH}/{reply['id']}")).status == 404
+
+
+async def test_a_path_with_a_slash_names_no_response(app_of: Apps) -> None:
+    assert (await call(app_of(), "GET", f"{PATH}/")).status == 404
+
+
 async def test_keys_with_namespaces_find_only_their_own_responses(app_of: Apps) -> None:
     app = app_of(api_keys=["a", "b"], cache_salt_by_key=True)
     headers = [{"authorization": f"Bearer {key}"} for key in "ab"]
@@ -429,15 +443,19 @@ def test_the_store_drops_the_least_recently_used() -> None:
         )  # fmt: skip
 
     for id in "abc":
-        store.put("", reply(id), [], [{"x": "x" * 2000}])
+        assert store.put("", reply(id), [], [{"id": id, "x": "x" * 2000}])
     assert len(store) == 3
     store.get("", "a")
-    store.put("", reply("d"), [], [{"x": "x" * 2000}])
+    store.put("", reply("d"), [], [{"id": "d", "x": "x" * 2000}])
     assert store.previous("", "a")
     with pytest.raises(Exception, match="not found"):
         store.previous("", "b")
-    store.put("", reply("e"), [], [{"x": "x" * 20_000}])
+    assert not store.put("", reply("e"), [], [{"id": "e", "x": "x" * 20_000}])
     assert len(store) == 3
+    known = {"type": "item_reference"}
+    assert store.resolved_items("", [{**known, "id": "a"}, {**known, "id": "msg_d"}])[0]["x"] == "x" * 2000
+    with pytest.raises(Exception, match="not found"):
+        store.resolved_items("", [{**known, "id": "b"}])
 
 
 # ── other endpoints ──

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from starlette.types import ASGIApp
 
@@ -25,6 +26,7 @@ async def test_slot_states(app: ASGIApp) -> None:
         "n_prompt_tokens": 70,
         "n_prompt_tokens_processed": 32,
         "n_prompt_tokens_cache": 32,
+        "prompt_tokens": 64,
         "next_token": [{"has_next_token": True, "n_remain": 3, "n_decoded": 7}],
         "n_draft": 3,
         "drafts": [{"type": "suffix", "drafted": 4, "accepted": 3, "expected": 3.5, "chance": 0.75, "gain_ms": 250.0}],
@@ -33,6 +35,12 @@ async def test_slot_states(app: ASGIApp) -> None:
     assert params["speculative.types"] == "suffix"
     assert not {"logit_bias", "dry_sequence_breakers", "stop", "prompt"} & params.keys()
     assert idle == [{"id": n, "n_ctx": 512, "speculative": True, "is_processing": False} for n in (1, 2, 3)]
+
+
+async def test_an_idle_slot_has_no_budget(app: ASGIApp, engine: FakeEngine) -> None:
+    engine.states = (msgspec.structs.replace(SLOTS[0], busy=False),)
+    (idle,) = (await call(app, "GET", "/slots")).json
+    assert idle["next_token"] == [{"has_next_token": False, "n_remain": -1, "n_decoded": 0}]
 
 
 @pytest.mark.parametrize(("query", "status"), [("", 200), ("?fail_on_no_slot=1", 503), ("?fail_on_no_slot=0", 200)])

@@ -396,6 +396,11 @@ def test_settings(tmp_path: Path) -> None:
     assert configured_template(ChatConfig(template_file=str(file))) == "{{ 'é' }}"
     assert configured_kwargs(ChatConfig()) == {}
     assert configured_kwargs(ChatConfig(template_kwargs='{"enable_thinking": false}')) == {"enable_thinking": False}
+    thinking = ChatConfig(reasoning="on", reasoning_effort="low", template_kwargs='{"enable_thinking": false, "a": 1}')
+    effort = {"reasoning_effort": "low", "reasoning_strength": "low"}
+    assert configured_kwargs(thinking) == {"a": 1, "enable_thinking": True, "thinking": True, **effort}
+    kept = configured_kwargs(ChatConfig(preserve_reasoning=False))
+    assert (kept["preserve_thinking"], kept["clear_thinking"]) == (False, True)
 
 
 @pytest.mark.parametrize(

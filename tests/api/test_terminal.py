@@ -35,13 +35,14 @@ def test_start_message() -> None:
     model = app_state(FakeEngine(info=info), alias=["me", "you"]).loaded
     assert model is not None
     message = start_message(model, "http://127.0.0.1:8000", "http://[::1]:8000")
-    first, layout, speculation, *command = message.split("\n")
+    first, layout, speculation, page, *command = message.split("\n")
     assert first == (
         "Serving me, you on http://127.0.0.1:8000 and http://[::1]:8000 · 4 slots · per-slot KV, 512 tokens each · "
         "no device"
     )
     assert layout == "KV layout: each slot has 512 tokens"
     assert speculation.startswith("Speculation: auto (prediction, ")
+    assert page == "Page: http://127.0.0.1:8000/"
     assert command[0] == ("Try: curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\")
     assert "YOUR_KEY" not in str(command)
 
@@ -72,7 +73,7 @@ DRAFTLESS = "prediction, grammar, ngram-simple, ngram-map-k, ngram-map-k4v, ngra
     ("options", "unavailable", "expected"),
     [
         ({}, {}, [f"Speculation: auto ({DRAFTLESS}, draft ())"]),
-        ({"speculation": {"types": ["none", "suffix"]}}, {}, []),
+        ({"speculation": {"types": ["none", "suffix"]}}, {}, ["Speculation: off"]),
         ({"speculation": {"types": ["suffix", "ngram-mod"]}}, {}, ["Speculation: on (ngram-mod, suffix)"]),
         ({"speculation": {"default": True}}, {}, ["Speculation: on (ngram-mod)"]),
         (
@@ -94,7 +95,7 @@ DRAFTLESS = "prediction, grammar, ngram-simple, ngram-map-k, ngram-map-k4v, ngra
         (
             {"speculation": {"types": ["draft"]}},
             {"draft": "it is none"},
-            ["Note: Proposer draft is off: it is none."],
+            ["Note: Proposer draft is off: it is none.", "Speculation: off"],
         ),
         (
             {"speculation": {"types": ["auto"]}},
@@ -127,6 +128,11 @@ def test_start_message_has_the_proposers(
 )
 def test_client_urls(host: str, url: str) -> None:
     assert client_url(host, 80) == url
+
+
+def test_child_processes_do_not_inherit_the_listening_socket() -> None:
+    with listen("127.0.0.1", 0) as listener:
+        assert not listener.get_inheritable()
 
 
 def test_an_address_of_another_machine() -> None:

@@ -12,7 +12,8 @@ from starlette.types import ASGIApp
 
 from api.llama_server.tokenize import MAX_DETOKENIZED_TOKENS
 from api.server.app import create_app
-from api.templates.prompts import LONG_TEXT_CHARS
+from api.templates.text_tokens import LONG_TEXT_CHARS
+from engine.worker_pool import WorkerPool
 from tests.api.asgi import call, post
 from tests.api.conftest import Apps
 from tests.api.fake import BOS, END, INFO, START, FakeEngine, app_state
@@ -83,11 +84,11 @@ async def test_token_strings(app: ASGIApp) -> None:
 async def test_long_texts_run_on_a_thread(app: ASGIApp, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
-    async def run_sync(function: Any, *arguments: Any) -> Any:
+    async def run(self: WorkerPool, function: Any, *arguments: Any) -> Any:
         ran.append(function)
         return function(*arguments)
 
-    monkeypatch.setattr("anyio.to_thread.run_sync", run_sync)
+    monkeypatch.setattr(WorkerPool, "run", run)
     tokens = [104] * LONG_TEXT_CHARS
     assert (await post(app, "/detokenize", {"tokens": tokens})).json["content"] == "h" * LONG_TEXT_CHARS
     assert len(ran) == 1
@@ -98,6 +99,22 @@ async def test_long_texts_run_on_a_thread(app: ASGIApp, monkeypatch: pytest.Monk
         ran.clear()
         assert len((await post(app, "/tokenize", body)).json["tokens"]) == LONG_TEXT_CHARS
         assert len(ran) == 2
+
+
+async def test_texts_and_chats_that_no_context_holds_are_refused_unread() -> None:
+    """The message of the error is that of a prompt that was tokenized, so that clients shorten the conversation."""
+    app = create_app(app_state(FakeEngine(info=msgspec.structs.replace(INFO, longest_token=8))))
+    limit = 8 * INFO.trained_context
+    answer = await post(app, "/tokenize", {"content": "x" * (limit + 1)})
+    assert (answer.status, f"at most {limit} are tokenized" in answer.json["error"]["message"]) == (400, True)
+    answer = await post(app, "/tokenize", {"content": ["x" * limit, "x"]})
+    assert answer.status == 400
+    for path, body in (
+        ("/v1/completions", {"prompt": "x" * 8 * 600}),
+        ("/v1/chat/completions", {"messages": HELLO * 600}),
+    ):
+        answer = await post(app, path, body)
+        assert (answer.status, "600" in answer.json["error"]["message"]) == (400, True)
 
 
 async def test_too_many_tokens_are_refused(app: ASGIApp) -> None:

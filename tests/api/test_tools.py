@@ -90,6 +90,28 @@ async def test_a_streamed_message_with_reasoning_and_a_call() -> None:
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+LEGACY = {"functions": [WEATHER["function"]], "function_call": {"name": "weather"}}
+
+
+async def test_legacy_functions_are_called_in_the_legacy_shape() -> None:
+    engine = engine_with_output(f"hm\n</think>\n\n{CALL}")
+    (choice,) = (await ask(engine, **LEGACY))["choices"]
+    called = {"name": "weather", "arguments": '{"city": "Bern"}'}
+    assert choice["message"] == {
+        "role": "assistant", "content": None, "reasoning_content": "hm", "function_call": called
+    }  # fmt: skip
+    assert choice["finish_reason"] == "function_call"
+    prompt = prompt_of(engine)
+    await ask(engine, tools=[WEATHER])
+    assert prompt == prompt_of(engine)
+    chunks = await streamed(engine, **LEGACY)
+    parts = [chunk["choices"][0]["delta"].get("function_call") for chunk in chunks]
+    assert [part["name"] for part in parts if part and "name" in part] == ["weather"]
+    assert "".join(part["arguments"] for part in parts if part) == called["arguments"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "function_call"
+    assert not any("tool_calls" in chunk["choices"][0]["delta"] for chunk in chunks)
+
+
 async def test_a_call_without_tags() -> None:
     bare = '{"name": "weather", "arguments": {"city": "Bern"}}'
     reply = await ask(engine_with_output(f"</think>{bare}"), tools=[WEATHER])
@@ -297,8 +319,11 @@ def test_nested_schemas_are_closed() -> None:
             },
             "tools[0].function.parameters/properties/x/not",
         ),
-        ({"functions": [{"name": "f"}]}, "functions"),
-        ({"function_call": "auto"}, "function_call"),
+        ({"functions": [{"name": "f"}, {"name": "f"}]}, "functions[1].name"),
+        ({"functions": [{}]}, "functions[0].name"),
+        ({"functions": [{"name": "f"}], "tools": [WEATHER]}, "function_call"),
+        ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call.name"),
+        ({"function_call": {"name": "f"}}, "function_call"),
         ({"tools": [WEATHER], "guided_regex": "a+"}, "guided_regex"),
     ],
 )
@@ -412,6 +437,26 @@ async def test_reasoning_budget(fields: Any, tokens: int | None) -> None:
         assert bytes(request.reasoning.closing) == b"</think>\n\n"
 
 
+@pytest.mark.parametrize(("fields", "message"), [({}, "Enough. "), ({"reasoning_budget_message": "Stop"}, "Stop")])
+async def test_the_message_at_the_end_of_a_reasoning_budget(fields: Any, message: str) -> None:
+    engine = engine_with_output("Yes")
+    chat = {"reasoning_budget": 7, "reasoning_budget_message": "Enough. "}
+    await ask(engine, options={"chat": chat}, **fields)
+    reasoning = engine.requests[-1].reasoning
+    assert reasoning is not None
+    assert bytes(reasoning.closing).decode() == f"{message}</think>\n\n"
+
+
+async def test_output_that_is_not_parsed() -> None:
+    engine = engine_with_output(f"hm\n</think>\n\nSo.\n{CALL}")
+    reply = await ask(engine, options={"chat": {"skip_parsing": True}}, tools=[WEATHER], tool_choice="required")
+    (choice,) = reply["choices"]
+    assert choice["message"] == {"role": "assistant", "content": f"hm\n</think>\n\nSo.\n{CALL}"}
+    assert choice["finish_reason"] == "stop"
+    assert engine.requests[-1].grammar is None
+    assert "weather" in prompt_of(engine)
+
+
 @pytest.mark.parametrize("fields", [{"response_format": {"type": "json_object"}}, {"guided_choice": ["a", "b"]}])
 @pytest.mark.parametrize("tools", [[], [WEATHER]])
 async def test_response_formats_with_tools_and_reasoning(fields: Any, tools: Any) -> None:
@@ -421,3 +466,10 @@ async def test_response_formats_with_tools_and_reasoning(fields: Any, tools: Any
     assert grammar is not None
     assert "</think>" in str(grammar.spec).replace("\\", "")
     assert ("weather" in str(grammar.spec)) == bool(tools)
+
+
+async def test_large_schemas_are_refused_unread(app: ASGIApp) -> None:
+    properties = {f"p{number}": {"type": "string", "description": "x" * 200} for number in range(5000)}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}]
+    answer = await post(app, "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": tools})
+    assert (answer.status, answer.json["error"]["param"]) == (400, "tools")

@@ -77,6 +77,18 @@ async def test_strict_refuses_the_keyword_by_its_path() -> None:
     assert reply["unenforced_schema_keywords"]["keywords"] == [PATH]
 
 
+async def test_types_that_do_not_exist_are_refused_in_forms_and_not_in_tools() -> None:
+    engine = engine_with_output("x", HERMES)
+    for kind in ("hiccup", 123, ["string", "any"]):
+        schema = {"type": "object", "properties": {"a": {"type": kind}}}
+        reply = await ask(engine, response_format={"type": "json_object", "schema": schema})
+        assert reply["error"]["param"] == "response_format.schema/properties/a/type"
+        reply = await ask(engine, tools=[tool(schema)])
+        assert reply["unenforced_schema_keywords"]["keywords"] == ["tools[0].function.parameters/properties/a/type"]
+    nothing = {"type": ["string", "null"], "$defs": {"unused": {"type": "any"}}}
+    assert "error" not in await ask(engine, response_format=response_format(nothing))
+
+
 async def test_a_whole_schema_has_no_field() -> None:
     harmless = {"type": "object", "properties": {"a": {"type": "string", "format": "path"}}, "propertyNames": {}}
     reply = await ask(engine_with_output('{"a": "x"}', HERMES), response_format=response_format(harmless, strict=True))

@@ -3,51 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from api.openai.responses.conversation import ChatConversation
-from api.openai.responses.reply import RequestWarning
 from api.openai.responses.request import ResponsesRequest, TextFormat
+from api.openai.responses.tools import CallableTool, CallableTools
 from api.schema.request_values import NamedSchema, ResponseFormat
 from api.schema.requests import ChatRequest, GenerationRequest
 from engine import RequestRefused
 
-_FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
 _QUOTED_CHARS = 64
-
-
-class FunctionTools:
-    """The function tools of a request, and warnings about tools of other types, which are dropped."""
-
-    def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        """Raises RequestRefused for a tool without a type, and for a tool of another type with `strict`."""
-        self.functions: list[dict[str, Any]] = []
-        self.positions: list[int] = []
-        """The position in the request of each function."""
-        self.warnings: list[RequestWarning] = []
-        for position, tool in enumerate(tools):
-            path = f"tools[{position}].type"
-            if tool.get("type") == "function":
-                self.functions.append({name: tool[name] for name in _FUNCTION_FIELDS if name in tool})
-                self.positions.append(position)
-                continue
-            message = _unsupported_tool(tool, path)
-            if tool.get("type") is None or tool.get("strict"):
-                raise RequestRefused(message, field=path)
-            self.warnings.append(RequestWarning(path, f"{message} The tool was dropped."))
-
-    def allow(self, names: Sequence[str]) -> None:
-        """Drops all functions but those in `names`. Raises RequestRefused for an unknown name."""
-        for name in names:
-            if all(function.get("name") != name for function in self.functions):
-                raise RequestRefused(
-                    f"tool_choice.tools: no function is named {name[:_QUOTED_CHARS]!r}.", field="tool_choice.tools"
-                )
-        kept = [at for at, function in enumerate(self.functions) if function.get("name") in names]
-        self.functions = [self.functions[at] for at in kept]
-        self.positions = [self.positions[at] for at in kept]
 
 
 class ChatForm:
@@ -55,7 +22,7 @@ class ChatForm:
 
     def __init__(self, request: ResponsesRequest, conversation: ChatConversation) -> None:
         """Raises RequestRefused with the field."""
-        self._tools = FunctionTools(request.tools or ())
+        self._tools = CallableTools(request.tools or ())
         self._conversation = conversation
         self._has_format = request.text is not None and request.text.format is not None
         self.warnings = self._tools.warnings
@@ -70,18 +37,18 @@ class ChatForm:
         self.request = ChatRequest(**shared, messages=conversation.messages, logprobs=request.wants_logprobs or None)
 
     def _tool_choice(self, choice: str | Mapping[str, Any] | None) -> str | dict[str, Any] | None:
-        """Returns the `tool_choice` of the chat request, after dropping functions that it does not allow."""
+        """Returns the `tool_choice` of the chat request, after dropping tools that it does not allow."""
         if choice is None or isinstance(choice, str):
             return choice
         match dict(choice):
-            case {"type": "function", "name": str(name)}:
-                return {"type": "function", "function": {"name": name}}
-            case {"type": "function"}:
+            case {"type": "function" | "custom" as kind, "name": str(name)}:
+                return self._tools.chat_choice(str(kind), name)
+            case {"type": "function" | "custom"}:
                 raise RequestRefused(
-                    "tool_choice.name: the field is missing; expected the name of a function", field="tool_choice.name"
+                    "tool_choice.name: the field is missing; expected the name of a tool", field="tool_choice.name"
                 )
             case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(tools)}:
-                self._tools.allow([str(tool.get("name")) for tool in tools if isinstance(tool, dict)])
+                self._tools.allow(tools)
                 return str(mode)
             case {"type": "allowed_tools"}:
                 raise RequestRefused(
@@ -90,14 +57,18 @@ class ChatForm:
                 )
         if choice.get("type") is None:
             raise RequestRefused(
-                "tool_choice.type: the field is missing; expected 'function' or 'allowed_tools'",
+                "tool_choice.type: the field is missing; expected 'function', 'custom' or 'allowed_tools'",
                 field="tool_choice.type",
             )
         kind = str(choice["type"])[:_QUOTED_CHARS]
         raise RequestRefused(
-            f"tool_choice.type: {kind!r} is not supported; use 'function' or 'allowed_tools'.",
+            f"tool_choice.type: {kind!r} is not supported; use 'function', 'custom' or 'allowed_tools'.",
             field="tool_choice.type",
         )
+
+    def called_tools(self) -> dict[str, CallableTool]:
+        """Returns the tools that the output may call by their names in the chat."""
+        return self._tools.by_chat_name()
 
     @contextmanager
     def paths(self) -> Iterator[None]:
@@ -120,19 +91,12 @@ class ChatForm:
         if found := re.match(r"messages\[(\d+)\](\.content)?", path):
             return self._conversation.paths[int(found[1])] + (found[2] or "") + path[found.end() :]
         if found := re.match(r"tools\[(\d+)\](\.function)?", path):
-            return f"tools[{self._tools.positions[int(found[1])]}]{path[found.end() :]}"
+            return self._tools.original_path(int(found[1]), path[found.end() :])
         if self._has_format and (found := re.match(r"response_format(\.json_schema)?", path)):
             return "text.format" + path[found.end() :]
         if path in ("messages", "prompt"):
             return "input"
         return path.replace("tool_choice.function", "tool_choice")
-
-
-def _unsupported_tool(tool: Mapping[str, Any], path: str) -> str:
-    kind = tool.get("type")
-    if kind is None:
-        return f"{path}: the field is missing; expected 'function'"
-    return f"{path}: tools of type {str(kind)[:_QUOTED_CHARS]!r} are not supported, only 'function'."
 
 
 def _response_format(request: ResponsesRequest) -> ResponseFormat:

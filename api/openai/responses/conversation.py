@@ -9,11 +9,16 @@ import msgspec
 from msgspec import Struct
 
 from api.http.decode_errors import as_refusal
+from api.openai.responses.encoded_reasoning import decode_reasoning
+from api.openai.responses.tools import INPUT_FIELD, chat_tool_name
 from api.schema.request_values import ContentPart
 from api.schema.requests import ChatMessageParam
 from engine import RequestRefused
 
-_ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
+_ITEM_TYPES = (
+    *("message", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output"),
+    *("reasoning", "item_reference"),
+)
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
 _LEADING_ROLES = ("system", "developer")
 _QUOTED_CHARS = 64
@@ -42,6 +47,16 @@ class InputFunctionCall(Struct, frozen=True):
     call_id: str
     name: str
     arguments: str
+    namespace: str | None = None
+
+
+class InputCustomCall(Struct, frozen=True):
+    """A call of a custom tool of an earlier response."""
+
+    call_id: str
+    name: str
+    input: str
+    namespace: str | None = None
 
 
 class InputFunctionOutput(Struct, frozen=True):
@@ -52,10 +67,11 @@ class InputFunctionOutput(Struct, frozen=True):
 
 
 class InputReasoning(Struct, frozen=True):
-    """The reasoning of an earlier response, in `content` or `summary`. Encrypted reasoning cannot be read."""
+    """The reasoning of an earlier response, in `content`, `summary` or, from this server, `encrypted_content`."""
 
     summary: list[InputPart] | None = None
     content: list[InputPart] | None = None
+    encrypted_content: str | None = None
 
 
 class ChatConversation:
@@ -80,12 +96,12 @@ class ChatConversation:
             case "message":
                 self._add_message(_convert(item, InputMessage, path), path)
             case "function_call":
-                call = _convert(item, InputFunctionCall, path)
-                message = self._assistant(path)
-                function = {"name": call.name, "arguments": call.arguments}
-                entry = {"id": call.call_id, "type": "function", "function": function}
-                message.tool_calls = [*(message.tool_calls or ()), entry]
-            case "function_call_output":
+                self._add_call(_convert(item, InputFunctionCall, path), path)
+            case "custom_tool_call":
+                custom = _convert(item, InputCustomCall, path)
+                arguments = msgspec.json.encode({INPUT_FIELD: custom.input}).decode()
+                self._add_call(InputFunctionCall(custom.call_id, custom.name, arguments, custom.namespace), path)
+            case "function_call_output" | "custom_tool_call_output":
                 result = _convert(item, InputFunctionOutput, path)
                 content = _content(result.output, f"{path}.output")
                 self._begin(ChatMessageParam("tool", content, tool_call_id=result.call_id), path)
@@ -100,6 +116,12 @@ class ChatConversation:
                     f"{', '.join(_ITEM_TYPES)}.",
                     field=f"{path}.type",
                 )
+
+    def _add_call(self, call: InputFunctionCall, path: str) -> None:
+        message = self._assistant(path)
+        function = {"name": chat_tool_name(call.name, call.namespace), "arguments": call.arguments}
+        entry = {"id": call.call_id, "type": "function", "function": function}
+        message.tool_calls = [*(message.tool_calls or ()), entry]
 
     def _add_message(self, message: InputMessage, path: str) -> None:
         content = _content(message.content, f"{path}.content")
@@ -179,7 +201,9 @@ def _part_texts(parts: Sequence[InputPart], path: str) -> list[str]:
 
 
 def _reasoning_text(reasoning: InputReasoning, path: str) -> str:
-    """Returns the reasoning; empty if it is encrypted only."""
+    """Returns the reasoning; empty if it is encrypted by another server only."""
+    if not reasoning.content and reasoning.encrypted_content:
+        return decode_reasoning(reasoning.encrypted_content) or ""
     name = "content" if reasoning.content else "summary"
     return "\n\n".join(_part_texts(getattr(reasoning, name) or (), f"{path}.{name}"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
@@ -27,7 +28,7 @@ from api.openai.responses.reply import DeletedResponse, ReasoningReply, Response
 from api.openai.responses.request import ResponsesRequest, TextFormat, TextOptions
 from api.openai.responses.run import ResponseRun
 from api.openai.responses.store import ResponseStore, decoded_items
-from engine import RequestRefused
+from engine import ContextExceeded, RequestRefused
 
 _DECODER = msgspec.json.Decoder(ResponsesRequest)
 
@@ -62,12 +63,17 @@ class ResponsesEndpoints:
         with turn.form.paths():
             choices = await chat_choices(model, context, turn.form.request, turn.chat, progress=bool(request.stream))
         stores = self._store.enabled and request.store is not False
-        output = OutputBuilder(turn.chat.parser(), summary=request.wants_summary)
+        output = OutputBuilder(
+            turn.chat.parser(),
+            turn.form.called_tools(),
+            summary=request.wants_summary,
+            encodes_reasoning=request.wants_encrypted_reasoning,
+        )
         reply = _new_reply(request, model, choices, turn.form, stores=stores)
 
-        def on_finished(reply: ResponseReply) -> None:
-            if stores:
-                self._store.put(context.namespace, reply, turn.previous, turn.new)
+        def on_finished(reply: ResponseReply) -> ResponseReply:
+            stored = stores and self._store.put(context.namespace, reply, turn.previous, turn.new)
+            return msgspec.structs.replace(reply, store=stored)
 
         run = ResponseRun(model, context, request, turn.form, choices, reply, output, on_finished)
         if request.stream:
@@ -86,7 +92,8 @@ class ResponsesEndpoints:
         """Returns a stored response. Raises HTTPException 404."""
         if http_request.query_params.get("stream", "false") != "false":
             raise RequestRefused("stream: stored responses are not streamed; leave the parameter out.", field="stream")
-        stored = self._store.get(request_context(http_request.scope).namespace, http_request.path_params["id"])
+        id = http_request.path_params.get("id", "")  # empty for the path with a slash at its end
+        stored = self._store.get(request_context(http_request.scope).namespace, id)
         return Response(stored.body, media_type="application/json")
 
     async def delete(self, http_request: HTTPRequest) -> Response:
@@ -129,22 +136,29 @@ async def _prepare(
         with form.paths():
             return form, await prepare_chat(form.request, model.prompts)
 
-    whole = await prepared(0)
+    async def fitting(start: int) -> tuple[ChatForm, PreparedChat] | None:
+        with suppress(ContextExceeded):
+            candidate = await prepared(start)
+            if len(candidate[1].prompt) <= limit:
+                return candidate
+        return None
+
     limit = model.engine.request_limit
     limit -= min(max(request.output_limit or 0, 1), limit // _OUTPUT_SHARE)
-    if request.truncation != "auto" or len(whole[1].prompt) <= limit:
+    if request.truncation != "auto":
+        return await prepared(0)
+    if whole := await fitting(0):
         return whole
     # The length decreases with the start, so the first start that fits is found by bisection.
-    cuts, shortest = conversation.cuts(), whole
+    cuts, shortest = conversation.cuts(), None
     low, high = 0, len(cuts)
     while low < high:
         middle = (low + high) // 2
-        candidate = await prepared(cuts[middle])
-        if len(candidate[1].prompt) <= limit:
+        if candidate := await fitting(cuts[middle]):
             shortest, high = candidate, middle
         else:
             low = middle + 1
-    return shortest
+    return shortest or await prepared(0)
 
 
 def _new_reply(
@@ -173,7 +187,7 @@ def _new_reply(
         temperature=sampling.temperature,
         text=TextOptions(text.format or TextFormat("text"), text.verbosity),
         tool_choice="auto" if request.tool_choice is None else request.tool_choice,
-        tools=[{"description": None, "parameters": None, "strict": False, **tool} for tool in request.tools or ()],
+        tools=[_echoed_tool(tool) for tool in request.tools or ()],
         top_logprobs=request.top_logprobs or 0,
         top_p=sampling.top_p,
         truncation=request.truncation or "disabled",
@@ -181,3 +195,9 @@ def _new_reply(
         warnings=form.warnings or UNSET,
         seed=choices.seed,
     )
+
+
+def _echoed_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a tool of the request, with the defaults of a function."""
+    defaults = {"description": None, "parameters": None, "strict": False} if tool.get("type") == "function" else {}
+    return {**defaults, **tool}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
+import jiter
 import msgspec
+from msgspec import UNSET, UnsetType
 
+from api.openai.responses.encoded_reasoning import encode_reasoning
 from api.openai.responses.reply import (
+    CustomToolCallItem,
     FunctionCallItem,
     ItemStatus,
     MessageItem,
@@ -21,6 +25,7 @@ from api.openai.responses.reply import (
     ReasoningTextPart,
     SummaryTextPart,
 )
+from api.openai.responses.tools import INPUT_FIELD, CallableTool
 from api.schema.replies import TokenLogprob
 from api.tools.formats import ArgumentsDelta, ContentDelta, MessageDelta, MessageParser, ReasoningDelta, ToolCallStart
 
@@ -43,8 +48,8 @@ class OpenItem(ABC):
         """Returns the item with the text so far; without any part if `status` is `in_progress`."""
 
     @abstractmethod
-    def append(self, text: str, logprobs: Sequence[TokenLogprob]) -> OutputEvent:
-        """Appends text and returns the event of its type."""
+    def append(self, text: str, logprobs: Sequence[TokenLogprob]) -> OutputEvent | None:
+        """Appends text and returns the event of its type. None if no text for the client is complete yet."""
 
     def opened(self) -> list[OutputEvent]:
         """Returns the events of a new item."""
@@ -124,14 +129,20 @@ class OpenReasoning(OpenPartItem):
 
     text_events = "reasoning_text"
 
-    def __init__(self, output_index: int) -> None:
+    def __init__(self, output_index: int, *, encodes: bool) -> None:
+        """With `encodes` the item has `encrypted_content`."""
         super().__init__(output_index, "rs")
+        self._encodes = encodes
 
     def part(self) -> OutputPart:
         return ReasoningTextPart(self.text)
 
     def item(self, status: ItemStatus) -> ReasoningItem:
-        return ReasoningItem(self.id, status, (), () if status == "in_progress" else (ReasoningTextPart(self.text),))
+        content = () if status == "in_progress" else (ReasoningTextPart(self.text),)
+        return ReasoningItem(self.id, status, (), content, self._encrypted_content())
+
+    def _encrypted_content(self) -> str | UnsetType:
+        return encode_reasoning(self.text) if self._encodes else UNSET
 
 
 class OpenSummary(OpenReasoning):
@@ -145,28 +156,63 @@ class OpenSummary(OpenReasoning):
         return SummaryTextPart(self.text)
 
     def item(self, status: ItemStatus) -> ReasoningItem:
-        return ReasoningItem(self.id, status, () if status == "in_progress" else (SummaryTextPart(self.text),))
+        summary = () if status == "in_progress" else (SummaryTextPart(self.text),)
+        return ReasoningItem(self.id, status, summary, encrypted_content=self._encrypted_content())
 
 
 class OpenFunctionCall(OpenItem):
     """A function call whose arguments are still growing."""
 
-    def __init__(self, output_index: int, call: ToolCallStart) -> None:
-        super().__init__(output_index, "fc")
+    def __init__(self, output_index: int, call: ToolCallStart, tool: CallableTool | None) -> None:
+        """`tool` is None for a call of a tool that the request does not have."""
+        super().__init__(output_index, "fc" if tool is None or tool.type == "function" else "ctc")
         self._call = call
+        self._name = tool.name if tool else call.name
+        self._namespace = (tool and tool.namespace) or UNSET
 
-    def item(self, status: ItemStatus) -> FunctionCallItem:
+    def item(self, status: ItemStatus) -> FunctionCallItem | CustomToolCallItem:
         if status == "completed" and not _is_json(self.text):
             status = "incomplete"
-        return FunctionCallItem(self.id, self._call.id, self._call.name, self.text, status)
+        return FunctionCallItem(self.id, self._call.id, self._name, self.text, status, self._namespace)
 
-    def append(self, text: str, logprobs: Sequence[TokenLogprob]) -> OutputEvent:
+    def append(self, text: str, logprobs: Sequence[TokenLogprob]) -> OutputEvent | None:
         self._texts.append(text)
         return self._event("function_call_arguments.delta", delta=text)
 
     def closed(self, status: ItemStatus) -> list[OutputEvent]:
-        done = self._event("function_call_arguments.done", name=self._call.name, arguments=self.text)
-        return [done, *super().closed(status)]
+        return [self._done(), *super().closed(status)]
+
+    def _done(self) -> OutputEvent:
+        return self._event("function_call_arguments.done", name=self._name, arguments=self.text)
+
+
+class OpenCustomCall(OpenFunctionCall):
+    """A call of a custom tool whose input, the only text in the arguments, is still growing."""
+
+    _sent = ""
+
+    def item(self, status: ItemStatus) -> CustomToolCallItem:
+        if status == "completed" and not _is_json(self.text):
+            status = "incomplete"
+        return CustomToolCallItem(self.id, self._call.id, self._name, self._input(), status, self._namespace)
+
+    def append(self, text: str, logprobs: Sequence[TokenLogprob]) -> OutputEvent | None:
+        self._texts.append(text)
+        delta = self._input().removeprefix(self._sent)
+        self._sent += delta
+        return self._event("custom_tool_call_input.delta", delta=delta) if delta else None
+
+    def _done(self) -> OutputEvent:
+        return self._event("custom_tool_call_input.done", input=self._input())
+
+    def _input(self) -> str:
+        """Returns the input as far as its JSON is complete."""
+        try:
+            arguments = jiter.from_json(self.text.encode() or b"{}", partial_mode="trailing-strings")
+        except ValueError:
+            return self._sent
+        value = arguments.get(INPUT_FIELD) if isinstance(arguments, dict) else None
+        return value if isinstance(value, str) else ""
 
 
 class OutputBuilder:
@@ -175,8 +221,20 @@ class OutputBuilder:
     `items` has the closed items. The last item is open until the kind of text changes or the text ends.
     """
 
-    def __init__(self, parser: MessageParser | None, *, summary: bool) -> None:
-        """Without a `parser` the text is the content. With `summary` reasoning is the summary of its item."""
+    def __init__(
+        self,
+        parser: MessageParser | None,
+        tools: Mapping[str, CallableTool] | None = None,
+        *,
+        summary: bool,
+        encodes_reasoning: bool = False,
+    ) -> None:
+        """Without a `parser` the text is the content. `tools` are those of the request by their names in the chat.
+
+        With `summary` reasoning is the summary of its item, with `encodes_reasoning` also its `encrypted_content`.
+        """
+        self._tools = tools or {}
+        self._encodes_reasoning = encodes_reasoning
         self.items: list[OutputItem] = []
         self.reasoning = ""
         """The reasoning of the closed items."""
@@ -225,17 +283,23 @@ class OutputBuilder:
                     logprobs = []
                 case ReasoningDelta():
                     if not isinstance(self._open, OpenReasoning):
-                        events += self._begin(self._reasoning_type(self._next_index))
+                        events += self._begin(self._reasoning_type(self._next_index, encodes=self._encodes_reasoning))
                     events += self._append(delta.text)
                 case ToolCallStart():
-                    events += self._begin(OpenFunctionCall(self._next_index, delta))
+                    events += self._begin(self._open_call(delta))
                 case ArgumentsDelta():
                     events += self._append(delta.text)
         return events
 
+    def _open_call(self, start: ToolCallStart) -> OpenFunctionCall:
+        tool = self._tools.get(start.name)
+        kind = OpenCustomCall if tool is not None and tool.type == "custom" else OpenFunctionCall
+        return kind(self._next_index, start, tool)
+
     def _append(self, text: str, logprobs: Sequence[TokenLogprob] = ()) -> list[OutputEvent]:
         assert self._open is not None
-        return [self._open.append(text, logprobs)]
+        event = self._open.append(text, logprobs)
+        return [] if event is None else [event]
 
     def _begin(self, item: OpenItem) -> list[OutputEvent]:
         events = self._close("completed")

@@ -57,7 +57,20 @@ class FunctionCallItem(Struct, frozen=True):
     arguments: str
     """JSON text."""
     status: ItemStatus
+    namespace: str | UnsetType = UNSET
     type: Literal["function_call"] = "function_call"
+
+
+class CustomToolCallItem(Struct, frozen=True):
+    """A call of a custom tool, whose input is a text."""
+
+    id: str
+    call_id: str
+    name: str
+    input: str
+    status: ItemStatus
+    namespace: str | UnsetType = UNSET
+    type: Literal["custom_tool_call"] = "custom_tool_call"
 
 
 class ReasoningItem(Struct, frozen=True):
@@ -67,10 +80,12 @@ class ReasoningItem(Struct, frozen=True):
     status: ItemStatus
     summary: Sequence[SummaryTextPart]
     content: Sequence[ReasoningTextPart] | UnsetType = UNSET
+    encrypted_content: str | UnsetType = UNSET
+    """The reasoning for later requests, if `include` has it (`encode_reasoning`)."""
     type: Literal["reasoning"] = "reasoning"
 
 
-OutputItem = MessageItem | FunctionCallItem | ReasoningItem
+OutputItem = MessageItem | FunctionCallItem | CustomToolCallItem | ReasoningItem
 OutputPart = OutputTextPart | ReasoningTextPart | SummaryTextPart
 
 
@@ -125,7 +140,7 @@ class RequestWarning(Struct, frozen=True):
 
     param: str
     message: str
-    type: Literal["unsupported_tool"] = "unsupported_tool"
+    type: Literal["unsupported_tool", "unenforced_grammar"] = "unsupported_tool"
 
 
 class ReasoningReply(Struct, frozen=True):
@@ -205,6 +220,7 @@ class OutputEvent(Struct, kw_only=True):
     logprobs: Sequence[TokenLogprob] | UnsetType = UNSET
     name: str | UnsetType = UNSET
     arguments: str | UnsetType = UNSET
+    input: str | UnsetType = UNSET
     timings: TimingsReply | UnsetType = UNSET
     """llama-server's timings so far, with `timings_per_token`."""
 

@@ -11,7 +11,10 @@ from api.schema.requests import ChatFields
 from engine import RequestRefused
 
 SummaryDetail = Literal["auto", "concise", "detailed"]
+MetadataKey = Annotated[str, Meta(max_length=64)]
+MetadataValue = Annotated[str, Meta(max_length=512)]
 _LOGPROBS_INCLUDE = "message.output_text.logprobs"
+_REASONING_INCLUDE = "reasoning.encrypted_content"
 
 
 class ReasoningOptions(Struct, frozen=True):
@@ -50,7 +53,7 @@ class ResponsesRequest(ChatFields, kw_only=True):
     include: list[str] | None = None
     max_output_tokens: TokenLimit | None = None
     max_tool_calls: int | None = None
-    metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Meta(max_length=16)] | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
@@ -63,6 +66,10 @@ class ResponsesRequest(ChatFields, kw_only=True):
     user: str | None = None
 
     @property
+    def defines_output(self) -> bool:
+        return (self.text is not None and self.text.format is not None) or super().defines_output
+
+    @property
     def output_limit(self) -> int | None:
         """The maximum number of new tokens, -1 for unlimited. None if the request sets no limit."""
         return self.token_limit if self.max_output_tokens is None else self.max_output_tokens
@@ -71,6 +78,11 @@ class ResponsesRequest(ChatFields, kw_only=True):
     def wants_summary(self) -> bool:
         """True if reasoning belongs into the summary of its item."""
         return self.reasoning is not None and bool(self.reasoning.summary or self.reasoning.generate_summary)
+
+    @property
+    def wants_encrypted_reasoning(self) -> bool:
+        """True if reasoning items have `encrypted_content`."""
+        return _REASONING_INCLUDE in (self.include or ())
 
     @property
     def wants_logprobs(self) -> bool:
@@ -83,6 +95,7 @@ class ResponsesRequest(ChatFields, kw_only=True):
             "background": "responses are not generated in the background; leave the field out and use stream",
             "conversation": "conversations are not stored; use previous_response_id or send the whole conversation",
             "prompt": "there are no stored prompts; send instructions and input",
+            "token_origins": "events of a response have no origins of tokens; use /v1/chat/completions",
         }
         for field, reason in reasons.items():
             if getattr(self, field):

@@ -32,21 +32,21 @@ from api.openai.responses.request import ResponsesRequest
 from api.schema.logprobs import chat_logprobs
 from api.schema.replies import PromptProgress, TimingsReply, TokenLogprob, UnenforcedKeywords, UsageReply
 from api.schema.speculation_stats import SpeculativeReply
-from engine import EngineError, Finished, FinishReason, Logprob, Overloaded, Tokens, Update
+from engine import EngineError, Finished, FinishReason, Logprob, Overloaded, PrefillProgress, Tokens, Update
 
 _log = logging.getLogger("paceline")
 
 # The types of the events before the first item, all with the response as it is then.
 _FIRST_EVENTS = ("response.created", "response.in_progress")
 
-OnFinished = Callable[[ResponseReply], None]
+OnFinished = Callable[[ResponseReply], ResponseReply]
 
 
 class ResponseRun:
     """The generation of one response.
 
-    `reply` is the response before its first token. `on_finished` gets the response after its last one, before the
-    client does.
+    `reply` is the response before its first token. `on_finished` gets the response after its last one, and returns that
+    for the client.
     """
 
     def __init__(
@@ -116,16 +116,26 @@ class ResponseRun:
         if update.prefill_progress is not None:
             if not self._request.return_progress:
                 return []
-            return [
-                ResponseEvent(type=_FIRST_EVENTS[-1], response=self._reply, prompt_progress=PromptProgress.of(progress))
-                for progress in self._choices.outputs[0].new_progress(update.prefill_progress)
-            ]
+            return self._progress_events(self._choices.outputs[0], update.prefill_progress)
         events = self._output.feed(update.text, self._logprobs(update.logprobs))
         if self._request.timings_per_token:
             timings = self._choices.outputs[0].timings()
             for event in events:
                 event.timings = timings if event.delta is not UNSET else UNSET
         return [*events]
+
+    def _progress_events(
+        self, output: CompletionOutput, progress: PrefillProgress
+    ) -> list[ResponseEvent | OutputEvent]:
+        return [
+            ResponseEvent(
+                type=_FIRST_EVENTS[-1],
+                response=self._reply,
+                prompt_progress=PromptProgress.of(report),
+                timings=output.timings(report) if self._request.timings_per_token else UNSET,
+            )
+            for report in output.new_progress(progress)
+        ]
 
     def _encoded(self, event: ResponseEvent | OutputEvent) -> bytes:
         event.sequence_number = self._next_number
@@ -136,7 +146,7 @@ class ResponseRun:
         return chat_logprobs(self._model.engine.vocab, logprobs).content if logprobs else ()
 
     async def _finished_reply(self) -> ResponseReply:
-        """Returns the response with its output and statistics, after `on_finished` got it."""
+        """Returns the result of `on_finished` for the response with its output and statistics."""
         (end,), (generated,) = self._choices.finished, self._choices.outputs
         ends = self._choices.finished_by_prompt
         reasoning = await self._model.prompts.tokenize_text(
@@ -154,8 +164,7 @@ class ResponseRun:
             unenforced_schema_keywords=self._unenforced_keywords(generated),
             verbose=generated.reply(end) if generated.verbose else UNSET,
         )
-        self._on_finished(reply)
-        return reply
+        return self._on_finished(reply)
 
     def _unenforced_keywords(self, output: CompletionOutput) -> UnenforcedKeywords | UnsetType:
         found = output.unenforced_keywords()

@@ -19,6 +19,7 @@ from engine import RequestRefused
 
 _RESEND = " It may have been dropped; send the whole conversation as input."
 _ID_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+_ID_PREFIXES |= {"custom_tool_call": "ctc", "custom_tool_call_output": "ctco"}
 _QUOTED_CHARS = 64
 
 
@@ -29,6 +30,8 @@ class StoredResponse(Struct, frozen=True):
     input: tuple[bytes, ...]
     """The items of the whole conversation before the output."""
     output: tuple[bytes, ...]
+    item_keys: tuple[tuple[str, str], ...]
+    """The namespace and id of each item that no response before it has."""
 
     @property
     def size(self) -> int:
@@ -50,7 +53,7 @@ class ResponseStore:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._responses: OrderedDict[tuple[str, str], StoredResponse] = OrderedDict()
-        self._items: dict[tuple[str, str], bytes] = {}  # items of outputs by id
+        self._items: dict[tuple[str, str], bytes] = {}  # items of inputs and outputs by id
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -63,20 +66,28 @@ class ResponseStore:
 
     def put(
         self, namespace: str, reply: ResponseReply, previous: Iterable[bytes], new: Iterable[Mapping[str, Any]]
-    ) -> None:
+    ) -> bool:
         """Stores a finished response with the items of its input, those of `previous` responses and `new` ones.
 
-        A response that is too large alone is not stored.
+        Returns False, with nothing stored, for a response that alone is too large.
         """
-        output = tuple(map(encode_json, reply.output))
-        stored = StoredResponse(encode_json(reply), (*previous, *map(encode_json, new)), output)
+        added = [((namespace, str(item["id"])), encode_json(item)) for item in new]
+        output = [((namespace, item.id), encode_json(item)) for item in reply.output]
+        items = {key: data for key, data in (*added, *output) if key not in self._items}
+        stored = StoredResponse(
+            body=encode_json(reply),
+            input=(*previous, *(data for _, data in added)),
+            output=tuple(data for _, data in output),
+            item_keys=tuple(items),
+        )
         if stored.size > self._max_bytes:
-            return
+            return False
         self._responses[namespace, reply.id] = stored
-        self._items.update({(namespace, item.id): data for item, data in zip(reply.output, output, strict=True)})
+        self._items |= items
         self._bytes += stored.size
         while self._bytes > self._max_bytes:
             self._drop(next(iter(self._responses)))
+        return True
 
     def get(self, namespace: str, id: str) -> StoredResponse:
         """Returns a response. Raises HTTPException 404 if it is not stored."""
@@ -104,7 +115,7 @@ class ResponseStore:
         self._drop((namespace, id))
 
     def resolved_items(self, namespace: str, items: str | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Returns the items of an input, each with an id. Replaces references by the items of stored outputs.
+        """Returns the items of an input, each with an id. Replaces references by the items of stored responses.
 
         Raises RequestRefused for a reference to an unknown item, an item without a type, and an id that is no string.
         """
@@ -138,8 +149,8 @@ class ResponseStore:
     def _drop(self, key: tuple[str, str]) -> None:
         stored = self._responses.pop(key)
         self._bytes -= stored.size
-        for data in stored.output:
-            self._items.pop((key[0], msgspec.json.decode(data)["id"]), None)
+        for item in stored.item_keys:
+            del self._items[item]
 
 
 def decoded_items(items: Iterable[bytes]) -> list[dict[str, Any]]:

@@ -23,8 +23,8 @@ class Tool(Struct, frozen=True):
     """The JSON schema of the arguments, of type object."""
     strict: bool = False
     """True if a keyword of the schema that cannot be enforced is an error."""
-    index: int = 0
-    """The position of the tool in the request."""
+    path: str = ""
+    """The path of `parameters` in the request."""
 
 
 class AllowedCalls(Struct, frozen=True):
