@@ -32,7 +32,8 @@ from engine.contract import (
 )
 from engine.devices import DeviceInfo
 from engine.embedding import EmbeddingModel, EmbeddingThread
-from engine.generation import Generation
+from engine.fairness import has_place
+from engine.generation import Generation, count_by_owner
 from engine.grammar import CompilerClosed, CompileTimeout, Grammar, GrammarCompiler, GrammarError, GrammarSpec
 from engine.loaded_adapters import LoadedAdapters
 from engine.measured_costs import load_or_measure_costs
@@ -116,7 +117,7 @@ class Engine:
         self._refusal: Callable[[], EngineError] | None = None
         self.fault: EngineFault | None = None
         """The fatal fault. None while the engine works."""
-        self.slots = config.batch.slots
+        self.slots = config.batch.num_slots
         """Number of slots."""
 
     @classmethod
@@ -200,7 +201,9 @@ class Engine:
     def stats(self) -> Stats:
         """Returns a snapshot of the counters."""
         snapshot = self._opened.core.counters.snapshot()
-        return msgspec.structs.replace(snapshot, embeddings=self._embedding.stats, owners=self._requests_by_owner())
+        return msgspec.structs.replace(
+            snapshot, embeddings=self._embedding.stats, owners=count_by_owner(self._generations.values())
+        )
 
     async def query(self, function: Callable[[EngineCore], Result]) -> Result:
         """Returns the result of `function`, called on the engine thread between two steps, which delays all requests.
@@ -287,7 +290,7 @@ class Engine:
     def _submit(self, generation: Generation) -> None:
         if self._refusal is not None:
             raise self._refusal()
-        if len(self._active) >= self.max_requests and not self._has_reserved_place(generation.request.owner):
+        if not has_place(generation.request.owner, self._active.values(), self.max_requests, self.slots):
             raise Overloaded(_retry_after_seconds(self.stats()))
         key, request = next(self._keys), generation.request
         seed = request.sampling.seed
@@ -296,19 +299,6 @@ class Engine:
         self._active[key] = request.owner
         self._no_requests.clear()
         self._inbox.put(Submit(key, request, secrets.randbits(63) if seed is None else seed))
-
-    def _has_reserved_place(self, owner: str) -> bool:
-        """Returns True if `owner` has no other request, and one of the places for such owners is free. There are as
-        many of these as slots, so that no owner can fill the queue for all."""
-        return len(self._active) < self.max_requests + self.slots and owner not in self._active.values()
-
-    def _requests_by_owner(self) -> dict[str, tuple[int, int]]:
-        counts: dict[str, tuple[int, int]] = {}
-        for generation in self._generations.values():
-            started, queued = counts.get(generation.request.owner, (0, 0))
-            has_started = generation.slot >= 0
-            counts[generation.request.owner] = (started + has_started, queued + (not has_started))
-        return counts
 
     def _cancel(self, generation: Generation) -> None:
         self._active.pop(generation.key, None)
@@ -323,7 +313,7 @@ class Engine:
                 self._cancel(generation)
             if isinstance(output.event, Finished | Failed):
                 del self._generations[output.key]
-                self._active.discard(output.key)
+                self._active.pop(output.key, None)
         if not self._generations:
             self._no_requests.set()
 

@@ -8,7 +8,7 @@ next. Pure functions of values, and the counters.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -68,6 +68,12 @@ def displaced(candidate: Claim, running: Sequence[Claim]) -> int | None:
         if claim.owner != candidate.owner and claim.priority == candidate.priority and left >= max(least, most):
             victim, most = claim.key, left
     return victim
+
+
+def has_place(owner: str, active: Collection[str], limit: int, reserved: int) -> bool:
+    """Returns True if `owner` may add a request to those of the owners `active`, of which there may be `limit`. Further
+    `reserved` places are for owners without other requests, so that no owner can fill the queue for all."""
+    return len(active) < limit or (len(active) < limit + reserved and owner not in active)
 
 
 class TokenCounters:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 import msgspec
@@ -195,3 +195,13 @@ class Generation:
         del self._ids[:count], self._logprobs[:count], self._origins[:count]
         self._released, self._released_text = 0, ""
         return update
+
+
+def count_by_owner(generations: Iterable[Generation]) -> dict[str, tuple[int, int]]:
+    """Returns for each owner the numbers of its requests that have started, and of those that have not."""
+    counts: dict[str, tuple[int, int]] = {}
+    for generation in generations:
+        started, queued = counts.get(generation.request.owner, (0, 0))
+        has_started = generation.slot >= 0
+        counts[generation.request.owner] = (started + has_started, queued + (not has_started))
+    return counts

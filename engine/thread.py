@@ -302,7 +302,7 @@ class EngineThread:
         outbox = Outbox(self._loop, self._listener.on_outputs)
         return EngineCore(
             backend,
-            batch.slots,
+            batch.num_slots,
             targets,
             outbox,
             speculative_decoding,

@@ -7,6 +7,10 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 
+# Number of slots if the configuration gives none.
+DEFAULT_SLOTS = 16
+
+
 class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Numbers of KV cells and slots, and limits of rows and milliseconds for one step."""
 
@@ -20,7 +24,15 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             "unified KV",
         ),
     ] = 0
-    slots: Annotated[int, Meta(ge=1, le=256, description="number of slots: sequences that are decoded together")] = 16
+    slots: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=256,
+            description=f"number of slots: sequences that are decoded together; 0 is {DEFAULT_SLOTS}, which share the "
+            "cells of --ctx-size if its part for each slot is less than the training context",
+        ),
+    ] = 0
     slot_context: Annotated[
         int,
         Meta(
@@ -91,3 +103,8 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         float,
         Meta(ge=1.0, le=60_000.0, description="maximum milliseconds of a step with prefill rows only"),
     ] = 500.0
+
+    @property
+    def num_slots(self) -> int:
+        """Number of slots."""
+        return self.slots or DEFAULT_SLOTS

@@ -110,5 +110,5 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             n_cpu_moe=draft.n_cpu_moe,
             n_cpu_ffn=0,
         )
-        batch = structs.replace(self.batch, context=draft.context or cells, outputs=self.batch.slots)
+        batch = structs.replace(self.batch, context=draft.context or cells, outputs=self.batch.num_slots)
         return EngineConfig(model=model, load=load, rope=self.rope, cpu=self.cpu, batch=batch)

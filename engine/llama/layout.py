@@ -40,13 +40,16 @@ class LayoutInputs(NamedTuple):
     """`sliding-window`, `recurrent` or `hybrid`; empty for a model whose layers all attend to the whole context."""
     fitted: bool = False
     """True if --fit determined `cells`, as an upper bound; False if -c did."""
+    slots_given: bool = True
+    """False if no flag gives the number of slots."""
     memory_cells: int = 0
     """Number of cells that fit `MEMORY_SHARE` of the free memory; used only if `cells` is 0."""
 
 
 def choose_layout(inputs: LayoutInputs) -> KvLayout:
     """Returns the KV layout that the flags or the kind of the model determine. By default returns per-slot KV if each
-    slot gets `MIN_SLOT_TOKENS`, or the training context if it is shorter, and unified KV otherwise."""
+    slot gets `MIN_SLOT_TOKENS`, or the training context if it is shorter, and unified KV otherwise. If the number of
+    slots is not given and that of cells is, per-slot KV requires the training context for each slot."""
     slots, tokens, source = inputs.slots, *_slot_tokens(inputs)
     unified_cells = inputs.cells or inputs.trained_context
     if inputs.memory_cells and not inputs.cells:
@@ -65,6 +68,10 @@ def choose_layout(inputs: LayoutInputs) -> KvLayout:
         return KvLayout(
             True, unified_cells, f"{reason}; a larger -c, fewer slots (-np) or --no-kv-unified changes that"
         )
+    if not inputs.slots_given and inputs.cells and not inputs.fitted and tokens < inputs.trained_context:
+        # As in llama-server: a command line with -c alone expects that one request can use all of it.
+        reason = f"{source} without -np is shared by {slots} slots"
+        return KvLayout(True, unified_cells, f"{reason}; -np N or --no-kv-unified gives each slot its own part")
     reason = f"{source} gives each of {slots} slots {tokens} tokens"
     return per_slot._replace(reason=f"{reason}; --kv-unified shares the cells of all slots")
 

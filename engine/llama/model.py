@@ -180,7 +180,7 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     params = params_of(chosen)
     partial = kind not in ("recurrent", "hybrid")
     shifting = config.memory.reuse > 0 and not config.model.deterministic
-    context: LlamaContext | TextlessContext = TextlessContext(config.batch.slots)
+    context: LlamaContext | TextlessContext = TextlessContext(config.batch.num_slots)
     try:
         if has_decoder:
             context = LlamaContext(model, params, partial=partial, window=window, shifting=shifting)
@@ -243,8 +243,8 @@ def _layout(
     exceed the library's limit."""
     batch = config.batch
     unified = True if batch.slot_context and config.model.kv_unified is None else config.model.kv_unified
-    cells = batch.context or batch.slots * batch.slot_context
-    inputs = LayoutInputs(unified, batch.slots, cells, trained_context, kind)
+    cells = batch.context or batch.num_slots * batch.slot_context
+    inputs = LayoutInputs(unified, batch.num_slots, cells, trained_context, kind, slots_given=batch.slots > 0)
     if gpu and config.model.fit == "on" and not inputs.cells:
         inputs = inputs._replace(cells=_fitting_cells(config, model, trained_context, params_of), fitted=True)
     if not inputs.cells:
@@ -252,8 +252,8 @@ def _layout(
         inputs = inputs._replace(memory_cells=int(layout.MEMORY_SHARE * free) // cell_bytes(config.model, model))
     chosen = layout.choose_layout(inputs)
     limit = MAX_SEQUENCES - 2 if chosen.unified else MAX_SEQUENCES
-    if config.batch.slots > limit:
-        raise ModelError(f"llama.cpp decodes at most {limit} requests together, not {config.batch.slots}")
+    if config.batch.num_slots > limit:
+        raise ModelError(f"llama.cpp decodes at most {limit} requests together, not {config.batch.num_slots}")
     return chosen._replace(reason="--deterministic requires it") if config.model.deterministic else chosen
 
 
@@ -280,7 +280,7 @@ def _fitting_cells(config: EngineConfig, model: Any, trained_context: int, param
         reserve += Path(config.embedding.path).stat().st_size
     try:
         uses = fit.measure_memory(measure)
-        limit = config.batch.slots * trained_context
+        limit = config.batch.num_slots * trained_context
         free = library.free_memory()
         reserved = {name: size + reserve for name, size in fit.reserved_bytes(config.model.fit_target, free).items()}
         found = fit.fitting_cells(free, uses, reserved, limit, round(config.model.fit_context / share))

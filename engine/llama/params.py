@@ -85,16 +85,16 @@ def context_params(
     params = native.llama_context_default_params()
     params.n_ctx = -(-layout.cells // PAD_CELLS) * PAD_CELLS
     params.kv_unified = layout.unified
-    params.n_seq_max = sequences_for(batch.slots, layout.unified)
+    params.n_seq_max = sequences_for(batch.num_slots, layout.unified)
     params.n_batch = max(batch.rows, params.n_seq_max)
     params.n_ubatch = min(batch.ubatch, params.n_batch)
-    outputs = batch.outputs or max(MIN_OUTPUTS, OUTPUTS_PER_SLOT * batch.slots)
+    outputs = batch.outputs or max(MIN_OUTPUTS, OUTPUTS_PER_SLOT * batch.num_slots)
     params.n_outputs_max = min(params.n_batch, max(params.n_seq_max, outputs))
     params.n_threads = threads
     params.n_threads_batch = model.threads_batch if model.threads_batch > 0 else threads
-    attended_cells = params.n_ctx if layout.unified else params.n_ctx // batch.slots
+    attended_cells = params.n_ctx if layout.unified else params.n_ctx // batch.num_slots
     scores_bytes = 4 * heads * params.n_ubatch * attended_cells
-    model = resolve_flash_attention(model, batch.slots, gpu, scores_bytes, unified=layout.unified)
+    model = resolve_flash_attention(model, batch.num_slots, gpu, scores_bytes, unified=layout.unified)
     params.flash_attn_type = FLASH_ATTENTION[model.flash_attention]
     params.type_k = CACHE_TYPES[model.cache_type_k]
     params.type_v = CACHE_TYPES[model.cache_type_v]

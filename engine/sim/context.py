@@ -55,10 +55,10 @@ class SimContext:
     def __init__(self, config: EngineConfig, cost: SimCost) -> None:
         batch, unified = config.batch, config.model.kv_unified
         self.cells = batch.context or _DEFAULT_CELLS
-        self.unified = self.cells < _MIN_SLOT_TOKENS * batch.slots if unified is None else unified
-        self.sequences = 2 * batch.slots + 17 if self.unified else batch.slots
-        self.sequence_cells = self.cells if self.unified else self.cells // batch.slots
-        self.outputs = batch.outputs or max(128, 8 * batch.slots)
+        self.unified = self.cells < _MIN_SLOT_TOKENS * batch.num_slots if unified is None else unified
+        self.sequences = 2 * batch.num_slots + 17 if self.unified else batch.num_slots
+        self.sequence_cells = self.cells if self.unified else self.cells // batch.num_slots
+        self.outputs = batch.outputs or max(128, 8 * batch.num_slots)
         self.batch = Batch(max(batch.rows, self.outputs))
         self.ubatch = batch.ubatch
         self.flash = cost.flash

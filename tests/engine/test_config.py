@@ -19,7 +19,7 @@ def test_fields_go_to_their_struct() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"slots": 0}, r"`int` >= 1 - at `\$.batch.slots`"),
+        ({"slots": -1}, r"`int` >= 0 - at `\$.batch.slots`"),
         ({"slots": 257}, r"`int` <= 256 - at `\$.batch.slots`"),
         ({"rows": "many"}, r"Expected `int`, got `str` - at `\$.batch.rows`"),
         ({"cache_type_k": "f8"}, r"Invalid enum value 'f8' - at `\$.model.cache_type_k`"),

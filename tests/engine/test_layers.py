@@ -20,7 +20,7 @@ kv sampling pace scheduler
 llama
 speculate
 sequence generation sim stats validation loaded_adapters
-verify waiting slots running embedding
+verify waiting slots running embedding time_limits
 lifecycle
 output_processor
 step measured_costs

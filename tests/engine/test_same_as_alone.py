@@ -113,6 +113,7 @@ class CoreBench:
         offload: Offload | None = None,
         backend: Any = None,
         faulty: bool = False,
+        queue_timeout: float = 0.0,
     ) -> None:
         """With `faulty`, proposers may fail."""
         self._faulty = faulty
@@ -131,8 +132,9 @@ class CoreBench:
             equal_cost(self.backend.context),
         )
         offload = offload or (Offload(ram, whole=not context.divisible) if ram else None)
+        targets = StepTargets(0.0, 0.5)
         self.core = EngineCore(
-            self.backend, slots, StepTargets(0.0, 0.5), outbox, self.speculative_decoding, offload, reuse
+            self.backend, slots, targets, outbox, self.speculative_decoding, offload, reuse, queue_timeout
         )
         cast("Any", self.core.cost).prompt_rows = lambda *_: prompt_rows
         self.sequences: dict[int, Sequence] = {}
@@ -248,6 +250,7 @@ def test_random_interleavings(seed: int, unified: bool) -> None:
         request = draw_request(random, prefixes, cells)
         if key % 4 == 3:
             request = structs.replace(request, sampling=STATEFUL[key % len(STATEFUL)])
+        request = structs.replace(request, owner="ab"[key % 2], priority=key % 5 // 4)
         wanted[key] = alone(request, cells)
         oracle = Oracle(request, wanted[key][0], random.choice([0.0, 0.3, 1.0]), random)
         bench.submit(key, request, oracle if random.random() < 0.5 else None)

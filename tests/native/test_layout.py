@@ -63,6 +63,9 @@ def inputs(
             "sliding-window models have unified KV; --no-kv-unified",
         ),
         (inputs(False, cells=65536, kind="hybrid"), False, 65536, "--no-kv-unified"),
+        # -c without -np: one request can use all of it.
+        (inputs(slots=16, cells=16384, slots_given=False), True, 16384, "-c 16384 without -np is shared by 16 slots"),
+        (inputs(slots=16, cells=16 * 8192, slots_given=False), False, 16 * 8192, "gives each of 16 slots 8192 tokens"),
     ],
 )
 def test_per_slot_kv_where_each_slot_gets_enough(given: LayoutInputs, unified: bool, cells: int, reason: str) -> None:
