@@ -11,7 +11,6 @@ from pathlib import Path
 
 import msgspec
 
-from engine import slotfiles
 from engine.backend import Backend, Embedding, LoadProgress, ModelInfo, NativeFault, Vocab
 from engine.config import EngineConfig
 from engine.contract import (
@@ -39,7 +38,7 @@ from engine.loaded_adapters import LoadedAdapters
 from engine.measured_costs import load_or_measure_costs
 from engine.outbox import StepOutput
 from engine.pace import Calibration
-from engine.slotfiles import SlotTransfer
+from engine.slotfiles import SlotFiles
 from engine.slots import SlotState
 from engine.speculate import ProposerFactory
 from engine.stats import MemoryInfo, Stats, memory_info
@@ -218,28 +217,10 @@ class Engine:
         """Returns snapshots of the slots, by number. Raises EngineFault if the engine has failed."""
         return await self.query(lambda core: core.slots.states())
 
-    async def save_slot(self, number: int, path: Path) -> SlotTransfer:
-        """Writes the tokens and states of a slot's running or last sequence to the file `path`, whole or not at all.
-
-        Raises RequestRefused if there is no such slot or nothing to save, EngineFault if the file cannot be written.
-        """
-        return await slotfiles.save(self._thread, number, path, self.info.layout)
-
-    async def restore_slot(self, number: int, path: Path) -> SlotTransfer:
-        """Loads the states in the file `path` into the offload tiers, where the next request with this prefix finds
-        them, and sets the slot's content to the file's tokens.
-
-        Raises RequestRefused if the slot is busy, the tiers have no space, or the file is damaged or of another model.
-        The slot's content is then unchanged.
-        """
-        return await slotfiles.restore(self._thread, number, path, self.info.layout)
-
-    async def erase_slot(self, number: int) -> int:
-        """Empties a slot, and drops from cells, RAM and disk those states of it that no other sequence shares.
-
-        Returns the number of tokens dropped. Raises RequestRefused if the slot is busy.
-        """
-        return await slotfiles.erase(self._thread, number)
+    @property
+    def slot_files(self) -> SlotFiles:
+        """Saves, restores and erases the content of slots."""
+        return SlotFiles(self._thread, self.info.layout)
 
     # ── requests ──
 

@@ -1,8 +1,9 @@
 """Fair queueing over owners: the order of the queue, and the running sequence that yields to a waiting one.
 
-Each owner has a virtual token counter (Sheng et al. 2024, "Fairness in Serving Large Language Models"): the prompt
-tokens to compute and the tokens emitted for its requests, divided by its weight. The owner with the smallest counter is
-next. Pure functions of values, and the counters.
+Slots are divided between the owners by their weights. Each owner has a virtual token counter (Sheng et al. 2024,
+"Fairness in Serving Large Language Models"): the prompt tokens to compute and the tokens emitted for its requests,
+divided by its weight. The owner with the smallest counter is next where slots do not decide: among more owners than
+slots, and in the prefill. Pure functions of values, and the counters.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ class Claim(Struct, frozen=True):
 Rank = tuple[int, bool, float, float, int]
 
 
-def rank(entry: QueueEntry, served: float, share: float) -> Rank:
+def rank(entry: QueueEntry, share: float, served: float) -> Rank:
     """Returns the place in the whole queue of an owner's first request; the least starts first.
 
-    `served` is the owner's counter. `share`, the number of its running sequences divided by its weight, decides between
-    equal counters.
+    `share` is the number of the owner's running sequences divided by its weight. The counter `served` decides between
+    equal shares, as when there are more owners than slots.
     """
-    return entry.priority, entry.is_new, served, share, entry.key
+    return entry.priority, entry.is_new, share, served, entry.key
 
 
 def displaced(candidate: Claim, running: Sequence[Claim]) -> int | None:
@@ -56,7 +57,7 @@ def displaced(candidate: Claim, running: Sequence[Claim]) -> int | None:
 
     A sequence of lower priority always yields. Among equal priorities, sequences are divided by max-min fairness: one
     of an owner yields if that owner keeps at least as many for its weight as the candidate's then has. So no two owners
-    displace each other in turn. Of several, the sequence that started last yields.
+    displace each other in turn. Of several sequences, the one that started last yields.
     """
     if lowest := max((claim.priority for claim in running if claim.priority > candidate.priority), default=0):
         return next(claim.key for claim in reversed(running) if claim.priority == lowest)

@@ -38,27 +38,69 @@ class SlotTransfer(Struct, frozen=True):
     seconds: float
 
 
-async def save(thread: EngineThread, number: int, path: Path, layout: str) -> SlotTransfer:
-    """Writes to `path` the tokens and states of the content of slot `number`, as far as they are resident or stored.
+class SlotFiles:
+    """The files of the slots of one engine. `layout` names the format of the states."""
 
-    `layout` names the format of the states. Raises RequestRefused if nothing can be saved, EngineFault if the file
-    cannot be written; an earlier file at `path` then stays.
-    """
-    begun = time.perf_counter()
-    digest = await _content_digest(thread)
-    content, identity = await thread.query(lambda core: (core.slots.content(number), _identity(core, layout, digest)))
-    try:
-        file = await asyncio.to_thread(SequenceWriter, path, identity, content.salt)
+    def __init__(self, thread: EngineThread, layout: str) -> None:
+        self._thread = thread
+        self._layout = layout
+
+    async def save(self, number: int, path: Path) -> SlotTransfer:
+        """Writes to `path` the tokens and states of the content of slot `number`, as far as they are resident or
+        stored, whole or not at all.
+
+        Raises RequestRefused if there is no such slot or nothing to save, EngineFault if the file cannot be written.
+        """
+        begun, thread, digest = time.perf_counter(), self._thread, await _content_digest(self._thread)
+        content, identity = await thread.query(
+            lambda core: (core.slots.content(number), _identity(core, self._layout, digest))
+        )
         try:
-            tokens = await _write_parts(thread, content, file)
-            if not tokens:
-                raise RequestRefused(f"Nothing of the content of slot {number} is cached any more.", field="id_slot")
-            size = await asyncio.to_thread(file.commit)
-        finally:
-            file.discard()
-    except OSError as error:
-        raise EngineFault(f"The file {path.name!r} cannot be written: {error.strerror}.") from error
-    return SlotTransfer(tokens, size, time.perf_counter() - begun)
+            file = await asyncio.to_thread(SequenceWriter, path, identity, content.salt)
+            try:
+                tokens = await _write_parts(thread, content, file)
+                if not tokens:
+                    raise RequestRefused(
+                        f"Nothing of the content of slot {number} is cached any more.", field="id_slot"
+                    )
+                size = await asyncio.to_thread(file.commit)
+            finally:
+                file.discard()
+        except OSError as error:
+            raise EngineFault(f"The file {path.name!r} cannot be written: {error.strerror}.") from error
+        return SlotTransfer(tokens, size, time.perf_counter() - begun)
+
+    async def restore(self, number: int, path: Path) -> SlotTransfer:
+        """Loads the states in the file `path` into the offload tiers, where the next request with this prefix finds
+        them, and sets the slot's content to the file's tokens.
+
+        Raises RequestRefused if the tiers have no space for any of the states. Raises RequestRefused, with the slot's
+        content unchanged, if the slot is busy, there is no offload tier, or the file is damaged or of another model.
+        """
+        begun, thread, digest = time.perf_counter(), self._thread, await _content_digest(self._thread)
+        identity = await thread.query(lambda core: _check_restorable(core, number, self._layout, digest))
+        try:
+            file = await asyncio.to_thread(_open, path, identity)
+            try:
+                content = await _import_parts(thread, file)
+            finally:
+                file.close()
+        except OSError as error:
+            raise RequestRefused(
+                f"The file {path.name!r} cannot be read: {error.strerror}.", field="filename"
+            ) from None
+        except DamagedFile as error:
+            raise RequestRefused(f"The file {path.name!r} cannot be used: {error}.", field="filename") from None
+        tokens = await thread.query(lambda core: _set_content(core, number, content))
+        return SlotTransfer(tokens, file.bytes, time.perf_counter() - begun)
+
+    async def erase(self, number: int) -> int:
+        """Empties slot `number`, and drops from cells, RAM and disk those states of its content that no other sequence
+        shares.
+
+        Returns the number of tokens dropped. Raises RequestRefused if the slot is busy.
+        """
+        return await self._thread.query(lambda core: _erase(core, number))
 
 
 async def _write_parts(thread: EngineThread, content: SlotContent, file: SequenceWriter) -> int:
@@ -76,29 +118,6 @@ async def _write_parts(thread: EngineThread, content: SlotContent, file: Sequenc
 
 def _export(content: SlotContent, start: int, core: EngineCore) -> Exported:
     return core.kv.transfer.export(*content, start, EXPORT_SECONDS)
-
-
-async def restore(thread: EngineThread, number: int, path: Path, layout: str) -> SlotTransfer:
-    """Puts the states of a file into the offload tiers, and its tokens into the content of slot `number`.
-
-    Raises RequestRefused if the tiers have no space for any of the states. Raises RequestRefused, with the slot's
-    content unchanged, if the slot is busy, there is no offload tier, or the file is damaged or of another `layout`.
-    """
-    begun = time.perf_counter()
-    digest = await _content_digest(thread)
-    identity = await thread.query(lambda core: _check_restorable(core, number, layout, digest))
-    try:
-        file = await asyncio.to_thread(_open, path, identity)
-        try:
-            content = await _import_parts(thread, file)
-        finally:
-            file.close()
-    except OSError as error:
-        raise RequestRefused(f"The file {path.name!r} cannot be read: {error.strerror}.", field="filename") from None
-    except DamagedFile as error:
-        raise RequestRefused(f"The file {path.name!r} cannot be used: {error}.", field="filename") from None
-    tokens = await thread.query(lambda core: _set_content(core, number, content))
-    return SlotTransfer(tokens, file.bytes, time.perf_counter() - begun)
 
 
 def _check_restorable(core: EngineCore, number: int, layout: str, digest: str) -> str:
@@ -143,14 +162,6 @@ def _set_content(core: EngineCore, number: int, content: SlotContent) -> int:
         raise RequestRefused("There is no space for any of the states: serve with a larger --cache-ram.")
     core.slots.set_last_content(number, SlotContent(content.tokens[:tokens], content.salt))
     return tokens
-
-
-async def erase(thread: EngineThread, number: int) -> int:
-    """Empties slot `number` and drops the states of its content that no other sequence shares.
-
-    Returns the number of tokens dropped. Raises RequestRefused if the slot is busy.
-    """
-    return await thread.query(lambda core: _erase(core, number))
 
 
 def _erase(core: EngineCore, number: int) -> int:

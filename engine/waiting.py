@@ -100,7 +100,7 @@ class Waiting:
         def place(owner: str, index: int) -> tuple[Rank, str, int]:
             entry = self._queues[owner][index]
             share = counts[owner] / self._sequences[entry.key].request.weight
-            return rank(entry, self._counters[owner], share), owner, index
+            return rank(entry, share, self._counters[owner]), owner, index
 
         heap = [place(owner, 0) for owner in self._queues]
         heapify(heap)

@@ -6,7 +6,6 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-
 # Number of slots if the configuration gives none.
 DEFAULT_SLOTS = 16
 

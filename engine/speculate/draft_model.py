@@ -180,11 +180,8 @@ class DraftModel:
             self._preempt()
         except Aborted:
             pass  # the engine is being closed
-        except NativeFault as error:
-            self._fail(str(error))
-        except Exception as error:
-            log.exception("the draft model failed")
-            self._fail(repr(error))
+        except Exception as error:  # the requests go on without drafts
+            self._fail(str(error) if isinstance(error, NativeFault) else repr(error))
 
     def _close_gap(self) -> None:
         """Moves a sequence to close a gap between ids: with per-slot KV, only consecutive ids share a pass."""
@@ -345,7 +342,7 @@ class DraftModel:
     def _fail(self, reason: str) -> None:
         """Ends all drafting, because the content of the cells is unknown after a failed decode."""
         self.fault = f"the draft model failed and drafts no more: {reason}"
-        log.error("%s", self.fault)
+        log.error("%s", self.fault, exc_info=True)
         for sequence in [*self.active]:
             sequence.allocation, sequence.computed, sequence.drafted = None, 0, 0
             sequence.tokens, sequence.chances = [], []

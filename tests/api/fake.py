@@ -155,6 +155,28 @@ def silence(request: Request) -> Iterable[Step]:
     return [asyncio.Event()]
 
 
+class FakeSlotFiles:
+    """Records the operations on slots in the log of `engine`."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+
+    async def save(self, number: int, path: Path) -> SlotTransfer:
+        return self._transfer(f"save {number} {path}")
+
+    async def restore(self, number: int, path: Path) -> SlotTransfer:
+        return self._transfer(f"restore {number} {path}")
+
+    async def erase(self, number: int) -> int:
+        return self._transfer(f"erase {number}").tokens
+
+    def _transfer(self, entry: str) -> SlotTransfer:
+        if self._engine.slot_error is not None:
+            raise self._engine.slot_error
+        self._engine.log.append(entry)
+        return SlotTransfer(70, 1000, 0.25)
+
+
 class FakeEngine:
     """Plays `script` for every request. `log` has an entry for each submission, cancellation and slot operation."""
 
@@ -260,20 +282,9 @@ class FakeEngine:
     async def slot_states(self) -> tuple[SlotState, ...]:
         return self.states
 
-    async def save_slot(self, number: int, path: Path) -> SlotTransfer:
-        return self._transfer(f"save {number} {path}")
-
-    async def restore_slot(self, number: int, path: Path) -> SlotTransfer:
-        return self._transfer(f"restore {number} {path}")
-
-    async def erase_slot(self, number: int) -> int:
-        return self._transfer(f"erase {number}").tokens
-
-    def _transfer(self, entry: str) -> SlotTransfer:
-        if self.slot_error is not None:
-            raise self.slot_error
-        self.log.append(entry)
-        return SlotTransfer(70, 1000, 0.25)
+    @property
+    def slot_files(self) -> FakeSlotFiles:
+        return FakeSlotFiles(self)
 
     def _submit(self, generation: Generation) -> None:
         if self.refusal is not None and len(self._playing) >= self.num_accepted:

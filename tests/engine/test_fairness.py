@@ -58,11 +58,12 @@ def test_no_owners_displace_each_other_in_turn(owners: list[str], weight: float)
 def test_the_order_of_the_queue() -> None:
     entries = [
         rank(QueueEntry(1, True, math.inf, 0), 0.0, 0.0),
-        rank(QueueEntry(0, True, math.inf, 1), 5.0, 0.0),
-        rank(QueueEntry(0, True, math.inf, 2), 4.0, 0.0),
-        rank(QueueEntry(0, False, math.inf, 3), 9.0, 2.0),
+        rank(QueueEntry(0, True, math.inf, 1), 1.0, 4.0),
+        rank(QueueEntry(0, True, math.inf, 2), 0.0, 9.0),
+        rank(QueueEntry(0, True, math.inf, 3), 0.0, 5.0),
+        rank(QueueEntry(0, False, math.inf, 4), 9.0, 2.0),
     ]
-    assert [entry[-1] for entry in sorted(entries)] == [3, 2, 1, 0]
+    assert [entry[-1] for entry in sorted(entries)] == [4, 3, 2, 1, 0]
 
 
 def test_an_owner_gains_nothing_by_a_pause() -> None:

@@ -128,7 +128,7 @@ function showSlots(slots) {
     row.dataset.state = slot.state;
     const limit = slot.max_tokens === null ? "" : ` / ${count(slot.max_tokens)}`;
     const texts = [slot.id, slot.state, null, `${count(slot.emitted)}${limit}`, decimal(slot.tokens_per_second)];
-    texts.push(slot.draft || "–", slot.drafted ? `${count(slot.accepted)} (${percent(slot.accepted, slot.drafted)})` : "–");
+    texts.push(slot.draft || "–", percent(slot.accepted, slot.drafted));
     texts.forEach((text, column) => text !== null && setText(row.cells[column], text));
     const [bar, label] = row.cells[2].children;
     bar.hidden = !slot.prompt;
