@@ -201,16 +201,19 @@ async def stream(
     abandon_after: float | None = None,
     max_arrivals: int | None = None,
     outcome: Outcome | None = None,
+    key: str = "",
 ) -> Outcome:
     """Sends one streaming request and receives the response to its end.
 
     The connection is closed early, with `ABANDONED` as the error, after `abandon_after` seconds or after
-    `max_arrivals` events with output. A given `outcome` is filled as the output arrives, and returned.
+    `max_arrivals` events with output. A given `outcome` is filled as the output arrives, and returned. `key` is the
+    API key.
     """
     payload = msgspec.json.encode({**body, "stream": True, "stream_options": {"include_usage": True}})
     head = (
         f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
+        f"Content-Length: {len(payload)}\r\nConnection: close\r\n"
+        + (f"Authorization: Bearer {key}\r\n\r\n" if key else "\r\n")
     )
     outcome = outcome or Outcome(0.0)
     outcome.begun = time.perf_counter()

@@ -4,7 +4,7 @@
     python -m bench.peer_suite paceline [-k NAME] [unit/test_basic.py ...]
     python -m bench.peer_suite compare
 
-The suite is read from the sources that `bench.peers build` unpacks, and runs in an environment of its own beside them.
+The suite is part of the sources that `bench.peers build` unpacks, and runs in a virtual environment of its own.
 A run prints the outcomes by file and saves them; `compare` lists what passes with llama-server and fails with Paceline,
 by reason. Tests that need trained weights or a download fail with both.
 """
@@ -35,7 +35,7 @@ LLAMA_SERVER = "llama-server"
 TEST_SECONDS = 60
 _REASON_CHARS = 150
 
-# The stand-in for a model of the hub: the first whose key is a part of the repository's or the file's name.
+# The stand-in for a model of the hub is the first whose key is a part of the repository's or the file's name.
 STAND_INS = {
     "bert-bge": "bert.gguf",
     "jina-reranker": "rerank.gguf",
@@ -177,11 +177,11 @@ def summary(outcomes: Iterable[TestOutcome]) -> str:
 
 
 def comparison(peer: Iterable[TestOutcome], ours: Iterable[TestOutcome]) -> str:
-    """Returns how many of the tests that pass with llama-server pass with Paceline, and the others by file and
-    reason."""
-    here = {(test.file, test.name): test for test in ours}
+    """Returns the number of tests that pass with llama-server and of those that pass with Paceline too, and a list of
+    the tests that fail with Paceline, by file and reason."""
+    own = {(test.file, test.name): test for test in ours}
     passing = [(test.file, test.name) for test in peer if test.outcome == "passed"]
-    compared = [here[key] for key in passing if key in here]
+    compared = [own[key] for key in passing if key in own]
     failed = [test for test in compared if test.outcome != "passed"]
     counts = f"of the {len(compared)} of these that ran with Paceline {len(compared) - len(failed)} pass"
     lines = [f"{len(passing)} pass with llama-server; {counts}"]
@@ -212,18 +212,20 @@ def save_outcomes(server: str, outcomes: Sequence[TestOutcome]) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     """Runs the suite, compares the last runs, or replaces this process by a server."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[LLAMA_SERVER, PACELINE, "compare"])
+    parser.add_argument(
+        "action", choices=[LLAMA_SERVER, PACELINE, "compare"], help="server to test, or compare for the last outcomes"
+    )
     words = sys.argv[1:] if words is None else words
     if words[:1] == ["serve"]:  # the suite's own use
         command = server_command(words[1], words[2:])
         os.execv(command[0], command)
     options, rest = parser.parse_known_args(words)
     try:
-        if options.what == "compare":
+        if options.action == "compare":
             print(comparison(load_outcomes(LLAMA_SERVER), load_outcomes(PACELINE)))
             return
-        outcomes = run_suite(options.what, rest)
-        save_outcomes(options.what, outcomes)
+        outcomes = run_suite(options.action, rest)
+        save_outcomes(options.action, outcomes)
         print(summary(outcomes))
     except (SetupError, subprocess.CalledProcessError) as error:
         raise SystemExit(f"\n{error}") from None

@@ -26,6 +26,8 @@ class Server(msgspec.Struct, frozen=True):
 
     port: int
     pid: int
+    key: str = ""
+    """API key for the metrics."""
 
     def loop_seconds(self) -> float:
         """Returns the CPU time of the main thread, which runs the event loop."""
@@ -56,7 +58,9 @@ class Server(msgspec.Struct, frozen=True):
 
     def metrics(self) -> str:
         """Returns the text of `/metrics`."""
-        with urllib.request.urlopen(f"http://{HOST}:{self.port}/metrics", timeout=30) as response:
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        request = urllib.request.Request(f"http://{HOST}:{self.port}/metrics", headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as response:
             text: str = response.read().decode()
         return text
 

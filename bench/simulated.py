@@ -129,7 +129,7 @@ class SimulationResult(Struct):
 
 
 class NoVocabulary:
-    """A vocabulary without texts, for proposers that use none."""
+    """A vocabulary whose tokens have no text, for proposers that need only token ids."""
 
     size = 1000
     ends: frozenset[int] = frozenset()
@@ -198,9 +198,8 @@ def simulate(
             tuple(SequenceRows(seq) for seq in range(len(sequences))), len(sequences), 0, MAX_DRAFT_ROWS
         )
         candidates = [DraftCandidate(one.proposers, MAX_DRAFT_TOKENS, 1, seq) for seq, one in enumerate(sequences)]
-        drafts = decoding.planner.plan(
-            candidates, [], upcoming, LastStep(inf)
-        )  # the time of drafting itself is not simulated
+        # The time of drafting itself is not simulated.
+        drafts = decoding.planner.plan(candidates, [], upcoming, LastStep(inf))
         total = sum(len(draft.tokens) for draft in drafts)
         rows = [SequenceRows(seq, 1 + len(draft.tokens)) for seq, draft in enumerate(drafts)]
         seconds = sum(map(machine, layout.shape(rows).passes))

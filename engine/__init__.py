@@ -68,6 +68,7 @@ from engine.grammar import (
     resolve_reference,
     unknown_types,
 )
+from engine.kv.block import BLOCK_TOKENS
 from engine.loaded_adapters import LoadedAdapters
 from engine.pace import Calibration
 from engine.sampling import derive_seed
@@ -78,9 +79,11 @@ from engine.speculate.lookup import build_lookup
 from engine.stats import EmbeddingStats, Histogram, MemoryInfo, Stats
 from engine.text import StopScope, TextRange, partial_match_length
 from engine.time_limits import DeadlineExceeded, QueueTimeout
+from engine.watchdog import EngineStalled, hanging_threads
 from engine.worker_pool import WORKERS, checkpoint
 
 __all__ = [
+    "BLOCK_TOKENS",
     "DEFAULT_SAMPLERS",
     "FORCED_TOKEN",
     "JSON_TYPES",
@@ -112,6 +115,7 @@ __all__ = [
     "EngineConfig",
     "EngineError",
     "EngineFault",
+    "EngineStalled",
     "FimTokens",
     "FinishReason",
     "Finished",
@@ -170,6 +174,7 @@ __all__ = [
     "derive_seed",
     "diagnose",
     "drop_keyword",
+    "hanging_threads",
     "list_devices",
     "measure_step_costs",
     "open_vocabulary",

@@ -48,9 +48,11 @@ def default_set(adapters: Iterable[AdapterInfo]) -> AdapterSet:
 
 def namespace(salt: str, adapters: AdapterSet) -> str:
     """Returns the namespace of prefixes and drafts of a salt and a set of adapters. Different arguments have different
-    namespaces, and without adapters the namespace is the salt.
+    namespaces. Without adapters the namespace is the salt, or the salt after two zero characters if the salt begins
+    with one.
 
-    Digests stand for the adapters, so that files on disk are not used with another adapter of the same number.
+    Adapters are identified by their digests, so that states on disk are not used with another adapter of the same
+    number.
     """
     if not adapters:
         return f"\0\0{salt}" if salt.startswith("\0") else salt
@@ -76,8 +78,8 @@ class AdapterTurns:
         Repeated calls between two steps return the same set as long as that set has rows.
         """
         self._waiting = dict.fromkeys([*(each for each in self._waiting if each in sets), *sets])
-        over = self._steps >= TURN_STEPS or self._seconds >= TURN_SECONDS
-        if sets and (self._current not in sets or (over and len(sets) > 1)):
+        turn_is_over = self._steps >= TURN_STEPS or self._seconds >= TURN_SECONDS
+        if sets and (self._current not in sets or (turn_is_over and len(sets) > 1)):
             self._current = next(each for each in self._waiting if each != self._current)
             self._waiting[self._current] = self._waiting.pop(self._current)
             self._steps, self._seconds = 0, 0.0

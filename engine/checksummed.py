@@ -63,11 +63,28 @@ class FileFormat(NamedTuple):
     def write(self, path: Path, owner: bytes, payload: bytes) -> None:
         """Replaces the file at `path`.
 
-        Raises OSError if the file cannot be written: an earlier file then stays, and no temporary file is left.
+        Raises OSError if the file cannot be written, and DamagedFile if the earlier file is of another format or owner:
+        the earlier file then stays, and no temporary file is left.
         """
+        self.check_replaceable(path, owner)
         with AtomicFile(path, path.name) as new:
             new.file.write(self.seal(owner, payload))
             new.commit()
+
+    def check_replaceable(self, path: Path, owner: bytes | None = None) -> None:
+        """Raises DamagedFile unless `path` is free, an empty file, or a file of this format and of `owner`. `None` is
+        any owner. Raises OSError if the file cannot be read."""
+        if not path.exists():
+            return
+        if not path.is_file():
+            raise DamagedFile(f"{path} cannot be replaced: it is no regular file")
+        with path.open("rb") as file:
+            head = file.read(PREFIX_BYTES)
+        if head and head[:8] != self.magic:
+            kind = f"it begins with {head[:8]!r}, not {self.magic!r}"
+            raise DamagedFile(f"{path} cannot be replaced: it is another kind of file: {kind}")
+        if owner is not None and len(head) == PREFIX_BYTES and _PREFIX.unpack(head)[2] != owner:
+            raise DamagedFile(f"{path} cannot be replaced: {self.owner_mismatch}")
 
     def read(self, path: Path, owner: bytes) -> bytes:
         """Returns the payload of the file at `path`. Raises DamagedFile, or OSError if the file cannot be read."""

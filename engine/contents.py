@@ -1,7 +1,7 @@
-"""The digest of a model's files: of every byte, computed once in the background.
+"""The SHA-256 digest of all bytes of a model's files, computed in the background.
 
-States on disk are used only for weights with the same digest. It is kept in the cache folder under the files' numbers,
-sizes and times, so that a file is read once, not at every start.
+Saved states are used only with weights of the same digest. The cache folder keeps the digest of each file, with the
+file's inode, size and times, so that a file is hashed once and not at every start.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class ContentDigest:
-    """The digest of the GGUF at a path and of all parts of it, if it is split. Any thread may use it."""
+    """The digest of the GGUF at a path, or of all parts of a split GGUF. Any thread may use it."""
 
     def __init__(self, path: Path) -> None:
         self._files = [file for file in model_files(path) if file.is_file()]
@@ -43,8 +43,8 @@ class ContentDigest:
         self._closing = threading.Event()
 
     def future(self) -> Future[str]:
-        """Returns the future digest, whose computation the first call starts. It is empty if there is no such file, as
-        for a simulated model. Its exception is an EngineFault."""
+        """Returns the future digest. The first call starts the computation. The digest is empty if no file exists, as
+        for a simulated model. A failure is an EngineFault."""
         with self._lock:
             if not self._future.running() and not self._future.done():
                 self._future.set_running_or_notify_cancel()
@@ -52,7 +52,7 @@ class ContentDigest:
         return self._future
 
     def close(self) -> None:
-        """Ends the computation, if it runs, with an EngineFault."""
+        """Ends a running computation with an EngineFault."""
         self._closing.set()
 
     def _run(self) -> None:
@@ -64,15 +64,15 @@ class ContentDigest:
         except EngineFault as fault:
             self._future.set_exception(fault)
         else:
-            self._future.set_result(combine(digests))
+            self._future.set_result(_combine(digests))
 
     def _digest(self, path: Path) -> str:
         """Returns the digest of one file. Raises OSError, and EngineFault after `close`."""
         with path.open("rb", buffering=0) as file:
             before = os.fstat(file.fileno())
             cached = _cache_path(before)
-            if (known := _read(cached)) is not None:
-                return known
+            if (digest := _read(cached)) is not None:
+                return digest
             begun, hashed, buffer = time.perf_counter(), hashlib.sha256(), memoryview(bytearray(READ_BYTES))
             while size := file.readinto(buffer):
                 if self._closing.is_set():
@@ -84,20 +84,20 @@ class ContentDigest:
         return hashed.hexdigest()
 
 
-def combine(digests: Sequence[str]) -> str:
-    """Returns one digest for those of the parts; empty for no parts."""
+def _combine(digests: Sequence[str]) -> str:
+    """Returns one digest for the digests of all parts; empty for no parts."""
     return hashlib.sha256(" ".join(digests).encode()).hexdigest() if len(digests) > 1 else "".join(digests)
 
 
 def model_files(path: Path) -> list[Path]:
-    """Returns the files of the GGUF at `path`: itself, or all parts of a split one."""
+    """Returns the files of the GGUF at `path`: `path` itself, or all parts of a split GGUF."""
     if not (found := _SPLIT.fullmatch(path.name)):
         return [path]
     return [path.with_name(f"{found[1]}-{number:05}-of-{found[2]}.gguf") for number in range(1, int(found[2]) + 1)]
 
 
 def _cache_path(stat: os.stat_result) -> Path:
-    # The time of the last change of the inode differs even if an editor has restored that of the content.
+    # st_ctime_ns differs even after a program has restored the modification time of changed content.
     file = f"{_FORMAT} {stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     return cache_folder() / f"content-{hashlib.sha256(file.encode()).hexdigest()[:24]}.txt"
 

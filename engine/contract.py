@@ -89,8 +89,9 @@ class EngineFault(EngineError):
         self.fatal = fatal
 
 
-# Clients get this sentence. The exception and its traceback are for the operator, so only the log has them.
+# Clients get these sentences. The exceptions and their tracebacks are for the operator, so only the log has them.
 REQUEST_FAILED = "The request has failed; the server's log has the reason."
+ENGINE_FAILED = "The engine has failed; its log has the reason."
 
 
 class ShutDown(EngineFault):

@@ -1,4 +1,4 @@
-"""What a configuration gives on this machine, for `paceline doctor`.
+"""Examines a configuration on this machine, for `paceline doctor`.
 
 The model is opened in a process of its own, because the native library ends the process at some faults, such as an
 instruction that the processor lacks, and because the deterministic profile needs a process without other models.
@@ -54,7 +54,7 @@ class StepEstimate(Struct, frozen=True):
 
 
 class OpenedEngine(Struct, frozen=True):
-    """An engine as it was after its start."""
+    """Facts about an engine after its start."""
 
     info: ModelInfo
     memory: MemoryInfo

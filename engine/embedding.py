@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 from engine.backend import Aborted, Backend, Embedding, EmbeddingBackend, EmbeddingInfo, Vocab
 from engine.config import EngineConfig
-from engine.contract import Draining, EngineError, EngineFault, ModelError
+from engine.contract import ENGINE_FAILED, Draining, EngineError, EngineFault, ModelError
 from engine.stats import EmbeddingStats
+from engine.watchdog import EMBEDDING_THREAD, WorkClock, await_end
 
 log = logging.getLogger("paceline.engine")
 
@@ -96,9 +97,16 @@ def pack(jobs: deque[EmbeddingJob], max_rows: int, max_inputs: int) -> list[Pack
 class EmbeddingThread:
     """The embedding thread. Its public methods are for the event loop on which it was created."""
 
-    def __init__(self, config: EngineConfig, opener: EmbeddingOpener = open_embedding_model) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        opener: EmbeddingOpener = open_embedding_model,
+        on_fault: Callable[[EngineFault], None] = lambda fault: None,
+    ) -> None:
+        """`on_fault` is called on the event loop with the fault that ends the thread."""
         self._config = config
         self._opener = opener
+        self._on_fault = on_fault
         self._loop = asyncio.get_running_loop()
         self._opened: asyncio.Future[EmbeddingBackend] = self._loop.create_future()
         self._jobs: deque[EmbeddingJob] = deque()
@@ -111,13 +119,14 @@ class EmbeddingThread:
         """Set while no request runs."""
         self.idle.set()
         self._thread: threading.Thread | None = None
+        self._work = WorkClock()
         self._backend: EmbeddingBackend | None = None
 
     # ── on the event loop ──
 
     async def open(self, target: Backend) -> EmbeddingModel:
         """Starts the thread and returns the opened model. Raises ModelError."""
-        self._thread = threading.Thread(target=self._serve, args=(target,), name="paceline-embedding")
+        self._thread = threading.Thread(target=self._serve, args=(target,), name=EMBEDDING_THREAD, daemon=True)
         self._thread.start()
         self._backend = await asyncio.shield(self._opened)
         return EmbeddingModel(self._backend.info, self._backend.vocab)
@@ -162,7 +171,8 @@ class EmbeddingThread:
                 self._backend.abort()
 
     async def close(self) -> None:
-        """Ends all requests, frees the model, and waits for the end of the thread. May be called twice."""
+        """Ends all requests, frees the model, and waits for the end of the thread, unless it hangs. May be called
+        twice."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -170,9 +180,14 @@ class EmbeddingThread:
         if self._backend is not None:
             self._backend.abort()
         if self._thread is not None:
-            await asyncio.shield(asyncio.to_thread(self._thread.join))
+            await await_end(self._thread, self._work)
         for job in self._running:
             _fail(job, Draining())
+
+    def _fail_all(self, fault: EngineFault) -> None:
+        for job in self._running:
+            _fail(job, EngineFault(str(fault), fatal=True))
+        self._on_fault(fault)
 
     # ── on the embedding thread ──
 
@@ -194,11 +209,19 @@ class EmbeddingThread:
         try:
             while packed := self._next(backend):
                 self._compute(backend, packed)
+        except BaseException:  # a panic of a Rust library is not an `Exception`
+            log.exception("the embedding thread has failed")
+            self._call_soon(self._fail_all, EngineFault(ENGINE_FAILED, fatal=True))
+            # The event loop still tokenizes, so the model stays open until the engine is closed.
+            with self._changed:
+                while not self._closing:
+                    self._changed.wait()
         finally:
             backend.close()
 
     def _next(self, backend: EmbeddingBackend) -> list[PackedInput]:
         """Blocks until there are inputs, and returns those of the next decode; none once the thread must end."""
+        self._work.end()
         with self._changed:
             self._decoding = []
             while not self._closing:
@@ -210,6 +233,7 @@ class EmbeddingThread:
         return []
 
     def _compute(self, backend: EmbeddingBackend, packed: list[PackedInput]) -> None:
+        self._work.begin()
         try:
             vectors = backend.embed([each.tokens for each in packed])
         except Aborted:

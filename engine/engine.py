@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, closing
+from contextlib import AbstractContextManager, asynccontextmanager, closing, suppress
 from itertools import count
 from pathlib import Path
 
 import msgspec
 
 from engine.backend import Backend, Embedding, LoadProgress, ModelInfo, NativeFault, Vocab
+from engine.commands import Cancel, FailAll, Submit
 from engine.config import EngineConfig
 from engine.contract import (
     PROPOSER_TYPES,
@@ -28,6 +29,7 @@ from engine.contract import (
     ProposerType,
     Request,
     RequestRefused,
+    ShutDown,
 )
 from engine.devices import DeviceInfo
 from engine.embedding import EmbeddingModel, EmbeddingThread
@@ -44,18 +46,16 @@ from engine.speculate import ProposerFactory
 from engine.stats import MemoryInfo, Stats, memory_info
 from engine.step import EngineCore
 from engine.thread import (
-    Cancel,
     EngineThread,
-    FailAll,
     Listener,
     LoadedEngine,
     Opener,
     Result,
-    Submit,
     open_model,
     request_limit,
 )
 from engine.validation import TokenCheck, check_parameters, check_slot
+from engine.watchdog import FAIL_SECONDS, EngineStalled, Watchdog
 
 
 def open_vocabulary(path: Path) -> AbstractContextManager[Vocab]:
@@ -95,6 +95,7 @@ class Engine:
 
     _opened: LoadedEngine
     _grammars: GrammarCompiler
+    _watchdog: Watchdog
     adapters: LoadedAdapters
     """The LoRA adapters that requests can name."""
 
@@ -104,7 +105,7 @@ class Engine:
         self._config = config
         self._thread = EngineThread(config, opener, proposer_factory, Listener(progress, self._deliver, self._on_fault))
         self._inbox = self._thread.inbox
-        self._embedding = EmbeddingThread(config)
+        self._embedding = EmbeddingThread(config, on_fault=self._on_fault)
         self.embeddings: EmbeddingModel | None = None
         """The model that computes embeddings. None if the configuration has none."""
         self._generations: dict[int, Generation] = {}  # by key, until their terminal update
@@ -116,6 +117,8 @@ class Engine:
         self._refusal: Callable[[], EngineError] | None = None
         self.fault: EngineFault | None = None
         """The fatal fault. None while the engine works."""
+        self.failed = asyncio.Event()
+        """Set after the fatal fault."""
         self.slots = config.batch.num_slots
         """Number of slots."""
 
@@ -140,7 +143,9 @@ class Engine:
             engine.adapters = LoadedAdapters(engine.info.adapters)
             if config.embedding.enabled or not engine.info.generates:
                 engine.embeddings = await engine._embedding.open(engine._model)
-            with closing(GrammarCompiler(engine.vocab)) as engine._grammars:
+            counters, stall_seconds = engine._opened.core.counters, config.batch.stall_timeout
+            engine._watchdog = Watchdog(engine._thread.work, stall_seconds, counters)
+            with closing(GrammarCompiler(engine.vocab)) as engine._grammars, engine._watchdog:
                 if config.model.warmup and engine.info.generates:
                     await engine._grammars.warm_up()
                 yield engine
@@ -183,6 +188,11 @@ class Engine:
         return memory_info(self._model.context, self._config.memory, self.info.kv_reason, reuse)
 
     @property
+    def stall(self) -> EngineStalled | None:
+        """The error of all requests while a step exceeds the configured time. None while steps end."""
+        return self._watchdog.stall
+
+    @property
     def _model(self) -> Backend:
         return self._opened.backend
 
@@ -201,7 +211,10 @@ class Engine:
         """Returns a snapshot of the counters."""
         snapshot = self._opened.core.counters.snapshot()
         return msgspec.structs.replace(
-            snapshot, embeddings=self._embedding.stats, owners=count_by_owner(self._generations.values())
+            snapshot,
+            embeddings=self._embedding.stats,
+            owners=count_by_owner(self._generations.values()),
+            grammar=self._grammars.seconds,
         )
 
     async def query(self, function: Callable[[EngineCore], Result]) -> Result:
@@ -304,16 +317,22 @@ class Engine:
         self._refusal = Draining
         self._grammars.close()
         try:
-            async with asyncio.timeout(grace):
+            async with asyncio.timeout(0.0 if self._watchdog.stall else grace):
                 await self._no_requests.wait()
                 await self._embedding.idle.wait()
         except TimeoutError:
             await self._embedding.close()
             self._inbox.put(FailAll())
-            await self._no_requests.wait()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._no_requests.wait(), 0.0 if self._watchdog.stall else FAIL_SECONDS)
+            self._fail_generations(ShutDown)  # the rest, if a step takes long or hangs
 
     def _on_fault(self, fault: EngineFault) -> None:
         """Fails all requests and refuses later ones. Called after the thread has failed."""
         self.fault = fault
         self._refusal = lambda: EngineFault(str(fault), fatal=True)  # new each time: raising extends a traceback
-        self._deliver([StepOutput(key, (), (), Failed(self._refusal())) for key in list(self._generations)])
+        self._fail_generations(self._refusal)
+        self.failed.set()
+
+    def _fail_generations(self, new_error: Callable[[], EngineError]) -> None:
+        self._deliver([StepOutput(key, (), (), Failed(new_error())) for key in list(self._generations)])

@@ -1,8 +1,8 @@
 """Fair queueing over owners: the order of the queue, and the running sequence that yields to a waiting one.
 
 Slots are divided between the owners by their weights. Each owner has a virtual token counter (Sheng et al. 2024,
-"Fairness in Serving Large Language Models"): the prompt tokens to compute and the tokens emitted for its requests,
-divided by its weight. The owner with the smallest counter is next where slots do not decide: among more owners than
+"Fairness in Serving Large Language Models"): the cost of the prompt tokens and of the output of its requests, divided
+by its weight. The owner with the smallest counter is next where slots do not decide: among more owners than
 slots, and in the prefill. Pure functions of values, and the counters.
 """
 
@@ -23,7 +23,7 @@ class QueueEntry(NamedTuple):
 
     priority: int
     is_new: bool
-    """False for a preempted request, which resumes before all other requests of its priority."""
+    """False for a preempted request, which resumes before others of its owner and priority."""
     due: float
     """Time at which the request ends if it is not complete. Infinite without a deadline."""
     key: int
@@ -39,7 +39,7 @@ class Claim(Struct, frozen=True):
     priority: int
 
 
-Rank = tuple[int, bool, float, float, int]
+Rank = tuple[int, float, float, int]
 
 
 def rank(entry: QueueEntry, share: float, served: float) -> Rank:
@@ -48,7 +48,7 @@ def rank(entry: QueueEntry, share: float, served: float) -> Rank:
     `share` is the number of the owner's running sequences divided by its weight. The counter `served` decides between
     equal shares, as when there are more owners than slots.
     """
-    return entry.priority, entry.is_new, share, served, entry.key
+    return entry.priority, share, served, entry.key
 
 
 def displaced(candidate: Claim, running: Sequence[Claim]) -> int | None:
@@ -104,8 +104,8 @@ class TokenCounters:
             del self._requests[owner]
             self._served = _without_idle(self._served, self._requests)
 
-    def charge(self, owner: str, tokens: int, weight: float) -> None:
-        """Adds `tokens` computed for a request of `owner`."""
+    def charge(self, owner: str, tokens: float, weight: float) -> None:
+        """Adds the cost, in tokens of a prompt, of rows of a request of `owner`."""
         self._served[owner] = self[owner] + tokens / weight
 
     def _floor(self) -> float:

@@ -80,9 +80,8 @@ class Lifecycle:
         if first:
             self._counters.queue.add(time.perf_counter() - sequence.submitted)
             self._counters.prompt_tokens += sequence.prompt_length
-            self.charge(sequence, sequence.num_uncomputed)
 
-    def charge(self, sequence: Sequence, tokens: int) -> None:
+    def charge(self, sequence: Sequence, tokens: float) -> None:
         """Adds `tokens` to the counter of the sequence's owner."""
         self._token_counters.charge(sequence.request.owner, tokens, sequence.request.weight)
 

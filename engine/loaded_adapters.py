@@ -14,7 +14,7 @@ MAX_ADAPTER_SCALE = 1e6
 
 
 class LoadedAdapters:
-    """The adapters by number, with the scales that later requests without a set of their own get."""
+    """The adapters by number, with the default scales of later requests."""
 
     def __init__(self, infos: Sequence[AdapterInfo]) -> None:
         self.infos = tuple(infos)

@@ -1,4 +1,4 @@
-"""Costs of the steps of one model with one configuration on this machine: saved ones, or measured ones."""
+"""Costs of the steps of a model with one configuration on this machine, loaded from a file or measured."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from engine.pace import Calibration, Layout, calibrate, load_calibration, save_c
 def load_or_measure_costs(config: EngineConfig, backend: Backend, *, remeasure: bool = False) -> Calibration:
     """Returns the measured costs of the steps of `backend`, which was opened with `config`.
 
-    The costs are those that an earlier start has saved. Without saved costs, and with `remeasure`, they are measured
-    now and saved.
+    Costs that an earlier start saved are reused. Without saved costs, and with `remeasure`, the costs are measured now
+    and saved.
     """
     model, info = config.model, backend.info
     settings = f"{model.threads} {model.threads_batch} {config.batch.ubatch} {backend.context.outputs}"

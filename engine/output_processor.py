@@ -45,7 +45,7 @@ class OutputProcessor:
         """Processes `logits`, [rows with logits, vocabulary], of a step. `firsts` has, for each of `rows`, the index
         of its first row of logits.
 
-        An exception that is no native fault ends its request only. Raises NativeFault.
+        An exception other than a native fault ends only the request that caused it. Raises NativeFault.
         """
         now, peaks = time.perf_counter(), row_peaks(logits)
         for part, first in zip(rows, firsts, strict=True):
@@ -74,7 +74,6 @@ class OutputProcessor:
         if result.ids:
             gap = sequence.mark_emission(now)
             self._counters.record_emission(len(result.ids), gap, now - sequence.submitted)
-            self._lifecycle.charge(sequence, len(result.ids))
             if gap is None:
                 self._counters.record_prefill(sequence.num_uncached, now - (sequence.admitted or now))
         if result.streamed:

@@ -24,7 +24,7 @@ DEFAULT_SAMPLERS: tuple[SamplerStage, ...] = (
 # The type of probabilities.
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 # The number of latest tokens that a penalty considers; -1 means all tokens, 0 none.
-TokenWindow = Annotated[int, Meta(ge=-1)]
+TokenWindow = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,33 +38,42 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     temperature: Annotated[float, Meta(ge=0.0, le=100.0, description="0 picks the most likely token")] = 0.8
     dynatemp_range: Annotated[
-        float, Meta(ge=0.0, le=100.0, description="the temperature varies by this with the entropy; 0 is off")
+        float,
+        Meta(ge=0.0, le=100.0, description="the temperature varies by up to this much with the entropy; 0 is off"),
     ] = 0.0
     dynatemp_exponent: Annotated[
         float, Meta(ge=0.0, le=100.0, description="exponent of the normalised entropy in the dynamic temperature")
     ] = 1.0
-    top_k: Annotated[int, Meta(ge=-1, description="keep the k most likely tokens; 0 or -1 keeps all")] = 40
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1, description="keep the k most likely tokens; 0 or -1 keeps all")] = (
+        40
+    )
     top_p: Annotated[Share, Meta(description="keep the most likely tokens that together have this probability")] = 0.95
-    min_p: Annotated[Share, Meta(description="drop tokens below this part of the highest probability")] = 0.05
+    min_p: Annotated[Share, Meta(description="drop tokens below this fraction of the highest probability")] = 0.05
     typical_p: Annotated[Share, Meta(description="locally typical sampling; 1 is off")] = 1.0
     repeat_penalty: Annotated[
         float, Meta(gt=0.0, le=100.0, description="lowers logits of tokens that occurred; 1 is off")
     ] = 1.0
     repeat_last_n: Annotated[
         TokenWindow,
-        Meta(description="latest tokens that the three penalties look at; -1 is all"),
+        Meta(description="number of latest tokens that the three penalties cover; -1 is all"),
     ] = 64
     presence_penalty: Annotated[
         float, Meta(ge=-100.0, le=100.0, description="subtracted from the logit of a token that occurred; 0 is off")
     ] = 0.0
     frequency_penalty: Annotated[
         float,
-        Meta(ge=-100.0, le=100.0, description="subtracted from its logit for each occurrence; 0 is off"),
+        Meta(ge=-100.0, le=100.0, description="subtracted from a token's logit for each occurrence; 0 is off"),
     ] = 0.0
     dry_multiplier: Annotated[float, Meta(ge=0.0, le=100.0, description="DRY repetition penalty; 0 is off")] = 0.0
-    dry_base: Annotated[float, Meta(ge=1.0, le=100.0, description="growth per repeated token")] = 1.75
-    dry_allowed_length: Annotated[int, Meta(ge=0, description="repeats up to this many tokens have no DRY penalty")] = 2
-    dry_penalty_last_n: Annotated[TokenWindow, Meta(description="latest tokens that DRY looks at; -1 is all")] = 64
+    dry_base: Annotated[
+        float, Meta(ge=1.0, le=100.0, description="factor of the DRY penalty for each further repeated token")
+    ] = 1.75
+    dry_allowed_length: Annotated[
+        int, Meta(ge=0, le=2**31 - 1, description="repeats of up to this many tokens have no DRY penalty")
+    ] = 2
+    dry_penalty_last_n: Annotated[
+        TokenWindow, Meta(description="number of latest tokens that DRY covers; -1 is all")
+    ] = 64
     dry_sequence_breakers: Annotated[tuple[str, ...], Meta(description="strings that end a repeat for DRY")] = (
         "\n",
         ":",
@@ -72,13 +81,16 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "*",
     )
     xtc_probability: Annotated[Share, Meta(description="chance that XTC is applied to a token; 0 is off")] = 0.0
-    xtc_threshold: Annotated[Share, Meta(description="XTC drops all but the least likely token above this")] = 0.1
+    xtc_threshold: Annotated[
+        Share, Meta(description="XTC drops the tokens above this probability except the least likely")
+    ] = 0.1
     top_n_sigma: Annotated[
         float,
         Meta(
             ge=-100.0,
             le=100.0,
-            description="keep tokens whose logit is so many standard deviations below the maximum or nearer; 0 is off",
+            description="keep tokens whose logit is at most this many standard deviations below the maximum; 0 or "
+            "less is off",
         ),
     ] = -1.0
     mirostat: Annotated[
@@ -96,7 +108,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         float, Meta(ge=0.0, le=0.99, description="decay of adaptive-p's average of earlier probabilities")
     ] = 0.9
     min_keep: Annotated[
-        int, Meta(ge=0, le=2**31 - 1, description="tokens that typical_p, top_p, min_p and XTC keep at least")
+        int, Meta(ge=0, le=2**31 - 1, description="minimum number of tokens that typical_p, top_p, min_p and XTC keep")
     ] = 0
     samplers: Annotated[tuple[SamplerStage, ...], Meta(max_length=64, description="stages in order")] = DEFAULT_SAMPLERS
     logit_bias: Annotated[

@@ -49,7 +49,8 @@ class SlotFiles:
         """Writes to `path` the tokens and states of the content of slot `number`, as far as they are resident or
         stored, whole or not at all.
 
-        Raises RequestRefused if there is no such slot or nothing to save, EngineFault if the file cannot be written.
+        Raises RequestRefused if there is no such slot, nothing to save, or another kind of file at `path`, and
+        EngineFault if the file cannot be written.
         """
         begun, thread, digest = time.perf_counter(), self._thread, await _content_digest(self._thread)
         content, identity = await thread.query(
@@ -68,6 +69,10 @@ class SlotFiles:
                 file.discard()
         except OSError as error:
             raise EngineFault(f"The file {path.name!r} cannot be written: {error.strerror}.") from error
+        except DamagedFile:
+            raise RequestRefused(
+                f"The file {path.name!r} is not a slot file and would be lost; send another name.", field="filename"
+            ) from None
         return SlotTransfer(tokens, size, time.perf_counter() - begun)
 
     async def restore(self, number: int, path: Path) -> SlotTransfer:

@@ -3,7 +3,6 @@ cache."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping
 
 from msgspec import Struct
@@ -11,20 +10,11 @@ from msgspec import Struct
 from engine.backend import Context
 from engine.config import MemoryConfig
 from engine.contract import DraftStats
+from engine.histogram import NO_OBSERVATIONS, Buckets, Histogram
 from engine.kv import KVStats
 
-# Upper bounds of the buckets of the histograms.
-BUCKET_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 # Numbers of rows for which a snapshot reports the expected seconds of a decode.
 DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64)
-
-
-class Histogram(Struct, frozen=True):
-    """Counts of observations by bucket, not cumulative. The last count is for observations above all bounds."""
-
-    bounds: tuple[float, ...]
-    counts: tuple[int, ...]
-    sum: float
 
 
 class EmbeddingStats(Struct, frozen=True):
@@ -86,25 +76,12 @@ class Stats(Struct, frozen=True):
     embeddings: EmbeddingStats = EmbeddingStats()
     displacements: int = 0
     """Total of the running sequences that yielded to a sequence of another owner or of a higher priority."""
+    step: Histogram = NO_OBSERVATIONS
+    """Seconds of the steps with a decode, host time included."""
+    grammar: Histogram = NO_OBSERVATIONS
+    """Seconds of the compilation of grammars, without those from the cache."""
     owners: Mapping[str, tuple[int, int]] = {}
     """For each owner with requests, the numbers of those that have started and of those that have not."""
-
-
-class Buckets:
-    """A histogram of seconds that grows by `add`."""
-
-    def __init__(self) -> None:
-        self._counts = [0] * (len(BUCKET_SECONDS) + 1)
-        self._sum = 0.0
-
-    def add(self, seconds: float) -> None:
-        """Counts one value."""
-        self._counts[bisect_left(BUCKET_SECONDS, seconds)] += 1
-        self._sum += seconds
-
-    def snapshot(self) -> Histogram:
-        """Returns the current state."""
-        return Histogram(BUCKET_SECONDS, tuple(self._counts), self._sum)
 
 
 class Counters:
@@ -141,6 +118,7 @@ class Counters:
         self.queue = Buckets()
         self.ttft = Buckets()
         self.gap = Buckets()
+        self.step = Buckets()
         self.running = 0
         self.waiting = 0
         self.cells = cells
@@ -172,6 +150,12 @@ class Counters:
         self.native_passes += passes
         self.native_seconds += seconds
 
+    def record_step(self, seconds: float, *, decoded: bool) -> None:
+        """Records a step of the engine; `decoded` is False for one that had no rows or has failed."""
+        self.busy_seconds += seconds
+        if decoded:
+            self.step.add(seconds)
+
     def set_gauges(self, running: int, waiting: int, kv: KVStats) -> None:
         """Sets the values that a snapshot reports for the last step."""
         self.running, self.waiting = running, waiting
@@ -186,13 +170,16 @@ class Counters:
             queue=self.queue.snapshot(),
             ttft=self.ttft.snapshot(),
             gap=self.gap.snapshot(),
+            step=self.step.snapshot(),
             drafts=self._drafts(),
             step_seconds={rows: self._seconds_of(rows, self.cells_used) for rows in DECODE_ROWS},
             **{name: getattr(self, name) for name in _PLAIN_FIELDS},
         )
 
 
-_COMPUTED_FIELDS = ("requests_finished", "queue", "ttft", "gap", "drafts", "step_seconds", "embeddings", "owners")
+_COMPUTED_FIELDS = {
+    *("requests_finished", "queue", "ttft", "gap", "step", "grammar", "drafts", "step_seconds", "embeddings", "owners")
+}
 _PLAIN_FIELDS = tuple(name for name in Stats.__struct_fields__ if name not in _COMPUTED_FIELDS)
 
 

@@ -20,6 +20,7 @@ from engine.pace import StepTargets, UpcomingStep
 from engine.scheduler import FreeCapacity, Plan, ScheduledRows, StepLimits
 from engine.speculate import FEED_TOKENS, LastStep, SpeculativeDecoding
 from engine.stats import Counters
+from engine.watchdog import WorkClock
 
 # Share of a step that may be spent on loading blocks while other sequences run, and the same share for saving blocks.
 MOVE_SHARE = 0.1
@@ -40,6 +41,7 @@ class EngineCore:
         offload: Offload | None = None,
         reuse: int = 0,
         queue_timeout: float = 0.0,
+        work: WorkClock | None = None,
     ) -> None:
         context = backend.context
         # With unified KV a prompt gets a new id, while the id of the idle sequence whose cells it shares stays in use.
@@ -61,10 +63,12 @@ class EngineCore:
         self._masks = Masks(backend.vocab.size, overlapped=backend.info.offloaded)
         self._outputs = OutputProcessor(self.kv, self.lifecycle, outbox, self.counters, self._masks, self._chooser)
         self._last_step = LastStep(0.0)
+        self._work = work or WorkClock()
 
     def step(self) -> None:
         """Admits sequences, decodes and processes the rows of one step, flushes the outbox, and sets the drafts of the
         next step."""
+        self._work.begin()
         begun, steps = time.perf_counter(), self.counters.steps
         self.lifecycle.expire(begun)
         self._admit()
@@ -80,7 +84,8 @@ class EngineCore:
             # Without the time of `_draft`: proposers account for their own time.
             self.cost.add_host_time(time.perf_counter() - begun - self._last_step.seconds)
         self._draft()
-        self.counters.busy_seconds += time.perf_counter() - begun
+        self.counters.record_step(time.perf_counter() - begun, decoded=self.counters.steps > steps)
+        self._work.end()
 
     def check_idle(self) -> None:
         """Raises AssertionError, which ends the engine, unless prefix tree and context agree. Usually under 1 ms."""
@@ -88,9 +93,11 @@ class EngineCore:
 
     def maintain_idle(self) -> bool:
         """Saves prefixes for about `IDLE_SAVE_SECONDS` while no request runs. Returns True if prefixes are left."""
+        self._work.begin()
         self.kv.set_costs(Costs())  # keeping a cell lengthens no step while none runs
         more = self.kv.maintain(IDLE_SAVE_SECONDS)
         self.counters.set_gauges(len(self.running), len(self.waiting), self.kv.stats())
+        self._work.end()
         return more
 
     def close(self) -> None:
@@ -217,6 +224,7 @@ class EngineCore:
 
     def _commit(self, rows: abc.Iterable[ScheduledRows]) -> None:
         """Counts the known tokens of `rows` as computed. A GPU may still be computing them."""
+        self._charge(rows)
         for part in rows:
             sequence = self.running[part.key]
             self.kv.commit(sequence.seq, sequence.commit(part.tokens))
@@ -227,6 +235,18 @@ class EngineCore:
                 self.counters.hits += 1
             self.waiting.remove_in_flight(sequence)  # no effect after the step that completes the prefill
         self.kv.count_step()
+
+    def _charge(self, rows: abc.Iterable[ScheduledRows]) -> None:
+        """Adds the cost of `rows` to the counters of their owners, in tokens of a prompt: a decoding sequence costs as
+        many as take the time of its row. The recomputation after a preemption costs nothing."""
+        sequences = [(self.running[part.key], part.tokens) for part in rows]
+        decoding = sum(sequence.num_uncomputed == 1 for sequence, _ in sequences)
+        seconds, row = self.cost.even_seconds(decoding) / max(1, decoding), self.cost.prompt_row
+        for sequence, tokens in sequences:
+            if sequence.num_uncomputed == 1:
+                self.lifecycle.charge(sequence, max(1.0, seconds / row) if row else 1.0)
+            elif sequence.first_token is None:
+                self.lifecycle.charge(sequence, tokens)
 
     # ── draft ──
 

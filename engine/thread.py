@@ -15,25 +15,29 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
-from msgspec import Struct
-
 from engine.backend import Backend, Context, LoadProgress, ModelInfo
+from engine.commands import Cancel, Command, FailAll, Query, Submit, Wake
 from engine.config import EngineConfig
 from engine.contents import ContentDigest
-from engine.contract import PROPOSER_TYPES, EngineError, EngineFault, FinishReason, Request, ShutDown
+from engine.contract import ENGINE_FAILED, PROPOSER_TYPES, EngineError, EngineFault, Request, ShutDown
 from engine.kv import Offload, open_offload
 from engine.measured_costs import load_or_measure_costs
 from engine.outbox import Outbox, StepOutput
 from engine.pace import Layout, StepCost, StepTargets, warm_up
 from engine.sequence import Sequence
 from engine.sim import open_sim, sim_proposers
-from engine.speculate import DraftModel, ProposerFactory, SharedDraftData, SpeculativeDecoding, vocabulary_mismatch
+from engine.speculate import (
+    DraftModel,
+    ProposerFactory,
+    SharedDraftData,
+    SpeculativeDecoding,
+    check_draft_files,
+    vocabulary_mismatch,
+)
 from engine.step import EngineCore
+from engine.watchdog import ENGINE_THREAD, WorkClock, await_end
 
 log = logging.getLogger("paceline.engine")
-
-# Clients get this sentence. The exception and its traceback are for the operator, so only the log has them.
-ENGINE_FAILED = "The engine has failed; its log has the reason."
 
 # Maximum time for which the start waits for the digest of the model's files. Hashing larger files goes on beside
 # requests, which use the disk tier once the digest is known.
@@ -45,37 +49,6 @@ COMMANDS_PER_STEP = 256
 Result = TypeVar("Result")
 
 
-class Submit(Struct, frozen=True):
-    """Adds a new request to the queue of requests."""
-
-    key: int
-    request: Request
-    seed: int
-
-
-class Cancel(Struct, frozen=True):
-    """Ends a running or waiting request. No effect on a request that has ended."""
-
-    key: int
-    reason: FinishReason
-
-
-class FailAll(Struct, frozen=True):
-    """Ends every request with ShutDown."""
-
-
-class Wake(Struct, frozen=True):
-    """Runs a step, which opens the disk tier, as the model's files are hashed."""
-
-
-class Query(Struct, frozen=True):
-    """Calls `function` between two steps, and sets `future` to the result on the event loop."""
-
-    function: Callable[[EngineCore], Any]
-    future: asyncio.Future[Any]
-
-
-Command = Submit | Cancel | FailAll | Wake | Query
 # Opens a model on the engine thread, given the configuration, a progress callback, and a function that returns False
 # once the load must be cancelled. Raises EngineError.
 Opener = Callable[[EngineConfig, LoadProgress, Callable[[], bool]], Backend]
@@ -135,7 +108,8 @@ class EngineThread:
         self._queries: set[asyncio.Future[Any]] = set()
         self._end_reason = ""  # why the thread ended; empty while it runs
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="paceline-engine")
+        self.work = WorkClock()
+        self._thread = threading.Thread(target=self._serve, name=ENGINE_THREAD, daemon=True)
         self._backends: list[Backend] = []
         self._unavailable: dict[str, str] = {}
         if not config.draft.path:
@@ -149,14 +123,14 @@ class EngineThread:
         return await asyncio.shield(self._opened)
 
     async def close(self) -> None:
-        """Ends all requests, frees the models, and waits for the end of the thread."""
+        """Ends all requests, frees the models, and waits for the end of the thread, unless it hangs."""
         self._opened.cancel()
         self._closing.set()
         self.contents.close()
         for backend in self._backends:
             backend.context.abort()
         self.inbox.put(None)
-        await asyncio.shield(asyncio.to_thread(self._thread.join))
+        await await_end(self._thread, self.work)
         self._fail_queries(str(ShutDown()))
 
     async def query(self, function: Callable[[EngineCore], Result]) -> Result:
@@ -191,6 +165,7 @@ class EngineThread:
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def _execute(self, core: EngineCore, command: Command) -> None:
+        self.work.begin()
         match command:
             case Submit(key, request, seed):
                 try:
@@ -224,10 +199,13 @@ class EngineThread:
             self._call_soon(_settle, future, result, None)
 
     def _serve(self) -> None:
+        self.work.begin()
         with ExitStack() as stack:
             try:
                 digest = self.contents.future() if self._config.memory.disk else None
+                check_draft_files(self._config.speculation)
                 backend = self._open_model(stack)
+                check_draft_files(self._config.speculation, backend.vocab)
                 draft = self._open_draft(backend, stack) if self._config.draft.path else None
                 whole = not backend.context.divisible
                 offload = open_offload(self._config.memory, backend.info, digest, whole=whole)
@@ -276,11 +254,13 @@ class EngineThread:
             core = self._create_core(backend, draft, offload)
             if offload is not None:
                 offload.await_disk(DISK_OPEN_SECONDS)
+            self.work.end()
             self._call_soon(_settle, self._opened, LoadedEngine(backend, core, self._unavailable), None)
             self._run(core)
             core.close()
         except BaseException:  # a panic of a Rust library is not an `Exception`
             log.exception("the engine has failed")
+            self.work.end()
             fault = EngineFault(ENGINE_FAILED, fatal=True)
             self._call_soon(_settle, self._opened, None, fault)
             self._call_soon(self._on_fault, fault)
@@ -309,6 +289,7 @@ class EngineThread:
             offload,
             config.memory.reuse,
             batch.queue_timeout,
+            self.work,
         )
 
     def _cost(self, config: EngineConfig, backend: Backend) -> StepCost:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from engine.contract import EngineError
 from engine.sequence import Sequence
 
-# Times of requests that have ended are dropped once they are more than this many and half of all.
+# Times of ended requests are dropped at each multiple of this many times, from more than twice as many on.
 _MAX_STALE = 1024
 _MAX_RETRY_SECONDS = 60.0
 
@@ -34,7 +34,7 @@ class TimeLimits:
     """The times at which waiting and running sequences exceed a limit. Belongs to the engine thread."""
 
     def __init__(self, queue_timeout: float) -> None:
-        """`queue_timeout` is the maximum of seconds before the start of a request; 0 is no maximum."""
+        """`queue_timeout` is the maximum number of seconds before the start of a request; 0 is no maximum."""
         self._queue_timeout = queue_timeout
         self._times: list[tuple[float, int]] = []  # a heap of times and keys
 
@@ -49,7 +49,7 @@ class TimeLimits:
             heapq.heapify(self._times)
 
     def reached(self, now: float) -> Iterator[int]:
-        """Yields the keys of the requests of which a time has come, and drops these times."""
+        """Yields the keys of requests with a time up to `now`, and drops these times."""
         while self._times and self._times[0][0] <= now:
             yield heapq.heappop(self._times)[1]
 

@@ -40,7 +40,7 @@ class Waiting:
         self._insert(sequence, is_new=True)
 
     def put_first(self, sequence: Sequence) -> None:
-        """Adds a preempted sequence, which resumes before all others of its priority."""
+        """Adds a preempted sequence, which resumes before others of its owner and priority."""
         self._insert(sequence, is_new=False)
 
     def _insert(self, sequence: Sequence, *, is_new: bool) -> None:

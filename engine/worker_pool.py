@@ -21,7 +21,7 @@ _current = threading.local()
 
 
 class WorkAbandoned(BaseException):
-    """Nobody awaits the result of this thread's work any more. Not an `Exception`, so that no handler takes it for a
+    """The result of this thread's work is no longer awaited. Not an `Exception`, so that no handler treats it as a
     failure of the work."""
 
 
@@ -92,7 +92,7 @@ WORKERS = WorkerPool(_WORKERS)
 
 
 def checkpoint() -> None:
-    """Raises WorkAbandoned on a thread of a pool whose work nobody awaits. Called between parts of long work."""
+    """Raises WorkAbandoned on a worker thread whose result is no longer awaited. Called between parts of long work."""
     work: _Work | None = getattr(_current, "work", None)
     if work is not None and work.abandoned:
         raise WorkAbandoned

@@ -62,6 +62,8 @@ class MessageForm:
         fields = {name: getattr(request, name) for name in GenerationRequest.__struct_fields__}
         if request.token_limit is None:
             fields["max_tokens"] = _DEFAULT_MAX_TOKENS
+        if request.user is None and isinstance(user := (request.metadata or {}).get("user_id"), str):
+            fields["user"] = user
         if request.stop_sequences:
             fields["stop"] = [*request.stop_strings, *request.stop_sequences]
         if (output_format := _output_format(request)) is not None:

@@ -96,6 +96,7 @@ class MessagesRequest(GenerationRequest, kw_only=True):
     """The body of POST /v1/messages and of POST /v1/messages/count_tokens."""
 
     messages: Annotated[list[MessageParam], Meta(min_length=1)]
+    metadata: dict[str, Any] | None = None
     system: str | list[ContentBlock] | None = None
     tools: Annotated[list[ToolParam], Meta(max_length=1024)] | None = None
     tool_choice: ToolChoiceParam | None = None

@@ -79,7 +79,7 @@ def url_and_key(arguments: Sequence[str]) -> tuple[str, str]:
 
 
 class _Terminal:
-    """Reads lines, and runs commands or shows replies."""
+    """Runs the commands in the lines of a user, and shows replies to the other lines."""
 
     def __init__(self, client: ServerClient, system: str, read_line: ReadLine) -> None:
         self._session = ChatSession(client, system)
@@ -147,7 +147,7 @@ class _Terminal:
                     console.out("")
 
     def _command(self, text: str) -> Reply | None:
-        """Runs a command, and returns the reply that it asks for. Raises OptionError for an unusable one."""
+        """Runs a command. Returns the requested reply; None for a command without a reply. Raises OptionError."""
         session, (name, _, rest) = self._session, text.partition(" ")
         rest = rest.strip()
         match name:

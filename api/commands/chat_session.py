@@ -17,7 +17,7 @@ _PATH = "/v1/chat/completions"
 
 
 class ReplyPart(Struct, frozen=True):
-    """A piece of a reply, without control characters."""
+    """A part of a reply, without control characters."""
 
     text: str
     reasoning: bool = False
@@ -63,7 +63,7 @@ _CHUNK = msgspec.json.Decoder(_Chunk)
 
 
 class ChatSession:
-    """The messages of a conversation, and the fields that every request has."""
+    """The messages of a conversation, and the fields of every request."""
 
     def __init__(self, client: ServerClient, system: str = "") -> None:
         self._client = client
@@ -81,22 +81,23 @@ class ChatSession:
 
     def ask(self, text: str) -> Reply:
         """Appends a message of the user, and yields the reply as `regenerate` does."""
-        before = [*self.turns]
+        earlier = [*self.turns]
         self.turns.append({"role": "user", "content": text})
-        return self._reply(before)
+        return self._reply(earlier)
 
     def regenerate(self) -> Reply:
         """Yields the parts of a new reply to the last message of the user, and the timings at its end.
 
-        When the iterator ends, is closed or raises, the text so far is the last message; without any text the
-        conversation is as it was. Requires a message of the user. Raises ServerError.
+        When the iterator ends, is closed or raises, the text so far becomes the last message; without any text the
+        conversation does not change. Requires a message of the user. Raises ServerError.
         """
-        before = [*self.turns]
+        earlier = [*self.turns]
         if self.turns[-1]["role"] == "assistant":
             self.turns.pop()
-        return self._reply(before)
+        return self._reply(earlier)
 
-    def _reply(self, before: list[dict[str, str]]) -> Reply:
+    def _reply(self, earlier: list[dict[str, str]]) -> Reply:
+        """Yields the parts and timings of a reply. `earlier` are the turns to restore after a reply without text."""
         content: list[str] = []
         body = {**self.fields, "messages": self.messages, "stream": True}
         try:
@@ -110,7 +111,7 @@ class ChatSession:
             if content:
                 self.turns.append({"role": "assistant", "content": "".join(content)})
             else:
-                self.turns = before
+                self.turns = earlier
 
     def save(self, path: Path) -> None:
         """Writes the messages to `path`: as a JSON list if its suffix is .json, else as Markdown. Raises OSError."""
@@ -126,7 +127,7 @@ def _parts(event: str) -> Iterator[ReplyPart | ReplyTimings]:
     try:
         chunk = _CHUNK.decode(event)
     except msgspec.MsgspecError as error:
-        raise ServerError(f"an event is no chunk of a chat: {error}") from None
+        raise ServerError(f"an event is not a chat completion chunk: {error}") from None
     if chunk.error is not None:
         raise ServerError(without_controls(chunk.error.message))
     for choice in chunk.choices:

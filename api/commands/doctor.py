@@ -1,4 +1,4 @@
-"""`paceline doctor`: what this machine and a model allow, in lines for a bug report."""
+"""`paceline doctor`: reports on the machine and a model, in lines for a bug report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ allow. Measures the costs of steps unless an earlier start has, or --no-calibrat
 model cannot be served.
 """
 _LABEL_CHARS = 14
-# Names of the library's CPU features that are no instruction sets.
+# Names among the library's CPU features other than instruction sets.
 _BUILD_OPTIONS = ("LLAMAFILE", "OPENMP", "REPACK", "ACCELERATE", "KLEIDIAI")
 _GIB = 2**30
 
@@ -50,7 +50,7 @@ class TemplateReport(Struct, frozen=True):
 
 
 class DoctorReport(Struct, frozen=True):
-    """All that `paceline doctor --json` prints."""
+    """The output of `paceline doctor --json`."""
 
     paceline: str
     llama_cpp_python: str
@@ -97,12 +97,13 @@ def doctor_report(options: Options, diagnosis: Diagnosis) -> DoctorReport:
         f"{platform.system()} {platform.release()} {platform.machine()}",
         platform.python_version(),
         diagnosis,
-        _template(options, engine.info.chat_template) if engine is not None and generates else None,
+        _template_report(options, engine.info.chat_template) if engine is not None and generates else None,
         tuple(kind for kind in proposers if kind in configured or "auto" in configured),
     )
 
 
-def _template(options: Options, own: str | None) -> TemplateReport:
+def _template_report(options: Options, own: str | None) -> TemplateReport:
+    """Returns the report on the configured template, or else on `own`, the model's, or else on ChatML."""
     configured = configured_template(options.chat)
     kind = "flag" if configured else "model" if own else "chatml"
     source = configured or own or CHATML
@@ -164,16 +165,16 @@ def _model_lines(engine: OpenedEngine, free_bytes: int) -> dict[str, str]:
     if not info.generates:
         return {**lines, "use": "embeddings only"}
     layout = "unified" if engine.memory.kv_unified else "per slot"
-    room = f", {info.context * info.cell_bytes / _GIB:.2f} GiB" if info.cell_bytes else ""
+    cells_size = f", {info.context * info.cell_bytes / _GIB:.2f} GiB" if info.cell_bytes else ""
     lines["KV cache"] = (
         f"{layout}, {_count(engine.slots, 'slot')}, {engine.request_limit} tokens for each request, "
-        f"{info.context} cells{room} ({engine.memory.kv_reason or 'the default'})"
+        f"{info.context} cells{cells_size} ({engine.memory.kv_reason or 'the default'})"
     )
-    kinds = [] if engine.memory.partial else ["prefixes are shared as whole texts only"]
-    kinds += [f"sliding window of {engine.memory.window} tokens"] if engine.memory.window else []
+    limits = [] if engine.memory.partial else ["prefixes are shared as whole texts only"]
+    limits += [f"sliding window of {engine.memory.window} tokens"] if engine.memory.window else []
     if info.cell_bytes and free_bytes and not info.offloaded:
-        kinds.append(f"about {max(0, free_bytes - info.bytes) // info.cell_bytes} cells (-c) fill the free memory")
-    lines["context"] = "; ".join(kinds) or "any length that fits the device"
+        limits.append(f"about {max(0, free_bytes - info.bytes) // info.cell_bytes} cells (-c) fill the free memory")
+    lines["context"] = "; ".join(limits) or "any length that fits the device"
     return lines
 
 
@@ -188,7 +189,7 @@ def _template_line(template: TemplateReport) -> str:
         "parallel calls": has.supports_parallel_tool_calls,
         "reasoning effort": has.supports_reasoning_effort,
     }
-    listed = ", ".join(name for name, on in features.items() if on) or "none of system role and tools"
+    listed = ", ".join(name for name, on in features.items() if on) or "neither system role nor tools"
     problem = f"; {template.problem}" if template.problem else ""
     return f"{source[template.source]}, renders {listed}; format of tool calls: {template.tools_format}{problem}"
 

@@ -24,7 +24,8 @@ variable. Flags override environment variables, which override the file.
 _WITHOUT_EFFECT = """\
 ## Flags without effect
 
-These flags of llama-server and ik_llama.cpp are accepted and do nothing: what they set is always so, or does not exist.
+These flags of llama-server and ik_llama.cpp are accepted and do nothing: each sets a behaviour that is fixed here, or
+configures a part that does not exist.
 """
 
 _REFUSED = """\
@@ -42,12 +43,12 @@ def flag_reference() -> str:
 
 
 def every_spelling() -> str:
-    """Returns a table of all spellings, in alphabetic order, each with what it does."""
-    rows = (f"| `{name}` | {_answer(option)} |" for name, (option, _) in sorted(SPELLED.items()))
+    """Returns a table of all spellings with their meanings, in alphabetic order."""
+    rows = (f"| `{name}` | {_meaning(option)} |" for name, (option, _) in sorted(SPELLED.items()))
     return "\n".join(["## All spellings", "", "| flag | meaning |", "| --- | --- |", *rows]) + "\n"
 
 
-def _answer(option: Option) -> str:
+def _meaning(option: Option) -> str:
     match option:
         case Flag():
             return f"`{option.field}` in [{option.table}]"

@@ -18,7 +18,7 @@ usage: paceline models                 lists the downloaded models with their si
 
 
 def run_models(arguments: Sequence[str]) -> int:
-    """Prints or removes downloaded models, and returns the exit code: 1 if one is not there, 2 for wrong arguments."""
+    """Prints or removes downloaded models, and returns the exit code: 1 for an unknown model, 2 for wrong arguments."""
     hub = hub_of(HubConfig())
     match list(arguments):
         case []:

@@ -1,4 +1,4 @@
-"""A server that a command starts on a free loopback port, and ends with itself."""
+"""Runs a server for one command, on a free loopback port."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from api.commands.server_client import ServerClient, ServerError
+from api.config.keys import configured_keys
 from api.config.options import Options
 
 _HOST = "127.0.0.1"
@@ -21,20 +22,21 @@ _CLOSE_SECONDS = 10.0
 
 @contextmanager
 def own_server(flags: Sequence[str], options: Options) -> Iterator[ServerClient]:
-    """Starts `paceline serve` with `flags`, of which `options` was parsed, and returns a client once the model is
-    loaded. Leaving the context manager ends the server. Raises ServerError if the server ends before.
+    """Starts `paceline serve` with `flags`, and yields a client once the model is loaded. `options` are the parsed
+    flags. Leaving the `with` block ends the server, and so do SIGTERM and SIGHUP. Raises ServerError if the server ends
+    while it loads.
 
-    The start message is shown, the log is not, unless `flags` ask for it. SIGTERM and SIGHUP end the server as well.
+    The server prints its start message, and logs only errors unless a flag sets `--log-verbosity`.
     """
     port = _free_port()
     own = ("--host", _HOST, "--port", str(port), "--ssl-cert-file", "", "--ssl-key-file", "")
     command = [sys.executable, "-m", "api", "serve", "--log-verbosity", "1", *flags, *own]
-    # In a session of its own, as Ctrl+C stops a reply, not the server.
+    # A new session keeps the signal of Ctrl+C, which ends a reply, from the server.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         with _exit_on_signals():
             url = f"http://{_HOST}:{port}{options.server.api_prefix}"
-            with ServerClient(url, next(iter(options.server.api_keys), "")) as client:
+            with ServerClient(url, _first_key(options)) as client:
                 _wait_until_loaded(client, process)
                 yield client
     finally:
@@ -44,6 +46,10 @@ def own_server(flags: Sequence[str], options: Options) -> Iterator[ServerClient]
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _first_key(options: Options) -> str:
+    return next((each.key for each in configured_keys(options.server)), "")
 
 
 def _free_port() -> int:

@@ -29,7 +29,7 @@ _MIB = 2**20
 
 
 def print_for_option(option: CommandOption) -> int:
-    """Prints what one of `PRINTING_OPTIONS` asks for, and returns the exit code."""
+    """Prints the text of one of `PRINTING_OPTIONS`, and returns the exit code."""
     sys.stdout.write(_text(option))
     return 0
 

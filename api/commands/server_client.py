@@ -76,7 +76,7 @@ class ServerClient:
         try:
             return msgspec.json.decode(self.get(path), type=reply_type)
         except msgspec.MsgspecError as error:
-            raise ServerError(f"{self.url}{path} is no answer of Paceline: {error}") from None
+            raise ServerError(f"{self.url}{path} is not a reply of Paceline: {error}") from None
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Generator[str, None, None]:
         """Yields the data of the events of a POST request, without `[DONE]`. Closing the iterator ends the request.

@@ -24,7 +24,7 @@ usage: paceline top [URL] [--interval SECONDS] [--count N] [--api-key KEY]
 Shows slots, queue, KV cache, tokens per second, step time and drafts of the server at URL (default:
 http://127.0.0.1:8000) until Ctrl+C. If stdout is not a terminal, the view is printed once, without colours.
 
-  --interval SECONDS  time between two looks, 0.1 to 3600 (default: 1)
+  --interval SECONDS  time between two samples, 0.1 to 3600 (default: 1)
   --count N           number of views (default: 1 if stdout is not a terminal, else without end)
   --api-key KEY       key of the server (default: $LLAMA_API_KEY)
 """
@@ -61,8 +61,10 @@ def run_top(arguments: Sequence[str], console: Console | None = None) -> int:
 
 
 def show_server(client: ServerClient, console: Console, interval: float, count: float | None) -> None:
-    """Shows `count` views; None is without end. A terminal shows the latest view only. Raises ServerError if the first
-    request fails, but a terminal waits for a model that is loading."""
+    """Shows `count` views; None means no end. A terminal shows only the latest view.
+
+    Raises ServerError if the first request fails, except on a terminal while the server's model is loading.
+    """
     views = islice(_views(client, interval, at_once=console.is_terminal), None if count is None else int(count))
     if not console.is_terminal:
         for view in views:
@@ -74,7 +76,7 @@ def show_server(client: ServerClient, console: Console, interval: float, count: 
 
 
 def _views(client: ServerClient, interval: float, *, at_once: bool) -> Iterator[RenderableType]:
-    """Yields a view after each look at the server; the first after two looks, which rates need, unless `at_once`."""
+    """Yields a view after each sample; unless `at_once`, from the second sample on, because rates need two."""
     facts, history = ServerFacts(), ServerHistory()
     outdated = True
     while True:

@@ -1,4 +1,4 @@
-"""One look at a running server: its slots and its metrics."""
+"""A sample of a running server: its slots and its metrics."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class ServerHistory:
         return self._now
 
     def add(self, sample: ServerSample) -> None:
-        """Appends a sample. A smaller counter than before means a new server, which begins a new history."""
+        """Appends a sample. A counter below that of the last sample means a new server, and clears the history."""
         if self._now is not None and sample.metrics["steps_total"] < self._now.metrics["steps_total"]:
             self._now = None
             self.rates.clear()
@@ -50,7 +50,7 @@ class ServerHistory:
         return self.gain(name) / self._seconds if self._seconds else 0.0
 
     def slot_rate(self, slot: ListedSlot) -> float:
-        """Returns the tokens per second that `slot`, which is one of the latest sample, has emitted."""
+        """Returns the tokens per second of `slot`, which must be one of the latest sample."""
         if not self._seconds or self._before is None:
             return 0.0
         same = (old.decoded for old in self._before.slots or () if (old.id, old.id_task) == (slot.id, slot.id_task))
@@ -113,12 +113,14 @@ def slot_table(slots: list[ListedSlot], history: ServerHistory) -> Table:
         if not slot.is_processing:
             table.add_row(str(slot.id), "idle", *[""] * 6, _percent(slot.n_prompt_tokens, slot.n_ctx), style="dim")
             continue
-        known = slot.n_prompt_tokens_cache + slot.n_prompt_tokens_processed
-        prefills = slot.decoded == 0 and known < slot.prompt_tokens
+        computed = slot.n_prompt_tokens_cache + slot.n_prompt_tokens_processed
+        is_prefilling = slot.decoded == 0 and computed < slot.prompt_tokens
         drafted, accepted = sum(each.drafted for each in slot.drafts), sum(each.accepted for each in slot.drafts)
         table.add_row(
             str(slot.id),
-            Text(f"prefill {_percent(known, slot.prompt_tokens)}", "yellow") if prefills else Text("decode", "green"),
+            Text(f"prefill {_percent(computed, slot.prompt_tokens)}", "yellow")
+            if is_prefilling
+            else Text("decode", "green"),
             str(slot.prompt_tokens),
             str(slot.n_prompt_tokens_cache),
             str(slot.decoded),
@@ -136,7 +138,7 @@ def proposer_table(sample: ServerSample) -> Table | None:
     drafted, accepted = metrics.labelled("spec_draft_tokens_total"), metrics.labelled("spec_accepted_tokens_total")
     drafts, chance = metrics.labelled("spec_drafts_total"), metrics.labelled("spec_chance")
     saved, spent = metrics.labelled("spec_saved_seconds_total"), metrics.labelled("spec_spent_seconds_total")
-    table = _table("proposer", "drafts", "drafted", "accepted", "", "next", "saved s", "spent s", "gain s")
+    table = _table("proposer", "drafts", "drafted", "accepted", "", "chance", "saved s", "spent s", "gain s")
     for name in sorted(drafted, key=lambda kind: -accepted.get(kind, 0)):
         if not drafted[name]:
             continue

@@ -35,7 +35,7 @@ PRESET_FILE = CommandOption(
     ("--models-preset",),
     1,
     "FILE",
-    "INI file of llama-server's with settings of several models",
+    "llama-server's INI file with the settings of several models",
     "LLAMA_ARG_MODELS_PRESET",
 )
 PRESET_NAME = CommandOption(("--preset",), 1, "NAME", "section of --models-preset to serve; flags override it")
@@ -44,7 +44,7 @@ VERSION = CommandOption(("--version",), 0, "", "print the versions and exit")
 LIST_DEVICES = CommandOption(("--list-devices",), 0, "", "print the devices that --device can name and exit")
 LIST_CACHE = CommandOption(("-cl", "--cache-list"), 0, "", "print the downloaded models and exit")
 COMPLETION = CommandOption(("--completion-bash",), 0, "", "print a completion script for bash and exit")
-_SHORTCUT_HELP = "settings of a well-known model, which is downloaded; flags override them"
+_SHORTCUT_HELP = "download a well-known model and use its settings; other flags override them"
 _SHORTCUTS = tuple(CommandOption((name,), 0, "", _SHORTCUT_HELP) for name in SHORTCUTS)
 
 COMMAND_OPTIONS = (
@@ -66,18 +66,19 @@ ALL_OPTIONS: tuple[Option, ...] = (*FLAGS, *WITHOUT_EFFECT, *REFUSED, *COMMAND_O
 
 
 class GivenOption(NamedTuple):
-    """An option as it was given."""
+    """An option of a command line or a preset, with its values."""
 
     option: Option
     source: str
-    """Spellings of the flag, or key of a preset, for errors."""
+    """The flag's spellings, or the preset's key, for error messages."""
     values: tuple[str, ...]
     on: bool
     """False for a switch that was turned off."""
 
 
 def _all_names() -> Iterator[tuple[str, tuple[Option, bool]]]:
-    """Yields each spelling with its option, and False if the spelling turns a switch off. Later ones win."""
+    """Yields each spelling with its option and True, or with False if the spelling turns a switch off. A later spelling
+    replaces an equal earlier one."""
     for flag in FLAGS:
         yield from ((name, (flag, False)) for name in flag.off_names)
     for option in ALL_OPTIONS:
@@ -117,7 +118,10 @@ def _split_word(word: str) -> tuple[str, str | None]:
 
 
 def _switch(option: Option, name: str, on: bool, attached: str | None, words: list[str]) -> GivenOption:
-    """Returns a switch, with the word for on or off that may follow it. Raises OptionError for another value."""
+    """Returns a switch, turned on or off by its spelling and by a word such as `false` after it.
+
+    Raises OptionError for another value after `=`.
+    """
     if attached is None and words and words[0] in BOOLEAN_WORDS:
         attached = words.pop(0)
     if attached is None:

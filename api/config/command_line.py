@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,7 +21,7 @@ from api.config.arguments import (
 )
 from api.config.config_file import read_config_file
 from api.config.flags import FLAGS, HEADINGS, Flag
-from api.config.hub import hub_problem, named_model
+from api.config.hub import REPOSITORY_NAME, hub_problem, named_model
 from api.config.options import Options
 from api.config.other_flags import OtherFlag
 from api.config.presets import Preset, read_preset
@@ -33,9 +32,6 @@ from api.config.values import BOOLEAN_WORDS, OptionError, convert_value
 from engine import SIMULATED_MODEL
 
 __all__ = ["CommandParser", "OptionError", "parse", "printing_option"]
-
-# Repositories name themselves as user/model, with or without a quant.
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 class _Given(NamedTuple):
@@ -110,7 +106,7 @@ def _refuse_flags(given: Iterable[GivenOption], environment: Mapping[str, str]) 
 def _refusable(
     given: Iterable[GivenOption], environment: Mapping[str, str]
 ) -> Iterator[tuple[str, OtherFlag, str | None, bool]]:
-    """Yields the refused flags and variables with their values, and False for a switch that is off."""
+    """Yields the name, flag and value of each refused flag or variable, and False for a switch that is off."""
     for each in given:
         if isinstance(each.option, OtherFlag) and each.option.refused:
             yield each.source, each.option, each.values[0] if each.values else None, each.on
@@ -125,7 +121,7 @@ def _variables(environment: Mapping[str, str]) -> dict[str, _Given]:
 
 
 def _variable(flag: Flag, environment: Mapping[str, str]) -> _Given | None:
-    # llama-server turns a switch off for any value of the variable with NO.
+    # As in llama-server, any value of LLAMA_ARG_NO_X turns the switch of LLAMA_ARG_X off.
     off = flag.env.replace("LLAMA_ARG_", "LLAMA_ARG_NO_", 1) if flag.switch else ""
     if off != flag.env and off in environment:
         return _Given(False, off)
@@ -145,7 +141,7 @@ def _preset_defaults(preset: Preset, settings: Mapping[str, _Given]) -> dict[str
     """Returns the settings that follow from the name of a preset: the model's name, and its repository unless
     `settings` name a model."""
     defaults = {"server.alias": _Given([preset.name], "--preset")}
-    if _REPOSITORY.fullmatch(preset.name) and not settings.keys() & {"model.path", "hub.repo", "hub.url"}:
+    if REPOSITORY_NAME.fullmatch(preset.name) and not settings.keys() & {"model.path", "hub.repo", "hub.url"}:
         defaults["hub.repo"] = _Given(preset.name, "--preset")
     return defaults
 
@@ -167,7 +163,7 @@ def _collect(given: Iterable[GivenOption]) -> dict[str, _Given]:
 
 
 def _options(settings: Mapping[str, _Given], config_path: str | None) -> Options:
-    """Returns the options of the settings and of the configuration file below them. Raises OptionError."""
+    """Returns the options. `settings` override those of the configuration file. Raises OptionError."""
     tables = read_config_file(config_path) if config_path is not None else {}
     for flag in FLAGS:
         if flag.dest in settings:

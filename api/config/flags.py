@@ -95,7 +95,7 @@ class Flag(Struct, frozen=True):
 
     @property
     def three_way(self) -> bool:
-        """True if the value is on or off, or possibly auto: the flag without a value then means on."""
+        """True if on and off are among the values. The flag without a value then means on."""
         return isinstance(self.kind, inspect.LiteralType) and {"on", "off"} <= set(self.kind.values)
 
     @property

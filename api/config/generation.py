@@ -15,16 +15,18 @@ class GenerationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(
             ge=-2,
             le=2**31 - 1,
-            description="maximum new tokens of every request; -1 is no maximum besides the context, or with "
-            "--context-shift as many tokens as the context has unless the request sets max_tokens; -2 ends at a full "
-            "context",
+            description="maximum new tokens of every request; -1 is no such maximum: without max_tokens an output ends "
+            "at a full context, or with --context-shift after as many tokens as the context has; -2 ends an output "
+            "without max_tokens at a full context, also with --context-shift",
         ),
     ] = -1
-    ignore_eos: Annotated[bool, Meta(description="never sample an end token, as ignore_eos of a request")] = False
+    ignore_eos: Annotated[bool, Meta(description="default of ignore_eos in requests: never sample an end token")] = (
+        False
+    )
     logit_bias: Annotated[
         tuple[str, ...],
         Meta(
-            description="token id and bias, such as 15043+1 or 15043-inf; logit_bias of a request replaces all of them"
+            description="token id and bias, such as 15043+1 or 15043-inf; a request's logit_bias replaces all of these"
         ),
     ] = ()
     samplers: Annotated[
@@ -36,16 +38,14 @@ class GenerationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = ""
     grammar: Annotated[
         str,
-        Meta(description="GBNF or Lark grammar of requests that have neither a form of structured output nor tools"),
+        Meta(description="GBNF or Lark grammar of requests without structured output and without tools"),
     ] = ""
     grammar_file: Annotated[str, Meta(description="file with the text of --grammar")] = ""
-    json_schema: Annotated[str, Meta(description="JSON schema of requests without a form or tools, as --grammar")] = ""
+    json_schema: Annotated[str, Meta(description="JSON schema of the same requests as --grammar")] = ""
     json_schema_file: Annotated[str, Meta(description="file with the text of --json-schema")] = ""
-    reverse_prompt: Annotated[tuple[str, ...], Meta(description="stop string of requests without stop")] = ()
+    reverse_prompt: Annotated[tuple[str, ...], Meta(description="stop string of requests without the field stop")] = ()
     special: Annotated[bool, Meta(description="outputs contain the names of special tokens, except end tokens")] = False
-    cache_prompt: Annotated[
-        bool, Meta(description="reuse cached prefixes, unless cache_prompt of a request differs")
-    ] = True
+    cache_prompt: Annotated[bool, Meta(description="default of cache_prompt in requests: reuse cached prefixes")] = True
     escape: Annotated[
         bool,
         Meta(description=r"process \n, \r, \t, \', \", \\ and \xHH in --reverse-prompt and --dry-sequence-breaker"),

@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
 
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+# user/model, or user/model:quant.
+REPOSITORY_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 class HubConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,7 +45,7 @@ def hub_problem(tables: Mapping[str, Mapping[str, Any]]) -> str:
     hub = tables.get("hub", {})
     repo, url = hub.get("repo"), hub.get("url")
     for flag, name in (("-hf", repo), ("-hfd", hub.get("draft_repo"))):
-        if name and not _REPOSITORY.fullmatch(name):
+        if name and not REPOSITORY_NAME.fullmatch(name):
             return f"{flag}: expected a repository like user/model or user/model:Q4_K_M, not {name!r}"
     if repo and url:
         return f"-hf {repo} and -mu {url} both name a model: leave one out"
@@ -54,6 +55,6 @@ def hub_problem(tables: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def named_model(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the repository or the URL of the model, which stands for its path until it is downloaded; or empty."""
+    """Returns the repository or URL of the model, a placeholder for the model's path; empty without either."""
     hub = tables.get("hub", {})
     return str(hub.get("repo") or hub.get("url") or "")

@@ -6,13 +6,16 @@ from pathlib import Path
 
 from msgspec import structs
 
+from api.config.keys import read_key_file
 from api.config.options import Options
 from api.config.values import OptionError
 
 
 def with_key_file(options: Options) -> Options:
     """Returns the options with the keys of the file besides those on the command line. Raises OptionError for a file
-    without keys, with which the server would be open."""
+    without keys, with which the server would be open, and for an invalid file of `--keys`."""
+    if options.server.keys:
+        read_key_file(options.server.keys)
     path = options.server.api_key_file
     if not path:
         return options

@@ -1,4 +1,4 @@
-"""Flags of llama-server and its relatives that are no setting here: without effect, or refused."""
+"""Flags of llama-server and its relatives that set nothing here: accepted without effect, or refused."""
 
 from __future__ import annotations
 

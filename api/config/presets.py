@@ -17,7 +17,7 @@ from api.http.decode_errors import nearest_hint
 _BASE_SECTION = "*"
 # Section of the settings before the first header.
 _FIRST_SECTION = "default"
-# Keys of llama-server's router.
+# Keys of llama-server's router, which are ignored.
 _ROUTER_KEYS = {"version", "load-on-startup", "stop-timeout", "dedup-cache-models"}
 _COMMENT = re.compile(r"[ \t]*[;#].*")
 
@@ -30,7 +30,7 @@ class Preset(NamedTuple):
 
 
 def read_preset(path: str, name: str | None) -> Preset:
-    """Returns the section `name`, over the section `*`. None is the only section.
+    """Returns the section `name`, completed by the section `*`. None means the only section.
 
     Raises OptionError, also if `name` is None and there are several sections.
     """
@@ -50,7 +50,7 @@ def read_preset(path: str, name: str | None) -> Preset:
 
 
 def _read_sections(path: str) -> dict[str, Mapping[str, str]]:
-    """Returns the settings of each section except `*`, which complete all others. Raises OptionError."""
+    """Returns the settings of each section except `*`, completed by those of `*`. Raises OptionError."""
     parser = configparser.RawConfigParser(delimiters=("=",), strict=False, default_section=_BASE_SECTION)
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     try:
@@ -67,7 +67,7 @@ def _read_sections(path: str) -> dict[str, Mapping[str, str]]:
 
 
 def _options(settings: Mapping[str, str], source: str) -> Iterator[GivenOption]:
-    """Yields the options that the keys name: flags without dashes, or environment variables. Raises OptionError."""
+    """Yields the options of the keys, which are flags without dashes or environment variables. Raises OptionError."""
     for key, value in settings.items():
         if key not in _KEYS:
             raise OptionError(f"{source} has no key {key!r}{nearest_hint(key, _KEYS)}")

@@ -1,4 +1,4 @@
-"""Flags of llama-server and ik_llama.cpp that are refused, each with a sentence that says what to use instead."""
+"""Flags of llama-server and ik_llama.cpp that are refused, each with a sentence that names a replacement."""
 
 from __future__ import annotations
 

@@ -16,14 +16,15 @@ from api.config.values import OptionError
 from engine import DEFAULT_SAMPLERS, SamplerStage
 
 _BIAS = re.compile(r"\s*(\d{1,10})\s*([+-].+)")
+# Maximum absolute bias; -inf becomes that of a banned token.
 _MAX_BIAS = 1e9
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|([nrt'\"\\]))")
 _ESCAPED = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 def with_request_defaults(options: Options) -> Options:
-    """Returns the options with the texts of files, with escapes processed, and with stages and biases among the
-    sampling parameters. Raises OptionError."""
+    """Returns the options with the contents of grammar and schema files, with processed escapes, and with stages and
+    biases as sampling parameters. Raises OptionError."""
     _check_draft_lengths(options)
     given, sampling = options.generation, options.sampling
     breakers = () if sampling.dry_sequence_breakers == ("none",) else sampling.dry_sequence_breakers
@@ -98,9 +99,9 @@ def _check_draft_lengths(options: Options) -> None:
         ("--draft-min", "--draft-max"): (draft.n_min, draft.n_max),
         ("--spec-ngram-mod-n-min", "--spec-ngram-mod-n-max"): (speculation.mod_min, speculation.mod_max),
     }
-    for (least, most), (minimum, maximum) in limits.items():
+    for (min_flag, max_flag), (minimum, maximum) in limits.items():
         if minimum > maximum:
-            raise OptionError(f"{least}: {minimum} is above {most}, {maximum}: set it to at most {maximum}")
+            raise OptionError(f"{min_flag}: {minimum} is above {max_flag}, {maximum}: set it to at most {maximum}")
 
 
 def _check_schema(schema: str) -> None:

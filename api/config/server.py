@@ -55,6 +55,13 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     api_key_file: Annotated[
         str, Meta(description="file with more API keys, one for each line; lines that begin with # are comments")
     ] = ""
+    keys: Annotated[
+        str,
+        Meta(
+            description="TOML or JSON file with API keys, each with a name, weight and limits, read again at SIGHUP; "
+            "empty is none"
+        ),
+    ] = ""
     cache_salt_by_key: Annotated[
         bool,
         Meta(
@@ -118,13 +125,20 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     grace: Annotated[
         float, Meta(ge=0.0, le=3600.0, description="maximum seconds for running requests to finish at shutdown")
     ] = 5.0
+    on_fault: Annotated[
+        Literal["exit", "stay"],
+        Meta(
+            description="after a fatal fault of the engine, exit ends the process with code 3 once all clients have the "
+            "error; stay answers 500 and serves /metrics until a signal arrives"
+        ),
+    ] = "exit"
     timeout: Annotated[
         float,
         Meta(
             ge=1.0,
             le=86400.0,
-            description="maximum seconds without the next bytes of a body, and without the client taking bytes of a "
-            "response",
+            description="maximum seconds without new bytes of a request's body, and without the client receiving bytes "
+            "of a response",
         ),
     ] = 600.0
     header_timeout: Annotated[
@@ -139,8 +153,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Meta(
             ge=1,
             le=2**16,
-            description="maximum open connections; at the limit the one that has waited for a request for longest is "
-            "closed, or new requests get a 503 if there is none; fewer if the system allows fewer open files",
+            description="maximum open connections; at the limit a new one replaces the connection that has been idle "
+            "for longest, or gets a 503 if none is idle; fewer if the system allows fewer open files",
         ),
     ] = 1024
     props: Annotated[bool, Meta(description="accept POST /props, which changes nothing, as in llama-server")] = False
@@ -149,6 +163,11 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     verbose: Annotated[
         bool, Meta(description="also log health checks, metric scrapes and details; replies have `__verbose`")
     ] = False
+
+    @property
+    def has_keys(self) -> bool:
+        """True if requests need an API key."""
+        return bool(self.api_keys or self.keys)
 
 
 class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -167,8 +186,9 @@ class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         int,
         Meta(
             ge=0,
-            description="lowest level of the log: 0 nothing, 1 errors, 2 warnings, 3 requests, 4 health checks and "
-            "details, 5 and more the native library",
+            le=2**31 - 1,
+            description="most detailed level of the log: 0 nothing, 1 errors, 2 warnings, 3 requests, 4 health checks "
+            "and details, 5 and more the native library",
         ),
     ] = 3
 

@@ -26,7 +26,7 @@ from engine import (
 _LAYERS = {"auto": "-1", "all": "-1"}
 
 
-# `logit_bias`, `samplers` and `min_keep` of SamplingParams have no flag: those of GenerationConfig set the first two.
+# Flags of GenerationConfig set `logit_bias` and `samplers` of SamplingParams; `min_keep` has no flag.
 SPELLINGS: dict[type[Struct], dict[str, Spelling]] = {
     ModelConfig: {
         "path": spelling("-m", "--model", env="LLAMA_ARG_MODEL"),
@@ -106,6 +106,7 @@ SPELLINGS: dict[type[Struct], dict[str, Spelling]] = {
         "slot_context": spelling("--kv-unified-per-slot", env="LLAMA_ARG_KV_UNIFIED_PER_SLOT"),
         "queue": spelling("--queue"),
         "queue_timeout": spelling("--queue-timeout"),
+        "stall_timeout": spelling("--stall-timeout"),
         "rows": spelling("-b", "--batch-size", env="LLAMA_ARG_BATCH"),
         "ubatch": spelling("-ub", "--ubatch-size", env="LLAMA_ARG_UBATCH"),
         "outputs": spelling("--outputs"),
@@ -247,6 +248,7 @@ SPELLINGS: dict[type[Struct], dict[str, Spelling]] = {
         "strict_model": spelling("--strict-model"),
         "api_keys": spelling("--api-key", env="LLAMA_API_KEY", comma_separated=True),
         "api_key_file": spelling("--api-key-file", env="LLAMA_ARG_API_KEY_FILE"),
+        "keys": spelling("--keys"),
         "api_prefix": spelling("--api-prefix", env="LLAMA_ARG_API_PREFIX"),
         "reuse_port": spelling("--reuse-port", env="LLAMA_ARG_REUSE_PORT"),
         "ssl_key_file": spelling("--ssl-key-file", env="LLAMA_ARG_SSL_KEY_FILE"),
@@ -266,6 +268,7 @@ SPELLINGS: dict[type[Struct], dict[str, Spelling]] = {
             "--sse-ping", "--sse-ping-interval", env="LLAMA_ARG_SSE_PING_INTERVAL", aliases={"-1": "0"}
         ),
         "grace": spelling("--grace"),
+        "on_fault": spelling("--on-fault"),
         "timeout": spelling("-to", "--timeout", env="LLAMA_ARG_TIMEOUT"),
         "header_timeout": spelling("--header-timeout"),
         "keep_alive": spelling("--keep-alive"),

@@ -56,7 +56,7 @@ def _normalized(flag: Flag, given: Any, source: str) -> Any:
 
 
 def split_words(flag: Flag, texts: Sequence[str]) -> list[str]:
-    """Returns the values in `texts`, of which each may hold several if the flag allows commas between them."""
+    """Returns the values in `texts`. A text holds several values if the flag is `comma_separated`."""
     if not flag.comma_separated:
         return list(texts)
     return [word for text in texts for each in text.split(",") if (word := each.strip())]

@@ -82,7 +82,7 @@ class Choices:
         """The request's `speculative` field. None if the request has no such field."""
         check_draft_limits(self.speculation, model.options)
         prediction = prediction[: model.engine.request_limit]
-        own_fields = _own_fields(request)
+        own_fields = _own_fields(request, context)
         self._context = context
         self._generations = [
             model.engine.generate(
@@ -149,6 +149,15 @@ class Choices:
                 await run_concurrently([partial(self._follow, index, on_update) for index in range(len(self))])
             finally:
                 self._context.finished = self.finished
+                self._context.tokens += self._tokens_so_far()
+
+    def _tokens_so_far(self) -> int:
+        """Returns the prompt and output tokens of the choices that have started."""
+        usages = (
+            (generation.slot, output.usage())
+            for generation, output in zip(self._generations, self.outputs, strict=True)
+        )
+        return sum(usage.total_tokens for slot, usage in usages if slot >= 0 or usage.completion_tokens)
 
     async def _follow(self, index: int, on_update: OnUpdate) -> None:
         output, generation = self.outputs[index], self._generations[index]
@@ -213,8 +222,14 @@ def _parse_generation_request(body: bytes, model: LoadedModel, decoder: msgspec.
     return request
 
 
-def _own_fields(request: GenerationRequest) -> Request:
-    """Returns an engine request without a prompt, with the fields that `request` determines alone."""
+def _own_fields(request: GenerationRequest, context: RequestContext) -> Request:
+    """Returns an engine request without a prompt, with the fields that do not depend on the prompt. Raises
+    RequestRefused."""
+    key = context.key
+    if key is not None and not key.admin and request.priority is not None and request.priority < key.min_priority:
+        raise RequestRefused(
+            f"priority: this API key can have {key.min_priority} or more, not {request.priority}.", field="priority"
+        )
     return Request(
         prompt=(),
         min_tokens=request.min_tokens or 0,
@@ -228,6 +243,10 @@ def _own_fields(request: GenerationRequest) -> Request:
         slot=None if request.id_slot == -1 else request.id_slot,
         progress=bool(request.return_progress or request.timings_per_token),
         origins=bool(request.token_origins),
+        owner=context.owner(request.user),
+        weight=1.0 if key is None else key.weight,
+        priority=request.priority or 0,
+        timeout=None if request.timeout_ms is None else request.timeout_ms / 1000,
     )
 
 

@@ -97,7 +97,7 @@ class CompletionOutput:
         return [start if is_first else progress]
 
     def token_origins(self) -> list[TokenOrigin] | UnsetType:
-        """Returns the tokens with their origins; UNSET in a stream, and if the request does not ask."""
+        """Returns the tokens with their origins; UNSET in a stream, and for a request without `token_origins`."""
         return token_origins(self._model.engine.vocab, self._tokens, self._origins)
 
     def timings(self, prefill: PrefillProgress | None = None) -> TimingsReply:

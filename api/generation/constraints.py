@@ -53,8 +53,8 @@ def parse_constraint(request: GenerationRequest) -> Constraint | None:
 
 
 async def compile_constraint(engine: Engine, constraint: Constraint | None) -> CompiledConstraint | None:
-    """Returns the compiled grammar of `constraint`, with the check of what it does not enforce; None without a
-    constraint.
+    """Returns the compiled grammar of `constraint`, with the check of the keywords that the grammar does not enforce;
+    None without a constraint.
 
     Raises RequestRefused, whose `field` is the constraint's path. For a schema, the JSON pointer of the unsupported
     keyword is appended to the path.
@@ -77,7 +77,7 @@ async def compile_constraint(engine: Engine, constraint: Constraint | None) -> C
 def _refuse_unknown_types(schema: dict[str, Any], path: str) -> None:
     """Raises RequestRefused for a `type` that JSON Schema does not define, as in llama-server.
 
-    The schema of a form is the client's own, unlike those of tools, of which one must not prevent all others.
+    Schemas of tools are exempt, because one invalid schema must not disable the other tools.
     """
     if pointers := unknown_types(schema):
         raise RequestRefused(

@@ -9,9 +9,11 @@ import numpy as np
 
 from api.generation.loaded_model import LoadedModel
 from api.http.error_responses import EndpointDisabled
+from api.http.request_context import RequestContext
+from api.templates.text_tokens import without_added
 from engine import WORKERS, Embedding, EmbeddingModel, RequestRefused, Vocab, checkpoint
 
-# Maximum numbers of a reply's vectors, as many as those of 2,048 inputs with 4,096 numbers each.
+# Maximum numbers in all vectors of a reply: 2,048 inputs with 4,096 numbers each.
 MAX_REPLY_NUMBERS = 2**23
 # The value to which the norm 0 scales the largest number of an embedding, so that it fits 16 bits.
 _MAX_NORM_VALUE = 32760.0
@@ -44,7 +46,7 @@ async def tokenize_inputs(embedder: EmbeddingModel, inputs: Sequence[Sequence[st
 
 
 async def embed_tokens(
-    model: LoadedModel, inputs: Sequence[Sequence[int]], names: Sequence[str]
+    model: LoadedModel, context: RequestContext, inputs: Sequence[Sequence[int]], names: Sequence[str]
 ) -> list[EmbeddedInput]:
     """Returns the vectors of each input. `names` has the field of each input in error messages.
 
@@ -56,6 +58,7 @@ async def embed_tokens(
         _check_input(embedder, tokens, name)
     if embedder.info.pooling == "none":
         _check_vectors(sum(map(len, inputs)), embedder.info.width)
+    context.tokens += sum(map(len, inputs))
     vectors = await model.engine.embed(inputs)
     return [EmbeddedInput(len(tokens), each) for tokens, each in zip(inputs, vectors, strict=True)]
 
@@ -73,13 +76,6 @@ def normalized(vectors: Embedding, norm: int) -> Embedding:
         ratios = sizes / np.where(largest > 0, largest, 1)  # at most 1, as powers of other numbers may overflow
         lengths = largest * (ratios**norm).sum(axis=1, keepdims=True) ** (1 / norm)
     return (vectors / np.where(lengths > 0, lengths, np.inf)).astype(np.float32)
-
-
-def without_added(vocab: Vocab, tokens: list[int]) -> list[int]:
-    """Returns `tokens` without the BOS and EOS that the tokenizer added."""
-    before, after = vocab.added
-    start = int(bool(tokens) and tokens[0] == before)
-    return tokens[start : len(tokens) - int(len(tokens) > start and tokens[-1] == after)]
 
 
 def _tokenize_mixed(vocab: Vocab, parts: Sequence[str | int]) -> list[int]:

@@ -73,7 +73,7 @@ class EnforcedCalls(Struct, frozen=True):
 
     async def compiled_alone(self, engine: Engine) -> EnforcedCalls:
         """Returns the calls without the keywords with which a tool's schema does not compile. Raises RequestRefused
-        with the keyword's path for strict tools, and for a schema of which nothing can be followed."""
+        with the keyword's path for strict tools, and for a schema without any part that can be enforced."""
         found = self
         for index, (tool, relaxed) in enumerate(zip(self.calls.tools, self.relaxed, strict=True)):
             fewer = await _compiled(engine, tool, relaxed)
@@ -110,7 +110,7 @@ async def _compiled(engine: Engine, tool: Tool, relaxed: RelaxedSchema) -> Relax
 async def _compiled_with_all_properties(engine: Engine, tool: Tool, relaxed: RelaxedSchema) -> RelaxedSchema:
     """Returns the part of a tool's schema that compiles if no property may be absent.
 
-    The notations of bare values need a grammar of each property, also of one that permits no value.
+    Notations that write values without JSON have a grammar for each property, also for one that permits no value.
     """
     schema = relaxed.schema
     if not isinstance(properties := schema.get("properties"), dict):

@@ -5,12 +5,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
+from api.config.keys import configured_keys
 from api.config.options import Options
 from api.config.server import ServerConfig
+from api.config.values import OptionError
 from api.http.error_responses import ModelLoading, UnknownModel
+from api.http.key_ring import KeyRing
+from api.http.request_context import ErrorCounts
+from api.http.response_counts import ResponseCounts
 from api.templates.prompts import PromptRenderer
 from engine import Draining, Engine, EngineFault, ProposerType
 
@@ -18,9 +24,9 @@ PACELINE_VERSION = version("paceline")
 
 _log = logging.getLogger("paceline")
 
-# Names of other models that are remembered and cut to, so that a client can fill neither the memory nor the log.
-_LOGGED_NAMES = 100
-_LOGGED_CHARS = 128
+# Maximum number and length of logged names of other models, so that clients can fill neither memory nor log.
+_MAX_LOGGED_NAMES = 100
+_MAX_LOGGED_CHARS = 128
 
 
 class LoadedModel:
@@ -60,14 +66,14 @@ class LoadedModel:
             raise self.engine.context_exceeded(tokens, at_least=True)
 
     def check_name(self, name: str | None) -> None:
-        """Checks the `model` of a request. Another name than those of this model raises UnknownModel with
-        `--strict-model`, else it is logged once."""
+        """Checks the `model` of a request. With `--strict-model`, raises UnknownModel for the name of another model;
+        otherwise logs such a name once."""
         if not name or name in self._names:
             return
         if self._strict:
             raise UnknownModel(name, self.name)
-        name = name[:_LOGGED_CHARS]
-        if name not in self._other_names and len(self._other_names) < _LOGGED_NAMES:
+        name = name[:_MAX_LOGGED_CHARS]
+        if name not in self._other_names and len(self._other_names) < _MAX_LOGGED_NAMES:
             self._other_names.add(name)
             _log.info("%s serves requests for the model %r; --strict-model refuses them", self.name, name)
 
@@ -81,20 +87,35 @@ class AppState:
     """The state of the application: loading, serving or draining."""
 
     def __init__(self, config: ServerConfig) -> None:
+        """Raises OptionError for an invalid file of keys."""
         self.config = config
+        self.keys = KeyRing(configured_keys(config))
+        self.errors: ErrorCounts = Counter()
+        self.responses = ResponseCounts()
         self.loaded: LoadedModel | None = None
         """The loaded model. None while the model loads."""
         self.loaded_share = 0.0
         """The loaded share of the model, 0 to 1."""
         self.draining = False
 
+    def reload_keys(self) -> None:
+        """Reads the file of keys again. An invalid file is logged and changes nothing."""
+        try:
+            self.keys.replace(configured_keys(self.config))
+        except OptionError as error:
+            _log.error("%s; the earlier keys stay", error)
+        else:
+            _log.info("%s: %d API keys", self.config.keys, len(self.keys))
+
     @property
     def model(self) -> LoadedModel:
-        """The loaded model. Raises ModelLoading, Draining, or the EngineFault that ended the engine."""
+        """The loaded model. Raises ModelLoading, Draining, EngineStalled, or the EngineFault that ended the engine."""
         if self.draining:
             raise Draining
         if self.loaded is None:
             raise ModelLoading(self.loaded_share)
         if (fault := self.loaded.engine.fault) is not None:
             raise EngineFault(str(fault), fatal=True)
+        if (stall := self.loaded.engine.stall) is not None:
+            raise stall
         return self.loaded

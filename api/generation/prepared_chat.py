@@ -126,7 +126,7 @@ class PreparedChat(Struct, frozen=True):
         except GrammarTimeout:
             raise
         except RequestRefused:
-            # A schema that compiles alone names its keyword, and without strict drops it.
+            # Compiling each schema alone finds the keyword that fails, which tools without strict drop.
             fewer = await calls.compiled_alone(engine)
             if fewer == calls:
                 raise

@@ -9,9 +9,10 @@ from api.generation.loaded_model import LoadedModel
 from api.schema.requests import GenerationRequest
 from engine import PROPOSER_TYPES, ProposerType, RequestRefused, Speculation
 
-# Maximum draft length of types without a limit of their own, and that of the draft model if a request asks for more.
-_LONGEST_DRAFT = 1024
-_LONGEST_REQUESTED = 16
+# Maximum draft length of types that have no limit in the options.
+_MAX_DRAFT_TOKENS = 1024
+# Draft length of the draft model that any request may set, as in the engine.
+_MAX_REQUESTED_TOKENS = 16
 
 
 def apply_request_defaults(request: GenerationRequest, config: GenerationConfig) -> None:
@@ -27,7 +28,7 @@ def apply_request_defaults(request: GenerationRequest, config: GenerationConfig)
 
 
 def max_new_tokens(model: LoadedModel, token_limit: int | None, prompt_tokens: int) -> int | None:
-    """Returns the maximum of new tokens of a request with this limit; None for the engine's default."""
+    """Returns the maximum number of new tokens of a request with this limit; None for the engine's default."""
     maximum = model.options.generation.n_predict
     limit = None if token_limit == -1 else token_limit
     if maximum >= 0:
@@ -54,7 +55,7 @@ def check_draft_limits(speculation: Speculation | None, options: Options) -> Non
 def _longest_draft(kind: ProposerType, n_max: int | None, options: Options) -> int:
     config, draft = options.speculation, options.draft
     if kind == "draft":
-        return min(n_max or draft.n_max, max(draft.n_max, _LONGEST_REQUESTED))
+        return min(n_max or draft.n_max, max(draft.n_max, _MAX_REQUESTED_TOKENS))
     own: dict[ProposerType, int] = {
         "ngram-simple": config.simple_size_m or config.size_m,
         "ngram-map-k": config.map_k_size_m or config.size_m,
@@ -63,11 +64,11 @@ def _longest_draft(kind: ProposerType, n_max: int | None, options: Options) -> i
     }
     if kind == "ngram-mod":
         return max(config.mod_max, n_max or 0)
-    return n_max or own.get(kind, _LONGEST_DRAFT)
+    return n_max or own.get(kind, _MAX_DRAFT_TOKENS)
 
 
 async def check_request_defaults(model: LoadedModel) -> None:
-    """Raises RequestRefused, which names the flag, if the options' logit biases or grammar suit no request."""
+    """Raises RequestRefused, which names the flag, if the options' logit biases or grammar cannot be used."""
     size = model.engine.vocab.size
     for token, _ in model.options.sampling.logit_bias:
         if token >= size:

@@ -8,12 +8,12 @@ from api.http.api_keys import PUBLIC_PATHS
 from api.http.error_responses import TooManyConnections
 from api.http.responses import json_error
 
-# Key of the scope's state that the protocol sets for a request of a connection above the limit.
+# Key in the scope's state, which the protocol sets for requests of connections above the limit.
 CROWDED = "crowded"
 
 
 class ConnectionLimitMiddleware:
-    """ASGI middleware that answers 503 to requests of connections above the limit, other than health checks."""
+    """ASGI middleware that answers 503 to all requests except health checks on connections above the limit."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

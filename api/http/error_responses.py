@@ -1,16 +1,29 @@
-"""Maps exceptions to HTTP error responses in OpenAI's shape. Only HTTPException brings a status of its own."""
+"""Maps exceptions to HTTP error responses in OpenAI's shape. Only HTTPException has a status of its own."""
 
 from __future__ import annotations
 
 from math import ceil
+from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 from starlette.exceptions import HTTPException
 
-from engine import ContextExceeded, Draining, EngineError, Overloaded, RequestRefused, ShutDown
+from engine import (
+    ContextExceeded,
+    DeadlineExceeded,
+    Draining,
+    EngineError,
+    EngineStalled,
+    Overloaded,
+    QueueTimeout,
+    RequestRefused,
+    ShutDown,
+)
 
 # `Retry-After` while the model loads or no slot is idle.
 _RETRY_SECONDS = 1.0
+# `Retry-After` while a step of the engine does not end.
+_STALL_SECONDS = 30.0
 # `Retry-After` while the server shuts down.
 _RESTART_SECONDS = 5.0
 
@@ -61,7 +74,7 @@ class UnknownModel(RequestRefused):
 
 
 class ModelLoading(EngineError):
-    """The model is not loaded yet, only its part `share`: 503. The message is llama-server's."""
+    """The model is not loaded yet: 503. `share` is the loaded share, 0 to 1. The message is llama-server's."""
 
     def __init__(self, share: float = 0.0) -> None:
         super().__init__("Loading model")
@@ -75,11 +88,27 @@ class InvalidApiKey(EngineError):
         super().__init__("The API key is missing or wrong; send a valid one as 'Authorization: Bearer KEY'.")
 
 
+class AdminKeyNeeded(EngineError):
+    """The request's API key is not an admin's: 403."""
+
+    def __init__(self) -> None:
+        super().__init__("This API key may not do that; send the key of an admin, see --keys.")
+
+
+class RateLimited(EngineError):
+    """The API key has reached a limit: 429. `kind` is OpenAI's name of the limit, `retry_after` is in seconds."""
+
+    def __init__(self, kind: Literal["requests", "tokens"], limit: str, retry_after: float) -> None:
+        super().__init__(f"The API key has reached its limit of {limit}. Retry in {max(1, ceil(retry_after))} s.")
+        self.kind = kind
+        self.retry_after = retry_after
+
+
 class ForeignPage(EngineError):
     """A server on a loopback address refuses the request of a page of another machine: 403."""
 
     def __init__(self, header: str, value: str, flag: str) -> None:
-        super().__init__(f"{header}: {value[:_QUOTED_CHARS]!r} is not allowed here; {flag} adds more.")
+        super().__init__(f"{header}: {value[:_QUOTED_CHARS]!r} is not allowed here; {flag} allows more.")
 
 
 class EndpointDisabled(EngineError):
@@ -125,8 +154,17 @@ def error_response(error: Exception) -> ErrorResponse:
         case InvalidApiKey():
             info = ErrorInfo(str(error), "authentication_error", None, "invalid_api_key")
             return ErrorResponse(401, info, {"www-authenticate": "Bearer"})
-        case ForeignPage():
+        case ForeignPage() | AdminKeyNeeded():
             return ErrorResponse(403, ErrorInfo(str(error), "permission_error"))
+        case DeadlineExceeded():
+            # OpenAI's and Anthropic's SDKs would repeat the request, although the time that it had is over.
+            info = ErrorInfo(str(error), "timeout_error", "timeout_ms", "timeout")
+            return ErrorResponse(408, info, {"x-should-retry": "false"})
+        case RateLimited():
+            return _retry_later(429, ErrorInfo(str(error), error.kind, None, "rate_limit_exceeded"), error.retry_after)
+        case QueueTimeout():
+            info = ErrorInfo(str(error), "unavailable_error", None, "queue_timeout")
+            return _retry_later(503, info, error.retry_after)
         case Overloaded():
             return _retry_later(429, ErrorInfo(str(error), "rate_limit_error", None, "queue_full"), error.retry_after)
         case ModelLoading():
@@ -138,6 +176,8 @@ def error_response(error: Exception) -> ErrorResponse:
             return _retry_later(
                 503, ErrorInfo(str(error), "unavailable_error", None, "shutting_down"), _RESTART_SECONDS
             )
+        case EngineStalled():
+            return _retry_later(503, ErrorInfo(str(error), "unavailable_error", None, "engine_stalled"), _STALL_SECONDS)
         case EndpointDisabled():
             return ErrorResponse(501, ErrorInfo(str(error), "not_supported_error", None, 501))
         case EngineError():

@@ -15,9 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.http.error_responses import ForeignPage
 from api.http.responses import json_error
 
-# In a list of origins or hosts: every one.
+# Entry in a list of origins or hosts that stands for all.
 _ANY = "*"
-# In a list of origins: every origin of this machine, on any port.
+# Entry in a list of origins that stands for those of this machine, on any port.
 _LOCAL = "localhost"
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 # Headers of responses that pages may read, besides those that browsers always show.

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping
 from urllib.parse import quote
 
@@ -14,8 +15,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.http.dialects import OPENAI_DIALECT, Dialect
-from api.http.error_responses import error_response
+from api.http.error_responses import ErrorInfo, error_response
 from api.http.events import encode_json
+from api.http.key_ring import ApiKey
+from api.http.response_counts import ResponseCounts
 from engine import Draining, Finished
 
 _log = logging.getLogger("paceline")
@@ -27,8 +30,24 @@ CLIENT_CLOSED_REQUEST = 499
 _SAFE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 # Monitoring requests and those of the page's files are logged at DEBUG.
-_MONITORING_PATHS = ("/health", "/v1/health", "/metrics", "/slots", "/v1/paceline/events", "/")
+_MONITORING_PATHS = (
+    "/health",
+    "/v1/health",
+    "/livez",
+    "/is_sleeping",
+    "/metrics",
+    "/slots",
+    "/v1/paceline/events",
+    "/",
+)
 _PAGE_FILES = "/ui/"
+
+
+# Longer texts of the field `user` are cut, as they name an owner in the engine.
+_MAX_USER_CHARS = 256
+
+# Numbers of responses by status, type and code of the error.
+ErrorCounts = Counter[tuple[int, str, str]]
 
 
 class RequestContext:
@@ -52,11 +71,25 @@ class RequestContext:
         """The shape of errors, pings and the request's id."""
         self.namespace = ""
         """The namespace of the API key; empty if all keys share prefixes."""
+        self.key: ApiKey | None = None
+        """The API key of the request. None on a server without keys."""
+        self.tokens = 0
+        """Prompt and output tokens of the request so far, which count for the limits of the key."""
+        self.refusal: ErrorInfo | None = None
+        """The error object of a response with an error status. None for any other response."""
+        client = scope.get("client")
+        self._address = client[0] if client else ""
         self._started = time.monotonic()
 
     def cache_salt(self, requested: str | None) -> str:
         """Returns the cache salt for the request's own salt `requested`. Salts of different namespaces differ."""
         return f"{self.namespace} {requested or ''}" if self.namespace else requested or ""
+
+    def owner(self, user: str | None) -> str:
+        """Returns the name of the client for fair queueing: that of its API key, else `user`, else its address."""
+        if self.key is not None:
+            return self.key.owner
+        return f"user:{user[:_MAX_USER_CHARS]}" if user else f"address:{self._address}"
 
     @property
     def age_seconds(self) -> float:
@@ -72,6 +105,8 @@ class RequestContext:
         if self.finished:
             facts.append(f"{self._tokens_per_second():.1f} tok/s")
             facts.append(",".join(sorted({end.reason for end in self.finished})))
+        if self.key is not None and self.key.name:
+            facts.append(f"key={self.key.name}")
         if self.error is not None:
             facts.append(f"error={str(self.error)!r}")
         return " ".join(facts)
@@ -103,6 +138,7 @@ class RequestContextMiddleware:
 
     `dialects` has the dialects of paths by their beginning. Other paths have OpenAI's dialect. A request that is
     cancelled before its response, while `is_draining` returns True, gets the error of a server that shuts down.
+    `errors` counts the responses with an error status, and `counts` all responses.
     """
 
     def __init__(
@@ -110,10 +146,14 @@ class RequestContextMiddleware:
         app: ASGIApp,
         dialects: Mapping[str, Dialect] | None = None,
         is_draining: Callable[[], bool] = lambda: False,
+        errors: ErrorCounts | None = None,
+        counts: ResponseCounts | None = None,
     ) -> None:
         self._app = app
         self._dialects = dict(dialects or {})
         self._is_draining = is_draining
+        self._errors: ErrorCounts = Counter() if errors is None else errors
+        self._counts = counts or ResponseCounts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -140,6 +180,11 @@ class RequestContextMiddleware:
             if context.status == CLIENT_CLOSED_REQUEST:
                 await _send_draining(context, send_with_id)
         finally:
+            if context.status >= 400:
+                info = context.refusal
+                self._errors[context.status, info.type if info else "", str((info and info.code) or "")] += 1
+            failed = context.error is not None
+            self._counts.add(context.method, context.path, context.status, failed=failed)
             is_quiet = context.path in _MONITORING_PATHS or context.path.startswith(_PAGE_FILES)
             level = logging.DEBUG if is_quiet else logging.INFO
             _log.log(level, "%s", context)

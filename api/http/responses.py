@@ -42,6 +42,7 @@ class ErrorJSONResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context, error = request_context(scope), self._error
+        context.refusal = error.error
         body, status = context.dialect.error_body(error, context.id), context.dialect.error_status(error)
         await JSONResponse(body, status, error.headers)(scope, receive, send)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from api.hub.download import PARTIAL_SUFFIX
 from api.hub.errors import HubError, hub_errors
 from api.hub.gguf_names import files_of, is_model, parse_gguf_name, split_repository
-from api.hub.repository import Hub
+from api.hub.repository import Hub, scan_cache
 from api.hub.url import URL_FOLDER
 
 
@@ -25,14 +25,9 @@ class CachedModel(NamedTuple):
 
 def cached_models(hub: Hub) -> list[CachedModel]:
     """Returns the models in the cache, sorted by name, those of repositories first."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
-
-    try:
-        repos = sorted(scan_cache_dir(hub.folder).repos, key=lambda repo: repo.repo_id)
-    except (CacheNotFound, ValueError):
-        repos = []
+    cache = scan_cache(hub)
     found: dict[str, CachedModel] = {}
-    for repo in repos:
+    for repo in sorted(cache.repos, key=lambda repo: repo.repo_id) if cache is not None else ():
         for revision in sorted(repo.revisions, key=lambda each: each.last_modified, reverse=True):
             sizes = {str(file.file_path): file.size_on_disk for file in revision.files}
             for path in filter(is_model, sorted(sizes)):
@@ -64,7 +59,7 @@ def _partial_files(hub: Hub) -> list[Path]:
 
 
 def remove_model(hub: Hub, name: str) -> int:
-    """Removes a model, or with the name of a repository all its files. Returns the freed bytes. Raises HubError."""
+    """Removes a model, or all files of a repository, and returns the freed bytes. Raises HubError."""
     with hub_errors(name, token=False):
         if removed := _remove_from_repository(hub, name) or _remove_url_model(hub, name):
             return removed
@@ -73,12 +68,8 @@ def remove_model(hub: Hub, name: str) -> int:
 
 
 def _remove_from_repository(hub: Hub, name: str) -> int:
-    from huggingface_hub import CacheNotFound, scan_cache_dir
-
     repository, quant = split_repository(name)
-    try:
-        cache = scan_cache_dir(hub.folder)
-    except (CacheNotFound, ValueError):
+    if (cache := scan_cache(hub)) is None:
         return 0
     revisions = [revision for repo in cache.repos if repo.repo_id == repository for revision in repo.revisions]
     files = [

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from api.hub.errors import HubError, hub_errors
 
 _HASH_CHUNK_BYTES = 2**20
-# Ending of a partial file, which huggingface_hub's cache commands know.
+# Suffix of a partial file, which huggingface_hub's cache commands recognize.
 PARTIAL_SUFFIX = ".incomplete"
 _SHA256, _GIT_SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 
@@ -25,7 +25,7 @@ class RemoteFile(NamedTuple):
     """Name in messages and of the progress bar."""
     url: str
     size: int | None
-    """Bytes of the file. None if the server does not say."""
+    """Bytes of the file. None if the server sends no size."""
     etag: str
     """SHA-256 of the file, its git hash, or any text that changes with the file; empty if the server has none."""
 
@@ -33,9 +33,9 @@ class RemoteFile(NamedTuple):
 def download(file: RemoteFile, target: Path, headers: Mapping[str, str], locks: Path) -> None:
     """Downloads `file` to `target`, which is created as a whole at the end. Does nothing if `target` exists.
 
-    A partial file beside it with the same etag is continued, also after a broken connection. `locks` is a folder for a
-    lock, which keeps a second process from the same download. Raises HubError; the partial file then stays, except
-    after a wrong hash.
+    Continues a partial file with the same etag in the same folder, for example after a broken connection. `locks` is
+    the folder of a lock that keeps other processes from the same download. Raises HubError; the partial file then
+    stays, except after a wrong hash.
     """
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock
@@ -84,7 +84,7 @@ def _digest(path: Path, digest: Any) -> str:
 
 
 def check_space(name: str, folder: Path, sizes: Iterable[int | None], present: int = 0) -> None:
-    """Raises HubError if the disk of `folder` has too few free bytes for `sizes`, of which `present` are on it."""
+    """Raises HubError if the disk of `folder` has too few free bytes for `sizes` without the `present` bytes on it."""
     needed = sum(size or 0 for size in sizes) - present
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free

@@ -1,4 +1,4 @@
-"""Failed downloads in words."""
+"""Messages of failed downloads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ERROR_NUMBER = re.compile(r"\[Errno -?\d+\] ")
 
 
 class HubError(Exception):
-    """A model cannot be downloaded or removed. The message is one line that says why, and what helps."""
+    """A model cannot be downloaded or removed. The message is one line with the reason and a remedy."""
 
 
 def shown_url(url: str) -> str:
@@ -50,15 +50,15 @@ def _refusal(name: str, error: object, token: bool) -> str:
 
     assert isinstance(error, HfHubHTTPError)
     status = error.response.status_code
-    give = "give a token of an account with access with --hf-token or HF_TOKEN"
+    token_hint = "give the token of an account with access by --hf-token or HF_TOKEN"
     if isinstance(error, GatedRepoError):
-        return f"{name} is gated ({status}): accept its terms on its page, and {give}"
+        return f"{name} is gated ({status}): accept its terms on its page, and {token_hint}"
     if status == 401 and token:
         return f"{name} does not exist, or the access token is invalid or has no access (401)"
     if status == 401:
-        return f"{name} does not exist, or is private (401): {give}"
+        return f"{name} does not exist, or is private (401): {token_hint}"
     if status == 403:
-        return f"access to {name} is refused (403): {give}"
+        return f"access to {name} is refused (403): {token_hint}"
     if isinstance(error, RepositoryNotFoundError):
         return f"there is no repository {name} ({status})"
     if isinstance(error, RemoteEntryNotFoundError) or status == 404:

@@ -1,4 +1,4 @@
-"""The quantization and the part number in names of GGUF files, and the choice of a file, as llama-server makes it."""
+"""The quantization and the part number in names of GGUF files, and llama-server's choice among files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})", re.IGNORECASE)
 _QUANT = re.compile(r"[-.]([A-Z0-9_]+)$", re.IGNORECASE)
-# Quantizations for a repository without `:quant`, the first that exists. After them comes any model file.
+# Quantizations chosen without `:quant`, in order of preference. Any model file comes last.
 DEFAULT_QUANTS = ("Q4_K_M", "Q8_0")
-# Parts of the names of files that are no language model.
+# Substrings in the names of GGUF files other than language models.
 _OTHER_FILES = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 
 
@@ -46,7 +46,7 @@ def is_model(path: str) -> bool:
 
 
 def choose_model(paths: Iterable[str], quant: str = "") -> str | None:
-    """Returns the first or only file of the model with the quantization `quant`, in any case of letters.
+    """Returns the first or only file of the model with the quantization `quant`, compared without case.
 
     An empty `quant` means the first of `DEFAULT_QUANTS` that exists, else the first model. None means no match.
     """

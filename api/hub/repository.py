@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec import Struct
 
@@ -15,11 +15,15 @@ from api.hub.download import PARTIAL_SUFFIX, RemoteFile, check_space, download
 from api.hub.errors import HubError, hub_errors
 from api.hub.gguf_names import choose_model, files_of, missing_parts, parse_gguf_name, quants_of, split_repository
 
-_REPLY_SECONDS = 15.0
+if TYPE_CHECKING:
+    from huggingface_hub import HFCacheInfo
+
+# Maximum seconds until the server replies to a request for metadata.
+REPLY_SECONDS = 15.0
 
 
 class Hub(Struct, frozen=True):
-    """Where models come from, and the folder in which they are cached."""
+    """A server of model repositories, and the folder that caches their files."""
 
     endpoint: str
     folder: Path
@@ -60,33 +64,33 @@ def fetch_model(hub: Hub, name: str, file: str, note: Callable[[str], None]) -> 
     """Returns the first or only file of a model after all its files are in the cache.
 
     `name` is `user/model[:quant]`; a `file` replaces the choice by quantization. If the hub cannot be read, cached
-    files are used. `note` gets a line about either. Raises HubError.
+    files are used. `note` receives a line about a download, and about the use of cached files. Raises HubError.
     """
     repository, quant = split_repository(name)
-    cached = _cached(hub, repository)
+    cached = _cached_repository(hub, repository)
     if hub.offline:
         if not cached.files:
             raise HubError(f"{repository} is not in the cache {hub.folder}, and --offline forbids the download")
-        return _cached_files(cached, quant, file)
+        return _cached_model(cached, quant, file)
     try:
-        listed = _listed(hub, repository)
-        return _fetch(hub, listed, _chosen(listed, quant, file), note)
+        remote = _remote_repository(hub, repository)
+        return _download_model(hub, remote, _model_paths(remote, quant, file), note)
     except HubError as error:
         try:
-            path = _cached_files(cached, quant, file)
+            path = _cached_model(cached, quant, file)
         except HubError:
             raise error from None
         note(f"{error}. The cached {path.name} is used.")
         return path
 
 
-def _listed(hub: Hub, name: str) -> Repository:
+def _remote_repository(hub: Hub, name: str) -> Repository:
     """Returns the newest revision on the hub. Raises HubError."""
     from huggingface_hub import HfApi
 
     with hub_errors(name, token="authorization" in hub.headers):
         api = HfApi(endpoint=hub.endpoint, token=hub.token or None, library_name="paceline")
-        info = api.model_info(name, files_metadata=True, timeout=_REPLY_SECONDS)
+        info = api.model_info(name, files_metadata=True, timeout=REPLY_SECONDS)
     files: dict[str, RemoteFile | Path] = {}
     for sibling in info.siblings or ():
         url = f"{hub.endpoint}/{name}/resolve/{info.sha}/{sibling.rfilename}"
@@ -95,14 +99,20 @@ def _listed(hub: Hub, name: str) -> Repository:
     return Repository(name, info.sha or "", files)
 
 
-def _cached(hub: Hub, name: str) -> Repository:
-    """Returns the files in the cache, of the branch `main` before other revisions."""
+def scan_cache(hub: Hub) -> HFCacheInfo | None:
+    """Returns the contents of the cache; None if the folder does not exist."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
-        repos = scan_cache_dir(hub.folder).repos
+        return scan_cache_dir(hub.folder)
     except (CacheNotFound, ValueError):
-        return Repository(name, "", {})
+        return None
+
+
+def _cached_repository(hub: Hub, name: str) -> Repository:
+    """Returns the repository's files in the cache. A file of the branch `main` precedes those of other revisions."""
+    cache = scan_cache(hub)
+    repos = cache.repos if cache is not None else ()
     revisions = [revision for repo in repos if repo.repo_id == name for revision in repo.revisions]
     files: dict[str, RemoteFile | Path] = {}
     for revision in sorted(revisions, key=lambda each: ("main" in each.refs, each.last_modified), reverse=True):
@@ -111,8 +121,8 @@ def _cached(hub: Hub, name: str) -> Repository:
     return Repository(name, "", files)
 
 
-def _chosen(repository: Repository, quant: str, file: str) -> tuple[str, ...]:
-    """Returns the paths of all files of the model. Raises HubError, which names files or quantizations that exist."""
+def _model_paths(repository: Repository, quant: str, file: str) -> tuple[str, ...]:
+    """Returns the paths of all files of the model. Raises HubError, which names the existing files or quantizations."""
     name, paths = repository.name, list(repository.files)
     if not (models := [path for path in paths if path.endswith(".gguf")]):
         raise HubError(f"{name} has no GGUF files; repositories with GGUFs are often named like it, with -GGUF")
@@ -121,39 +131,41 @@ def _chosen(repository: Repository, quant: str, file: str) -> tuple[str, ...]:
             raise HubError(f"{name} has no file {file!r}{nearest_hint(file, models)}")
         chosen = file
     elif not (chosen := choose_model(paths, quant) or ""):
-        quants = ", ".join(quants_of(paths)) or "none that a file name shows"
+        quants = ", ".join(quants_of(paths)) or "none in the names of files"
         raise HubError(f"{name} has no model with the quantization {quant!r}; it has: {quants}")
     files = files_of(paths, chosen)
     if missing := missing_parts(files):
-        raise HubError(f"{chosen} in {name} is one of {parse_gguf_name(chosen).parts} files, of which {missing} lack")
+        raise HubError(
+            f"{chosen} in {name} is one of {parse_gguf_name(chosen).parts} files, of which {missing} are missing"
+        )
     return files
 
 
-def _cached_files(repository: Repository, quant: str, file: str) -> Path:
+def _cached_model(repository: Repository, quant: str, file: str) -> Path:
     """Returns the path of the first file of a model in the cache. Raises HubError unless all its files are there."""
     if not repository.files:
         raise HubError(f"{repository.name} is not in the cache")
-    path = repository.files[_chosen(repository, quant, file)[0]]
+    path = repository.files[_model_paths(repository, quant, file)[0]]
     assert isinstance(path, Path)
     return path
 
 
-def _fetch(hub: Hub, repository: Repository, paths: tuple[str, ...], note: Callable[[str], None]) -> Path:
-    """Downloads the files that the cache lacks, and returns the path of the first. Raises HubError."""
+def _download_model(hub: Hub, repository: Repository, paths: tuple[str, ...], note: Callable[[str], None]) -> Path:
+    """Downloads the files that are not in the cache, and returns the cached path of the first. Raises HubError."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
     from huggingface_hub.file_download import repo_folder_name
 
     blobs = hub.folder / repo_folder_name(repo_id=repository.name, repo_type="model") / "blobs"
     files = [file for path in paths if isinstance(file := repository.files[path], RemoteFile)]
-    lacking = [file for file in files if not (blobs / file.etag).exists()]
-    present = sum(path.stat().st_size for file in lacking for path in blobs.glob(f"{file.etag}.*{PARTIAL_SUFFIX}"))
-    check_space(repository.name, hub.folder, (file.size for file in lacking), present)
-    if lacking:
+    missing = [file for file in files if not (blobs / file.etag).exists()]
+    present = sum(path.stat().st_size for file in missing for path in blobs.glob(f"{file.etag}.*{PARTIAL_SUFFIX}"))
+    check_space(repository.name, hub.folder, (file.size for file in missing), present)
+    if missing:
         note(f"Downloading {paths[0]} of {repository.name} to {hub.folder}")
     with hub_errors(repository.name, token="authorization" in hub.headers):
-        for file in lacking:
-            # The library's own download starts anew after an interruption, but it alone takes files of any size.
+        for file in missing:
+            # huggingface_hub's own download restarts after an interruption, but larger files need its protocol.
             if file.etag and (file.size or 0) <= MAX_HTTP_DOWNLOAD_SIZE:
                 download(file, blobs / file.etag, hub.headers, hub.folder / ".locks")
         found = [

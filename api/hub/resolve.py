@@ -15,25 +15,25 @@ from api.hub.url import fetch_url
 def resolve_models(options: Options, note: Callable[[str], None]) -> Options:
     """Returns the options with the paths of local files, and the repository as the alias if none is given.
 
-    `note` gets a line about each download, and about each cached file that is used because the hub cannot be read.
+    `note` receives a line about each download, and about each cached file that is used because the hub cannot be read.
     Raises HubError. Imports huggingface_hub only if a model is to be downloaded.
     """
-    wanted = options.hub
-    if wanted.file and not wanted.repo:
-        raise HubError(f"-hff {wanted.file} names a file in a repository: name the repository with -hf")
-    if not (wanted.repo or wanted.url or wanted.draft_repo):
+    config = options.hub
+    if config.file and not config.repo:
+        raise HubError(f"-hff {config.file} names a file in a repository: name the repository with -hf")
+    if not (config.repo or config.url or config.draft_repo):
         return options
     try:
-        hub = hub_of(wanted)
+        hub = hub_of(config)
         model, draft, server = options.model, options.draft, options.server
-        if wanted.repo:
-            model = structs.replace(model, path=str(fetch_model(hub, wanted.repo, wanted.file, note)))
-            server = structs.replace(server, alias=server.alias or (wanted.repo,))
-        elif wanted.url:
-            target = "" if model.path == wanted.url else model.path
-            model = structs.replace(model, path=str(fetch_url(hub, wanted.url, target, note)))
-        if wanted.draft_repo:
-            draft = structs.replace(draft, path=str(fetch_model(hub, wanted.draft_repo, draft.path, note)))
+        if config.repo:
+            model = structs.replace(model, path=str(fetch_model(hub, config.repo, config.file, note)))
+            server = structs.replace(server, alias=server.alias or (config.repo,))
+        elif config.url:
+            target = "" if model.path == config.url else model.path
+            model = structs.replace(model, path=str(fetch_url(hub, config.url, target, note)))
+        if config.draft_repo:
+            draft = structs.replace(draft, path=str(fetch_model(hub, config.draft_repo, draft.path, note)))
     except KeyboardInterrupt:
         raise HubError("interrupted; the same command continues the download") from None
     return structs.replace(options, model=model, draft=draft, server=server)

@@ -10,19 +10,18 @@ from urllib.parse import unquote, urlsplit
 from api.hub.download import RemoteFile, check_space, download
 from api.hub.errors import HubError, hub_errors, shown_url
 from api.hub.gguf_names import all_parts
-from api.hub.repository import Hub
+from api.hub.repository import REPLY_SECONDS, Hub
 
-# Folder of downloads from URLs in the cache; its name is one that huggingface_hub's scan skips with a warning.
+# Folder of downloads from URLs in the cache. huggingface_hub's scan of the cache skips this name with a warning.
 URL_FOLDER = "paceline--urls"
-_REPLY_SECONDS = 15.0
 
 
 def fetch_url(hub: Hub, url: str, target: str, note: Callable[[str], None]) -> Path:
     """Returns the first or only file of the model at `url` after all its files are downloaded.
 
-    The files go to the folder of `target`, the first to `target` itself, or to the cache if `target` is empty. A file
-    that changed on the server, by its etag, is downloaded anew. If the server cannot be asked, files that exist are
-    used. `note` gets a line about either. Raises HubError.
+    The first file goes to `target` and the others to its folder; with an empty `target` all go to the cache. A file
+    whose etag on the server has changed is downloaded anew. If the server cannot be reached, existing files are used.
+    `note` receives a line about a download, and about the use of existing files. Raises HubError.
     """
     urls = all_parts(url)
     first = Path(target) if target else _cached_path(hub, url)
@@ -37,7 +36,7 @@ def fetch_url(hub: Hub, url: str, target: str, note: Callable[[str], None]) -> P
         except HubError as error:
             if not path.exists():
                 raise
-            note(f"{error}. The downloaded {path} is used.")
+            note(f"{error}. The existing {path} is used.")
     return first
 
 
@@ -55,19 +54,19 @@ def _fetch_part(hub: Hub, url: str, path: Path, note: Callable[[str], None]) -> 
     if urlsplit(url).netloc != urlsplit(hub.endpoint).netloc:  # the token is for the hub alone
         headers.pop("authorization", None)
     file = _describe(url, headers)
-    known = path.with_name(f"{path.name}.etag")
+    etag_file = path.with_name(f"{path.name}.etag")
     if path.exists():
-        if not file.etag or (known.exists() and known.read_text() == file.etag):
+        if not file.etag or (etag_file.exists() and etag_file.read_text() == file.etag):
             return
-        if not known.exists():
+        if not etag_file.exists():
             raise HubError(f"{path} exists and is not known to be a download of {file.name}")
     check_space(file.name, path.parent, [file.size])
     note(f"Downloading {file.name} to {path}")
-    fresh = path.with_name(f"{path.name}.new")
-    download(file, fresh, headers, hub.folder / ".locks")
+    new_path = path.with_name(f"{path.name}.new")
+    download(file, new_path, headers, hub.folder / ".locks")
     with hub_errors(file.name, token=False):
-        fresh.replace(path)
-        known.write_text(file.etag)
+        new_path.replace(path)
+        etag_file.write_text(file.etag)
 
 
 def _describe(url: str, headers: dict[str, str]) -> RemoteFile:
@@ -78,7 +77,7 @@ def _describe(url: str, headers: dict[str, str]) -> RemoteFile:
     name = shown_url(url)
     plain = {**headers, "Accept-Encoding": "identity"}
     with hub_errors(name, token="authorization" in headers):
-        response = get_session().head(url, headers=plain, timeout=_REPLY_SECONDS)
+        response = get_session().head(url, headers=plain, timeout=REPLY_SECONDS)
         hf_raise_for_status(response)
     linked = [reply.headers.get(constants.HUGGINGFACE_HEADER_X_LINKED_ETAG) for reply in response.history]
     own = response.headers.get("ETag") or response.headers.get("Last-Modified")

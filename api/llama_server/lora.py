@@ -48,7 +48,7 @@ class LoraEndpoints:
         self._state = state
 
     async def show(self, request: Request) -> Response:
-        """Returns the adapters by number."""
+        """Returns the adapters in the order of their numbers."""
         return JSONResponse([LoraAdapterReply.of(info) for info in self._state.model.engine.adapters.infos])
 
     async def set_scales(self, request: Request) -> Response:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from api.config.options import Options
 from api.generation.loaded_model import PACELINE_VERSION, LoadedModel
 from api.schema.generation_settings import default_settings
 from api.templates.chat_template import Capabilities
@@ -103,11 +104,23 @@ class Props(Struct, frozen=True):
     is_sleeping: bool = False
 
 
+def _default_parameters(options: Options) -> dict[str, object]:
+    """Returns the parameters of a request that sets none."""
+    generation = options.generation
+    return default_settings(
+        options.sampling,
+        n_predict=generation.n_predict,
+        keep=options.batch.keep,
+        ignore_eos=generation.ignore_eos,
+        stop=generation.reverse_prompt,
+    )
+
+
 def props_reply(model: LoadedModel) -> Props:
     """Returns the properties of the loaded model and its server."""
     engine, info, template = model.engine, model.engine.info, model.prompts.template
     return Props(
-        DefaultSettings(engine.request_limit, default_settings(model.options.sampling)),
+        DefaultSettings(engine.request_limit, _default_parameters(model.options)),
         engine.slots,
         model.name,
         info.path,

@@ -12,13 +12,15 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from api.generation.embedding import EmbeddedInput, embed_tokens, embedding_model, without_added
+from api.generation.embedding import EmbeddedInput, embed_tokens, embedding_model
 from api.generation.loaded_model import AppState, LoadedModel
 from api.http.error_responses import EndpointDisabled
 from api.http.events import JSONBody
 from api.http.request_body import read_body
+from api.http.request_context import RequestContext, request_context
 from api.http.responses import PendingJSONResponse
 from api.schema.requests import decode_any_body
+from api.templates.text_tokens import without_added
 from engine import WORKERS, EmbeddingModel, RequestRefused
 
 # Maximum documents of one request.
@@ -99,7 +101,7 @@ class RerankEndpoint:
         self._state = state
 
     async def rank(self, request: HTTPRequest) -> Response:
-        """Returns the documents' scores, the highest first. Raises EndpointDisabled if the model computes none."""
+        """Returns the documents' scores, the highest first. Raises EndpointDisabled if the model computes no scores."""
         model = self._state.model
         embedder = model.engine.embeddings
         if embedder is None or embedder.info.pooling != "rank":
@@ -110,14 +112,14 @@ class RerankEndpoint:
         body = await decode_any_body(_DECODER, await read_body(request, model.options.server.max_body))
         if body.model != embedder.info.name:
             model.check_name(body.model)
-        return PendingJSONResponse(partial(_reply, model, body))
+        return PendingJSONResponse(partial(_reply, model, body, request_context(request.scope)))
 
 
-async def _reply(model: LoadedModel, body: RerankRequest) -> JSONBody:
+async def _reply(model: LoadedModel, body: RerankRequest, context: RequestContext) -> JSONBody:
     texts, embedder = body.all_texts, embedding_model(model)
     pairs = await WORKERS.run(lambda: [_tokenize_pair(embedder, body.query, text) for text in texts])
     field = "texts" if body.documents is None else "documents"
-    scored = await embed_tokens(model, pairs, [f"{field}[{index}]" for index in range(len(texts))])
+    scored = await embed_tokens(model, context, pairs, [f"{field}[{index}]" for index in range(len(texts))])
     best = _best_first(scored)[: body.top_n]
     if body.documents is None:
         return [

@@ -17,6 +17,7 @@ from api.generation.embedding import EmbeddedInput, embed_tokens, embedding_mode
 from api.generation.loaded_model import AppState, LoadedModel
 from api.http.events import JSONBody, encode_json
 from api.http.request_body import read_body
+from api.http.request_context import RequestContext, request_context
 from api.http.responses import PendingJSONResponse
 from api.schema.request_values import ContentPart
 from api.schema.requests import decode_any_body
@@ -118,18 +119,19 @@ class EmbeddingEndpoints:
         model = self._state.model
         body = await _read(request, model)
         if body.input is None and body.content is not None:
-            return PendingJSONResponse(partial(_llama_reply, model, body))
+            return PendingJSONResponse(partial(_llama_reply, model, body, request_context(request.scope)))
         if embedding_model(model).info.pooling == "none":
             raise RequestRefused(
                 "The pooling type is 'none', which gives a vector for each token: use POST /embeddings, or start the "
                 "server with another --pooling."
             )
-        return PendingJSONResponse(partial(_reply, model, body))
+        return PendingJSONResponse(partial(_reply, model, body, request_context(request.scope)))
 
     async def native(self, request: HTTPRequest) -> Response:
         """Returns the vectors of each input in llama-server's shape."""
         model = self._state.model
-        return PendingJSONResponse(partial(_llama_reply, model, await _read(request, model)))
+        body = await _read(request, model)
+        return PendingJSONResponse(partial(_llama_reply, model, body, request_context(request.scope)))
 
 
 async def _read(request: HTTPRequest, model: LoadedModel) -> EmbeddingRequest:
@@ -149,20 +151,20 @@ async def _read(request: HTTPRequest, model: LoadedModel) -> EmbeddingRequest:
     return body
 
 
-async def _embed(model: LoadedModel, body: EmbeddingRequest) -> list[EmbeddedInput]:
+async def _embed(model: LoadedModel, body: EmbeddingRequest, context: RequestContext) -> list[EmbeddedInput]:
     inputs = body.inputs
     tokens = await tokenize_inputs(embedding_model(model), inputs)
     single = len(inputs) == 1 and not isinstance(body.input or body.content, list)
     names = [body.field] if single else [f"{body.field}[{index}]" for index in range(len(inputs))]
-    embedded = await embed_tokens(model, tokens, names)
+    embedded = await embed_tokens(model, context, tokens, names)
     if embedding_model(model).info.pooling == "none":
         return embedded  # as in llama-server, only pooled vectors are normalized
     norm = model.options.embedding.normalize if body.embd_normalize is None else body.embd_normalize
     return [each._replace(vectors=normalized(each.vectors, norm)) for each in embedded]
 
 
-async def _reply(model: LoadedModel, body: EmbeddingRequest) -> JSONBody:
-    embedded = await _embed(model, body)
+async def _reply(model: LoadedModel, body: EmbeddingRequest, context: RequestContext) -> JSONBody:
+    embedded = await _embed(model, body, context)
     items: list[EmbeddingItem] = []
     for index, each in enumerate(embedded):
         await asyncio.sleep(0)  # lets the event loop serve other requests between two vectors
@@ -175,9 +177,9 @@ async def _reply(model: LoadedModel, body: EmbeddingRequest) -> JSONBody:
     return EmbeddingReply(data=items, model=_model_name(model), usage=TokenUsage(total, total))
 
 
-async def _llama_reply(model: LoadedModel, body: EmbeddingRequest) -> JSONBody:
+async def _llama_reply(model: LoadedModel, body: EmbeddingRequest, context: RequestContext) -> JSONBody:
     replies: list[LlamaEmbeddingItem] = []
-    for index, each in enumerate(await _embed(model, body)):
+    for index, each in enumerate(await _embed(model, body, context)):
         await asyncio.sleep(0)
         replies.append(LlamaEmbeddingItem(index, [_numbers(vector) for vector in each.vectors]))
     return replies

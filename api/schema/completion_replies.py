@@ -35,7 +35,8 @@ class TopProb(Struct, frozen=True):
 
 
 class TokenProb(Struct, frozen=True):
-    """An emitted token, and the most probable tokens at its position, in the field for the kind of probability."""
+    """An emitted token and the most probable tokens at its position, with log probabilities in `logprob` and
+    `top_logprobs`, or with probabilities after the sampling stages in `prob` and `top_probs`."""
 
     id: int
     token: str

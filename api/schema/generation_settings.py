@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -10,20 +10,27 @@ from api.schema.logit_bias import BAN_BIAS
 from engine import Request, SamplingParams
 
 
-def default_settings(defaults: SamplingParams) -> dict[str, object]:
-    """Returns the parameters of a request that sets none."""
+def default_settings(
+    defaults: SamplingParams,
+    *,
+    n_predict: int = -1,
+    keep: int = 0,
+    ignore_eos: bool = False,
+    stop: Sequence[str] = (),
+) -> dict[str, object]:
+    """Returns the parameters of a request that sets none, with the server's defaults."""
     settings = msgspec.structs.asdict(defaults)
     del settings["logit_bias"]
     return {
         **settings,
         "seed": -1 if defaults.seed is None else defaults.seed,
-        "n_predict": -1,
-        "max_tokens": -1,
+        "n_predict": n_predict,
+        "max_tokens": n_predict,
         "min_tokens": 0,
-        "n_keep": 0,
+        "n_keep": keep,
         "n_discard": 0,
-        "ignore_eos": False,
-        "stop": (),
+        "ignore_eos": ignore_eos,
+        "stop": stop,
         "stream": False,
         "n_probs": 0,
         "timings_per_token": False,

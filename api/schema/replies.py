@@ -137,7 +137,7 @@ def _cached(choices: Sequence[Finished]) -> int:
 
 
 def _speeds(tokens: int, timed: int, seconds: float) -> tuple[int, float, float, float]:
-    """Returns `tokens`, their milliseconds, and milliseconds for each and number per second of the `timed` ones."""
+    """Returns `tokens`, the milliseconds, and milliseconds per token and tokens per second of the `timed` tokens."""
     return tokens, seconds * 1e3, _ratio(seconds * 1e3, timed), _ratio(timed, seconds)
 
 
@@ -260,8 +260,8 @@ class UnenforcedKeywords(Struct, frozen=True):
     keywords: list[str]
     """The path of the schema in the request, then the JSON pointer of the keyword."""
     satisfied: list[bool | None]
-    """For each choice, whether it is valid by the schemas with these keywords. None if that cannot be told, for example
-    for a truncated output, and if the schemas describe no part of the output."""
+    """For each choice, True if it is valid by the schemas with these keywords. None if a choice cannot be checked, such
+    as a truncated one, and if the schemas describe no part of the output."""
 
 
 class CompletionReply(Struct, kw_only=True):

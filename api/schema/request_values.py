@@ -19,6 +19,7 @@ ProbabilityCount = Annotated[int, Meta(ge=0, le=100)]
 ContextKeep = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 SignedSeed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]
 StopString = Annotated[str, Meta(max_length=512)]
 StopStrings = Annotated[list[StopString], Meta(max_length=64)]
 
@@ -95,3 +96,14 @@ class PredictedOutput(Struct):
 def prompt_text(prompt: str | PromptObject) -> str:
     """Returns the text of a prompt. Raises RequestRefused if the prompt has images or audio."""
     return prompt if isinstance(prompt, str) else prompt.text()
+
+
+class SchedulingFields(Struct, kw_only=True):
+    """The fields that decide when a request runs, in the order of the queue and for how long."""
+
+    user: str | None = None
+    """The owner of the request for fair queueing on a server without API keys."""
+    priority: Int32 | None = None
+    """vLLM's: requests with a lower value are first."""
+    timeout_ms: Milliseconds | None = None
+    """Milliseconds from the start of the wait in the queue to the end of the output."""

@@ -26,6 +26,7 @@ from api.schema.request_values import (
     ProbabilityCount,
     PromptObject,
     ResponseFormat,
+    SchedulingFields,
     SignedSeed,
     StopString,
     StopStrings,
@@ -45,7 +46,7 @@ _BodyT = TypeVar("_BodyT", bound=Struct)
 LONG_BODY_BYTES = 2**17
 
 
-class GenerationRequest(Struct, kw_only=True):
+class GenerationRequest(SchedulingFields, kw_only=True):
     """The fields that all generation endpoints share. Fields named as in `SamplingParams` have the same meaning."""
 
     shape: ClassVar[Literal["chat", "text", "llama-server"]] = "chat"
@@ -128,8 +129,7 @@ class GenerationRequest(Struct, kw_only=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
 
-    # Fields that some or all endpoints refuse unless their value is off, see `refuse_unsupported`. `ChatFields`
-    # has the types of those from `top_logprobs` on.
+    # Fields that some endpoints refuse (`refuse_unsupported`); `ChatFields` has the types from `top_logprobs` on.
     grammar_lazy: bool | None = None
     n_indent: NonNegativeInt | None = None
     return_tokens: bool | None = None
@@ -186,7 +186,7 @@ class GenerationRequest(Struct, kw_only=True):
 
     @property
     def defines_output(self) -> bool:
-        """True if the request has a form of structured output, or tools."""
+        """True if the request has a field of structured output, or tools."""
         forms = self.response_format, self.grammar, self.json_schema, self.structured_outputs, self.guided_json
         guided = self.guided_regex, self.guided_choice, self.guided_grammar
         return bool(self.tools or self.functions) or any(form is not None for form in (*forms, *guided))
@@ -338,7 +338,7 @@ async def decode_any_body(decoder: msgspec.json.Decoder[_BodyT], body: bytes) ->
 
 
 def _decode_untyped(body: bytes) -> Any:
-    """Returns the value in `body`. Returns UNSET if it is not valid JSON after the first invalid value."""
+    """Returns the value in `body`; UNSET if the rest after the first invalid value is not valid JSON."""
     try:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -26,7 +26,7 @@ _OffValues = Mapping[str, tuple[Callable[[Any], bool], str]]
 
 _UNSUPPORTED: _OffValues = {
     "grammar_lazy": (_is_empty, "only false is supported: a grammar applies from the first token"),
-    "n_indent": (_is_empty, "only 0 is supported"),
+    "n_indent": (_is_empty, "only 0 is supported: indentation ends no output"),
 }
 
 _FOR_CHATS = "only a chat completion has this field; use /v1/chat/completions"

@@ -1,4 +1,4 @@
-"""The size of a decoded value, found in bounded time."""
+"""Bounds the size of decoded values, in bounded time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import Struct
 
-# Characters as which each number, text and container counts, besides the characters of texts.
+# Size in characters of each number, text and container, besides the characters of texts.
 _VALUE_CHARS = 16
 
 

@@ -35,6 +35,7 @@ from api.openai.embeddings import EmbeddingEndpoints
 from api.openai.render import RenderEndpoints
 from api.openai.responses.endpoint import ResponsesEndpoints
 from api.server.predict import predict_routes
+from api.server.router_info import ProbeEndpoints
 from api.server.status import StatusEndpoints
 from api.ui.events import EVENTS_PATH, LiveEventsEndpoint
 from api.ui.page import ASSET_PATH, PAGE_PATH, PageEndpoints
@@ -56,8 +57,10 @@ def create_app(state: AppState) -> ASGIApp:
         *_status_routes(state),
         *_page_routes(state),
     ]
+    routes += predict_routes(routes, os.environ, state.config.max_body)
+    state.responses.use_routes(routes, state.config.api_prefix)
     app: ASGIApp = Starlette(
-        routes=[*routes, *predict_routes(routes, os.environ, state.config.max_body)],
+        routes=routes,
         exception_handlers={
             EngineError: _on_error,
             HTTPException: _on_http_error,
@@ -72,11 +75,15 @@ def create_app(state: AppState) -> ASGIApp:
     if not config.any_content_type:
         app = JSONContentMiddleware(app)
     app = ApiKeyMiddleware(
-        app, config.api_keys, separate_namespaces=config.cache_salt_by_key, is_public=_is_page if config.ui else _never
+        app,
+        state.keys,
+        separate_namespaces=config.cache_salt_by_key,
+        is_public=_is_page if config.ui else _never,
+        admin_paths=_STATE_PATHS,
     )
     cors = CorsPolicy(config.cors_origins, config.cors_methods, config.cors_headers, config.cors_credentials)
     # A page of a foreign origin has no key, so keys make the checks needless, also behind a proxy on this machine.
-    if not config.api_keys:
+    if not state.keys:
         app = StateGuard(app, cors, _STATE_PATHS)
         if all(map(is_loopback, config.host)):
             app = LoopbackGuard(app, cors, config.allowed_hosts)
@@ -84,7 +91,7 @@ def create_app(state: AppState) -> ASGIApp:
     if config.api_prefix:
         app = PathPrefixMiddleware(app, config.api_prefix)
     dialects = {config.api_prefix + _MESSAGES_PATH: ANTHROPIC_DIALECT}
-    return RequestContextMiddleware(app, dialects, lambda: state.draining)
+    return RequestContextMiddleware(app, dialects, lambda: state.draining, state.errors, state.responses)
 
 
 def _openai_routes(state: AppState) -> list[Route]:
@@ -163,6 +170,17 @@ def _status_routes(state: AppState) -> list[Route]:
         Route("/metrics", status.metrics),
         Route("/props", status.props),
         Route("/props", status.set_props, methods=["POST"]),
+        *_probe_routes(state),
+    ]
+
+
+def _probe_routes(state: AppState) -> list[Route]:
+    probes = ProbeEndpoints(state)
+    return [
+        Route("/livez", probes.live),
+        Route("/is_sleeping", probes.is_sleeping),
+        *(Route(path, probes.server_info) for path in ("/server_info", "/get_server_info")),
+        *(Route(path, probes.model_info) for path in ("/model_info", "/get_model_info")),
     ]
 
 
@@ -170,7 +188,7 @@ def _page_routes(state: AppState) -> list[Route]:
     events = Route(EVENTS_PATH, LiveEventsEndpoint(state).stream)
     if not state.config.ui:
         return [events]
-    page = PageEndpoints(needs_key=bool(state.config.api_keys))
+    page = PageEndpoints(needs_key=state.config.has_keys)
     return [events, Route(PAGE_PATH, page.page), Route(f"{ASSET_PATH}{{name}}", page.asset)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from http import HTTPStatus
 from math import inf
 from typing import Any
@@ -36,9 +37,17 @@ class HTTPProtocol(HttpToolsProtocol):
     takes no data is ended.
     """
 
-    def __init__(self, *arguments: Any, limits: ConnectionLimits, waiting: WaitingConnections, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        limits: ConnectionLimits,
+        waiting: WaitingConnections,
+        on_refused: Callable[[int], None] = lambda status: None,
+        **options: Any,
+    ) -> None:
+        """`on_refused` is called with the status of each request that gets no further."""
         super().__init__(*arguments, **options)
-        self._limits, self._waiting = limits, waiting
+        self._limits, self._waiting, self._on_refused = limits, waiting, on_refused
         self._collected = 0  # bytes since the parser last found the end of a head, a part of a body, or its end
         self._deadline = inf  # for the rest of a head, or for the next part of a body
         self._timer: asyncio.TimerHandle | None = None
@@ -170,6 +179,7 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
         """Answers `status` with a text, and closes the connection."""
+        self._on_refused(status.value)
         lines = [
             f"HTTP/1.1 {status.value} {status.phrase}",
             "Content-Type: text/plain; charset=utf-8",

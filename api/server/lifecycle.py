@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
 import ssl
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 import uvicorn
 import uvloop
@@ -25,7 +27,10 @@ from api.server.connections import ConnectionLimits, WaitingConnections, connect
 from api.server.http_protocol import HTTPProtocol
 from api.server.logs import configure_logging
 from api.server.terminal import ProgressBar, client_url, print_line, start_message
-from engine import WORKERS, Engine, EngineError
+from engine import WORKERS, Engine, EngineError, hanging_threads
+
+# Exit codes: the start has failed; a fatal fault has ended the engine; a thread did not end at the shutdown.
+START_FAILED, ENGINE_FAULT, THREAD_HANGS = 1, 3, 4
 
 # Time for clients to receive the last data after draining.
 _FLUSH_SECONDS = 3
@@ -34,7 +39,8 @@ _LISTEN_BACKLOG = 2048
 
 
 def run(options: Options) -> int:
-    """Serves until a signal arrives. Returns the exit code: 1 if the model, the address or a file cannot be opened."""
+    """Serves until a signal arrives or the engine fails. Returns the exit code: 0, `START_FAILED` if the model, the
+    address or a file cannot be opened, or `ENGINE_FAULT`. Ends the process with `THREAD_HANGS` if a thread hangs."""
     with ExitStack() as exit_stack:
         try:
             _configure_log(options)
@@ -42,10 +48,23 @@ def run(options: Options) -> int:
             listeners = _listen_on_all(options.server, exit_stack)
         except _StartError as error:
             print_line(f"paceline: {error}")
-            return 1
+            return START_FAILED
         WORKERS.start()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(options, listeners))
+            code = runner.run(_serve(options, listeners))
+            if names := hanging_threads():
+                print_line(f"paceline: abandoned {' and '.join(names)}, which did not end; the log has the stacks")
+                _end_process(THREAD_HANGS)
+            return code
+
+
+def _end_process(code: int) -> NoReturn:
+    """Ends the process without the clean-up of the interpreter and of native libraries, which a hanging thread still
+    uses."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 class _StartError(Exception):
@@ -104,9 +123,9 @@ def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
 
 
 async def _serve(options: Options, listeners: list[socket.socket]) -> int:
-    """Serves HTTP until the engine is drained: 503 during loading and draining. Returns the exit code."""
+    """Serves HTTP until the engine is drained or fails: 503 during loading and draining. Returns the exit code."""
     state = AppState(options.server)
-    signals = StopSignals()
+    signals = StopSignals(state.reload_keys if options.server.keys else None)
     server = UvicornServer(state, connection_limits(options.server))
     serving = asyncio.create_task(server.serve(sockets=listeners))
     serving.add_done_callback(lambda _: signals.stop.set())
@@ -121,14 +140,15 @@ async def _serve(options: Options, listeners: list[socket.socket]) -> int:
             state.loaded = model
             port = listeners[0].getsockname()[1]
             print_line(start_message(state.loaded, *_client_urls(options.server, port)))
-            await signals.stop.wait()
-            state.draining = True
-            await _drain(engine, options.server.grace, signals)
+            await _until_end(engine, options.server, signals)
+            if engine.fault is None:
+                state.draining = True
+                await _drain(engine, options.server.grace, signals)
             await server.close(serving)  # before the engine closes: open responses use the engine's vocabulary
-        return 0
+        return _exit_code(engine)
     except EngineError as error:
         print_line(f"paceline: {error}")
-        return 1
+        return START_FAILED
     finally:
         await server.close(serving)
 
@@ -159,6 +179,23 @@ async def _open_engine(
         return None
 
 
+async def _until_end(engine: Engine, config: ServerConfig, signals: StopSignals) -> None:
+    """Waits for the first signal, or for a fatal fault unless the server stays after one."""
+    events = [signals.stop, engine.failed] if config.on_fault == "exit" else [signals.stop]
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+
+
+def _exit_code(engine: Engine) -> int:
+    """Returns the exit code of the process after the engine was closed."""
+    if engine.fault is not None:
+        print_line("paceline: the engine has failed; the log has the reason")
+        return ENGINE_FAULT
+    return 0
+
+
 async def _drain(engine: Engine, grace_seconds: float, signals: StopSignals) -> None:
     """Drains the engine for at most `grace_seconds`, or until a second signal arrives."""
     draining = asyncio.create_task(engine.drain(grace_seconds))
@@ -174,13 +211,15 @@ class StopSignals:
     """SIGINT, SIGTERM and SIGHUP: the first signal sets `stop`, the second one `force`. Created on the server's event
     loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_hangup: Callable[[], None] | None = None) -> None:
+        """SIGHUP only calls `on_hangup` if that is given."""
         self.stop = asyncio.Event()
         self.force = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # started with nohup
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        if on_hangup is not None or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
+            loop.add_signal_handler(signal.SIGHUP, on_hangup or self._on_signal)
 
     def _on_signal(self) -> None:
         (self.force if self.stop.is_set() else self.stop).set()
@@ -191,7 +230,8 @@ class UvicornServer(uvicorn.Server):
 
     def __init__(self, state: AppState, limits: ConnectionLimits) -> None:
         config = state.config
-        protocol = partial(HTTPProtocol, limits=limits, waiting=WaitingConnections())
+        refused = state.responses.add_refused
+        protocol = partial(HTTPProtocol, limits=limits, waiting=WaitingConnections(), on_refused=refused)
         super().__init__(
             uvicorn.Config(
                 create_app(state),
@@ -208,6 +248,7 @@ class UvicornServer(uvicorn.Server):
                 timeout_graceful_shutdown=_FLUSH_SECONDS,
             )
         )
+        state.responses.open_connections = lambda: len(self.server_state.connections)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

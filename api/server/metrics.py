@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import accumulate
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from api.generation.loaded_model import PACELINE_VERSION
-from api.schema.speculation_stats import by_accepted, by_position
-from engine import Engine, Histogram, Stats
+from api.generation.loaded_model import PACELINE_VERSION, LoadedModel
+from api.schema.speculation_stats import by_position
+from api.server.metric_families import histogram_of, labelled_counter
+from api.server.vllm_metrics import draft_metrics, vllm_metrics
+from engine import Engine, Stats
 
 # Fields of Stats, each with the name of its metric after `paceline_` and the help text.
 _COUNTERS = {
@@ -24,6 +25,7 @@ _COUNTERS = {
     "steps": ("steps", "Engine steps"),
     "native_passes": ("native_passes", "Forward passes over the weights"),
     "preemptions": ("retractions", "Requests preempted because KV cells ran out"),
+    "displacements": ("displacements", "Requests that yielded their slot to another owner or a higher priority"),
     "restores": ("restores", "Requests that loaded prompt tokens from RAM or disk"),
     "hits": ("hits", "Requests with a cached prefix"),
     "saved_tokens": ("saved_tokens", "Tokens whose KV was saved to RAM"),
@@ -44,14 +46,17 @@ _HISTOGRAMS = {
     "ttft": ("time_to_first_token_seconds", "Seconds from submission to the first token"),
     "gap": ("inter_token_seconds", "Seconds between two consecutive steps that emit tokens of the same request"),
     "queue": ("queue_seconds", "Seconds from submission to the first step"),
+    "step": ("step_duration_seconds", "Seconds of an engine step with a decode"),
+    "grammar": ("grammar_compile_seconds", "Seconds of the compilation of a grammar that was not cached"),
 }
 
 
 class EngineCollector(Collector):
     """Collects the metrics of one snapshot of the engine's statistics at each scrape."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, model_name: str) -> None:
         self._engine = engine
+        self._model_name = model_name
 
     def collect(self) -> Iterator[Metric]:
         """Yields all metric families."""
@@ -63,20 +68,20 @@ class EngineCollector(Collector):
         yield from _speculation_metrics(stats)
         yield from _step_metrics(stats)
         yield from _embedding_metrics(stats)
-        yield from _vllm_metrics(stats)
+        yield from vllm_metrics(stats, self._model_name)
         yield from _llama_server_metrics(stats)
 
 
-def metrics_registry(engine: Engine) -> CollectorRegistry:
-    """Returns a registry with the engine's metrics and this process's memory, CPU time and open files."""
+def metrics_registry(model: LoadedModel) -> CollectorRegistry:
+    """Returns a registry with the metrics of the model's engine and this process's memory, CPU time and open files."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(EngineCollector(engine))
+    registry.register(EngineCollector(model.engine, model.name))
     ProcessCollector(registry=registry)
     return registry
 
 
 def _engine_metrics(stats: Stats) -> Iterator[Metric]:
-    requests = _counter("paceline_requests", "Requests finished, by reason", "reason")
+    requests = labelled_counter("paceline_requests", "Requests finished, by reason", "reason")
     for reason, count in stats.requests_finished.items():
         requests.add_metric([reason], count)
     yield requests
@@ -85,14 +90,14 @@ def _engine_metrics(stats: Stats) -> Iterator[Metric]:
     for field, (name, help_text) in _GAUGES.items():
         yield GaugeMetricFamily(f"paceline_{name}", help_text, value=getattr(stats, field))
     for field, (name, help_text) in _HISTOGRAMS.items():
-        yield _histogram(f"paceline_{name}", help_text, getattr(stats, field))
+        yield histogram_of(f"paceline_{name}", help_text, getattr(stats, field))
 
 
 def _speculation_metrics(stats: Stats) -> Iterator[Metric]:
-    drafts = _counter("paceline_spec_drafts", "Drafts verified, by proposer type", "type")
-    drafted = _counter("paceline_spec_draft_tokens", "Draft tokens verified, by proposer type", "type")
-    accepted = _counter("paceline_spec_accepted_tokens", "Draft tokens accepted, by proposer type", "type")
-    positions = _counter(
+    drafts = labelled_counter("paceline_spec_drafts", "Drafts verified, by proposer type", "type")
+    drafted = labelled_counter("paceline_spec_draft_tokens", "Draft tokens verified, by proposer type", "type")
+    accepted = labelled_counter("paceline_spec_accepted_tokens", "Draft tokens accepted, by proposer type", "type")
+    positions = labelled_counter(
         "paceline_spec_accepted_tokens_per_pos",
         "Draft tokens accepted, by proposer type and position in the draft",
         "type",
@@ -102,11 +107,17 @@ def _speculation_metrics(stats: Stats) -> Iterator[Metric]:
         "paceline_spec_chance", "Estimated acceptance rate of the next draft's first token", labels=["type"]
     )
     estimates = {
-        "expected": _counter("paceline_spec_expected_tokens", "Draft tokens expected to be accepted", "type"),
-        "saved": _counter("paceline_spec_saved_seconds", "Seconds of decoding saved by accepted draft tokens", "type"),
-        "spent": _counter("paceline_spec_spent_seconds", "Seconds spent on proposing and verifying drafts", "type"),
+        "expected": labelled_counter("paceline_spec_expected_tokens", "Draft tokens expected to be accepted", "type"),
+        "saved": labelled_counter(
+            "paceline_spec_saved_seconds", "Seconds of decoding saved by accepted draft tokens", "type"
+        ),
+        "spent": labelled_counter(
+            "paceline_spec_spent_seconds", "Seconds spent on proposing and verifying drafts", "type"
+        ),
     }
-    failures = _counter("paceline_spec_failures", "Requests whose proposer was switched off after an exception", "type")
+    failures = labelled_counter(
+        "paceline_spec_failures", "Requests whose proposer was switched off after an exception", "type"
+    )
     for each in stats.drafts:
         failures.add_metric([each.type], each.failures)
         drafts.add_metric([each.type], sum(each.by_accepted))
@@ -136,17 +147,6 @@ def _embedding_metrics(stats: Stats) -> Iterator[Metric]:
     yield CounterMetricFamily("paceline_embedding_decodes", "Decodes of the embedding thread", value=done.decodes)
 
 
-def _vllm_metrics(stats: Stats) -> Iterator[Metric]:
-    yield GaugeMetricFamily("vllm:num_requests_running", "Requests that occupy a slot", value=stats.running)
-    yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests in the queue", value=stats.waiting)
-    used = (stats.cells_used - stats.cells_idle) / stats.cells if stats.cells else 0.0
-    yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV cells in use by requests, 0 to 1", value=used)
-    yield CounterMetricFamily("vllm:prompt_tokens", "Prompt tokens", value=stats.prompt_tokens)
-    yield CounterMetricFamily("vllm:generation_tokens", "Tokens emitted", value=stats.completion_tokens)
-    yield _histogram("vllm:time_to_first_token_seconds", "Seconds from submission to the first token", stats.ttft)
-    yield from _draft_metrics("vllm:", stats)
-
-
 def _llama_server_metrics(stats: Stats) -> Iterator[Metric]:
     """Yields llama-server's metrics. Its rates are those since the last scrape, these are those since the start.
 
@@ -164,7 +164,7 @@ def _llama_server_metrics(stats: Stats) -> Iterator[Metric]:
     }
     for name, (help_text, value) in counters.items():
         yield CounterMetricFamily(f"llamacpp:{name}", help_text, value=value)
-    yield from _draft_metrics("llamacpp:", stats)
+    yield from draft_metrics("llamacpp:", stats, {})
     gauges = {
         "n_tokens_max": ("Most tokens of prompt and output of one request", stats.longest_sequence),
         "prompt_tokens_seconds": ("Prompt tokens computed per second", prompt_rate),
@@ -177,31 +177,5 @@ def _llama_server_metrics(stats: Stats) -> Iterator[Metric]:
         yield GaugeMetricFamily(f"llamacpp:{name}", help_text, value=value)
 
 
-def _draft_metrics(prefix: str, stats: Stats) -> Iterator[Metric]:
-    """Yields the metrics of speculative decoding that vLLM and llama-server name alike."""
-    counts, drafted = by_accepted(stats.drafts), sum(each.drafted for each in stats.drafts)
-    accepted = sum(each.accepted for each in stats.drafts)
-    name = f"{prefix}spec_decode_num"
-    yield CounterMetricFamily(f"{name}_drafts", "Drafts verified", value=sum(counts))
-    yield CounterMetricFamily(f"{name}_draft_tokens", "Draft tokens verified", value=drafted)
-    yield CounterMetricFamily(f"{name}_accepted_tokens", "Draft tokens accepted", value=accepted)
-    positions = _counter(
-        f"{name}_accepted_tokens_per_pos", "Draft tokens accepted, by position in the draft", "position"
-    )
-    for position, count in enumerate(by_position(counts)):
-        positions.add_metric([str(position)], count)
-    yield positions
-
-
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
-
-
-def _counter(name: str, help_text: str, *labels: str) -> CounterMetricFamily:
-    return CounterMetricFamily(name, help_text, labels=labels)
-
-
-def _histogram(name: str, help_text: str, histogram: Histogram) -> HistogramMetricFamily:
-    bounds: Iterable[str] = (*map(str, histogram.bounds), "+Inf")
-    buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
-    return HistogramMetricFamily(name, help_text, buckets=buckets, sum_value=histogram.sum)

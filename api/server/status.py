@@ -13,6 +13,7 @@ from api.http.error_responses import EndpointDisabled
 from api.http.responses import JSONResponse
 from api.llama_server.props import props_reply
 from api.schema.replies import HealthReply, ModelList, ModelMeta, ModelReply
+from api.server.access_metrics import AccessCollector
 from api.server.metrics import metrics_registry
 
 
@@ -36,7 +37,9 @@ class StatusEndpoints:
     async def metrics(self, request: Request) -> Response:
         """Returns the metrics in Prometheus' text format."""
         if self._registry is None:
-            self._registry = metrics_registry(self._state.model.engine)
+            # Metrics go on after a fatal fault and during a stall.
+            self._registry = metrics_registry(self._state.loaded or self._state.model)
+            self._registry.register(AccessCollector(self._state))
         headers = {"content-type": CONTENT_TYPE_LATEST, "process-start-time-unix": str(self._started)}
         return Response(generate_latest(self._registry), headers=headers)
 

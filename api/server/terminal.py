@@ -73,7 +73,7 @@ def start_message(model: LoadedModel, url: str, *other_urls: str) -> str:
         engine.info.device,
         *(["deterministic"] if engine.info.exact else []),
     ]
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if model.options.server.api_keys else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if model.options.server.has_keys else ""
     if not engine.info.generates:
         return "\n".join([" · ".join(facts), *_embedding_lines(model)])
     lines = [

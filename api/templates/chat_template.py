@@ -212,7 +212,7 @@ def compile_template(text: str) -> ChatTemplate:
 
 
 def resolve_template(text: str) -> str:
-    """Returns the built-in template named `text`, or `text` itself: Jinja, or a literal text of several words.
+    """Returns the built-in template named `text`, or else `text`, which is Jinja or several words to render literally.
 
     Raises InvalidTemplate for a single word that is no name.
     """

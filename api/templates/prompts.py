@@ -152,7 +152,7 @@ class PromptRenderer(TextTokenizer):
         return self.chat.reasoning_budget if budget is None else budget
 
     def closing_tokens(self, request: ChatRequest, tag: str) -> tuple[int, ...]:
-        """Returns the tokens of the message at the end of a budget, of a closing tag and of an empty line after it."""
+        """Returns the tokens at the end of a reasoning budget: the message, the closing tag `tag` and an empty line."""
         message = request.reasoning_budget_message
         text = self.chat.reasoning_budget_message if message is None else message
         return (

@@ -34,7 +34,7 @@ class TextTokenizer:
     async def tokenize_prompt(self, text: str) -> tuple[int, ...]:
         """Returns `tokenize(text)`, computed on a worker thread if the text is long. Raises RequestRefused, and
         ContextExceeded for a text that is too long for the context whatever its tokens are."""
-        self._check_prompt_length(self._least_tokens(text))
+        self._check_prompt_length(self._min_tokens(text))
         return await run_long_in_thread(self.tokenize, text)
 
     def tokenize(self, text: str) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ class TextTokenizer:
             partial(self._tokenize_parts, parts, add_special=add_special, parse_special=parse_special)
         )
 
-    def _least_tokens(self, text: str) -> int:
+    def _min_tokens(self, text: str) -> int:
         """Returns the minimum number of tokens of a text of this length."""
         return -(-len(text) // self._info.longest_token) if self._info.longest_token else 0
 
@@ -83,7 +83,7 @@ class TextTokenizer:
         chars = sum(len(part) for part in parts if isinstance(part, str))
         if longest and chars > longest * context:
             raise RequestRefused(
-                f"The text has {chars} characters; at most {longest * context} are tokenized here, as no text of more "
+                f"The text has {chars} characters; at most {longest * context} are tokenized, as a longer text never "
                 f"fits a context of {context} tokens."
             )
 
@@ -92,7 +92,7 @@ class TextTokenizer:
         if add_special and not parse_special:
             before, after = ([token] if token >= 0 else [] for token in self._vocab.added)
             return [*before, *tokens, *after]
-        return tokens if add_special or not parse_special else self._without_added(tokens)
+        return tokens if add_special or not parse_special else without_added(self._vocab, tokens)
 
     def _tokenize_parts(self, parts: Sequence[str | int], *, add_special: bool, parse_special: bool) -> list[int]:
         self._check_total_length(parts)
@@ -111,13 +111,7 @@ class TextTokenizer:
         return tokens[0] if len(tokens) == 1 and tokens[0] in self._vocab.special else None
 
     def _tokenize_bare(self, text: str) -> list[int]:
-        return self._without_added(self._vocab.tokenize(text, special=True))
-
-    def _without_added(self, tokens: list[int]) -> list[int]:
-        """Returns `tokens` without the BOS and EOS that the tokenizer added."""
-        before, after = self._vocab.added
-        start = int(bool(tokens) and tokens[0] == before)
-        return tokens[start : len(tokens) - int(len(tokens) > start and tokens[-1] == after)]
+        return without_added(self._vocab, self._vocab.tokenize(text, special=True))
 
     # ── tokens to text ──
 
@@ -132,6 +126,13 @@ class TextTokenizer:
     def token_bytes(self, token: int) -> bytes:
         """Returns the token's bytes; for a special token, the name's bytes."""
         return self._vocab.piece(token) or self._vocab.text(token).encode()
+
+
+def without_added(vocab: Vocab, tokens: list[int]) -> list[int]:
+    """Returns `tokens` without the BOS and EOS that the tokenizer added."""
+    before, after = vocab.added
+    start = int(bool(tokens) and tokens[0] == before)
+    return tokens[start : len(tokens) - int(len(tokens) > start and tokens[-1] == after)]
 
 
 def map_distinct(tokens: Sequence[int], function: Callable[[int], _Result]) -> list[_Result]:

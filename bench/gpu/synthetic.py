@@ -79,10 +79,8 @@ class RandomAcceptanceVerifier:
 
 
 def rates(rate: float, length: int) -> str:
-    """Returns the value of `--spec-synth-rates`.
-
-    The value has, for each draft position, the probability that all tokens up to that position are accepted.
-    """
+    """Returns llama-server's value of `--spec-synth-rates`: for each draft position, the probability that all tokens up
+    to that position are accepted."""
     return ",".join(f"{rate**position:.6f}" for position in range(1, length + 1))
 
 

@@ -3,7 +3,7 @@
 The command line, the keys of a TOML file and `api/FLAGS.md` are generated from these fields. The constructors do not
 check ranges, so values from outside must go through `msgspec.convert`, which does.
 
-engine       `EngineConfig`, which holds all others but those of `sim`
+engine       `EngineConfig`, which contains the Structs of all other modules
 model        model file, threads, devices and KV types
 loading      buffers of tensors, reading of the file, overrides of metadata
 rope         scaling of positions

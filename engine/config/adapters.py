@@ -16,7 +16,7 @@ class AdapterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = ()
     lora_scaled: Annotated[
         tuple[str, ...],
-        Meta(description="the same with the scale of the adapter, such as adapter.gguf:0.5; --lora is scale 1"),
+        Meta(description="GGUF file and scale of a LoRA adapter, such as adapter.gguf:0.5; --lora has the scale 1"),
     ] = ()
     unapplied: Annotated[
         bool,
@@ -30,12 +30,12 @@ class AdapterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Meta(description="GGUF file of a control vector, which is added to the layers' outputs in every request"),
     ] = ()
     control_vector_scaled: Annotated[
-        tuple[str, ...], Meta(description="the same with the factor of the vector, such as vector.gguf:0.8")
+        tuple[str, ...], Meta(description="GGUF file and factor of a control vector, such as vector.gguf:0.8")
     ] = ()
     control_vector_layers: Annotated[
         tuple[int, int] | None,
         Meta(
-            description="first and last layer to which control vectors are added; 0 is layer 1 and the last layer, and "
-            "by default these are all layers but layer 0"
+            description="first and last layer to which control vectors are added; 0 as the first is layer 1, 0 as the "
+            "last is the model's last layer; the default is 0 0"
         ),
     ] = None

@@ -28,8 +28,8 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=0,
             le=256,
-            description=f"number of slots: sequences that are decoded together; 0 is {DEFAULT_SLOTS}, which share the "
-            "cells of --ctx-size if its part for each slot is less than the training context",
+            description=f"number of slots: sequences that are decoded together; 0 is {DEFAULT_SLOTS}, with unified KV "
+            "if --ctx-size gives each slot less than the training context",
         ),
     ] = 0
     slot_context: Annotated[
@@ -58,6 +58,15 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             "Retry-After; 0 is no maximum",
         ),
     ] = 0.0
+    stall_timeout: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=86_400.0,
+            description="seconds of one step after which the engine counts as stalled: /health and requests get 503, "
+            "and the log has the stacks of all threads; at least 20 mean steps; 0 is off",
+        ),
+    ] = 120.0
     rows: Annotated[int, Meta(ge=1, le=2**16, description="maximum rows (tokens) of one decode")] = 2048
     ubatch: Annotated[
         int, Meta(ge=32, le=2**16, description="maximum rows (tokens) of one ubatch, a pass over the weights")
@@ -93,9 +102,9 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             ge=0.0,
             le=60_000.0,
             description="maximum milliseconds of a step with prefill and decode rows; 0 is twice the time of a step "
-            "without prefill rows, so that decoding sequences keep half of their speed; the time grows, up to "
-            "--idle-step-ms, if more sequences are prefilled than decoded, or if a request has had no token for 3 s, "
-            "or for the time of its own prefill if that is longer; after ten times that up to twice --idle-step-ms",
+            "without prefill rows, so that decoding sequences keep half of their speed; the maximum grows up to "
+            "--idle-step-ms if more sequences are prefilled than decoded, or if a request has had no token for 3 s and "
+            "for the time of its own prefill; after ten times that long it grows up to twice --idle-step-ms",
         ),
     ] = 0.0
     idle_step_ms: Annotated[

@@ -23,15 +23,15 @@ class CpuConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     range: Annotated[str, Meta(description="CPUs that compute steps of one row, as first-last; adds to --cpu-mask")] = (
         ""
     )
-    strict: Annotated[_Bit, Meta(description="1 gives each thread one of these CPUs")] = 0
+    strict: Annotated[_Bit, Meta(description="1 pins each thread to one of these CPUs")] = 0
     mask_batch: Annotated[str, Meta(description="--cpu-mask of steps with several rows; empty is the same CPUs")] = ""
     range_batch: Annotated[str, Meta(description="--cpu-range of steps with several rows; empty is the same CPUs")] = ""
     strict_batch: Annotated[_Bit | None, Meta(description="--cpu-strict of steps with several rows")] = None
     poll: Annotated[
         _Poll | None,
         Meta(
-            description="how long threads poll for work before they sleep, 0 is not at all; no effect in a library "
-            "with OpenMP, where GOMP_SPINCOUNT is that number"
+            description="level of polling by threads without work, 0 is none; no effect in a library with OpenMP, "
+            "which uses GOMP_SPINCOUNT instead"
         ),
     ] = None
     poll_batch: Annotated[_Poll | None, Meta(description="--poll of steps with several rows")] = None
@@ -40,31 +40,31 @@ class CpuConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(
             ge=-1,
             le=3,
-            description="priority of the computing threads: -1 low, 0 normal, 1 medium, 2 high, 3 realtime, which are "
-            "the niceness 5, 0, -5, -10 and -20 above the process",
+            description="priority of the computing threads: -1 low, 0 normal, 1 medium, 2 high, 3 realtime, which add "
+            "5, 0, -5, -10 and -20 to the niceness of the process",
         ),
     ] = 0
     numa: Annotated[
         Literal["off", "distribute", "isolate", "numactl"],
         Meta(
             description="NUMA nodes that compute: distribute spreads threads over all nodes, isolate keeps them on the "
-            "node of the start, numactl uses the CPUs of numactl"
+            "node on which the process started, numactl uses the CPUs that numactl selected"
         ),
     ] = "off"
 
     @property
     def cpus(self) -> frozenset[int]:
         """CPUs of steps with one row; empty means all. Raises ValueError."""
-        return _masked("--cpu-mask", self.mask) | _ranged("--cpu-range", self.range)
+        return _cpus_of_mask("--cpu-mask", self.mask) | _cpus_of_range("--cpu-range", self.range)
 
     @property
     def cpus_batch(self) -> frozenset[int]:
         """CPUs of steps with several rows; empty means all. Raises ValueError."""
-        own = _masked("--cpu-mask-batch", self.mask_batch) | _ranged("--cpu-range-batch", self.range_batch)
-        return own or self.cpus
+        mask = _cpus_of_mask("--cpu-mask-batch", self.mask_batch)
+        return mask | _cpus_of_range("--cpu-range-batch", self.range_batch) or self.cpus
 
 
-def _masked(flag: str, mask: str) -> frozenset[int]:
+def _cpus_of_mask(flag: str, mask: str) -> frozenset[int]:
     digits = mask.removeprefix("0x")
     if not mask:
         return frozenset()
@@ -73,7 +73,7 @@ def _masked(flag: str, mask: str) -> frozenset[int]:
     return frozenset(cpu for cpu in range(MAX_CPUS) if bits >> cpu & 1)
 
 
-def _ranged(flag: str, text: str) -> frozenset[int]:
+def _cpus_of_range(flag: str, text: str) -> frozenset[int]:
     if not text:
         return frozenset()
     found = re.fullmatch(r"(\d{0,3})-(\d{0,3})", text)

@@ -79,8 +79,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """Returns the configuration of the draft model's engine. `cells` is the number of the target model's KV cells.
 
         Settings of `model`, `load`, `rope`, `cpu` and `batch` that `draft` lacks are those of the target model; other
-        tables have defaults.
-        The KV layout is per-slot if the target has `--no-kv-unified`, and is chosen at start otherwise.
+        tables have defaults. The KV layout is per-slot if the target has `--no-kv-unified`, and is chosen at start
+        otherwise.
         """
         draft = self.draft
         threads = draft.threads if draft.threads > 0 else self.model.threads

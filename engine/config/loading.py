@@ -12,7 +12,7 @@ LoadMode = Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"]
 class LoadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Buffers of the tensors, the way in which the file is read, and overrides of its metadata.
 
-    The draft model has overrides of tensors of its own, and all other settings of this table.
+    The draft model shares all settings except the placement of tensors, for which `DraftConfig` has fields.
     """
 
     override_tensor: Annotated[
@@ -44,7 +44,7 @@ class LoadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = "auto"
     mmap: Annotated[bool | None, Meta(description="--mmap is --load-mode mmap, --no-mmap is --load-mode none")] = None
     mlock: Annotated[
-        bool, Meta(description="keep the weights in RAM: --load-mode mmap+mlock, with --no-mmap --load-mode mlock")
+        bool, Meta(description="keep the weights in RAM: --load-mode mmap+mlock, or mlock if --no-mmap is given")
     ] = False
     direct_io: Annotated[bool, Meta(description="the same as --load-mode dio")] = False
     lazy_mode: Annotated[
@@ -63,7 +63,7 @@ class LoadConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = ()
     check_tensors: Annotated[bool, Meta(description="refuse a file with invalid values in its weights")] = False
     repack: Annotated[
-        bool, Meta(description="rearrange weights for the kernels of the CPU; --deterministic does not")
+        bool, Meta(description="rearrange weights for the kernels of the CPU; always off with --deterministic")
     ] = True
     no_host: Annotated[
         bool, Meta(description="use no pinned host memory of a GPU for weights, but the CPU's buffers")

@@ -26,8 +26,8 @@ def physical_cores() -> int:
 
 
 def cache_folder() -> Path:
-    """Returns the folder of files that can be made again: `$XDG_CACHE_HOME/paceline`, or else `~/.cache/paceline`.
-    Raises RuntimeError if there is no home."""
+    """Returns the folder of cached files: `$XDG_CACHE_HOME/paceline`, or else `~/.cache/paceline`. Raises RuntimeError
+    if there is no home folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paceline"
 
 

@@ -13,7 +13,9 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """The model file, the devices and threads that compute the model, and the kind of its KV cells."""
 
     path: Annotated[str, Meta(min_length=1, description="GGUF file of the model")]
-    gpu_layers: Annotated[int, Meta(ge=-1, description="layers offloaded to the GPU; -1 is all of them")] = -1
+    gpu_layers: Annotated[
+        int, Meta(ge=-1, le=2**31 - 1, description="layers offloaded to the GPU; -1 is all of them")
+    ] = -1
     device: Annotated[
         str,
         Meta(
@@ -36,7 +38,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         ),
     ] = ""
     main_gpu: Annotated[
-        int, Meta(ge=0, description="index of the GPU that holds the whole model with --split-mode none")
+        int, Meta(ge=0, le=2**31 - 1, description="index of the GPU that holds the whole model with --split-mode none")
     ] = 0
     fit: Annotated[
         Literal["on", "off"],
@@ -48,15 +50,13 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     fit_target: Annotated[
         str,
         Meta(
-            description="MiB that --fit leaves free on each GPU, or on the first, the second and so on, separated by "
-            "commas; the last number is for all further GPUs"
+            description="MiB that --fit leaves free on each GPU: one number for all, or one for each GPU, separated by "
+            "commas, the last for all further GPUs"
         ),
     ] = "1024"
     fit_context: Annotated[
         int,
-        Meta(
-            ge=256, le=2**24, description="fewest KV cells with which --fit serves; fewer end the start with an error"
-        ),
+        Meta(ge=256, le=2**24, description="minimum KV cells with --fit; the start fails if fewer fit"),
     ] = 256
     threads: Annotated[
         int,

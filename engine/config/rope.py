@@ -23,7 +23,7 @@ class RopeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         0.0
     )
     freq_scale: Annotated[
-        float, Meta(ge=0.0, le=1e6, description="1 divided by --rope-scale; 0 is the model's own")
+        float, Meta(ge=0.0, le=1e6, description="factor of the frequencies, 1 / --rope-scale; 0 is the model's own")
     ] = 0.0
     yarn_context: Annotated[
         int, Meta(ge=0, le=2**31 - 1, description="YaRN: training context before scaling; 0 is the model's own")
@@ -38,7 +38,7 @@ class RopeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _YarnFactor, Meta(description="YaRN: rotations up to which a dimension is interpolated; -1 is the model's own")
     ] = -1.0
     yarn_beta_fast: Annotated[
-        _YarnFactor, Meta(description="YaRN: rotations from which a dimension stays; -1 is the model's own")
+        _YarnFactor, Meta(description="YaRN: rotations from which no dimension is interpolated; -1 is the model's own")
     ] = -1.0
 
     @property
@@ -49,8 +49,8 @@ class RopeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.freq_scale or (1 / self.scale if self.scale else 0.0)
 
     def scaled_context(self, unscaled: int, trained: int) -> int:
-        """Returns the tokens of the context after scaling. `unscaled` is the model's number without any scaling,
-        `trained` that with its own."""
+        """Returns the tokens of the training context after scaling. `unscaled` is the number without any scaling,
+        `trained` the number with the model's own scaling."""
         factor = 0.0 if self.scaling == "none" else self.frequency_factor
         original = self.yarn_context if self.scaling == "yarn" else 0
         return round((original or unscaled) / factor) if factor else trained

@@ -130,7 +130,7 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(ge=0, le=2**24, description="KV cells of the draft model; 0 is the number of the target model's cells"),
     ] = 0
     gpu_layers: Annotated[
-        int, Meta(ge=-1, description="layers of the draft model offloaded to the GPU; -1 is all of them")
+        int, Meta(ge=-1, le=2**31 - 1, description="layers of the draft model offloaded to the GPU; -1 is all of them")
     ] = -1
     device: Annotated[
         str,

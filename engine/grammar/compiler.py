@@ -31,6 +31,7 @@ from engine.grammar.spec import (
     Regex,
 )
 from engine.grammar.tokenizer import build_tokenizer
+from engine.histogram import Buckets, Histogram
 
 # Maximum bytes of an encoded spec.
 MAX_GRAMMAR_BYTES = 2**18
@@ -88,6 +89,7 @@ class GrammarCompiler:
         self._vocab = vocab
         self._cache: OrderedDict[bytes, Grammar] = OrderedDict()
         self._cache_lock = threading.Lock()
+        self._seconds = Buckets()  # guarded by `_cache_lock`
         self._tokenizer_lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._jobs: JobQueue[Grammar] = JobQueue("paceline-grammar", COMPILE_SECONDS)
@@ -117,6 +119,11 @@ class GrammarCompiler:
         with suppress(GrammarError):
             await self.compile(JsonObject())
 
+    @property
+    def seconds(self) -> Histogram:
+        """Durations of the successful compilations, without their time in the queue."""
+        return self._seconds.snapshot()
+
     def close(self) -> None:
         """Makes all running and later calls of `compile` raise CompilerClosed."""
         self._jobs.close()
@@ -135,6 +142,7 @@ class GrammarCompiler:
 
     def _compile(self, key: bytes, spec: GrammarSpec) -> Grammar:
         tokenizer, relaxed = self._get_tokenizer(), None
+        begun = time.perf_counter()
         if isinstance(spec, JsonSchema):
             schema = relax_schema(parse_schema(spec.schema), strict=spec.strict)
             native, relaxed = _compile_schema(schema, spec.strict, tokenizer)
@@ -142,6 +150,7 @@ class GrammarCompiler:
             native = _matcher(_source(spec), tokenizer, _subject(spec))
         grammar = Grammar(spec, native, self._vocab.size, self._vocab.ends, relaxed)
         with self._cache_lock:
+            self._seconds.add(time.perf_counter() - begun)
             self._cache[key] = grammar
             if len(self._cache) > CACHED_GRAMMARS:
                 self._cache.popitem(last=False)

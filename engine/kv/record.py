@@ -14,6 +14,7 @@ import os
 import struct
 from array import array
 from hashlib import blake2b
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -25,6 +26,11 @@ _FORMAT = FileFormat(
     b"paceline", 2, 16, "it was saved with another model, another build of the library or other types of cells"
 )
 _FIXED = struct.Struct("<IIqIQ16s")
+
+
+def check_record_file(path: Path) -> None:
+    """Raises DamagedFile unless `path` is free, an empty file, or a file that begins with a record. Raises OSError."""
+    _FORMAT.check_replaceable(path)
 
 
 class Head(NamedTuple):

@@ -36,7 +36,9 @@ class SequenceWriter:
     """Writes a sequence to a temporary file, which `commit` renames. Methods raise OSError."""
 
     def __init__(self, path: Path, identity: str, salt: str) -> None:
-        """Creates the temporary file, and the folder if it does not exist."""
+        """Creates the temporary file, and the folder if it does not exist. Raises DamagedFile if `path` is another kind
+        of file."""
+        record.check_record_file(path)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._new = AtomicFile(path, "slot.", ".part")
         self._identity, self._salt = record.identity_digest(identity), salt

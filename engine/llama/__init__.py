@@ -10,6 +10,8 @@ params   parameters of a context, size of a cell; placement has those of a load,
 embedding   embeddings in a context of its own; textless stands for the cells of a model that computes no text
 layout   the choice between per-slot and unified KV, and the number of cells; fit is that number for GPUs
 exact    the deterministic profile
+gguf_file   metadata and tensors of a GGUF; gguf_check refuses damaged metadata, memory_check too many cells
+special_tokens   cuts long texts at special tokens
 library  log, stop flag, enumerations and devices of the library
 """
 

@@ -25,7 +25,8 @@ from engine.config import AdapterConfig
 from engine.contract import ModelError
 from engine.llama import library
 from engine.llama.decoder import Decoder
-from engine.llama.exact import REFUSED_WEIGHT_TYPES, tensor_types
+from engine.llama.exact import REFUSED_WEIGHT_TYPES
+from engine.llama.gguf_file import tensor_types
 from engine.llama.params import metadata
 
 if TYPE_CHECKING:
@@ -167,14 +168,14 @@ def _text(reader: GGUFReader, key: str) -> str:
 
 def _check_tensors(tensors: Sequence[ReaderTensor], *, tied: bool, experts: int, exact: bool) -> None:
     """Raises _Unusable for tensors with which the library would end the process or break the deterministic profile.
-    The library checks all else."""
+    The library checks all else. `tied` is True if the token embedding is also the output."""
     parts = {tensor.name: [int(size) for size in tensor.shape] for tensor in tensors}
     for tensor in tensors:
         name, kind = tensor.name.removesuffix(".lora_a").removesuffix(".lora_b"), tensor.tensor_type.name.lower()
         shape = parts[tensor.name]
         wanted = [experts] if "_exps" in name else []
         if name != tensor.name and (shape[2:] != wanted or len(shape) < 2):
-            raise _Unusable(f"{tensor.name} has the shape {shape}, not {2 + len(wanted)} dimensions of this model")
+            raise _Unusable(f"{tensor.name} has the shape {shape}; this model needs {2 + len(wanted)} dimensions")
         if kind in _INTEGER_TYPES:
             raise _Unusable(f"{tensor.name} has the type {kind}")
         if exact and kind in REFUSED_WEIGHT_TYPES:

@@ -117,9 +117,8 @@ class Decoder:
     def _logits(self) -> Logits:
         outputs = self.batch.outputs
         if not outputs:
-            native.llama_synchronize(
-                self._handle
-            )  # as `llama_get_logits` does, so that `decode` returns after the step
+            # As `llama_get_logits` does, so that `decode` returns after the step.
+            native.llama_synchronize(self._handle)
             return self._logits_view[:0]
         pointer = native.llama_get_logits(self._handle)
         address = ctypes.cast(pointer, ctypes.c_void_p).value or 0

@@ -21,6 +21,7 @@ from engine.config import EngineConfig, LoadConfig, Pooling
 from engine.contract import ModelError
 from engine.llama import exact, library
 from engine.llama.decoder import native_batch
+from engine.llama.gguf_file import tensor_types
 from engine.llama.layout import PAD_CELLS
 from engine.llama.library import FLASH_ATTENTION
 from engine.llama.model import LlamaBackend, load_model
@@ -140,7 +141,7 @@ def _open_context(config: EngineConfig, model: Any, vocab: LlamaVocab, path: Pat
     if native.llama_model_has_encoder(model) and native.llama_model_has_decoder(model):
         raise ModelError(f"{path} computes no embeddings: it has an encoder and a decoder")
     pooling = config.embedding.pooling_type
-    if pooling == "rank" and not any(name.startswith("cls.") for name in exact.tensor_types(path)):
+    if pooling == "rank" and not any(name.startswith("cls.") for name in tensor_types(path)):
         raise ModelError(f"{path} cannot rerank: it has no classification head; --reranking needs a reranker model")
     library.clear_errors()
     params = _params(config, model, _UNSPECIFIED if pooling is None else _POOLING_TYPES[pooling])

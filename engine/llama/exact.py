@@ -14,14 +14,13 @@ the library's CPU kernels (llama.cpp 0c1e57098):
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 
-from llama_cpp import llama_cpp as native
 from msgspec import structs
 
 from engine.config import ModelConfig
+from engine.llama.gguf_file import tensor_types
 
 # Types of keys and values for which flash attention has a single kernel. The first pair is the profile's default.
 EXACT_CACHE_TYPES = (("f16", "bf16"), ("q8_0", "q8_0"), ("f16", "q8_0"))
@@ -88,33 +87,3 @@ def multiplied_weights(path: Path) -> dict[str, str]:
     if "output.weight" in types:
         types.pop("token_embd.weight", None)  # used for look-ups only, not multiplied
     return {name: kind for name, kind in types.items() if "norm" not in name and name.endswith(".weight")}
-
-
-class GgufInitParams(ctypes.Structure):
-    """`struct gguf_init_params`."""
-
-    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
-
-
-def tensor_types(path: Path) -> dict[str, str]:
-    """Returns the types of all tensors in a GGUF, keyed by the tensors' names; empty if the library cannot open the
-    file."""
-    lib = native._lib
-    lib.gguf_init_from_file.restype, lib.gguf_init_from_file.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_char_p, GgufInitParams],
-    )
-    lib.gguf_get_n_tensors.restype, lib.gguf_get_n_tensors.argtypes = ctypes.c_int64, [ctypes.c_void_p]
-    lib.gguf_get_tensor_name.restype = lib.ggml_type_name.restype = ctypes.c_char_p
-    lib.gguf_get_tensor_name.argtypes = lib.gguf_get_tensor_type.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    lib.gguf_free.argtypes = [ctypes.c_void_p]
-    file = lib.gguf_init_from_file(str(path).encode(), GgufInitParams(True, None))
-    if not file:
-        return {}
-    try:
-        return {
-            lib.gguf_get_tensor_name(file, i).decode(): lib.ggml_type_name(lib.gguf_get_tensor_type(file, i)).decode()
-            for i in range(lib.gguf_get_n_tensors(file))
-        }
-    finally:
-        lib.gguf_free(file)

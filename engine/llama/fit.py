@@ -1,7 +1,7 @@
 """The number of cells that fit the free memory of the GPUs, for `--fit on`.
 
-llama.cpp fits memory in its programs, not in the library. So it is measured here: contexts of two sizes are opened, and
-the memory of a context on a device is taken to be a fixed part plus a part for each cell.
+llama.cpp's programs fit memory, its library does not. Here contexts of two sizes are opened, and the memory of a
+context on a device is computed as a fixed part plus a part for each cell.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, repeat
 from typing import NamedTuple
 
-from engine.llama.layout import PAD_CELLS
+from engine.llama.layout import PAD_CELLS, round_down
 
 # Cells of the two contexts that are measured.
 SMALL_CELLS, LARGE_CELLS = 1024, 9216
@@ -28,7 +28,7 @@ class MemoryUse(NamedTuple):
 
 
 def reserved_bytes(targets: str, devices: Iterable[str]) -> dict[str, int]:
-    """Returns the bytes that are to stay free on each device. `targets` is MiB, separated by commas; the last number is
+    """Returns the bytes that must stay free on each device. `targets` has numbers of MiB, separated by commas, the last
     for all further devices. Raises ValueError."""
     words = [word.strip() for word in targets.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,9}", word) for word in words):
@@ -59,9 +59,9 @@ def fitting_cells(
     limit: int,
     minimum: int = PAD_CELLS,
 ) -> int:
-    """Returns the number of cells that fit every device: a multiple of `PAD_CELLS`, at most `limit`. `free` and
-    `reserved` are the free bytes of each device, and those of them that are to stay free. Raises TooLittleMemory if
-    fewer than `minimum` cells fit."""
+    """Returns the number of cells that fit every device: a multiple of `PAD_CELLS`, at most `limit`. `free` has the
+    free bytes of each device, `reserved` the bytes that must stay free. Raises TooLittleMemory if fewer than `minimum`
+    cells fit."""
     count = float(limit)
     for device, use in uses.items():
         if not use.cell_bytes:  # a device without cells sets no limit, even if it is full
@@ -72,8 +72,3 @@ def fitting_cells(
             raise TooLittleMemory(f"{device} has {free[device] / 2**20:.0f} MiB free, too little for {context}")
         count = min(count, left / use.cell_bytes)
     return round_down(count)
-
-
-def round_down(count: float) -> int:
-    """Returns `count` rounded down to a multiple of `PAD_CELLS`, at least `PAD_CELLS`."""
-    return max(PAD_CELLS, int(count) // PAD_CELLS * PAD_CELLS)

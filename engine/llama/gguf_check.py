@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llama_cpp import llama_cpp as native
-
 from engine.contract import ModelError
 from engine.llama import library
-from engine.llama.exact import GgufInitParams
+from engine.llama.gguf_file import gguf_library, opened_gguf
 
 # The first bytes of a GGUF.
 _GGUF_MAGIC = b"GGUF"
@@ -49,23 +44,11 @@ def _describe_start(start: bytes) -> str:
 
 def check_metadata(path: Path, kind: str) -> None:
     """Raises ModelError, which names the `kind` of file, if the library would end the process while it loads or
-    computes the model. Damage that the library itself reports is left to it."""
+    computes the model. Damage that the library itself reports is not checked here."""
     library.initialize()
-    with _opened(path) as gguf:
-        if gguf and (reason := next(_problems(_library(), gguf), "")):
+    with opened_gguf(path) as gguf:
+        if gguf and (reason := next(_problems(gguf_library(), gguf), "")):
             raise ModelError(f"the {kind} {path} is damaged: {reason}")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Yields the metadata of the file. None means that the library cannot read it."""
-    lib = _library()
-    gguf = lib.gguf_init_from_file(str(path).encode(), GgufInitParams(True, None))
-    try:
-        yield gguf
-    finally:
-        if gguf:
-            lib.gguf_free(gguf)
 
 
 def _problems(lib: Any, gguf: Any) -> Iterator[str]:
@@ -89,7 +72,7 @@ def _problems(lib: Any, gguf: Any) -> Iterator[str]:
 
 
 def _repeated_tokens(texts: Sequence[bytes]) -> Iterator[str]:
-    """Yields a sentence for each token whose text an earlier one has. Empty texts may be repeated."""
+    """Yields a clause for each token with the text of an earlier token. Empty texts may be repeated."""
     if len(set(texts)) == len(texts):
         return
     first: dict[bytes, int] = {}
@@ -104,40 +87,8 @@ def _is_sentencepiece(lib: Any, gguf: Any) -> bool:
 
 
 def _missing_bytes(texts: Sequence[bytes]) -> Iterator[str]:
-    """Yields a sentence if a byte has no token: a text with this byte would end the process."""
+    """Yields a clause if a byte has no token, because a text with this byte would end the process."""
     known = set(texts)
     missing = [byte for byte in range(256) if b"<0x%02X>" % byte not in known and bytes([byte]) not in known]
     if missing:
         yield f"no token has the text <0x{missing[0]:02X}>, which a SentencePiece vocabulary needs for every byte"
-
-
-@cache
-def _library() -> Any:
-    """Returns the library with the result types of its GGUF functions, which the binding does not declare."""
-    lib = native._lib
-    pointer, number, text = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
-    results: dict[str, Any] = {
-        "gguf_init_from_file": pointer,
-        "gguf_get_n_kv": number,
-        "gguf_find_key": number,
-        "gguf_get_key": text,
-        "gguf_get_val_str": text,
-        "gguf_get_kv_type": ctypes.c_int,
-        "gguf_get_val_u32": ctypes.c_uint32,
-        "gguf_get_val_f32": ctypes.c_float,
-        "gguf_get_arr_type": ctypes.c_int,
-        "gguf_get_arr_n": ctypes.c_size_t,
-        "gguf_get_arr_str": text,
-        "gguf_free": None,
-    }
-    arguments: dict[str, tuple[Any, ...]] = {
-        "gguf_init_from_file": (text, GgufInitParams),
-        "gguf_get_n_kv": (pointer,),
-        "gguf_find_key": (pointer, text),
-        "gguf_free": (pointer,),
-        "gguf_get_arr_str": (pointer, number, ctypes.c_size_t),
-    }
-    for name, result in results.items():
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments.get(name, (pointer, number))
-    return lib

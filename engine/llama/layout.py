@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import NamedTuple
+
+from engine.config.machine import memory_bytes
 
 # The library rounds the number of cells of a stream up to a multiple of this.
 PAD_CELLS = 256
@@ -48,12 +49,12 @@ class LayoutInputs(NamedTuple):
 
 def choose_layout(inputs: LayoutInputs) -> KvLayout:
     """Returns the KV layout that the flags or the kind of the model determine. By default returns per-slot KV if each
-    slot gets `MIN_SLOT_TOKENS`, or the training context if it is shorter, and unified KV otherwise. If the number of
-    slots is not given and that of cells is, per-slot KV requires the training context for each slot."""
+    slot gets `MIN_SLOT_TOKENS`, or the training context if it is shorter, and unified KV otherwise. With -c but without
+    -np, per-slot KV requires the training context for each slot."""
     slots, tokens, source = inputs.slots, *_slot_tokens(inputs)
     unified_cells = inputs.cells or inputs.trained_context
     if inputs.memory_cells and not inputs.cells:
-        unified_cells = min(unified_cells, max(PAD_CELLS, inputs.memory_cells // PAD_CELLS * PAD_CELLS))
+        unified_cells = min(unified_cells, round_down(inputs.memory_cells))
     if inputs.unified:
         return KvLayout(True, unified_cells, "--kv-unified")
     per_slot = KvLayout(False, slots * _padded(tokens), "--no-kv-unified")
@@ -89,6 +90,11 @@ def _slot_tokens(inputs: LayoutInputs) -> tuple[int, str]:
     return limit, "the training context" if limit == inputs.trained_context else f"the default of {MAX_SLOT_TOKENS}"
 
 
+def round_down(cells: float) -> int:
+    """Returns `cells` rounded down to a multiple of `PAD_CELLS`, at least `PAD_CELLS`."""
+    return max(PAD_CELLS, int(cells) // PAD_CELLS * PAD_CELLS)
+
+
 def _padded(tokens: int) -> int:
     return max(1, -(-tokens // PAD_CELLS)) * PAD_CELLS
 
@@ -99,7 +105,7 @@ def free_memory() -> int:
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
     found = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if found is None else found
+    free = memory_bytes() if found is None else found
     group = Path("/sys/fs/cgroup")
     limit, stat = group / "memory.max", group / "memory.stat"
     if limit.exists() and stat.exists() and (limit_bytes := limit.read_text().strip()).isdigit():

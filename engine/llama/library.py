@@ -43,8 +43,8 @@ NO_DEVICE = "none"
 # `GGML_BACKEND_DEVICE_TYPE_CPU` and `GGML_BACKEND_DEVICE_TYPE_GPU`.
 _CPU_TYPE, _GPU_TYPE = 0, 1
 
-# Words in those of the library's warnings that say that a setting of the user has no effect.
-_LOST_SETTINGS = ("failed to mlock", "failed to VirtualLock", "Bad metadata override type")
+# Parts of the library's warnings about a setting of the user that has no effect.
+_IGNORED_SETTINGS = ("failed to mlock", "failed to VirtualLock", "Bad metadata override type")
 
 _errors: deque[str] = deque(maxlen=20)
 
@@ -55,8 +55,8 @@ def _record(level: int, text: bytes, user_data: object) -> None:
         return
     if level == _ERROR_LEVEL:
         _errors.append(line)
-    lost = level == _WARNING_LEVEL and any(words in line for words in _LOST_SETTINGS)
-    native_log.log(logging.WARNING if lost else logging.DEBUG, "%s", line)
+    is_ignored = level == _WARNING_LEVEL and any(words in line for words in _IGNORED_SETTINGS)
+    native_log.log(logging.WARNING if is_ignored else logging.DEBUG, "%s", line)
 
 
 # The library keeps the pointer, so the object must live as long as the process.
@@ -243,7 +243,7 @@ def parse_tensor_split(proportions: str) -> Any:
     return (ctypes.c_float * limit)(*shares)
 
 
-def free_memory() -> dict[str, int]:
+def free_gpu_memory() -> dict[str, int]:
     """Returns the free bytes of each GPU, keyed by the GPU's name."""
     return {info.name: info.free_bytes for info in map(_device_info, _gpus())}
 

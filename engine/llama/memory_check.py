@@ -22,7 +22,7 @@ def check_cells(config: ModelConfig, model: Any, cells: int, kind: str, *, gpu: 
 
     The allocation itself would succeed, and the kernel would end the process when the cells are written.
     """
-    free = layout.free_memory() + (sum(library.free_memory().values()) if gpu else 0)
+    free = layout.free_memory() + (sum(library.free_gpu_memory().values()) if gpu else 0)
     family = metadata(model, "general.architecture")
     latent = bool(metadata(model, f"{family}.attention.kv_lora_rank"))
     share = LATENT_SHARE if latent else 1.0
@@ -33,7 +33,7 @@ def check_cells(config: ModelConfig, model: Any, cells: int, kind: str, *, gpu: 
 
 
 def too_many_cells(cells: int, bytes_per_cell: float, free_bytes: int) -> str:
-    """Returns a clause that says how many cells fit; empty if all `cells` do."""
+    """Returns a clause with the number of cells that fit; empty if all `cells` fit."""
     if cells * bytes_per_cell <= free_bytes:
         return ""
     fitting = int(_PROPOSED_SHARE * free_bytes / bytes_per_cell) // PAD_CELLS * PAD_CELLS

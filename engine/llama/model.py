@@ -157,10 +157,10 @@ def _reason(default: str) -> str:
 
 
 def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
-    has_encoder, has_decoder = native.llama_model_has_encoder(model), native.llama_model_has_decoder(model)
-    if (has_encoder and has_decoder) or native.llama_model_is_diffusion(model):
+    is_encoder_decoder = native.llama_model_has_encoder(model) and native.llama_model_has_decoder(model)
+    if is_encoder_decoder or native.llama_model_is_diffusion(model):
         raise ModelError(f"{path} is neither a decoder-only language model nor a model for embeddings")
-    kind, window = _kind(model), native.llama_model_n_swa(model)
+    kind = _kind(model)
     if config.model.deterministic and kind:
         raise ModelError(f"{path} cannot be served with --deterministic: the model is {kind}")
     adapters = load_adapters(model, config.adapters, path, exact=config.model.deterministic)
@@ -178,20 +178,11 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     chosen = _layout(config, model, kind, gpu, trained_context, params_of)
     check_cells(config.model, model, chosen.cells, kind, gpu=bool(gpu))
     params = params_of(chosen)
-    partial = kind not in ("recurrent", "hybrid")
-    shifting = config.memory.reuse > 0 and not config.model.deterministic
-    context: LlamaContext | TextlessContext = TextlessContext(config.batch.num_slots)
-    try:
-        if has_decoder:
-            context = LlamaContext(model, params, partial=partial, window=window, shifting=shifting)
-    except NoKVCells:
-        native_log.debug("%s computes embeddings only", path)
-    except NativeFault as fault:
-        raise ModelError(f"cannot open a context of {params.n_ctx} tokens: {_reason(str(fault))}") from None
+    context = _open_context(config, model, params, kind)
     pools = open_pools(config.cpu, params.n_threads, params.n_threads_batch)
-    if pools is not None and isinstance(context, LlamaContext):
-        context.attach(pools)
     if isinstance(context, LlamaContext):
+        if pools is not None:
+            context.attach(pools)
         apply_adapters(context, adapters, vector)
     elif adapters or vector:
         raise ModelError(f"{path} computes embeddings only, to which neither --lora nor --control-vector applies")
@@ -210,6 +201,24 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
         cell_bytes=cell_bytes(config.model, model) if isinstance(context, LlamaContext) else 0,
     )
     return LlamaBackend(model, vocab, context, info, pools)
+
+
+def _open_context(config: EngineConfig, model: Any, params: Any, kind: str) -> LlamaContext | TextlessContext:
+    """Returns a new context, which is a TextlessContext if the model computes embeddings only. Raises ModelError."""
+    try:
+        if native.llama_model_has_decoder(model):
+            return LlamaContext(
+                model,
+                params,
+                partial=kind not in ("recurrent", "hybrid"),
+                window=native.llama_model_n_swa(model),
+                shifting=config.memory.reuse > 0 and not config.model.deterministic,
+            )
+    except NoKVCells:
+        native_log.debug("%s computes embeddings only", config.model.path)
+    except NativeFault as fault:
+        raise ModelError(f"cannot open a context of {params.n_ctx} tokens: {_reason(str(fault))}") from None
+    return TextlessContext(config.batch.num_slots)
 
 
 def _kind(model: Any) -> str:
@@ -248,7 +257,7 @@ def _layout(
     if gpu and config.model.fit == "on" and not inputs.cells:
         inputs = inputs._replace(cells=_fitting_cells(config, model, trained_context, params_of), fitted=True)
     if not inputs.cells:
-        free = sum(library.free_memory().values()) if gpu else layout.free_memory()
+        free = sum(library.free_gpu_memory().values()) if gpu else layout.free_memory()
         inputs = inputs._replace(memory_cells=int(layout.MEMORY_SHARE * free) // cell_bytes(config.model, model))
     chosen = layout.choose_layout(inputs)
     limit = MAX_SEQUENCES - 2 if chosen.unified else MAX_SEQUENCES
@@ -265,11 +274,11 @@ def _fitting_cells(config: EngineConfig, model: Any, trained_context: int, param
     """Returns the number of cells that fit the free memory of the GPUs. Raises ModelError if no context fits."""
 
     def measure(cells: int) -> dict[str, int]:
-        before = library.free_memory()
+        before = library.free_gpu_memory()
         context = native.llama_init_from_model(model, params_of(KvLayout(True, cells, "")))
         if not context:
             raise fit.TooLittleMemory(_reason(f"no context of {cells} cells can be opened"))
-        after = library.free_memory()
+        after = library.free_gpu_memory()
         native.llama_free(context)
         return {device: before[device] - after[device] for device in before}
 
@@ -281,12 +290,12 @@ def _fitting_cells(config: EngineConfig, model: Any, trained_context: int, param
     try:
         uses = fit.measure_memory(measure)
         limit = config.batch.num_slots * trained_context
-        free = library.free_memory()
+        free = library.free_gpu_memory()
         reserved = {name: size + reserve for name, size in fit.reserved_bytes(config.model.fit_target, free).items()}
         found = fit.fitting_cells(free, uses, reserved, limit, round(config.model.fit_context / share))
     except (fit.TooLittleMemory, OSError) as reason:
         raise ModelError(f"cannot fit {config.model.path}: {reason}") from None
-    return fit.round_down(share * found)
+    return layout.round_down(share * found)
 
 
 # Number of samples of a large model's file that enter its digest, and the bytes of each sample.

@@ -1,4 +1,4 @@
-"""Parameters of a model's load: devices, buffers of tensors, the way of reading and overrides of the metadata."""
+"""Parameters of a model's load: devices, buffers of tensors, load mode and overrides of the metadata."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class _BufferOverride(ctypes.Structure):
 
 
 def set_placement(model: ModelConfig, load: LoadConfig, params: Any) -> tuple[Any, ...]:
-    """Sets `params` of a load according to the configuration, except the callback. Returns the
-    arrays that must live until the model is loaded. Raises ValueError for settings that cannot be honoured."""
+    """Sets all `params` of a load except the callback. Returns the arrays that must live until the model is loaded.
+    Raises ValueError for invalid settings."""
     library.add_rpc_servers(load.rpc)
     params.n_gpu_layers = model.gpu_layers
     chosen, shares = library.parse_devices(model.device), library.parse_tensor_split(model.tensor_split)

@@ -19,16 +19,16 @@ class SpecialToken(NamedTuple):
 
     text: bytes
     strips_left: bool
-    """True if the token takes the white space before it."""
+    """True if the token includes the white space before it."""
     strips_right: bool
-    """True if the token takes the white space after it."""
+    """True if the token includes the white space after it."""
 
 
 class SpecialTokenSplitter:
-    """Cuts texts after those occurrences of special tokens that the library finds whatever surrounds them.
+    """Cuts texts after occurrences of special tokens that the library finds regardless of the surrounding text.
 
-    The library searches for the longest special token first, so it finds each occurrence that is longer than all other
-    occurrences which it overlaps (`tokenizer_st_partition` in llama-vocab.cpp). No tokenizer carries a state over a
+    The library searches for the longest special token first, so it finds each occurrence that is longer than all
+    occurrences that overlap it (`tokenizer_st_partition` in llama-vocab.cpp). No tokenizer carries a state over a
     special token.
     """
 

@@ -40,7 +40,7 @@ def thread_count(cpu: CpuConfig, threads: int) -> int:
 
 
 def check_cpus(cpu: CpuConfig) -> None:
-    """Raises ValueError for a mask or a range that is none, or that has no CPU which this process may use."""
+    """Raises ValueError for an invalid mask or range, and for one without any CPU that this process may use."""
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(MAX_CPUS))
     for cpus in (cpu.cpus, cpu.cpus_batch):
         if cpus and not cpus & usable:
@@ -52,17 +52,17 @@ class ThreadPools:
     """The library's pools of threads for steps with one row and with several rows of one context."""
 
     def __init__(self, cpu: CpuConfig, threads: int, threads_batch: int) -> None:
-        """Raises ValueError for a mask or a range that is none."""
+        """Raises ValueError for an invalid mask or range."""
         strict_batch = cpu.strict if cpu.strict_batch is None else cpu.strict_batch
         poll_batch = cpu.poll if cpu.poll_batch is None else cpu.poll_batch
-        one = _pool_params(cpu.cpus, threads, cpu.poll, strict=bool(cpu.strict))
+        single = _pool_params(cpu.cpus, threads, cpu.poll, strict=bool(cpu.strict))
         batch = _pool_params(cpu.cpus_batch, threads_batch, poll_batch, strict=bool(strict_batch))
         create, self._free = _pool_functions()
         self._pools = [create(ctypes.byref(batch))]
-        if bytes(one) != bytes(batch):
+        if bytes(single) != bytes(batch):
             # The library resumes a paused pool at the first step that uses it.
-            one.paused = True
-            self._pools.append(create(ctypes.byref(one)))
+            single.paused = True
+            self._pools.append(create(ctypes.byref(single)))
 
     def attach(self, context: Any) -> None:
         """Makes `context` compute with the pools."""

@@ -19,7 +19,7 @@ from engine.worker_pool import checkpoint
 # Seconds for a running call of the library to end before the model is freed.
 _CLOSE_SECONDS = 5.0
 
-# `LLAMA_VOCAB_TYPE_SPM` and `LLAMA_VOCAB_TYPE_BPE`: the tokenizers that cover all of a text by the bytes of tokens.
+# `LLAMA_VOCAB_TYPE_SPM` and `LLAMA_VOCAB_TYPE_BPE`: tokenizers whose tokens together contain every byte of a text.
 _COVERING_KINDS = (1, 2)
 
 
@@ -67,12 +67,12 @@ class LlamaVocab:
             checkpoint()
             with self._library_call():
                 tokens += self._tokenize(piece, add=False, parse=special)
-        before, after = self._around if special else ([], [])
+        before, after = self._added_tokens if special else ([], [])
         return [*before, *tokens, *after]
 
     @property
     def longest_token(self) -> int:
-        """Maximum bytes of a text that become one token; 0 if there is no maximum."""
+        """Maximum bytes of text in one token; 0 if there is no maximum."""
         strips: int = native.LLAMA_TOKEN_ATTR_LSTRIP | native.LLAMA_TOKEN_ATTR_RSTRIP
         with self._library_call():
             unbounded = any(native.llama_vocab_get_attr(self._vocab, token) & strips for token in self.special)
@@ -107,7 +107,7 @@ class LlamaVocab:
             ]
 
     @cached_property
-    def _around(self) -> tuple[list[int], list[int]]:
+    def _added_tokens(self) -> tuple[list[int], list[int]]:
         """The tokens that the library adds before and after a text."""
         with self._library_call():
             added = self._tokenize(b"", add=True, parse=False)

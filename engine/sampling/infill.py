@@ -17,10 +17,10 @@ _MIN_SHARE = 0.2
 
 
 def infill(found: Candidates, row: Row, ends: NDArray[np.intp], token_bytes: TokenBytes) -> Candidates:
-    """Returns only end tokens if these are likely, else the end tokens and the likely ones of the merged tokens.
+    """Returns only the end tokens if they are likely, else the end tokens and the likely merged tokens.
 
-    Tokens that begin with the bytes of another candidate are merged with it into the more likely of both. If none of
-    these is likely, the result is the most likely end token of `row`, or the most likely candidate if all end tokens
+    Tokens that begin with the bytes of another candidate are merged with it into the more likely of both. If no merged
+    token is likely, the result is the most likely end token of `row`, or the most likely candidate if all end tokens
     are banned.
     """
     found = found.select(top_k(found.logits, _MAX_CANDIDATES))
@@ -47,7 +47,8 @@ def _end_token(row: Row, ends: NDArray[np.intp]) -> Candidates | None:
 
 
 def _merge(probabilities: NDArray[np.float64], texts: list[bytes]) -> None:
-    """Adds up the probabilities of tokens of which one begins with the other. The less likely one then has 0."""
+    """Merges each pair of tokens of which one begins with the other: the more likely one gets both probabilities, the
+    other one 0."""
     for first, start in enumerate(texts):
         for second, text in enumerate(texts):
             if probabilities[first] == 0.0:

@@ -14,7 +14,7 @@ class Peak(NamedTuple):
     """The two highest logits of one row."""
 
     token: int
-    """The token with the highest logit, the first one if several have it."""
+    """The token with the highest logit, the lowest id of several."""
     highest: float
     """The highest logit; NaN if the row contains NaN."""
     second: float
@@ -22,7 +22,7 @@ class Peak(NamedTuple):
 
 
 def row_peak(row: Row) -> Peak:
-    """Returns the peak of one row, which does not change."""
+    """Returns the peak of one row. Does not change the row."""
     token = int(row.argmax())
     highest = float(row[token])
     if 0 < token < len(row) - 1:

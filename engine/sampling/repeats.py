@@ -22,12 +22,12 @@ class RepeatLengths:
     """For each earlier position, the number of tokens before it that equal the last tokens of the history.
 
     One update with one new token is one vectorised pass: the match at a distance grows by one if the new token equals
-    that at the distance, and is 0 otherwise. A history that does not continue the previous one is computed anew.
+    the token at that distance, and is 0 otherwise. A history that does not continue the previous one is computed anew.
     """
 
     def __init__(self, window: int, is_breaker: Callable[[int], bool], origin: RepeatLengths | None = None) -> None:
         """`window` is the number of latest tokens, -1 for all. The state of `origin` is copied if the history continues
-        that of `origin` and not the own one."""
+        that of `origin` and not the previous one."""
         self._window = window
         self._is_breaker = is_breaker
         self._origin = origin
@@ -58,7 +58,7 @@ class RepeatLengths:
         return self._recent[distances[enough] - 1], lengths[enough]
 
     def update(self, history: Sequence[int]) -> None:
-        """Sets the history."""
+        """Updates the lengths to those of `history`."""
         if not self._is_continued(history):
             if self._origin is not None and self._origin._is_continued(history):
                 self._copy(self._origin)

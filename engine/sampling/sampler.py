@@ -163,7 +163,7 @@ class Sampler:
         if self._mirostat is not None:
             return self._mirostat.select(row)
 
-        def other(stage: SamplerStage, found: Candidates) -> Candidates:
+        def run_other(stage: SamplerStage, found: Candidates) -> Candidates:
             if stage == "infill":
                 return infill(found, row, self._end_ids, self._token_bytes)
             weighed = np.full(len(row), _BANNED)
@@ -174,7 +174,7 @@ class Sampler:
         stages = self._stages
         if "xtc" in stages and uniform(self._seed, position) >= self._params.xtc_probability:
             stages = tuple(stage for stage in stages if stage != "xtc")
-        found = run_stages(row, self._params, stages, other)
+        found = run_stages(row, self._params, stages, run_other)
         if self._adaptive is not None:
             found = self._adaptive.reshape(found)
         return found._replace(logits=found.logits - found.logits.max())

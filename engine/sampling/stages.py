@@ -25,7 +25,7 @@ WEIGHING_STAGES = frozenset[SamplerStage](("penalties", "dry"))
 # Stages whose result depends on unlikely candidates too, unless another stage dropped these before.
 _SENSITIVE_STAGES = WEIGHING_STAGES | {"top_n_sigma", "infill"}
 
-# A stage that needs the history or the texts of tokens.
+# Runs a stage that needs the history or the texts of tokens.
 OtherStage = Callable[[SamplerStage, Candidates], Candidates]
 
 

@@ -17,7 +17,7 @@ from engine.speculate.draft_model import DraftModel
 from engine.speculate.planner import DraftCandidate, LastStep
 from engine.speculate.proposer import NO_DRAFT, Draft, DraftBounds, Proposer, num_matching
 from engine.speculate.sequence_proposers import FEED_TOKENS, SequenceProposers
-from engine.speculate.shared_data import SharedDraftData
+from engine.speculate.shared_data import SharedDraftData, check_draft_files
 from engine.speculate.speculative_decoding import ProposerFactory, SpeculativeDecoding
 from engine.speculate.vocabulary import vocabulary_mismatch
 
@@ -34,6 +34,7 @@ __all__ = [
     "SequenceProposers",
     "SharedDraftData",
     "SpeculativeDecoding",
+    "check_draft_files",
     "num_matching",
     "vocabulary_mismatch",
 ]

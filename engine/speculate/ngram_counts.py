@@ -25,7 +25,7 @@ MAX_FOLLOWERS = 256
 TOKEN_BITS = 24
 TOKEN_MASK = 2**TOKEN_BITS - 1
 
-_FORMAT = token_file_format(b"PLNGCNT\0")
+COUNTS_FORMAT = token_file_format(b"PLNGCNT\0")
 # The key of an n-gram is a number in base 2^24 + 403, whose digits are the token ids plus 1; the digit 0 means no
 # token. Unlike with a power of two, all tokens change the low bits, which a dict uses first.
 _BASE = 16777619
@@ -211,7 +211,7 @@ class NgramCounts:
         tokens = [token for counts in counts_by_token for token in counts]
         counts = [count for counts in counts_by_token for count in counts.values()]
         rows = np.column_stack([repeated, tokens, counts]).astype("<i4")
-        _FORMAT.write(path, vocabulary_digest, zlib.compress(rows.tobytes(), 1))
+        COUNTS_FORMAT.write(path, vocabulary_digest, zlib.compress(rows.tobytes(), 1))
 
     def load(self, path: Path, vocabulary_digest: bytes, n_vocab: int) -> None:
         """Adds the counts of a file, then enforces the limit.
@@ -220,7 +220,7 @@ class NgramCounts:
         token that is not below `n_vocab`. The counts are then unchanged.
         """
         try:
-            rows = np.frombuffer(zlib.decompress(_FORMAT.read(path, vocabulary_digest)), "<i4")
+            rows = np.frombuffer(zlib.decompress(COUNTS_FORMAT.read(path, vocabulary_digest)), "<i4")
             rows = rows.reshape(-1, NGRAM_SIZES[-1] + 2)
         except (zlib.error, ValueError) as error:
             raise DamagedFile(f"{path} is damaged: {error}") from error

@@ -29,7 +29,7 @@ POOL_ENTRIES = 2**21
 # Up to this many tokens are added in a Python loop, which is then faster than numpy.
 MAX_LOOP_TOKENS = 48
 
-_FORMAT = token_file_format(b"PLNGMOD\0")
+POOL_FORMAT = token_file_format(b"PLNGMOD\0")
 _MULTIPLIER = 6364136223846793005
 _TOKEN_MASK = 2**24 - 1
 _TAG_MASK = WORD_MASK ^ _TOKEN_MASK
@@ -117,7 +117,7 @@ class NgramPool:
         """Writes the used entries, 8 bytes each, and a bit for each index. Raises OSError; see `FileFormat.write`."""
         used = self._table != 0
         saved = _Saved(self.n_match, np.packbits(used).tobytes(), self._table[used].astype("<u8").tobytes())
-        _FORMAT.write(path, vocabulary_digest, msgspec.msgpack.encode(saved))
+        POOL_FORMAT.write(path, vocabulary_digest, msgspec.msgpack.encode(saved))
 
     def load(self, path: Path, vocabulary_digest: bytes, n_vocab: int) -> None:
         """Replaces all entries by those of a file.
@@ -126,7 +126,7 @@ class NgramPool:
         token that is not below `n_vocab`. The pool is then unchanged.
         """
         try:
-            saved = msgspec.msgpack.decode(_FORMAT.read(path, vocabulary_digest), type=_Saved)
+            saved = msgspec.msgpack.decode(POOL_FORMAT.read(path, vocabulary_digest), type=_Saved)
         except msgspec.MsgspecError as error:
             raise DamagedFile(f"{path} is damaged: {error}") from error
         if saved.n_match != self.n_match:

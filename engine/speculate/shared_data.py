@@ -12,9 +12,10 @@ from typing import Protocol
 from engine.backend import Vocab
 from engine.checksummed import DamagedFile
 from engine.config import SpeculationConfig
+from engine.contract import ModelError
 from engine.speculate.ngram_cache import NgramCacheProposer
-from engine.speculate.ngram_counts import NgramCounts
-from engine.speculate.ngram_mod import NgramModProposer, NgramPool, scope_of
+from engine.speculate.ngram_counts import COUNTS_FORMAT, NgramCounts
+from engine.speculate.ngram_mod import POOL_FORMAT, NgramModProposer, NgramPool, scope_of
 from engine.speculate.suffix import SharedOutputs
 from engine.speculate.vocabulary import vocabulary_digest
 
@@ -28,10 +29,32 @@ class Saved(Protocol):
     """Data that can be saved to a file: `NgramPool` and `NgramCounts`."""
 
     def save(self, path: Path, vocabulary_digest: bytes) -> None:
-        """Writes the data to `path`, whole or not at all. Raises OSError."""
+        """Writes the data to `path`, whole or not at all. Raises OSError, or DamagedFile if there is another kind of
+        file, which then stays."""
 
     def load(self, path: Path, vocabulary_digest: bytes, n_vocab: int) -> None:
         """Loads the data from `path`. Raises DamagedFile or OSError; the data is then unchanged."""
+
+
+def check_draft_files(config: SpeculationConfig, vocab: Vocab | None = None) -> None:
+    """Raises ModelError if a file that `SharedDraftData.save` would replace is of another kind, or was written for
+    another vocabulary than `vocab`. `None` is any vocabulary."""
+    files = (
+        ("--spec-pool-file", config.pool_file, POOL_FORMAT),
+        ("--lookup-cache-dynamic", config.lookup_dynamic, COUNTS_FORMAT),
+    )
+    for flag, name, format in files:
+        if not name:
+            continue
+        owner = None if vocab is None else vocabulary_digest(vocab)
+        try:
+            if not Path(name).parent.is_dir():
+                raise ModelError(f"{flag}: cannot write {name}: there is no such folder")
+            format.check_replaceable(Path(name), owner)
+        except DamagedFile as error:
+            raise ModelError(f"{flag}: {error}; name another file") from None
+        except OSError as error:
+            raise ModelError(f"{flag}: cannot read {name}: {error.strerror}") from None
 
 
 class SharedDraftData:
@@ -83,7 +106,7 @@ class SharedDraftData:
             try:
                 if name:
                     data().save(Path(name), self._vocabulary_digest)
-            except (OSError, MemoryError) as error:
+            except (OSError, MemoryError, DamagedFile) as error:
                 _log.warning("cannot save %s: %s", name, error)
 
     @cached_property

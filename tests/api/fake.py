@@ -23,6 +23,7 @@ from engine import (
     Engine,
     EngineError,
     EngineFault,
+    EngineStalled,
     Finished,
     FinishReason,
     Generation,
@@ -195,6 +196,7 @@ class FakeEngine:
         self.num_accepted = 0
         self.max_requests = 512
         self.fault: EngineFault | None = None
+        self.stall: EngineStalled | None = None
         self.embeddings: EmbeddingModel | None = None
         self.embedded: list[Sequence[int]] = []
         self.adapters = LoadedAdapters(info.adapters)

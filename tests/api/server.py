@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -22,10 +22,10 @@ _TIMEOUT_SECONDS = 60.0
 class Server:
     """A server process and the lines of its stderr."""
 
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "api", "serve", *arguments]
+    def __init__(self, *arguments: str, command: Sequence[str] = (sys.executable, "-m", "api", "serve")) -> None:
+        words, pipe = [*command, *arguments], subprocess.PIPE
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+            words, cwd=ROOT, stdin=subprocess.DEVNULL, stderr=pipe, text=True, encoding="utf-8"
         )
         self.lines: list[str] = []
         self._queue: SimpleQueue[str | None] = SimpleQueue()

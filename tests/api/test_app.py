@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from api.config.server import ServerConfig
 from api.generation.loaded_model import AppState
 from api.server.app import create_app
-from engine import EngineFault
+from engine import EngineFault, Overloaded
 from tests.api.asgi import call, post
 from tests.api.conftest import Apps
 from tests.api.fake import INFO, FakeEngine, app_state
@@ -101,10 +101,20 @@ async def test_while_loading() -> None:
         assert answer.status == 503
         assert answer.json["error"]["message"] == "Loading model"
         assert answer.headers["retry-after"] == "1"
+    assert (await call(app, "GET", "/livez")).json == {"status": "ok"}
 
 
 async def test_health(app: ASGIApp) -> None:
     assert (await call(app, "GET", "/health")).json == {"status": "ok"}
+
+
+async def test_probes_of_routers(app: ASGIApp) -> None:
+    assert (await call(app, "GET", "/is_sleeping")).json == {"is_sleeping": False}
+    info = (await call(app, "GET", "/server_info")).json
+    assert info == (await call(app, "GET", "/get_server_info")).json
+    assert (info["served_model_name"], info["context_length"], info["max_running_requests"]) == ("fake-1", 512, 4)
+    assert (info["max_total_tokens"], info["is_embedding"]) == (100, False)
+    assert (await call(app, "GET", "/model_info")).json["is_generation"] is True
 
 
 async def test_while_draining(engine: FakeEngine) -> None:
@@ -114,6 +124,11 @@ async def test_while_draining(engine: FakeEngine) -> None:
     assert (await call(app, "GET", "/health")).status == 503
     answer = await post(app, CHAT, HELLO)
     assert (answer.status, answer.json["error"]["code"]) == (503, "shutting_down")
+    assert answer.headers["retry-after"] == "5"
+    # A restart by a failed liveness probe would cut the streams that drain.
+    assert (await call(app, "GET", "/livez")).status == 200
+    engine.fault = EngineFault("gone", fatal=True)
+    assert (await call(app, "GET", "/livez")).status == 500
 
 
 async def test_metrics(app: ASGIApp) -> None:
@@ -135,17 +150,38 @@ async def test_metrics(app: ASGIApp) -> None:
     assert samples["paceline_time_to_first_token_seconds_bucket", (("le", "+Inf"),)] == 4
     assert samples["paceline_time_to_first_token_seconds_count", ()] == 4
     assert samples["paceline_time_to_first_token_seconds_sum", ()] == 3.5
-    assert samples["vllm:num_requests_running", ()] == 2
-    assert samples["vllm:num_requests_waiting", ()] == 1
-    assert samples["vllm:kv_cache_usage_perc", ()] == 0.5
-    assert samples["vllm:prompt_tokens_total", ()] == 7
-    assert samples["vllm:generation_tokens_total", ()] == 7
-    assert samples["vllm:time_to_first_token_seconds_count", ()] == 4
-    assert samples["vllm:spec_decode_num_drafts_total", ()] == 8
-    assert samples["vllm:spec_decode_num_draft_tokens_total", ()] == 29
-    assert samples["vllm:spec_decode_num_accepted_tokens_total", ()] == 12
-    name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
-    assert [samples[name, (("position", str(position)),)] for position in range(3)] == [7, 4, 1]
+    # All have vLLM's two labels, by which its dashboards filter.
+    model = {("engine", "0"), ("model_name", "fake-1")}
+    vllm = {
+        (name.removeprefix("vllm:"), *(text for _, text in sorted(set(labels) - model))): value
+        for (name, labels), value in samples.items()
+        if name.startswith("vllm:") and model <= set(labels)
+    }
+    assert len(vllm) == sum(name.startswith("vllm:") for name, _ in samples)
+    expected = {
+        "num_requests_running": 2,
+        "num_requests_waiting": 1,
+        "kv_cache_usage_perc": 0.5,
+        "gpu_cache_usage_perc": 0.5,
+        "prefix_cache_queries_total": 7,
+        "prefix_cache_hits_total": 7,
+        "gpu_prefix_cache_queries_total": 7,
+        "gpu_prefix_cache_hits_total": 7,
+        "prompt_tokens_total": 7,
+        "generation_tokens_total": 7,
+        "num_preemptions_total": 5,
+        "time_to_first_token_seconds_count": 4,
+        "inter_token_latency_seconds_count": 4,
+        "request_queue_time_seconds_count": 4,
+        "spec_decode_num_drafts_total": 8,
+        "spec_decode_num_draft_tokens_total": 29,
+        "spec_decode_num_accepted_tokens_total": 12,
+    }
+    assert {name: vllm[name,] for name in expected} == expected
+    name = "spec_decode_num_accepted_tokens_per_pos_total"
+    assert [vllm[name, str(position)] for position in range(3)] == [7, 4, 1]
+    assert vllm["request_success_total", "stop"] == 3
+    assert vllm["cache_config_info", "32", "3"] == 1  # block_size, num_gpu_blocks
     suffix = ("type", "suffix")
     assert samples["paceline_spec_drafts_total", (suffix,)] == 6
     assert samples["paceline_spec_draft_tokens_total", (suffix,)] == 20
@@ -208,3 +244,28 @@ def test_the_fingerprint_depends_on_the_layout() -> None:
 
     assert fingerprint("a") == fingerprint("a")
     assert len({fingerprint("a"), fingerprint("b"), fingerprint("")}) == 3
+
+
+async def test_responses_are_counted_by_route(app_of: Apps, engine: FakeEngine) -> None:
+    app = app_of(api_keys=["k"], api_prefix="/llm")
+    key = {"authorization": "Bearer k"}
+    for _ in range(2):
+        await post(app, "/llm/v1/completions", {"prompt": "x"})
+    await post(app, "/llm/v1/completions", {"prompt": "x"}, headers=key)
+    engine.refusal = Overloaded(2.0)
+    await post(app, "/llm/v1/completions", {"prompt": "x"}, headers=key)
+    engine.refusal, engine.script = None, lambda request: [b"a", EngineFault("gone")]
+    await post(app, "/llm/v1/completions", {"prompt": "x", "stream": True}, headers=key)
+    for number in range(3):
+        await call(app, "GET", f"/llm/v1/responses/{number}", headers=key)
+        await call(app, f"M{number}", f"/llm/{number}", headers=key)
+    text = b"".join((await call(app, "GET", "/llm/metrics", headers=key)).chunks).decode()
+    counts = dict(re.findall(r"^paceline_http_requests_total\{(.*)\} (\S+)$", text, re.MULTILINE))
+    assert counts == {
+        'method="POST",route="/v1/completions",status="200"': "2.0",
+        'method="POST",route="/v1/completions",status="401"': "2.0",
+        'method="POST",route="/v1/completions",status="429"': "1.0",
+        'method="GET",route="/v1/responses/{id}",status="404"': "3.0",
+        'method="other",route="other",status="404"': "3.0",
+    }
+    assert "paceline_http_failed_streams_total 1.0" in text

@@ -178,7 +178,7 @@ def test_files_that_a_repository_lacks(hub: Hub, notes: Notes, name: str, file: 
 
 def test_a_part_that_a_repository_lacks(server: HubServer, hub: Hub, notes: Notes) -> None:
     del server.files["other/Split"]["big/big-Q8_0-00002-of-00003.gguf"]
-    with pytest.raises(HubError, match=r"is one of 3 files, of which 1 lack"):
+    with pytest.raises(HubError, match=r"is one of 3 files, of which 1 are missing"):
         fetch_model(hub, "other/Split", "", notes)
 
 

@@ -20,9 +20,9 @@ commands
 __main__
 """
 HTTP = """
-decode_errors events tasks request_body
+decode_errors events tasks request_body response_counts
 error_responses
-dialects
+dialects key_ring
 request_context
 responses
 api_keys content_type disconnect origins prefix
@@ -33,7 +33,8 @@ server hub generation samplers other_flags shortcuts spelling
 options spellings without_effect refused
 flags
 values
-arguments config_file key_file request_defaults
+arguments config_file keys request_defaults
+key_file
 presets
 command_line
 """
@@ -81,7 +82,14 @@ endpoint
 """
 LLAMA_SERVER = "completion_schema\ncompletion lora props rerank slots tokenize\ninfill"
 UI = "page snapshot\nevents"
-SERVER = "connections logs\nhttp_protocol metrics predict terminal\nstatus\napp\nlifecycle"
+SERVER = """
+connections logs metric_families access_metrics
+http_protocol vllm_metrics predict terminal
+metrics router_info
+status
+app
+lifecycle
+"""
 COMMANDS = """
 server_client
 chat_session own_server top_sample

@@ -164,14 +164,21 @@ async def test_predictions(app: ASGIApp, engine: FakeEngine, path: str, content:
 
 
 async def test_props(engine: FakeEngine) -> None:
-    options = {"speculation": {"types": ["suffix", "draft"]}, "sampling": {"temperature": 0.5}}
+    options = {
+        "speculation": {"types": ["suffix", "draft"]},
+        "sampling": {"temperature": 0.5},
+        "generation": {"n_predict": 64, "ignore_eos": True, "reverse_prompt": ["User:"]},
+        "batch": {"keep": 7},
+    }
     app = create_app(app_state(engine, options=options, alias=["me"]))
     props = (await call(app, "GET", "/props")).json
     settings = props.pop("default_generation_settings")
     assert settings["n_ctx"] == 512
     assert (settings["params"]["temperature"], settings["params"]["seed"]) == (0.5, -1)
     assert "logit_bias" not in settings["params"]
-    assert (settings["params"]["n_predict"], settings["params"]["samplers"][0]) == (-1, "penalties")
+    defaults = ("n_predict", "max_tokens", "n_keep", "ignore_eos", "stop")
+    assert [settings["params"][name] for name in defaults] == [64, 64, 7, True, ["User:"]]
+    assert settings["params"]["samplers"][0] == "penalties"
     assert props.pop("chat_template").startswith("{% for message in messages %}<|im_start|>")
     assert props.pop("build_info").startswith("paceline ")
     assert props.pop("deterministic") is False

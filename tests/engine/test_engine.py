@@ -29,8 +29,8 @@ from engine import (
     Tokens,
     Update,
 )
+from engine.contract import ENGINE_FAILED
 from engine.grammar import compiler
-from engine.thread import ENGINE_FAILED
 from tests.toy import VOCABULARY, ToyBackend, ToyContext, failing, opener
 
 CONFIG = EngineConfig.of(path="toy.gguf", slots=2, queue=4)

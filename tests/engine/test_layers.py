@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 ENGINE = """
-batch text checksummed splitmix background devices adapters worker_pool sampling_params fairness
+batch text checksummed splitmix background devices adapters worker_pool sampling_params fairness histogram
 backend
 grammar
 contract
@@ -20,10 +20,11 @@ kv sampling pace scheduler
 llama
 speculate
 sequence generation sim stats validation loaded_adapters
-verify waiting slots running embedding time_limits
-lifecycle
+verify waiting slots running watchdog time_limits
+embedding lifecycle
 output_processor
 step measured_costs
+commands
 thread
 slotfiles
 engine
@@ -54,8 +55,8 @@ shared_data planner lookup
 speculative_decoding
 """
 LLAMA = """
-library exact state layout special_tokens
-fit gguf_check params placement threads
+library gguf_file state layout special_tokens
+exact fit gguf_check params placement threads
 decoder memory_check
 shift adapters
 vocab context textless

@@ -296,12 +296,12 @@ def test_files_that_belong_elsewhere_are_refused(saved: Path) -> None:
     assert "of 3 tokens, not 4" in refused(saved, n=4)
     assert "64 entries, not 128" in refused(saved, entries=128)
     assert "vocabulary of 50 tokens" in refused(saved, n_vocab=50)
-    ngram_mod._FORMAT._replace(magic=b"OTHERONE").write(saved, KEY, b"payload")
+    saved.write_bytes(ngram_mod.POOL_FORMAT._replace(magic=b"OTHERONE").seal(KEY, b"payload"))
     assert "another kind" in refused(saved)
 
 
 def test_a_file_of_another_version_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ngram_mod, "_FORMAT", ngram_mod._FORMAT._replace(version=2))
+    monkeypatch.setattr(ngram_mod, "POOL_FORMAT", ngram_mod.POOL_FORMAT._replace(version=2))
     assert "version 1 of its format, not 2" in refused(saved)
 
 
@@ -318,7 +318,7 @@ def test_a_file_of_another_version_is_refused(saved: Path, monkeypatch: pytest.M
     ids=["empty", "noise", "fields", "fewer", "more", "untagged"],
 )
 def test_a_sound_file_with_nonsense_in_it_is_refused(saved: Path, body: bytes) -> None:
-    ngram_mod._FORMAT.write(saved, KEY, body)
+    ngram_mod.POOL_FORMAT.write(saved, KEY, body)
     refused(saved)
 
 

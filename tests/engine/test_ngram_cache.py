@@ -15,11 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.checksummed import DamagedFile
-from engine.speculate import ngram_counts
+from engine.config import SpeculationConfig
+from engine.contract import ModelError
+from engine.speculate import SharedDraftData, check_draft_files
 from engine.speculate.ngram_cache import NgramCacheProposer
-from engine.speculate.ngram_counts import NGRAM_SIZES, STATIC_NGRAM_SIZES, NgramCounts, count_corpus, ngram_keys
+from engine.speculate.ngram_counts import (
+    COUNTS_FORMAT,
+    NGRAM_SIZES,
+    STATIC_NGRAM_SIZES,
+    NgramCounts,
+    count_corpus,
+    ngram_keys,
+)
 from engine.speculate.proposer import Draft
 from tests.sizes import sized
+from tests.toy import ToyVocab
 
 KEY = bytes(range(32))
 OTHER_KEY = bytes(32)
@@ -380,7 +390,7 @@ def test_files_that_belong_elsewhere_are_refused(saved: Path) -> None:
     assert "another vocabulary" in refused(saved, key=OTHER_KEY)
     assert "outside this vocabulary of 50 tokens" in refused(saved, n_vocab=50)
     assert "other sizes" in refused(saved, sizes=STATIC_NGRAM_SIZES)
-    ngram_counts._FORMAT._replace(magic=b"OTHERONE").write(saved, KEY, b"payload")
+    saved.write_bytes(COUNTS_FORMAT._replace(magic=b"OTHERONE").seal(KEY, b"payload"))
     assert "another kind" in refused(saved)
 
 
@@ -399,13 +409,13 @@ def test_files_that_belong_elsewhere_are_refused(saved: Path) -> None:
     ids=["no n-gram", "hole", "negative", "n-gram", "token", "no token", "count", "short"],
 )
 def test_a_sound_file_with_nonsense_in_it_is_refused(saved: Path, row: list[int]) -> None:
-    ngram_counts._FORMAT.write(saved, KEY, zlib.compress(np.array(row, "<i4").tobytes()))
+    COUNTS_FORMAT.write(saved, KEY, zlib.compress(np.array(row, "<i4").tobytes()))
     refused(saved)
 
 
 @pytest.mark.parametrize("body", [b"", b"no archive", zlib.compress(b"odd")], ids=["empty", "noise", "odd"])
 def test_a_sound_file_with_noise_in_it_is_refused(saved: Path, body: bytes) -> None:
-    ngram_counts._FORMAT.write(saved, KEY, body)
+    COUNTS_FORMAT.write(saved, KEY, body)
     assert "damaged" in refused(saved)
 
 
@@ -427,3 +437,34 @@ def test_any_sequence_type_is_accepted(make: Callable[[list[int]], list[int]]) -
     slot.begin(make([4, 1, 2, 3]))
     slot.observe(make([4, 1, 2]))
     assert slot.propose(1).tokens == [3]
+
+
+@pytest.mark.parametrize("content", [b"GGUF\x03\0\0\0 a model", b"short", b"PLNGMOD\0" + bytes(100)])
+def test_a_file_of_another_kind_is_never_replaced(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "theirs"
+    path.write_bytes(content)
+    config = SpeculationConfig(lookup_dynamic=str(path))
+    with pytest.raises(ModelError, match=r"--lookup-cache-dynamic: .*another kind of file.*; name another file"):
+        check_draft_files(config)
+    shared = SharedDraftData(config, ToyVocab())
+    shared.save()
+    assert path.read_bytes() == content
+
+
+def test_files_that_can_be_replaced(tmp_path: Path, saved: Path) -> None:
+    vocab = ToyVocab()
+    (tmp_path / "empty").touch()
+    for name in ("new", "empty"):
+        config = SpeculationConfig(lookup_dynamic=str(tmp_path / name), pool_file=str(tmp_path / f"{name}-pool"))
+        check_draft_files(config, vocab)
+        SharedDraftData(config, vocab).save()
+        check_draft_files(config, vocab)
+    check_draft_files(SpeculationConfig(lookup_dynamic=str(saved)))
+    for path, error in (
+        (saved, "for a model with another vocabulary"),
+        (tmp_path, "no regular file"),
+        (Path("/dev/null"), "no regular file"),
+        (tmp_path / "no" / "file", "no such folder"),
+    ):
+        with pytest.raises(ModelError, match=error):
+            check_draft_files(SpeculationConfig(lookup_dynamic=str(path)), vocab)

@@ -274,7 +274,14 @@ def test_admission(
     start: int | None,
     holds: list[Hold],
 ) -> None:
-    assert admit(requests, sequences, room) == Admission(start, tuple(holds)), case
+    admission = admit(requests, sequences, room)
+    assert (admission.start, list(admission.holds)) == (start, holds), case
+    assert admission.blocked is None or start is None
+
+
+def test_the_first_request_that_does_not_fit_is_blocked() -> None:
+    requests = [waiting(1, 500), waiting(2, 5)]
+    assert admit(requests, [view(9, 9, 8)], FreeCapacity(1, 90, 0)) == Admission(None, (), blocked=1)
 
 
 VIEWS = st.lists(

@@ -14,12 +14,12 @@ import pytest
 
 from engine import Engine, EngineConfig, EngineFault, Finished, Request, RequestRefused, SamplingParams
 from engine.checksummed import DamagedFile
+from engine.contract import ENGINE_FAILED
 from engine.kv import Offload
 from engine.kv.block import BLOCK_TOKENS
 from engine.kv.disk import Disk
 from engine.kv.sequence_file import SequencePart, SequenceReader, SequenceWriter
 from engine.kv.transfer import Exported, Transfer
-from engine.thread import ENGINE_FAILED
 from tests.engine.test_memory import prompt_of
 from tests.engine.test_same_as_alone import LAYOUTS, CoreBench, context_of
 from tests.toy import ToyBackend, opener

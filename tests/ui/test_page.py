@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from urllib.request import Request, urlopen
 
-from playwright.sync_api import Page, expect
+import pytest
+from playwright.sync_api import Page, Route, expect
 
-from tests.ui.conftest import KEY, WatchedPage
+from tests.ui.conftest import CHROMIUM, KEY, WatchedPage
+
+if CHROMIUM is None:
+    pytest.skip(
+        "there is no chromium: run `apt-get install chromium`, then `.venv/bin/pytest tests/ui`",
+        allow_module_level=True,
+    )
 
 BUSY = "#slots tbody tr:not([data-state=idle])"
 DONE = "li.assistant:last-child[aria-busy=false]"
@@ -57,8 +65,9 @@ def test_the_colours_of_tokens_agree_with_the_usage(watched: WatchedPage) -> Non
     drafted = [origin for origin in origins if origin not in ("model", "forced")]
     facts = page.locator("li.assistant p.facts")
     tokens, accepted = (int(facts.get_attribute(f"data-{name}") or 0) for name in ("tokens", "accepted"))
-    assert accepted == len(drafted) > 0
-    assert tokens - len(origins) in (0, 1)  # the end token has no text
+    ends = tokens - len(origins)  # an end token has no entry, and can be drafted
+    assert 0 <= accepted - len(drafted) <= ends <= 1
+    assert drafted
     chips = page.eval_on_selector_all("li.assistant .chip", "all => all.map(each => Number(each.dataset.count))")
     assert sum(chips) == len(origins)
     page.hover("li.assistant .token >> nth=3")
@@ -118,13 +127,13 @@ def test_a_schema_and_the_keyboard_alone(watched: WatchedPage) -> None:
 def test_the_live_view_follows_eight_clients(watched: WatchedPage) -> None:
     page = watched.connect()
     with ThreadPoolExecutor(8) as clients:
-        load = [clients.submit(complete, watched.url, 400) for _ in range(8)]
+        load = [clients.submit(complete, watched.url, 300) for _ in range(8)]
         expect(page.locator("#slots tr[data-state=decode]")).to_have_count(8)
         expect(page.locator("#running")).to_have_text("8")
         expect(page.locator("#rate")).to_have_text(re.compile("[1-9]"))
         assert page.is_visible("#proposers tbody tr")
         assert "full" in page.inner_text("#kv")
-        assert [each.result() for each in load] == [400] * 8
+        assert [each.result() for each in load] == [300] * 8
     expect(page.locator(BUSY)).to_have_count(0)
     expect(page.locator("#running")).to_have_text("0")
 
@@ -145,3 +154,44 @@ def test_a_small_screen_and_the_loading_bar(watched: WatchedPage) -> None:
     page.wait_for_selector("#status[data-state=connected]")
     assert page.is_hidden("#loading")
     watched.errors[:] = [error for error in watched.errors if "503" not in error]
+
+
+def test_reasoning_and_calls_are_folded_and_markup_is_text(watched: WatchedPage) -> None:
+    """The answer is scripted, with the tokens of tags that the deltas do not contain."""
+    page = watched.connect()
+    sent: list[dict[str, Any]] = []
+
+    def answer(route: Route) -> None:
+        sent.append(json.loads(route.request.post_data or ""))
+        call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"a": 1}'}}
+        deltas: list[tuple[dict[str, Any], str]] = [
+            ({"role": "assistant", "content": None}, ""),
+            ({"reasoning_content": "Hm"}, "<think>Hm"),
+            ({"content": "<b>bold</b> é"}, "</think>\n<b>bold</b> é"),
+            ({"tool_calls": [call]}, "<call>"),
+        ]
+        chunks = [{"choices": [{"index": 0, "delta": delta, "token_origins": tokens(text)}]} for delta, text in deltas]
+        body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+        route.fulfill(body=body, content_type="text/event-stream")
+
+    page.route("**/v1/chat/completions", answer)
+    send(page, "<i>Hi</i>", 5)
+    page.wait_for_selector(DONE)
+    assert page.inner_text("li.assistant > .text") == "<b>bold</b> é"
+    assert page.locator("li.assistant > .text .token").count() == len("<b>bold</b> é".encode())
+    assert page.is_hidden(".reasoning .text")
+    page.click(".reasoning summary")
+    assert page.inner_text(".reasoning .text") == "Hm"
+    page.click(".call summary")
+    assert page.inner_text(".call pre") == '{"a": 1}'
+    page.fill(".call textarea", "found")
+    send(page, "So?", 5)
+    expect(page.locator(DONE)).to_have_count(1)
+    roles = [message["role"] for message in sent[1]["messages"]]
+    assert roles == ["user", "assistant", "tool", "user"]
+    assert sent[1]["messages"][2] == {"role": "tool", "tool_call_id": "c1", "content": "found"}
+
+
+def tokens(text: str) -> list[dict[str, Any]]:
+    """Returns the entries of `token_origins` for a text with one token for each byte."""
+    return [{"id": byte, "token": "", "bytes": [byte], "origin": "model"} for byte in text.encode()]

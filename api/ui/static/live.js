@@ -20,7 +20,8 @@ export async function startLive() {
       continue;
     }
     controller = new AbortController();
-    await follow(controller.signal).catch(showLost);
+    const isForbidden = await follow(controller.signal).catch(showLost);
+    if (isForbidden) return;
     await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
   }
 }
@@ -38,16 +39,19 @@ async function follow(signal) {
   throw new Error("The server ended the stream.");
 }
 
+/** Shows why there are no snapshots. Returns true if the key may not read them, so that the chat is all there is. */
 function showLost(error) {
-  if (controller.signal.aborted) return;
+  if (controller.signal.aborted) return false;
   const isLoading = error.share !== undefined;
   byId("loading").hidden = !isLoading;
   if (isLoading) {
     byId("loading").querySelector("progress").value = error.share;
     setText(byId("loading").querySelector("span"), percent(error.share, 1));
   }
+  const isForbidden = error.status === 403;
   byId("status").dataset.state = isLoading ? "loading" : "lost";
-  setText(byId("status"), isLoading ? "loading" : "not connected");
+  setText(byId("status"), isLoading ? "loading" : isForbidden ? "no live view with this key" : "not connected");
+  return isForbidden;
 }
 
 function show(snapshot) {

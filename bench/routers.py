@@ -1,0 +1,187 @@
+"""Public routers in front of simulated workers: prefix affinity, a killed worker, a drained worker, overhead.
+
+- Affinity: the share of later turns of conversations that find nine tenths of the turn before in a worker's cache.
+- Kill: one worker gets SIGKILL under load. A request is lost if it fails before its first token; a stream that had
+  begun is `broken` and ends with an error event, or with the connection alone (`cut`).
+- Drain: one worker gets SIGTERM under load, and no request may fail.
+- Overhead: tokens per second and median time to first token, with the router and with clients that take turns between
+  the workers.
+
+`make test-scale` installs the routers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import uvloop
+from msgspec import Struct, structs
+
+from bench.client import Outcome, chat, run_closed_loop, stream, user
+from bench.figures import save, show
+from bench.fleet import MODEL_NAME, PUBLIC_ROUTERS, Fleet, routed, sim_workers
+from bench.workloads import CHAT_PATH, random_text
+
+CONVERSATIONS, TURNS, CLIENTS = 80, 4, 16
+# Tokens of each message of a user and of each answer.
+MESSAGE_TOKENS, ANSWER_TOKENS = 120, 40
+# A turn has found its prefix if so much of the prompt of the turn before is cached.
+FOUND_SHARE = 0.9
+LOAD_REQUESTS, LOAD_CLIENTS, LOAD_TOKENS = 192, 48, 60
+# Share of the requests of a load that have been sent when the signal is sent.
+SIGNAL_AFTER = 0.5
+WORKER_FLAGS = ("--sim-cost", "flat", "-np", "32", "-c", "131072", "--spec-type", "none")
+
+
+class LoadResult(Struct, frozen=True):
+    """The outcomes of a load during which a worker ends."""
+
+    complete: int
+    lost: int
+    """Requests that failed before their first token."""
+    broken: int
+    """Streams that ended with an error event."""
+    cut: int
+    """Streams that ended without one."""
+
+
+class Speed(Struct, frozen=True):
+    """Throughput and median time to first token of a load."""
+
+    tokens_per_second: float
+    ttft_ms: float
+
+
+class RouterFigures(Struct, frozen=True):
+    """All figures of one router."""
+
+    affinity: float
+    kill: LoadResult
+    drain: LoadResult
+    direct: Speed
+    routed: Speed
+
+
+async def _send(port: int, messages: list[dict[str, str]], tokens: int, number: int) -> Outcome:
+    # LiteLLM keeps sessions by this id; the others look at the text.
+    session = {"session_id": f"conversation-{number}"}
+    return await stream(port, CHAT_PATH, chat(messages, tokens, seed=number, model=MODEL_NAME, metadata=session))
+
+
+async def affinity(port: int) -> float:
+    """Returns the share of the later turns of conversations that find their prefix cached."""
+    found: list[bool] = []
+
+    async def converse(number: int) -> None:
+        messages: list[dict[str, str]] = []
+        before = 0
+        for turn in range(TURNS):
+            messages += user(random_text(TURNS * number + turn, MESSAGE_TOKENS))
+            outcome = await _send(port, messages, ANSWER_TOKENS, number)
+            assert not outcome.failed, outcome.error
+            messages.append({"role": "assistant", "content": outcome.text})
+            if turn:
+                found.append(outcome.cached_tokens >= FOUND_SHARE * before)
+            before = outcome.prompt_tokens
+
+    await run_closed_loop(CLIENTS, range(CONVERSATIONS), converse)
+    return sum(found) / len(found)
+
+
+async def load(ports: Sequence[int], on_half: Callable[[], None] = lambda: None) -> list[Outcome]:
+    """Sends the requests of a load to `ports` in turn, and calls `on_half` while half of them run or have ended."""
+    turns = cycle(ports)
+
+    async def send(number: int) -> Outcome:
+        if number == int(SIGNAL_AFTER * LOAD_REQUESTS):
+            asyncio.get_running_loop().call_later(0.3, on_half)
+        try:
+            return await _send(next(turns), user(random_text(7 * number, MESSAGE_TOKENS)), LOAD_TOKENS, number)
+        except OSError as error:
+            return Outcome(0.0, error=str(error))
+
+    return await run_closed_loop(LOAD_CLIENTS, range(LOAD_REQUESTS), send)
+
+
+def load_result(outcomes: Sequence[Outcome]) -> LoadResult:
+    """Returns the outcomes by kind."""
+    complete = [each for each in outcomes if not each.failed and (each.finish_reasons, each.done_markers) == (1, 1)]
+    others = [each for each in outcomes if not any(each is other for other in complete)]
+    begun = [each for each in others if each.arrivals]
+    broken = sum(each.error.startswith("{") for each in begun)
+    return LoadResult(len(complete), len(others) - len(begun), broken, len(begun) - broken)
+
+
+def speed(outcomes: Sequence[Outcome]) -> Speed:
+    """Returns the speed of a load without failures."""
+    seconds = max(each.ended for each in outcomes) - min(each.begun for each in outcomes)
+    tokens = sum(each.completion_tokens for each in outcomes)
+    return Speed(tokens / seconds, 1e3 * median(each.ttft for each in outcomes))
+
+
+def ending(fleet: Fleet, number: signal.Signals) -> LoadResult:
+    """Returns the result of a load during which the last worker of `fleet` gets the signal `number`."""
+    pid = fleet.workers[-1].pid
+    return load_result(asyncio.run(load([fleet.port], lambda: os.kill(pid, number))))
+
+
+def measure(name: str, folder: Path) -> RouterFigures:
+    """Measures a router with two workers of its own for each part; `folder` gets the router's logs."""
+    with sim_workers(2, *WORKER_FLAGS) as workers:
+        direct = speed(asyncio.run(load([worker.port for worker in workers])))
+        with routed(name, workers, folder / f"{name}.log") as fleet:
+            through = speed(asyncio.run(load([fleet.port])))
+            share = asyncio.run(affinity(fleet.port))
+            drain = ending(fleet, signal.SIGTERM)
+    with sim_workers(2, *WORKER_FLAGS) as workers, routed(name, workers, folder / f"{name}-kill.log") as fleet:
+        kill = ending(fleet, signal.SIGKILL)
+    return RouterFigures(share, kill, drain, direct, through)
+
+
+def _row(name: str, figures: RouterFigures) -> list[Any]:
+    kill, drain = figures.kill, figures.drain
+    return [
+        name,
+        f"{figures.affinity:.1%}",
+        f"{kill.complete} / {kill.broken} / {kill.cut} / {kill.lost}",
+        f"{drain.complete} / {drain.broken + drain.cut + drain.lost}",
+        f"{figures.routed.tokens_per_second:.0f} / {figures.direct.tokens_per_second:.0f}",
+        f"{figures.routed.ttft_ms:.0f} / {figures.direct.ttft_ms:.0f}",
+    ]
+
+
+COLUMNS = (
+    "router",
+    "affinity",
+    "kill: complete / error event / cut / lost",
+    "drain: complete / failed",
+    "tok/s with / without router",
+    "TTFT ms with / without",
+)
+
+
+def main() -> int:
+    """Measures the routers and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PUBLIC_ROUTERS, default=list(PUBLIC_ROUTERS))
+    names = parser.parse_args().only
+    with TemporaryDirectory() as folder:
+        figures = {name: measure(name, Path(folder)) for name in names}
+    show("Routers in front of two simulated workers", COLUMNS, [_row(*item) for item in figures.items()])
+    save("routers", {name: structs.asdict(each) for name, each in figures.items()})
+    return 0
+
+
+if __name__ == "__main__":
+    uvloop.install()
+    sys.exit(main())
