@@ -50,7 +50,7 @@ def _refusal(name: str, error: object, token: bool) -> str:
 
     assert isinstance(error, HfHubHTTPError)
     status = error.response.status_code
-    token_hint = "give the token of an account with access by --hf-token or HF_TOKEN"
+    token_hint = "give a token of an account with access by --hf-token or HF_TOKEN"
     if isinstance(error, GatedRepoError):
         return f"{name} is gated ({status}): accept its terms on its page, and {token_hint}"
     if status == 401 and token:
