@@ -1,6 +1,7 @@
 # make serve   set up on first use, then serve a small chat model (or MODEL=path.gguf)
 # make test    set up on first use, then run all checks and tests
 # make test-clients   install clients from npm, then test the server with them
+# make test-scale   install public routers and Ray Serve from PyPI, then test workers behind them
 # make bench   measure overhead and speed, in 10 minutes
 # make bench-full   make bench, then compare with other servers, in hours
 # make gpu-bundle   write an archive for a GPU host without a network to build/
@@ -19,7 +20,7 @@ ARGS   ?=
 NO_AMX := -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
 export CMAKE_ARGS := -DLLAVA_BUILD=OFF $(NO_AMX) $(CMAKE_ARGS)
 
-.PHONY: serve test test-long test-clients check bench bench-full gpu-bundle clean
+.PHONY: serve test test-long test-clients test-scale check bench bench-full gpu-bundle clean
 
 serve: $(VENV)/.installed $(MODEL)
 	$(BIN)/paceline serve -m $(MODEL) $(ARGS)
@@ -34,6 +35,10 @@ test-long: $(VENV)/.developed $(SMOLLM)
 # SDKs and coding agents from npm with Qwen2.5-Coder models. They use node 20 or newer and about 900 MB in build/.
 test-clients: $(VENV)/.developed build/clients/.installed
 	PACELINE_TEST_CLIENTS=1 $(BIN)/pytest tests/clients
+
+# Routers in front of two workers, and replicas on Ray Serve. Their environments use about 2 GB in .scale/.
+test-scale: $(VENV)/.developed $(SMOLLM) .scale/.installed
+	PACELINE_TEST_SCALE=1 $(BIN)/pytest -s tests/scale
 
 check: $(VENV)/.developed
 	$(BIN)/ruff check engine api tests bench
@@ -63,11 +68,21 @@ gpu-bundle: $(VENV)/.developed $(SMOLLM)
 	$(BIN)/python -m bench.gpu.bundle
 
 clean:
-	rm -rf $(VENV) .models .gpu build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .models .gpu .scale build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 build/clients/.installed: tests/clients/package.json tests/clients/package-lock.json
 	@mkdir -p $(@D) && cp $^ $(@D)
 	@cd $(@D) && npm ci --ignore-scripts --no-audit --no-fund
+	@touch $@
+
+# Ray's environment also finds the packages of .venv, so that llama.cpp is not compiled again.
+.scale/.installed: tests/scale/routers.txt tests/scale/litellm.txt tests/scale/ray.txt | $(VENV)/.developed
+	@for name in routers litellm ray; do \
+	    test -x .scale/$$name/bin/python || $(BIN)/python -m venv .scale/$$name; \
+	    .scale/$$name/bin/pip install --quiet --requirement tests/scale/$$name.txt; \
+	done
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > "$$(.scale/ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/paceline.pth"
 	@touch $@
 
 # Compiles llama.cpp for this machine; the printed counter is ninja's.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -201,19 +201,19 @@ async def stream(
     abandon_after: float | None = None,
     max_arrivals: int | None = None,
     outcome: Outcome | None = None,
-    key: str = "",
+    headers: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Sends one streaming request and receives the response to its end.
 
     The connection is closed early, with `ABANDONED` as the error, after `abandon_after` seconds or after
-    `max_arrivals` events with output. A given `outcome` is filled as the output arrives, and returned. `key` is the
-    API key.
+    `max_arrivals` events with output. A given `outcome` is filled as the output arrives, and returned. `headers`
+    are sent besides those of every request.
     """
     payload = msgspec.json.encode({**body, "stream": True, "stream_options": {"include_usage": True}})
+    more = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(payload)}\r\nConnection: close\r\n"
-        + (f"Authorization: Bearer {key}\r\n\r\n" if key else "\r\n")
+        f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n{more}"
+        f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
     )
     outcome = outcome or Outcome(0.0)
     outcome.begun = time.perf_counter()

@@ -54,7 +54,7 @@ def _launcher(module: str, *flags: str) -> RouterCommand:
     """Returns the command of a router that descends from SGLang's."""
 
     def command(port: int, metrics_port: int, workers: Sequence[str], folder: Path) -> list[str]:
-        own = ["--host", HOST, "--port", str(port), "--prometheus-port", str(metrics_port), "--log-level", "warn"]
+        own = ["--host", HOST, "--port", str(port), "--prometheus-port", str(metrics_port), "--log-level", "error"]
         checks = ["--health-check-interval-secs", "1", "--health-failure-threshold", "1"]
         return ["-m", *module.split(), *own, *checks, *flags, "--worker-urls", *workers]
 
@@ -78,14 +78,20 @@ def _litellm(port: int, metrics_port: int, workers: Sequence[str], folder: Path)
     return ["-m", "litellm.proxy.proxy_cli", "--config", str(path), "--host", HOST, "--port", str(port)]
 
 
+# smg diverts one request in eight from the worker with its prefix to one with less in its cache.
+_NO_WARM_UP = ("--worker-warmup-secs", "0", "--worker-warmup-divert-every", "0")
+
 PUBLIC_ROUTERS = {
     "vllm-router": PublicRouter(
         "routers",
         _launcher("vllm_router.launch_router", "--policy", "cache_aware", "--worker-startup-check-interval", "1"),
     ),
     "sglang-router": PublicRouter("routers", _launcher("sglang_router.launch_router", "--policy", "cache_aware")),
-    # By default smg takes a worker for stuck whose HTTP streams have not ended for three seconds.
-    "smg": PublicRouter("routers", _launcher("smg launch", "--policy", "cache_aware", "--worker-wedge-secs", "120")),
+    # smg leaves out a worker with eight queued requests as long as another one, even a dead one, has fewer.
+    "smg": PublicRouter(
+        "routers",
+        _launcher("smg launch", "--policy", "cache_aware", "--disable-worker-overload-protection", *_NO_WARM_UP),
+    ),
     "litellm": PublicRouter("litellm", _litellm, health="/health/liveliness", counts_workers=False),
 }
 _ENVIRONMENT = {
@@ -97,14 +103,14 @@ _ENVIRONMENT = {
 
 
 @contextmanager
-def sim_workers(count: int, *flags: str) -> Iterator[tuple[Server, ...]]:
-    """Runs `count` servers with a simulated model for the length of the block."""
+def fleet_workers(count: int, *flags: str) -> Iterator[tuple[Server, ...]]:
+    """Runs `count` servers with these flags for the length of the block."""
     with ExitStack() as stack:
         servers = []
         for _ in range(count):
             port = free_port()
             own = ["--port", str(port), "--alias", MODEL_NAME, "--grace", "60", "-lv", "2", "--no-webui"]
-            command = [sys.executable, "-m", "api", "serve", "--sim", *own, *flags]
+            command = [sys.executable, "-m", "api", "serve", *own, *flags]
             servers.append(stack.enter_context(running(command, port, _START_SECONDS)))
         yield tuple(servers)
 

@@ -183,7 +183,7 @@ def comparison(peer: Iterable[TestOutcome], ours: Iterable[TestOutcome]) -> str:
     passing = [(test.file, test.name) for test in peer if test.outcome == "passed"]
     compared = [own[key] for key in passing if key in own]
     failed = [test for test in compared if test.outcome != "passed"]
-    counts = f"of the {len(compared)} of these that ran with Paceline {len(compared) - len(failed)} pass"
+    counts = f"{len(compared)} of these ran with Paceline, and {len(compared) - len(failed)} of those pass"
     lines = [f"{len(passing)} pass with llama-server; {counts}"]
     reasons: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for test in failed:

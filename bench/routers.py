@@ -17,7 +17,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -29,18 +29,18 @@ from msgspec import Struct, structs
 
 from bench.client import Outcome, chat, run_closed_loop, stream, user
 from bench.figures import save, show
-from bench.fleet import MODEL_NAME, PUBLIC_ROUTERS, Fleet, routed, sim_workers
+from bench.fleet import MODEL_NAME, PUBLIC_ROUTERS, Fleet, fleet_workers, routed
 from bench.workloads import CHAT_PATH, random_text
 
-CONVERSATIONS, TURNS, CLIENTS = 80, 4, 16
+CONVERSATIONS, TURNS, CLIENTS = 80, 3, 16
 # Tokens of each message of a user and of each answer.
 MESSAGE_TOKENS, ANSWER_TOKENS = 120, 40
 # A turn has found its prefix if so much of the prompt of the turn before is cached.
 FOUND_SHARE = 0.9
-LOAD_REQUESTS, LOAD_CLIENTS, LOAD_TOKENS = 192, 48, 60
+LOAD_REQUESTS, LOAD_CLIENTS, LOAD_TOKENS = 144, 48, 60
 # Share of the requests of a load that have been sent when the signal is sent.
 SIGNAL_AFTER = 0.5
-WORKER_FLAGS = ("--sim-cost", "flat", "-np", "32", "-c", "131072", "--spec-type", "none")
+WORKER_FLAGS = ("--sim", "--sim-cost", "flat", "-np", "32", "-c", "131072", "--spec-type", "none")
 
 
 class LoadResult(Struct, frozen=True):
@@ -73,12 +73,13 @@ class RouterFigures(Struct, frozen=True):
 
 
 async def _send(port: int, messages: list[dict[str, str]], tokens: int, number: int) -> Outcome:
-    # LiteLLM keeps sessions by this id; the others look at the text.
-    session = {"session_id": f"conversation-{number}"}
-    return await stream(port, CHAT_PATH, chat(messages, tokens, seed=number, model=MODEL_NAME, metadata=session))
+    # LiteLLM and Ray keep sessions by these ids; the other routers look at the text.
+    session = f"conversation-{number}"
+    body = chat(messages, tokens, seed=number, model=MODEL_NAME, metadata={"session_id": session})
+    return await stream(port, CHAT_PATH, body, headers={"x-session-id": session})
 
 
-async def affinity(port: int) -> float:
+async def affinity(port: int, conversations: int = CONVERSATIONS) -> float:
     """Returns the share of the later turns of conversations that find their prefix cached."""
     found: list[bool] = []
 
@@ -94,7 +95,7 @@ async def affinity(port: int) -> float:
                 found.append(outcome.cached_tokens >= FOUND_SHARE * before)
             before = outcome.prompt_tokens
 
-    await run_closed_loop(CLIENTS, range(CONVERSATIONS), converse)
+    await run_closed_loop(CLIENTS, range(conversations), converse)
     return sum(found) / len(found)
 
 
@@ -115,11 +116,15 @@ async def load(ports: Sequence[int], on_half: Callable[[], None] = lambda: None)
 
 def load_result(outcomes: Sequence[Outcome]) -> LoadResult:
     """Returns the outcomes by kind."""
-    complete = [each for each in outcomes if not each.failed and (each.finish_reasons, each.done_markers) == (1, 1)]
-    others = [each for each in outcomes if not any(each is other for other in complete)]
-    begun = [each for each in others if each.arrivals]
+    failed = [each for each in outcomes if not _is_complete(each)]
+    begun = [each for each in failed if each.arrivals]
     broken = sum(each.error.startswith("{") for each in begun)
-    return LoadResult(len(complete), len(others) - len(begun), broken, len(begun) - broken)
+    return LoadResult(len(outcomes) - len(failed), len(failed) - len(begun), broken, len(begun) - broken)
+
+
+def _is_complete(outcome: Outcome) -> bool:
+    ends = (outcome.finish_reasons, outcome.done_markers, outcome.completion_tokens)
+    return not outcome.failed and ends == (1, 1, LOAD_TOKENS)
 
 
 def speed(outcomes: Sequence[Outcome]) -> Speed:
@@ -137,15 +142,25 @@ def ending(fleet: Fleet, number: signal.Signals) -> LoadResult:
 
 def measure(name: str, folder: Path) -> RouterFigures:
     """Measures a router with two workers of its own for each part; `folder` gets the router's logs."""
-    with sim_workers(2, *WORKER_FLAGS) as workers:
+    with fleet_workers(2, *WORKER_FLAGS) as workers:
         direct = speed(asyncio.run(load([worker.port for worker in workers])))
         with routed(name, workers, folder / f"{name}.log") as fleet:
             through = speed(asyncio.run(load([fleet.port])))
             share = asyncio.run(affinity(fleet.port))
             drain = ending(fleet, signal.SIGTERM)
-    with sim_workers(2, *WORKER_FLAGS) as workers, routed(name, workers, folder / f"{name}-kill.log") as fleet:
+    with fleet_workers(2, *WORKER_FLAGS) as workers, routed(name, workers, folder / f"{name}-kill.log") as fleet:
         kill = ending(fleet, signal.SIGKILL)
     return RouterFigures(share, kill, drain, direct, through)
+
+
+_COLUMNS = (
+    "router",
+    "affinity",
+    "kill: complete / error event / cut / lost",
+    "drain: complete / failed",
+    "tok/s with / without router",
+    "TTFT ms with / without",
+)
 
 
 def _row(name: str, figures: RouterFigures) -> list[Any]:
@@ -160,14 +175,9 @@ def _row(name: str, figures: RouterFigures) -> list[Any]:
     ]
 
 
-COLUMNS = (
-    "router",
-    "affinity",
-    "kill: complete / error event / cut / lost",
-    "drain: complete / failed",
-    "tok/s with / without router",
-    "TTFT ms with / without",
-)
+def show_routers(figures: Mapping[str, RouterFigures]) -> None:
+    """Prints a table of the figures by router."""
+    show("Routers in front of two simulated workers", _COLUMNS, [_row(*item) for item in figures.items()])
 
 
 def main() -> int:
@@ -177,7 +187,7 @@ def main() -> int:
     names = parser.parse_args().only
     with TemporaryDirectory() as folder:
         figures = {name: measure(name, Path(folder)) for name in names}
-    show("Routers in front of two simulated workers", COLUMNS, [_row(*item) for item in figures.items()])
+    show_routers(figures)
     save("routers", {name: structs.asdict(each) for name, each in figures.items()})
     return 0
 

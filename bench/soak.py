@@ -187,6 +187,11 @@ def open_files(server: Server) -> int:
     return sum(1 for _ in Path(f"/proc/{server.pid}/fd").iterdir())
 
 
+def num_threads(server: Server) -> int:
+    """Returns the number of the server's threads, among them pools that grow to a fixed size."""
+    return sum(1 for _ in Path(f"/proc/{server.pid}/task").iterdir())
+
+
 def counts_of(text: str) -> Counts:
     """Returns the counts in the text of `/metrics`. Raises KeyError if a count is missing."""
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
@@ -243,13 +248,13 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the soak test and returns its figures. Raises RuntimeError if the server does not start."""
     samples: list[MemorySample] = []
     with served(options) as server:
-        before, files = settled_counts(server), open_files(server)
+        before, files, threads = settled_counts(server), open_files(server), num_threads(server)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             begun = time.perf_counter()
             outcomes = runner.run(send_all(server, options, samples))
             seconds = time.perf_counter() - begun
         counts = settled_counts(server).since(before)
-        files_after = open_files(server)
+        files_after, threads_after = open_files(server), num_threads(server)
     client = summary(outcomes)
     return {
         **structs.asdict(client),
@@ -258,6 +263,7 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
         "resident_mib_at_end": samples[-1].resident / 2**20 if samples else 0.0,
         "slope_bytes_per_request": slope(samples),
         "open_files_more_than_before": files_after - files,
+        "threads_more_than_before": threads_after - threads,
         "server_finished": counts.finished,
         "disagreements": disagreements(client, counts),
         "samples": [(sample.ended, sample.resident) for sample in samples],

@@ -68,6 +68,7 @@ from engine.grammar import (
     resolve_reference,
     unknown_types,
 )
+from engine.histogram import Histogram
 from engine.kv.block import BLOCK_TOKENS
 from engine.loaded_adapters import LoadedAdapters
 from engine.pace import Calibration
@@ -76,7 +77,7 @@ from engine.sampling_params import DEFAULT_SAMPLERS, SamplerStage
 from engine.slotfiles import SlotTransfer
 from engine.slots import RequestState, SlotState
 from engine.speculate.lookup import build_lookup
-from engine.stats import EmbeddingStats, Histogram, MemoryInfo, Stats
+from engine.stats import EmbeddingStats, MemoryInfo, Stats
 from engine.text import StopScope, TextRange, partial_match_length
 from engine.time_limits import DeadlineExceeded, QueueTimeout
 from engine.watchdog import EngineStalled, hanging_threads

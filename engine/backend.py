@@ -112,6 +112,8 @@ class ModelInfo(Struct, frozen=True):
     """The loaded LoRA adapters, by number."""
     cell_bytes: int = 0
     """Bytes of one KV cell in all layers together, an upper bound; 0 if there are no cells."""
+    no_drafts: str = ""
+    """Reason for which the context can verify no drafts; empty if it can."""
 
 
 class Vocab(Protocol):
@@ -199,12 +201,16 @@ class Context(Protocol):
 
     @property
     def partial(self) -> bool:
-        """True if a sequence can be cut at any position; False if only a whole sequence can be dropped."""
+        """True if a sequence can be cut at any position; False if layers have recurrent states."""
+
+    @property
+    def max_rollback(self) -> int | None:
+        """Maximum positions of a rollback, which is the only `cut` of a sequence between two decodes of it and keeps at
+        least one row of the first. 0 if there are no rollbacks; None, for no limit, if `partial`."""
 
     @property
     def divisible(self) -> bool:
-        """True if a saved sequence can be cut into states of position ranges, which can be loaded one after the other.
-        False if a state always contains a whole sequence."""
+        """True if a saved sequence can be cut into states of position ranges; False if a state has a whole sequence."""
 
     @property
     def window(self) -> int:
@@ -233,8 +239,7 @@ class Context(Protocol):
         """
 
     def cut(self, seq: int, length: int) -> bool:
-        """Drops the positions of `seq` from `length` on. Returns False, with nothing changed, if the model cannot drop
-        them."""
+        """Drops the positions from `length` on. Returns False, with nothing changed, if the model cannot drop them."""
 
     def save(self, seq: int) -> Snapshot | None:
         """Returns the cells of `seq`, in time proportional to its length; None if they cannot be saved."""
@@ -247,15 +252,11 @@ class Context(Protocol):
         """
 
     def shift(self, state: State, start: int, end: int, by: int) -> State | None:
-        """Returns the cells of positions from `start` up to `end`, moved by `by` positions; None if they cannot be
-        moved.
-
-        Computes one row. No sequence changes.
-        """
+        """Returns the cells of positions from `start` up to `end`, moved by `by` positions; None if that fails.
+        Computes one row. No sequence changes."""
 
     def intact(self, seq: int, length: int) -> bool:
-        """Returns True if `seq` has `length` positions and no cell is missing that the next row attends to. With a
-        sliding window, a cut can leave cells missing."""
+        """Returns True if `seq` has `length` positions and no cell that the next row attends to is missing."""
 
     def length(self, seq: int) -> int:
         """Returns the number of positions of `seq`."""
@@ -288,7 +289,6 @@ class Backend(Protocol):
 
 # Called on the engine thread with the share of a model that is loaded, 0 to 1.
 LoadProgress = Callable[[float], None]
-
 
 # The vectors of one input, [vectors, numbers]: one vector, or one for each token without pooling.
 Embedding = NDArray[np.float32]

@@ -82,7 +82,7 @@ class OutputProcessor:
             self._lifecycle.fail(sequence, result.error)
             return
         assert result.ids, "each verification without an error emits a token"
-        intact = self._keep_accepted(sequence, drafts, result.accepted)  # False only with a sliding window
+        intact = self._keep_accepted(sequence, drafts, result.accepted)
         verified = self._chooser.assess(drafts, result.accepted) if drafts else None
         sequence.proposers.observe(sequence.tokens, result.ids, verified)
         sequence.draft = ()
@@ -97,7 +97,8 @@ class OutputProcessor:
     def _keep_accepted(self, sequence: Sequence, drafts: int, accepted: int) -> bool:
         """Commits the first `accepted` of `drafts` draft tokens in cells, and rolls back the other draft tokens.
 
-        Returns False if the sequence cannot be continued, because a sliding window lacks cells after the rollback.
+        Returns False if the sequence cannot be continued: a sliding window lacks cells after the rollback, or the
+        context has refused it.
         """
         if not drafts:
             return True

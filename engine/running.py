@@ -7,9 +7,10 @@ from collections import abc
 from itertools import pairwise
 
 from engine.adapters import AdapterSet, AdapterTurns
-from engine.fairness import Claim, TokenCounters
+from engine.fairness import Claim, TokenCounters, prefill_share
 from engine.kv import Allocation, KVCache
 from engine.pace import PrefillWait, SequenceRows, StepCost
+from engine.rollback import with_rollbacks
 from engine.scheduler import ScheduledRows, SequenceView
 from engine.sequence import Sequence
 from engine.speculate import DraftCandidate, SequenceProposers
@@ -65,6 +66,13 @@ class Running(dict[int, Sequence]):
         """Returns the claims of the sequences to their slots, in the order of their starts."""
         return [sequence.claim for sequence in self.values()]
 
+    def prefill_share(self) -> float:
+        """Returns the seconds of prefill for each second of decoding that the owners of active sequences need."""
+        owners: tuple[dict[str, float], dict[str, float]] = {}, {}
+        for sequence in self.active:
+            owners[sequence.num_uncomputed == 1][sequence.request.owner] = sequence.request.weight
+        return prefill_share(*owners)
+
     def decoding(self) -> list[SequenceRows]:
         """Returns the rows of the active decoding sequences in the next step, drafts included, in the order of their
         ids."""
@@ -103,18 +111,22 @@ class Running(dict[int, Sequence]):
             for sequence in self.active
             if sequence.num_uncomputed == 1
             and sequence.proposers.can_draft(sequence.tokens)
+            and not self._kv.saves_next(sequence.seq)
             and (limit := min(sequence.draft_room(), max_tokens)) > 0
         }
 
     def ordered(
         self, rows: abc.Sequence[ScheduledRows], cost: StepCost, *, separate_prompts: bool = False
     ) -> list[ScheduledRows]:
-        """Returns `rows` in the batch order that makes the step cheapest with per-slot KV.
+        """Returns `rows` in the batch order that makes the step cheapest with per-slot KV, or with recurrent states;
+        for these with shorter drafts if the sequences could else not be rolled back.
 
         llama.cpp puts rows of consecutive ascending sequence ids into one pass. So ids ascend within the rows of a
         pass, and the passes stand in the order of descending ids, so that llama.cpp does not merge them. With
         `separate_prompts` each prompt has a pass of its own.
         """
+        if cost.layout.recurrent:
+            return with_rollbacks(rows, {part.key: self[part.key].seq for part in rows}, cost.layout)
         groups: list[list[ScheduledRows]] = [[]]
         for part in sorted(rows, key=lambda part: self[part.key].seq):
             if separate_prompts and self[part.key].num_uncomputed > 1:

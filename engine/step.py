@@ -173,6 +173,7 @@ class EngineCore:
         """Returns the maximum prompt rows of the step."""
         decoding = self.running.decoding()
         prefilling = (len(self.running.active) - len(decoding)) / max(1, len(decoding))
+        prefilling = max(prefilling, self.running.prefill_share())
         shape = self.cost.layout.shape(decoding, self.kv.used_cells)
         return self.cost.prompt_rows(shape, *self._targets, prefilling, self.running.prefill_waits())
 
@@ -252,7 +253,7 @@ class EngineCore:
 
     def _draft(self) -> None:
         """Sets the drafts for the next step. Called after the flush, so that it does not delay this step's tokens."""
-        if not self.context.partial:
+        if (max_rollback := self.context.max_rollback) == 0:
             return
         self.running.choose_adapters()
         context, count = self.context, len(self.running)
@@ -260,7 +261,7 @@ class EngineCore:
         # prompt rows and cells yield to drafts.
         max_rows = min(context.outputs - len(self.slots), context.batch.capacity - count, self.kv.free_cells - count)
         prefilling = self.running.feed_proposers(FEED_TOKENS)
-        candidates = self.running.draft_candidates(max_rows)
+        candidates = self.running.draft_candidates(max_rows if max_rollback is None else min(max_rows, max_rollback))
         decoding = self.running.decoding() if candidates or prefilling else []
         upcoming = UpcomingStep(tuple(decoding), len(decoding), self.kv.used_cells, max(0, max_rows))
         planner = self.speculative_decoding.planner

@@ -222,8 +222,9 @@ class EngineThread:
         )
         stack.callback(backend.close)
         self._backends.append(backend)
-        if not backend.context.partial:
-            self._unavailable.update(dict.fromkeys(PROPOSER_TYPES, "the model cannot roll back single tokens"))
+        if backend.context.max_rollback == 0:
+            reason = backend.info.no_drafts or "the model cannot roll back single tokens"
+            self._unavailable.update(dict.fromkeys(PROPOSER_TYPES, reason))
         return backend
 
     def _open_draft(self, backend: Backend, stack: ExitStack) -> Backend | None:
@@ -233,8 +234,10 @@ class EngineThread:
         draft = self._opener(config, lambda share: None, self._keep_loading)
         if reason := vocabulary_mismatch(backend.vocab, draft.vocab):
             self._disable_draft_model(f"{config.model.path} does not fit the model: {reason}")
-        elif not (backend.context.partial and draft.context.partial):
-            self._disable_draft_model("a model that cannot roll back single tokens can neither draft nor verify")
+        elif backend.context.max_rollback == 0 or not draft.context.partial:
+            self._disable_draft_model(
+                "the target must be able to roll back rejected tokens, and the draft model any number of tokens"
+            )
         else:
             stack.callback(draft.close)
             self._backends.append(draft)

@@ -58,7 +58,7 @@ def test_comparison_with_llama_server() -> None:
     peer = [TestOutcome("test_a", name, "passed") for name in ("one", "two", "not run")]
     text = comparison([*peer, TestOutcome("test_b", "four", "failed")], parse_report(REPORT))
     assert text.splitlines() == [
-        "3 pass with llama-server; of the 2 of these that ran with Paceline 1 pass",
+        "3 pass with llama-server; 2 of these ran with Paceline, and 1 of those pass",
         "test_a: 1: assert 1 == 2",
         "    two",
     ]

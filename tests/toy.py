@@ -30,6 +30,7 @@ from engine.backend import (
 from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.pace.passes import SequenceRows, passes
+from engine.pace.recurrent_passes import lost_rollbacks, recurrent_passes
 
 VOCABULARY = 50
 END = 0
@@ -81,13 +82,15 @@ class ToyContext:
         outputs: int = 32,
         *,
         partial: bool = True,
+        max_rollback: int | None = None,
         divisible: bool | None = None,
         other: float = 0.0,
         by_cell_order: bool = False,
         unified: bool = True,
         prefill_rows: int = 1,
     ) -> None:
-        """`cells` is the number of all cells with unified KV, and of the cells of one slot with per-slot KV."""
+        """`cells` is the number of all cells with unified KV, and of the cells of one slot with per-slot KV. With
+        `max_rollback`, as with snapshots of recurrent states, `partial` is False."""
         self.batch = Batch(rows)
         self.unified = unified
         self.sequence_cells = cells
@@ -97,7 +100,9 @@ class ToyContext:
         self.ubatch = rows
         self.prefill_rows = prefill_rows
         self.flash = True
-        self.partial = partial
+        self.partial = partial = partial and max_rollback is None
+        self.max_rollback = None if partial else max_rollback or 0
+        self.droppable: dict[int, int] = {}  # rows of the last decode that a rollback of each sequence can drop
         self.divisible = partial if divisible is None else divisible
         self.other = other  # fraction of histories for which the logits differ from those of other toys
         self.by_cell_order = by_cell_order  # True if logits also depend on the order of the cells
@@ -129,7 +134,8 @@ class ToyContext:
         if self.unified and len(self._distinct()) + batch.rows > self.cells:
             raise NoFreeCells
         if not self.unified:
-            self._check_order(ids)
+            if self.partial:
+                self._check_order(ids)
             if any(len(self.held[seq]) + ids.count(seq) > self.sequence_cells for seq in set(ids)):
                 raise NoFreeCells
         rows = list(zip(ids, batch.pos[: batch.rows], batch.token[: batch.rows], strict=True))
@@ -146,6 +152,8 @@ class ToyContext:
             self.held[seq][int(pos)] = Cell(token, next(free[-1 if self.unified else seq]), single=one)
             lengths[seq] += 1
         self.computed += len(rows)
+        if self.max_rollback:
+            self._keep_snapshots(ids)
         host_work()
         out = [self._logits(seq, pos) for (seq, pos, _), on in zip(rows, batch.output, strict=False) if on]
         return np.stack(out) if out else np.empty((0, VOCABULARY), np.float32)
@@ -154,6 +162,15 @@ class ToyContext:
         """Applies `adapters` to the rows of later decodes."""
         changed, self.adapters = adapters != self.adapters, adapters
         return changed
+
+    def _keep_snapshots(self, ids: list[int]) -> None:
+        """Sets the rows that can be dropped. Asserts that no sequence with a draft loses its snapshots."""
+        counts = [(seq, len([*same])) for seq, same in groupby(ids)]
+        computed = recurrent_passes(counts, self.ubatch, (self.max_rollback or 0) + 1, consecutive=not self.unified)
+        lost, outputs = lost_rollbacks(computed), self.batch.output[: len(ids)].tolist()
+        drafting = {seq for seq in set(ids) if sum(on for at, on in zip(ids, outputs, strict=True) if at == seq) > 1}
+        assert not lost & drafting, "each sequence with a draft can be rolled back"
+        self.droppable = {seq: min(count - 1, self.max_rollback or 0) for seq, count in counts if seq not in lost}
 
     def _check_order(self, ids: list[int]) -> None:
         """Asserts an order of rows with few passes.
@@ -217,8 +234,9 @@ class ToyContext:
             held.clear()
 
     def cut(self, seq: int, length: int) -> bool:
-        """Drops positions from `length` on; all or nothing if sequences are not partial."""
-        if length and not self.partial and length < self.length(seq):
+        """Drops positions from `length` on. If sequences are not partial, drops all or the last rows, once."""
+        dropped = self.length(seq) - length
+        if length and not self.partial and dropped > 0 and dropped > self.droppable.pop(seq, 0):
             return False
         self.held[seq] = {pos: cell for pos, cell in self.held[seq].items() if pos < length}
         return True

@@ -124,7 +124,7 @@ class Flag(Struct, frozen=True):
         """Allowed values, in words.
 
         >>> next(flag for flag in FLAGS if flag.field == "slots").expects
-        'a whole number from 1 to 256'
+        'a whole number from 0 to 256'
         """
         if self.choices:
             return "some of " + ", ".join(self.choices)
@@ -137,7 +137,7 @@ class Flag(Struct, frozen=True):
         """Allowed values, short, for the help. Empty if any text is allowed, or the flag takes no value.
 
         >>> next(flag for flag in FLAGS if flag.field == "slots").allowed
-        'from 1 to 256'
+        'from 0 to 256'
         """
         if self.switch or not (self.choices or isinstance(self.kind, _RESTRICTED_TYPES)):
             return ""

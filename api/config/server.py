@@ -128,8 +128,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     on_fault: Annotated[
         Literal["exit", "stay"],
         Meta(
-            description="after a fatal fault of the engine, exit ends the process with code 3 once all clients have the "
-            "error; stay answers 500 and serves /metrics until a signal arrives"
+            description="after a fatal fault of the engine, exit ends the process with code 3 once all clients have "
+            "the error; stay answers 500 and serves /metrics until a signal arrives"
         ),
     ] = "exit"
     timeout: Annotated[
@@ -158,6 +158,14 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         ),
     ] = 1024
     props: Annotated[bool, Meta(description="accept POST /props, which changes nothing, as in llama-server")] = False
+    otlp_traces_endpoint: Annotated[
+        str,
+        Meta(
+            pattern=r"^(https?://\S+)?\Z",
+            description="URL of an OpenTelemetry collector for OTLP over HTTP, such as "
+            "http://127.0.0.1:4318/v1/traces, that gets a span for each request; needs paceline[otel]; empty is none",
+        ),
+    ] = ""
     max_body: Annotated[int, Meta(ge=1024, le=2**30, description="maximum bytes of a request body")] = 8 * 2**20
     ui: Annotated[bool, Meta(description="serve a page with a chat and a live view of the server at /")] = True
     verbose: Annotated[

@@ -273,6 +273,7 @@ SPELLINGS: dict[type[Struct], dict[str, Spelling]] = {
         "header_timeout": spelling("--header-timeout"),
         "keep_alive": spelling("--keep-alive"),
         "max_connections": spelling("--max-connections"),
+        "otlp_traces_endpoint": spelling("--otlp-traces-endpoint"),
         "props": spelling("--props", env="LLAMA_ARG_ENDPOINT_PROPS"),
         "max_body": spelling("--max-body"),
         "ui": spelling("--ui", "--webui", env="LLAMA_ARG_UI"),

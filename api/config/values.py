@@ -36,6 +36,8 @@ def convert_value(flag: Flag, given: Any, source: str) -> object:
     except msgspec.ValidationError:
         shown = " ".join(given) if flag.arity > 1 else given
         raise OptionError(f"{source}: expected {flag.expects}, not {quoted(shown)}") from None
+    except UnicodeEncodeError:
+        raise OptionError(f"{source}: expected a text in UTF-8, not {given!r:.200}") from None
 
 
 def _normalized(flag: Flag, given: Any, source: str) -> Any:

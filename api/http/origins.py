@@ -98,8 +98,8 @@ class CorsMiddleware:
 
 
 class StateGuard:
-    """ASGI middleware for servers without API keys: answers 403 to pages of foreign origins that change the server's
-    state with a method other than GET below one of `paths`.
+    """ASGI middleware for servers without API keys: answers 403 to requests of foreign pages that change the server's
+    state. These are requests other than GET below one of `paths`.
 
     Any page may generate if `cors` allows every origin, as by default. Slots, adapters and properties affect other
     clients, so for them an origin must be that of the server or be listed by `cors`, and `*` lists none.

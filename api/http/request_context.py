@@ -29,6 +29,9 @@ CLIENT_CLOSED_REQUEST = 499
 # Request ids of clients that are kept. Other characters could forge log lines.
 _SAFE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
+# W3C's header of distributed traces: version, trace id, parent's span id, flags.
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
+
 # Monitoring requests and those of the page's files are logged at DEBUG.
 _MONITORING_PATHS = (
     "/health",
@@ -43,6 +46,11 @@ _MONITORING_PATHS = (
 _PAGE_FILES = "/ui/"
 
 
+def is_monitoring(path: str) -> bool:
+    """Returns True for the paths of health checks, scrapes and the page."""
+    return path in _MONITORING_PATHS or path.startswith(_PAGE_FILES)
+
+
 # Longer texts of the field `user` are cut, as they name an owner in the engine.
 _MAX_USER_CHARS = 256
 
@@ -54,7 +62,11 @@ class RequestContext:
     """The data of one HTTP request's log line. Endpoints and middleware set the attributes."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
-        client_id = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        client_id = headers.get("x-request-id", "")
+        trace = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
+        self.trace_id = trace.group(1) if trace else ""
+        """The trace id of the client's `traceparent`; empty without one."""
         self.id = client_id if _SAFE_ID.fullmatch(client_id) else uuid.uuid4().hex
         self.send = send
         """The server's `send`, which bypasses all middleware. Only for body messages of a started response."""
@@ -110,6 +122,29 @@ class RequestContext:
         if self.error is not None:
             facts.append(f"error={str(self.error)!r}")
         return " ".join(facts)
+
+    def log_fields(self) -> dict[str, str | int | float | list[str]]:
+        """Returns the data of the log line by name, for logs in JSON."""
+        fields: dict[str, str | int | float | list[str]] = {
+            "id": self.id,
+            "method": self.method,
+            "path": self.path,
+            "status": self.status,
+            "seconds": round(self.age_seconds, 6),
+        }
+        if self.trace_id:
+            fields["trace_id"] = self.trace_id
+        if self.first_token_seconds is not None:
+            fields["ttft_seconds"] = round(self.first_token_seconds, 6)
+        if self.finished:
+            names = ("prompt_tokens", "cached_tokens", "completion_tokens")
+            fields |= dict(zip(names, self._token_counts(), strict=True))
+            fields["finish_reasons"] = [str(end.reason) for end in self.finished]
+        if self.key is not None and self.key.name:
+            fields["key"] = self.key.name
+        if self.error is not None:
+            fields["error"] = str(self.error)
+        return fields
 
     def _token_counts(self) -> tuple[int, int, int]:
         usages = [end.usage for end in self.finished]
@@ -185,8 +220,7 @@ class RequestContextMiddleware:
                 self._errors[context.status, info.type if info else "", str((info and info.code) or "")] += 1
             failed = context.error is not None
             self._counts.add(context.method, context.path, context.status, failed=failed)
-            is_quiet = context.path in _MONITORING_PATHS or context.path.startswith(_PAGE_FILES)
-            level = logging.DEBUG if is_quiet else logging.INFO
+            level = logging.DEBUG if is_monitoring(context.path) else logging.INFO
             _log.log(level, "%s", context)
 
     def _dialect(self, path: str) -> Dialect:

@@ -28,13 +28,13 @@ def hub_errors(name: str, *, token: bool) -> Iterator[None]:
     `name` is the repository, file or URL in the message. `token` is True if an access token was sent.
     """
     from httpx2 import HTTPError, InvalidURL, RequestError
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         yield
     except HfHubHTTPError as error:
         raise HubError(_refusal(name, error, token)) from None
-    except (HFValidationError, InvalidURL) as error:
+    except (ValueError, InvalidURL) as error:  # also HFValidationError, and names that no file can have
         raise HubError(f"{name}: {error}") from None
     except (RequestError, HTTPError) as error:
         raise HubError(f"{name}: {_connection_reason(error)}; check the network, or use --offline") from None

@@ -33,7 +33,7 @@ def parse_gguf_name(path: str) -> GgufName:
     GgufName(prefix='a/model-q4_k_m', quant='Q4_K_M', part=1, parts=3)
     """
     prefix, part, parts = path.removesuffix(".gguf"), 1, 1
-    if found := _PART.fullmatch(prefix):
+    if (found := _PART.fullmatch(prefix)) and 1 <= int(found[2]) <= int(found[3]):
         prefix, part, parts = found[1], int(found[2]), int(found[3])
     quant = _QUANT.search(prefix)
     return GgufName(prefix, quant[1].upper() if quant else "", part, parts)

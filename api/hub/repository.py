@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+from urllib.parse import quote
 
-from msgspec import Struct
+import msgspec
+from msgspec import Meta, Struct
 
 from api.config.hub import HubConfig
 from api.http.decode_errors import nearest_hint
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 # Maximum seconds until the server replies to a request for metadata.
 REPLY_SECONDS = 15.0
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Hub(Struct, frozen=True):
@@ -84,19 +88,47 @@ def fetch_model(hub: Hub, name: str, file: str, note: Callable[[str], None]) -> 
         return path
 
 
+class _LargeFile(Struct):
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
+
+class _ListedFile(Struct, rename="camel"):
+    rfilename: str
+    size: Annotated[int, Meta(ge=0)] | None = None
+    blob_id: Annotated[str, Meta(pattern=r"^[0-9a-f]{40}\Z")] | None = None
+    lfs: _LargeFile | None = None
+
+
+class _Listing(Struct):
+    """The hub's reply about a repository. Hashes are checked because they name files in the cache."""
+
+    sha: Annotated[str, Meta(pattern=r"^[\w-]{1,64}\Z")]
+    siblings: tuple[_ListedFile, ...] = ()
+
+
 def _remote_repository(hub: Hub, name: str) -> Repository:
-    """Returns the newest revision on the hub. Raises HubError."""
-    from huggingface_hub import HfApi
+    """Returns the newest revision on the hub, without files whose names are no paths in it. Raises HubError."""
+    from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
     with hub_errors(name, token="authorization" in hub.headers):
-        api = HfApi(endpoint=hub.endpoint, token=hub.token or None, library_name="paceline")
-        info = api.model_info(name, files_metadata=True, timeout=REPLY_SECONDS)
+        validate_repo_id(name)
+        reply = get_session().get(
+            f"{hub.endpoint}/api/models/{name}", params={"blobs": True}, headers=hub.headers, timeout=REPLY_SECONDS
+        )
+        hf_raise_for_status(reply)
+    try:
+        listing = msgspec.json.decode(reply.content, type=_Listing)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise HubError(f"{name}: {hub.endpoint} replied with something other than a list of files: {error}") from None
     files: dict[str, RemoteFile | Path] = {}
-    for sibling in info.siblings or ():
-        url = f"{hub.endpoint}/{name}/resolve/{info.sha}/{sibling.rfilename}"
-        etag = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id or ""
-        files[sibling.rfilename] = RemoteFile(sibling.rfilename, url, sibling.size, etag)
-    return Repository(name, info.sha or "", files)
+    for file in listing.siblings:
+        path = PurePosixPath(file.rfilename)
+        if path.is_absolute() or ".." in path.parts or _CONTROL_CHARACTER.search(file.rfilename):
+            continue
+        url = f"{hub.endpoint}/{name}/resolve/{listing.sha}/{quote(file.rfilename)}"
+        etag = file.lfs.sha256 if file.lfs else file.blob_id or ""
+        files[file.rfilename] = RemoteFile(file.rfilename, url, file.size, etag)
+    return Repository(name, listing.sha, files)
 
 
 def scan_cache(hub: Hub) -> HFCacheInfo | None:

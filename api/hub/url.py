@@ -26,15 +26,17 @@ def fetch_url(hub: Hub, url: str, target: str, note: Callable[[str], None]) -> P
     urls = all_parts(url)
     first = Path(target) if target else _cached_path(hub, url)
     paths = [first, *(first.with_name(_file_name(part)) for part in urls[1:])]
+    with hub_errors(shown_url(url), token=False):
+        existing = {path for path in paths if path.exists()}
     if hub.offline:
-        if missing := next((path for path in paths if not path.exists()), None):
+        if missing := next((path for path in paths if path not in existing), None):
             raise HubError(f"{shown_url(url)} is not at {missing}, and --offline forbids the download")
         return first
     for part, path in zip(urls, paths, strict=True):
         try:
             _fetch_part(hub, part, path, note)
         except HubError as error:
-            if not path.exists():
+            if path not in existing:
                 raise
             note(f"{error}. The existing {path} is used.")
     return first
@@ -46,7 +48,8 @@ def _cached_path(hub: Hub, url: str) -> Path:
 
 
 def _file_name(url: str) -> str:
-    return Path(unquote(urlsplit(url).path)).name or "model.gguf"
+    name = Path(unquote(urlsplit(url).path)).name
+    return "model.gguf" if name in ("", "..") else name
 
 
 def _fetch_part(hub: Hub, url: str, path: Path, note: Callable[[str], None]) -> None:

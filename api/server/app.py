@@ -34,6 +34,7 @@ from api.openai.completions import TextCompletionEndpoint
 from api.openai.embeddings import EmbeddingEndpoints
 from api.openai.render import RenderEndpoints
 from api.openai.responses.endpoint import ResponsesEndpoints
+from api.server.openapi import OPENAPI_PATH, OpenAPIEndpoint
 from api.server.predict import predict_routes
 from api.server.router_info import ProbeEndpoints
 from api.server.status import StatusEndpoints
@@ -58,6 +59,7 @@ def create_app(state: AppState) -> ASGIApp:
         *_page_routes(state),
     ]
     routes += predict_routes(routes, os.environ, state.config.max_body)
+    routes.append(Route(OPENAPI_PATH, OpenAPIEndpoint(routes, state.config.api_prefix).show))
     state.responses.use_routes(routes, state.config.api_prefix)
     app: ASGIApp = Starlette(
         routes=routes,

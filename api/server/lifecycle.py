@@ -10,10 +10,10 @@ import socket
 import ssl
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import uvicorn
 import uvloop
@@ -28,6 +28,9 @@ from api.server.http_protocol import HTTPProtocol
 from api.server.logs import configure_logging
 from api.server.terminal import ProgressBar, client_url, print_line, start_message
 from engine import WORKERS, Engine, EngineError, hanging_threads
+
+if TYPE_CHECKING:
+    from api.server.tracing import Tracing
 
 # Exit codes: the start has failed; a fatal fault has ended the engine; a thread did not end at the shutdown.
 START_FAILED, ENGINE_FAULT, THREAD_HANGS = 1, 3, 4
@@ -46,12 +49,13 @@ def run(options: Options) -> int:
             _configure_log(options)
             _check_certificate(options.server)
             listeners = _listen_on_all(options.server, exit_stack)
+            tracing = _open_tracing(options.server, exit_stack)
         except _StartError as error:
             print_line(f"paceline: {error}")
             return START_FAILED
         WORKERS.start()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            code = runner.run(_serve(options, listeners))
+            code = runner.run(_serve(options, listeners, tracing))
             if names := hanging_threads():
                 print_line(f"paceline: abandoned {' and '.join(names)}, which did not end; the log has the stacks")
                 _end_process(THREAD_HANGS)
@@ -76,6 +80,17 @@ def _configure_log(options: Options) -> None:
         configure_logging(options.log, verbose=options.server.verbose)
     except OSError as error:
         raise _StartError(f"--log-file: cannot write {options.log.file}: {error.strerror}") from None
+
+
+def _open_tracing(config: ServerConfig, exit_stack: ExitStack) -> Tracing | None:
+    """Returns the connection to the collector of spans, which `exit_stack` closes; None without one."""
+    if not config.otlp_traces_endpoint:
+        return None
+    try:
+        from api.server.tracing import Tracing
+    except ImportError as error:
+        raise _StartError(f"--otlp-traces-endpoint: {error}; install the extra paceline[otel]") from None
+    return exit_stack.enter_context(closing(Tracing(config.otlp_traces_endpoint)))
 
 
 def _check_certificate(config: ServerConfig) -> None:
@@ -122,11 +137,11 @@ def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
     return socket.create_server(address[:2], family=family, backlog=_LISTEN_BACKLOG, reuse_port=reuse_port)
 
 
-async def _serve(options: Options, listeners: list[socket.socket]) -> int:
+async def _serve(options: Options, listeners: list[socket.socket], tracing: Tracing | None) -> int:
     """Serves HTTP until the engine is drained or fails: 503 during loading and draining. Returns the exit code."""
     state = AppState(options.server)
     signals = StopSignals(state.reload_keys if options.server.keys else None)
-    server = UvicornServer(state, connection_limits(options.server))
+    server = UvicornServer(state, connection_limits(options.server), tracing)
     serving = asyncio.create_task(server.serve(sockets=listeners))
     serving.add_done_callback(lambda _: signals.stop.set())
     try:
@@ -228,13 +243,14 @@ class StopSignals:
 class UvicornServer(uvicorn.Server):
     """uvicorn without its signal handlers, which would raise the signals again at the end."""
 
-    def __init__(self, state: AppState, limits: ConnectionLimits) -> None:
+    def __init__(self, state: AppState, limits: ConnectionLimits, tracing: Tracing | None = None) -> None:
         config = state.config
         refused = state.responses.add_refused
         protocol = partial(HTTPProtocol, limits=limits, waiting=WaitingConnections(), on_refused=refused)
+        app = create_app(state)
         super().__init__(
             uvicorn.Config(
-                create_app(state),
+                tracing.around(app, state) if tracing else app,
                 http=cast("type[asyncio.Protocol]", protocol),
                 ws="none",
                 lifespan="off",

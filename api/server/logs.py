@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import Any, TextIO
 
 import msgspec
 
 from api.config.server import LogConfig
+from api.http.request_context import RequestContext
 
 # Levels by `--verbosity`; larger numbers are as the last.
 _LEVELS = (logging.CRITICAL + 1, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
@@ -64,17 +65,21 @@ class ColoredFormatter(logging.Formatter):
 
 
 class JSONFormatter(logging.Formatter):
-    """Writes a JSON object with llama-server's keys, and with the traceback of an error as `exception`."""
+    """Writes a JSON object with llama-server's keys, for a request its data as `request`, and with the traceback of an
+    error as `exception`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns one line."""
-        line = {
+        line: dict[str, Any] = {
             "type": "log",
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "msg": record.getMessage(),
         }
+        match record.args:
+            case (RequestContext() as context,):
+                line["request"] = context.log_fields()
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return msgspec.json.encode(line).decode()

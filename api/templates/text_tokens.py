@@ -33,7 +33,7 @@ class TextTokenizer:
 
     async def tokenize_prompt(self, text: str) -> tuple[int, ...]:
         """Returns `tokenize(text)`, computed on a worker thread if the text is long. Raises RequestRefused, and
-        ContextExceeded for a text that is too long for the context whatever its tokens are."""
+        ContextExceeded for a text that is too long for the context with any tokens."""
         self._check_prompt_length(self._min_tokens(text))
         return await run_long_in_thread(self.tokenize, text)
 
@@ -77,8 +77,7 @@ class TextTokenizer:
         return -(-len(text) // self._info.longest_token) if self._info.longest_token else 0
 
     def _check_total_length(self, parts: Sequence[str | int]) -> None:
-        """Raises RequestRefused for texts that are too long for the context, or the training context, whatever their
-        tokens are."""
+        """Raises RequestRefused for texts that with any tokens are longer than the context and the training context."""
         longest, context = self._info.longest_token, max(self._info.context, self._info.trained_context)
         chars = sum(len(part) for part in parts if isinstance(part, str))
         if longest and chars > longest * context:

@@ -213,6 +213,12 @@ class KVCache:
         if not self._context.divisible and self.can_share_at(seq, length) and length not in points:
             insort(points, length)
 
+    def saves_next(self, seq: int) -> bool:
+        """Returns True if the whole sequence is saved after its next token, so that its state must not contain further
+        rows."""
+        points = self._active[seq].save_points
+        return bool(points) and points[0] == self._tree.length(seq) + 1
+
     def rollback(self, seq: int) -> bool:
         """Frees the cells of rows that were computed but not committed. Returns False if the remaining sequence cannot
         be continued; the caller then releases it with `keep` False."""

@@ -94,10 +94,11 @@ class Residents:
         self._transitions += 1
 
     def cut(self, seq: int, length: int) -> bool:
-        """Drops the tokens of `seq` from `length` on. Returns False if a sliding window then lacks cells before
-        `length`: the sequence cannot be continued, and the caller must free it."""
+        """Drops the tokens of `seq` from `length` on. Returns False if the context cannot drop them, or if a sliding
+        window then lacks cells before `length`: the sequence cannot be continued, and the caller must free it."""
         if length < self.tree.length(seq) or self.context.length(seq) > length:
-            self.context.cut(seq, length)
+            if not self.context.cut(seq, length):
+                return False
             self.tree.truncate(seq, length)
             self._idle_cells = None
         return not self.context.window or self.context.intact(seq, length)

@@ -16,6 +16,7 @@ from llama_cpp import llama_cpp as native
 from engine.backend import NativeFault, Snapshot, State, StatePart
 from engine.llama.decoder import Decoder
 from engine.llama.library import FLASH_ATTENTION, native_log
+from engine.llama.rollback import verified_rollback
 from engine.llama.shift import Shifter
 from engine.llama.state import StateCells, StateFormat, UnknownStateFormat
 
@@ -67,6 +68,7 @@ class LlamaContext(Decoder):
         """
         super().__init__(model, params)
         self.partial, self.window = partial, window
+        self.max_rollback = None if partial else self.snapshots
         self.flash: bool = params.flash_attn_type != FLASH_ATTENTION["off"]
         # On a CPU without flash attention, llama.cpp uses a different kernel for a pass with a single row.
         self.prefill_rows = 1 if self.flash or not partial else 2
@@ -80,6 +82,8 @@ class LlamaContext(Decoder):
                 state = self._probe()
                 if shifting and self._format is not None and state is not None:
                     self._shifter = self._open_shifter(model, params, self._format, state)
+            if self.max_rollback:
+                self.max_rollback = verified_rollback(self, _probe_tokens(self._vocabulary), self.max_rollback)
         except BaseException:
             self.close()
             raise
@@ -147,6 +151,8 @@ class LlamaContext(Decoder):
             return True
         if self.unified:
             self._share(source, target, 0, length if self.divisible else -1)
+            if not self.copy_snapshot(source, target):
+                return False
         elif not self._copy_state(source, target, length):
             return False
         if self.intact(target, length):
@@ -187,11 +193,6 @@ class LlamaContext(Decoder):
             return True
         first = self.first_position(seq)
         return 0 <= first <= max(0, length - self.window) if self.window else first == 0
-
-    def length(self, seq: int) -> int:
-        """Returns the number of positions of `seq`."""
-        self._check_ids(seq)
-        return self.last_position(seq) + 1
 
     def save(self, seq: int) -> Snapshot | None:
         """Returns a snapshot of `seq`; None if `seq` is empty or its state cannot be saved."""
@@ -296,10 +297,6 @@ class LlamaContext(Decoder):
         """Returns the block of positions from `start` up to `end` of `state`, moved by `by` positions; None if it
         cannot be moved. Raises Aborted."""
         return self._shifter.shift(state, start, end, by) if self._shifter is not None else None
-
-    def _check_ids(self, *sequences: int) -> None:
-        if not all(0 <= seq < self.sequences for seq in sequences):
-            raise NativeFault(f"a sequence id outside 0..{self.sequences - 1} in {sequences}")
 
     def close(self) -> None:
         """Frees the context, which must not be used again."""

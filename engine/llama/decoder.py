@@ -2,8 +2,8 @@
 
 Some wrong calls abort the process instead of returning an error. They raise NativeFault here before the library is
 called. In llama.cpp 0c1e57098 they are: more rows than `n_batch`, more outputs than `n_outputs_max`, a sequence id out
-of range in a memory operation, a partial copy between streams of cells, and access to the logits of a row without
-logits.
+of range in a memory operation, a partial copy between streams of cells, access to the logits of a row without logits,
+and with snapshots of recurrent states an `n_ubatch` of at most their number plus one (`engine.llama.rollback`).
 """
 
 from __future__ import annotations
@@ -78,6 +78,12 @@ class Decoder:
         # View of the library's buffer of logits, and the address of the buffer.
         self._logits_view: Logits = np.empty((0, self._vocabulary), np.float32)
         self._logits_address = 0
+        self.snapshots: int = native.llama_n_rs_seq(self._handle)
+        """Number of earlier recurrent states that the library keeps of each sequence, for rollbacks."""
+        # Number of rows that a rollback of each sequence can drop. Later decodes move the states, not the snapshots.
+        self._droppable = np.zeros(self.sequences, np.int64)
+        self.rolled_back: set[int] = set()
+        """Sequences whose state is that of a snapshot until their next decode."""
         self.adapters: Sequence[Any] = ()
         """Native handles of the model's LoRA adapters, by number."""
         self._applied: AdapterSet = ()
@@ -92,6 +98,8 @@ class Decoder:
         self._native_batch.n_tokens = self.batch.rows
         match native.llama_decode(self._handle, self._native_batch):
             case 0:
+                if self.snapshots:
+                    self._end_rollbacks()
                 host_work()
                 return self._logits()
             case 1:
@@ -113,6 +121,11 @@ class Decoder:
             raise NativeFault(f"a batch has a sequence id outside 0..{self.sequences - 1}")
         if batch.pos[:rows].max() >= self.positions:
             raise NoFreeCells
+
+    def _end_rollbacks(self) -> None:
+        counts = np.bincount(self.batch.seq[: self.batch.rows], minlength=self.sequences)
+        self._droppable = np.clip(counts - 1, 0, self.snapshots)
+        self.rolled_back.difference_update(np.flatnonzero(counts).tolist())
 
     def _logits(self) -> Logits:
         outputs = self.batch.outputs
@@ -146,15 +159,18 @@ class Decoder:
         if native.llama_set_adapter_cvec(self._handle, pointer, numbers.size, numbers.shape[1], start, end):
             raise NativeFault("the control vector does not fit the model")
 
-    def get_state(self, seq: int) -> State | None:
-        """Returns the native state of a sequence; None if the library cannot save it."""
-        size: int = native.llama_state_seq_get_size(self._handle, seq)
+    def get_state(self, seq: int, flags: int = 0) -> State | None:
+        """Returns the native state of a sequence; None if the library cannot save it. `flags` are llama.cpp's
+        `llama_state_seq_flags`, by default for the whole state."""
+        size: int = native.llama_state_seq_get_size_ext(self._handle, seq, flags)
         state: State = np.empty(size, np.uint8)
-        return state if native.llama_state_seq_get_data(self._handle, _bytes(state), size, seq) == size else None
+        read_bytes: int = native.llama_state_seq_get_data_ext(self._handle, _bytes(state), size, seq, flags)
+        return state if read_bytes == size else None
 
-    def set_state(self, seq: int, state: State) -> bool:
-        """Replaces the content of a sequence. Returns False, with the sequence empty, if `state` is refused."""
-        read_bytes: int = native.llama_state_seq_set_data(self._handle, _bytes(state), state.nbytes, seq)
+    def set_state(self, seq: int, state: State, flags: int = 0) -> bool:
+        """Replaces the content of a sequence, or the part that `flags` select. Returns False, with the sequence empty,
+        if `state` is refused."""
+        read_bytes: int = native.llama_state_seq_set_data_ext(self._handle, _bytes(state), state.nbytes, seq, flags)
         if read_bytes == state.nbytes:
             return True
         self.drop(seq)  # a truncated state can leave cells without content
@@ -162,8 +178,27 @@ class Decoder:
 
     def drop(self, seq: int, start: int = -1) -> bool:
         """Drops the positions of a sequence from `start` on, by default all. Returns False, with nothing changed, if
-        the model can only drop whole sequences."""
+        the model can drop whole sequences and the last rows only, and these are others."""
+        if start <= 0 or not self.snapshots:
+            self.rolled_back.discard(seq)
+        elif start <= (last := self.last_position(seq)):
+            # The library does not check that there is a snapshot of the state.
+            if last - start >= self._droppable[seq]:
+                return False
+            self._droppable[seq] = 0
+            self.rolled_back.add(seq)
         return bool(native.llama_memory_seq_rm(self._memory, seq, start, -1))
+
+    def copy_snapshot(self, source: int, target: int) -> bool:
+        """Completes a copy with unified KV, for which the library shares the recurrent state of `source` from before a
+        rollback. Returns False, with `target` empty, if the library refuses the state."""
+        if source not in self.rolled_back:
+            return True
+        state = self.get_state(source, native.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+        if state is None:
+            self.drop(target)
+            return False
+        return self.set_state(target, state, native.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
 
     def first_position(self, seq: int) -> int:
         """Returns the first position of a sequence; -1 if it is empty."""
@@ -172,6 +207,15 @@ class Decoder:
     def last_position(self, seq: int) -> int:
         """Returns the last position of a sequence; -1 if it is empty."""
         return int(native.llama_memory_seq_pos_max(self._memory, seq))
+
+    def length(self, seq: int) -> int:
+        """Returns the number of positions of `seq`."""
+        self._check_ids(seq)
+        return self.last_position(seq) + 1
+
+    def _check_ids(self, *sequences: int) -> None:
+        if not all(0 <= seq < self.sequences for seq in sequences):
+            raise NativeFault(f"a sequence id outside 0..{self.sequences - 1} in {sequences}")
 
     def move(self, seq: int, by: int) -> None:
         """Adds `by` to all positions of a sequence. The next decode rotates the keys accordingly."""
@@ -183,6 +227,7 @@ class Decoder:
 
     def clear(self) -> None:
         """Frees every cell."""
+        self.rolled_back.clear()
         native.llama_memory_clear(self._memory, False)
 
     def abort(self) -> None:

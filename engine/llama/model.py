@@ -32,6 +32,7 @@ from engine.llama.params import (
     trained_tokens,
 )
 from engine.llama.placement import set_placement
+from engine.llama.rollback import snapshots_of
 from engine.llama.textless import TextlessContext
 from engine.llama.threads import ThreadPools, check_cpus, open_pools, prepare_threads, thread_count
 from engine.llama.vocab import LlamaVocab
@@ -169,9 +170,13 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     heads: int = native.llama_model_n_head(model)
     trained_context = trained_tokens(config.rope, model)
 
+    recurrent = kind in ("recurrent", "hybrid")
+    free = sum(library.free_gpu_memory().values()) if gpu else layout.free_memory()
+
     def params_of(chosen: KvLayout) -> Any:
-        params = context_params(config.model, config.batch, chosen, threads, heads, bool(gpu))
+        params = context_params(config.model, config.batch, chosen, threads, heads, bool(gpu), recurrent=recurrent)
         set_rope(config.rope, params)
+        params.n_rs_seq = snapshots_of(config, model, params, free).count if recurrent else 0
         return params
 
     library.clear_errors()
@@ -199,6 +204,7 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
         kv_reason=chosen.reason,
         adapters=tuple(each.info for each in adapters),
         cell_bytes=cell_bytes(config.model, model) if isinstance(context, LlamaContext) else 0,
+        no_drafts=snapshots_of(config, model, params, free).reason if recurrent else "",
     )
     return LlamaBackend(model, vocab, context, info, pools)
 

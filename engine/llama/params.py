@@ -67,25 +67,32 @@ def trained_tokens(rope: RopeConfig, model: Any) -> int:
     return rope.scaled_context(round(tokens * (native.llama_model_rope_freq_scale_train(model) or 1.0)), tokens)
 
 
-def sequences_for(slots: int, unified: bool) -> int:
+def sequences_for(slots: int, unified: bool, *, recurrent: bool = False) -> int:
     """Returns the number of native sequence ids for a number of slots.
 
     With per-slot KV each slot has one id, as each id has its own cells. With unified KV an id costs nothing, so each
     slot has a second id for an idle prefix, and there are 17 more. The last one is the spare id for loading and cutting
-    states.
+    states. Only 2 more are there for a `recurrent` model, where each id takes the memory of a state.
     """
-    return min(MAX_SEQUENCES, 2 * slots + 17) if unified else slots
+    return min(MAX_SEQUENCES, 2 * slots + (2 if recurrent else 17)) if unified else slots
 
 
 def context_params(
-    model: ModelConfig, batch: BatchConfig, layout: KvLayout, threads: int, heads: int, gpu: bool
+    model: ModelConfig,
+    batch: BatchConfig,
+    layout: KvLayout,
+    threads: int,
+    heads: int,
+    gpu: bool,
+    *,
+    recurrent: bool = False,
 ) -> Any:
     """Returns the parameters of a context with the cells of `layout`, rounded up to a multiple of `PAD_CELLS`. `heads`
-    is the number of attention heads, `gpu` is True if a GPU computes the model."""
+    is the number of attention heads, `gpu` is True if a GPU computes the model, `recurrent` if layers have states."""
     params = native.llama_context_default_params()
     params.n_ctx = -(-layout.cells // PAD_CELLS) * PAD_CELLS
     params.kv_unified = layout.unified
-    params.n_seq_max = sequences_for(batch.num_slots, layout.unified)
+    params.n_seq_max = sequences_for(batch.num_slots, layout.unified, recurrent=recurrent)
     params.n_batch = max(batch.rows, params.n_seq_max)
     params.n_ubatch = min(batch.ubatch, params.n_batch)
     outputs = batch.outputs or max(MIN_OUTPUTS, OUTPUTS_PER_SLOT * batch.num_slots)

@@ -13,6 +13,7 @@ class TextlessContext:
     """Implements `engine.backend.Context` with empty sequences. Every decode raises NativeFault."""
 
     unified = flash = partial = divisible = shifts = False
+    max_rollback = 0
     cells = sequence_cells = window = 0
     prefill_rows = 1
     streams = 1

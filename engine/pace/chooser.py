@@ -182,15 +182,30 @@ class DraftChooser:
     ) -> Callable[[Sequence[Chances], int], DraftLengths]:
         """Returns a function that computes the best lengths, given one draft for each of `seqs` and the minimum number
         of tokens in all."""
-        if self.cost.layout.unified:
+        if self._any_split:
             seconds = self.cost.unified_steps(step.rows, max(0, max_tokens), step.cells)
             seconds[1:] *= 1.0 + DRAFT_MARGIN
             return lambda curves, min_tokens: best_lengths(curves, seconds, step.base_tokens, min_tokens=min_tokens)
-        columns = Columns.of(step.sequences, seqs)
+        columns = self._columns(seqs, step)
         cost, steps = partial(self._per_slot_seconds, columns), max(16, _MAX_PAIRS // columns.intervals)
         return lambda curves, min_tokens: best_lengths_per_slot(
             curves, cost, step.base_tokens, max_tokens, min_tokens, steps
         )
+
+    @property
+    def _any_split(self) -> bool:
+        """True if a pass takes any rows, so that the cost of drafts depends only on the total of their tokens."""
+        return self.cost.layout.unified and not self.cost.layout.recurrent
+
+    def _columns(self, seqs: Sequence[int], step: UpcomingStep) -> Columns:
+        """Returns the columns of `step` with drafts for `seqs`. With unified KV and recurrent states a pass takes any
+        sequences with the same number of rows, which attend to all resident cells."""
+        if not self.cost.layout.unified:
+            return Columns.of(step.sequences, seqs)
+        placed = sorted(step.sequences, key=lambda part: (part.seq in seqs, part.rows))
+        index = {part.seq: i for i, part in enumerate(placed)}
+        parts = [SequenceRows(i, part.rows, step.cells) for i, part in enumerate(placed)]
+        return Columns.of(parts, [index[seq] for seq in seqs])
 
     def _per_slot_seconds(self, columns: Columns, lengths: StepMatrix) -> Seconds:
         seconds = self.cost.per_slot_steps(columns, columns.heights(lengths))
@@ -259,9 +274,9 @@ class DraftChooser:
 
     def _equal_steps(self, seqs: Sequence[int], step: UpcomingStep, max_tokens: int) -> Seconds:
         """Returns the seconds, with `DRAFT_MARGIN`, of steps with 0 to `max_tokens` draft tokens for each of `seqs`."""
-        if self.cost.layout.unified:
+        if self._any_split:
             seconds = self.cost.unified_steps(step.rows, len(seqs) * max_tokens, step.cells)[:: max(1, len(seqs))]
             seconds[1:] *= 1.0 + DRAFT_MARGIN
             return seconds
         lengths = np.repeat(np.arange(1 + max_tokens, dtype=np.int16)[None], len(seqs), axis=0)
-        return self._per_slot_seconds(Columns.of(step.sequences, seqs), lengths)
+        return self._per_slot_seconds(self._columns(seqs, step), lengths)

@@ -217,18 +217,19 @@ class StepCost:
         return self.load_factor * (bare + self.row_cell * cells * rows) + self.host_seconds
 
     def per_slot_steps(self, columns: Columns, heights: StepMatrix) -> Seconds:
-        """Returns the seconds, including host time, of each of the steps with per-slot KV whose columns have `heights`
-        rows.
+        """Returns the seconds, including host time, of each of the steps whose columns have `heights` rows, with
+        per-slot KV or recurrent states.
 
         Requires a measurement.
         """
         found, steps = strips(columns, heights), heights.shape[1]
         totals = found.sequences * found.rows
         bare = self._of_strips(found.sequences, found.rows)
-        if not self.layout.flash:
+        own_cells = self.layout.flash or self.layout.recurrent
+        if not own_cells:
             bare += self.row_cell * totals * found.padded
         seconds: Seconds = np.bincount(found.step, bare, steps).astype(np.float64)
-        if self.layout.flash:
+        if own_cells:
             seconds += self.row_cell * (columns.cells @ heights)
         return self.load_factor * seconds + self.host_seconds
 

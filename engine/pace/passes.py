@@ -7,7 +7,7 @@ llama.cpp splits a batch into passes (`llama-batch.cpp`). With unified KV a pass
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backend import Context
+from engine.pace.recurrent_passes import RecurrentPass, recurrent_passes
 
 # `llama_kv_cache::get_n_kv` rounds the cells of a pass up to a multiple of this.
 PADDED_CELLS = 256
@@ -73,15 +74,29 @@ class Layout(NamedTuple):
     """Maximum rows of a pass."""
     flash: bool = False
     """True if attention skips the cells of a pass that a row does not attend to."""
+    recurrent: bool = False
+    """True if layers have recurrent states, so that all sequences of a pass have the same number of rows."""
+    max_rollback: int = 0
+    """With `recurrent`: maximum rows of a sequence that can be rolled back."""
 
     @classmethod
     def of(cls, context: Context) -> Layout:
         """Returns the layout of `context`."""
-        return cls(context.unified, context.ubatch, context.flash)
+        return cls(context.unified, context.ubatch, context.flash, not context.partial, context.max_rollback or 0)
 
     def passes(self, rows: Sequence[SequenceRows]) -> tuple[Pass, ...]:
-        """Returns the passes of a step of `rows`; see the function `passes`."""
+        """Returns the passes of a step of `rows`; see the function `passes`. With `recurrent` the first sequence of a
+        pass is not determined."""
+        if self.recurrent:
+            placed = sorted(rows, key=lambda part: (part.rows, part.seq))
+            return tuple(Pass(0, len(each.seqs), each.rows) for each in self.recurrent_passes(placed))
         return passes(rows, self.unified, self.ubatch)
+
+    def recurrent_passes(self, rows: Iterable[SequenceRows]) -> list[RecurrentPass]:
+        """Returns the passes of a step of `rows`, in the order of the batch, with `recurrent`."""
+        tail = self.max_rollback + 1 if self.max_rollback else 0
+        counts = [(part.seq, part.rows) for part in rows]
+        return recurrent_passes(counts, self.ubatch, tail, consecutive=not self.unified)
 
     def shape(self, rows: Sequence[SequenceRows], resident: int = 0) -> StepShape:
         """Returns the shape of a step of `rows`. `resident` is the number of cells in use by all sequences."""
@@ -138,7 +153,7 @@ def attended(rows: Sequence[SequenceRows], found: Sequence[Pass], layout: Layout
     """
     if layout.unified:
         return resident * sum(part.rows for part in rows)
-    if layout.flash:
+    if layout.flash or layout.recurrent:
         return sum(part.rows * part.cells for part in rows)
     lengths = [padded(part.cells) for part in rows]
     return sum(each.total * max(lengths[each.first : each.first + each.sequences]) for each in found)

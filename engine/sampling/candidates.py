@@ -106,7 +106,7 @@ def _require_finite(peak: np.float32) -> float:
 
 
 def _floor(peak: float, reach: float) -> float:
-    """Returns `peak - reach`, lowered so far that no token is excluded by rounding to float32."""
+    """Returns `peak - reach`, lowered by the rounding error of float32, so that no token is excluded wrongly."""
     return peak - reach - (abs(peak) + reach) * 2.0**-23
 
 

@@ -58,7 +58,7 @@ class DryPenalty:
         self._repeats: RepeatLengths = RepeatLengths(params.dry_penalty_last_n, self._is_breaker, known)
 
     def fork(self) -> DryPenalty:
-        """Returns the same penalty for histories that continue this one's, as drafts do."""
+        """Returns a penalty with the same parameters, for histories that continue the history of this one."""
         return DryPenalty(self._params, self._token_bytes, self)
 
     def apply(self, row: Row, history: Sequence[int]) -> None:

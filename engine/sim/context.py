@@ -49,6 +49,7 @@ class SimContext:
     """Implements `engine.backend.Context`. A cell holds a hash of all tokens up to its position."""
 
     partial, divisible, shifts = True, True, False
+    max_rollback = None
     prefill_rows = 1
     window = 0
 

@@ -178,6 +178,10 @@ class FakeSlotFiles:
         return SlotTransfer(70, 1000, 0.25)
 
 
+def _counts(names: Iterable[str], count: int) -> dict[str, Any]:
+    return dict.fromkeys(names, count)
+
+
 class FakeEngine:
     """Plays `script` for every request. `log` has an entry for each submission, cancellation and slot operation."""
 
@@ -254,10 +258,8 @@ class FakeEngine:
         histogram = Histogram((0.1, 1.0), (2, 1, 1), 3.5)
         return Stats(
             requests_finished={"stop": 3, "length": 1, "cancelled": 0, "error": 0},
-            **dict.fromkeys(
-                ("prompt_tokens", "cached_tokens", "completion_tokens", "drafted_tokens", "accepted_tokens"), 7
-            ),
-            **dict.fromkeys(("steps", "native_passes", "preemptions", "restores", "hits"), 5),
+            **_counts(("prompt_tokens", "cached_tokens", "completion_tokens", "drafted_tokens", "accepted_tokens"), 7),
+            **_counts(("steps", "native_passes", "preemptions", "restores", "hits"), 5),
             busy_seconds=2.5,
             native_seconds=2.0,
             prefilled_tokens=6,
@@ -272,7 +274,7 @@ class FakeEngine:
             cells=100,
             cells_used=60,
             cells_idle=10,
-            **dict.fromkeys(("saved_tokens", "restored_tokens", "ram_bytes", "disk_bytes"), 9),
+            **_counts(("saved_tokens", "restored_tokens", "ram_bytes", "disk_bytes"), 9),
             drafts=(
                 DraftStats("suffix", 20, (1, 2, 3), 7.5, 0.8, 0.25, 0.75),
                 DraftStats("ngram-mod", 9, (0, 1, 0, 1)),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 
 def commit(repository: str) -> str:
@@ -38,6 +38,8 @@ class HubServer:
     """Status and X-Error-Code by repository."""
     cut_after: list[int] = field(default_factory=list)
     """Bytes of the next downloads after which the connection breaks."""
+    listing: bytes = b""
+    """Reply in place of each listing; empty is the listing itself."""
     damaged: bool = False
     """True if downloads have one wrong byte."""
     asked: list[Asked] = field(default_factory=list)
@@ -93,7 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
             status, code = hub.refusals[repository]
             self._send(status, b"", {"X-Error-Code": code})
         elif path == f"/api/models/{repository}":
-            self._send(200, json.dumps(self._listing(repository)).encode(), {"Content-Type": "application/json"})
+            body = hub.listing or json.dumps(self._listing(repository)).encode()
+            self._send(200, body, {"Content-Type": "application/json"})
         elif path.startswith("/cdn/"):
             self._send_file(hub.files[repository][path.partition(f"{repository}/")[2]])
         elif (content := hub.files.get(repository, {}).get(path.partition("/resolve/")[2].partition("/")[2])) is None:
@@ -104,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "X-Repo-Commit": commit(repository),
                 "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
                 "X-Linked-Size": str(len(content)),
-                "Location": f"http://localhost:{hub.port}/cdn/{repository}/{name}",
+                "Location": quote(f"http://localhost:{hub.port}/cdn/{repository}/{name}", safe=":/"),
             }
             self._send(302, b"", linked)
 

@@ -142,7 +142,7 @@ async def test_too_many_vectors_are_refused() -> None:
     engine = embedding_engine(pooling="none", width=2**22)
     reply = await post(app_of(engine), "/embeddings", {"input": ["a", "bc"]})
     assert (reply.status, engine.embedded) == (400, [])
-    assert "at most 2 tokens in a request" in reply.json["error"]["message"]
+    assert "send at most 2 tokens, or start the server" in reply.json["error"]["message"]
     assert (await post(app_of(engine), "/embeddings", {"input": ["ab"]})).status == 200
 
 

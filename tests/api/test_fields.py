@@ -116,6 +116,7 @@ REFUSED: dict[str, tuple[Any, set[str]]] = {
     "reasoning_budget": (5, {TEXT, LLAMA}),
     "reasoning_budget_tokens": (5, {TEXT, LLAMA}),
     "thinking_budget_tokens": (5, {TEXT, LLAMA}),
+    "reasoning_budget_message": ("x", {TEXT, LLAMA}),
     "add_generation_prompt": (True, {TEXT, LLAMA}),
     "continue_final_message": (True, {TEXT, LLAMA}),
     "chat_template": ("x", {CHAT, TEXT, LLAMA}),  # chats need a flag

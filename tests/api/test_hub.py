@@ -182,6 +182,41 @@ def test_a_part_that_a_repository_lacks(server: HubServer, hub: Hub, notes: Note
         fetch_model(hub, "other/Split", "", notes)
 
 
+@pytest.mark.parametrize(
+    "listing",
+    [
+        b"<html>Log in to the network</html>",
+        b"[]",
+        b'{"sha": "../../.."}',
+        b'{"sha": "a", "siblings": [{"rfilename": "m.gguf", "lfs": {"sha256": "../../../../file"}}]}',
+        b'{"sha": "a", "siblings": [{"rfilename": "m.gguf", "blobId": "../../../../file"}]}',
+        b'{"sha": "a", "siblings": [{"rfilename": "m.gguf", "size": "large"}]}',
+    ],
+)
+def test_a_reply_that_is_no_listing(server: HubServer, hub: Hub, notes: Notes, listing: bytes) -> None:
+    server.listing = listing
+    with pytest.raises(HubError, match=f"{REPOSITORY}: {server.url} replied with something other than a list of files"):
+        fetch_model(hub, REPOSITORY, "", notes)
+    assert not server.downloads()
+
+
+def test_odd_names_of_files(server: HubServer, hub: Hub, notes: Notes) -> None:
+    names = (
+        "../../../../m.gguf",
+        "/tmp/m.gguf",
+        "m\x1b[31m.gguf",
+        "m-Q8_0-00001-of-00000.gguf",
+        "100%25 a#b?c-Q4_0.gguf",
+    )
+    server.files[REPOSITORY] = dict.fromkeys(names, SMALL)
+    path = fetch_model(hub, f"{REPOSITORY}:Q4_0", "", notes)
+    assert (path.name, path.read_bytes()) == (names[-1], SMALL)
+    assert any(asked.path.endswith(f"/{names[-1]}") for asked in server.downloads())
+    assert fetch_model(hub, REPOSITORY, names[3], notes).read_bytes() == SMALL
+    with pytest.raises(HubError, match="has no file"):
+        fetch_model(hub, REPOSITORY, names[0], notes)
+
+
 def test_no_space_is_found_before_the_download(
     server: HubServer, hub: Hub, notes: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

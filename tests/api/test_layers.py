@@ -16,7 +16,7 @@ templates
 generation
 anthropic openai llama_server ui
 server
-commands
+commands ray_serve
 __main__
 """
 HTTP = """
@@ -84,9 +84,11 @@ LLAMA_SERVER = "completion_schema\ncompletion lora props rerank slots tokenize\n
 UI = "page snapshot\nevents"
 SERVER = """
 connections logs metric_families access_metrics
-http_protocol vllm_metrics predict terminal
+http_protocol vllm_metrics predict terminal tracing
 metrics router_info
 status
+operations
+openapi
 app
 lifecycle
 """

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 # Values with a form that the type does not have.
 EXAMPLES: dict[str, Any] = {"template_kwargs": '{"a": 1}', "repo": "user/model:Q8_0", "draft_repo": "user/draft"}
 EXAMPLES |= {"url": "https://host/model.gguf", "api_prefix": "/models", "json_schema": "{}", "samplers": "top_k"}
+EXAMPLES |= {"otlp_traces_endpoint": "http://127.0.0.1:4318/v1/traces"}
 EXAMPLES |= {"sampler_seq": "k", "logit_bias": ("15043+1",), "n_min": 5, "mod_min": 30}
 # The text of these files replaces another setting.
 KEPT_FLAGS = [flag for flag in FLAGS if flag.field not in ("grammar_file", "json_schema_file")]
@@ -173,8 +174,8 @@ def test_errors_in_the_environment(
     [
         ([], "no model is given: name a GGUF file with -m, or a repository with -hf"),
         (["-m"], "-m/--model: expected one argument"),
-        (["-m", "x", "-np", "0"], "-np/--parallel: expected a whole number from 1 to 256, not '0'"),
-        (["-m", "x", "-np", "many"], "-np/--parallel: expected a whole number from 1 to 256, not 'many'"),
+        (["-m", "x", "-np", "257"], "-np/--parallel: expected a whole number from 0 to 256, not '257'"),
+        (["-m", "x", "-np", "many"], "-np/--parallel: expected a whole number from 0 to 256, not 'many'"),
         (["-m", "x", "--temp", "nan"], "--temp/--temperature: expected a number from 0 to 100, not 'nan'"),
         (["-m", "x", "-fa", "maybe"], "-fa/--flash-attn: expected one of auto, off, on, not 'maybe'"),
         (["-m", "x", "--ctx-sise", "9"], "unknown flag --ctx-sise; the nearest is --ctx-size"),
@@ -209,8 +210,8 @@ def test_errors_on_the_command_line(arguments: list[str], message: str, capsys: 
         ("slots = 5", "unknown table [slots]"),
         ("[bach]\nslots = 5", "unknown table [bach]; the nearest is batch"),
         ("[batch]\nslotz = 5", "[batch] has no key 'slotz'; the nearest is slots"),
-        ("[batch]\nslots = 0", "[batch] slots: expected a whole number from 1 to 256, not 0"),
-        ('[batch]\nslots = "5"', "[batch] slots: expected a whole number from 1 to 256, not '5'"),
+        ("[batch]\nslots = 257", "[batch] slots: expected a whole number from 0 to 256, not 257"),
+        ('[batch]\nslots = "5"', "[batch] slots: expected a whole number from 0 to 256, not '5'"),
         ("[batch]\ncontext_shift = 1", "[batch] context_shift: expected true or false, not 1"),
         ("[server]\nhost = true", "[server] host: expected a list of at least 1 item, not true"),
         ("[server]\napi_keys = 7", "[server] api_keys: expected a list of at least 1 item, not 7"),
@@ -263,13 +264,13 @@ def test_reference(capsys: pytest.CaptureFixture[str]) -> None:
     reference = capsys.readouterr().out
     assert reference == flag_reference()
     assert (
-        "| `-np`, `--parallel`, `$LLAMA_ARG_N_PARALLEL` | `slots` | 16 | "
-        "number of slots: sequences that are decoded together (from 1 to 256) |" in reference
+        "| `-np`, `--parallel`, `$LLAMA_ARG_N_PARALLEL` | `slots` | 0 | "
+        "number of slots: sequences that are decoded together; 0 is 16, " in reference
     )
     settings, _ = reference.split("## Flags without effect")
     rows = [line for line in settings.split("\n") if line.startswith("| `")]
     assert len(rows) == len(FLAGS)
-    assert BatchConfig().slots == 16
+    assert BatchConfig().num_slots == 16
 
 
 def test_the_reference_file_is_current() -> None:

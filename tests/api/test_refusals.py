@@ -290,7 +290,7 @@ async def test_a_body_of_the_maximum_size(app_of: Apps) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/nowhere", 404), ("POST", "/", 404), ("GET", CHAT, 405), ("PUT", "/v1/models", 405)],
+    [("GET", "/nowhere", 404), ("POST", "/", 405), ("GET", CHAT, 405), ("PUT", "/v1/models", 405)],
 )
 async def test_unknown_paths_and_methods(app: ASGIApp, method: str, path: str, status: int) -> None:
     answer = await call(app, method, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from api.__main__ import main
 from api.config.command_line import OptionError, parse
 from api.config.key_file import with_key_file
 from api.config.server import LogConfig
+from api.server.lifecycle import START_FAILED, run
 from api.server.logs import configure_logging
 from tests.api.asgi import call, post
 from tests.api.conftest import Apps
@@ -125,21 +127,21 @@ def test_forms_of_the_log(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("config", "verbose", "words"),
     [
-        (LogConfig(disable=True), False, set()),
-        (LogConfig(verbosity=0), False, set()),
-        (LogConfig(verbosity=1), False, {"failure"}),
-        (LogConfig(verbosity=3), False, {"request", "failure"}),
-        (LogConfig(verbosity=3), True, {"details", "request", "failure"}),
-        (LogConfig(verbosity=9), False, {"details", "request", "failure", "tensors"}),
+        (LogConfig(disable=True), False, []),
+        (LogConfig(verbosity=0), False, []),
+        (LogConfig(verbosity=1), False, ["failure"]),
+        (LogConfig(verbosity=3), False, ["request", "failure"]),
+        (LogConfig(verbosity=3), True, ["details", "request", "failure"]),
+        (LogConfig(verbosity=9), False, ["details", "request", "failure", "tensors"]),
     ],
     ids=str,
 )
 def test_levels_of_the_log(
-    config: LogConfig, verbose: bool, words: set[str], capsys: pytest.CaptureFixture[str]
+    config: LogConfig, verbose: bool, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     logged(config, verbose=verbose)
     written = capsys.readouterr().err
-    assert {word for word in ("details", "request", "failure", "tensors") if word in written} == words
+    assert [word for word in ("details", "request", "failure", "tensors") if word in written] == words
 
 
 # ── files and addresses ──
@@ -159,3 +161,14 @@ def test_levels_of_the_log(
 def test_unusable_files(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--sim", *flags]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_unchanged_log")
+def test_the_extra_is_named_where_it_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    monkeypatch.delitem(sys.modules, "api.server.tracing", raising=False)
+    flags = ["--sim", "--port", "0", "--otlp-traces-endpoint", "http://127.0.0.1:1/v1/traces"]
+    assert run(parse(flags)) == START_FAILED
+    assert "paceline[otel]" in capsys.readouterr().err

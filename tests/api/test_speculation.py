@@ -223,7 +223,7 @@ async def test_props(engine: FakeEngine) -> None:
             "supports_reasoning_effort": False,
         },
     }
-    assert (await call(app, "POST", "/props", {})).status == 405
+    assert (await call(app, "POST", "/props", {})).status == 501
 
 
 async def test_props_of_a_model_that_cannot_cut(engine: FakeEngine) -> None:

@@ -283,7 +283,7 @@ async def test_no_grammar_is_compiled_for_tokens(app: ASGIApp, path: str) -> Non
         ("/tokenize", {"messages": HELLO, "chat_template": "chatml"}, "chat_template"),
         ("/tokenize", {"messages": HELLO, "tools": [{"type": "function"}]}, "tools[0].function"),
         ("/apply-template", {"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
-        ("/v1/chat/completions/render", {"messages": HELLO, "functions": [{"name": "f"}]}, "functions"),
+        ("/v1/chat/completions/render", {"messages": HELLO, "functions": [{}]}, "functions[0].name"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
         ("/detokenize", {"tokens": [260]}, "tokens"),

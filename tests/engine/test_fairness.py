@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from engine.contract import Failed, Finished, FinishReason, Request
-from engine.fairness import Claim, QueueEntry, TokenCounters, displaced, rank
+from engine.fairness import Claim, QueueEntry, TokenCounters, displaced, prefill_share, rank
 from engine.time_limits import DeadlineExceeded, QueueTimeout
 from tests.engine.test_same_as_alone import LAYOUTS, CoreBench, context_of
 from tests.toy import ToyContext
@@ -64,6 +65,22 @@ def test_the_order_of_the_queue() -> None:
         rank(QueueEntry(0, False, math.inf, 4), 0.0, 2.0),
     ]
     assert [entry[-1] for entry in sorted(entries)] == [4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("prefilling", "decoding", "share"),
+    [
+        ({"a": 1.0}, {}, 0.0),
+        ({"a": 1.0}, {"a": 1.0}, 0.0),
+        ({"a": 1.0, "b": 1.0}, {"a": 1.0}, 3.0),
+        ({"b": 2.0}, {"a": 1.0}, 6.0),
+        ({"b": 1.0}, {"a": 1.0, "c": 9.0}, 3.0),
+    ],
+)
+def test_the_prefill_of_an_owner_without_output(
+    prefilling: dict[str, float], decoding: dict[str, float], share: float
+) -> None:
+    assert prefill_share(prefilling, decoding) == share
 
 
 def test_an_owner_gains_nothing_by_a_pause() -> None:
@@ -137,7 +154,7 @@ def test_tokens_are_divided_by_weight() -> None:
 def test_priorities_and_deadlines_order_the_requests_of_an_owner() -> None:
     bench = CoreBench(ToyContext(), slots=1)
     base = Request(prompt=(1, 2), max_tokens=2, ignore_eos=True)
-    fields = [{}, {"priority": 5}, {}, {"timeout": 1e6}, {"priority": -1}]
+    fields: list[dict[str, Any]] = [{}, {"priority": 5}, {}, {"timeout": 1e6}, {"priority": -1}]
     for key, changes in enumerate(fields):
         bench.submit(key, structs.replace(base, **changes))
     bench.run()

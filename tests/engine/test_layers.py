@@ -19,7 +19,7 @@ contents
 kv sampling pace scheduler
 llama
 speculate
-sequence generation sim stats validation loaded_adapters
+sequence generation sim stats validation loaded_adapters rollback
 verify waiting slots running watchdog time_limits
 embedding lifecycle
 output_processor
@@ -46,7 +46,7 @@ eviction
 allocator transfer
 cache
 """
-PACE = "curve acceptance step_log passes\ncost lengths\ncalibration chooser"
+PACE = "curve acceptance step_log recurrent_passes\npasses\ncost lengths\ncalibration chooser"
 SPECULATE = """
 proposer proposer_stats vocabulary
 ngram_index ngram_counts ngram_mod suffix_tree draft_model tracked_proposer
@@ -57,7 +57,7 @@ speculative_decoding
 LLAMA = """
 library gguf_file state layout special_tokens
 exact fit gguf_check params placement threads
-decoder memory_check
+decoder memory_check rollback
 shift adapters
 vocab context textless
 model

@@ -239,7 +239,8 @@ def test_random_interleavings(seed: int, unified: bool) -> None:
     random = Random(seed)
     cells = random.choice([64, 90, 300])
     sequences, rows = random.choice([5, 12]), random.choice([16, 64])
-    context = context_of(unified, cells, sequences=sequences, rows=rows, outputs=16)
+    max_rollback = (1, 3, 8)[seed % 3] if seed % 4 == 0 else None  # a model with recurrent states
+    context = context_of(unified, cells, sequences=sequences, rows=rows, outputs=16, max_rollback=max_rollback)
     bench = CoreBench(context, slots=4, prompt_rows=random.choice([1, 5, 100]))
     chance = random.choice([0.0, 0.0, 0.1])
     context.faults = lambda _: NoFreeCells() if random.random() < chance else None

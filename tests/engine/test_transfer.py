@@ -398,6 +398,10 @@ async def test_files_that_cannot_be_restored(tmp_path: Path) -> None:
         assert (await engine.slot_states())[0].tokens == 104
         with pytest.raises(EngineFault, match="cannot be written"):
             await engine.slot_files.save(0, path / "below a file")
+        (tmp_path / "theirs").write_bytes(b"GGUF of a model")
+        with pytest.raises(RequestRefused, match="is not a slot file"):
+            await engine.slot_files.save(0, tmp_path / "theirs")
+        assert (tmp_path / "theirs").read_bytes() == b"GGUF of a model"
     async with Engine.open(config(), opener=opener(backend(partial=False))) as engine:
         with pytest.raises(RequestRefused, match="another model"):
             await engine.slot_files.restore(0, path)

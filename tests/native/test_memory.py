@@ -139,8 +139,8 @@ def run_at_random(
         draw = random.randrange(10)
         key = len(bench.sequences)
         if draw < 2 and key < len(requests):
-            partial = bench.core.context.partial
-            oracle = Oracle(requests[key], expected[key], 0.3, random) if partial and random.random() < 0.5 else None
+            drafts = bench.core.context.max_rollback != 0 and random.random() < 0.5
+            oracle = Oracle(requests[key], expected[key], 0.3, random) if drafts else None
             bench.submit(key, requests[key], oracle)
         elif draw == 2 and key and random.random() < 0.2:
             victim = random.randrange(key)

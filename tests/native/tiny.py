@@ -64,13 +64,65 @@ def hybrid(path: Path, seed: int = 1) -> Path:
     return model.written("token_embd_norm")
 
 
+def delta_net(path: Path, seed: int = 1) -> Path:
+    """Writes a model whose even layers are gated delta nets and whose odd layers have cells (Qwen3.5)."""
+    state, heads = 32, 2
+    inner, channels = state * heads, 2 * state + state * heads
+    model = _Model(path, "qwen35", seed, feed_forward=2 * WIDTH)
+    model.heads()
+    model.writer.add_rope_dimension_count(HEAD_WIDTH)
+    model.writer.add_rope_dimension_sections([8, 4, 4, 0])
+    model.writer.add_uint32("qwen35.full_attention_interval", 2)
+    model.ssm(inner, state, heads)
+    for layer in range(LAYERS):
+        name = f"blk.{layer}"
+        model.ones(f"{name}.attn_norm", WIDTH)
+        if layer % 2:
+            model.attention(layer, queries=2 * WIDTH)  # queries and gates
+        else:
+            model.matrix(f"{name}.attn_qkv", WIDTH, channels)
+            model.matrix(f"{name}.attn_gate", WIDTH, inner)
+            model.numbers(f"{name}.ssm_conv1d.weight", model.random(channels, 4))
+            model.numbers(f"{name}.ssm_dt.bias", np.full(heads, -2))
+            model.numbers(f"{name}.ssm_a", -np.linspace(0.1, 1, heads))
+            model.matrix(f"{name}.ssm_beta", WIDTH, heads)
+            model.matrix(f"{name}.ssm_alpha", WIDTH, heads)
+            model.ones(f"{name}.ssm_norm", state)
+            model.matrix(f"{name}.ssm_out", inner, WIDTH)
+        model.ones(f"{name}.post_attention_norm", WIDTH)
+        model.feed_forward(layer, norm=False)
+    return model.written("output_norm")
+
+
+def mamba2(path: Path, seed: int = 1) -> Path:
+    """Writes a model with two layers with a state, one with cells and one feed-forward layer (Nemotron-H)."""
+    inner, state, heads, hidden = 2 * WIDTH, 16, 4, 2 * WIDTH
+    channels = inner + 2 * state
+    model = _Model(path, "nemotron_h", seed, feed_forward=[0, 0, 0, hidden])
+    model.heads([0, 1, 0, 0])
+    model.writer.add_layer_norm_eps(1e-5)
+    model.ssm(inner, state, heads)
+    for layer in range(LAYERS):
+        model.ones(f"blk.{layer}.attn_norm", WIDTH)
+    for layer in (0, 2):
+        model.matrix(f"blk.{layer}.ssm_in", WIDTH, inner + channels + heads, gain=1.5)
+        model.numbers(f"blk.{layer}.ssm_conv1d.weight", model.random(channels, 4))
+        model.numbers(f"blk.{layer}.ssm_conv1d.bias", np.zeros(channels))
+        model.numbers(f"blk.{layer}.ssm_dt.bias", np.full(heads, -2))
+        model.numbers(f"blk.{layer}.ssm_a", -np.linspace(0.1, 2, heads)[:, None])
+        model.numbers(f"blk.{layer}.ssm_d", np.ones((heads, 1)))
+        model.numbers(f"blk.{layer}.ssm_norm.weight", np.ones((1, inner)))
+        model.matrix(f"blk.{layer}.ssm_out", inner, WIDTH, gain=2)
+    model.attention(1, norms=False)
+    model.matrix("blk.3.ffn_up", WIDTH, hidden)
+    model.matrix("blk.3.ffn_down", hidden, WIDTH, gain=2)
+    return model.written("output_norm")
+
+
 def windowed(path: Path, window: int = 32, seed: int = 1) -> Path:
     """Writes a model whose even layers attend to the last `window` positions only (Gemma 3); 0 means all positions."""
     model = _Model(path, "gemma3", seed, feed_forward=2 * WIDTH)
-    model.writer.add_head_count(WIDTH // HEAD_WIDTH)
-    model.writer.add_head_count_kv(1)
-    model.writer.add_key_length(HEAD_WIDTH)
-    model.writer.add_value_length(HEAD_WIDTH)
+    model.heads()
     model.writer.add_sliding_window(window)
     model.writer.add_sliding_window_pattern([layer % 2 == 0 for layer in range(LAYERS)])
     for layer in range(LAYERS):
@@ -85,10 +137,7 @@ def windowed(path: Path, window: int = 32, seed: int = 1) -> Path:
 def experts(path: Path, seed: int = 1) -> Path:
     """Writes a model whose feed-forward parts are two of four experts (Mixtral)."""
     model = _Model(path, "llama", seed, feed_forward=2 * WIDTH)
-    model.writer.add_head_count(WIDTH // HEAD_WIDTH)
-    model.writer.add_head_count_kv(1)
-    model.writer.add_key_length(HEAD_WIDTH)
-    model.writer.add_value_length(HEAD_WIDTH)
+    model.heads()
     model.writer.add_rope_dimension_count(HEAD_WIDTH)
     model.writer.add_expert_count(4)
     model.writer.add_expert_used_count(2)
@@ -106,11 +155,11 @@ def experts(path: Path, seed: int = 1) -> Path:
 class _Model:
     """A writer of a GGUF: the vocabulary, the fields common to all kinds, and weights from one seed."""
 
-    def __init__(self, path: Path, architecture: str, seed: int, feed_forward: int) -> None:
+    def __init__(self, path: Path, architecture: str, seed: int, feed_forward: int | list[int]) -> None:
         self.path = path
         self.writer = GGUFWriter(path, architecture)
         self._random = np.random.default_rng(seed)
-        self._hidden = feed_forward
+        self._hidden = feed_forward if isinstance(feed_forward, int) else max(feed_forward)
         self.writer.add_name(f"tiny {architecture}")
         self.writer.add_context_length(8192)
         self.writer.add_embedding_length(WIDTH)
@@ -137,18 +186,34 @@ class _Model:
         self.writer.add_add_bos_token(False)
         self.writer.add_chat_template(TEMPLATE)
 
-    def attention(self, layer: int, *, norms: bool = True) -> None:
+    def attention(self, layer: int, *, norms: bool = True, queries: int = WIDTH) -> None:
         """Adds queries, keys and values. Their norms make the scores large, so that a few positions matter most."""
-        self.matrix(f"blk.{layer}.attn_q", WIDTH, WIDTH)
+        self.matrix(f"blk.{layer}.attn_q", WIDTH, queries)
         self.matrix(f"blk.{layer}.attn_k", WIDTH, HEAD_WIDTH)
         self.matrix(f"blk.{layer}.attn_v", WIDTH, HEAD_WIDTH, gain=2)
         self.matrix(f"blk.{layer}.attn_output", WIDTH, WIDTH)
         for norm in ("attn_q_norm", "attn_k_norm") if norms else ():
             self.numbers(f"blk.{layer}.{norm}.weight", np.full(HEAD_WIDTH, 1.7))
 
-    def feed_forward(self, layer: int) -> None:
-        """Adds the gated feed-forward part with its norm."""
-        self.ones(f"blk.{layer}.ffn_norm", WIDTH)
+    def heads(self, kv: int | list[int] = 1) -> None:
+        """Adds the numbers and sizes of heads; `kv` has the heads of keys of all layers or of each."""
+        self.writer.add_head_count(WIDTH // HEAD_WIDTH)
+        self.writer.add_head_count_kv(kv)
+        self.writer.add_key_length(HEAD_WIDTH)
+        self.writer.add_value_length(HEAD_WIDTH)
+
+    def ssm(self, inner: int, state: int, heads: int) -> None:
+        """Adds the sizes of recurrent states."""
+        self.writer.add_ssm_conv_kernel(4)
+        self.writer.add_ssm_inner_size(inner)
+        self.writer.add_ssm_state_size(state)
+        self.writer.add_ssm_time_step_rank(heads)
+        self.writer.add_ssm_group_count(1)
+
+    def feed_forward(self, layer: int, *, norm: bool = True) -> None:
+        """Adds the gated feed-forward part, with its norm if `norm`."""
+        if norm:
+            self.ones(f"blk.{layer}.ffn_norm", WIDTH)
         self.matrix(f"blk.{layer}.ffn_gate", WIDTH, self._hidden)
         self.matrix(f"blk.{layer}.ffn_up", WIDTH, self._hidden)
         self.matrix(f"blk.{layer}.ffn_down", self._hidden, WIDTH, gain=2)
