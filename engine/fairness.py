@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-# Seconds of prefill for each second of decoding, while an owner without decoding sequences is prefilled together with others.
+# Seconds of prefill for each second of decoding, while an owner without decoding sequences is prefilled beside others.
 # With equal time a first token takes more than twice as long as alone, as each small chunk pays for a whole pass.
 _FIRST_TOKEN_SHARE = 3.0
 # Maximum number of owners without requests whose counters are kept.

@@ -202,7 +202,7 @@ class FixedSampler(Sampler):
     def __init__(self) -> None:
         pass
 
-    def pick(self, *_: object, **__: object) -> int:
+    def sample(self, *_: object, **__: object) -> int:
         return 9
 
 
@@ -210,7 +210,7 @@ class FixedSampler(Sampler):
 def test_draft_tokens_are_accepted_at_random(rate: float, picked: list[int]) -> None:
     sampler = synthetic.RandomAcceptanceSampler(FixedSampler(), (3, 4), 5, rate, Random(0))
     row = np.zeros(10, np.float32)
-    assert [sampler.pick(row, range(length), 1) for length in (5, 6, 7)] == picked
+    assert [sampler.sample(row, range(length), 1) for length in (5, 6, 7)] == picked
 
 
 def test_the_rates_of_llama_server_are_cumulative() -> None:

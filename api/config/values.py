@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ BOOLEAN_WORDS = {
     **dict.fromkeys(("true", "1", "on", "enabled"), True),
     **dict.fromkeys(("false", "0", "off", "disabled"), False),
 }
+# Python's stand-ins for bytes of the command line that are not UTF-8.
+_NOT_UTF8 = re.compile(r"[\ud800-\udfff]")
 
 
 class OptionError(Exception):
@@ -28,6 +31,9 @@ def convert_value(flag: Flag, given: Any, source: str) -> object:
     `given` is a text, a list of texts for a repeatable flag or one with several values, or a boolean for a switch on
     the command line. `source` names the flag or the variable in errors. Raises OptionError.
     """
+    texts = [given] if isinstance(given, str) else [] if isinstance(given, bool) else given
+    if any(map(_NOT_UTF8.search, texts)):
+        raise OptionError(f"{source}: expected a text in UTF-8, not {given!r:.200}")
     value = _normalized(flag, given, source)
     if value is msgspec.UNSET:
         return value
@@ -36,8 +42,6 @@ def convert_value(flag: Flag, given: Any, source: str) -> object:
     except msgspec.ValidationError:
         shown = " ".join(given) if flag.arity > 1 else given
         raise OptionError(f"{source}: expected {flag.expects}, not {quoted(shown)}") from None
-    except UnicodeEncodeError:
-        raise OptionError(f"{source}: expected a text in UTF-8, not {given!r:.200}") from None
 
 
 def _normalized(flag: Flag, given: Any, source: str) -> Any:

@@ -127,6 +127,8 @@ def _listen_on_all(config: ServerConfig, exit_stack: ExitStack) -> list[socket.s
             # os.strerror does not know.
             reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
             raise _StartError(f"cannot listen on {host}:{port}: {reason}") from None
+        except UnicodeError:  # such as 127.0.0..1, which has an empty part
+            raise _StartError(f"cannot listen on {host}:{port}: not an address or the name of a host") from None
         port = listeners[0].getsockname()[1]
     return listeners
 

@@ -1,6 +1,7 @@
 """Cost of a step, acceptance of drafts, and the number of draft tokens that a step verifies.
 
 curve        seconds of a pass by its rows, with every jump
+recurrent_passes  passes of models with recurrent states, and the rollbacks that they make impossible: pure functions
 passes       passes and attended cells of a step, by KV layout: pure functions
 cost         cost of a step, learned from each step; number of prompt rows that fit into a step
 calibration  measurement of the cost at start, saved for the next start

@@ -171,7 +171,7 @@ async def test_pages_that_may_not_change_slots(
     app = app_of(host=["0.0.0.0"], **config)
     headers = {"host": "lan:8000", "authorization": "Bearer k", **({"origin": origin} if origin else {})}
     for length in ("0", "2"):  # without a body, a page needs no permission to send the request
-        body = None if length == "0" else {}
+        body: dict[str, Any] | None = None if length == "0" else {}
         own = {**headers, "content-length": length, "content-type": "application/json"}
         assert (await post(app, "/slots/1?action=erase", body, headers=own)).status == status
     assert (await post(app, CHAT, HELLO, headers={**headers, "content-type": "application/json"})).status == 200

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from api.config.options import Options
 from api.generation.loaded_model import AppState, LoadedModel
-from api.http.api_keys import namespace_of
+from api.http.key_ring import namespace_of
 from api.server.app import create_app
 from engine import Engine, EngineConfig
 from tests.api.asgi import call, post

@@ -343,6 +343,7 @@ async def test_models(app: ASGIApp) -> None:
         "max_model_len": 512,
         "meta": {"n_vocab": 260, "n_ctx": 2048, "n_ctx_train": 4096, "n_params": 2000, "size": 1000},
         "aliases": ["fake-1"],
+        "tags": [],
     }
     assert (await call(app, "GET", "/v1/models/fake-1")).json["id"] == "fake-1"
     assert (await call(app, "GET", "/v1/models//models/fake-1.gguf")).json["id"] == "fake-1"
@@ -405,7 +406,7 @@ async def test_progress_and_timings_of_a_stream(app: ASGIApp, engine: FakeEngine
         "",
     ]
     assert [event["timings"]["predicted_n"] for event in events] == [0, 0, 0, 2, 3, 3]
-    assert [event["timings"]["prompt_n"] for event in events[:5]] == [40, 40, 80, 80, 80]
+    assert [event["timings"]["prompt_n"] for event in events[:5]] == [0, 40, 80, 80, 80]
     quiet = (await post(app, path, {**body, "return_progress": False, "timings_per_token": False})).events[:-2]
     assert not any({"timings", "prompt_progress"} & event.keys() for event in quiet)
 

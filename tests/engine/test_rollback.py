@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from engine.pace import Layout, StepShape
+from engine.pace import Curve, DraftChooser, Layout, StepCost, StepShape, UpcomingStep
 from engine.pace.passes import SequenceRows
 from engine.pace.recurrent_passes import RecurrentPass, lost_rollbacks
 from engine.rollback import in_order, with_rollbacks
@@ -66,3 +66,14 @@ def test_no_rollback_is_lost(seed: int) -> None:
         assert not lost_rollbacks(passes) & {seqs[part.key] for part in placed if part.drafts}
         computed = {seq: sum(each.rows for each in passes if seq in each.seqs) for seq in seqs.values()}
         assert computed == {seqs[part.key]: part.tokens + part.drafts for part in placed}
+
+
+def test_drafts_of_equal_length_share_a_pass_whatever_the_ids() -> None:
+    """A pass of 12 rows costs 1.5 times as much as one of 3, a second pass as much as the first."""
+    cost = StepCost(Curve({1: 1.0, 3: 1.0, 12: 1.5, 64: 4.0}), UNIFIED)
+    step = UpcomingStep(tuple(SequenceRows(seq) for seq in (0, 5, 9)), 3.0, 100, 64)
+    likely = [0.9, 0.8, 0.7, 0.6]
+    every = DraftChooser(cost).choose([[likely]] * 3, [0, 5, 9], step)
+    assert len(set(every.lengths)) == 1
+    assert every.lengths[0] > 0
+    assert DraftChooser(cost).choose([[likely[:1]]], [5], step).lengths == [0], "a pass of its own does not pay"
