@@ -4,8 +4,8 @@
 - Kill: one worker gets SIGKILL under load. A request is lost if it fails before its first token; a stream that had
   begun is `broken` and ends with an error event, or with the connection alone (`cut`).
 - Drain: one worker gets SIGTERM under load, and no request may fail.
-- Overhead: tokens per second and median time to first token, with the router and with clients that take turns between
-  the workers.
+- Overhead: tokens per second and median time to first token, of many clients and of one, with the router and with
+  clients that take turns between the workers.
 
 `make test-scale` installs the routers.
 """
@@ -38,6 +38,8 @@ MESSAGE_TOKENS, ANSWER_TOKENS = 120, 40
 # A turn has found its prefix if so much of the prompt of the turn before is cached.
 FOUND_SHARE = 0.9
 LOAD_REQUESTS, LOAD_CLIENTS, LOAD_TOKENS = 144, 48, 60
+# Requests one after the other, for the time to first token.
+LONE_REQUESTS = 40
 # Share of the requests of a load that have been sent when the signal is sent.
 SIGNAL_AFTER = 0.5
 WORKER_FLAGS = ("--sim", "--sim-cost", "flat", "-np", "32", "-c", "131072", "--spec-type", "none")
@@ -56,10 +58,11 @@ class LoadResult(Struct, frozen=True):
 
 
 class Speed(Struct, frozen=True):
-    """Throughput and median time to first token of a load."""
+    """Throughput and median time to first token of a load, and the latter for requests one after the other."""
 
     tokens_per_second: float
     ttft_ms: float
+    lone_ttft_ms: float
 
 
 class RouterFigures(Struct, frozen=True):
@@ -127,11 +130,15 @@ def _is_complete(outcome: Outcome) -> bool:
     return not outcome.failed and ends == (1, 1, LOAD_TOKENS)
 
 
-def speed(outcomes: Sequence[Outcome]) -> Speed:
-    """Returns the speed of a load without failures."""
+async def speed(ports: Sequence[int]) -> Speed:
+    """Returns the speed of requests to `ports` in turn."""
+    outcomes = await load(ports)
     seconds = max(each.ended for each in outcomes) - min(each.begun for each in outcomes)
     tokens = sum(each.completion_tokens for each in outcomes)
-    return Speed(tokens / seconds, 1e3 * median(each.ttft for each in outcomes))
+    turns = cycle(ports)
+    lone = [await _send(next(turns), user(random_text(number, 10)), 2, number) for number in range(LONE_REQUESTS)]
+    ttft_ms, lone_ttft_ms = (1e3 * median(each.ttft for each in some) for some in (outcomes, lone))
+    return Speed(tokens / seconds, ttft_ms, lone_ttft_ms)
 
 
 def ending(fleet: Fleet, number: signal.Signals) -> LoadResult:
@@ -143,9 +150,9 @@ def ending(fleet: Fleet, number: signal.Signals) -> LoadResult:
 def measure(name: str, folder: Path) -> RouterFigures:
     """Measures a router with two workers of its own for each part; `folder` gets the router's logs."""
     with fleet_workers(2, *WORKER_FLAGS) as workers:
-        direct = speed(asyncio.run(load([worker.port for worker in workers])))
+        direct = asyncio.run(speed([worker.port for worker in workers]))
         with routed(name, workers, folder / f"{name}.log") as fleet:
-            through = speed(asyncio.run(load([fleet.port])))
+            through = asyncio.run(speed([fleet.port]))
             share = asyncio.run(affinity(fleet.port))
             drain = ending(fleet, signal.SIGTERM)
     with fleet_workers(2, *WORKER_FLAGS) as workers, routed(name, workers, folder / f"{name}-kill.log") as fleet:
@@ -160,6 +167,7 @@ _COLUMNS = (
     "drain: complete / failed",
     "tok/s with / without router",
     "TTFT ms with / without",
+    "the same, one client",
 )
 
 
@@ -172,6 +180,7 @@ def _row(name: str, figures: RouterFigures) -> list[Any]:
         f"{drain.complete} / {drain.broken + drain.cut + drain.lost}",
         f"{figures.routed.tokens_per_second:.0f} / {figures.direct.tokens_per_second:.0f}",
         f"{figures.routed.ttft_ms:.0f} / {figures.direct.ttft_ms:.0f}",
+        f"{figures.routed.lone_ttft_ms:.1f} / {figures.direct.lone_ttft_ms:.1f}",
     ]
 
 

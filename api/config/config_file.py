@@ -16,7 +16,7 @@ from api.http.decode_errors import choices_hint, describe_type, nearest_hint, qu
 def read_config_file(path: str) -> dict[str, Any]:
     """Returns the tables of a configuration file. Raises OptionError for unknown keys and invalid values."""
     try:
-        tables = tomllib.loads(Path(path).read_text("utf-8"))
+        tables = tomllib.loads(Path(path).read_text("utf-8-sig"))
     except OSError as error:
         raise OptionError(f"--config: cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -42,6 +42,6 @@ def _check_table(entries: dict[str, Any], table: str, source: str) -> dict[str, 
             msgspec.convert(checked[key], flags[key].type)
         except msgspec.ValidationError:
             flag = flags[key]
-            expected = flag.expects if flag.choices else describe_type(flag.kind)
+            expected = flag.expects if flag.choices or flag.example else describe_type(flag.kind)
             raise OptionError(f"{source} {key}: expected {expected}, not {quoted(given)}") from None
     return checked

@@ -67,6 +67,8 @@ class Flag(Struct, frozen=True):
     """Environment variables of earlier versions of llama-server."""
     aliases: Mapping[str, str]
     """llama-server's words for some values. An empty value is the default."""
+    example: str
+    """A value, for errors about a text that must have a form; empty if any text is allowed."""
 
     @property
     def dest(self) -> str:
@@ -128,6 +130,8 @@ class Flag(Struct, frozen=True):
         """
         if self.choices:
             return "some of " + ", ".join(self.choices)
+        if self.example:
+            return f"a text such as {self.example}"
         if isinstance(self.kind, inspect.TupleType):
             return " and ".join(map(describe_type, self.kind.item_types))
         return "on or off" if self.switch else describe_type(self.kind)
@@ -188,6 +192,7 @@ def _flag(table: str, struct: type[Struct], field: msgspec.structs.FieldInfo) ->
         _off_names(spelling) if isinstance(kind, inspect.BoolType) else (),
         spelling.older_env,
         spelling.aliases,
+        next(iter(schema.get("examples", ())), ""),
     )
 
 

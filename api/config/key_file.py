@@ -20,7 +20,7 @@ def with_key_file(options: Options) -> Options:
     if not path:
         return options
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        lines = Path(path).read_text("utf-8-sig").splitlines()
     except OSError as error:
         raise OptionError(f"--api-key-file: cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:

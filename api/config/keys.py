@@ -45,7 +45,7 @@ def read_key_file(path: str) -> tuple[ApiKey, ...]:
 
 def _parse(path: str) -> Any:
     try:
-        text = Path(path).read_text("utf-8")
+        text = Path(path).read_text("utf-8-sig")
     except OSError as error:
         raise OptionError(f"--keys: cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -54,7 +54,7 @@ def _read_sections(path: str) -> dict[str, Mapping[str, str]]:
     parser = configparser.RawConfigParser(delimiters=("=",), strict=False, default_section=_BASE_SECTION)
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     try:
-        lines = [_COMMENT.sub("", line).strip() for line in Path(path).read_text("utf-8").splitlines()]
+        lines = [_COMMENT.sub("", line).strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
         parser.read_string("\n".join([f"[{_FIRST_SECTION}]", *lines]), path)
     except OSError as error:
         raise OptionError(f"--models-preset: cannot read {path}: {error.strerror}") from None

@@ -86,10 +86,13 @@ def _one_text(text: str, path: str, flag: str) -> str:
     if text:
         raise OptionError(f"{flag} and {flag}-file exclude each other: give one of them")
     try:
-        return Path(path).read_text("utf-8")
+        content = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise OptionError(f"{flag}-file: cannot read {path}: {reason}") from None
+    if not content.strip():
+        raise OptionError(f"{flag}-file: {path} is empty: leave {flag}-file out")
+    return content
 
 
 def _check_draft_lengths(options: Options) -> None:

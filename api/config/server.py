@@ -33,6 +33,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         str,
         Meta(
             pattern=r"^(/[^/?#\s]+)*\Z",
+            examples=["/llm"],
             description="path before the paths of all endpoints, such as /llm; empty is none",
         ),
     ] = ""
@@ -162,6 +163,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         str,
         Meta(
             pattern=r"^(https?://\S+)?\Z",
+            examples=["http://127.0.0.1:4318/v1/traces"],
             description="URL of an OpenTelemetry collector for OTLP over HTTP, such as "
             "http://127.0.0.1:4318/v1/traces, that gets a span for each request; needs paceline[otel]; empty is none",
         ),

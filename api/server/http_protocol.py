@@ -48,6 +48,7 @@ class HTTPProtocol(HttpToolsProtocol):
         """`on_refused` is called with the status of each request that gets no further."""
         super().__init__(*arguments, **options)
         self._limits, self._waiting, self._on_refused = limits, waiting, on_refused
+        self.url = b""  # uvicorn sets it at the beginning of a request, which line breaks may precede
         self._collected = 0  # bytes since the parser last found the end of a head, a part of a body, or its end
         self._deadline = inf  # for the rest of a head, or for the next part of a body
         self._timer: asyncio.TimerHandle | None = None

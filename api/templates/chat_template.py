@@ -229,7 +229,7 @@ def configured_template(chat: ChatConfig) -> str | None:
         raise InvalidTemplate("--chat-template and --chat-template-file exclude each other: give one of them")
     if chat.template_file:
         try:
-            return Path(chat.template_file).read_text("utf-8")
+            return Path(chat.template_file).read_text("utf-8-sig")
         except OSError as error:
             raise InvalidTemplate(f"--chat-template-file: cannot read {chat.template_file}: {error.strerror}") from None
         except UnicodeDecodeError as error:

@@ -5,6 +5,7 @@ vocab    the vocabulary
 context  cells: copies, cuts, saved states and moves to other positions, over decoder, which has the native calls
 state    cuts states into blocks and joins blocks, by numpy on llama.cpp's state format
 shift    moves saved keys to other positions
+rollback snapshots of recurrent states
 adapters LoRA adapters and control vectors
 params   parameters of a context, size of a cell; placement has those of a load, threads the pools and their cores
 embedding   embeddings in a context of its own; textless stands for the cells of a model that computes no text

@@ -176,7 +176,7 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
     def params_of(chosen: KvLayout) -> Any:
         params = context_params(config.model, config.batch, chosen, threads, heads, bool(gpu), recurrent=recurrent)
         set_rope(config.rope, params)
-        params.n_rs_seq = snapshots_of(config, model, params, free).count if recurrent else 0
+        params.n_rs_seq = snapshots_of(config, model, params, free).kept if recurrent else 0
         return params
 
     library.clear_errors()

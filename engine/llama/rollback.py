@@ -31,7 +31,7 @@ _FLOAT_BYTES = 4
 class Snapshots(NamedTuple):
     """Number of snapshots of each sequence, and the reason if it is 0."""
 
-    count: int
+    kept: int
     reason: str = ""
 
 
@@ -109,4 +109,5 @@ def _decode(context: Context, seq: int, start: int, tokens: Sequence[int]) -> Lo
     """Returns a copy of the logits of the last of `tokens`."""
     context.batch.clear()
     context.batch.add(seq, start, tokens, 1)
-    return context.decode()[0].copy()
+    logits: Logits = context.decode()[0].copy()
+    return logits

@@ -234,7 +234,7 @@ def test_a_preset(tmp_path: Path) -> None:
     options = preset(tmp_path, text, "--preset", "user/chat-GGUF:Q4_K_M", "-a", "chat")
     assert (options.hub.repo, options.batch.context) == ("user/chat-GGUF:Q4_K_M", 16384)
     assert options.server.alias == ("chat",)
-    assert preset(tmp_path, "model = only.gguf").model.path == "only.gguf"
+    assert preset(tmp_path, "\ufeffmodel = only.gguf").model.path == "only.gguf"
 
 
 @pytest.mark.parametrize(

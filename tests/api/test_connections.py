@@ -177,8 +177,9 @@ async def test_a_client_that_takes_no_data_is_ended() -> None:
         (b"GET /%b HTTP/1.1\r\n" % (b"a" * 70_000), 414),
         (b"GET / HTTP/1.1\r\nX: %b\r\n" % (b"a" * 70_000), 431),
         (b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 20_000, 431),
+        (b"\r\n" * 40_000, 431),
     ],
-    ids=["url", "header", "headers"],
+    ids=["url", "header", "headers", "line breaks"],
 )
 async def test_long_heads(head: bytes, status: int) -> None:
     async with running() as server:

@@ -196,6 +196,7 @@ def test_errors_in_the_environment(
         ),
         (["-m", "x", "--jinja=maybe"], "--jinja takes no value: use --jinja"),
         (["-m", "x", "y"], "unexpected argument 'y'; a model is named with -m"),
+        (["-m", "x", "--api-prefix", "/a/"], "--api-prefix: expected a text such as /llm, not '/a/'"),
         (["-m", "caf\udce9"], "-m/--model: expected a text in UTF-8, not 'caf\\udce9'"),
         (["-m", "x", "--api-key", "a,\udcff"], "--api-key: expected a text in UTF-8, not ['a,\\udcff']"),
         (["-m", "x", "--config", "/nowhere"], "--config: cannot read /nowhere: No such file or directory"),

@@ -75,7 +75,7 @@ async def test_a_default_schema_does_not_apply_to_requests_with_tools_or_a_form(
 
 def test_notations(tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
-    schema.write_text('{"type": "object"}')
+    schema.write_text('\ufeff{"type": "object"}')
     options = parse(
         shlex.split(
             rf"-m x -l 15043+1.5 -l 7-inf -jf {schema} -r '\n\x41\\' --sampler-seq tki --dry-sequence-breaker none "
@@ -103,6 +103,7 @@ def test_notations(tmp_path: Path) -> None:
         (["-j", "{}", "--grammar", "x"], "--grammar and --json-schema exclude each other"),
         (["--grammar", "x", "--grammar-file", "y"], "--grammar and --grammar-file exclude each other"),
         (["--grammar-file", "/absent"], "--grammar-file: cannot read /absent: No such file or directory"),
+        (["--grammar-file", "/dev/null"], "--grammar-file: /dev/null is empty: leave --grammar-file out"),
         (["--mirostat", "3"], "--mirostat: expected a whole number from 0 to 2, not '3'"),
         (["--draft-min", "20", "--draft-max", "4"], "--draft-min: 20 is above --draft-max, 4"),
         (["--spec-ngram-mod-n-max", "16"], "--spec-ngram-mod-n-min: 48 is above --spec-ngram-mod-n-max, 16"),

@@ -27,7 +27,7 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 
 def test_keys_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text("# ours\n one \n\ntwo\n")
+    file.write_text("\ufeff# ours\r\n one \n\ntwo\r\n")
     options = with_key_file(parse(["-m", "x", "--api-key", "zero", "--api-key-file", str(file)]))
     assert options.server.api_keys == ("zero", "one", "two")
     file.write_text("# none\n")

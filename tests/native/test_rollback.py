@@ -112,9 +112,9 @@ def test_snapshots_fit_the_memory(open_bench: OpenBench) -> None:
     bench = open_bench("mamba2", True)
     assert state_bytes(bench.backend.model) == 4 * tiny.LAYERS * (16 * 128 + 3 * (128 + 2 * 16))
     bench.backend.close()
-    assert choose_snapshots(1000, 10, 512, 10**9, drafts=True).count == MAX_SNAPSHOTS
-    assert choose_snapshots(1000, 10, 512, 8 * 40_000, drafts=True).count == 3
-    assert choose_snapshots(1000, 10, 6, 10**9, drafts=True).count == 4
+    assert choose_snapshots(1000, 10, 512, 10**9, drafts=True).kept == MAX_SNAPSHOTS
+    assert choose_snapshots(1000, 10, 512, 8 * 40_000, drafts=True).kept == 3
+    assert choose_snapshots(1000, 10, 6, 10**9, drafts=True).kept == 4
     few = choose_snapshots(10**9, 10, 512, 10**9, drafts=True)
-    assert few.count == 0
+    assert few.kept == 0
     assert "need 20.0 GB, more than 12.5% of the free memory" in few.reason
