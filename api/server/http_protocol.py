@@ -24,6 +24,10 @@ MAX_HEADER_BYTES = 64 * 1024
 # Seconds for a client to take the last bytes of a closed connection.
 _LINGER_SECONDS = 30.0
 
+# Maximum requests of a connection that wait for the response to an earlier one, after which the server reads no further.
+# While it does not read, it does not notice that the client has disconnected.
+_MAX_PIPELINED = 16
+
 _HEADER_NAME = re.compile(rb"\r\n[a-z][^:\r]*")
 
 
@@ -49,6 +53,7 @@ class HTTPProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._limits, self._waiting, self._on_refused = limits, waiting, on_refused
         self.url = b""  # uvicorn sets it at the beginning of a request, which line breaks may precede
+        self._running: RequestResponseCycle | None = None  # `cycle` is the last of the pipelined requests
         self._collected = 0  # bytes since the parser last found the end of a head, a part of a body, or its end
         self._deadline = inf  # for the rest of a head, or for the next part of a body
         self._timer: asyncio.TimerHandle | None = None
@@ -67,8 +72,12 @@ class HTTPProtocol(HttpToolsProtocol):
         self._set_deadline(self._limits.header_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends the request."""
+        """Ends the running request, also if others follow it in a pipeline, and drops these."""
         self._waiting.discard(self)
+        self.pipeline.clear()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         for timer in (self._timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
@@ -201,6 +210,8 @@ class HTTPProtocol(HttpToolsProtocol):
             if crowded:
                 self.scope["state"][CROWDED] = True
             super().on_headers_complete()
+            if 0 < len(self.pipeline) <= _MAX_PIPELINED:
+                self.flow.resume_reading()
             if crowded:
                 self.cycle.keep_alive = False
 
@@ -239,6 +250,7 @@ class HTTPProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         if cycle.scope["http_version"] == "1.0":
             app = _delimited_by_close(cycle, app)
+        self._running = cycle
         cycle.transport = _HeadTransport(cycle)
         super()._start_asgi_task(cycle, app)
 

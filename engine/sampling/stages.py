@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from engine.sampling.candidates import (
     UNLIMITED_REACH,
     Candidates,
@@ -126,7 +124,7 @@ def _run_stage(stage: SamplerStage, found: Candidates, params: SamplingParams, o
         case "typ_p":
             return found.select(typical_p(logits, params.typical_p, keep))
         case "top_p":
-            ranked = found if (np.diff(logits) <= 0.0).all() else found.select(top_k(logits, len(logits)))
+            ranked = found if (logits[1:] <= logits[:-1]).all() else found.select(top_k(logits, len(logits)))
             return ranked.select(top_p(ranked.logits, params.top_p, found.mass, keep))
         case "min_p":
             return found.select(min_p(logits, params.min_p, keep))

@@ -162,6 +162,17 @@ async def test_requests_that_do_not_arrive_end(data: bytes, answer: bytes) -> No
         assert (await later.rest()).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_disconnect_cancels_a_request_that_others_follow(stream: bool) -> None:
+    """Pipelined requests neither hide the disconnect nor start after it."""
+    body = CHAT_BODY[:-1] + b', "stream": true}' if stream else CHAT_BODY
+    async with running(FakeEngine(silence)) as server:
+        connection = await server.connect((chat(len(body)) + body) * 3)
+        await server.until_submitted()
+        await connection.close()
+        await until(lambda: server.engine.log == ["submit", "cancel"])
+
+
 async def test_a_client_that_takes_no_data_is_ended() -> None:
     engine = FakeEngine(lambda request: (b"x" * 10_000 for _ in range(40)))
     async with running(engine, seconds=0.05) as server:
