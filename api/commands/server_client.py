@@ -21,6 +21,8 @@ _TIMEOUT_SECONDS = 10.0
 _QUOTED_CHARS = 200
 # Control characters except tab and line break, which could change the state of the terminal.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Failures of TLS and of name resolution.
+_OTHER_FAILURE = re.compile(r"\[(SSL|Errno -)")
 
 _Reply = TypeVar("_Reply")
 
@@ -49,7 +51,8 @@ class ServerClient:
         self.url = url
         self._client = httpx2.Client(
             base_url=url,
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            headers={b"Authorization": f"Bearer {api_key}".encode(errors="surrogateescape")} if api_key else {},
+            verify=httpx2.create_ssl_context() if url.startswith("https:") else True,  # also reads SSL_CERT_FILE
             timeout=_TIMEOUT_SECONDS,
             trust_env=not is_loopback(httpx2.URL(url).host),  # a proxy cannot reach this machine's loopback addresses
             transport=transport,
@@ -87,6 +90,8 @@ class ServerClient:
                 if reply.status_code != 200:
                     reply.read()
                     raise _refusal(self.url, reply)
+                if not reply.headers.get("content-type", "").startswith("text/event-stream"):
+                    raise ServerError(f"{self.url}{path} is not a stream of Paceline")
                 for line in reply.iter_lines():
                     if line.startswith("data: ") and line != "data: [DONE]":
                         yield line.removeprefix("data: ")
@@ -110,7 +115,7 @@ def server_url(text: str) -> str:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL:
         parsed = httpx2.URL("")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 0) >= 2**16:
         raise OptionError(f"{text!r} is no URL of a server: use one such as {_DEFAULT_URL}, or a port")
     return url.rstrip("/").removesuffix("/v1")
 
@@ -121,15 +126,18 @@ def without_controls(text: str) -> str:
 
 
 def _reason(error: httpx2.HTTPError) -> str:
-    if isinstance(error, httpx2.ConnectError):
+    text = without_controls(str(error)) or type(error).__name__
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return f"its certificate is not trusted; SSL_CERT_FILE names the file of a certificate to trust ({text})"
+    if isinstance(error, httpx2.ConnectError) and not _OTHER_FAILURE.match(text):
         return "nothing listens there; start it with `paceline serve -m model.gguf`"
-    return without_controls(str(error)) or type(error).__name__
+    return text
 
 
 def _refusal(url: str, reply: httpx2.Response) -> ServerError:
     try:
         message = msgspec.json.decode(reply.content, type=_ErrorReply).error.message
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         message = ""
     message = without_controls(message or reply.text[:_QUOTED_CHARS]).replace("\n", " ")
     hint = " (--api-key KEY)" if reply.status_code == 401 else ""

@@ -107,7 +107,7 @@ def _check_certificate(config: ServerConfig) -> None:
     try:
         # An encrypted key would ask for a password on the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.ssl_cert_file, config.ssl_key_file, password="")
-    except (ssl.SSLError, ValueError) as error:
+    except (OSError, ValueError) as error:  # SSLError is an OSError
         reason = getattr(error, "reason", None) or error
         raise _StartError(
             f"--ssl-cert-file, --ssl-key-file: not a certificate and its unencrypted key: {reason}"

@@ -15,6 +15,8 @@ from engine.llama.gguf_file import gguf_library, opened_gguf
 _GGUF_MAGIC = b"GGUF"
 # The library's `LLAMA_MAX_LAYERS`.
 MAX_LAYERS = 512
+# Values of `rope.scaling.type`.
+_ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _TOKENS = b"tokenizer.ggml.tokens"
 # `enum gguf_type`.
 _UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
@@ -92,3 +94,53 @@ def _missing_bytes(texts: Sequence[bytes]) -> Iterator[str]:
     missing = [byte for byte in range(256) if b"<0x%02X>" % byte not in known and bytes([byte]) not in known]
     if missing:
         yield f"no token has the text <0x{missing[0]:02X}>, which a SentencePiece vocabulary needs for every byte"
+
+
+def check_overrides(path: Path, overrides: Sequence[str]) -> None:
+    """Raises ModelError if a text KEY=TYPE:VALUE would replace metadata of the file by a value with which the library
+    ends the process."""
+    with opened_gguf(path) as gguf:
+        for override in overrides if gguf else ():
+            if expected := _expected_override(gguf, override):
+                raise ModelError(f"cannot load the model {path}: --override-kv {override}: expected {expected}")
+
+
+def _expected_override(gguf: Any, override: str) -> str:
+    """Returns the values that the key allows; empty if the library accepts the given one."""
+    key, _, typed = override.partition("=")
+    kind, _, value = typed.partition(":")
+    if kind == "float" and (math.isnan(float(value)) or (key.endswith("epsilon") and float(value) < 0)):
+        return "a number of at least 0" if key.endswith("epsilon") else "a number"
+    if kind == "str" and key.endswith(".rope.scaling.type") and value not in _ROPE_SCALINGS:
+        return f"one of {', '.join(_ROPE_SCALINGS)}"
+    architecture, _, name = key.partition(".")
+    if kind == "int" and (limits := _limits(gguf, architecture, name)) and not limits[0] <= int(value) <= limits[1]:
+        least, most = limits
+        return f"{least}, as in the file" if least == most else f"a whole number from {least} to {most}"
+    return ""
+
+
+def _limits(gguf: Any, architecture: str, name: str) -> tuple[int, int] | None:
+    """Returns the least and the greatest whole number of `architecture.name`. None means that the library checks the
+    number itself, or does not read the key for this file."""
+    lib = gguf_library()
+
+    def number(field: str) -> int:
+        index: int = lib.gguf_find_key(gguf, f"{architecture}.{field}".encode())
+        found = index >= 0 and lib.gguf_get_kv_type(gguf, index) == _UINT32
+        return int(lib.gguf_get_val_u32(gguf, index)) if found else 0
+
+    if not (blocks := number("block_count")):
+        return None
+    match name:
+        case "block_count":
+            return 1, MAX_LAYERS
+        case "nextn_predict_layers":
+            return 0, blocks - 1
+        case "expert_used_count":
+            return min(1, number("expert_count")), number("expert_count")
+        case "expert_count" | "expert_group_count":  # sizes of the weights
+            return number(name), number(name)
+        case "rope.dimension_count" if width := number(name) or number("attention.key_length"):
+            return width, width
+    return None

@@ -18,7 +18,7 @@ from engine.llama import exact, fit, layout, library
 from engine.llama.adapters import adapter_files, apply_adapters, load_adapters, read_control_vector
 from engine.llama.context import LlamaContext
 from engine.llama.decoder import NoKVCells
-from engine.llama.gguf_check import check_file
+from engine.llama.gguf_check import check_file, check_overrides
 from engine.llama.layout import KvLayout, LayoutInputs
 from engine.llama.library import native_log, read_string
 from engine.llama.memory_check import check_cells
@@ -98,6 +98,7 @@ def _check_settings(config: EngineConfig) -> None:
             fit.reserved_bytes(each.model.fit_target, ())
             set_rope(each.rope, native.llama_context_default_params())
             set_placement(each.model, each.load, native.llama_model_default_params())
+            check_overrides(Path(each.model.path), each.load.override_kv)
         except ValueError as error:
             raise ModelError(f"cannot load the model {each.model.path}: {error}") from None
 

@@ -89,10 +89,10 @@ def _override(text: str) -> Any:
     key, _, typed = text.partition("=")
     kind, colon, value = typed.partition(":")
     parsed = native.llama_model_kv_override()
-    parsed.key = key.encode()
     try:
         if not 0 < len(key.encode()) < _TEXT_BYTES or not colon:
             raise ValueError
+        parsed.key = key.encode()
         match kind:
             case "int":
                 parsed.tag, parsed.value.val_i64 = _INT, int(value)

@@ -150,11 +150,33 @@ def test_an_error_is_one_line(
 
 
 def test_a_server_with_keys(app_of: Apps) -> None:
-    mock = transport(app_of(api_keys=["secret"]))
+    mock = transport(app_of(api_keys=["secret", "schlüssel"]))
     with ServerClient("http://box", transport=mock) as client, pytest.raises(ServerError, match=r"401.*--api-key KEY"):
         client.get("/props")
-    with ServerClient("http://box", "secret", mock) as client:
-        assert "total_slots" in client.get("/props")
+    for key in ("secret", "schlüssel"):
+        with ServerClient("http://box", key, mock) as client:
+            assert "total_slots" in client.get("/props")
+        with ServerClient("http://box", key, mock) as client, pytest.raises(ServerError, match="is not a stream"):
+            next(client.stream("/tokenize", {"content": "hi"}))
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        ("[Errno 111] Connection refused", "nothing listens there"),
+        ("[Errno -2] Name or service not known", "Name or service not known"),
+        ("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed", "its certificate is not trusted; SSL_CERT_FILE names"),
+    ],
+)
+def test_connections_that_fail(failure: str, reason: str) -> None:
+    def fail(request: httpx2.Request) -> httpx2.Response:
+        raise httpx2.ConnectError(failure)
+
+    with (
+        ServerClient("https://box", transport=httpx2.MockTransport(fail)) as client,
+        pytest.raises(ServerError, match=reason),
+    ):
+        client.get("/props")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +192,7 @@ def test_urls(text: str, url: str) -> None:
     assert server_url(text) == url
 
 
-@pytest.mark.parametrize("text", ["http://", "http://box:port"])
+@pytest.mark.parametrize("text", ["http://", "http://box:port", "99999"])
 def test_wrong_urls(text: str) -> None:
     with pytest.raises(OptionError, match="is no URL of a server"):
         server_url(text)

@@ -241,6 +241,7 @@ async def test_https(certificate: tuple[str, str]) -> None:
 
 
 async def test_signals_that_stop_the_server() -> None:
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a server leaves it ignored under nohup
     signals = StopSignals()
     try:
         os.kill(os.getpid(), signal.SIGHUP)
@@ -251,3 +252,4 @@ async def test_signals_that_stop_the_server() -> None:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().remove_signal_handler(number)
+        signal.signal(signal.SIGHUP, inherited)

@@ -155,9 +155,10 @@ def test_levels_of_the_log(
         (["--ssl-key-file", "k"], "--ssl-key-file needs --ssl-cert-file"),
         (["--ssl-key-file", "/nowhere/k", "--ssl-cert-file", __file__], "--ssl-key-file: cannot read /nowhere/k"),
         (["--ssl-key-file", __file__, "--ssl-cert-file", __file__], "not a certificate"),
+        (["--ssl-key-file", "/tmp", "--ssl-cert-file", __file__], "not a certificate"),
         (["--host", "127.0.0..1"], "cannot listen on 127.0.0..1:8000: not an address"),
     ],
-    ids=["log", "one file", "no file", "no certificate", "address"],
+    ids=["log", "one file", "no file", "no certificate", "folder", "address"],
 )
 def test_unusable_files(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--sim", *flags]) == 1

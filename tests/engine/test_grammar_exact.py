@@ -170,7 +170,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     inner = bench.deliver
 
     def deliver(items: Any) -> None:
-        found.update({key: logprobs[0] for key, _, logprobs, _ in items if logprobs})
+        found.update({key: logprobs[0] for key, _, logprobs, *_ in items if logprobs})
         inner(items)
 
     bench.core._outbox._deliver = deliver

@@ -192,6 +192,30 @@ def test_reasoning_and_calls_are_folded_and_markup_is_text(watched: WatchedPage)
     assert sent[1]["messages"][2] == {"role": "tool", "tool_call_id": "c1", "content": "found"}
 
 
+def test_a_long_answer_is_laid_out_once_a_frame(watched: WatchedPage) -> None:
+    """Each look at the height of the messages lays out the whole answer; one for each event froze the page."""
+    page = watched.connect()
+    chunk = {"choices": [{"index": 0, "delta": {"content": "a "}, "token_origins": tokens("a ")}]}
+    body = f"data: {json.dumps(chunk)}\n\n" * 2_000
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    page.evaluate(
+        """() => {
+            const { get } = Object.getOwnPropertyDescriptor(Element.prototype, "scrollHeight");
+            window.looks = 0;
+            Object.defineProperty(Element.prototype, "scrollHeight", { get() { window.looks++; return get.call(this); } });
+        }"""
+    )
+    send(page, "Go", 5)
+    expect(page.locator(DONE)).to_have_count(1)
+    assert page.locator("li.assistant > .text .token").count() == 4_000
+    assert page.evaluate("looks") < 1_000
+    list_end = page.evaluate(
+        "(({ scrollHeight, scrollTop, clientHeight }) => scrollHeight - scrollTop - clientHeight)"
+        "(document.getElementById('messages'))"
+    )
+    assert list_end < 2
+
+
 def tokens(text: str) -> list[dict[str, Any]]:
     """Returns the entries of `token_origins` for a text with one token for each byte."""
     return [{"id": byte, "token": "", "bytes": [byte], "origin": "model"} for byte in text.encode()]

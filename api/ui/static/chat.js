@@ -12,6 +12,7 @@ const PATH = "v1/chat/completions";
 let model = "";
 let turns = []; // messages of the conversation, each with its element and, if the model wrote it, its answer
 let running = null; // controller of the running request
+let isFrameRequested = false;
 
 /** Sets the model's name, which requests repeat. */
 export function setModel(name) {
@@ -107,9 +108,8 @@ async function stream(body, answer, signal) {
   const headers = { "Content-Type": "application/json" };
   const response = await request(PATH, { method: "POST", headers, body: JSON.stringify(body), signal });
   for await (const chunk of eventsOf(response)) {
-    const isAtEnd = isScrolledToEnd();
+    followInNextFrame();
     answer.add(chunk);
-    follow(isAtEnd);
   }
 }
 
@@ -142,6 +142,17 @@ function isScrolledToEnd() {
 
 function follow(isAtEnd) {
   if (isAtEnd) byId("messages").scrollTop = byId("messages").scrollHeight;
+}
+
+/** Scrolls once a frame, and not once an event: the browser lays out the whole answer for each look at its height. */
+function followInNextFrame() {
+  if (isFrameRequested) return;
+  isFrameRequested = true;
+  const isAtEnd = isScrolledToEnd();
+  requestAnimationFrame(() => {
+    isFrameRequested = false;
+    follow(isAtEnd);
+  });
 }
 
 function showRequest(body) {
