@@ -17,7 +17,7 @@ PUBLIC_PATHS = ("/health", "/v1/health", "/livez")
 # Headers with the bare key, used without `Authorization: Bearer`: of Anthropic's clients, of Azure's.
 _KEY_HEADERS = ("x-api-key", "api-key")
 # Statistics of all clients.
-_STATISTICS_PATHS = ("/metrics", "/v1/paceline/events")
+_STATISTICS_PATHS = ("/metrics", "/slots", "/v1/paceline/events")
 
 
 class ApiKeyMiddleware:

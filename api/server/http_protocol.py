@@ -24,8 +24,8 @@ MAX_HEADER_BYTES = 64 * 1024
 # Seconds for a client to take the last bytes of a closed connection.
 _LINGER_SECONDS = 30.0
 
-# Maximum requests of a connection that wait for the response to an earlier one, after which the server reads no further.
-# While it does not read, it does not notice that the client has disconnected.
+# Maximum requests of a connection that wait for the response to an earlier one. With more the server reads no further,
+# and does not notice a disconnect.
 _MAX_PIPELINED = 16
 
 _HEADER_NAME = re.compile(rb"\r\n[a-z][^:\r]*")

@@ -12,9 +12,11 @@ from engine.config import SpeculationConfig
 from engine.contract import Finished, FinishReason, ReasoningBudget, Request, SamplingParams
 from engine.sequence import Sequence
 from tests.engine.test_same_as_alone import LAYOUTS, CoreBench, context_of
+from tests.sizes import sized
 from tests.toy import ToyContext, ToyVocab
 
 LIMIT = 40
+SHIFTS = sized(25, 100)
 LOOPING = SamplingParams(temperature=0.7, seed=3, logit_bias=tuple((token, 9.0) for token in range(1, 4)))
 
 
@@ -66,21 +68,21 @@ def test_discarded_tokens_change_nothing_afterwards(keep: int, unified: bool) ->
 
 @pytest.mark.parametrize("unified", LAYOUTS)
 @pytest.mark.parametrize("kind", ["ngram-map-k", "suffix", "draft", "auto"])
-def test_every_proposer_survives_a_hundred_shifts(kind: Any, unified: bool) -> None:
+def test_every_proposer_survives_many_shifts(kind: Any, unified: bool) -> None:
     speculation = SpeculationConfig(
         types=(kind,), order="fixed", size_n=2, size_m=6, mod_match=2, mod_min=0, suffix_tokens=500
     )
     draft = context_of(unified, 150, other=0.3)
     bench = CoreBench(context_of(unified, 150), speculation=speculation, draft=draft)
-    request = looping_request(100 * LIMIT // 2 + 200)
+    request = looping_request(SHIFTS * LIMIT // 2 + 200)
     sequences = [submit(bench, key, request, 4) for key in range(2)]
     bench.run()
     plain = CoreBench(ToyContext(cells=150))
     submit(plain, 0, request, 4)
     plain.run()
     assert bench.outputs[0] == bench.outputs[1] == plain.outputs[0]
-    assert all(sequence.discarded >= 100 * (LIMIT - 4) // 2 for sequence in sequences)
-    assert sum(drafts.accepted for drafts in bench.speculative_decoding.draft_stats) > 100
+    assert all(sequence.discarded >= SHIFTS * (LIMIT - 4) // 2 for sequence in sequences)
+    assert sum(drafts.accepted for drafts in bench.speculative_decoding.draft_stats) > SHIFTS
 
 
 def test_without_context_shift_a_full_context_ends_the_request() -> None:

@@ -202,7 +202,8 @@ def test_a_long_answer_is_laid_out_once_a_frame(watched: WatchedPage) -> None:
         """() => {
             const { get } = Object.getOwnPropertyDescriptor(Element.prototype, "scrollHeight");
             window.looks = 0;
-            Object.defineProperty(Element.prototype, "scrollHeight", { get() { window.looks++; return get.call(this); } });
+            const counted = { get() { window.looks++; return get.call(this); } };
+            Object.defineProperty(Element.prototype, "scrollHeight", counted);
         }"""
     )
     send(page, "Go", 5)
