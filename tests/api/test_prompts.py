@@ -362,10 +362,7 @@ async def test_long_texts_run_on_a_thread(monkeypatch: pytest.MonkeyPatch) -> No
         assert len(await renderer.tokenize_prompt(text)) > size
         assert ran == calls
     assert len(await renderer.tokenize_prediction(PredictedOutput("content", "x" * 100))) == 100
-    assert (
-        len(await renderer.tokenize_prediction(PredictedOutput("content", "x" * LONG_TEXT_CHARS)))
-        == LONG_TEXT_CHARS
-    )
+    assert len(await renderer.tokenize_prediction(PredictedOutput("content", "x" * LONG_TEXT_CHARS))) == LONG_TEXT_CHARS
     assert (
         len(await renderer.tokenize_text("x" * LONG_TEXT_CHARS, add_special=False, parse_special=False))
         == LONG_TEXT_CHARS
