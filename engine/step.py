@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import abc
 from functools import partial
+from typing import NamedTuple
 
 from msgspec import structs
 
@@ -26,6 +27,13 @@ from engine.watchdog import WorkClock
 MOVE_SHARE = 0.1
 # Seconds between two polls of the inbox while an idle engine saves prefixes.
 IDLE_SAVE_SECONDS = 0.02
+
+
+class _RowCharge(NamedTuple):
+    """Expected seconds of the row of one of `decoding` sequences."""
+
+    decoding: int
+    seconds: float
 
 
 class EngineCore:
@@ -63,6 +71,7 @@ class EngineCore:
         self._masks = Masks(backend.vocab.size, overlapped=backend.info.offloaded)
         self._outputs = OutputProcessor(self.kv, self.lifecycle, outbox, self.counters, self._masks, self._chooser)
         self._last_step = LastStep(0.0)
+        self._charged = _RowCharge(0, 0.0)
         self._work = work or WorkClock()
 
     def step(self) -> None:
@@ -242,10 +251,12 @@ class EngineCore:
         many as take the time of its row. The recomputation after a preemption costs nothing."""
         sequences = [(self.running[part.key], part.tokens) for part in rows]
         decoding = sum(sequence.num_uncomputed == 1 for sequence, _ in sequences)
-        seconds, row = self.cost.even_seconds(decoding) / max(1, decoding), self.cost.prompt_row
+        if decoding != self._charged.decoding:  # the estimate takes as long as charging all sequences
+            self._charged = _RowCharge(decoding, self.cost.even_seconds(decoding) / max(1, decoding))
+        row = self.cost.prompt_row
         for sequence, tokens in sequences:
             if sequence.num_uncomputed == 1:
-                self.lifecycle.charge(sequence, max(1.0, seconds / row) if row else 1.0)
+                self.lifecycle.charge(sequence, max(1.0, self._charged.seconds / row) if row else 1.0)
             elif sequence.first_token is None:
                 self.lifecycle.charge(sequence, tokens)
 
