@@ -16,7 +16,7 @@ from api.ui.snapshot import Sample, live_snapshot
 
 EVENTS_PATH = "/v1/paceline/events"
 
-# An older sample is no basis of rates: nobody looked in between.
+# Rates are not computed from an older sample, as no sample was taken in between.
 _MAX_SAMPLE_AGE_SECONDS = 5.0
 
 

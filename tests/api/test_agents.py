@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, RunConfig, Runner, function_tool
+from agents import (
+    Agent,
+    ModelSettings,
+    OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
+    RunConfig,
+    Runner,
+    function_tool,
+)
 from openai import AsyncOpenAI, OpenAI
 from pydantic_ai import Agent as PydanticAgent
 from pydantic_ai.models.openai import OpenAIChatModel
@@ -78,7 +86,9 @@ def test_a_required_call(client: OpenAI) -> None:
     json.loads(call.function.arguments)
 
 
-async def test_openai_agents(async_client: AsyncOpenAI) -> None:
+@pytest.mark.parametrize("kind", [OpenAIChatCompletionsModel, OpenAIResponsesModel])
+async def test_openai_agents(kind: Any, async_client: AsyncOpenAI) -> None:
+    """The Responses model is the default of these agents."""
     called: list[str] = []
 
     @function_tool
@@ -98,10 +108,10 @@ async def test_openai_agents(async_client: AsyncOpenAI) -> None:
     def settings(choice: str) -> ModelSettings:
         return ModelSettings(tool_choice=choice, max_tokens=48, temperature=0.0)
 
-    model = OpenAIChatCompletionsModel(NAME, async_client)
     agent = Agent(
         name="sum",
-        model=model,
+        instructions="Use the tools.",
+        model=kind(NAME, async_client),
         tools=[temperature, add],
         model_settings=settings("temperature"),
         reset_tool_choice=False,

@@ -131,16 +131,23 @@ async def test_while_draining(engine: FakeEngine) -> None:
     assert (await call(app, "GET", "/livez")).status == 500
 
 
-async def test_metrics(app: ASGIApp) -> None:
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+@pytest.fixture
+async def samples(app: ASGIApp) -> Samples:
+    """The samples of /metrics, by name and labels."""
     answer = await call(app, "GET", "/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
     assert int(answer.headers["process-start-time-unix"]) > 1_700_000_000
-    text = b"".join(answer.chunks).decode()
-    samples = {
+    return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
+        for family in text_string_to_metric_families(b"".join(answer.chunks).decode())
         for sample in family.samples
     }
+
+
+async def test_metrics(samples: Samples) -> None:
     assert samples["paceline_requests_total", (("reason", "stop"),)] == 3
     assert samples["paceline_prompt_tokens_total", ()] == 7
     assert samples["paceline_busy_seconds_total", ()] == 2.5
@@ -150,6 +157,17 @@ async def test_metrics(app: ASGIApp) -> None:
     assert samples["paceline_time_to_first_token_seconds_bucket", (("le", "+Inf"),)] == 4
     assert samples["paceline_time_to_first_token_seconds_count", ()] == 4
     assert samples["paceline_time_to_first_token_seconds_sum", ()] == 3.5
+    suffix = ("type", "suffix")
+    assert samples["paceline_spec_drafts_total", (suffix,)] == 6
+    assert samples["paceline_spec_draft_tokens_total", (suffix,)] == 20
+    assert samples["paceline_spec_accepted_tokens_total", (suffix,)] == 8
+    name = "paceline_spec_accepted_tokens_per_pos_total"
+    assert [samples[name, (("position", str(position)), suffix)] for position in range(2)] == [5, 3]
+    assert [samples[f"paceline_embedding_{name}_total", ()] for name in ("inputs", "tokens", "decodes")] == [2, 5, 1]
+    assert samples["process_resident_memory_bytes", ()] > 0
+
+
+async def test_metrics_of_vllm(samples: Samples) -> None:
     # All have vLLM's two labels, by which its dashboards filter.
     model = {("engine", "0"), ("model_name", "fake-1")}
     vllm = {
@@ -182,14 +200,9 @@ async def test_metrics(app: ASGIApp) -> None:
     assert [vllm[name, str(position)] for position in range(3)] == [7, 4, 1]
     assert vllm["request_success_total", "stop"] == 3
     assert vllm["cache_config_info", "32", "3"] == 1  # block_size, num_gpu_blocks
-    suffix = ("type", "suffix")
-    assert samples["paceline_spec_drafts_total", (suffix,)] == 6
-    assert samples["paceline_spec_draft_tokens_total", (suffix,)] == 20
-    assert samples["paceline_spec_accepted_tokens_total", (suffix,)] == 8
-    name = "paceline_spec_accepted_tokens_per_pos_total"
-    assert [samples[name, (("position", str(position)), suffix)] for position in range(2)] == [5, 3]
-    assert [samples[f"paceline_embedding_{name}_total", ()] for name in ("inputs", "tokens", "decodes")] == [2, 5, 1]
-    assert samples["process_resident_memory_bytes", ()] > 0
+
+
+async def test_metrics_of_llama_server(samples: Samples) -> None:
     llama = {name.removeprefix("llamacpp:"): value for (name, _), value in samples.items() if "llamacpp:" in name}
     assert llama == {
         "spec_decode_num_accepted_tokens_per_pos_total": 1,  # at the last position

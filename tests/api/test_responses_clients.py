@@ -1,4 +1,4 @@
-"""OpenAI's client and its agents, in their default form over POST /v1/responses, with a real model.
+"""OpenAI's client over POST /v1/responses, with a real model. `test_agents.py` has OpenAI's agents.
 
 The model is small and picks tools badly, so each request names the tool to call, and the last request forbids calls.
 """
@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 import openai
 import pytest
-from agents import Agent, ModelSettings, OpenAIResponsesModel, RunConfig, Runner, function_tool
-from openai import AsyncOpenAI, OpenAI
+from openai import OpenAI
 from pydantic import BaseModel, Field
 
 from tests.api.server import MODEL, Server, serving
@@ -109,39 +108,3 @@ def openai_tool(name: str, **properties: Any) -> dict[str, Any]:
         "additionalProperties": False,
     }
     return {"type": "function", "name": name, "parameters": parameters, "strict": True}
-
-
-async def test_openai_agents_with_their_default_model(async_client: AsyncOpenAI) -> None:
-    called: list[str] = []
-
-    @function_tool
-    def temperature(city: str) -> str:
-        """The temperature of a city."""
-        called.append("temperature")
-        agent.model_settings = settings("add")
-        return "7"
-
-    @function_tool
-    def add(a: int, b: int) -> str:
-        """The sum of two numbers."""
-        called.append("add")
-        agent.model_settings = settings("none")
-        return "9"
-
-    def settings(choice: str) -> ModelSettings:
-        return ModelSettings(tool_choice=choice, max_tokens=48, temperature=0.0)
-
-    agent = Agent(
-        name="sum",
-        instructions="Use the tools.",
-        model=OpenAIResponsesModel(NAME, async_client),
-        tools=[temperature, add],
-        model_settings=settings("temperature"),
-        reset_tool_choice=False,
-    )
-    config = RunConfig(tracing_disabled=True)
-    result = Runner.run_streamed(agent, QUESTION, max_turns=6, run_config=config)
-    async for _ in result.stream_events():
-        pass
-    assert called == ["temperature", "add"]
-    assert isinstance(result.final_output, str)
