@@ -8,7 +8,6 @@ from engine.backend import NoFreeCells
 from engine.config import EngineConfig
 from engine.contract import ModelError
 from engine.llama import fit, library, open_gguf
-from engine.llama.model import LlamaBackend
 from tests.native.conftest import MODEL
 
 MIB = 2**20
@@ -77,7 +76,9 @@ def test_a_draft_model_on_its_own_device_is_not_split() -> None:
     assert (shared.split_mode, shared.tensor_split, shared.main_gpu, shared.fit) == ("row", "3,1", 1, "off")
 
 
-def test_host_work_runs_once_the_rows_have_cells(backend: LlamaBackend) -> None:
+def test_host_work_runs_once_the_rows_have_cells() -> None:
+    config = EngineConfig.of(path=MODEL, slots=2, context=512, kv_unified=True)
+    backend = open_gguf(config, lambda share: None, lambda: True)
     context, done = backend.context, list[int]()
     context.batch.add(0, 0, [5, 6, 7], 0)
     assert len(context.decode(lambda: done.append(context.length(0)))) == 0
@@ -91,3 +92,4 @@ def test_host_work_runs_once_the_rows_have_cells(backend: LlamaBackend) -> None:
     with pytest.raises(NoFreeCells):
         context.decode(lambda: done.append(0))
     assert done == [3]
+    backend.close()
