@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from engine.pace import VerifiedDraft
 from engine.speculate.proposer import NO_DRAFT, BatchedSequence, Draft, DraftBounds, Proposer
 from engine.speculate.proposer_stats import ProposerStats
 
 log = logging.getLogger("paceline.speculation")
+
+_Result = TypeVar("_Result")
 
 # Maximum number of buffered tokens, so that feeding them in one batch does not delay a step.
 _MAX_BUFFERED_TOKENS = 64
@@ -31,6 +34,8 @@ class TrackedProposer:
         """Without `buffered`, each step's emitted tokens are fed at once."""
         self.proposer = proposer
         self.stats = stats
+        self.failed = False
+        """True after an exception of the proposer."""
         self.draft = NO_DRAFT
         """The draft for the next step."""
         self.curve: list[float] = []
@@ -49,13 +54,7 @@ class TrackedProposer:
     def feed(self, tokens: Sequence[int]) -> None:
         """Appends `tokens` to the proposer's history."""
         begun = time.perf_counter()
-        try:
-            if self._begun:
-                self.proposer.observe(tokens)
-            else:
-                self.proposer.begin(tokens)
-        except Exception:
-            self._disable()
+        self._call(self.proposer.observe if self._begun else self.proposer.begin, tokens)
         self.stats.record_feed(time.perf_counter() - begun, first=not self._begun)
         self._begun = True
 
@@ -69,41 +68,34 @@ class TrackedProposer:
         """Cuts the history to its first `length` tokens."""
         self.flush()
         self.stop_comparing()
-        try:
-            self.proposer.truncate(length)
-        except Exception:
-            self._disable()
+        self._call(self.proposer.truncate, length)
 
     def shift(self, keep: int, discard: int) -> None:
         """Removes from the history the `discard` tokens after the first `keep`."""
         self.flush()
         self.stop_comparing()
-        try:
-            self.proposer.shift(keep, discard)
-        except Exception:
-            self._disable()
+        self._call(self.proposer.shift, keep, discard)
 
     def end(self) -> None:
         """Ends the sequence, after buffered tokens are fed, so that shared data has the whole history."""
         if self._begun:
             self.flush()
-            try:
-                self.proposer.end()
-            except Exception:
-                self._disable()
+            self._call(self.proposer.end)
 
-    @property
-    def failed(self) -> bool:
-        """True after an exception of the proposer."""
-        return self.proposer is _FAILED
-
-    def _disable(self) -> None:
-        """Replaces the proposer after an exception, which is being handled."""
-        log.exception("a proposer of type %s failed and drafts no more for its request", self.stats.type)
-        self.stats.record_failure()
-        self.proposer = _FAILED
-        self.clear_draft()
-        self.stop_comparing()
+    def _call(self, method: Callable[..., _Result], *arguments: object) -> _Result | None:
+        """Returns the result of `method`, which calls the proposer. Returns None after an exception, which is the last
+        call of the proposer."""
+        if self.failed:
+            return None
+        try:
+            return method(*arguments)
+        except Exception:
+            log.exception("a proposer of type %s failed and drafts no more for its request", self.stats.type)
+            self.stats.record_failure()
+            self.failed = True
+            self.clear_draft()
+            self.stop_comparing()
+            return None
 
     # ── drafts ──
 
@@ -113,18 +105,18 @@ class TrackedProposer:
         started = time.perf_counter()
         self.flush()
         begun = time.perf_counter()
-        try:
-            draft = bounds.trim(self.proposer.propose(limit))
-            assert len(draft.tokens) <= limit, f"a draft of type {self.stats.type} exceeds the limit"
-        except Exception:
-            self._disable()
-            draft = NO_DRAFT
+        draft = self._call(self._trimmed_draft, limit, bounds) or NO_DRAFT
         self.draft = draft
         self.curve = self.stats.acceptance.curve(len(draft.tokens), draft.chances)
         self.expected_accepted = sum(self.curve)
         if not self._compared.tokens:
             self._compared, self._position = draft, 0
         self.stats.record_proposal(batch_seconds + time.perf_counter() - begun, begun - started)
+
+    def _trimmed_draft(self, limit: int, bounds: DraftBounds) -> Draft:
+        draft = bounds.trim(self.proposer.propose(limit))
+        assert len(draft.tokens) <= limit, f"a draft of type {self.stats.type} exceeds the limit"
+        return draft
 
     def clear_draft(self) -> None:
         """Drops the draft for the next step."""
@@ -138,10 +130,7 @@ class TrackedProposer:
         self._compare(emitted)
         if verified is not None:
             begun = time.perf_counter()
-            try:
-                self.proposer.observe(emitted, verified.drafted, verified.accepted)
-            except Exception:
-                self._disable()
+            self._call(self.proposer.observe, emitted, verified.drafted, verified.accepted)
             expected = sum(self.curve[: verified.drafted])
             self.stats.record_verification(verified, expected, time.perf_counter() - begun)
         elif self._buffered:
@@ -149,10 +138,7 @@ class TrackedProposer:
             if len(self._buffer) >= _MAX_BUFFERED_TOKENS:
                 self.flush()
         else:
-            try:
-                self.proposer.observe(emitted)
-            except Exception:
-                self._disable()
+            self._call(self.proposer.observe, emitted)
         self.clear_draft()
 
     def stop_comparing(self) -> None:
@@ -169,32 +155,6 @@ class TrackedProposer:
             self._position = self._position + 1 if equal else len(tokens)
         if self._position >= len(tokens):
             self.stop_comparing()
-
-
-class _FailedProposer:
-    """Implements `Proposer` in the place of a proposer that raised an exception: makes no drafts."""
-
-    def begin(self, tokens: Sequence[int]) -> None:
-        """No effect."""
-
-    def propose(self, limit: int) -> Draft:
-        """Returns no draft."""
-        return NO_DRAFT
-
-    def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
-        """No effect."""
-
-    def truncate(self, length: int) -> None:
-        """No effect."""
-
-    def shift(self, keep: int, discard: int) -> None:
-        """No effect."""
-
-    def end(self) -> None:
-        """No effect."""
-
-
-_FAILED = _FailedProposer()
 
 
 class TrackedBatchedSequence(TrackedProposer):
