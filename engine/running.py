@@ -145,8 +145,11 @@ class Running(dict[int, Sequence]):
         """Returns the number of rows of each of `rows`, with its sequence's id and number of computed tokens."""
         return [SequenceRows(self[part.key].seq, part.tokens + part.drafts, self[part.key].computed) for part in rows]
 
-    def split_decoding(self, rows: abc.Sequence[ScheduledRows]) -> tuple[list[SequenceRows], int]:
-        """Returns the rows of decoding sequences, in the order of `rows`, and the number of all other rows."""
-        decoding = self.sequence_rows(part for part in rows if self[part.key].num_uncomputed == 1)
-        total = sum(part.tokens + part.drafts for part in rows)
-        return decoding, total - sum(part.rows for part in decoding)
+    def split_decoding(
+        self, rows: abc.Sequence[ScheduledRows], sequence_rows: abc.Sequence[SequenceRows]
+    ) -> tuple[list[SequenceRows], int]:
+        """Returns the part of `sequence_rows` that belongs to decoding sequences, and the number of all other rows.
+        `sequence_rows` is the result of the method `sequence_rows` for `rows`."""
+        parts = zip(rows, sequence_rows, strict=True)
+        decoding = [each for part, each in parts if self[part.key].num_uncomputed == 1]
+        return decoding, sum(each.rows for each in sequence_rows) - sum(each.rows for each in decoding)

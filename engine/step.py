@@ -202,8 +202,9 @@ class EngineCore:
             placed = self.running.ordered(rows, self.cost, separate_prompts=self.context.prefill_rows > 1)
             firsts, cells = self._fill(placed), self.kv.used_cells
             failed = [self.running[part.key] for part in rows]
-            decoding, prompt_rows = self.running.split_decoding(placed)
-            passes = self.cost.layout.passes(self.running.sequence_rows(placed))
+            sequence_rows = self.running.sequence_rows(placed)
+            decoding, prompt_rows = self.running.split_decoding(placed, sequence_rows)
+            passes = self.cost.layout.passes(sequence_rows)
             begun = time.perf_counter()
             try:
                 logits = self.context.decode(partial(self._commit, placed))
