@@ -11,8 +11,6 @@ from engine import PROPOSER_TYPES, ProposerType, RequestRefused, Speculation
 
 # Maximum draft length of types that have no limit in the options.
 _MAX_DRAFT_TOKENS = 1024
-# Draft length of the draft model that any request may set, as in the engine.
-_MAX_REQUESTED_TOKENS = 16
 
 
 def apply_request_defaults(request: GenerationRequest, config: GenerationConfig) -> None:
@@ -53,9 +51,9 @@ def check_draft_limits(speculation: Speculation | None, options: Options) -> Non
 
 
 def _longest_draft(kind: ProposerType, n_max: int | None, options: Options) -> int:
-    config, draft = options.speculation, options.draft
+    config = options.speculation
     if kind == "draft":
-        return min(n_max or draft.n_max, max(draft.n_max, _MAX_REQUESTED_TOKENS))
+        return options.draft.max_tokens(n_max)
     own: dict[ProposerType, int] = {
         "ngram-simple": config.simple_size_m or config.size_m,
         "ngram-map-k": config.map_k_size_m or config.size_m,

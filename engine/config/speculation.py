@@ -120,6 +120,11 @@ class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return ("ngram-mod",) if named == ("auto",) else (*named, "ngram-mod")
 
 
+# A request can raise the maximum length of the draft model's drafts up to this many tokens, because the longest draft
+# delays all sequences.
+MAX_REQUESTED_TOKENS = 16
+
+
 class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The draft model: a smaller model with the same vocabulary. `EngineConfig.for_draft_model` completes its
     settings."""
@@ -180,3 +185,8 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             "draft",
         ),
     ] = 0.0
+
+    def max_tokens(self, requested: int | None) -> int:
+        """Returns the maximum length of the drafts of a request that asks for `requested` tokens; None asks for the
+        default."""
+        return min(requested or self.n_max, max(self.n_max, MAX_REQUESTED_TOKENS))

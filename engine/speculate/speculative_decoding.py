@@ -26,10 +26,6 @@ from engine.speculate.suffix import SuffixProposer
 
 log = logging.getLogger("paceline.speculation")
 
-# A request can raise the maximum length of the draft model's drafts up to this many tokens, because the longest draft
-# delays all sequences.
-_MAX_REQUESTED_TOKENS = 16
-
 # Returns the proposers of a request, by type.
 ProposerFactory = Callable[[Request], Mapping[str, Proposer]]
 
@@ -165,7 +161,7 @@ class SpeculativeDecoding:
         speculation, config = self._speculation(request), self._draft_config
         if self.draft_model is None or DraftSequence.type not in _types(speculation):
             return None
-        n_max = min(speculation.n_max or config.n_max, max(config.n_max, _MAX_REQUESTED_TOKENS))
+        n_max = config.max_tokens(speculation.n_max)
         n_min = config.n_min if speculation.n_min is None else speculation.n_min
         p_min = config.p_min if speculation.p_min is None else speculation.p_min
         bounds = DraftBounds(n_max, n_min, p_min)
