@@ -16,7 +16,7 @@ from api.commands.own_server import own_server
 from api.commands.server_client import ServerClient, ServerError, server_url
 from api.config.arguments import take_option
 from api.config.command_line import OptionError, parse
-from api.config.key_file import with_key_file
+from api.config.keys import check_key_files
 from api.http.decode_errors import nearest_hint
 from api.server.terminal import print_line
 
@@ -55,7 +55,8 @@ def run_chat(arguments: Sequence[str], read_line: ReadLine = input) -> int:
     try:
         system, rest = take_option(arguments, "--system")
         if any(word.startswith("-") for word in rest[:1]) and rest[0].partition("=")[0] != "--api-key":
-            options = with_key_file(parse(rest, os.environ))
+            options = parse(rest, os.environ)
+            check_key_files(options.server)
             with own_server(rest, options) as client:
                 return _Terminal(client, system or "", read_line).run()
         url, key = url_and_key(rest)

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from api.generation.loaded_model import AppState
 from api.http.events import sse_event
-from api.http.responses import EventStreamResponse, SendEvents
+from api.http.responses import EventStream, EventStreamResponse
 from api.ui.snapshot import Sample, live_snapshot
 
 EVENTS_PATH = "/v1/paceline/events"
@@ -38,11 +38,11 @@ class LiveEventsEndpoint:
         _ = self._state.model
         return EventStreamResponse(self._follow, self._state.config.sse_ping)
 
-    async def _follow(self, send_events: SendEvents) -> None:
+    async def _follow(self, stream: EventStream) -> None:
         clock = asyncio.get_running_loop().time
         while True:
             interval = math.floor(clock() / self._interval_seconds)
-            await send_events(await self._event_of(interval))
+            await stream.send(await self._event_of(interval))
             await asyncio.sleep(max(0.0, (interval + 1) * self._interval_seconds - clock()))
 
     async def _event_of(self, interval: int) -> bytes:

@@ -90,6 +90,8 @@ class LiveSnapshot(Struct, frozen=True, kw_only=True):
     """Prompt tokens computed, counted when a request has its first token."""
     step_ms: float | None
     """Mean duration of the steps. None without a step."""
+    busy_seconds: float
+    """Duration of all steps together."""
     kv: KVView
     proposers: Sequence[ProposerView]
     slots: Sequence[SlotView]
@@ -119,6 +121,7 @@ def live_snapshot(
             stats.prefilled_tokens, None if earlier is None else earlier.prefilled_tokens, seconds
         ),
         step_ms=1e3 * (stats.busy_seconds - earlier.busy_seconds) / steps if earlier is not None and steps else None,
+        busy_seconds=stats.busy_seconds,
         kv=KVView(
             stats.cells,
             stats.cells_used - stats.cells_idle,

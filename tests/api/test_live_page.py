@@ -101,7 +101,7 @@ async def test_viewers_are_told_of_the_shutdown(engine: FakeEngine) -> None:
         state.draining = len(sent) == 2
 
     with pytest.raises(Exception, match="shutting down"):
-        await endpoint._follow(send)
+        await endpoint._follow(Mock(send=send))
     assert len(sent) == 2
 
 
@@ -117,3 +117,4 @@ def test_rates_are_those_since_the_last_snapshot() -> None:
     second = live_snapshot(0.0, "m", 512, engine.memory, before, now)
     assert (second.tokens_per_second, second.slots[0].tokens_per_second) == (15.0, 5.0)
     assert second.step_ms == pytest.approx(25.0)
+    assert second.busy_seconds == 2.6

@@ -18,6 +18,14 @@ _TIMEOUT_MS = 20_000
 _SERVER = ("--sim", "--sim-accept", "0.7", "-np", "8", "-c", "16384", "--port", "0", "--api-key", KEY)
 
 
+# The server loads while the browser starts.
+@pytest.fixture(scope="module")
+def started_server() -> Iterator[Server]:
+    server = Server(*_SERVER)
+    yield server
+    server.close()
+
+
 # Playwright runs an event loop until it stops, so it must stop before the asynchronous tests of other modules.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -29,14 +37,10 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def server(browser: Browser) -> Iterator[Server]:
-    """A server with an API key. Not started without a browser."""
-    server = Server(*_SERVER)
-    try:
-        server.ready()
-        yield server
-    finally:
-        server.close()
+def server(started_server: Server, browser: Browser) -> Server:
+    """A server with an API key."""
+    started_server.ready()
+    return started_server
 
 
 class WatchedPage:
@@ -67,9 +71,9 @@ class WatchedPage:
 
 
 @pytest.fixture
-def watched(browser: Browser, server: Server) -> Iterator[WatchedPage]:
+def watched(server: Server, browser: Browser) -> Iterator[WatchedPage]:
     """A page in a fresh browser profile. At the end no request went to another host, and the console has no error."""
-    context = browser.new_context()
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
     watched = WatchedPage(context.new_page(), server.url)
     yield watched
     context.close()

@@ -1,7 +1,7 @@
 // One answer of the model: its reasoning, text and calls, as they arrive.
 
-import { count, decimal, element } from "./dom.js";
-import { TokenQueue, originChips, tokenElement } from "./tokens.js";
+import { button, copyText, count, decimal, element } from "./dom.js";
+import { TokenQueue, TokenText, originChips } from "./tokens.js";
 
 /** The answer to one request, as a message of the conversation and as an element of the page. */
 export class Answer {
@@ -9,13 +9,13 @@ export class Answer {
   #queue = new TokenQueue();
   #started = performance.now();
   #origins = new Map();
-  #text = element("div", { className: "text" });
+  #text = new TokenText();
   #reasoning = null;
   #calls = [];
   #last = {};
 
   constructor() {
-    this.item = element("li", { className: "assistant", ariaBusy: "true" }, this.#text);
+    this.item = element("li", { className: "assistant", ariaBusy: "true" }, this.#text.element);
   }
 
   /** Adds one event of the stream. Throws an error that the event reports. */
@@ -37,7 +37,8 @@ export class Answer {
     this.item.ariaBusy = "false";
     const reason = this.#last.reason === "length" ? "cut at the token limit" : "";
     this.item.append(this.#facts(note || reason));
-    if (this.#origins.size) this.item.append(originChips(this.#origins));
+    const copy = button("Copy", () => copyText(this.message.content, this.#text.element));
+    this.item.append(element("p", { className: "actions" }, originChips(this.#origins), copy));
   }
 
   /** Returns the results that the user entered for the calls, as messages. */
@@ -59,18 +60,18 @@ export class Answer {
 
   #addContent(text) {
     this.message.content += text;
-    this.#text.append(...this.#queue.take(text).map(tokenElement));
+    this.#text.append(this.#queue.take(text));
   }
 
   #addReasoning(text) {
     if (!this.#reasoning) {
-      this.#reasoning = element("div", { className: "text" });
+      this.#reasoning = new TokenText();
       const summary = element("summary", {}, "Reasoning");
-      this.item.prepend(element("details", { className: "reasoning" }, summary, this.#reasoning));
+      this.item.prepend(element("details", { className: "reasoning" }, summary, this.#reasoning.element));
       this.message.reasoning_content = "";
     }
     this.message.reasoning_content += text;
-    this.#reasoning.append(...this.#queue.take(text).map(tokenElement));
+    this.#reasoning.append(this.#queue.take(text));
   }
 
   #addCall({ index, id, function: part }) {

@@ -4,15 +4,30 @@ export const byId = (id) => document.getElementById(id);
 
 /** Returns a new element with properties, `data-` attributes and children, each an element or a text. */
 export function element(tag, { data = {}, ...properties } = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  Object.assign(made.dataset, data);
-  made.append(...children);
-  return made;
+  const node = Object.assign(document.createElement(tag), properties);
+  Object.assign(node.dataset, data);
+  node.append(...children);
+  return node;
 }
 
-/** Sets the text of an element without touching it if the text is the same. */
+/** Sets the text of an element, unless the element has this text already. */
 export function setText(target, text) {
   if (target.textContent !== String(text)) target.textContent = text;
+}
+
+export const button = (label, action) => element("button", { type: "button", onclick: action }, label);
+
+/** Lets screen readers announce a text, after the announcement in progress. */
+export function announce(text) {
+  byId("announcement").textContent = text;
+}
+
+/** Copies a text that an element shows. On plain http browsers permit the copy of the selection only. */
+export async function copyText(text, shown) {
+  getSelection().selectAllChildren(shown);
+  const write = navigator.clipboard?.writeText(text) ?? Promise.reject();
+  const isCopied = await write.then(() => true, () => document.execCommand("copy"));
+  announce(isCopied ? "Copied" : "Selected");
 }
 
 const COUNT = new Intl.NumberFormat("en");
@@ -20,6 +35,13 @@ const COUNT = new Intl.NumberFormat("en");
 export const count = (number) => COUNT.format(number);
 export const percent = (part, whole) => (whole ? `${Math.round((100 * part) / whole)} %` : "–");
 export const decimal = (number, digits = 1) => (number === null ? "–" : number.toFixed(digits));
+
+/** Returns seconds with a unit, as in 40 ms or 1.5 s. */
+export function duration(seconds) {
+  const size = Math.abs(seconds);
+  const text = size < 1 ? `${Math.round(1000 * size)} ms` : size < 120 ? `${size.toFixed(1)} s` : `${(size / 60).toFixed(1)} min`;
+  return seconds < 0 && !text.startsWith("0 ") ? `−${text}` : text;
+}
 
 /** Returns bytes with a unit, as in 1.5 GB. */
 export function bytes(number) {

@@ -1,6 +1,7 @@
 // The settings of requests, which the browser keeps.
 
 import { byId, element } from "./dom.js";
+import { originChip } from "./tokens.js";
 
 const STORED = "paceline.settings";
 // Name of the request's field, label, and attributes of the input.
@@ -51,6 +52,8 @@ export function showDefaults(props) {
     ...props.speculative.available.map((type) => option(type, type)),
   );
   select.value = chosen;
+  const types = props.speculative.default ?? props.speculative.available;
+  byId("legend").replaceChildren(...["model", ...types].map((type) => originChip(type, type)));
 }
 
 /** Returns the fields of a request. Throws SyntaxError for a schema or tools that are no JSON. */

@@ -10,9 +10,10 @@ const OPENAI_FIELDS = new Set(
 /** Returns a curl command for POSIX shells. */
 export function curlCommand(url, body, hasKey) {
   const key = hasKey ? ' -H "Authorization: Bearer $PACELINE_API_KEY"' : "";
-  const quoted = JSON.stringify(body, null, 1).replaceAll("'", "'\\''");
-  return `curl -N ${url} -H 'Content-Type: application/json'${key} -d '${quoted}'`;
+  return `curl -N ${quoted(url)} -H 'Content-Type: application/json'${key} -d ${quoted(JSON.stringify(body, null, 1))}`;
 }
+
+const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 /** Returns a program for OpenAI's client. */
 export function pythonProgram(url, body, hasKey) {

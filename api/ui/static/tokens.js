@@ -1,6 +1,10 @@
 // Tokens of an output: the text of each, its origin, and the tip that shows both.
 
-import { byId, element } from "./dom.js";
+import { announce, byId, element } from "./dom.js";
+
+// A block of text ends at the first line break after BLOCK_TOKENS, or in a long line at the first space after MAX_LINE_TOKENS.
+const BLOCK_TOKENS = 100;
+const MAX_LINE_TOKENS = 2000;
 
 const NAMES = { model: "the model", forced: "forced: only this token was permitted", grammar: "draft of grammar" };
 const details = new WeakMap();
@@ -23,8 +27,8 @@ export class TokenQueue {
     this.#pending = [];
   }
 
-  /** Returns the parts of `text`, each with its token. Tokens before it, such as tags, are dropped. A part has no token
-   * if the text is not that of the tokens. */
+  /** Returns the parts of `text`, each with its token. Tokens before `text`, such as tags, are dropped. If `text` is not
+   * in the pending tokens, it is one part without a token. */
   take(text) {
     const joined = this.#pending.map((each) => each.text).join("");
     let skip = joined.startsWith(text) ? 0 : joined.lastIndexOf(text);
@@ -48,19 +52,45 @@ export class TokenQueue {
   }
 }
 
-/** Returns the element of one part of the text. */
-export function tokenElement({ text, token }) {
+/** An element to which the text of an output is appended. It is divided into blocks, and the browser lays out only those
+ * in view, so that the cost of a token does not grow with the text before it. */
+export class TokenText {
+  element = element("div", { className: "text" });
+  #block = null;
+  #tokens = 0;
+  #isLineEnd = false;
+
+  /** Appends the parts of a text, each with its token. */
+  append(parts) {
+    for (const part of parts) {
+      const isFull = this.#isLineEnd ? this.#tokens >= BLOCK_TOKENS : this.#tokens >= MAX_LINE_TOKENS && /^\s/.test(part.text);
+      if (!this.#block || isFull) {
+        this.#block = element("div", { className: "block" });
+        this.#tokens = 0;
+        this.element.append(this.#block);
+      }
+      this.#block.append(tokenElement(part));
+      this.#tokens += 1;
+      if (part.text) this.#isLineEnd = part.text.endsWith("\n");
+    }
+  }
+}
+
+function tokenElement({ text, token }) {
   if (token === null) return document.createTextNode(text);
-  const made = element("span", { className: "token", data: { origin: token.origin } }, text);
-  details.set(made, token);
-  return made;
+  const span = element("span", { className: "token", data: { origin: token.origin } }, text);
+  details.set(span, token);
+  return span;
+}
+
+/** Returns a label with the colour of an origin. */
+export function originChip(origin, text, data = {}) {
+  return element("span", { className: "chip", data: { origin, ...data } }, text);
 }
 
 /** Returns the tokens by origin, with the number of each, as elements. */
 export function originChips(counts) {
-  const chips = [...counts].map(([origin, number]) =>
-    element("span", { className: "chip", data: { origin, count: number } }, `${origin} ${number}`),
-  );
+  const chips = [...counts].map(([origin, number]) => originChip(origin, `${origin} ${number}`, { count: number }));
   return element("span", { className: "chips facts" }, ...chips);
 }
 
@@ -88,6 +118,7 @@ function select(container, token) {
   token?.classList.add("selected");
   token?.scrollIntoView({ block: "nearest" });
   showTip(token);
+  if (token) announce(byId("tip").textContent);
 }
 
 function showTip(target) {
