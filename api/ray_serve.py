@@ -20,7 +20,7 @@ from ray.serve.config import RequestRouterConfig
 from starlette.types import ASGIApp
 
 from api.config.command_line import OptionError, parse
-from api.config.key_file import with_key_file
+from api.config.keys import check_key_files
 from api.config.options import Options
 from api.generation.loaded_model import AppState, LoadedModel
 from api.generation.request_limits import check_request_defaults
@@ -104,7 +104,10 @@ def build(arguments: Mapping[str, Any]) -> serve.Application:
         ray_options = msgspec.convert(arguments, RayOptions, strict=False)
     except msgspec.ValidationError as error:
         raise OptionError(f"arguments of api.ray_serve:build: {error}") from None
-    options = with_key_file(parse(shlex.split(ray_options.flags), os.environ))
+    options = parse(shlex.split(ray_options.flags), os.environ)
+    check_key_files(options.server)
+    if options.kv_events.endpoint:
+        raise OptionError("--kv-events-endpoint: Ray's routers read no KV events; leave the flag out")
     deployment = serve.deployment(serve.ingress()(_Ingress))
     return deployment.options(**deployment_options(ray_options, options)).bind(options)
 

@@ -66,11 +66,16 @@ class Speed(Struct, frozen=True):
 
 
 class RouterFigures(Struct, frozen=True):
-    """All figures of one router."""
+    """The figures of one router that do not depend on the speed of the machine."""
 
     affinity: float
     kill: LoadResult
     drain: LoadResult
+
+
+class RouterOverhead(Struct, frozen=True):
+    """The speed of two workers, `routed` by a router, and `direct` with clients that take turns between the workers."""
+
     direct: Speed
     routed: Speed
 
@@ -149,15 +154,20 @@ def ending(fleet: Fleet, number: signal.Signals) -> LoadResult:
 
 def measure(name: str, folder: Path) -> RouterFigures:
     """Measures a router with two workers of its own for each part; `folder` gets the router's logs."""
-    with fleet_workers(2, *WORKER_FLAGS) as workers:
-        direct = asyncio.run(speed([worker.port for worker in workers]))
-        with routed(name, workers, folder / f"{name}.log") as fleet:
-            through = asyncio.run(speed([fleet.port]))
-            share = asyncio.run(affinity(fleet.port))
-            drain = ending(fleet, signal.SIGTERM)
+    with fleet_workers(2, *WORKER_FLAGS) as workers, routed(name, workers, folder / f"{name}.log") as fleet:
+        share = asyncio.run(affinity(fleet.port))
+        drain = ending(fleet, signal.SIGTERM)
     with fleet_workers(2, *WORKER_FLAGS) as workers, routed(name, workers, folder / f"{name}-kill.log") as fleet:
         kill = ending(fleet, signal.SIGKILL)
-    return RouterFigures(share, kill, drain, direct, through)
+    return RouterFigures(share, kill, drain)
+
+
+def overhead(name: str, folder: Path) -> RouterOverhead:
+    """Measures two workers without and with a router; `folder` gets the router's log."""
+    with fleet_workers(2, *WORKER_FLAGS) as workers:
+        direct = asyncio.run(speed([worker.port for worker in workers]))
+        with routed(name, workers, folder / f"{name}-speed.log") as fleet:
+            return RouterOverhead(direct, asyncio.run(speed([fleet.port])))
 
 
 _COLUMNS = (
@@ -165,6 +175,9 @@ _COLUMNS = (
     "affinity",
     "kill: complete / error event / cut / lost",
     "drain: complete / failed",
+)
+_OVERHEAD_COLUMNS = (
+    "router",
     "tok/s with / without router",
     "TTFT ms with / without",
     "the same, one client",
@@ -178,6 +191,12 @@ def _row(name: str, figures: RouterFigures) -> list[Any]:
         f"{figures.affinity:.1%}",
         f"{kill.complete} / {kill.broken} / {kill.cut} / {kill.lost}",
         f"{drain.complete} / {drain.broken + drain.cut + drain.lost}",
+    ]
+
+
+def _overhead_row(name: str, figures: RouterOverhead) -> list[Any]:
+    return [
+        name,
         f"{figures.routed.tokens_per_second:.0f} / {figures.direct.tokens_per_second:.0f}",
         f"{figures.routed.ttft_ms:.0f} / {figures.direct.ttft_ms:.0f}",
         f"{figures.routed.lone_ttft_ms:.1f} / {figures.direct.lone_ttft_ms:.1f}",
@@ -189,6 +208,11 @@ def show_routers(figures: Mapping[str, RouterFigures]) -> None:
     show("Routers in front of two simulated workers", _COLUMNS, [_row(*item) for item in figures.items()])
 
 
+def show_overhead(figures: Mapping[str, RouterOverhead]) -> None:
+    """Prints a table of the overhead by router."""
+    show("Speed of two simulated workers", _OVERHEAD_COLUMNS, [_overhead_row(*item) for item in figures.items()])
+
+
 def main() -> int:
     """Measures the routers and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -196,8 +220,10 @@ def main() -> int:
     names = parser.parse_args().only
     with TemporaryDirectory() as folder:
         figures = {name: measure(name, Path(folder)) for name in names}
+        overheads = {name: overhead(name, Path(folder)) for name in names}
     show_routers(figures)
-    save("routers", {name: structs.asdict(each) for name, each in figures.items()})
+    show_overhead(overheads)
+    save("routers", {name: structs.asdict(figures[name]) | structs.asdict(overheads[name]) for name in names})
     return 0
 
 

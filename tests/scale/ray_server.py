@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import threading
-import time
 
 import ray
 from ray import serve
@@ -22,17 +21,16 @@ def deploy(arguments: str) -> None:
     serve.run(build(json.loads(arguments)), name="paceline")
 
 
-def print_replicas() -> None:
-    """Prints the number of running replicas at each change."""
+def print_replicas(ended: threading.Event) -> None:
+    """Prints the number of running replicas at each change until `ended` is set."""
     last = -1
-    while True:
+    while not ended.wait(0.2):
         deployment = serve.status().applications["paceline"].deployments.get("paceline")
         running = deployment.replica_states.get("RUNNING", 0) if deployment else 0
         if running != last:
             last = running
             sys.stdout.write(f"{running}\n")
             sys.stdout.flush()
-        time.sleep(0.2)
 
 
 def main() -> None:
@@ -40,9 +38,13 @@ def main() -> None:
     ray.init(num_cpus=4, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
     deploy(sys.argv[2])
-    threading.Thread(target=print_replicas, daemon=True).start()
+    ended = threading.Event()
+    printing = threading.Thread(target=print_replicas, args=(ended,))
+    printing.start()
     for line in sys.stdin:
         deploy(line)
+    ended.set()
+    printing.join()
     serve.shutdown()
 
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -142,8 +142,12 @@ async def test_scale_down_drains(server: RayServer) -> None:
 
 
 async def test_the_queue_adds_replicas() -> None:
-    with ray_serving(replicas=1, max_replicas=2, target_requests=8) as server:
+    # The shutdown of the cluster waits `--grace` seconds for the streams.
+    flags = FLAGS.replace("--grace 60", "--grace 1")
+    with ray_serving(replicas=1, max_replicas=2, target_requests=8, flags=flags) as server:
         await asyncio.to_thread(server.wait_for_replicas, 1)
         running = asyncio.create_task(_streams(server.port, 4000))
         await asyncio.to_thread(server.wait_for_replicas, 2)
         running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
