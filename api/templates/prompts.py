@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from api.config.server import ChatConfig
+from api.config.server import ChatConfig, ServerConfig
 from api.schema.requests import ChatRequest
 from api.schema.value_size import is_larger
 from api.templates.builtin import CHATML
@@ -25,6 +25,7 @@ from api.templates.chat_template import (
     effort_variables,
     thinking_variables,
 )
+from api.templates.media_files import MediaFiles
 from api.templates.text_tokens import LONG_TEXT_CHARS, TextTokenizer
 from api.templates.tool_messages import calls_as_text, with_argument_objects, with_tool_instructions
 from api.tools.formats import ChatFormat, Generic, format_of
@@ -40,11 +41,14 @@ class PromptRenderer(TextTokenizer):
         vocab: Vocab,
         chat: ChatConfig = ChatConfig(),  # noqa: B008 (frozen)
         check_prompt_length: Callable[[int], None] = lambda tokens: None,
+        media: MediaFiles | None = None,
     ) -> None:
         """`check_prompt_length` raises ContextExceeded if no prompt of at least so many tokens can run. Raises
         InvalidTemplate for invalid settings."""
         super().__init__(info, vocab, check_prompt_length)
         self.chat = chat
+        self.media = media or MediaFiles(None, ServerConfig())
+        """Loads the images and sounds of messages."""
         self._configured_variables = configured_kwargs(chat)
         self.warning: str | None = None
         """A sentence about the defect of the server's template. None if the template has no defect."""

@@ -28,6 +28,7 @@ class TextTokenizer:
         self._info = info
         self._vocab = vocab
         self._check_prompt_length = check_prompt_length
+        self._special_tokens: dict[str, int | None] = {}
 
     # ── text to tokens ──
 
@@ -105,9 +106,13 @@ class TextTokenizer:
         return tokens
 
     def special_token(self, text: str) -> int | None:
-        """Returns the id of the special token named `text`. None if there is no such token."""
-        tokens = self._tokenize_bare(text)
-        return tokens[0] if len(tokens) == 1 and tokens[0] in self._vocab.special else None
+        """Returns the id of the special token named `text`. None if there is no such token. `text` must not come from a
+        client, as each result is kept."""
+        if text not in self._special_tokens:
+            tokens = self._tokenize_bare(text)
+            is_special = len(tokens) == 1 and tokens[0] in self._vocab.special
+            self._special_tokens[text] = tokens[0] if is_special else None
+        return self._special_tokens[text]
 
     def _tokenize_bare(self, text: str) -> list[int]:
         return without_added(self._vocab, self._vocab.tokenize(text, special=True))
@@ -119,8 +124,9 @@ class TextTokenizer:
         return b"".join(map(self._vocab.piece, tokens)).decode("utf-8", "replace")
 
     def detokenize(self, tokens: Sequence[int]) -> str:
-        """Returns the text of `tokens`, with special tokens by name."""
-        return b"".join(map_distinct(tokens, self.token_bytes)).decode("utf-8", "replace")
+        """Returns the text of `tokens`, with special tokens by name, and without the negative ids of images."""
+        texts = map_distinct([token for token in tokens if token >= 0], self.token_bytes)
+        return b"".join(texts).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
         """Returns the token's bytes; for a special token, the name's bytes."""

@@ -1,0 +1,167 @@
+"""Loads the files of images and sounds in the messages of a chat, and puts markers in the places of these."""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from msgspec import structs
+
+from api.config.server import ServerConfig
+from api.schema.request_values import ContentPart, ImageURL
+from api.schema.requests import ChatMessageParam
+from api.templates.media_urls import download_media
+from engine import MAX_MEDIA_BYTES, WORKERS, MediaPrompt, MediaReader, RequestRefused, UnreadableMedia
+
+IMAGE_PART, AUDIO_PART = "image_url", "input_audio"
+_MAX_QUOTED_CHARS = 32
+
+
+class MediaFiles:
+    """Loads the files of content parts, within the limits of the configuration."""
+
+    def __init__(self, reader: MediaReader | None, config: ServerConfig) -> None:
+        """`reader` is that of the engine; None if the model reads neither images nor sounds."""
+        self._reader = reader
+        self._config = config
+
+    @property
+    def vision(self) -> bool:
+        """True if messages can have images."""
+        return self._reader is not None and self._reader.vision
+
+    @property
+    def audio(self) -> bool:
+        """True if messages can have sounds."""
+        return self._reader is not None and self._reader.audio
+
+    async def load(self, messages: Sequence[ChatMessageParam]) -> tuple[list[ChatMessageParam], list[bytes]]:
+        """Returns the messages with a marker in place of each image and sound, and the files in their order. Raises
+        RequestRefused, with the path of the part."""
+        parts = [
+            (part, f"messages[{index}].content[{number}]")
+            for index, message in enumerate(messages)
+            for number, part in enumerate(message.content if isinstance(message.content, list) else ())
+            if part.type in (IMAGE_PART, AUDIO_PART)
+        ]
+        if not parts:
+            return [*messages], []
+        for part, path in parts:
+            self._check_type(part, path)
+        if len(parts) > self._config.media_limit:
+            raise RequestRefused(
+                f"The messages have {len(parts)} images and sounds; at most {self._config.media_limit} are accepted "
+                "(--media-limit).",
+                field="messages",
+            )
+        files = [await self._file(part, path) for part, path in parts]
+        assert self._reader is not None
+        return [_with_markers(message, self._reader.marker) for message in messages], files
+
+    def _check_type(self, part: ContentPart, path: str) -> None:
+        is_image = part.type == IMAGE_PART
+        if not (self.vision if is_image else self.audio):
+            # The beginning is llama-server's message, as clients may match it.
+            raise RequestRefused(
+                f"{'image' if is_image else 'audio'} input is not supported - hint: if this is unexpected, you may need "
+                f"to provide the mmproj. This model reads no {'images' if is_image else 'sounds'}: leave the part out.",
+                field=f"{path}.type",
+            )
+
+    async def _file(self, part: ContentPart, path: str) -> bytes:
+        source, field = _source(part, path)
+        scheme, separator, rest = source.partition(":")
+        match scheme.lower() if separator else "":
+            case "data":
+                return _data_url(rest, field)
+            case "http" | "https":
+                if not self._config.media_urls:
+                    raise RequestRefused(
+                        "This server downloads no files: send a data URL, or start the server with --media-urls.",
+                        field=field,
+                    )
+                return await download_media(source, field)
+            case "file":
+                return await WORKERS.run(partial(self._local_file, rest, field))
+            case "":
+                return _base64(source, field)
+        raise RequestRefused(
+            f"URLs of the scheme {scheme[:_MAX_QUOTED_CHARS]!r} are not supported; send a data URL.", field=field
+        )
+
+    def _local_file(self, rest: str, field: str) -> bytes:
+        """Returns the content of a file below --media-path. `rest` is the URL after its scheme."""
+        if not self._config.media_path:
+            raise RequestRefused(
+                "file:// URLs are not allowed unless --media-path is specified: send a data URL.", field=field
+            )
+        root = Path(self._config.media_path).resolve()
+        name = rest.removeprefix("//").lstrip("/")
+        try:
+            file = (root / name).resolve()
+            if file.is_relative_to(root) and file.is_file():
+                with file.open("rb") as opened:
+                    return opened.read(MAX_MEDIA_BYTES + 1)
+        except (OSError, ValueError):
+            pass
+        raise RequestRefused("There is no such file below the folder of --media-path.", field=field)
+
+    async def read(self, text: str, files: Sequence[bytes]) -> MediaPrompt:
+        """Returns the prompt of a text with a marker for each of `files`. Raises RequestRefused."""
+        assert self._reader is not None, "files are loaded only with a reader"
+        try:
+            return await WORKERS.run(partial(self._reader.read, text, files))
+        except UnreadableMedia as error:
+            raise RequestRefused(str(error), field="messages") from None
+
+
+def _source(part: ContentPart, path: str) -> tuple[str, str]:
+    """Returns the URL or the base64 text of a part, and the path of its field. Raises RequestRefused without either."""
+    if part.type == IMAGE_PART:
+        url = part.image_url.url if isinstance(part.image_url, ImageURL) else part.image_url
+        field = f"{path}.image_url"
+    else:
+        url = part.input_audio.data or part.input_audio.url if part.input_audio is not None else None
+        field = f"{path}.input_audio"
+    if not url:
+        raise RequestRefused(f"{field}: the field is missing or empty; expected a URL or base64", field=field)
+    return url, field
+
+
+def _data_url(rest: str, field: str) -> bytes:
+    """Returns the content of a data URL. `rest` is the URL after its scheme."""
+    head, comma, content = rest.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise RequestRefused("The data URL is not of the form data:image/png;base64,CONTENT.", field=field)
+    return _base64(content, field)
+
+
+def _base64(text: str, field: str) -> bytes:
+    try:
+        return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
+    except (ValueError, UnicodeEncodeError) as error:
+        raise RequestRefused(f"The content is neither a URL nor valid base64: {error}.", field=field) from None
+
+
+def _with_markers(message: ChatMessageParam, marker: str) -> ChatMessageParam:
+    """Returns a message with images or sounds with its parts joined to one text, other messages unchanged. As in
+    llama-server, a line break separates two texts, and nothing separates a text and a marker."""
+    parts = message.content
+    if not isinstance(parts, list) or not any(part.type in (IMAGE_PART, AUDIO_PART) for part in parts):
+        return message
+    text, after_marker = "", True
+    for index, part in enumerate(parts):
+        if part.type in (IMAGE_PART, AUDIO_PART):
+            text, after_marker = text + marker, True
+            continue
+        if part.type != "text" or part.text is None:
+            raise RequestRefused(
+                f"Content parts of type {part.type[:_MAX_QUOTED_CHARS]!r} are not supported beside images or "
+                "sounds, only 'text' with a text.",
+                field=f"messages.content[{index}].type",
+            )
+        text += part.text if after_marker or not text else f"\n{part.text}"
+        after_marker = False
+    return structs.replace(message, content=text)

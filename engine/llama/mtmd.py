@@ -1,0 +1,195 @@
+"""A projector of llama.cpp's mtmd library: reads images and sounds, and encodes them to embeddings of the model.
+
+The library is part of a build with `-DLLAVA_BUILD=ON` only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_cpp import llama_cpp as native
+
+from engine.backend import Backend, NativeFault
+from engine.config import EngineConfig
+from engine.contract import ModelError
+from engine.llama import library
+from engine.llama.context import LlamaContext
+from engine.llama.gguf_check import check_file
+from engine.llama.gguf_file import digest, read_text
+from engine.llama.library import FLASH_ATTENTION
+from engine.llama.model import LlamaBackend
+from engine.llama.params import serving_gpu
+from engine.llama.threads import thread_count
+from engine.media import Embeddings, MediaChunk, MediaPiece, UnreadableMedia
+
+_TEXT, _IMAGE, _AUDIO = 0, 1, 2
+_MARKER = b"<__media__>"
+# Projectors whose embeddings depend on the place of the image in the prompt, which the prefix cache does not know.
+_PLACED_TYPES = ("deepseek4v", "hunyuanvl")
+# No folder of this name has an ffmpeg, which the library would start for files that it takes for videos.
+_NO_FFMPEG = b"/nonexistent"
+_PROBE_SIDE = 64
+
+
+def mtmd_library() -> Any:
+    """Returns the binding of mtmd. Raises ModelError if the library was built without it."""
+    try:
+        from llama_cpp import mtmd_cpp
+    except (FileNotFoundError, RuntimeError, OSError):
+        raise ModelError(
+            "--mmproj needs a llama-cpp-python that was built with -DLLAVA_BUILD=ON: run `make serve VISION=1` once, "
+            "or leave --mmproj out"
+        ) from None
+    return mtmd_cpp
+
+
+class NativeChunk:
+    """A native chunk of an image or a sound, freed with this object."""
+
+    def __init__(self, mtmd: Any, context: Any, handle: Any) -> None:
+        """Takes the ownership of `handle`."""
+        self.handle = handle
+        self.length: int = mtmd.mtmd_input_chunk_get_n_tokens(handle)
+        self.causal = not mtmd.mtmd_decode_use_non_causal(context, handle)
+        weakref.finalize(self, mtmd.mtmd_input_chunk_free, handle)
+
+
+class LlamaProjector:
+    """Implements `engine.media.Projector`."""
+
+    def __init__(self, config: EngineConfig, target: LlamaBackend, context: LlamaContext) -> None:
+        """Raises ModelError, with nothing left in memory, if the projector does not fit the model."""
+        self._mtmd = mtmd = mtmd_library()
+        self._target = context
+        path = Path(config.media.path)
+        params = mtmd.mtmd_context_params_default()
+        params.use_gpu = config.media.offload and bool(serving_gpu(config.model))
+        params.print_timings = False
+        params.n_threads = thread_count(config.cpu, config.model.threads)
+        params.media_marker = _MARKER
+        params.warmup = config.model.warmup
+        params.flash_attn_type = FLASH_ATTENTION[config.model.flash_attention]
+        params.image_min_tokens = config.media.image_min_tokens or -1
+        params.image_max_tokens = config.media.image_max_tokens or -1
+        mtmd.mtmd_helper_log_set(library.log_callback, ctypes.c_void_p(0))
+        library.clear_errors()
+        self._handle = mtmd.mtmd_init_from_file(str(path).encode(), target.model, params)
+        if not self._handle:
+            raise ModelError(
+                f"cannot open the projector {path}: {library.first_error() or 'the library gives no reason'}"
+            )
+        try:
+            self.vision: bool = mtmd.mtmd_support_vision(self._handle)
+            self.audio: bool = mtmd.mtmd_support_audio(self._handle)
+            self._width: int = native.llama_model_n_embd_inp(target.model)
+            settings = f"{digest(path)} {config.media.image_min_tokens} {config.media.image_max_tokens}"
+            self.identity = hashlib.blake2b(settings.encode(), digest_size=32).digest()
+            self._check(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check(self, path: Path) -> None:
+        """Raises ModelError if the engine cannot serve the projector."""
+        if self._mtmd.mtmd_decode_use_mrope(self._handle):
+            raise ModelError(
+                f"the projector {path} cannot be used: the model has M-RoPE, with which an image takes fewer positions "
+                "than it has tokens, and the prefix cache counts one position for each token; leave --mmproj out, or "
+                "give --no-mmproj"
+            )
+        if not self.vision:
+            return
+        pixels = (ctypes.c_ubyte * (3 * _PROBE_SIDE**2))()
+        bitmap = self._mtmd.mtmd_bitmap_init(_PROBE_SIDE, _PROBE_SIDE, pixels)
+        try:
+            pieces = self._pieces(bitmap)
+        except UnreadableMedia as error:
+            raise ModelError(f"the projector {path} cannot be used: {error}") from None
+        for piece in pieces:
+            if isinstance(piece, NativeChunk) and not piece.causal and piece.length > self._target.ubatch:
+                raise ModelError(
+                    f"the projector {path} makes {piece.length} embeddings of an image, which must be decoded "
+                    f"together: set --ubatch-size and --batch-size to {piece.length} or more"
+                )
+
+    def read(self, data: bytes) -> Sequence[MediaPiece]:
+        """Returns the pieces of an image or a sound. Raises UnreadableMedia."""
+        options = self._mtmd.mtmd_helper_init_opt_default()
+        options.video_params.ffmpeg_bin_dir = _NO_FFMPEG
+        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        loaded = self._mtmd.mtmd_helper_bitmap_init_from_buf_wrapper(self._handle, buffer, len(data), False, options)
+        if loaded.video_ctx:
+            self._mtmd.mtmd_bitmap_free(loaded.bitmap)
+            self._mtmd.mtmd_helper_video_free(loaded.video_ctx)
+        if not loaded.bitmap or loaded.video_ctx:
+            raise UnreadableMedia("The image or sound is damaged: it cannot be decoded.")
+        return self._pieces(loaded.bitmap)
+
+    def _pieces(self, bitmap: Any) -> list[MediaPiece]:
+        """Returns the pieces of a native bitmap, which is freed. Raises UnreadableMedia."""
+        mtmd = self._mtmd
+        chunks = mtmd.mtmd_input_chunks_init()
+        try:
+            text = mtmd.mtmd_input_text(_MARKER, len(_MARKER), False, True)
+            bitmaps = (ctypes.c_void_p * 1)(bitmap)
+            if mtmd.mtmd_tokenize(self._handle, chunks, ctypes.byref(text), bitmaps, 1):
+                raise UnreadableMedia("The projector cannot use this image or sound; send one of another size.")
+            count = mtmd.mtmd_input_chunks_size(chunks)
+            return [self._piece(mtmd.mtmd_input_chunks_get(chunks, index)) for index in range(count)]
+        finally:
+            mtmd.mtmd_input_chunks_free(chunks)
+            mtmd.mtmd_bitmap_free(bitmap)
+
+    def _piece(self, handle: Any) -> MediaPiece:
+        mtmd = self._mtmd
+        if mtmd.mtmd_input_chunk_get_type(handle) != _TEXT:
+            return NativeChunk(mtmd, self._handle, mtmd.mtmd_input_chunk_copy(handle))
+        count = ctypes.c_size_t()
+        tokens = mtmd.mtmd_input_chunk_get_tokens_text(handle, ctypes.byref(count))
+        text = list(tokens[: count.value])
+        if any(token < 0 for token in text):
+            raise UnreadableMedia("the vocabulary of the model lacks the tokens around images")
+        return text
+
+    def encode(self, chunk: MediaChunk) -> Embeddings:
+        """Returns the embeddings of a chunk. Raises NativeFault."""
+        assert isinstance(chunk, NativeChunk)
+        if code := self._mtmd.mtmd_encode_chunk(self._handle, chunk.handle):
+            raise NativeFault(f"mtmd_encode_chunk returned {code}")
+        output = self._mtmd.mtmd_get_output_embd(self._handle)
+        embeddings: Embeddings = np.ctypeslib.as_array(output, (chunk.length, self._width)).copy()
+        if not np.isfinite(embeddings).all():
+            raise NativeFault("the embeddings of an image or sound are not finite")
+        return embeddings
+
+    def decode(self, seq: int, start: int, embeddings: Embeddings, *, causal: bool) -> None:
+        """Appends cells of `embeddings` to a sequence of the model. Raises NoFreeCells, Aborted or NativeFault."""
+        self._target.decode_embeddings(seq, start, embeddings, causal=causal)
+
+    def close(self) -> None:
+        """Frees the projector."""
+        self._mtmd.mtmd_free(self._handle)
+
+
+def open_projector(config: EngineConfig, target: Backend) -> LlamaProjector:
+    """Opens the projector `config.media.path` for the model of `target`. Raises ModelError, with nothing left in
+    memory."""
+    if not isinstance(target, LlamaBackend) or not isinstance(target.context, LlamaContext):
+        raise ModelError("--mmproj needs a model that generates text from a GGUF; leave --mmproj out")
+    if config.model.deterministic:
+        raise ModelError(
+            "--mmproj cannot be served with --deterministic: a cached prefix that ends within an image changes the "
+            "rounding of the rest of the image"
+        )
+    path = Path(config.media.path)
+    check_file(path, "projector (--mmproj)")
+    kind = read_text(path, "clip.projector_type") or read_text(path, "clip.vision.projector_type")
+    if kind in _PLACED_TYPES:
+        raise ModelError(f"the projector {path} cannot be used: projectors of type {kind} are not supported")
+    return LlamaProjector(config, target, target.context)

@@ -1,0 +1,130 @@
+"""Prefills the images and sounds of prompts: a run of pseudo-tokens is decoded as embeddings, in a decode of its own.
+
+The embeddings are computed on the encoding thread. A run that is not encoded blocks its sequence only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from engine.backend import Aborted, Backend, NativeFault, NoFreeCells
+from engine.config import EngineConfig
+from engine.contract import REQUEST_FAILED, EngineFault, ModelError
+from engine.kv import KVCache
+from engine.lifecycle import Lifecycle
+from engine.media import Embeddings, MediaEncoder, MediaRun, WantedRun
+from engine.running import PlacedRows
+from engine.scheduler import ScheduledRows
+from engine.sequence import Sequence
+
+# Runs of each sequence that are encoded ahead: while one is decoded, the next one is encoded.
+RUNS_AHEAD = 2
+# Maximum seconds until commands are executed while every sequence waits for the encoding.
+WAIT_SECONDS = 0.01
+
+
+def has_media_library() -> bool:
+    """Returns True if the installed llama-cpp-python was built with the library for images and sounds."""
+    package = find_spec("llama_cpp")
+    folders = package.submodule_search_locations if package is not None else None
+    return any(any(Path(folder, "lib").glob("*mtmd*")) for folder in folders or ())
+
+
+def open_encoder(config: EngineConfig, target: Backend) -> MediaEncoder | None:
+    """Opens the projector of `config.media` for the model `target`. Returns None without a projector. Raises
+    ModelError."""
+    if not config.media.path:
+        return None
+    if config.sim.on:
+        raise ModelError("the simulated model reads no images; leave --mmproj out")
+    from engine.llama import open_projector
+
+    return MediaEncoder(open_projector(config, target), config.media.encoded_bytes(config.memory.ram_bytes))
+
+
+class MediaPrefill:
+    """Decodes images and sounds between the steps. Belongs to the engine thread."""
+
+    def __init__(self, encoder: MediaEncoder, kv: KVCache, lifecycle: Lifecycle) -> None:
+        self._encoder = encoder
+        self._kv = kv
+        self._lifecycle = lifecycle
+        self._waiting = False
+
+    def prepare(self) -> bool:
+        """Has the runs encoded that prefills need next, and sets `Sequence.awaits_encoding`. Ends the requests whose
+        runs cannot be encoded. Returns True if a sequence needs a run."""
+        wanted: list[WantedRun] = []
+        now = time.perf_counter()
+        with_media = [each for each in self._lifecycle.running.values() if each.request.media]
+        for sequence in sorted(with_media, key=lambda each: each.request.priority):
+            run = sequence.next_run
+            sequence.awaits_encoding = False
+            if run is None or self._kv.loading(sequence.seq):
+                continue
+            ahead = [each for each in sequence.request.media if each.end > sequence.computed][:RUNS_AHEAD]
+            wanted += [WantedRun(sequence.salt, each) for each in ahead]
+            result = self._encoder.result(WantedRun(sequence.salt, run))
+            if isinstance(result, Exception):
+                self._lifecycle.fail(sequence, EngineFault(REQUEST_FAILED))
+            if result is None and run.start <= sequence.computed:
+                sequence.awaits_encoding, sequence.prefill_due = True, now
+        if wanted or self._waiting:
+            self._encoder.want(wanted)
+        self._waiting = bool(wanted)
+        return self._waiting
+
+    def decode(self, commit: Callable[[list[PlacedRows]], None], prompt_rows: Callable[[], int], max_rows: int) -> int:
+        """Decodes rows of at most one run, and passes them to `commit`. Returns their number, at most `max_rows`, and
+        about `prompt_rows()` if the run can be divided."""
+        running = self._lifecycle.running
+        unblocked = [each for each in running.active if each.next_run is not None and not self._blocked(each)]
+        for sequence in sorted(unblocked, key=lambda each: each.request.priority):
+            run = sequence.next_run
+            assert run is not None, "the sequence has a run"
+            result = self._encoder.result(WantedRun(sequence.salt, run))
+            if not isinstance(result, Exception) and result is not None:
+                rest = result[sequence.computed - run.start :]
+                if run.chunk.causal:
+                    if not (rows := prompt_rows()):  # this step measures the cost of decoding
+                        return 0
+                    cells = max(1, self._kv.free_cells + self._kv.evictable_cells)
+                    ready = self._kv.ready(sequence.seq, len(sequence.tokens))
+                    rest = rest[: min(rows, max_rows, cells, ready)]
+                return self._decode(sequence, run, rest, commit)
+        return 0
+
+    def wait(self) -> None:
+        """Blocks until a run is encoded, for at most `WAIT_SECONDS`. No effect if no sequence needs one."""
+        if self._waiting:
+            self._encoder.wait(WAIT_SECONDS)
+
+    def _blocked(self, sequence: Sequence) -> bool:
+        return sequence.awaits_encoding or sequence.num_ready > 0 or self._kv.loading(sequence.seq)
+
+    def _decode(
+        self, sequence: Sequence, run: MediaRun, rows: Embeddings, commit: Callable[[list[PlacedRows]], None]
+    ) -> int:
+        self._kv.evict(len(rows))
+        try:
+            self._encoder.projector.decode(sequence.seq, sequence.computed, rows, causal=run.chunk.causal)
+        except NoFreeCells:
+            self._make_room(sequence)
+            return 0
+        except (Aborted, NativeFault) as error:
+            self._lifecycle.fail(sequence, EngineFault(f"an image or sound cannot be decoded: {error}"))
+            return 0
+        commit([self._lifecycle.running.placed(ScheduledRows(sequence.key, len(rows)))])
+        return len(rows)
+
+    def _make_room(self, sequence: Sequence) -> None:
+        """Preempts the sequence that started last, but `sequence` only if no other one runs. Fails that if it alone
+        does not fit."""
+        others = [each for each in self._lifecycle.running.values() if each is not sequence]
+        if others:
+            self._lifecycle.preempt(others[-1])
+        else:
+            self._lifecycle.reject_rows([sequence])

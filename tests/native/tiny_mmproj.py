@@ -1,0 +1,90 @@
+"""Projectors of images with random weights, of less than a megabyte."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from gguf import GGUFWriter
+
+# Sizes of the projector's own layers.
+WIDTH, HIDDEN, LAYERS, HEADS = 32, 64, 2, 2
+IMAGE_SIZE, PATCH_SIZE = 32, 8
+
+ProjectorKind = Literal["janus_pro", "gemma3"]
+
+
+def projector(path: Path, width: int, kind: ProjectorKind = "janus_pro", image_size: int = IMAGE_SIZE) -> Path:
+    """Writes a projector for a model of `width`: `janus_pro` makes 16 embeddings of an image, with causal attention,
+    `gemma3` 4 of which each attends to all; more if images have another `image_size`. Returns the path."""
+    writer = GGUFWriter(path, "clip")
+    random = np.random.default_rng(1)
+    writer.add_string("clip.projector_type", kind)
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_bool("clip.use_gelu", True)
+    for name, size in (
+        ("embedding_length", WIDTH),
+        ("feed_forward_length", HIDDEN),
+        ("block_count", LAYERS),
+        ("attention.head_count", HEADS),
+        ("projection_dim", width),
+        ("image_size", image_size),
+        ("patch_size", PATCH_SIZE),
+        ("projector.scale_factor", 2),
+    ):
+        writer.add_uint32(f"clip.vision.{name}", size)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
+    writer.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
+    writer.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
+
+    def add(name: str, *shape: int, scale: float = 1.0) -> None:
+        weight = random.standard_normal(shape, np.float32) * np.float32(scale / shape[-1] ** 0.5)
+        writer.add_tensor(name, weight)
+
+    def ones(name: str) -> None:
+        writer.add_tensor(f"{name}.weight", np.ones(WIDTH, np.float32))
+        writer.add_tensor(f"{name}.bias", np.zeros(WIDTH, np.float32))
+
+    add("v.patch_embd.weight", WIDTH, 3, PATCH_SIZE, PATCH_SIZE)
+    add("v.position_embd.weight", (image_size // PATCH_SIZE) ** 2, WIDTH)
+    for layer in range(LAYERS):
+        block = f"v.blk.{layer}"
+        for norm in ("ln1", "ln2"):
+            ones(f"{block}.{norm}")
+        for part in ("attn_q", "attn_k", "attn_v", "attn_out"):
+            add(f"{block}.{part}.weight", WIDTH, WIDTH)
+        add(f"{block}.ffn_up.weight", HIDDEN, WIDTH)
+        add(f"{block}.ffn_down.weight", WIDTH, HIDDEN)
+    ones("v.post_ln")
+    if kind == "gemma3":
+        add("mm.input_projection.weight", WIDTH, width, scale=(width / WIDTH) ** 0.5)
+        writer.add_tensor("mm.soft_emb_norm.weight", np.ones(WIDTH, np.float32))
+    else:
+        add("mm.0.weight", HIDDEN, WIDTH)
+        writer.add_tensor("mm.0.bias", np.zeros(HIDDEN, np.float32))
+        add("mm.1.weight", width, HIDDEN)
+        writer.add_tensor("mm.1.bias", np.zeros(width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def png(width: int = 40, height: int = 24, seed: int = 0) -> bytes:
+    """Returns a PNG of random pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return png_of(width, height, b"".join(b"\0" + row.tobytes() for row in pixels))
+
+
+def png_of(width: int, height: int, rows: bytes) -> bytes:
+    """Returns a PNG of 8-bit colours whose header has these sizes and whose data are `rows`, valid or not."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header: Any = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
