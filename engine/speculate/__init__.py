@@ -1,7 +1,8 @@
 """Speculative decoding: proposers draft the next tokens of each sequence, and the model verifies drafts in one step.
 
 proposer              the protocols of proposers, and their drafts
-ngram_simple, ngram_map, ngram_mod, ngram_cache, suffix, prediction, grammar, draft_model    one type each
+ngram_simple, ngram_map, ngram_mod, ngram_cache, suffix, prediction, grammar, draft_model, mtp    one type each
+model_draft           history and draft of one sequence of draft_model or mtp
 ngram_index, ngram_counts, suffix_tree    data structures of the proposers
 vocabulary            comparison of vocabularies, for draft models and for files of token ids
 shared_data           data that the proposers of all requests share, and the files of that data
@@ -14,6 +15,7 @@ lookup                builds the static file of ngram_cache
 """
 
 from engine.speculate.draft_model import DraftModel
+from engine.speculate.mtp import MtpProposer
 from engine.speculate.planner import DraftCandidate, LastStep
 from engine.speculate.proposer import NO_DRAFT, Draft, DraftBounds, Proposer, num_matching
 from engine.speculate.sequence_proposers import FEED_TOKENS, SequenceProposers
@@ -29,6 +31,7 @@ __all__ = [
     "DraftCandidate",
     "DraftModel",
     "LastStep",
+    "MtpProposer",
     "Proposer",
     "ProposerFactory",
     "SequenceProposers",

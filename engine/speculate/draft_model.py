@@ -7,10 +7,8 @@ tokens are committed and the rows of rejected tokens rolled back, so that no acc
 from __future__ import annotations
 
 import logging
-import math
 import time
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,19 +16,16 @@ import numpy as np
 from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
 from engine.kv import Allocation, Costs, KVCache
 from engine.pace import SequenceRows, StepCost, StepShape, blend
-from engine.sampling import BadLogits, argmax_token, peak_and_mass
-from engine.speculate.proposer import BatchedDraftRequest, Draft, DraftBounds, num_matching
+from engine.speculate.model_draft import ModelDraft, PickToken
+from engine.speculate.proposer import BatchedDraftRequest, DraftBounds, num_matching
 
 log = logging.getLogger("paceline.speculation")
-
-# Picks a token, given a row of logits, a history, and the number of tokens that context shifts discarded from it.
-PickToken = Callable[[Logits, Sequence[int], int], int]
 
 # A history with at most this many uncomputed tokens is computed in the same pass as the first draft tokens.
 CATCH_UP_TOKENS = 8
 
 
-class DraftSequence:
+class DraftSequence(ModelDraft):
     """One sequence in the draft model: its history, its draft, and, while it is active, its allocation."""
 
     type = "draft"
@@ -40,22 +35,14 @@ class DraftSequence:
     ) -> None:
         """`pick` picks the tokens of drafts. `None` means the most likely tokens. With `keep` released cells become an
         idle prefix, else they are free."""
+        super().__init__(bounds, pick)
         self.salt = salt
-        self.bounds = bounds
-        self._pick = pick
         self._keep = keep
-        self._discarded = 0
-        self.history = array("i")
         self.allocation: Allocation | None = None
         self.computed = 0
         """Number of tokens of the history in cells."""
-        self.tokens: list[int] = []
-        """The draft. Its first `drafted` tokens are in cells, after those of the history."""
-        self.chances: list[float] = []
-        """The draft model's probability of each token of the draft."""
         self.drafted = 0
-        self.joint_chance = 1.0
-        """Product of `chances`."""
+        """Number of tokens of the draft in cells, after those of the history."""
         self._model = model
 
     @property
@@ -68,14 +55,6 @@ class DraftSequence:
         """The sequence id in the draft model's KV cache. Valid only with an allocation."""
         assert self.allocation is not None, "an active draft sequence has an allocation"
         return self.allocation.seq
-
-    def begin(self, tokens: Sequence[int]) -> None:
-        """Sets the history. No token is computed before a draft is requested."""
-        self.history.extend(tokens)
-
-    def propose(self, limit: int) -> Draft:
-        """Returns the draft that `DraftModel.draft` made since the last `observe`, within the bounds."""
-        return self.bounds.trim(Draft(tuple(self.tokens[:limit]), tuple(self.chances[:limit])))
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
         """Appends `emitted` to the history. Commits the rows of drafted tokens that were emitted, and rolls back the
@@ -93,7 +72,8 @@ class DraftSequence:
             self.computed += accepted
             if accepted < self.drafted:
                 self._model.kv.rollback(self.seq)
-        self.tokens, self.chances, self.drafted, self.joint_chance = [], [], 0, 1.0
+        self.clear_draft()
+        self.drafted = 0
 
     def truncate(self, length: int) -> None:
         """Cuts the history to `length` tokens. The remaining prefix is matched before the next draft."""
@@ -106,17 +86,6 @@ class DraftSequence:
         del self.history[keep : keep + discard]
         self._discarded += discard
         self.release()
-
-    def pick(self, row: Logits) -> int:
-        """Returns the next token after history and draft, picked from the draft model's `row`. Raises BadLogits."""
-        if self._pick is None:
-            return argmax_token(row)
-        drafted = len(self.tokens)
-        self.history.extend(self.tokens)
-        try:
-            return self._pick(row, self.history, self._discarded)
-        finally:
-            del self.history[len(self.history) - drafted :]
 
     def release(self) -> None:
         """Releases the allocation. Its cells become an idle prefix for any sequence, or are freed."""
@@ -222,7 +191,7 @@ class DraftModel:
         batch = self.context.batch
         batch.clear()
         firsts = []
-        for (sequence, _, _), rows, starts_draft in parts:
+        for (sequence, *_), rows, starts_draft in parts:
             start = sequence.computed
             firsts.append(batch.add(sequence.seq, start, sequence.history[start : start + rows], int(starts_draft)))
         begun, shape = time.perf_counter(), self._shape([(part.request.sequence, part.rows) for part in parts])
@@ -230,7 +199,7 @@ class DraftModel:
         prefills = any(rows > CATCH_UP_TOKENS for _, rows, _ in parts)
         seconds = time.perf_counter() - begun
         self._cost.observe(StepShape() if prefills else shape, batch.rows if prefills else 0, seconds)
-        for (sequence, _, _), rows, _ in parts:
+        for (sequence, *_), rows, _ in parts:
             self.kv.commit(sequence.seq, sequence.history[sequence.computed : sequence.computed + rows])
             sequence.computed += rows
         return [(part.request, logits[first]) for part, first in zip(parts, firsts, strict=True) if part.starts_draft]
@@ -283,21 +252,7 @@ class DraftModel:
     def _add_token(self, request: _DraftRequest, row: Logits) -> bool:
         """Adds the token picked from `row` to the draft, if it is likely enough. Returns True if the draft
         continues."""
-        sequence = request.sequence
-        row = self._aligned(row)
-        try:
-            token, (peak, mass) = sequence.pick(row), peak_and_mass(row)
-        except BadLogits:
-            return False
-        chance = math.exp(float(row[token]) - peak) / mass
-        if chance < sequence.bounds.p_min:
-            return False
-        sequence.tokens.append(token)
-        sequence.chances.append(chance)
-        sequence.joint_chance *= chance
-        return (
-            len(sequence.tokens) < request.limit and sequence.joint_chance >= request.floor and token not in self._ends
-        )
+        return request.sequence.extend(self._aligned(row), request.limit, request.floor, self._ends)
 
     def _aligned(self, row: Logits) -> Logits:
         """Returns `row` at the size of the target model's vocabulary. Tokens that the draft model lacks get `-inf`."""
@@ -312,9 +267,9 @@ class DraftModel:
         batch = self.context.batch
         batch.clear()
         requests = sorted(requests, key=lambda request: request.sequence.seq)
-        for sequence, _, _ in requests:
+        for sequence, *_ in requests:
             batch.add(sequence.seq, sequence.computed + sequence.drafted, sequence.tokens[-1:], 1)
-        begun, shape = time.perf_counter(), self._shape([(sequence, 1) for sequence, _, _ in requests])
+        begun, shape = time.perf_counter(), self._shape([(sequence, 1) for sequence, *_ in requests])
         logits = self._decode()
         self._cost.observe(shape, 0, time.perf_counter() - begun)
         for request in requests:

@@ -104,6 +104,14 @@ def unpacked(followers: PackedFollowers) -> dict[int, int]:
     return {followers & TOKEN_MASK: followers >> TOKEN_BITS} if isinstance(followers, int) else followers.counts
 
 
+def _halved(followers: PackedFollowers) -> dict[int, int]:
+    """Returns the halves of the counts, rounded down, that are above 0; if there are none, 1 for the top follower."""
+    if isinstance(followers, int):
+        return {followers & TOKEN_MASK: max(1, followers >> (TOKEN_BITS + 1))}
+    halves = {token: count >> 1 for token, count in followers.counts.items() if count > 1}
+    return halves or {followers.top: 1}
+
+
 def _total(followers: PackedFollowers) -> int:
     return followers >> TOKEN_BITS if isinstance(followers, int) else followers.total
 
@@ -115,9 +123,9 @@ class NgramCounts:
         """Counts n-grams of these `sizes`. `limit` is the maximum number of n-grams after each `add`; 0 counts none.
 
         `None` means no limit. To remove k n-grams, the 2k oldest are sorted by their total count, and by age between
-        equal totals. The first half is removed. The counts of the second half are halved, rounded up, and these n-grams
-        become the newest. An n-gram takes about 170 bytes, or 260 with a limit, because the remaining n-grams have more
-        followers.
+        equal totals. The first half is removed. The counts of the second half are halved, rounded down, and these
+        n-grams become the newest. So rare followers of frequent n-grams do not accumulate: an n-gram takes about 200
+        bytes.
         """
         self._sizes = tuple(sizes)
         self._limit = limit
@@ -195,8 +203,8 @@ class NgramCounts:
                 followers = table.pop(key)
                 if i >= len(oldest) // 2:
                     ages.append(key)
-                    for token, count in unpacked(followers).items():
-                        self._add_count(key, token, count + 1 >> 1)
+                    for token, count in _halved(followers).items():
+                        self._add_count(key, token, count)
 
     def save(self, path: Path, vocabulary_digest: bytes) -> None:
         """Writes all counts to `path`, oldest n-gram first. Raises OSError; see `FileFormat.write`.

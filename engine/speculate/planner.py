@@ -138,7 +138,7 @@ class DraftPlanner:
         measured = [draft for draft in possible if not draft.candidate.proposers.fixed]
         paying, resumed = self._plan_batched(batched, measured, candidates, step)
         planned = [draft for draft in possible if draft.candidate.proposers.fixed] + paying + resumed
-        requests = [BatchedDraftRequest(draft.tracked.sequence, draft.limit, draft.floor) for draft in planned]
+        requests = [_request(draft) for draft in planned]
         requests += [
             BatchedDraftRequest(tracked.sequence, 0)
             for proposers in prefilling
@@ -240,7 +240,8 @@ def poll(proposers: SequenceProposers, limit: int, budget_seconds: float = inf) 
     interval = 1 if proposers.fixed else _poll_interval(proposers.unbatched, budget_seconds)
     for i, tracked in enumerate(proposers.unbatched):
         if tracked.expected_accepted < _USEFUL_TOKENS and (number + i) % interval:
-            tracked.clear_draft()
+            if tracked.draft.tokens:
+                tracked.clear_draft()
             continue
         tracked.propose(limit, proposers.bounds)
         if proposers.fixed and tracked.draft.tokens:
@@ -249,7 +250,7 @@ def poll(proposers: SequenceProposers, limit: int, budget_seconds: float = inf) 
 
 def _poll_interval(unbatched: Sequence[TrackedProposer], budget_seconds: float) -> int:
     # `budget_seconds` is 0 before the first step.
-    cost = sum(tracked.stats.cost_seconds for tracked in unbatched if tracked.expected_accepted < _USEFUL_TOKENS)
+    cost = sum([tracked.stats.cost_seconds for tracked in unbatched if tracked.expected_accepted < _USEFUL_TOKENS])
     return 1 if cost <= budget_seconds or not budget_seconds else min(_MAX_POLL_INTERVAL, ceil(cost / budget_seconds))
 
 
@@ -261,6 +262,10 @@ def _batched_drafts(candidates: Sequence[DraftCandidate]) -> list[_BatchedDraft]
         if (tracked := candidate.proposers.batched) is not None
         and (limit := candidate.proposers.batched_limit(candidate.limit))
     ]
+
+
+def _request(draft: _BatchedDraft) -> BatchedDraftRequest[Any]:
+    return BatchedDraftRequest(draft.tracked.sequence, draft.limit, draft.floor, draft.candidate.seq)
 
 
 def _measured_drafts(candidates: Sequence[DraftCandidate]) -> dict[int, list[TrackedProposer]]:

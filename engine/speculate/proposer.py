@@ -116,6 +116,8 @@ class BatchedDraftRequest(NamedTuple, Generic[_Sequence_co]):
     sequence: _Sequence_co
     limit: int
     floor: float = 0.0
+    seq: int = -1
+    """Sequence id in the target model's context; -1 if `limit` is 0."""
 
 
 class BatchedProposer(Protocol[_Sequence_contra]):

@@ -15,6 +15,9 @@ from engine.speculate.tracked_proposer import TrackedBatchedSequence, TrackedPro
 # milliseconds; a whole long prompt, computed or cached, would delay the next step of all sequences.
 FEED_TOKENS = 2048
 
+# Maximum number of emitted tokens that are not fed yet, so that feeding them in one batch does not delay a step.
+_MAX_UNFED_TOKENS = 64
+
 _UNBOUNDED = DraftBounds()
 
 
@@ -39,17 +42,17 @@ class SequenceProposers:
         self.bounds = bounds
         self.fixed = fixed
         """True if the whole draft of the first proposer that has one is verified, without a choice by costs."""
-        self.unbatched = [TrackedProposer(proposer, stats(type)) for type, proposer in proposers.items()]
-        self.batched = TrackedBatchedSequence(batched, stats(batched.type)) if batched is not None else None
+        self._unfed = array("i")  # the last emitted tokens; each proposer was fed some of them
+        self.unbatched = [TrackedProposer(each, stats(type), self._unfed) for type, each in proposers.items()]
+        self.batched: TrackedBatchedSequence | None = None
+        if batched is not None:
+            self.batched = TrackedBatchedSequence(batched, stats(batched.type), self._unfed)
         self._polls = 0
         self._all = [*self.unbatched, *([self.batched] if self.batched is not None else [])]
-        self._fed = 0  # number of tokens of the history that were fed to the proposers or buffered for them
-        self._chosen: TrackedProposer | None = None
-
-    @property
-    def types(self) -> tuple[str, ...]:
+        self.types = tuple(tracked.stats.type for tracked in self._all)
         """Types of the proposers."""
-        return tuple(tracked.stats.type for tracked in self._all)
+        self._fed = 0  # number of tokens of the history that were fed to the proposers or are in `_unfed`
+        self._chosen: TrackedProposer | None = None
 
     @property
     def chosen_type(self) -> str:
@@ -74,7 +77,8 @@ class SequenceProposers:
         return len(part)
 
     def can_draft(self, tokens: array[int]) -> bool:
-        """Returns True if there are proposers, and all of `tokens`, the history, were fed to them or buffered."""
+        """Returns True if there are proposers, and all of `tokens`, the history, were fed to them or will be before
+        the next draft."""
         return bool(self._all) and self._fed == len(tokens)
 
     def begin_poll(self) -> int:
@@ -135,25 +139,41 @@ class SequenceProposers:
         If earlier tokens of the history are not fed yet, `feed` feeds `emitted` later.
         """
         chosen = self._chosen if verified is not None and verified.drafted else None
-        if self._fed == len(tokens) - len(emitted):
-            self._fed = len(tokens)
-            for tracked in self._all:
-                tracked.observe(emitted, verified if tracked is chosen else None)
-                if chosen is not None:
-                    tracked.stop_comparing()
         self._chosen = None
+        if self._fed != len(tokens) - len(emitted):
+            return
+        self._fed = len(tokens)
+        self._unfed.extend(emitted)
+        for tracked in self._all:
+            if tracked is chosen and verified is not None:
+                tracked.observe_verified(emitted, verified)
+            else:
+                tracked.observe(emitted)
+            if chosen is not None:
+                tracked.stop_comparing()
+        if len(self._unfed) >= _MAX_UNFED_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Feeds all emitted tokens to all proposers."""
+        for tracked in self._all:
+            tracked.flush()
+            tracked.restart_unfed()
+        del self._unfed[:]
 
     # ── edits of the history ──
 
     def truncate(self, length: int) -> None:
         """Cuts the history to its first `length` tokens."""
         self._fed = min(self._fed, length)
+        self._flush()
         for tracked in self._all:
             tracked.truncate(length)
 
     def shift(self, keep: int, discard: int) -> None:
         """Removes from the history the `discard` tokens after the first `keep`. Some of them may not be fed yet."""
         self._fed -= max(0, min(self._fed, keep + discard) - keep)
+        self._flush()
         for tracked in self._all:
             tracked.shift(keep, discard)
 

@@ -21,7 +21,7 @@ from engine.speculate.vocabulary import vocabulary_digest
 
 _log = logging.getLogger("paceline.speculation")
 
-# Maximum number of n-grams in the counts of past requests; they take about 70 megabytes.
+# Maximum number of n-grams in the counts of past requests; they take about 55 megabytes.
 _MAX_DYNAMIC_NGRAMS = 2**18
 
 

@@ -10,10 +10,13 @@ from msgspec import structs
 from engine.config import DraftConfig, SpeculationConfig
 from engine.contract import PROPOSER_TYPES, DraftStats, ProposerType, Request, Speculation
 from engine.grammar import Matcher
+from engine.media import without_runs
 from engine.pace import DraftChooser, StepCost
 from engine.sampling import Sampler
 from engine.speculate.draft_model import DraftModel, DraftSequence
 from engine.speculate.grammar import GrammarProposer
+from engine.speculate.model_draft import PickToken
+from engine.speculate.mtp import MtpProposer, MtpSequence
 from engine.speculate.ngram_map import NgramMapK4vProposer, NgramMapKProposer
 from engine.speculate.ngram_simple import NgramSimpleProposer
 from engine.speculate.planner import DraftPlanner
@@ -41,12 +44,15 @@ class SpeculativeDecoding:
         draft_model: DraftModel | None = None,
         factory: ProposerFactory | None = None,
         cost: StepCost | None = None,
+        mtp: MtpProposer | None = None,
     ) -> None:
         """`factory` replaces all types of proposers. `cost` is the cost model of the target model's steps; without it,
-        drafts are verified in a fixed order only."""
+        drafts are verified in a fixed order only. There is a draft model or `mtp`, not both."""
+        assert draft_model is None or mtp is None, "one batched proposer drafts for all sequences"
         self.draft_model = draft_model
+        self._mtp = mtp
         self.chooser = DraftChooser(cost or StepCost())
-        self.planner = DraftPlanner(self.chooser, draft_model)
+        self.planner = DraftPlanner(self.chooser, draft_model or mtp)
         self._shared = shared
         self._config = config
         self._draft_config = draft_config
@@ -60,9 +66,10 @@ class SpeculativeDecoding:
         return tuple(stats.draft_stats for stats in list(self._stats.values()))
 
     @property
-    def fault(self) -> str:
-        """Reason why the draft model makes no drafts any more; empty while it works. Any thread may call."""
-        return self.draft_model.fault if self.draft_model is not None else ""
+    def faults(self) -> dict[str, str]:
+        """Reason for each type of batched proposer that has failed and drafts no more. Any thread may call."""
+        batched = {DraftSequence.type: self.draft_model, MtpSequence.type: self._mtp}
+        return {type: each.fault for type, each in batched.items() if each is not None and each.fault}
 
     def log_stats(self, proposers: SequenceProposers) -> None:
         """Logs the acceptance of a request's drafts, and the statistics since the start of the engine of each type that
@@ -86,14 +93,14 @@ class SpeculativeDecoding:
     ) -> SequenceProposers:
         """Returns the proposers of a new sequence.
 
-        The draft model picks tokens with `sampler`, or the most likely tokens without one. Drafts end before the first
-        token that the grammar of `matcher` forbids.
+        The batched proposer picks tokens with `sampler`, or the most likely tokens without one. Drafts end before the
+        first token that the grammar of `matcher` forbids.
         """
         speculation = self._speculation(request)
         if self._factory is not None:
             proposers, batched = dict(self._factory(request)), None
         else:
-            proposers, batched = self.proposers(request, matcher), self._draft_sequence(request, sampler)
+            proposers, batched = self.proposers(request, matcher), self._batched_sequence(request, sampler)
         for type in [*proposers, *([batched.type] if batched is not None else [])]:
             self._stats.setdefault(type, ProposerStats(type))
         num_permitted = matcher.validate_tokens if matcher is not None else None
@@ -102,7 +109,7 @@ class SpeculativeDecoding:
         return SequenceProposers(proposers, batched, totals=self._stats, bounds=bounds, fixed=fixed)
 
     def proposers(self, request: Request, matcher: Matcher | None = None) -> dict[str, Proposer]:
-        """Returns the proposers of a request by type, except that of the draft model."""
+        """Returns the proposers of a request by type, except that of the batched proposer."""
         speculation = self._speculation(request)
         proposers = {type: self._make(type, request, speculation, matcher) for type in _types(speculation)}
         return {type: proposer for type, proposer in proposers.items() if proposer is not None}
@@ -119,9 +126,10 @@ class SpeculativeDecoding:
         self, type: ProposerType, request: Request, speculation: Speculation, matcher: Matcher | None
     ) -> Proposer | None:
         config, shared = self._config, self._shared
+        prompt_length = len(without_runs(request.prompt, request.media))
         match type:
             case "prediction":
-                return PredictionProposer(request.prediction, len(request.prompt)) if request.prediction else None
+                return PredictionProposer(request.prediction, prompt_length) if request.prediction else None
             case "grammar":
                 return GrammarProposer(matcher) if matcher is not None else None
             case "ngram-simple":
@@ -139,13 +147,13 @@ class SpeculativeDecoding:
                 return SuffixProposer(
                     shared.outputs,
                     request.namespace,
-                    len(request.prompt),
+                    prompt_length,
                     depth=config.suffix_depth,
                     factor=config.suffix_factor,
                     p_min=config.suffix_p_min if speculation.p_min is None else speculation.p_min,
                 )
-            case "draft":
-                return None  # made by `_draft_sequence`
+            case "draft" | "draft-mtp":
+                return None  # made by `_batched_sequence`
 
     def _sizes(self, option: str, speculation: Speculation) -> tuple[int, int, int]:
         """Returns size_n, size_m and min_hits. The request's values have priority over those configured for the type,
@@ -157,25 +165,32 @@ class SpeculativeDecoding:
             speculation.min_hits or config[f"{option}_min_hits"] or self._config.min_hits,
         )
 
-    def _draft_sequence(self, request: Request, sampler: Sampler | None) -> DraftSequence | None:
-        speculation, config = self._speculation(request), self._draft_config
-        if self.draft_model is None or DraftSequence.type not in _types(speculation):
+    def _batched_sequence(self, request: Request, sampler: Sampler | None) -> DraftSequence | MtpSequence | None:
+        """Returns the request's sequence in the draft model or the MTP layer. None if there is neither, if the request
+        does not have the type, or for a prompt with images or sounds."""
+        if request.media:
             return None
+        speculation, config = self._speculation(request), self._draft_config
+        types = _types(speculation)
         n_max = config.max_tokens(speculation.n_max)
         n_min = config.n_min if speculation.n_min is None else speculation.n_min
         p_min = config.p_min if speculation.p_min is None else speculation.p_min
         bounds = DraftBounds(n_max, n_min, p_min)
-        if sampler is None or config.noise == "greedy":
-            return DraftSequence(self.draft_model, request.salt, bounds, keep=request.cache)
-        draft_sampler = sampler.for_drafts(independent=config.noise == "off")
+        if self.draft_model is not None and DraftSequence.type in types:
+            pick = self._pick_token(request, sampler)
+            return DraftSequence(self.draft_model, request.salt, bounds, pick, keep=request.cache)
+        if self._mtp is not None and MtpSequence.type in types:
+            return MtpSequence(bounds, self._pick_token(request, sampler))
+        return None
+
+    def _pick_token(self, request: Request, sampler: Sampler | None) -> PickToken | None:
+        """Returns the function that picks draft tokens with the noise of `--draft-noise`; None for greedy
+        drafts."""
+        if sampler is None or self._draft_config.noise == "greedy":
+            return None
+        draft_sampler = sampler.for_drafts(independent=self._draft_config.noise == "off")
         prompt_length = len(request.prompt)
-        return DraftSequence(
-            self.draft_model,
-            request.salt,
-            bounds,
-            lambda row, history, discarded: draft_sampler.pick(row, history, prompt_length, discarded),
-            keep=request.cache,
-        )
+        return lambda row, history, discarded: draft_sampler.pick(row, history, prompt_length, discarded)
 
 
 def _types(speculation: Speculation) -> tuple[ProposerType, ...]:

@@ -16,22 +16,19 @@ log = logging.getLogger("paceline.speculation")
 
 _Result = TypeVar("_Result")
 
-# Maximum number of buffered tokens, so that feeding them in one batch does not delay a step.
-_MAX_BUFFERED_TOKENS = 64
-
 
 class TrackedProposer:
     """A proposer with its draft and its statistics.
 
-    Tokens emitted between two calls of `propose` are buffered and fed to the proposer in one batch at the next call. A
-    draft is compared with the emitted tokens even if it is not verified, so that the acceptance estimate does not go
-    stale.
+    Tokens emitted between two calls of `propose` are fed to the proposer in one batch at the next call. A draft is
+    compared with the emitted tokens even if it is not verified, so that the acceptance estimate does not go stale.
 
     A proposer that raises an exception drafts no more for the sequence, which goes on without its drafts.
     """
 
-    def __init__(self, proposer: Proposer, stats: ProposerStats, *, buffered: bool = True) -> None:
-        """Without `buffered`, each step's emitted tokens are fed at once."""
+    def __init__(self, proposer: Proposer, stats: ProposerStats, unfed: array[int]) -> None:
+        """`unfed` has the last emitted tokens of the sequence. Its proposers share the array, and each was fed the
+        first `_num_fed` of them."""
         self.proposer = proposer
         self.stats = stats
         self.failed = False
@@ -43,9 +40,9 @@ class TrackedProposer:
         `MIN_CHANCE`."""
         self.expected_accepted = 0.0
         """Expected number of accepted tokens of the last draft."""
-        self._buffered = buffered
         self._begun = False
-        self._buffer = array("i")
+        self._unfed = unfed
+        self._num_fed = 0  # number of tokens of `_unfed` that were fed
         self._compared = NO_DRAFT  # a draft whose first `_position` tokens equal the tokens emitted since
         self._position = 0
 
@@ -59,25 +56,27 @@ class TrackedProposer:
         self._begun = True
 
     def flush(self) -> None:
-        """Feeds the buffered tokens."""
-        if self._buffer:
-            self.feed(self._buffer)
-            del self._buffer[:]
+        """Feeds the emitted tokens that are not fed yet."""
+        if self._num_fed < len(self._unfed):
+            self.feed(self._unfed[self._num_fed :])
+            self._num_fed = len(self._unfed)
+
+    def restart_unfed(self) -> None:
+        """Prepares for the removal of all shared tokens. Requires that all of them were fed."""
+        self._num_fed = 0
 
     def truncate(self, length: int) -> None:
-        """Cuts the history to its first `length` tokens."""
-        self.flush()
+        """Cuts the history to its first `length` tokens. Requires a `flush` before."""
         self.stop_comparing()
         self._call(self.proposer.truncate, length)
 
     def shift(self, keep: int, discard: int) -> None:
-        """Removes from the history the `discard` tokens after the first `keep`."""
-        self.flush()
+        """Removes from the history the `discard` tokens after the first `keep`. Requires a `flush` before."""
         self.stop_comparing()
         self._call(self.proposer.shift, keep, discard)
 
     def end(self) -> None:
-        """Ends the sequence, after buffered tokens are fed, so that shared data has the whole history."""
+        """Feeds all tokens, so that shared data has the whole history, and ends the sequence."""
         if self._begun:
             self.flush()
             self._call(self.proposer.end)
@@ -122,23 +121,24 @@ class TrackedProposer:
         """Drops the draft for the next step."""
         self.draft, self.curve = NO_DRAFT, []
 
-    def observe(self, emitted: Sequence[int], verified: VerifiedDraft | None = None) -> None:
-        """Appends `emitted` to the history. `verified` is the result of the verification of this proposer's draft;
-        `None` if the step did not verify it."""
-        if verified is not None:
-            self._compared, self._position = self.draft, 0
+    def observe(self, emitted: Sequence[int]) -> None:
+        """Compares the draft with `emitted`, the last of the shared tokens, and drops the draft. `propose` feeds the
+        tokens."""
+        if self._compared.tokens:
+            self._compare(emitted)
+        if self.draft.tokens:
+            self.clear_draft()
+
+    def observe_verified(self, emitted: Sequence[int], verified: VerifiedDraft) -> None:
+        """Feeds `emitted`, the last of the shared tokens, with the result of the verification of this proposer's
+        draft, and drops the draft. Requires that all tokens before were fed."""
+        self._compared, self._position = self.draft, 0
         self._compare(emitted)
-        if verified is not None:
-            begun = time.perf_counter()
-            self._call(self.proposer.observe, emitted, verified.drafted, verified.accepted)
-            expected = sum(self.curve[: verified.drafted])
-            self.stats.record_verification(verified, expected, time.perf_counter() - begun)
-        elif self._buffered:
-            self._buffer.extend(emitted)
-            if len(self._buffer) >= _MAX_BUFFERED_TOKENS:
-                self.flush()
-        else:
-            self._call(self.proposer.observe, emitted)
+        begun = time.perf_counter()
+        self._call(self.proposer.observe, emitted, verified.drafted, verified.accepted)
+        expected = sum(self.curve[: verified.drafted])
+        self.stats.record_verification(verified, expected, time.perf_counter() - begun)
+        self._num_fed = len(self._unfed)
         self.clear_draft()
 
     def stop_comparing(self) -> None:
@@ -161,6 +161,12 @@ class TrackedBatchedSequence(TrackedProposer):
     """A `TrackedProposer` for a sequence of a `BatchedProposer`. Emitted tokens are fed at once, so that the rows of
     rejected tokens are rolled back before the next batch."""
 
-    def __init__(self, sequence: BatchedSequence, stats: ProposerStats) -> None:
-        super().__init__(sequence, stats, buffered=False)
+    def __init__(self, sequence: BatchedSequence, stats: ProposerStats, unfed: array[int]) -> None:
+        super().__init__(sequence, stats, unfed)
         self.sequence = sequence
+
+    def observe(self, emitted: Sequence[int]) -> None:
+        """Compares the draft with `emitted`, drops the draft, and feeds the tokens."""
+        super().observe(emitted)
+        self._call(self.proposer.observe, emitted)
+        self._num_fed = len(self._unfed)

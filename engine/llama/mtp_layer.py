@@ -1,0 +1,98 @@
+"""The MTP layer of a model (llama.cpp: NextN): the conditions for its use, the size of its cells, and its context."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_cpp import llama_cpp as native
+from llama_cpp import llama_cpp_ext as staged
+from numpy.typing import NDArray
+
+from engine.backend import HostWork, Logits, no_host_work
+from engine.config import EngineConfig
+from engine.contents import model_files
+from engine.llama.context import LlamaContext
+from engine.llama.gguf_file import tensor_types
+from engine.llama.params import cell_bytes, metadata
+
+# Architectures whose MTP layer the library computes in a context with plain cells. With more than one layer the
+# library aborts.
+ARCHITECTURES = (
+    *("bailingmoe3", "cohere2moe", "deepseek2", "deepseek32", "glm-dsa", "glm4moe", "hy_v3", "mimo2"),
+    *("nemotron_h_moe", "qwen35", "qwen35moe", "qwen3next", "step35"),
+)
+
+Hidden = NDArray[np.float32]
+
+
+def loads_mtp(config: EngineConfig) -> bool:
+    """Returns True if `config` asks for MTP layers, and the GGUF contains their weights."""
+    parts = model_files(Path(config.model.path)) if config.mtp else []
+    return any(".nextn." in name for part in parts for name in tensor_types(part))
+
+
+def mtp_problem(model: Any) -> str:
+    """Returns the reason why the MTP layers of a loaded model cannot be used; empty if they can."""
+    family, layers = metadata(model, "general.architecture"), native.llama_model_n_layer_nextn(model)
+    if family not in ARCHITECTURES:
+        return f"llama.cpp computes no MTP layers of the architecture {family}"
+    return "" if layers == 1 else f"the model has {layers} MTP layers, and one is supported"
+
+
+def uses_mtp(config: EngineConfig, model: Any) -> bool:
+    """Returns True if the context of `model`, which was loaded with `config`, has an MTP layer."""
+    return loads_mtp(config) and not mtp_problem(model)
+
+
+def model_cell_bytes(config: EngineConfig, model: Any) -> int:
+    """Returns the bytes of one cell in all layers together, including an MTP layer."""
+    trunk = cell_bytes(config.model, model)
+    return trunk + (-(-trunk // native.llama_model_n_layer(model)) if uses_mtp(config, model) else 0)
+
+
+def mtp_params(params: Any, other: Any) -> Any:
+    """Returns the parameters of the MTP layer's context, given the model's context `other` and its `params`."""
+    result = type(params).from_buffer_copy(params)
+    result.ctx_type, result.ctx_other = native.LLAMA_CONTEXT_TYPE_MTP, other
+    result.n_outputs_max, result.n_rs_seq = params.n_seq_max, 0
+    result.samplers, result.n_samplers = None, 0
+    return result
+
+
+class MtpLayer(LlamaContext):
+    """The cells of the MTP layer. Each row of its batch has a token and the hidden state of the position before."""
+
+    def __init__(self, model: Any, params: Any, other: Any, *, window: int) -> None:
+        """`other` is the model's context, which was opened with `params`. Raises NativeFault."""
+        self.width: int = native.llama_model_n_embd_out(model)
+        self._hidden: Hidden | None = None
+        super().__init__(model, mtp_params(params, other), partial=True, window=window)
+        staged.llama_set_embeddings_nextn(self._handle, True, True)
+
+    @property
+    def hidden(self) -> Hidden:
+        """The hidden states of the batch's rows."""
+        if self._hidden is None:
+            self._hidden = np.zeros((self.batch.capacity, self.width), np.float32)
+            self._native_batch.embd = self._hidden.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        return self._hidden
+
+    def decode(self, host_work: HostWork = no_host_work) -> Logits:
+        """See `Decoder.decode`."""
+        assert self.hidden is not None, "the batch has hidden states"
+        return super().decode(host_work)
+
+    def add(self, seq: int, start: int, tokens: Sequence[int] | array[int], hidden: Hidden, outputs: int = 0) -> None:
+        """Adds rows to the batch, see `Batch.add`. `hidden` has the hidden state of the position before each row."""
+        self.hidden[self.batch.rows : self.batch.rows + len(tokens)] = hidden
+        self.batch.add(seq, start, tokens, outputs)
+
+    def output_states(self) -> Hidden:
+        """Returns the hidden states of the last decode's rows with output."""
+        pointer = staged.llama_get_embeddings_nextn(self._handle)
+        return np.ctypeslib.as_array(pointer, (self.batch.outputs, self.width)).copy()

@@ -1,0 +1,69 @@
+"""One sequence of a batched proposer that picks draft tokens from logits: its history and its draft."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Container, Sequence
+
+from engine.backend import Logits
+from engine.sampling import BadLogits, argmax_token, peak_and_mass
+from engine.speculate.proposer import Draft, DraftBounds
+
+# Picks a token, given a row of logits, a history, and the number of tokens that context shifts discarded from it.
+PickToken = Callable[[Logits, Sequence[int], int], int]
+
+
+class ModelDraft:
+    """History and draft of one sequence."""
+
+    def __init__(self, bounds: DraftBounds, pick: PickToken | None = None) -> None:
+        """`pick` picks the tokens of drafts. `None` means the most likely tokens."""
+        self.bounds = bounds
+        self._pick = pick
+        self._discarded = 0
+        self.history = array("i")
+        self.tokens: list[int] = []
+        """The draft."""
+        self.chances: list[float] = []
+        """The model's probability of each token of the draft."""
+        self.joint_chance = 1.0
+        """Product of `chances`."""
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """Sets the history. No token is computed before a draft is requested."""
+        self.history.extend(tokens)
+
+    def propose(self, limit: int) -> Draft:
+        """Returns the draft that was made since the last `observe`, within the bounds."""
+        return self.bounds.trim(Draft(tuple(self.tokens[:limit]), tuple(self.chances[:limit])))
+
+    def clear_draft(self) -> None:
+        """Drops the draft."""
+        self.tokens, self.chances, self.joint_chance = [], [], 1.0
+
+    def pick(self, row: Logits) -> int:
+        """Returns the next token after history and draft, picked from the model's `row`. Raises BadLogits."""
+        if self._pick is None:
+            return argmax_token(row)
+        drafted = len(self.tokens)
+        self.history.extend(self.tokens)
+        try:
+            return self._pick(row, self.history, self._discarded)
+        finally:
+            del self.history[len(self.history) - drafted :]
+
+    def extend(self, row: Logits, limit: int, floor: float, ends: Container[int]) -> bool:
+        """Adds the token picked from `row` to the draft, if it is likely enough. Returns True if the draft continues:
+        it has fewer than `limit` tokens, a joint chance of at least `floor`, and no token of `ends`."""
+        try:
+            token, (peak, mass) = self.pick(row), peak_and_mass(row)
+        except BadLogits:
+            return False
+        chance = math.exp(float(row[token]) - peak) / mass
+        if chance < self.bounds.p_min:
+            return False
+        self.tokens.append(token)
+        self.chances.append(chance)
+        self.joint_chance *= chance
+        return len(self.tokens) < limit and self.joint_chance >= floor and token not in ends
