@@ -1,7 +1,9 @@
 """Sampling: picks a token from a row of logits, and verifies a draft by its rows.
 
 noise        keyed Gumbel noise: a function of seed, position and token
-peaks        the two highest logits of each row of a step
+row_maxima   the maxima of each row's columns, and its two highest logits
+row_picks    picks the tokens of all rows of a step at once, for common parameters
+row_candidates  the same from the tokens that the backend has selected
 candidates   selects the most likely tokens of a row without sorting the vocabulary
 truncate     top_n_sigma, top_k, typical_p, top_p, min_p, XTC
 temperature  fixed and dynamic temperature
@@ -20,21 +22,28 @@ from engine.sampling.accept import sample_and_accept
 from engine.sampling.candidates import BadLogits, Candidates, argmax_token, peak_and_mass
 from engine.sampling.logprobs import candidate_logprob, logprob
 from engine.sampling.noise import derive_seed
-from engine.sampling.peaks import Peak, row_peaks
 from engine.sampling.reasoning import ReasoningLimiter
+from engine.sampling.row_candidates import UNDECIDED, RowCandidates, pick_candidates
+from engine.sampling.row_maxima import RowMaxima
+from engine.sampling.row_picks import UNPICKED, PickParams, pick_rows
 from engine.sampling.sampler import Sampler
 
 __all__ = [
+    "UNDECIDED",
+    "UNPICKED",
     "BadLogits",
     "Candidates",
-    "Peak",
+    "PickParams",
     "ReasoningLimiter",
+    "RowCandidates",
+    "RowMaxima",
     "Sampler",
     "argmax_token",
     "candidate_logprob",
     "derive_seed",
     "logprob",
     "peak_and_mass",
-    "row_peaks",
+    "pick_candidates",
+    "pick_rows",
     "sample_and_accept",
 ]

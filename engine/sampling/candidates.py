@@ -6,13 +6,15 @@ Among tokens with equal logits, the lowest id comes first in all functions.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 # Logits of one position, [vocabulary].
 Row: TypeAlias = NDArray[np.float32]
+
+_Logits = TypeVar("_Logits", float, NDArray[np.float64])
 
 # Distance below the maximum that excludes only banned tokens, whose logit is -inf.
 UNLIMITED_REACH = 1e30
@@ -48,7 +50,7 @@ def argmax_token(row: Row) -> int:
 
 def candidates_within(row: Row, reach: float) -> Candidates:
     """Returns the tokens with logits at most `reach` below the maximum, ordered by id. Raises BadLogits."""
-    ids = (row >= _floor(_require_finite(row.max()), reach)).nonzero()[0]
+    ids = (row >= lowest_within(_require_finite(row.max()), reach)).nonzero()[0]
     return _candidates(row, ids)
 
 
@@ -60,7 +62,7 @@ def top_candidates(row: Row, k: int, reach: float = UNLIMITED_REACH) -> Candidat
     """
     width = _width(len(row), k)
     maxima = _column_maxima(row, width)
-    floor = _floor(_require_finite(maxima.max()), reach)
+    floor = lowest_within(_require_finite(maxima.max()), reach)
     if k < width:
         ordered = maxima.copy()
         ordered.partition(width - k)  # the method takes a third less time than the function
@@ -107,7 +109,7 @@ def _require_finite(peak: np.float32) -> float:
     return float(peak)
 
 
-def _floor(peak: float, reach: float) -> float:
+def lowest_within(peak: _Logits, reach: _Logits) -> _Logits:
     """Returns `peak - reach`, lowered by the rounding error of float32, so that no token is excluded wrongly."""
     return peak - reach - (abs(peak) + reach) * 2.0**-23
 

@@ -14,6 +14,8 @@ index in the stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,6 +41,25 @@ def gumbel(seed: int, position: int, tokens: NDArray[np.intp]) -> NDArray[np.flo
     return np.concatenate([_gumbel(start, tokens[at : at + _CHUNK_TOKENS]) for at in chunks])
 
 
+def seed_key(seed: int) -> int:
+    """Returns the part of the noise that depends on the seed only, for `gumbel_rows`."""
+    return mix(seed)
+
+
+def gumbel_rows(keys: Sequence[int], positions: Sequence[int], tokens: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Returns the noise of `tokens`, [rows, tokens], given `seed_key` of the seed and the position of each row."""
+    starts = [mix(key + position) for key, position in zip(keys, positions, strict=True)]
+    return _gumbel(np.array(starts, np.uint64)[:, None], tokens)
+
+
+def gumbel_few(key: int, position: int, tokens: Sequence[int]) -> list[float]:
+    """Returns the noise of few tokens in less time than `gumbel`, with equal bits. `key` is `seed_key` of the seed."""
+    start = mix(key + position)
+    uniforms = [((finalize(token * GOLDEN_GAMMA + start & WORD_MASK) >> 14) + 0.5) * 2.0**-50 for token in tokens]
+    noise: list[float] = (-np.log(-np.log(uniforms))).tolist()
+    return noise
+
+
 def uniform(seed: int, position: int, stream: int = 0) -> float:
     """Returns a uniform number in (0, 1) that is independent of the noise of all tokens.
 
@@ -57,7 +78,7 @@ def _stream_start(seed: int, position: int) -> int:
     return mix(mix(seed) + position)
 
 
-def _gumbel(start: np.uint64, tokens: NDArray[np.intp]) -> NDArray[np.float64]:
+def _gumbel(start: np.uint64 | NDArray[np.uint64], tokens: NDArray[np.intp]) -> NDArray[np.float64]:
     bits = tokens.astype(np.uint64)
     bits *= _GOLDEN_GAMMA_U64
     bits += start

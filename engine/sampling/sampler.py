@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from copy import copy
 
@@ -14,9 +13,10 @@ from engine.sampling.candidates import Candidates, Row, argmax_token
 from engine.sampling.feedback import AdaptiveP, Mirostat
 from engine.sampling.infill import infill
 from engine.sampling.noise import derive_seed, gumbel, uniform
-from engine.sampling.peaks import Peak, row_peak
 from engine.sampling.penalties import DryPenalty, apply_penalties
-from engine.sampling.stages import WEIGHING_STAGES, active_stages, has_adaptive_p, only_min_p, run_stages
+from engine.sampling.row_maxima import RowMaxima
+from engine.sampling.row_picks import UNPICKED, PickParams, pick_params, pick_rows
+from engine.sampling.stages import WEIGHING_STAGES, active_stages, has_adaptive_p, run_stages
 from engine.sampling.temperature import softmax
 from engine.sampling_params import SamplerStage
 from engine.text import TokenBytes
@@ -25,6 +25,7 @@ from engine.text import TokenBytes
 _INDEPENDENT_CHOICE = 2**32
 # Maximum absolute bias; a larger one could overflow float32.
 _MAX_BIAS = 1e30
+# Logit of a token that may not be picked.
 _BANNED = np.float32(-np.inf)
 
 
@@ -49,15 +50,22 @@ class Sampler:
         leading = next((at for at, stage in enumerate(stages) if stage not in WEIGHING_STAGES), len(stages))
         self._leading, self._stages = stages[:leading], stages[leading:]
         self._min_tokens = request.min_tokens
-        self._banned = ends if request.ignore_eos else frozenset()
-        self._banned_early = ends.union(request.stop_tokens)
-        self._banned_ids, self._banned_early_ids = _ids(self._banned), _ids(self._banned_early)
+        self._banned_ids = _ids(ends if request.ignore_eos else ())
+        self._banned_early_ids = _ids(ends.union(request.stop_tokens))
         self._has_weights = bool(self._bias or self._leading)
-        self._min_p_log = only_min_p(params, self._stages)
+        self.adjusts = self._has_weights or bool(self._min_tokens) or len(self._banned_ids) > 0
+        """True if `adjust` may change rows."""
         self._is_greedy = _is_greedy(params, self._stages)
         self._mirostat = Mirostat(params) if params.mirostat and not self._is_greedy else None
         self._adaptive = AdaptiveP(params) if has_adaptive_p(params) and not self._is_greedy else None
         self._feedback = self._mirostat or self._adaptive
+        self._pick_params = self._params_of_seed(seed)
+
+    def _params_of_seed(self, seed: int) -> PickParams | None:
+        """Returns the parameters of picks that need neither history nor state. None with Mirostat or adaptive-p."""
+        if self._feedback is not None:
+            return None
+        return pick_params(self._params, self._stages, seed, greedy=self._is_greedy)
 
     def for_drafts(self, *, independent: bool) -> Sampler:
         """Returns a sampler for the draft model, with the same parameters and state, and with the same or independent
@@ -66,7 +74,38 @@ class Sampler:
         other._dry = None if self._dry is None else self._dry.fork()
         if independent:
             other._seed = derive_seed(self._seed, _INDEPENDENT_CHOICE)
+            other._pick_params = self._params_of_seed(other._seed)
         return other
+
+    @property
+    def row_params(self) -> PickParams | None:
+        """The parameters of `pick_rows` for rows that `adjust` has changed. None if `sample` must pick, from unchanged
+        rows."""
+        params = self._pick_params
+        if params is None or self._dry is not None or (self.adjusts and not params.is_complete):
+            return None
+        return params
+
+    @property
+    def num_candidates(self) -> int:
+        """Number of most likely tokens that determine the pick, unless there are ties; 0 if a pick needs all logits."""
+        params = self.row_params
+        if params is None or self._has_weights or not (params.top_k or self._is_greedy):
+            return 0
+        bans = max(len(self._banned_ids), len(self._banned_early_ids) if self._min_tokens else 0)
+        return max(1, params.top_k) + bans + 1
+
+    def adjust(self, row: Row, history: Sequence[int], emitted: int) -> None:
+        """Applies bias, penalties and bans to a row in place, for a pick after `history` with `emitted` tokens."""
+        if self._bias is not None:
+            self._bias.add(row)
+        for stage in self._leading:
+            self._weigh(stage, row, history)
+        row[self.bans(emitted)] = _BANNED
+
+    def bans(self, emitted: int) -> NDArray[np.intp]:
+        """Returns the tokens that may not follow `emitted` tokens."""
+        return self._banned_early_ids if emitted < self._min_tokens else self._banned_ids
 
     def sample(
         self,
@@ -75,11 +114,9 @@ class Sampler:
         prompt_length: int,
         discarded: int = 0,
         permitted: NDArray[np.bool_] | None = None,
-        peak: Peak | None = None,
     ) -> int:
-        """Returns `pick` of the arguments, and advances the state of Mirostat or adaptive-p by the token. `peak` is the
-        peak of the row, if it is known."""
-        token, probability = self._pick(row, history, prompt_length, discarded, permitted, peak)
+        """Returns `pick` of the arguments, and advances the state of Mirostat or adaptive-p by the token."""
+        token, probability = self._pick(row, history, prompt_length, discarded, permitted)
         if self._feedback is not None:
             self._feedback.advance(probability)
         return token
@@ -126,37 +163,21 @@ class Sampler:
         prompt_length: int,
         discarded: int,
         permitted: NDArray[np.bool_] | None,
-        peak: Peak | None = None,
     ) -> tuple[int, float]:
         """Returns the next token, and the probability by which the state of Mirostat or adaptive-p advances."""
         position = len(history) + discarded
-        emitted = position - prompt_length
         if permitted is not None:
-            row, peak = mask_row(row, permitted), None
-        if not self._has_weights and (token := self._dominant(peak or row_peak(row), emitted)) is not None:
-            return token, 1.0
-        row = self._weighted(row, history, emitted, masked=permitted is not None)
+            row = mask_row(row, permitted)
+        row = self._weighted(row, history, position - prompt_length, masked=permitted is not None)
+        if self._pick_params is not None:
+            token = pick_rows(RowMaxima(row[None]), [self._pick_params], [position])[0]
+            if token != UNPICKED:
+                return token, 1.0
         if self._is_greedy:
             return argmax_token(row), 1.0
         found = self._distribution(row, history, position)
         at = self._draw(found, position)
         return int(found.ids[at]), self._probability(found, at)
-
-    def _dominant(self, peak: Peak, emitted: int) -> int | None:
-        """Returns the most likely token if it is certainly picked: at temperature 0, or if min_p drops all other
-        tokens.
-
-        Returns None if the token is banned or the stages must decide. Most rows of most outputs have a dominant token,
-        which takes a fraction of the time of all stages.
-        """
-        banned = self._banned_early if emitted < self._min_tokens else self._banned
-        if peak.token in banned or not math.isfinite(peak.highest):
-            return None
-        if self._is_greedy:
-            return peak.token
-        if self._min_p_log is None:
-            return None
-        return peak.token if peak.second < peak.highest + self._min_p_log else None
 
     def _distribution(self, row: Row, history: Sequence[int], position: int) -> Candidates:
         """Returns the candidates of a weighted row after all stages, with logits less their maximum."""
@@ -192,20 +213,11 @@ class Sampler:
 
     def _weighted(self, row: Row, history: Sequence[int], emitted: int, *, masked: bool) -> Row:
         """Returns the row with bias, penalties and bans applied, unless these leave no token of a `masked` row."""
-        if not self._has_weights and not (self._banned_early if emitted < self._min_tokens else self._banned):
+        if not self._has_weights and not len(self.bans(emitted)):
             return row
-        adjusted = self._adjusted(row, history, emitted)
+        adjusted = row.copy()
+        self.adjust(adjusted, history, emitted)
         return adjusted if not masked or adjusted.max() > -np.inf else row
-
-    def _adjusted(self, row: Row, history: Sequence[int], emitted: int) -> Row:
-        """Returns a copy of the row with bias, penalties and bans applied."""
-        row = row.copy()
-        if self._bias is not None:
-            self._bias.add(row)
-        for stage in self._leading:
-            self._weigh(stage, row, history)
-        row[self._banned_early_ids if emitted < self._min_tokens else self._banned_ids] = _BANNED
-        return row
 
     def _weigh(self, stage: SamplerStage, row: Row, history: Sequence[int]) -> None:
         """Applies the penalties or DRY to the row in place."""

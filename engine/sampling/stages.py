@@ -71,24 +71,24 @@ def run_stages(row: Row, params: SamplingParams, stages: Sequence[SamplerStage],
     return found
 
 
-def only_min_p(params: SamplingParams, stages: Sequence[SamplerStage]) -> float | None:
+def only_min_p(params: SamplingParams, stages: Sequence[SamplerStage]) -> float:
     """Returns log(min_p) if min_p drops all tokens whose logit is below the maximum plus this value, and no earlier
-    stage can drop the most likely token; otherwise None."""
+    stage can drop the most likely token; otherwise -inf."""
     if "min_p" not in stages or params.min_keep > 1:
-        return None
+        return -math.inf
     earlier = set(stages[: stages.index("min_p")])
-    return math.log(params.min_p) if earlier <= {"top_n_sigma", "top_k", "top_p"} else None
+    return math.log(params.min_p) if earlier <= {"top_n_sigma", "top_k", "top_p"} else -math.inf
 
 
 def _first_candidates(
     row: Row, params: SamplingParams, stages: Sequence[SamplerStage]
 ) -> tuple[Candidates, Sequence[SamplerStage]]:
     """Returns candidates that contain those of all `stages`, selected in the row, and the stages that are left."""
-    reach, is_cut = _reach(params, stages), stages[:1] == ("top_n_sigma",)
+    reach, is_cut = reach_of(params, stages), stages[:1] == ("top_n_sigma",)
     lowest = -math.inf
     if is_cut:
         lowest = top_n_sigma(row, params.top_n_sigma)
-        reach, stages = _reach(params, stages[1:]), stages[1:]
+        reach, stages = reach_of(params, stages[1:]), stages[1:]
         reach = min(reach, max(0.0, float(row.max()) - lowest))
     if stages[:1] == ("min_p",) or stages[:2] == ("top_p", "min_p"):
         reach = min(reach, -math.log(params.min_p) if params.min_keep <= 1 else math.inf)
@@ -101,7 +101,7 @@ def _first_candidates(
     return (found.select(found.logits >= lowest) if is_cut else found), stages
 
 
-def _reach(params: SamplingParams, stages: Sequence[SamplerStage]) -> float:
+def reach_of(params: SamplingParams, stages: Sequence[SamplerStage]) -> float:
     """Returns the largest distance of a logit from the maximum at which its token affects the pick.
 
     All tokens more than `NOISE_SPAN` below the maximum together hold less than 1e-12 of the mass at temperature 1.

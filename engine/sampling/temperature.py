@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from engine.sampling_params import SamplingParams
 
 # Minimum divisor of logits. Division by a lower temperature would overflow, and would give the same picks.
-_MIN_TEMPERATURE = 1e-300
+MIN_TEMPERATURE = 1e-300
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -23,7 +23,7 @@ def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 def scaled(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
     """Returns the logits less their maximum, divided by the temperature."""
     scores: NDArray[np.float64] = logits - logits.max()
-    scores /= max(temperature, _MIN_TEMPERATURE)
+    scores /= max(temperature, MIN_TEMPERATURE)
     return scores
 
 

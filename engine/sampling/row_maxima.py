@@ -1,0 +1,118 @@
+"""The maxima of each row's columns and the two highest logits of each row, from one pass over all logits of a step.
+
+Each row is viewed as a matrix: its *column* c has the logits of the tokens c, c + width, c + 2 * width and so on. The
+k-th largest column maximum is a lower bound of the k-th largest logit, so only few columns have to be searched for the
+most likely tokens. Tokens after the last whole line of the matrix are columns of their own.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backend import Logits
+
+_Tokens = NDArray[np.intp]
+
+# Minimum, preferred and maximum number of columns. With more columns, selecting the largest maxima takes longer; with
+# fewer, more columns contain two of the top tokens.
+_MIN_WIDTH, _WIDTH, _MAX_WIDTH = 1024, 2048, 4096
+
+
+class Peak(NamedTuple):
+    """The two highest logits of one row."""
+
+    token: int
+    """The most likely token; of several with the same logit, the lowest id."""
+    highest: float
+    """The highest logit; NaN if the row contains NaN."""
+    second: float
+    """The highest logit of all other tokens; -inf if there is no other token."""
+
+
+class RowMaxima:
+    """The rows of logits of one step, [rows, vocabulary], with the maxima of their columns."""
+
+    def __init__(self, logits: Logits) -> None:
+        self.logits = logits
+        rows, vocabulary = logits.shape
+        self._width = _width(vocabulary)
+        whole = vocabulary - vocabulary % self._width
+        # [rows, lines, width]: a view of the whole lines.
+        self._lines = logits[:, :whole].reshape(rows, whole // self._width, self._width)
+        if whole == vocabulary:
+            self.columns: Logits = np.maximum.reduce(self._lines, axis=1)
+        else:
+            self.columns = np.empty((rows, self._width + vocabulary - whole), np.float32)
+            np.maximum.reduce(self._lines, axis=1, out=self.columns[:, : self._width])
+            self.columns[:, self._width :] = logits[:, whole:]
+        self.peaks: list[Peak] = [self._peak()] if rows == 1 else self._peaks()
+        """The peak of each row."""
+
+    def _peaks(self) -> list[Peak]:
+        numbers = np.arange(len(self.logits))
+        at = self.columns.argmax(axis=1)
+        highest = self.columns[numbers, at]
+        ids, values = self.columns_at(numbers, at)
+        line = values.argmax(axis=1)
+        tokens: _Tokens = ids[numbers, line]
+        values[numbers, line] = -np.inf
+        self.columns[numbers, at] = values.max(axis=1)
+        second = self.columns.max(axis=1)
+        self.columns[numbers, at] = highest
+        if (tied := (second == highest).nonzero()[0]).size:  # `argmax` prefers earlier columns, even with higher ids
+            tokens[tied] = self.logits[tied].argmax(axis=1)
+        return list(map(Peak, tokens.tolist(), highest.tolist(), second.tolist()))
+
+    def _peak(self) -> Peak:
+        """Returns the peak of a single row, in a third of the time of `_peaks`."""
+        columns = self.columns[0]
+        at = int(columns.argmax())
+        highest = float(columns[at])
+        if at < self._width:
+            values = self._lines[0, :, at]
+            line = int(values.argmax())
+            rest = values.copy()
+            rest[line] = -np.inf
+            others = float(rest.max())
+            token = at + line * self._width
+        else:
+            token, others = self._lines.shape[1] * self._width + at - self._width, -np.inf
+        columns[at] = others
+        second = float(columns.max())
+        columns[at] = highest
+        return Peak(int(self.logits[0].argmax()) if second == highest else token, highest, second)
+
+    def columns_at(self, rows: _Tokens, columns: _Tokens) -> tuple[_Tokens, Logits]:
+        """Returns the tokens and the logits of one column each of `rows`, both [rows, lines]. A column of a token after
+        the last whole line has this token only; its other logits are -inf."""
+        lines = self._lines.shape[1]
+        steps = _line_starts(lines, self._width)
+        if self.columns.shape[1] == self._width:
+            return steps + columns[:, None], self._lines[rows, :, columns]
+        values = self._lines[rows, :, np.minimum(columns, self._width - 1)]
+        ids = steps + columns[:, None]
+        if (single := (columns >= self._width).nonzero()[0]).size:
+            values[single] = -np.inf
+            values[single, 0] = self.columns[rows[single], columns[single]]
+            ids[single] = (columns[single] + (lines - 1) * self._width)[:, None]
+        return ids, values
+
+
+@lru_cache(8)
+def _width(vocabulary: int) -> int:
+    """Returns the number of columns: a divisor of `vocabulary` close to `_WIDTH`, so that all lines are whole, or else
+    `_WIDTH`. A small vocabulary is one line."""
+    if vocabulary < 2 * _WIDTH:
+        return max(1, vocabulary)
+    divisors = [width for width in range(_MIN_WIDTH, _MAX_WIDTH + 1) if vocabulary % width == 0]
+    return min(divisors, key=lambda width: abs(width - _WIDTH), default=_WIDTH)
+
+
+@lru_cache(8)
+def _line_starts(lines: int, width: int) -> _Tokens:
+    """Returns the first token of each line."""
+    return np.arange(lines) * width

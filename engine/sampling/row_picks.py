@@ -1,0 +1,221 @@
+"""Picks the tokens of all rows of a step in one pass of array operations, for the most common parameters.
+
+The picks are those of the stages in `engine.sampling.stages`, to the bit: the same operations in the same order on each
+row. Sums over the candidates of a row are cumulative, so they do not depend on the other rows.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.sampling.candidates import lowest_within
+from engine.sampling.noise import gumbel_few, gumbel_rows, seed_key
+from engine.sampling.row_maxima import RowMaxima
+from engine.sampling.stages import only_min_p, reach_of
+from engine.sampling.temperature import MIN_TEMPERATURE
+from engine.sampling_params import SamplerStage, SamplingParams
+
+# The stages of common parameters, which have no other order.
+_COMMON_STAGES: tuple[SamplerStage, ...] = ("top_k", "top_p", "min_p", "temperature")
+# Common parameters have at most this `top_k`, so that few columns contain two of the top tokens.
+_MAX_TOP_K = 256
+# One value for all rows, or [rows, 1].
+_Column = Any
+
+# Up to this number of rows are drawn one by one, which is then faster.
+_MAX_SINGLE_ROWS = 2
+# Stands for the token of a row from which `pick_rows` picks none.
+UNPICKED = -1
+
+
+class PickParams(NamedTuple):
+    """Parameters of a pick that depends only on the row, the seed and the position."""
+
+    dominance: float
+    """The most likely token is picked if all other logits are below the maximum plus this: log(min_p), infinite for a
+    greedy pick, or -inf."""
+    top_k: int
+    """0 if only a dominant token can be picked."""
+    top_p: float
+    """Infinite without this stage."""
+    min_p_log: float
+    """log(min_p); -inf without this stage."""
+    temperature: float
+    reach: float
+    """Tokens with a logit further than this below the maximum do not affect the pick."""
+    key: int
+    """`seed_key` of the seed."""
+
+    @property
+    def is_complete(self) -> bool:
+        """True if a token is picked from every row with a finite maximum."""
+        return bool(self.top_k) or self.dominance == math.inf
+
+
+_GREEDY = PickParams(math.inf, 0, 1.0, 0.0, 1.0, 0.0, 0)
+
+
+def pick_params(params: SamplingParams, stages: Sequence[SamplerStage], seed: int, *, greedy: bool) -> PickParams:
+    """Returns the parameters for `pick_rows`, given the active stages, or those of a greedy pick."""
+    if greedy:
+        return _GREEDY
+    dominance = only_min_p(params, stages)
+    if not _is_common(params, stages):
+        return _GREEDY._replace(dominance=dominance)
+    return PickParams(
+        dominance,
+        params.top_k,
+        params.top_p if "top_p" in stages else math.inf,
+        dominance,
+        max(params.temperature, MIN_TEMPERATURE) if "temperature" in stages else 1.0,
+        reach_of(params, stages),
+        seed_key(seed),
+    )
+
+
+def _is_common(params: SamplingParams, stages: Sequence[SamplerStage]) -> bool:
+    in_order = tuple(stage for stage in _COMMON_STAGES if stage in stages) == tuple(stages)
+    is_plain = params.min_keep <= 1 and params.dynatemp_range <= 0.0
+    return in_order and is_plain and stages[:1] == ("top_k",) and 0 < params.top_k <= _MAX_TOP_K
+
+
+def pick_rows(maxima: RowMaxima, params: Sequence[PickParams | None], positions: Sequence[int]) -> list[int]:
+    """Returns the token of each row, given its parameters and the number of tokens before it.
+
+    The token is `UNPICKED` for a row without parameters, for one whose maximum is NaN or infinite, and without `top_k`
+    for one without a dominant token.
+    """
+    tokens, rows = [UNPICKED] * len(params), list[int]()  # `rows` are drawn
+    for row, ((token, highest, second), each) in enumerate(zip(maxima.peaks, params, strict=True)):
+        if each is None or not math.isfinite(highest):
+            continue
+        if second < highest + each.dominance:
+            tokens[row] = token
+        elif each.top_k:
+            rows.append(row)
+    if len(rows) <= _MAX_SINGLE_ROWS:
+        for row in rows:
+            if (each := params[row]) is not None:
+                tokens[row] = _draw_single(maxima, row, each, positions[row])
+    else:
+        drawn_params = [each for row in rows if (each := params[row])]
+        columns = ParamColumns.of(drawn_params)
+        found = _top_tokens(maxima, rows, columns.top_ks, columns.reaches)
+        drawn = draw_tokens(found, columns, drawn_params, [positions[row] for row in rows])
+        for row, token in zip(rows, drawn, strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def _draw_single(maxima: RowMaxima, row: int, params: PickParams, position: int) -> int:
+    """Returns the token of one row by the operations of `_top_tokens` and `draw_tokens`, with a third of their calls of
+    numpy. The calls take most of the time for few rows, as a decode displaces numpy's code from the CPU's caches."""
+    logits, columns, k = maxima.logits[row], maxima.columns[row], params.top_k
+    lowest = lowest_within(maxima.peaks[row].highest, params.reach)
+    if k < len(columns):
+        ordered = columns.copy()
+        ordered.partition(len(columns) - k)
+        lowest = max(lowest, float(ordered[len(columns) - k]))
+    ids = (logits >= lowest).nonzero()[0]
+    values = logits[ids].astype(np.float64)
+    order = (-values).argsort(kind="stable")[:k]
+    values = values[order]
+    distances = values - values[0]
+    held: list[float] = np.exp(distances).cumsum().tolist()
+    kept = bisect_left(held, params.top_p * held[-1]) + 1
+    limit = float(values[0]) + params.min_p_log
+    kept = min(kept, sum(value >= limit for value in values.tolist()))
+    candidates: list[int] = ids[order[:kept]].tolist()
+    if len(candidates) == 1:
+        return candidates[0]
+    noise = gumbel_few(params.key, position, candidates)
+    scores = [
+        distance / params.temperature + each for distance, each in zip(distances[:kept].tolist(), noise, strict=True)
+    ]
+    return candidates[scores.index(max(scores))]
+
+
+class TopTokens(NamedTuple):
+    """The most likely tokens of each row, most likely first."""
+
+    ids: NDArray[np.intp]
+    """[rows, maximum count]; 0 after the last token of a row."""
+    logits: NDArray[np.float64]
+    """[rows, maximum count]; -inf after the last token of a row."""
+
+
+class ParamColumns(NamedTuple):
+    """The parameters of rows, each as a scalar if all rows have the same value, else as a column."""
+
+    top_ks: _Column
+    top_ps: _Column
+    min_p_logs: _Column
+    temperatures: _Column
+    reaches: _Column
+
+    @classmethod
+    def of(cls, params: Sequence[PickParams]) -> ParamColumns:
+        """Returns the columns of the parameters of rows."""
+        columns = zip(*(each[1:-1] for each in params), strict=True)
+        return cls(*(np.array(column)[:, None] if len(set(column)) > 1 else column[0] for column in columns))
+
+
+def draw_tokens(
+    found: TopTokens, columns: ParamColumns, params: Sequence[PickParams], positions: Sequence[int]
+) -> list[int]:
+    """Returns a token of each row of `found`, drawn with the noise of the row's seed and position.
+
+    `found` has no tokens beyond the row's `top_k` and `reach`. `columns` are those of `params`.
+    """
+    distances = found.logits - found.logits[:, :1]
+    held = np.exp(distances).cumsum(axis=1)
+    counts = (held < columns.top_ps * held[:, -1:]).sum(axis=1) + 1
+    counts = np.minimum(counts, (found.logits >= found.logits[:, :1] + columns.min_p_logs).sum(axis=1))
+    max_count = int(counts.max())
+    ids, scores = found.ids[:, :max_count], distances[:, :max_count] / columns.temperatures
+    scores += gumbel_rows([each.key for each in params], positions, ids)
+    if len(counts) > 1:
+        scores[np.arange(max_count) >= counts[:, None]] = -np.inf
+    return [row[at] for row, at in zip(ids.tolist(), scores.argmax(axis=1).tolist(), strict=True)]
+
+
+def _top_tokens(maxima: RowMaxima, rows: Sequence[int], ks: _Column, reaches: _Column) -> TopTokens:
+    """Returns the `ks` most likely tokens of each of `rows`, without those further below the maximum than `reaches`."""
+    columns = maxima.columns if len(rows) == len(maxima.peaks) else maxima.columns[rows]
+    within = lowest_within(np.array([[maxima.peaks[row].highest] for row in rows]), reaches)
+    lowest = np.maximum(within, _kth_largest(columns, ks))
+    parts, searched = np.divmod((columns >= lowest).ravel().nonzero()[0], columns.shape[1])
+    ids, logits = maxima.columns_at(np.array(rows)[parts], searched)
+    # Methods of flat arrays take half of the time of those of matrices.
+    found = (logits >= lowest[parts]).ravel().nonzero()[0]
+    parts, ids, values = parts[found // logits.shape[1]], ids.ravel()[found], logits.ravel()[found].astype(np.float64)
+    order = np.lexsort((ids, -values, parts))
+    if len(rows) == 1:
+        order = order[:ks]
+        return TopTokens(ids[order][None], values[order][None])
+    parts = parts[order]
+    ranks = np.arange(len(order)) - parts.searchsorted(np.arange(len(rows)))[parts]
+    kept = (ranks < (ks if isinstance(ks, int) else ks[parts, 0])).nonzero()[0]
+    parts, ranks, order = parts[kept], ranks[kept], order[kept]
+    shape = len(rows), int(ranks.max()) + 1
+    padded = TopTokens(np.zeros(shape, np.intp), np.full(shape, -np.inf))
+    padded.ids[parts, ranks], padded.logits[parts, ranks] = ids[order], values[order]
+    return padded
+
+
+def _kth_largest(columns: NDArray[np.float32], ks: _Column) -> _Column:
+    """Returns the k-th largest number of each row of `columns`; -inf if there are no more than k columns."""
+    width = columns.shape[1]
+    if isinstance(ks, int):
+        return np.partition(columns, width - ks, axis=1)[:, width - ks, None] if ks < width else -math.inf
+    found = np.full(ks.shape, -np.inf)
+    for k in {each for each in ks[:, 0].tolist() if each < width}:
+        same = (ks[:, 0] == k).nonzero()[0]
+        found[same] = np.partition(columns[same], width - k, axis=1)[:, width - k, None]
+    return found
