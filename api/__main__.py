@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from api.commands.lookup import run_lookup_build
 from api.commands.models import run_models
 from api.commands.printing import print_for_option
 from api.config.command_line import OptionError, parse, printing_option
-from api.config.key_file import with_key_file
+from api.config.keys import check_key_files
 from api.generation.loaded_model import PACELINE_VERSION
 from api.http.decode_errors import nearest_hint
 from api.hub.errors import HubError
@@ -31,8 +32,10 @@ from api.templates.chat_template import InvalidTemplate, configured_kwargs, conf
 if _ON_INTERRUPT is not None:
     signal.signal(signal.SIGINT, _ON_INTERRUPT)
 
-# Exit code of a process that SIGINT ended, as shells spell it.
-_INTERRUPTED = 130
+# Exit codes of processes that SIGINT or SIGPIPE ended, as shells report them.
+_INTERRUPTED, _BROKEN_PIPE = 130, 141
+# Errors of writes to a full or failing disk, or to a terminal that is gone.
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 USAGE = """\
 usage: paceline serve -m model.gguf [flags]   serves a model over OpenAI's API
@@ -54,11 +57,43 @@ _COMMANDS = ("serve", "flags", "cost", "lookup build", "chat", "top", "doctor", 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code; 2 means an invalid command line, 130 an interruption by Ctrl+C."""
+    """Runs a command and returns its exit code; 2 means an invalid command line, 130 an interruption by Ctrl+C, 141
+    a pipe of the output that nothing reads any more."""
+    _open_closed_streams()
     try:
-        return _run_command(sys.argv[1:] if arguments is None else arguments)
+        try:
+            return _run_command(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except BrokenPipeError:
+        _discard_output()
+        return _BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _WRITE_ERRORS or error.filename is not None:
+            raise
+        _discard_output()
+        print_line(f"paceline: cannot write the output: {error.strerror}")
+        return 1
+
+
+def _open_closed_streams() -> None:
+    """Opens the null device in place of standard streams that the caller has closed. Otherwise the next files that are
+    opened would get the descriptors of these streams."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+
+
+def _discard_output() -> None:
+    """Redirects stdout to the null device, so that flushing its buffer at the end of the process does not fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def _run_command(arguments: Sequence[str]) -> int:
@@ -102,7 +137,8 @@ def _serve(arguments: Sequence[str]) -> int:
     try:
         if option := printing_option(arguments):
             return print_for_option(option)
-        options = with_key_file(parse(arguments, os.environ))
+        options = parse(arguments, os.environ)
+        check_key_files(options.server)
         configured_template(options.chat)
         configured_kwargs(options.chat)
     except (OptionError, InvalidTemplate) as error:

@@ -18,7 +18,11 @@ _BILLING_HEADER = "x-anthropic-billing-header:"
 
 _TEXT_TYPES = ("text", "document with a text", "search_result", "tool_reference")
 # The types of blocks that messages of a role may have besides those with a text.
-_BLOCK_TYPES = {"user": ("tool_result",), "assistant": ("tool_use", "thinking", "redacted_thinking"), "system": ()}
+_BLOCK_TYPES = {
+    "user": ("image", "tool_result"),
+    "assistant": ("tool_use", "thinking", "redacted_thinking"),
+    "system": (),
+}
 _QUOTED_CHARS = 64
 
 
@@ -67,13 +71,18 @@ class _Conversation:
 
     def add_text(self, role: str, text: str) -> None:
         """Appends a text to the message of this role."""
+        self._add_part(role, ContentPart("text", text))
+
+    def _add_part(self, role: str, part: ContentPart) -> None:
         content = self.begin(role).content
         assert isinstance(content, list)
-        content.append(ContentPart("text", text))
+        content.append(part)
 
     def add_block(self, role: str, block: ContentBlock, path: str) -> None:
         """Appends a block of a message. Redacted reasoning, which cannot be read, is dropped."""
         match role, block.type:
+            case "user", "image":
+                self._add_part(role, _image_part(block, path))
             case "user", "tool_result":
                 self._add_tool_result(block, path)
             case "assistant", "tool_use":
@@ -90,11 +99,13 @@ class _Conversation:
     def _add_tool_result(self, block: ContentBlock, path: str) -> None:
         """Appends the result of a tool as a message of its own."""
         call_id = _required(block.tool_use_id, path, "tool_use_id")
-        text = "\n".join(_content_texts(block.content, f"{path}.content"))
+        images, texts = _images_and_texts(block.content, f"{path}.content")
+        text = "\n".join(texts)
         if block.is_error and not text.lower().startswith("error"):
             text = f"Error: {text}"
         name = self._tool_names.get(call_id)
-        self._messages.append(ChatMessageParam("tool", text, name=name, tool_call_id=call_id))
+        content = [*images, ContentPart("text", text)] if images else text
+        self._messages.append(ChatMessageParam("tool", content, name=name, tool_call_id=call_id))
 
     def _call(self, block: ContentBlock, path: str) -> dict[str, Any]:
         id, name = _required(block.id, path, "id"), _required(block.name, path, "name")
@@ -103,11 +114,37 @@ class _Conversation:
         return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
     def finish(self) -> list[ChatMessageParam]:
-        """Returns the messages. Contents of less than two parts become texts."""
+        """Returns the messages. Contents without parts or with one text become texts."""
         for message in self._messages:
-            if isinstance(message.content, list) and len(message.content) < 2:
-                message.content = "".join(part.text or "" for part in message.content)
+            parts = message.content
+            if isinstance(parts, list) and len(parts) < 2 and all(part.type == "text" for part in parts):
+                message.content = "".join(part.text or "" for part in parts)
         return self._messages
+
+
+def _images_and_texts(content: str | Sequence[ContentBlock] | None, path: str) -> tuple[list[ContentPart], list[str]]:
+    """Returns the images and the texts of a tool's result. Raises RequestRefused for blocks of other types."""
+    if content is None or isinstance(content, str):
+        return [], [content or ""]
+    blocks = [(block, f"{path}[{number}]") for number, block in enumerate(content)]
+    images = [_image_part(block, field) for block, field in blocks if block.type == "image"]
+    return images, [_block_text(block, field, ("image",)) for block, field in blocks if block.type != "image"]
+
+
+def _image_part(block: ContentBlock, path: str) -> ContentPart:
+    """Returns an image in the form of chat completions. Raises RequestRefused unless its source has data or a URL."""
+    match block.source:
+        case BlockSource(type="base64") as source:
+            data = _required(source.data, f"{path}.source", "data")
+            url = f"data:{source.media_type or 'image/png'};base64,{data}"
+        case BlockSource(type="url") as source:
+            url = _required(source.url, f"{path}.source", "url")
+        case _:
+            raise RequestRefused(
+                f"{path}.source: expected an object of type 'base64' with data, or of type 'url' with a url",
+                field=f"{path}.source",
+            )
+    return ContentPart("image_url", image_url=url)
 
 
 def _system_texts(system: str | Sequence[ContentBlock]) -> Iterator[str]:

@@ -29,7 +29,7 @@ from api.generation.choices import Choices, read_generation_request
 from api.generation.loaded_model import AppState, LoadedModel
 from api.generation.prepared_chat import PreparedChat, prepare_chat
 from api.http.request_context import request_context
-from api.http.responses import EventStreamResponse, JSONResponse, PendingJSONResponse, SendEvents
+from api.http.responses import EventStream, EventStreamResponse, JSONResponse, PendingJSONResponse
 from api.schema.replies import UnenforcedKeywords
 from api.tools.formats import ContentDelta, MessageDelta
 from engine import Finished, FinishReason, Tokens, Update, Usage
@@ -83,11 +83,7 @@ class MessageRun:
 
     async def body(self) -> MessageReply:
         """Generates the message and returns it."""
-
-        async def on_update(index: int, update: Update) -> None:
-            pass  # `Choices.outputs` have all updates
-
-        await self._choices.run(on_update)
+        await self._choices.run()
         (output,), (end,) = self._choices.outputs, self._choices.finished
         deltas = [*self._deltas(output.text), *self._last_deltas(end)]
         stop = self._stop_info(end)
@@ -101,12 +97,12 @@ class MessageRun:
             unenforced_schema_keywords=self._unenforced_keywords(),
         )
 
-    async def stream(self, send_events: SendEvents) -> None:
+    async def stream(self, stream: EventStream) -> None:
         """Generates the message and sends its events, the first one when the prefill begins."""
         blocks = BlockEvents(shows_thinking=self._shows_thinking)
         started = False
 
-        async def on_update(index: int, update: Update) -> None:
+        def encode(index: int, update: Update) -> bytes:
             nonlocal started
             events: list[MessageEvent] = []
             if not started:
@@ -118,10 +114,9 @@ class MessageRun:
                 events += blocks.feed(self._last_deltas(update))
                 events += blocks.finish()
                 events += [self._end(update), MessageStop()]
-            if events:
-                await send_events(b"".join(map(tagged_event, events)))
+            return b"".join(map(tagged_event, events))
 
-        await self._choices.run(on_update)
+        await self._choices.run(encode, stream)
 
     def _start(self, update: Update) -> MessageStart:
         """Returns the first event. `update` is the first update of the choice."""

@@ -23,6 +23,8 @@ class BlockSource(Struct):
 
     type: str
     data: str | None = None
+    media_type: str | None = None
+    url: str | None = None
     content: str | list[ContentBlock] | None = None
 
 

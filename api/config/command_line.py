@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -47,6 +48,10 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise OptionError(message.removeprefix("argument "))
+
+    def print_help(self, file: Any = None) -> None:
+        # The method of argparse ignores errors of the write.
+        (file or sys.stdout).write(self.format_help())
 
 
 def printing_option(arguments: Sequence[str]) -> CommandOption | None:
@@ -172,13 +177,21 @@ def _options(settings: Mapping[str, _Given], config_path: str | None) -> Options
                 tables.setdefault(flag.table, {})[flag.field] = value
     if tables.get("sim", {}).get("on"):
         tables.setdefault("model", {}).setdefault("path", SIMULATED_MODEL)
-    if problem := hub_problem(tables):
+    if problem := hub_problem(tables) or _draft_problem(tables):
         raise OptionError(problem)
     if name := named_model(tables):
         tables.setdefault("model", {}).setdefault("path", name)
     if not tables.get("model", {}).get("path"):
         raise OptionError("no model is given: name a GGUF file with -m, or a repository with -hf")
     return with_request_defaults(msgspec.convert(tables, Options))
+
+
+def _draft_problem(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns a sentence if both a draft model and the MTP layer are requested; otherwise an empty text."""
+    named = tables.get("draft", {}).get("path") or tables.get("hub", {}).get("draft_repo")
+    if named and "draft-mtp" in tables.get("speculation", {}).get("types", ()):
+        return "--spec-type draft-mtp cannot be used with a draft model: leave out -md (-hfd), or use --spec-type draft"
+    return ""
 
 
 # ── help ──

@@ -15,9 +15,10 @@ class GenerationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(
             ge=-2,
             le=2**31 - 1,
-            description="maximum new tokens of every request; -1 is no such maximum: without max_tokens an output ends "
-            "at a full context, or with --context-shift after as many tokens as the context has; -2 ends an output "
-            "without max_tokens at a full context, also with --context-shift",
+            description="maximum new tokens of every request (in llama-server a default that requests may exceed); "
+            "-1 sets no maximum: without max_tokens an output ends at a full context, or with --context-shift "
+            "after as many tokens as the context has; -2 ends an output without max_tokens at a full context, also "
+            "with --context-shift",
         ),
     ] = -1
     ignore_eos: Annotated[bool, Meta(description="default of ignore_eos in requests: never sample an end token")] = (

@@ -33,6 +33,17 @@ class HubConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str,
         Meta(description="URL of the model's GGUF file, which is downloaded to --model, or to the cache without it"),
     ] = ""
+    mmproj_url: Annotated[
+        str,
+        Meta(description="URL of the projector's GGUF file, which is downloaded to --mmproj, or to the cache without it"),
+    ] = ""
+    mmproj_auto: Annotated[
+        bool,
+        Meta(
+            description="also download the projector of the repository --hf-repo, if it has one and the build reads "
+            "images"
+        ),
+    ] = True
     token: Annotated[
         str,
         Meta(description="access token for private and gated repositories; empty is the one saved by `hf auth login`"),
@@ -51,6 +62,8 @@ def hub_problem(tables: Mapping[str, Mapping[str, Any]]) -> str:
         return f"-hf {repo} and -mu {url} both name a model: leave one out"
     if url and not (urlsplit(url).scheme in ("http", "https") and urlsplit(url).hostname):
         return f"-mu: expected a URL like https://host/folder/model.gguf, not {url!r}"
+    if (found := hub.get("mmproj_url")) and urlsplit(found).scheme not in ("http", "https"):
+        return f"-mmu: expected a URL like https://host/folder/mmproj.gguf, not {found!r}"
     return ""
 
 

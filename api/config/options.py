@@ -6,7 +6,7 @@ from msgspec import Struct
 
 from api.config.generation import GenerationConfig
 from api.config.hub import HubConfig
-from api.config.server import ChatConfig, LogConfig, ServerConfig
+from api.config.server import ChatConfig, KVEventsConfig, LogConfig, ServerConfig
 from engine import (
     AdapterConfig,
     BatchConfig,
@@ -15,6 +15,7 @@ from engine import (
     EmbeddingConfig,
     EngineConfig,
     LoadConfig,
+    MediaConfig,
     MemoryConfig,
     ModelConfig,
     RopeConfig,
@@ -39,7 +40,9 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sim: SimConfig = SimConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
     adapters: AdapterConfig = AdapterConfig()
+    media: MediaConfig = MediaConfig()
     server: ServerConfig = ServerConfig()
+    kv_events: KVEventsConfig = KVEventsConfig()
     log: LogConfig = LogConfig()
     chat: ChatConfig = ChatConfig()
     generation: GenerationConfig = GenerationConfig()
@@ -60,4 +63,5 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             sim=self.sim,
             embedding=self.embedding,
             adapters=self.adapters,
+            media=self.media,
         )

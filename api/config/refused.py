@@ -5,7 +5,6 @@ from __future__ import annotations
 from api.config.other_flags import refused
 
 _SEVERAL_MODELS = "one server serves one model: put llama-swap in front of several servers"
-_MEDIA = "images, audio and video are not served: use a text model without a projector"
 _TOOLS = "no tools run in the server: let the client run the tools that the model calls"
 _FILES = "no files are served: put a web server such as Caddy in front"
 _SYNTHETIC = "drafts are never accepted at random: measure with --sim --sim-accept"
@@ -13,9 +12,6 @@ _GROUP = "self-extend is gone from llama.cpp: use --rope-scaling yarn, or --cont
 _OFF = ("", "0", "false", "off", "disabled")
 
 REFUSED = (
-    refused("-mm --mmproj", _MEDIA, 1, "LLAMA_ARG_MMPROJ", _OFF),
-    refused("-mmu --mmproj-url", _MEDIA, 1, "LLAMA_ARG_MMPROJ_URL", _OFF),
-    refused("--media-path", _MEDIA, 1),
     refused("--path", _FILES, 1, "LLAMA_ARG_STATIC_PATH", ("",)),
     refused("--ui-mcp-proxy --webui-mcp-proxy", _TOOLS, env="LLAMA_ARG_UI_MCP_PROXY"),
     refused("--tools", _TOOLS, 1, "LLAMA_ARG_TOOLS", _OFF),
@@ -44,7 +40,7 @@ REFUSED = (
     # Flags of earlier versions.
     refused("-gan --grp-attn-n -gaw --grp-attn-w", _GROUP, 1),
     refused("-spf --system-prompt-file", "prompts are sent by clients: use a system message", 1),
-    refused("-mtp --multi-token-prediction", "the model's own draft layers are not used: use --spec-type auto or -md"),
+    refused("-mtp --multi-token-prediction", "use --spec-type draft-mtp, or auto, which includes it"),
     # ik_llama.cpp
     refused("-ser --smart-expert-reduction", "all experts of the model are used: --override-kv sets another number", 1),
     refused("-draft --draft-params", "name each setting of the draft model: -ngld, -ctkd, -ctvd, -cd, -td", 1),

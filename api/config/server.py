@@ -54,7 +54,11 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         ),
     ] = ()
     api_key_file: Annotated[
-        str, Meta(description="file with more API keys, one for each line; lines that begin with # are comments")
+        str,
+        Meta(
+            description="file with more API keys, one on each line, read again at SIGHUP; lines that begin with # are "
+            "comments"
+        ),
     ] = ""
     keys: Annotated[
         str,
@@ -123,6 +127,15 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         float,
         Meta(ge=0.0, le=3600.0, description="seconds without an event before a stream gets a comment line; 0 is off"),
     ] = 15.0
+    sse_coalesce_ms: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1000,
+            description="minimum milliseconds between two events of a choice, except before its last ones; tokens in "
+            "between merge into one event, which saves time of server and clients; 0 merges none",
+        ),
+    ] = 0
     grace: Annotated[
         float, Meta(ge=0.0, le=3600.0, description="maximum seconds for running requests to finish at shutdown")
     ] = 5.0
@@ -168,6 +181,19 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             "http://127.0.0.1:4318/v1/traces, that gets a span for each request; needs paceline[otel]; empty is none",
         ),
     ] = ""
+    media_path: Annotated[
+        str, Meta(description="folder of the files that requests may name by file:// URLs; empty allows none")
+    ] = ""
+    media_urls: Annotated[
+        bool,
+        Meta(
+            description="download the images and sounds that requests name by http or https URL, within 10 seconds and "
+            "from public addresses only"
+        ),
+    ] = False
+    media_limit: Annotated[
+        int, Meta(ge=1, le=1024, description="maximum images and sounds in a request, each of at most 8 MiB")
+    ] = 16
     max_body: Annotated[int, Meta(ge=1024, le=2**30, description="maximum bytes of a request body")] = 8 * 2**20
     ui: Annotated[bool, Meta(description="serve a page with a chat and a live view of the server at /")] = True
     verbose: Annotated[
@@ -177,7 +203,47 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @property
     def has_keys(self) -> bool:
         """True if requests need an API key."""
-        return bool(self.api_keys or self.keys)
+        return bool(self.api_keys or self.has_key_files)
+
+    @property
+    def has_key_files(self) -> bool:
+        """True if API keys are in files, which are read again at SIGHUP."""
+        return bool(self.keys or self.api_key_file)
+
+
+class KVEventsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """KV events for routers: the blocks of prompts that are in the prefix cache, published over ZMQ."""
+
+    endpoint: Annotated[
+        str,
+        Meta(
+            pattern=r"^([@>]?(tcp|ipc)://\S+)?\Z",
+            examples=["tcp://*:5557"],
+            description="ZMQ address at which blocks that enter or leave the prefix cache are published, with the "
+            "tokens of prompts and outputs; bound if it contains `*` or `::` or begins with @ or ipc://, such as "
+            "tcp://*:5557, connected to otherwise or if it begins with >; needs paceline[kv-events]; empty is none",
+        ),
+    ] = ""
+    topic: Annotated[
+        str, Meta(description="topic of the messages, such as kv@10.0.0.1:8000@model for llm-d; empty is none")
+    ] = ""
+    replay_endpoint: Annotated[
+        str,
+        Meta(
+            pattern=r"^((tcp|ipc)://\S+)?\Z",
+            examples=["tcp://*:5558"],
+            description="address at which subscribers request messages that they missed, such as tcp://*:5558; empty "
+            "is none",
+        ),
+    ] = ""
+    buffer: Annotated[int, Meta(ge=1, le=2**20, description="last messages that are kept for the replay")] = 10_000
+    format: Annotated[
+        Literal["array", "map"],
+        Meta(
+            description="form of an event: array, as in vLLM before 0.24, which routers of all versions read, or map, "
+            "as in later versions of vLLM"
+        ),
+    ] = "array"
 
 
 class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -7,9 +7,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 # Paceline's name for each proposer type that llama-server names differently.
-PROPOSER_TYPE_ALIASES = {"draft-simple": "draft"}
+PROPOSER_TYPE_ALIASES = {"draft-simple": "draft", "mtp": "draft-mtp"}
 # llama-server's proposer types that do not exist here.
-MISSING_PROPOSER_TYPES = ("draft-eagle3", "draft-mtp", "draft-dflash", "draft-dspark")
+MISSING_PROPOSER_TYPES = ("draft-eagle3", "draft-dflash", "draft-dspark")
 
 
 class Spelling(NamedTuple):

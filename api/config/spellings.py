@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from api.config.generation import GenerationConfig
+from api.config.generation_spellings import GENERATION_SPELLINGS
 from api.config.hub import HubConfig
-from api.config.server import ChatConfig, LogConfig, ServerConfig
+from api.config.server import ChatConfig, KVEventsConfig, LogConfig, ServerConfig
 from api.config.spelling import Spelling, spelling
 from engine import (
     AdapterConfig,
@@ -15,10 +15,10 @@ from engine import (
     DraftConfig,
     EmbeddingConfig,
     LoadConfig,
+    MediaConfig,
     MemoryConfig,
     ModelConfig,
     RopeConfig,
-    SamplingParams,
     SimConfig,
     SpeculationConfig,
 )
@@ -26,7 +26,6 @@ from engine import (
 _LAYERS = {"auto": "-1", "all": "-1"}
 
 
-# Flags of GenerationConfig set `logit_bias` and `samplers` of SamplingParams; `min_keep` has no flag.
 SPELLINGS: dict[type[Struct], dict[str, Spelling]] = {
     ModelConfig: {
         "path": spelling("-m", "--model", env="LLAMA_ARG_MODEL"),
@@ -47,6 +46,7 @@ SPELLINGS: dict[type[Struct], dict[str, Spelling]] = {
         "kv_offload": spelling("-kvo", "--kv-offload", env="LLAMA_ARG_KV_OFFLOAD", off_flags=("-nkvo",)),
         "op_offload": spelling("--op-offload"),
         "swa_full": spelling("--swa-full", env="LLAMA_ARG_SWA_FULL"),
+        "backend_sampling": spelling("-bs", "--backend-sampling", env="LLAMA_ARG_BACKEND_SAMPLING"),
         "deterministic": spelling("--deterministic"),
         "warmup": spelling("--warmup"),
         "calibrate": spelling("--calibrate"),
@@ -97,6 +97,8 @@ SPELLINGS: dict[type[Struct], dict[str, Spelling]] = {
             "-hfd", "-hfrd", "--spec-draft-hf", "--hf-repo-draft", env="LLAMA_ARG_SPEC_DRAFT_HF_REPO"
         ),
         "url": spelling("-mu", "--model-url", env="LLAMA_ARG_MODEL_URL"),
+        "mmproj_url": spelling("-mmu", "--mmproj-url", env="LLAMA_ARG_MMPROJ_URL"),
+        "mmproj_auto": spelling("--mmproj-auto", env="LLAMA_ARG_MMPROJ_AUTO", off_flags=("--no-mmproj",)),
         "token": spelling("-hft", "--hf-token", env="HF_TOKEN"),
         "offline": spelling("--offline", env="LLAMA_ARG_OFFLINE"),
     },
@@ -223,6 +225,7 @@ SPELLINGS: dict[type[Struct], dict[str, Spelling]] = {
         "cost": spelling("--sim-cost"),
         "accept": spelling("--sim-accept"),
         "seed": spelling("--sim-seed"),
+        "vocabulary": spelling("--sim-vocabulary"),
     },
     EmbeddingConfig: {
         "on": spelling("--embeddings", "--embedding", env="LLAMA_ARG_EMBEDDINGS"),
@@ -231,6 +234,12 @@ SPELLINGS: dict[type[Struct], dict[str, Spelling]] = {
         "rerank": spelling("--reranking", "--rerank", env="LLAMA_ARG_RERANKING"),
         "rows": spelling("--embedding-tokens"),
         "normalize": spelling("--embd-normalize"),
+    },
+    MediaConfig: {
+        "path": spelling("-mm", "--mmproj", env="LLAMA_ARG_MMPROJ"),
+        "offload": spelling("--mmproj-offload", env="LLAMA_ARG_MMPROJ_OFFLOAD"),
+        "image_min_tokens": spelling("--image-min-tokens", env="LLAMA_ARG_IMAGE_MIN_TOKENS", aliases={"-1": "0"}),
+        "image_max_tokens": spelling("--image-max-tokens", env="LLAMA_ARG_IMAGE_MAX_TOKENS", aliases={"-1": "0"}),
     },
     AdapterConfig: {
         "lora": spelling("--lora", comma_separated=True),
@@ -267,6 +276,7 @@ SPELLINGS: dict[type[Struct], dict[str, Spelling]] = {
         "sse_ping": spelling(
             "--sse-ping", "--sse-ping-interval", env="LLAMA_ARG_SSE_PING_INTERVAL", aliases={"-1": "0"}
         ),
+        "sse_coalesce_ms": spelling("--sse-coalesce-ms"),
         "grace": spelling("--grace"),
         "on_fault": spelling("--on-fault"),
         "timeout": spelling("-to", "--timeout", env="LLAMA_ARG_TIMEOUT"),
@@ -275,6 +285,9 @@ SPELLINGS: dict[type[Struct], dict[str, Spelling]] = {
         "max_connections": spelling("--max-connections"),
         "otlp_traces_endpoint": spelling("--otlp-traces-endpoint"),
         "props": spelling("--props", env="LLAMA_ARG_ENDPOINT_PROPS"),
+        "media_path": spelling("--media-path"),
+        "media_urls": spelling("--media-urls"),
+        "media_limit": spelling("--media-limit"),
         "max_body": spelling("--max-body"),
         "ui": spelling("--ui", "--webui", env="LLAMA_ARG_UI"),
         "verbose": spelling("-v", "--verbose", "--log-verbose"),
@@ -304,46 +317,12 @@ SPELLINGS: dict[type[Struct], dict[str, Spelling]] = {
         "skip_parsing": spelling("--skip-chat-parsing", env="LLAMA_ARG_SKIP_CHAT_PARSING"),
         "prefill_assistant": spelling("--prefill-assistant", env="LLAMA_ARG_PREFILL_ASSISTANT"),
     },
-    GenerationConfig: {
-        "n_predict": spelling("-n", "--predict", "--n-predict", env="LLAMA_ARG_N_PREDICT"),
-        "ignore_eos": spelling("--ignore-eos"),
-        "logit_bias": spelling("-l", "--logit-bias"),
-        "samplers": spelling("--samplers"),
-        "sampler_seq": spelling("--sampler-seq", "--sampling-seq"),
-        "grammar": spelling("--grammar"),
-        "grammar_file": spelling("--grammar-file"),
-        "json_schema": spelling("-j", "--json-schema"),
-        "json_schema_file": spelling("-jf", "--json-schema-file"),
-        "reverse_prompt": spelling("-r", "--reverse-prompt"),
-        "special": spelling("-sp", "--special"),
-        "cache_prompt": spelling("--cache-prompt", env="LLAMA_ARG_CACHE_PROMPT"),
-        "escape": spelling("-e", "--escape"),
+    KVEventsConfig: {
+        "endpoint": spelling("--kv-events-endpoint"),
+        "topic": spelling("--kv-events-topic"),
+        "replay_endpoint": spelling("--kv-events-replay-endpoint"),
+        "buffer": spelling("--kv-events-buffer"),
+        "format": spelling("--kv-events-format"),
     },
-    SamplingParams: {
-        "temperature": spelling("--temp", "--temperature", env="LLAMA_ARG_TEMPERATURE"),
-        "dynatemp_range": spelling("--dynatemp-range"),
-        "dynatemp_exponent": spelling("--dynatemp-exp"),
-        "top_k": spelling("--top-k", env="LLAMA_ARG_TOP_K"),
-        "top_p": spelling("--top-p", env="LLAMA_ARG_TOP_P"),
-        "min_p": spelling("--min-p", env="LLAMA_ARG_MIN_P"),
-        "typical_p": spelling("--typical", "--typical-p"),
-        "repeat_penalty": spelling("--repeat-penalty", env="LLAMA_ARG_REPEAT_PENALTY"),
-        "repeat_last_n": spelling("--repeat-last-n"),
-        "presence_penalty": spelling("--presence-penalty", env="LLAMA_ARG_PRESENCE_PENALTY"),
-        "frequency_penalty": spelling("--frequency-penalty", env="LLAMA_ARG_FREQUENCY_PENALTY"),
-        "dry_multiplier": spelling("--dry-multiplier"),
-        "dry_base": spelling("--dry-base"),
-        "dry_allowed_length": spelling("--dry-allowed-length"),
-        "dry_penalty_last_n": spelling("--dry-penalty-last-n"),
-        "dry_sequence_breakers": spelling("--dry-sequence-breaker"),
-        "xtc_probability": spelling("--xtc-probability"),
-        "xtc_threshold": spelling("--xtc-threshold"),
-        "top_n_sigma": spelling("--top-nsigma", "--top-n-sigma"),
-        "mirostat": spelling("--mirostat"),
-        "mirostat_tau": spelling("--mirostat-ent"),
-        "mirostat_eta": spelling("--mirostat-lr"),
-        "adaptive_target": spelling("--adaptive-target"),
-        "adaptive_decay": spelling("--adaptive-decay"),
-        "seed": spelling("-s", "--seed", aliases={"-1": "", "4294967295": ""}),
-    },
+    **GENERATION_SPELLINGS,
 }

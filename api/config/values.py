@@ -75,7 +75,10 @@ def resolve_aliases(flag: Flag, given: Any, source: str) -> Any:
     names = [PROPOSER_TYPE_ALIASES.get(name, name) if isinstance(name, str) else name for name in given]
     for name in names:
         if name in MISSING_PROPOSER_TYPES:
-            raise OptionError(f"{source}: draft layers and draft heads are not used: use draft with -md, or auto")
+            raise OptionError(
+                f"{source}: {name} needs inputs of the model's layers, which llama.cpp's C API does not return; use "
+                "draft with -md, draft-mtp, or auto"
+            )
         if isinstance(name, str) and name not in flag.choices:
             raise OptionError(f"{source}: unknown value {name!r}{choices_hint(name, flag.choices)}")
     return names

@@ -8,11 +8,10 @@ _BATCHING = "requests are always batched continuously"
 _JINJA = "chat templates are always rendered with Jinja"
 _METRICS = "GET /metrics is always served"
 _PAGE = "the page keeps its settings in the browser"
-_NO_MEDIA = "images, audio and video are not served"
+_NO_VIDEO = "videos are not served"
 _NO_TOOLS = "no tools run in the server"
 _SAMPLER = "the draft model's tokens are sampled with the target model's noise (--draft-noise)"
 _SLOT = "a request gets the slot with the longest cached prefix"
-_BACKEND = "tokens are sampled on the CPU, with noise that is the same with and without drafts"
 _ONE_MODEL = "one model is served"
 _REPACK = "weights are repacked where that is faster (--no-repack disables it)"
 _GRAPH = "llama.cpp builds the graph for its devices"
@@ -28,15 +27,11 @@ WITHOUT_EFFECT = (
     without_effect("--ui-config-file --webui-config-file", _PAGE, 1, "LLAMA_ARG_UI_CONFIG_FILE"),
     without_effect("--no-ui-mcp-proxy --no-webui-mcp-proxy", _NO_TOOLS),
     without_effect("-no-ag --no-agent", _NO_TOOLS),
-    without_effect("--mmproj-auto --no-mmproj --no-mmproj-auto", _NO_MEDIA, env="LLAMA_ARG_MMPROJ_AUTO"),
-    without_effect("--mmproj-offload --no-mmproj-offload", _NO_MEDIA, env="LLAMA_ARG_MMPROJ_OFFLOAD"),
-    without_effect("-mmdev --mmproj-device", _NO_MEDIA, 1, "MTMD_BACKEND_DEVICE"),
-    without_effect("--image-min-tokens", _NO_MEDIA, 1, "LLAMA_ARG_IMAGE_MIN_TOKENS"),
-    without_effect("--image-max-tokens", _NO_MEDIA, 1, "LLAMA_ARG_IMAGE_MAX_TOKENS"),
-    without_effect("--mtmd-batch-max-tokens", _NO_MEDIA, 1, "LLAMA_ARG_MTMD_BATCH_MAX_TOKENS"),
-    without_effect("--video-fps", _NO_MEDIA, 1, "LLAMA_ARG_VIDEO_FPS"),
-    without_effect("--video-timestamp-interval", _NO_MEDIA, 1, "LLAMA_ARG_VIDEO_TIMESTAMP_INTERVAL"),
-    without_effect("--video-ffmpeg-dir", _NO_MEDIA, 1, "LLAMA_ARG_VIDEO_FFMPEG_DIR"),
+    without_effect("-mmdev --mmproj-device", "llama.cpp chooses the GPU of the projector", 1, "MTMD_BACKEND_DEVICE"),
+    without_effect("--mtmd-batch-max-tokens", "images are encoded one by one", 1, "LLAMA_ARG_MTMD_BATCH_MAX_TOKENS"),
+    without_effect("--video-fps", _NO_VIDEO, 1, "LLAMA_ARG_VIDEO_FPS"),
+    without_effect("--video-timestamp-interval", _NO_VIDEO, 1, "LLAMA_ARG_VIDEO_TIMESTAMP_INTERVAL"),
+    without_effect("--video-ffmpeg-dir", _NO_VIDEO, 1, "LLAMA_ARG_VIDEO_FFMPEG_DIR"),
     without_effect("--models-autoload --no-models-autoload", _ONE_MODEL, env="LLAMA_ARG_MODELS_AUTOLOAD"),
     without_effect("-sps --slot-prompt-similarity", _SLOT, 1),
     without_effect("--threads-http", "one event loop serves all connections", 1, "LLAMA_ARG_THREADS_HTTP"),
@@ -48,7 +43,6 @@ WITHOUT_EFFECT = (
         _SAMPLER,
         env="LLAMA_ARG_SPEC_DRAFT_BACKEND_SAMPLING",
     ),
-    without_effect("-bs --backend-sampling", _BACKEND, env="LLAMA_ARG_BACKEND_SAMPLING"),
     without_effect("--spec-ngram-check-rate", "n-grams are looked up for every token", 1),
     without_effect("--prio-batch", "--prio holds for all steps", 1),
     without_effect("--spec-draft-cpu-mask -Cd --cpu-mask-draft", _DRAFT_THREADS, 1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import TypeVar
@@ -17,6 +17,7 @@ from api.generation.request_limits import apply_request_defaults, check_draft_li
 from api.generation.schema_checks import CompiledConstraint
 from api.http.request_body import read_body
 from api.http.request_context import RequestContext
+from api.http.responses import EventStream
 from api.http.tasks import run_concurrently
 from api.schema.logit_bias import bias_pairs, texts_in_biases, tokenize_biases
 from api.schema.requests import LONG_BODY_BYTES, GenerationRequest, decode_body
@@ -28,6 +29,7 @@ from engine import (
     EngineFault,
     Finished,
     FinishReason,
+    MediaRun,
     ReasoningBudget,
     Request,
     RequestRefused,
@@ -43,7 +45,8 @@ _MAX_CHOICES = 256
 # Random seeds are below 2^53: every JSON parser reads such integers exactly.
 _RANDOM_SEED_LIMIT = 2**53
 
-OnUpdate = Callable[[int, Update], Awaitable[None]]
+# Returns the encoded events for an update of the choice with an index; empty bytes for no event.
+Encode = Callable[[int, Update], bytes]
 _RequestT = TypeVar("_RequestT", bound=GenerationRequest)
 
 
@@ -69,10 +72,12 @@ class Choices:
         grammar: CompiledConstraint | None = None,
         stop_scope: Callable[[], StopScope] | None = None,
         progress: bool = False,
+        media: tuple[MediaRun, ...] = (),
     ) -> None:
         """Creates the generations without submitting them. Raises RequestRefused.
 
-        `prediction` is cut to the length of the longest possible output.
+        `media` has the images and sounds of the prompt, which is then the only one. `prediction` is cut to the length of
+        the longest possible output.
         """
         self.n = request.n or 1
         check_choice_count(model, len(prompts), self.n)
@@ -84,11 +89,13 @@ class Choices:
         prediction = prediction[: model.engine.request_limit]
         own_fields = _own_fields(request, context)
         self._context = context
+        self._coalesce_seconds = model.options.server.sse_coalesce_ms / 1000
         self._generations = [
             model.engine.generate(
                 msgspec.structs.replace(
                     own_fields,
                     prompt=prompt,
+                    media=media,
                     max_tokens=max_new_tokens(model, token_limit, len(prompt)),
                     sampling=msgspec.structs.replace(sampling, seed=derive_seed(self.seed, choice)),
                     stop_scope=stop_scope,
@@ -137,8 +144,9 @@ class Choices:
         """The terminal updates of the choices that have finished, in order of the index."""
         return [end for end in self._finished if end is not None]
 
-    async def run(self, on_update: OnUpdate) -> None:
-        """Submits all choices and calls `on_update` with the index and each update of a choice, in order.
+    async def run(self, encode: Encode = lambda index, update: b"", stream: EventStream | None = None) -> None:
+        """Submits all choices, calls `encode` for each update of a choice, in order, and sends the events to `stream`, if
+        there is one.
 
         The first error cancels all choices and is raised. Cancelling this coroutine cancels the running choices.
         """
@@ -146,7 +154,8 @@ class Choices:
             for generation in self._generations:
                 await stack.enter_async_context(generation)
             try:
-                await run_concurrently([partial(self._follow, index, on_update) for index in range(len(self))])
+                follow = self._collect if stream is None else partial(self._send, stream)
+                await run_concurrently([partial(follow, index, encode) for index in range(len(self))])
             finally:
                 self._context.finished = self.finished
                 self._context.tokens += self._tokens_so_far()
@@ -159,21 +168,48 @@ class Choices:
         )
         return sum(usage.total_tokens for slot, usage in usages if slot >= 0 or usage.completion_tokens)
 
-    async def _follow(self, index: int, on_update: OnUpdate) -> None:
-        output, generation = self.outputs[index], self._generations[index]
+    async def _collect(self, index: int, encode: Encode) -> None:
+        """Calls `encode` for all updates of a choice."""
+        generation = self._generations[index]
+
+        def add(update: Update) -> None:
+            self._add(index, update, encode)
+
+        generation.divert(add, lambda: True)
         async for update in generation:
-            has_token = not (isinstance(update, Tokens) and update.prefill_progress)
-            if has_token and self._context.first_token_seconds is None:
-                self._context.first_token_seconds = self._context.age_seconds
-            if isinstance(update, Finished):
-                if update.reason is FinishReason.CANCELLED:
-                    raise EngineFault("The server ended the request.")
-                self._finished[index] = update
-            else:
-                output.add(update)
-            await on_update(index, update)
-            if output.time_is_up:
-                generation.enough()
+            add(update)
+
+    async def _send(self, stream: EventStream, index: int, encode: Encode) -> None:
+        """Sends the events of a choice: without a task switch while the client takes data, unless events merge."""
+        generation = self._generations[index]
+
+        def write(update: Tokens) -> None:
+            if events := self._add(index, update, encode):
+                stream.write(events)
+
+        if not self._coalesce_seconds:
+            generation.divert(write, stream.can_write)
+        async for update in generation:
+            if events := self._add(index, update, encode):
+                await stream.send(events)
+                if self._coalesce_seconds:
+                    await generation.rest(self._coalesce_seconds)
+
+    def _add(self, index: int, update: Update, encode: Encode) -> bytes:
+        """Adds an update to the output of its choice, and returns its encoded events."""
+        output, context = self.outputs[index], self._context
+        if context.first_token_seconds is None and not (isinstance(update, Tokens) and update.prefill_progress):
+            context.first_token_seconds = context.age_seconds
+        if isinstance(update, Finished):
+            if update.reason is FinishReason.CANCELLED:
+                raise EngineFault("The server ended the request.")
+            self._finished[index] = update
+        else:
+            output.add(update)
+        events = encode(index, update)
+        if output.time_is_up:
+            self._generations[index].enough()
+        return events
 
 
 def check_choice_count(model: LoadedModel, prompts: int, n: int) -> None:
@@ -244,7 +280,7 @@ def _own_fields(request: GenerationRequest, context: RequestContext) -> Request:
         progress=bool(request.return_progress or request.timings_per_token),
         origins=bool(request.token_origins),
         owner=context.owner(request.user),
-        weight=1.0 if key is None else key.weight,
+        weight=context.weight,
         priority=request.priority or 0,
         timeout=None if request.timeout_ms is None else request.timeout_ms / 1000,
     )

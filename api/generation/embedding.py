@@ -46,9 +46,14 @@ async def tokenize_inputs(embedder: EmbeddingModel, inputs: Sequence[Sequence[st
 
 
 async def embed_tokens(
-    model: LoadedModel, context: RequestContext, inputs: Sequence[Sequence[int]], names: Sequence[str]
+    model: LoadedModel,
+    context: RequestContext,
+    inputs: Sequence[Sequence[int]],
+    names: Sequence[str],
+    user: str | None = None,
 ) -> list[EmbeddedInput]:
-    """Returns the vectors of each input. `names` has the field of each input in error messages.
+    """Returns the vectors of each input. `names` has the field of each input in error messages. `user` is the owner of
+    the request on a server without API keys.
 
     Raises RequestRefused for an input that is empty, too long or outside of the vocabulary, and for inputs with too
     many vectors.
@@ -59,7 +64,7 @@ async def embed_tokens(
     if embedder.info.pooling == "none":
         _check_vectors(sum(map(len, inputs)), embedder.info.width)
     context.tokens += sum(map(len, inputs))
-    vectors = await model.engine.embed(inputs)
+    vectors = await model.engine.embed(inputs, context.owner(user), context.weight)
     return [EmbeddedInput(len(tokens), each) for tokens, each in zip(inputs, vectors, strict=True)]
 
 

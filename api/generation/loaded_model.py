@@ -9,6 +9,8 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
+from prometheus_client.registry import Collector
+
 from api.config.keys import configured_keys
 from api.config.options import Options
 from api.config.server import ServerConfig
@@ -17,6 +19,7 @@ from api.http.error_responses import ModelLoading, UnknownModel
 from api.http.key_ring import KeyRing
 from api.http.request_context import ErrorCounts
 from api.http.response_counts import ResponseCounts
+from api.templates.media_files import MediaFiles
 from api.templates.prompts import PromptRenderer
 from engine import Draining, Engine, EngineFault, ProposerType
 
@@ -43,7 +46,8 @@ class LoadedModel:
         """The name in replies."""
         self.created = int(time.time())
         """Seconds since the epoch."""
-        self.prompts = PromptRenderer(info, engine.vocab, options.chat, self._check_prompt_length)
+        media = MediaFiles(engine.media, options.server)
+        self.prompts = PromptRenderer(info, engine.vocab, options.chat, self._check_prompt_length, media)
         self.fingerprint = "fp_" + hashlib.sha256(f"{PACELINE_VERSION} {info.layout}".encode()).hexdigest()[:10]
         """A hash of Paceline's version and of `info.layout`: the model file, the library's build, the KV types and the
         attention kernel."""
@@ -89,7 +93,7 @@ class AppState:
     def __init__(self, config: ServerConfig) -> None:
         """Raises OptionError for an invalid file of keys."""
         self.config = config
-        self.keys = KeyRing(configured_keys(config))
+        self.keys = KeyRing(configured_keys(config), required=config.has_keys)
         self.errors: ErrorCounts = Counter()
         self.responses = ResponseCounts()
         self.loaded: LoadedModel | None = None
@@ -97,15 +101,21 @@ class AppState:
         self.loaded_share = 0.0
         """The loaded share of the model, 0 to 1."""
         self.draining = False
+        self.collectors: list[Collector] = []
+        """Further metrics of GET /metrics."""
 
     def reload_keys(self) -> None:
-        """Reads the file of keys again. An invalid file is logged and changes nothing."""
+        """Reads the files of keys again. An invalid file is logged and changes nothing. If the files have no keys, only
+        requests with a key of `--api-key` pass."""
         try:
             self.keys.replace(configured_keys(self.config))
         except OptionError as error:
             _log.error("%s; the earlier keys stay", error)
         else:
-            _log.info("%s: %d API keys", self.config.keys, len(self.keys))
+            files = " and ".join(filter(None, (self.config.keys, self.config.api_key_file)))
+            _log.info("%s: %d API keys", files, len(self.keys))
+            if not self.keys:
+                _log.error("%s: no API key is valid; requests get 401 until a file has keys and SIGHUP reads it", files)
 
     @property
     def model(self) -> LoadedModel:

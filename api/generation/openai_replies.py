@@ -13,8 +13,8 @@ from msgspec import UNSET, structs
 from api.generation.choices import Choices
 from api.generation.completion_output import CompletionOutput, unenforced_keywords
 from api.generation.loaded_model import LoadedModel
-from api.http.events import DONE_EVENT, sse_event
-from api.http.responses import EventStreamResponse, PendingJSONResponse, SendEvents
+from api.http.events import DONE_EVENT, TextEvent, sse_event
+from api.http.responses import EventStream, EventStreamResponse, PendingJSONResponse
 from api.schema.replies import ChatChoice, CompletionReply, PromptProgress, TextChoice, TimingsReply, UsageReply
 from api.schema.requests import GenerationRequest
 from api.schema.speculation_stats import MetricsReply, SpeculativeReply
@@ -25,6 +25,9 @@ from engine import (
     Tokens,
     Update,
 )
+
+# Stands for the text in an event that is encoded once.
+_PLACEHOLDER = "\0text\0"
 
 
 class ReplyBuilder(ABC):
@@ -45,10 +48,28 @@ class ReplyBuilder(ABC):
             # In OpenAI's API, usage is null in every chunk before the usage chunk.
             usage=None if request.stream and request.include_usage else UNSET,
         )
+        self.events_differ_in_text_only = not request.timings_per_token and not request.continuous_usage
+        """True if the events of a choice without log probabilities and origins differ in one text only, after the
+        first of them."""
+        self._text_events: dict[int, TextEvent] = {}
 
-    @abstractmethod
     def token_event(self, index: int, update: Tokens) -> bytes:
         """Returns the encoded event for `update`, or empty bytes if `update` adds nothing to the reply."""
+        if update.logprobs or update.origins:
+            return self.full_event(index, update)
+        if not update.text:
+            return b""
+        if (event := self._text_events.get(index)) is not None:
+            return event.with_text(update.text)
+        events = self.full_event(index, update)
+        if self.events_differ_in_text_only:
+            self._text_events[index] = TextEvent(self.full_event(index, Tokens((), _PLACEHOLDER)), _PLACEHOLDER)
+        return events
+
+    @abstractmethod
+    def full_event(self, index: int, update: Tokens) -> bytes:
+        """Returns the encoded event for `update`, which has a text, log probabilities or origins, or empty bytes if
+        `update` adds nothing to the reply."""
 
     @abstractmethod
     def progress_event(self, index: int) -> bytes:
@@ -74,28 +95,29 @@ def respond(
     return EventStreamResponse(partial(_stream, request, choices, builder), ping_seconds)
 
 
-async def _stream(request: GenerationRequest, choices: Choices, builder: ReplyBuilder, send_events: SendEvents) -> None:
+async def _stream(request: GenerationRequest, choices: Choices, builder: ReplyBuilder, stream: EventStream) -> None:
     chunk = builder.chunk
 
-    async def on_update(index: int, update: Update) -> None:
+    def encode(index: int, update: Update) -> bytes:
         output = choices.outputs[index]
         if request.timings_per_token:
             chunk.timings = output.timings()
         if request.continuous_usage:
             chunk.usage = output.usage()
-        if isinstance(update, Finished):
-            builder.set_final_chunk(index, update)
-            chunk.verbose = output.reply(update) if output.verbose else UNSET
-            is_last = choices.all_finished
-            await send_events(_last_events(choices, chunk, request.include_usage) if is_last else sse_event(chunk))
-            chunk.verbose = UNSET
-        elif update.prefill_progress is not None:
+        if isinstance(update, Tokens):
+            if update.prefill_progress is None:
+                return builder.token_event(index, update)
             if request.return_progress:
-                await send_events(_progress_events(request, builder, index, output, update.prefill_progress))
-        elif events := builder.token_event(index, update):
-            await send_events(events)
+                return _progress_events(request, builder, index, output, update.prefill_progress)
+            return b""
+        builder.set_final_chunk(index, update)
+        chunk.verbose = output.reply(update) if output.verbose else UNSET
+        is_last = choices.all_finished
+        events = _last_events(choices, chunk, request.include_usage) if is_last else sse_event(chunk)
+        chunk.verbose = UNSET
+        return events
 
-    await choices.run(on_update)
+    await choices.run(encode, stream)
 
 
 def _progress_events(
@@ -135,10 +157,7 @@ def _set_statistics(choices: Choices, reply: CompletionReply) -> None:
 
 
 async def _body(choices: Choices, builder: ReplyBuilder) -> CompletionReply:
-    async def on_update(index: int, update: Update) -> None:
-        """`Choices.outputs` have all updates."""
-
-    await choices.run(on_update)
+    await choices.run()
     outputs, ends, reply = choices.outputs, choices.finished, builder.chunk
     reply.choices = [
         structs.replace(

@@ -24,6 +24,7 @@ from engine import (
     JsonObject,
     JsonSchema,
     Lark,
+    MediaRun,
     OneOfTexts,
     ReasoningBudget,
     RequestRefused,
@@ -57,6 +58,8 @@ class PreparedChat(Struct, frozen=True):
     marker_tokens: dict[str, int]
     """The token ids of the format's markers that are special tokens of the model."""
     reasoning_budget: ReasoningBudget | None
+    media: tuple[MediaRun, ...] = ()
+    """The images and sounds in `prompt`."""
 
     @property
     def is_plain(self) -> bool:
@@ -150,8 +153,10 @@ async def prepare_chat(request: ChatRequest, prompts: PromptRenderer) -> Prepare
         constraint, calls = await WORKERS.run(lambda: (parse_constraint(request), allowed_calls(request)))
     else:
         constraint, calls = parse_constraint(request), allowed_calls(request)
-    prompt_text = await prompts.render_chat(request)
-    prompt = await prompts.tokenize_prompt(prompt_text)
+    messages, files = await prompts.media.load(request.messages)
+    prompt_text = await prompts.render_chat(msgspec.structs.replace(request, messages=messages))
+    read = await prompts.media.read(prompt_text, files) if files else None
+    prompt = await prompts.tokenize_prompt(prompt_text) if read is None else read.tokens
     format, template = prompts.format_for(request), prompts.template_for(request).source
     split_reasoning = (request.reasoning_format or prompts.chat.reasoning_format) != "none"
     if prompts.chat.skip_parsing:
@@ -164,7 +169,17 @@ async def prepare_chat(request: ChatRequest, prompts: PromptRenderer) -> Prepare
         opens = "" if in_reasoning else format.opens[0]
         budget = ReasoningBudget(max_tokens, opens, format.closes, prompts.closing_tokens(request, format.closes))
     return PreparedChat(
-        prompt_text, prompt, format, calls, constraint, split_reasoning, in_reasoning, may_reason, marker_tokens, budget
+        prompt_text,
+        prompt,
+        format,
+        calls,
+        constraint,
+        split_reasoning,
+        in_reasoning,
+        may_reason,
+        marker_tokens,
+        budget,
+        () if read is None else read.runs,
     )
 
 

@@ -52,7 +52,7 @@ def check_draft_limits(speculation: Speculation | None, options: Options) -> Non
 
 def _longest_draft(kind: ProposerType, n_max: int | None, options: Options) -> int:
     config = options.speculation
-    if kind == "draft":
+    if kind in ("draft", "draft-mtp"):
         return options.draft.max_tokens(n_max)
     own: dict[ProposerType, int] = {
         "ngram-simple": config.simple_size_m or config.size_m,

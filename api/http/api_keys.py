@@ -22,7 +22,7 @@ _STATISTICS_PATHS = ("/metrics", "/slots", "/v1/paceline/events")
 
 class ApiKeyMiddleware:
     """ASGI middleware that answers 401 to requests without one of `keys`, 403 to those that need an admin's key, and
-    429 above a key's limits. With no keys every request passes.
+    429 above a key's limits. If no key is required, every request passes.
 
     With `separate_namespaces`, only requests with the same key share prefixes. Requests without a key share one
     namespace.
@@ -53,7 +53,7 @@ class ApiKeyMiddleware:
         use = self._keys.find(key)
         if self._separate_namespaces:
             request_context(scope).namespace = namespace_of(key)
-        if not self._keys or self._is_open(scope):
+        if not self._keys.required or self._is_open(scope):
             await self._app(scope, receive, send)
         elif use is None:
             await json_error(InvalidApiKey())(scope, receive, send)

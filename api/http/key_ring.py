@@ -104,7 +104,9 @@ class KeyUse:
 class KeyRing:
     """The keys that a server accepts."""
 
-    def __init__(self, keys: Iterable[ApiKey]) -> None:
+    def __init__(self, keys: Iterable[ApiKey], *, required: bool = True) -> None:
+        """Without `required` no request needs a key. With it and without keys, no request passes."""
+        self.required = required
         # Keys are found by a hash that clients cannot compute, so that the duration of the search tells nothing.
         self._secret = secrets.token_bytes(32)
         self._uses: dict[bytes, KeyUse] = {}

@@ -14,6 +14,7 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.http.body_writer import BODY_WRITER, BodyWriter
 from api.http.dialects import OPENAI_DIALECT, Dialect
 from api.http.error_responses import ErrorInfo, error_response
 from api.http.events import encode_json
@@ -70,6 +71,8 @@ class RequestContext:
         self.id = client_id if _SAFE_ID.fullmatch(client_id) else uuid.uuid4().hex
         self.send = send
         """The server's `send`, which bypasses all middleware. Only for body messages of a started response."""
+        self.body_writer: BodyWriter | None = (scope.get("extensions") or {}).get(BODY_WRITER, {}).get("writer")
+        """Writes parts of a started response without awaiting. None if the server has no such extension."""
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.status = CLIENT_CLOSED_REQUEST  # until a response starts
@@ -102,6 +105,11 @@ class RequestContext:
         if self.key is not None:
             return self.key.owner
         return f"user:{user[:_MAX_USER_CHARS]}" if user else f"address:{self._address}"
+
+    @property
+    def weight(self) -> float:
+        """The weight of the owner for fair queueing."""
+        return 1.0 if self.key is None else self.key.weight
 
     @property
     def age_seconds(self) -> float:

@@ -21,8 +21,6 @@ from engine import EngineError
 
 _log = logging.getLogger("paceline")
 
-SendEvents = Callable[[bytes], Awaitable[None]]
-
 
 class JSONResponse(Response):
     """A response with a JSON body."""
@@ -74,75 +72,104 @@ class PendingJSONResponse(Response):
 class EventStreamResponse(Response):
     """A stream of server-sent events. A disconnect of the client cancels `produce`.
 
-    `produce` gets `send_events` and may call it from several tasks, with one or more whole events per call. The status
-    200 is sent with the first event, or with a comment after `ping_seconds` without an event; 0 disables comments. An
-    error before that is raised and gets an error status, an error after that is sent as the last event.
+    `produce` may send to its `EventStream` from several tasks. The status 200 is sent with the first event, or with a
+    comment after `ping_seconds` without an event; 0 disables comments. An error before that is raised and gets an error
+    status, an error after that is sent as the last event.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, produce: Callable[[SendEvents], Awaitable[None]], ping_seconds: float) -> None:
+    def __init__(self, produce: Callable[[EventStream], Awaitable[None]], ping_seconds: float) -> None:
         self.produce = produce
         self.ping_seconds = ping_seconds
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
-        self._started = False
-        self._last_sent = time.monotonic()
-        self._start_lock = Lock()  # several choices and a ping may send the first event at the same time
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = request_context(scope)
-        # Body messages bypass the middleware, which needs the start message only and costs time for every message.
-        send_body = context.send
+        stream = EventStream(context, send, self.raw_headers)
 
-        async def send_part(events: bytes, *, more: bool) -> None:
-            # Only an error of the socket is a disconnect; `produce` may raise OSError for other reasons.
+        async def run() -> None:
             try:
-                if not self._started:
-                    await self._start(send)
-                await send_body({"type": "http.response.body", "body": events, "more_body": more})
-            except OSError:
-                raise _SocketClosed from None
-
-        async def send_events(events: bytes) -> None:
-            self._last_sent = time.monotonic()
-            await send_part(events, more=True)
-
-        async def stream() -> None:
-            try:
-                await self.produce(send_events)
+                await self.produce(stream)
             except _SocketClosed:
                 raise
             except Exception as error:
-                async with self._start_lock:  # a ping may be starting the response concurrently
-                    if not self._started:
-                        raise
+                if not await stream.has_started():
+                    raise
                 context.error = error
-                await send_events(_error_event(error, context))
-            self._last_sent = math.inf  # no ping may follow the last event
-            await send_part(b"", more=False)
+                await stream.send(_error_event(error, context))
+            await stream.end()
 
         async def keep_alive() -> None:
             with suppress(_SocketClosed):
                 while True:
-                    remaining = self._last_sent + self.ping_seconds - time.monotonic()
+                    remaining = stream.last_sent + self.ping_seconds - time.monotonic()
                     if remaining > 0:
                         await anyio.sleep(min(remaining, self.ping_seconds))
                     else:
-                        await send_events(context.dialect.ping)
+                        await stream.send(context.dialect.ping)
 
         try:
-            done = await run_until_disconnect(receive, stream, *([keep_alive] if self.ping_seconds else []))
+            done = await run_until_disconnect(receive, run, *([keep_alive] if self.ping_seconds else []))
         except _SocketClosed:
             done = False
         if not done:
             context.status = CLIENT_CLOSED_REQUEST
 
-    async def _start(self, send: Send) -> None:
+
+class EventStream:
+    """Sends the head of one response before its first event, and its events."""
+
+    def __init__(self, context: RequestContext, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        self.last_sent = time.monotonic()
+        """Time of the last event, by `time.monotonic()`; infinite after the end of the stream."""
+        # Body messages bypass the middleware, which needs the start message only and costs time for every message.
+        self._send_body, self._send_start = context.send, send
+        self._writer = context.body_writer
+        self._headers = headers
+        self._started = False
+        self._start_lock = Lock()  # several choices and a ping may send the first event at the same time
+
+    def can_write(self) -> bool:
+        """Returns True if the head has been sent, and the client takes data."""
+        return self._writer is not None and self._writer.can_write()
+
+    def write(self, events: bytes) -> None:
+        """Sends one or more whole events immediately. `can_write()` must be True."""
+        assert self._writer is not None
+        self.last_sent = time.monotonic()
+        self._writer.write(events)
+
+    async def send(self, events: bytes) -> None:
+        """Sends one or more whole events once the client takes data."""
+        self.last_sent = time.monotonic()
+        await self._send(events, more=True)
+
+    async def end(self) -> None:
+        """Ends the response."""
+        self.last_sent = math.inf  # no ping may follow the last event
+        await self._send(b"", more=False)
+
+    async def has_started(self) -> bool:
+        """Returns True if the head has been sent. First awaits a task that is sending it."""
+        async with self._start_lock:
+            return self._started
+
+    async def _send(self, events: bytes, *, more: bool) -> None:
+        # Only an error of the socket is a disconnect; the producer may raise OSError for other reasons.
+        try:
+            if not self._started:
+                await self._start()
+            await self._send_body({"type": "http.response.body", "body": events, "more_body": more})
+        except OSError:
+            raise _SocketClosed from None
+
+    async def _start(self) -> None:
         async with self._start_lock:
             if not self._started:
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await self._send_start({"type": "http.response.start", "status": 200, "headers": self._headers})
                 self._started = True
 
 

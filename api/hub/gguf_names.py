@@ -58,6 +58,16 @@ def choose_model(paths: Iterable[str], quant: str = "") -> str | None:
     return None if quant else next(iter(models), None)
 
 
+def choose_projector(paths: Iterable[str], quant: str = "") -> str | None:
+    """Returns the projector with the quantization `quant`, else that of F16, else the first. None if there is none."""
+    projectors = [path for path in paths if path.endswith(".gguf") and "mmproj" in path.rpartition("/")[2].lower()]
+    for wanted in (quant, "F16"):
+        pattern = re.compile(re.escape(wanted) + "[.-]", re.IGNORECASE)
+        if wanted and (found := next(filter(pattern.search, projectors), None)):
+            return found
+    return next(iter(projectors), None)
+
+
 def files_of(paths: Iterable[str], first: str) -> tuple[str, ...]:
     """Returns the paths of all files of the model whose first or only file is `first`, in order."""
     model = parse_gguf_name(first)

@@ -16,7 +16,15 @@ from api.config.hub import HubConfig
 from api.http.decode_errors import nearest_hint
 from api.hub.download import PARTIAL_SUFFIX, RemoteFile, check_space, download
 from api.hub.errors import HubError, hub_errors
-from api.hub.gguf_names import choose_model, files_of, missing_parts, parse_gguf_name, quants_of, split_repository
+from api.hub.gguf_names import (
+    choose_model,
+    choose_projector,
+    files_of,
+    missing_parts,
+    parse_gguf_name,
+    quants_of,
+    split_repository,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HFCacheInfo
@@ -86,6 +94,17 @@ def fetch_model(hub: Hub, name: str, file: str, note: Callable[[str], None]) -> 
             raise error from None
         note(f"{error}. The cached {path.name} is used.")
         return path
+
+
+def find_projector(hub: Hub, name: str) -> str:
+    """Returns the path of the projector in a repository, or among its cached files if the hub cannot be read; empty if
+    there is none. `name` is `user/model[:quant]`."""
+    repository, quant = split_repository(name)
+    try:
+        files = (_cached_repository if hub.offline else _remote_repository)(hub, repository).files
+    except HubError:
+        files = _cached_repository(hub, repository).files
+    return choose_projector(files, quant) or ""
 
 
 class _LargeFile(Struct):

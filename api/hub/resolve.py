@@ -8,8 +8,9 @@ from msgspec import structs
 
 from api.config.options import Options
 from api.hub.errors import HubError
-from api.hub.repository import fetch_model, hub_of
+from api.hub.repository import fetch_model, find_projector, hub_of
 from api.hub.url import fetch_url
+from engine import has_media_library
 
 
 def resolve_models(options: Options, note: Callable[[str], None]) -> Options:
@@ -21,19 +22,25 @@ def resolve_models(options: Options, note: Callable[[str], None]) -> Options:
     config = options.hub
     if config.file and not config.repo:
         raise HubError(f"-hff {config.file} names a file in a repository: name the repository with -hf")
-    if not (config.repo or config.url or config.draft_repo):
+    if not (config.repo or config.url or config.draft_repo or config.mmproj_url):
         return options
     try:
         hub = hub_of(config)
-        model, draft, server = options.model, options.draft, options.server
+        model, draft, server, media = options.model, options.draft, options.server, options.media
         if config.repo:
             model = structs.replace(model, path=str(fetch_model(hub, config.repo, config.file, note)))
             server = structs.replace(server, alias=server.alias or (config.repo,))
         elif config.url:
             target = "" if model.path == config.url else model.path
             model = structs.replace(model, path=str(fetch_url(hub, config.url, target, note)))
+        if config.mmproj_url:
+            media = structs.replace(media, path=str(fetch_url(hub, config.mmproj_url, media.path, note)))
+        elif config.repo and config.mmproj_auto and not media.path and has_media_library():
+            projector = find_projector(hub, config.repo)
+            path = str(fetch_model(hub, config.repo.partition(":")[0], projector, note)) if projector else ""
+            media = structs.replace(media, path=path)
         if config.draft_repo:
             draft = structs.replace(draft, path=str(fetch_model(hub, config.draft_repo, draft.path, note)))
     except KeyboardInterrupt:
         raise HubError("interrupted; the same command continues the download") from None
-    return structs.replace(options, model=model, draft=draft, server=server)
+    return structs.replace(options, model=model, draft=draft, server=server, media=media)

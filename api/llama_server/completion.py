@@ -14,7 +14,7 @@ from api.generation.constraints import compile_constraint, parse_constraint
 from api.generation.loaded_model import AppState, LoadedModel
 from api.http.events import JSONBody, sse_event
 from api.http.request_context import request_context
-from api.http.responses import EventStreamResponse, PendingJSONResponse, SendEvents
+from api.http.responses import EventStream, EventStreamResponse, PendingJSONResponse
 from api.llama_server.completion_schema import LlamaCompletionRequest, MixedPrompt
 from api.schema.completion_replies import LlamaCompletionReply
 from engine import Finished, Update
@@ -71,28 +71,24 @@ class _Replies:
         self._body = body
         self._choices = choices
 
-    async def stream(self, send: SendEvents) -> None:
+    async def stream(self, stream: EventStream) -> None:
         """Sends one event for each update and one for the end of each choice."""
+        await self._choices.run(self._encode, stream)
 
-        async def on_update(index: int, update: Update) -> None:
-            output = self._choices.outputs[index]
-            if isinstance(update, Finished):
-                await send(sse_event(self._selected(output.reply(update))))
-            elif update.prefill_progress is None:
-                await send(sse_event(output.chunk(update)))
-            elif self._body.return_progress:
-                reports = output.new_progress(update.prefill_progress)
-                await send(b"".join(sse_event(output.progress_chunk(progress)) for progress in reports))
-
-        await self._choices.run(on_update)
+    def _encode(self, index: int, update: Update) -> bytes:
+        output = self._choices.outputs[index]
+        if isinstance(update, Finished):
+            return sse_event(self._selected(output.reply(update)))
+        if update.prefill_progress is None:
+            return sse_event(output.chunk(update))
+        if not self._body.return_progress:
+            return b""
+        reports = output.new_progress(update.prefill_progress)
+        return b"".join(sse_event(output.progress_chunk(progress)) for progress in reports)
 
     async def body(self) -> JSONBody:
         """Returns the reply of the only choice, or a list with the replies of several choices."""
-
-        async def on_update(index: int, update: Update) -> None:
-            """`Choices.outputs` have all updates."""
-
-        await self._choices.run(on_update)
+        await self._choices.run()
         ends = self._choices.finished
         replies = [self._selected(output.reply(end)) for output, end in zip(self._choices.outputs, ends, strict=True)]
         return replies if len(replies) > 1 else replies[0]

@@ -135,4 +135,5 @@ def props_reply(model: LoadedModel) -> Props:
         model.options.server.slots_endpoint,
         template.capabilities if template else None,
         info.description,
+        modalities=Modalities(vision=model.prompts.media.vision, audio=model.prompts.media.audio),
     )

@@ -49,6 +49,8 @@ class RerankRequest(Struct):
     return_documents: bool | None = None
     return_text: bool | None = None
     model: str | None = None
+    user: str | None = None
+    """The owner of the request for fair queueing on a server without API keys."""
 
     @property
     def all_texts(self) -> list[str]:
@@ -119,7 +121,8 @@ async def _reply(model: LoadedModel, body: RerankRequest, context: RequestContex
     texts, embedder = body.all_texts, embedding_model(model)
     pairs = await WORKERS.run(lambda: [_tokenize_pair(embedder, body.query, text) for text in texts])
     field = "texts" if body.documents is None else "documents"
-    scored = await embed_tokens(model, context, pairs, [f"{field}[{index}]" for index in range(len(texts))])
+    names = [f"{field}[{index}]" for index in range(len(texts))]
+    scored = await embed_tokens(model, context, pairs, names, body.user)
     best = _best_first(scored)[: body.top_n]
     if body.documents is None:
         return [

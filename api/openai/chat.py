@@ -54,10 +54,9 @@ class ChatReplyBuilder(ReplyBuilder):
         self._choices = [(ChatChunkChoice(index, DeltaMessage()),) for index in range(choices)]
         self._without_role = set(range(choices))  # indices of the choices without a chunk so far
         self._parsers = [chat.parser() for _ in range(choices)]
+        self.events_differ_in_text_only &= not any(self._parsers)
 
-    def token_event(self, index: int, update: Tokens) -> bytes:
-        if not update.text and not update.logprobs and not update.origins:
-            return b""
+    def full_event(self, index: int, update: Tokens) -> bytes:
         self.chunk.choices = choices = self._choices[index]
         choice = choices[0]
         if not self._set_delta(index, update.text, choice.delta) and not update.logprobs and not update.origins:

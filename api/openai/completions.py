@@ -113,9 +113,7 @@ class TextReplyBuilder(ReplyBuilder):
         self._logprobs = [TextLogprobsBuilder(model.engine.vocab) for _ in echoes]
         self._choices = [(TextChoice(index, ""),) for index in range(len(echoes))]
 
-    def token_event(self, index: int, update: Tokens) -> bytes:
-        if not update.text and not update.logprobs and not update.origins:
-            return b""
+    def full_event(self, index: int, update: Tokens) -> bytes:
         self.chunk.choices = choices = self._choices[index]
         choice = choices[0]
         choice.text = self._take_echo(index) + update.text

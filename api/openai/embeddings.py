@@ -51,6 +51,8 @@ class EmbeddingRequest(Struct, kw_only=True):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1)] | None = None
     embd_normalize: Norm | None = None
+    user: str | None = None
+    """The owner of the request for fair queueing on a server without API keys."""
 
     @property
     def field(self) -> str:
@@ -156,7 +158,7 @@ async def _embed(model: LoadedModel, body: EmbeddingRequest, context: RequestCon
     tokens = await tokenize_inputs(embedding_model(model), inputs)
     single = len(inputs) == 1 and not isinstance(body.input or body.content, list)
     names = [body.field] if single else [f"{body.field}[{index}]" for index in range(len(inputs))]
-    embedded = await embed_tokens(model, context, tokens, names)
+    embedded = await embed_tokens(model, context, tokens, names, body.user)
     if embedding_model(model).info.pooling == "none":
         return embedded  # as in llama-server, only pooled vectors are normalized
     norm = model.options.embedding.normalize if body.embd_normalize is None else body.embd_normalize

@@ -64,11 +64,28 @@ class StructuredOutputs(Struct, forbid_unknown_fields=True):
     grammar: str | None = None
 
 
+class ImageURL(Struct):
+    """The URL of an image. `detail` has no effect, as the projector chooses the size."""
+
+    url: str
+    detail: str | None = None
+
+
+class InputAudio(Struct):
+    """A sound, in base64 or by URL. `format` has no effect, as the content shows it."""
+
+    data: str | None = None
+    url: str | None = None
+    format: str | None = None
+
+
 class ContentPart(Struct):
-    """One part of a message's content."""
+    """One part of a message's content, with the fields of all types."""
 
     type: str
     text: str | None = None
+    image_url: str | ImageURL | None = None
+    input_audio: InputAudio | None = None
 
 
 class PromptObject(Struct):
@@ -81,7 +98,7 @@ class PromptObject(Struct):
         """Returns the prompt's text. Raises RequestRefused if the prompt has images or audio."""
         if self.multimodal_data:
             raise RequestRefused(
-                "prompt: multimodal_data is not supported; send the text alone in prompt_string.", field="prompt"
+                "prompt: multimodal_data is not supported; send images in the messages of a chat.", field="prompt"
             )
         return self.prompt_string
 

@@ -85,7 +85,7 @@ def create_app(state: AppState) -> ASGIApp:
     )
     cors = CorsPolicy(config.cors_origins, config.cors_methods, config.cors_headers, config.cors_credentials)
     # A page of a foreign origin has no key, so keys make the checks needless, also behind a proxy on this machine.
-    if not state.keys:
+    if not state.keys.required:
         app = StateGuard(app, cors, _STATE_PATHS)
         if all(map(is_loopback, config.host)):
             app = LoopbackGuard(app, cors, config.allowed_hosts)

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from api.http.body_writer import BODY_WRITER
 from api.http.connection_limit import CROWDED
 from api.server.connections import SPARE_CONNECTIONS, ConnectionLimits, WaitingConnections
 
@@ -251,8 +252,27 @@ class HTTPProtocol(HttpToolsProtocol):
         if cycle.scope["http_version"] == "1.0":
             app = _delimited_by_close(cycle, app)
         self._running = cycle
+        cycle.scope["extensions"] = {BODY_WRITER: {"writer": ChunkWriter(cycle)}}
         cycle.transport = _HeadTransport(cycle)
         super()._start_asgi_task(cycle, app)
+
+
+class ChunkWriter:
+    """Implements `api.http.body_writer.BodyWriter` for chunked responses, with the bytes of uvicorn's `send`."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle, self._flow = cycle, cycle.flow
+
+    def can_write(self) -> bool:
+        """Returns True while the response is open and the client takes data."""
+        cycle = self._cycle
+        return not (
+            self._flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.chunked_encoding
+        )
+
+    def write(self, body: bytes) -> None:
+        """Sends `body` as one chunk."""
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 class _HeadTransport(asyncio.Transport):

@@ -19,7 +19,7 @@ import uvicorn
 import uvloop
 
 from api.config.options import Options
-from api.config.server import ServerConfig
+from api.config.server import KVEventsConfig, ServerConfig
 from api.generation.loaded_model import AppState, LoadedModel
 from api.generation.request_limits import check_request_defaults
 from api.server.app import create_app
@@ -30,6 +30,7 @@ from api.server.terminal import ProgressBar, client_url, print_line, start_messa
 from engine import WORKERS, Engine, EngineError, hanging_threads
 
 if TYPE_CHECKING:
+    from api.server.kv_events import KVEventPublisher
     from api.server.tracing import Tracing
 
 # Exit codes: the start has failed; a fatal fault has ended the engine; a thread did not end at the shutdown.
@@ -50,12 +51,13 @@ def run(options: Options) -> int:
             _check_certificate(options.server)
             listeners = _listen_on_all(options.server, exit_stack)
             tracing = _open_tracing(options.server, exit_stack)
+            kv_events = _open_kv_events(options.kv_events, exit_stack)
         except _StartError as error:
             print_line(f"paceline: {error}")
             return START_FAILED
         WORKERS.start()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            code = runner.run(_serve(options, listeners, tracing))
+            code = runner.run(_serve(options, listeners, tracing, kv_events))
             if names := hanging_threads():
                 print_line(f"paceline: abandoned {' and '.join(names)}, which did not end; the log has the stacks")
                 _end_process(THREAD_HANGS)
@@ -91,6 +93,22 @@ def _open_tracing(config: ServerConfig, exit_stack: ExitStack) -> Tracing | None
     except ImportError as error:
         raise _StartError(f"--otlp-traces-endpoint: {error}; install the extra paceline[otel]") from None
     return exit_stack.enter_context(closing(Tracing(config.otlp_traces_endpoint)))
+
+
+def _open_kv_events(config: KVEventsConfig, exit_stack: ExitStack) -> KVEventPublisher | None:
+    """Returns the publisher of KV events, which `exit_stack` closes; None without an endpoint."""
+    if not config.endpoint:
+        if config.replay_endpoint:
+            raise _StartError("--kv-events-replay-endpoint needs --kv-events-endpoint as well")
+        return None
+    try:
+        from api.server.kv_events import KVEventPublisher, KVEventsUnusable
+    except ImportError as error:
+        raise _StartError(f"--kv-events-endpoint: {error}; install the extra paceline[kv-events]") from None
+    try:
+        return exit_stack.enter_context(closing(KVEventPublisher(config)))
+    except KVEventsUnusable as error:
+        raise _StartError(str(error)) from None
 
 
 def _check_certificate(config: ServerConfig) -> None:
@@ -139,10 +157,12 @@ def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
     return socket.create_server(address[:2], family=family, backlog=_LISTEN_BACKLOG, reuse_port=reuse_port)
 
 
-async def _serve(options: Options, listeners: list[socket.socket], tracing: Tracing | None) -> int:
+async def _serve(
+    options: Options, listeners: list[socket.socket], tracing: Tracing | None, kv_events: KVEventPublisher | None
+) -> int:
     """Serves HTTP until the engine is drained or fails: 503 during loading and draining. Returns the exit code."""
     state = AppState(options.server)
-    signals = StopSignals(state.reload_keys if options.server.keys else None)
+    signals = StopSignals(state.reload_keys if options.server.has_key_files else None)
     server = UvicornServer(state, connection_limits(options.server), tracing)
     serving = asyncio.create_task(server.serve(sockets=listeners))
     serving.add_done_callback(lambda _: signals.stop.set())
@@ -154,6 +174,9 @@ async def _serve(options: Options, listeners: list[socket.socket], tracing: Trac
             model = LoadedModel(engine, options)
             if engine.info.generates:
                 await check_request_defaults(model)
+            if kv_events is not None:
+                state.collectors.append(kv_events)
+                await engine.query(lambda core: core.kv.report_changes(kv_events.publish))
             state.loaded = model
             port = listeners[0].getsockname()[1]
             print_line(start_message(state.loaded, *_client_urls(options.server, port)))

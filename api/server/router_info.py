@@ -59,13 +59,13 @@ class ProbeEndpoints:
 
     async def model_info(self, request: Request) -> Response:
         """Returns the fields of SGLang's reply that routers read."""
-        info = self._state.model.engine.info
+        info, media = self._state.model.engine.info, self._state.model.prompts.media
         return JSONResponse(
             {
                 "model_path": info.path,
                 "tokenizer_path": info.path,
                 "is_generation": info.generates,
-                "has_image_understanding": False,
-                "has_audio_understanding": False,
+                "has_image_understanding": media.vision,
+                "has_audio_understanding": media.audio,
             }
         )

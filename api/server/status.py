@@ -39,7 +39,8 @@ class StatusEndpoints:
         if self._registry is None:
             # Metrics go on after a fatal fault and during a stall.
             self._registry = metrics_registry(self._state.loaded or self._state.model)
-            self._registry.register(AccessCollector(self._state))
+            for collector in (AccessCollector(self._state), *self._state.collectors):
+                self._registry.register(collector)
         headers = {"content-type": CONTENT_TYPE_LATEST, "process-start-time-unix": str(self._started)}
         return Response(generate_latest(self._registry), headers=headers)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,9 +20,10 @@ _LINE_SHARE = 0.25
 
 
 def print_line(line: str) -> None:
-    """Writes one line to stderr."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    """Writes one line to stderr. Errors of the write are ignored, as they must not end a server."""
+    with suppress(OSError):
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
 
 class ProgressBar:
@@ -95,7 +97,9 @@ def _warnings(model: LoadedModel) -> Iterator[str]:
     if model.prompts.warning:
         yield model.prompts.warning
     draft = model.options.draft
-    flags = [flag for flag in FLAGS if flag.table == "draft" and getattr(draft, flag.field) != flag.default]
+    used_by_mtp = ("noise", "n_max", "n_min", "p_min") if "draft-mtp" in model.engine.proposers else ()
+    given = [flag for flag in FLAGS if flag.table == "draft" and getattr(draft, flag.field) != flag.default]
+    flags = [flag for flag in given if flag.field not in used_by_mtp]
     if flags and not draft.path:
         names = ", ".join(next(name for name in flag.names if name.startswith("--")) for flag in flags)
         yield f"There is no draft model (-md): without effect are {names}."

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message
+
+from api.http.body_writer import BODY_WRITER
 
 # From 2.4 on, `send` raises OSError after a disconnect; before 2.4, `send` does nothing.
 ASGI_VERSIONS = ("2.3", "2.4")
@@ -18,6 +20,8 @@ class CapturedResponse:
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
+        self.written: list[bytes] = []
+        """The parts of the body that a `Writer` has written."""
 
     @property
     def status(self) -> int | None:
@@ -49,6 +53,24 @@ class CapturedResponse:
         return [text if text == "[DONE]" else json.loads(text) for text in data]
 
 
+class Writer:
+    """A `BodyWriter` that refuses every third write, as if the client took no data."""
+
+    def __init__(self, response: CapturedResponse) -> None:
+        self._response, self._calls = response, 0
+
+    def can_write(self) -> bool:
+        self._calls += 1
+        return bool(self._response.messages) and not self._response.complete and self._calls % 3 > 0
+
+    def write(self, body: bytes) -> None:
+        self._response.written.append(body)
+        self._response.messages.append({"type": "http.response.body", "body": body, "more_body": True})
+
+
+WriterFactory = Callable[[CapturedResponse], Writer]
+
+
 async def call(
     app: ASGIApp,
     method: str,
@@ -61,11 +83,13 @@ async def call(
     spec: str = "2.4",
     body_chunks: Sequence[bytes] | None = None,
     send_only: bool = False,
+    writer: WriterFactory | None = None,
 ) -> CapturedResponse:
     """Sends one request and returns the response.
 
     The client disconnects when `disconnect` is set, or after `disconnect_after` bodies. With `send_only`, `receive`
-    never returns the disconnect and only `send` fails. `body_chunks` are sent without a Content-Length.
+    never returns the disconnect and only `send` fails. `body_chunks` are sent without a Content-Length. With
+    `writer`, the server has the extension `BODY_WRITER`.
     """
     gone = disconnect or asyncio.Event()
     response = CapturedResponse()
@@ -104,6 +128,7 @@ async def call(
         "scheme": "http",
         "server": ("test", 80),
         "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in head.items()],
+        "extensions": {BODY_WRITER: {"writer": writer(response)}} if writer else {},
     }
     async with asyncio.timeout(10):
         await app(scope, receive, send)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -23,6 +24,16 @@ def _clean_environment() -> Iterator[None]:
             if name.startswith("LLAMA_"):
                 patch.delenv(name)
         yield
+
+
+@pytest.fixture
+def _unchanged_log() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("", "paceline", "paceline.native")]
+    before = [(logger.level, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, (level, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers = handlers
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from engine import (
     GrammarSpec,
     Histogram,
     Logprob,
+    MediaReader,
     MemoryInfo,
     ModelInfo,
     PrefillProgress,
@@ -188,7 +189,10 @@ class FakeEngine:
     def __init__(self, script: Script = hello, *, info: ModelInfo = INFO) -> None:
         self.script = script
         self.drafts: tuple[DraftStats, ...] = DRAFTS
-        self.unavailable_proposers = {"draft": "there is no draft model, see --model-draft"}
+        self.unavailable_proposers = {
+            "draft": "there is no draft model, see --model-draft",
+            "draft-mtp": "the model has no MTP layer that can be used",
+        }
         self.info = info
         self.vocab = ByteVocab(bos_added=info.bos_added)
         self.slots = 4
@@ -202,7 +206,9 @@ class FakeEngine:
         self.fault: EngineFault | None = None
         self.stall: EngineStalled | None = None
         self.embeddings: EmbeddingModel | None = None
+        self.media: MediaReader | None = None
         self.embedded: list[Sequence[int]] = []
+        self.owners: list[tuple[str, float]] = []  # of requests for embeddings
         self.adapters = LoadedAdapters(info.adapters)
         self.memory = MemoryInfo(
             kv_unified=False,
@@ -245,10 +251,11 @@ class FakeEngine:
         self.requests.append(request)
         return Generation(request, self.vocab.piece, self._submit, self._cancel)
 
-    async def embed(self, inputs: Sequence[Sequence[int]]) -> list[Embedding]:
+    async def embed(self, inputs: Sequence[Sequence[int]], owner: str = "", weight: float = 1.0) -> list[Embedding]:
         """Returns one vector, the number of tokens, their sum and their last one, or with pooling `none` one for each
         token."""
         self.embedded += inputs
+        self.owners.append((owner, weight))
         assert self.embeddings is not None
         if self.embeddings.info.pooling == "none":
             return [np.array([[token, 0, 0] for token in tokens], np.float32) for tokens in inputs]

@@ -44,8 +44,9 @@ def test_flags_take_as_many_values_as_in_llama_server() -> None:
         return option.arity
 
     different = [name for flag in PEER_FLAGS for name in flag.names if arity(name) != flag.arity]
-    # Switches here, which take the 0 or 1 that follows.
-    assert [name for name in different if not (arity(name) == 0 and isinstance(SPELLED[name][0], Flag))] == []
+    # Switches here take the 0 or 1 that follows, and -bs may have a value.
+    optional = {name for name in different if arity(name) == 0 and isinstance(SPELLED[name][0], Flag)}
+    assert {*different} - optional == {"-bs", "--backend-sampling"}
 
 
 def test_the_list_is_made_from_the_help() -> None:
@@ -113,6 +114,8 @@ def test_every_other_flag_has_one_sentence() -> None:
         ("-fa", "model.flash_attention", "on"),
         ("-fa --warmup", "model.flash_attention", "on"),
         ("-fa on", "model.flash_attention", "on"),
+        ("-bs --warmup", "model.backend_sampling", "on"),
+        ("-bs off", "model.backend_sampling", "off"),
         ("-fa 0", "model.flash_attention", "off"),
         ("-fa -1", "model.flash_attention", "auto"),
         ("--flash_attn enabled", "model.flash_attention", "on"),
@@ -168,10 +171,10 @@ SERVED_LINES = {
     "--numa distribute -tb 8 --poll 50 --log-file server.log -to 600 --api-key-file keys.txt",
 }
 REFUSED_LINES = {
-    "-m T.gguf --mmproj mmproj.gguf": "-mm/--mmproj: images, audio and video are not served",
     "--models-dir models --models-max 2": "--models-dir: one server serves one model: put llama-swap in front",
     "-m T.gguf -ser 6,1 -mla 2": "-ser/--smart-expert-reduction: all experts of the model are used",
-    "-m T.gguf --spec-type draft-mtp": "--spec-type: draft layers and draft heads are not used: use draft",
+    "-m T.gguf -md D.gguf --spec-type mtp": "--spec-type draft-mtp cannot be used with a draft model",
+    "-m T.gguf -md D.gguf --spec-type draft-eagle3": "--spec-type: draft-eagle3 needs inputs of the model's layers",
     "-m T.gguf -sm graph": "-sm/--split-mode: expected one of layer, none, row, tensor, not 'graph'",
     "-m T.gguf -ctk q8_KV": "-ctk/--cache-type-k: expected one of bf16, ",
     "-m T.gguf --no-flash-attn": "-no-fa/--no-fa/--no-flash-attn: use -fa off",
@@ -215,7 +218,7 @@ c = 16384
 jinja = true
 [images]
 m = x.gguf
-mmproj = y.gguf
+tools = all
 """
 
 
@@ -241,7 +244,7 @@ def test_a_preset(tmp_path: Path) -> None:
     ("text", "arguments", "message"),
     [
         (PRESETS, ["--preset", "coder"], "models.ini: [coder] has no key 'kv_unified'; the nearest is kv-unified"),
-        (PRESETS, ["--preset", "images"], "models.ini: [images] mmproj: images, audio and video are not served"),
+        (PRESETS, ["--preset", "images"], "models.ini: [images] tools: no tools run in the server"),
         (PRESETS, ["--preset", "codr"], "models.ini has no section [codr]; the nearest is coder"),
         (PRESETS, [], "choose a section with --preset (there are: coder, user/chat-GGUF:Q4_K_M, images)"),
         ("[a]\nnp = x", [], "models.ini: [a] np: expected a whole number from 0 to 256, not 'x'"),

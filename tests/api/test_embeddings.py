@@ -51,6 +51,20 @@ async def embed(engine: FakeEngine, body: Any, path: str = "/v1/embeddings") -> 
     return reply.json
 
 
+async def test_owners_are_those_of_keys_users_and_addresses(tmp_path: Path) -> None:
+    engine = embedding_engine(pooling="rank")
+    keys = tmp_path / "keys"
+    keys.write_text('[[keys]]\nkey = "k"\nname = "n"\nweight = 2.0')
+    rerank = {"query": "q", "documents": ["d"], "user": "u"}
+    await post(app_of(engine), "/rerank", rerank)
+    await post(app_of(engine, keys=str(keys)), "/rerank", rerank, headers={"x-api-key": "k"})
+    assert engine.owners == [("user:u", 1.0), ("key:n", 2.0)]
+    engine = embedding_engine()
+    await embed(engine, {"input": "a", "user": "u"})
+    await embed(engine, {"input": "a"})
+    assert engine.owners == [("user:u", 1.0), ("address:", 1.0)]
+
+
 async def test_the_shape_of_openai() -> None:
     reply = await embed(embedding_engine(), {"input": ["ab", "c"], "model": "any", "embd_normalize": -1})
     assert reply == {

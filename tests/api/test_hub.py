@@ -14,8 +14,8 @@ from api.__main__ import main
 from api.config.options import Options
 from api.hub.cache import cached_models, partial_bytes, remove_model, remove_partial_files
 from api.hub.errors import HubError, shown_url
-from api.hub.gguf_names import all_parts, choose_model, files_of
-from api.hub.repository import Hub, fetch_model
+from api.hub.gguf_names import all_parts, choose_model, choose_projector, files_of
+from api.hub.repository import Hub, fetch_model, find_projector
 from api.hub.url import fetch_url
 from tests.api.hub_server import HubServer, commit, serve_hub
 
@@ -105,6 +105,16 @@ def test_a_model_is_downloaded_once_without_its_projector(server: HubServer, hub
     offline = Hub(endpoint="http://127.0.0.1:1", folder=hub.folder, offline=True)
     assert fetch_model(offline, REPOSITORY, "", notes) == path
     assert not notes
+
+
+def test_the_projector_of_a_repository(server: HubServer, hub: Hub, notes: Notes) -> None:
+    assert find_projector(hub, f"{REPOSITORY}:Q8_0") == "mmproj-F16.gguf"
+    assert fetch_model(hub, REPOSITORY, "mmproj-F16.gguf", notes).read_bytes() == b"GGUF projector"
+    assert find_projector(hub, "other/Split") == ""
+    away = Hub(endpoint="http://127.0.0.1:1", folder=hub.folder)
+    assert find_projector(away, REPOSITORY) == "mmproj-F16.gguf"
+    names = ["a-Q8_0.gguf", "mmproj-Q8_0.gguf", "mmproj-F16.gguf", "mmproj.gguf"]
+    assert [choose_projector(names, quant) for quant in ("", "q8_0", "Q4_0")] == [names[2], names[1], names[2]]
 
 
 def test_all_parts_of_a_split_model(hub: Hub, notes: Notes) -> None:

@@ -17,8 +17,7 @@ import pytest
 from starlette.types import ASGIApp
 
 from api.config.command_line import parse
-from api.config.key_file import with_key_file
-from api.config.keys import configured_keys, read_key_file
+from api.config.keys import check_key_files, configured_keys, read_key_file
 from api.config.values import OptionError
 from api.http import key_ring
 from api.http.key_ring import ApiKey, KeyRing, KeyUse
@@ -68,7 +67,7 @@ def test_the_file_is_toml_or_json(key_file: Path, tmp_path: Path) -> None:
     assert keys[0] == ApiKey(key="a-secret", name="a", weight=3.0, max_concurrent=1, min_priority=2)
     other = tmp_path / "keys.json"
     other.write_text('{"keys": [{"key": "a-secret", "name": "a", "admin": true}]}')
-    options = with_key_file(parse(["-m", "x", "--keys", str(other), "--api-key", "old,a-secret"]))
+    options = parse(["-m", "x", "--keys", str(other), "--api-key", "old,a-secret"])
     assert configured_keys(options.server) == (
         ApiKey(key="a-secret", name="a", admin=True),
         ApiKey(key="old", admin=True),
@@ -78,8 +77,9 @@ def test_the_file_is_toml_or_json(key_file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "keys: the field is missing; expected a list"),
-        ("keys = []", "keys: expected a list of 1 to 100000 items"),
+        ("", "has no keys: add one, or leave the flag out"),
+        ("keys = []", "has no keys"),
+        ('[[key]]\nkey = "k"', "key: there is no such field; the nearest is keys"),
         ('[[keys]]\nname = "a"', r"keys\[0\].key: the field is missing"),
         ('[[keys]]\nkey = "k"\nwieght = 2', r"keys\[0\].wieght: there is no such field; the nearest is weight"),
         ('[[keys]]\nkey = "k"\nweight = 0', r"keys\[0\].weight: expected a number above 0"),
@@ -92,7 +92,7 @@ def test_a_wrong_file_is_refused(content: str, message: str, tmp_path: Path) -> 
     path = tmp_path / "keys"
     path.write_text(content)
     with pytest.raises(OptionError, match=f"--keys: .*{message}"):
-        with_key_file(parse(["-m", "x", "--keys", str(path)]))
+        check_key_files(parse(["-m", "x", "--keys", str(path)]).server)
 
 
 async def test_owner_weight_priority_and_timeout(app: ASGIApp, app_of: Apps, engine: FakeEngine) -> None:
@@ -217,15 +217,25 @@ def status_with(url: str, key: str) -> int:
         return error.code
 
 
-def test_sighup_reads_the_file_again(key_file: Path) -> None:
-    with serving("--sim", "--sim-cost", "free", "--keys", str(key_file)) as server:
+def test_sighup_reads_the_files_again(key_file: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "lines"
+    lines.write_text("line")
+    flags = ["--keys", str(key_file), "--api-key-file", str(lines)]
+    with serving("--sim", "--sim-cost", "free", *flags) as server:
         url = server.ready()
         assert (status_with(url, "a-secret"), status_with(url, "new")) == (200, 401)
         key_file.write_text(json.dumps({"keys": [{"key": "new"}]}))
+        lines.write_text("other")
         server.signal(signal.SIGHUP)
-        server.until("1 API keys")
-        assert (status_with(url, "a-secret"), status_with(url, "new")) == (401, 200)
+        server.until("2 API keys")
+        assert (status_with(url, "a-secret"), status_with(url, "line")) == (401, 401)
+        assert (status_with(url, "new"), status_with(url, "other")) == (200, 200)
         key_file.write_text("{")
         server.signal(signal.SIGHUP)
         server.until("neither TOML nor JSON.*the earlier keys stay")
-        assert status_with(url, "new") == 200
+        assert (status_with(url, "new"), status_with(url, "other")) == (200, 200)
+        for file in (key_file, lines):
+            file.write_text("# none\n")
+        server.signal(signal.SIGHUP)
+        server.until("no API key is valid")
+        assert {status_with(url, key) for key in ("new", "other", "a-secret", "")} == {401}

@@ -20,7 +20,7 @@ commands ray_serve
 __main__
 """
 HTTP = """
-decode_errors events tasks request_body response_counts
+body_writer decode_errors events tasks request_body response_counts
 error_responses
 dialects key_ring
 request_context
@@ -30,11 +30,11 @@ connection_limit
 """
 CONFIG = """
 server hub generation samplers other_flags shortcuts spelling
-options spellings without_effect refused
+options generation_spellings without_effect refused
+spellings
 flags
 values
 arguments config_file keys request_defaults
-key_file
 presets
 command_line
 """
@@ -60,7 +60,7 @@ tagged values stop_ranges
 json_calls arguments gemma_grammar
 deepseek dsml gemma glm harmony hermes kimi kimi_xtml llama mistral qwen_xml
 """
-TEMPLATES = "builtin\nchat_template\nchat_messages tool_messages\ntext_tokens\nprompts\ninfill"
+TEMPLATES = "builtin media_urls\nchat_template media_files\nchat_messages tool_messages\ntext_tokens\nprompts\ninfill"
 GENERATION = """
 loaded_model json_validation
 schema_checks
@@ -84,7 +84,7 @@ LLAMA_SERVER = "completion_schema\ncompletion lora props rerank slots tokenize\n
 UI = "page snapshot\nevents"
 SERVER = """
 connections logs metric_families access_metrics
-http_protocol vllm_metrics predict terminal tracing
+http_protocol vllm_metrics predict terminal tracing kv_events
 metrics router_info
 status
 operations

@@ -29,11 +29,11 @@ def block_error(block: Any, role: str = "user") -> dict[str, Any]:
         ),
         (
             block_error({"type": "image", "source": {"type": "base64"}}),
-            "messages[0].content[0].type: Blocks of type 'im",
+            "messages[0].content[0].source.data: the field is missing",
         ),
         (
             block_error({"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image"}]}),
-            "messages[0].content[0].content[0].type: Blocks of type 'image'",
+            "messages[0].content[0].content[0].source: expected an object",
         ),
         (
             block_error({"type": "document", "source": {"type": "base64", "data": ""}}),

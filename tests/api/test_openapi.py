@@ -30,7 +30,7 @@ from tests.api.fake import FakeEngine, app_state
 from tests.sizes import sized
 
 # Random requests for each operation with a body or parameters, by half valid and invalid by the document.
-EXAMPLES = sized(20, 2000)
+EXAMPLES = sized(24, 2000)
 
 
 def make_state(folder: Path | str = "") -> AppState:

@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 # Values with a form that the type does not have.
 EXAMPLES: dict[str, Any] = {"template_kwargs": '{"a": 1}', "repo": "user/model:Q8_0", "draft_repo": "user/draft"}
 EXAMPLES |= {"url": "https://host/model.gguf", "api_prefix": "/models", "json_schema": "{}", "samplers": "top_k"}
-EXAMPLES |= {"otlp_traces_endpoint": "http://127.0.0.1:4318/v1/traces"}
+EXAMPLES |= {"otlp_traces_endpoint": "http://127.0.0.1:4318/v1/traces", "mmproj_url": "https://host/mmproj.gguf"}
+EXAMPLES |= {"endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558"}
 EXAMPLES |= {"sampler_seq": "k", "logit_bias": ("15043+1",), "n_min": 5, "mod_min": 30}
 # The text of these files replaces another setting.
 KEPT_FLAGS = [flag for flag in FLAGS if flag.field not in ("grammar_file", "json_schema_file")]
@@ -187,7 +188,8 @@ def test_errors_in_the_environment(
         ),
         (
             ["-m", "x", "--spec-type", "draft-eagle3"],
-            "--spec-type: draft layers and draft heads are not used: use draft with -md, or auto",
+            "--spec-type: draft-eagle3 needs inputs of the model's layers, which llama.cpp's C API does not return; "
+            "use draft with -md, draft-mtp, or auto",
         ),
         (["-m", "x", "--foo"], "unknown flag --foo"),
         (

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from api.__main__ import main
 from api.config.command_line import OptionError, parse
-from api.config.key_file import with_key_file
+from api.config.keys import check_key_files, configured_keys
 from api.config.server import LogConfig
 from api.server.lifecycle import START_FAILED, run
 from api.server.logs import configure_logging
@@ -28,12 +28,13 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 def test_keys_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("\ufeff# ours\r\n one \n\ntwo\r\n")
-    options = with_key_file(parse(["-m", "x", "--api-key", "zero", "--api-key-file", str(file)]))
-    assert options.server.api_keys == ("zero", "one", "two")
+    config = parse(["-m", "x", "--api-key", "zero", "--api-key-file", str(file)]).server
+    check_key_files(config)
+    assert [each.key for each in configured_keys(config)] == ["zero", "one", "two"]
     file.write_text("# none\n")
     for path, message in ((file, "has no keys"), (tmp_path / "absent", "No such file")):
         with pytest.raises(OptionError, match=message):
-            with_key_file(parse(["-m", "x", "--api-key-file", str(path)]))
+            check_key_files(parse(["-m", "x", "--api-key-file", str(path)]).server)
 
 
 @pytest.mark.parametrize("key", ["", " ", ","])
@@ -76,16 +77,6 @@ async def test_props_are_changed_only_with_the_flag(app_of: Apps) -> None:
 
 
 # ── log ──
-
-
-@pytest.fixture
-def _unchanged_log() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("", "paceline", "paceline.native")]
-    before = [(logger.level, logger.handlers[:]) for logger in loggers]
-    yield
-    for logger, (level, handlers) in zip(loggers, before, strict=True):
-        logger.setLevel(level)
-        logger.handlers = handlers
 
 
 def logged(config: LogConfig, *, verbose: bool = False) -> None:
@@ -174,3 +165,23 @@ def test_the_extra_is_named_where_it_is_missing(
     flags = ["--sim", "--port", "0", "--otlp-traces-endpoint", "http://127.0.0.1:1/v1/traces"]
     assert run(parse(flags)) == START_FAILED
     assert "paceline[otel]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["flags"], ["--version"], ["serve", "--help"], ["lookup", "build", "--help"]])
+@pytest.mark.parametrize("line_buffered", [False, True])
+def test_output_that_cannot_be_written(
+    words: list[str], line_buffered: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w", buffering=1 if line_buffered else -1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(words) == 1
+    assert capsys.readouterr().err == "paceline: cannot write the output: No space left on device\n"
+
+
+def test_a_reader_that_has_ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["flags"]) == 141
+    assert capsys.readouterr().err == ""

@@ -192,7 +192,10 @@ async def test_props(engine: FakeEngine) -> None:
         "speculative": {
             "types": ["suffix"],
             "available": list(engine.proposers),
-            "unavailable": {"draft": "there is no draft model, see --model-draft"},
+            "unavailable": {
+                "draft": "there is no draft model, see --model-draft",
+                "draft-mtp": "the model has no MTP layer that can be used",
+            },
         },
         "memory": {
             "kv_unified": False,

@@ -98,6 +98,11 @@ DRAFTLESS = "prediction, grammar, ngram-simple, ngram-map-k, ngram-map-k4v, ngra
             ["Note: Proposer draft is off: it is none.", "Speculation: off"],
         ),
         (
+            {"speculation": {"types": ["draft-mtp"]}},
+            {},
+            ["Note: Proposer draft-mtp is off: it is none.", "Speculation: off"],
+        ),
+        (
             {"speculation": {"types": ["auto"]}},
             dict.fromkeys(["draft", "prediction", "ngram-map-k", "ngram-map-k4v"], "of something"),
             ["Speculation: auto (grammar, ngram-simple, ngram-mod, ngram-cache, suffix)"],
@@ -109,7 +114,7 @@ def test_start_message_has_the_proposers(
     options: dict[str, Any], unavailable: dict[str, str], expected: list[str]
 ) -> None:
     engine = FakeEngine(info=msgspec.structs.replace(INFO, chat_template="{{ messages }}"))
-    engine.unavailable_proposers = unavailable
+    engine.unavailable_proposers = {"draft-mtp": "it is none"} | unavailable
     model = app_state(engine, options=options).loaded
     assert model is not None
     lines = start_message(model, "x").split("\n")

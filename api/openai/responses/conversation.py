@@ -11,7 +11,7 @@ from msgspec import Struct
 from api.http.decode_errors import as_refusal
 from api.openai.responses.encoded_reasoning import decode_reasoning
 from api.openai.responses.tools import INPUT_FIELD, chat_tool_name
-from api.schema.request_values import ContentPart
+from api.schema.request_values import ContentPart, ImageURL, InputAudio
 from api.schema.requests import ChatMessageParam
 from engine import RequestRefused
 
@@ -27,11 +27,14 @@ _ItemT = TypeVar("_ItemT", bound=Struct)
 
 
 class InputPart(Struct, frozen=True):
-    """One part of an input item's content, with the fields of all types that have text."""
+    """One part of an input item's content, with the fields of all types."""
 
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: str | ImageURL | None = None
+    input_audio: InputAudio | None = None
+    file_id: str | None = None
 
 
 class InputMessage(Struct, frozen=True):
@@ -175,29 +178,46 @@ def _convert(item: Mapping[str, Any], kind: type[_ItemT], path: str) -> _ItemT:
 
 
 def _content(content: str | Sequence[InputPart], path: str) -> str | list[ContentPart]:
-    """Returns the content of a chat message: a text, or several parts. Raises RequestRefused for other than text."""
+    """Returns the content of a chat message: a text, or parts with texts, images and sounds. Raises RequestRefused
+    for parts of other types."""
     if isinstance(content, str):
         return content
-    texts = _part_texts(content, path)
-    return "".join(texts) if len(texts) < 2 else [ContentPart("text", text) for text in texts]
+    parts = [_content_part(part, f"{path}[{index}]") for index, part in enumerate(content)]
+    if len(parts) < 2 and all(part.type == "text" for part in parts):
+        return "".join(part.text or "" for part in parts)
+    return parts
+
+
+def _content_part(part: InputPart, path: str) -> ContentPart:
+    if part.type == "input_image" and part.file_id is None:
+        return ContentPart("image_url", image_url=part.image_url)
+    if part.type == "input_audio":
+        return ContentPart("input_audio", input_audio=part.input_audio)
+    return ContentPart("text", _part_text(part, path))
 
 
 def _part_texts(parts: Sequence[InputPart], path: str) -> list[str]:
-    texts = []
-    for index, part in enumerate(parts):
-        field = f"{path}[{index}]"
-        if part.type not in _TEXT_PARTS:
-            raise RequestRefused(
-                f"{field}.type: parts of type {part.type[:_QUOTED_CHARS]!r} are not supported, only text; send "
-                "'input_text'.",
-                field=f"{field}.type",
-            )
-        name = "refusal" if part.type == "refusal" else "text"
-        text = part.refusal if part.type == "refusal" else part.text
-        if text is None:
-            raise RequestRefused(f"{field}.{name}: the field is missing; expected a string", field=f"{field}.{name}")
-        texts.append(text)
-    return texts
+    return [_part_text(part, f"{path}[{index}]") for index, part in enumerate(parts)]
+
+
+def _part_text(part: InputPart, field: str) -> str:
+    """Returns the text of a part. Raises RequestRefused for parts of other types."""
+    if part.type == "input_image":
+        raise RequestRefused(
+            f"{field}.file_id: there are no uploaded files here; send image_url with a data URL.",
+            field=f"{field}.file_id",
+        )
+    if part.type not in _TEXT_PARTS:
+        raise RequestRefused(
+            f"{field}.type: parts of type {part.type[:_QUOTED_CHARS]!r} are not supported, only texts, images and "
+            "sounds; send 'input_text', 'input_image' or 'input_audio'.",
+            field=f"{field}.type",
+        )
+    name = "refusal" if part.type == "refusal" else "text"
+    text = part.refusal if part.type == "refusal" else part.text
+    if text is None:
+        raise RequestRefused(f"{field}.{name}: the field is missing; expected a string", field=f"{field}.{name}")
+    return text
 
 
 def _reasoning_text(reasoning: InputReasoning, path: str) -> str:
@@ -216,4 +236,6 @@ def _join(first: str | list[ContentPart] | None, second: str | list[ContentPart]
 def _as_text(content: str | list[ContentPart] | None) -> str:
     if isinstance(content, str) or content is None:
         return content or ""
+    if any(part.type != "text" for part in content):
+        raise RequestRefused("Images and sounds are supported only in messages of the user and results.", field="input")
     return "\n".join(part.text or "" for part in content)

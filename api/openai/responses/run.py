@@ -16,7 +16,7 @@ from api.generation.loaded_model import LoadedModel
 from api.http.error_responses import error_response
 from api.http.events import encode_json
 from api.http.request_context import RequestContext
-from api.http.responses import SendEvents
+from api.http.responses import EventStream
 from api.openai.responses.chat_form import ChatForm
 from api.openai.responses.output import OutputBuilder
 from api.openai.responses.reply import (
@@ -72,23 +72,23 @@ class ResponseRun:
 
     async def body(self) -> ResponseReply:
         """Generates the response and returns it."""
-
-        async def on_update(index: int, update: Update) -> None:
-            if isinstance(update, Tokens):
-                self._output.feed(update.text, self._logprobs(update.logprobs))
-            else:
-                self._output.finish(_status(update))
-
-        await self._choices.run(on_update)
+        await self._choices.run(self._collect)
+        self._output.finish(_status(self._choices.finished[0]))
         return await self._finished_reply()
 
-    async def stream(self, send_events: SendEvents) -> None:
+    def _collect(self, index: int, update: Update) -> bytes:
+        if isinstance(update, Tokens):
+            self._output.feed(update.text, self._logprobs(update.logprobs))
+        return b""
+
+    async def stream(self, stream: EventStream) -> None:
         """Generates the response and sends its events, the first ones when the prefill begins.
 
         An error after the first event is sent as `response.failed`; an earlier one is raised.
         """
         try:
-            await self._choices.run(lambda index, update: self._send_update(update, send_events))
+            await self._choices.run(self._encode_update, stream)
+            await stream.send(await self._last_events())
         except OSError:
             raise
         except Exception as error:
@@ -97,20 +97,22 @@ class ResponseRun:
             self._context.error = error
             if not isinstance(error, EngineError):
                 _log.error("The stream failed", exc_info=error)
-            await send_events(self._encoded(self._failure(error)))
+            await stream.send(self._encoded(self._failure(error)))
 
-    async def _send_update(self, update: Update, send_events: SendEvents) -> None:
+    def _encode_update(self, index: int, update: Update) -> bytes:
+        """Returns the encoded events of an update, without those of the last update (see `_last_events`)."""
         events: list[ResponseEvent | OutputEvent] = []
         if not self._next_number:
             events += [ResponseEvent(type=kind, response=self._reply) for kind in _FIRST_EVENTS]
-        if isinstance(update, Finished):
-            events += self._output.finish(_status(update))
-            reply = await self._finished_reply()
-            events.append(ResponseEvent(type=f"response.{reply.status}", response=reply, timings=reply.timings))
-        else:
+        if isinstance(update, Tokens):
             events += self._update_events(update)
-        if events:
-            await send_events(b"".join(map(self._encoded, events)))
+        return b"".join(map(self._encoded, events))
+
+    async def _last_events(self) -> bytes:
+        events: list[ResponseEvent | OutputEvent] = [*self._output.finish(_status(self._choices.finished[0]))]
+        reply = await self._finished_reply()
+        events.append(ResponseEvent(type=f"response.{reply.status}", response=reply, timings=reply.timings))
+        return b"".join(map(self._encoded, events))
 
     def _update_events(self, update: Tokens) -> list[ResponseEvent | OutputEvent]:
         if update.prefill_progress is not None:

@@ -1,0 +1,136 @@
+"""A server that was killed under load, or whose files are damaged or cannot be written, generates the same texts as
+before, without unexpected server errors."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tests.api.server import Server
+from tests.sizes import sized
+
+SIM = ("--sim", "--sim-cost", "free", "--port", "0", "-np", "4", "-c", "8192", "-cram", "1")
+# Limits files to 512 bytes, so that longer writes fail as on a full disk.
+NO_SPACE = ("sh", "-c", 'ulimit -f 1; exec "$@"', "sh", sys.executable, "-m", "api", "serve")
+
+
+def flags(folder: Path) -> tuple[str, ...]:
+    slots = folder / "slots"
+    slots.mkdir(exist_ok=True)
+    return (*SIM, "--cache-disk", str(folder / "kept"), "--slot-save-path", str(slots))
+
+
+def send(url: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """Returns the status and body of the response to a POST request; 0 if the connection broke."""
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+    except (OSError, ValueError):
+        return 0, None
+
+
+def completion(number: int) -> dict[str, Any]:
+    return {"prompt": f"{number} " + "a word of many " * 30, "max_tokens": 20, "ignore_eos": True, "temperature": 0}
+
+
+def texts(url: str) -> list[str]:
+    found = [send(url, "/v1/completions", completion(number)) for number in range(4)]
+    assert [status for status, _ in found] == [200] * 4
+    return [body["choices"][0]["text"] for _, body in found]
+
+
+class Load:
+    """Clients that send completions, and save and restore slots, until the server is gone."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self.statuses: set[int] = set()
+        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(6)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, number: int) -> None:
+        random, status = Random(number), 200
+        while status:
+            if number < 4:
+                status, _ = send(self._url, "/v1/completions", completion(random.randrange(50)))
+            else:
+                action = random.choice(["save", "restore"])
+                status, _ = send(self._url, f"/slots/{number % 4}?action={action}", {"filename": f"{number}.bin"})
+            self.statuses.add(status)
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def damage(folder: Path, random: Random) -> None:
+    """Cuts or changes a third of the files below `folder`."""
+    for path in folder.rglob("*"):
+        if path.is_file() and random.random() < 0.33:
+            content = bytearray(path.read_bytes())
+            if random.random() < 0.5:
+                del content[len(content) // 2 :]
+            elif content:
+                content[random.randrange(len(content))] ^= 0xFF
+            path.write_bytes(content)
+
+
+def test_a_server_killed_under_load_starts_again_with_damaged_files(tmp_path: Path) -> None:
+    random, wanted = Random(1), list[str]()
+    for _ in range(sized(2, 20)):
+        server = Server(*flags(tmp_path))
+        try:
+            url = server.ready()
+            wanted = wanted or texts(url)
+            assert texts(url) == wanted
+            load = Load(url)
+            time.sleep(random.uniform(0.2, 0.6))
+            server.signal(signal.SIGKILL)
+            load.join()
+            assert {status for status in load.statuses if status >= 500} == set()
+        finally:
+            server.close()
+        damage(tmp_path, random)
+    server = Server(*flags(tmp_path))
+    try:
+        url = server.ready()
+        assert texts(url) == wanted
+        assert list((tmp_path / "kept").rglob("*.part")) == []
+        load = Load(url)
+        time.sleep(0.3)
+        server.signal(signal.SIGTERM)
+        load.join()
+        assert server.wait() == 0
+        assert {status for status in load.statuses if status >= 500} <= {503}
+    finally:
+        server.close()
+
+
+def test_a_server_on_a_full_disk_serves(tmp_path: Path) -> None:
+    server = Server(*flags(tmp_path), command=NO_SPACE)
+    try:
+        url = server.ready()
+        assert texts(url) == texts(url)
+        status, answer = send(url, "/slots/0?action=save", {"filename": "a.bin"})
+        assert status == 500
+        assert "'a.bin' cannot be written" in answer["error"]["message"]
+        assert list((tmp_path / "slots").iterdir()) == []
+        assert texts(url) == texts(url)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert not any("Traceback" in line for line in server.lines), server.lines
+    finally:
+        server.close()
