@@ -1,6 +1,6 @@
 """Continuous batching over llama.cpp for asyncio: the public names, nothing else."""
 
-from engine.adapters import AdapterInfo, AdapterScale
+from engine.adapters import AdapterInfo, AdapterScale, split_namespace
 from engine.backend import Embedding, EmbeddingInfo, FimTokens, ModelInfo, RerankMarks, Vocab
 from engine.config import (
     SIMULATED_MODEL,
@@ -11,6 +11,7 @@ from engine.config import (
     EmbeddingConfig,
     EngineConfig,
     LoadConfig,
+    MediaConfig,
     MemoryConfig,
     ModelConfig,
     RopeConfig,
@@ -70,7 +71,11 @@ from engine.grammar import (
 )
 from engine.histogram import Histogram
 from engine.kv.block import BLOCK_TOKENS
+from engine.kv.changes import BlockChange, BlockMedium
 from engine.loaded_adapters import LoadedAdapters
+from engine.media import MAX_FILE_BYTES as MAX_MEDIA_BYTES
+from engine.media import MediaPrompt, MediaReader, MediaRun, UnreadableMedia
+from engine.media_prefill import has_media_library
 from engine.pace import Calibration
 from engine.sampling import derive_seed
 from engine.sampling_params import DEFAULT_SAMPLERS, SamplerStage
@@ -89,6 +94,7 @@ __all__ = [
     "FORCED_TOKEN",
     "JSON_TYPES",
     "MAX_GRAMMAR_BYTES",
+    "MAX_MEDIA_BYTES",
     "MAX_SCHEMA_DEPTH",
     "MODEL_TOKEN",
     "PROPOSER_TYPES",
@@ -98,6 +104,8 @@ __all__ = [
     "AdapterInfo",
     "AdapterScale",
     "BatchConfig",
+    "BlockChange",
+    "BlockMedium",
     "Calibration",
     "ContextExceeded",
     "CpuConfig",
@@ -133,6 +141,10 @@ __all__ = [
     "LoadedAdapters",
     "Logprob",
     "MachineInfo",
+    "MediaConfig",
+    "MediaPrompt",
+    "MediaReader",
+    "MediaRun",
     "MemoryConfig",
     "MemoryInfo",
     "ModelConfig",
@@ -167,6 +179,7 @@ __all__ = [
     "TextRange",
     "Timings",
     "Tokens",
+    "UnreadableMedia",
     "Update",
     "Usage",
     "Vocab",
@@ -176,11 +189,13 @@ __all__ = [
     "diagnose",
     "drop_keyword",
     "hanging_threads",
+    "has_media_library",
     "list_devices",
     "measure_step_costs",
     "open_vocabulary",
     "partial_match_length",
     "relax_schema",
     "resolve_reference",
+    "split_namespace",
     "unknown_types",
 ]

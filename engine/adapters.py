@@ -60,6 +60,24 @@ def namespace(salt: str, adapters: AdapterSet) -> str:
     return f"\0lora {applied}\0{salt}"
 
 
+def uncached_namespace(key: int) -> str:
+    """Returns the KV cache's namespace for a request that shares its prefix with no other, given its key."""
+    return f"\0{key}"
+
+
+def is_uncached(name: str) -> bool:
+    """Returns True for a result of `uncached_namespace`."""
+    return name[:1] == "\0" and name[1:2].isdigit()
+
+
+def split_namespace(name: str) -> tuple[str, str]:
+    """Returns the parts of a result of `namespace`: the salt, and the text of the adapters' digests and scales."""
+    if name.startswith("\0lora "):
+        applied, _, salt = name.removeprefix("\0lora ").partition("\0")
+        return salt, applied
+    return name.removeprefix("\0\0"), ""
+
+
 class AdapterTurns:
     """Chooses the set of adapters of the next step: the sets of running sequences take turns. Uses no clock.
 

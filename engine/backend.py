@@ -13,9 +13,10 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from engine.adapters import AdapterInfo, AdapterSet
+from engine.backend_sampling import BackendSampling
 from engine.batch import Batch
 
-# Rows of logits, [rows, vocabulary]. The next decode overwrites them.
+# Rows of logits, [rows, vocabulary]. The next decode overwrites them, also where the engine has changed them.
 Logits = NDArray[np.float32]
 
 # Work that overlaps a decode. It must not use the decode's logits or change its inputs.
@@ -220,6 +221,10 @@ class Context(Protocol):
     def shifts(self) -> bool:
         """True if `shift` can move a state to other positions."""
 
+    @property
+    def backend_sampling(self) -> BackendSampling | None:
+        """The selection of the most likely tokens by the device. None if decodes return all logits."""
+
     def decode(self, host_work: HostWork = no_host_work) -> Logits:
         """Returns the logits of the batch's rows with `output`, in their order.
 
@@ -246,10 +251,7 @@ class Context(Protocol):
 
     def load(self, seq: int, parts: Sequence[StatePart]) -> bool:
         """Appends consecutive `parts`, of which the first starts at the end of `seq`, to `seq` in newly allocated
-        cells.
-
-        Returns False, with nothing changed, if there are too few cells or a state does not fit this context.
-        """
+        cells. Returns False, with nothing changed, if there are too few cells or a state does not fit this context."""
 
     def shift(self, state: State, start: int, end: int, by: int) -> State | None:
         """Returns the cells of positions from `start` up to `end`, moved by `by` positions; None if that fails.
@@ -336,9 +338,7 @@ class EmbeddingBackend(Protocol):
 
     def embed(self, inputs: Sequence[Sequence[int]]) -> list[Embedding]:
         """Returns the vectors of each input, at most `sequences` inputs with together at most `info.limit` tokens.
-
-        Raises Aborted or NativeFault.
-        """
+        Raises Aborted or NativeFault."""
 
     def abort(self) -> None:
         """Makes the running decode, and every one before `resume`, raise Aborted."""

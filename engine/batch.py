@@ -52,6 +52,13 @@ class Batch:
         row, self.rows, self.outputs = self.outputs, end, self.outputs + outputs
         return row
 
+    def fill_single(self, seqs: Sequence[int], starts: Sequence[int], tokens: Sequence[int]) -> None:
+        """Replaces all rows by one row with logits for each of `seqs`, at the positions `starts`."""
+        count = len(seqs)
+        assert count <= self.capacity, "the plan exceeds the batch"
+        self.seq[:count], self.pos[:count], self.token[:count], self.output[:count] = seqs, starts, tokens, 1
+        self.rows = self.outputs = count
+
     def _range(self, start: int, count: int) -> NDArray[np.int32]:
         if start + count > len(self._positions):
             self._positions = np.arange(2 * (start + count), dtype=np.int32)

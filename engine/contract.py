@@ -22,6 +22,7 @@ from msgspec import Meta, Struct
 
 from engine.adapters import AdapterSet, namespace
 from engine.grammar import Grammar
+from engine.media import MediaRun
 from engine.sampling_params import SamplingParams as SamplingParams
 from engine.sampling_params import Share as Share
 from engine.text import StopScope
@@ -111,6 +112,7 @@ ProposerType = Literal[
     "ngram-cache",
     "suffix",
     "draft",
+    "draft-mtp",
 ]
 # The order of `ProposerType` is that in which proposers are polled with `order = "fixed"` (`--spec-order fixed`).
 PROPOSER_TYPES: tuple[ProposerType, ...] = get_args(ProposerType)
@@ -156,7 +158,10 @@ class Request(Struct, frozen=True, kw_only=True):
     """One continuation of one prompt."""
 
     prompt: tuple[int, ...]
-    """Token ids, special ones included; at least one."""
+    """Token ids, special ones included; at least one. The pseudo-tokens of `media` are negative. The last token
+    is one of text."""
+    media: tuple[MediaRun, ...] = ()
+    """The runs of pseudo-tokens of images and sounds, in the order of the prompt, from `MediaReader.read`."""
     max_tokens: int | None = None
     """Maximum number of new tokens; 0 only prefills the prompt. None means up to the end of the context, or as many
     tokens as the context has with context shifts."""

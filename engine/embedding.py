@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from typing import NamedTuple
 from engine.backend import Aborted, Backend, Embedding, EmbeddingBackend, EmbeddingInfo, Vocab
 from engine.config import EngineConfig
 from engine.contract import ENGINE_FAILED, Draining, EngineError, EngineFault, ModelError
+from engine.embedding_queue import EmbeddingJob, EmbeddingQueue, PackedInput
 from engine.stats import EmbeddingStats
 from engine.watchdog import EMBEDDING_THREAD, WorkClock, await_end
 
@@ -49,51 +49,6 @@ class EmbeddingModel(NamedTuple):
     vocab: Vocab
 
 
-class EmbeddingJob:
-    """The inputs of one request, of which the first `taken` are computed or being computed."""
-
-    def __init__(self, inputs: Sequence[Sequence[int]], future: asyncio.Future[list[Embedding]]) -> None:
-        self.inputs = inputs
-        self.future = future
-        self.taken = 0
-        self.cancelled = False
-        self.results: dict[int, Embedding] = {}
-
-
-class PackedInput(NamedTuple):
-    """One input of a job, by its number."""
-
-    job: EmbeddingJob
-    number: int
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        """The token ids."""
-        return self.job.inputs[self.number]
-
-
-def pack(jobs: deque[EmbeddingJob], max_rows: int, max_inputs: int) -> list[PackedInput]:
-    """Takes the inputs of the next decode from `jobs`, one of each job in turn, and drops jobs without further inputs.
-
-    The inputs have together at most `max_rows` tokens, unless there is a single longer one.
-    """
-    packed: list[PackedInput] = []
-    rows = 0
-    while jobs and len(packed) < max_inputs:
-        job = jobs[0]
-        if job.cancelled or job.taken == len(job.inputs):
-            jobs.popleft()
-            continue
-        length = len(job.inputs[job.taken])
-        if packed and rows + length > max_rows:
-            break
-        packed.append(PackedInput(job, job.taken))
-        rows += length
-        job.taken += 1
-        jobs.rotate(-1)
-    return packed
-
-
 class EmbeddingThread:
     """The embedding thread. Its public methods are for the event loop on which it was created."""
 
@@ -109,7 +64,7 @@ class EmbeddingThread:
         self._on_fault = on_fault
         self._loop = asyncio.get_running_loop()
         self._opened: asyncio.Future[EmbeddingBackend] = self._loop.create_future()
-        self._jobs: deque[EmbeddingJob] = deque()
+        self._jobs = EmbeddingQueue()
         self._running: set[EmbeddingJob] = set()
         self._changed = threading.Condition()  # guards `_jobs`, `_decoding` and `_closing`
         self._decoding: list[PackedInput] = []  # the inputs of the running decode
@@ -132,26 +87,27 @@ class EmbeddingThread:
         return EmbeddingModel(self._backend.info, self._backend.vocab)
 
     @property
-    def requests(self) -> int:
-        """Number of requests whose embeddings are not complete."""
-        return len(self._running)
+    def owners(self) -> list[str]:
+        """The owner of each request whose embeddings are not complete."""
+        return [job.owner for job in self._running]
 
     @property
     def stats(self) -> EmbeddingStats:
         """The counters since the start."""
         return self._stats
 
-    async def embed(self, inputs: Sequence[Sequence[int]]) -> list[Embedding]:
-        """Returns the vectors of each input. Every input must fit `EmbeddingInfo.limit`.
+    async def embed(self, inputs: Sequence[Sequence[int]], owner: str = "", weight: float = 1.0) -> list[Embedding]:
+        """Returns the vectors of each input. Every input must fit `EmbeddingInfo.limit`. The owners of requests take
+        turns, by their weights.
 
         Cancelling this coroutine aborts the running decode if it has inputs of cancelled requests only. Raises
         EngineFault if a decode fails, Draining if the thread closes.
         """
-        job = EmbeddingJob(inputs, self._loop.create_future())
+        job = EmbeddingJob(inputs, self._loop.create_future(), owner, weight)
         with self._changed:
             if self._closing:
                 raise Draining
-            self._jobs.append(job)
+            self._jobs.add(job)
             self._changed.notify()
         self._running.add(job)
         self.idle.clear()
@@ -225,7 +181,7 @@ class EmbeddingThread:
         with self._changed:
             self._decoding = []
             while not self._closing:
-                if packed := pack(self._jobs, min(PACKED_ROWS, backend.info.limit), backend.sequences):
+                if packed := self._jobs.take(min(PACKED_ROWS, backend.info.limit), backend.sequences):
                     backend.resume()
                     self._decoding = packed
                     return packed

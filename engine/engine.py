@@ -38,6 +38,7 @@ from engine.generation import Generation, count_by_owner
 from engine.grammar import CompilerClosed, CompileTimeout, Grammar, GrammarCompiler, GrammarError, GrammarSpec
 from engine.loaded_adapters import LoadedAdapters
 from engine.measured_costs import load_or_measure_costs
+from engine.media import MediaReader
 from engine.outbox import StepOutput
 from engine.pace import Calibration
 from engine.slotfiles import SlotFiles
@@ -54,7 +55,7 @@ from engine.thread import (
     open_model,
     request_limit,
 )
-from engine.validation import TokenCheck, check_parameters, check_slot
+from engine.validation import TokenCheck, check_media, check_parameters, check_slot
 from engine.watchdog import FAIL_SECONDS, EngineStalled, Watchdog
 
 
@@ -98,6 +99,8 @@ class Engine:
     _watchdog: Watchdog
     adapters: LoadedAdapters
     """The LoRA adapters that requests can name."""
+    media: MediaReader | None
+    """Reads prompts with images and sounds. None without a projector."""
 
     def __init__(
         self, config: EngineConfig, opener: Opener, proposer_factory: ProposerFactory | None, progress: LoadProgress
@@ -140,7 +143,7 @@ class Engine:
         engine = cls(config, opener, proposer_factory, progress)
         try:
             engine._opened = await engine._thread.open()
-            engine.adapters = LoadedAdapters(engine.info.adapters)
+            engine.adapters, engine.media = LoadedAdapters(engine.info.adapters), engine._opened.media
             if config.embedding.enabled or not engine.info.generates:
                 engine.embeddings = await engine._embedding.open(engine._model)
             counters, stall_seconds = engine._opened.core.counters, config.batch.stall_timeout
@@ -199,8 +202,7 @@ class Engine:
     @property
     def unavailable_proposers(self) -> Mapping[str, str]:
         """The reason for each type of proposer that no request can use."""
-        fault = self._opened.core.speculative_decoding.fault
-        return {**self._opened.unavailable_proposers, "draft": fault} if fault else self._opened.unavailable_proposers
+        return {**self._opened.unavailable_proposers, **self._opened.core.speculative_decoding.faults}
 
     @property
     def proposers(self) -> tuple[ProposerType, ...]:
@@ -262,6 +264,7 @@ class Engine:
         """
         if not self.info.generates:
             raise RequestRefused("This model computes embeddings, not text.")
+        check_media(request, self.media)
         self._check_tokens(request, self.vocab.size)
         if len(request.prompt) >= self.request_limit:
             raise self.context_exceeded(len(request.prompt))
@@ -269,17 +272,18 @@ class Engine:
         check_slot(request.slot, self.slots)
         return Generation(self.adapters.resolve(request), self.vocab.piece, self._submit, self._cancel)
 
-    async def embed(self, inputs: Sequence[Sequence[int]]) -> list[Embedding]:
-        """Returns the vectors of each input: token ids of the model `embeddings`, at most its `limit`.
+    async def embed(self, inputs: Sequence[Sequence[int]], owner: str = "", weight: float = 1.0) -> list[Embedding]:
+        """Returns the vectors of each input: token ids of the model `embeddings`, at most its `limit`. Owners share the
+        time by their weights, like those of `Request`.
 
-        Raises Overloaded if `max_requests` requests are computed, Draining or EngineFault if the engine takes no
-        requests.
+        Raises Overloaded if `max_requests` requests are computed; owners without another request have one more place
+        for each slot. Raises Draining or EngineFault if the engine takes no requests.
         """
         if self._refusal is not None:
             raise self._refusal()
-        if self._embedding.requests >= self.max_requests:
+        if not has_place(owner, self._embedding.owners, self.max_requests, self.slots):
             raise Overloaded(_retry_after_seconds(self.stats()))
-        return await self._embedding.embed(inputs)
+        return await self._embedding.embed(inputs, owner, weight)
 
     def _submit(self, generation: Generation) -> None:
         if self._refusal is not None:
@@ -305,7 +309,7 @@ class Engine:
                 continue
             if not generation.deliver(output):
                 self._cancel(generation)
-            if isinstance(output.event, Finished | Failed):
+            if output.event is not None and isinstance(output.event, Finished | Failed):
                 del self._generations[output.key]
                 self._active.pop(output.key, None)
         if not self._generations:

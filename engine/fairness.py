@@ -3,13 +3,15 @@
 Slots are divided between the owners by their weights. Each owner has a virtual token counter (Sheng et al. 2024,
 "Fairness in Serving Large Language Models"): the cost of the prompt tokens and of the output of its requests, divided
 by its weight. The owner with the smallest counter is next where slots do not decide: among more owners than
-slots, and in the prefill. Pure functions of values, and the counters.
+slots, and in the prefill. In the queue and in the prefill, deadlines decide among the requests of one owner only,
+because clients choose them. Pure functions of values, and the counters.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import inf
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -25,10 +27,10 @@ class QueueEntry(NamedTuple):
     """The sort key of a waiting request among those of its owner; the smallest is first."""
 
     priority: int
-    is_new: bool
-    """False for a preempted request, which resumes before others of its owner and priority."""
     due: float
     """Time at which the request ends if it is not complete. Infinite without a deadline."""
+    is_new: bool
+    """False for a preempted request, which resumes before others of its owner, priority and deadline."""
     key: int
     """Keys ascend in the order of arrival."""
 
@@ -40,6 +42,7 @@ class Claim(Struct, frozen=True):
     owner: str
     weight: float
     priority: int
+    due: float = inf
 
 
 Rank = tuple[int, float, float, int]
@@ -60,18 +63,29 @@ def displaced(candidate: Claim, running: Sequence[Claim]) -> int | None:
 
     A sequence of lower priority always yields. Among equal priorities, sequences are divided by max-min fairness: one
     of an owner yields if that owner keeps at least as many for its weight as the candidate's then has. So no two owners
-    displace each other in turn. Of several sequences, the one that started last yields.
+    displace each other in turn. Of several sequences, one without a deadline yields, else the one with the latest
+    deadline; among equals, the one that started last.
     """
-    if lowest := max((claim.priority for claim in running if claim.priority > candidate.priority), default=0):
-        return next(claim.key for claim in reversed(running) if claim.priority == lowest)
+    lowest = max((claim.priority for claim in running), default=candidate.priority)
+    if lowest > candidate.priority:
+        return _least_urgent(claim for claim in running if claim.priority == lowest)
     counts = Counter(claim.owner for claim in running)
-    least = (counts[candidate.owner] + 1) / candidate.weight
-    victim, most = None, 0.0
-    for claim in running:
-        left = (counts[claim.owner] - 1) / claim.weight
-        if claim.owner != candidate.owner and claim.priority == candidate.priority and left >= max(least, most):
-            victim, most = claim.key, left
-    return victim
+    kept = {
+        claim.owner: (counts[claim.owner] - 1) / claim.weight
+        for claim in running
+        if claim.owner != candidate.owner and claim.priority == candidate.priority
+    }
+    max_kept = max(kept.values(), default=0.0)
+    if not kept or max_kept < (counts[candidate.owner] + 1) / candidate.weight:
+        return None
+    return _least_urgent(
+        claim for claim in running if claim.priority == candidate.priority and kept.get(claim.owner) == max_kept
+    )
+
+
+def _least_urgent(claims: Iterable[Claim]) -> int:
+    """Returns the key of the claim with the latest deadline, or without one; among equals, the key of the last one."""
+    return max(reversed([*claims]), key=lambda claim: claim.due).key
 
 
 def prefill_share(prefilling: Mapping[str, float], decoding: Mapping[str, float]) -> float:

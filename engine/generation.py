@@ -53,7 +53,10 @@ class Generation:
         self._cancel = cancel
         scope = request.stop_scope() if request.stop and request.stop_scope else None
         self._text = Detokenizer(request.stop, min_tokens=request.min_tokens, scope=scope)
-        self._wakeup: asyncio.Future[None] | None = None  # set while `__anext__` awaits an update
+        self._wakeup: asyncio.Future[None] | None = None  # pending while `__anext__` awaits an update
+        self._ended: asyncio.Future[None] | None = None  # pending while `rest` awaits the end
+        self._can_take: Callable[[], bool] = _never
+        self._on_tokens: Callable[[Tokens], None] | None = None
         # Released tokens that were not yielded yet, then tokens whose text is held back.
         self._ids: list[int] = []
         self._logprobs: list[Logprob] = []
@@ -99,6 +102,20 @@ class Generation:
         assert self._end is not None, "woken by an update"
         return self._end
 
+    def divert(self, on_tokens: Callable[[Tokens], None], can_take: Callable[[], bool]) -> None:
+        """Makes `deliver_tokens` call `on_tokens` instead of waking the task that awaits `__anext__`, whenever there is
+        such a task and `can_take()` is True.
+
+        Both functions are called on the event loop. `__anext__` raises an exception of `on_tokens`.
+        """
+        self._on_tokens, self._can_take = on_tokens, can_take
+
+    async def rest(self, seconds: float) -> None:
+        """Waits for `seconds`, in which tokens merge, or until the request has ended."""
+        if self._end is None:
+            self._ended = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._ended], timeout=seconds)
+
     def enough(self) -> None:
         """Ends the request after the tokens delivered so far, with finish reason LENGTH. No effect if the request has
         ended."""
@@ -112,9 +129,10 @@ class Generation:
         Returns False after an exception, which has failed this request alone and is in the log.
         """
         try:
+            if output.event is None:
+                self.deliver_tokens(output.ids, output.logprobs, output.origins)
+                return True
             match output.event:
-                case None:
-                    self.deliver_tokens(output.ids, output.logprobs, output.origins)
                 case PrefillProgress():
                     self.deliver_progress(output.event)
                 case SlotTaken(number):
@@ -132,15 +150,28 @@ class Generation:
         """Adds the tokens of one step. Called on the event loop."""
         if self._end is not None or self.complete:
             return
+        text = self._text.decode_complete(b"".join(map(self._piece, ids)), len(ids))
+        if text is not None and self._diverts():
+            self._count += len(ids)
+            self._pass_on(Tokens(tuple(ids), text, tuple(logprobs), tuple(origins)))
+            return
         self._logprobs += logprobs
         self._origins += origins
-        if (text := self._text.decode_complete(b"".join(map(self._piece, ids)))) is not None:
+        if text is None:
+            self._feed(ids)
+        else:
             self._count += len(ids)
             self._ids += ids
             self._released += len(ids)
             self._released_text += text
-            self._wake()
-            return
+        if self._released or self._released_text:
+            if self._diverts():
+                self._pass_on(self._take())
+            else:
+                self._wake()
+
+    def _feed(self, ids: Sequence[int]) -> None:
+        """Adds tokens one by one, as text is or may have to be held back."""
         for token in ids:
             self._count += 1
             self._ids.append(token)
@@ -150,8 +181,6 @@ class Generation:
             if self._text.stopped_by is not None:
                 self._cancel(self)
                 break
-        if self._released or self._released_text:
-            self._wake()
 
     def deliver_progress(self, progress: PrefillProgress) -> None:
         """Sets the progress of the prefill; an earlier one that was not yielded is dropped. Called on the event
@@ -172,8 +201,21 @@ class Generation:
         self._wake()
 
     def _wake(self) -> None:
-        if self._wakeup is not None and not self._wakeup.done():
-            self._wakeup.set_result(None)
+        for waiter in (self._wakeup, self._ended if self._end is not None else None):
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
+
+    def _diverts(self) -> bool:
+        """True if released tokens are passed on. No earlier update is left, since `__anext__` waits."""
+        return self._wakeup is not None and not self._wakeup.done() and self._can_take()
+
+    def _pass_on(self, update: Tokens) -> None:
+        assert self._on_tokens is not None
+        assert self._wakeup is not None
+        try:
+            self._on_tokens(update)
+        except Exception as error:
+            self._wakeup.set_exception(error)
 
     def _stopped(self, end: Finished) -> Finished:
         """Returns `end` with the reason and token count of an earlier stop string or call of `enough()`."""
@@ -195,6 +237,10 @@ class Generation:
         del self._ids[:count], self._logprobs[:count], self._origins[:count]
         self._released, self._released_text = 0, ""
         return update
+
+
+def _never() -> bool:
+    return False
 
 
 def count_by_owner(generations: Iterable[Generation]) -> dict[str, tuple[int, int]]:

@@ -25,10 +25,10 @@ class Buckets:
         self._counts = [0] * (len(BUCKET_SECONDS) + 1)
         self._sum = 0.0
 
-    def add(self, seconds: float) -> None:
-        """Counts one value."""
-        self._counts[bisect_left(BUCKET_SECONDS, seconds)] += 1
-        self._sum += seconds
+    def add(self, seconds: float, count: int = 1) -> None:
+        """Counts a value that was observed `count` times."""
+        self._counts[bisect_left(BUCKET_SECONDS, seconds)] += count
+        self._sum += count * seconds
 
     def snapshot(self) -> Histogram:
         """Returns the current state."""

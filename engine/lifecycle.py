@@ -12,7 +12,7 @@ from engine.fairness import TokenCounters, displaced
 from engine.kv import KVCache
 from engine.outbox import Outbox
 from engine.running import Running
-from engine.sequence import Sequence
+from engine.sequence import Sequence, finished
 from engine.slots import Slots
 from engine.speculate import SpeculativeDecoding
 from engine.stats import Counters
@@ -69,7 +69,7 @@ class Lifecycle:
         self.waiting.discard(sequence)
         keep = sequence.request.cache
         sequence.start(self._kv.allocate(match, self.slots.preferred_seq(sequence), keep=keep))
-        self.running[sequence.key] = sequence
+        self.running.add(sequence)
         self.slots.take(sequence)
         self._outbox.slot_taken(sequence.key, sequence.slot)
         self.waiting.add_in_flight(sequence)
@@ -81,9 +81,9 @@ class Lifecycle:
             self._counters.queue.add(time.perf_counter() - sequence.submitted)
             self._counters.prompt_tokens += sequence.prompt_length
 
-    def charge(self, sequence: Sequence, tokens: float) -> None:
-        """Adds `tokens` to the counter of the sequence's owner."""
-        self._token_counters.charge(sequence.request.owner, tokens, sequence.request.weight)
+    def charge(self, owner: str, weight: float, tokens: float) -> None:
+        """Adds `tokens` to the counter of `owner`, which has `weight`."""
+        self._token_counters.charge(owner, tokens, weight)
 
     def preempt(self, sequence: Sequence, *, keep: bool = True) -> None:
         """Moves a running sequence to the front of the queue. Its cells become an idle prefix if `keep`, else free."""
@@ -122,7 +122,7 @@ class Lifecycle:
     def finish(self, sequence: Sequence, reason: FinishReason, *, keep: bool = True) -> None:
         """Ends a sequence with `Finished`. Its cells become an idle prefix if `keep`, else free."""
         self._end(sequence, reason.value, keep=keep)
-        self._outbox.end(sequence.key, sequence.finished(reason))
+        self._outbox.end(sequence.key, finished(sequence, reason))
 
     def fail(self, sequence: Sequence, error: EngineError) -> None:
         """Ends a sequence with `Failed`. Its cells are freed, as their content may be wrong."""
@@ -162,7 +162,7 @@ class Lifecycle:
 
     def _leave(self, sequence: Sequence, *, keep: bool) -> None:
         self.slots.leave(sequence)
-        self.running.pop(sequence.key, None)
+        self.running.remove(sequence)
         self.waiting.discard(sequence)
         if sequence.allocation is not None:
             self._kv.release(sequence.seq, keep=keep and sequence.request.cache)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections import abc
 
+import numpy as np
+
 from engine.backend import Logits, NativeFault
+from engine.backend_picks import BackendPicks, KnownTokens
 from engine.contract import REQUEST_FAILED, EngineFault, FinishReason
 from engine.grammar import Masks
 from engine.kv import KVCache
 from engine.lifecycle import Lifecycle
 from engine.outbox import Outbox
 from engine.pace import DraftChooser
-from engine.sampling import Peak, row_peaks
-from engine.scheduler import ScheduledRows
-from engine.sequence import Sequence
+from engine.running import PlacedRows
+from engine.sampling import UNDECIDED, PickParams, RowMaxima, pick_rows
+from engine.sequence import Sequence, prefill_progress
 from engine.stats import Counters
 from engine.verify import verify
 
@@ -33,6 +37,7 @@ class OutputProcessor:
         counters: Counters,
         masks: Masks,
         chooser: DraftChooser,
+        backend_picks: BackendPicks,
     ) -> None:
         self._kv = kv
         self._lifecycle = lifecycle
@@ -40,42 +45,76 @@ class OutputProcessor:
         self._counters = counters
         self._masks = masks
         self._chooser = chooser
+        self._backend_picks = backend_picks
 
-    def process(self, rows: abc.Iterable[ScheduledRows], firsts: abc.Iterable[int], logits: Logits) -> None:
+    def process(self, rows: abc.Sequence[PlacedRows], firsts: abc.Sequence[int], logits: Logits) -> None:
         """Processes `logits`, [rows with logits, vocabulary], of a step. `firsts` has, for each of `rows`, the index
         of its first row of logits.
 
         An exception other than a native fault ends only the request that caused it. Raises NativeFault.
         """
-        now, peaks = time.perf_counter(), row_peaks(logits)
-        for part, first in zip(rows, firsts, strict=True):
-            sequence = self._lifecycle.running[part.key]
-            if (progress := sequence.prefill_progress) is not None:
+        now, picks = time.perf_counter(), self._picks(rows, firsts, logits)
+        gaps: dict[float, int] = {}
+        for each, first in zip(rows, firsts, strict=True):
+            sequence = each.sequence
+            if sequence.first_token is None and (progress := prefill_progress(sequence)) is not None:
                 self._outbox.prefill_progress(sequence.key, progress)
-            if sequence.num_uncomputed:
+            if len(sequence.tokens) > sequence.computed:
                 continue
-            end = first + part.drafts + 1
+            end = first + each.part.drafts + 1
             try:
-                self._emit(sequence, logits[first:end], peaks[first:end], now)
+                self._emit(sequence, logits[first:end], picks[first:end], now, gaps)
             except NativeFault:
                 raise
             except Exception:  # the other sequences go on
                 log.exception("request %s failed", sequence.request.id)
                 self._lifecycle.fail(sequence, EngineFault(REQUEST_FAILED))
+        self._counters.record_gaps(gaps)
 
-    def _emit(self, sequence: Sequence, rows: Logits, peaks: abc.Sequence[Peak], now: float) -> None:
+    def _picks(self, rows: abc.Sequence[PlacedRows], firsts: abc.Sequence[int], logits: Logits) -> abc.Sequence[int]:
+        """Returns the token of each row of logits, `UNPICKED` if only the sequence's sampler can pick it, or
+        `UNDECIDED` if the pick needs logits that were not copied. Applies the bias, the penalties and the bans of
+        requests to their rows."""
+        params: list[PickParams | None] = [None] * len(logits)
+        positions, counts, known = [0] * len(logits), self._backend_picks.counts, dict[int, KnownTokens]()
+        for each, first in zip(rows, firsts, strict=True):
+            sequence = each.sequence
+            row_params = sequence.row_params
+            if row_params is None or len(sequence.tokens) > sequence.computed:
+                continue
+            position, end = len(sequence.history) + sequence.discarded, first + each.part.drafts + 1
+            if counts and (count := counts.get(sequence.seq)):
+                known.update((row, _known_tokens(sequence, row - first, count)) for row in range(first, end))
+            elif sequence.sampler.adjusts and not _adjust(sequence, logits[first:end]):
+                continue
+            params[first], positions[first] = row_params, position
+            for row in range(first + 1, end):
+                params[row], positions[row] = row_params, position + row - first
+        if known:
+            return self._backend_picks.pick(known, logits, params, positions)
+        return pick_rows(RowMaxima(logits), params, positions)
+
+    def _emit(
+        self, sequence: Sequence, rows: Logits, picks: abc.Sequence[int], now: float, gaps: dict[float, int]
+    ) -> None:
         """Samples the next tokens of `sequence`, commits the cells of accepted draft tokens, and rolls back the cells
-        of rejected ones."""
-        if sequence.ends_after_prefill:
+        of rejected ones. Counts the seconds since the previous tokens of `sequence` in `gaps`."""
+        if sequence.first_token is None and sequence.ends_after_prefill:
             self._lifecycle.finish(sequence, FinishReason.LENGTH)
             return
-        drafts, draft = len(peaks) - 1, sequence.draft
-        result = verify(sequence, draft[:drafts], rows, peaks, self._masks.of(sequence.key))
+        drafts, draft = len(picks) - 1, sequence.draft
+        if UNDECIDED in picks:
+            self._compute_again(sequence, drafts)
+            return
+        masks = None if sequence.matcher is None else self._masks.of(sequence.key)
+        result = verify(sequence, draft[:drafts] if drafts else (), rows, picks, masks)
         if result.ids:
-            gap = sequence.mark_emission(now)
-            self._counters.record_emission(len(result.ids), gap, now - sequence.submitted)
-            if gap is None:
-                self._counters.record_prefill(sequence.num_uncached, now - (sequence.admitted or now))
+            self._counters.completion_tokens += len(result.ids)
+            if (gap := sequence.mark_emission(now)) is not None:
+                gaps[gap] = gaps.get(gap, 0) + 1
+            else:
+                prefill_seconds = now - (sequence.admitted or now)
+                self._counters.record_first_token(now - sequence.submitted, sequence.num_uncached, prefill_seconds)
         if result.streamed:
             self._outbox.tokens(sequence.key, result.streamed, result.logprobs, result.origins)
         if result.error is not None:
@@ -84,8 +123,9 @@ class OutputProcessor:
         assert result.ids, "each verification without an error emits a token"
         intact = self._keep_accepted(sequence, drafts, result.accepted)
         verified = self._chooser.assess(drafts, result.accepted) if drafts else None
-        sequence.proposers.observe(sequence.tokens, result.ids, verified)
-        sequence.draft = ()
+        if sequence.proposers.types:
+            sequence.proposers.observe(sequence.history, result.ids, verified)
+            sequence.draft = ()
         if result.reason is not None:
             self._lifecycle.finish(sequence, result.reason, keep=intact)
         elif sequence.needs_shift:
@@ -93,6 +133,12 @@ class OutputProcessor:
             sequence.proposers.shift(*sequence.shift())
         elif not intact:
             self._lifecycle.preempt(sequence, keep=False)
+
+    def _compute_again(self, sequence: Sequence, drafts: int) -> None:
+        """Preempts a sequence whose next token needs all logits. All its later rows have them."""
+        sequence.row_params = None
+        intact = self._keep_accepted(sequence, drafts, 0)
+        self._lifecycle.preempt(sequence, keep=intact)
 
     def _keep_accepted(self, sequence: Sequence, drafts: int, accepted: int) -> bool:
         """Commits the first `accepted` of `drafts` draft tokens in cells, and rolls back the other draft tokens.
@@ -107,3 +153,23 @@ class OutputProcessor:
         self._counters.drafted_tokens += drafts
         self._counters.accepted_tokens += accepted
         return accepted == drafts or self._kv.rollback(sequence.seq)
+
+
+def _known_tokens(sequence: Sequence, row: int, count: int) -> KnownTokens:
+    """Returns the known tokens of row number `row` of `sequence`, of which the backend has selected `count`."""
+    sampler = sequence.sampler
+    return KnownTokens(count, sampler.bans(sequence.emitted + row) if sampler.adjusts else None)
+
+
+def _adjust(sequence: Sequence, rows: Logits) -> bool:
+    """Applies bias, penalties and bans to the rows of `sequence` in place. Returns False, with the rows in any state,
+    after an exception, which ends the request."""
+    sampler, history = sequence.sampler, sequence.history
+    try:
+        for i, row in enumerate(rows):
+            sampler.adjust(row, history + array("i", sequence.draft[:i]) if i else history, sequence.emitted + i)
+    except Exception:
+        log.exception("request %s failed", sequence.request.id)
+        rows[:] = np.nan  # no token is picked from NaN
+        return False
+    return True

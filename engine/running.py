@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import abc
+from collections import Counter, abc
 from itertools import pairwise
+from operator import itemgetter
+from typing import NamedTuple
 
 from engine.adapters import AdapterSet, AdapterTurns
 from engine.fairness import Claim, TokenCounters, prefill_share
@@ -14,6 +16,16 @@ from engine.rollback import with_rollbacks
 from engine.scheduler import ScheduledRows, SequenceView
 from engine.sequence import Sequence
 from engine.speculate import DraftCandidate, SequenceProposers
+
+
+class PlacedRows(NamedTuple):
+    """A sequence's rows in the batch of a step."""
+
+    rows: SequenceRows
+    part: ScheduledRows
+    sequence: Sequence
+    decodes: bool
+    """True if the sequence decodes, False if it is prefilled."""
 
 
 class Running(dict[int, Sequence]):
@@ -26,10 +38,46 @@ class Running(dict[int, Sequence]):
         self._turns = AdapterTurns()
         self.adapters: AdapterSet = ()
         """The LoRA adapters of the next step. Sequences with other adapters are paused."""
+        self._loading: list[Sequence] = []  # sequences with blocks to load, maybe after a part of the prefill
+        self._drafting: list[Sequence] = []  # sequences with proposers
+        self._adapter_sets = Counter[AdapterSet]()
+
+    def add(self, sequence: Sequence) -> None:
+        """Adds a sequence that has an allocation."""
+        self[sequence.key] = sequence
+        self._adapter_sets[sequence.adapters] += 1
+        if self._kv.has_blocks(sequence.seq):
+            self._loading.append(sequence)
+        if sequence.proposers.types:
+            self._drafting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Removes a sequence. No effect on one that does not run."""
+        if self.pop(sequence.key, None) is None:
+            return
+        self._adapter_sets[sequence.adapters] -= 1
+        self._adapter_sets += Counter()  # drops the sets without sequences
+        self._loading = [each for each in self._loading if each is not sequence]
+        self._drafting = [each for each in self._drafting if each is not sequence]
+
+    @property
+    def may_draft(self) -> bool:
+        """True if any sequence has proposers."""
+        return bool(self._drafting)
+
+    def loading(self) -> list[Sequence]:
+        """Returns the sequences of which a block must be loaded before the next token is computed."""
+        if not self._loading:
+            return []
+        self._loading = [sequence for sequence in self._loading if self._kv.has_blocks(sequence.seq)]
+        return [sequence for sequence in self._loading if self._kv.loading(sequence.seq)]
 
     def choose_adapters(self) -> None:
         """Sets `adapters` to those of a sequence that has rows. Has the same result until the next step."""
-        has_rows = (sequence for sequence in self.values() if not self._kv.loading(sequence.seq))
+        if len(self._adapter_sets) == 1:
+            (self.adapters,) = self._adapter_sets
+            return
+        has_rows = (each for each in self.values() if not (self._kv.loading(each.seq) or each.awaits_encoding))
         self.adapters = self._turns.choose({sequence.adapters: None for sequence in has_rows})
 
     def count_step(self, seconds: float) -> None:
@@ -39,7 +87,21 @@ class Running(dict[int, Sequence]):
     @property
     def active(self) -> list[Sequence]:
         """The sequences that have the adapters of the next step, in the order of their starts."""
+        if len(self._adapter_sets) == 1:
+            return [*self.values()]
         return [sequence for sequence in self.values() if sequence.adapters == self.adapters]
+
+    def decode_drafts(self) -> dict[int, int] | None:
+        """Returns the number of draft tokens of each sequence by key, if all sequences decode and none is paused; else
+        None."""
+        if len(self._adapter_sets) != 1:
+            return None
+        drafts: dict[int, int] = {}
+        for sequence in self.values():
+            if len(sequence.tokens) - sequence.computed != 1:
+                return None
+            drafts[sequence.key] = len(sequence.draft)
+        return drafts
 
     def views(self) -> list[SequenceView]:
         """Returns the scheduler's input, in the order of the sequences' starts."""
@@ -55,12 +117,18 @@ class Running(dict[int, Sequence]):
             sequence.computed,
             len(sequence.draft),
             exclusive=self._kv.exclusive(sequence.seq) if scarce else 0,
-            blocked=sequence.num_uncomputed - self._kv.ready(sequence.seq, known),
+            blocked=sequence.num_uncomputed - self.num_ready(sequence),
             waited=now - sequence.submitted,
             paused=sequence.adapters != self.adapters,
             priority=sequence.request.priority,
             served=self._counters[sequence.request.owner],
+            due=sequence.due,
         )
+
+    def num_ready(self, sequence: Sequence) -> int:
+        """Returns the number of uncomputed tokens before the next block to load, save point, image or sound."""
+        ready = self._kv.ready(sequence.seq, len(sequence.tokens))
+        return min(ready, sequence.num_ready) if sequence.request.media else ready
 
     def claims(self) -> list[Claim]:
         """Returns the claims of the sequences to their slots, in the order of their starts."""
@@ -85,13 +153,13 @@ class Running(dict[int, Sequence]):
     def change_id(self, old: int, new: int) -> None:
         """Gives the sequence with the id `old` the allocation of the id `new`, to which the KV cache moved it."""
         sequence = next(sequence for sequence in self.values() if sequence.seq == old)
-        sequence.allocation = Allocation(new, sequence.computed)
+        sequence.change_allocation(Allocation(new, sequence.computed))
 
     def prefill_waits(self) -> list[PrefillWait]:
         """Returns age and length of each active prompt without a first token."""
         now = time.perf_counter()
         return [
-            PrefillWait(now - sequence.submitted, sequence.num_uncached)
+            PrefillWait(now - sequence.prefill_due, sequence.num_uncached)
             for sequence in self.active
             if sequence.first_token is None
         ]
@@ -99,25 +167,32 @@ class Running(dict[int, Sequence]):
     def feed_proposers(self, tokens: int) -> list[SequenceProposers]:
         """Feeds up to `tokens` new tokens in all to the proposers. Returns the proposers of the sequences that are
         being prefilled."""
-        for sequence in self.values():
-            tokens -= sequence.proposers.feed(sequence.tokens, tokens)
-        return [sequence.proposers for sequence in self.values() if sequence.num_uncomputed > 1]
+        for sequence in self._drafting:
+            tokens -= sequence.proposers.feed(sequence.history, tokens)
+        return [sequence.proposers for sequence in self._drafting if sequence.num_uncomputed > 1]
 
     def draft_candidates(self, max_tokens: int) -> dict[int, DraftCandidate]:
         """Returns, by key, the active decoding sequences for which the next step can verify a draft of up to
         `max_tokens` tokens."""
         return {
             sequence.key: DraftCandidate(sequence.proposers, limit, sequence.draft_room(), sequence.seq)
-            for sequence in self.active
+            for sequence in self._drafting
             if sequence.num_uncomputed == 1
-            and sequence.proposers.can_draft(sequence.tokens)
+            and sequence.adapters == self.adapters
+            and sequence.proposers.can_draft(sequence.history)
             and not self._kv.saves_next(sequence.seq)
             and (limit := min(sequence.draft_room(), max_tokens)) > 0
         }
 
+    def placed(self, part: ScheduledRows) -> PlacedRows:
+        """Returns `part` with its sequence."""
+        sequence = self[part.key]
+        rows = SequenceRows(sequence.seq, part.tokens + part.drafts, sequence.computed)
+        return PlacedRows(rows, part, sequence, len(sequence.tokens) - sequence.computed == 1)
+
     def ordered(
         self, rows: abc.Sequence[ScheduledRows], cost: StepCost, *, separate_prompts: bool = False
-    ) -> list[ScheduledRows]:
+    ) -> list[PlacedRows]:
         """Returns `rows` in the batch order that makes the step cheapest with per-slot KV, or with recurrent states;
         for these with shorter drafts if the sequences could else not be rolled back.
 
@@ -126,30 +201,21 @@ class Running(dict[int, Sequence]):
         `separate_prompts` each prompt has a pass of its own.
         """
         if cost.layout.recurrent:
-            return with_rollbacks(rows, {part.key: self[part.key].seq for part in rows}, cost.layout)
-        groups: list[list[ScheduledRows]] = [[]]
-        for part in sorted(rows, key=lambda part: self[part.key].seq):
-            if separate_prompts and self[part.key].num_uncomputed > 1:
-                groups += [[part], []]
-            else:
-                groups[-1].append(part)
-        passes = [
-            group[start:end] for group in groups if group for start, end in pairwise((0, *self._cuts(group, cost)))
-        ]
-        return [part for pass_rows in reversed(passes) for part in pass_rows]
+            shortened = with_rollbacks(rows, {part.key: self[part.key].seq for part in rows}, cost.layout)
+            return [self.placed(part) for part in shortened]
+        groups: list[list[PlacedRows]] = [[]]
+        placed = sorted([self.placed(part) for part in rows], key=itemgetter(0))
+        if separate_prompts:
+            for each in placed:
+                if each.decodes:
+                    groups[-1].append(each)
+                else:
+                    groups += [[each], []]
+        else:
+            groups = [placed]
+        passes = [group[start:end] for group in groups if group for start, end in pairwise((0, *_cuts(group, cost)))]
+        return passes[0] if len(passes) == 1 else [each for pass_rows in reversed(passes) for each in pass_rows]
 
-    def _cuts(self, rows: abc.Sequence[ScheduledRows], cost: StepCost) -> list[int]:
-        return cost.cuts(self.sequence_rows(rows)) if len(rows) > 1 else [len(rows)]
 
-    def sequence_rows(self, rows: abc.Iterable[ScheduledRows]) -> list[SequenceRows]:
-        """Returns the number of rows of each of `rows`, with its sequence's id and number of computed tokens."""
-        return [SequenceRows(self[part.key].seq, part.tokens + part.drafts, self[part.key].computed) for part in rows]
-
-    def split_decoding(
-        self, rows: abc.Sequence[ScheduledRows], sequence_rows: abc.Sequence[SequenceRows]
-    ) -> tuple[list[SequenceRows], int]:
-        """Returns the part of `sequence_rows` that belongs to decoding sequences, and the number of all other rows.
-        `sequence_rows` is the result of the method `sequence_rows` for `rows`."""
-        parts = zip(rows, sequence_rows, strict=True)
-        decoding = [each for part, each in parts if self[part.key].num_uncomputed == 1]
-        return decoding, sum(each.rows for each in sequence_rows) - sum(each.rows for each in decoding)
+def _cuts(group: abc.Sequence[PlacedRows], cost: StepCost) -> list[int]:
+    return cost.cuts([each.rows for each in group]) if len(group) > 1 else [len(group)]

@@ -2,13 +2,15 @@
 
 There are no phases. A sequence has *uncomputed* tokens: known tokens that are not in cells. A sequence with one
 uncomputed token decodes, and draft tokens may be verified in the same step. A sequence with more is prefilled, or
-recomputed after a preemption. When cells run out, drafts are dropped first, then idle prefixes are evicted, then the
-sequence that started last, of those with the lowest priority, is preempted.
+recomputed after a preemption. When cells run out, drafts are dropped first, then idle prefixes are evicted, then a
+sequence of the lowest priority is preempted: one without a deadline, else the one with the latest deadline; among
+equals, the one that started last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf
 from typing import NamedTuple
 
 from msgspec import Struct, structs
@@ -43,6 +45,8 @@ class SequenceView(Struct, frozen=True):
     """The least is first."""
     served: float = 0.0
     """The counter of the sequence's owner, see `engine.fairness`."""
+    due: float = inf
+    """Time at which the request ends if it is not complete. Infinite without a deadline."""
 
     @property
     def num_uncomputed(self) -> int:
@@ -177,11 +181,11 @@ def save_points(tokens: int, *, divisible: bool) -> tuple[int, ...]:
 def plan(running: Sequence[SequenceView], capacity: FreeCapacity, limits: StepLimits) -> Plan:
     """Returns the next step: a row for each decoding sequence, then draft rows, then prompt rows.
 
-    Paused sequences get no rows. While cells do not suffice, the sequence that started last, of those with the lowest
-    priority, is preempted, paused or not, and its cells count as evictable. The first one always fits, because no
+    Paused sequences get no rows. While cells do not suffice, the last sequence in the order of priorities, deadlines
+    and starts is preempted, paused or not, and its cells count as evictable. The first one always fits, because no
     request is longer than the cells, so at least one sequence gets a row, unless the first one is paused.
     """
-    sequences, preempt = sorted(running, key=lambda view: view.priority), []
+    sequences, preempt = sorted(running, key=lambda view: (view.priority, view.due)), []
     cells = capacity.free_cells + capacity.evictable_cells
     while len(sequences) > 1 and not _fits(sequences, cells):
         last = sequences.pop()
@@ -190,6 +194,17 @@ def plan(running: Sequence[SequenceView], capacity: FreeCapacity, limits: StepLi
     sequences = [view for view in sequences if not view.paused]
     rows = _rows(sequences, cells, capacity.free_cells if not preempt else 0, limits)
     return Plan(tuple(rows), tuple(preempt))
+
+
+def plan_decoding(drafts: Mapping[int, int], capacity: FreeCapacity, limits: StepLimits) -> Plan | None:
+    """Returns the result of `plan`, except for the order of the rows, if all sequences decode and none is paused.
+    `drafts` has the number of draft tokens by key. Returns None if not all rows fit."""
+    count, num_drafts = len(drafts), sum(drafts.values())
+    if count > capacity.free_cells + capacity.evictable_cells:
+        return None
+    if num_drafts and count + num_drafts > min(limits.rows, limits.outputs, capacity.free_cells):
+        return None
+    return Plan(tuple(ScheduledRows(key, 1, length) for key, length in drafts.items()))
 
 
 def reduce_rows(rows: Sequence[ScheduledRows]) -> tuple[ScheduledRows, ...]:
@@ -234,7 +249,7 @@ def _rows(sequences: Sequence[SequenceView], cells: int, free: int, limits: Step
 
 def _prefill(sequences: Sequence[SequenceView], total: int, limits: StepLimits) -> list[ScheduledRows]:
     """Splits `total` prompt rows by priority, then by the counters of the owners, and among the sequences of an owner
-    by highest response ratio next (Hansen 1971): seconds waited per token to compute.
+    by deadline, then by highest response ratio next (Hansen 1971): seconds waited per token to compute.
 
     Short prompts pass long ones, prompts of equal length finish in the order of their arrival, and the priority of a
     long prompt grows with its waiting time.
@@ -247,8 +262,8 @@ def _prefill(sequences: Sequence[SequenceView], total: int, limits: StepLimits) 
     return rows
 
 
-def _prefill_order(view: SequenceView) -> tuple[int, float, float]:
-    return view.priority, view.served, -view.waited / view.num_uncomputed
+def _prefill_order(view: SequenceView) -> tuple[int, float, float, float]:
+    return view.priority, view.served, view.due, -view.waited / view.num_uncomputed
 
 
 def _chunk(ready: int, total: int, limits: StepLimits) -> int:

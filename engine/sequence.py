@@ -8,12 +8,13 @@ from array import array
 from collections import abc
 from typing import TYPE_CHECKING
 
-from engine.adapters import AdapterSet
+from engine.adapters import AdapterSet, uncached_namespace
 from engine.batch import Batch
 from engine.contract import Finished, FinishReason, PrefillProgress, Request, Timings, Usage
 from engine.fairness import Claim
 from engine.grammar import MaskRequest
 from engine.kv import Allocation, Match
+from engine.media import MediaRun, without_runs
 from engine.sampling import ReasoningLimiter, Sampler
 from engine.scheduler import ScheduledRows
 from engine.speculate import SequenceProposers
@@ -44,6 +45,10 @@ class Sequence:
         self.request = request
         self.seed = seed
         self.tokens = array("i", request.prompt)
+        self.history = array("i", without_runs(request.prompt, request.media)) if request.media else self.tokens
+        """The known tokens of text, without images and sounds, for sampler and proposers."""
+        self.text_length = len(self.history)
+        """Number of tokens of the prompt in `history`."""
         self.prompt_length = len(request.prompt)
         self.sampler = Sampler(request, seed, vocab.ends, vocab.piece)
         self.matcher = request.grammar.begin() if request.grammar is not None else None
@@ -51,18 +56,27 @@ class Sequence:
         token_bytes = with_control_texts(request.control_texts, vocab.piece)
         self.budget = ReasoningLimiter(request.reasoning, token_bytes) if request.reasoning else None
         """State of the reasoning budget after the emitted tokens. None without a budget."""
+        in_detail = request.logprobs is not None or request.origins
+        self.is_plain = self.matcher is None and self.budget is None and not in_detail
+        """True without grammar, reasoning budget, log probabilities and origins: picked tokens are emitted as they are."""
+        self.row_params = self.sampler.row_params if self.is_plain else None
+        """The parameters with which `pick_rows` picks. None if the sampler must pick."""
         self.proposers = SequenceProposers({})
         """Set by `Lifecycle.submit`."""
         self.slot = -1
         """Number of the slot in which the sequence runs or ran last; -1 before the first start."""
         self.allocation: Allocation | None = None
+        self.seq = -1
+        """The sequence id in the KV cache while the sequence runs, else -1."""
         self.computed = 0
-        """Number of tokens in cells."""
         self.match: Match | None = None
         """The last match of the tokens in the KV cache. None while the sequence runs, or before the first match."""
         self.draft: abc.Sequence[int] = ()
-        self.prefilled = 0
-        """Tokens computed for this sequence."""
+        self.awaits_encoding = False
+        """True while the embeddings of the next tokens, those of an image or sound, are not computed."""
+        self.prefill_due = self.submitted = time.perf_counter()
+        """Time of the submission, or the last time at which the sequence waited for embeddings."""
+        self.prefilled = 0  # tokens computed for this sequence
         self.cached: int | None = None
         """Prompt tokens that were loaded or shared. None until the whole prompt is in cells."""
         self.moved = 0
@@ -72,11 +86,7 @@ class Sequence:
         self.discarded = 0
         """Tokens discarded by context shifts."""
         self._limit = limit
-        self._keep = None if keep is None else self.prompt_length if keep < 0 else min(keep, self.prompt_length)
-        room = 2**62 if keep is not None else limit - self.prompt_length
-        # Without a maximum a context shift could go on for ever.
-        self._max_tokens = min(room, limit) if request.max_tokens is None else min(request.max_tokens, room)
-        self.submitted = time.perf_counter()
+        self._keep, self._max_tokens = _keep_and_max_tokens(request, limit, keep)
         self.due = math.inf if request.timeout is None else self.submitted + request.timeout
         """Time at which the request ends if it is not complete. Infinite without a deadline."""
         self.admitted: float | None = None
@@ -88,23 +98,17 @@ class Sequence:
     @property
     def salt(self) -> str:
         """The namespace of the sequence in the KV cache. A request that is not cached has a namespace of its own."""
-        return self.request.namespace if self.request.cache else f"\0{self.key}"
+        return self.request.namespace if self.request.cache else uncached_namespace(self.key)
 
     @property
     def claim(self) -> Claim:
         """The sequence's claim to a slot."""
-        return Claim(self.key, self.request.owner, self.request.weight, self.request.priority)
+        return Claim(self.key, self.request.owner, self.request.weight, self.request.priority, self.due)
 
     @property
     def adapters(self) -> AdapterSet:
         """The LoRA adapters that are applied to every row of the sequence."""
         return self.request.adapters or ()
-
-    @property
-    def seq(self) -> int:
-        """The sequence id in the KV cache. Valid only while the sequence runs."""
-        assert self.allocation is not None, "a running sequence has an allocation"
-        return self.allocation.seq
 
     @property
     def emitted(self) -> int:
@@ -115,6 +119,17 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Number of known tokens that are not in cells: one while decoding, more during prefill."""
         return len(self.tokens) - self.computed
+
+    @property
+    def next_run(self) -> MediaRun | None:
+        """The first run of an image or sound that is not wholly in cells. None if there is none."""
+        return next((run for run in self.request.media if run.end > self.computed), None)
+
+    @property
+    def num_ready(self) -> int:
+        """Number of uncomputed tokens before those of the next image or sound."""
+        run = self.next_run
+        return self.num_uncomputed if run is None else max(0, run.start - self.computed)
 
     @property
     def forced(self) -> int | None:
@@ -137,14 +152,19 @@ class Sequence:
 
     def start(self, allocation: Allocation) -> None:
         """Sets the allocation with which the sequence runs, at its first start or after a preemption."""
-        self.allocation, self.match = allocation, None
-        self.computed = allocation.cached
+        self.change_allocation(allocation)
+        self.match = None
         if self.admitted is None:
             self.admitted = time.perf_counter()
 
+    def change_allocation(self, allocation: Allocation) -> None:
+        """Sets the allocation of a running sequence."""
+        self.allocation, self.seq, self.computed = allocation, allocation.seq, allocation.cached
+
     def stop(self) -> None:
         """Drops allocation and draft."""
-        self.draft, self.allocation, self.computed = (), None, 0
+        self.seq = -1
+        self.draft, self.allocation, self.computed, self.awaits_encoding = (), None, 0, False
 
     def fill(self, batch: Batch, rows: ScheduledRows) -> int:
         """Writes the sequence's `rows` into `batch`. Returns the index of its first row of logits."""
@@ -181,6 +201,8 @@ class Sequence:
         cannot be followed further.
         """
         self.tokens.append(token)
+        if self.history is not self.tokens:
+            self.history.append(token)
         if self.budget is not None:
             self.budget.take(token)
         if token in self._ends:
@@ -237,32 +259,44 @@ class Sequence:
         return self.cached
 
     @property
-    def prefill_progress(self) -> PrefillProgress | None:
-        """The progress of the prefill. None if `Request.progress` is False, or after the first emitted token."""
-        if not self.request.progress or self.first_token is not None:
-            return None
-        known, seconds = min(self.computed, self.prompt_length), time.perf_counter() - (self.admitted or 0.0)
-        return PrefillProgress(self.prompt_length, self.cached_so_far, known, seconds)
-
-    @property
     def ends_after_prefill(self) -> bool:
         """True if `max_tokens` is 0."""
         return self._max_tokens == 0
 
-    def finished(self, reason: FinishReason) -> Finished:
-        """Returns the terminal update with the current counts and times."""
-        now = time.perf_counter()
-        admitted = self.admitted or now
-        first = self.first_token or now
-        drafts = self.proposers.draft_stats
-        drafted, accepted = sum(stats.drafted for stats in drafts), sum(stats.accepted for stats in drafts)
-        return Finished(
-            reason=reason,
-            usage=Usage(self.prompt_length, self.cached or 0, self.emitted, drafted, accepted, self.moved),
-            timings=Timings(admitted - self.submitted, first - admitted, now - first),
-            seed=self.seed,
-            stop=self.stop_token,
-            drafts=drafts,
-            discarded=self.discarded,
-            slot=self.slot,
-        )
+
+def prefill_progress(sequence: Sequence) -> PrefillProgress | None:
+    """Returns the progress of the prefill. None if `Request.progress` is False, or after the first emitted token."""
+    if not sequence.request.progress or sequence.first_token is not None:
+        return None
+    known, seconds = min(sequence.computed, sequence.prompt_length), time.perf_counter() - (sequence.admitted or 0.0)
+    return PrefillProgress(sequence.prompt_length, sequence.cached_so_far, known, seconds)
+
+
+def finished(sequence: Sequence, reason: FinishReason) -> Finished:
+    """Returns the terminal update with the current counts and times."""
+    now = time.perf_counter()
+    admitted = sequence.admitted or now
+    first = sequence.first_token or now
+    drafts = sequence.proposers.draft_stats
+    drafted, accepted = sum(stats.drafted for stats in drafts), sum(stats.accepted for stats in drafts)
+    return Finished(
+        reason=reason,
+        usage=Usage(sequence.prompt_length, sequence.cached or 0, sequence.emitted, drafted, accepted, sequence.moved),
+        timings=Timings(admitted - sequence.submitted, first - admitted, now - first),
+        seed=sequence.seed,
+        stop=sequence.stop_token,
+        drafts=drafts,
+        discarded=sequence.discarded,
+        slot=sequence.slot,
+    )
+
+
+def _keep_and_max_tokens(request: Request, limit: int, keep: int | None) -> tuple[int | None, int]:
+    """Returns the number of prompt tokens that a context shift keeps, None without shifts, and the maximum number of
+    emitted tokens."""
+    length = len(request.prompt)
+    if keep is None or request.media:  # a shift would recompute images at other positions
+        room = limit - length
+        return None, room if request.max_tokens is None else min(request.max_tokens, room)
+    # Without a maximum a context shift could go on for ever.
+    return length if keep < 0 else min(keep, length), limit if request.max_tokens is None else request.max_tokens

@@ -129,19 +129,18 @@ class Counters:
         self._drafts = drafts
         self._seconds_of = seconds
 
-    def record_emission(self, tokens: int, gap: float | None, age: float) -> None:
-        """Records `tokens` tokens of a request submitted `age` seconds ago, `gap` seconds after its previous tokens.
-        `gap` is None for its first tokens."""
-        self.completion_tokens += tokens
-        if gap is None:
-            self.ttft.add(age)
-        else:
-            self.gap.add(gap)
+    def record_gaps(self, gaps: Mapping[float, int]) -> None:
+        """Records the seconds between the tokens of a step and the previous tokens of each request. `gaps` has numbers
+        of requests by seconds."""
+        for seconds, count in gaps.items():
+            self.gap.add(seconds, count)
 
-    def record_prefill(self, tokens: int, seconds: float) -> None:
-        """Records the first token of a request, `seconds` after its start, for which `tokens` tokens were computed."""
+    def record_first_token(self, age: float, tokens: int, prefill_seconds: float) -> None:
+        """Records the first token of a request that was submitted `age` seconds ago and for which `tokens` tokens were
+        computed, `prefill_seconds` after its start."""
+        self.ttft.add(age)
         self.prefilled_tokens += tokens
-        self.prefill_seconds += seconds
+        self.prefill_seconds += prefill_seconds
 
     def record_decode(self, sequences: int, passes: int, seconds: float) -> None:
         """Records a decode with rows of `sequences` sequences."""

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections import abc
-from functools import partial
-from typing import NamedTuple
 
 from msgspec import structs
 
 from engine import scheduler
-from engine.backend import Aborted, Backend, NativeFault, NoFreeCells
-from engine.contract import EngineFault, ShutDown
-from engine.grammar import Masks
+from engine.backend import Aborted, Backend, NativeFault
 from engine.kv import Costs, KVCache, Offload
 from engine.lifecycle import Lifecycle
+from engine.media import MediaEncoder
+from engine.media_prefill import MediaPrefill
 from engine.outbox import Outbox
-from engine.output_processor import OutputProcessor
 from engine.pace import StepTargets, UpcomingStep
-from engine.scheduler import FreeCapacity, Plan, ScheduledRows, StepLimits
-from engine.speculate import FEED_TOKENS, LastStep, SpeculativeDecoding
+from engine.scheduler import FreeCapacity, Plan, StepLimits
+from engine.speculate import FEED_TOKENS, SpeculativeDecoding
 from engine.stats import Counters
+from engine.step_execution import StepExecution, step_fault
 from engine.watchdog import WorkClock
 
 # Share of a step that may be spent on loading blocks while other sequences run, and the same share for saving blocks.
 MOVE_SHARE = 0.1
 # Seconds between two polls of the inbox while an idle engine saves prefixes.
 IDLE_SAVE_SECONDS = 0.02
-
-
-class _RowCharge(NamedTuple):
-    """Expected seconds of the row of one of `decoding` sequences."""
-
-    decoding: int
-    seconds: float
 
 
 class EngineCore:
@@ -50,6 +40,7 @@ class EngineCore:
         reuse: int = 0,
         queue_timeout: float = 0.0,
         work: WorkClock | None = None,
+        encoder: MediaEncoder | None = None,
     ) -> None:
         context = backend.context
         # With unified KV a prompt gets a new id, while the id of the idle sequence whose cells it shares stays in use.
@@ -58,20 +49,20 @@ class EngineCore:
         self.backend = backend
         self.context = context
         self.kv = KVCache(context, offload, reuse)
-        self._chooser = speculative_decoding.chooser
-        self.cost = self._chooser.cost
+        self.cost = speculative_decoding.chooser.cost
         self.counters = Counters(context.cells, lambda: speculative_decoding.draft_stats, self.cost.even_seconds)
         self.lifecycle = Lifecycle(self.kv, slots, speculative_decoding, outbox, self.counters, queue_timeout)
         self.running = self.lifecycle.running
         self.waiting = self.lifecycle.waiting
         self.slots = self.lifecycle.slots
+        self._media = None if encoder is None else MediaPrefill(encoder, self.kv, self.lifecycle)
+        self._media_seconds = 0.0
         self._targets = targets
         self._outbox = outbox
         self.speculative_decoding = speculative_decoding
-        self._masks = Masks(backend.vocab.size, overlapped=backend.info.offloaded)
-        self._outputs = OutputProcessor(self.kv, self.lifecycle, outbox, self.counters, self._masks, self._chooser)
-        self._last_step = LastStep(0.0)
-        self._charged = _RowCharge(0, 0.0)
+        self._execution = StepExecution(
+            backend, self.kv, self.lifecycle, outbox, self.counters, speculative_decoding.chooser
+        )
         self._work = work or WorkClock()
 
     def step(self) -> None:
@@ -82,16 +73,21 @@ class EngineCore:
         self.lifecycle.expire(begun)
         self._admit()
         self._maintain()
-        plan = self._plan()
+        media_rows = self._prefill_media()
+        plan = self._plan(media_rows)
         for key in plan.preempt:
             self.lifecycle.preempt(self.running[key])
         if plan.rows:
-            self._execute(plan.rows)
+            self._execution.execute(plan.rows)
+        elif self._media is not None and not media_rows:
+            self._media.wait()
         self.counters.set_gauges(len(self.running), len(self.waiting), self.kv.stats())
         self._outbox.flush()
         if self.counters.steps > steps:  # a decode completed
             # Without the time of `_draft`: proposers account for their own time.
-            self.cost.add_host_time(time.perf_counter() - begun - self._last_step.seconds)
+            self.cost.add_host_time(
+                time.perf_counter() - begun - self._execution.last_step.seconds - self._media_seconds
+            )
         self._draft()
         self.counters.record_step(time.perf_counter() - begun, decoded=self.counters.steps > steps)
         self._work.end()
@@ -112,7 +108,7 @@ class EngineCore:
     def close(self) -> None:
         """Writes shared data of proposers, and blocks queued for the disk. No method may be called afterwards."""
         self.speculative_decoding.close()
-        self._masks.close()
+        self._execution.close()
         self.kv.close()
 
     # ── admit and plan ──
@@ -147,23 +143,30 @@ class EngineCore:
         rows = sum(1 + len(sequence.draft) for sequence in self.running.values())
         resident, extra_pass = self.cost.resident_cell(rows), self.cost.extra_pass
         self.kv.set_costs(Costs(compute=self.cost.prompt_row, resident=resident, extra_pass=extra_pass))
-        self.kv.maintain(MOVE_SHARE * self._last_step.seconds)
+        self.kv.maintain(self._move_seconds)
         if (moved := self.kv.close_gap()) is not None:
             self.running.change_id(*moved)
         self._load()
 
+    @property
+    def _move_seconds(self) -> float:
+        """Seconds of a step that may be spent on saving, and again on loading, while sequences run."""
+        return MOVE_SHARE * self._execution.last_step.seconds
+
     def _load(self) -> None:
         """Loads the next blocks of each loading sequence, for a small share of a step while other sequences run."""
-        loading = [sequence for sequence in self.running.values() if self.kv.loading(sequence.seq)]
+        loading = self.running.loading()
+        if not loading:
+            return
         alone = len(loading) == len(self.running)
-        until = time.perf_counter() + (self._targets.idle_step if alone else MOVE_SHARE * self._last_step.seconds)
+        until = time.perf_counter() + (self._targets.idle_step if alone else self._move_seconds)
         for sequence in loading:
             while self.kv.loading(sequence.seq):
                 wait = alone and sequence is loading[0]
                 try:
                     loaded = self.kv.load(sequence.seq, until - time.perf_counter(), wait=wait)
                 except (Aborted, NativeFault) as error:
-                    self.lifecycle.fail(sequence, _fault_of(error))
+                    self.lifecycle.fail(sequence, step_fault(error))
                     break
                 if not loaded.tokens:
                     break
@@ -171,10 +174,32 @@ class EngineCore:
                 if time.perf_counter() >= until:
                     return
 
-    def _plan(self) -> Plan:
+    def _prefill_media(self) -> int:
+        """Decodes rows of an image or sound in place of a prompt chunk. Returns their number."""
+        self._media_seconds, begun = 0.0, time.perf_counter()
+        if self._media is None or not self._media.prepare():
+            return 0
         self.running.choose_adapters()
-        views, context = self.running.views(), self.context
-        prompt_rows = self._prompt_rows() if any(view.num_uncomputed > 1 for view in views) else 0
+        self.context.set_adapters(self.running.adapters)
+        rows = self._media.decode(self._execution.commit, self._prompt_rows, self.context.batch.capacity)
+        self._media_seconds = time.perf_counter() - begun
+        if rows:  # counts as a prompt chunk of the decode that follows
+            decoding = self.cost.layout.shape(self.running.decoding(), self.kv.used_cells)
+            alone = self.cost.decode_seconds(decoding) if decoding.passes else 0.0
+            self.cost.observe(decoding, rows, self._media_seconds + alone)
+        return rows
+
+    def _plan(self, media_rows: int = 0) -> Plan:
+        self.running.choose_adapters()
+        context = self.context
+        if not media_rows and (drafts := self.running.decode_drafts()) is not None:
+            limits = StepLimits(context.batch.capacity, context.outputs, 0)
+            if (plan := scheduler.plan_decoding(drafts, self._free_capacity(), limits)) is not None:
+                return plan
+        views = self.running.views()
+        # The rows of an image stand in place of a chunk of a prompt, so that the decoding sequences are not delayed.
+        prefills = not media_rows and any(view.num_uncomputed > 1 for view in views)
+        prompt_rows = self._prompt_rows() if prefills else 0
         limits = StepLimits(context.batch.capacity, context.outputs, prompt_rows, context.prefill_rows, context.ubatch)
         return scheduler.plan(views, self._free_capacity(), limits)
 
@@ -189,83 +214,11 @@ class EngineCore:
     def _free_capacity(self) -> FreeCapacity:
         return FreeCapacity(self._free_slots, self.kv.free_cells, self.kv.evictable_cells)
 
-    # ── execute ──
-
-    def _execute(self, rows: abc.Sequence[ScheduledRows]) -> None:
-        """Decodes `rows`, or fewer if there are too few cells, and processes the logits.
-
-        The count of free cells is exact for attention to all tokens; other models may have fewer. Then all idle
-        prefixes are evicted and the step is repeated with fewer rows. A single row that does not fit is rejected."""
-        switched = self.context.set_adapters(self.running.adapters)
-        while True:
-            self.kv.evict(sum(part.tokens + part.drafts for part in rows))
-            placed = self.running.ordered(rows, self.cost, separate_prompts=self.context.prefill_rows > 1)
-            firsts, cells = self._fill(placed), self.kv.used_cells
-            failed = [self.running[part.key] for part in rows]
-            sequence_rows = self.running.sequence_rows(placed)
-            decoding, prompt_rows = self.running.split_decoding(placed, sequence_rows)
-            passes = self.cost.layout.passes(sequence_rows)
-            begun = time.perf_counter()
-            try:
-                logits = self.context.decode(partial(self._commit, placed))
-            except NoFreeCells:
-                self.kv.evict(self.context.cells)
-                if fewer := scheduler.reduce_rows(rows):
-                    rows = fewer
-                    continue
-                self.lifecycle.reject_rows(failed)
-            except (Aborted, NativeFault) as error:
-                self.lifecycle.fail_all(partial(_fault_of, error), failed)
-            else:
-                seconds = time.perf_counter() - begun
-                self._last_step = LastStep(seconds, prompt_rows)
-                self.running.count_step(seconds)
-                if not switched:  # the first decode with other adapters takes longer
-                    self._chooser.observe_step(decoding, prompt_rows, cells, seconds)
-                self.counters.record_decode(len(rows), len(passes), seconds)
-                self._outputs.process(placed, firsts, logits)
-            return
-
-    def _fill(self, rows: abc.Iterable[ScheduledRows]) -> list[int]:
-        """Writes the batch and starts computing the grammar masks. Returns, for each of `rows`, the index of its first
-        row of logits."""
-        self.context.batch.clear()
-        self._masks.begin([mask for part in rows if (mask := self.running[part.key].mask_request(part)) is not None])
-        return [self.running[part.key].fill(self.context.batch, part) for part in rows]
-
-    def _commit(self, rows: abc.Iterable[ScheduledRows]) -> None:
-        """Counts the known tokens of `rows` as computed. A GPU may still be computing them."""
-        self._charge(rows)
-        for part in rows:
-            sequence = self.running[part.key]
-            self.kv.commit(sequence.seq, sequence.commit(part.tokens))
-            if sequence.num_uncomputed:
-                continue
-            if cached := sequence.end_prefill():
-                self.counters.cached_tokens += cached
-                self.counters.hits += 1
-            self.waiting.remove_in_flight(sequence)  # no effect after the step that completes the prefill
-        self.kv.count_step()
-
-    def _charge(self, rows: abc.Iterable[ScheduledRows]) -> None:
-        """Adds the cost of `rows` to the counters of their owners, in tokens of a prompt: a decoding sequence costs as
-        many as take the time of its row. The recomputation after a preemption costs nothing."""
-        sequences = [(self.running[part.key], part.tokens) for part in rows]
-        decoding = sum(sequence.num_uncomputed == 1 for sequence, _ in sequences)
-        if decoding != self._charged.decoding:  # the estimate takes as long as charging all sequences
-            self._charged = _RowCharge(decoding, self.cost.even_seconds(decoding) / max(1, decoding))
-        row = self.cost.prompt_row
-        for sequence, tokens in sequences:
-            if sequence.num_uncomputed == 1:
-                self.lifecycle.charge(sequence, max(1.0, self._charged.seconds / row) if row else 1.0)
-            elif sequence.first_token is None:
-                self.lifecycle.charge(sequence, tokens)
-
     # ── draft ──
 
     def _draft(self) -> None:
         """Sets the drafts for the next step. Called after the flush, so that it does not delay this step's tokens."""
-        if (max_rollback := self.context.max_rollback) == 0:
+        if (max_rollback := self.context.max_rollback) == 0 or not self.running.may_draft:
             return
         self.running.choose_adapters()
         context, count = self.context, len(self.running)
@@ -277,10 +230,6 @@ class EngineCore:
         decoding = self.running.decoding() if candidates or prefilling else []
         upcoming = UpcomingStep(tuple(decoding), len(decoding), self.kv.used_cells, max(0, max_rows))
         planner = self.speculative_decoding.planner
-        drafts = planner.plan([*candidates.values()], prefilling, upcoming, self._last_step)
+        drafts = planner.plan([*candidates.values()], prefilling, upcoming, self._execution.last_step)
         for key, draft in zip(candidates, drafts, strict=True):
             self.running[key].draft = draft.tokens
-
-
-def _fault_of(error: Aborted | NativeFault) -> EngineFault:
-    return ShutDown() if isinstance(error, Aborted) else EngineFault(f"the step failed: {error}")

@@ -27,11 +27,14 @@ def partial_match_length(text: str, markers: Sequence[str]) -> int:
     >>> partial_match_length("a <tool", ["<tool_call>", "<think>"])
     5
     """
-    longest = max(map(len, markers), default=1) - 1
-    for size in range(min(longest, len(text)), 0, -1):
-        if any(marker.startswith(text[-size:]) for marker in markers):
-            return size
-    return 0
+    longest = 0
+    for marker in markers:
+        at = text.find(marker[:1], max(0, len(text) - len(marker) + 1))
+        while at >= 0 and not marker.startswith(text[at:]):
+            at = text.find(marker[0], at + 1)
+        if at >= 0:
+            longest = max(longest, len(text) - at)
+    return longest
 
 
 class StopScope(Protocol):
@@ -90,7 +93,9 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = tuple(stop for stop in stops if stop)
         self._min_tokens = min_tokens
-        self._scope = scope or _WholeText()
+        self._whole = _WholeText()
+        self._scope = scope or self._whole
+        self._stop_starts = {stop[0] for stop in self._stops}
         self._held = ""
         self._fed = 0  # tokens fed; all of them if there are stop strings
         # Characters decoded by `_decoder`, both released and held ones.
@@ -112,10 +117,10 @@ class Detokenizer:
         >>> detokenizer.feed(b"NDless").text, detokenizer.stopped_by
         ('', 'END')
         """
-        if (text := self.decode_complete(content)) is not None:
-            return DecodedText(text, 1)
         if self.stopped_by is not None:
             return DecodedText("", 0)
+        if (text := self.decode_complete(content)) is not None:
+            return DecodedText(text, 1)
         start = self._decoded
         fresh = self._decoder.decode(content)
         self._decoded += len(fresh)
@@ -126,17 +131,24 @@ class Detokenizer:
             self._protected = self._decoded
         return self._release(fresh, final=False)
 
-    def decode_complete(self, content: bytes) -> str | None:
-        """Returns the text of one or more tokens if no text is held back before or after them, the usual case.
+    def decode_complete(self, content: bytes, tokens: int = 1) -> str | None:
+        """Returns the text of `tokens` tokens if no text is held back before or after them, the usual case.
 
         Returns None, with the state unchanged, if text is or may have to be held back.
         """
-        if self._stops or self._spans:
+        if self._spans:
             return None
         try:
-            return content.decode()
+            text = content.decode()
         except UnicodeDecodeError:
             return None
+        if self._stops:
+            if self._scope is not self._whole or not self._stop_starts.isdisjoint(text):
+                return None
+            self._fed += tokens
+            self._decoded = self._whole.decided = self._decoded + len(text)
+            self._run = (0, self._decoded)
+        return text
 
     def finish(self) -> DecodedText:
         """Releases all held text after the last token. An incomplete character becomes U+FFFD."""

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
@@ -20,14 +20,18 @@ from engine.commands import Cancel, Command, FailAll, Query, Submit, Wake
 from engine.config import EngineConfig
 from engine.contents import ContentDigest
 from engine.contract import ENGINE_FAILED, PROPOSER_TYPES, EngineError, EngineFault, Request, ShutDown
+from engine.draft_head import DraftHead
 from engine.kv import Offload, open_offload
 from engine.measured_costs import load_or_measure_costs
+from engine.media import MediaEncoder, MediaReader
+from engine.media_prefill import open_encoder
 from engine.outbox import Outbox, StepOutput
 from engine.pace import Layout, StepCost, StepTargets, warm_up
 from engine.sequence import Sequence
 from engine.sim import open_sim, sim_proposers
 from engine.speculate import (
     DraftModel,
+    MtpProposer,
     ProposerFactory,
     SharedDraftData,
     SpeculativeDecoding,
@@ -85,9 +89,11 @@ class LoadedEngine(NamedTuple):
 
     backend: Backend
     core: EngineCore
-    """Only the engine thread may use it, except `counters.snapshot()`, `kv.reuse` and `speculative_decoding.fault`."""
+    """Only the engine thread may use it, except `counters.snapshot()`, `kv.reuse` and `speculative_decoding.faults`."""
     unavailable_proposers: Mapping[str, str]
     """The reason for each type of proposer that no request can use."""
+    media: MediaReader | None = None
+    """Reads prompts with images and sounds. None without a projector."""
 
 
 class EngineThread:
@@ -111,6 +117,7 @@ class EngineThread:
         self.work = WorkClock()
         self._thread = threading.Thread(target=self._serve, name=ENGINE_THREAD, daemon=True)
         self._backends: list[Backend] = []
+        self._encoder: MediaEncoder | None = None
         self._unavailable: dict[str, str] = {}
         if not config.draft.path:
             self._unavailable["draft"] = "there is no draft model, see --model-draft"
@@ -207,8 +214,10 @@ class EngineThread:
                 backend = self._open_model(stack)
                 check_draft_files(self._config.speculation, backend.vocab)
                 draft = self._open_draft(backend, stack) if self._config.draft.path else None
+                if (encoder := open_encoder(self._config, backend)) is not None:
+                    self._encoder = stack.enter_context(closing(encoder))
                 whole = not backend.context.divisible
-                offload = open_offload(self._config.memory, backend.info, digest, whole=whole)
+                offload = open_offload(self._config.tiers, backend.info, digest, whole=whole)
                 if digest is not None:
                     digest.add_done_callback(lambda _: self.inbox.put(Wake()))
             except Exception as error:
@@ -222,6 +231,8 @@ class EngineThread:
         )
         stack.callback(backend.close)
         self._backends.append(backend)
+        if not isinstance(backend.context, DraftHead):
+            self._unavailable["draft-mtp"] = self._config.no_mtp or "the model has no MTP layer that can be used"
         if backend.context.max_rollback == 0:
             reason = backend.info.no_drafts or "the model cannot roll back single tokens"
             self._unavailable.update(dict.fromkeys(PROPOSER_TYPES, reason))
@@ -258,7 +269,8 @@ class EngineThread:
             if offload is not None:
                 offload.await_disk(DISK_OPEN_SECONDS)
             self.work.end()
-            self._call_soon(_settle, self._opened, LoadedEngine(backend, core, self._unavailable), None)
+            reader = None if self._encoder is None else MediaReader(self._encoder.projector, backend.vocab)
+            self._call_soon(_settle, self._opened, LoadedEngine(backend, core, self._unavailable, reader), None)
             self._run(core)
             core.close()
         except BaseException:  # a panic of a Rust library is not an `Exception`
@@ -279,9 +291,11 @@ class EngineThread:
         if draft is not None:
             draft_config = config.for_draft_model(backend.context.cells)
             model = DraftModel(draft, backend.info.vocabulary, self._cost(draft_config, draft))
+        head = backend.context
+        mtp = MtpProposer(head, backend.vocab.ends) if isinstance(head, DraftHead) else None
         shared = SharedDraftData(config.speculation, backend.vocab)
         factory = self._proposer_factory or sim_proposers(config)
-        speculative_decoding = SpeculativeDecoding(shared, config.speculation, config.draft, model, factory, cost)
+        speculative_decoding = SpeculativeDecoding(shared, config.speculation, config.draft, model, factory, cost, mtp)
         outbox = Outbox(self._loop, self._listener.on_outputs)
         return EngineCore(
             backend,
@@ -290,9 +304,10 @@ class EngineThread:
             outbox,
             speculative_decoding,
             offload,
-            config.memory.reuse,
+            config.memory.reuse if self._encoder is None else 0,  # no part of an image may be moved
             batch.queue_timeout,
             self.work,
+            self._encoder,
         )
 
     def _cost(self, config: EngineConfig, backend: Backend) -> StepCost:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from engine.contract import Request, RequestRefused
+from engine.media import MediaReader, without_runs
 
 # Fields of a request that count something.
 _COUNTS = ("max_tokens", "min_tokens", "logprobs")
@@ -26,11 +27,19 @@ class TokenCheck:
             return
         if not prompt:
             raise RequestRefused("The prompt is empty: at least one token is required.", field="prompt")
-        if _outside(prompt, vocabulary):
+        if _outside(without_runs(prompt, request.media), vocabulary):
             raise RequestRefused(f"The prompt holds a token id outside 0..{vocabulary - 1}.", field="prompt")
         if _outside(prediction, vocabulary):
             raise RequestRefused(f"The prediction holds a token id outside 0..{vocabulary - 1}.", field="prediction")
         self._prompt, self._prediction = prompt, prediction
+
+
+def check_media(request: Request, reader: MediaReader | None) -> None:
+    """Raises RequestRefused for a prompt with images or sounds that the engine cannot compute or continue."""
+    if request.media and reader is None:
+        raise RequestRefused("This model takes no images or sounds.", field="prompt")
+    if request.media and request.media[-1].end == len(request.prompt):
+        raise RequestRefused("The prompt ends with an image or sound: text must follow it.", field="prompt")
 
 
 def check_parameters(request: Request, vocabulary: int, unavailable_proposers: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ from engine.contract import (
     RequestRefused,
 )
 from engine.grammar import GrammarError, RowMasks
-from engine.sampling import BadLogits, Candidates, Peak, candidate_logprob, logprob, sample_and_accept
+from engine.sampling import UNPICKED, BadLogits, Candidates, candidate_logprob, logprob, sample_and_accept
 from engine.sequence import Sequence
 
 log = logging.getLogger("paceline.engine")
@@ -48,30 +48,30 @@ def verify(
     sequence: Sequence,
     draft: abc.Sequence[int],
     rows: Logits,
-    peaks: abc.Sequence[Peak],
+    picks: abc.Sequence[int],
     masks: RowMasks | None = None,
 ) -> VerificationResult:
     """Appends to `sequence` the tokens that `rows` emit: one per accepted draft token and one more, up to its end.
 
-    Row j attended to the first j draft tokens. `peaks` has the peak of each row, and `masks` returns the grammar mask
-    of a row. The result has an error
-    if no token can be sampled from a row, or if the grammar permits no continuation. The tokens before the error are
-    appended, as they would be without drafts.
+    Row j attended to the first j draft tokens. `picks` has the token of each row, or `UNPICKED` if it must be sampled.
+    `masks` returns the grammar mask of a row. The result has an error if no token can be sampled from a row, or if the
+    grammar permits no continuation. The tokens before the error are appended, as they would be without drafts.
     """
-
+    if sequence.is_plain and UNPICKED not in picks:
+        return _append_picks(sequence, draft, picks)
     request, candidates = sequence.request, list[Candidates]()
     forced: list[bool] = []
 
     def sample(row: int) -> int:
         permitted = None if masks is None else masks(row)
-        state = rows[row], sequence.tokens, sequence.prompt_length, sequence.discarded, permitted
+        state = rows[row], sequence.history, sequence.text_length, sequence.discarded, permitted
         if request.logprobs is not None and request.post_sampling:
             candidates.append(sequence.sampler.candidates(*state))
         if request.origins:
             forced.append(_is_forced(sequence, permitted))
         if (token := sequence.forced) is not None and (permitted is None or permitted[token]):
             return token
-        return sequence.sampler.sample(*state, peaks[row])
+        return picks[row] if picks[row] != UNPICKED else sequence.sampler.sample(*state)
 
     ids: list[int] = []
     logprobs: list[Logprob] = []
@@ -102,6 +102,23 @@ def verify(
     streamed = ids if sequence.stop_token is None else ids[:-1]
     origins = _origins(sequence, forced[: len(streamed)], accepted) if request.origins else ()
     return VerificationResult(ids, streamed, logprobs, accepted, reason, error, origins)
+
+
+def _append_picks(sequence: Sequence, draft: abc.Sequence[int], picks: abc.Sequence[int]) -> VerificationResult:
+    """Appends to a plain sequence the accepted tokens of `draft` and one more, given the token of each row."""
+    ids: list[int] = []
+    accepted = 0
+    reason: FinishReason | None = None
+    for row, token in enumerate(picks):
+        ids.append(token)
+        reason = sequence.append(token)
+        if row < len(draft) and draft[row] == token:
+            accepted += 1
+        else:
+            break
+        if reason is not None:
+            break
+    return VerificationResult(ids, ids if sequence.stop_token is None else ids[:-1], (), accepted, reason, None)
 
 
 def _is_forced(sequence: Sequence, permitted: NDArray[np.bool_] | None) -> bool:

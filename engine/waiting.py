@@ -15,7 +15,7 @@ from engine.sequence import Sequence
 
 class Waiting:
     """The queue. Fair queueing orders the owners (`engine.fairness`); the requests of an owner are in the order of
-    their priorities, deadlines and arrivals, preempted ones first. Belongs to the engine thread."""
+    their priorities, deadlines and arrivals, of equal deadlines preempted ones first. Belongs to the engine thread."""
 
     def __init__(self, kv: KVCache, counters: TokenCounters) -> None:
         self._kv = kv
@@ -40,11 +40,11 @@ class Waiting:
         self._insert(sequence, is_new=True)
 
     def put_first(self, sequence: Sequence) -> None:
-        """Adds a preempted sequence, which resumes before others of its owner and priority."""
+        """Adds a preempted sequence, which resumes before others of its owner, priority and deadline."""
         self._insert(sequence, is_new=False)
 
     def _insert(self, sequence: Sequence, *, is_new: bool) -> None:
-        entry = QueueEntry(sequence.request.priority, is_new, sequence.due, sequence.key)
+        entry = QueueEntry(sequence.request.priority, sequence.due, is_new, sequence.key)
         self._sequences[sequence.key], self._entries[sequence.key] = sequence, entry
         insort(self._queues.setdefault(sequence.request.owner, []), entry)
 

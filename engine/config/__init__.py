@@ -13,6 +13,7 @@ memory       the tiers of the KV cache
 speculation  proposers and the draft model
 embedding    embeddings and reranking
 adapters     LoRA adapters and control vectors
+media        the projector of images and sounds
 sim          the simulated model
 machine      cores and name of the processor, folder of caches
 """
@@ -24,6 +25,7 @@ from engine.config.embedding import EmbeddingConfig, Pooling
 from engine.config.engine import EngineConfig
 from engine.config.loading import LoadConfig
 from engine.config.machine import cache_folder, physical_cores, processor_name
+from engine.config.media import MediaConfig
 from engine.config.memory import MemoryConfig
 from engine.config.model import CacheType, ModelConfig
 from engine.config.rope import RopeConfig
@@ -40,6 +42,7 @@ __all__ = [
     "EmbeddingConfig",
     "EngineConfig",
     "LoadConfig",
+    "MediaConfig",
     "MemoryConfig",
     "ModelConfig",
     "Pooling",

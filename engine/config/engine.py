@@ -13,6 +13,7 @@ from engine.config.batch import BatchConfig
 from engine.config.cpu import CpuConfig
 from engine.config.embedding import EmbeddingConfig
 from engine.config.loading import LoadConfig
+from engine.config.media import MediaConfig
 from engine.config.memory import MemoryConfig
 from engine.config.model import ModelConfig
 from engine.config.rope import RopeConfig
@@ -34,6 +35,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     sim: SimConfig = SimConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
     adapters: AdapterConfig = AdapterConfig()
+    media: MediaConfig = MediaConfig()
 
     @classmethod
     def of(
@@ -48,6 +50,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         sim: SimConfig | dict[str, object] | None = None,
         embedding: EmbeddingConfig | dict[str, object] | None = None,
         adapters: AdapterConfig | dict[str, object] | None = None,
+        media: MediaConfig | dict[str, object] | None = None,
         **fields: object,
     ) -> EngineConfig:
         """Returns a checked configuration. `fields` are fields of `model` and of `batch`.
@@ -72,8 +75,28 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             "sim": sim or {},
             "embedding": embedding or {},
             "adapters": adapters or {},
+            "media": media or {},
         }
         return msgspec.convert(tables, cls)
+
+    @property
+    def mtp(self) -> bool:
+        """True if the MTP layers of a model that has them are loaded."""
+        return not self.no_mtp
+
+    @property
+    def no_mtp(self) -> str:
+        """Reason why the MTP layers of a model that has them are not loaded; empty if they are loaded."""
+        if self.draft.path:
+            return "the draft model drafts instead"
+        types = self.speculation.default_types
+        return "" if {"auto", "draft-mtp"} & {*types} else "--spec-type names neither draft-mtp nor auto"
+
+    @property
+    def tiers(self) -> MemoryConfig:
+        """The sizes of the tiers. With a projector the RAM tier shares its memory with the embeddings of images."""
+        encoded = self.media.encoded_bytes(self.memory.ram_bytes)
+        return structs.replace(self.memory, ram=(self.memory.ram_bytes - encoded) >> 20) if encoded else self.memory
 
     def for_draft_model(self, cells: int) -> EngineConfig:
         """Returns the configuration of the draft model's engine. `cells` is the number of the target model's KV cells.
@@ -101,6 +124,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             kv_unified=False if self.model.kv_unified is False else None,
             cache_type_k=draft.cache_type_k,
             cache_type_v=draft.cache_type_v,
+            backend_sampling="off",  # the proposer needs all logits
             deterministic=False,
         )
         load = structs.replace(
@@ -111,4 +135,5 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             n_cpu_ffn=0,
         )
         batch = structs.replace(self.batch, context=draft.context or cells, outputs=self.batch.num_slots)
-        return EngineConfig(model=model, load=load, rope=self.rope, cpu=self.cpu, batch=batch)
+        speculation = SpeculationConfig(types=("none",))  # MTP layers of the draft model do not draft
+        return EngineConfig(model=model, load=load, rope=self.rope, cpu=self.cpu, batch=batch, speculation=speculation)

@@ -38,6 +38,15 @@ class SimConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "0 keeps the usual proposers, which find few drafts in random words",
         ),
     ] = 0.0
+    vocabulary: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=2**20,
+            description="tokens of the simulated vocabulary, most of which are never picked, so that rows of logits "
+            "have the size of those of a real model; 0 is the smallest, about 1,000",
+        ),
+    ] = 0
     seed: Annotated[
         int, Meta(ge=0, le=2**63 - 1, description="seed of the simulated output and of the variation of step times")
     ] = 0

@@ -23,7 +23,8 @@ class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         tuple[ProposerType | Literal["none", "auto"], ...],
         Meta(
             description="default types of proposers, separated by commas; none disables speculative decoding, auto is "
-            "all types, `draft` only if there is a draft model",
+            "all types, `draft` only if there is a draft model, and `draft-mtp` only if there is none and the model "
+            "has an MTP layer",
         ),
     ] = ("auto",)
     order: Annotated[
@@ -31,7 +32,7 @@ class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Meta(
             description="choice of drafts: measured chooses the drafts and lengths with the most expected tokens per "
             "second of the whole batch, by measured step costs and acceptance; fixed takes the whole draft of the "
-            "first type that has a draft, with the draft model as the last type",
+            "first type that has a draft, with the draft model or the MTP layer as the last type",
         ),
     ] = "measured"
     default: Annotated[
@@ -169,20 +170,21 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     noise: Annotated[
         Literal["shared", "greedy", "off"],
         Meta(
-            description="sampling of draft tokens: shared uses the noise of the target model's sampling, which raises "
-            "acceptance at any temperature; greedy takes the most likely token; off uses independent noise",
+            description="sampling of the draft tokens of draft model and MTP layer: shared uses the noise of the "
+            "target's sampling, which raises acceptance at any temperature; greedy takes the most likely token; off "
+            "uses independent noise",
         ),
     ] = "shared"
-    n_max: Annotated[_Positive, Meta(description="maximum draft length in tokens of the draft model")] = 16
+    n_max: Annotated[_Positive, Meta(description="maximum draft length in tokens of the draft model or MTP layer")] = 16
     n_min: Annotated[
         DraftLength,
-        Meta(description="minimum draft length in tokens of the draft model; a shorter draft is dropped"),
+        Meta(description="minimum draft length in tokens of the draft model or MTP layer; a shorter draft is dropped"),
     ] = 0
     p_min: Annotated[
         Share,
         Meta(
-            description="minimum probability that the draft model gives a draft token; a less likely token ends the "
-            "draft",
+            description="minimum probability that the draft model or MTP layer gives a draft token; a less likely one "
+            "ends the draft",
         ),
     ] = 0.0
 

@@ -10,6 +10,7 @@ eviction       saves and drops idle sequences
 offloader      moves blocks between the context and the tiers
 offload        the tiers: states in RAM and on disk; its parts are block_tree, block, tier and disk
 reuse          finds parts of a prompt that were computed at other positions
+changes        the blocks that enter or leave cells, RAM or disk, for routers
 transfer       exports and imports sequences for slot files; sequence_file is such a file
 record         the format of slot files and of the disk tier's files
 """

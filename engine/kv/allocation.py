@@ -60,6 +60,14 @@ class BlockToLoad(NamedTuple):
     shift: int | None = None
 
 
+def blocks_to_load(stored: BlockChain, length: int, *, divisible: bool) -> list[BlockToLoad]:
+    """Returns the blocks of `stored` to load into a sequence of `length` tokens: parts of blocks, or whole states if
+    states are not `divisible`."""
+    if not divisible:
+        return [BlockToLoad(block, 0, block.end) for block in stored.blocks]
+    return [BlockToLoad(block, max(length, block.start), min(block.end, stored.length)) for block in stored.blocks]
+
+
 class Loaded(NamedTuple):
     """Number of tokens that one call of `KVCache.load` added, and the number of these that were moved from other
     positions."""
@@ -90,6 +98,17 @@ class Active(Struct):
     def loaded_length(self) -> int:
         """Length of the sequence once all of `to_load` is loaded; 0 if `to_load` is empty."""
         return self.to_load[-1].end if self.to_load else 0
+
+    def can_save_at(self, length: int, current: int) -> bool:
+        """Returns True if `length` is a save point, or can become one of a sequence that has `current` tokens."""
+        passed = max(current, self.loaded_length)
+        return length in self.save_points or (length > passed and len(self.save_points) < MAX_SAVE_POINTS)
+
+    def pass_save_points(self, length: int) -> bool:
+        """Removes the save points up to `length`. Returns True if there were any."""
+        count = len(self.save_points)
+        self.save_points = [point for point in self.save_points if point > length]
+        return len(self.save_points) < count
 
     def ready(self, length: int, known: int) -> int:
         """Returns how many of the `known` tokens after `length` can be computed before the next load or save point."""

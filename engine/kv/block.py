@@ -73,6 +73,15 @@ class Block:
         return block
 
     @property
+    def path(self) -> list[Block]:
+        """The blocks up to this one, the root excluded."""
+        blocks, block = list[Block](), self
+        while block.parent is not None:
+            blocks.append(block)
+            block = block.parent
+        return blocks[::-1]
+
+    @property
     def cost(self) -> float:
         """Estimated cost of recomputing the block. The unit is the cost of one token at the start of a sequence."""
         return len(self.tokens) * (1 + self.start / ATTENTION_TOKENS)

@@ -20,10 +20,19 @@ from itertools import islice
 from msgspec import structs
 
 from engine.backend import Context
-from engine.kv.allocation import MAX_SAVE_POINTS, Active, Allocation, BlockToLoad, KVStats, Loaded, Match
+from engine.kv.allocation import (
+    Active,
+    Allocation,
+    BlockToLoad,
+    KVStats,
+    Loaded,
+    Match,
+    blocks_to_load,
+)
 from engine.kv.allocator import Allocator
 from engine.kv.block import BLOCK_TOKENS, BlockChain
 from engine.kv.block_tree import RECENT_SEQUENCES
+from engine.kv.changes import BlockChanges, ChangeSink
 from engine.kv.eviction import Eviction
 from engine.kv.offload import Offload
 from engine.kv.offloader import Offloader
@@ -49,6 +58,7 @@ class KVCache:
         self._eviction = Eviction(context, self._residents, self._offloader)
         self._allocator = Allocator(context, self._residents, self._eviction, offloads=offload is not None)
         self._active: dict[int, Active] = {}
+        self._changes: BlockChanges | None = None
         self.transfer = Transfer(context, self._residents, self._eviction, offload)
         """Exports, imports and erases sequences, for slot files."""
         self.reuse = max(MIN_RUN_TOKENS, reuse) if reuse and offload is not None and context.shifts else 0
@@ -130,7 +140,7 @@ class KVCache:
             # The slot keeps less than the match, and a stored state is longer: it replaces all cells of the sequence.
             self._residents.begin(seq, match.salt)
             length = 0
-        to_load = self._to_load(stored, length)
+        to_load = blocks_to_load(stored, length, divisible=self._context.divisible)
         known = to_load[-1].end if to_load else length
         active = self._active[seq] = Active(deque(to_load + self._moved_blocks(matchable, match.salt, known, but=seq)))
         # Cells leave a sliding window while the sequence grows, so its blocks are saved before, from `cursor` on. The
@@ -140,11 +150,6 @@ class KVCache:
             active.cursor = self._offload.tree.pin(matchable[:start], match.salt)
             active.unsaved = matchable[start:length]
         return Allocation(seq, length)
-
-    def _to_load(self, stored: BlockChain, length: int) -> list[BlockToLoad]:
-        if not self._context.divisible:
-            return [BlockToLoad(block, 0, block.end) for block in stored.blocks]
-        return [BlockToLoad(block, max(length, block.start), min(block.end, stored.length)) for block in stored.blocks]
 
     def _moved_blocks(self, tokens: array[int], salt: str, start: int, but: int) -> list[BlockToLoad]:
         """Returns blocks that were computed at other positions and hold parts of `tokens` from `start` on
@@ -168,6 +173,10 @@ class KVCache:
         """Returns how many of the `known` tokens of `seq` can be computed before the next load or save point."""
         return self._active[seq].ready(self._tree.length(seq), known)
 
+    def has_blocks(self, seq: int) -> bool:
+        """Returns True if blocks of the sequence must be loaded, now or after a part of the prefill."""
+        return bool(self._active[seq].to_load)
+
     def loading(self, seq: int) -> bool:
         """Returns True if a block must be loaded before the next token is computed."""
         active = self._active[seq]
@@ -184,9 +193,8 @@ class KVCache:
     def commit(self, seq: int, tokens: Sequence[int]) -> None:
         """Appends `tokens`, which the last decode computed, to the sequence."""
         self._tree.extend(seq, tokens)
-        active, length = self._active[seq], self._tree.length(seq)
-        if active.save_points and length >= active.save_points[0]:
-            active.save_points = [point for point in active.save_points if point > length]
+        active = self._active[seq]
+        if active.save_points and active.pass_save_points(self._tree.length(seq)):
             self._offloader.save(seq)
         if active.cursor is not None:
             active.unsaved.extend(tokens)
@@ -195,16 +203,14 @@ class KVCache:
     def can_share_at(self, seq: int, length: int) -> bool:
         """Returns True if other sequences can continue from the first `length` tokens of `seq` once these are computed.
 
-        If states are not divisible, this requires a save at `length`, registered by `save_at` already or possible
-        still.
+        If states are not divisible, this requires a save at `length`, which `save_at` has registered or can still
+        register.
         """
         if self._context.divisible:
             return True
         if self._offload is None:  # the running sequence cannot be cut, so only a saved state can be shared
             return False
-        active = self._active[seq]
-        passed = max(self._tree.length(seq), active.loaded_length)
-        return length in active.save_points or (length > passed and len(active.save_points) < MAX_SAVE_POINTS)
+        return self._active[seq].can_save_at(length, self._tree.length(seq))
 
     def save_at(self, seq: int, length: int) -> None:
         """Registers a save of the whole sequence at `length` tokens, so that other sequences can continue from there.
@@ -214,8 +220,7 @@ class KVCache:
             insort(points, length)
 
     def saves_next(self, seq: int) -> bool:
-        """Returns True if the whole sequence is saved after its next token, so that its state must not contain further
-        rows."""
+        """Returns True if the whole sequence is saved after its next token: its state must not contain further rows."""
         points = self._active[seq].save_points
         return bool(points) and points[0] == self._tree.length(seq) + 1
 
@@ -257,7 +262,15 @@ class KVCache:
         """Evicts and saves idle sequences for about `seconds`. Returns True if unsaved idle sequences remain."""
         if self._offload is not None:
             self._offload.poll()
-        return self._eviction.maintain(seconds, self._allocator.costs)
+        more = self._eviction.maintain(seconds, self._allocator.costs)
+        if self._changes is not None:
+            self._changes.flush()
+        return more
+
+    def report_changes(self, sink: ChangeSink) -> None:
+        """Starts reporting: at the end of each `maintain`, `sink` is called with all full blocks that entered or left
+        cells, RAM or disk since the last call, if there are any."""
+        self._changes = BlockChanges(self._residents, self._offload, sink)
 
     def close_gap(self) -> tuple[int, int] | None:
         """Per-slot KV: moves an allocated sequence to another id once a gap among the ids has cost more than the move.

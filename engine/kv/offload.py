@@ -172,7 +172,8 @@ class Offload:
     def _add_entries(self, disk: Disk, entries: list[DiskEntry]) -> None:
         """Adds the blocks in the folder to the tree and the disk tier. Removes files whose parents are missing."""
         blocks: dict[str, Block] = {}
-        for entry in sorted(entries, key=lambda entry: entry.start):
+        entries = sorted(entries, key=lambda entry: entry.start)
+        for entry in entries:
             parent = blocks.get(entry.parent)
             if entry.start == 0 and parent is None:
                 parent = self.tree.root(entry.parent)

@@ -7,6 +7,7 @@ is evicted, and the clock advances to that priority. With equal costs GreedyDual
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from itertools import count
 
@@ -30,6 +31,8 @@ class Tier:
         self._heap: list[tuple[float, int, Block]] = []
         self._number = count()
         self._clock = 0.0
+        self.on_change: Callable[[Block, bool], None] | None = None
+        """Called with each block that enters (True) or leaves (False) the tier."""
 
     def __contains__(self, block: Block) -> bool:
         return block in self._sizes
@@ -46,6 +49,8 @@ class Tier:
         if block.parent is not None:
             self._child_counts[block.parent] = self._child_counts.get(block.parent, 0) + 1
         self.touch(block)
+        if self.on_change is not None:
+            self.on_change(block, True)
 
     def resize(self, block: Block, size: int) -> None:
         """Sets the size of `block` in bytes."""
@@ -80,6 +85,8 @@ class Tier:
         """Removes `block`."""
         self.bytes -= self._sizes.pop(block)
         del self._entries[block]
+        if self.on_change is not None:
+            self.on_change(block, False)
         parent = block.parent
         if parent is None:
             return

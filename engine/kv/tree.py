@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,6 +21,20 @@ class Resident(NamedTuple):
 
     seq: int
     length: int
+
+
+class TreeObserver(Protocol):
+    """Observes the edits of a `PrefixTree`, which calls the method with the name and arguments of the edit after it."""
+
+    def begin(self, seq: int, salt: str) -> None: ...
+
+    def share(self, source: int, target: int, length: int) -> None: ...
+
+    def extend(self, seq: int, tokens: Sequence[int]) -> None: ...
+
+    def truncate(self, seq: int, length: int) -> None: ...
+
+    def remove(self, seq: int) -> None: ...
 
 
 class Node:
@@ -70,6 +84,7 @@ class PrefixTree:
         """Number of cells that sequences hold."""
         self.version = 0
         """Grows whenever a sequence is begun, cut or removed, after which earlier matches may be wrong."""
+        self.observer: TreeObserver | None = None
 
     def __contains__(self, seq: int) -> bool:
         return seq in self._tails
@@ -107,6 +122,8 @@ class PrefixTree:
         root.holders.add(seq)
         self._tails[seq], self._lengths[seq], self._salts[seq] = root, 0, salt
         self.version += 1
+        if self.observer is not None:
+            self.observer.begin(seq, salt)
 
     def match(self, tokens: array[int], salt: str = "", *, whole: bool = False) -> Resident:
         """Returns the longest prefix of `tokens` that a sequence with this salt holds. With `whole`, the prefix must be
@@ -146,6 +163,8 @@ class PrefixTree:
         self._tails[target], self._lengths[target] = node, length
         for held in self._path(node):
             held.holders.add(target)
+        if self.observer is not None:
+            self.observer.share(source, target, length)
 
     def extend(self, seq: int, tokens: Sequence[int]) -> None:
         """Appends `tokens` to `seq`, in cells that only `seq` holds."""
@@ -160,6 +179,8 @@ class PrefixTree:
             node.tokens.extend(tokens)
         self._lengths[seq] += len(tokens)
         self.cells += len(tokens)
+        if self.observer is not None:
+            self.observer.extend(seq, tokens)
 
     def truncate(self, seq: int, length: int) -> None:
         """Drops the tokens of `seq` from `length` on. Cells that other sequences hold stay in use."""
@@ -177,6 +198,8 @@ class PrefixTree:
             self._drop(node, seq)
             node, end = parent, start
         self._tails[seq], self._lengths[seq] = node, min(length, self._lengths[seq])
+        if self.observer is not None:
+            self.observer.truncate(seq, self._lengths[seq])
 
     def remove(self, seq: int) -> None:
         """Removes `seq`. Cells that other sequences hold stay in use."""
@@ -187,6 +210,8 @@ class PrefixTree:
         if not root.holders:
             del self._roots[salt]
         del self._tails[seq], self._lengths[seq]
+        if self.observer is not None:
+            self.observer.remove(seq)
 
     def exclusive(self, seq: int) -> int:
         """Returns the number of cells that only `seq` holds."""

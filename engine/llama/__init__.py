@@ -3,12 +3,15 @@
 model    opens the model, vocabulary and context of a GGUF
 vocab    the vocabulary
 context  cells: copies, cuts, saved states and moves to other positions, over decoder, which has the native calls
+mtp      the same with the MTP layer of a model, whose own cells mtp_layer has
 state    cuts states into blocks and joins blocks, by numpy on llama.cpp's state format
 shift    moves saved keys to other positions
 rollback snapshots of recurrent states
 adapters LoRA adapters and control vectors
+top_k_chains   backend sampling
 params   parameters of a context, size of a cell; placement has those of a load, threads the pools and their cores
 embedding   embeddings in a context of its own; textless stands for the cells of a model that computes no text
+mtmd     projectors, which encode images and sounds
 layout   the choice between per-slot and unified KV, and the number of cells; fit is that number for GPUs
 exact    the deterministic profile
 gguf_file   metadata and tensors of a GGUF; gguf_check refuses damaged metadata, memory_check too many cells
@@ -29,5 +32,6 @@ os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 from engine.llama.embedding import open_embedding
 from engine.llama.library import list_devices
 from engine.llama.model import open_gguf, open_vocabulary
+from engine.llama.mtmd import open_projector
 
-__all__ = ["list_devices", "open_embedding", "open_gguf", "open_vocabulary"]
+__all__ = ["list_devices", "open_embedding", "open_gguf", "open_projector", "open_vocabulary"]

@@ -19,6 +19,7 @@ from engine.llama.library import FLASH_ATTENTION, native_log
 from engine.llama.rollback import verified_rollback
 from engine.llama.shift import Shifter
 from engine.llama.state import StateCells, StateFormat, UnknownStateFormat
+from engine.llama.top_k_chains import TopKChains
 
 # Tokens that are decoded when a context is opened, and the number of positions by which their state is then shifted.
 PROBE_TOKENS, PROBE_SHIFT = (1, 2, 3), 5
@@ -60,13 +61,21 @@ class LibrarySnapshot(NamedTuple):
 class LlamaContext(Decoder):
     """A context of one model. Belongs to the thread that created it, except `abort`."""
 
-    def __init__(self, model: Any, params: Any, *, partial: bool, window: int, shifting: bool = False) -> None:
-        """Opens a context, and decodes a few tokens to verify the format of states. With `shifting`, also opens a
-        context for shifts if the library can shift the model's keys. Raises NativeFault, with nothing left in memory.
-
-        `partial` and `window` are those of `engine.backend.Context`.
-        """
-        super().__init__(model, params)
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        chains: TopKChains | None = None,
+        *,
+        partial: bool,
+        window: int,
+        shifting: bool = False,
+    ) -> None:
+        """Opens a context, or takes that of `chains`, and decodes a few tokens to verify the format of states. With
+        `shifting`, also opens one for shifts if the library can shift the model's keys. `partial` and `window` are
+        those of `engine.backend.Context`. Raises NativeFault, with nothing left in memory."""
+        self._shifter: Shifter | None = None
+        super().__init__(model, params, chains=chains)
         self.partial, self.window = partial, window
         self.max_rollback = None if partial else self.snapshots
         self.flash: bool = params.flash_attn_type != FLASH_ATTENTION["off"]
@@ -76,7 +85,6 @@ class LlamaContext(Decoder):
             self.sequences -= 1
         self._spare = self.sequences
         self._format: StateFormat | None = None
-        self._shifter: Shifter | None = None
         try:
             if partial and not window:
                 state = self._probe()
@@ -140,10 +148,7 @@ class LlamaContext(Decoder):
 
     def copy(self, source: int, target: int, length: int) -> bool:
         """Copies the first `length` positions of `source` to the empty `target`. Copies all positions if states are not
-        divisible.
-
-        Returns False, with `target` empty, if a position is missing or the library refuses the state.
-        """
+        divisible. Returns False, with `target` empty, if a position is missing or the library refuses the state."""
         self._check_ids(source, target)
         if not self.divisible:
             length = self.length(source)

@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 
 from engine.adapters import AdapterSet
 from engine.backend import Aborted, HostWork, Logits, NativeFault, NoFreeCells, State, no_host_work
+from engine.backend_sampling import BackendSampling
 from engine.batch import Batch
 from engine.llama.library import StopFlag
 from engine.llama.threads import ThreadPools
+from engine.llama.top_k_chains import TopKChains
 
 
 class NoKVCells(NativeFault):
@@ -50,17 +52,44 @@ def native_batch(batch: Batch) -> tuple[Any, Any]:
     return struct, (counts, addresses)
 
 
+def embedding_batch(rows: NDArray[np.float32], seq: int, start: int) -> tuple[Any, Any]:
+    """Returns a `llama_batch` of embeddings without logits, and the arrays that must live as long as it. The positions
+    are those from `start` on."""
+
+    def pointer(array: np.ndarray[Any, Any], kind: Any) -> Any:
+        return array.ctypes.data_as(ctypes.POINTER(kind))
+
+    count = len(rows)
+    positions = np.arange(start, start + count, dtype=np.int32)
+    counts, ids, outputs = np.ones(count, np.int32), np.full(count, seq, np.int32), np.zeros(count, np.int8)
+    addresses = (ids.ctypes.data + 4 * np.arange(count)).astype(np.uint64)
+    struct = native.llama_batch(
+        n_tokens=count,
+        token=None,
+        embd=pointer(rows, ctypes.c_float),
+        pos=pointer(positions, native.llama_pos),
+        n_seq_id=pointer(counts, ctypes.c_int32),
+        seq_id=pointer(addresses, ctypes.POINTER(native.llama_seq_id)),
+        logits=pointer(outputs, ctypes.c_int8),
+    )
+    return struct, (positions, counts, ids, outputs, addresses)
+
+
 class Decoder:
     """A native context of one model. Only the thread that created it may call its methods, except `abort`."""
 
-    def __init__(self, model: Any, params: Any, stop: StopFlag | None = None) -> None:
-        """`stop` is a flag to share with another context; None creates a new flag. Raises NativeFault."""
-        self._handle = native.llama_init_from_model(model, params)
+    def __init__(self, model: Any, params: Any, stop: StopFlag | None = None, chains: TopKChains | None = None) -> None:
+        """`stop` is a flag to share with another context; None creates a new flag. `chains` has the native context if
+        it is open already. Raises NativeFault."""
+        self._chains = chains
+        self.backend_sampling: BackendSampling | None = None
+        """The `chains`, once they are verified."""
+        self._handle = native.llama_init_from_model(model, params) if chains is None else chains.handle
         if not self._handle:
             raise NativeFault("the context could not be created")
         self._memory = native.llama_get_memory(self._handle)
         if not self._memory:  # llama_decode is then llama_encode, which aborts with more rows than outputs
-            native.llama_free(self._handle)
+            self.close()
             raise NoKVCells("the model has no KV cells: it computes embeddings, not text")
         self.stop = stop or StopFlag()
         self.stop.install(self._handle)
@@ -96,18 +125,23 @@ class Decoder:
         """
         self._check_batch()
         self._native_batch.n_tokens = self.batch.rows
-        match native.llama_decode(self._handle, self._native_batch):
+        self._raise_for(native.llama_decode(self._handle, self._native_batch))
+        if self.snapshots:
+            self._end_rollbacks()
+        host_work()
+        return self._logits()
+
+    @staticmethod
+    def _raise_for(code: int) -> None:
+        """Raises the exception of a code that `llama_decode` returned. No effect for 0."""
+        match code:
             case 0:
-                if self.snapshots:
-                    self._end_rollbacks()
-                host_work()
-                return self._logits()
+                return
             case 1:
                 raise NoFreeCells
             case 2:
                 raise Aborted
-            case code:
-                raise NativeFault(f"llama_decode returned {code}")
+        raise NativeFault(f"llama_decode returned {code}")
 
     def _check_batch(self) -> None:
         batch, rows = self.batch, self.batch.rows
@@ -140,6 +174,33 @@ class Decoder:
             self._logits_view = np.ctypeslib.as_array(pointer, (outputs, self._vocabulary))
             self._logits_address = address
         return self._logits_view[:outputs]
+
+    def decode_embeddings(self, seq: int, start: int, rows: NDArray[np.float32], *, causal: bool) -> None:
+        """Appends cells of `rows`, [rows, width of the model], to `seq`, which has `start` positions; without `causal`
+        each row attends to all of `rows`. Raises as `decode` does."""
+        count = len(rows)
+        if not 0 < count <= min(self.batch.capacity, self.batch.capacity if causal else self.ubatch):
+            limit = f"-b {self.batch.capacity}" if causal else f"-ub {self.ubatch}"
+            raise NativeFault(f"{count} embeddings do not fit {limit}")
+        if rows.shape[1] != native.llama_model_n_embd_inp(native.llama_get_model(self._handle)):
+            raise NativeFault("the embeddings have another width than the model's")
+        self._check_ids(seq)
+        if start + count > self.positions:
+            raise NoFreeCells
+        numbers = np.ascontiguousarray(rows, np.float32)
+        batch, arrays = embedding_batch(numbers, seq, start)
+        if not causal:
+            native.llama_set_causal_attn(self._handle, False)
+        try:
+            code = native.llama_decode(self._handle, batch)
+            native.llama_synchronize(self._handle)  # the library may read `numbers` and `arrays` until then
+        finally:
+            if not causal:
+                native.llama_set_causal_attn(self._handle, True)
+        del arrays
+        self._raise_for(code)
+        self._droppable[:] = 0
+        self.rolled_back.discard(seq)
 
     def set_adapters(self, adapters: AdapterSet) -> bool:
         """Applies `adapters`, and no others, to later decodes. Returns True if the set has changed."""
@@ -241,6 +302,8 @@ class Decoder:
     def close(self) -> None:
         """Frees the context, which must not be used again."""
         native.llama_free(self._handle)
+        if self._chains is not None:
+            self._chains.close()
 
 
 def _bytes(state: State) -> Any:

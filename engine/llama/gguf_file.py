@@ -1,4 +1,4 @@
-"""The metadata and the tensors that a GGUF lists, read by the library."""
+"""The metadata and the tensors that a GGUF lists, read by the library, and the digest of its content."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from llama_cpp import llama_cpp as native
+
+# Number of samples of a large model's file that enter its digest, and the bytes of each sample.
+DIGEST_SAMPLES, SAMPLE_BYTES = 64, 2**20
+
+
+# `GGUF_TYPE_STRING`.
+_STRING = 8
 
 
 class _InitParams(ctypes.Structure):
@@ -39,6 +47,17 @@ def tensor_types(path: Path) -> dict[str, str]:
             lib.gguf_get_tensor_name(gguf, i).decode(): lib.ggml_type_name(lib.gguf_get_tensor_type(gguf, i)).decode()
             for i in range(lib.gguf_get_n_tensors(gguf) if gguf else 0)
         }
+
+
+def read_text(path: Path, key: str) -> str:
+    """Returns a text of the metadata of a GGUF; empty if there is no such text."""
+    lib = gguf_library()
+    with opened_gguf(path) as gguf:
+        at = lib.gguf_find_key(gguf, key.encode()) if gguf else -1
+        if at < 0 or lib.gguf_get_kv_type(gguf, at) != _STRING:
+            return ""
+        text: bytes = lib.gguf_get_val_str(gguf, at)
+        return text.decode("utf-8", "replace")
 
 
 @cache
@@ -77,3 +96,16 @@ def gguf_library() -> Any:
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments.get(name, (pointer, number))
     return lib
+
+
+def digest(path: Path) -> str:
+    """Returns a BLAKE2b digest of a file's size and content. Of a file larger than all samples together, only evenly
+    spaced samples are read."""
+    size = path.stat().st_size
+    hashed = blake2b(str(size).encode(), digest_size=16)
+    step = max(SAMPLE_BYTES, (size - SAMPLE_BYTES) // (DIGEST_SAMPLES - 1))
+    with path.open("rb") as file:
+        for start in range(0, size, step):
+            file.seek(start)
+            hashed.update(file.read(SAMPLE_BYTES))
+    return hashed.hexdigest()

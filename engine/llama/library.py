@@ -60,12 +60,12 @@ def _record(level: int, text: bytes, user_data: object) -> None:
 
 
 # The library keeps the pointer, so the object must live as long as the process.
-_callback = native.llama_log_callback(_record)
+log_callback = native.llama_log_callback(_record)
 
 
 def initialize() -> None:
     """Initializes the library and redirects its log to `native_log`. May be called repeatedly."""
-    native.llama_log_set(_callback, ctypes.c_void_p(0))
+    native.llama_log_set(log_callback, ctypes.c_void_p(0))
     native.llama_backend_init()
     clear_errors()
 

@@ -8,17 +8,18 @@ from engine.config import ModelConfig
 from engine.contract import ModelError
 from engine.llama import layout, library
 from engine.llama.layout import PAD_CELLS
-from engine.llama.params import cell_bytes, metadata
+from engine.llama.params import metadata
 
-# Lower bounds of the share of `cell_bytes` that a cell takes: with sliding windows, where few layers store all cells,
-# and with latent attention, which stores no values.
+# Lower bounds of the share of `bytes_per_cell` that a cell takes: with sliding windows, where few layers store all
+# cells, and with latent attention, which stores no values.
 SLIDING_WINDOW_SHARE, LATENT_SHARE = 0.125, 0.5
 # Share of the free memory in the context that an error proposes; the rest is for buffers.
 _PROPOSED_SHARE = 0.9
 
 
-def check_cells(config: ModelConfig, model: Any, cells: int, kind: str, *, gpu: bool) -> None:
+def check_cells(config: ModelConfig, model: Any, cells: int, kind: str, bytes_per_cell: int, *, gpu: bool) -> None:
     """Raises ModelError, which names a context that fits, if the cells certainly exceed the free memory.
+    `bytes_per_cell` is an upper bound.
 
     The allocation itself would succeed, and the kernel would end the process when the cells are written.
     """
@@ -28,7 +29,7 @@ def check_cells(config: ModelConfig, model: Any, cells: int, kind: str, *, gpu: 
     share = LATENT_SHARE if latent else 1.0
     if kind == "sliding-window" and not config.swa_full:
         share *= SLIDING_WINDOW_SHARE
-    if problem := too_many_cells(cells, share * cell_bytes(config, model), free):
+    if problem := too_many_cells(cells, share * bytes_per_cell, free):
         raise ModelError(f"the KV cache of {config.path} is too large: {problem}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,14 @@ from engine.llama.adapters import adapter_files, apply_adapters, load_adapters, 
 from engine.llama.context import LlamaContext
 from engine.llama.decoder import NoKVCells
 from engine.llama.gguf_check import check_file, check_overrides
+from engine.llama.gguf_file import digest
 from engine.llama.layout import KvLayout, LayoutInputs
 from engine.llama.library import native_log, read_string
 from engine.llama.memory_check import check_cells
+from engine.llama.mtp import MtpContext
+from engine.llama.mtp_layer import loads_mtp, model_cell_bytes, mtp_params, mtp_problem, uses_mtp
 from engine.llama.params import (
     MAX_SEQUENCES,
-    cell_bytes,
     context_params,
     metadata,
     serving_gpu,
@@ -35,6 +36,7 @@ from engine.llama.placement import set_placement
 from engine.llama.rollback import snapshots_of
 from engine.llama.textless import TextlessContext
 from engine.llama.threads import ThreadPools, check_cpus, open_pools, prepare_threads, thread_count
+from engine.llama.top_k_chains import enable_selection, open_chains
 from engine.llama.vocab import LlamaVocab
 
 
@@ -144,6 +146,7 @@ def load_model(config: EngineConfig, progress: LoadProgress, keep_loading: Calla
     callback = native.llama_progress_callback(report)
     params = native.llama_model_default_params()
     params.progress_callback = callback
+    params.load_mtp = loads_mtp(config)
     references = set_placement(config.model, config.load, params)
     if library.built_with_amx():
         native_log.warning("llama.cpp was built with AMX, which can crash; weights are not repacked, which is slower")
@@ -182,7 +185,7 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
 
     library.clear_errors()
     chosen = _layout(config, model, kind, gpu, trained_context, params_of)
-    check_cells(config.model, model, chosen.cells, kind, gpu=bool(gpu))
+    check_cells(config.model, model, chosen.cells, kind, model_cell_bytes(config, model), gpu=bool(gpu))
     params = params_of(chosen)
     context = _open_context(config, model, params, kind)
     pools = open_pools(config.cpu, params.n_threads, params.n_threads_batch)
@@ -204,7 +207,7 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
         kv_unified=chosen.unified,
         kv_reason=chosen.reason,
         adapters=tuple(each.info for each in adapters),
-        cell_bytes=cell_bytes(config.model, model) if isinstance(context, LlamaContext) else 0,
+        cell_bytes=model_cell_bytes(config, model) if isinstance(context, LlamaContext) else 0,
         no_drafts=snapshots_of(config, model, params, free).reason if recurrent else "",
     )
     return LlamaBackend(model, vocab, context, info, pools)
@@ -214,13 +217,17 @@ def _open_context(config: EngineConfig, model: Any, params: Any, kind: str) -> L
     """Returns a new context, which is a TextlessContext if the model computes embeddings only. Raises ModelError."""
     try:
         if native.llama_model_has_decoder(model):
-            return LlamaContext(
-                model,
-                params,
-                partial=kind not in ("recurrent", "hybrid"),
-                window=native.llama_model_n_swa(model),
-                shifting=config.memory.reuse > 0 and not config.model.deterministic,
-            )
+            partial, window = kind not in ("recurrent", "hybrid"), native.llama_model_n_swa(model)
+            chains = open_chains(config.model, model, params, config.batch.num_slots, mtp=uses_mtp(config, model))
+            if uses_mtp(config, model):
+                return MtpContext(model, params, partial=partial, window=window)
+            if loads_mtp(config):
+                native_log.warning("MTP is off: %s", mtp_problem(model))
+            shifting = config.memory.reuse > 0 and not config.model.deterministic
+            context = LlamaContext(model, params, chains, partial=partial, window=window, shifting=shifting)
+            if chains is not None:
+                enable_selection(config.model, context, chains)
+            return context
     except NoKVCells:
         native_log.debug("%s computes embeddings only", config.model.path)
     except NativeFault as fault:
@@ -244,6 +251,7 @@ def _state_settings(config: EngineConfig, params: Any, context: LlamaContext | T
     changes = [] if config.rope == RopeConfig() else [repr(config.rope)]
     changes += sorted(config.load.override_kv)
     changes += ["full windows"] if config.model.swa_full else []
+    changes += ["MTP"] if isinstance(context, MtpContext) else []
     return " ".join([f"{params.type_k} {params.type_v} {params.flash_attn_type} {kind}{whole}", *changes])
 
 
@@ -265,7 +273,7 @@ def _layout(
         inputs = inputs._replace(cells=_fitting_cells(config, model, trained_context, params_of), fitted=True)
     if not inputs.cells:
         free = sum(library.free_gpu_memory().values()) if gpu else layout.free_memory()
-        inputs = inputs._replace(memory_cells=int(layout.MEMORY_SHARE * free) // cell_bytes(config.model, model))
+        inputs = inputs._replace(memory_cells=int(layout.MEMORY_SHARE * free) // model_cell_bytes(config, model))
     chosen = layout.choose_layout(inputs)
     limit = MAX_SEQUENCES - 2 if chosen.unified else MAX_SEQUENCES
     if config.batch.num_slots > limit:
@@ -282,14 +290,17 @@ def _fitting_cells(config: EngineConfig, model: Any, trained_context: int, param
 
     def measure(cells: int) -> dict[str, int]:
         before = library.free_gpu_memory()
-        context = native.llama_init_from_model(model, params_of(KvLayout(True, cells, "")))
+        chosen = KvLayout(True, cells, "")
+        context = native.llama_init_from_model(model, params_of(chosen))
         if not context:
             raise fit.TooLittleMemory(_reason(f"no context of {cells} cells can be opened"))
+        layer = native.llama_init_from_model(model, mtp_params(params_of(chosen), context)) if mtp else None
         after = library.free_gpu_memory()
+        native.llama_free(layer)
         native.llama_free(context)
         return {device: before[device] - after[device] for device in before}
 
-    draft, reserve, share = config.draft, 0, 1.0
+    draft, reserve, share, mtp = config.draft, 0, 1.0, uses_mtp(config, model)
     if draft.path and draft.gpu_layers and not draft.device:
         reserve, share = reserve + Path(draft.path).stat().st_size, 1 - DRAFT_CELLS_SHARE
     if config.embedding.path and config.model.gpu_layers:
@@ -303,23 +314,6 @@ def _fitting_cells(config: EngineConfig, model: Any, trained_context: int, param
     except (fit.TooLittleMemory, OSError) as reason:
         raise ModelError(f"cannot fit {config.model.path}: {reason}") from None
     return layout.round_down(share * found)
-
-
-# Number of samples of a large model's file that enter its digest, and the bytes of each sample.
-DIGEST_SAMPLES, SAMPLE_BYTES = 64, 2**20
-
-
-def digest(path: Path) -> str:
-    """Returns a BLAKE2b digest of a file's size and content. Of a file larger than all samples together, only evenly
-    spaced samples are read."""
-    size = path.stat().st_size
-    hashed = blake2b(str(size).encode(), digest_size=16)
-    step = max(SAMPLE_BYTES, (size - SAMPLE_BYTES) // (DIGEST_SAMPLES - 1))
-    with path.open("rb") as file:
-        for start in range(0, size, step):
-            file.seek(start)
-            hashed.update(file.read(SAMPLE_BYTES))
-    return hashed.hexdigest()
 
 
 def _describe(

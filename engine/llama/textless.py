@@ -14,6 +14,7 @@ class TextlessContext:
 
     unified = flash = partial = divisible = shifts = False
     max_rollback = 0
+    backend_sampling = None
     cells = sequence_cells = window = 0
     prefill_rows = 1
     streams = 1

@@ -55,6 +55,8 @@ class UpcomingStep(NamedTuple):
     def with_drafts(self, drafts: Mapping[int, int], gain: float = 0.0) -> UpcomingStep:
         """Returns the step with further drafts. `drafts` has their numbers of tokens by sequence id, and `gain` is the
         expected number of accepted tokens."""
+        if not any(drafts.values()):
+            return self._replace(base_tokens=self.base_tokens + gain)
         sequences = tuple(part._replace(rows=part.rows + drafts.get(part.seq, 0)) for part in self.sequences)
         max_more_rows = max(0, self.max_more_rows - sum(drafts.values()))
         return UpcomingStep(sequences, self.base_tokens + gain, self.cells, max_more_rows)
@@ -104,8 +106,10 @@ class DraftChooser:
 
     # ── after a step ──
 
-    def observe_step(self, sequences: Sequence[SequenceRows], prompt_rows: int, cells: int, seconds: float) -> None:
-        """Records the decode of a step.
+    def observe_step(
+        self, sequences: Sequence[SequenceRows], prompt_rows: int, cells: int, seconds: float, repeats: int = 1
+    ) -> None:
+        """Records the decode of a step, the last of `repeats` steps with equal rows.
 
         `sequences` are its decoding sequences in ascending order of ids, each with one row and one for each draft
         token. `prompt_rows` is the number of rows of all other sequences, and `cells` that of resident cells before the
@@ -118,19 +122,22 @@ class DraftChooser:
             bare = layout.shape([part._replace(rows=1) for part in sequences], cells) if drafted else shape
             self._split_seconds(shape, bare, drafted, seconds, mixed=prompt_rows > 0)
         self.cost.observe(shape, prompt_rows, seconds)
-        self._trial_rows = min(_MAX_TRIAL_ROWS, self._trial_rows + _TRIAL_SHARE * shape.rows)
-        self._trial_seconds = min(_MAX_TRIAL_SECONDS, self._trial_seconds + _TRIAL_SHARE * seconds)
-        self._steps += 1
+        self._trial_rows = min(_MAX_TRIAL_ROWS, self._trial_rows + _TRIAL_SHARE * repeats * shape.rows)
+        self._trial_seconds = min(_MAX_TRIAL_SECONDS, self._trial_seconds + _TRIAL_SHARE * repeats * seconds)
+        self._steps += repeats
 
     def _split_seconds(self, shape: StepShape, bare: StepShape, drafted: int, seconds: float, *, mixed: bool) -> None:
         """Splits the time of a step between drafted tokens and the other decode rows. `bare` is its shape without
         drafts."""
-        count, expected = bare.rows, self.cost.decode_seconds(shape)
+        expected = self.cost.decode_seconds(shape) if drafted or mixed or self._log.is_on else 0.0
         spent = min(seconds, expected) if mixed else seconds
-        # Of the measured time, the share that the cost model gives to the rows without drafts.
-        own = spent * self.cost.decode_seconds(bare) / expected if expected else spent
-        self._base_token_seconds, self._drafted_token_seconds = own / count, max(0.0, spent - own) / max(1, drafted)
-        self._log.record_step(count, drafted, self._last_choice.gain, expected, spent)
+        own = spent
+        if drafted and expected:
+            # Of the measured time, the share that the cost model gives to the rows without drafts.
+            own = spent * self.cost.decode_seconds(bare) / expected
+        self._base_token_seconds = own / bare.rows
+        self._drafted_token_seconds = max(0.0, spent - own) / max(1, drafted)
+        self._log.record_step(bare.rows, drafted, self._last_choice.gain, expected, spent)
 
     def assess(self, drafted: int, accepted: int) -> VerifiedDraft:
         """Returns the result of a draft of the last step, of which `drafted` tokens were verified and `accepted`

@@ -278,13 +278,19 @@ class StepCost:
                 rows = self._cheapest_rows(in_pass, _fit(max(step_seconds - alone, 0.0), row))
             else:
                 rows = max(self._cheapest_rows(in_pass, _fit(equal, row)), min(self._efficient_rows, _fit(limit, row)))
-            rows = min(rows, _GROWTH_FACTOR * self._last_mixed_rows)
+            rows = min(rows, _GROWTH_FACTOR * self._last_mixed_rows if self._mixed_row else self._first_mixed_rows)
         else:
             rows = min(
                 _fit(idle_step_seconds, self._prompt_row or self._mixed_row), _GROWTH_FACTOR * self._last_prompt_rows
             )
         self._allowed_rows = max(1, rows)
         return self._allowed_rows
+
+    @property
+    def _first_mixed_rows(self) -> int:
+        """Maximum prompt rows of the first step with decoding sequences: as many as the last measured step without
+        them had, as a row costs much more in a smaller chunk."""
+        return self._last_prompt_rows if self._prompt_row else _GROWTH_FACTOR * self._last_mixed_rows
 
     @property
     def _efficient_rows(self) -> int:

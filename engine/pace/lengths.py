@@ -38,21 +38,17 @@ class DraftLengths(NamedTuple):
     `lengths` are 0."""
 
 
-def best_lengths(
-    curves: Sequence[Chances], seconds: Seconds, base_tokens: float, weights: Sequence[float] = (), min_tokens: int = 0
-) -> DraftLengths:
+def best_lengths(curves: Sequence[Chances], seconds: Seconds, base_tokens: float, min_tokens: int = 0) -> DraftLengths:
     """Returns the best lengths, with at least `min_tokens` tokens in all, if the cost depends only on the total.
 
     `seconds[k]` is the cost of the step with `k` drafted tokens. Without these drafts the step emits `base_tokens`
-    tokens, each of which counts as one sequence. `weights`, one for each curve, multiply the worth of its tokens.
+    tokens, each of which counts as one sequence.
 
     The worth of a token is its part of the logarithm of the product of speeds, and decreases along a draft. So for each
     total the tokens of largest worth are best, and one scan over all totals gives the optimum for any `seconds`.
     """
     chances, sizes = _flat(curves)
     _, worth = _worth(chances, sizes)
-    if weights:
-        worth *= np.repeat(weights, sizes)
     order = np.argsort(-worth)[: len(seconds) - 1]
     seconds = seconds[: 1 + len(order)]
     rates = _rates(_sums(worth[order]), seconds, base_tokens)

@@ -116,6 +116,8 @@ def passes(rows: Sequence[SequenceRows], unified: bool, ubatch: int) -> tuple[Pa
         full, rest = divmod(sum(part.rows for part in rows), ubatch)
         return (Pass(0, 1, ubatch),) * full + ((Pass(0, 1, rest),) if rest else ())
     heights, found = [part.rows for part in rows], list[Pass]()
+    if rows and rows[-1].seq - rows[0].seq + 1 == len(rows):  # consecutive ids, as in most steps
+        return tuple(_passes_of_run(0, heights, ubatch))
     gaps = [i for i, (one, other) in enumerate(pairwise(rows), 1) if other.seq != one.seq + 1]
     for first, end in pairwise((0, *gaps, len(rows))):
         found += _passes_of_run(first, heights[first:end], ubatch)
@@ -125,7 +127,7 @@ def passes(rows: Sequence[SequenceRows], unified: bool, ubatch: int) -> tuple[Pa
 def _passes_of_run(start: int, left: list[int], ubatch: int) -> list[Pass]:
     """Returns the passes of sequences with consecutive ids, which have `left` rows. The first one has index `start`."""
     count, lowest = len(left), min(left, default=0)
-    if lowest and lowest * count <= ubatch and lowest == max(left):  # most steps, so they get a shortcut
+    if lowest and lowest * count <= ubatch and lowest == max(left):  # equal rows, as in most steps
         return [Pass(start, count, lowest)]
     found, first = list[Pass](), 0
     while first < count:
@@ -155,8 +157,8 @@ def attended(rows: Sequence[SequenceRows], found: Sequence[Pass], layout: Layout
         return resident * sum(part.rows for part in rows)
     if layout.flash or layout.recurrent:
         return sum(part.rows * part.cells for part in rows)
-    lengths = [padded(part.cells) for part in rows]
-    return sum(each.total * max(lengths[each.first : each.first + each.sequences]) for each in found)
+    lengths = [part.cells for part in rows]
+    return sum(each.total * padded(max(lengths[each.first : each.first + each.sequences])) for each in found)
 
 
 def segments(rows: Sequence[SequenceRows], pass_cells: float) -> list[int]:
@@ -168,7 +170,8 @@ def segments(rows: Sequence[SequenceRows], pass_cells: float) -> list[int]:
     curves by segments).
     """
     lengths, count = [padded(part.cells) for part in rows], len(rows)
-    if count < 2 or sum((max(lengths) - own) * part.rows for own, part in zip(lengths, rows, strict=True)) < pass_cells:
+    max_length = max(lengths, default=0)
+    if count < 2 or sum((max_length - own) * part.rows for own, part in zip(lengths, rows, strict=True)) < pass_cells:
         return [count] if count else []
     best, last = [0.0], [0]
     for end in range(1, count + 1):

@@ -19,6 +19,11 @@ class StepLog:
         self._steps = self._sequences = self._drafted = self._accepted = 0
         self._gain = self._expected = self._measured = 0.0
 
+    @property
+    def is_on(self) -> bool:
+        """True if the lines are logged."""
+        return log.isEnabledFor(logging.DEBUG)
+
     def record_step(self, sequences: int, drafted: int, gain: float, expected: float, measured: float) -> None:
         """Records a step with `sequences` decoding sequences and `drafted` draft tokens, of which `gain` are expected
         to be accepted. `expected` and `measured` are its seconds."""

@@ -10,7 +10,7 @@ from engine.contract import Request
 from engine.sim.context import SimContext
 from engine.sim.costs import read_cost
 from engine.sim.proposer import SimProposer
-from engine.sim.vocab import END_TOKEN, VOCAB_SIZE, SimVocab
+from engine.sim.vocab import END_TOKEN, SimVocab
 from engine.speculate import Proposer, ProposerFactory
 
 _CHAT_TEMPLATE = (
@@ -23,7 +23,7 @@ class SimBackend:
     """Implements `engine.backend.Backend`."""
 
     def __init__(self, config: EngineConfig, context: SimContext) -> None:
-        self.vocab = SimVocab()
+        self.vocab = SimVocab(config.sim.vocabulary)
         self.context = context
         sim = config.sim
         self.info = ModelInfo(
@@ -32,7 +32,7 @@ class SimBackend:
             description="a simulated model",
             bytes=0,
             parameters=0,
-            vocabulary=VOCAB_SIZE,
+            vocabulary=self.vocab.size,
             trained_context=0,
             context=context.cells,
             device=f"simulated, a step's cost {sim.cost}",

@@ -23,6 +23,8 @@ from engine.sim.vocab import END_TOKEN, FIRST_WORD_TOKEN, OUTPUT_WORDS, VOCAB_SI
 
 # Logit of the next word. The logit of every other word is 0.
 _NEXT_WORD_LOGIT = 40.0
+# Logit of tokens that are in no text.
+_UNUSED_LOGIT = -1.0
 # Mean number of tokens before the end token.
 _MEAN_OUTPUT_TOKENS = 256
 # Standard deviation of a step's time, relative to the time.
@@ -50,6 +52,7 @@ class SimContext:
 
     partial, divisible, shifts = True, True, False
     max_rollback = None
+    backend_sampling = None
     prefill_rows = 1
     window = 0
 
@@ -73,8 +76,8 @@ class SimContext:
         self._pool_cells: list[list[int]] = [[] for _ in range(self.sequences)]
         self._references = [0] * self.cells
         self._free_cells = list(range(self.cells))
-        self._rows: Logits = np.zeros((self.outputs, VOCAB_SIZE), np.float32)
-        self._next_words = draws(np.empty(0, np.uint64))
+        self._rows: Logits = np.zeros((self.outputs, max(VOCAB_SIZE, config.sim.vocabulary)), np.float32)
+        self._num_written = 0
 
     # ── decode ──
 
@@ -140,11 +143,13 @@ class SimContext:
     def _logits(self, hashes: Hashes) -> Logits:
         """Returns a row of logits for each hash; the next call overwrites the rows."""
         rows, indices = self._rows, np.arange(len(hashes))
-        rows[np.arange(len(self._next_words)), self._next_words] = 0.0
-        rows[: len(self._next_words), END_TOKEN] = 0.0
+        # A row with values takes memory of its own, while all rows of zeros that were never written share a page.
+        rows[self._num_written : len(hashes), VOCAB_SIZE:] = _UNUSED_LOGIT
+        self._num_written = max(self._num_written, len(hashes))
+        # All but the unused tokens, which would take too long: biases and penalties of requests change rows in place.
+        rows[: len(hashes), :VOCAB_SIZE] = 0.0
         drawn = draws(hashes)
-        self._next_words = FIRST_WORD_TOKEN + drawn % len(OUTPUT_WORDS)
-        rows[indices, self._next_words] = _NEXT_WORD_LOGIT
+        rows[indices, FIRST_WORD_TOKEN + drawn % len(OUTPUT_WORDS)] = _NEXT_WORD_LOGIT
         ended = drawn // len(OUTPUT_WORDS) % _MEAN_OUTPUT_TOKENS == 0
         rows[indices[ended], END_TOKEN] = _NEXT_WORD_LOGIT + 1
         return rows[: len(hashes)]

@@ -26,15 +26,17 @@ class SimVocab:
     added = (-1, -1)
     ends = special = frozenset({END_TOKEN})
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 0) -> None:
+        """`size` is the minimum number of tokens. No text has the tokens beyond bytes, words and pairs."""
         words = [f" {word}".encode() for word in OUTPUT_WORDS]
         pairs = [bytes((one, two)) for one in range(97, 123) for two in range(97, 123)]
         self._token_bytes = [b"", *(bytes((byte,)) for byte in range(256)), *words, *pairs]
         self._ids = {spelled: token for token, spelled in enumerate(self._token_bytes) if spelled}
         longest_first = sorted(words, key=len, reverse=True)
         self._pattern = re.compile(rb"(?:%b)(?![a-z])|[a-z][a-z]|(?s:.)" % b"|".join(longest_first))
+        assert len(self._token_bytes) == VOCAB_SIZE, "tokens are bytes, words and pairs"
+        self._token_bytes += [b"<unused>"] * (size - VOCAB_SIZE)
         self.size = len(self._token_bytes)
-        assert self.size == VOCAB_SIZE, "tokens are bytes, words and pairs"
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Returns the token ids of `text`: words where possible, else pairs of letters, else bytes. `special` has no

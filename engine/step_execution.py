@@ -1,0 +1,165 @@
+"""Executes the plan of a step: fills the batch, decodes it, commits the computed tokens and processes the logits."""
+
+from __future__ import annotations
+
+import time
+from collections import abc
+from functools import partial
+from typing import NamedTuple
+
+from engine import scheduler
+from engine.backend import Aborted, Backend, NativeFault, NoFreeCells
+from engine.backend_picks import BackendPicks
+from engine.contract import EngineFault, ShutDown
+from engine.grammar import Masks
+from engine.kv import KVCache
+from engine.lifecycle import Lifecycle
+from engine.outbox import Outbox
+from engine.output_processor import OutputProcessor
+from engine.pace import DraftChooser, SequenceRows
+from engine.running import PlacedRows
+from engine.scheduler import ScheduledRows
+from engine.speculate import LastStep
+from engine.stats import Counters
+
+# Of a series of equal decodes every fourth is recorded, as recording takes as long as picking a token.
+_OBSERVE_INTERVAL_STEPS = 4
+
+
+class _RowCharge(NamedTuple):
+    """Expected seconds of the row of one of `decoding` sequences."""
+
+    decoding: int
+    seconds: float
+
+
+class StepExecution:
+    """Executes the steps of one engine. Belongs to the engine thread."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        kv: KVCache,
+        lifecycle: Lifecycle,
+        outbox: Outbox,
+        counters: Counters,
+        chooser: DraftChooser,
+    ) -> None:
+        self._context = backend.context
+        self._kv = kv
+        self._lifecycle = lifecycle
+        self._running = lifecycle.running
+        self._counters = counters
+        self._chooser = chooser
+        self._cost = chooser.cost
+        self._masks = Masks(backend.vocab.size, overlapped=backend.info.offloaded)
+        self._backend_picks = BackendPicks(self._context.backend_sampling, len(lifecycle.slots))
+        self._outputs = OutputProcessor(kv, lifecycle, outbox, counters, self._masks, chooser, self._backend_picks)
+        self._charged = _RowCharge(0, 0.0)
+        self._single_rows = 0  # rows of the last decode if each sequence had one, else 0
+        self._repeats = 0  # further decodes of as many single rows
+        self.last_step = LastStep(0.0)
+        """Measurements of the last decode."""
+
+    def close(self) -> None:
+        """Ends the computation of grammar masks. No method may be called afterwards."""
+        self._masks.close()
+
+    def execute(self, rows: abc.Sequence[ScheduledRows]) -> None:
+        """Decodes `rows`, or fewer if there are too few cells, and processes the logits.
+
+        The count of free cells is exact for attention to all tokens; other models may have fewer. Then all idle
+        prefixes are evicted and the step is repeated with fewer rows. A single row that does not fit is rejected."""
+        switched = self._context.set_adapters(self._running.adapters)
+        while True:
+            self._kv.evict(sum(part.tokens + part.drafts for part in rows))
+            placed = self._running.ordered(rows, self._cost, separate_prompts=self._context.prefill_rows > 1)
+            firsts, cells = self._fill(placed), self._kv.used_cells
+            decoding = [each.rows for each in placed if each.decodes]
+            prompt_rows = sum(each.rows.rows for each in placed if not each.decodes)
+            passes = self._cost.layout.passes([each.rows for each in placed])
+            begun = time.perf_counter()
+            try:
+                switched |= self._backend_picks.prepare(placed)
+                logits = self._context.decode(partial(self.commit, placed))
+            except NoFreeCells:
+                self._kv.evict(self._context.cells)
+                if fewer := scheduler.reduce_rows(rows):
+                    rows = fewer
+                    continue
+                self._lifecycle.reject_rows([each.sequence for each in placed])
+            except (Aborted, NativeFault) as error:
+                self._lifecycle.fail_all(partial(step_fault, error), [each.sequence for each in placed])
+            else:
+                seconds = time.perf_counter() - begun
+                self.last_step = LastStep(seconds, prompt_rows)
+                self._running.count_step(seconds)
+                if not switched:  # the first decode with other adapters or counts takes longer
+                    self._observe(decoding, prompt_rows, cells, seconds)
+                self._counters.record_decode(len(rows), len(passes), seconds)
+                self._outputs.process(placed, firsts, logits)
+            return
+
+    def _observe(self, decoding: list[SequenceRows], prompt_rows: int, cells: int, seconds: float) -> None:
+        """Records the decode for the cost model. In a series of decodes of equally many single rows, one in
+        `_OBSERVE_INTERVAL_STEPS` is recorded."""
+        is_single = not prompt_rows and all(each.rows == 1 for each in decoding)
+        single_rows = len(decoding) if is_single else 0
+        is_like_last, self._single_rows = is_single and single_rows == self._single_rows, single_rows
+        self._repeats = self._repeats + 1 if is_like_last else 0
+        if self._repeats % _OBSERVE_INTERVAL_STEPS == 0:
+            repeats = _OBSERVE_INTERVAL_STEPS if is_like_last else 1
+            self._chooser.observe_step(decoding, prompt_rows, cells, seconds, repeats)
+
+    def _fill(self, rows: abc.Sequence[PlacedRows]) -> abc.Sequence[int]:
+        """Writes the batch and starts computing the grammar masks. Returns, for each of `rows`, the index of its first
+        row of logits."""
+        batch = self._context.batch
+        batch.clear()
+        with_matcher = [each for each in rows if each.sequence.matcher is not None]
+        masks = [each.sequence.mask_request(each.part) for each in with_matcher]
+        self._masks.begin([mask for mask in masks if mask is not None])
+        if all(each.decodes and not each.part.drafts for each in rows):
+            last = [each.sequence.tokens[-1] for each in rows]
+            batch.fill_single([each.rows.seq for each in rows], [each.rows.cells for each in rows], last)
+            return range(len(rows))
+        return [each.sequence.fill(batch, each.part) for each in rows]
+
+    def commit(self, rows: abc.Sequence[PlacedRows]) -> None:
+        """Counts the known tokens of `rows` as computed. A GPU may still be computing them."""
+        self._charge(rows)
+        for each in rows:
+            sequence = each.sequence
+            self._kv.commit(sequence.seq, sequence.commit(each.part.tokens))
+            if sequence.num_uncomputed:
+                continue
+            if sequence.cached is None and (cached := sequence.end_prefill()):
+                self._counters.cached_tokens += cached
+                self._counters.hits += 1
+            self._lifecycle.waiting.remove_in_flight(sequence)  # no effect after the step that completes the prefill
+        self._kv.count_step()
+
+    def _charge(self, rows: abc.Sequence[PlacedRows]) -> None:
+        """Adds the cost of `rows` to the counters of their owners, in tokens of a prompt: a decoding sequence costs as
+        many as take the time of its row. The recomputation after a preemption costs nothing."""
+        requests = [each.sequence.request for each in rows if each.decodes]
+        if len(requests) != self._charged.decoding:  # the estimate takes as long as charging all sequences
+            seconds = self._cost.even_seconds(len(requests)) / max(1, len(requests))
+            self._charged = _RowCharge(len(requests), seconds)
+        row = self._cost.prompt_row
+        each_row = max(1.0, self._charged.seconds / row) if row else 1.0
+        rows_of: dict[tuple[str, float], int] = {}
+        for request in requests:
+            owner = request.owner, request.weight
+            rows_of[owner] = rows_of.get(owner, 0) + 1
+        for (name, weight), count in rows_of.items():
+            self._lifecycle.charge(name, weight, count * each_row)
+        for each in rows:
+            if not each.decodes and each.sequence.first_token is None:
+                request = each.sequence.request
+                self._lifecycle.charge(request.owner, request.weight, each.part.tokens)
+
+
+def step_fault(error: Aborted | NativeFault) -> EngineFault:
+    """Returns the error of the requests of a step that was stopped or has failed."""
+    return ShutDown() if isinstance(error, Aborted) else EngineFault(f"the step failed: {error}")
