@@ -82,7 +82,7 @@ class ServingSetup(Struct, frozen=True):
 
 ALONE = ServingSetup("a alone", clients=1, shares=False, rows=2**20)
 SETUPS = (
-    *(ServingSetup(f"b {kind}", types=(kind,)) for kind in PROPOSER_TYPES if kind != "grammar"),
+    *(ServingSetup(f"b {kind}", types=(kind,)) for kind in PROPOSER_TYPES if kind not in ("grammar", "draft-mtp")),
     ServingSetup("c auto", types=("auto",)),
     *(ServingSetup(f"d {clients} at once", clients=clients) for clients in (1, 3, 8, 16)),
     *(ServingSetup(f"e {rows} rows", rows=rows) for rows in (5, 33, 200)),

@@ -35,8 +35,6 @@ REPETITIONS = 8
 # Maximum time for the other client's request; first come, first served would take minutes.
 _PATIENCE_SECONDS = 10.0
 _PROMPT_WORDS = 150
-# Requests during the flood that are not measured, while the engine learns the costs of steps with prefill and decode.
-_WARM_UP = 8
 
 
 def body(number: int, tokens: int) -> dict[str, Any]:
@@ -67,9 +65,8 @@ async def measure(server: Server, key: str, repetitions: int) -> tuple[list[floa
     flood = [asyncio.create_task(_flood_request(server, number)) for number in range(FLOOD_REQUESTS)]
     await asyncio.sleep(2.0)
     during = []
-    for number in range(-_WARM_UP, repetitions):
-        seconds = await first_token_seconds(server, 1000 + number, key)
-        during += [seconds] if number >= 0 else []
+    for number in range(repetitions):
+        during.append(await first_token_seconds(server, 1000 + number, key))
         await asyncio.sleep(0.3)
     assert not all(task.done() for task in flood), "the flood goes on"
     for task in flood:

@@ -40,7 +40,8 @@ from engine.speculate import (
     SharedDraftData,
     SpeculativeDecoding,
 )
-from engine.speculate.draft_model import DraftSequence, PickToken
+from engine.speculate.draft_model import DraftSequence
+from engine.speculate.model_draft import PickToken
 from engine.speculate.planner import poll
 from engine.speculate.proposer import BatchedDraftRequest, num_matching
 
@@ -76,7 +77,7 @@ def paceline_proposers(vocab: Vocab) -> dict[str, ReplayProposerFactory]:
 
     auto_factories = {"auto": all_types(engine(), predict=False), "auto+prediction": all_types(engine(), predict=True)}
     return {
-        kind: single_type(engine(), kind) for kind in PROPOSER_TYPES if kind not in ("draft", "grammar")
+        kind: single_type(engine(), kind) for kind in PROPOSER_TYPES if kind not in ("draft", "draft-mtp", "grammar")
     } | auto_factories
 
 

@@ -1,12 +1,14 @@
 """Soak test over HTTP: thousands of requests with random hang-ups against one server.
 
 Some requests are abandoned at a random time or after a random number of events. The table has the slope of the
-server's resident memory over the second half of the requests, the lost requests, and each disagreement with `/metrics`.
-A request is lost if its stream lacks exactly one terminal event (a finish reason, then `[DONE]`) and the client has not
+server's resident memory after the first 2,000 requests, the lost requests, and each disagreement with `/metrics`. A
+request is lost if its stream lacks exactly one terminal event (a finish reason, then `[DONE]`) and the client has not
 closed it. The exit code is 1 if a request is lost or fails, a count disagrees, or the slope exceeds `--most-slope`.
 
-`--sim` serves a model without weights, `-m` a real one. The prefix cache in RAM is small, so that it is full before the
-second half. Further flags of the server come after `--`.
+`--sim` serves a model without weights, `-m` a real one. Stores with a bound are full before the slope is measured: the
+prefix cache in RAM and the outputs of `suffix` are small, and `--fill` requests with long outputs come first. They fill
+the n-grams that the proposers of all requests share: 16 MB of ngram-mod and 55 MB of ngram-cache. Further flags of the
+server come after `--`.
 """
 
 from __future__ import annotations
@@ -36,6 +38,13 @@ REPEATED_EVERY, REPEATED_PROMPTS = 3, 40
 SHORTEST_HANG_UP_SECONDS, LONGEST_HANG_UP_SECONDS = 0.0005, 1.0
 # Number of memory samples of a run.
 SAMPLES = 200
+# Number of requests before the first sample of the slope, or half of all requests if that is less.
+UNMEASURED_REQUESTS = 2000
+# Requests that fill the shared data of the proposers, and the tokens of each output. ngram-cache keeps 2^18 n-grams, and
+# a token adds up to four; its table has its final size after 2^17 further ones.
+FILL_REQUESTS, FILL_TOKENS = 220, 900
+# Tokens of past outputs that `suffix` keeps.
+SUFFIX_TOKENS = 10_000
 # MiB of the prefix cache in RAM; the states of the model without weights take few bytes.
 CACHE_RAM_MIB, SIM_CACHE_RAM_MIB = 64, 1
 
@@ -142,14 +151,14 @@ def kind_of(outcome: Outcome) -> str:
 
 
 def slope(samples: Sequence[MemorySample]) -> float:
-    """Returns the slope, in bytes per request, of the least-squares line through the samples of the second half of the
-    requests; 0 for fewer than two such samples."""
+    """Returns the slope, in bytes per request, of the least-squares line through the samples after the first
+    `UNMEASURED_REQUESTS`, or after half of the requests if that is less; 0 for fewer than two such samples."""
     last = max((sample.ended for sample in samples), default=0)
-    half = [sample for sample in samples if 2 * sample.ended >= last]
-    x = sum(sample.ended for sample in half) / max(1, len(half))
-    y = sum(sample.resident for sample in half) / max(1, len(half))
-    spread = sum((sample.ended - x) ** 2 for sample in half)
-    return sum((sample.ended - x) * (sample.resident - y) for sample in half) / spread if spread else 0.0
+    late = [sample for sample in samples if sample.ended >= min(UNMEASURED_REQUESTS, last / 2)]
+    x = sum(sample.ended for sample in late) / max(1, len(late))
+    y = sum(sample.resident for sample in late) / max(1, len(late))
+    spread = sum((sample.ended - x) ** 2 for sample in late)
+    return sum((sample.ended - x) * (sample.resident - y) for sample in late) / spread if spread else 0.0
 
 
 def disagreements(client: Summary, server: Counts) -> list[str]:
@@ -216,7 +225,8 @@ def settled_counts(server: Server, seconds: float = 30.0) -> Counts:
 def served(options: argparse.Namespace) -> Iterator[Server]:
     """Runs the server for the length of the block."""
     ram = options.cache_ram if options.cache_ram >= 0 else SIM_CACHE_RAM_MIB if options.sim else CACHE_RAM_MIB
-    size = ["-np", str(options.slots), "-c", str(1024 * options.slots), "-cram", str(ram), *options.more]
+    size = ["-np", str(options.slots), "-c", str(1024 * options.slots), "-cram", str(ram)]
+    size += ["--spec-suffix-tokens", str(SUFFIX_TOKENS), *options.more]
     if not options.sim:
         with serving(options.model, size) as server:
             yield server
@@ -225,6 +235,16 @@ def served(options: argparse.Namespace) -> Iterator[Server]:
     command = [sys.executable, "-m", "api", "serve", "--sim", "--sim-cost", "free", "--port", str(port), *size]
     with running(command, port, 60) as server:
         yield server
+
+
+async def fill(server: Server, options: argparse.Namespace) -> None:
+    """Sends the requests that fill the shared data of the proposers."""
+
+    async def send(number: int) -> Outcome:
+        body = {"prompt": random_text(-1 - number, 24), "max_tokens": FILL_TOKENS, "ignore_eos": True, "seed": number}
+        return await stream(server.port, COMPLETION_PATH, body)
+
+    await run_closed_loop(options.clients, range(options.fill), send)
 
 
 async def send_all(server: Server, options: argparse.Namespace, samples: list[MemorySample]) -> list[Outcome]:
@@ -247,12 +267,12 @@ async def send_all(server: Server, options: argparse.Namespace, samples: list[Me
 def soak(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the soak test and returns its figures. Raises RuntimeError if the server does not start."""
     samples: list[MemorySample] = []
-    with served(options) as server:
+    with served(options) as server, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(fill(server, options))
         before, files, threads = settled_counts(server), open_files(server), num_threads(server)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            begun = time.perf_counter()
-            outcomes = runner.run(send_all(server, options, samples))
-            seconds = time.perf_counter() - begun
+        begun = time.perf_counter()
+        outcomes = runner.run(send_all(server, options, samples))
+        seconds = time.perf_counter() - begun
         counts = settled_counts(server).since(before)
         files_after, threads_after = open_files(server), num_threads(server)
     client = summary(outcomes)
@@ -280,6 +300,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16, help="-np of the server, with 1024 tokens of context each")
     parser.add_argument("--tokens", type=int, default=8, help="maximum tokens of an answer")
     parser.add_argument("--hang-ups", type=float, default=0.4, help="fraction of the requests that is abandoned")
+    parser.add_argument("--fill", type=int, default=FILL_REQUESTS, help="requests with long outputs before the others")
     parser.add_argument("--cache-ram", type=int, default=-1, help="MiB; -1 is 64, or 1 with --sim")
     parser.add_argument(
         "--most-slope", type=float, default=1024.0, help="maximum growth of the resident memory, in bytes per request"

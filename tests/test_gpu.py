@@ -246,6 +246,7 @@ def test_every_part_has_a_table() -> None:
             "cost-1b-q4_0": {"step": {"decode": {"0": {"1": 2.0, "512": 9.0}}}},
             "share-1b-q4_0": {"8": share},
             "serve-1b-q4_0": {"8 paceline": report},
+            "sampling-1b-q4_0": {"8 paceline -bs on": report},
             "synthetic-1b-q4_0": {"8 paceline, measured lengths": report},
             "gaps-1b-q4_0": {"paceline": {"prompt_seconds": 1.5}},
             "gaps-8b-q4_0": {},

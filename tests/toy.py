@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from engine.backend import (
     StatePart,
     no_host_work,
 )
+from engine.backend_sampling import BackendSampling
 from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.pace.passes import SequenceRows, passes
@@ -118,6 +120,7 @@ class ToyContext:
         self.before_decode: Callable[[], None] = lambda: None
         self.held: list[dict[int, Cell]] = [{} for _ in range(sequences)]
         self.adapters: AdapterSet = ()
+        self.backend_sampling: BackendSampling | None = None
 
     def decode(self, host_work: HostWork = no_host_work) -> Logits:
         """Returns the logits of the output rows; the cells are unchanged if the batch does not fit."""
@@ -284,6 +287,45 @@ class ToyContext:
     def abort(self) -> None:
         """Makes every later decode raise Aborted."""
         self.aborted = True
+
+
+class ToyHeadContext(ToyContext):
+    """Also implements `engine.draft_head.DraftHead`: predicts the logits of later rows, for three of ten histories
+    wrongly."""
+
+    def __init__(
+        self, cells: int = 200, sequences: int = 12, rows: int = 64, outputs: int = 32, **settings: Any
+    ) -> None:
+        super().__init__(cells, sequences, rows, outputs, **settings)
+        self.drafted: dict[int, list[int]] = {}
+
+    def draft(self, tokens: Sequence[tuple[int, int]]) -> Logits:
+        """Returns the logits after each sequence, its drafted tokens and the given one."""
+        ids = [seq for seq, _ in tokens]
+        assert ids == sorted(set(ids)), "ids ascend"
+        if self.aborted:
+            raise Aborted
+        rows = []
+        for seq, token in tokens:
+            drafted, length = self.drafted.setdefault(seq, []), self.length(seq)
+            assert length, "a decoding sequence has cells"
+            drafted.append(token)
+            before, adapted = self.held[seq], ADAPTED * sum(each.id + 1 for each in self.adapters)
+            added = {length + at: Cell(one + adapted, self.cells + at) for at, one in enumerate(drafted)}
+            self.held[seq] = before | added
+            row = self._logits(seq, length + len(drafted) - 1)
+            self.held[seq] = before
+            rows.append(np.roll(row, 1) if int(1000 * abs(row[0])) % 10 < 3 else row)
+        return np.stack(rows)
+
+    def rewind(self) -> None:
+        """Drops the drafted tokens."""
+        self.drafted.clear()
+
+    def decode(self, host_work: HostWork = no_host_work) -> Logits:
+        """Asserts that no drafted tokens are left."""
+        assert not self.drafted, "drafts are dropped before the next decode"
+        return super().decode(host_work)
 
 
 class ToyVocab:

@@ -173,6 +173,19 @@ def measure_throughput(bench: GpuBench, cells: PartFigures) -> None:
             cells.fill(f"{slots} {name}", measure)
 
 
+def measure_backend_sampling(bench: GpuBench, cells: PartFigures) -> None:
+    """Measures the tokens per second of both servers with and without backend sampling, by number of slots."""
+    variants = [(PACELINE, ["-bs", "off"]), (PACELINE, ["-bs", "on"]), (PEER, []), (PEER, ["-bs"])]
+    for slots in bench.extent.slots:
+        for name, flags in variants:
+
+            def measure(name: str = name, flags: Sequence[str] = flags, slots: int = slots) -> dict[str, Any]:
+                with bench.started(name, serving_settings(bench, slots), flags) as server:
+                    return load(server, bench.extent, slots)
+
+            cells.fill(" ".join([str(slots), name, *flags]), measure)
+
+
 def measure_synthetic(bench: GpuBench, cells: PartFigures) -> None:
     """Measures both servers with a draft model and random acceptance; llama-server's drafts have a fixed length."""
     draft = ["-md", str(bench.draft), "-ngld", str(bench.layers)]
@@ -220,6 +233,7 @@ MEASUREMENTS: Mapping[str, Callable[[GpuBench, PartFigures], None]] = {
     "cost": measure_cost,
     "share": measure_python_share,
     "serve": measure_throughput,
+    "sampling": measure_backend_sampling,
     "synthetic": measure_synthetic,
     "gaps": measure_gaps,
 }

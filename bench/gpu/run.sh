@@ -18,7 +18,7 @@ PYTHON=.venv/bin/python
 export PYTHONPATH=.
 
 "$PYTHON" -m bench.gpu.models $MODELS "$DRAFT" || exit 1
-for part in ${PARTS:-cost share serve synthetic gaps}; do
+for part in ${PARTS:-cost share serve sampling synthetic gaps}; do
     for model in $MODELS; do
         timeout 600 "$PYTHON" -m bench.gpu.measure "$part" "$model" --draft "$DRAFT" -ngl "${LAYERS:-99}" \
             ${QUICK:+--quick} || failed="${failed:-}$part of $model failed (exit code $?); the same command resumes"$'\n'

@@ -19,7 +19,7 @@ from api.__main__ import main as paceline
 from engine import output_processor
 from engine.backend import Logits
 from engine.grammar import RowMasks
-from engine.sampling import Peak, Sampler
+from engine.sampling import UNPICKED, Sampler
 from engine.sequence import Sequence as EngineSequence
 from engine.verify import VerificationResult, verify
 
@@ -45,10 +45,9 @@ class RandomAcceptanceSampler(Sampler):
         prompt_length: int,
         discarded: int = 0,
         permitted: NDArray[np.bool_] | None = None,
-        peak: Peak | None = None,
     ) -> int:
         """Returns the draft token or the sampled token."""
-        token = self._own.sample(row, history, prompt_length, discarded, permitted, peak)
+        token = self._own.sample(row, history, prompt_length, discarded, permitted)
         position = len(history) - self._start
         agrees = position < len(self._draft) and self._source.random() < self._rate
         return self._draft[position] if agrees else token
@@ -66,14 +65,14 @@ class RandomAcceptanceVerifier:
         sequence: EngineSequence,
         draft: Sequence[int],
         rows: Logits,
-        peaks: Sequence[Peak],
+        picks: Sequence[int],
         masks: RowMasks | None = None,
     ) -> VerificationResult:
         """Verifies a draft with the arguments and the result of `engine.verify.verify`."""
         own = sequence.sampler
         sequence.sampler = RandomAcceptanceSampler(own, draft, len(sequence.tokens), self._rate, self._random)
         try:
-            return verify(sequence, draft, rows, peaks, masks)
+            return verify(sequence, draft, rows, [UNPICKED] * len(picks), masks)
         finally:
             sequence.sampler = own
 

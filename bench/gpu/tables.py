@@ -71,6 +71,7 @@ PART_TABLES: Mapping[str, tuple[str, Callable[[CellFigures], Table]]] = {
     "cost": ("cost of a step", cost_table),
     "share": ("overhead of Python", python_share_table),
     "serve": ("over HTTP, without speculation", load_table),
+    "sampling": ("over HTTP, with and without backend sampling", load_table),
     "synthetic": ("over HTTP, with random acceptance of draft tokens", load_table),
     "gaps": ("running streams during a long prefill", gaps_table),
 }

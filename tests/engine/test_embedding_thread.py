@@ -12,6 +12,7 @@ import numpy as np
 from engine.backend import Aborted, Embedding, EmbeddingInfo, RerankMarks
 from engine.config import EngineConfig, ModelConfig
 from engine.embedding import EmbeddingThread
+from engine.embedding_queue import EmbeddingJob, EmbeddingQueue
 from engine.stats import EmbeddingStats
 
 INFO = EmbeddingInfo("m", "m.gguf", "mean", 3, 64, "", RerankMarks((), (), ()))
@@ -81,3 +82,26 @@ async def _opened_with_two(thread: EmbeddingThread) -> list[asyncio.Task[list[Em
     await asyncio.sleep(0)
     await thread.open(cast("Any", None))
     return tasks
+
+
+async def test_owners_take_turns_by_their_weights() -> None:
+    queue, loop = EmbeddingQueue(), asyncio.get_running_loop()
+
+    def add(owner: str, inputs: int, tokens: int, weight: float = 1.0) -> EmbeddingJob:
+        job = EmbeddingJob([[1] * tokens] * inputs, loop.create_future(), owner, weight)
+        queue.add(job)
+        return job
+
+    flood = [add("flood", 100, 10) for _ in range(50)]
+    assert len(queue.take(1000, 64)) == 64
+    assert {job.taken for job in flood} == {1, 2}, "the requests of an owner take turns"
+    other, heavy = add("other", 6, 20), add("heavy", 18, 20, 3.0)
+    first = queue.take(480, 64)
+    assert sum(each.job is other for each in first) in (4, 5)
+    assert sum(each.job is heavy for each in first) in (13, 14, 15)
+    for job in flood:
+        job.cancelled = True
+    rest = queue.take(10**6, 10**6)
+    assert {each.job for each in rest} == {other, heavy}
+    assert other.taken + heavy.taken == 24
+    assert queue.take(10, 10) == []

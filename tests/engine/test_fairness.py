@@ -19,14 +19,17 @@ from tests.toy import ToyContext
 FLOOD = 200
 
 
-def claims(*sequences: tuple[str, float, int]) -> list[Claim]:
-    """Returns claims with ascending keys, each of an owner, a weight and a priority."""
+def claims(*sequences: Any) -> list[Claim]:
+    """Returns claims with ascending keys, each of an owner, a weight, a priority and maybe a deadline."""
     return [Claim(key, *sequence) for key, sequence in enumerate(sequences)]
 
 
 @pytest.mark.parametrize(
     ("case", "candidate", "running", "wanted"),
     [
+        ("the one without a deadline", ("b", 1, 0), [("a", 1, 0, 5.0), ("a", 1, 0), ("a", 1, 0, 9.0)], 1),
+        ("the last deadline", ("b", 1, 0), [("a", 1, 1, 5.0), ("a", 1, 1, 9.0), ("a", 1, 1, 7.0)], 1),
+        ("no deadline protects a share", ("b", 1, 0), [("a", 1, 0, 5.0)] * 2, 1),
         ("one owner alone", ("a", 1, 0), [("a", 1, 0)] * 4, None),
         ("the last of an owner with more", ("b", 1, 0), [("a", 1, 0)] * 4, 3),
         ("equal parts", ("b", 1, 0), [("a", 1, 0), ("a", 1, 0), ("b", 1, 0)], None),
@@ -35,12 +38,11 @@ def claims(*sequences: tuple[str, float, int]) -> list[Claim]:
         ("three quarters", ("b", 3, 0), [("a", 1, 0), ("a", 1, 0), ("b", 3, 0), ("b", 3, 0)], 1),
         ("no more than three quarters", ("b", 3, 0), [("a", 1, 0), *[("b", 3, 0)] * 3], None),
         ("a lower priority of the same owner", ("a", 1, 0), [("a", 1, 1), ("a", 1, 2), ("a", 1, 2)], 2),
+        ("a priority of 0", ("a", 1, -1), [("a", 1, 0)], 0),
         ("no higher priority", ("b", 1, 0), [("a", 1, -1)] * 3, None),
     ],
 )
-def test_who_yields(
-    case: str, candidate: tuple[str, float, int], running: list[tuple[str, float, int]], wanted: int | None
-) -> None:
+def test_who_yields(case: str, candidate: tuple[str, float, int], running: list[Any], wanted: int | None) -> None:
     assert displaced(Claim(99, *candidate), claims(*running)) == wanted, case
 
 
@@ -58,11 +60,11 @@ def test_no_owners_displace_each_other_in_turn(owners: list[str], weight: float)
 
 def test_the_order_of_the_queue() -> None:
     entries = [
-        rank(QueueEntry(1, True, math.inf, 0), 0.0, 0.0),
-        rank(QueueEntry(0, True, math.inf, 1), 1.0, 4.0),
-        rank(QueueEntry(0, True, math.inf, 2), 0.0, 9.0),
-        rank(QueueEntry(0, True, math.inf, 3), 0.0, 5.0),
-        rank(QueueEntry(0, False, math.inf, 4), 0.0, 2.0),
+        rank(QueueEntry(1, math.inf, True, 0), 0.0, 0.0),
+        rank(QueueEntry(0, math.inf, True, 1), 1.0, 4.0),
+        rank(QueueEntry(0, math.inf, True, 2), 0.0, 9.0),
+        rank(QueueEntry(0, math.inf, True, 3), 0.0, 5.0),
+        rank(QueueEntry(0, math.inf, False, 4), 0.0, 2.0),
     ]
     assert [entry[-1] for entry in sorted(entries)] == [4, 3, 2, 1, 0]
 
@@ -186,6 +188,16 @@ def test_when_cells_run_out_the_lowest_priority_is_preempted() -> None:
     assert list(bench.ends)[-1] == 0
 
 
+def test_when_cells_run_out_a_deadline_protects() -> None:
+    bench = CoreBench(ToyContext(cells=40), slots=3)
+    for key, timeout in enumerate((None, 1e6, 1e5)):
+        bench.submit(key, Request(prompt=(key + 1,) * 3, max_tokens=20, ignore_eos=True, timeout=timeout))
+    bench.run()
+    assert bench.core.counters.preemptions
+    assert list(bench.ends) == [2, 1, 0]
+    assert all(len(output) == 20 for output in bench.outputs.values())
+
+
 def test_a_time_limit_ends_a_request_once() -> None:
     bench = CoreBench(ToyContext(), slots=1, queue_timeout=3.0)
     base = Request(prompt=(1, 2), max_tokens=50, ignore_eos=True)
@@ -206,7 +218,7 @@ def test_a_time_limit_ends_a_request_once() -> None:
     assert ended == [[], [2], [1, 2, 3], [1, 2, 3]]
     errors = [end.error for key, end in sorted(bench.ends.items()) if isinstance(end, Failed)]
     assert [type(error) for error in errors] == [QueueTimeout, DeadlineExceeded, QueueTimeout]
-    bench.core._execute(bench.core._plan().rows)
+    bench.core._execution.execute(bench.core._plan().rows)
     lifecycle.expire(11.0)
     bench.core._outbox.flush()
     end = bench.ends[0]

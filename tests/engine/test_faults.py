@@ -3,7 +3,10 @@ belongs to, and every other request has the tokens that it gets alone."""
 
 from __future__ import annotations
 
+import errno
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -12,6 +15,9 @@ import pytest
 from engine.backend import NativeFault, NoFreeCells
 from engine.contract import Failed, Finished, FinishReason, Request, Tokens
 from engine.generation import Generation
+from engine.kv import Offload
+from engine.kv import disk as disk_module
+from engine.kv.disk import Disk
 from engine.outbox import StepOutput
 from engine.speculate import Draft
 from tests.engine.test_same_as_alone import LAYOUTS, CoreBench, Oracle, alone, context_of, draw_request
@@ -21,6 +27,8 @@ from tests.toy import VOCABULARY
 # Points at which a fault ends the drafts of a request, or the request itself.
 PROPOSER_POINTS = ("begin", "propose", "observe", "end")
 REQUEST_POINTS = ("pick", "append", "proposers")
+# Faults of a decode, which end the requests of its step at most.
+DECODE_FAULTS: dict[str, type[Exception]] = {"cells": NoFreeCells, "native": NativeFault}
 
 
 class Injected(Exception):
@@ -55,9 +63,30 @@ class FaultyOracle(Oracle):
         super().end()
 
 
-def fault_with(random: Random, chance: float) -> Callable[[object], Exception | None]:
-    """Returns a fault of a decode that finds no cells with probability `chance`."""
-    return lambda _: NoFreeCells() if random.random() < chance else None
+def fault_with(random: Random, fault: type[Exception] | None) -> Callable[[object], Exception | None]:
+    """Returns the faults of decodes, of which one in ten has a `fault`."""
+    return lambda _: fault("injected") if fault is not None and random.random() < 0.1 else None
+
+
+def break_disk(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a third of the writes fail, as on a full or failing disk, a third take long, and damages some files."""
+    save, wait = disk_module._save, time.sleep
+
+    def faulty(path: Path, *content: Any) -> int:
+        match random.randrange(6):
+            case 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            case 1:
+                raise OSError(errno.EIO, "Input/output error")
+            case 2 | 3:
+                wait(0.001)
+        size = save(path, *content)
+        if random.random() < 0.2:
+            path.write_bytes(path.read_bytes()[: size // 2])
+        return size
+
+    monkeypatch.setattr(disk_module, "_save", faulty)
+    monkeypatch.setattr(disk_module, "WRITE_PAUSE_SECONDS", 0.0)
 
 
 def break_sequence(sequence: Any, point: str, countdown: int) -> None:
@@ -80,12 +109,17 @@ def break_sequence(sequence: Any, point: str, countdown: int) -> None:
 
 
 @pytest.mark.parametrize("unified", LAYOUTS)
-@pytest.mark.parametrize("seed", range(sized(20, 400)))
-def test_a_fault_at_any_point_stays_with_its_request(seed: int, unified: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", range(sized(21, 420)))
+def test_a_fault_at_any_point_stays_with_its_request(
+    seed: int, unified: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     random = Random(seed)
     cells = random.choice([64, 90, 300])
     context = context_of(unified, cells, sequences=random.choice([5, 12]), rows=random.choice([16, 64]), outputs=16)
-    bench = CoreBench(context, prompt_rows=random.choice([1, 5, 100]), faulty=True)
+    disk = Disk(tmp_path, "toy") if seed % 3 == 0 else None
+    offload = Offload(random.choice([0, 5000]), disk=disk, disk_bytes=50_000) if disk else None
+    break_disk(Random(seed), monkeypatch)
+    bench = CoreBench(context, prompt_rows=random.choice([1, 5, 100]), faulty=True, offload=offload)
     clock = [0.0]
     monkeypatch.setattr("engine.step.time.perf_counter", lambda: clock[0])
     prefixes = [[random.randrange(1, VOCABULARY) for _ in range(40)] for _ in range(3)]
@@ -94,14 +128,13 @@ def test_a_fault_at_any_point_stays_with_its_request(seed: int, unified: bool, m
     for key in range(12):
         request = draw_request(random, prefixes, cells)
         wanted[key] = alone(request, cells)
-        point = random.choice([*PROPOSER_POINTS, *REQUEST_POINTS, "cells", ""])
+        point = random.choice([*PROPOSER_POINTS, *REQUEST_POINTS, *DECODE_FAULTS, ""])
         oracle = FaultyOracle(point, random.choice([0.2, 1.0]), request, wanted[key][0], 0.3, random)
         bench.submit(key, request, oracle)
         if point in REQUEST_POINTS:
             break_sequence(bench.sequences[key], point, random.randrange(6))
             broken.add(key)
-        chance = 0.1 if point == "cells" else 0.0
-        context.faults = fault_with(random, chance)
+        context.faults = fault_with(random, DECODE_FAULTS.get(point))
         for _ in range(random.randint(0, 6)):
             clock[0] += random.choice([0.0, 0.01, 1e6, -1e3])  # jumps forwards and back
             bench.core.step()
@@ -110,12 +143,13 @@ def test_a_fault_at_any_point_stays_with_its_request(seed: int, unified: bool, m
     for key, (tokens, reason) in wanted.items():
         end = bench.ends[key]
         if isinstance(end, Failed):
-            assert key in broken or "no free cell" in str(end.error)
+            assert key in broken or "no free cell" in str(end.error) or "injected" in str(end.error)
             assert bench.outputs[key] == tokens[: len(bench.outputs[key])]
         else:
             assert (bench.outputs[key], end.reason) == (tokens, reason)
     bench.core.kv.drop_idle()
     assert context.used() == 0
+    bench.core.kv.close()
 
 
 def test_a_native_fault_ends_the_requests_of_its_step_only() -> None:

@@ -25,7 +25,7 @@ from engine.sequence import Sequence
 from engine.speculate import Draft
 from tests.engine.test_same_as_alone import CoreBench, Oracle, draw_request
 from tests.engine.vocabularies import PAIRS, bytes_of, grammar
-from tests.toy import END, VOCABULARY, ToyBackend, ToyContext
+from tests.toy import END, VOCABULARY, ToyBackend, ToyContext, ToyHeadContext
 
 SPECS: list[tuple[GrammarSpec, str]] = [
     (Regex("(ABCD|EFGH)+"), "(ABCD|EFGH)+"),
@@ -68,13 +68,18 @@ def test_tokens_are_those_alone_and_follow_the_grammar(kind: Any, seed: int) -> 
     speculation = SpeculationConfig(
         types=types, order=order, size_n=2, size_m=5, mod_match=2, mod_min=1, suffix_tokens=100
     )
-    context = ToyContext(cells=random.choice([90, 300]), rows=random.choice([16, 64]), outputs=random.choice([8, 16]))
+    mtp = kind == "draft-mtp"
+    kind_of_context = ToyHeadContext if mtp else ToyContext
+    context = kind_of_context(
+        cells=random.choice([90, 300]), rows=random.choice([16, 64]), outputs=random.choice([8, 16])
+    )
     bench = CoreBench(
         context,
         prompt_rows=random.choice([1, 5, 100]),
         speculation=None if kind == "oracle" else speculation,
-        draft=ToyContext(cells=200, other=0.3),
+        draft=None if mtp else ToyContext(cells=200, other=0.3),
         backend=pair_backend(context),
+        mtp=mtp,
     )
     prefixes = [[random.randrange(1, VOCABULARY) for _ in range(20)] for _ in range(2)]
     expected: dict[int, tuple[list[int], FinishReason]] = {}

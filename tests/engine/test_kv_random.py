@@ -13,7 +13,8 @@ import pytest
 from msgspec import Struct
 
 from engine.kv import Allocation, Costs, KVCache, Offload
-from engine.kv.block import Block
+from engine.kv.block import BLOCK_TOKENS, Block, key_of, root_key
+from engine.kv.changes import BlockChange, BlockMedium
 from engine.kv.sequence_file import SequencePart
 from tests.sizes import sized
 from tests.toy import VOCABULARY, ToyContext
@@ -59,6 +60,8 @@ class CacheFuzzer:
         ram = random.choice([0, 1000, 100_000])
         self.offload = Offload(ram, whole=not self.context.divisible) if ram else None
         self.kv = KVCache(self.context, self.offload, random.choice([0, 16]))
+        self.reported: set[tuple[BlockMedium, int]] = set()
+        self.kv.report_changes(self.follow)
         self.running: list[RunningSequence] = []
         self.prefixes = [[random.randrange(1, VOCABULARY) for _ in range(CELLS)] for _ in range(3)]
         self.log: list[str] = []
@@ -88,6 +91,30 @@ class CacheFuzzer:
         self.kv.drop_idle()
         self.check()
         assert self.context.used() == 0
+        self.maintain()
+        assert not [medium for medium, _ in self.reported if medium == "cells"]
+
+    def follow(self, changes: list[BlockChange]) -> None:
+        """Applies reported changes to the mirror, in which no block is stored or removed twice."""
+        for change in changes:
+            held = change.medium, change.hash
+            assert change.stored is (held not in self.reported), self.log
+            self.reported ^= {held}
+
+    def known_blocks(self) -> set[tuple[BlockMedium, int]]:
+        """Returns the full blocks in cells and in RAM."""
+        tree = self.kv._tree
+        known: set[tuple[BlockMedium, int]] = set()
+        for seq in tree._tails:
+            key, tokens = root_key(tree.salt(seq)), tree.tokens(seq)
+            for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+                key = key_of(key, tokens[start : start + BLOCK_TOKENS].tobytes())
+                known.add(("cells", int(key[:16], 16)))
+        for block in self.offload.tree.blocks() if self.offload is not None else ():
+            if block.state is not None:
+                path = [block] if self.context.divisible else block.path
+                known |= {("ram", int(each.key[:16], 16)) for each in path if len(each.tokens) == BLOCK_TOKENS}
+        return known
 
     def check(self) -> None:
         """Asserts that the cache is consistent and that each running sequence's cells hold its tokens."""
@@ -201,6 +228,7 @@ class CacheFuzzer:
 
     def maintain(self) -> None:
         self.kv.maintain(self.random.choice([0.0, 1e-4, 1e-2]))
+        assert self.reported == self.known_blocks(), self.log
 
     def close_gap(self) -> None:
         if (moved := self.kv.close_gap()) is not None:

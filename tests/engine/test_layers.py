@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[2]
 
 ENGINE = """
 batch text checksummed splitmix background devices adapters worker_pool sampling_params fairness histogram
+backend_sampling
 backend
-grammar
+grammar media draft_head
 contract
 config outbox
 contents
@@ -20,9 +21,11 @@ kv sampling pace scheduler
 llama
 speculate
 sequence generation sim stats validation loaded_adapters rollback
-verify waiting slots running watchdog time_limits
+verify waiting slots running watchdog time_limits embedding_queue
 embedding lifecycle
+backend_picks media_prefill
 output_processor
+step_execution
 step measured_costs
 commands
 thread
@@ -33,15 +36,16 @@ diagnosis
 GRAMMAR = "spec pointer tokenizer jobs\nschema gbnf matcher\nmasks relax\ncompiler"
 SAMPLING = """
 accept noise candidates reasoning repeats truncate temperature
-peaks logprobs penalties feedback infill stages
-sampler
+logprobs penalties feedback infill stages row_maxima
+row_picks
+sampler row_candidates
 """
 KV = """
 tree record idle placement
 block disk sequence_file
 tier block_tree allocation residents
 offload reuse
-offloader
+offloader changes
 eviction
 allocator transfer
 cache
@@ -49,21 +53,25 @@ cache
 PACE = "curve acceptance step_log recurrent_passes\npasses\ncost lengths\ncalibration chooser"
 SPECULATE = """
 proposer proposer_stats vocabulary
-ngram_index ngram_counts ngram_mod suffix_tree draft_model tracked_proposer
-ngram_simple ngram_map ngram_cache suffix prediction grammar sequence_proposers
+ngram_index ngram_counts ngram_mod suffix_tree model_draft tracked_proposer
+ngram_simple ngram_map ngram_cache suffix prediction grammar draft_model mtp sequence_proposers
 shared_data planner lookup
 speculative_decoding
 """
 LLAMA = """
 library gguf_file state layout special_tokens
 exact fit gguf_check params placement threads
+top_k_chains
 decoder memory_check rollback
 shift adapters
 vocab context textless
+mtp_layer
+mtp
 model
-embedding
+embedding mtmd
 """
-CONFIG = "machine batch model adapters loading rope cpu sim embedding\nmemory speculation\nengine"
+CONFIG = "machine batch model adapters loading media rope cpu sim embedding\nmemory speculation\nengine"
+MEDIA = "values\nfile_check encoder\nreader"
 SIM = "hashing vocab costs\ncontext proposer\nbackend"
 
 
@@ -107,6 +115,7 @@ def upward(package: str, layers: str) -> list[str]:
         ("engine.speculate", SPECULATE),
         ("engine.config", CONFIG),
         ("engine.sim", SIM),
+        ("engine.media", MEDIA),
     ],
 )
 def test_imports_point_down(package: str, layers: str) -> None:

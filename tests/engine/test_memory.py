@@ -89,7 +89,7 @@ def test_a_resident_prefix_is_continued_by_blocks(unified: bool) -> None:
     bench.submit(1, Request(prompt=(*long[:100], 9), max_tokens=50, ignore_eos=True))
     bench.core.step()
     bench.submit(2, Request(prompt=(*long, 9), max_tokens=3, ignore_eos=True))
-    bench.core._last_step = LastStep(100.0)
+    bench.core._execution.last_step = LastStep(100.0)
     bench.core.step()
     assert bench.sequences[2].cached_so_far == 300
     shared = {id(cell) for cell in cells_of(bench, 1)} & {id(cell) for cell in cells_of(bench, 2)}
@@ -245,7 +245,7 @@ def test_loading_is_spread_over_steps_while_others_run() -> None:
     bench.submit(1, Request(prompt=(5,), max_tokens=100, ignore_eos=True))
     bench.core.step()
     bench.submit(2, Request(prompt=(*long, 5), max_tokens=1))
-    bench.core._last_step = LastStep(0.0)
+    bench.core._execution.last_step = LastStep(0.0)
     bench.core.step()
     assert 0 < bench.sequences[2].computed < len(long)
     bench.run()
@@ -262,7 +262,7 @@ def test_with_per_slot_kv_a_prefix_is_loaded_in_few_calls() -> None:
     bench.submit(1, Request(prompt=(5,), max_tokens=100, ignore_eos=True))
     bench.core.step()
     bench.submit(2, Request(prompt=(*long, 5), max_tokens=1))
-    bench.core._last_step = LastStep(0.0)
+    bench.core._execution.last_step = LastStep(0.0)
     bench.core.step()
     assert 2 in bench.ends
     assert finished(bench, 2).usage.cached == len(long)

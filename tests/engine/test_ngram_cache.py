@@ -178,8 +178,9 @@ class NaiveBoundedCounts(NaiveCounts):
             for ngram in oldest[: len(oldest) // 2]:
                 del self.counts[ngram]
             for ngram in oldest[len(oldest) // 2 :]:
-                halves = Counter({token: (number + 1) // 2 for token, number in self.counts.pop(ngram).items()})
-                self.counts[ngram] = halves
+                followers = self.counts.pop(ngram)
+                halves = Counter({token: number // 2 for token, number in followers.items() if number > 1})
+                self.counts[ngram] = halves or Counter({min(followers): 1})
 
 
 @settings(max_examples=100, deadline=None)

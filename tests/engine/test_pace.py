@@ -87,6 +87,15 @@ def test_chunks_grow_step_by_step_where_rows_are_free() -> None:
     assert opened[-1] > 1000
 
 
+def test_the_first_chunk_beside_decoding_is_as_long_as_a_measured_prompt() -> None:
+    cost = StepCost(Curve({1: 0.02, 128: 0.026}))
+    for rows in (64, 128, 256, 512):
+        cost.observe(StepShape(), rows, 0.02 + 0.00005 * rows)
+    assert cost.prompt_rows(decode(3), 0.0, 0.5, prefilling=3.0) > 200, "small chunks would pay for a pass each"
+    cost.observe(decode(3), 400, 0.02 + 0.04)
+    assert cost.prompt_rows(decode(3), 0.0, 0.5, prefilling=3.0) > 300
+
+
 def test_a_prompt_alone_fills_the_idle_step() -> None:
     cost = StepCost()
     for _ in range(20):
@@ -382,12 +391,6 @@ def test_one_repetitive_sequence_does_not_delay_the_others() -> None:
     beside_three = best_lengths([certain], 0.04 + 0.005 * rows, 4)
     assert beside_three.lengths == [1], "64 would double the tokens per second, at a ninth of the others' speed"
     assert best_lengths([certain], 0.04 + 0.00005 * rows, 4).lengths == [64], "where rows are nearly free"
-
-
-def test_a_weight_moves_rows_to_a_slot() -> None:
-    costs = np.array([1.0, 1.2, 2.9])
-    assert best_lengths([[0.5], [0.6]], costs, 2.0).lengths == [0, 1]
-    assert best_lengths([[0.5], [0.6]], costs, 3.0, weights=(2.0, 1.0)).lengths == [1, 0]
 
 
 def test_a_higher_price_of_a_row_favours_the_shorter_draft() -> None:

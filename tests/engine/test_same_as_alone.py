@@ -29,13 +29,14 @@ from engine.contract import (
 )
 from engine.kv import Offload
 from engine.kv.idle import UNPRICED_STEPS
+from engine.media import MediaEncoder
 from engine.outbox import Outbox, StepOutput
 from engine.pace import Layout, StepCost, StepTargets
 from engine.sequence import Sequence
-from engine.speculate import Draft, DraftModel, Proposer, SharedDraftData, SpeculativeDecoding
+from engine.speculate import Draft, DraftModel, MtpProposer, Proposer, SharedDraftData, SpeculativeDecoding
 from engine.step import EngineCore
 from tests.sizes import sized
-from tests.toy import VOCABULARY, ToyBackend, ToyContext
+from tests.toy import VOCABULARY, ToyBackend, ToyContext, ToyHeadContext
 
 
 class ImmediateLoop:
@@ -91,9 +92,13 @@ def equal_cost(context: Any) -> StepCost:
 LAYOUTS = [pytest.param(True, id="unified"), pytest.param(False, id="per-slot")]
 
 
-def context_of(unified: bool, cells: int, slots: int = 4, *, sequences: int = 12, **settings: Any) -> ToyContext:
-    """Returns a context for `slots` slots in which a request can have `cells` cells in either layout."""
-    return ToyContext(cells=cells, sequences=sequences if unified else slots, unified=unified, **settings)
+def context_of(
+    unified: bool, cells: int, slots: int = 4, *, sequences: int = 12, head: bool = False, **settings: Any
+) -> ToyContext:
+    """Returns a context for `slots` slots in which a request can have `cells` cells in either layout. With `head` it
+    drafts itself."""
+    kind = ToyHeadContext if head else ToyContext
+    return kind(cells=cells, sequences=sequences if unified else slots, unified=unified, **settings)
 
 
 class CoreBench:
@@ -114,8 +119,10 @@ class CoreBench:
         backend: Any = None,
         faulty: bool = False,
         queue_timeout: float = 0.0,
+        encoder: MediaEncoder | None = None,
+        mtp: bool = False,
     ) -> None:
-        """With `faulty`, proposers may fail."""
+        """With `faulty`, proposers may fail. With `mtp`, the context itself drafts."""
         self._faulty = faulty
         self.backend: Any = backend or ToyBackend(context)
         self.outputs: dict[int, list[int]] = {}
@@ -130,11 +137,20 @@ class CoreBench:
             DraftModel(ToyBackend(draft), VOCABULARY, StepCost(layout=Layout.of(draft))) if draft else None,
             None if speculation else lambda _: self.next_proposers,
             equal_cost(self.backend.context),
+            MtpProposer(context, self.backend.vocab.ends) if mtp else None,
         )
         offload = offload or (Offload(ram, whole=not context.divisible) if ram else None)
         targets = StepTargets(0.0, 0.5)
         self.core = EngineCore(
-            self.backend, slots, targets, outbox, self.speculative_decoding, offload, reuse, queue_timeout
+            self.backend,
+            slots,
+            targets,
+            outbox,
+            self.speculative_decoding,
+            offload,
+            reuse,
+            queue_timeout,
+            encoder=encoder,
         )
         cast("Any", self.core.cost).prompt_rows = lambda *_: prompt_rows
         self.sequences: dict[int, Sequence] = {}
@@ -287,13 +303,15 @@ def test_no_type_of_speculation_changes_the_tokens(kind: Any, seed: int, unified
     speculation = SpeculationConfig(
         types=types, order=order, size_n=2, size_m=5, mod_match=2, mod_min=1, suffix_tokens=100
     )
-    draft = context_of(unified, random.choice([60, 400]), other=0.3)
+    mtp = kind == "draft-mtp" or (kind in ("auto", "fixed") and seed % 2 == 1)
+    draft = None if mtp else context_of(unified, random.choice([60, 400]), other=0.3)
     cells, rows, outputs = random.choice([90, 300]), random.choice([16, 64]), random.choice([8, 16])
     bench = CoreBench(
-        context_of(unified, cells, rows=rows, outputs=outputs),
+        context_of(unified, cells, rows=rows, outputs=outputs, head=mtp),
         prompt_rows=random.choice([1, 5, 100]),
         speculation=speculation,
         draft=draft,
+        mtp=mtp,
     )
     prefixes = [[random.randrange(1, VOCABULARY) for _ in range(20)] for _ in range(2)]
     wanted: dict[int, list[int]] = {}
@@ -313,11 +331,11 @@ def test_no_type_of_speculation_changes_the_tokens(kind: Any, seed: int, unified
             bench.core.lifecycle.preempt(random.choice(list(bench.core.running.values())))
     bench.run()
     assert bench.outputs == wanted
-    expected = GRAMMARLESS_TYPES if kind in ("auto", "fixed") else (kind,)
-    assert {drafts.type for drafts in bench.speculative_decoding.draft_stats} == set(expected)
+    expected = {*GRAMMARLESS_TYPES} - {"draft" if mtp else "draft-mtp"} if kind in ("auto", "fixed") else {kind}
+    assert {drafts.type for drafts in bench.speculative_decoding.draft_stats} == expected
     assert any(drafts.drafted for drafts in bench.speculative_decoding.draft_stats), "something was drafted"
-    assert bench.speculative_decoding.draft_model is not None
-    bench.speculative_decoding.draft_model.kv.check()
+    if bench.speculative_decoding.draft_model is not None:
+        bench.speculative_decoding.draft_model.kv.check()
 
 
 def run_by_cell_order(seed: int, *, unified: bool) -> tuple[dict[int, list[int]], dict[int, list[int]]]:

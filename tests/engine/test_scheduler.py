@@ -19,6 +19,7 @@ from engine.scheduler import (
     WaitingView,
     admit,
     plan,
+    plan_decoding,
     reduce_rows,
     save_points,
 )
@@ -361,3 +362,21 @@ def test_prompt_rows_are_not_single_where_possible(
     case: str, sequences: list[SequenceView], limits: StepLimits, rows: list[ScheduledRows]
 ) -> None:
     assert plan(sequences, MANY_CELLS, limits) == Plan(tuple(rows)), case
+
+
+@given(
+    drafts=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    free=st.integers(0, 24),
+    evictable=st.integers(0, 8),
+    outputs=st.integers(5, 24),
+)
+def test_a_plan_of_decoding_sequences_is_the_general_one(
+    drafts: list[int], free: int, evictable: int, outputs: int
+) -> None:
+    views = [view(key, 10, 9, draft, exclusive=1) for key, draft in enumerate(drafts)]
+    capacity, limits = FreeCapacity(0, free, evictable), StepLimits(rows=outputs + 3, outputs=outputs, prompt_rows=0)
+    found = plan_decoding(dict(enumerate(drafts)), capacity, limits)
+    if found is not None:
+        assert found == plan(views, capacity, limits)
+    else:
+        assert sum(drafts) + len(drafts) > min(outputs, free)

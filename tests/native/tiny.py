@@ -64,11 +64,12 @@ def hybrid(path: Path, seed: int = 1) -> Path:
     return model.written("token_embd_norm")
 
 
-def delta_net(path: Path, seed: int = 1) -> Path:
-    """Writes a model whose even layers are gated delta nets and whose odd layers have cells (Qwen3.5)."""
+def delta_net(path: Path, seed: int = 1, *, mtp: bool = False) -> Path:
+    """Writes a model whose even layers are gated delta nets and whose odd layers have cells (Qwen3.5). With `mtp` it
+    has an MTP layer, most of whose drafts are accepted."""
     state, heads = 32, 2
     inner, channels = state * heads, 2 * state + state * heads
-    model = _Model(path, "qwen35", seed, feed_forward=2 * WIDTH)
+    model = _Model(path, "qwen35", seed, feed_forward=2 * WIDTH, mtp=mtp)
     model.heads()
     model.writer.add_rope_dimension_count(HEAD_WIDTH)
     model.writer.add_rope_dimension_sections([8, 4, 4, 0])
@@ -91,6 +92,10 @@ def delta_net(path: Path, seed: int = 1) -> Path:
             model.matrix(f"{name}.ssm_out", inner, WIDTH)
         model.ones(f"{name}.post_attention_norm", WIDTH)
         model.feed_forward(layer, norm=False)
+    if mtp:
+        model.mtp(LAYERS)
+        model.attention(LAYERS, queries=2 * WIDTH)
+        model.feed_forward(LAYERS, norm=False)
     return model.written("output_norm")
 
 
@@ -152,10 +157,42 @@ def experts(path: Path, seed: int = 1) -> Path:
     return model.written("output_norm")
 
 
+def with_mtp(path: Path, seed: int = 1) -> Path:
+    """Writes a model with cells in all layers and an MTP layer, most of whose drafts are accepted (GLM-4.5)."""
+    hidden = 2 * WIDTH
+    model = _Model(path, "glm4moe", seed, feed_forward=hidden, mtp=True)
+    model.heads()
+    model.writer.add_rope_dimension_count(HEAD_WIDTH)
+    model.writer.add_leading_dense_block_count(LAYERS)
+    model.writer.add_expert_feed_forward_length(hidden)
+    model.writer.add_expert_count(2)
+    model.writer.add_expert_used_count(1)
+    model.writer.add_expert_shared_count(1)
+    model.writer.add_expert_weights_scale(1.0)
+    model.writer.add_expert_weights_norm(True)
+    for layer in range(LAYERS):
+        model.ones(f"blk.{layer}.attn_norm", WIDTH)
+        model.attention(layer)
+        model.ones(f"blk.{layer}.post_attention_norm", WIDTH)
+        model.feed_forward(layer, norm=False)
+    name = f"blk.{LAYERS}"
+    model.mtp(LAYERS)
+    model.attention(LAYERS)
+    model.matrix(f"{name}.ffn_gate_inp", WIDTH, 2)
+    model.numbers(f"{name}.exp_probs_b.bias", np.zeros(2))
+    for part, of in (("exps", 2), ("shexp", 0)):
+        model.matrix(f"{name}.ffn_gate_{part}", WIDTH, hidden, of=of)
+        model.matrix(f"{name}.ffn_up_{part}", WIDTH, hidden, of=of)
+        model.matrix(f"{name}.ffn_down_{part}", hidden, WIDTH, of=of)
+    return model.written("output_norm")
+
+
 class _Model:
     """A writer of a GGUF: the vocabulary, the fields common to all kinds, and weights from one seed."""
 
-    def __init__(self, path: Path, architecture: str, seed: int, feed_forward: int | list[int]) -> None:
+    def __init__(
+        self, path: Path, architecture: str, seed: int, feed_forward: int | list[int], *, mtp: bool = False
+    ) -> None:
         self.path = path
         self.writer = GGUFWriter(path, architecture)
         self._random = np.random.default_rng(seed)
@@ -163,14 +200,17 @@ class _Model:
         self.writer.add_name(f"tiny {architecture}")
         self.writer.add_context_length(8192)
         self.writer.add_embedding_length(WIDTH)
-        self.writer.add_block_count(LAYERS)
+        self.writer.add_block_count(LAYERS + mtp)
+        if mtp:
+            self.writer.add_nextn_predict_layers(1)
         self.writer.add_feed_forward_length(feed_forward)
         self.writer.add_layer_norm_rms_eps(1e-5)
         if architecture == "mamba":
             self.writer.add_head_count(0)
         self._vocabulary()
         size = len(_tokens()[0])
-        self.matrix("token_embd", WIDTH, size, gain=1 if architecture == "gemma3" else 8)  # Gemma multiplies by 8
+        # Gemma multiplies by 8. A large embedding makes the next token depend on the last one most.
+        self.matrix("token_embd", WIDTH, size, gain=128 if mtp else 1 if architecture == "gemma3" else 8)
         self.matrix("output", WIDTH, size, gain=3)
 
     def _vocabulary(self) -> None:
@@ -194,6 +234,16 @@ class _Model:
         self.matrix(f"blk.{layer}.attn_output", WIDTH, WIDTH)
         for norm in ("attn_q_norm", "attn_k_norm") if norms else ():
             self.numbers(f"blk.{layer}.{norm}.weight", np.full(HEAD_WIDTH, 1.7))
+
+    def mtp(self, layer: int) -> None:
+        """Adds the norms of an MTP layer and its projection, which adds the embedding of the last token, as large as in
+        the first layer, and the hidden state before it."""
+        name = f"blk.{layer}"
+        for norm in ("attn_norm", "post_attention_norm", "nextn.hnorm", "nextn.shared_head_norm"):
+            self.ones(f"{name}.{norm}", WIDTH)
+        self.numbers(f"{name}.nextn.enorm.weight", np.full(WIDTH, 16))
+        both = quantize(np.tile(np.eye(WIDTH, dtype=np.float32), 2), GGMLQuantizationType.Q8_0)
+        self.writer.add_tensor(f"{name}.nextn.eh_proj.weight", both, raw_dtype=GGMLQuantizationType.Q8_0)
 
     def heads(self, kv: int | list[int] = 1) -> None:
         """Adds the numbers and sizes of heads; `kv` has the heads of keys of all layers or of each."""
