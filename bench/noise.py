@@ -24,7 +24,7 @@ from engine.engine import Engine, open_vocabulary
 from engine.llama import open_gguf
 from engine.sampling import Sampler
 from engine.speculate import DraftModel
-from engine.speculate.model_draft import PickToken
+from engine.speculate.sampled_draft import PickToken
 
 _COLUMNS = ("workload", "temperature", "noise", "drafts", "tokens", "accepted", "per step", "first right")
 NOISE_MODES = ("shared", "greedy", "off")

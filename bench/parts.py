@@ -58,7 +58,7 @@ class PartClock:
         self._inner = threading.local()
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a wrapper of `function` that adds its CPU time to `part`, without that of timed functions it calls."""
+        """Returns a wrapper of `function` that adds its CPU time to `part`, without that of inner timed functions."""
 
         @functools.wraps(function)
         def measured(*arguments: Any, **named: Any) -> Any:

@@ -41,9 +41,9 @@ from engine.speculate import (
     SpeculativeDecoding,
 )
 from engine.speculate.draft_model import DraftSequence
-from engine.speculate.model_draft import PickToken
 from engine.speculate.planner import poll
 from engine.speculate.proposer import BatchedDraftRequest, num_matching
+from engine.speculate.sampled_draft import PickToken
 
 # Time limit of one draft; long enough for the draft model to prefill a whole prompt.
 PREFILL_SECONDS = 60.0

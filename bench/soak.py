@@ -40,8 +40,8 @@ SHORTEST_HANG_UP_SECONDS, LONGEST_HANG_UP_SECONDS = 0.0005, 1.0
 SAMPLES = 200
 # Number of requests before the first sample of the slope, or half of all requests if that is less.
 UNMEASURED_REQUESTS = 2000
-# Requests that fill the shared data of the proposers, and the tokens of each output. ngram-cache keeps 2^18 n-grams, and
-# a token adds up to four; its table has its final size after 2^17 further ones.
+# Requests that fill the shared data of the proposers, and the tokens of each output. ngram-cache keeps 2^18 n-grams,
+# and a token adds up to four; its table has its final size after 2^17 further ones.
 FILL_REQUESTS, FILL_TOKENS = 220, 900
 # Tokens of past outputs that `suffix` keeps.
 SUFFIX_TOKENS = 10_000

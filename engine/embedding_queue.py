@@ -54,7 +54,7 @@ class EmbeddingQueue:
     def take(self, max_rows: int, max_inputs: int) -> list[PackedInput]:
         """Takes the inputs of the next decode, and drops jobs that are cancelled or have no further inputs.
 
-        These are at most `max_inputs` inputs, together of at most `max_rows` tokens, or a single longer one.
+        Takes at most `max_inputs` inputs with `max_rows` tokens in all, or a single longer input.
         """
         packed: list[PackedInput] = []
         rows = 0

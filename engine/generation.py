@@ -54,7 +54,7 @@ class Generation:
         scope = request.stop_scope() if request.stop and request.stop_scope else None
         self._text = Detokenizer(request.stop, min_tokens=request.min_tokens, scope=scope)
         self._wakeup: asyncio.Future[None] | None = None  # pending while `__anext__` awaits an update
-        self._ended: asyncio.Future[None] | None = None  # pending while `rest` awaits the end
+        self._ended: asyncio.Future[None] | None = None  # pending while `pause` awaits the end
         self._can_take: Callable[[], bool] = _never
         self._on_tokens: Callable[[Tokens], None] | None = None
         # Released tokens that were not yielded yet, then tokens whose text is held back.
@@ -103,14 +103,14 @@ class Generation:
         return self._end
 
     def divert(self, on_tokens: Callable[[Tokens], None], can_take: Callable[[], bool]) -> None:
-        """Makes `deliver_tokens` call `on_tokens` instead of waking the task that awaits `__anext__`, whenever there is
-        such a task and `can_take()` is True.
+        """Makes `deliver_tokens` call `on_tokens` while a task awaits `__anext__` and `can_take()` is True. The task
+        is not woken then.
 
         Both functions are called on the event loop. `__anext__` raises an exception of `on_tokens`.
         """
         self._on_tokens, self._can_take = on_tokens, can_take
 
-    async def rest(self, seconds: float) -> None:
+    async def pause(self, seconds: float) -> None:
         """Waits for `seconds`, in which tokens merge, or until the request has ended."""
         if self._end is None:
             self._ended = asyncio.get_running_loop().create_future()

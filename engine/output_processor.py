@@ -135,7 +135,7 @@ class OutputProcessor:
             self._lifecycle.preempt(sequence, keep=False)
 
     def _compute_again(self, sequence: Sequence, drafts: int) -> None:
-        """Preempts a sequence whose next token needs all logits. All its later rows have them."""
+        """Preempts a sequence whose next token needs all logits, and requests all logits for its later rows."""
         sequence.row_params = None
         intact = self._keep_accepted(sequence, drafts, 0)
         self._lifecycle.preempt(sequence, keep=intact)

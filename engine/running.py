@@ -46,7 +46,7 @@ class Running(dict[int, Sequence]):
         """Adds a sequence that has an allocation."""
         self[sequence.key] = sequence
         self._adapter_sets[sequence.adapters] += 1
-        if self._kv.has_blocks(sequence.seq):
+        if self._kv.has_blocks_to_load(sequence.seq):
             self._loading.append(sequence)
         if sequence.proposers.types:
             self._drafting.append(sequence)
@@ -69,7 +69,7 @@ class Running(dict[int, Sequence]):
         """Returns the sequences of which a block must be loaded before the next token is computed."""
         if not self._loading:
             return []
-        self._loading = [sequence for sequence in self._loading if self._kv.has_blocks(sequence.seq)]
+        self._loading = [sequence for sequence in self._loading if self._kv.has_blocks_to_load(sequence.seq)]
         return [sequence for sequence in self._loading if self._kv.loading(sequence.seq)]
 
     def choose_adapters(self) -> None:

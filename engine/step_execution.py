@@ -27,7 +27,7 @@ _OBSERVE_INTERVAL_STEPS = 4
 
 
 class _RowCharge(NamedTuple):
-    """Expected seconds of the row of one of `decoding` sequences."""
+    """Expected seconds of one row in a step with `decoding` decoding sequences."""
 
     decoding: int
     seconds: float

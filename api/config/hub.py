@@ -35,7 +35,9 @@ class HubConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = ""
     mmproj_url: Annotated[
         str,
-        Meta(description="URL of the projector's GGUF file, which is downloaded to --mmproj, or to the cache without it"),
+        Meta(
+            description="URL of the projector's GGUF file, which is downloaded to --mmproj, or to the cache without it"
+        ),
     ] = ""
     mmproj_auto: Annotated[
         bool,

@@ -76,8 +76,8 @@ class Choices:
     ) -> None:
         """Creates the generations without submitting them. Raises RequestRefused.
 
-        `media` has the images and sounds of the prompt, which is then the only one. `prediction` is cut to the length of
-        the longest possible output.
+        `media` has the images and sounds of the only prompt. `prediction` is cut to the length of the longest possible
+        output.
         """
         self.n = request.n or 1
         check_choice_count(model, len(prompts), self.n)
@@ -107,7 +107,6 @@ class Choices:
                     control_texts=model.control_texts or control_texts,
                     reasoning=reasoning,
                     progress=progress or own_fields.progress,
-                    id=context.id,
                 )
             )
             for prompt in prompts
@@ -145,8 +144,7 @@ class Choices:
         return [end for end in self._finished if end is not None]
 
     async def run(self, encode: Encode = lambda index, update: b"", stream: EventStream | None = None) -> None:
-        """Submits all choices, calls `encode` for each update of a choice, in order, and sends the events to `stream`, if
-        there is one.
+        """Submits all choices, calls `encode` for each update of a choice, in order, and sends the events to `stream`.
 
         The first error cancels all choices and is raised. Cancelling this coroutine cancels the running choices.
         """
@@ -193,7 +191,7 @@ class Choices:
             if events := self._add(index, update, encode):
                 await stream.send(events)
                 if self._coalesce_seconds:
-                    await generation.rest(self._coalesce_seconds)
+                    await generation.pause(self._coalesce_seconds)
 
     def _add(self, index: int, update: Update, encode: Encode) -> bytes:
         """Adds an update to the output of its choice, and returns its encoded events."""
@@ -277,6 +275,7 @@ def _own_fields(request: GenerationRequest, context: RequestContext) -> Request:
         cache=request.cache_prompt is not False,
         keep=request.n_keep,
         slot=None if request.id_slot == -1 else request.id_slot,
+        id=context.id,
         progress=bool(request.return_progress or request.timings_per_token),
         origins=bool(request.token_origins),
         owner=context.owner(request.user),

@@ -104,10 +104,10 @@ class CompletionOutput:
         """Returns llama-server's timings so far, or at an earlier progress `prefill`."""
         return TimingsReply.running(prefill or self.prefill, len(self._request.prompt), self._count, self.seconds)
 
-    def usage(self) -> RunningUsage:
-        """Returns vLLM's usage so far."""
-        prompt = len(self._request.prompt)
-        return RunningUsage(prompt, self._count, prompt + self._count)
+    def usage(self, end: Finished | None = None) -> RunningUsage:
+        """Returns vLLM's usage so far, at the `end` with a token that was not streamed, such as an end token."""
+        prompt, count = len(self._request.prompt), self._count if end is None else end.usage.completion
+        return RunningUsage(prompt, count, prompt + count)
 
     def unenforced_keywords(self) -> UnenforcedKeywords | UnsetType:
         """Returns the keywords of schemas that the grammar did not enforce, and whether the output satisfies them."""

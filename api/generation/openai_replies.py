@@ -103,7 +103,7 @@ async def _stream(request: GenerationRequest, choices: Choices, builder: ReplyBu
         if request.timings_per_token:
             chunk.timings = output.timings()
         if request.continuous_usage:
-            chunk.usage = output.usage()
+            chunk.usage = output.usage(update if isinstance(update, Finished) else None)
         if isinstance(update, Tokens):
             if update.prefill_progress is None:
                 return builder.token_event(index, update)

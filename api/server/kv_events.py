@@ -1,4 +1,4 @@
-"""Publishes KV events over ZMQ in vLLM's shape, for routers that send a prompt to the worker that has cached its prefix.
+"""Publishes KV events over ZMQ in vLLM's shape, for routers that send a prompt to the worker with its prefix in cache.
 
 A message has the topic, a sequence number of 8 bytes, big-endian, and a batch in MessagePack: `[ts, events, 0]`. The
 replay socket answers a sequence number with all kept batches from this number on, and then a message with the sequence
@@ -166,7 +166,7 @@ class KVEventPublisher(Collector):
         return publisher, replay
 
     def publish(self, changes: list[BlockChange]) -> None:
-        """Queues the changes as one batch. If too many are queued, this one is dropped, and subscribers miss its number."""
+        """Queues the changes as one batch. If too many are queued, it is dropped, and subscribers miss its number."""
         self._put(changes)
 
     def _put(self, changes: list[BlockChange] | None) -> None:

@@ -63,10 +63,11 @@ class MediaFiles:
     def _check_type(self, part: ContentPart, path: str) -> None:
         is_image = part.type == IMAGE_PART
         if not (self.vision if is_image else self.audio):
+            kind, files = ("image", "images") if is_image else ("audio", "sounds")
             # The beginning is llama-server's message, as clients may match it.
             raise RequestRefused(
-                f"{'image' if is_image else 'audio'} input is not supported - hint: if this is unexpected, you may need "
-                f"to provide the mmproj. This model reads no {'images' if is_image else 'sounds'}: leave the part out.",
+                f"{kind} input is not supported - hint: if this is unexpected, you may need to provide the mmproj. "
+                f"This model reads no {files}: leave the part out.",
                 field=f"{path}.type",
             )
 

@@ -173,7 +173,7 @@ class KVCache:
         """Returns how many of the `known` tokens of `seq` can be computed before the next load or save point."""
         return self._active[seq].ready(self._tree.length(seq), known)
 
-    def has_blocks(self, seq: int) -> bool:
+    def has_blocks_to_load(self, seq: int) -> bool:
         """Returns True if blocks of the sequence must be loaded, now or after a part of the prefill."""
         return bool(self._active[seq].to_load)
 
@@ -203,9 +203,7 @@ class KVCache:
     def can_share_at(self, seq: int, length: int) -> bool:
         """Returns True if other sequences can continue from the first `length` tokens of `seq` once these are computed.
 
-        If states are not divisible, this requires a save at `length`, which `save_at` has registered or can still
-        register.
-        """
+        If states are not divisible, this requires a save at `length`, which `save_at` has or can still register."""
         if self._context.divisible:
             return True
         if self._offload is None:  # the running sequence cannot be cut, so only a saved state can be shared

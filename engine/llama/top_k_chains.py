@@ -1,4 +1,4 @@
-"""Backend sampling with llama.cpp: a chain with one top-k sampler for each sequence id.
+"""Backend sampling with llama.cpp: a chain of top-k samplers for each sequence id.
 
 Some wrong calls end the process (in llama.cpp 0c1e57098): attaching a chain twice, also to another context; selecting
 more tokens than the vocabulary has; a decode after a change for which the device has too little memory. They are
@@ -166,7 +166,10 @@ def selection_problem(context: Any, chains: TopKChains) -> str:
 
 def _top_k_chain(count: int) -> Any:
     chain = native.llama_sampler_chain_init(native.llama_sampler_chain_default_params())
-    native.llama_sampler_chain_add(chain, native.llama_sampler_init_top_k(count))
+    # The second top-k only copies. The ids of a single one are an input of the logits' node, and ggml reuses the memory
+    # of such inputs, also in a later graph of equal size in which the ids are an output.
+    for _ in range(2):
+        native.llama_sampler_chain_add(chain, native.llama_sampler_init_top_k(count))
     return chain
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.sampling.row_maxima import RowMaxima
+
 # Logits of one position, [vocabulary].
 Row: TypeAlias = NDArray[np.float32]
 
@@ -55,22 +57,18 @@ def candidates_within(row: Row, reach: float) -> Candidates:
 
 
 def top_candidates(row: Row, k: int, reach: float = UNLIMITED_REACH) -> Candidates:
-    """Returns the `k` most likely of the tokens at most `reach` below the maximum, most likely first. Raises BadLogits.
+    """Returns the `k` most likely of the tokens at most `reach` below the maximum, most likely first. Raises
+    BadLogits."""
+    maxima = RowMaxima(row[None])
+    _require_finite(maxima.peaks[0].highest)
+    return top_of_row(maxima, 0, k, reach)
 
-    The row is viewed as a matrix with `width` columns. The k-th largest column maximum is a lower bound of the k-th
-    largest logit. Only columns whose maximum reaches this bound are searched, and only logits that reach it are sorted.
-    """
-    width = _width(len(row), k)
-    maxima = _column_maxima(row, width)
-    floor = lowest_within(_require_finite(maxima.max()), reach)
-    if k < width:
-        ordered = maxima.copy()
-        ordered.partition(width - k)  # the method takes a third less time than the function
-        floor = max(floor, float(ordered[width - k]))
-    columns = (maxima >= floor).nonzero()[0]
-    ids = (np.arange(0, len(row), width)[:, None] + columns).ravel()
-    ids = ids[: ids.searchsorted(len(row))]
-    found = _candidates(row, ids[(row[ids] >= floor).nonzero()[0]])
+
+def top_of_row(maxima: RowMaxima, number: int, k: int, reach: float) -> Candidates:
+    """Returns the result of `top_candidates` for a row of `maxima`, whose maximum is finite."""
+    row = maxima.logits[number]
+    lowest = max(lowest_within(maxima.peaks[number].highest, reach), maxima.bound(number, k))
+    found = _candidates(row, (row >= lowest).nonzero()[0])
     return found.select((-found.logits).argsort(kind="stable")[:k])
 
 
@@ -103,7 +101,7 @@ def peak_and_mass(row: Row) -> tuple[float, float]:
     return float(row[token]), 1.0 + float(weights.sum())
 
 
-def _require_finite(peak: np.float32) -> float:
+def _require_finite(peak: float | np.float32) -> float:
     if not math.isfinite(peak):
         raise BadLogits(f"the maximum of a row of logits is {peak}")
     return float(peak)
@@ -112,23 +110,6 @@ def _require_finite(peak: np.float32) -> float:
 def lowest_within(peak: _Logits, reach: _Logits) -> _Logits:
     """Returns `peak - reach`, lowered by the rounding error of float32, so that no token is excluded wrongly."""
     return peak - reach - (abs(peak) + reach) * 2.0**-23
-
-
-def _width(vocabulary: int, k: int) -> int:
-    """Returns a number of columns with which few columns contain two of the top k. Returns `vocabulary`, for a matrix
-    of one line, if the vocabulary is too small for two lines."""
-    width = max(2048, 32 * k)
-    return width if 2 * width <= vocabulary else vocabulary
-
-
-def _column_maxima(row: Row, width: int) -> Row:
-    """Returns the column maxima, [width], of a row viewed as a matrix with `width` columns. Its last line can be
-    incomplete."""
-    whole = len(row) // width * width
-    maxima: Row = np.maximum.reduce(row[:whole].reshape(-1, width), axis=0)
-    rest = row[whole:]
-    np.maximum(maxima[: len(rest)], rest, out=maxima[: len(rest)])
-    return maxima
 
 
 def _candidates(row: Row, ids: NDArray[np.intp]) -> Candidates:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.sampling.candidates import lowest_within
+from engine.sampling.candidates import lowest_within, top_of_row
 from engine.sampling.noise import gumbel_few, gumbel_rows, seed_key
 from engine.sampling.row_maxima import RowMaxima
 from engine.sampling.stages import only_min_p, reach_of
@@ -116,22 +116,14 @@ def pick_rows(maxima: RowMaxima, params: Sequence[PickParams | None], positions:
 def _draw_single(maxima: RowMaxima, row: int, params: PickParams, position: int) -> int:
     """Returns the token of one row by the operations of `_top_tokens` and `draw_tokens`, with a third of their calls of
     numpy. The calls take most of the time for few rows, as a decode displaces numpy's code from the CPU's caches."""
-    logits, columns, k = maxima.logits[row], maxima.columns[row], params.top_k
-    lowest = lowest_within(maxima.peaks[row].highest, params.reach)
-    if k < len(columns):
-        ordered = columns.copy()
-        ordered.partition(len(columns) - k)
-        lowest = max(lowest, float(ordered[len(columns) - k]))
-    ids = (logits >= lowest).nonzero()[0]
-    values = logits[ids].astype(np.float64)
-    order = (-values).argsort(kind="stable")[:k]
-    values = values[order]
+    found = top_of_row(maxima, row, params.top_k, params.reach)
+    values = found.logits
     distances = values - values[0]
     held: list[float] = np.exp(distances).cumsum().tolist()
     kept = bisect_left(held, params.top_p * held[-1]) + 1
     limit = float(values[0]) + params.min_p_log
     kept = min(kept, sum(value >= limit for value in values.tolist()))
-    candidates: list[int] = ids[order[:kept]].tolist()
+    candidates: list[int] = found.ids[:kept].tolist()
     if len(candidates) == 1:
         return candidates[0]
     noise = gumbel_few(params.key, position, candidates)

@@ -143,7 +143,7 @@ class SimContext:
     def _logits(self, hashes: Hashes) -> Logits:
         """Returns a row of logits for each hash; the next call overwrites the rows."""
         rows, indices = self._rows, np.arange(len(hashes))
-        # A row with values takes memory of its own, while all rows of zeros that were never written share a page.
+        # Rows are filled at their first use, as the zeros of unused rows take no memory.
         rows[self._num_written : len(hashes), VOCAB_SIZE:] = _UNUSED_LOGIT
         self._num_written = max(self._num_written, len(hashes))
         # All but the unused tokens, which would take too long: biases and penalties of requests change rows in place.

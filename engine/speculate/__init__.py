@@ -2,7 +2,7 @@
 
 proposer              the protocols of proposers, and their drafts
 ngram_simple, ngram_map, ngram_mod, ngram_cache, suffix, prediction, grammar, draft_model, mtp    one type each
-model_draft           history and draft of one sequence of draft_model or mtp
+sampled_draft         history and draft of one sequence of draft_model or mtp
 ngram_index, ngram_counts, suffix_tree    data structures of the proposers
 vocabulary            comparison of vocabularies, for draft models and for files of token ids
 shared_data           data that the proposers of all requests share, and the files of that data

@@ -16,8 +16,8 @@ import numpy as np
 from engine.backend import Aborted, Backend, Logits, NativeFault, NoFreeCells
 from engine.kv import Allocation, Costs, KVCache
 from engine.pace import SequenceRows, StepCost, StepShape, blend
-from engine.speculate.model_draft import ModelDraft, PickToken
 from engine.speculate.proposer import BatchedDraftRequest, DraftBounds, num_matching
+from engine.speculate.sampled_draft import PickToken, SampledDraft
 
 log = logging.getLogger("paceline.speculation")
 
@@ -25,7 +25,7 @@ log = logging.getLogger("paceline.speculation")
 CATCH_UP_TOKENS = 8
 
 
-class DraftSequence(ModelDraft):
+class DraftSequence(SampledDraft):
     """One sequence in the draft model: its history, its draft, and, while it is active, its allocation."""
 
     type = "draft"

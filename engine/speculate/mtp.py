@@ -13,13 +13,13 @@ from collections.abc import Container, Sequence
 from engine.backend import Aborted, NativeFault, NoFreeCells
 from engine.draft_head import DraftHead
 from engine.pace import StepCost
-from engine.speculate.model_draft import ModelDraft
 from engine.speculate.proposer import BatchedDraftRequest
+from engine.speculate.sampled_draft import SampledDraft
 
 log = logging.getLogger("paceline.speculation")
 
 
-class MtpSequence(ModelDraft):
+class MtpSequence(SampledDraft):
     """One sequence for which the MTP layers draft."""
 
     type = "draft-mtp"

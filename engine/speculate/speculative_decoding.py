@@ -15,7 +15,6 @@ from engine.pace import DraftChooser, StepCost
 from engine.sampling import Sampler
 from engine.speculate.draft_model import DraftModel, DraftSequence
 from engine.speculate.grammar import GrammarProposer
-from engine.speculate.model_draft import PickToken
 from engine.speculate.mtp import MtpProposer, MtpSequence
 from engine.speculate.ngram_map import NgramMapK4vProposer, NgramMapKProposer
 from engine.speculate.ngram_simple import NgramSimpleProposer
@@ -23,6 +22,7 @@ from engine.speculate.planner import DraftPlanner
 from engine.speculate.prediction import PredictionProposer
 from engine.speculate.proposer import DraftBounds, Proposer
 from engine.speculate.proposer_stats import ProposerStats, acceptance_line
+from engine.speculate.sampled_draft import PickToken
 from engine.speculate.sequence_proposers import SequenceProposers
 from engine.speculate.shared_data import SharedDraftData
 from engine.speculate.suffix import SuffixProposer

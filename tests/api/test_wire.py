@@ -367,7 +367,7 @@ def test_timings_count_moved_tokens() -> None:
     assert TimingsReply.of([[end(0)]]).moved_n is UNSET
 
 
-async def test_continuous_usage(app: ASGIApp) -> None:
+async def test_continuous_usage(app: ASGIApp, engine: FakeEngine) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     body = {"messages": HELLO, "prompt": "Say: ", "stream": True, "stream_options": options, "max_tokens": 6}
     for path, prompt, counts in ((CHAT, PROMPT_OF_HELLO, [3, 3, 5, 6, 6]), (TEXT, 5, [3, 5, 6, 6])):
@@ -375,6 +375,9 @@ async def test_continuous_usage(app: ASGIApp) -> None:
         expected = [{"prompt_tokens": prompt, "completion_tokens": n, "total_tokens": prompt + n} for n in counts]
         assert [chunk["usage"] for chunk in chunks] == expected
         assert last["usage"] == usage(prompt, 6)
+    engine.script = lambda request: [b"abc", b"!"]  # the token of the stop string is not streamed
+    *_, end, last, _ = (await post(app, TEXT, {**body, "stop": "!"})).events
+    assert end["usage"]["completion_tokens"] == last["usage"]["completion_tokens"] == 4
     only_continuous = {**body, "stream_options": {"continuous_usage_stats": True}}
     assert all("usage" not in chunk for chunk in (await post(app, CHAT, only_continuous)).events[:-1])
 

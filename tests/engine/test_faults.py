@@ -27,7 +27,7 @@ from tests.toy import VOCABULARY
 # Points at which a fault ends the drafts of a request, or the request itself.
 PROPOSER_POINTS = ("begin", "propose", "observe", "end")
 REQUEST_POINTS = ("pick", "append", "proposers")
-# Faults of a decode, which end the requests of its step at most.
+# Faults of a decode. Each ends at most the requests of its step.
 DECODE_FAULTS: dict[str, type[Exception]] = {"cells": NoFreeCells, "native": NativeFault}
 
 

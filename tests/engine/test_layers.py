@@ -35,8 +35,9 @@ diagnosis
 """
 GRAMMAR = "spec pointer tokenizer jobs\nschema gbnf matcher\nmasks relax\ncompiler"
 SAMPLING = """
-accept noise candidates reasoning repeats truncate temperature
-logprobs penalties feedback infill stages row_maxima
+accept noise row_maxima reasoning repeats truncate temperature
+candidates
+logprobs penalties feedback infill stages
 row_picks
 sampler row_candidates
 """
@@ -53,7 +54,7 @@ cache
 PACE = "curve acceptance step_log recurrent_passes\npasses\ncost lengths\ncalibration chooser"
 SPECULATE = """
 proposer proposer_stats vocabulary
-ngram_index ngram_counts ngram_mod suffix_tree model_draft tracked_proposer
+ngram_index ngram_counts ngram_mod suffix_tree sampled_draft tracked_proposer
 ngram_simple ngram_map ngram_cache suffix prediction grammar draft_model mtp sequence_proposers
 shared_data planner lookup
 speculative_decoding

@@ -95,8 +95,8 @@ LAYOUTS = [pytest.param(True, id="unified"), pytest.param(False, id="per-slot")]
 def context_of(
     unified: bool, cells: int, slots: int = 4, *, sequences: int = 12, head: bool = False, **settings: Any
 ) -> ToyContext:
-    """Returns a context for `slots` slots in which a request can have `cells` cells in either layout. With `head` it
-    drafts itself."""
+    """Returns a context for `slots` slots in which a request can have `cells` cells in either layout. With `head` the
+    context drafts."""
     kind = ToyHeadContext if head else ToyContext
     return kind(cells=cells, sequences=sequences if unified else slots, unified=unified, **settings)
 

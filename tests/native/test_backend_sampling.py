@@ -36,6 +36,8 @@ STEPS = (
     ((0, 1, 1), (1, 4, 4), (2, 3, 1), (3, 2, 2)),
     ((2, 2, 2), (0, 5, 5), (3, 1, 1)),
     ((3, 1, 1),),
+    ((1, 1, 1), (2, 1, 1)),
+    ((0, 1, 1), (1, 1, 1)),  # as large as the graph before, in which the tokens of sequence 0 were no output
 )
 
 
@@ -57,7 +59,14 @@ def test_selected_tokens_are_the_most_likely_ones_beside_rows_with_all_logits(se
     context.clear()
     expected = [rows_of(context, step)[0].copy() for step in STEPS]
     context.clear()
-    changes: list[dict[int, int]] = [{0: 64, 1: 64, 3: 320}, {}, {1: 0, 2: 64}, {0: 0, 2: 0, 3: 64}]
+    changes: list[dict[int, int]] = [
+        {0: 64, 1: 64, 3: 320},
+        {},
+        {1: 0, 2: 64},
+        {0: 0, 2: 0, 3: 64},
+        {0: 64, 1: 64, 2: 64},
+        {},
+    ]
     for change, step, wanted in zip(changes, STEPS, expected, strict=True):
         sampling.change(change)
         logits, sequences = rows_of(context, step)

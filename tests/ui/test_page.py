@@ -256,8 +256,8 @@ def test_reasoning_and_calls_are_folded_and_markup_is_text(watched: WatchedPage)
 
 
 def test_a_long_answer_is_laid_out_once_a_frame_and_in_view_only(watched: WatchedPage) -> None:
-    """Each look at the height of the messages lays out the end of the answer; one for each event froze the page, and so
-    did a layout of 20,000 tokens."""
+    """Each read of the height of the messages makes the browser lay out the end of the answer. One read for each event
+    froze the page, and so did a layout of 20,000 tokens."""
     page = watched.connect()
     line = "a" * 39 + "\n"
     chunk = {"choices": [{"index": 0, "delta": {"content": line}, "token_origins": tokens(line)}]}

@@ -1,4 +1,4 @@
-"""One sequence of a batched proposer that picks draft tokens from logits: its history and its draft."""
+"""History and draft of one sequence of a batched proposer that picks draft tokens from logits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from engine.speculate.proposer import Draft, DraftBounds
 PickToken = Callable[[Logits, Sequence[int], int], int]
 
 
-class ModelDraft:
-    """History and draft of one sequence."""
+class SampledDraft:
+    """History of one sequence, and its draft, whose tokens are picked from the logits of a model."""
 
     def __init__(self, bounds: DraftBounds, pick: PickToken | None = None) -> None:
         """`pick` picks the tokens of drafts. `None` means the most likely tokens."""
@@ -35,7 +35,7 @@ class ModelDraft:
         self.history.extend(tokens)
 
     def propose(self, limit: int) -> Draft:
-        """Returns the draft that was made since the last `observe`, within the bounds."""
+        """Returns at most `limit` tokens of the draft, within the bounds."""
         return self.bounds.trim(Draft(tuple(self.tokens[:limit]), tuple(self.chances[:limit])))
 
     def clear_draft(self) -> None:
