@@ -1,6 +1,6 @@
-"""Prefills the images and sounds of prompts: a run of pseudo-tokens is decoded as embeddings, in a decode of its own.
+"""Prefills the images and sounds of prompts: the embeddings of a run are decoded in a batch without tokens.
 
-The embeddings are computed on the encoding thread. A run that is not encoded blocks its sequence only.
+The embeddings are computed on the encoding thread. A run without embeddings blocks its own sequence only.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from engine.running import PlacedRows
 from engine.scheduler import ScheduledRows
 from engine.sequence import Sequence
 
-# Runs of each sequence that are encoded ahead: while one is decoded, the next one is encoded.
+# Number of wanted runs of each sequence: the one to decode, and the next one, which is encoded meanwhile.
 RUNS_AHEAD = 2
-# Maximum seconds until commands are executed while every sequence waits for the encoding.
-WAIT_SECONDS = 0.01
+# Maximum seconds between two executions of commands while the encoding blocks all sequences.
+ENCODING_WAIT_SECONDS = 0.01
 
 
 def has_media_library() -> bool:
@@ -34,7 +34,7 @@ def has_media_library() -> bool:
 
 
 def open_encoder(config: EngineConfig, target: Backend) -> MediaEncoder | None:
-    """Opens the projector of `config.media` for the model `target`. Returns None without a projector. Raises
+    """Opens the projector of `config.media` for the model `target`. Returns None if none is configured. Raises
     ModelError."""
     if not config.media.path:
         return None
@@ -52,11 +52,12 @@ class MediaPrefill:
         self._encoder = encoder
         self._kv = kv
         self._lifecycle = lifecycle
-        self._waiting = False
+        # True if the encoder has wanted runs.
+        self._has_wanted = False
 
     def prepare(self) -> bool:
-        """Has the runs encoded that prefills need next, and sets `Sequence.awaits_encoding`. Ends the requests whose
-        runs cannot be encoded. Returns True if a sequence needs a run."""
+        """Sets the runs that the encoder computes next, and `Sequence.awaits_encoding`. Fails the requests whose runs
+        cannot be encoded. Returns True if a sequence has a run to decode."""
         wanted: list[WantedRun] = []
         now = time.perf_counter()
         with_media = [each for each in self._lifecycle.running.values() if each.request.media]
@@ -72,14 +73,14 @@ class MediaPrefill:
                 self._lifecycle.fail(sequence, EngineFault(REQUEST_FAILED))
             if result is None and run.start <= sequence.computed:
                 sequence.awaits_encoding, sequence.prefill_due = True, now
-        if wanted or self._waiting:
+        if wanted or self._has_wanted:
             self._encoder.want(wanted)
-        self._waiting = bool(wanted)
-        return self._waiting
+        self._has_wanted = bool(wanted)
+        return self._has_wanted
 
     def decode(self, commit: Callable[[list[PlacedRows]], None], prompt_rows: Callable[[], int], max_rows: int) -> int:
-        """Decodes rows of at most one run, and passes them to `commit`. Returns their number, at most `max_rows`, and
-        about `prompt_rows()` if the run can be divided."""
+        """Decodes rows of at most one run, and passes them to `commit`. Returns the number of rows: of a causal run at
+        most `max_rows` and `prompt_rows()`, of another one all that are left."""
         running = self._lifecycle.running
         unblocked = [each for each in running.active if each.next_run is not None and not self._blocked(each)]
         for sequence in sorted(unblocked, key=lambda each: each.request.priority):
@@ -89,7 +90,8 @@ class MediaPrefill:
             if not isinstance(result, Exception) and result is not None:
                 rest = result[sequence.computed - run.start :]
                 if run.chunk.causal:
-                    if not (rows := prompt_rows()):  # this step measures the cost of decoding
+                    # With a limit of 0 the step measures the cost of decoding alone.
+                    if not (rows := prompt_rows()):
                         return 0
                     cells = max(1, self._kv.free_cells + self._kv.evictable_cells)
                     ready = self._kv.ready(sequence.seq, len(sequence.tokens))
@@ -98,9 +100,9 @@ class MediaPrefill:
         return 0
 
     def wait(self) -> None:
-        """Blocks until a run is encoded, for at most `WAIT_SECONDS`. No effect if no sequence needs one."""
-        if self._waiting:
-            self._encoder.wait(WAIT_SECONDS)
+        """Blocks until a run is encoded, for at most `ENCODING_WAIT_SECONDS`. No effect if no run is wanted."""
+        if self._has_wanted:
+            self._encoder.wait(ENCODING_WAIT_SECONDS)
 
     def _blocked(self, sequence: Sequence) -> bool:
         return sequence.awaits_encoding or sequence.num_ready > 0 or self._kv.loading(sequence.seq)
@@ -112,7 +114,7 @@ class MediaPrefill:
         try:
             self._encoder.projector.decode(sequence.seq, sequence.computed, rows, causal=run.chunk.causal)
         except NoFreeCells:
-            self._make_room(sequence)
+            self._preempt_for(sequence)
             return 0
         except (Aborted, NativeFault) as error:
             self._lifecycle.fail(sequence, EngineFault(f"an image or sound cannot be decoded: {error}"))
@@ -120,9 +122,9 @@ class MediaPrefill:
         commit([self._lifecycle.running.placed(ScheduledRows(sequence.key, len(rows)))])
         return len(rows)
 
-    def _make_room(self, sequence: Sequence) -> None:
-        """Preempts the sequence that started last, but `sequence` only if no other one runs. Fails that if it alone
-        does not fit."""
+    def _preempt_for(self, sequence: Sequence) -> None:
+        """Frees cells for `sequence`: preempts the one of the other sequences that started last. Fails `sequence` if
+        there is no other one."""
         others = [each for each in self._lifecycle.running.values() if each is not sequence]
         if others:
             self._lifecycle.preempt(others[-1])

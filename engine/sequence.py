@@ -58,7 +58,7 @@ class Sequence:
         """State of the reasoning budget after the emitted tokens. None without a budget."""
         in_detail = request.logprobs is not None or request.origins
         self.is_plain = self.matcher is None and self.budget is None and not in_detail
-        """True without grammar, reasoning budget, log probabilities and origins: picked tokens are emitted as they are."""
+        """True if picked tokens are emitted as they are: without grammar, budget, log probabilities and origins."""
         self.row_params = self.sampler.row_params if self.is_plain else None
         """The parameters with which `pick_rows` picks. None if the sampler must pick."""
         self.proposers = SequenceProposers({})

@@ -194,7 +194,14 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     media_limit: Annotated[
         int, Meta(ge=1, le=1024, description="maximum images and sounds in a request, each of at most 8 MiB")
     ] = 16
-    max_body: Annotated[int, Meta(ge=1024, le=2**30, description="maximum bytes of a request body")] = 8 * 2**20
+    max_body: Annotated[
+        int,
+        Meta(
+            ge=1024,
+            le=2**30,
+            description="maximum bytes of a request body; an image of 8 MiB in base64 needs 12000000",
+        ),
+    ] = 8 * 2**20
     ui: Annotated[bool, Meta(description="serve a page with a chat and a live view of the server at /")] = True
     verbose: Annotated[
         bool, Meta(description="also log health checks, metric scrapes and details; replies have `__verbose`")

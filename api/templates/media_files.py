@@ -1,4 +1,4 @@
-"""Loads the files of images and sounds in the messages of a chat, and puts markers in the places of these."""
+"""Loads the files of images and sounds in the messages of a chat, and puts markers in place of their parts."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class MediaFiles:
         return self._reader is not None and self._reader.audio
 
     async def load(self, messages: Sequence[ChatMessageParam]) -> tuple[list[ChatMessageParam], list[bytes]]:
-        """Returns the messages with a marker in place of each image and sound, and the files in their order. Raises
-        RequestRefused, with the path of the part."""
+        """Returns the messages with a marker in place of each image and sound, and the files in the order of the
+        markers. Raises RequestRefused, with the path of the refused part."""
         parts = [
             (part, f"messages[{index}].content[{number}]")
             for index, message in enumerate(messages)
@@ -58,13 +58,14 @@ class MediaFiles:
             )
         files = [await self._file(part, path) for part, path in parts]
         assert self._reader is not None
-        return [_with_markers(message, self._reader.marker) for message in messages], files
+        marker = self._reader.marker
+        return [_with_markers(message, marker, f"messages[{index}]") for index, message in enumerate(messages)], files
 
     def _check_type(self, part: ContentPart, path: str) -> None:
         is_image = part.type == IMAGE_PART
         if not (self.vision if is_image else self.audio):
             kind, files = ("image", "images") if is_image else ("audio", "sounds")
-            # The beginning is llama-server's message, as clients may match it.
+            # Begins with llama-server's message, because clients may match it.
             raise RequestRefused(
                 f"{kind} input is not supported - hint: if this is unexpected, you may need to provide the mmproj. "
                 f"This model reads no {files}: leave the part out.",
@@ -119,7 +120,7 @@ class MediaFiles:
 
 
 def _source(part: ContentPart, path: str) -> tuple[str, str]:
-    """Returns the URL or the base64 text of a part, and the path of its field. Raises RequestRefused without either."""
+    """Returns the URL or the base64 text of a part, and the path of the field. Raises RequestRefused for neither."""
     if part.type == IMAGE_PART:
         url = part.image_url.url if isinstance(part.image_url, ImageURL) else part.image_url
         field = f"{path}.image_url"
@@ -146,9 +147,10 @@ def _base64(text: str, field: str) -> bytes:
         raise RequestRefused(f"The content is neither a URL nor valid base64: {error}.", field=field) from None
 
 
-def _with_markers(message: ChatMessageParam, marker: str) -> ChatMessageParam:
-    """Returns a message with images or sounds with its parts joined to one text, other messages unchanged. As in
-    llama-server, a line break separates two texts, and nothing separates a text and a marker."""
+def _with_markers(message: ChatMessageParam, marker: str, path: str) -> ChatMessageParam:
+    """Returns a message whose parts are joined to one text, with markers for images and sounds; a message without
+    these is returned unchanged. As in llama-server, a line break separates two texts, and nothing separates a text and
+    a marker. Raises RequestRefused; `path` is that of the message."""
     parts = message.content
     if not isinstance(parts, list) or not any(part.type in (IMAGE_PART, AUDIO_PART) for part in parts):
         return message
@@ -159,9 +161,9 @@ def _with_markers(message: ChatMessageParam, marker: str) -> ChatMessageParam:
             continue
         if part.type != "text" or part.text is None:
             raise RequestRefused(
-                f"Content parts of type {part.type[:_MAX_QUOTED_CHARS]!r} are not supported beside images or "
+                f"Content parts of type {part.type[:_MAX_QUOTED_CHARS]!r} are not supported beside images and "
                 "sounds, only 'text' with a text.",
-                field=f"messages.content[{index}].type",
+                field=f"{path}.content[{index}].type",
             )
         text += part.text if after_marker or not text else f"\n{part.text}"
         after_marker = False

@@ -1,4 +1,4 @@
-"""Downloads images and sounds by URL: bounded in size and time, and never from addresses of a private network."""
+"""Downloads images and sounds by URL, with limits of size and time, and from public addresses only."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from engine import MAX_MEDIA_BYTES, RequestRefused
 
 _TIMEOUT_SECONDS = 10.0
 _MAX_REDIRECTS = 3
-# IPv6 ranges whose addresses embed an IPv4 address, which can be a private one.
+# IPv6 ranges whose addresses contain an IPv4 address, which can be private.
 _EMBEDDING_NETWORKS = tuple(map(ipaddress.ip_network, ("2002::/16", "2001::/32", "64:ff9b::/96", "64:ff9b:1::/48")))
 
 
 async def download_media(url: str, field: str) -> bytes:
     """Returns the content at an http or https URL. Raises RequestRefused with `field`.
 
-    For the URL and for each redirect the host is resolved once, and the connection goes to the checked address.
+    The host of the URL and of each redirect is resolved once, and the connection is made to the checked address.
     """
     try:
         async with (
@@ -39,11 +39,11 @@ async def download_media(url: str, field: str) -> bytes:
 
 
 async def _get(client: httpx2.AsyncClient, url: httpx2.URL, field: str) -> tuple[bytes, str]:
-    """Returns the content and an empty text, or, for a redirect, no content and the target."""
+    """Returns the content and an empty text; for a redirect, empty content and the URL of the target."""
     if url.scheme not in ("http", "https") or not url.host:
         raise RequestRefused("The URL, or one of its redirects, is neither http nor https.", field=field)
     address = await _public_address(url, field)
-    # The body is read as it is sent, so the server must not compress it.
+    # The body is read without decompression, so the server is asked for an uncompressed one.
     headers = {"Host": url.netloc.decode("ascii"), "Accept-Encoding": "identity"}
     target = url.copy_with(host=address)
     request = client.build_request("GET", target, headers=headers, extensions={"sni_hostname": url.host})
@@ -64,7 +64,7 @@ async def _get(client: httpx2.AsyncClient, url: httpx2.URL, field: str) -> tuple
 
 
 async def _public_address(url: httpx2.URL, field: str) -> str:
-    """Returns an address of the URL's host. Raises RequestRefused unless all its addresses are public."""
+    """Returns an address of the URL's host. Raises RequestRefused unless all addresses of the host are public."""
     port = url.port or (443 if url.scheme == "https" else 80)
     found = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
     addresses = [str(info[4][0]) for info in found]

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-# Fraction of the RAM tier's memory that embeddings of images and sounds may take.
-_ENCODED_FRACTION = 1 / 8
+# Fraction of `--cache-ram` for the embeddings of images and sounds.
+_EMBEDDINGS_FRACTION = 1 / 8
 
 
 class MediaConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,7 +26,7 @@ class MediaConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=0,
             le=2**20,
-            description="minimum tokens of an image, for projectors that keep its size; 0 is the projector's own",
+            description="minimum tokens of an image, for projectors of dynamic resolution; 0 is their default",
         ),
     ] = 0
     image_max_tokens: Annotated[
@@ -34,10 +34,10 @@ class MediaConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             ge=0,
             le=2**20,
-            description="maximum tokens of an image, for projectors that keep its size; 0 is the projector's own",
+            description="maximum tokens of an image, for projectors of dynamic resolution; 0 is their default",
         ),
     ] = 0
 
     def encoded_bytes(self, ram_bytes: int) -> int:
-        """Returns the maximum bytes of cached embeddings, of `ram_bytes` for the RAM tier; 0 without a projector."""
-        return int(ram_bytes * _ENCODED_FRACTION) if self.path else 0
+        """Returns the part of `ram_bytes`, the bytes of `--cache-ram`, for cached embeddings; 0 without a projector."""
+        return int(ram_bytes * _EMBEDDINGS_FRACTION) if self.path else 0

@@ -1,6 +1,6 @@
-"""A projector of llama.cpp's mtmd library: reads images and sounds, and encodes them to embeddings of the model.
+"""A projector of llama.cpp's mtmd library: reads images and sounds, and encodes them as embeddings for the model.
 
-The library is part of a build with `-DLLAVA_BUILD=ON` only.
+Only a build with `-DLLAVA_BUILD=ON` has the library.
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ from engine.llama.params import serving_gpu
 from engine.llama.threads import thread_count
 from engine.media import Embeddings, MediaChunk, MediaPiece, UnreadableMedia
 
-_TEXT, _IMAGE, _AUDIO = 0, 1, 2
+# MTMD_INPUT_CHUNK_TYPE_TEXT; the other types are images and sounds.
+_TEXT = 0
 _MARKER = b"<__media__>"
-# Projectors whose embeddings depend on the place of the image in the prompt, which the prefix cache does not know.
-_PLACED_TYPES = ("deepseek4v", "hunyuanvl")
-# No folder of this name has an ffmpeg, which the library would start for files that it takes for videos.
+# Types of projectors whose embeddings depend on the position in the prompt, which is no part of the prefix cache's key.
+_POSITION_DEPENDENT_TYPES = ("deepseek4v", "hunyuanvl")
+# A folder without ffmpeg, which the library would start for a file that it detects as a video.
 _NO_FFMPEG = b"/nonexistent"
-_PROBE_SIDE = 64
+# Side of the image that is read at start to check the number of its embeddings.
+_PROBE_SIDE_PIXELS = 64
 
 
 def mtmd_library() -> Any:
-    """Returns the binding of mtmd. Raises ModelError if the library was built without it."""
+    """Returns the binding of mtmd. Raises ModelError if llama-cpp-python was built without mtmd."""
     try:
         from llama_cpp import mtmd_cpp
-    except (FileNotFoundError, RuntimeError, OSError):
+    except (OSError, RuntimeError):
         raise ModelError(
             "--mmproj needs a llama-cpp-python that was built with -DLLAVA_BUILD=ON: run `make serve VISION=1` once, "
             "or leave --mmproj out"
@@ -105,12 +107,12 @@ class LlamaProjector:
             )
         if not self.vision:
             return
-        pixels = (ctypes.c_ubyte * (3 * _PROBE_SIDE**2))()
-        bitmap = self._mtmd.mtmd_bitmap_init(_PROBE_SIDE, _PROBE_SIDE, pixels)
+        pixels = (ctypes.c_ubyte * (3 * _PROBE_SIDE_PIXELS**2))()
+        bitmap = self._mtmd.mtmd_bitmap_init(_PROBE_SIDE_PIXELS, _PROBE_SIDE_PIXELS, pixels)
         try:
             pieces = self._pieces(bitmap)
         except UnreadableMedia as error:
-            raise ModelError(f"the projector {path} cannot be used: {error}") from None
+            raise ModelError(f"the projector {path} cannot be used with this model. {error}") from None
         for piece in pieces:
             if isinstance(piece, NativeChunk) and not piece.causal and piece.length > self._target.ubatch:
                 raise ModelError(
@@ -132,7 +134,7 @@ class LlamaProjector:
         return self._pieces(loaded.bitmap)
 
     def _pieces(self, bitmap: Any) -> list[MediaPiece]:
-        """Returns the pieces of a native bitmap, which is freed. Raises UnreadableMedia."""
+        """Returns the pieces of a native bitmap, and frees the bitmap. Raises UnreadableMedia."""
         mtmd = self._mtmd
         chunks = mtmd.mtmd_input_chunks_init()
         try:
@@ -154,7 +156,7 @@ class LlamaProjector:
         tokens = mtmd.mtmd_input_chunk_get_tokens_text(handle, ctypes.byref(count))
         text = list(tokens[: count.value])
         if any(token < 0 for token in text):
-            raise UnreadableMedia("the vocabulary of the model lacks the tokens around images")
+            raise UnreadableMedia("The vocabulary of the model lacks the tokens around images and sounds.")
         return text
 
     def encode(self, chunk: MediaChunk) -> Embeddings:
@@ -169,7 +171,7 @@ class LlamaProjector:
         return embeddings
 
     def decode(self, seq: int, start: int, embeddings: Embeddings, *, causal: bool) -> None:
-        """Appends cells of `embeddings` to a sequence of the model. Raises NoFreeCells, Aborted or NativeFault."""
+        """Appends one cell for each of `embeddings` to a sequence. Raises NoFreeCells, Aborted or NativeFault."""
         self._target.decode_embeddings(seq, start, embeddings, causal=causal)
 
     def close(self) -> None:
@@ -181,7 +183,7 @@ def open_projector(config: EngineConfig, target: Backend) -> LlamaProjector:
     """Opens the projector `config.media.path` for the model of `target`. Raises ModelError, with nothing left in
     memory."""
     if not isinstance(target, LlamaBackend) or not isinstance(target.context, LlamaContext):
-        raise ModelError("--mmproj needs a model that generates text from a GGUF; leave --mmproj out")
+        raise ModelError("--mmproj needs a GGUF model that generates text; leave --mmproj out")
     if config.model.deterministic:
         raise ModelError(
             "--mmproj cannot be served with --deterministic: a cached prefix that ends within an image changes the "
@@ -190,6 +192,9 @@ def open_projector(config: EngineConfig, target: Backend) -> LlamaProjector:
     path = Path(config.media.path)
     check_file(path, "projector (--mmproj)")
     kind = read_text(path, "clip.projector_type") or read_text(path, "clip.vision.projector_type")
-    if kind in _PLACED_TYPES:
-        raise ModelError(f"the projector {path} cannot be used: projectors of type {kind} are not supported")
+    if kind in _POSITION_DEPENDENT_TYPES:
+        raise ModelError(
+            f"the projector {path} cannot be used: embeddings of type {kind} depend on their position in the prompt, "
+            "which the prefix cache does not distinguish; leave --mmproj out, or give --no-mmproj"
+        )
     return LlamaProjector(config, target, target.context)

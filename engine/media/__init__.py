@@ -1,4 +1,4 @@
-"""Images and sounds in prompts: as runs of pseudo-tokens, and encoded to embeddings on a thread.
+"""Images and sounds in prompts: runs of pseudo-tokens, whose embeddings are computed on a thread of their own.
 
 - `values.py`: runs, pseudo-tokens, and the protocol of a projector
 - `file_check.py`: the checks of files before they are decoded

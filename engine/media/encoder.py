@@ -14,10 +14,10 @@ from engine.media.values import Embeddings, MediaRun, Projector
 
 log = logging.getLogger("paceline.engine")
 
-# Niceness of the thread above that of the process. On busy cores it gets about a third of the time of a step's threads:
-# steps take half as long again, and an image three times as long as alone.
+# Niceness of the thread above that of the process. On busy cores the thread gets about a third of the time of a step's
+# threads: a step takes 1.5 times as long as alone, and an image three times.
 _THREAD_NICENESS = 4
-# Seconds that closing waits for the running encoding.
+# Maximum seconds that `close` blocks for the running encoding.
 _CLOSE_SECONDS = 5.0
 
 
@@ -34,31 +34,30 @@ class WantedRun(NamedTuple):
 
 
 class MediaEncoder:
-    """The encoding thread, used by the engine thread.
+    """The encoding thread and its cache. The methods belong to the engine thread.
 
-    Embeddings are cached in up to `capacity` bytes, the least recently used ones are dropped first. Those that are
-    wanted stay. A failed encoding is an exception in place of the embeddings. It is dropped once it is not wanted, and
-    so are the embeddings of requests without cache.
+    The cache has up to `capacity` bytes of embeddings. Above that, the least recently used embeddings are dropped,
+    except those of wanted runs. The result of a failed encoding is an exception. Exceptions, and the embeddings of
+    requests without cache, are dropped once their runs are not wanted.
     """
 
     def __init__(self, projector: Projector, capacity: int) -> None:
         """Takes the ownership of `projector`."""
         self.projector = projector
         self._capacity = capacity
-        self._changed = threading.Condition()  # guards all of the following
+        # Guards the attributes below.
+        self._changed = threading.Condition()
         self._wanted: Sequence[WantedRun] = ()
         self._results: dict[tuple[str, bytes], Embeddings | Exception] = {}  # the least recently used first
-        self._bytes = 0
-        # True if there are results to drop once they are not wanted: errors, and embeddings of uncached requests.
-        self._has_passing = False
+        self._cached_bytes = 0
+        # True if there are results to drop once their runs are not wanted: errors, and embeddings of uncached requests.
+        self._has_transient = False
         self._closing = False
-        self.encoded = 0
-        """Number of runs encoded so far."""
         self._thread = threading.Thread(target=self._serve, name="paceline-media", daemon=True)
         self._thread.start()
 
     def want(self, wanted: Sequence[WantedRun]) -> None:
-        """Sets the runs that are encoded next, in this order, in place of the ones before."""
+        """Replaces the list of the runs to encode next, in this order."""
         with self._changed:
             self._wanted = wanted
             self._trim()
@@ -66,20 +65,20 @@ class MediaEncoder:
                 self._changed.notify_all()
 
     def result(self, wanted: WantedRun) -> Embeddings | Exception | None:
-        """Returns the embeddings of a run, or the error of its encoding. None while it is not encoded."""
+        """Returns the embeddings of a run, or the error of its encoding. None before the end of the encoding."""
         with self._changed:
             if (found := self._results.pop(wanted.cache_key, None)) is not None:
                 self._results[wanted.cache_key] = found
             return found
 
     def wait(self, seconds: float) -> None:
-        """Blocks until a wanted run is encoded, for at most `seconds`. No effect if all are encoded."""
+        """Blocks until a wanted run is encoded, for at most `seconds`. No effect if all wanted runs are encoded."""
         with self._changed:
             if self._next() is not None:
                 self._changed.wait(seconds)
 
     def close(self) -> None:
-        """Ends the thread and closes the projector, unless the running encoding does not end in time."""
+        """Ends the thread, and closes the projector if the running encoding ends within `_CLOSE_SECONDS`."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -88,20 +87,21 @@ class MediaEncoder:
             self.projector.close()
 
     def _next(self) -> WantedRun | None:
+        """Returns the first wanted run without a result."""
         return next((each for each in self._wanted if each.cache_key not in self._results), None)
 
     def _trim(self) -> None:
-        """Drops what exceeds the capacity, and passing results, those that are no longer wanted."""
-        if self._bytes <= self._capacity and not self._has_passing:
+        """Drops transient results, and the least recently used ones above the capacity. Keeps those of wanted runs."""
+        if self._cached_bytes <= self._capacity and not self._has_transient:
             return
-        needed, self._has_passing = {each.cache_key for each in self._wanted}, False
+        wanted_keys, self._has_transient = {each.cache_key for each in self._wanted}, False
         for key, result in [*self._results.items()]:
-            passing = isinstance(result, Exception) or is_uncached(key[0])
-            if key in needed or not (passing or self._bytes > self._capacity):
-                self._has_passing |= passing
+            transient = isinstance(result, Exception) or is_uncached(key[0])
+            if key in wanted_keys or not (transient or self._cached_bytes > self._capacity):
+                self._has_transient |= transient
                 continue
             del self._results[key]
-            self._bytes -= 0 if isinstance(result, Exception) else result.nbytes
+            self._cached_bytes -= 0 if isinstance(result, Exception) else result.nbytes
 
     def _serve(self) -> None:
         run_in_background(_THREAD_NICENESS)
@@ -115,8 +115,8 @@ class MediaEncoder:
             result = self._encode(wanted.run)
             with self._changed:
                 self._results[wanted.cache_key] = result
-                self._has_passing |= isinstance(result, Exception) or is_uncached(wanted.namespace)
-                self._bytes += 0 if isinstance(result, Exception) else result.nbytes
+                self._has_transient |= isinstance(result, Exception) or is_uncached(wanted.namespace)
+                self._cached_bytes += 0 if isinstance(result, Exception) else result.nbytes
                 self._trim()
                 self._changed.notify_all()
 
@@ -124,9 +124,9 @@ class MediaEncoder:
         begun = time.perf_counter()
         try:
             embeddings = self.projector.encode(run.chunk)
-        except Exception as error:  # the other requests go on
+        except Exception as error:
+            # The request of the run fails; the thread continues.
             log.exception("an image or sound cannot be encoded")
             return error
-        self.encoded += 1
         log.debug("encoded %d embeddings in %.0f ms", len(embeddings), 1e3 * (time.perf_counter() - begun))
         return embeddings

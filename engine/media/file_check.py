@@ -1,6 +1,6 @@
 """Checks of images and sounds before a native library decodes them: type, sizes, and the length of compressed data.
 
-Only types whose decoded size is known from a few bytes are accepted, as the library decodes whatever it is given.
+Only types whose headers give the decoded size are accepted, because the library itself has no limit.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from typing import NamedTuple
 from engine.media.values import UnreadableMedia
 
 MAX_FILE_BYTES = 8 * 2**20
-MAX_PIXELS, MAX_SIDE, MAX_ASPECT = 25_000_000, 16_384, 100
+MAX_PIXELS, MAX_SIDE_PIXELS, MAX_ASPECT_RATIO = 25_000_000, 16_384, 100
 # Each scan of a progressive JPEG takes time in proportion to its pixels; encoders write about ten.
 MAX_JPEG_SCANS = 64
 MIN_SOUND_SECONDS, MAX_SOUND_SECONDS = 0.1, 600.0
+# In samples per second.
 SAMPLE_RATES = range(8_000, 192_001)
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-# Samples of a pixel by PNG's colour type.
+# Samples per pixel, by PNG's colour type.
 _PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# The markers SOF0 to SOF15. 0xC4 and 0xCC begin tables, 0xC8 is reserved.
+_JPEG_STARTS_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_START_OF_SCAN = 0xDA
 _TRUNCATED = "The image is damaged: its data end too early."
 
@@ -36,7 +38,7 @@ class CheckedFile(NamedTuple):
 
 
 def check_file(data: bytes) -> CheckedFile:
-    """Returns the file to decode. Raises UnreadableMedia."""
+    """Returns the checked file; a sound gets a new header. Raises UnreadableMedia."""
     if len(data) > MAX_FILE_BYTES:
         raise UnreadableMedia(f"The file has {len(data)} bytes; at most {MAX_FILE_BYTES} are accepted.")
     if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
@@ -64,20 +66,20 @@ def _check_image(data: bytes) -> None:
 
 def _check_size(width: int, height: int) -> None:
     if width < 1 or height < 1:
-        raise UnreadableMedia(f"The image has a size of {width} x {height} pixels.")
-    too_long = max(width, height) > min(MAX_SIDE, MAX_ASPECT * min(width, height))
+        raise UnreadableMedia(f"The image has {width} x {height} pixels; both sides need at least one.")
+    too_long = max(width, height) > min(MAX_SIDE_PIXELS, MAX_ASPECT_RATIO * min(width, height))
     if too_long or width * height > MAX_PIXELS:
         raise UnreadableMedia(
             f"The image has {width} x {height} pixels; at most {MAX_PIXELS} pixels are accepted, with sides of at most "
-            f"{MAX_SIDE} and a ratio of at most {MAX_ASPECT}. Send a smaller image."
+            f"{MAX_SIDE_PIXELS} and an aspect ratio of at most {MAX_ASPECT_RATIO}. Send a smaller image."
         )
 
 
 def _check_png(data: bytes) -> None:
-    """Raises UnreadableMedia unless the compressed data have at most the bytes that the header announces."""
+    """Raises UnreadableMedia unless the header is valid and the compressed data have the length that it implies."""
     width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
     _check_size(width, height)
-    if data[12:16] != b"IHDR" or colour not in _PNG_SAMPLES or depth not in (1, 2, 4, 8, 16):
+    if data[12:16] != b"IHDR" or colour not in _PNG_SAMPLES or depth not in (1, 2, 4, 8, 16) or interlaced > 1:
         raise UnreadableMedia("The image is damaged: its PNG header is invalid.")
     needed = height * (1 + -(-width * depth * _PNG_SAMPLES[colour] // 8))
     at, inflater, size = len(_PNG), zlib.decompressobj(), 0
@@ -88,15 +90,15 @@ def _check_png(data: bytes) -> None:
         if kind == b"IEND":
             break
         if kind == b"IDAT":
-            # The passes of an interlaced image begin more rows.
-            size += _inflated(inflater, data[at + 8 : at + 8 + length], needed * (1 + interlaced) + 64 - size)
+            # An interlaced image has more rows, each with one more byte, as it is stored in seven passes.
+            size += _inflated_size(inflater, data[at + 8 : at + 8 + length], needed * (1 + interlaced) + 64 - size)
         at += length + 12
     if size < needed:
         raise UnreadableMedia(_TRUNCATED)
 
 
-def _inflated(inflater: zlib._Decompress, data: bytes, limit: int) -> int:
-    """Returns the number of bytes of the decompressed `data`. Raises UnreadableMedia if it exceeds `limit`."""
+def _inflated_size(inflater: zlib._Decompress, data: bytes, limit: int) -> int:
+    """Returns the number of decompressed bytes of `data`. Raises UnreadableMedia for more than `limit` bytes."""
     size = 0
     try:
         while data:
@@ -117,7 +119,7 @@ def _check_jpeg(data: bytes) -> None:
         mark, marker, length = struct.unpack_from(">BBH", data, at)
         if mark != 0xFF or marker == _JPEG_START_OF_SCAN:
             raise UnreadableMedia("The image is damaged: its JPEG header is invalid.")
-        if marker in _JPEG_FRAMES:
+        if marker in _JPEG_STARTS_OF_FRAME:
             height, width = struct.unpack_from(">HH", data, at + 5)
             _check_size(width, height)
             return
@@ -125,7 +127,7 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _checked_sound(data: bytes) -> bytes:
-    """Returns a WAV file with the samples of `data` and a header of their true sizes. Raises UnreadableMedia."""
+    """Returns a WAV file with the samples of `data` and a header with their true sizes. Raises UnreadableMedia."""
     try:
         with wave.open(io.BytesIO(data)) as source:
             params = source.getparams()
@@ -135,9 +137,9 @@ def _checked_sound(data: bytes) -> bytes:
     frame = params.nchannels * params.sampwidth
     frames = len(samples) // frame if frame else 0
     if params.framerate not in SAMPLE_RATES or not 1 <= params.nchannels <= 8:
-        raise UnreadableMedia("The sound needs 1 to 8 channels of 8,000 to 192,000 samples per second.")
+        raise UnreadableMedia("The sound must have 1 to 8 channels and 8,000 to 192,000 samples per second.")
     if not MIN_SOUND_SECONDS <= frames / params.framerate <= MAX_SOUND_SECONDS:
-        raise UnreadableMedia(f"The sound needs {MIN_SOUND_SECONDS} to {MAX_SOUND_SECONDS:.0f} seconds.")
+        raise UnreadableMedia(f"The sound must last {MIN_SOUND_SECONDS} to {MAX_SOUND_SECONDS:.0f} seconds.")
     rewritten = io.BytesIO()
     with wave.open(rewritten, "wb") as target:
         target.setnchannels(params.nchannels)

@@ -1,4 +1,4 @@
-"""Converts a text with markers, and the files that the markers stand for, to a prompt."""
+"""Converts a text with markers, and the files in place of the markers, to a prompt."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MediaReader:
         self._projector = projector
         self._vocab = vocab
         self.marker = f"<__media_{secrets.token_hex(16)}__>"
-        """Stands for one file in a text. It is random, so that no text of a client contains it."""
+        """The text in place of one file. It is random, so that no text of a client contains it."""
 
     @property
     def vision(self) -> bool:
@@ -40,8 +40,10 @@ class MediaReader:
         return self._projector.audio
 
     def read(self, text: str, files: Sequence[bytes]) -> MediaPrompt:
-        """Returns the prompt of `text` with `files` in place of its markers, tokenized as by `Vocab.tokenize` with
-        special tokens. Takes some tenths of a second for each file. Raises UnreadableMedia."""
+        """Returns the prompt of `text` with `files` in place of its markers. Raises UnreadableMedia.
+
+        Texts are tokenized as by `Vocab.tokenize` with special tokens. Each file takes some tenths of a second.
+        """
         texts = text.split(self.marker)
         if len(texts) != len(files) + 1:
             raise UnreadableMedia("The chat template does not show each image and sound exactly once.")
@@ -51,24 +53,25 @@ class MediaReader:
             checkpoint()
             tokens += self._tokens(part)
             if index < len(files):
-                self._add(files[index], tokens, runs)
+                self._append_file(files[index], tokens, runs)
         return MediaPrompt((*tokens, *after), tuple(runs))
 
     def _tokens(self, text: str) -> list[int]:
-        """Returns the tokens of a part of the text, without those that the tokenizer adds at its ends."""
+        """Returns the tokens of a part of the text, without those that the tokenizer adds at the ends of a text."""
         tokens = self._vocab.tokenize(text, special=True) if text else []
         before, after = self._vocab.added
         start = int(bool(tokens) and tokens[0] == before)
         return tokens[start : len(tokens) - int(len(tokens) > start and tokens[-1] == after)]
 
-    def _add(self, data: bytes, tokens: list[int], runs: list[MediaRun]) -> None:
+    def _append_file(self, data: bytes, tokens: list[int], runs: list[MediaRun]) -> None:
+        """Appends the tokens and pseudo-tokens of a file to `tokens`, and its runs to `runs`."""
         checked = check_file(data)
         if not (self.audio if checked.is_sound else self.vision):
             raise UnreadableMedia(f"This model reads no {'sounds' if checked.is_sound else 'images'}.")
-        for part, piece in enumerate(self._projector.read(checked.data)):
+        for index, piece in enumerate(self._projector.read(checked.data)):
             if isinstance(piece, Sequence):
                 tokens += piece
                 continue
-            run = MediaRun(len(tokens), content_key(self._projector.identity, checked.data, part), piece)
+            run = MediaRun(len(tokens), content_key(self._projector.identity, checked.data, index), piece)
             runs.append(run)
             tokens += pseudo_tokens(run.key, piece.length)

@@ -10,32 +10,32 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-# The vectors of one run, [tokens, width of the model].
+# The vectors of one run, [pseudo-tokens, input width of the model].
 Embeddings = NDArray[np.float32]
 
 
 class UnreadableMedia(ValueError):
-    """A file is no image or sound that can be read. The message is a sentence for the client."""
+    """A file cannot be read as an image or sound. The message is a sentence for the client."""
 
 
 class MediaChunk(Protocol):
-    """A part of an image or a sound, ready to be encoded: an image can have several, as tiles."""
+    """A part of an image or a sound, ready to be encoded. Some projectors divide an image into several, as tiles."""
 
     @property
     def length(self) -> int:
-        """Number of its embeddings."""
+        """Number of embeddings of the chunk."""
 
     @property
     def causal(self) -> bool:
-        """False if each embedding attends to all others of the chunk; these are then decoded together."""
+        """False if each embedding attends to all others of the chunk, so that all must be decoded together."""
 
 
-# A part of what a file becomes in a prompt: the tokens of a text, or a chunk.
+# One of the parts that represent a file in a prompt: the tokens of a text, or a chunk.
 MediaPiece = Sequence[int] | MediaChunk
 
 
 class MediaRun(Struct, frozen=True, eq=False):
-    """The pseudo-tokens from `start` on in a prompt, which stand for the embeddings of `chunk`."""
+    """The pseudo-tokens of a prompt from position `start` on, in place of the embeddings of `chunk`."""
 
     start: int
     key: bytes
@@ -54,15 +54,15 @@ class Projector(Protocol):
 
     @property
     def vision(self) -> bool:
-        """True if it reads images."""
+        """True if the projector reads images."""
 
     @property
     def audio(self) -> bool:
-        """True if it reads sounds."""
+        """True if the projector reads sounds."""
 
     @property
     def identity(self) -> bytes:
-        """Digest of everything besides a file on which its embeddings depend."""
+        """Digest of the projector's file and settings, which determine the embeddings of a given image or sound."""
 
     def read(self, data: bytes) -> Sequence[MediaPiece]:
         """Returns the pieces of a file that `check_file` has accepted. Raises UnreadableMedia."""
@@ -71,28 +71,26 @@ class Projector(Protocol):
         """Returns the embeddings of a chunk. Raises NativeFault."""
 
     def decode(self, seq: int, start: int, embeddings: Embeddings, *, causal: bool) -> None:
-        """Appends cells of `embeddings` to the sequence `seq` of the model's context, which has `start` positions.
-
-        Raises NoFreeCells with nothing changed, Aborted or NativeFault.
-        """
+        """Appends one cell for each of `embeddings` to the sequence `seq` of the model's context, which has `start`
+        positions. Raises NoFreeCells with nothing changed, Aborted or NativeFault."""
 
     def close(self) -> None:
-        """Frees the native objects. No other method may be running or be called later."""
+        """Frees the native objects. No other method may run at the same time or later."""
 
 
 def without_runs(prompt: Sequence[int], runs: Sequence[MediaRun]) -> Sequence[int]:
-    """Returns the tokens of a prompt without those of `runs`: the text."""
+    """Returns the tokens of a prompt without the pseudo-tokens of `runs`."""
     starts, ends = [0, *(run.end for run in runs)], [*(run.start for run in runs), len(prompt)]
     return prompt if not runs else [t for start, end in zip(starts, ends, strict=True) for t in prompt[start:end]]
 
 
-def content_key(identity: bytes, data: bytes, part: int) -> bytes:
-    """Returns the key of part `part` of the file `data` with the projector of this identity."""
+def content_key(identity: bytes, data: bytes, index: int) -> bytes:
+    """Returns the key of the piece number `index` that the projector with `identity` makes of the file `data`."""
     content = hashlib.blake2b(data, digest_size=32).digest()
-    return hashlib.blake2b(identity + content + part.to_bytes(4, "little"), digest_size=32).digest()
+    return hashlib.blake2b(identity + content + index.to_bytes(4, "little"), digest_size=32).digest()
 
 
 def pseudo_tokens(key: bytes, length: int) -> list[int]:
-    """Returns the `length` negative token ids of a run. Runs with equal keys have equal ids, others different ones."""
+    """Returns `length` negative token ids for a run. Equal keys have equal ids, and different keys different ids."""
     ids = np.frombuffer(hashlib.shake_256(key).digest(4 * length), "<i4")
     return [int(token) for token in ids | np.int32(-(2**31))]

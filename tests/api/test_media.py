@@ -1,4 +1,4 @@
-"""Images in the requests of all chat APIs, their sources and limits."""
+"""Images in the requests of all chat APIs, and the sources and limits of images."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def data_url(content: bytes = IMAGE) -> str:
 
 
 def image_engine() -> FakeEngine:
-    """Returns an engine whose projector turns an image into ten tokens between the tokens 48 and 49."""
+    """Returns an engine whose projector makes ten embeddings of an image, between the tokens 48 and 49."""
     engine = FakeEngine()
     engine.media = MediaReader(ToyProjector(), engine.vocab)
     return engine
 
 
 def chat(*parts: dict[str, Any] | str) -> dict[str, Any]:
-    """Returns the body of a chat with one message: texts, and other parts."""
+    """Returns the body of a chat with one message, whose parts are texts or objects."""
     content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
     return {"messages": [{"role": "user", "content": content}], "max_tokens": 3}
 
@@ -133,6 +133,11 @@ async def test_refused_parts(part: dict[str, Any], param: str, message: str) -> 
     assert message in answer.json["error"]["message"]
 
 
+async def test_a_part_that_is_not_supported_beside_images() -> None:
+    answer = await reply(chat(image(data_url()), {"type": "refusal"}))
+    assert (answer.status, answer.json["error"]["param"]) == (400, "messages[0].content[1].type")
+
+
 async def test_limits() -> None:
     answer = await reply(chat(*[image(data_url())] * 50))
     assert (answer.status, answer.json["error"]["param"]) == (400, "messages")
@@ -168,8 +173,8 @@ def test_private_addresses(address: str) -> None:
     assert not is_public(address)
 
 
-async def serve_reply(replies: dict[str, bytes]) -> AsyncIterator[str]:
-    """Serves HTTP replies by path on a loopback address, and yields the server's URL."""
+async def serve_replies(replies: dict[str, bytes]) -> AsyncIterator[str]:
+    """Serves the raw HTTP reply of each path on a loopback address, and yields the server's URL."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -195,7 +200,7 @@ async def test_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
         "/away": response("302 Found", b"", "Location: http://10.0.0.1/x"),
         "/large": response("200 OK", bytes(MAX_MEDIA_BYTES + 1)),
     }
-    async for url in serve_reply(replies):
+    async for url in serve_replies(replies):
         with pytest.raises(RequestRefused, match="not on a public network"):
             await download_media(f"{url}/x", "f")
         monkeypatch.setattr(media_urls, "is_public", lambda address: address == "127.0.0.1")

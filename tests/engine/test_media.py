@@ -1,4 +1,4 @@
-"""Images in prompts: with a toy projector the outputs are those of each request alone, whatever else runs."""
+"""Images in prompts: with a toy projector, each output is the same as if the request ran alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.toy import VOCABULARY, Cell, ToyContext, ToyVocab
 
 
 class ToyChunk:
-    """An image whose embeddings are `tokens`, which no text has."""
+    """An image whose embeddings are `tokens`, ids that no text has."""
 
     def __init__(self, tokens: Sequence[int], *, causal: bool = True) -> None:
         self.tokens = tokens
@@ -59,11 +59,11 @@ class ToyProjector:
         self.closed = False
 
     def read(self, data: bytes) -> Sequence[MediaPiece]:
-        """Returns an opening token, an image that depends on the size of the file, and a closing token."""
+        """Returns an opening token, an image that depends on the number of bytes, and a closing token."""
         return [[48], ToyChunk(range(100 + len(data) % 50, 110 + len(data) % 50)), [49]]
 
     def encode(self, chunk: MediaChunk) -> Embeddings:
-        """Returns rows of token, index and length."""
+        """Returns one row for each embedding: its token, its index, and the length of the chunk."""
         assert isinstance(chunk, ToyChunk)
         self.encodings += 1
         if self.faulty:
@@ -72,7 +72,7 @@ class ToyProjector:
         return np.array(rows, np.float32)
 
     def decode(self, seq: int, start: int, embeddings: Embeddings, *, causal: bool) -> None:
-        """Appends one cell for each embedding. Asserts the order, and that only causal images are divided."""
+        """Appends one cell for each embedding. Asserts the start, and that only causal images are divided."""
         context = self.context
         assert context is not None
         assert context.length(seq) == start, "the image continues the sequence"
@@ -165,7 +165,7 @@ def test_outputs_are_the_same_as_alone(seed: int, unified: bool) -> None:
     run(bench)
     for key, tokens in wanted.items():
         end = bench.ends[key]
-        assert not isinstance(end, Failed) or chance, "no request fails unless decodes do"
+        assert not isinstance(end, Failed) or chance, "a request fails only if decodes fail"
         whole = key not in cancelled and not isinstance(end, Failed)
         assert bench.outputs[key] == (tokens if whole else tokens[: len(bench.outputs[key])])
     assert context.used() == bench.core.kv.used_cells
@@ -251,6 +251,7 @@ JPEG = b"\xff\xd8\xff\xe0\x00\x04xx\xff\xc0\x00\x0b\x08\x00\x10\x00\x20\x01\x01\
         pytest.param(png_of(8, 8, bytes(10**7)), "more data than its size needs", id="bomb"),
         pytest.param(png_of(1, 500, bytes(2_000)), "ratio", id="narrow"),
         pytest.param(png_of(0, 5, b""), "0 x 5", id="no-pixels"),
+        pytest.param(png()[:28] + b"\xff" + png()[29:], "header is invalid", id="interlace-method"),
         pytest.param(png().replace(zlib.compress(b"")[:2], b"\0\0", 1), "damaged", id="not-deflated"),
         pytest.param(JPEG[:12], "too early", id="cut-jpeg"),
         pytest.param(JPEG + b"\xff\xda" * 100, "scans", id="many-scans"),

@@ -1,4 +1,4 @@
-"""Images with random projectors and a random model. The tests need a library with mtmd (`make serve VISION=1`)."""
+"""Images with random projectors and a random model. The tests need a build with mtmd (`make serve VISION=1`)."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ async def opened(files: Path, kind: str, **fields: Any) -> AsyncIterator[Engine]
         yield engine
 
 
-def look(engine: Engine, *images: int, **fields: Any) -> Request:
-    """Returns a request about random images with these seeds."""
+def image_request(engine: Engine, *images: int, **fields: Any) -> Request:
+    """Returns a request whose prompt has one random image for each seed of `images`."""
     assert engine.media is not None
     shown = " and ".join([engine.media.marker] * len(images))
     text = f"<|im_start|>user\nLook at this: {shown}! Describe it.<|im_end|>\n<|im_start|>assistant\n"
@@ -60,7 +60,7 @@ def look(engine: Engine, *images: int, **fields: Any) -> Request:
 
 
 async def answer(engine: Engine, request: Request) -> tuple[list[int], Finished]:
-    """Returns the tokens and the end of a request."""
+    """Runs a request. Returns its output tokens and the terminal update."""
     ids: list[int] = []
     async with engine.generate(request) as updates:
         async for update in updates:
@@ -77,16 +77,17 @@ async def test_answers_do_not_depend_on_layout_speculation_or_cached_prefixes(fi
     for unified in (True, False):
         async with opened(files, kind, kv_unified=unified) as engine:
             plain = Speculation(type=())
-            alone = [await answer(engine, look(engine, seed, max_tokens=12, speculation=plain)) for seed in range(2)]
-            requests = [look(engine, seed, max_tokens=12, salt="together") for seed in (0, 1, 0, 1)]
+            requests = [image_request(engine, seed, max_tokens=12, speculation=plain) for seed in range(2)]
+            alone = [await answer(engine, request) for request in requests]
+            requests = [image_request(engine, seed, max_tokens=12, salt="together") for seed in (0, 1, 0, 1)]
             together = await asyncio.gather(*(answer(engine, request) for request in requests))
-            again, end = await answer(engine, look(engine, 0, max_tokens=12))
-            assert end.usage.cached >= len(look(engine, 0).prompt) - 2, "a second turn computes no image"
+            again, end = await answer(engine, image_request(engine, 0, max_tokens=12))
+            assert end.usage.cached >= len(image_request(engine, 0).prompt) - 2, "a second turn computes no image"
             outputs = [ids for ids, _ in (*alone, *together)] + [again]
             assert outputs == [outputs[0], outputs[1], outputs[0], outputs[1], outputs[0], outputs[1], outputs[0]]
             found.append(outputs[:2])
     assert found[0] == found[1]
-    assert found[0][0] != found[0][1], "the model sees the images"
+    assert found[0][0] != found[0][1], "the output depends on the image"
 
 
 async def test_a_preempted_request_decodes_its_images_again(files: Path) -> None:
@@ -95,10 +96,10 @@ async def test_a_preempted_request_decodes_its_images_again(files: Path) -> None
             core.lifecycle.preempt(sequence, keep=False)
 
     async with opened(files, "janus_pro", kv_unified=False, memory={"ram": 0}) as engine:
-        request = look(engine, 0, 1, max_tokens=40)
+        request = image_request(engine, 0, 1, max_tokens=40)
         wanted, _ = await answer(engine, request)
         ids: list[int] = []
-        async with engine.generate(look(engine, 0, 1, max_tokens=40, salt="other")) as updates:
+        async with engine.generate(image_request(engine, 0, 1, max_tokens=40, salt="other")) as updates:
             async for update in updates:
                 ids += update.ids if isinstance(update, Tokens) else ()
                 if not engine.stats().preemptions:

@@ -1,25 +1,29 @@
-"""Projectors of images with random weights, of less than a megabyte."""
+"""Projectors for images, with random weights, and PNG files of random pixels. Each projector has less than 1 MB."""
 
 from __future__ import annotations
 
 import struct
 import zlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from gguf import GGUFWriter
 
-# Sizes of the projector's own layers.
+# Sizes of the projector's layers.
 WIDTH, HIDDEN, LAYERS, HEADS = 32, 64, 2, 2
+# Sides in pixels.
 IMAGE_SIZE, PATCH_SIZE = 32, 8
 
 ProjectorKind = Literal["janus_pro", "gemma3"]
 
 
 def projector(path: Path, width: int, kind: ProjectorKind = "janus_pro", image_size: int = IMAGE_SIZE) -> Path:
-    """Writes a projector for a model of `width`: `janus_pro` makes 16 embeddings of an image, with causal attention,
-    `gemma3` 4 of which each attends to all; more if images have another `image_size`. Returns the path."""
+    """Writes a projector for a model of `width`, and returns the path.
+
+    With the default `image_size`, `janus_pro` makes 16 embeddings of an image, with causal attention, and `gemma3`
+    makes 4, each of which attends to all.
+    """
     writer = GGUFWriter(path, "clip")
     random = np.random.default_rng(1)
     writer.add_string("clip.projector_type", kind)
@@ -81,10 +85,10 @@ def png(width: int = 40, height: int = 24, seed: int = 0) -> bytes:
 
 
 def png_of(width: int, height: int, rows: bytes) -> bytes:
-    """Returns a PNG of 8-bit colours whose header has these sizes and whose data are `rows`, valid or not."""
+    """Returns a PNG of 8-bit colours with the given sizes in the header and `rows` as data, which may be invalid."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header: Any = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
