@@ -197,9 +197,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_body: Annotated[
         int,
         Meta(
-            ge=1024,
-            le=2**30,
-            description="maximum bytes of a request body; an image of 8 MiB in base64 needs 12000000",
+            ge=1024, le=2**30, description="maximum bytes of a request body; 8 MiB of an image take 12000000 in base64"
         ),
     ] = 8 * 2**20
     ui: Annotated[bool, Meta(description="serve a page with a chat and a live view of the server at /")] = True

@@ -63,4 +63,4 @@ def _decompress(data: bytes, max_bytes: int) -> bytes:
 
 
 def _too_large(max_bytes: int) -> HTTPException:
-    return HTTPException(413, f"The body is too large: send at most {max_bytes} bytes.")
+    return HTTPException(413, f"The body is too large: send at most {max_bytes} bytes (--max-body).")
