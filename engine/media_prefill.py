@@ -17,7 +17,7 @@ from engine.kv import KVCache
 from engine.lifecycle import Lifecycle
 from engine.media import Embeddings, MediaEncoder, MediaRun, WantedRun
 from engine.running import PlacedRows
-from engine.scheduler import ScheduledRows
+from engine.scheduler import ScheduledRows, by_urgency
 from engine.sequence import Sequence
 
 # Number of wanted runs of each sequence: the one to decode, and the next one, which is encoded meanwhile.
@@ -123,10 +123,10 @@ class MediaPrefill:
         return len(rows)
 
     def _preempt_for(self, sequence: Sequence) -> None:
-        """Frees cells for `sequence`: preempts the one of the other sequences that started last. Fails `sequence` if
-        there is no other one."""
-        others = [each for each in self._lifecycle.running.values() if each is not sequence]
-        if others:
-            self._lifecycle.preempt(others[-1])
+        """Frees cells for `sequence`: preempts the least urgent sequence, as `scheduler.plan` does, which may be
+        `sequence`. Fails `sequence` if there is no other one."""
+        running = self._lifecycle.running
+        if len(running) > 1:
+            self._lifecycle.preempt(running[by_urgency(running.views())[-1].key])
         else:
             self._lifecycle.reject_rows([sequence])

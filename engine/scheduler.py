@@ -35,8 +35,8 @@ class SequenceView(Struct, frozen=True):
     exclusive: int = 0
     """Cells that only this sequence holds."""
     blocked: int = 0
-    """Known tokens that cannot be computed yet, because blocks must be loaded or a state must be saved before
-    them."""
+    """Known tokens that the step cannot compute: those after a block to load or a state to save, and those from the
+    next image or sound on, which `MediaPrefill` decodes."""
     waited: float = 0.0
     """Seconds since the request was submitted."""
     paused: bool = False
@@ -185,7 +185,7 @@ def plan(running: Sequence[SequenceView], capacity: FreeCapacity, limits: StepLi
     and starts is preempted, paused or not, and its cells count as evictable. The first one always fits, because no
     request is longer than the cells, so at least one sequence gets a row, unless the first one is paused.
     """
-    sequences, preempt = sorted(running, key=lambda view: (view.priority, view.due)), []
+    sequences, preempt = by_urgency(running), []
     cells = capacity.free_cells + capacity.evictable_cells
     while len(sequences) > 1 and not _fits(sequences, cells):
         last = sequences.pop()
@@ -194,6 +194,11 @@ def plan(running: Sequence[SequenceView], capacity: FreeCapacity, limits: StepLi
     sequences = [view for view in sequences if not view.paused]
     rows = _rows(sequences, cells, capacity.free_cells if not preempt else 0, limits)
     return Plan(tuple(rows), tuple(preempt))
+
+
+def by_urgency(running: Iterable[SequenceView]) -> list[SequenceView]:
+    """Returns the sequences in the order of priorities, deadlines and starts. The last one is preempted first."""
+    return sorted(running, key=lambda view: (view.priority, view.due))
 
 
 def plan_decoding(drafts: Mapping[int, int], capacity: FreeCapacity, limits: StepLimits) -> Plan | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -15,8 +16,13 @@ from numpy.typing import NDArray
 from engine.background import run_in_background
 from engine.grammar.matcher import Matcher
 
+log = logging.getLogger("paceline.engine")
+
 # Packed masks, [rows, words]. Bit b of word w is 1 if token 32 w + b is permitted.
 Bitmasks = NDArray[np.int32]
+
+# A native matcher, the row of its mask, and its draft.
+MaskJob = tuple[LLMatcher, int, list[int]]
 
 # Returns the mask of row j, [vocabulary]. Called once the matcher has accepted the first j draft tokens.
 RowMasks = Callable[[int], NDArray[np.bool_]]
@@ -47,6 +53,7 @@ class Masks:
         self._sequences: dict[int, tuple[int, Matcher]] = {}  # first row and matcher of each sequence, by key
         self._thread = ThreadPoolExecutor(1, "paceline-masks", run_in_background) if overlapped else None
         self._running: Future[None] | None = None
+        self._is_filled = True  # False after an exception, which has left the rows of `_bitmasks` undefined
 
     def begin(self, requests: Sequence[MaskRequest]) -> None:
         """Starts computing the masks of the next step. Drops the masks of the last step.
@@ -54,7 +61,7 @@ class Masks:
         The matchers of the requests must not change before `of` returns.
         """
         self._wait()
-        self._sequences = {}
+        self._sequences, self._is_filled = {}, True
         rows = 0
         for request in requests:
             self._sequences[request.key] = rows, request.matcher
@@ -66,22 +73,30 @@ class Masks:
         firsts = [first for first, _ in self._sequences.values()]
         jobs = [(each.matcher.native, first, [*each.draft]) for first, each in zip(firsts, requests, strict=True)]
         if self._thread is None:
-            fill_bitmasks(self._bitmasks, jobs)
+            self._fill(jobs)
         else:
-            self._running = self._thread.submit(fill_bitmasks, self._bitmasks, jobs)
+            self._running = self._thread.submit(self._fill, jobs)
+
+    def _fill(self, jobs: list[MaskJob]) -> None:
+        try:
+            fill_bitmasks(self._bitmasks, jobs)
+        except Exception:  # of one matcher: `of` computes the masks of the others
+            log.exception("the grammar masks of a step cannot be computed together")
+            self._is_filled = False
 
     def of(self, key: int) -> RowMasks | None:
         """Returns a function from rows to masks for the sequence `key`, after waiting for the masks. Returns None if
         the sequence has no grammar.
 
         The function raises GrammarError if the grammar cannot be followed up to the row. If the native matcher failed
-        because of the draft, the function computes each mask from the accepted tokens instead.
+        because of the draft, or the masks of the step could not be computed together, the function computes each mask
+        from the accepted tokens instead, and raises the exception of that computation.
         """
         if key not in self._sequences:
             return None
         self._wait()
         first, matcher = self._sequences[key]
-        if matcher.recover():
+        if matcher.recover() or not self._is_filled:
             return lambda row: self._current_mask(matcher)
         return lambda row: unpack_bitmask(self._bitmasks[first + row], self._size)
 
@@ -107,7 +122,7 @@ def allocate_bitmasks(rows: int, size: int) -> Bitmasks:
     return np.empty((rows, (size + 31) // 32), np.int32)
 
 
-def fill_bitmasks(bitmasks: Bitmasks, jobs: list[tuple[LLMatcher, int, list[int]]]) -> None:
+def fill_bitmasks(bitmasks: Bitmasks, jobs: list[MaskJob]) -> None:
     """Writes, for each (matcher, row, draft), the mask of the matcher's state to `row`, and the mask after each draft
     token to the following rows. Uses several cores and releases the GIL."""
     if drafts := [job for job in jobs if job[2]]:

@@ -1,5 +1,5 @@
-"""A server that was killed under load, or whose files are damaged or cannot be written, generates the same texts as
-before, without unexpected server errors."""
+"""A server that was killed or signalled under load, or whose files are damaged or cannot be written, generates the
+same texts as before, without unexpected server errors."""
 
 from __future__ import annotations
 
@@ -28,11 +28,15 @@ def flags(folder: Path) -> tuple[str, ...]:
     return (*SIM, "--cache-disk", str(folder / "kept"), "--slot-save-path", str(slots))
 
 
-def send(url: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+def post_request(url: str, body: dict[str, Any], key: str = "") -> urllib.request.Request:
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    return urllib.request.Request(url, json.dumps(body).encode(), headers)
+
+
+def send(url: str, path: str, body: dict[str, Any], key: str = "") -> tuple[int, Any]:
     """Returns the status and body of the response to a POST request; 0 if the connection broke."""
-    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(post_request(url + path, body, key), timeout=30) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
@@ -53,8 +57,8 @@ def texts(url: str) -> list[str]:
 class Load:
     """Clients that send completions, and save and restore slots, until the server is gone."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, url: str, key: str = "") -> None:
+        self._url, self._key = url, key
         self.statuses: set[int] = set()
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(6)]
         for thread in self._threads:
@@ -64,10 +68,11 @@ class Load:
         random, status = Random(number), 200
         while status:
             if number < 4:
-                status, _ = send(self._url, "/v1/completions", completion(random.randrange(50)))
+                status, _ = send(self._url, "/v1/completions", completion(random.randrange(50)), self._key)
             else:
                 action = random.choice(["save", "restore"])
-                status, _ = send(self._url, f"/slots/{number % 4}?action={action}", {"filename": f"{number}.bin"})
+                path = f"/slots/{number % 4}?action={action}"
+                status, _ = send(self._url, path, {"filename": f"{number}.bin"}, self._key)
             self.statuses.add(status)
 
     def join(self) -> None:
@@ -115,6 +120,40 @@ def test_a_server_killed_under_load_starts_again_with_damaged_files(tmp_path: Pa
         load.join()
         assert server.wait() == 0
         assert {status for status in load.statuses if status >= 500} <= {503}
+    finally:
+        server.close()
+
+
+def write_keys(path: Path, *keys: str) -> None:
+    path.write_text(json.dumps({"keys": [{"key": key, "admin": True} for key in keys]}))
+
+
+def test_signals_under_load_drop_no_request(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    write_keys(keys, "load", "stream")
+    server = Server(*flags(tmp_path), "--keys", str(keys), "--grace", "60")
+    try:
+        url = server.ready()
+        load = Load(url, "load")
+        body = {"prompt": "On and on", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+        with urllib.request.urlopen(post_request(url + "/v1/completions", body, "stream"), timeout=30) as stream:
+            assert stream.readline().startswith(b"data: ")
+            for name in ("first", "second", "third"):
+                write_keys(keys, "load", name)  # the key of the stream is invalid from now on
+                server.signal(signal.SIGHUP)
+                server.until("2 API keys")
+                assert send(url, "/v1/completions", completion(1), name)[0] == 200
+                assert send(url, "/v1/completions", completion(1), "stream")[0] == 401
+            assert 200 in load.statuses
+            assert {status for status in load.statuses if status in (0, 401) or status >= 500} == set()
+            server.signal(signal.SIGINT)
+            lines = stream.read().splitlines()
+        load.join()
+        assert server.wait() == 0
+        assert lines[-2:] == [b"data: [DONE]", b""], "the stream ends as without signals"
+        assert sum(line.startswith(b"data: {") for line in lines) > 100
+        assert {status for status in load.statuses if status in (401, 403) or status >= 500} <= {503}
+        assert not any("Traceback" in line for line in server.lines), server.lines
     finally:
         server.close()
 

@@ -221,7 +221,7 @@ async def test_encodings_of_bodies(app: ASGIApp, path: str, encoding: str, compr
         ("gzip", gzip.compress(BODY, mtime=0)[:-9], 400, "one complete stream"),
         ("gzip", gzip.compress(BODY, mtime=0) + b"x", 400, "one complete stream"),
         ("gzip", b"", 400, "one complete stream"),
-        ("gzip", gzip.compress(b" " * 2000, mtime=0), 413, "at most 1024 bytes"),
+        ("gzip", gzip.compress(b" " * 2000, mtime=0), 413, "at most 1024 bytes (--max-body)"),
     ],
 )
 async def test_encodings_that_are_refused(app_of: Apps, encoding: str, body: bytes, status: int, message: str) -> None:

@@ -43,8 +43,8 @@ def pair_backend(context: ToyContext) -> Any:
     return toy
 
 
-def alone(request: Request) -> tuple[list[int], FinishReason]:
-    context = ToyContext(cells=300)
+def alone(request: Request, cells: int = 300) -> tuple[list[int], FinishReason]:
+    context = ToyContext(cells=cells)
     bench = CoreBench(context, slots=1, backend=pair_backend(context))
     bench.submit(0, request)
     bench.run()

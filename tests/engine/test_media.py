@@ -183,6 +183,47 @@ def test_one_image_in_two_turns_is_encoded_once_and_not_across_salts() -> None:
     assert projector_of(bench).encodings == 2
 
 
+@pytest.mark.parametrize(
+    ("priorities", "timeouts", "preempted"),
+    [
+        pytest.param((1, 0, 0), (None, None, None), 0, id="priority"),
+        pytest.param((0, 0, 0), (600.0, 900.0, 600.0), 1, id="deadline"),
+        pytest.param((0, 0, 0), (None, 600.0, 900.0), 0, id="no-deadline"),
+        pytest.param((0, 0, 1), (None, None, None), 2, id="itself"),
+        pytest.param((0, 0, 0), (None, None, None), 2, id="last-start"),
+    ],
+)
+def test_an_image_without_cells_preempts_the_least_urgent_sequence(
+    priorities: Sequence[int], timeouts: Sequence[float | None], preempted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_of(ToyContext(cells=300))
+    decode, lifecycle = projector_of(bench).decode, bench.core.lifecycle
+    faults, found, preempt = [NoFreeCells()], list[int](), lifecycle.preempt
+
+    def decode_with_fault(*arguments: Any, **options: Any) -> None:
+        if faults:
+            raise faults.pop()
+        decode(*arguments, **options)
+
+    def record(sequence: Any, **options: Any) -> None:
+        found.append(sequence.key)
+        preempt(sequence, **options)
+
+    monkeypatch.setattr(projector_of(bench), "decode", decode_with_fault)
+    monkeypatch.setattr(lifecycle, "preempt", record)
+    prompts: list[list[int | ToyChunk]] = [[1, 2, 3], [4, 5], [6, ToyChunk(range(60, 70)), 7]]
+    requests = [request_of(prompt, max_tokens=30, ignore_eos=True) for prompt in prompts]
+    for key, (request, priority, timeout) in enumerate(zip(requests, priorities, timeouts, strict=True)):
+        bench.submit(key, structs.replace(request, priority=priority, timeout=timeout))
+        bench.core.step()
+    while not found:
+        cast("Any", bench.core)._media._encoder.wait(0.1)
+        bench.core.step()
+    run(bench)
+    assert found == [preempted]
+    assert [bench.outputs[key] for key in range(3)] == [alone(request, 300) for request in requests]
+
+
 def test_an_encoding_that_fails_ends_only_its_request() -> None:
     bench = bench_of(ToyContext(cells=300))
     projector_of(bench).faulty = True
