@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message
@@ -71,6 +71,23 @@ class Writer:
 WriterFactory = Callable[[CapturedResponse], Writer]
 
 
+def _scope(method: str, path: str, head: Mapping[str, str], spec: str) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": spec},
+        "http_version": "1.1",
+        "method": method,
+        "path": path.partition("?")[0],
+        "raw_path": path.encode(),
+        "query_string": path.partition("?")[2].encode(),
+        "root_path": "",
+        "scheme": "http",
+        "server": ("test", 80),
+        "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in head.items()],
+        "extensions": {},
+    }
+
+
 async def call(
     app: ASGIApp,
     method: str,
@@ -116,20 +133,9 @@ async def call(
         if disconnect_after is not None and len(response.chunks) >= disconnect_after:
             gone.set()
 
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": spec},
-        "http_version": "1.1",
-        "method": method,
-        "path": path.partition("?")[0],
-        "raw_path": path.encode(),
-        "query_string": path.partition("?")[2].encode(),
-        "root_path": "",
-        "scheme": "http",
-        "server": ("test", 80),
-        "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in head.items()],
-        "extensions": {BODY_WRITER: {"writer": writer(response)}} if writer else {},
-    }
+    scope = _scope(method, path, head, spec)
+    if writer:
+        scope["extensions"] = {BODY_WRITER: {"writer": writer(response)}}
     async with asyncio.timeout(10):
         await app(scope, receive, send)
     return response
