@@ -31,6 +31,7 @@ class Subscriber:
     def __init__(self, endpoint: str, replay: str = "", topic: str = "") -> None:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.SUB)
+        self._connection = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self.socket.connect(endpoint)
         self.socket.setsockopt_string(zmq.SUBSCRIBE, topic)
         self.replay = self.context.socket(zmq.DEALER)
@@ -39,6 +40,11 @@ class Subscriber:
         self.numbers: list[int] = []
         self.held: dict[str, set[int]] = {}
         self.events: list[Any] = []
+
+    def await_connection(self) -> None:
+        """Blocks until the publisher is connected, which may have bound its endpoint later. It drops earlier
+        messages."""
+        assert self._connection.poll(WAIT_MS), "not connected"
 
     def receive(self) -> list[Any]:
         """Applies the next message, and returns its events."""
@@ -183,6 +189,7 @@ def test_a_server_reports_its_cache(endpoints: tuple[str, str]) -> None:
     subscriber = Subscriber(endpoint, replay)
     try:
         url = server.ready()
+        subscriber.await_connection()
         complete(url, [*range(1, 101)])
         subscriber.until("BlockStored")
         complete(url, [*range(1, 65), *range(300, 340)])  # shares two blocks
