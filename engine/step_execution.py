@@ -116,9 +116,7 @@ class StepExecution:
         row of logits."""
         batch = self._context.batch
         batch.clear()
-        with_matcher = [each for each in rows if each.sequence.matcher is not None]
-        masks = [each.sequence.mask_request(each.part) for each in with_matcher]
-        self._masks.begin([mask for mask in masks if mask is not None])
+        self._masks.begin([mask for each in rows if (mask := each.sequence.mask_request(each.part)) is not None])
         if all(each.decodes and not each.part.drafts for each in rows):
             last = [each.sequence.tokens[-1] for each in rows]
             batch.fill_single([each.rows.seq for each in rows], [each.rows.cells for each in rows], last)

@@ -109,13 +109,10 @@ def _append_picks(sequence: Sequence, draft: abc.Sequence[int], picks: abc.Seque
     ids: list[int] = []
     accepted = 0
     reason: FinishReason | None = None
-    for row, token in enumerate(picks):
+    for row, token in enumerate(sample_and_accept(draft, picks.__getitem__)):
         ids.append(token)
+        accepted += row < len(draft) and draft[row] == token
         reason = sequence.append(token)
-        if row < len(draft) and draft[row] == token:
-            accepted += 1
-        else:
-            break
         if reason is not None:
             break
     return VerificationResult(ids, ids if sequence.stop_token is None else ids[:-1], (), accepted, reason, None)

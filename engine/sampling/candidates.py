@@ -79,9 +79,9 @@ def nucleus_candidates(row: Row, share: float, reach: float) -> Candidates:
     the result is that of the whole row. Raises BadLogits.
     """
     peak, mass = peak_and_mass(row)
-    k = 256
+    maxima, k = RowMaxima(row[None]), 256
     while True:
-        found = top_candidates(row, k, reach)
+        found = top_of_row(maxima, 0, k, reach)
         held = float(np.exp(found.logits - peak).sum())
         if held >= share * mass or len(found.ids) < k:
             return found._replace(mass=mass)

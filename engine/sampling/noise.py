@@ -34,7 +34,7 @@ _GOLDEN_GAMMA_U64 = np.uint64(GOLDEN_GAMMA)
 
 def gumbel(seed: int, position: int, tokens: NDArray[np.intp]) -> NDArray[np.float64]:
     """Returns standard Gumbel noise, [tokens]; entry i depends only on the seed, the position and token i."""
-    start = np.uint64(_stream_start(seed, position))
+    start = np.uint64(_stream_start(seed_key(seed), position))
     if len(tokens) <= _CHUNK_TOKENS:
         return _gumbel(start, tokens)
     chunks = range(0, len(tokens), _CHUNK_TOKENS)
@@ -42,19 +42,19 @@ def gumbel(seed: int, position: int, tokens: NDArray[np.intp]) -> NDArray[np.flo
 
 
 def seed_key(seed: int) -> int:
-    """Returns the part of the noise that depends on the seed only, for `gumbel_rows`."""
+    """Returns the part of the noise that depends on the seed only."""
     return mix(seed)
 
 
 def gumbel_rows(keys: Sequence[int], positions: Sequence[int], tokens: NDArray[np.intp]) -> NDArray[np.float64]:
     """Returns the noise of `tokens`, [rows, tokens], given `seed_key` of the seed and the position of each row."""
-    starts = [mix(key + position) for key, position in zip(keys, positions, strict=True)]
+    starts = [_stream_start(key, position) for key, position in zip(keys, positions, strict=True)]
     return _gumbel(np.array(starts, np.uint64)[:, None], tokens)
 
 
 def gumbel_few(key: int, position: int, tokens: Sequence[int]) -> list[float]:
     """Returns the noise of few tokens in less time than `gumbel`, with equal bits. `key` is `seed_key` of the seed."""
-    start = mix(key + position)
+    start = _stream_start(key, position)
     uniforms = [((finalize(token * GOLDEN_GAMMA + start & WORD_MASK) >> 14) + 0.5) * 2.0**-50 for token in tokens]
     noise: list[float] = (-np.log(-np.log(uniforms))).tolist()
     return noise
@@ -65,7 +65,7 @@ def uniform(seed: int, position: int, stream: int = 0) -> float:
 
     Each value of `stream` gives an independent number.
     """
-    bits = finalize(_stream_start(seed, position) + (WORD_MASK - stream) * GOLDEN_GAMMA & WORD_MASK)
+    bits = finalize(_stream_start(seed_key(seed), position) + (WORD_MASK - stream) * GOLDEN_GAMMA & WORD_MASK)
     return ((bits >> 14) + 0.5) * 2.0**-50
 
 
@@ -74,8 +74,8 @@ def derive_seed(seed: int, index: int) -> int:
     return mix(mix(seed ^ _CHOICE_KEY) + index) >> 1 if index else seed
 
 
-def _stream_start(seed: int, position: int) -> int:
-    return mix(mix(seed) + position)
+def _stream_start(key: int, position: int) -> int:
+    return mix(key + position)
 
 
 def _gumbel(start: np.uint64 | NDArray[np.uint64], tokens: NDArray[np.intp]) -> NDArray[np.float64]:

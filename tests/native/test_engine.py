@@ -59,6 +59,12 @@ async def collect(engine: Engine, request: Request) -> tuple[list[int], str, lis
     raise AssertionError("no terminal update")
 
 
+async def answer(engine: Engine, request: Request) -> tuple[list[int], Finished]:
+    """Returns all tokens and the end of a generation."""
+    ids, _, _, end = await collect(engine, request)
+    return ids, end
+
+
 async def test_greedy_output_and_usage(engine: Engine) -> None:
     prompt = tuple(engine.vocab.tokenize("The capital of France is", special=True))
     request = Request(prompt=prompt, max_tokens=8, sampling=SamplingParams(temperature=0))

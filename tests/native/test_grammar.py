@@ -32,7 +32,8 @@ from engine import (
 from engine.grammar.tokenizer import build_tokenizer
 from engine.llama.model import LlamaBackend
 from tests.native.conftest import MODEL
-from tests.native.test_proposers import EXACT, generate
+from tests.native.test_engine import answer
+from tests.native.test_proposers import EXACT
 
 CITY: dict[str, Any] = {
     "type": "object",
@@ -94,10 +95,10 @@ async def test_the_tokenizer_has_every_token(shared_backend: LlamaBackend) -> No
 async def test_outputs_match_a_schema_and_drafts_do_not_change_them(engine: Engine, temperature: float) -> None:
     validator = jsonschema_rs.validator_for(CITY)
     requests = [await request_of(engine, SCHEMA, temperature, seed) for seed in range(2)]
-    plain = [await generate(engine, structs.replace(each, speculation=NO_SPECULATION)) for each in requests]
-    both = await asyncio.gather(*(generate(engine, each) for each in requests))
+    plain = [await answer(engine, structs.replace(each, speculation=NO_SPECULATION)) for each in requests]
+    both = await asyncio.gather(*(answer(engine, each) for each in requests))
     fixed = Speculation(type=("grammar",), order="fixed")
-    forced = await asyncio.gather(*(generate(engine, structs.replace(each, speculation=fixed)) for each in requests))
+    forced = await asyncio.gather(*(answer(engine, structs.replace(each, speculation=fixed)) for each in requests))
     assert [ids for ids, _ in plain] == [ids for ids, _ in both] == [ids for ids, _ in forced]
     for ids, end in plain:
         assert end.reason is FinishReason.STOP
@@ -117,20 +118,20 @@ async def test_outputs_match_a_schema_and_drafts_do_not_change_them(engine: Engi
     ids=lambda value: type(value).__name__,
 )
 async def test_other_specs(engine: Engine, spec: GrammarSpec, pattern: str) -> None:
-    ids, end = await generate(engine, await request_of(engine, spec, 1.0))
+    ids, end = await answer(engine, await request_of(engine, spec, 1.0))
     assert end.reason is FinishReason.STOP
     assert re.fullmatch(pattern, text_of(engine, ids))
 
 
 async def test_json_cut_by_max_tokens_is_a_prefix(engine: Engine) -> None:
-    ids, end = await generate(engine, await request_of(engine, JsonObject(), 0.0, max_tokens=5))
+    ids, end = await answer(engine, await request_of(engine, JsonObject(), 0.0, max_tokens=5))
     assert end.reason is FinishReason.LENGTH
     assert text_of(engine, ids).startswith("{")
 
 
 async def test_a_grammar_that_permits_all_changes_nothing(engine: Engine) -> None:
-    ids, end = await generate(engine, await request_of(engine, Regex(r"(.|\n)*"), 0.0))
-    free, stop = await generate(engine, structs.replace(await request_of(engine, Regex("x"), 0.0), grammar=None))
+    ids, end = await answer(engine, await request_of(engine, Regex(r"(.|\n)*"), 0.0))
+    free, stop = await answer(engine, structs.replace(await request_of(engine, Regex("x"), 0.0), grammar=None))
     assert (ids, end.stop) == (free, stop.stop), "equal tokens and stop"
 
 
@@ -152,5 +153,5 @@ async def test_a_request_cancelled_while_it_compiles(engine: Engine) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    _, end = await generate(engine, await request_of(engine, Regex("[a-z]{1,20}"), 0.5))
+    _, end = await answer(engine, await request_of(engine, Regex("[a-z]{1,20}"), 0.5))
     assert isinstance(end, Finished)

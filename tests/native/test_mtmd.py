@@ -13,7 +13,6 @@ import pytest
 from engine import (
     Engine,
     EngineConfig,
-    Finished,
     ModelError,
     Request,
     SamplingParams,
@@ -22,6 +21,7 @@ from engine import (
     has_media_library,
 )
 from engine.step import EngineCore
+from tests.native.test_engine import answer
 from tests.native.tiny import WIDTH, delta_net, windowed
 from tests.native.tiny_mmproj import ProjectorKind, png, projector
 
@@ -57,18 +57,6 @@ def image_request(engine: Engine, *images: int, **fields: Any) -> Request:
     text = f"<|im_start|>user\nLook at this: {shown}! Describe it.<|im_end|>\n<|im_start|>assistant\n"
     prompt = engine.media.read(text, [png(seed=seed) for seed in images])
     return Request(prompt=prompt.tokens, media=prompt.runs, sampling=SamplingParams(temperature=0.0), **fields)
-
-
-async def answer(engine: Engine, request: Request) -> tuple[list[int], Finished]:
-    """Runs a request. Returns its output tokens and the terminal update."""
-    ids: list[int] = []
-    async with engine.generate(request) as updates:
-        async for update in updates:
-            if isinstance(update, Finished):
-                return ids, update
-            assert isinstance(update, Tokens)
-            ids += update.ids
-    raise AssertionError("no terminal update")
 
 
 @pytest.mark.parametrize("kind", KINDS)

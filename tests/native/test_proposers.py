@@ -12,6 +12,7 @@ from msgspec import structs
 from engine import Engine, EngineConfig, Finished, Request, RequestRefused, SamplingParams, Speculation
 from tests.native.conftest import MODEL
 from tests.native.cut import cut
+from tests.native.test_engine import answer
 
 EXACT = {"deterministic": True, "flash_attention": "on"}
 LIST = "Count: one, two, three, four. one, two, three, four. one, two, three, four. one, two,"
@@ -31,20 +32,9 @@ def request(engine: Engine, text: str, temperature: float = 0.0) -> Request:
     return Request(prompt=prompt, max_tokens=24, ignore_eos=True, sampling=sampling, prediction=prompt)
 
 
-async def generate(engine: Engine, wanted: Request) -> tuple[list[int], Finished]:
-    """Returns the tokens of a request, and its end."""
-    ids: list[int] = []
-    async with engine.generate(wanted) as generation:
-        async for update in generation:
-            if isinstance(update, Finished):
-                return ids, update
-            ids += update.ids
-    raise AssertionError("no terminal update")
-
-
 async def generate_all(engine: Engine, temperature: float) -> tuple[list[list[int]], list[Finished]]:
     """Returns the outputs for all `TEXTS`, generated concurrently."""
-    got = await asyncio.gather(*(generate(engine, request(engine, text, temperature)) for text in TEXTS))
+    got = await asyncio.gather(*(answer(engine, request(engine, text, temperature)) for text in TEXTS))
     return [ids for ids, _ in got], [end for _, end in got]
 
 
@@ -56,7 +46,7 @@ def plain() -> dict[float, list[list[int]]]:
         async with Engine.open(config(types=["none"])) as engine:
             return {
                 temperature: [
-                    (await generate(engine, _without(request(engine, text, temperature), Speculation())))[0]
+                    (await answer(engine, _without(request(engine, text, temperature), Speculation())))[0]
                     for text in TEXTS
                 ]
                 for temperature in (0.0, 0.8)
@@ -123,7 +113,7 @@ async def test_a_draft_model_with_another_vocabulary_is_logged_and_not_used(
         refused = _without(request(engine, LIST), Speculation(type=("draft",)))
         with pytest.raises(RequestRefused, match="token 1000"):
             engine.generate(refused)
-        assert (await generate(engine, request(engine, LIST)))[1].usage.completion == 24
+        assert (await answer(engine, request(engine, LIST)))[1].usage.completion == 24
 
 
 async def test_shared_data_outlives_the_engine(tmp_path: Path) -> None:
@@ -131,7 +121,7 @@ async def test_shared_data_outlives_the_engine(tmp_path: Path) -> None:
     speculation = {"types": ["ngram-mod", "ngram-cache"], "mod_match": 4, "mod_min": 0, **files}
     for _ in range(2):
         async with Engine.open(config(**speculation)) as engine:
-            ids, end = await generate(engine, request(engine, "Once upon a time"))
+            ids, end = await answer(engine, request(engine, "Once upon a time"))
     mod = next(drafts for drafts in end.drafts if drafts.type == "ngram-mod")
     assert len(ids) == 24
     assert mod.accepted >= 10, "the second engine drafts from the outputs of the first"
@@ -141,9 +131,9 @@ async def test_the_lines_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "paceline.speculation")
     async with Engine.open(config(types=["ngram-simple", "ngram-mod"], size_n=2, size_m=4)) as engine:
         one_token = structs.replace(request(engine, LIST), max_tokens=1)
-        await generate(engine, one_token)
+        await answer(engine, one_token)
         assert caplog.text.count("statistics") == 0, "the request has no draft"
-        _, end = await generate(engine, request(engine, LIST))
+        _, end = await answer(engine, request(engine, LIST))
     assert f"draft acceptance rate = {end.usage.accepted / end.usage.drafted:.5f} (" in caplog.text
     assert "statistics ngram_simple: #calls(b,g,a) = 1 " in caplog.text
     assert "statistics ngram_mod" not in caplog.text, "the type has made no draft"
