@@ -21,8 +21,17 @@ from bench import bfcl
 from bench.client_schemas import client_schemas
 from bench.figures import save, show, spread
 from bench.models import SOURCES
-from engine import Engine, EngineConfig, JsonSchema, Request, RequestRefused, SamplingParams, Speculation, Tokens
-from engine.engine import open_vocabulary
+from engine import (
+    Engine,
+    EngineConfig,
+    JsonSchema,
+    Request,
+    RequestRefused,
+    SamplingParams,
+    Speculation,
+    Tokens,
+    open_vocabulary,
+)
 from engine.grammar import GrammarCompiler, GrammarError, masks, matcher
 from engine.sampling import sampler
 

@@ -17,10 +17,11 @@ from bench.figures import save, show
 from bench.models import SOURCES
 from bench.outputs import SLOTS, RecordedRequest, answer, questions
 from bench.proposers import EagerDraftSequence, ReplayCounts, replay
+from engine import open_vocabulary
 from engine.backend import Vocab
 from engine.config import EngineConfig
 from engine.contract import Request, SamplingParams
-from engine.engine import Engine, open_vocabulary
+from engine.engine import Engine
 from engine.llama import open_gguf
 from engine.sampling import Sampler
 from engine.speculate import DraftModel

@@ -25,10 +25,10 @@ from bench.figures import percentile, save, show
 from bench.models import SOURCES
 from bench.outputs import RecordedRequest, recorded_requests
 from bench.simulated import MAX_DRAFT_ROWS
+from engine import open_vocabulary
 from engine.backend import Vocab
 from engine.config import DraftConfig, EngineConfig, SpeculationConfig
 from engine.contract import PROPOSER_TYPES, ProposerType, Request, Speculation
-from engine.engine import open_vocabulary
 from engine.llama import open_gguf
 from engine.pace import VerifiedDraft
 from engine.speculate import (

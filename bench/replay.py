@@ -22,11 +22,10 @@ from bench.figures import save, show
 from bench.models import SOURCES
 from bench.outputs import RecordedRequest, recorded_requests
 from bench.simulated import MAX_DRAFT_ROWS, SimulationResult
-from engine import Calibration, measure_step_costs
+from engine import Calibration, measure_step_costs, open_vocabulary
 from engine.backend import Vocab
 from engine.config import DraftConfig, EngineConfig, SpeculationConfig
 from engine.contract import Request, Speculation
-from engine.engine import open_vocabulary
 from engine.pace import Layout, SequenceRows, StepCost, UpcomingStep
 from engine.pace.calibration import CALIBRATED_WEIGHT
 from engine.pace.curve import Curve

@@ -38,9 +38,14 @@ class Server(msgspec.Struct, frozen=True):
         return sum(self.thread_seconds().values())
 
     def thread_seconds(self, field: int = COMPUTED) -> dict[int, float]:
-        """Returns by thread id the seconds on a core (COMPUTED) or in a run queue (QUEUED)."""
-        tasks = Path(f"/proc/{self.pid}/task").iterdir()
-        return {int(task.name): int((task / "schedstat").read_text().split()[field]) / 1e9 for task in tasks}
+        """Returns by thread id the seconds on a core (COMPUTED) or in a run queue (QUEUED), with those of the engine's
+        process."""
+        threads: dict[int, float] = {}
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            children = (task / "children").read_text().split()
+            for each in (task, *(path for child in children for path in Path(f"/proc/{child}/task").iterdir())):
+                threads[int(each.name)] = int((each / "schedstat").read_text().split()[field]) / 1e9
+        return threads
 
     def resident_bytes(self, *, peak: bool = True) -> int:
         """Returns the resident memory of the process, at its peak or now."""

@@ -46,10 +46,11 @@ from engine.contract import (
     Update,
     Usage,
 )
+from engine.core_process import open_vocabulary
 from engine.devices import DeviceInfo
 from engine.diagnosis import Diagnosis, MachineInfo, OpenedEngine, Opening, StepEstimate, diagnose
 from engine.embedding import EmbeddingModel
-from engine.engine import Engine, list_devices, measure_step_costs, open_vocabulary
+from engine.engine import Engine, list_devices, measure_step_costs
 from engine.generation import Generation
 from engine.grammar import (
     JSON_TYPES,

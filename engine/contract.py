@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct
 
@@ -29,7 +29,10 @@ from engine.text import StopScope
 
 
 class EngineError(Exception):
-    """Base of all errors that the engine reports to a caller."""
+    """Base of all errors that the engine reports to a caller. Picklable, whatever a subclass's constructor takes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EngineError.__new__, (type(self), *self.args), self.__dict__
 
 
 class RequestRefused(EngineError):

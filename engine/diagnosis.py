@@ -19,6 +19,7 @@ from engine.backend import LoadProgress, ModelInfo
 from engine.config import EngineConfig, physical_cores, processor_name
 from engine.config.machine import memory_bytes
 from engine.contract import EngineError, ProposerType
+from engine.core_process import end_of_process
 from engine.devices import DeviceInfo
 from engine.engine import Engine
 from engine.stats import MemoryInfo
@@ -93,7 +94,8 @@ def diagnose(config: EngineConfig, progress: LoadProgress = lambda share: None) 
     Files that a running server may write are left alone: the disk tier and the files of the n-gram proposers.
     """
     speculation = structs.replace(config.speculation, pool_file="", lookup_dynamic="")
-    config = structs.replace(config, memory=structs.replace(config.memory, disk=""), speculation=speculation)
+    memory, cpu = structs.replace(config.memory, disk=""), structs.replace(config.cpu, engine_process=False)
+    config = structs.replace(config, memory=memory, cpu=cpu, speculation=speculation)
     machine, served = _in_new_process(config, progress)
     engine = served.engine
     if engine is None or not engine.info.generates or config.model.deterministic or config.sim.on:
@@ -129,17 +131,6 @@ def _messages(receiver: Connection) -> Any:
             yield receiver.recv()
         except EOFError:
             return
-
-
-def end_of_process(exit_code: int) -> str:
-    """Returns a sentence about a process that ended without a result."""
-    if exit_code != -signal.SIGILL:
-        name = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
-        return f"the native library ended the process ({name})"
-    return (
-        "the native library was built for another processor (SIGILL); build it on this machine: "
-        "pip install --force-reinstall --no-binary llama-cpp-python llama-cpp-python"
-    )
 
 
 # ── in the new process ──

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, closing, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-import msgspec
+from msgspec import structs
 
-from engine.backend import Backend, Embedding, LoadProgress, ModelInfo, NativeFault, Vocab
+from engine.backend import Embedding, LoadProgress, ModelInfo, NativeFault, Vocab
 from engine.commands import Cancel, FailAll, Submit
 from engine.config import EngineConfig
 from engine.contract import (
@@ -23,7 +23,6 @@ from engine.contract import (
     Failed,
     Finished,
     FinishReason,
-    GrammarTimeout,
     ModelError,
     Overloaded,
     ProposerType,
@@ -31,39 +30,28 @@ from engine.contract import (
     RequestRefused,
     ShutDown,
 )
+from engine.core_client import CoreClient
+from engine.core_process import ProcessCore
 from engine.devices import DeviceInfo
-from engine.embedding import EmbeddingModel, EmbeddingThread
+from engine.embedding import EmbeddingModel
 from engine.fairness import has_place
 from engine.generation import Generation, count_by_owner
-from engine.grammar import CompilerClosed, CompileTimeout, Grammar, GrammarCompiler, GrammarError, GrammarSpec
+from engine.grammar import Grammar, GrammarSpec
+from engine.kv.changes import ChangeSink
 from engine.loaded_adapters import LoadedAdapters
+from engine.local_core import LocalCore
 from engine.measured_costs import load_or_measure_costs
 from engine.media import MediaReader
 from engine.outbox import StepOutput
 from engine.pace import Calibration
-from engine.slotfiles import SlotFiles
+from engine.slotfiles import SlotTransfer
 from engine.slots import SlotState
 from engine.speculate import ProposerFactory
-from engine.stats import MemoryInfo, Stats, memory_info
+from engine.stats import MemoryInfo, Stats
 from engine.step import EngineCore
-from engine.thread import (
-    EngineThread,
-    Listener,
-    LoadedEngine,
-    Opener,
-    Result,
-    open_model,
-    request_limit,
-)
+from engine.thread import Listener, Opener, Result, open_model
 from engine.validation import TokenCheck, check_media, check_parameters, check_slot
-from engine.watchdog import FAIL_SECONDS, EngineStalled, Watchdog
-
-
-def open_vocabulary(path: Path) -> AbstractContextManager[Vocab]:
-    """Returns a context manager of the vocabulary of a GGUF, without its weights. Entering raises ModelError."""
-    from engine.llama import open_vocabulary
-
-    return open_vocabulary(path)
+from engine.watchdog import FAIL_SECONDS, EngineStalled
 
 
 def list_devices() -> list[DeviceInfo]:
@@ -84,6 +72,14 @@ def measure_step_costs(config: EngineConfig, progress: LoadProgress) -> Calibrat
         backend.close()
 
 
+def _keep_configuration() -> None:
+    """Does nothing: the default of `configure_process`."""
+
+
+def _slot_states(core: EngineCore) -> tuple[SlotState, ...]:
+    return core.slots.states()
+
+
 def _retry_after_seconds(stats: Stats) -> float:
     """Returns the busy seconds per finished request, from 1 to 60, as an estimate of the seconds until another request
     can be queued."""
@@ -94,26 +90,16 @@ def _retry_after_seconds(stats: Stats) -> float:
 class Engine:
     """A served model, created by `Engine.open`. All methods are called on the event loop that opened it."""
 
-    _opened: LoadedEngine
-    _grammars: GrammarCompiler
-    _watchdog: Watchdog
+    _core: CoreClient
     adapters: LoadedAdapters
     """The LoRA adapters that requests can name."""
-    media: MediaReader | None
-    """Reads prompts with images and sounds. None without a projector."""
 
-    def __init__(
-        self, config: EngineConfig, opener: Opener, proposer_factory: ProposerFactory | None, progress: LoadProgress
-    ) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._thread = EngineThread(config, opener, proposer_factory, Listener(progress, self._deliver, self._on_fault))
-        self._inbox = self._thread.inbox
-        self._embedding = EmbeddingThread(config, on_fault=self._on_fault)
-        self.embeddings: EmbeddingModel | None = None
-        """The model that computes embeddings. None if the configuration has none."""
         self._generations: dict[int, Generation] = {}  # by key, until their terminal update
         self._check_tokens = TokenCheck()
         self._active: dict[int, str] = {}  # the owners of the generations that are not cancelled, by key
+        self._embedding: dict[int, str] = {}  # the owners of the running calls of `embed`
         self._keys = count(1)
         self._no_requests = asyncio.Event()
         self._no_requests.set()
@@ -134,39 +120,51 @@ class Engine:
         progress: LoadProgress = lambda share: None,
         opener: Opener = open_model,
         proposer_factory: ProposerFactory | None = None,
+        configure_process: Callable[[], None] = _keep_configuration,
     ) -> AsyncIterator[Engine]:
         """Returns a context manager that loads and serves the model. Leaving it ends all requests.
 
         `progress` is called on the event loop with the loaded share of the model, 0 to 1. `proposer_factory` replaces
-        all types of proposers. Entering raises ModelError if the model cannot be opened.
+        all types of proposers. The process of `CpuConfig.engine_process` begins with `configure_process`, and needs
+        picklable functions. Entering raises ModelError if the model cannot be opened.
         """
-        engine = cls(config, opener, proposer_factory, progress)
-        try:
-            engine._opened = await engine._thread.open()
-            engine.adapters, engine.media = LoadedAdapters(engine.info.adapters), engine._opened.media
-            if config.embedding.enabled or not engine.info.generates:
-                engine.embeddings = await engine._embedding.open(engine._model)
-            counters, stall_seconds = engine._opened.core.counters, config.batch.stall_timeout
-            engine._watchdog = Watchdog(engine._thread.work, stall_seconds, counters)
-            with closing(GrammarCompiler(engine.vocab)) as engine._grammars, engine._watchdog:
-                if config.model.warmup and engine.info.generates:
-                    await engine._grammars.warm_up()
-                yield engine
-        finally:
-            await engine._embedding.close()
-            await engine._thread.close()
+        engine = cls(config)
+        listener = Listener(progress, engine._deliver, engine._on_fault)
+        opening: AbstractAsyncContextManager[CoreClient]
+        if config.cpu.engine_process:
+            opening = ProcessCore.open(config, opener, proposer_factory, listener, configure_process)
+        else:
+            opening = LocalCore.open(config, opener, proposer_factory, listener)
+        async with opening as engine._core:
+            engine.adapters = LoadedAdapters(engine.info.adapters)
+            yield engine
 
     # ── properties ──
 
     @property
     def info(self) -> ModelInfo:
         """The loaded model."""
-        return self._model.info
+        return self._core.facts.info
 
     @property
     def vocab(self) -> Vocab:
         """The model's vocabulary; safe to use from any thread."""
-        return self._model.vocab
+        return self._core.vocab
+
+    @property
+    def media(self) -> MediaReader | None:
+        """Reads prompts with images and sounds. None without a projector."""
+        return self._core.media
+
+    @property
+    def embeddings(self) -> EmbeddingModel | None:
+        """The model that computes embeddings. None if the configuration has none."""
+        return self._core.embeddings
+
+    @property
+    def process_id(self) -> int | None:
+        """The process that computes. None if it is this one."""
+        return self._core.process_id
 
     @property
     def max_requests(self) -> int:
@@ -176,66 +174,63 @@ class Engine:
     @property
     def request_limit(self) -> int:
         """Maximum number of tokens of one request, prompt and output together."""
-        return request_limit(self._model.context, self.info, self._config.batch.slot_context)
+        return self._core.facts.request_limit
 
     def context_exceeded(self, prompt_tokens: int, *, at_least: bool = False) -> ContextExceeded:
         """Returns the error for a prompt of (at least) `prompt_tokens` tokens, with the flags that raise the limit."""
-        context = self._model.context
-        shared = not context.unified and self.slots > 1 and context.sequence_cells == self.request_limit
-        return ContextExceeded(prompt_tokens, self.request_limit, self.slots if shared else 0, at_least=at_least)
+        return ContextExceeded(prompt_tokens, self.request_limit, self._core.facts.sharing_slots, at_least=at_least)
 
     @property
     def memory(self) -> MemoryInfo:
         """Layout and capacities of the KV cache."""
-        reuse = self._opened.core.kv.reuse
-        return memory_info(self._model.context, self._config.memory, self.info.kv_reason, reuse)
+        return self._core.facts.memory
 
     @property
     def stall(self) -> EngineStalled | None:
         """The error of all requests while a step exceeds the configured time. None while steps end."""
-        return self._watchdog.stall
-
-    @property
-    def _model(self) -> Backend:
-        return self._opened.backend
+        return self._core.stall
 
     @property
     def unavailable_proposers(self) -> Mapping[str, str]:
         """The reason for each type of proposer that no request can use."""
-        return {**self._opened.unavailable_proposers, **self._opened.core.speculative_decoding.faults}
+        return self._core.unavailable_proposers
 
     @property
     def proposers(self) -> tuple[ProposerType, ...]:
         """Types of proposers that a request can use."""
-        return tuple(kind for kind in PROPOSER_TYPES if kind not in self.unavailable_proposers)
+        unavailable = self.unavailable_proposers
+        return tuple(kind for kind in PROPOSER_TYPES if kind not in unavailable)
 
     def stats(self) -> Stats:
-        """Returns a snapshot of the counters."""
-        snapshot = self._opened.core.counters.snapshot()
-        return msgspec.structs.replace(
-            snapshot,
-            embeddings=self._embedding.stats,
-            owners=count_by_owner(self._generations.values()),
-            grammar=self._grammars.seconds,
-        )
+        """Returns a snapshot of the counters, of at most a tenth of a second ago."""
+        owners = count_by_owner(self._generations.values())
+        return structs.replace(self._core.stats(), owners=owners)
 
     async def query(self, function: Callable[[EngineCore], Result]) -> Result:
-        """Returns the result of `function`, called on the engine thread between two steps, which delays all requests.
+        """See `CoreClient.query`. Raises EngineFault if the engine fails or closes before the call."""
+        return await self._core.query(function)
 
-        Raises the EngineError of `function`, and EngineFault if the engine fails or closes before the call.
-        """
-        return await self._thread.query(function)
-
-    # ── slots ──
+    # ── slots and the KV cache ──
 
     async def slot_states(self) -> tuple[SlotState, ...]:
         """Returns snapshots of the slots, by number. Raises EngineFault if the engine has failed."""
-        return await self.query(lambda core: core.slots.states())
+        return await self.query(_slot_states)
 
-    @property
-    def slot_files(self) -> SlotFiles:
-        """Saves, restores and erases the content of slots."""
-        return SlotFiles(self._thread, self.info.layout)
+    async def save_slot(self, number: int, path: Path) -> SlotTransfer:
+        """See `SlotFiles.save`."""
+        return await self._core.save_slot(number, path)
+
+    async def restore_slot(self, number: int, path: Path) -> SlotTransfer:
+        """See `SlotFiles.restore`."""
+        return await self._core.restore_slot(number, path)
+
+    async def erase_slot(self, number: int) -> int:
+        """See `SlotFiles.erase`."""
+        return await self._core.erase_slot(number)
+
+    async def report_kv_changes(self, sink: ChangeSink) -> None:
+        """See `KVCache.report_changes`. `sink` may be called on any thread."""
+        await self._core.report_kv_changes(sink)
 
     # ── requests ──
 
@@ -247,14 +242,7 @@ class Engine:
         """
         if self._refusal is not None:
             raise self._refusal()
-        try:
-            return await self._grammars.compile(spec)
-        except CompileTimeout as error:
-            raise GrammarTimeout(str(error)) from None
-        except GrammarError as error:
-            raise RequestRefused(str(error), field=error.pointer) from None
-        except CompilerClosed:
-            raise Draining from None
+        return await self._core.compile(spec)
 
     def generate(self, request: Request) -> Generation:
         """Returns a continuation of `request.prompt`, which starts when the Generation is entered.
@@ -281,9 +269,16 @@ class Engine:
         """
         if self._refusal is not None:
             raise self._refusal()
-        if not has_place(owner, self._embedding.owners, self.max_requests, self.slots):
+        if not has_place(owner, self._embedding.values(), self.max_requests, self.slots):
             raise Overloaded(_retry_after_seconds(self.stats()))
-        return await self._embedding.embed(inputs, owner, weight)
+        key = next(self._keys)
+        self._embedding[key] = owner
+        self._no_requests.clear()
+        try:
+            return await self._core.embed(inputs, owner, weight)
+        finally:
+            del self._embedding[key]
+            self._check_idle()
 
     def _submit(self, generation: Generation) -> None:
         if self._refusal is not None:
@@ -296,12 +291,12 @@ class Engine:
         self._generations[key] = generation
         self._active[key] = request.owner
         self._no_requests.clear()
-        self._inbox.put(Submit(key, request, secrets.randbits(63) if seed is None else seed))
+        self._core.put(Submit(key, request, secrets.randbits(63) if seed is None else seed))
 
     def _cancel(self, generation: Generation) -> None:
         self._active.pop(generation.key, None)
         reason = FinishReason.STOP if generation.complete else FinishReason.CANCELLED
-        self._inbox.put(Cancel(generation.key, reason))
+        self._core.put(Cancel(generation.key, reason))
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         for output in outputs:
@@ -312,23 +307,26 @@ class Engine:
             if output.event is not None and isinstance(output.event, Finished | Failed):
                 del self._generations[output.key]
                 self._active.pop(output.key, None)
-        if not self._generations:
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        if not self._generations and not self._embedding:
             self._no_requests.set()
 
     async def drain(self, grace: float) -> None:
         """Refuses new requests, waits up to `grace` seconds for the others to end, and fails the remaining ones with an
         EngineFault."""
         self._refusal = Draining
-        self._grammars.close()
+        self._core.stop_compiling()
         try:
-            async with asyncio.timeout(0.0 if self._watchdog.stall else grace):
+            async with asyncio.timeout(0.0 if self.stall else grace):
                 await self._no_requests.wait()
-                await self._embedding.idle.wait()
         except TimeoutError:
-            await self._embedding.close()
-            self._inbox.put(FailAll())
+            self._core.put(FailAll())
+            with suppress(EngineFault):
+                await self._core.stop_embedding()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._no_requests.wait(), 0.0 if self._watchdog.stall else FAIL_SECONDS)
+                await asyncio.wait_for(self._no_requests.wait(), 0.0 if self.stall else FAIL_SECONDS)
             self._fail_generations(ShutDown)  # the rest, if a step takes long or hangs
 
     def _on_fault(self, fault: EngineFault) -> None:

@@ -88,6 +88,7 @@ SPELLINGS: dict[type[Struct], dict[str, Spelling]] = {
         "poll": spelling("--poll"),
         "poll_batch": spelling("--poll-batch", default_flag="--poll"),
         "priority": spelling("--prio"),
+        "engine_process": spelling("--engine-process"),
         "numa": spelling("--numa", env="LLAMA_ARG_NUMA"),
     },
     HubConfig: {

@@ -196,14 +196,14 @@ class SlotEndpoints:
             )
         number = _slot_number(request.path_params["id"], model.engine.slots)
         if action == "erase":
-            return JSONResponse(SlotErasedReply(number, await model.engine.slot_files.erase(number)))
+            return JSONResponse(SlotErasedReply(number, await model.engine.erase_slot(number)))
         name = decode_body(_SLOT_FILE, await read_body(request, config.max_body)).filename
         path = Path(config.slot_save_path) / _checked_filename(name)
         if action == "save":
-            saved = await model.engine.slot_files.save(number, path)
+            saved = await model.engine.save_slot(number, path)
             timings = SlotFileTimings(save_ms=saved.seconds * 1e3)
             return JSONResponse(SlotSavedReply(number, name, saved.tokens, saved.bytes, timings))
-        restored = await model.engine.slot_files.restore(number, path)
+        restored = await model.engine.restore_slot(number, path)
         timings = SlotFileTimings(restore_ms=restored.seconds * 1e3)
         return JSONResponse(SlotRestoredReply(number, name, restored.tokens, restored.bytes, timings))
 

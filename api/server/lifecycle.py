@@ -176,7 +176,7 @@ async def _serve(
                 await check_request_defaults(model)
             if kv_events is not None:
                 state.collectors.append(kv_events)
-                await engine.query(lambda core: core.kv.report_changes(kv_events.publish))
+                await engine.report_kv_changes(kv_events.publish)
             state.loaded = model
             port = listeners[0].getsockname()[1]
             print_line(start_message(state.loaded, *_client_urls(options.server, port)))
@@ -208,7 +208,9 @@ async def _open_engine(
             state.loaded_share = share
             bar.update(share)
 
-        opening = asyncio.create_task(exit_stack.enter_async_context(Engine.open(options.engine, progress=progress)))
+        configure = partial(configure_logging, options.log, verbose=options.server.verbose)
+        opened = Engine.open(options.engine, progress=progress, configure_process=configure)
+        opening = asyncio.create_task(exit_stack.enter_async_context(opened))
         first_signal = asyncio.create_task(signals.stop.wait())
         await asyncio.wait({opening, first_signal}, return_when=asyncio.FIRST_COMPLETED)
         first_signal.cancel()

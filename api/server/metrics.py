@@ -73,10 +73,13 @@ class EngineCollector(Collector):
 
 
 def metrics_registry(model: LoadedModel) -> CollectorRegistry:
-    """Returns a registry with the metrics of the model's engine and this process's memory, CPU time and open files."""
+    """Returns a registry with the metrics of the model's engine, and the memory, CPU time and open files of this
+    process, and of the engine's if it has one."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(EngineCollector(model.engine, model.name))
     ProcessCollector(registry=registry)
+    if (engine_process := model.engine.process_id) is not None:
+        ProcessCollector("paceline_engine", pid=lambda: engine_process, registry=registry)
     return registry
 
 

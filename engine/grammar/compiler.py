@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -58,7 +59,7 @@ class Grammar:
     def __init__(
         self,
         spec: GrammarSpec,
-        native: LLMatcher,
+        native: LLMatcher | None,
         vocabulary: int,
         ends: frozenset[int],
         relaxed: RelaxedSchema | None = None,
@@ -74,8 +75,13 @@ class Grammar:
         self._native = native
         self._ends = ends
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Grammar, (self.spec, None, self.vocabulary, self._ends, self.relaxed)
+
     def begin(self) -> Matcher:
-        """Returns the matcher of a new, empty output. Any thread may call it."""
+        """Returns the matcher of a new, empty output. Any thread may call it. Must not be called on a copy from another
+        process, which has no native matcher."""
+        assert self._native is not None, "compiled in this process"
         return Matcher(self._native, self._ends, self._exhaust)
 
     def _exhaust(self) -> None:

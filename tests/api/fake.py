@@ -157,28 +157,6 @@ def silence(request: Request) -> Iterable[Step]:
     return [asyncio.Event()]
 
 
-class FakeSlotFiles:
-    """Records the operations on slots in the log of `engine`."""
-
-    def __init__(self, engine: FakeEngine) -> None:
-        self._engine = engine
-
-    async def save(self, number: int, path: Path) -> SlotTransfer:
-        return self._transfer(f"save {number} {path}")
-
-    async def restore(self, number: int, path: Path) -> SlotTransfer:
-        return self._transfer(f"restore {number} {path}")
-
-    async def erase(self, number: int) -> int:
-        return self._transfer(f"erase {number}").tokens
-
-    def _transfer(self, entry: str) -> SlotTransfer:
-        if self._engine.slot_error is not None:
-            raise self._engine.slot_error
-        self._engine.log.append(entry)
-        return SlotTransfer(70, 1000, 0.25)
-
-
 def _counts(names: Iterable[str], count: int) -> dict[str, Any]:
     return dict.fromkeys(names, count)
 
@@ -220,6 +198,7 @@ class FakeEngine:
             disk_bytes=0,
             reuse_min_tokens=0,
         )
+        self.process_id = None
         self.states = SLOTS
         # The error of saving, restoring or erasing a slot; `None` lets the operation succeed.
         self.slot_error: EngineError | None = None
@@ -293,9 +272,20 @@ class FakeEngine:
     async def slot_states(self) -> tuple[SlotState, ...]:
         return self.states
 
-    @property
-    def slot_files(self) -> FakeSlotFiles:
-        return FakeSlotFiles(self)
+    async def save_slot(self, number: int, path: Path) -> SlotTransfer:
+        return self._transfer(f"save {number} {path}")
+
+    async def restore_slot(self, number: int, path: Path) -> SlotTransfer:
+        return self._transfer(f"restore {number} {path}")
+
+    async def erase_slot(self, number: int) -> int:
+        return self._transfer(f"erase {number}").tokens
+
+    def _transfer(self, entry: str) -> SlotTransfer:
+        if self.slot_error is not None:
+            raise self.slot_error
+        self.log.append(entry)
+        return SlotTransfer(70, 1000, 0.25)
 
     def _submit(self, generation: Generation) -> None:
         if self.refusal is not None and len(self._playing) >= self.num_accepted:

@@ -173,3 +173,23 @@ def test_a_server_on_a_full_disk_serves(tmp_path: Path) -> None:
         assert not any("Traceback" in line for line in server.lines), server.lines
     finally:
         server.close()
+
+
+def test_the_process_of_an_engine_ends_with_the_server() -> None:
+    server = Server(*SIM, "--engine-process")
+    try:
+        url = server.ready()
+        assert len(set(texts(url))) == 4
+        with urllib.request.urlopen(url + "/metrics", timeout=30) as response:
+            assert b"paceline_engine_process_resident_memory_bytes" in response.read()
+        pid = server.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        assert children
+        server.signal(signal.SIGKILL)
+        server.wait()
+        until = time.monotonic() + 20
+        while any(Path(f"/proc/{child}").exists() for child in children):
+            assert time.monotonic() < until, "a process is left"
+            time.sleep(0.05)
+    finally:
+        server.close()

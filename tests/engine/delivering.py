@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import Any, NamedTuple
 
 from msgspec import structs
 
-from engine.commands import Cancel
+from engine.commands import Cancel, Submit
 from engine.config import EngineConfig
 from engine.contract import EngineFault, Finished, Request, Tokens
 from engine.engine import Engine
@@ -15,7 +16,6 @@ from engine.generation import Generation
 from engine.outbox import StepOutput
 from tests.engine.test_grammar_exact import pair_backend
 from tests.engine.test_same_as_alone import CoreBench, Oracle
-from tests.toy import opener
 
 
 class Delivery(NamedTuple):
@@ -37,11 +37,18 @@ class DeliveringBench(CoreBench):
         super().__init__(context, backend=backend, **settings)
         self._runner = asyncio.Runner()
         self.generations: dict[int, Generation] = {}
+        self._commands: deque[Submit | Cancel] = deque()
         self.engine: Any = self._runner.run(self._open())
 
     async def _open(self) -> Engine:
         config = EngineConfig.of(path="toy.gguf", slots=4, queue=20)
-        return Engine(config, opener(self.backend), None, lambda share: None)
+        engine: Any = Engine(config)
+        engine._core = self
+        return engine
+
+    def put(self, command: Submit | Cancel) -> None:
+        """Receives a command of the engine."""
+        self._commands.append(command)
 
     def deliver(self, items: list[StepOutput]) -> None:
         super().deliver(items)
@@ -52,15 +59,16 @@ class DeliveringBench(CoreBench):
         self.execute()
         generation = Generation(request, self.backend.vocab.piece, self.engine._submit, self.engine._cancel)
         self._runner.run(generation.__aenter__())
-        key: int = self.engine._inbox.get().key
+        key = self._commands.popleft().key
         self.generations[key] = generation
         self.submit(key, request, oracle)
         return key
 
     def execute(self) -> None:
         """Executes the commands of the engine, which cancel requests."""
-        while not self.engine._inbox.empty():
-            command: Cancel = self.engine._inbox.get()
+        while self._commands:
+            command = self._commands.popleft()
+            assert isinstance(command, Cancel)
             self.core.lifecycle.end(command.key, command.reason)
 
     def step(self) -> None:

@@ -15,7 +15,7 @@ backend_sampling
 backend
 grammar media draft_head
 contract
-config outbox
+config outbox message_link
 contents
 kv sampling pace scheduler
 llama
@@ -30,6 +30,10 @@ step measured_costs
 commands
 thread
 slotfiles
+core_client
+local_core
+core_server
+core_process
 engine
 diagnosis
 """

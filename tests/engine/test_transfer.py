@@ -302,23 +302,23 @@ async def test_a_slot_outlives_the_engine(tmp_path: Path, partial: bool, unified
     prompt, path = prompt_of(100), tmp_path / "x"
     async with Engine.open(config(), opener=opener(backend(unified=unified, partial=partial))) as engine:
         assert (await generate(engine, prompt, salt="me")).usage.cached == 0
-        saved = await engine.slot_files.save(0, path)
+        saved = await engine.save_slot(0, path)
         assert (saved.tokens, saved.bytes) == (104, path.stat().st_size)
     again = backend(unified=unified, partial=partial)
     async with Engine.open(config(), opener=opener(again)) as engine:
-        restored = await engine.slot_files.restore(2, path)
+        restored = await engine.restore_slot(2, path)
         assert (restored.tokens, restored.bytes) == (104, saved.bytes)
         assert [state.tokens for state in await engine.slot_states()] == [0, 0, 104]
         if partial:
             assert (await generate(engine, prompt, salt="me")).usage.cached == 99
             assert again.context.computed == 1 + 4
         assert (await generate(engine, prompt)).usage.cached == 0, "the slot belongs to the salt `me`"
-        assert await engine.slot_files.save(2, tmp_path / "y") is not None
+        assert await engine.save_slot(2, tmp_path / "y") is not None
         assert (tmp_path / "y").read_bytes() == path.read_bytes()
-        assert await engine.slot_files.erase(2) == 104
+        assert await engine.erase_slot(2) == 104
         with pytest.raises(RequestRefused, match="Slot 2 is empty"):
-            await engine.slot_files.save(2, path)
-        assert await engine.slot_files.erase(2) == 0
+            await engine.save_slot(2, path)
+        assert await engine.erase_slot(2) == 0
 
 
 @both
@@ -328,11 +328,11 @@ async def test_a_request_runs_in_the_slot_that_it_prefers(tmp_path: Path, unifie
     async with Engine.open(config(ram=0), opener=opener(toy)) as engine:
         assert (await generate(engine, first, slot=2)).slot == 2
         assert (await generate(engine, second, slot=1)).slot == 1
-        assert (await engine.slot_files.save(2, tmp_path / "x")).tokens == 104
+        assert (await engine.save_slot(2, tmp_path / "x")).tokens == 104
         assert (await generate(engine, prompt_of(50, 2), slot=1)).slot == 1
         assert [state.tokens for state in await engine.slot_states()] == [0, 54, 104]
         assert (await generate(engine, first, slot=0)).usage.cached == 99, "another slot's prefix is shared"
-        assert await engine.slot_files.erase(2) + await engine.slot_files.erase(0) == 104
+        assert await engine.erase_slot(2) + await engine.erase_slot(0) == 104
         assert (await generate(engine, first, slot=2)).usage.cached <= 1
         async with engine.generate(Request(prompt=prompt_of(10, 3), ignore_eos=True, slot=1)) as running:
             await anext(running)
@@ -357,9 +357,9 @@ async def test_the_lowest_free_slot_is_taken() -> None:
                 assert (one.request.prompt, one.request.max_tokens) == (10, None)
                 assert (two.request.prompt, two.request.max_tokens, two.request.processed) == (20, 900, 20)
                 with pytest.raises(RequestRefused, match="busy"):
-                    await engine.slot_files.erase(0)
+                    await engine.erase_slot(0)
                 with pytest.raises(RequestRefused, match="busy"):
-                    await engine.slot_files.restore(1, Path("x"))
+                    await engine.restore_slot(1, Path("x"))
         await generate(engine, prompt_of(5, 2))
         one, two, _ = await engine.slot_states()
         assert (one.busy, two.busy) == (False, False)
@@ -375,41 +375,41 @@ async def test_a_running_slot_is_saved_as_far_as_it_is_computed(tmp_path: Path) 
         engine.generate(Request(prompt=prompt_of(70), ignore_eos=True)) as generation,
     ):
         await anext(generation)
-        assert (await engine.slot_files.save(0, tmp_path / "x")).tokens >= 70
+        assert (await engine.save_slot(0, tmp_path / "x")).tokens >= 70
 
 
 async def test_files_that_cannot_be_restored(tmp_path: Path) -> None:
     path = tmp_path / "x"
     async with Engine.open(config(), opener=opener(backend())) as engine:
         await generate(engine, prompt_of(100))
-        await engine.slot_files.save(0, path)
+        await engine.save_slot(0, path)
         with pytest.raises(RequestRefused, match="no slot 3"):
-            await engine.slot_files.restore(3, path)
+            await engine.restore_slot(3, path)
         with pytest.raises(RequestRefused, match="no file 'y'"):
-            await engine.slot_files.restore(0, tmp_path / "y")
+            await engine.restore_slot(0, tmp_path / "y")
         with pytest.raises(RequestRefused, match="no file"):
-            await engine.slot_files.restore(0, tmp_path)
+            await engine.restore_slot(0, tmp_path)
         (tmp_path / "torn").write_bytes(path.read_bytes()[:-1])
         with pytest.raises(RequestRefused, match="torn"):
-            await engine.slot_files.restore(0, tmp_path / "torn")
+            await engine.restore_slot(0, tmp_path / "torn")
         written(tmp_path / "gap", part(0, 1), part(2, 3))
         with pytest.raises(RequestRefused, match="another model"):
-            await engine.slot_files.restore(0, tmp_path / "gap")
+            await engine.restore_slot(0, tmp_path / "gap")
         assert (await engine.slot_states())[0].tokens == 104
         with pytest.raises(EngineFault, match="cannot be written"):
-            await engine.slot_files.save(0, path / "below a file")
+            await engine.save_slot(0, path / "below a file")
         (tmp_path / "theirs").write_bytes(b"GGUF of a model")
         with pytest.raises(RequestRefused, match="is not a slot file"):
-            await engine.slot_files.save(0, tmp_path / "theirs")
+            await engine.save_slot(0, tmp_path / "theirs")
         assert (tmp_path / "theirs").read_bytes() == b"GGUF of a model"
     async with Engine.open(config(), opener=opener(backend(partial=False))) as engine:
         with pytest.raises(RequestRefused, match="another model"):
-            await engine.slot_files.restore(0, path)
+            await engine.restore_slot(0, path)
     async with Engine.open(config(ram=0), opener=opener(backend())) as engine:
         with pytest.raises(RequestRefused, match="--cache-ram"):
-            await engine.slot_files.restore(0, path)
+            await engine.restore_slot(0, path)
         await generate(engine, prompt_of(100))
-        await engine.slot_files.save(0, tmp_path / "without a tier")
+        await engine.save_slot(0, tmp_path / "without a tier")
 
 
 @both
@@ -425,8 +425,8 @@ async def test_requests_continue_while_a_slot_is_saved_and_restored(tmp_path: Pa
         await generate(engine, prompt_of(400, 1))
         asking = [asyncio.ensure_future(ids()) for _ in range(2)]
         await asyncio.sleep(0)
-        await engine.slot_files.save(0, tmp_path / "x")
-        await engine.slot_files.restore(2, tmp_path / "x")
+        await engine.save_slot(0, tmp_path / "x")
+        await engine.restore_slot(2, tmp_path / "x")
         assert await asyncio.gather(*asking) == [wanted] * 2
 
 
@@ -468,7 +468,7 @@ async def test_a_bug_in_a_query_ends_the_engine_and_all_queries() -> None:
 async def test_queries_that_are_open_at_the_end_fail() -> None:
     toy = backend()
     async with Engine.open(config(), opener=opener(toy)) as engine:
-        engine._inbox.put(None)
+        engine._core._thread.inbox.put(None)
         late = asyncio.ensure_future(engine.slot_states())
         gone = asyncio.ensure_future(engine.slot_states())
         await asyncio.sleep(0)

@@ -65,7 +65,7 @@ async def test_an_engine_whose_thread_hangs_fails_its_requests_and_is_closed(mon
         backend.context.before_decode = block
         async with engine.generate(Request(prompt=(1, 2))) as generation:
             await asyncio.to_thread(blocked.wait)
-            assert stalled(engine._watchdog, 0.0, 1000.0) == [False, True]
+            assert stalled(engine._core._watchdog, 0.0, 1000.0) == [False, True]
             assert isinstance(engine.stall, EngineStalled)
             await engine.drain(60.0)
             with pytest.raises(ShutDown):
@@ -73,5 +73,5 @@ async def test_an_engine_whose_thread_hangs_fails_its_requests_and_is_closed(mon
     assert hanging_threads() == ["paceline-engine"]
     assert not backend.closed
     go_on.set()
-    await asyncio.to_thread(engine._thread._thread.join)
+    await asyncio.to_thread(engine._core._thread._thread.join)
     assert backend.closed

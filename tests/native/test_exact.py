@@ -11,8 +11,7 @@ import asyncio
 import pytest
 
 from bench.exactness import ALONE, ServingSetup, SetupComparison, SetupResult, config, request_of, requests_for
-from engine import Engine, Finished, Tokens
-from engine.engine import open_vocabulary
+from engine import Engine, Finished, Tokens, open_vocabulary
 from tests.native.conftest import MODEL
 
 COUNT = (

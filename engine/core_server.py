@@ -1,0 +1,245 @@
+"""The process of an engine core: a `LocalCore` for the client at the other end of a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, Literal
+
+import uvloop
+from msgspec import Struct, structs
+
+from engine.backend import EmbeddingInfo
+from engine.commands import Cancel, FailAll, Submit
+from engine.config import EngineConfig
+from engine.contract import REQUEST_FAILED, EngineError, EngineFault, Failed, ShutDown
+from engine.core_client import CoreFacts
+from engine.kv.changes import BlockChange
+from engine.local_core import LocalCore
+from engine.message_link import MessageLink
+from engine.outbox import StepOutput
+from engine.speculate import ProposerFactory
+from engine.stats import Stats
+from engine.thread import Listener, Opener
+from engine.watchdog import EngineStalled, hanging_threads
+
+log = logging.getLogger("paceline.engine")
+
+# Time between two `CoreState`s, so that the client's is at most so old, and the maximum if nothing changes.
+STATE_SECONDS, HEARTBEAT_SECONDS = 0.1, 1.0
+# Maximum time for the client to take the last messages.
+_FLUSH_SECONDS = 5.0
+
+Method = Literal[
+    "query", "compile", "embed", "stop_embedding", "save_slot", "restore_slot", "erase_slot", "report_kv_changes"
+]
+
+
+class Call(Struct, frozen=True):
+    """The call of a method of `CoreClient`, which an `Answer` of the same number follows."""
+
+    number: int
+    method: Method
+    arguments: tuple[Any, ...]
+
+
+class Abandon(Struct, frozen=True):
+    """Cancels a call. No effect after its answer."""
+
+    number: int
+
+
+class StopCompiling(Struct, frozen=True):
+    """Calls `CoreClient.stop_compiling`."""
+
+
+class Close(Struct, frozen=True):
+    """Closes the core and ends the process."""
+
+
+class Answer(Struct, frozen=True):
+    """The result of a call, or its error."""
+
+    number: int
+    result: Any
+    error: EngineError | None = None
+
+
+class CoreState(Struct, frozen=True):
+    """What changes while a core runs. See `CoreClient` for the attributes."""
+
+    stats: Stats
+    stall: EngineStalled | None
+    unavailable_proposers: Mapping[str, str]
+
+    @classmethod
+    def of(cls, core: LocalCore) -> CoreState:
+        """Returns the current state."""
+        return cls(core.stats(), core.stall, core.unavailable_proposers)
+
+
+class OpenedCore(Struct, frozen=True):
+    """The core was opened."""
+
+    facts: CoreFacts
+    embeddings: EmbeddingInfo | None
+    state: CoreState
+
+    @classmethod
+    def of(cls, core: LocalCore) -> OpenedCore:
+        """Returns the message about `core`."""
+        return cls(core.facts, core.embeddings.info if core.embeddings else None, CoreState.of(core))
+
+
+class LoadedShare(Struct, frozen=True):
+    """The share of the model that is loaded, 0 to 1."""
+
+    share: float
+
+
+class OpenFailed(Struct, frozen=True):
+    """The core cannot be opened."""
+
+    error: EngineError
+
+
+class KVChanges(Struct, frozen=True):
+    """Blocks that entered or left cells, RAM or disk."""
+
+    changes: list[BlockChange]
+
+
+def serve_core(
+    end: socket.socket,
+    config: EngineConfig,
+    opener: Opener,
+    proposer_factory: ProposerFactory | None,
+    configure: Callable[[], None],
+) -> None:
+    """Serves an engine core until its client closes it or has ended. The main function of the process.
+
+    `configure` is called first. Signals are left to the client, which drains the engine at the first one.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    configure()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_CoreServer().serve(end, config, opener, proposer_factory))
+        if hanging_threads():
+            logging.shutdown()
+            os._exit(1)
+
+
+class _CoreServer:
+    """Executes the client's messages, and sends outputs, answers, faults and states."""
+
+    _core: LocalCore
+    _link: MessageLink
+
+    def __init__(self) -> None:
+        self._calls: dict[int, asyncio.Task[None]] = {}
+        self._compiling: dict[int, asyncio.Task[None]] = {}  # submitted requests without their grammar, by key
+        self._closing = asyncio.Event()
+        self._ended = asyncio.Event()
+
+    async def serve(
+        self, end: socket.socket, config: EngineConfig, opener: Opener, proposer_factory: ProposerFactory | None
+    ) -> None:
+        """Serves until the client closes the core. Ends the process at once if the client has ended."""
+        self._link = link = await MessageLink.connect(end, self._receive, self._on_end)
+        listener = Listener(lambda share: link.send(LoadedShare(share)), self._deliver, link.send)
+        try:
+            async with LocalCore.open(config, opener, proposer_factory, listener) as self._core:
+                link.send(OpenedCore.of(self._core))
+                publishing = asyncio.create_task(self._publish_states())
+                await self._closing.wait()
+                publishing.cancel()
+        except EngineError as error:
+            link.send(OpenFailed(error))
+        self._closing.set()
+        link.close()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), _FLUSH_SECONDS)
+
+    def _on_end(self) -> None:
+        self._ended.set()
+        if not self._closing.is_set():
+            os._exit(1)
+
+    async def _publish_states(self) -> None:
+        last, sent_at, clock = None, 0.0, asyncio.get_running_loop().time
+        while True:
+            if (state := CoreState.of(self._core)) != last or clock() - sent_at >= HEARTBEAT_SECONDS:
+                self._link.send(state)
+                last, sent_at = state, clock()
+            await asyncio.sleep(STATE_SECONDS)
+
+    def _receive(self, message: Any) -> None:
+        match message:
+            case Submit(key, request) if request.grammar is not None:
+                self._compiling[key] = asyncio.create_task(self._submit(message))
+            case Cancel(key) if key in self._compiling:
+                self._compiling[key].add_done_callback(lambda _: self._core.put(message))
+            case FailAll():
+                for key, compiling in self._compiling.items():
+                    compiling.cancel()
+                    self._fail(key, ShutDown())
+                self._core.put(message)
+            case Submit() | Cancel():
+                self._core.put(message)
+            case Call(number):
+                self._calls[number] = asyncio.create_task(self._answer(message))
+            case Abandon(number):
+                if (call := self._calls.get(number)) is not None:
+                    call.cancel()
+            case StopCompiling():
+                self._core.stop_compiling()
+            case Close():
+                self._closing.set()
+
+    async def _submit(self, command: Submit) -> None:
+        """Submits a request with the native grammar, from the cache of compiled ones in most cases."""
+        key, request = command.key, command.request
+        assert request.grammar is not None
+        try:
+            grammar = await self._core.compile(request.grammar.spec)
+            self._core.put(structs.replace(command, request=structs.replace(request, grammar=grammar)))
+        except EngineError as error:
+            self._fail(key, error)
+        except Exception:
+            log.exception("a request cannot start")
+            self._fail(key, EngineFault(REQUEST_FAILED))
+        finally:
+            del self._compiling[key]
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        self._link.send(tuple(zip(*outputs, strict=True)))  # columns, as they are pickled in a sixth of the time
+
+    def _fail(self, key: int, error: EngineError) -> None:
+        self._deliver([StepOutput(key, (), (), Failed(error))])
+
+    async def _answer(self, call: Call) -> None:
+        try:
+            self._link.send(Answer(call.number, await self._result(call)))
+        except EngineError as error:
+            self._link.send(Answer(call.number, None, error))
+        except Exception:  # such as a result that cannot be pickled
+            log.exception("the call of %s has failed", call.method)
+            self._link.send(Answer(call.number, None, EngineFault(REQUEST_FAILED)))
+        finally:
+            del self._calls[call.number]
+
+    async def _result(self, call: Call) -> Any:
+        if call.method != "report_kv_changes":
+            return await getattr(self._core, call.method)(*call.arguments)
+        loop = asyncio.get_running_loop()
+
+        def send(changes: list[BlockChange]) -> None:
+            loop.call_soon_threadsafe(self._link.send, KVChanges(changes))
+
+        return await self._core.report_kv_changes(send)
