@@ -19,7 +19,7 @@ from engine import (
     OpenedEngine,
     Opening,
     StepEstimate,
-    diagnosis,
+    core_process,
 )
 from tests.api.fake import INFO
 from tests.api.server import MODEL
@@ -124,4 +124,4 @@ def test_a_model_that_cannot_be_served(monkeypatch: pytest.MonkeyPatch, capsys: 
     ids=str,
 )
 def test_the_end_of_the_process_is_a_problem(exit_code: int, problem: str) -> None:
-    assert problem in diagnosis.end_of_process(exit_code)
+    assert problem in core_process.end_of_process(exit_code)

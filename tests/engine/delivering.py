@@ -40,7 +40,7 @@ class DeliveringBench(CoreBench):
         self._commands: deque[Submit | Cancel] = deque()
         self.engine: Any = self._runner.run(self._open())
 
-    async def _open(self) -> Engine:
+    async def _open(self) -> Any:
         config = EngineConfig.of(path="toy.gguf", slots=4, queue=20)
         engine: Any = Engine(config)
         engine._core = self

@@ -467,6 +467,7 @@ async def test_a_bug_in_a_query_ends_the_engine_and_all_queries() -> None:
 
 async def test_queries_that_are_open_at_the_end_fail() -> None:
     toy = backend()
+    engine: Any
     async with Engine.open(config(), opener=opener(toy)) as engine:
         engine._core._thread.inbox.put(None)
         late = asyncio.ensure_future(engine.slot_states())

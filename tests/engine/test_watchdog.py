@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,7 @@ async def test_an_engine_whose_thread_hangs_fails_its_requests_and_is_closed(mon
         go_on.wait()
 
     config = EngineConfig.of(path="toy.gguf", slots=2)
+    engine: Any
     async with Engine.open(config, opener=opener(backend)) as engine:
         backend.context.before_decode = block
         async with engine.generate(Request(prompt=(1, 2))) as generation:
