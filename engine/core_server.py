@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any, Literal
 
 import uvloop
@@ -21,7 +20,7 @@ from engine.contract import REQUEST_FAILED, EngineError, EngineFault, Failed, Sh
 from engine.core_client import CoreFacts
 from engine.kv.changes import BlockChange
 from engine.local_core import LocalCore
-from engine.message_link import MessageLink
+from engine.message_link import MessageLink, MessageSender
 from engine.outbox import StepOutput
 from engine.speculate import ProposerFactory
 from engine.stats import Stats
@@ -32,9 +31,6 @@ log = logging.getLogger("paceline.engine")
 
 # Time between two `CoreState`s, so that the client's is at most so old, and the maximum if nothing changes.
 STATE_SECONDS, HEARTBEAT_SECONDS = 0.1, 1.0
-# Maximum time for the client to take the last messages.
-_FLUSH_SECONDS = 5.0
-
 Method = Literal[
     "query", "compile", "embed", "stop_embedding", "save_slot", "restore_slot", "erase_slot", "report_kv_changes"
 ]
@@ -129,7 +125,7 @@ def serve_core(
         signal.signal(number, signal.SIG_IGN)
     configure()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_CoreServer().serve(end, config, opener, proposer_factory))
+        runner.run(_CoreServer(end).serve(config, opener, proposer_factory))
         if hanging_threads():
             logging.shutdown()
             os._exit(1)
@@ -139,35 +135,30 @@ class _CoreServer:
     """Executes the client's messages, and sends outputs, answers, faults and states."""
 
     _core: LocalCore
-    _link: MessageLink
 
-    def __init__(self) -> None:
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._sender = MessageSender(end)
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._compiling: dict[int, asyncio.Task[None]] = {}  # submitted requests without their grammar, by key
         self._closing = asyncio.Event()
-        self._ended = asyncio.Event()
 
-    async def serve(
-        self, end: socket.socket, config: EngineConfig, opener: Opener, proposer_factory: ProposerFactory | None
-    ) -> None:
+    async def serve(self, config: EngineConfig, opener: Opener, proposer_factory: ProposerFactory | None) -> None:
         """Serves until the client closes the core. Ends the process at once if the client has ended."""
-        self._link = link = await MessageLink.connect(end, self._receive, self._on_end)
-        listener = Listener(lambda share: link.send(LoadedShare(share)), self._deliver, link.send)
+        receiving, send = await MessageLink.connect(self._end, self._receive, self._on_end), self._sender.send
+        listener = Listener(lambda share: send(LoadedShare(share)), self._deliver, send)
         try:
             async with LocalCore.open(config, opener, proposer_factory, listener) as self._core:
-                link.send(OpenedCore.of(self._core))
+                send(OpenedCore.of(self._core))
                 publishing = asyncio.create_task(self._publish_states())
                 await self._closing.wait()
                 publishing.cancel()
         except EngineError as error:
-            link.send(OpenFailed(error))
+            send(OpenFailed(error))
         self._closing.set()
-        link.close()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._ended.wait(), _FLUSH_SECONDS)
+        receiving.close()
 
     def _on_end(self) -> None:
-        self._ended.set()
         if not self._closing.is_set():
             os._exit(1)
 
@@ -175,7 +166,7 @@ class _CoreServer:
         last, sent_at, clock = None, 0.0, asyncio.get_running_loop().time
         while True:
             if (state := CoreState.of(self._core)) != last or clock() - sent_at >= HEARTBEAT_SECONDS:
-                self._link.send(state)
+                self._sender.send(state)
                 last, sent_at = state, clock()
             await asyncio.sleep(STATE_SECONDS)
 
@@ -218,28 +209,23 @@ class _CoreServer:
             del self._compiling[key]
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
-        self._link.send(tuple(zip(*outputs, strict=True)))  # columns, as they are pickled in a sixth of the time
+        self._sender.send(tuple(zip(*outputs, strict=True)))  # columns, as they are pickled in a sixth of the time
 
     def _fail(self, key: int, error: EngineError) -> None:
         self._deliver([StepOutput(key, (), (), Failed(error))])
 
     async def _answer(self, call: Call) -> None:
         try:
-            self._link.send(Answer(call.number, await self._result(call)))
+            self._sender.send(Answer(call.number, await self._result(call)))
         except EngineError as error:
-            self._link.send(Answer(call.number, None, error))
+            self._sender.send(Answer(call.number, None, error))
         except Exception:  # such as a result that cannot be pickled
             log.exception("the call of %s has failed", call.method)
-            self._link.send(Answer(call.number, None, EngineFault(REQUEST_FAILED)))
+            self._sender.send(Answer(call.number, None, EngineFault(REQUEST_FAILED)))
         finally:
             del self._calls[call.number]
 
     async def _result(self, call: Call) -> Any:
         if call.method != "report_kv_changes":
             return await getattr(self._core, call.method)(*call.arguments)
-        loop = asyncio.get_running_loop()
-
-        def send(changes: list[BlockChange]) -> None:
-            loop.call_soon_threadsafe(self._link.send, KVChanges(changes))
-
-        return await self._core.report_kv_changes(send)
+        return await self._core.report_kv_changes(lambda changes: self._sender.send(KVChanges(changes)))

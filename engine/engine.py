@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -76,6 +77,13 @@ def _keep_configuration() -> None:
     """Does nothing: the default of `configure_process`."""
 
 
+def _call_soon(
+    loop: asyncio.AbstractEventLoop, function: Callable[[list[StepOutput]], None], outputs: list[StepOutput]
+) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(function, outputs)
+
+
 def _slot_states(core: EngineCore) -> tuple[SlotState, ...]:
     return core.slots.states()
 
@@ -129,7 +137,8 @@ class Engine:
         picklable functions. Entering raises ModelError if the model cannot be opened.
         """
         engine = cls(config)
-        listener = Listener(progress, engine._deliver, engine._on_fault)
+        deliver = partial(_call_soon, asyncio.get_running_loop(), engine._deliver)
+        listener = Listener(progress, deliver, engine._on_fault)
         opening: AbstractAsyncContextManager[CoreClient]
         if config.cpu.engine_process:
             opening = ProcessCore.open(config, opener, proposer_factory, listener, configure_process)
@@ -203,8 +212,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """Returns a snapshot of the counters, of at most a tenth of a second ago."""
-        owners = count_by_owner(self._generations.values())
-        return structs.replace(self._core.stats(), owners=owners)
+        return structs.replace(self._core.stats(), owners=count_by_owner(self._generations.values()))
 
     async def query(self, function: Callable[[EngineCore], Result]) -> Result:
         """See `CoreClient.query`. Raises EngineFault if the engine fails or closes before the call."""

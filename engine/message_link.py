@@ -4,14 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import select
 import socket
 import struct
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 _LENGTH = struct.Struct("<I")
 # Bytes that the kernel keeps for a reader that is late.
 _SOCKET_BUFFER_BYTES = 2**20
+
+
+class MessageSender:
+    """Sends messages from any thread: so the outputs of a step wait for no event loop, and for no interpreter lock."""
+
+    def __init__(self, end: socket.socket) -> None:
+        """A `MessageLink` may receive from `end`, and must not send."""
+        self._end = end.dup()
+        self._sending = threading.Lock()
+        self._writable = select.poll()
+        self._writable.register(self._end, select.POLLOUT)
+
+    def send(self, message: object) -> None:
+        """Blocks until the kernel has taken `message`. No effect after the end. Raises what `pickle.dumps` raises, with
+        nothing sent."""
+        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        rest = memoryview(_LENGTH.pack(len(data)) + data)
+        with self._sending, suppress(BrokenPipeError, ConnectionResetError):
+            while rest:
+                try:
+                    rest = rest[self._end.send(rest) :]
+                except BlockingIOError:
+                    self._writable.poll()
 
 
 class MessageLink(asyncio.Protocol):

@@ -1,8 +1,7 @@
-"""The outputs of one step for all sequences, passed to the event loop in a single call."""
+"""The outputs of one step for all sequences, delivered in a single call."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,10 +25,9 @@ class StepOutput(NamedTuple):
 
 
 class Outbox:
-    """Collects step outputs on the engine thread. `deliver` runs on the event loop, once for each flush."""
+    """Collects step outputs on the engine thread. `deliver` is called there, once for each flush."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[list[StepOutput]], None]) -> None:
-        self._loop = loop
+    def __init__(self, deliver: Callable[[list[StepOutput]], None]) -> None:
         self._deliver = deliver
         self._outputs: list[StepOutput] = []
 
@@ -50,9 +48,7 @@ class Outbox:
         self._outputs.append(StepOutput(key, (), (), end))
 
     def flush(self) -> None:
-        """Schedules `deliver` with the collected outputs. No effect without outputs or after the loop is closed."""
-        if not self._outputs:
-            return
-        outputs, self._outputs = self._outputs, []
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, outputs)
+        """Delivers the collected outputs. No effect without outputs."""
+        if self._outputs:
+            outputs, self._outputs = self._outputs, []
+            self._deliver(outputs)

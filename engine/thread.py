@@ -74,12 +74,12 @@ def request_limit(context: Context, info: ModelInfo, slot_context: int) -> int:
 
 
 class Listener(NamedTuple):
-    """Callbacks of the thread, called on the event loop."""
+    """Callbacks of the thread, called on the event loop except for `on_outputs`."""
 
     on_progress: LoadProgress
     """Called with the share of the model that is loaded, 0 to 1."""
     on_outputs: Callable[[list[StepOutput]], None]
-    """Called with the outputs of each step."""
+    """Called with the outputs of each step, on any thread."""
     on_fault: Callable[[EngineFault], None]
     """Called once, with the fatal fault, after the thread has failed."""
 
@@ -296,7 +296,7 @@ class EngineThread:
         shared = SharedDraftData(config.speculation, backend.vocab)
         factory = self._proposer_factory or sim_proposers(config)
         speculative_decoding = SpeculativeDecoding(shared, config.speculation, config.draft, model, factory, cost, mtp)
-        outbox = Outbox(self._loop, self._listener.on_outputs)
+        outbox = Outbox(self._listener.on_outputs)
         return EngineCore(
             backend,
             batch.num_slots,

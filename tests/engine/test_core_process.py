@@ -32,7 +32,7 @@ from engine import (
 from engine.backend import Backend, LoadProgress
 from engine.contract import EngineError
 from engine.kv.changes import BlockChange
-from engine.message_link import MessageLink
+from engine.message_link import MessageLink, MessageSender
 from engine.text import _WholeText
 from engine.watchdog import EngineStalled
 
@@ -178,20 +178,24 @@ async def test_drained_requests_end_also_while_their_grammar_is_compiled() -> No
             await engine.compile(JsonObject())
 
 
-async def test_messages_arrive_whole_and_in_order() -> None:
+@pytest.mark.parametrize("from_thread", [False, True])
+async def test_messages_arrive_whole_and_in_order(from_thread: bool) -> None:
     messages = ["a" * size for size in (0, 1, 5, 70_000, 3_000_000)]
     ends, received, ended = socket.socketpair(), list[Any](), asyncio.Event()
     other = await MessageLink.connect(ends[1], received.append, ended.set)
-    sender = await MessageLink.connect(ends[0], received.append, lambda: None)
-    for message in messages:
-        sender.send(message)
+    link = await MessageLink.connect(ends[0], received.append, lambda: None)
+    sender = MessageSender(ends[0]) if from_thread else link
     with pytest.raises((pickle.PicklingError, AttributeError)):
         sender.send(lambda: None)
-    sender.send("last")
-    sender.close()
-    sender.send("too late")
+    for message in messages:
+        await asyncio.to_thread(sender.send, message) if from_thread else sender.send(message)
+    link.close()
+    if isinstance(sender, MessageSender):
+        sender._end.close()
+    else:
+        sender.send("too late")
     await asyncio.wait_for(ended.wait(), 20)
-    assert received == [*messages, "last"]
+    assert received == messages
     pieces = b"".join(len(data).to_bytes(4, "little") + data for data in map(pickle.dumps, messages[:3]))
     received.clear()
     for index in range(len(pieces)):

@@ -8,7 +8,7 @@ to, so any bookkeeping error changes an output.
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from random import Random
 from typing import Any, Literal, cast
 
@@ -37,16 +37,6 @@ from engine.speculate import Draft, DraftModel, MtpProposer, Proposer, SharedDra
 from engine.step import EngineCore
 from tests.sizes import sized
 from tests.toy import VOCABULARY, ToyBackend, ToyContext, ToyHeadContext
-
-
-class ImmediateLoop:
-    """An event loop that calls functions immediately."""
-
-    def is_closed(self) -> bool:
-        return False
-
-    def call_soon_threadsafe(self, function: Callable[..., None], *arguments: object) -> None:
-        function(*arguments)
 
 
 class Oracle:
@@ -128,7 +118,7 @@ class CoreBench:
         self.outputs: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[Logprob]] = {}
         self.ends: dict[int, Finished | Failed] = {}
-        outbox = Outbox(cast("Any", ImmediateLoop()), self.deliver)
+        outbox = Outbox(self.deliver)
         self.next_proposers: dict[str, Proposer] = {}
         self.speculative_decoding = SpeculativeDecoding(
             SharedDraftData(speculation or SpeculationConfig(), self.backend.vocab),
