@@ -38,8 +38,8 @@ class Server(msgspec.Struct, frozen=True):
         return sum(self.thread_seconds().values())
 
     def thread_seconds(self, field: int = COMPUTED) -> dict[int, float]:
-        """Returns by thread id the seconds on a core (COMPUTED) or in a run queue (QUEUED), with those of the engine's
-        process."""
+        """Returns by thread id the seconds on a core (COMPUTED) or in a run queue (QUEUED), of the server and its
+        child processes."""
         threads: dict[int, float] = {}
         for task in Path(f"/proc/{self.pid}/task").iterdir():
             children = (task / "children").read_text().split()

@@ -27,7 +27,7 @@ RequestCommand = Submit | Cancel | FailAll
 
 
 class CoreFacts(Struct, frozen=True):
-    """What does not change after a core was opened."""
+    """The properties of an opened core that do not change."""
 
     info: ModelInfo
     memory: MemoryInfo
@@ -38,12 +38,12 @@ class CoreFacts(Struct, frozen=True):
 
 
 class CoreClient(Protocol):
-    """An opened core. Its methods are called on the event loop that opened it, and raise EngineFault once it has
-    failed or closed. Each submitted request gets exactly one terminal update, unless the core fails."""
+    """An opened core. Its methods are called on the event loop that opened it, and raise EngineFault once the
+    core has failed or closed. Each submitted request gets exactly one terminal update, unless the core fails."""
 
     @property
     def facts(self) -> CoreFacts:
-        """What does not change."""
+        """The properties that do not change."""
 
     @property
     def vocab(self) -> Vocab:
@@ -59,7 +59,7 @@ class CoreClient(Protocol):
 
     @property
     def process_id(self) -> int | None:
-        """The process of the core. None if it is this one."""
+        """The id of the core's process. None if the core is in this process."""
 
     @property
     def stall(self) -> EngineStalled | None:
@@ -70,14 +70,15 @@ class CoreClient(Protocol):
         """The reason for each type of proposer that no request can use."""
 
     def stats(self) -> Stats:
-        """Returns a snapshot of the counters, without `owners`, as they are now or were shortly before."""
+        """Returns a snapshot of the counters, at most a tenth of a second old, without `owners`."""
 
     def put(self, command: RequestCommand) -> None:
-        """Adds a command for the engine thread, which executes them in order. No effect after the end."""
+        """Adds a command for the engine thread, which executes them in order. No effect after the core's end."""
 
     async def query(self, function: Callable[[EngineCore], _Result]) -> _Result:
         """Returns the result of `function`, called on the engine thread between two steps, which delays all requests.
-        If the core is in another process, both must be picklable. Raises the EngineError of `function`."""
+        Raises the EngineError of `function`. If the core is in another process, `function` and its result must be
+        picklable."""
 
     async def compile(self, spec: GrammarSpec) -> Grammar:
         """Returns the grammar of `spec`, compiled off the event loop or cached. Raises RequestRefused with the pointer

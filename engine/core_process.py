@@ -1,16 +1,19 @@
-"""The engine core in a process of its own, so that its steps share no interpreter lock with the event loop, and a fault
-of the native library ends that process only."""
+"""The engine core in a process of its own, so that steps and event loop share no GIL, and a crash of the native library
+ends that process only."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import multiprocessing
+import pickle
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
+from functools import partial
 from itertools import count
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +25,7 @@ from engine.config import EngineConfig
 from engine.contract import ENGINE_FAILED, EngineFault, ModelError, ShutDown
 from engine.core_client import CoreFacts, RequestCommand
 from engine.core_server import (
+    CLIENT_SIGNALS,
     HEARTBEAT_SECONDS,
     Abandon,
     Answer,
@@ -56,21 +60,24 @@ _Result = TypeVar("_Result")
 
 # Minimum number of missed heartbeats of a process that stalls.
 _MISSED_HEARTBEATS = 5
-# Maximum time between the end of the socket and that of the process.
+# Maximum time between the end of the socket and the end of the process.
 _EXIT_SECONDS = 5.0
+# Maximum time for the embedding thread, and for a process with a stall, to end.
+_STOP_SECONDS = 2 * HANG_SECONDS
 
 
-def open_vocabulary(path: Path) -> AbstractContextManager[Vocab]:
-    """Returns a context manager of the vocabulary of a GGUF, without its weights. Entering raises ModelError."""
+def open_vocabulary(path: Path, override_kv: Sequence[str] = ()) -> AbstractContextManager[Vocab]:
+    """Returns a context manager of the vocabulary of a GGUF, without its weights. `override_kv` is that of
+    `LoadConfig`. Entering raises ModelError."""
     from engine.llama import open_vocabulary
 
-    return open_vocabulary(path)
+    return open_vocabulary(path, override_kv)
 
 
 def end_of_process(exit_code: int) -> str:
     """Returns a sentence about a process that ended without a result."""
     if exit_code == -signal.SIGKILL:
-        return "it was killed (SIGKILL), by a user or for lack of memory"
+        return "SIGKILL ended the process, sent by a user or for lack of memory"
     if exit_code != -signal.SIGILL:
         name = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
         return f"the native library ended the process ({name})"
@@ -97,13 +104,15 @@ class ProcessCore:
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._stall_seconds = max(stall_seconds, HEARTBEAT_SECONDS * _MISSED_HEARTBEATS) if stall_seconds else 0.0
-        self._heard_at = 0.0
+        self._heard_at = 0.0  # time of the last message
         self.embeddings: EmbeddingModel | None = None
         self._opened: asyncio.Future[OpenedCore] = self._loop.create_future()
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._numbers = count()
         self._kv_sink: ChangeSink | None = None
+        self._is_open = False
         self._closing = False
+        self._disconnected = asyncio.Event()
         self._failing: asyncio.Task[None] | None = None
         self._ended = ""  # why the core takes no calls; empty while it does
 
@@ -118,17 +127,22 @@ class ProcessCore:
         configure: Callable[[], None],
     ) -> AsyncIterator[ProcessCore]:
         """Returns a context manager that starts the process and loads the models. Leaving it ends all requests and the
-        process. Entering raises ModelError. `configure` is called first in the process; it, `opener` and
+        process. Entering raises ModelError. The process calls `configure` first. `configure`, `opener` and
         `proposer_factory` must be picklable."""
         if config.media.path:
-            raise ModelError("--engine-process reads no images or sounds yet; leave --mmproj or --engine-process out")
+            raise ModelError("--engine-process supports no images or sounds; leave --mmproj or --engine-process out")
         core = cls(listener, config.batch.stall_timeout)
         await core._start(config, opener, proposer_factory, configure)
         with ExitStack() as stack:
             try:
                 opened = await asyncio.shield(core._opened)
-                core.facts = opened.facts
-                await asyncio.to_thread(core._open_vocabularies, config, opened.embeddings, stack)
+                core.facts, core._is_open = opened.facts, True
+                vocabularies = partial(core._open_vocabularies, config, opened.embeddings, stack)
+                opening = asyncio.create_task(asyncio.to_thread(vocabularies))
+                try:
+                    await asyncio.shield(opening)
+                finally:
+                    await asyncio.wait({opening})  # `stack` closes them, also after a cancellation
                 yield core
             finally:
                 await core._close()
@@ -140,35 +154,50 @@ class ProcessCore:
             self._process = multiprocessing.get_context("spawn").Process(
                 target=serve_core, args=(other, config, *arguments), name="paceline-engine"
             )
-            self._process.start()
+            resource_tracker.ensure_running()  # unblocks signals when it starts
+            # The process ignores these signals once its imports are done. Until then it has the mask of this thread.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, CLIENT_SIGNALS)
+            try:
+                self._process.start()
+            except BaseException:
+                self._closing = True
+                self._link.close()
+                raise
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _open_vocabularies(self, config: EngineConfig, embeddings: EmbeddingInfo | None, stack: ExitStack) -> None:
-        def enter(path: str) -> Vocab:
-            if config.sim.on:
-                return SimVocab(config.sim.vocabulary)
-            return stack.enter_context(open_vocabulary(Path(path)))
-
-        self.vocab = enter(self.facts.info.path)
+        if config.sim.on:
+            self.vocab = SimVocab(config.sim.vocabulary)
+        else:
+            self.vocab = stack.enter_context(open_vocabulary(Path(self.facts.info.path), config.load.override_kv))
         if embeddings is not None:
-            vocab = self.vocab if embeddings.path == self.facts.info.path else enter(embeddings.path)
+            own = config.embedding.path  # overrides apply to the target model only
+            vocab = stack.enter_context(open_vocabulary(Path(own))) if own else self.vocab
             self.embeddings = EmbeddingModel(embeddings, vocab)
 
     async def _close(self) -> None:
         self._closing = True
         self._opened.cancel()
         self._link.send(Close())
-        await asyncio.to_thread(self._process.join, CLOSE_SECONDS + HANG_SECONDS)
+        stalled = self._is_open and self.stall is not None
+        await asyncio.to_thread(self._process.join, _STOP_SECONDS if stalled else CLOSE_SECONDS + HANG_SECONDS)
         if self._process.is_alive():
             log.error("the process of the engine does not end and is killed")
             self._process.kill()
+            await asyncio.to_thread(self._process.join, _EXIT_SECONDS)
+        with suppress(TimeoutError):  # the last outputs are received before the end of the socket
+            await asyncio.wait_for(self._disconnected.wait(), _EXIT_SECONDS)
         self._link.close()
-        self._fail_calls(str(ShutDown()))
         if self._failing is not None:
             await self._failing
+        if self._is_open and self._process.exitcode and not self._ended:
+            self._report_end()
+        self._fail_calls(str(ShutDown()))
 
     @property
     def process_id(self) -> int | None:
-        """The process of the core."""
+        """See `CoreClient`."""
         return self._process.pid
 
     # ── messages ──
@@ -187,7 +216,7 @@ class ProcessCore:
                 assert self._kv_sink is not None
                 self._kv_sink(changes)
             case LoadedShare(share):
-                self._listener.on_progress(share)
+                self._loop.call_soon(self._listener.on_progress, share)  # whose exceptions must not close the socket
             case OpenedCore():
                 self._state = message.state
                 _settle(self._opened, message)
@@ -195,20 +224,24 @@ class ProcessCore:
                 self._closing = True
                 _settle(self._opened, error)
             case EngineFault():
-                self._fail(message)
+                self._loop.call_soon(self._fail, message)  # after the outputs that `on_outputs` has scheduled
 
     def _on_end(self) -> None:
+        self._disconnected.set()
         if not self._closing:
             self._failing = self._loop.create_task(self._fail_at_end())
 
     async def _fail_at_end(self) -> None:
         await asyncio.to_thread(self._process.join, _EXIT_SECONDS)
-        reason = end_of_process(self._process.exitcode or 0)
         if not self._opened.done():
+            reason = end_of_process(self._process.exitcode or 0)
             self._opened.set_exception(ModelError(f"the process of the engine has ended: {reason}"))
-        elif not self._ended:
-            log.error("the process of the engine has ended: %s", reason)
-            self._fail(EngineFault(ENGINE_FAILED, fatal=True))
+        elif self._is_open and not self._ended:
+            self._report_end()
+
+    def _report_end(self) -> None:
+        log.error("the process of the engine has ended: %s", end_of_process(self._process.exitcode or 0))
+        self._fail(EngineFault(ENGINE_FAILED, fatal=True))
 
     def _fail(self, fault: EngineFault) -> None:
         self._fail_calls(str(fault))
@@ -238,8 +271,10 @@ class ProcessCore:
 
     @property
     def stall(self) -> EngineStalled | None:
-        """See `CoreClient`. Also the error of a process that is silent for so long, as it was stopped or holds its
-        interpreter lock."""
+        """See `CoreClient`. Also the error while no message arrives for that time, because the process was stopped or
+        its event loop is blocked. None after the end or a fatal fault of the core."""
+        if self._ended:
+            return None
         silent = self._loop.time() - self._heard_at
         return EngineStalled(silent) if 0.0 < self._stall_seconds < silent else self._state.stall
 
@@ -254,17 +289,18 @@ class ProcessCore:
 
     def put(self, command: RequestCommand) -> None:
         """See `CoreClient`."""
-        if isinstance(command, Submit):  # stop strings are found here
+        if isinstance(command, Submit):  # the scope is used in this process only, and may not be picklable
             command = structs.replace(command, request=structs.replace(command.request, stop_scope=None))
         self._link.send(command)
 
     async def query(self, function: Callable[[EngineCore], _Result]) -> _Result:
         """See `CoreClient`."""
-        result: _Result = await self._call("query", function)
+        # Pickled apart, so that a function that the process cannot import fails this call only.
+        result: _Result = await self._call("query", pickle.dumps(function))
         return result
 
     async def compile(self, spec: GrammarSpec) -> Grammar:
-        """See `CoreClient`. Only the core's process has the native grammar."""
+        """See `CoreClient`. The returned copy has no native matcher, which is in the core's process."""
         grammar: Grammar = await self._call("compile", spec)
         return grammar
 
@@ -278,8 +314,10 @@ class ProcessCore:
         return vectors
 
     async def stop_embedding(self) -> None:
-        """See `CoreClient`."""
-        await self._call("stop_embedding")
+        """See `CoreClient`. Returns after `_STOP_SECONDS` at the latest, as the process may hang."""
+        if self.embeddings is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._call("stop_embedding"), _STOP_SECONDS)
 
     async def report_kv_changes(self, sink: ChangeSink) -> None:
         """See `CoreClient`. `sink` is called on the event loop."""

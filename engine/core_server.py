@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pickle
 import signal
 import socket
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from msgspec import Struct, structs
 from engine.backend import EmbeddingInfo
 from engine.commands import Cancel, FailAll, Submit
 from engine.config import EngineConfig
-from engine.contract import REQUEST_FAILED, EngineError, EngineFault, Failed, ShutDown
+from engine.contract import ENGINE_FAILED, REQUEST_FAILED, EngineError, EngineFault, Failed, ShutDown
 from engine.core_client import CoreFacts
 from engine.kv.changes import BlockChange
 from engine.local_core import LocalCore
@@ -29,15 +30,17 @@ from engine.watchdog import EngineStalled, hanging_threads
 
 log = logging.getLogger("paceline.engine")
 
-# Time between two `CoreState`s, so that the client's is at most so old, and the maximum if nothing changes.
+# Time between two `CoreState`s, so that the client's is at most that old, and the maximum if nothing changes.
 STATE_SECONDS, HEARTBEAT_SECONDS = 0.1, 1.0
+# Signals that the client handles: it drains the engine at the first one.
+CLIENT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 Method = Literal[
     "query", "compile", "embed", "stop_embedding", "save_slot", "restore_slot", "erase_slot", "report_kv_changes"
 ]
 
 
 class Call(Struct, frozen=True):
-    """The call of a method of `CoreClient`, which an `Answer` of the same number follows."""
+    """Calls a method of `CoreClient`. An `Answer` with the same number follows. The argument of `query` is pickled."""
 
     number: int
     method: Method
@@ -67,7 +70,7 @@ class Answer(Struct, frozen=True):
 
 
 class CoreState(Struct, frozen=True):
-    """What changes while a core runs. See `CoreClient` for the attributes."""
+    """The properties of a core that change while it runs. See `CoreClient` for the attributes."""
 
     stats: Stats
     stall: EngineStalled | None
@@ -80,7 +83,7 @@ class CoreState(Struct, frozen=True):
 
 
 class OpenedCore(Struct, frozen=True):
-    """The core was opened."""
+    """The first message of an opened core."""
 
     facts: CoreFacts
     embeddings: EmbeddingInfo | None
@@ -99,7 +102,7 @@ class LoadedShare(Struct, frozen=True):
 
 
 class OpenFailed(Struct, frozen=True):
-    """The core cannot be opened."""
+    """The only message, besides `LoadedShare`, of a core that cannot be opened."""
 
     error: EngineError
 
@@ -117,12 +120,11 @@ def serve_core(
     proposer_factory: ProposerFactory | None,
     configure: Callable[[], None],
 ) -> None:
-    """Serves an engine core until its client closes it or has ended. The main function of the process.
-
-    `configure` is called first. Signals are left to the client, which drains the engine at the first one.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    """Serves an engine core until its client closes it or has ended. The main function of the process, which calls
+    `configure` first and ignores `CLIENT_SIGNALS`."""
+    for number in CLIENT_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, CLIENT_SIGNALS)
     configure()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_CoreServer(end).serve(config, opener, proposer_factory))
@@ -141,20 +143,29 @@ class _CoreServer:
         self._sender = MessageSender(end)
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._compiling: dict[int, asyncio.Task[None]] = {}  # submitted requests without their grammar, by key
+        self._opening: asyncio.Task[Any] | None = None  # opens the core
         self._closing = asyncio.Event()
 
     async def serve(self, config: EngineConfig, opener: Opener, proposer_factory: ProposerFactory | None) -> None:
         """Serves until the client closes the core. Ends the process at once if the client has ended."""
         receiving, send = await MessageLink.connect(self._end, self._receive, self._on_end), self._sender.send
         listener = Listener(lambda share: send(LoadedShare(share)), self._deliver, send)
+        self._opening = asyncio.current_task()
         try:
             async with LocalCore.open(config, opener, proposer_factory, listener) as self._core:
+                self._opening = None
                 send(OpenedCore.of(self._core))
                 publishing = asyncio.create_task(self._publish_states())
                 await self._closing.wait()
                 publishing.cancel()
         except EngineError as error:
             send(OpenFailed(error))
+        except asyncio.CancelledError:  # closed before it was opened
+            pass
+        except Exception:
+            log.exception("the engine has failed")
+            send(OpenFailed(EngineFault(ENGINE_FAILED, fatal=True)))
+        self._opening = None
         self._closing.set()
         receiving.close()
 
@@ -173,7 +184,8 @@ class _CoreServer:
     def _receive(self, message: Any) -> None:
         match message:
             case Submit(key, request) if request.grammar is not None:
-                self._compiling[key] = asyncio.create_task(self._submit(message))
+                self._compiling[key] = compiling = asyncio.create_task(self._submit(message))
+                compiling.add_done_callback(lambda _: self._compiling.pop(key))
             case Cancel(key) if key in self._compiling:
                 self._compiling[key].add_done_callback(lambda _: self._core.put(message))
             case FailAll():
@@ -184,14 +196,17 @@ class _CoreServer:
             case Submit() | Cancel():
                 self._core.put(message)
             case Call(number):
-                self._calls[number] = asyncio.create_task(self._answer(message))
+                self._calls[number] = call = asyncio.create_task(self._answer(message))
+                call.add_done_callback(lambda _: self._calls.pop(number))
             case Abandon(number):
-                if (call := self._calls.get(number)) is not None:
-                    call.cancel()
+                if number in self._calls:
+                    self._calls[number].cancel()
             case StopCompiling():
                 self._core.stop_compiling()
             case Close():
                 self._closing.set()
+                if self._opening is not None:
+                    self._opening.cancel()
 
     async def _submit(self, command: Submit) -> None:
         """Submits a request with the native grammar, from the cache of compiled ones in most cases."""
@@ -205,8 +220,6 @@ class _CoreServer:
         except Exception:
             log.exception("a request cannot start")
             self._fail(key, EngineFault(REQUEST_FAILED))
-        finally:
-            del self._compiling[key]
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         self._sender.send(tuple(zip(*outputs, strict=True)))  # columns, as they are pickled in a sixth of the time
@@ -222,10 +235,12 @@ class _CoreServer:
         except Exception:  # such as a result that cannot be pickled
             log.exception("the call of %s has failed", call.method)
             self._sender.send(Answer(call.number, None, EngineFault(REQUEST_FAILED)))
-        finally:
-            del self._calls[call.number]
 
     async def _result(self, call: Call) -> Any:
-        if call.method != "report_kv_changes":
-            return await getattr(self._core, call.method)(*call.arguments)
-        return await self._core.report_kv_changes(lambda changes: self._sender.send(KVChanges(changes)))
+        match call.method:
+            case "query":
+                return await self._core.query(pickle.loads(*call.arguments))
+            case "report_kv_changes":
+                return await self._core.report_kv_changes(lambda changes: self._sender.send(KVChanges(changes)))
+            case method:
+                return await getattr(self._core, method)(*call.arguments)

@@ -133,8 +133,8 @@ class Engine:
         """Returns a context manager that loads and serves the model. Leaving it ends all requests.
 
         `progress` is called on the event loop with the loaded share of the model, 0 to 1. `proposer_factory` replaces
-        all types of proposers. The process of `CpuConfig.engine_process` begins with `configure_process`, and needs
-        picklable functions. Entering raises ModelError if the model cannot be opened.
+        all types of proposers. The process of `CpuConfig.engine_process` calls `configure_process` first, and all
+        functions but `progress` must then be picklable. Entering raises ModelError if the model cannot be opened.
         """
         engine = cls(config)
         deliver = partial(_call_soon, asyncio.get_running_loop(), engine._deliver)
@@ -172,7 +172,7 @@ class Engine:
 
     @property
     def process_id(self) -> int | None:
-        """The process that computes. None if it is this one."""
+        """The id of the engine core's process. None if the core is in this process."""
         return self._core.process_id
 
     @property

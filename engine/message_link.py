@@ -1,4 +1,4 @@
-"""Messages between two processes over a connected socket: each is a pickle after its length."""
+"""Messages between two processes over a connected socket: the length of a pickle, then the pickle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SOCKET_BUFFER_BYTES = 2**20
 
 
 class MessageSender:
-    """Sends messages from any thread: so the outputs of a step wait for no event loop, and for no interpreter lock."""
+    """Sends messages from any thread, so that the outputs of a step do not wait for a turn of the event loop."""
 
     def __init__(self, end: socket.socket) -> None:
         """A `MessageLink` may receive from `end`, and must not send."""
@@ -28,8 +28,8 @@ class MessageSender:
         self._writable.register(self._end, select.POLLOUT)
 
     def send(self, message: object) -> None:
-        """Blocks until the kernel has taken `message`. No effect after the end. Raises what `pickle.dumps` raises, with
-        nothing sent."""
+        """Blocks until the kernel has taken `message`. No effect after the end of the socket. Raises the exceptions of
+        `pickle.dumps`, with nothing sent."""
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         rest = memoryview(_LENGTH.pack(len(data)) + data)
         with self._sending, suppress(BrokenPipeError, ConnectionResetError):
@@ -42,7 +42,7 @@ class MessageSender:
 
 class MessageLink(asyncio.Protocol):
     """One end of the socket, on its event loop. Only a process that this one has started may have the other end, since
-    unpickling runs any code."""
+    unpickling can run any code."""
 
     def __init__(self, on_message: Callable[[Any], None], on_end: Callable[[], None]) -> None:
         """`on_message` is called with each message, and `on_end` once, after the socket was closed at one end."""
@@ -63,10 +63,8 @@ class MessageLink(asyncio.Protocol):
         return link
 
     def send(self, message: object) -> None:
-        """Sends `message`, or keeps it until the other process reads. No effect after the end.
-
-        Raises what `pickle.dumps` raises, with nothing sent.
-        """
+        """Sends `message`, or keeps it until the other process reads. No effect after the end of the socket. Raises the
+        exceptions of `pickle.dumps`, with nothing sent."""
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         if self._transport is not None and not self._transport.is_closing():
             self._transport.writelines((_LENGTH.pack(len(data)), data))
@@ -79,7 +77,7 @@ class MessageLink(asyncio.Protocol):
     # ── called by the event loop ──
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begins to receive."""
+        """Keeps the transport."""
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:

@@ -74,7 +74,7 @@ def request_limit(context: Context, info: ModelInfo, slot_context: int) -> int:
 
 
 class Listener(NamedTuple):
-    """Callbacks of the thread, called on the event loop except for `on_outputs`."""
+    """Callbacks of the engine thread. All but `on_outputs` are called on the event loop."""
 
     on_progress: LoadProgress
     """Called with the share of the model that is loaded, 0 to 1."""

@@ -74,7 +74,7 @@ class EngineCollector(Collector):
 
 def metrics_registry(model: LoadedModel) -> CollectorRegistry:
     """Returns a registry with the metrics of the model's engine, and the memory, CPU time and open files of this
-    process, and of the engine's if it has one."""
+    process and, if there is one, of the engine's process."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(EngineCollector(model.engine, model.name))
     ProcessCollector(registry=registry)

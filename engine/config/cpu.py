@@ -48,7 +48,7 @@ class CpuConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         bool,
         Meta(
             description="run the engine in a process of its own: more tokens a second for many streams of a fast "
-            "model, as HTTP and steps share no interpreter lock; a crash of the native library ends that process only"
+            "model, as HTTP and steps share no GIL; a crash of the native library ends that process only"
         ),
     ] = False
     numa: Annotated[

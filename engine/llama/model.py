@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from engine.llama.params import (
     set_rope,
     trained_tokens,
 )
-from engine.llama.placement import set_placement
+from engine.llama.placement import parse_overrides, set_placement
 from engine.llama.rollback import snapshots_of
 from engine.llama.textless import TextlessContext
 from engine.llama.threads import ThreadPools, check_cpus, open_pools, prepare_threads, thread_count
@@ -119,12 +119,15 @@ def _exact(config: EngineConfig, path: Path) -> EngineConfig:
 
 
 @contextmanager
-def open_vocabulary(path: Path) -> Iterator[LlamaVocab]:
-    """Opens the vocabulary of a GGUF without loading weights. Raises ModelError."""
+def open_vocabulary(path: Path, override_kv: Sequence[str] = ()) -> Iterator[LlamaVocab]:
+    """Opens the vocabulary of a GGUF without loading weights. `override_kv` is that of `LoadConfig`, which can change
+    the tokenizer. Raises ModelError."""
     check_file(path)
     library.initialize()
     params = native.llama_model_default_params()
     params.vocab_only = True
+    if (overrides := parse_overrides(override_kv)) is not None:
+        params.kv_overrides = overrides
     model = native.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise ModelError(f"cannot load the vocabulary of {path}: {_reason('the library gave no reason')}")

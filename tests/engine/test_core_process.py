@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import pickle
 import signal
 import socket
+import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -30,9 +34,11 @@ from engine import (
     Tokens,
 )
 from engine.backend import Backend, LoadProgress
-from engine.contract import EngineError
+from engine.contract import EngineError, ShutDown
+from engine.core_process import ProcessCore
 from engine.kv.changes import BlockChange
 from engine.message_link import MessageLink, MessageSender
+from engine.step import EngineCore
 from engine.text import _WholeText
 from engine.watchdog import EngineStalled
 
@@ -147,8 +153,85 @@ async def test_requests_of_a_process_that_stalls_and_dies_get_one_terminal_updat
     assert "SIGKILL" in caplog.text
 
 
+async def test_requests_and_drains_of_a_process_that_hangs_end(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CLOSE_SECONDS", "HANG_SECONDS", "_STOP_SECONDS"):
+        monkeypatch.setattr(f"engine.core_process.{name}", 0.2)
+    monkeypatch.setattr("engine.engine.FAIL_SECONDS", 0.1)
+    engine: Any
+    async with Engine.open(in_process()) as engine:
+        engine._core.embeddings = cast("Any", "a model")
+        drained, open_at_end = (engine.generate(Request(prompt=PROMPT, max_tokens=450)) for _ in range(2))
+        await drained.__aenter__()
+        os.kill(engine.process_id, signal.SIGSTOP)
+        async with asyncio.timeout(5):
+            await engine.drain(0.0)
+        with pytest.raises(ShutDown):
+            _ = [update async for update in drained]
+        engine._refusal = None
+        await open_at_end.__aenter__()
+    with pytest.raises(EngineFault, match="failed"):
+        _ = [update async for update in open_at_end]
+    assert engine.fault.fatal
+    assert "is killed" in caplog.text
+
+
+def load_slowly(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[], bool]) -> Backend:
+    """Loads until the load is cancelled."""
+    progress(0.5)
+    while keep_loading():
+        time.sleep(0.01)
+    raise ModelError("cancelled")
+
+
+async def test_a_load_ends_when_it_is_cancelled_and_a_signal_to_all_processes_ends_none() -> None:
+    loads = asyncio.Event()
+
+    async def load() -> None:
+        async with Engine.open(in_process(), opener=load_slowly, progress=lambda _: loads.set()):
+            pass
+
+    loading = asyncio.create_task(load())
+    await until(lambda: bool(multiprocessing.active_children()))
+    (process,) = multiprocessing.active_children()
+    assert process.pid is not None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(process.pid, number)
+    await asyncio.wait_for(loads.wait(), 20)
+    os.kill(process.pid, signal.SIGTERM)
+    loading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(loading, 10)
+    assert process.exitcode == 0
+
+
+class Unimportable:
+    """A function that can be pickled, but not unpickled."""
+
+    def __call__(self, core: EngineCore) -> None:
+        pass
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
+
+
+async def test_a_function_that_cannot_be_pickled_or_imported_fails_one_query() -> None:
+    async with Engine.open(in_process()) as engine:
+        with pytest.raises((pickle.PicklingError, AttributeError)):
+            await engine.query(lambda core: None)
+        with pytest.raises(EngineFault, match="has failed") as fault:
+            await engine.query(Unimportable())
+        assert not fault.value.fatal
+        assert len(await engine.slot_states()) == 4
+
+
 def end_process(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[], bool]) -> Backend:
     os._exit(7)
+
+
+def break_process(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[], bool]) -> Backend:
+    raise OSError("broken")
 
 
 async def test_errors_of_the_start_name_the_reason() -> None:
@@ -158,9 +241,23 @@ async def test_errors_of_the_start_name_the_reason() -> None:
     with pytest.raises(ModelError, match="exit code 7"):
         async with Engine.open(in_process(), opener=end_process):
             pass
+    with pytest.raises(EngineFault, match="its log has the reason"):
+        async with Engine.open(in_process(), opener=break_process):
+            pass
     with pytest.raises(ModelError, match="--mmproj"):
         async with Engine.open(in_process(media={"path": "x.gguf"})):
             pass
+
+
+async def test_the_vocabularies_are_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.core_process.open_vocabulary", lambda *arguments: nullcontext(arguments))
+    core: Any = ProcessCore(cast("Any", None), 0.0)
+    core.facts = SimpleNamespace(info=SimpleNamespace(path="a.gguf"))
+    load: dict[str, object] = {"override_kv": ("tokenizer.ggml.add_bos_token=bool:true",)}
+    for own in ("", "b.gguf"):
+        core._open_vocabularies(EngineConfig.of(path="a.gguf", load=load, embedding={"path": own}), own, ExitStack())
+        assert core.vocab == (Path("a.gguf"), load["override_kv"])
+        assert core.embeddings.vocab == ((Path(own),) if own else core.vocab)
 
 
 async def test_drained_requests_end_also_while_their_grammar_is_compiled() -> None:
