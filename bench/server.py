@@ -40,18 +40,18 @@ class Server(msgspec.Struct, frozen=True):
     def thread_seconds(self, field: int = COMPUTED) -> dict[int, float]:
         """Returns by thread id the seconds on a core (COMPUTED) or in a run queue (QUEUED), of the server and its
         child processes."""
-        threads: dict[int, float] = {}
-        for task in Path(f"/proc/{self.pid}/task").iterdir():
-            children = (task / "children").read_text().split()
-            for each in (task, *(path for child in children for path in Path(f"/proc/{child}/task").iterdir())):
-                threads[int(each.name)] = int((each / "schedstat").read_text().split()[field]) / 1e9
-        return threads
+        found = [task for process in self._processes() for task in Path(f"/proc/{process}/task").iterdir()]
+        return {int(task.name): int((task / "schedstat").read_text().split()[field]) / 1e9 for task in found}
 
     def resident_bytes(self, *, peak: bool = True) -> int:
-        """Returns the resident memory of the process, at its peak or now."""
-        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        """Returns the resident memory of the server and its child processes, at the peak of each or now."""
         field = "VmHWM:" if peak else "VmRSS:"
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
+        lines = [line for each in self._processes() for line in Path(f"/proc/{each}/status").read_text().splitlines()]
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+    def _processes(self) -> list[int]:
+        tasks = Path(f"/proc/{self.pid}/task").iterdir()
+        return [self.pid, *(int(child) for task in tasks for child in (task / "children").read_text().split())]
 
     def metric(self, name: str) -> float:
         """Returns the sum of the samples of a metric. Raises KeyError if `/metrics` has no such metric."""

@@ -24,9 +24,7 @@ from engine.commands import Submit
 from engine.config import EngineConfig
 from engine.contract import ENGINE_FAILED, EngineFault, ModelError, ShutDown
 from engine.core_client import CoreFacts, RequestCommand
-from engine.core_server import (
-    CLIENT_SIGNALS,
-    HEARTBEAT_SECONDS,
+from engine.core_messages import (
     Abandon,
     Answer,
     Call,
@@ -38,8 +36,8 @@ from engine.core_server import (
     OpenedCore,
     OpenFailed,
     StopCompiling,
-    serve_core,
 )
+from engine.core_server import CLIENT_SIGNALS, HEARTBEAT_SECONDS, serve_core
 from engine.embedding import EmbeddingModel
 from engine.grammar import Grammar, GrammarSpec
 from engine.kv.changes import ChangeSink
@@ -276,7 +274,8 @@ class ProcessCore:
         if self._ended:
             return None
         silent = self._loop.time() - self._heard_at
-        return EngineStalled(silent) if 0.0 < self._stall_seconds < silent else self._state.stall
+        is_silent = 0.0 < self._stall_seconds < silent
+        return EngineStalled(silent, is_silent=True) if is_silent else self._state.stall
 
     @property
     def unavailable_proposers(self) -> Mapping[str, str]:

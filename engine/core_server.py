@@ -8,25 +8,33 @@ import os
 import pickle
 import signal
 import socket
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import uvloop
-from msgspec import Struct, structs
+from msgspec import structs
 
-from engine.backend import EmbeddingInfo
 from engine.commands import Cancel, FailAll, Submit
 from engine.config import EngineConfig
 from engine.contract import ENGINE_FAILED, REQUEST_FAILED, EngineError, EngineFault, Failed, ShutDown
-from engine.core_client import CoreFacts
-from engine.kv.changes import BlockChange
+from engine.core_messages import (
+    Abandon,
+    Answer,
+    Call,
+    Close,
+    CoreState,
+    KVChanges,
+    LoadedShare,
+    OpenedCore,
+    OpenFailed,
+    StopCompiling,
+)
 from engine.local_core import LocalCore
 from engine.message_link import MessageLink, MessageSender
 from engine.outbox import StepOutput
 from engine.speculate import ProposerFactory
-from engine.stats import Stats
 from engine.thread import Listener, Opener
-from engine.watchdog import EngineStalled, hanging_threads
+from engine.watchdog import hanging_threads
 
 log = logging.getLogger("paceline.engine")
 
@@ -34,83 +42,6 @@ log = logging.getLogger("paceline.engine")
 STATE_SECONDS, HEARTBEAT_SECONDS = 0.1, 1.0
 # Signals that the client handles: it drains the engine at the first one.
 CLIENT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-Method = Literal[
-    "query", "compile", "embed", "stop_embedding", "save_slot", "restore_slot", "erase_slot", "report_kv_changes"
-]
-
-
-class Call(Struct, frozen=True):
-    """Calls a method of `CoreClient`. An `Answer` with the same number follows. The argument of `query` is pickled."""
-
-    number: int
-    method: Method
-    arguments: tuple[Any, ...]
-
-
-class Abandon(Struct, frozen=True):
-    """Cancels a call. No effect after its answer."""
-
-    number: int
-
-
-class StopCompiling(Struct, frozen=True):
-    """Calls `CoreClient.stop_compiling`."""
-
-
-class Close(Struct, frozen=True):
-    """Closes the core and ends the process."""
-
-
-class Answer(Struct, frozen=True):
-    """The result of a call, or its error."""
-
-    number: int
-    result: Any
-    error: EngineError | None = None
-
-
-class CoreState(Struct, frozen=True):
-    """The properties of a core that change while it runs. See `CoreClient` for the attributes."""
-
-    stats: Stats
-    stall: EngineStalled | None
-    unavailable_proposers: Mapping[str, str]
-
-    @classmethod
-    def of(cls, core: LocalCore) -> CoreState:
-        """Returns the current state."""
-        return cls(core.stats(), core.stall, core.unavailable_proposers)
-
-
-class OpenedCore(Struct, frozen=True):
-    """The first message of an opened core."""
-
-    facts: CoreFacts
-    embeddings: EmbeddingInfo | None
-    state: CoreState
-
-    @classmethod
-    def of(cls, core: LocalCore) -> OpenedCore:
-        """Returns the message about `core`."""
-        return cls(core.facts, core.embeddings.info if core.embeddings else None, CoreState.of(core))
-
-
-class LoadedShare(Struct, frozen=True):
-    """The share of the model that is loaded, 0 to 1."""
-
-    share: float
-
-
-class OpenFailed(Struct, frozen=True):
-    """The only message, besides `LoadedShare`, of a core that cannot be opened."""
-
-    error: EngineError
-
-
-class KVChanges(Struct, frozen=True):
-    """Blocks that entered or left cells, RAM or disk."""
-
-    changes: list[BlockChange]
 
 
 def serve_core(
@@ -144,6 +75,7 @@ class _CoreServer:
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._compiling: dict[int, asyncio.Task[None]] = {}  # submitted requests without their grammar, by key
         self._opening: asyncio.Task[Any] | None = None  # opens the core
+        self._fails_all = False  # True after `FailAll`
         self._closing = asyncio.Event()
 
     async def serve(self, config: EngineConfig, opener: Opener, proposer_factory: ProposerFactory | None) -> None:
@@ -176,9 +108,12 @@ class _CoreServer:
     async def _publish_states(self) -> None:
         last, sent_at, clock = None, 0.0, asyncio.get_running_loop().time
         while True:
-            if (state := CoreState.of(self._core)) != last or clock() - sent_at >= HEARTBEAT_SECONDS:
-                self._sender.send(state)
-                last, sent_at = state, clock()
+            try:
+                if (state := CoreState.of(self._core)) != last or clock() - sent_at >= HEARTBEAT_SECONDS:
+                    self._sender.send(state)
+                    last, sent_at = state, clock()
+            except Exception:
+                log.exception("the state of the engine cannot be sent")
             await asyncio.sleep(STATE_SECONDS)
 
     def _receive(self, message: Any) -> None:
@@ -189,6 +124,7 @@ class _CoreServer:
             case Cancel(key) if key in self._compiling:
                 self._compiling[key].add_done_callback(lambda _: self._core.put(message))
             case FailAll():
+                self._fails_all = True
                 for key, compiling in self._compiling.items():
                     compiling.cancel()
                     self._fail(key, ShutDown())
@@ -214,6 +150,8 @@ class _CoreServer:
         assert request.grammar is not None
         try:
             grammar = await self._core.compile(request.grammar.spec)
+            if self._fails_all:  # a library may have swallowed the cancellation
+                return
             self._core.put(structs.replace(command, request=structs.replace(request, grammar=grammar)))
         except EngineError as error:
             self._fail(key, error)

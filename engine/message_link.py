@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 
-_LENGTH = struct.Struct("<I")
+_LENGTH = struct.Struct("<Q")
 # Bytes that the kernel keeps for a reader that is late.
 _SOCKET_BUFFER_BYTES = 2**20
 

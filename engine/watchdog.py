@@ -33,10 +33,13 @@ CLOSE_SECONDS = 60.0
 class EngineStalled(EngineError):
     """A step or command of the engine thread has not ended in time: 503."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, *, is_silent: bool = False) -> None:
+        """`is_silent` is True if the engine's process sends nothing, so that it cannot be examined."""
         super().__init__(
-            f"The engine has not finished a step for {seconds:.0f} s (--stall-timeout); its log has the stacks of all "
-            "threads."
+            f"The engine's process has sent nothing for {seconds:.0f} s (--stall-timeout)."
+            if is_silent
+            else f"The engine has not finished a step for {seconds:.0f} s (--stall-timeout); its log has the stacks of "
+            "all threads."
         )
 
 

@@ -293,7 +293,7 @@ async def test_messages_arrive_whole_and_in_order(from_thread: bool) -> None:
         sender.send("too late")
     await asyncio.wait_for(ended.wait(), 20)
     assert received == messages
-    pieces = b"".join(len(data).to_bytes(4, "little") + data for data in map(pickle.dumps, messages[:3]))
+    pieces = b"".join(len(data).to_bytes(8, "little") + data for data in map(pickle.dumps, messages[:3]))
     received.clear()
     for index in range(len(pieces)):
         other.data_received(pieces[index : index + 1])

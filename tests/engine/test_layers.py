@@ -32,6 +32,7 @@ thread
 slotfiles
 core_client
 local_core
+core_messages
 core_server
 core_process
 engine
