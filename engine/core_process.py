@@ -274,8 +274,7 @@ class ProcessCore:
         if self._ended:
             return None
         silent = self._loop.time() - self._heard_at
-        is_silent = 0.0 < self._stall_seconds < silent
-        return EngineStalled(silent, is_silent=True) if is_silent else self._state.stall
+        return EngineStalled(silent, is_silent=True) if 0.0 < self._stall_seconds < silent else self._state.stall
 
     @property
     def unavailable_proposers(self) -> Mapping[str, str]:
