@@ -297,6 +297,7 @@ class ToyHeadContext(ToyContext):
         self, cells: int = 200, sequences: int = 12, rows: int = 64, outputs: int = 32, **settings: Any
     ) -> None:
         super().__init__(cells, sequences, rows, outputs, **settings)
+        self.max_draft: int | None = None
         self.drafted: dict[int, list[int]] = {}
 
     def draft(self, tokens: Sequence[tuple[int, int]]) -> Logits:

@@ -3,7 +3,7 @@
 model    opens the model, vocabulary and context of a GGUF
 vocab    the vocabulary
 context  cells: copies, cuts, saved states and moves to other positions, over decoder, which has the native calls
-mtp      the same with the MTP layer of a model, whose own cells mtp_layer has
+mtp      the same with the MTP layers of a model, whose own cells mtp_layers has, over mtp_layer for each
 state    cuts states into blocks and joins blocks, by numpy on llama.cpp's state format
 shift    moves saved keys to other positions
 rollback snapshots of recurrent states

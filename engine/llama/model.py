@@ -23,7 +23,7 @@ from engine.llama.layout import KvLayout, LayoutInputs
 from engine.llama.library import native_log, read_string
 from engine.llama.memory_check import check_cells
 from engine.llama.mtp import MtpContext
-from engine.llama.mtp_layer import loads_mtp, model_cell_bytes, mtp_params, mtp_problem, uses_mtp
+from engine.llama.mtp_layer import loads_mtp, model_cell_bytes, mtp_params, mtp_problem, num_layers, uses_mtp
 from engine.llama.params import (
     MAX_SEQUENCES,
     context_params,
@@ -297,13 +297,14 @@ def _fitting_cells(config: EngineConfig, model: Any, trained_context: int, param
         context = native.llama_init_from_model(model, params_of(chosen))
         if not context:
             raise fit.TooLittleMemory(_reason(f"no context of {cells} cells can be opened"))
-        layer = native.llama_init_from_model(model, mtp_params(params_of(chosen), context)) if mtp else None
+        of_layer = mtp_params(params_of(chosen), context, layers)
+        opened = [context, *(native.llama_init_from_model(model, of_layer) for _ in range(layers))]
         after = library.free_gpu_memory()
-        native.llama_free(layer)
-        native.llama_free(context)
+        for each in opened:
+            native.llama_free(each)
         return {device: before[device] - after[device] for device in before}
 
-    draft, reserve, share, mtp = config.draft, 0, 1.0, uses_mtp(config, model)
+    draft, reserve, share, layers = config.draft, 0, 1.0, num_layers(model) if uses_mtp(config, model) else 0
     if draft.path and draft.gpu_layers and not draft.device:
         reserve, share = reserve + Path(draft.path).stat().st_size, 1 - DRAFT_CELLS_SHARE
     if config.embedding.path and config.model.gpu_layers:

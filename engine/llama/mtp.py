@@ -1,13 +1,14 @@
-"""The context of a model with an MTP layer (llama.cpp: NextN): a second context over the same weights has the layer's
+"""The context of a model with MTP layers (llama.cpp: NextN): further contexts over the same weights have the layers'
 cells, which follow the model's.
 
-The layer computes a token at position p, given the last hidden state of position p - 1, and predicts the token at
-p + 1. So each row of the model gives a row of the layer, once the next token is known. Rows are computed in batches,
-before a draft, a copy or a saved state needs their cells.
+A layer computes a token at position p, given the last hidden state of position p - 1, and predicts the token at p + 1.
+So each row of the model gives a row of each layer, once the next token is known. Rows are computed in batches, before a
+draft, a copy or a saved state needs their cells.
 """
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,20 +19,19 @@ from llama_cpp import llama_cpp as native
 from llama_cpp import llama_cpp_ext as staged
 
 from engine.adapters import AdapterSet
-from engine.backend import HostWork, Logits, NativeFault, Snapshot, State, StatePart, no_host_work
+from engine.backend import Aborted, HostWork, Logits, NativeFault, Snapshot, StatePart, no_host_work
 from engine.llama.context import LlamaContext
 from engine.llama.library import native_log
-from engine.llama.mtp_layer import Hidden, MtpLayer
+from engine.llama.mtp_layer import Hidden
+from engine.llama.mtp_layers import JointSnapshot, MtpLayers, split_parts
 from engine.llama.threads import ThreadPools
 
-# Maximum rows of all sequences together that the layer has not computed.
+# Maximum rows of all sequences together that the layers have not computed.
 MAX_LAG_ROWS = 256
-# Bytes of the length of the model's part of a saved state, which precedes both parts.
-_LENGTH_BYTES = 8
 
 
 class _Lag:
-    """The rows of one sequence that the layer has not computed: positions from `start` up to `end`."""
+    """The rows of one sequence that the layers have not computed: positions from `start` up to `end`."""
 
     __slots__ = ("hidden", "start", "tokens")
 
@@ -55,34 +55,18 @@ class _Lag:
 
 
 class _Drafted(NamedTuple):
-    """The drafted rows of one sequence in the layer's cells: their number, and the state of the last one."""
+    """The drafted rows of one sequence: their tokens, and the hidden states of the positions before each of them and
+    before the next one."""
 
-    rows: int
+    tokens: list[int]
     hidden: Hidden
 
 
-class _BothSnapshots(NamedTuple):
-    """Snapshots of one sequence in the model's cells and in those of the MTP layer."""
-
-    model: Snapshot
-    layer: Snapshot
-
-    def cut(self, start: int, end: int) -> State | None:
-        """Returns both states of positions from `start` up to `end` as one; None if one is missing."""
-        model, layer = self.model.cut(start, end), self.layer.cut(start, end)
-        if model is None or layer is None:
-            return None
-        return np.concatenate((np.array([model.nbytes], np.int64).view(np.uint8), model, layer))
-
-
-def _split(part: StatePart) -> tuple[StatePart, StatePart]:
-    length = int(part.state[:_LENGTH_BYTES].view(np.int64)[0])
-    states = part.state[_LENGTH_BYTES : _LENGTH_BYTES + length], part.state[_LENGTH_BYTES + length :]
-    return StatePart(states[0].copy(), part.start, part.end), StatePart(states[1].copy(), part.start, part.end)
-
-
 class MtpContext(LlamaContext):
-    """The context of a model with an MTP layer, whose cells follow those of the model. A `DraftHead`.
+    """The context of a model with MTP layers, whose cells follow those of the model. A `DraftHead`.
+
+    One layer drafts any number of tokens. Of several, each drafts one: it computes the whole draft so far, which no
+    other layer has computed in its cells, with the hidden states that the layers before predicted.
 
     The hidden state before the first row that a sequence computes is unknown if its cells were loaded, or copied from a
     part of a sequence. Zeros replace it, which only makes drafts worse.
@@ -90,8 +74,8 @@ class MtpContext(LlamaContext):
 
     def __init__(self, model: Any, params: Any, *, partial: bool, window: int) -> None:
         """See `LlamaContext`. Raises NativeFault, with nothing left in memory."""
-        self._layer: MtpLayer | None = None
-        self._has_layer = False  # stays True after a fault has closed the layer, as saved states have both parts
+        self._layers: MtpLayers | None = None
+        self._parts = 1  # of a saved state; unchanged after a fault has closed the layers
         self._recorded = True
         self._lags: dict[int, _Lag] = {}
         self._drafted: dict[int, _Drafted] = {}
@@ -99,37 +83,41 @@ class MtpContext(LlamaContext):
         super().__init__(model, params, partial=partial, window=window)
         staged.llama_set_embeddings_nextn(self._handle, True, False)
         try:
-            self._layer = MtpLayer(model, params, self._handle, window=window)
+            self._layers = MtpLayers(model, params, self._handle, window=window)
         except BaseException:
             super().close()
             raise
-        self.stop.install(self._layer._handle)
-        self._has_layer = True
+        for layer in self._layers:
+            self.stop.install(layer._handle)
+        self._parts += len(self._layers)
+        self.max_draft = None if len(self._layers) == 1 else len(self._layers)
 
     # ── drafts ──
 
     def draft(self, tokens: Sequence[tuple[int, int]]) -> Logits:
         """See `engine.draft_head.DraftHead.draft`."""
-        if self._layer is None or not self._try_catch_up([seq for seq, _ in tokens]):
-            raise NativeFault("the MTP layer was closed after a failed decode")
-        layer = self._layer
+        if self._layers is None or not self._try_catch_up([seq for seq, _ in tokens]):
+            raise NativeFault("the MTP layers were closed after a failed decode")
+        drafted = [self._drafted.setdefault(seq, _Drafted([], self._lag(seq).hidden[-1:])) for seq, _ in tokens]
+        place = len(drafted[0].tokens)
+        if self.max_draft is not None and place >= self.max_draft:
+            raise NativeFault(f"{self.max_draft} MTP layers draft at most {self.max_draft} tokens")
+        first, layer = (place, self._layers[0]) if self.max_draft is None else (0, self._layers[place])
         layer.batch.clear()
-        for seq, token in tokens:
-            lag = self._lag(seq)
-            drafted = self._drafted.get(seq) or _Drafted(0, lag.hidden[-1:])
-            layer.add(seq, lag.end + drafted.rows, [token], drafted.hidden, 1)
+        for (seq, token), rows in zip(tokens, drafted, strict=True):
+            rows.tokens.append(token)
+            layer.add(seq, self._lag(seq).end + first, rows.tokens[first:], rows.hidden[first:], 1)
         logits = layer.decode()
         states = layer.output_states()
-        for i, (seq, _) in enumerate(tokens):
-            rows = self._drafted[seq].rows if seq in self._drafted else 0
-            self._drafted[seq] = _Drafted(rows + 1, states[i : i + 1])
+        for i, ((seq, _), rows) in enumerate(zip(tokens, drafted, strict=True)):
+            self._drafted[seq] = _Drafted(rows.tokens, np.concatenate((rows.hidden, states[i : i + 1])))
         return logits
 
     def rewind(self) -> None:
         """Drops the rows of all calls of `draft`."""
         for seq in self._drafted:
-            if self._layer is not None:
-                self._layer.cut(seq, self._lag(seq).end)
+            if self._layers is not None:
+                self._layers.cut(seq, self._lag(seq).end)
         self._drafted.clear()
 
     # ── rows ──
@@ -138,7 +126,7 @@ class MtpContext(LlamaContext):
         """See `Decoder.decode`. Records the hidden states of all rows."""
 
         def recording_work() -> None:
-            self._recorded = self._layer is None
+            self._recorded = self._layers is None
             host_work()
 
         logits = super().decode(recording_work)
@@ -160,9 +148,9 @@ class MtpContext(LlamaContext):
         self._bound_lag()
 
     def decode_embeddings(self, seq: int, start: int, rows: Hidden, *, causal: bool) -> None:
-        """See `Decoder.decode_embeddings`. The layer gets rows of token 0 and of zeros, as no drafts follow images."""
+        """See `Decoder.decode_embeddings`. The layers get rows of token 0 and of zeros, as no drafts follow images."""
         super().decode_embeddings(seq, start, rows, causal=causal)
-        if self._layer is not None:
+        if self._layers is not None:
             count = len(rows)
             self._lag(seq, start).append(array("i", [0] * count), np.zeros((count, self._width), np.float32))
             self._bound_lag()
@@ -179,31 +167,31 @@ class MtpContext(LlamaContext):
         return self._lags[seq]
 
     def _catch_up(self, sequences: Sequence[int]) -> None:
-        """Computes all rows of `sequences` that the layer lacks."""
-        assert self._layer is not None, "callers know that the layer is open"
-        layer = self._layer
-        layer.batch.clear()
+        """Computes all rows of `sequences` that the layers lack."""
+        assert self._layers is not None, "callers know that the layers are open"
+        layers = self._layers
+        layers.clear_batch()
         for seq in sorted(sequences):
             lag = self._lags.get(seq)
             while lag is not None and lag.tokens:
-                if layer.batch.rows == layer.batch.capacity:
-                    layer.decode()
-                    layer.batch.clear()
-                rows = min(len(lag.tokens), layer.batch.capacity - layer.batch.rows)
-                layer.add(seq, lag.start, lag.tokens[:rows], lag.hidden[:rows])
+                if not layers.room:
+                    layers.decode()
+                rows = min(len(lag.tokens), layers.room)
+                layers.add(seq, lag.start, lag.tokens[:rows], lag.hidden[:rows])
                 lag.start, lag.tokens, lag.hidden = lag.start + rows, lag.tokens[rows:], lag.hidden[rows:].copy()
-        if layer.batch.rows:
-            layer.decode()
+        layers.decode()
 
     def _try_catch_up(self, sequences: Sequence[int]) -> bool:
-        """Computes all rows of `sequences` that the layer lacks. Returns False if that fails, which closes the layer:
-        its cells do not follow those of the model any more."""
+        """Computes all rows of `sequences` that the layers lack. Returns False if that fails, which closes the layers:
+        their cells do not follow those of the model any more."""
         try:
             self._catch_up(sequences)
         except Exception as error:
-            native_log.warning("the MTP layer drafts no more: %r", error)
-            self._close_layer()
-        return self._layer is not None
+            # An engine that is closed aborts them.
+            level = logging.DEBUG if isinstance(error, Aborted) else logging.WARNING
+            native_log.log(level, "the MTP layers draft no more: %r", error)
+            self._close_layers()
+        return self._layers is not None
 
     # ── sequences ──
 
@@ -211,13 +199,13 @@ class MtpContext(LlamaContext):
         """See `engine.backend.Context.copy`."""
         if not super().copy(source, target, length):
             return False
-        if self._layer is None:
+        if self._layers is None:
             return True
         self._lags.pop(target, None)
         lag = self._lags.get(source)
         if lag is not None and length > lag.start and not self._try_catch_up([source]):
             return True
-        if not self._layer.copy(source, target, length):
+        if not self._layers.copy(source, target, length):
             super().cut(target, 0)
             return False
         if lag is not None and lag.end == length:
@@ -228,76 +216,75 @@ class MtpContext(LlamaContext):
         """See `engine.backend.Context.cut`."""
         if not super().cut(seq, length):
             return False
-        if self._layer is not None:
-            self._cut_layer(self._layer, seq, length)
+        if self._layers is not None:
+            self._cut_layers(self._layers, seq, length)
         return True
 
-    def _cut_layer(self, layer: MtpLayer, seq: int, length: int) -> None:
+    def _cut_layers(self, layers: MtpLayers, seq: int, length: int) -> None:
         lag = self._lags.get(seq)
         if lag is not None and lag.start <= length < lag.end:
             lag.cut(length)
         elif lag is None or length < lag.start:
-            layer.cut(seq, length)
+            layers.cut(seq, length)
             self._lags.pop(seq, None)
 
     def save(self, seq: int) -> Snapshot | None:
         """See `engine.backend.Context.save`."""
         self._record()
-        if self._layer is None or not self._try_catch_up([seq]):
+        if self._layers is None or not self._try_catch_up([seq]):
             return None
-        saved, layer = super().save(seq), self._layer.save(seq)
-        return None if saved is None or layer is None else _BothSnapshots(saved, layer)
+        saved, layers = super().save(seq), self._layers.save(seq)
+        return None if saved is None or layers is None else JointSnapshot((saved, *layers))
 
     def load(self, seq: int, parts: Sequence[StatePart]) -> bool:
         """See `engine.backend.Context.load`."""
-        if not self._has_layer:
+        if self._parts == 1:
             return super().load(seq, parts)
-        if self._layer is not None:
+        if self._layers is not None:
             self._try_catch_up([seq])
-        length, split, layer = self.length(seq), [_split(part) for part in parts], self._layer
+        length, layers = self.length(seq), self._layers
+        own, *of_layers = split_parts(parts, self._parts)
         self._lags.pop(seq, None)
         try:
-            if not super().load(seq, [model for model, _ in split]):
+            if not super().load(seq, own):
                 return False
-            if layer is None or layer.load(seq, [own for _, own in split]):
+            if layers is None or layers.load(seq, of_layers):
                 return True
         except NativeFault:
-            if layer is not None:
-                layer.cut(seq, 0)
+            self.cut(seq, 0)
             raise
-        super().cut(seq, length)
+        self.cut(seq, length)
         return False
 
     def clear(self) -> None:
         """Frees every cell."""
         super().clear()
         self._lags.clear()
-        if self._layer is not None:
-            self._layer.clear()
+        if self._layers is not None:
+            self._layers.clear()
 
     # ── settings ──
 
     def set_adapters(self, adapters: AdapterSet) -> bool:
         """See `engine.backend.Context.set_adapters`."""
-        if self._layer is not None:
-            self._layer.adapters = self.adapters
-            self._layer.set_adapters(adapters)
+        if self._layers is not None:
+            self._layers.set_adapters(self.adapters, adapters)
         return super().set_adapters(adapters)
 
     def attach(self, pools: ThreadPools) -> None:
         """See `Decoder.attach`."""
         super().attach(pools)
-        if self._layer is not None:
-            pools.attach(self._layer._handle)
+        if self._layers is not None:
+            self._layers.attach(pools)
 
-    def _close_layer(self) -> None:
-        if self._layer is not None:
-            self._layer.close()
-        self._layer = None
+    def _close_layers(self) -> None:
+        if self._layers is not None:
+            self._layers.close()
+        self._layers = None
         self._lags.clear()
         self._drafted.clear()
 
     def close(self) -> None:
         """Frees the contexts, which must not be used again."""
-        self._close_layer()
+        self._close_layers()
         super().close()

@@ -1,4 +1,4 @@
-"""The MTP layer of a model (llama.cpp: NextN): the conditions for its use, the size of its cells, and its context."""
+"""The MTP layers of a model (llama.cpp: NextN): conditions for their use, the size of their cells, and their contexts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from engine.llama.context import LlamaContext
 from engine.llama.gguf_file import tensor_types
 from engine.llama.params import cell_bytes, metadata
 
-# Architectures whose MTP layer the library computes in a context with plain cells. With more than one layer the
-# library aborts.
+# Architectures whose MTP layers the library computes in a context with plain cells.
 ARCHITECTURES = (
     *("bailingmoe3", "cohere2moe", "deepseek2", "deepseek32", "glm-dsa", "glm4moe", "hy_v3", "mimo2"),
     *("nemotron_h_moe", "qwen35", "qwen35moe", "qwen3next", "step35"),
 )
+# Those of which it also computes a second and further layers (`llama_set_nextn_layer_offset`). For the others it ends
+# the process, except for hy_v3, where it returns the hidden states of the first rows instead of those with output.
+SEVERAL_LAYERS = ("mimo2", "step35")
 
 Hidden = NDArray[np.float32]
 
@@ -38,41 +40,53 @@ def loads_mtp(config: EngineConfig) -> bool:
 
 def mtp_problem(model: Any) -> str:
     """Returns the reason why the MTP layers of a loaded model cannot be used; empty if they can."""
-    family, layers = metadata(model, "general.architecture"), native.llama_model_n_layer_nextn(model)
+    family, layers = metadata(model, "general.architecture"), num_layers(model)
     if family not in ARCHITECTURES:
         return f"llama.cpp computes no MTP layers of the architecture {family}"
-    return "" if layers == 1 else f"the model has {layers} MTP layers, and one is supported"
+    if layers > 1 and family not in SEVERAL_LAYERS:
+        return f"the model has {layers} MTP layers, and llama.cpp computes only one of the architecture {family}"
+    return ""
+
+
+def num_layers(model: Any) -> int:
+    """Returns the number of MTP layers of a loaded model."""
+    return int(native.llama_model_n_layer_nextn(model))
 
 
 def uses_mtp(config: EngineConfig, model: Any) -> bool:
-    """Returns True if the context of `model`, which was loaded with `config`, has an MTP layer."""
+    """Returns True if the context of `model`, which was loaded with `config`, has MTP layers."""
     return loads_mtp(config) and not mtp_problem(model)
 
 
 def model_cell_bytes(config: EngineConfig, model: Any) -> int:
-    """Returns the bytes of one cell in all layers together, including an MTP layer."""
+    """Returns the bytes of one cell in all layers together, including MTP layers: each has a context of its own, in
+    which the library allocates the cells of all."""
     trunk = cell_bytes(config.model, model)
-    return trunk + (-(-trunk // native.llama_model_n_layer(model)) if uses_mtp(config, model) else 0)
+    layers = num_layers(model) ** 2 if uses_mtp(config, model) else 0
+    return trunk + layers * -(-trunk // native.llama_model_n_layer(model))
 
 
-def mtp_params(params: Any, other: Any) -> Any:
-    """Returns the parameters of the MTP layer's context, given the model's context `other` and its `params`."""
+def mtp_params(params: Any, other: Any, layers: int) -> Any:
+    """Returns the parameters of the context of one of `layers` MTP layers, given the model's context `other` and its
+    `params`."""
     result = type(params).from_buffer_copy(params)
     result.ctx_type, result.ctx_other = native.LLAMA_CONTEXT_TYPE_MTP, other
+    result.n_batch = max(params.n_batch, layers * params.n_seq_max)  # a further layer computes the whole draft
     result.n_outputs_max, result.n_rs_seq = params.n_seq_max, 0
     result.samplers, result.n_samplers = None, 0
     return result
 
 
 class MtpLayer(LlamaContext):
-    """The cells of the MTP layer. Each row of its batch has a token and the hidden state of the position before."""
+    """The cells of one MTP layer. Each row of its batch has a token and the hidden state of the position before."""
 
-    def __init__(self, model: Any, params: Any, other: Any, *, window: int) -> None:
+    def __init__(self, model: Any, params: Any, other: Any, index: int, *, window: int) -> None:
         """`other` is the model's context, which was opened with `params`. Raises NativeFault."""
         self.width: int = native.llama_model_n_embd_out(model)
         self._hidden: Hidden | None = None
-        super().__init__(model, mtp_params(params, other), partial=True, window=window)
+        super().__init__(model, mtp_params(params, other, num_layers(model)), partial=True, window=window)
         staged.llama_set_embeddings_nextn(self._handle, True, True)
+        staged.llama_set_nextn_layer_offset(self._handle, index)
 
     @property
     def hidden(self) -> Hidden:

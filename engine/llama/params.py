@@ -121,14 +121,14 @@ def cell_bytes(config: ModelConfig, model: Any) -> int:
     family = metadata(model, "general.architecture")
     layers: int = native.llama_model_n_layer(model)
     heads = [int(word) for word in re.findall(r"\d+", metadata(model, f"{family}.attention.head_count_kv"))]
-    if len(heads) != layers:
+    if len(heads) < layers:
         heads = [native.llama_model_n_head_kv(model)] * layers
     width = native.llama_model_n_embd(model) // max(1, native.llama_model_n_head(model))
     size = 0.0
     for name, kind in (("key", config.cache_type_k), ("value", config.cache_type_v)):
         given = metadata(model, f"{family}.attention.{name}_length")
         size += _element_bytes(kind) * (int(given) if given.isdigit() else width)
-    return max(1, round(sum(heads) * size))
+    return max(1, round(sum(heads[:layers]) * size))  # the list also has the MTP layers
 
 
 def _element_bytes(kind: str) -> float:

@@ -57,6 +57,8 @@ class MtpProposer:
 
     def __init__(self, head: DraftHead, ends: Container[int]) -> None:
         self.fault = ""
+        self.max_draft = head.max_draft
+        """Maximum tokens of a draft; None is no limit."""
         self._head = head
         self._ends = ends
         self._cost = StepCost()

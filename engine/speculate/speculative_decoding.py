@@ -180,6 +180,7 @@ class SpeculativeDecoding:
             pick = self._pick_token(request, sampler)
             return DraftSequence(self.draft_model, request.salt, bounds, pick, keep=request.cache)
         if self._mtp is not None and MtpSequence.type in types:
+            bounds = DraftBounds(min(n_max, self._mtp.max_draft or n_max), n_min, p_min)
             return MtpSequence(bounds, self._pick_token(request, sampler))
         return None
 

@@ -72,6 +72,7 @@ decoder memory_check rollback
 shift adapters
 vocab context textless
 mtp_layer
+mtp_layers
 mtp
 model
 embedding mtmd

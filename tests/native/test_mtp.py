@@ -24,7 +24,7 @@ from tests.native.test_llama import feed
 from tests.native.test_memory import GREEDY, cells, words
 
 MIB = 2**20
-KINDS = ["cells", "hybrid"]
+KINDS = ["cells", "hybrid", "layers"]
 TYPES = SpeculationConfig(types=("draft-mtp",), order="fixed")
 # A row has the same bits in every batch.
 EXACT: dict[str, Any] = {"flash_attention": "on", "cache_type_v": "bf16", "threads": 1}
@@ -38,6 +38,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "cells": tiny.with_mtp(folder / "cells.gguf"),
         "hybrid": tiny.delta_net(folder / "hybrid.gguf", mtp=True),
+        "layers": tiny.with_mtp_layers(folder / "layers.gguf"),
     }
 
 
@@ -123,8 +124,11 @@ def test_prefixes_have_the_cells_of_the_layer(open_bench: OpenBench, kind: str, 
     bench.backend.close()
 
 
-def test_sequences_that_are_copied_cut_and_loaded_draft_the_same(open_bench: OpenBench) -> None:
-    context = open_bench("cells", False).core.context
+@pytest.mark.parametrize(("kind", "unified"), [("cells", False), ("layers", True)])
+def test_sequences_that_are_copied_cut_and_loaded_draft_the_same(
+    open_bench: OpenBench, kind: str, unified: bool
+) -> None:
+    context = open_bench(kind, unified).core.context
     assert isinstance(context, MtpContext)
     tokens = [*words(5, 60)]
     feed(context, 0, 0, tokens[:59])
@@ -156,12 +160,12 @@ def test_a_fault_of_the_layer_ends_its_drafts_only(open_bench: OpenBench, caplog
     bench, reference = open_bench("cells", True), open_bench("cells", True)
     context = bench.core.context
     assert isinstance(context, MtpContext)
-    assert context._layer is not None
+    assert context._layers is not None
 
     def fail(*_: object) -> None:
         raise NativeFault("injected")
 
-    context._layer.decode = fail  # type: ignore[method-assign, assignment]
+    context._layers[0].decode = fail  # type: ignore[method-assign, assignment]
     requests = requests_of(2)
     with caplog.at_level(logging.ERROR, "paceline.speculation"):
         run(bench, requests, together=True)
@@ -187,16 +191,43 @@ async def test_the_engine_drafts_by_default_and_counts_the_memory(paths: dict[st
         assert engine.unavailable_proposers["draft-mtp"] == "the model has no MTP layer that can be used"
 
 
+@pytest.mark.parametrize(
+    ("kind", "supported", "reason"),
+    [
+        ("cells", "ARCHITECTURES", "llama.cpp computes no MTP layers of the architecture glm4moe"),
+        ("layers", "SEVERAL_LAYERS", "the model has 3 MTP layers, and llama.cpp computes only one of the architecture"),
+    ],
+)
 def test_layers_that_the_library_would_abort_on_are_not_used(
-    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    paths: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    supported: str,
+    reason: str,
 ) -> None:
-    monkeypatch.setattr(mtp_layer, "ARCHITECTURES", ())
-    config = EngineConfig.of(path=paths["cells"], slots=1, context=256)
+    monkeypatch.setattr(mtp_layer, supported, ())
+    config = EngineConfig.of(path=paths[kind], slots=1, context=256)
     with caplog.at_level(logging.WARNING, "paceline.native"):
         backend = open_gguf(config, lambda share: None, lambda: True)
     assert not isinstance(backend.context, MtpContext)
-    assert "MTP is off: llama.cpp computes no MTP layers of the architecture glm4moe" in caplog.text
+    assert f"MTP is off: {reason}" in caplog.text
     backend.close()
+
+
+def test_each_of_several_layers_drafts_one_token(open_bench: OpenBench) -> None:
+    context = open_bench("layers", False).core.context
+    assert isinstance(context, MtpContext)
+    assert context.max_draft == 3
+    feed(context, 0, 0, [7, 8, 9])
+    first = [context.draft([(0, token)]).copy() for token in (1, 2, 3)]
+    context.rewind()
+    again = [context.draft([(0, token)]).copy() for token in (1, 2, 4)]
+    assert [np.array_equal(*rows) for rows in zip(first, again, strict=True)] == [True, True, False]
+    context.rewind()
+    with pytest.raises(NativeFault, match="at most 3 tokens"):
+        [context.draft([(0, 1)]) for _ in range(4)]
+    context.close()
 
 
 def test_rows_of_an_image_have_cells_of_the_layer(open_bench: OpenBench) -> None:

@@ -187,11 +187,31 @@ def with_mtp(path: Path, seed: int = 1) -> Path:
     return model.written("output_norm")
 
 
+def with_mtp_layers(path: Path, count: int = 3, seed: int = 1) -> Path:
+    """Writes a model with `count` MTP layers, most of whose drafts are accepted; even layers attend to the last 32
+    positions only (Step 3.5)."""
+    model = _Model(path, "step35", seed, feed_forward=2 * WIDTH, mtp=count)
+    model.heads()
+    model.writer.add_rope_dimension_count(HEAD_WIDTH)
+    model.writer.add_expert_feed_forward_length(2 * WIDTH)
+    model.writer.add_sliding_window(32)
+    model.writer.add_sliding_window_pattern([layer % 2 == 0 for layer in range(LAYERS + count)])
+    for layer in range(LAYERS + count):
+        if layer < LAYERS:
+            model.ones(f"blk.{layer}.attn_norm", WIDTH)
+            model.ones(f"blk.{layer}.ffn_norm", WIDTH)
+        else:
+            model.mtp(layer, "ffn_norm")
+        model.attention(layer)
+        model.feed_forward(layer, norm=False)
+    return model.written("output_norm")
+
+
 class _Model:
     """A writer of a GGUF: the vocabulary, the fields common to all kinds, and weights from one seed."""
 
     def __init__(
-        self, path: Path, architecture: str, seed: int, feed_forward: int | list[int], *, mtp: bool = False
+        self, path: Path, architecture: str, seed: int, feed_forward: int | list[int], *, mtp: int = 0
     ) -> None:
         self.path = path
         self.writer = GGUFWriter(path, architecture)
@@ -202,7 +222,7 @@ class _Model:
         self.writer.add_embedding_length(WIDTH)
         self.writer.add_block_count(LAYERS + mtp)
         if mtp:
-            self.writer.add_nextn_predict_layers(1)
+            self.writer.add_nextn_predict_layers(mtp)
         self.writer.add_feed_forward_length(feed_forward)
         self.writer.add_layer_norm_rms_eps(1e-5)
         if architecture == "mamba":
@@ -235,11 +255,11 @@ class _Model:
         for norm in ("attn_q_norm", "attn_k_norm") if norms else ():
             self.numbers(f"blk.{layer}.{norm}.weight", np.full(HEAD_WIDTH, 1.7))
 
-    def mtp(self, layer: int) -> None:
+    def mtp(self, layer: int, second_norm: str = "post_attention_norm") -> None:
         """Adds the norms of an MTP layer and its projection, which adds the embedding of the last token, as large as in
         the first layer, and the hidden state before it."""
         name = f"blk.{layer}"
-        for norm in ("attn_norm", "post_attention_norm", "nextn.hnorm", "nextn.shared_head_norm"):
+        for norm in ("attn_norm", second_norm, "nextn.hnorm", "nextn.shared_head_norm"):
             self.ones(f"{name}.{norm}", WIDTH)
         self.numbers(f"{name}.nextn.enorm.weight", np.full(WIDTH, 16))
         both = quantize(np.tile(np.eye(WIDTH, dtype=np.float32), 2), GGMLQuantizationType.Q8_0)
