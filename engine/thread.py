@@ -119,8 +119,6 @@ class EngineThread:
         self._backends: list[Backend] = []
         self._encoder: MediaEncoder | None = None
         self._unavailable: dict[str, str] = {}
-        if not config.draft.path:
-            self._unavailable["draft"] = "there is no draft model, see --model-draft"
 
     # ── on the event loop ──
 
@@ -213,7 +211,7 @@ class EngineThread:
                 check_draft_files(self._config.speculation)
                 backend = self._open_model(stack)
                 check_draft_files(self._config.speculation, backend.vocab)
-                draft = self._open_draft(backend, stack) if self._config.draft.path else None
+                draft = self._open_draft(backend, stack) if "draft" not in self._unavailable else None
                 if (encoder := open_encoder(self._config, backend)) is not None:
                     self._encoder = stack.enter_context(closing(encoder))
                 whole = not backend.context.divisible
@@ -233,6 +231,10 @@ class EngineThread:
         self._backends.append(backend)
         if not isinstance(backend.context, DraftHead):
             self._unavailable["draft-mtp"] = self._config.no_mtp or "the model has no MTP layer that can be used"
+        elif self._config.draft.path:
+            self._unavailable["draft"] = "the file of --model-draft has MTP layers, which draft instead (draft-mtp)"
+        if not self._config.draft.path:
+            self._unavailable["draft"] = "there is no draft model, see --model-draft"
         if backend.context.max_rollback == 0:
             reason = backend.info.no_drafts or "the model cannot roll back single tokens"
             self._unavailable.update(dict.fromkeys(PROPOSER_TYPES, reason))
@@ -245,10 +247,8 @@ class EngineThread:
         draft = self._opener(config, lambda share: None, self._keep_loading)
         if reason := vocabulary_mismatch(backend.vocab, draft.vocab):
             self._disable_draft_model(f"{config.model.path} does not fit the model: {reason}")
-        elif backend.context.max_rollback == 0 or not draft.context.partial:
-            self._disable_draft_model(
-                "the target must be able to roll back rejected tokens, and the draft model any number of tokens"
-            )
+        elif not draft.context.partial:
+            self._disable_draft_model("the draft model must be able to roll back any number of tokens")
         else:
             stack.callback(draft.close)
             self._backends.append(draft)

@@ -187,10 +187,9 @@ def _options(settings: Mapping[str, _Given], config_path: str | None) -> Options
 
 
 def _draft_problem(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns a sentence if both a draft model and the MTP layer are requested; otherwise an empty text."""
-    named = tables.get("draft", {}).get("path") or tables.get("hub", {}).get("draft_repo")
-    if named and "draft-mtp" in tables.get("speculation", {}).get("types", ()):
-        return "--spec-type draft-mtp cannot be used with a draft model: leave out -md (-hfd), or use --spec-type draft"
+    """Returns a sentence if both a draft model and MTP layers are requested; otherwise an empty text."""
+    if {"draft", "draft-mtp"} <= {*tables.get("speculation", {}).get("types", ())}:
+        return "--spec-type draft and draft-mtp cannot be used together: -md (-hfd) names a draft model or MTP layers"
     return ""
 
 

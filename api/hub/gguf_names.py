@@ -68,6 +68,24 @@ def choose_projector(paths: Iterable[str], quant: str = "") -> str | None:
     return next(iter(projectors), None)
 
 
+def choose_head(paths: Iterable[str], model: str, quant: str = "") -> str | None:
+    """Returns the file with MTP layers for `model`: of those in its folder or in one above the deepest, of these the
+    one with the quantization `quant`, else with the closest number of bits. None if there is none."""
+    folders, bits = model.split("/")[:-1], _bits(quant or parse_gguf_name(model).quant)
+
+    def rank(path: str) -> tuple[int, bool, int]:
+        exact = bool(quant) and f"-{quant}.".upper() in path.upper()
+        return -path.count("/"), not exact, abs(_bits(parse_gguf_name(path).quant) - bits)
+
+    heads = [path for path in paths if path.endswith(".gguf") and "mtp-" in path]
+    return min((path for path in heads if (own := path.split("/")[:-1]) == folders[: len(own)]), key=rank, default=None)
+
+
+def _bits(quant: str) -> int:
+    found = re.search(r"\d+", quant)
+    return int(found[0]) if found else 0
+
+
 def files_of(paths: Iterable[str], first: str) -> tuple[str, ...]:
     """Returns the paths of all files of the model whose first or only file is `first`, in order."""
     model = parse_gguf_name(first)

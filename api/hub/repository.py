@@ -17,6 +17,7 @@ from api.http.decode_errors import nearest_hint
 from api.hub.download import PARTIAL_SUFFIX, RemoteFile, check_space, download
 from api.hub.errors import HubError, hub_errors
 from api.hub.gguf_names import (
+    choose_head,
     choose_model,
     choose_projector,
     files_of,
@@ -100,11 +101,23 @@ def find_projector(hub: Hub, name: str) -> str:
     """Returns the path of the projector in a repository, or among its cached files if the hub cannot be read; empty if
     there is none. `name` is `user/model[:quant]`."""
     repository, quant = split_repository(name)
+    return choose_projector(_known_files(hub, repository), quant) or ""
+
+
+def find_head(hub: Hub, name: str, file: str) -> str:
+    """Returns the path of the file with MTP layers for the model `file` of a repository, or for the one that
+    `fetch_model` chooses if `file` is empty; empty if there is none. See `find_projector`."""
+    repository, quant = split_repository(name)
+    files = _known_files(hub, repository)
+    return choose_head(files, file or choose_model(files, quant) or "", quant) or ""
+
+
+def _known_files(hub: Hub, repository: str) -> Mapping[str, RemoteFile | Path]:
+    """Returns the files on the hub, or the cached ones if the hub cannot be read."""
     try:
-        files = (_cached_repository if hub.offline else _remote_repository)(hub, repository).files
+        return (_cached_repository if hub.offline else _remote_repository)(hub, repository).files
     except HubError:
-        files = _cached_repository(hub, repository).files
-    return choose_projector(files, quant) or ""
+        return _cached_repository(hub, repository).files
 
 
 class _LargeFile(Struct):

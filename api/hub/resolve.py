@@ -8,7 +8,7 @@ from msgspec import structs
 
 from api.config.options import Options
 from api.hub.errors import HubError
-from api.hub.repository import fetch_model, find_projector, hub_of
+from api.hub.repository import Hub, fetch_model, find_head, find_projector, hub_of
 from api.hub.url import fetch_url
 from engine import has_media_library
 
@@ -39,8 +39,23 @@ def resolve_models(options: Options, note: Callable[[str], None]) -> Options:
             projector = find_projector(hub, config.repo)
             path = str(fetch_model(hub, config.repo.partition(":")[0], projector, note)) if projector else ""
             media = structs.replace(media, path=path)
-        if config.draft_repo:
-            draft = structs.replace(draft, path=str(fetch_model(hub, config.draft_repo, draft.path, note)))
+        name, file = _draft_file(hub, options)
+        if name:
+            draft = structs.replace(draft, path=str(fetch_model(hub, name, file, note)))
     except KeyboardInterrupt:
         raise HubError("interrupted; the same command continues the download") from None
     return structs.replace(options, model=model, draft=draft, server=server, media=media)
+
+
+def _draft_file(hub: Hub, options: Options) -> tuple[str, str]:
+    """Returns the repository of the draft model or of the MTP layers, and the file; an empty repository if there is
+    none, and an empty file for the choice by quantization. As in llama-server, MTP layers precede a draft model in a
+    repository of `-hfd`, and in that of `-hf` they are sought if `--spec-type` names `draft-mtp`."""
+    config, types = options.hub, options.speculation.default_types
+    repository, file = config.draft_repo, options.draft.path
+    if repository:
+        head = find_head(hub, repository, "") if not file and {"auto", "draft-mtp"} & {*types} else ""
+    else:
+        head = find_head(hub, config.repo, config.file) if config.repo and not file and "draft-mtp" in types else ""
+        repository = config.repo if head else ""
+    return (repository.partition(":")[0], head) if head else (repository, file)

@@ -17,6 +17,9 @@ from api.generation.loaded_model import LoadedModel
 
 # Share of the work between two progress lines if stderr is not a terminal.
 _LINE_SHARE = 0.25
+# Settings of a draft model that MTP layers use as well, and those of their load from a file of their own.
+_USED_BY_MTP = ("noise", "n_max", "n_min", "p_min")
+_USED_BY_HEAD = ("path", "gpu_layers", "device", "override_tensor", "cpu_moe", "n_cpu_moe")
 
 
 def print_line(line: str) -> None:
@@ -97,13 +100,15 @@ def _warnings(model: LoadedModel) -> Iterator[str]:
     if model.prompts.warning:
         yield model.prompts.warning
     draft = model.options.draft
-    used_by_mtp = ("noise", "n_max", "n_min", "p_min") if "draft-mtp" in model.engine.proposers else ()
+    has_mtp = "draft-mtp" in model.engine.proposers
+    used = (*_USED_BY_MTP, *(_USED_BY_HEAD if draft.path else ())) if has_mtp else ()
     given = [flag for flag in FLAGS if flag.table == "draft" and getattr(draft, flag.field) != flag.default]
-    flags = [flag for flag in given if flag.field not in used_by_mtp]
-    if flags and not draft.path:
+    flags = [flag for flag in given if flag.field not in used]
+    if flags and (has_mtp or not draft.path):
         names = ", ".join(next(name for name in flag.names if name.startswith("--")) for flag in flags)
-        yield f"There is no draft model (-md): without effect are {names}."
-    requested = {*model.options.speculation.default_types, *(["draft"] if model.options.draft.path else [])}
+        cause = "The file of -md has MTP layers" if draft.path else "There is no draft model (-md)"
+        yield f"{cause}: without effect are {names}."
+    requested = {*model.options.speculation.default_types, *(["draft"] if draft.path and not has_mtp else [])}
     for kind, reason in model.engine.unavailable_proposers.items():
         if kind in requested:
             yield f"Proposer {kind} is off: {reason}."
@@ -113,7 +118,9 @@ def _speculation_lines(model: LoadedModel) -> Iterator[str]:
     """Yields a line with the default proposer types; without any, with the draft model that requests can select."""
     draft = model.options.draft.path if "draft" in model.engine.proposers else ""
     if model.default_proposers:
-        names = [f"draft ({Path(draft).name})" if kind == "draft" else kind for kind in model.default_proposers]
+        file = Path(model.options.draft.path).name
+        in_file = ("draft", "draft-mtp") if file else ("draft",)
+        names = [f"{kind} ({file})" if kind in in_file else kind for kind in model.default_proposers]
         mode = "auto" if "auto" in model.options.speculation.default_types else "on"
         yield f"Speculation: {mode} ({', '.join(names)})"
     elif draft:

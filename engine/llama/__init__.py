@@ -3,7 +3,8 @@
 model    opens the model, vocabulary and context of a GGUF
 vocab    the vocabulary
 context  cells: copies, cuts, saved states and moves to other positions, over decoder, which has the native calls
-mtp      the same with the MTP layers of a model, whose own cells mtp_layers has, over mtp_layer for each
+mtp      the same with the MTP layers of a model: mtp_layers has their cells, mtp_layer those of one, mtp_head those of a file
+weights  loads the weights of a model
 state    cuts states into blocks and joins blocks, by numpy on llama.cpp's state format
 shift    moves saved keys to other positions
 rollback snapshots of recurrent states

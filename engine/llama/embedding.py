@@ -24,10 +24,11 @@ from engine.llama.decoder import native_batch
 from engine.llama.gguf_file import tensor_types
 from engine.llama.layout import PAD_CELLS
 from engine.llama.library import FLASH_ATTENTION
-from engine.llama.model import LlamaBackend, load_model
+from engine.llama.model import LlamaBackend
 from engine.llama.params import resolve_flash_attention, serving_gpu, set_rope
 from engine.llama.threads import thread_count
 from engine.llama.vocab import LlamaVocab
+from engine.llama.weights import load_model
 
 # Maximum tokens of one input unless the configuration has a number: the scores of one layer stay below 1 GiB.
 DEFAULT_LIMIT = 2048

@@ -23,7 +23,8 @@ from engine.llama.layout import KvLayout, LayoutInputs
 from engine.llama.library import native_log, read_string
 from engine.llama.memory_check import check_cells
 from engine.llama.mtp import MtpContext
-from engine.llama.mtp_layer import loads_mtp, model_cell_bytes, mtp_params, mtp_problem, num_layers, uses_mtp
+from engine.llama.mtp_head import load_head, names_head
+from engine.llama.mtp_layer import loads_mtp, model_cell_bytes, mtp_params, mtp_problem, num_layers
 from engine.llama.params import (
     MAX_SEQUENCES,
     context_params,
@@ -38,6 +39,7 @@ from engine.llama.textless import TextlessContext
 from engine.llama.threads import ThreadPools, check_cpus, open_pools, prepare_threads, thread_count
 from engine.llama.top_k_chains import enable_selection, open_chains
 from engine.llama.vocab import LlamaVocab
+from engine.llama.weights import load_model
 
 
 class LlamaBackend:
@@ -50,8 +52,11 @@ class LlamaBackend:
         context: LlamaContext | TextlessContext,
         info: ModelInfo,
         pools: ThreadPools | None = None,
+        head: Any = None,
     ) -> None:
+        """`head` is a model with MTP layers for `model`, if they have a file of their own."""
         self.model = model
+        self._head = head
         self._pools = pools
         self._context = context
         self.vocab = vocab
@@ -59,8 +64,9 @@ class LlamaBackend:
         self.info = info
 
     def close(self) -> None:
-        """Frees the context, the vocabulary and the model."""
+        """Frees the context, the vocabulary and the models."""
         self._context.close()
+        native.llama_model_free(self._head)
         if self._pools is not None:
             self._pools.close()
         if self.vocab.close():
@@ -84,10 +90,13 @@ def open_gguf(config: EngineConfig, progress: LoadProgress, keep_loading: Callab
     _check_settings(config)
     prepare_threads(config.cpu)
     config = _exact(config, path)
-    model = load_model(config, progress, keep_loading)
+    has_head = names_head(config)
+    model, head = load_model(config, progress, keep_loading, mtp=loads_mtp(config)), None
     try:
-        return _open(config, path, model)
+        head = load_head(config, model, keep_loading) if has_head else None
+        return _open(config, path, model, head)
     except BaseException:
+        native.llama_model_free(head)
         native.llama_model_free(model)
         raise
 
@@ -130,7 +139,8 @@ def open_vocabulary(path: Path, override_kv: Sequence[str] = ()) -> Iterator[Lla
         params.kv_overrides = overrides
     model = native.llama_model_load_from_file(str(path).encode(), params)
     if not model:
-        raise ModelError(f"cannot load the vocabulary of {path}: {_reason('the library gave no reason')}")
+        reason = library.first_error() or "the library gave no reason"
+        raise ModelError(f"cannot load the vocabulary of {path}: {reason}")
     vocab = LlamaVocab(model)
     try:
         yield vocab
@@ -139,32 +149,7 @@ def open_vocabulary(path: Path, override_kv: Sequence[str] = ()) -> Iterator[Lla
             native.llama_model_free(model)
 
 
-def load_model(config: EngineConfig, progress: LoadProgress, keep_loading: Callable[[], bool]) -> Any:
-    """Returns the native model of `config.model.path`. Raises ModelError."""
-
-    def report(share: float, user_data: object) -> bool:
-        progress(share)
-        return keep_loading()
-
-    callback = native.llama_progress_callback(report)
-    params = native.llama_model_default_params()
-    params.progress_callback = callback
-    params.load_mtp = loads_mtp(config)
-    references = set_placement(config.model, config.load, params)
-    if library.built_with_amx():
-        native_log.warning("llama.cpp was built with AMX, which can crash; weights are not repacked, which is slower")
-    model = native.llama_model_load_from_file(config.model.path.encode(), params)
-    del references
-    if not model:
-        raise ModelError(f"cannot load the model {config.model.path}: {_reason('the library gave no reason')}")
-    return model
-
-
-def _reason(default: str) -> str:
-    return library.first_error() or default
-
-
-def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
+def _open(config: EngineConfig, path: Path, model: Any, head: Any) -> LlamaBackend:
     is_encoder_decoder = native.llama_model_has_encoder(model) and native.llama_model_has_decoder(model)
     if is_encoder_decoder or native.llama_model_is_diffusion(model):
         raise ModelError(f"{path} is neither a decoder-only language model nor a model for embeddings")
@@ -187,10 +172,12 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
         return params
 
     library.clear_errors()
-    chosen = _layout(config, model, kind, gpu, trained_context, params_of)
-    check_cells(config.model, model, chosen.cells, kind, model_cell_bytes(config, model), gpu=bool(gpu))
+    mtp = head or (model if _has_usable_layers(config, model) else None)
+    bytes_per_cell = model_cell_bytes(config, model, mtp)
+    chosen = _layout(config, model, mtp, kind, gpu, trained_context, params_of)
+    check_cells(config.model, model, chosen.cells, kind, bytes_per_cell, gpu=bool(gpu))
     params = params_of(chosen)
-    context = _open_context(config, model, params, kind)
+    context = _open_context(config, model, mtp, params, kind)
     pools = open_pools(config.cpu, params.n_threads, params.n_threads_batch)
     if isinstance(context, LlamaContext):
         if pools is not None:
@@ -210,22 +197,31 @@ def _open(config: EngineConfig, path: Path, model: Any) -> LlamaBackend:
         kv_unified=chosen.unified,
         kv_reason=chosen.reason,
         adapters=tuple(each.info for each in adapters),
-        cell_bytes=model_cell_bytes(config, model) if isinstance(context, LlamaContext) else 0,
+        cell_bytes=bytes_per_cell if isinstance(context, LlamaContext) else 0,
         no_drafts=snapshots_of(config, model, params, free).reason if recurrent else "",
     )
-    return LlamaBackend(model, vocab, context, info, pools)
+    return LlamaBackend(model, vocab, context, info, pools, head)
 
 
-def _open_context(config: EngineConfig, model: Any, params: Any, kind: str) -> LlamaContext | TextlessContext:
-    """Returns a new context, which is a TextlessContext if the model computes embeddings only. Raises ModelError."""
+def _has_usable_layers(config: EngineConfig, model: Any) -> bool:
+    """Returns True if MTP layers of `model` were loaded and can be used; False, with a warning in the log, if they
+    cannot be used."""
+    if not loads_mtp(config):
+        return False
+    if problem := mtp_problem(model):
+        native_log.warning("MTP is off: %s", problem)
+    return not problem
+
+
+def _open_context(config: EngineConfig, model: Any, mtp: Any, params: Any, kind: str) -> LlamaContext | TextlessContext:
+    """Returns a new context, which is a TextlessContext if the model computes embeddings only. `mtp` is the model with
+    MTP layers that draft, or None. Raises ModelError."""
     try:
         if native.llama_model_has_decoder(model):
             partial, window = kind not in ("recurrent", "hybrid"), native.llama_model_n_swa(model)
-            chains = open_chains(config.model, model, params, config.batch.num_slots, mtp=uses_mtp(config, model))
-            if uses_mtp(config, model):
-                return MtpContext(model, params, partial=partial, window=window)
-            if loads_mtp(config):
-                native_log.warning("MTP is off: %s", mtp_problem(model))
+            chains = open_chains(config.model, model, params, config.batch.num_slots, mtp=bool(mtp))
+            if mtp:
+                return MtpContext(model, mtp, params, partial=partial, window=window)
             shifting = config.memory.reuse > 0 and not config.model.deterministic
             context = LlamaContext(model, params, chains, partial=partial, window=window, shifting=shifting)
             if chains is not None:
@@ -234,7 +230,7 @@ def _open_context(config: EngineConfig, model: Any, params: Any, kind: str) -> L
     except NoKVCells:
         native_log.debug("%s computes embeddings only", config.model.path)
     except NativeFault as fault:
-        raise ModelError(f"cannot open a context of {params.n_ctx} tokens: {_reason(str(fault))}") from None
+        raise ModelError(f"cannot open a context of {params.n_ctx} tokens: {library.first_error() or fault}") from None
     return TextlessContext(config.batch.num_slots)
 
 
@@ -254,13 +250,15 @@ def _state_settings(config: EngineConfig, params: Any, context: LlamaContext | T
     changes = [] if config.rope == RopeConfig() else [repr(config.rope)]
     changes += sorted(config.load.override_kv)
     changes += ["full windows"] if config.model.swa_full else []
-    changes += ["MTP"] if isinstance(context, MtpContext) else []
+    head = digest(Path(config.draft.path)) if config.draft.path else "own"
+    changes += [f"MTP layers {context.max_draft or 1} {head}"] if isinstance(context, MtpContext) else []
     return " ".join([f"{params.type_k} {params.type_v} {params.flash_attn_type} {kind}{whole}", *changes])
 
 
 def _layout(
     config: EngineConfig,
     model: Any,
+    mtp: Any,
     kind: str,
     gpu: str,
     trained_context: int,
@@ -273,10 +271,10 @@ def _layout(
     cells = batch.context or batch.num_slots * batch.slot_context
     inputs = LayoutInputs(unified, batch.num_slots, cells, trained_context, kind, slots_given=batch.slots > 0)
     if gpu and config.model.fit == "on" and not inputs.cells:
-        inputs = inputs._replace(cells=_fitting_cells(config, model, trained_context, params_of), fitted=True)
+        inputs = inputs._replace(cells=_fitting_cells(config, model, mtp, trained_context, params_of), fitted=True)
     if not inputs.cells:
         free = sum(library.free_gpu_memory().values()) if gpu else layout.free_memory()
-        inputs = inputs._replace(memory_cells=int(layout.MEMORY_SHARE * free) // model_cell_bytes(config, model))
+        inputs = inputs._replace(memory_cells=int(layout.MEMORY_SHARE * free) // model_cell_bytes(config, model, mtp))
     chosen = layout.choose_layout(inputs)
     limit = MAX_SEQUENCES - 2 if chosen.unified else MAX_SEQUENCES
     if config.batch.num_slots > limit:
@@ -288,7 +286,9 @@ def _layout(
 DRAFT_CELLS_SHARE = 0.25
 
 
-def _fitting_cells(config: EngineConfig, model: Any, trained_context: int, params_of: Callable[[KvLayout], Any]) -> int:
+def _fitting_cells(
+    config: EngineConfig, model: Any, mtp: Any, trained_context: int, params_of: Callable[[KvLayout], Any]
+) -> int:
     """Returns the number of cells that fit the free memory of the GPUs. Raises ModelError if no context fits."""
 
     def measure(cells: int) -> dict[str, int]:
@@ -296,16 +296,16 @@ def _fitting_cells(config: EngineConfig, model: Any, trained_context: int, param
         chosen = KvLayout(True, cells, "")
         context = native.llama_init_from_model(model, params_of(chosen))
         if not context:
-            raise fit.TooLittleMemory(_reason(f"no context of {cells} cells can be opened"))
-        of_layer = mtp_params(params_of(chosen), context, layers)
-        opened = [context, *(native.llama_init_from_model(model, of_layer) for _ in range(layers))]
+            raise fit.TooLittleMemory(library.first_error() or f"no context of {cells} cells can be opened")
+        of_layer = mtp_params(params_of(chosen), context, num_layers(mtp))
+        opened = [context, *(native.llama_init_from_model(mtp, of_layer) for _ in range(num_layers(mtp)))]
         after = library.free_gpu_memory()
         for each in opened:
             native.llama_free(each)
         return {device: before[device] - after[device] for device in before}
 
-    draft, reserve, share, layers = config.draft, 0, 1.0, num_layers(model) if uses_mtp(config, model) else 0
-    if draft.path and draft.gpu_layers and not draft.device:
+    draft, reserve, share = config.draft, 0, 1.0
+    if draft.path and not mtp and draft.gpu_layers and not draft.device:
         reserve, share = reserve + Path(draft.path).stat().st_size, 1 - DRAFT_CELLS_SHARE
     if config.embedding.path and config.model.gpu_layers:
         reserve += Path(config.embedding.path).stat().st_size

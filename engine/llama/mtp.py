@@ -72,8 +72,9 @@ class MtpContext(LlamaContext):
     part of a sequence. Zeros replace it, which only makes drafts worse.
     """
 
-    def __init__(self, model: Any, params: Any, *, partial: bool, window: int) -> None:
-        """See `LlamaContext`. Raises NativeFault, with nothing left in memory."""
+    def __init__(self, model: Any, head: Any, params: Any, *, partial: bool, window: int) -> None:
+        """See `LlamaContext`. `head` is the model with the MTP layers, which may be `model`. Raises NativeFault, with
+        nothing left in memory."""
         self._layers: MtpLayers | None = None
         self._parts = 1  # of a saved state; unchanged after a fault has closed the layers
         self._recorded = True
@@ -83,13 +84,14 @@ class MtpContext(LlamaContext):
         super().__init__(model, params, partial=partial, window=window)
         staged.llama_set_embeddings_nextn(self._handle, True, False)
         try:
-            self._layers = MtpLayers(model, params, self._handle, window=window)
+            self._layers = MtpLayers(head, params, self._handle, window=window)
         except BaseException:
             super().close()
             raise
         for layer in self._layers:
             self.stop.install(layer._handle)
         self._parts += len(self._layers)
+        self._own = head == model
         self.max_draft = None if len(self._layers) == 1 else len(self._layers)
 
     # ── drafts ──
@@ -267,7 +269,7 @@ class MtpContext(LlamaContext):
 
     def set_adapters(self, adapters: AdapterSet) -> bool:
         """See `engine.backend.Context.set_adapters`."""
-        if self._layers is not None:
+        if self._layers is not None and self._own:  # an adapter was loaded for the model's layers only
             self._layers.set_adapters(self.adapters, adapters)
         return super().set_adapters(adapters)
 

@@ -1,4 +1,4 @@
-"""The MTP layers of a model (llama.cpp: NextN): conditions for their use, the size of their cells, and their contexts."""
+"""The MTP layers of a model (llama.cpp: NextN): conditions for their use, the size of their cells, their contexts."""
 
 from __future__ import annotations
 
@@ -49,21 +49,15 @@ def mtp_problem(model: Any) -> str:
 
 
 def num_layers(model: Any) -> int:
-    """Returns the number of MTP layers of a loaded model."""
-    return int(native.llama_model_n_layer_nextn(model))
+    """Returns the number of MTP layers of a loaded model; 0 for None."""
+    return int(native.llama_model_n_layer_nextn(model)) if model else 0
 
 
-def uses_mtp(config: EngineConfig, model: Any) -> bool:
-    """Returns True if the context of `model`, which was loaded with `config`, has MTP layers."""
-    return loads_mtp(config) and not mtp_problem(model)
-
-
-def model_cell_bytes(config: EngineConfig, model: Any) -> int:
-    """Returns the bytes of one cell in all layers together, including MTP layers: each has a context of its own, in
-    which the library allocates the cells of all."""
-    trunk = cell_bytes(config.model, model)
-    layers = num_layers(model) ** 2 if uses_mtp(config, model) else 0
-    return trunk + layers * -(-trunk // native.llama_model_n_layer(model))
+def model_cell_bytes(config: EngineConfig, model: Any, head: Any) -> int:
+    """Returns the bytes of one cell in all layers of `model` together and in the MTP layers of `head`, which may be
+    None: each of these has a context of its own, in which the library allocates the cells of all."""
+    trunk, layers = cell_bytes(config.model, model), int(native.llama_model_n_layer(model))
+    return trunk + num_layers(head) ** 2 * -(-trunk // layers)
 
 
 def mtp_params(params: Any, other: Any, layers: int) -> Any:

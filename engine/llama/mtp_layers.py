@@ -7,7 +7,7 @@ compute a row with a second layer its position had to be dropped, and the librar
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +59,9 @@ class MtpLayers:
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def __iter__(self) -> Iterator[MtpLayer]:
+        return iter(self._layers)
 
     def __getitem__(self, index: int) -> MtpLayer:
         return self._layers[index]
@@ -117,7 +120,7 @@ class MtpLayers:
 
     # ── settings ──
 
-    def set_adapters(self, loaded: list[Any], adapters: AdapterSet) -> None:
+    def set_adapters(self, loaded: Sequence[Any], adapters: AdapterSet) -> None:
         """Applies `adapters`, by their ids in `loaded`, to later decodes."""
         for layer in self._layers:
             layer.adapters = loaded

@@ -173,7 +173,7 @@ SERVED_LINES = {
 REFUSED_LINES = {
     "--models-dir models --models-max 2": "--models-dir: one server serves one model: put llama-swap in front",
     "-m T.gguf -ser 6,1 -mla 2": "-ser/--smart-expert-reduction: all experts of the model are used",
-    "-m T.gguf -md D.gguf --spec-type mtp": "--spec-type draft-mtp cannot be used with a draft model",
+    "-m T.gguf -md D.gguf --spec-type draft,mtp": "--spec-type draft and draft-mtp cannot be used together",
     "-m T.gguf -md D.gguf --spec-type draft-eagle3": "--spec-type: draft-eagle3 needs inputs of the model's layers",
     "-m T.gguf -sm graph": "-sm/--split-mode: expected one of layer, none, row, tensor, not 'graph'",
     "-m T.gguf -ctk q8_KV": "-ctk/--cache-type-k: expected one of bf16, ",

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from api.__main__ import main
 from api.config.options import Options
 from api.hub.cache import cached_models, partial_bytes, remove_model, remove_partial_files
 from api.hub.errors import HubError, shown_url
-from api.hub.gguf_names import all_parts, choose_model, choose_projector, files_of
+from api.hub.gguf_names import all_parts, choose_head, choose_model, choose_projector, files_of
 from api.hub.repository import Hub, fetch_model, find_projector
+from api.hub.resolve import resolve_models
 from api.hub.url import fetch_url
 from tests.api.hub_server import HubServer, commit, serve_hub
 
@@ -81,6 +83,21 @@ def test_the_quantization_is_chosen_as_llama_server_does(quant: str, paths: list
     assert choose_model(paths, quant) == chosen
 
 
+@pytest.mark.parametrize(
+    ("model", "quant", "chosen"),
+    [
+        ("a/m-Q4_K_M.gguf", "", "a/mtp-m-Q5_0.gguf"),
+        ("a/m-Q4_K_M.gguf", "q8_0", "a/mtp-m-Q8_0.gguf"),
+        ("b/m-Q4_K_M.gguf", "", "mtp-m-F16.gguf"),
+        ("", "", "mtp-m-F16.gguf"),
+    ],
+)
+def test_mtp_layers_are_chosen_as_llama_server_does(model: str, quant: str, chosen: str) -> None:
+    paths = ["a/m-Q4_K_M.gguf", "mtp-m-F16.gguf", "a/mtp-m-Q8_0.gguf", "a/mtp-m-Q5_0.gguf", "c/mtp-m-Q4_0.gguf"]
+    assert choose_head(paths, model, quant) == chosen
+    assert choose_head(paths[:1], model, quant) is None
+
+
 def test_all_files_of_a_split_model() -> None:
     parts = list(SPLIT)
     assert files_of(["big/big-Q8_0-00001-of-00002.gguf", *reversed(parts)], parts[0]) == tuple(parts)
@@ -115,6 +132,31 @@ def test_the_projector_of_a_repository(server: HubServer, hub: Hub, notes: Notes
     assert find_projector(away, REPOSITORY) == "mmproj-F16.gguf"
     names = ["a-Q8_0.gguf", "mmproj-Q8_0.gguf", "mmproj-F16.gguf", "mmproj.gguf"]
     assert [choose_projector(names, quant) for quant in ("", "q8_0", "Q4_0")] == [names[2], names[1], names[2]]
+
+
+@pytest.mark.parametrize(
+    ("config", "types", "draft"),
+    [
+        ({"repo": REPOSITORY}, ("draft-mtp",), "mtp-m-Q8_0.gguf"),
+        ({"repo": REPOSITORY}, ("auto",), ""),
+        ({"draft_repo": REPOSITORY}, ("auto",), "mtp-m-Q8_0.gguf"),
+        ({"draft_repo": REPOSITORY}, ("draft",), "m-Q4_K_M.gguf"),
+        ({"repo": "other/Split:Q8_0"}, ("draft-mtp",), ""),
+    ],
+)
+def test_mtp_layers_of_a_repository(
+    server: HubServer,
+    hub: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, str],
+    types: tuple[str, ...],
+    draft: str,
+) -> None:
+    server.files[REPOSITORY]["mtp-m-Q8_0.gguf"] = b"GGUF head"
+    monkeypatch.setattr("api.hub.resolve.hub_of", lambda config: hub)
+    given = {"hub": config | {"mmproj_auto": False}, "model": {"path": "m.gguf"}, "speculation": {"types": types}}
+    options = resolve_models(msgspec.convert(given, Options), lambda line: None)
+    assert Path(options.draft.path).name == draft
 
 
 def test_all_parts_of_a_split_model(hub: Hub, notes: Notes) -> None:

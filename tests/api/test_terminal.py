@@ -93,6 +93,14 @@ DRAFTLESS = "prediction, grammar, ngram-simple, ngram-map-k, ngram-map-k4v, ngra
             ["Note: Proposer draft is off: it does not fit.", f"Speculation: auto ({DRAFTLESS})"],
         ),
         (
+            {"draft": {"path": "/models/mtp-small.gguf", "threads": 2}},
+            {"draft": "it has MTP layers", "draft-mtp": ""},
+            [
+                "Note: The file of -md has MTP layers: without effect are --threads-draft.",
+                f"Speculation: auto ({DRAFTLESS}, draft-mtp (mtp-small.gguf))",
+            ],
+        ),
+        (
             {"speculation": {"types": ["draft"]}},
             {"draft": "it is none"},
             ["Note: Proposer draft is off: it is none.", "Speculation: off"],
@@ -114,11 +122,12 @@ def test_start_message_has_the_proposers(
     options: dict[str, Any], unavailable: dict[str, str], expected: list[str]
 ) -> None:
     engine = FakeEngine(info=msgspec.structs.replace(INFO, chat_template="{{ messages }}"))
-    engine.unavailable_proposers = {"draft-mtp": "it is none"} | unavailable
+    reasons = {"draft-mtp": "it is none"} | unavailable
+    engine.unavailable_proposers = {kind: reason for kind, reason in reasons.items() if reason}
     model = app_state(engine, options=options).loaded
     assert model is not None
     lines = start_message(model, "x").split("\n")
-    assert [each for each in lines if "Speculation" in each or "Proposer" in each] == expected
+    assert [each for each in lines if any(word in each for word in ("Speculation", "Proposer", "effect"))] == expected
 
 
 @pytest.mark.parametrize(

@@ -67,12 +67,13 @@ speculative_decoding
 LLAMA = """
 library gguf_file state layout special_tokens
 exact fit gguf_check params placement threads
+weights
 top_k_chains
 decoder memory_check rollback
 shift adapters
 vocab context textless
 mtp_layer
-mtp_layers
+mtp_head mtp_layers
 mtp
 model
 embedding mtmd

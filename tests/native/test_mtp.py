@@ -13,7 +13,7 @@ import pytest
 from engine import Engine, EngineConfig, Request, SamplingParams, Speculation
 from engine.backend import NativeFault, StatePart
 from engine.config import SpeculationConfig
-from engine.contract import DraftStats
+from engine.contract import DraftStats, ModelError
 from engine.kv import Offload
 from engine.llama import mtp_layer, open_gguf
 from engine.llama.mtp import MtpContext
@@ -39,6 +39,8 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "cells": tiny.with_mtp(folder / "cells.gguf"),
         "hybrid": tiny.delta_net(folder / "hybrid.gguf", mtp=True),
         "layers": tiny.with_mtp_layers(folder / "layers.gguf"),
+        "trunk": tiny.with_mtp(folder / "trunk.gguf", part="trunk"),
+        "head": tiny.with_mtp(folder / "mtp-head.gguf", part="head"),
     }
 
 
@@ -228,6 +230,39 @@ def test_each_of_several_layers_drafts_one_token(open_bench: OpenBench) -> None:
     with pytest.raises(NativeFault, match="at most 3 tokens"):
         [context.draft([(0, 1)]) for _ in range(4)]
     context.close()
+
+
+async def test_layers_in_a_file_of_their_own_draft_the_same(paths: dict[str, Path]) -> None:
+    fields: dict[str, Any] = {"slots": 2, "context": 1024, "warmup": False, **EXACT}
+    requests = requests_of(2, speculation=Speculation(type=("draft-mtp",), n_max=3, order="fixed"))
+    found = []
+    for path, draft in (("cells", ""), ("trunk", str(paths["head"]))):
+        async with Engine.open(EngineConfig.of(path=paths[path], draft={"path": draft}, **fields)) as engine:
+            assert "MTP layers" in engine.unavailable_proposers["draft"] or not draft
+            found.append([await collect(engine, each) for each in requests])
+            size = engine.info.cell_bytes
+    counts = [[(ids, end.drafts[0].drafted, end.drafts[0].accepted) for ids, *_, end in each] for each in found]
+    assert counts[0] == counts[1]
+    assert all(accepted > 10 for *_, accepted in counts[1])
+    async with Engine.open(EngineConfig.of(path=paths["trunk"], **fields)) as engine:
+        assert [(await collect(engine, each))[0] for each in requests_of(2)] == [ids for ids, *_ in found[1]]
+        assert size > engine.info.cell_bytes, "the cells of the layer are counted before they are allocated"
+
+
+@pytest.mark.parametrize(
+    ("model", "draft", "types", "reason"),
+    [
+        ("cells", "head", ("draft",), "has MTP layers only: use --spec-type draft-mtp or auto"),
+        ("trunk", "trunk", ("draft-mtp",), "has no MTP layers: use --spec-type draft or auto"),
+        ("hybrid", "head", ("auto",), "cannot draft: their architecture is glm4moe, the model's is qwen35"),
+    ],
+)
+def test_files_whose_layers_cannot_draft_are_refused(
+    paths: dict[str, Path], model: str, draft: str, types: tuple[str, ...], reason: str
+) -> None:
+    config = EngineConfig.of(path=paths[model], draft={"path": str(paths[draft])}, speculation={"types": types})
+    with pytest.raises(ModelError, match=reason):
+        open_gguf(config, lambda share: None, lambda: True)
 
 
 def test_rows_of_an_image_have_cells_of_the_layer(open_bench: OpenBench) -> None:

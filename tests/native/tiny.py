@@ -157,8 +157,9 @@ def experts(path: Path, seed: int = 1) -> Path:
     return model.written("output_norm")
 
 
-def with_mtp(path: Path, seed: int = 1) -> Path:
-    """Writes a model with cells in all layers and an MTP layer, most of whose drafts are accepted (GLM-4.5)."""
+def with_mtp(path: Path, seed: int = 1, *, part: str = "") -> Path:
+    """Writes a model with cells in all layers and an MTP layer, most of whose drafts are accepted (GLM-4.5). `part` is
+    that of `_Model.written`."""
     hidden = 2 * WIDTH
     model = _Model(path, "glm4moe", seed, feed_forward=hidden, mtp=True)
     model.heads()
@@ -180,11 +181,11 @@ def with_mtp(path: Path, seed: int = 1) -> Path:
     model.attention(LAYERS)
     model.matrix(f"{name}.ffn_gate_inp", WIDTH, 2)
     model.numbers(f"{name}.exp_probs_b.bias", np.zeros(2))
-    for part, of in (("exps", 2), ("shexp", 0)):
-        model.matrix(f"{name}.ffn_gate_{part}", WIDTH, hidden, of=of)
-        model.matrix(f"{name}.ffn_up_{part}", WIDTH, hidden, of=of)
-        model.matrix(f"{name}.ffn_down_{part}", hidden, WIDTH, of=of)
-    return model.written("output_norm")
+    for kind, of in (("exps", 2), ("shexp", 0)):
+        model.matrix(f"{name}.ffn_gate_{kind}", WIDTH, hidden, of=of)
+        model.matrix(f"{name}.ffn_up_{kind}", WIDTH, hidden, of=of)
+        model.matrix(f"{name}.ffn_down_{kind}", hidden, WIDTH, of=of)
+    return model.written("output_norm", part)
 
 
 def with_mtp_layers(path: Path, count: int = 3, seed: int = 1) -> Path:
@@ -307,9 +308,18 @@ class _Model:
         """Adds a weight of ones."""
         self.numbers(name + suffix, np.ones(count))
 
-    def written(self, norm: str) -> Path:
-        """Completes the file and returns its path; `norm` is the architecture's name of the last norm."""
+    def written(self, norm: str, part: str = "") -> Path:
+        """Completes the file and returns its path; `norm` is the architecture's name of the last norm. The file has all
+        layers, or as `part` only the MTP layers (`head`) or the others (`trunk`)."""
         self.ones(norm, WIDTH)
+        if part:
+            tensors, metadata = self.writer.tensors[0], self.writer.kv_data[0]
+            for name in [name for name in tensors if name.startswith("blk.")]:
+                if (int(name.split(".")[1]) >= LAYERS) != (part == "head"):
+                    del tensors[name]
+            if part == "trunk":
+                metadata[f"{self.writer.arch}.block_count"].value = LAYERS
+                del metadata[f"{self.writer.arch}.nextn_predict_layers"]
         self.writer.write_header_to_file()
         self.writer.write_kv_data_to_file()
         self.writer.write_tensors_to_file()

@@ -1,0 +1,62 @@
+"""MTP layers in a GGUF of their own (`-md mtp-model.gguf`), which lacks the other layers of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import llama_cpp as native
+
+from engine.config import EngineConfig
+from engine.contents import model_files
+from engine.contract import ModelError
+from engine.llama.gguf_file import tensor_types
+from engine.llama.mtp_layer import mtp_problem
+from engine.llama.params import metadata
+from engine.llama.weights import load_model
+
+# By this tensor the library, too, knows a file with all layers of a model.
+_FIRST_LAYER = "blk.0.attn_norm.weight"
+
+
+def names_head(config: EngineConfig) -> bool:
+    """Returns True if the MTP layers of the file of `-md` draft: it has no other layers, or `--spec-type` names
+    `draft-mtp` and not `draft`. Raises ModelError if `--spec-type` excludes the only layers of the file, or names
+    layers that the file lacks."""
+    path, types = config.draft.path, {*config.speculation.default_types}
+    names = [name for part in model_files(Path(path)) for name in tensor_types(part)] if path else []
+    has_layers = any(".nextn." in name for name in names)
+    only_layers = has_layers and _FIRST_LAYER not in names
+    if only_layers and not types & {"auto", "draft-mtp"}:
+        raise ModelError(f"the draft model (-md) {path} has MTP layers only: use --spec-type draft-mtp or auto")
+    if not path or "draft-mtp" not in types or "draft" in types:
+        return only_layers
+    if not has_layers:
+        raise ModelError(f"the draft model (-md) {path} has no MTP layers: use --spec-type draft or auto")
+    return True
+
+
+def load_head(config: EngineConfig, model: Any, keep_loading: Callable[[], bool]) -> Any:
+    """Returns the native model of the file of `-md`, whose MTP layers draft for `model`. Raises ModelError, with
+    nothing left in memory."""
+    head = load_model(config.for_draft_model(0), lambda share: None, keep_loading, mtp=True)
+    if problem := mtp_problem(head) or _mismatch(model, head):
+        native.llama_model_free(head)
+        raise ModelError(f"the MTP layers of {config.draft.path} cannot draft: {problem}")
+    return head
+
+
+def _mismatch(model: Any, head: Any) -> str:
+    """Returns the first difference because of which the layers of `head` do not fit `model`; empty if they fit."""
+
+    def vocabulary(of: Any) -> int:
+        return int(native.llama_vocab_n_tokens(native.llama_model_get_vocab(of)))
+
+    values = {
+        "architecture": [metadata(each, "general.architecture") for each in (head, model)],
+        "width": [native.llama_model_n_embd_out(each) for each in (head, model)],
+        "size of the vocabulary": [vocabulary(each) for each in (head, model)],
+    }
+    different = ((name, own, other) for name, (own, other) in values.items() if own != other)
+    return next((f"their {name} is {own}, the model's is {other}" for name, own, other in different), "")
