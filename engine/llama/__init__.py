@@ -3,7 +3,7 @@
 model    opens the model, vocabulary and context of a GGUF
 vocab    the vocabulary
 context  cells: copies, cuts, saved states and moves to other positions, over decoder, which has the native calls
-mtp      the same with the MTP layers of a model: mtp_layers has their cells, mtp_layer those of one, mtp_head those of a file
+mtp      the same with the MTP layers of a model: mtp_layers has all their cells, mtp_layer one context, mtp_head a file
 weights  loads the weights of a model
 state    cuts states into blocks and joins blocks, by numpy on llama.cpp's state format
 shift    moves saved keys to other positions

@@ -24,7 +24,7 @@ from engine.llama.gguf_check import check_file
 from engine.llama.gguf_file import digest, read_text
 from engine.llama.library import FLASH_ATTENTION
 from engine.llama.model import LlamaBackend
-from engine.llama.params import serving_gpu
+from engine.llama.params import metadata, serving_gpu
 from engine.llama.threads import thread_count
 from engine.media import Embeddings, MediaChunk, MediaPiece, UnreadableMedia
 
@@ -62,6 +62,10 @@ class NativeChunk:
         weakref.finalize(self, mtmd.mtmd_input_chunk_free, handle)
 
 
+# Architectures for which the library ends the process at the first embedding, unless the model has M-RoPE.
+_TEXT_ONLY = ("glm4", "glm4moe")
+
+
 class LlamaProjector:
     """Implements `engine.media.Projector`."""
 
@@ -92,18 +96,23 @@ class LlamaProjector:
             self._width: int = native.llama_model_n_embd_inp(target.model)
             settings = f"{digest(path)} {config.media.image_min_tokens} {config.media.image_max_tokens}"
             self.identity = hashlib.blake2b(settings.encode(), digest_size=32).digest()
-            self._check(path)
+            self._check(path, metadata(target.model, "general.architecture"))
         except BaseException:
             self.close()
             raise
 
-    def _check(self, path: Path) -> None:
-        """Raises ModelError if the engine cannot serve the projector."""
+    def _check(self, path: Path, architecture: str) -> None:
+        """Raises ModelError if the engine cannot serve the projector with a model of `architecture`."""
         if self._mtmd.mtmd_decode_use_mrope(self._handle):
             raise ModelError(
                 f"the projector {path} cannot be used: the model has M-RoPE, with which an image takes fewer positions "
                 "than it has tokens, and the prefix cache counts one position for each token; leave --mmproj out, or "
                 "give --no-mmproj"
+            )
+        if architecture in _TEXT_ONLY:
+            raise ModelError(
+                f"the projector {path} cannot be used: llama.cpp takes no images with models of the architecture "
+                f"{architecture} that have no M-RoPE; leave --mmproj out, or give --no-mmproj"
             )
         if not self.vision:
             return

@@ -142,7 +142,7 @@ class MtpContext(LlamaContext):
             return
         self._recorded = True
         batch, rows = self.batch, self.batch.rows
-        states = np.ctypeslib.as_array(staged.llama_get_embeddings_nextn(self._handle), (rows, self._width))
+        states = self._hidden_states(rows)
         firsts = [0, *(np.flatnonzero(np.diff(batch.seq[:rows])) + 1).tolist(), rows]
         for first, end in pairwise(firsts):
             lag = self._lag(int(batch.seq[first]), int(batch.pos[first]))
@@ -150,12 +150,15 @@ class MtpContext(LlamaContext):
         self._bound_lag()
 
     def decode_embeddings(self, seq: int, start: int, rows: Hidden, *, causal: bool) -> None:
-        """See `Decoder.decode_embeddings`. The layers get rows of token 0 and of zeros, as no drafts follow images."""
+        """See `Decoder.decode_embeddings`. The layers have no input for embeddings and get token 0."""
         super().decode_embeddings(seq, start, rows, causal=causal)
         if self._layers is not None:
-            count = len(rows)
-            self._lag(seq, start).append(array("i", [0] * count), np.zeros((count, self._width), np.float32))
+            self._lag(seq, start).append(array("i", bytes(4 * len(rows))), self._hidden_states(len(rows)))
             self._bound_lag()
+
+    def _hidden_states(self, rows: int) -> Hidden:
+        """Returns the last hidden states of the last decode, which had `rows` rows."""
+        return np.ctypeslib.as_array(staged.llama_get_embeddings_nextn(self._handle), (rows, self._width))
 
     def _bound_lag(self) -> None:
         if sum(len(lag.tokens) for lag in self._lags.values()) > MAX_LAG_ROWS:

@@ -13,8 +13,8 @@ from collections.abc import Container, Sequence
 from engine.backend import Aborted, NativeFault, NoFreeCells
 from engine.draft_head import DraftHead
 from engine.pace import StepCost
-from engine.speculate.proposer import BatchedDraftRequest
-from engine.speculate.sampled_draft import SampledDraft
+from engine.speculate.proposer import BatchedDraftRequest, DraftBounds
+from engine.speculate.sampled_draft import PickToken, SampledDraft
 
 log = logging.getLogger("paceline.speculation")
 
@@ -23,6 +23,11 @@ class MtpSequence(SampledDraft):
     """One sequence for which the MTP layers draft."""
 
     type = "draft-mtp"
+
+    def __init__(self, bounds: DraftBounds, pick: PickToken | None, media_tokens: int) -> None:
+        """`media_tokens` is the number of pseudo-tokens of images and sounds in the prompt, which `history` lacks."""
+        super().__init__(bounds, pick)
+        self.media_tokens = media_tokens
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
         """Appends `emitted` to the history, and drops the draft."""
@@ -81,8 +86,10 @@ class MtpProposer:
     def _begin(self, request: _DraftRequest) -> bool:
         """Drops the last draft. Returns True if a draft is requested, and all tokens of the history but the last are in
         the model's cells."""
-        request.sequence.clear_draft()
-        return request.limit > 0 and self._head.length(request.seq) == len(request.sequence.history) - 1
+        sequence = request.sequence
+        sequence.clear_draft()
+        length = len(sequence.history) + sequence.media_tokens
+        return request.limit > 0 and self._head.length(request.seq) == length - 1
 
     def _extend(self, requests: Sequence[_DraftRequest]) -> list[_DraftRequest]:
         """Computes the next token of each draft. Returns the requests whose drafts continue."""

@@ -166,10 +166,8 @@ class SpeculativeDecoding:
         )
 
     def _batched_sequence(self, request: Request, sampler: Sampler | None) -> DraftSequence | MtpSequence | None:
-        """Returns the request's sequence in the draft model or the MTP layer. None if there is neither, if the request
-        does not have the type, or for a prompt with images or sounds."""
-        if request.media:
-            return None
+        """Returns the request's sequence in the draft model or the MTP layers; None if there is neither, or if the
+        request does not have the type."""
         speculation, config = self._speculation(request), self._draft_config
         types = _types(speculation)
         n_max = config.max_tokens(speculation.n_max)
@@ -181,7 +179,8 @@ class SpeculativeDecoding:
             return DraftSequence(self.draft_model, request.salt, bounds, pick, keep=request.cache)
         if self._mtp is not None and MtpSequence.type in types:
             bounds = DraftBounds(min(n_max, self._mtp.max_draft or n_max), n_min, p_min)
-            return MtpSequence(bounds, self._pick_token(request, sampler))
+            media_tokens = sum(run.chunk.length for run in request.media)
+            return MtpSequence(bounds, self._pick_token(request, sampler), media_tokens)
         return None
 
     def _pick_token(self, request: Request, sampler: Sampler | None) -> PickToken | None:
@@ -190,7 +189,7 @@ class SpeculativeDecoding:
         if sampler is None or self._draft_config.noise == "greedy":
             return None
         draft_sampler = sampler.for_drafts(independent=self._draft_config.noise == "off")
-        prompt_length = len(request.prompt)
+        prompt_length = len(without_runs(request.prompt, request.media))
         return lambda row, history, discarded: draft_sampler.pick(row, history, prompt_length, discarded)
 
 

@@ -15,6 +15,7 @@ from msgspec import structs
 
 from engine.adapters import uncached_namespace
 from engine.backend import NativeFault, NoFreeCells
+from engine.config import SpeculationConfig
 from engine.contract import Failed, FinishReason, Request, RequestRefused, SamplingParams
 from engine.media import (
     MAX_FILE_BYTES,
@@ -169,6 +170,24 @@ def test_outputs_are_the_same_as_alone(seed: int, unified: bool) -> None:
         whole = key not in cancelled and not isinstance(end, Failed)
         assert bench.outputs[key] == (tokens if whole else tokens[: len(bench.outputs[key])])
     assert context.used() == bench.core.kv.used_cells
+
+
+@pytest.mark.parametrize("unified", LAYOUTS)
+@pytest.mark.parametrize("head", [False, True], ids=["draft-model", "mtp"])
+def test_batched_proposers_draft_after_an_image(head: bool, unified: bool) -> None:
+    draft = None if head else context_of(unified, 300)
+    speculation = SpeculationConfig(types=("draft-mtp" if head else "draft",), order="fixed")
+    context = context_of(unified, 300, head=head)
+    bench = bench_of(context, draft=draft, mtp=head, speculation=speculation, noise="shared")
+    image, sampled = ToyChunk(range(60, 90)), SamplingParams(temperature=1.0, seed=3)
+    requests = [request_of([1, 2, image, 3, image, key], max_tokens=30, sampling=sampled) for key in (4, 5)]
+    for key, request in enumerate(requests):
+        bench.submit(key, request)
+    run(bench)
+    assert [bench.outputs[key] for key in range(2)] == [alone(request, 300) for request in requests]
+    (stats,) = bench.speculative_decoding.draft_stats
+    assert stats.drafted
+    assert stats.accepted or not head, "the toy draft model does not know the image, on which the next token depends"
 
 
 def test_one_image_in_two_turns_is_encoded_once_and_not_across_salts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,9 +21,10 @@ from engine import (
     Tokens,
     has_media_library,
 )
+from engine.contract import ProposerType
 from engine.step import EngineCore
 from tests.native.test_engine import answer
-from tests.native.tiny import WIDTH, delta_net, windowed
+from tests.native.tiny import WIDTH, delta_net, windowed, with_mtp, with_mtp_layers
 from tests.native.tiny_mmproj import ProjectorKind, png, projector
 
 if not has_media_library():
@@ -78,6 +80,24 @@ async def test_answers_do_not_depend_on_layout_speculation_or_cached_prefixes(fi
     assert found[0][0] != found[0][1], "the output depends on the image"
 
 
+@pytest.mark.parametrize("unified", [True, False])
+@pytest.mark.parametrize("type", ["draft", "draft-mtp"])
+async def test_drafts_after_an_image_change_no_token(
+    files: Path, tmp_path: Path, type: ProposerType, unified: bool
+) -> None:
+    model = with_mtp_layers(tmp_path / "model.gguf")
+    draft = {"path": str(model) if type == "draft" else ""}
+    shutil.copy(files / "janus_pro.gguf", tmp_path)
+    async with opened(tmp_path, "janus_pro", kv_unified=unified, draft=draft, cache_type_v="bf16") as engine:
+        texts = []
+        for drafts in (Speculation(type=()), Speculation(type=(type,), n_max=4, order="fixed")):
+            requests = [image_request(engine, seed, max_tokens=30, speculation=drafts) for seed in range(2)]
+            texts.append(await asyncio.gather(*(answer(engine, request) for request in requests)))
+        plain, drafted = texts
+        assert [ids for ids, _ in plain] == [ids for ids, _ in drafted]
+        assert all(end.usage.accepted for _, end in drafted)
+
+
 async def test_a_preempted_request_decodes_its_images_again(files: Path) -> None:
     def preempt(core: EngineCore) -> None:
         for sequence in [*core.running.values()]:
@@ -104,6 +124,10 @@ async def test_projectors_that_cannot_be_served(files: Path, tmp_path: Path) -> 
             pass
     with pytest.raises(ModelError, match="--deterministic"):
         async with opened(files, "janus_pro", deterministic=True, flash_attention="auto"):
+            pass
+    config = EngineConfig.of(path=with_mtp(tmp_path / "glm.gguf"), media={"path": str(files / "janus_pro.gguf")})
+    with pytest.raises(ModelError, match="takes no images with models of the architecture glm4moe"):
+        async with Engine.open(config):
             pass
     projector(tmp_path / "large.gguf", WIDTH, "gemma3", image_size=96)
     with pytest.raises(ModelError, match="--ubatch-size and --batch-size to 36 or more"):
