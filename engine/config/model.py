@@ -102,7 +102,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(
             description="let the device that computes the logits select the most likely tokens of each row, so that "
             "only those are copied and sampled; requests that need all logits get them; the output is the same; auto "
-            "is on if a GPU computes the last layer and no MTP layer drafts",
+            "is on if a GPU computes the last layer",
         ),
     ] = "auto"
     deterministic: Annotated[

@@ -219,11 +219,12 @@ def _open_context(config: EngineConfig, model: Any, mtp: Any, params: Any, kind:
     try:
         if native.llama_model_has_decoder(model):
             partial, window = kind not in ("recurrent", "hybrid"), native.llama_model_n_swa(model)
-            chains = open_chains(config.model, model, params, config.batch.num_slots, mtp=bool(mtp))
-            if mtp:
-                return MtpContext(model, mtp, params, partial=partial, window=window)
+            chains = open_chains(config.model, model, params, config.batch.num_slots)
             shifting = config.memory.reuse > 0 and not config.model.deterministic
-            context = LlamaContext(model, params, chains, partial=partial, window=window, shifting=shifting)
+            if mtp:
+                context: LlamaContext = MtpContext(model, mtp, params, chains, partial=partial, window=window)
+            else:
+                context = LlamaContext(model, params, chains, partial=partial, window=window, shifting=shifting)
             if chains is not None:
                 enable_selection(config.model, context, chains)
             return context

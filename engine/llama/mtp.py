@@ -25,6 +25,7 @@ from engine.llama.library import native_log
 from engine.llama.mtp_layer import Hidden
 from engine.llama.mtp_layers import JointSnapshot, MtpLayers, split_parts
 from engine.llama.threads import ThreadPools
+from engine.llama.top_k_chains import TopKChains
 
 # Maximum rows of all sequences together that the layers have not computed.
 MAX_LAG_ROWS = 256
@@ -72,7 +73,9 @@ class MtpContext(LlamaContext):
     part of a sequence. Zeros replace it, which only makes drafts worse.
     """
 
-    def __init__(self, model: Any, head: Any, params: Any, *, partial: bool, window: int) -> None:
+    def __init__(
+        self, model: Any, head: Any, params: Any, chains: TopKChains | None = None, *, partial: bool, window: int
+    ) -> None:
         """See `LlamaContext`. `head` is the model with the MTP layers, which may be `model`. Raises NativeFault, with
         nothing left in memory."""
         self._layers: MtpLayers | None = None
@@ -81,7 +84,7 @@ class MtpContext(LlamaContext):
         self._lags: dict[int, _Lag] = {}
         self._drafted: dict[int, _Drafted] = {}
         self._width: int = native.llama_model_n_embd_out(model)
-        super().__init__(model, params, partial=partial, window=window)
+        super().__init__(model, params, chains, partial=partial, window=window)
         staged.llama_set_embeddings_nextn(self._handle, True, False)
         try:
             self._layers = MtpLayers(head, params, self._handle, window=window)

@@ -94,17 +94,12 @@ class TopKChains:
         self._chains.clear()
 
 
-def open_chains(config: ModelConfig, model: Any, params: Any, slots: int, *, mtp: bool) -> TopKChains | None:
-    """Opens a context with chains if `config.backend_sampling` asks for them, and returns the chains, else None.
-
-    `mtp` is True if the MTP layers of the model draft. Raises ModelError for `on` with MTP layers, and NativeFault for
-    `on` if the context cannot be opened.
-    """
+def open_chains(config: ModelConfig, model: Any, params: Any, slots: int) -> TopKChains | None:
+    """Opens a context with chains if `config.backend_sampling` asks for them, and returns the chains, else None. Raises
+    NativeFault for `on` if the context cannot be opened."""
     is_last_offloaded = not 0 <= config.gpu_layers <= native.llama_model_n_layer(model)
     on = config.backend_sampling == "on"
-    if mtp and on:
-        raise ModelError("--backend-sampling on is not possible with the MTP layers of the model; use --spec-type none")
-    auto = config.backend_sampling == "auto" and serving_gpu(config) and is_last_offloaded and not mtp
+    auto = config.backend_sampling == "auto" and serving_gpu(config) and is_last_offloaded
     try:
         return TopKChains(model, params, slots) if on or auto else None
     except NativeFault as fault:
@@ -143,7 +138,7 @@ def selection_problem(context: Any, chains: TopKChains) -> str:
         try:
             return context.decode()
         finally:
-            context.drop(0)
+            context.clear()
             context.batch.clear()
 
     chains.change({0: chains.counts[-1]})

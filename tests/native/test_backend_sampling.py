@@ -145,9 +145,7 @@ def test_auto_does_without_a_selection_that_fails(backend: LlamaBackend, monkeyp
     monkeypatch.setattr(top_k_chains, "TopKChains", refuse)
     for mode, layers in (("auto", -1), ("auto", 3), ("off", -1)):
         config = ModelConfig(path="x", gpu_layers=layers, backend_sampling=mode)  # type: ignore[arg-type]
-        assert top_k_chains.open_chains(config, backend.model, None, 4, mtp=False) is None
+        assert top_k_chains.open_chains(config, backend.model, None, 4) is None
     on = ModelConfig(path="x", backend_sampling="on")
     with pytest.raises(NativeFault, match="no memory"):
-        top_k_chains.open_chains(on, backend.model, None, 4, mtp=False)
-    with pytest.raises(ModelError, match="MTP"):
-        top_k_chains.open_chains(on, backend.model, None, 4, mtp=True)
+        top_k_chains.open_chains(on, backend.model, None, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
-from engine import Engine, EngineConfig, Request, SamplingParams, Speculation
+from engine import AdapterScale, Engine, EngineConfig, Request, SamplingParams, Speculation
 from engine.backend import NativeFault, StatePart
 from engine.config import SpeculationConfig
 from engine.contract import DraftStats, ModelError
@@ -22,6 +24,7 @@ from tests.native import tiny
 from tests.native.test_engine import collect
 from tests.native.test_llama import feed
 from tests.native.test_memory import GREEDY, cells, words
+from tests.native.tiny_adapter import adapter
 
 MIB = 2**20
 KINDS = ["cells", "hybrid", "layers"]
@@ -158,6 +161,19 @@ def test_sequences_that_are_copied_cut_and_loaded_draft_the_same(
     context.close()
 
 
+@pytest.mark.parametrize(("kind", "unified"), [("layers", False), ("hybrid", True)])
+def test_drafts_with_backend_sampling_change_no_token(open_bench: OpenBench, kind: str, unified: bool) -> None:
+    top_k = SamplingParams(temperature=0.8, top_k=20, seed=3)
+    requests = [*requests_of(2), Request(prompt=words(9, 30), max_tokens=40, ignore_eos=True, sampling=top_k)]
+    selecting, plain = open_bench(kind, unified, backend_sampling="on"), open_bench(kind, unified)
+    found, expected = (run(bench, requests, together=True) for bench in (selecting, plain))
+    assert selecting.core.context.backend_sampling.current, "tokens were selected"
+    assert selecting.outputs == plain.outputs
+    assert [each.accepted for each in found] == [each.accepted for each in expected] or kind == "hybrid"
+    for bench in (selecting, plain):
+        bench.backend.close()
+
+
 def test_a_fault_of_the_layer_ends_its_drafts_only(open_bench: OpenBench, caplog: pytest.LogCaptureFixture) -> None:
     bench, reference = open_bench("cells", True), open_bench("cells", True)
     context = bench.core.context
@@ -247,6 +263,29 @@ async def test_layers_in_a_file_of_their_own_draft_the_same(paths: dict[str, Pat
     async with Engine.open(EngineConfig.of(path=paths["trunk"], **fields)) as engine:
         assert [(await collect(engine, each))[0] for each in requests_of(2)] == [ids for ids, *_ in found[1]]
         assert size > engine.info.cell_bytes, "the cells of the layer are counted before they are allocated"
+
+
+@pytest.mark.parametrize(("model", "draft"), [("cells", ""), ("trunk", "head")])
+async def test_drafts_with_several_adapters_change_no_token(
+    paths: dict[str, Path], tmp_path: Path, model: str, draft: str
+) -> None:
+    sizes: dict[str, Any] = {"width": tiny.WIDTH, "kv_width": tiny.HEAD_WIDTH, "architecture": "glm4moe"}
+    layers = range(tiny.LAYERS + (not draft))
+    files = [str(adapter(tmp_path / f"{seed}.gguf", seed, layers=layers, **sizes)) for seed in (1, 2)]
+    fields: dict[str, Any] = {"slots": 3, "context": 1024, "warmup": False, "path": paths[model], **EXACT}
+    config = EngineConfig.of(draft={"path": str(paths.get(draft, ""))}, adapters={"lora": files}, **fields)
+    texts: list[list[list[int]]] = []
+    async with Engine.open(config) as engine:
+        for type in ((), ("draft-mtp",)):
+            speculation = Speculation(type=type, n_max=3, order="fixed")
+            request = Request(prompt=words(1, 30), max_tokens=40, ignore_eos=True, sampling=GREEDY, salt=str(type))
+            sets = ((AdapterScale(0, 1.0),), (), (AdapterScale(0, 0.5), AdapterScale(1, 1.0)))
+            requests = [structs.replace(request, speculation=speculation, adapters=each) for each in sets]
+            ends = await asyncio.gather(*(collect(engine, each) for each in requests))
+            texts.append([ids for ids, *_ in ends])
+    assert texts[0] == texts[1]
+    assert len({tuple(ids) for ids in texts[0]}) == 3, "the adapters change the output"
+    assert all(end.usage.accepted for *_, end in ends)
 
 
 @pytest.mark.parametrize(

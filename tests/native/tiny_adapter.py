@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,23 @@ LAYERS, WIDTH, KV_WIDTH = 30, 576, 192
 RANK = 32
 
 
-def adapter(path: Path, seed: int, *, alpha: float = 64.0, architecture: str = "llama", width: int = WIDTH) -> Path:
+def adapter(
+    path: Path,
+    seed: int,
+    *,
+    alpha: float = 64.0,
+    architecture: str = "llama",
+    width: int = WIDTH,
+    kv_width: int = KV_WIDTH,
+    layers: Iterable[int] = range(0, LAYERS, 6),
+) -> Path:
     """Writes an adapter of the queries and values of some layers, which changes most tokens."""
     writer, random = GGUFWriter(path, architecture), np.random.default_rng(seed)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
-    for layer in range(0, LAYERS, 6):
-        for name, rows in (("attn_q", width), ("attn_v", KV_WIDTH)):
+    for layer in layers:
+        for name, rows in (("attn_q", width), ("attn_v", kv_width)):
             for part, shape in (("a", (RANK, width)), ("b", (rows, RANK))):
                 numbers = random.standard_normal(shape).astype(np.float32) / 6
                 packed = quantize(numbers, GGMLQuantizationType.Q8_0)
