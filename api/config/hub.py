@@ -27,7 +27,10 @@ class HubConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     file: Annotated[str, Meta(description="file in the repository of --hf-repo, instead of the choice by quant")] = ""
     draft_repo: Annotated[
         str,
-        Meta(description="repository of the draft model, like --hf-repo; --model-draft then names a file in it"),
+        Meta(
+            description="repository of the draft model, like --hf-repo; --model-draft then names a file in it, and "
+            "without that a file mtp-*.gguf with MTP layers precedes a draft model unless --spec-type excludes it"
+        ),
     ] = ""
     url: Annotated[
         str,

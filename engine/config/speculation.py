@@ -24,7 +24,7 @@ class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Meta(
             description="default types of proposers, separated by commas; none disables speculative decoding, auto is "
             "all types, `draft` only if there is a draft model, and `draft-mtp` only if there is none and the model "
-            "has an MTP layer",
+            "or the file of --model-draft has MTP layers",
         ),
     ] = ("auto",)
     order: Annotated[
@@ -130,7 +130,13 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """The draft model: a smaller model with the same vocabulary. `EngineConfig.for_draft_model` completes its
     settings."""
 
-    path: Annotated[str, Meta(description="GGUF file of the draft model; empty is no draft model")] = ""
+    path: Annotated[
+        str,
+        Meta(
+            description="GGUF file of the draft model, or of MTP layers for the model, which draft as `draft-mtp`; "
+            "empty is no draft model"
+        ),
+    ] = ""
     context: Annotated[
         int,
         Meta(ge=0, le=2**24, description="KV cells of the draft model; 0 is the number of the target model's cells"),

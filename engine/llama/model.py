@@ -299,7 +299,8 @@ def _fitting_cells(
         if not context:
             raise fit.TooLittleMemory(library.first_error() or f"no context of {cells} cells can be opened")
         of_layer = mtp_params(params_of(chosen), context, num_layers(mtp))
-        opened = [context, *(native.llama_init_from_model(mtp, of_layer) for _ in range(num_layers(mtp)))]
+        contexts = num_layers(mtp) or bool(mtp)
+        opened = [context, *(native.llama_init_from_model(mtp, of_layer) for _ in range(contexts))]
         after = library.free_gpu_memory()
         for each in opened:
             native.llama_free(each)

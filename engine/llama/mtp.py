@@ -22,7 +22,7 @@ from engine.adapters import AdapterSet
 from engine.backend import Aborted, HostWork, Logits, NativeFault, Snapshot, StatePart, no_host_work
 from engine.llama.context import LlamaContext
 from engine.llama.library import native_log
-from engine.llama.mtp_layer import Hidden
+from engine.llama.mtp_layer import Hidden, MtpLayer
 from engine.llama.mtp_layers import JointSnapshot, MtpLayers, split_parts
 from engine.llama.threads import ThreadPools
 from engine.llama.top_k_chains import TopKChains
@@ -67,7 +67,8 @@ class MtpContext(LlamaContext):
     """The context of a model with MTP layers, whose cells follow those of the model. A `DraftHead`.
 
     One layer drafts any number of tokens. Of several, each drafts one: it computes the whole draft so far, which no
-    other layer has computed in its cells, with the hidden states that the layers before predicted.
+    other layer has computed in its cells, with the hidden states that the layers before predicted. Layers that read the
+    model's cells need only its last hidden state, so that rows are not computed, and states have no parts of layers.
 
     The hidden state before the first row that a sequence computes is unknown if its cells were loaded, or copied from a
     part of a sequence. Zeros replace it, which only makes drafts worse.
@@ -91,11 +92,11 @@ class MtpContext(LlamaContext):
         except BaseException:
             super().close()
             raise
-        for layer in self._layers:
+        for layer in self._layers.contexts:
             self.stop.install(layer._handle)
         self._parts += len(self._layers)
         self._own = head == model
-        self.max_draft = None if len(self._layers) == 1 else len(self._layers)
+        self.max_draft = len(self._layers) if len(self._layers) > 1 else None
 
     # ── drafts ──
 
@@ -107,11 +108,19 @@ class MtpContext(LlamaContext):
         place = len(drafted[0].tokens)
         if self.max_draft is not None and place >= self.max_draft:
             raise NativeFault(f"{self.max_draft} MTP layers draft at most {self.max_draft} tokens")
-        first, layer = (place, self._layers[0]) if self.max_draft is None else (0, self._layers[place])
+        first, layer = (place, 0) if self.max_draft is None else (0, place)
+        offset = first if len(self._layers) else 0  # layers without cells compute all rows at the same position
+        return self._draft(self._layers.contexts[layer], tokens, drafted, first, offset)
+
+    def _draft(
+        self, layer: MtpLayer, tokens: Sequence[tuple[int, int]], drafted: list[_Drafted], first: int, offset: int
+    ) -> Logits:
+        """Computes `tokens` after the rows from `first` on of `drafted`, at positions from `offset` on after the
+        model's last one."""
         layer.batch.clear()
         for (seq, token), rows in zip(tokens, drafted, strict=True):
             rows.tokens.append(token)
-            layer.add(seq, self._lag(seq).end + first, rows.tokens[first:], rows.hidden[first:], 1)
+            layer.add(seq, self._lag(seq).end + offset, rows.tokens[first:], rows.hidden[first:], 1)
         logits = layer.decode()
         states = layer.output_states()
         for i, ((seq, _), rows) in enumerate(zip(tokens, drafted, strict=True)):
@@ -239,6 +248,8 @@ class MtpContext(LlamaContext):
     def save(self, seq: int) -> Snapshot | None:
         """See `engine.backend.Context.save`."""
         self._record()
+        if self._parts == 1:
+            return super().save(seq)
         if self._layers is None or not self._try_catch_up([seq]):
             return None
         saved, layers = super().save(seq), self._layers.save(seq)
@@ -246,13 +257,13 @@ class MtpContext(LlamaContext):
 
     def load(self, seq: int, parts: Sequence[StatePart]) -> bool:
         """See `engine.backend.Context.load`."""
-        if self._parts == 1:
-            return super().load(seq, parts)
         if self._layers is not None:
             self._try_catch_up([seq])
+        self._lags.pop(seq, None)
+        if self._parts == 1:
+            return super().load(seq, parts)
         length, layers = self.length(seq), self._layers
         own, *of_layers = split_parts(parts, self._parts)
-        self._lags.pop(seq, None)
         try:
             if not super().load(seq, own):
                 return False

@@ -11,13 +11,19 @@ from llama_cpp import llama_cpp as native
 from engine.config import EngineConfig
 from engine.contents import model_files
 from engine.contract import ModelError
-from engine.llama.gguf_file import tensor_types
-from engine.llama.mtp_layer import mtp_problem
+from engine.llama.gguf_file import read_text, tensor_types
+from engine.llama.mtp_layer import CELL_READERS, mtp_problem
 from engine.llama.params import metadata
 from engine.llama.weights import load_model
 
 # By this tensor the library, too, knows a file with all layers of a model.
 _FIRST_LAYER = "blk.0.attn_norm.weight"
+# Architectures of other heads, which the library could compute as a draft model only to end the process.
+_UNSUPPORTED = ("eagle3", "dflash")
+_UNSUPPORTED_REASON = (
+    "its input is that of several layers of the model, which llama.cpp's C API does not return; use a draft model, or "
+    "MTP layers"
+)
 
 
 def names_head(config: EngineConfig) -> bool:
@@ -26,8 +32,11 @@ def names_head(config: EngineConfig) -> bool:
     layers that the file lacks."""
     path, types = config.draft.path, {*config.speculation.default_types}
     names = [name for part in model_files(Path(path)) for name in tensor_types(part)] if path else []
-    has_layers = any(".nextn." in name for name in names)
-    only_layers = has_layers and _FIRST_LAYER not in names
+    architecture = read_text(Path(path), "general.architecture") if path else ""
+    if architecture in _UNSUPPORTED:
+        raise ModelError(f"the draft model (-md) {path} is of the architecture {architecture}: {_UNSUPPORTED_REASON}")
+    has_layers = any("nextn." in name for name in names)
+    only_layers = architecture in CELL_READERS or (has_layers and _FIRST_LAYER not in names)
     if only_layers and not types & {"auto", "draft-mtp"}:
         raise ModelError(f"the draft model (-md) {path} has MTP layers only: use --spec-type draft-mtp or auto")
     if not path or "draft-mtp" not in types or "draft" in types:
@@ -53,10 +62,11 @@ def _mismatch(model: Any, head: Any) -> str:
     def vocabulary(of: Any) -> int:
         return int(native.llama_vocab_n_tokens(native.llama_model_get_vocab(of)))
 
+    family = metadata(head, "general.architecture")
     values = {
-        "architecture": [metadata(each, "general.architecture") for each in (head, model)],
+        "architecture": [CELL_READERS.get(family, family), metadata(model, "general.architecture")],
         "width": [native.llama_model_n_embd_out(each) for each in (head, model)],
         "size of the vocabulary": [vocabulary(each) for each in (head, model)],
     }
     different = ((name, own, other) for name, (own, other) in values.items() if own != other)
-    return next((f"their {name} is {own}, the model's is {other}" for name, own, other in different), "")
+    return next((f"they are for the {name} {own}, the model's is {other}" for name, own, other in different), "")

@@ -28,6 +28,8 @@ ARCHITECTURES = (
 # Those of which it also computes a second and further layers (`llama_set_nextn_layer_offset`). For the others it ends
 # the process, except for hy_v3, where it returns the hidden states of the first rows instead of those with output.
 SEVERAL_LAYERS = ("mimo2", "step35")
+# Architectures of heads that have no cells but read those of a model, with the architecture of that model.
+CELL_READERS = {"gemma4-assistant": "gemma4"}
 
 Hidden = NDArray[np.float32]
 
@@ -41,6 +43,8 @@ def loads_mtp(config: EngineConfig) -> bool:
 def mtp_problem(model: Any) -> str:
     """Returns the reason why the MTP layers of a loaded model cannot be used; empty if they can."""
     family, layers = metadata(model, "general.architecture"), num_layers(model)
+    if family in CELL_READERS:
+        return ""
     if family not in ARCHITECTURES:
         return f"llama.cpp computes no MTP layers of the architecture {family}"
     if layers > 1 and family not in SEVERAL_LAYERS:
@@ -48,9 +52,14 @@ def mtp_problem(model: Any) -> str:
     return ""
 
 
-def num_layers(model: Any) -> int:
-    """Returns the number of MTP layers of a loaded model; 0 for None."""
-    return int(native.llama_model_n_layer_nextn(model)) if model else 0
+def reads_cells(head: Any) -> bool:
+    """Returns True if `head` reads the cells of the model for which it drafts."""
+    return metadata(head, "general.architecture") in CELL_READERS
+
+
+def num_layers(head: Any) -> int:
+    """Returns the number of MTP layers with cells of a loaded model; 0 for None."""
+    return int(native.llama_model_n_layer_nextn(head)) if head and not reads_cells(head) else 0
 
 
 def model_cell_bytes(config: EngineConfig, model: Any, head: Any) -> int:

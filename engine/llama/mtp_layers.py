@@ -1,13 +1,14 @@
 """The cells of all MTP layers of a model, which follow those of the model's sequences.
 
 Each layer has a context of its own. One context would have the cells of all layers, but with the positions of one: to
-compute a row with a second layer its position had to be dropped, and the library could choose another cell for it.
+compute a row with a second layer its position had to be dropped, and the library could choose another cell for it. Some
+layers (`CELL_READERS`) have no cells and read those of the model.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,33 +50,31 @@ class MtpLayers:
     def __init__(self, model: Any, params: Any, other: Any, *, window: int) -> None:
         """`other` is the model's context, which was opened with `params`. Raises NativeFault, with nothing left in
         memory."""
-        self._layers: list[MtpLayer] = []
+        self.contexts: list[MtpLayer] = []
+        """The contexts, one for each layer, or one for all layers if they read the model's cells."""
         try:
-            for index in range(num_layers(model)):
-                self._layers.append(MtpLayer(model, params, other, index, window=window))
+            for index in range(num_layers(model) or 1):
+                self.contexts.append(MtpLayer(model, params, other, index, window=window))
         except BaseException:
             self.close()
             raise
+        self._layers = self.contexts if num_layers(model) else []
 
     def __len__(self) -> int:
+        """Returns the number of layers with cells."""
         return len(self._layers)
-
-    def __iter__(self) -> Iterator[MtpLayer]:
-        return iter(self._layers)
-
-    def __getitem__(self, index: int) -> MtpLayer:
-        return self._layers[index]
 
     # ── rows ──
 
     @property
     def room(self) -> int:
         """Number of rows that `add` can still add."""
-        return self._layers[0].batch.capacity - self._layers[0].batch.rows
+        batch = self.contexts[0].batch
+        return batch.capacity - batch.rows
 
     def clear_batch(self) -> None:
         """Removes all added rows."""
-        for layer in self._layers:
+        for layer in self.contexts:
             layer.batch.clear()
 
     def add(self, seq: int, start: int, tokens: array[int], hidden: Hidden) -> None:
@@ -122,16 +121,16 @@ class MtpLayers:
 
     def set_adapters(self, loaded: Sequence[Any], adapters: AdapterSet) -> None:
         """Applies `adapters`, by their ids in `loaded`, to later decodes."""
-        for layer in self._layers:
+        for layer in self.contexts:
             layer.adapters = loaded
             layer.set_adapters(adapters)
 
     def attach(self, pools: ThreadPools) -> None:
         """Makes later decodes use the threads of `pools`."""
-        for layer in self._layers:
+        for layer in self.contexts:
             layer.attach(pools)
 
     def close(self) -> None:
         """Frees the contexts."""
-        for layer in self._layers:
+        for layer in self.contexts:
             layer.close()

@@ -25,9 +25,10 @@ from tests.native.test_engine import collect
 from tests.native.test_llama import feed
 from tests.native.test_memory import GREEDY, cells, words
 from tests.native.tiny_adapter import adapter
+from tests.native.tiny_gemma4 import gemma4, gemma4_head
 
 MIB = 2**20
-KINDS = ["cells", "hybrid", "layers"]
+KINDS = ["cells", "hybrid", "layers", "reader"]
 TYPES = SpeculationConfig(types=("draft-mtp",), order="fixed")
 # A row has the same bits in every batch.
 EXACT: dict[str, Any] = {"flash_attention": "on", "cache_type_v": "bf16", "threads": 1}
@@ -44,6 +45,9 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "layers": tiny.with_mtp_layers(folder / "layers.gguf"),
         "trunk": tiny.with_mtp(folder / "trunk.gguf", part="trunk"),
         "head": tiny.with_mtp(folder / "mtp-head.gguf", part="head"),
+        "reader": gemma4(folder / "gemma4.gguf"),
+        "reader-head": gemma4_head(folder / "mtp-gemma4.gguf"),
+        "eagle3": tiny.without_layers(folder / "eagle3.gguf", "eagle3"),
     }
 
 
@@ -53,7 +57,8 @@ def open_bench(paths: dict[str, Path]) -> OpenBench:
 
     def open_kind(kind: str, unified: bool, *, ram: int = 64 * MIB, **fields: Any) -> CoreBench:
         settings = {"slots": 4, "rows": 128, "ubatch": 128, **EXACT, **cells(unified, 512)} | fields
-        backend = open_gguf(EngineConfig.of(path=paths[kind], **settings), lambda share: None, lambda: True)
+        config = EngineConfig.of(path=paths[kind], draft={"path": str(paths.get(f"{kind}-head", ""))}, **settings)
+        backend = open_gguf(config, lambda share: None, lambda: True)
         offload = Offload(ram, whole=not backend.context.divisible)
         return CoreBench(
             backend.context,
@@ -129,7 +134,7 @@ def test_prefixes_have_the_cells_of_the_layer(open_bench: OpenBench, kind: str, 
     bench.backend.close()
 
 
-@pytest.mark.parametrize(("kind", "unified"), [("cells", False), ("layers", True)])
+@pytest.mark.parametrize(("kind", "unified"), [("cells", False), ("layers", True), ("reader", True)])
 def test_sequences_that_are_copied_cut_and_loaded_draft_the_same(
     open_bench: OpenBench, kind: str, unified: bool
 ) -> None:
@@ -167,7 +172,9 @@ def test_drafts_with_backend_sampling_change_no_token(open_bench: OpenBench, kin
     requests = [*requests_of(2), Request(prompt=words(9, 30), max_tokens=40, ignore_eos=True, sampling=top_k)]
     selecting, plain = open_bench(kind, unified, backend_sampling="on"), open_bench(kind, unified)
     found, expected = (run(bench, requests, together=True) for bench in (selecting, plain))
-    assert selecting.core.context.backend_sampling.current, "tokens were selected"
+    chains = selecting.core.context.backend_sampling
+    assert chains is not None
+    assert chains.current, "tokens were selected"
     assert selecting.outputs == plain.outputs
     assert [each.accepted for each in found] == [each.accepted for each in expected] or kind == "hybrid"
     for bench in (selecting, plain):
@@ -183,7 +190,7 @@ def test_a_fault_of_the_layer_ends_its_drafts_only(open_bench: OpenBench, caplog
     def fail(*_: object) -> None:
         raise NativeFault("injected")
 
-    context._layers[0].decode = fail  # type: ignore[method-assign, assignment]
+    context._layers.contexts[0].decode = fail  # type: ignore[method-assign, assignment]
     requests = requests_of(2)
     with caplog.at_level(logging.ERROR, "paceline.speculation"):
         run(bench, requests, together=True)
@@ -293,7 +300,9 @@ async def test_drafts_with_several_adapters_change_no_token(
     [
         ("cells", "head", ("draft",), "has MTP layers only: use --spec-type draft-mtp or auto"),
         ("trunk", "trunk", ("draft-mtp",), "has no MTP layers: use --spec-type draft or auto"),
-        ("hybrid", "head", ("auto",), "cannot draft: their architecture is glm4moe, the model's is qwen35"),
+        ("cells", "eagle3", ("auto",), "is of the architecture eagle3: its input is that of several layers"),
+        ("hybrid", "head", ("auto",), "cannot draft: they are for the architecture glm4moe, the model's is qwen35"),
+        ("cells", "reader-head", ("auto",), "they are for the architecture gemma4, the model's is glm4moe"),
     ],
 )
 def test_files_whose_layers_cannot_draft_are_refused(

@@ -208,6 +208,11 @@ def with_mtp_layers(path: Path, count: int = 3, seed: int = 1) -> Path:
     return model.written("output_norm")
 
 
+def without_layers(path: Path, architecture: str) -> Path:
+    """Writes a file of this architecture without any layers."""
+    return _Model(path, architecture, 1, feed_forward=WIDTH).written("output_norm")
+
+
 class _Model:
     """A writer of a GGUF: the vocabulary, the fields common to all kinds, and weights from one seed."""
 
@@ -231,7 +236,8 @@ class _Model:
         self._vocabulary()
         size = len(_tokens()[0])
         # Gemma multiplies by 8. A large embedding makes the next token depend on the last one most.
-        self.matrix("token_embd", WIDTH, size, gain=128 if mtp else 1 if architecture == "gemma3" else 8)
+        gain = {"gemma3": 1, "gemma4": 16}.get(architecture, 128 if mtp else 8)
+        self.matrix("token_embd", WIDTH, size, gain=gain)
         self.matrix("output", WIDTH, size, gain=3)
 
     def _vocabulary(self) -> None:
@@ -308,10 +314,10 @@ class _Model:
         """Adds a weight of ones."""
         self.numbers(name + suffix, np.ones(count))
 
-    def written(self, norm: str, part: str = "") -> Path:
+    def written(self, norm: str, part: str = "", width: int = WIDTH) -> Path:
         """Completes the file and returns its path; `norm` is the architecture's name of the last norm. The file has all
         layers, or as `part` only the MTP layers (`head`) or the others (`trunk`)."""
-        self.ones(norm, WIDTH)
+        self.ones(norm, width)
         if part:
             tensors, metadata = self.writer.tensors[0], self.writer.kv_data[0]
             for name in [name for name in tensors if name.startswith("blk.")]:
