@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,8 @@ async def test_the_lines_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
         assert caplog.text.count("statistics") == 0, "the request has no draft"
         _, end = await answer(engine, request(engine, LIST))
     assert f"draft acceptance rate = {end.usage.accepted / end.usage.drafted:.5f} (" in caplog.text
-    assert "statistics ngram_simple: #calls(b,g,a) = 1 " in caplog.text
+    # The first request feeds its prompt only if a slow machine divides the prefill.
+    assert re.search(r"statistics ngram_simple: #calls\(b,g,a\) = [12] ", caplog.text)
     assert "statistics ngram_mod" not in caplog.text, "the type has made no draft"
 
 
