@@ -160,7 +160,7 @@ class Context(Protocol):
     There are two layouts (llama.cpp: `kv_unified`). With unified KV all sequences share one pool of cells, and a copy
     shares its source's cells. With per-slot KV each sequence id has `sequence_cells` cells, and a copy uses the
     target's cells. One pass over the weights then computes rows of consecutive sequence ids only, the same number for
-    each.
+    each. A position is the index of a row in its sequence, also where the library counts otherwise (M-RoPE).
     """
 
     @property

@@ -112,7 +112,7 @@ class MediaPrefill:
     ) -> int:
         self._kv.evict(len(rows))
         try:
-            self._encoder.projector.decode(sequence.seq, sequence.computed, rows, causal=run.chunk.causal)
+            self._encoder.projector.decode(sequence.seq, sequence.computed, rows, run)
         except NoFreeCells:
             self._preempt_for(sequence)
             return 0

@@ -21,8 +21,13 @@ from engine.backend import Aborted, HostWork, Logits, NativeFault, NoFreeCells, 
 from engine.backend_sampling import BackendSampling
 from engine.batch import Batch
 from engine.llama.library import StopFlag
+from engine.llama.row_positions import Coordinates, PositionTable, text_coordinates
 from engine.llama.threads import ThreadPools
 from engine.llama.top_k_chains import TopKChains
+
+# Types of rotations with several numbers of a position (M-RoPE).
+_MROPE_TYPES = (native.LLAMA_ROPE_TYPE_MROPE, native.LLAMA_ROPE_TYPE_IMROPE)
+_MROPE_SECTIONS = 4
 
 
 class NoKVCells(NativeFault):
@@ -52,15 +57,13 @@ def native_batch(batch: Batch) -> tuple[Any, Any]:
     return struct, (counts, addresses)
 
 
-def embedding_batch(rows: NDArray[np.float32], seq: int, start: int) -> tuple[Any, Any]:
-    """Returns a `llama_batch` of embeddings without logits, and the arrays that must live as long as it. The positions
-    are those from `start` on."""
+def embedding_batch(rows: NDArray[np.float32], seq: int, positions: Coordinates) -> tuple[Any, Any]:
+    """Returns a `llama_batch` of embeddings without logits, and the arrays that must live as long as it."""
 
     def pointer(array: np.ndarray[Any, Any], kind: Any) -> Any:
         return array.ctypes.data_as(ctypes.POINTER(kind))
 
     count = len(rows)
-    positions = np.arange(start, start + count, dtype=np.int32)
     counts, ids, outputs = np.ones(count, np.int32), np.full(count, seq, np.int32), np.zeros(count, np.int8)
     addresses = (ids.ctypes.data + 4 * np.arange(count)).astype(np.uint64)
     struct = native.llama_batch(
@@ -113,6 +116,9 @@ class Decoder:
         self._droppable = np.zeros(self.sequences, np.int64)
         self.rolled_back: set[int] = set()
         """Sequences whose state is that of a snapshot until their next decode."""
+        self.row_positions = PositionTable(self.sequences)
+        # Numbers of a position: several with M-RoPE, for which a batch of tokens still has one for each row.
+        self._sections = _MROPE_SECTIONS if native.llama_model_rope_type(model) in _MROPE_TYPES else 1
         self.adapters: Sequence[Any] = ()
         """Native handles of the model's LoRA adapters, by number."""
         self._applied: AdapterSet = ()
@@ -124,8 +130,15 @@ class Decoder:
         NoFreeCells with the cells unchanged. After Aborted or NativeFault part of the batch may be in the cells.
         """
         self._check_batch()
-        self._native_batch.n_tokens = self.batch.rows
-        self._raise_for(native.llama_decode(self._handle, self._native_batch))
+        batch = self.batch
+        self._native_batch.n_tokens = batch.rows
+        if (gaps := self.row_positions.gaps(batch)) is None:
+            code = native.llama_decode(self._handle, self._native_batch)
+        else:
+            batch.pos[: batch.rows] -= gaps
+            code = native.llama_decode(self._handle, self._native_batch)
+            batch.pos[: batch.rows] += gaps
+        self._raise_for(code)
         if self.snapshots:
             self._end_rollbacks()
         host_work()
@@ -175,9 +188,14 @@ class Decoder:
             self._logits_address = address
         return self._logits_view[:outputs]
 
-    def decode_embeddings(self, seq: int, start: int, rows: NDArray[np.float32], *, causal: bool) -> None:
-        """Appends cells of `rows`, [rows, width of the model], to `seq`, which has `start` positions; without `causal`
-        each row attends to all of `rows`. Raises as `decode` does."""
+    def decode_embeddings(
+        self, seq: int, start: int, rows: NDArray[np.float32], *, causal: bool, positions: Coordinates | None = None
+    ) -> None:
+        """Appends cells of `rows`, [rows, width of the model], to `seq`, which has `start` rows; without `causal` each
+        row attends to all of `rows`. Raises as `decode` does.
+
+        `positions` are those of the rows; None for consecutive ones.
+        """
         count = len(rows)
         if not 0 < count <= min(self.batch.capacity, self.batch.capacity if causal else self.ubatch):
             limit = f"-b {self.batch.capacity}" if causal else f"-ub {self.ubatch}"
@@ -188,7 +206,10 @@ class Decoder:
         if start + count > self.positions:
             raise NoFreeCells
         numbers = np.ascontiguousarray(rows, np.float32)
-        batch, arrays = embedding_batch(numbers, seq, start)
+        before = self.row_positions[seq]
+        if positions is None:
+            positions = text_coordinates(before.at(start), count, self._sections)
+        batch, arrays = embedding_batch(numbers, seq, np.ascontiguousarray(positions, np.int32))
         if not causal:
             native.llama_set_causal_attn(self._handle, False)
         try:
@@ -199,6 +220,7 @@ class Decoder:
                 native.llama_set_causal_attn(self._handle, True)
         del arrays
         self._raise_for(code)
+        self.row_positions[seq] = before.extended(start, positions)
         self._droppable[:] = 0
         self.rolled_back.discard(seq)
 
@@ -240,6 +262,8 @@ class Decoder:
     def drop(self, seq: int, start: int = -1) -> bool:
         """Drops the positions of a sequence from `start` on, by default all. Returns False, with nothing changed, if
         the model can drop whole sequences and the last rows only, and these are others."""
+        if start <= 0:
+            self.row_positions.drop(seq)
         if start <= 0 or not self.snapshots:
             self.rolled_back.discard(seq)
         elif start <= (last := self.last_position(seq)):
@@ -270,24 +294,17 @@ class Decoder:
         return int(native.llama_memory_seq_pos_max(self._memory, seq))
 
     def length(self, seq: int) -> int:
-        """Returns the number of positions of `seq`."""
+        """Returns the number of rows of `seq`."""
         self._check_ids(seq)
-        return self.last_position(seq) + 1
+        return self.row_positions[seq].count(self.last_position(seq))
 
     def _check_ids(self, *sequences: int) -> None:
         if not all(0 <= seq < self.sequences for seq in sequences):
             raise NativeFault(f"a sequence id outside 0..{self.sequences - 1} in {sequences}")
 
-    def move(self, seq: int, by: int) -> None:
-        """Adds `by` to all positions of a sequence. The next decode rotates the keys accordingly."""
-        native.llama_memory_seq_add(self._memory, seq, -1, -1, by)
-
-    def can_move(self) -> bool:
-        """Returns True if the library can rotate keys to other positions."""
-        return bool(native.llama_memory_can_shift(self._memory))
-
     def clear(self) -> None:
         """Frees every cell."""
+        self.row_positions.clear()
         self.rolled_back.clear()
         native.llama_memory_clear(self._memory, False)
 

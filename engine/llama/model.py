@@ -253,6 +253,7 @@ def _state_settings(config: EngineConfig, params: Any, context: LlamaContext | T
     changes += ["full windows"] if config.model.swa_full else []
     head = digest(Path(config.draft.path)) if config.draft.path else "own"
     changes += [f"MTP layers {context.max_draft or 1} {head}"] if isinstance(context, MtpContext) else []
+    changes += ["numbered"] if isinstance(context, LlamaContext) and context.numbers_states else []
     return " ".join([f"{params.type_k} {params.type_v} {params.flash_attn_type} {kind}{whole}", *changes])
 
 

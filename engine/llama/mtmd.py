@@ -25,11 +25,12 @@ from engine.llama.gguf_file import digest, read_text
 from engine.llama.library import FLASH_ATTENTION
 from engine.llama.model import LlamaBackend
 from engine.llama.params import metadata, serving_gpu
+from engine.llama.row_positions import Coordinates
 from engine.llama.threads import thread_count
-from engine.media import Embeddings, MediaChunk, MediaPiece, UnreadableMedia
+from engine.media import Embeddings, MediaChunk, MediaPiece, MediaRun, UnreadableMedia
 
-# MTMD_INPUT_CHUNK_TYPE_TEXT; the other types are images and sounds.
-_TEXT = 0
+# Values of `enum mtmd_input_chunk_type`; the other one is that of sounds.
+_TEXT, _IMAGE = 0, 1
 _MARKER = b"<__media__>"
 # Types of projectors whose embeddings depend on the position in the prompt, which is no part of the prefix cache's key.
 _POSITION_DEPENDENT_TYPES = ("deepseek4v", "hunyuanvl")
@@ -59,7 +60,22 @@ class NativeChunk:
         self.handle = handle
         self.length: int = mtmd.mtmd_input_chunk_get_n_tokens(handle)
         self.causal = not mtmd.mtmd_decode_use_non_causal(context, handle)
+        self.has_grid: bool = mtmd.mtmd_decode_use_mrope(context) and mtmd.mtmd_input_chunk_get_type(handle) == _IMAGE
+        """True for an image of a model with M-RoPE, whose rows have `positions`. All other rows are consecutive."""
+        self._mtmd = mtmd
         weakref.finalize(self, mtmd.mtmd_input_chunk_free, handle)
+
+    def positions(self, first: int) -> Coordinates:
+        """Returns the positions of the rows of an image that begins at the position `first`, [4 sections, rows]."""
+        found = (self._mtmd.mtmd_decoder_pos * self.length)()
+        tokens = self._mtmd.mtmd_input_chunk_get_tokens_image(self.handle)
+        self._mtmd.mtmd_helper_image_get_decoder_pos(tokens, first, found)
+        t, x, y, z = np.frombuffer(found, np.int32).reshape(self.length, 4).T
+        return np.stack((t, y, x, z))
+
+    def overlaps(self) -> bool:
+        """Returns True if the text after the image would have a position of the image."""
+        return self.has_grid and int(self.positions(0)[:3].max()) >= self._mtmd.mtmd_input_chunk_get_n_pos(self.handle)
 
 
 # Architectures for which the library ends the process at the first embedding, unless the model has M-RoPE.
@@ -103,13 +119,7 @@ class LlamaProjector:
 
     def _check(self, path: Path, architecture: str) -> None:
         """Raises ModelError if the engine cannot serve the projector with a model of `architecture`."""
-        if self._mtmd.mtmd_decode_use_mrope(self._handle):
-            raise ModelError(
-                f"the projector {path} cannot be used: the model has M-RoPE, with which an image takes fewer positions "
-                "than it has tokens, and the prefix cache counts one position for each token; leave --mmproj out, or "
-                "give --no-mmproj"
-            )
-        if architecture in _TEXT_ONLY:
+        if architecture in _TEXT_ONLY and not self._mtmd.mtmd_decode_use_mrope(self._handle):
             raise ModelError(
                 f"the projector {path} cannot be used: llama.cpp takes no images with models of the architecture "
                 f"{architecture} that have no M-RoPE; leave --mmproj out, or give --no-mmproj"
@@ -160,7 +170,10 @@ class LlamaProjector:
     def _piece(self, handle: Any) -> MediaPiece:
         mtmd = self._mtmd
         if mtmd.mtmd_input_chunk_get_type(handle) != _TEXT:
-            return NativeChunk(mtmd, self._handle, mtmd.mtmd_input_chunk_copy(handle))
+            chunk = NativeChunk(mtmd, self._handle, mtmd.mtmd_input_chunk_copy(handle))
+            if chunk.overlaps():
+                raise UnreadableMedia("The model lacks positions for a part of this image; send one of another size.")
+            return chunk
         count = ctypes.c_size_t()
         tokens = mtmd.mtmd_input_chunk_get_tokens_text(handle, ctypes.byref(count))
         text = list(tokens[: count.value])
@@ -179,9 +192,15 @@ class LlamaProjector:
             raise NativeFault("the embeddings of an image or sound are not finite")
         return embeddings
 
-    def decode(self, seq: int, start: int, embeddings: Embeddings, *, causal: bool) -> None:
+    def decode(self, seq: int, start: int, embeddings: Embeddings, run: MediaRun) -> None:
         """Appends one cell for each of `embeddings` to a sequence. Raises NoFreeCells, Aborted or NativeFault."""
-        self._target.decode_embeddings(seq, start, embeddings, causal=causal)
+        chunk, first = run.chunk, start - run.start
+        assert isinstance(chunk, NativeChunk)
+        positions = None
+        if chunk.has_grid:
+            positions = chunk.positions(self._target.row_positions[seq].at(run.start))
+            positions = positions[:, first : first + len(embeddings)]
+        self._target.decode_embeddings(seq, start, embeddings, causal=chunk.causal, positions=positions)
 
     def close(self) -> None:
         """Frees the projector."""

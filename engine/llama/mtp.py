@@ -24,6 +24,7 @@ from engine.llama.context import LlamaContext
 from engine.llama.library import native_log
 from engine.llama.mtp_layer import Hidden, MtpLayer
 from engine.llama.mtp_layers import JointSnapshot, MtpLayers, split_parts
+from engine.llama.row_positions import Coordinates
 from engine.llama.threads import ThreadPools
 from engine.llama.top_k_chains import TopKChains
 
@@ -161,9 +162,11 @@ class MtpContext(LlamaContext):
             lag.append(array("i", batch.token[first:end].tolist()), states[first:end])
         self._bound_lag()
 
-    def decode_embeddings(self, seq: int, start: int, rows: Hidden, *, causal: bool) -> None:
+    def decode_embeddings(
+        self, seq: int, start: int, rows: Hidden, *, causal: bool, positions: Coordinates | None = None
+    ) -> None:
         """See `Decoder.decode_embeddings`. The layers have no input for embeddings and get token 0."""
-        super().decode_embeddings(seq, start, rows, causal=causal)
+        super().decode_embeddings(seq, start, rows, causal=causal, positions=positions)
         if self._layers is not None:
             self._lag(seq, start).append(array("i", bytes(4 * len(rows))), self._hidden_states(len(rows)))
             self._bound_lag()

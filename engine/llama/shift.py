@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from llama_cpp import llama_cpp as native
 from numpy.typing import NDArray
 
 from engine.backend import NativeFault, NoFreeCells, State, StatePart
@@ -35,6 +36,18 @@ FLOAT_TYPES: dict[int, type[np.generic]] = {
 }
 
 
+class _MovableDecoder(Decoder):
+    """A context whose sequences can be moved to other positions."""
+
+    def move(self, seq: int, by: int) -> None:
+        """Adds `by` to all positions of a sequence. The next decode rotates the keys accordingly."""
+        native.llama_memory_seq_add(self._memory, seq, -1, -1, by)
+
+    def can_move(self) -> bool:
+        """Returns True if the library can rotate keys to other positions."""
+        return bool(native.llama_memory_can_shift(self._memory))
+
+
 class Shifter:
     """Rotates the keys of states. Only the thread that created it may use it."""
 
@@ -46,7 +59,7 @@ class Shifter:
         own.n_batch = own.n_ubatch = SHIFT_ROWS
         own.n_outputs_max = 1
         own.flash_attn_type = FLASH_ATTENTION["off" if state_format.transposed else "on"]
-        self._decoder = Decoder(model, own, stop)
+        self._decoder = _MovableDecoder(model, own, stop)
         self._decoder.positions = 2**31 - 1
         self._format = state_format
 

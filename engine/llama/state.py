@@ -15,6 +15,10 @@ has one row of all cells for each element instead.
 
 A block is a state of one stream with sequence id 0. Blocks are equal in both KV layouts, and unified KV can load them
 unchanged. All cells of a sequence are in one stream, so a state with several streams is a block plus empty streams.
+
+Cells are addressed by the index of their row, which is their position. With M-RoPE, rows of one image have one position
+and later rows a smaller one than their index: there the index takes the place of the sequence id, which the library
+does not use when it loads a state. `StateFormat.numbered` writes it.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backend import State, StatePart
+from engine.llama.row_positions import Coordinates
 
 STATE_MAGIC = 0xAF143CD8
 # Magic number, sequence id and number of streams.
@@ -76,11 +81,11 @@ class StateView(NamedTuple):
 
 
 class StateCells:
-    """The cells of one state, addressed by position."""
+    """The cells of one state, addressed by the index of their row, here called position."""
 
     def __init__(self, view: StateView) -> None:
         self.view = view
-        positions: NDArray[np.int32] = view.cells["pos"]
+        positions: NDArray[np.int32] = view.cells["seq" if _has_coordinates(view.cells.dtype) else "pos"]
         self._order: NDArray[np.intp] | None = None
         if not (np.diff(positions) > 0).all():  # with unified KV the cells of a sequence can be in any order
             self._order = np.argsort(positions)
@@ -122,7 +127,7 @@ class StateFormat(NamedTuple):
         for cell in _CELL_RECORDS:
             try:
                 found = _parse(state, cell)
-                found.cells(state)
+                found._checked_view(state)
             except (UnknownStateFormat, struct.error) as reason:
                 reasons.append(str(reason))
             else:
@@ -130,13 +135,30 @@ class StateFormat(NamedTuple):
         raise UnknownStateFormat("; ".join(reasons))
 
     @property
+    def has_coordinates(self) -> bool:
+        """True if cells have coordinates in an image, so that states are numbered."""
+        return _has_coordinates(self.cell)
+
+    @property
     def key_type(self) -> int:
         """Type of the first layer's K (`enum ggml_type`)."""
         return int.from_bytes(self.runs[0].head[:4], "little")
 
     def cells(self, state: State) -> StateCells:
-        """Returns the cells of `state`, which share the state's memory. Raises UnknownStateFormat if `state` has
-        another format."""
+        """Returns the cells of `state`, which is a block or numbered. The cells share the state's memory. Raises
+        UnknownStateFormat if `state` has another format."""
+        return StateCells(self._checked_view(state))
+
+    def numbered(self, state: State) -> State:
+        """Returns `state`, that of a whole sequence from the library. With coordinates, writes the index of its row
+        into each cell. Raises UnknownStateFormat."""
+        if _has_coordinates(self.cell):
+            cells = self._checked_view(state).cells
+            order = np.lexsort((cells["x"], cells["y"], cells["pos"]))
+            cells["seq"][order] = np.arange(len(order))
+        return state
+
+    def _checked_view(self, state: State) -> StateView:
         streams, stream, count = _streams(state)
         if not count or len(state) != self.size(count, streams):
             raise UnknownStateFormat(f"a state of {len(state)} bytes with {count} cells and {streams} streams")
@@ -150,7 +172,7 @@ class StateFormat(NamedTuple):
         for run, heads in zip(self.runs, view.heads, strict=True):
             if not (heads == np.frombuffer(run.head, np.uint8)).all():
                 raise UnknownStateFormat("a state with other types or widths of K or V")
-        return StateCells(view)
+        return view
 
     def size(self, count: int, streams: int = 1) -> int:
         """Returns the bytes of a state with `count` cells in one of `streams` streams."""
@@ -167,14 +189,19 @@ class StateFormat(NamedTuple):
 
         Raises UnknownStateFormat if a part has another format or lacks a position.
         """
-        sources: list[_Source] = []
-        for part in parts:
-            cells = self.cells(part.state)
-            indices = cells.find(part.start, part.end)
-            if indices is None:
-                raise UnknownStateFormat(f"a state that lacks a position from {part.start} to {part.end - 1}")
-            sources.append((cells.view, indices, part.end - part.start))
-        return self._join(sources, streams, stream)
+        return self._join([self._cells_of(part) for part in parts], streams, stream)
+
+    def coordinates(self, parts: Sequence[StatePart]) -> Coordinates:
+        """Returns the coordinates of the rows in all `parts`. Raises UnknownStateFormat as `join` does."""
+        sources = [self._cells_of(part) for part in parts]
+        return np.concatenate([_coordinates(view.cells[indices]) for view, indices, _ in sources], axis=1)
+
+    def _cells_of(self, part: StatePart) -> _Source:
+        cells = self.cells(part.state)
+        indices = cells.find(part.start, part.end)
+        if indices is None:
+            raise UnknownStateFormat(f"a state that lacks a position from {part.start} to {part.end - 1}")
+        return cells.view, indices, part.end - part.start
 
     def _join(self, sources: Sequence[_Source], streams: int, stream: int) -> State:
         total = sum(count for _, _, count in sources)
@@ -193,7 +220,8 @@ class StateFormat(NamedTuple):
             for target, data in zip(view.data, source.data, strict=True):
                 target[:, :, at : at + count] = data[:, :, indices]
             at += count
-        view.cells["seq"] = 0
+        if not _has_coordinates(self.cell):
+            view.cells["seq"] = 0
         return joined
 
     def _view(self, state: State, count: int, stream: int) -> StateView:
@@ -208,6 +236,25 @@ class StateFormat(NamedTuple):
             data.append(np.ndarray(shape, np.uint8, state, at + HEAD_BYTES, strides))
             at += layers * size
         return StateView(cells, heads, data)
+
+
+def sequence_coordinates(state: State) -> Coordinates:
+    """Returns the coordinates of the cells of a state whose first part is one of this format with M-RoPE, also if
+    recurrent states follow. Raises UnknownStateFormat."""
+    _, stream, count = _streams(state)
+    at, cell = _first_cell(stream), _CELL_RECORDS[1]
+    if not 0 < count <= (len(state) - at) // cell.itemsize:
+        raise UnknownStateFormat(f"a state of {len(state)} bytes with {count} cells")
+    return _coordinates(np.ndarray(count, cell, state, at))
+
+
+def _coordinates(cells: NDArray[Any]) -> Coordinates:
+    sections = ("pos", "y", "x") if _has_coordinates(cells.dtype) else ("pos",)
+    return np.stack([cells[section] for section in sections])
+
+
+def _has_coordinates(cell: np.dtype[Any]) -> bool:
+    return cell == _CELL_RECORDS[1]
 
 
 def _first_cell(stream: int) -> int:

@@ -70,9 +70,10 @@ class Projector(Protocol):
     def encode(self, chunk: MediaChunk) -> Embeddings:
         """Returns the embeddings of a chunk. Raises NativeFault."""
 
-    def decode(self, seq: int, start: int, embeddings: Embeddings, *, causal: bool) -> None:
-        """Appends one cell for each of `embeddings` to the sequence `seq` of the model's context, which has `start`
-        positions. Raises NoFreeCells with nothing changed, Aborted or NativeFault."""
+    def decode(self, seq: int, start: int, embeddings: Embeddings, run: MediaRun) -> None:
+        """Appends one cell for each of `embeddings`, those of `run` from position `start` of the prompt on, to the
+        sequence `seq` of the model's context, which has `start` positions. Raises NoFreeCells with nothing changed,
+        Aborted or NativeFault."""
 
     def close(self) -> None:
         """Frees the native objects. No other method may run at the same time or later."""

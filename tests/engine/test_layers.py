@@ -65,12 +65,12 @@ shared_data planner lookup
 speculative_decoding
 """
 LLAMA = """
-library gguf_file state layout special_tokens
-exact fit gguf_check params placement threads
+library gguf_file row_positions layout special_tokens
+exact fit gguf_check params placement threads state
 weights
 top_k_chains
 decoder memory_check rollback
-shift adapters
+shift adapters saved_states
 vocab context textless
 mtp_layer
 mtp_head mtp_layers

@@ -72,12 +72,12 @@ class ToyProjector:
         rows = [(token, index, chunk.length) for index, token in enumerate(chunk.tokens)]
         return np.array(rows, np.float32)
 
-    def decode(self, seq: int, start: int, embeddings: Embeddings, *, causal: bool) -> None:
+    def decode(self, seq: int, start: int, embeddings: Embeddings, run: MediaRun) -> None:
         """Appends one cell for each embedding. Asserts the start, and that only causal images are divided."""
         context = self.context
         assert context is not None
         assert context.length(seq) == start, "the image continues the sequence"
-        if not causal:
+        if not run.chunk.causal:
             assert embeddings[-1, 1] == embeddings[-1, 2] - 1, "the image is decoded up to its end"
         used = context.used() if context.unified else start
         if used + len(embeddings) > (context.cells if context.unified else context.sequence_cells):

@@ -24,7 +24,7 @@ from engine import (
 from engine.contract import ProposerType
 from engine.step import EngineCore
 from tests.native.test_engine import answer
-from tests.native.tiny import WIDTH, delta_net, windowed, with_mtp, with_mtp_layers
+from tests.native.tiny import WIDTH, windowed, with_mtp, with_mtp_layers
 from tests.native.tiny_mmproj import ProjectorKind, png, projector
 
 if not has_media_library():
@@ -132,10 +132,6 @@ async def test_projectors_that_cannot_be_served(files: Path, tmp_path: Path) -> 
     projector(tmp_path / "large.gguf", WIDTH, "gemma3", image_size=96)
     with pytest.raises(ModelError, match="--ubatch-size and --batch-size to 36 or more"):
         async with opened(tmp_path, "large", ubatch=32):
-            pass
-    config = EngineConfig.of(path=delta_net(tmp_path / "mrope.gguf"), media={"path": str(files / "janus_pro.gguf")})
-    with pytest.raises(ModelError, match="M-RoPE"):
-        async with Engine.open(config):
             pass
 
 

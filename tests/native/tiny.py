@@ -139,6 +139,19 @@ def windowed(path: Path, window: int = 32, seed: int = 1) -> Path:
     return model.written("output_norm")
 
 
+def grid(path: Path, seed: int = 1) -> Path:
+    """Writes a model whose rows in images have positions in a grid (Qwen2-VL)."""
+    model = _Model(path, "qwen2vl", seed, feed_forward=2 * WIDTH)
+    model.heads()
+    model.writer.add_rope_dimension_sections([4, 6, 6, 0])
+    for layer in range(LAYERS):
+        model.numbers(f"blk.{layer}.attn_norm.weight", np.full(WIDTH, 1.7))  # in place of norms of queries and keys
+        model.attention(layer, norms=False)
+        model.ones(f"blk.{layer}.ffn_norm", WIDTH)
+        model.feed_forward(layer, norm=False)
+    return model.written("output_norm")
+
+
 def experts(path: Path, seed: int = 1) -> Path:
     """Writes a model whose feed-forward parts are two of four experts (Mixtral)."""
     model = _Model(path, "llama", seed, feed_forward=2 * WIDTH)

@@ -15,14 +15,14 @@ WIDTH, HIDDEN, LAYERS, HEADS = 32, 64, 2, 2
 # Sides in pixels.
 IMAGE_SIZE, PATCH_SIZE = 32, 8
 
-ProjectorKind = Literal["janus_pro", "gemma3"]
+ProjectorKind = Literal["janus_pro", "gemma3", "qwen2vl_merger"]
 
 
 def projector(path: Path, width: int, kind: ProjectorKind = "janus_pro", image_size: int = IMAGE_SIZE) -> Path:
     """Writes a projector for a model of `width`, and returns the path.
 
     With the default `image_size`, `janus_pro` makes 16 embeddings of an image, with causal attention, and `gemma3`
-    makes 4, each of which attends to all.
+    makes 4, each of which attends to all. `qwen2vl_merger` makes a grid with one embedding for each 16 by 16 pixels.
     """
     writer = GGUFWriter(path, "clip")
     random = np.random.default_rng(1)
@@ -53,13 +53,17 @@ def projector(path: Path, width: int, kind: ProjectorKind = "janus_pro", image_s
         writer.add_tensor(f"{name}.bias", np.zeros(WIDTH, np.float32))
 
     add("v.patch_embd.weight", WIDTH, 3, PATCH_SIZE, PATCH_SIZE)
-    add("v.position_embd.weight", (image_size // PATCH_SIZE) ** 2, WIDTH)
+    if kind == "qwen2vl_merger":
+        add("v.patch_embd.weight.1", WIDTH, 3, PATCH_SIZE, PATCH_SIZE)
+    else:
+        add("v.position_embd.weight", (image_size // PATCH_SIZE) ** 2, WIDTH)
     for layer in range(LAYERS):
         block = f"v.blk.{layer}"
         for norm in ("ln1", "ln2"):
             ones(f"{block}.{norm}")
         for part in ("attn_q", "attn_k", "attn_v", "attn_out"):
             add(f"{block}.{part}.weight", WIDTH, WIDTH)
+            writer.add_tensor(f"{block}.{part}.bias", np.zeros(WIDTH, np.float32))
         add(f"{block}.ffn_up.weight", HIDDEN, WIDTH)
         add(f"{block}.ffn_down.weight", WIDTH, HIDDEN)
     ones("v.post_ln")
@@ -67,10 +71,11 @@ def projector(path: Path, width: int, kind: ProjectorKind = "janus_pro", image_s
         add("mm.input_projection.weight", WIDTH, width, scale=(width / WIDTH) ** 0.5)
         writer.add_tensor("mm.soft_emb_norm.weight", np.ones(WIDTH, np.float32))
     else:
-        add("mm.0.weight", HIDDEN, WIDTH)
+        inputs, last = (4 * WIDTH, "mm.2") if kind == "qwen2vl_merger" else (WIDTH, "mm.1")
+        add("mm.0.weight", HIDDEN, inputs)
         writer.add_tensor("mm.0.bias", np.zeros(HIDDEN, np.float32))
-        add("mm.1.weight", width, HIDDEN)
-        writer.add_tensor("mm.1.bias", np.zeros(width, np.float32))
+        add(f"{last}.weight", width, HIDDEN)
+        writer.add_tensor(f"{last}.bias", np.zeros(width, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
