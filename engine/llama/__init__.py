@@ -34,7 +34,8 @@ os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
 from engine.llama.embedding import open_embedding
 from engine.llama.library import list_devices
-from engine.llama.model import open_gguf, open_vocabulary
+from engine.llama.model import open_gguf
 from engine.llama.mtmd import open_projector
+from engine.llama.vocab import open_vocabulary
 
 __all__ = ["list_devices", "open_embedding", "open_gguf", "open_projector", "open_vocabulary"]

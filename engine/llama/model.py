@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from engine.llama.params import (
     set_rope,
     trained_tokens,
 )
-from engine.llama.placement import parse_overrides, set_placement
+from engine.llama.placement import set_placement
 from engine.llama.rollback import snapshots_of
 from engine.llama.textless import TextlessContext
 from engine.llama.threads import ThreadPools, check_cpus, open_pools, prepare_threads, thread_count
@@ -125,28 +124,6 @@ def _exact(config: EngineConfig, path: Path) -> EngineConfig:
         return structs.replace(config, model=exact.exact_config(config.model, gpu))
     except exact.NotExact as reason:
         raise ModelError(f"{path} cannot be served with --deterministic: {reason}") from None
-
-
-@contextmanager
-def open_vocabulary(path: Path, override_kv: Sequence[str] = ()) -> Iterator[LlamaVocab]:
-    """Opens the vocabulary of a GGUF without loading weights. `override_kv` is that of `LoadConfig`, which can change
-    the tokenizer. Raises ModelError."""
-    check_file(path)
-    library.initialize()
-    params = native.llama_model_default_params()
-    params.vocab_only = True
-    if (overrides := parse_overrides(override_kv)) is not None:
-        params.kv_overrides = overrides
-    model = native.llama_model_load_from_file(str(path).encode(), params)
-    if not model:
-        reason = library.first_error() or "the library gave no reason"
-        raise ModelError(f"cannot load the vocabulary of {path}: {reason}")
-    vocab = LlamaVocab(model)
-    try:
-        yield vocab
-    finally:
-        if vocab.close():
-            native.llama_model_free(model)
 
 
 def _open(config: EngineConfig, path: Path, model: Any, head: Any) -> LlamaBackend:

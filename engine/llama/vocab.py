@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from llama_cpp import llama_cpp as native
 
 from engine.backend import FimTokens
-from engine.contract import EngineFault
+from engine.contract import EngineFault, ModelError
+from engine.llama import library
+from engine.llama.gguf_check import check_file
+from engine.llama.placement import parse_overrides
 from engine.llama.special_tokens import PIECE_BYTES, SpecialToken, SpecialTokenSplitter
 from engine.worker_pool import checkpoint
 
@@ -196,3 +200,27 @@ class LlamaVocab:
     def _special_text(self, token: int) -> str:
         # For a file without the token's number the library returns a default, which may be a token of plain text.
         return self.text(token) if token in self.special else ""
+
+
+@contextmanager
+def open_vocabulary(path: Path, override_kv: Sequence[str] = ()) -> Iterator[LlamaVocab]:
+    """Opens the vocabulary of a GGUF without loading weights. `override_kv` is that of `LoadConfig`, which can change
+    the tokenizer. Raises ModelError."""
+    check_file(path)
+    library.initialize()
+    params = native.llama_model_default_params()
+    params.vocab_only = True
+    no_devices = (ctypes.c_void_p * 1)()  # so that no context is created on a GPU
+    params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
+    if (overrides := parse_overrides(override_kv)) is not None:
+        params.kv_overrides = overrides
+    model = native.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        reason = library.first_error() or "the library gave no reason"
+        raise ModelError(f"cannot load the vocabulary of {path}: {reason}")
+    vocab = LlamaVocab(model)
+    try:
+        yield vocab
+    finally:
+        if vocab.close():
+            native.llama_model_free(model)
