@@ -17,8 +17,9 @@ from engine import MAX_MEDIA_BYTES, MediaReader, RequestRefused
 from engine.media import without_runs
 from tests.api.asgi import CapturedResponse, call, post
 from tests.api.fake import FakeEngine, app_state
-from tests.engine.test_media import ToyProjector, sound
+from tests.engine.test_media import sound
 from tests.native.tiny_mmproj import png, png_of
+from tests.toy_media import ToyProjector
 
 IMAGE = png()
 

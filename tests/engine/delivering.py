@@ -103,6 +103,7 @@ class DeliveringBench(CoreBench):
         return Delivery(ids, "".join(update.text for update in tokens), next(iter(ends), None), error)
 
     def close(self) -> None:
-        """Closes the core, and the event loop."""
+        """Closes the core, the encoder, and the event loop."""
         self.core.close()
+        super().close()
         self._runner.close()

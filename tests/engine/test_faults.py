@@ -26,7 +26,7 @@ from engine.speculate import Draft
 from tests.engine.delivering import DeliveringBench
 from tests.engine.test_grammar_exact import alone as alone_with_pairs
 from tests.engine.test_grammar_exact import draw_constrained
-from tests.engine.test_same_as_alone import LAYOUTS, CoreBench, Oracle, alone, context_of, draw_request
+from tests.engine.test_same_as_alone import IMAGES, LAYOUTS, CoreBench, Oracle, alone, context_of, draw_request
 from tests.engine.vocabularies import PAIRS, bytes_of, grammar
 from tests.sizes import sized
 from tests.toy import VOCABULARY, ToyContext
@@ -161,7 +161,7 @@ class FaultyLoad:
         if point in MATCHER_POINTS or random.random() < 0.3:
             request, _ = draw_constrained(random, self._prefixes)
         else:
-            request = draw_request(random, self._prefixes, self._cells)
+            request = draw_request(random, self._prefixes, self._cells, IMAGES)
         wanted = alone_with_pairs(request, self._cells)
         key = bench.enter(request, FaultyOracle(point, random.choice([0.2, 1.0]), request, wanted[0], 0.3, random))
         self._wanted[key] = wanted
@@ -209,6 +209,7 @@ def test_a_fault_at_any_point_stays_with_its_request(
         "prompt_rows": random.choice([1, 5, 100]),
         "offload": offload,
         "offloaded": seed % 2 == 1,
+        "media_bytes": 400,
     }
     with closing(DeliveringBench(context, faulty=True, **settings)) as bench:
         load = FaultyLoad(bench, random, cells, break_masks(monkeypatch))

@@ -1,8 +1,8 @@
 """The property: whatever else runs, a request's tokens are those it gets alone, in both KV layouts.
 
-Requests arrive, are cancelled, share prefixes, have accepted and rejected drafts, are preempted when cells run out, and
-are part of decodes that fail for lack of cells. The toy context's logits depend on every token that a row attends
-to, so any bookkeeping error changes an output.
+Requests arrive, are cancelled, share prefixes, have images, accepted and rejected drafts, are preempted when cells run
+out, and are part of decodes that fail for lack of cells. The toy context's logits depend on every token that a row
+attends to, so any bookkeeping error changes an output.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from engine.contract import (
 )
 from engine.kv import Offload
 from engine.kv.idle import UNPRICED_STEPS
-from engine.media import MediaEncoder
+from engine.media import without_runs
 from engine.outbox import Outbox, StepOutput
 from engine.pace import Layout, StepCost, StepTargets
 from engine.sequence import Sequence
@@ -37,6 +37,7 @@ from engine.speculate import Draft, DraftModel, MtpProposer, Proposer, SharedDra
 from engine.step import EngineCore
 from tests.sizes import sized
 from tests.toy import VOCABULARY, ToyBackend, ToyContext, ToyHeadContext
+from tests.toy_media import BlockingEncoder, ToyChunk, ToyProjector, request_of
 
 
 class Oracle:
@@ -44,7 +45,7 @@ class Oracle:
 
     def __init__(self, request: Request, truth: abc.Sequence[int], wrong: float, random: Random) -> None:
         self.truth, self.wrong, self.random = truth, wrong, random
-        self.emitted = -len(request.prompt)
+        self.emitted = -len(without_runs(request.prompt, request.media))
         self.ended = False
 
     def begin(self, tokens: abc.Sequence[int]) -> None:
@@ -109,10 +110,11 @@ class CoreBench:
         backend: Any = None,
         faulty: bool = False,
         queue_timeout: float = 0.0,
-        encoder: MediaEncoder | None = None,
+        media_bytes: int | None = None,
         mtp: bool = False,
     ) -> None:
-        """With `faulty`, proposers may fail. With `mtp`, the context itself drafts."""
+        """With `faulty`, proposers may fail. With `mtp`, the context itself drafts. `media_bytes` is the capacity of
+        the encoder of images; None for none."""
         self._faulty = faulty
         self.backend: Any = backend or ToyBackend(context)
         self.outputs: dict[int, list[int]] = {}
@@ -120,6 +122,8 @@ class CoreBench:
         self.ends: dict[int, Finished | Failed] = {}
         outbox = Outbox(self.deliver)
         self.next_proposers: dict[str, Proposer] = {}
+        self.projector = ToyProjector(context)
+        self.encoder = None if media_bytes is None else BlockingEncoder(self.projector, media_bytes)
         self.speculative_decoding = SpeculativeDecoding(
             SharedDraftData(speculation or SpeculationConfig(), self.backend.vocab),
             speculation or SpeculationConfig(),
@@ -140,7 +144,7 @@ class CoreBench:
             offload,
             reuse,
             queue_timeout,
-            encoder=encoder,
+            encoder=self.encoder,
         )
         cast("Any", self.core.cost).prompt_rows = lambda *_: prompt_rows
         self.sequences: dict[int, Sequence] = {}
@@ -183,6 +187,11 @@ class CoreBench:
         failures = [stats.type for stats in self.speculative_decoding.draft_stats if stats.failures]
         assert self._faulty or not failures, f"proposers failed: {failures}"
 
+    def close(self) -> None:
+        """Ends the thread that encodes images."""
+        if self.encoder is not None:
+            self.encoder.close()
+
     def compare(
         self, wanted: Mapping[int, tuple[abc.Sequence[int], FinishReason]], cancelled: Container[int], *, faults: bool
     ) -> None:
@@ -201,9 +210,10 @@ class CoreBench:
 
 def alone(request: Request, cells: int) -> tuple[list[int], FinishReason]:
     """Returns the tokens and the finish reason of a request that runs alone."""
-    bench = CoreBench(ToyContext(cells=cells), slots=1)
+    bench = CoreBench(ToyContext(cells=cells), slots=1, media_bytes=0 if request.media else None)
     bench.submit(0, request)
     bench.run()
+    bench.close()
     end = bench.ends[0]
     assert isinstance(end, Finished)
     return bench.outputs[0], end.reason
@@ -217,7 +227,14 @@ STATEFUL = (
 )
 
 
-def draw_request(random: Random, prefixes: list[list[int]], longest: int) -> Request:
+# The embeddings of an image attend to those before them, or to all others of the image.
+IMAGES = tuple(ToyChunk(range(first, first + 5 * at + 3), causal=at % 2 == 0) for at, first in enumerate((60, 80, 110)))
+
+
+def draw_request(
+    random: Random, prefixes: list[list[int]], longest: int, images: abc.Sequence[ToyChunk] = ()
+) -> Request:
+    """Returns a request of at most `longest` tokens, with up to two of `images` in the prompt."""
     start = random.choice(prefixes)[: random.randint(1, 40)]
     prompt = [*start, *(random.randrange(1, VOCABULARY) for _ in range(random.randint(0, 8)))][: longest - 1]
     sampling = random.choice(
@@ -228,8 +245,13 @@ def draw_request(random: Random, prefixes: list[list[int]], longest: int) -> Req
             SamplingParams(temperature=0.7, seed=5, repeat_penalty=1.3, presence_penalty=0.5, dry_multiplier=0.8),
         ]
     )
-    return Request(
-        prompt=tuple(prompt),
+    shown = random.choices(images, k=random.randint(0, 2)) if images else []
+    parts: list[int | ToyChunk] = [*prompt]
+    if len(prompt) + sum(image.length for image in shown) < longest:
+        for image in shown:
+            parts.insert(random.choice([0, len(prompt) // 2, len(prompt) - 1]), image)
+    return request_of(
+        parts,
         max_tokens=random.choice([0, 1, 2, 10, 30, None]),
         min_tokens=random.choice([0, 0, 5]),
         sampling=sampling,
@@ -247,14 +269,16 @@ def test_random_interleavings(seed: int, unified: bool) -> None:
     sequences, rows = random.choice([5, 12]), random.choice([16, 64])
     max_rollback = (1, 3, 8)[seed % 3] if seed % 4 == 0 else None  # a model with recurrent states
     context = context_of(unified, cells, sequences=sequences, rows=rows, outputs=16, max_rollback=max_rollback)
-    bench = CoreBench(context, slots=4, prompt_rows=random.choice([1, 5, 100]))
+    images = IMAGES if seed % 5 < 2 else ()
+    media_bytes, ram = (random.choice([0, 400]), random.choice([0, 10**6])) if images else (None, 0)
+    bench = CoreBench(context, 4, random.choice([1, 5, 100]), ram=ram, media_bytes=media_bytes)
     chance = random.choice([0.0, 0.0, 0.1])
     context.faults = lambda _: NoFreeCells() if random.random() < chance else None
     prefixes = [[random.randrange(1, VOCABULARY) for _ in range(40)] for _ in range(3)]
     wanted: dict[int, tuple[list[int], FinishReason]] = {}
     cancelled: set[int] = set()
     for key in range(12):
-        request = draw_request(random, prefixes, cells)
+        request = draw_request(random, prefixes, cells, images)
         if key % 4 == 3:
             request = structs.replace(request, sampling=STATEFUL[key % len(STATEFUL)])
         request = structs.replace(request, owner="ab"[key % 2], priority=key % 5 // 4)
@@ -271,6 +295,7 @@ def test_random_interleavings(seed: int, unified: bool) -> None:
         if bench.core.running and random.random() < 0.15:
             bench.core.lifecycle.preempt(random.choice(list(bench.core.running.values())))
     bench.run()
+    bench.close()
     bench.compare(wanted, cancelled, faults=chance > 0)
     assert context.used() == bench.core.kv.used_cells
     bench.core.kv.drop_idle()
@@ -295,18 +320,19 @@ def test_no_type_of_speculation_changes_the_tokens(kind: Any, seed: int, unified
     )
     mtp = kind == "draft-mtp" or (kind in ("auto", "fixed") and seed % 2 == 1)
     draft = None if mtp else context_of(unified, random.choice([60, 400]), other=0.3)
-    cells, rows, outputs = random.choice([90, 300]), random.choice([16, 64]), random.choice([8, 16])
+    cells, rows, outputs = random.choice([110, 300]), random.choice([16, 64]), random.choice([8, 16])
     bench = CoreBench(
         context_of(unified, cells, rows=rows, outputs=outputs, head=mtp),
         prompt_rows=random.choice([1, 5, 100]),
         speculation=speculation,
         draft=draft,
         mtp=mtp,
+        media_bytes=400,
     )
     prefixes = [[random.randrange(1, VOCABULARY) for _ in range(20)] for _ in range(2)]
     wanted: dict[int, list[int]] = {}
     for key in range(8):
-        request = structs.replace(draw_request(random, prefixes, 60), max_tokens=random.choice([1, 10, 40]))
+        request = structs.replace(draw_request(random, prefixes, 60, IMAGES), max_tokens=random.choice([1, 10, 40]))
         if key < 2 or random.random() < 0.5:
             request = structs.replace(request, sampling=LOOPING, ignore_eos=True, max_tokens=50)
         wanted[key] = alone(request, 300)[0]
@@ -320,6 +346,7 @@ def test_no_type_of_speculation_changes_the_tokens(kind: Any, seed: int, unified
         if bench.core.running and random.random() < 0.15:
             bench.core.lifecycle.preempt(random.choice(list(bench.core.running.values())))
     bench.run()
+    bench.close()
     assert bench.outputs == wanted
     expected = {*GRAMMARLESS_TYPES} - {"draft" if mtp else "draft-mtp"} if kind in ("auto", "fixed") else {kind}
     assert {drafts.type for drafts in bench.speculative_decoding.draft_stats} == expected
