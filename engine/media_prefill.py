@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 from engine.backend import Aborted, Backend, NativeFault, NoFreeCells
@@ -17,7 +18,7 @@ from engine.kv import KVCache
 from engine.lifecycle import Lifecycle
 from engine.media import Embeddings, MediaEncoder, MediaRun, WantedRun
 from engine.running import PlacedRows
-from engine.scheduler import ScheduledRows, by_urgency
+from engine.scheduler import ScheduledRows, by_prefill_order, by_urgency
 from engine.sequence import Sequence
 
 # Number of wanted runs of each sequence: the one to decode, and the next one, which is encoded meanwhile.
@@ -52,40 +53,46 @@ class MediaPrefill:
         self._encoder = encoder
         self._kv = kv
         self._lifecycle = lifecycle
+        self._running = lifecycle.running
         # True if the encoder has wanted runs.
         self._has_wanted = False
 
     def prepare(self) -> bool:
         """Sets the runs that the encoder computes next, and `Sequence.awaits_encoding`. Fails the requests whose runs
-        cannot be encoded. Returns True if a sequence has a run to decode."""
-        wanted: list[WantedRun] = []
+        cannot be encoded. Returns True if a sequence has a run to decode.
+
+        Each sequence has one run encoded, in the order of the prefill, before any sequence has a second one."""
+        wanted: list[list[WantedRun]] = [[] for _ in range(RUNS_AHEAD)]
         now = time.perf_counter()
-        with_media = [each for each in self._lifecycle.running.values() if each.request.media]
-        for sequence in sorted(with_media, key=lambda each: each.request.priority):
+        for sequence in self._by_prefill_order([each for each in self._running.values() if each.request.media]):
             run = sequence.next_run
             sequence.awaits_encoding = False
             if run is None or self._kv.loading(sequence.seq):
                 continue
-            ahead = [each for each in sequence.request.media if each.end > sequence.computed][:RUNS_AHEAD]
-            wanted += [WantedRun(sequence.salt, each) for each in ahead]
+            ahead = (each for each in sequence.request.media if each.end > sequence.computed)
+            for runs, each in zip(wanted, ahead, strict=False):
+                runs.append(WantedRun(sequence.salt, each))
             result = self._encoder.result(WantedRun(sequence.salt, run))
             if isinstance(result, Exception):
                 self._lifecycle.fail(sequence, EngineFault(REQUEST_FAILED))
             if result is None and run.start <= sequence.computed:
                 sequence.awaits_encoding, sequence.prefill_due = True, now
-        if wanted or self._has_wanted:
-            self._encoder.want(wanted)
-        self._has_wanted = bool(wanted)
+        if wanted[0] or self._has_wanted:
+            self._encoder.want([*chain(*wanted)])
+        self._has_wanted = bool(wanted[0])
         return self._has_wanted
 
     def decode(self, commit: Callable[[list[PlacedRows]], None], prompt_rows: Callable[[], int], max_rows: int) -> int:
         """Decodes rows of at most one run, and passes them to `commit`. Returns the number of rows: of a causal run at
-        most `max_rows` and `prompt_rows()`, of another one all that are left."""
-        running = self._lifecycle.running
-        unblocked = [each for each in running.active if each.next_run is not None and not self._blocked(each)]
-        for sequence in sorted(unblocked, key=lambda each: each.request.priority):
+        most `max_rows` and `prompt_rows()`, of another one all that are left; 0 if the text of another prompt precedes
+        the run in the order of the prefill."""
+        prefilling = [each for each in self._running.active if each.num_uncomputed > 1]
+        for sequence in self._by_prefill_order(prefilling):
+            if self._running.num_ready(sequence):
+                return 0
             run = sequence.next_run
-            assert run is not None, "the sequence has a run"
+            if run is None or sequence.num_ready or sequence.awaits_encoding or self._kv.loading(sequence.seq):
+                continue
             result = self._encoder.result(WantedRun(sequence.salt, run))
             if not isinstance(result, Exception) and result is not None:
                 rest = result[sequence.computed - run.start :]
@@ -104,8 +111,10 @@ class MediaPrefill:
         if self._has_wanted:
             self._encoder.wait(ENCODING_WAIT_SECONDS)
 
-    def _blocked(self, sequence: Sequence) -> bool:
-        return sequence.awaits_encoding or sequence.num_ready > 0 or self._kv.loading(sequence.seq)
+    def _by_prefill_order(self, sequences: list[Sequence]) -> list[Sequence]:
+        if len(sequences) < 2:
+            return sequences
+        return [self._running[view.key] for view in by_prefill_order(self._running.views(sequences))]
 
     def _decode(
         self, sequence: Sequence, run: MediaRun, rows: Embeddings, commit: Callable[[list[PlacedRows]], None]
@@ -119,14 +128,13 @@ class MediaPrefill:
         except (Aborted, NativeFault) as error:
             self._lifecycle.fail(sequence, EngineFault(f"an image or sound cannot be decoded: {error}"))
             return 0
-        commit([self._lifecycle.running.placed(ScheduledRows(sequence.key, len(rows)))])
+        commit([self._running.placed(ScheduledRows(sequence.key, len(rows)))])
         return len(rows)
 
     def _preempt_for(self, sequence: Sequence) -> None:
         """Frees cells for `sequence`: preempts the least urgent sequence, as `scheduler.plan` does, which may be
         `sequence`. Fails `sequence` if there is no other one."""
-        running = self._lifecycle.running
-        if len(running) > 1:
-            self._lifecycle.preempt(running[by_urgency(running.views())[-1].key])
+        if len(self._running) > 1:
+            self._lifecycle.preempt(self._running[by_urgency(self._running.views())[-1].key])
         else:
             self._lifecycle.reject_rows([sequence])

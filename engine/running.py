@@ -103,11 +103,11 @@ class Running(dict[int, Sequence]):
             drafts[sequence.key] = len(sequence.draft)
         return drafts
 
-    def views(self) -> list[SequenceView]:
-        """Returns the scheduler's input, in the order of the sequences' starts."""
+    def views(self, sequences: abc.Iterable[Sequence] | None = None) -> list[SequenceView]:
+        """Returns the scheduler's input for `sequences`, by default all, in the order of their starts."""
         scarce = self._kv.free_cells + self._kv.evictable_cells <= len(self)  # a sequence may have to be preempted
         now = time.perf_counter()
-        return [self._view(sequence, scarce, now) for sequence in self.values()]
+        return [self._view(each, scarce, now) for each in (self.values() if sequences is None else sequences)]
 
     def _view(self, sequence: Sequence, scarce: bool, now: float) -> SequenceView:
         known = len(sequence.tokens)

@@ -252,15 +252,20 @@ def _rows(sequences: Sequence[SequenceView], cells: int, free: int, limits: Step
     return rows + (_prefill(prefilling, chunk, limits) or _prefill(prefilling, chunk, relaxed))
 
 
-def _prefill(sequences: Sequence[SequenceView], total: int, limits: StepLimits) -> list[ScheduledRows]:
-    """Splits `total` prompt rows by priority, then by the counters of the owners, and among the sequences of an owner
-    by deadline, then by highest response ratio next (Hansen 1971): seconds waited per token to compute.
+def by_prefill_order(prefilling: Iterable[SequenceView]) -> list[SequenceView]:
+    """Returns the sequences by priority, then by the counters of the owners, and those of an owner by deadline, then by
+    highest response ratio next (Hansen 1971): seconds waited per token to compute.
 
     Short prompts pass long ones, prompts of equal length finish in the order of their arrival, and the priority of a
     long prompt grows with its waiting time.
     """
+    return sorted(prefilling, key=_prefill_order)
+
+
+def _prefill(sequences: Sequence[SequenceView], total: int, limits: StepLimits) -> list[ScheduledRows]:
+    """Splits `total` prompt rows by `by_prefill_order`."""
     rows: list[ScheduledRows] = []
-    for view in sorted(sequences, key=_prefill_order):
+    for view in by_prefill_order(sequences):
         if size := _chunk(view.ready, total, limits):
             rows.append(ScheduledRows(view.key, size))
             total -= size

@@ -38,7 +38,7 @@ class ToyProjector:
 
     def __init__(self, context: ToyContext | None = None) -> None:
         self.context = context
-        self.encodings = 0
+        self.encoded: list[int] = []  # the first token of each encoded chunk
         self.faulty = False
         self.closed = False
 
@@ -49,7 +49,7 @@ class ToyProjector:
     def encode(self, chunk: MediaChunk) -> Embeddings:
         """Returns one row for each embedding: its token, its index, and the length of the chunk."""
         assert isinstance(chunk, ToyChunk)
-        self.encodings += 1
+        self.encoded.append(chunk.tokens[0])
         if self.faulty:
             raise NativeFault("injected")
         rows = [(token, index, chunk.length) for index, token in enumerate(chunk.tokens)]

@@ -60,7 +60,7 @@ def test_one_image_in_two_turns_is_encoded_once_and_not_across_salts() -> None:
         bench.run()
     cached = [cast("Any", bench.ends[key]).usage.cached for key in range(3)]
     assert cached == [0, 34, 0]
-    assert bench.projector.encodings == 2
+    assert len(bench.projector.encoded) == 2
     bench.close()
 
 
@@ -103,6 +103,40 @@ def test_an_image_without_cells_preempts_the_least_urgent_sequence(
     bench.close()
     assert found == [preempted]
     assert [bench.outputs[key] for key in range(3)] == [alone(request, 300)[0] for request in requests]
+
+
+@pytest.mark.parametrize("late", [[3, ToyChunk(range(80, 90)), 4], [*range(1, 31)]], ids=["image", "text"])
+def test_one_owner_with_many_images_does_not_hold_up_another(
+    late: Sequence[int | ToyChunk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = CoreBench(ToyContext(cells=300), prompt_rows=10, media_bytes=10**6)
+    decode, lengths = bench.projector.decode, list[int]()
+
+    def record(seq: int, start: int, embeddings: Any, *, causal: bool) -> None:
+        lengths.append(len(bench.outputs.get(1, ())))
+        decode(seq, start, embeddings, causal=causal)
+
+    monkeypatch.setattr(bench.projector, "decode", record)
+    images = [ToyChunk(range(first, first + 10)) for first in range(100, 200, 10)]
+    bench.submit(0, request_of([1, *images, 2], max_tokens=2, owner="a"))
+    while len(lengths) < 3:
+        bench.core.step()
+    bench.submit(1, request_of(late, max_tokens=30, ignore_eos=True, owner="b"))
+    bench.run()
+    bench.close()
+    assert lengths.count(0) <= 8, "the second owner has tokens before all images of the first one are decoded"
+
+
+def test_encodings_are_in_the_order_of_the_prefill() -> None:
+    bench = CoreBench(ToyContext(cells=300), media_bytes=10**6)
+    images = [ToyChunk(range(first, first + 10)) for first in range(100, 150, 10)]
+    prompts = [[1, *images[:3], 2], [3, images[3], 4], [5, images[4], 6]]
+    for key, prompt in enumerate(prompts):
+        bench.submit(key, request_of(prompt, max_tokens=1, owner="ab"[key % 2], priority=-(key == 2)))
+    bench.core.step()
+    assert bench.projector.encoded == [140, 130, 100, 110]
+    bench.run()
+    bench.close()
 
 
 def test_an_encoding_that_fails_ends_only_its_request() -> None:
