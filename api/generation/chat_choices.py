@@ -31,7 +31,7 @@ async def chat_choices(
             reasoning=chat.reasoning_budget,
             grammar=await chat.grammar(model.engine),
             progress=progress,
-            media=chat.media,
+            media=[chat.media],
         )
     except ContextExceeded as error:
         error.field = "messages"

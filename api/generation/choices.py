@@ -72,12 +72,12 @@ class Choices:
         grammar: CompiledConstraint | None = None,
         stop_scope: Callable[[], StopScope] | None = None,
         progress: bool = False,
-        media: tuple[MediaRun, ...] = (),
+        media: Sequence[tuple[MediaRun, ...]] = (),
     ) -> None:
         """Creates the generations without submitting them. Raises RequestRefused.
 
-        `media` has the images and sounds of the only prompt. `prediction` is cut to the length of the longest possible
-        output.
+        `media` has the images and sounds of each prompt, or is empty if there are none. `prediction` is cut to the
+        length of the longest possible output.
         """
         self.n = request.n or 1
         check_choice_count(model, len(prompts), self.n)
@@ -95,7 +95,7 @@ class Choices:
                 msgspec.structs.replace(
                     own_fields,
                     prompt=prompt,
-                    media=media,
+                    media=runs,
                     max_tokens=max_new_tokens(model, token_limit, len(prompt)),
                     sampling=msgspec.structs.replace(sampling, seed=derive_seed(self.seed, choice)),
                     stop_scope=stop_scope,
@@ -109,7 +109,7 @@ class Choices:
                     progress=progress or own_fields.progress,
                 )
             )
-            for prompt in prompts
+            for prompt, runs in zip(prompts, media or [()] * len(prompts), strict=True)
             for choice in range(self.n)
         ]
         self.outputs = [

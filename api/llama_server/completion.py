@@ -17,7 +17,8 @@ from api.http.request_context import request_context
 from api.http.responses import EventStream, EventStreamResponse, PendingJSONResponse
 from api.llama_server.completion_schema import LlamaCompletionRequest, MixedPrompt
 from api.schema.completion_replies import LlamaCompletionReply
-from engine import Finished, Update
+from api.schema.request_values import PromptObject
+from engine import Finished, MediaPrompt, Update
 
 _DECODER = msgspec.json.Decoder(LlamaCompletionRequest)
 
@@ -36,16 +37,21 @@ class CompletionEndpoint:
 
 
 async def complete_prompts(
-    model: LoadedModel, request: HTTPRequest, body: LlamaCompletionRequest, prompts: Sequence[str | MixedPrompt]
+    model: LoadedModel,
+    request: HTTPRequest,
+    body: LlamaCompletionRequest,
+    prompts: Sequence[str | PromptObject | MixedPrompt],
 ) -> Response:
     """Returns completions of `prompts` with the parameters of `body`, as a stream or as a body."""
     constraint = parse_constraint(body)
     check_choice_count(model, len(prompts), body.n or 1)
+    read = await _read_prompts(model, prompts, "prompt[{}]" if isinstance(body.prompt, list) else "prompt")
     choices = Choices(
         model,
         request_context(request.scope),
         body,
-        [await _tokenize_prompt(model, prompt) for prompt in prompts],
+        [prompt.tokens for prompt in read],
+        media=[prompt.runs for prompt in read],
         token_limit=body.token_limit,
         logprobs=body.num_logprobs,
         prediction=await model.prompts.tokenize_prediction(body.prediction),
@@ -57,11 +63,24 @@ async def complete_prompts(
     return PendingJSONResponse(replies.body)
 
 
-async def _tokenize_prompt(model: LoadedModel, prompt: str | MixedPrompt) -> tuple[int, ...]:
-    """Returns the tokens of a prompt. In a list, BOS and EOS are added only around a text that is the first item."""
+async def _read_prompts(
+    model: LoadedModel, prompts: Sequence[str | PromptObject | MixedPrompt], path: str
+) -> list[MediaPrompt]:
+    """Returns the tokens and the images and sounds of each prompt. `path` has braces in place of a prompt's index."""
+    files = [each.multimodal_data or () for each in prompts if isinstance(each, PromptObject)]
+    model.prompts.media.check_count(sum(map(len, files)), "prompt")
+    return [await _read_prompt(model, prompt, path.format(index)) for index, prompt in enumerate(prompts)]
+
+
+async def _read_prompt(model: LoadedModel, prompt: str | PromptObject | MixedPrompt, path: str) -> MediaPrompt:
+    """Returns a prompt. In a mixed list, BOS and EOS are added only around a text that is the first item."""
+    if isinstance(prompt, PromptObject):
+        if prompt.multimodal_data:
+            return await model.prompts.media.read_prompt(prompt, path)
+        prompt = prompt.prompt_string
     if isinstance(prompt, str):
-        return await model.prompts.tokenize_prompt(prompt)
-    return tuple(await model.prompts.tokenize_parts(prompt, add_special=True, parse_special=True))
+        return MediaPrompt(await model.prompts.tokenize_prompt(prompt), ())
+    return MediaPrompt(tuple(await model.prompts.tokenize_parts(prompt, add_special=True, parse_special=True)), ())
 
 
 class _Replies:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from api.schema.request_values import ProbabilityCount, PromptObject, prompt_text
+from api.schema.request_values import ProbabilityCount, PromptObject
 from api.schema.requests import GenerationRequest
 from engine import RequestRefused
 
@@ -26,13 +26,13 @@ class LlamaCompletionRequest(GenerationRequest, kw_only=True):
         return (self.logprobs if self.n_probs is None else self.n_probs) or None
 
     @property
-    def prompts(self) -> Sequence[str | MixedPrompt]:
+    def prompts(self) -> Sequence[str | PromptObject | MixedPrompt]:
         """The prompts. A list that contains token ids is one prompt, any other list is a list of prompts.
 
         Raises RequestRefused for an empty list and for a list that mixes tokens with lists or objects.
         """
         if not isinstance(self.prompt, list):
-            return [prompt_text(self.prompt)]
+            return [self.prompt]
         kinds = set(map(type, self.prompt))
         has_token_ids = int in kinds
         if not kinds or (has_token_ids and kinds & {list, PromptObject}):
@@ -42,6 +42,4 @@ class LlamaCompletionRequest(GenerationRequest, kw_only=True):
             )
         if has_token_ids:
             return [[item for item in self.prompt if isinstance(item, str | int)]]
-        return [
-            item if isinstance(item, list) else prompt_text(item) for item in self.prompt if not isinstance(item, int)
-        ]
+        return [item for item in self.prompt if not isinstance(item, int)]

@@ -11,6 +11,7 @@ from api.config.options import Options
 from api.generation.loaded_model import PACELINE_VERSION, LoadedModel
 from api.schema.generation_settings import default_settings
 from api.templates.chat_template import Capabilities
+from api.templates.media_files import PROMPT_MARKER
 from engine import MemoryInfo
 
 
@@ -101,6 +102,8 @@ class Props(Struct, frozen=True):
     endpoint_props: bool = False
     endpoint_metrics: bool = True
     modalities: Modalities = Modalities()
+    media_marker: str = PROMPT_MARKER
+    """Stands for an item of `multimodal_data` in a prompt of POST /completion."""
     is_sleeping: bool = False
 
 

@@ -89,18 +89,10 @@ class ContentPart(Struct):
 
 
 class PromptObject(Struct):
-    """llama-server's prompt as an object. Only text is supported."""
+    """llama-server's prompt as an object: a text, with markers in place of files in base64."""
 
     prompt_string: str
-    multimodal_data: Any = None
-
-    def text(self) -> str:
-        """Returns the prompt's text. Raises RequestRefused if the prompt has images or audio."""
-        if self.multimodal_data:
-            raise RequestRefused(
-                "prompt: multimodal_data is not supported; send images in the messages of a chat.", field="prompt"
-            )
-        return self.prompt_string
+    multimodal_data: list[str] | None = None
 
 
 class PredictedOutput(Struct):
@@ -111,8 +103,16 @@ class PredictedOutput(Struct):
 
 
 def prompt_text(prompt: str | PromptObject) -> str:
-    """Returns the text of a prompt. Raises RequestRefused if the prompt has images or audio."""
-    return prompt if isinstance(prompt, str) else prompt.text()
+    """Returns the text of a prompt. Raises RequestRefused if the prompt has images or sounds."""
+    if isinstance(prompt, str):
+        return prompt
+    if prompt.multimodal_data:
+        raise RequestRefused(
+            "prompt: multimodal_data is not supported here; send it to /completion, or images in the messages of a "
+            "chat.",
+            field="prompt",
+        )
+    return prompt.prompt_string
 
 
 class SchedulingFields(Struct, kw_only=True):

@@ -1,4 +1,4 @@
-"""Loads the files of images and sounds in the messages of a chat, and puts markers in place of their parts."""
+"""Loads the files of images and sounds in chats and completions, and puts markers in place of them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from pathlib import Path
 from msgspec import structs
 
 from api.config.server import ServerConfig
-from api.schema.request_values import ContentPart, ImageURL
+from api.schema.request_values import ContentPart, ImageURL, PromptObject
 from api.schema.requests import ChatMessageParam
 from api.templates.media_urls import download_media
-from engine import MAX_MEDIA_BYTES, WORKERS, MediaPrompt, MediaReader, RequestRefused, UnreadableMedia
+from engine import MAX_MEDIA_BYTES, WORKERS, MediaPrompt, MediaReader, RequestRefused, UnreadableMedia, checkpoint
 
 IMAGE_PART, AUDIO_PART = "image_url", "input_audio"
+# mtmd's default marker. It stands for a file in the prompt of a completion only, so it is no secret.
+PROMPT_MARKER = "<__media__>"
 _MAX_QUOTED_CHARS = 32
+# Maximum length of a data URL before its comma.
+_MAX_HEAD_CHARS = 1024
+# The GIL is held while a piece is decoded, for about half a millisecond. A multiple of 4.
+_BASE64_PIECE_CHARS = 2**17
 
 
 class MediaFiles:
@@ -50,16 +56,20 @@ class MediaFiles:
             return [*messages], []
         for part, path in parts:
             self._check_type(part, path)
-        if len(parts) > self._config.media_limit:
-            raise RequestRefused(
-                f"The messages have {len(parts)} images and sounds; at most {self._config.media_limit} are accepted "
-                "(--media-limit).",
-                field="messages",
-            )
+        self.check_count(len(parts), "messages")
         files = [await self._file(part, path) for part, path in parts]
         assert self._reader is not None
         marker = self._reader.marker
         return [_with_markers(message, marker, f"messages[{index}]") for index, message in enumerate(messages)], files
+
+    def check_count(self, count: int, field: str) -> None:
+        """Raises RequestRefused if one request may not have `count` images and sounds."""
+        if count > self._config.media_limit:
+            raise RequestRefused(
+                f"The request has {count} images and sounds; at most {self._config.media_limit} are accepted "
+                "(--media-limit).",
+                field=field,
+            )
 
     def _check_type(self, part: ContentPart, path: str) -> None:
         is_image = part.type == IMAGE_PART
@@ -77,7 +87,7 @@ class MediaFiles:
         scheme, separator, rest = source.partition(":")
         match scheme.lower() if separator else "":
             case "data":
-                return _data_url(rest, field)
+                return await _data_url(source, field)
             case "http" | "https":
                 if not self._config.media_urls:
                     raise RequestRefused(
@@ -88,7 +98,7 @@ class MediaFiles:
             case "file":
                 return await WORKERS.run(partial(self._local_file, rest, field))
             case "":
-                return _base64(source, field)
+                return await _base64(source, field)
         raise RequestRefused(
             f"URLs of the scheme {scheme[:_MAX_QUOTED_CHARS]!r} are not supported; send a data URL.", field=field
         )
@@ -110,13 +120,32 @@ class MediaFiles:
             pass
         raise RequestRefused("There is no such file below the folder of --media-path.", field=field)
 
-    async def read(self, text: str, files: Sequence[bytes]) -> MediaPrompt:
-        """Returns the prompt of a text with a marker for each of `files`. Raises RequestRefused."""
+    async def read(self, text: str, files: Sequence[bytes], field: str = "messages") -> MediaPrompt:
+        """Returns the prompt of a text with a marker for each of `files`. Raises RequestRefused with `field`."""
         assert self._reader is not None, "files are loaded only with a reader"
         try:
             return await WORKERS.run(partial(self._reader.read, text, files))
         except UnreadableMedia as error:
-            raise RequestRefused(str(error), field="messages") from None
+            raise RequestRefused(str(error), field=field) from None
+
+    async def read_prompt(self, prompt: PromptObject, path: str) -> MediaPrompt:
+        """Returns a prompt with the files of `multimodal_data` in place of its markers `PROMPT_MARKER`. Raises
+        RequestRefused; `path` is that of the prompt."""
+        text, items, field = prompt.prompt_string, prompt.multimodal_data or (), f"{path}.multimodal_data"
+        if self._reader is None:
+            # Begins with llama-server's message, because clients may match it.
+            raise RequestRefused(
+                "Multimodal data provided, but model does not support multimodal requests. Leave multimodal_data out.",
+                field=field,
+            )
+        if (markers := text.count(PROMPT_MARKER)) != len(items):
+            raise RequestRefused(
+                f"prompt_string has {markers} markers {PROMPT_MARKER} and multimodal_data {len(items)} files; send one "
+                "marker for each file.",
+                field=field,
+            )
+        files = [await _base64(item, f"{field}[{index}]") for index, item in enumerate(items)]
+        return await self.read(text.replace(PROMPT_MARKER, self._reader.marker), files, field)
 
 
 def _source(part: ContentPart, path: str) -> tuple[str, str]:
@@ -132,19 +161,38 @@ def _source(part: ContentPart, path: str) -> tuple[str, str]:
     return url, field
 
 
-def _data_url(rest: str, field: str) -> bytes:
-    """Returns the content of a data URL. `rest` is the URL after its scheme."""
-    head, comma, content = rest.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
+async def _data_url(url: str, field: str) -> bytes:
+    """Returns the content of a data URL."""
+    comma = url.find(",", 0, _MAX_HEAD_CHARS)
+    if comma < 0 or not url[:comma].lower().endswith(";base64"):
         raise RequestRefused("The data URL is not of the form data:image/png;base64,CONTENT.", field=field)
-    return _base64(content, field)
+    return await _base64(url, field, comma + 1)
 
 
-def _base64(text: str, field: str) -> bytes:
+async def _base64(text: str, field: str, start: int = 0) -> bytes:
+    """Returns the content of `text` from `start` on, decoded on a worker thread if it is long."""
+    if 3 * (len(text) - start) // 4 > MAX_MEDIA_BYTES + 2:  # at most two characters are padding
+        raise RequestRefused(
+            f"The file has about {3 * (len(text) - start) // 4} bytes; at most {MAX_MEDIA_BYTES} are accepted.",
+            field=field,
+        )
     try:
-        return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
-    except (ValueError, UnicodeEncodeError) as error:
+        if len(text) - start <= _BASE64_PIECE_CHARS:
+            return _decoded(text, start)
+        return await WORKERS.run(_decoded, text, start)
+    except ValueError as error:
         raise RequestRefused(f"The content is neither a URL nor valid base64: {error}.", field=field) from None
+
+
+def _decoded(text: str, start: int) -> bytes:
+    """Returns the bytes of the base64 in `text` from `start` on, decoded in pieces. Raises ValueError."""
+    data = bytearray()
+    for at in range(start, len(text), _BASE64_PIECE_CHARS):
+        checkpoint()
+        data += binascii.a2b_base64(text[at : at + _BASE64_PIECE_CHARS].encode("ascii"), strict_mode=True)
+        if len(data) % 3 and at + _BASE64_PIECE_CHARS < len(text):
+            raise ValueError("Excess data after padding")
+    return bytes(data)
 
 
 def _with_markers(message: ChatMessageParam, marker: str, path: str) -> ChatMessageParam:

@@ -42,8 +42,11 @@ class MediaReader:
     def read(self, text: str, files: Sequence[bytes]) -> MediaPrompt:
         """Returns the prompt of `text` with `files` in place of its markers. Raises UnreadableMedia.
 
-        Texts are tokenized as by `Vocab.tokenize` with special tokens. Each file takes some tenths of a second.
+        Texts are tokenized as by `Vocab.tokenize` with special tokens; a BOS at the start of `text` is not repeated.
+        Each file takes some tenths of a second.
         """
+        if (bos := self._vocab.added[0]) >= 0:
+            text = text.removeprefix(self._vocab.text(bos))
         texts = text.split(self.marker)
         if len(texts) != len(files) + 1:
             raise UnreadableMedia("The chat template does not show each image and sound exactly once.")

@@ -212,7 +212,8 @@ async def test_prompts_as_objects(app: ASGIApp, engine: FakeEngine, path: str) -
         assert (await post(app, path, {"prompt": prompt})).status == 200
     assert {request.prompt for request in engine.requests} == {tuple(b"hi")}
     answer = await post(app, path, {"prompt": {"prompt_string": "hi", "multimodal_data": ["aGk="]}})
-    assert (answer.status, answer.json["error"]["param"]) == (400, "prompt")
+    param = "prompt" if path == TEXT else "prompt.multimodal_data"
+    assert (answer.status, answer.json["error"]["param"]) == (400, param)
 
 
 @pytest.mark.parametrize(

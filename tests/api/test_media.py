@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from base64 import b64encode
+import random
+from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from api.server.app import create_app
-from api.templates import media_urls
+from api.templates import media_files, media_urls
 from api.templates.media_urls import download_media, is_public
 from engine import MAX_MEDIA_BYTES, MediaReader, RequestRefused
 from engine.media import without_runs
@@ -149,6 +150,57 @@ async def test_limits() -> None:
     answer = await reply(chat(image(data_url())), FakeEngine())
     assert answer.status == 400
     assert answer.json["error"]["message"].startswith("image input is not supported - hint: ")
+
+
+async def complete(prompt: Any, engine: FakeEngine | None = None, **config: Any) -> CapturedResponse:
+    app = create_app(app_state(engine or image_engine(), **config))
+    return await post(app, "/completion", {"prompt": prompt, "n_predict": 3})
+
+
+def multimodal(text: str, *files: bytes) -> dict[str, Any]:
+    return {"prompt_string": text, "multimodal_data": [b64encode(file).decode() for file in files]}
+
+
+async def test_images_of_completion() -> None:
+    engine = image_engine()
+    assert (await complete(multimodal("a<__media__>b<__media__>c", IMAGE, png(seed=1)), engine)).status == 200
+    assert prompt_of(engine) == "a0*1b0*1c"
+    answer = await complete([multimodal("a<__media__>b", IMAGE), "c", [100, "e"], multimodal("f")], engine)
+    assert answer.status == 200, answer.json
+    assert len(answer.json) == 4
+    assert sorted(len(request.media) for request in engine.requests[-4:]) == [0, 0, 0, 1]
+    props = await call(create_app(app_state(engine)), "GET", "/props")
+    assert props.json["media_marker"] == "<__media__>"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param", "message"),
+    [
+        pytest.param(multimodal("a", IMAGE), "prompt.multimodal_data", "0 markers <__media__>", id="no-marker"),
+        pytest.param([multimodal("<__media__>a", IMAGE[:-30])], "prompt[0].multimodal_data", "damaged", id="broken"),
+        pytest.param(
+            {"prompt_string": "<__media__>a", "multimodal_data": ["?"]},
+            "prompt.multimodal_data[0]",
+            "base64",
+            id="bad-base64",
+        ),
+        pytest.param([multimodal("<__media__>" * 9, *[IMAGE] * 9)] * 2, "prompt", "18 images and sounds", id="many"),
+    ],
+)
+async def test_refused_multimodal_data(prompt: Any, param: str, message: str) -> None:
+    answer = await complete(prompt)
+    assert (answer.status, answer.json["error"]["param"]) == (400, param)
+    assert message in answer.json["error"]["message"]
+
+
+async def test_long_base64_is_decoded_in_pieces() -> None:
+    content = random.Random(0).randbytes(400_000)
+    text = b64encode(content).decode()
+    for cut in (len(text), 2**17, 2**17 + 4, 2**18):
+        assert await media_files._base64(f"data:,{text[:cut]}", "f", 6) == b64decode(text[:cut])
+    for wrong in (text[:-1], text[: 2**17 - 4] + "AA==" + text, text + "é", "AAA=" * 2**17):
+        with pytest.raises(RequestRefused, match="valid base64"):
+            await media_files._base64(wrong, "f")
 
 
 async def test_files_below_the_media_path(tmp_path: Path) -> None:
