@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from msgspec import structs
 
@@ -181,12 +182,12 @@ class EngineCore:
             return 0
         self.running.choose_adapters()
         self.context.set_adapters(self.running.adapters)
-        rows = self._media.decode(self._execution.commit, self._prompt_rows, self.context.batch.capacity)
+        prompt_rows = partial(self._prompt_rows, own_pass=True)
+        rows = self._media.decode(self._execution.commit, prompt_rows, self.context.batch.capacity)
         self._media_seconds = time.perf_counter() - begun
         if rows:  # counts as a prompt chunk of the decode that follows
             decoding = self.cost.layout.shape(self.running.decoding(), self.kv.used_cells)
-            alone = self.cost.decode_seconds(decoding) if decoding.passes else 0.0
-            self.cost.observe(decoding, rows, self._media_seconds + alone)
+            self.cost.observe(decoding, rows, self._media_seconds, own_pass=True)
         return rows
 
     def _plan(self, media_rows: int = 0) -> Plan:
@@ -203,13 +204,14 @@ class EngineCore:
         limits = StepLimits(context.batch.capacity, context.outputs, prompt_rows, context.prefill_rows, context.ubatch)
         return scheduler.plan(views, self._free_capacity(), limits)
 
-    def _prompt_rows(self) -> int:
-        """Returns the maximum prompt rows of the step."""
+    def _prompt_rows(self, *, own_pass: bool = False) -> int:
+        """Returns the maximum prompt rows of the step, with `own_pass` for rows that are decoded before its other
+        ones."""
         decoding = self.running.decoding()
         prefilling = (len(self.running.active) - len(decoding)) / max(1, len(decoding))
         prefilling = max(prefilling, self.running.prefill_share())
         shape = self.cost.layout.shape(decoding, self.kv.used_cells)
-        return self.cost.prompt_rows(shape, *self._targets, prefilling, self.running.prefill_waits())
+        return self.cost.prompt_rows(shape, *self._targets, prefilling, self.running.prefill_waits(), own_pass=own_pass)
 
     def _free_capacity(self) -> FreeCapacity:
         return FreeCapacity(self._free_slots, self.kv.free_cells, self.kv.evictable_cells)

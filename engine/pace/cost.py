@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from math import exp, log
 from typing import NamedTuple
 
@@ -136,9 +137,9 @@ class StepCost:
             self.curve.put(rows, seconds)
         self.row_cell = max(self.row_cell, _MIN_CELL_SHARE * self.curve.seconds(1))
 
-    def observe(self, decode: StepShape, prompt_rows: int, seconds: float) -> None:
+    def observe(self, decode: StepShape, prompt_rows: int, seconds: float, *, own_pass: bool = False) -> None:
         """Records a decode that took `seconds`. `decode` is the shape of the step without its `prompt_rows` rows of
-        prompts."""
+        prompts. With `own_pass` the decode had these only, which does not measure their cost in a mixed pass."""
         if not prompt_rows:
             refresh = self._mixed_steps >= _REFRESH_STEPS  # the first such step after many has more weight
             self._learn(decode, seconds, _RISE_WEIGHT if refresh else _WEIGHT)
@@ -149,7 +150,8 @@ class StepCost:
                 self._last_prompt_rows = prompt_rows
         else:
             self._mixed_steps += 1
-            self._observe_mixed(decode, prompt_rows, seconds)
+            if not own_pass:
+                self._observe_mixed(decode, prompt_rows, seconds)
 
     def _learn(self, shape: StepShape, seconds: float, weight: float) -> None:
         if not self.curve:
@@ -255,8 +257,11 @@ class StepCost:
         idle_step_seconds: float,
         prefilling: float = 1.0,
         waits: Iterable[PrefillWait] = (),
+        *,
+        own_pass: bool = False,
     ) -> int:
         """Returns the prompt rows that fit into a step with `decode`: at least 1, but 0 if the step measures `decode`.
+        With `own_pass` the rows are decoded apart from those of `decode`: they cost what the curve says of their pass.
 
         A step with decoding sequences may take `step_seconds`. If that is 0, prefill gets as much time as decoding. It
         gets a multiple where there are more than one `prefilling` sequences for each decoding one, as few must not hold
@@ -272,16 +277,21 @@ class StepCost:
             ratio = max((wait.seconds / max(_SHARE_SECONDS, wait.tokens * (row or 0.0)) for wait in waits), default=0.0)
             limit = idle_step_seconds * min(2.0, max(1.0, ratio / _LIMIT_RATIO))
             equal = min(alone * max(prefilling, 1.0 + ratio), limit)
+            own_pass &= bool(self.curve)
+            fit = partial(_fit_pass, self.curve, self.layout.ubatch) if own_pass else partial(_fit, row)
+            scale = self.load_factor if own_pass else 1.0
             # With per-slot KV the chunk is a pass of its own.
-            in_pass = decode.rows if self.layout.unified else 0
+            in_pass = decode.rows if self.layout.unified and not own_pass else 0
             if step_seconds:
-                rows = self._cheapest_rows(in_pass, _fit(max(step_seconds - alone, 0.0), row))
+                rows = self._cheapest_rows(in_pass, fit(max(step_seconds - alone, 0.0) / scale))
             else:
-                rows = max(self._cheapest_rows(in_pass, _fit(equal, row)), min(self._efficient_rows, _fit(limit, row)))
-            rows = min(rows, _GROWTH_FACTOR * self._last_mixed_rows if self._mixed_row else self._first_mixed_rows)
+                efficient = min(self._efficient_rows, fit(limit / scale))
+                rows = max(self._cheapest_rows(in_pass, fit(equal / scale)), efficient)
+            if not own_pass:
+                rows = min(rows, _GROWTH_FACTOR * self._last_mixed_rows if self._mixed_row else self._first_mixed_rows)
         else:
             rows = min(
-                _fit(idle_step_seconds, self._prompt_row or self._mixed_row), _GROWTH_FACTOR * self._last_prompt_rows
+                _fit(self._prompt_row or self._mixed_row, idle_step_seconds), _GROWTH_FACTOR * self._last_prompt_rows
             )
         self._allowed_rows = max(1, rows)
         return self._allowed_rows
@@ -311,7 +321,7 @@ class StepCost:
         return first + int(np.argmin(line / np.arange(first, largest + 1))) - others
 
 
-def _fit(seconds: float, row_seconds: float | None) -> int:
+def _fit(row_seconds: float | None, seconds: float) -> int:
     """Returns the rows that fit into `seconds`; practically unlimited if the seconds of a row are unknown."""
     return int(seconds / row_seconds) if row_seconds else 2**30
 
@@ -320,3 +330,11 @@ def _pass_seconds(line: Seconds, rows: Indices, ubatch: int) -> Seconds:
     """Returns the seconds of passes of `rows` rows by the curve `line`. More than `ubatch` rows cost in proportion."""
     seconds: Seconds = line[np.minimum(rows, ubatch)] * np.maximum(1.0, rows / ubatch)
     return seconds
+
+
+def _fit_pass(curve: Curve, ubatch: int, seconds: float) -> int:
+    """Returns the rows, at most `ubatch`, of the largest pass that takes at most `seconds` by the curve; at least 1."""
+    largest = max(curve.points)
+    most = min(ubatch, int(largest * max(1.0, seconds / curve.seconds(largest))))
+    fitting = np.flatnonzero(curve.line(most)[: most + 1] <= seconds)
+    return max(1, int(fitting.max(initial=1)))

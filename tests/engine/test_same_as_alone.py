@@ -76,7 +76,7 @@ def equal_cost(context: Any) -> StepCost:
     cost = StepCost(layout=Layout.of(context))
     cost.curve.put(1, 1.0)
     cost.curve.put(1000, 1.0)
-    cast("Any", cost).observe = lambda *_: None
+    cast("Any", cost).observe = lambda *_, **__: None
     return cost
 
 
@@ -146,7 +146,7 @@ class CoreBench:
             queue_timeout,
             encoder=self.encoder,
         )
-        cast("Any", self.core.cost).prompt_rows = lambda *_: prompt_rows
+        cast("Any", self.core.cost).prompt_rows = lambda *_, **__: prompt_rows
         self.sequences: dict[int, Sequence] = {}
 
     def deliver(self, items: list[StepOutput]) -> None:
