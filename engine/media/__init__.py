@@ -1,7 +1,7 @@
 """Images and sounds in prompts: runs of pseudo-tokens, whose embeddings are computed on a thread of their own.
 
 - `values.py`: runs, pseudo-tokens, and the protocol of a projector
-- `file_check.py`: the checks of files before they are decoded
+- `file_check.py`, `sound_check.py`: the checks of files before they are decoded
 - `reader.py`: a text with markers and its files, as a prompt
 - `encoder.py`: the encoding thread and the cache of embeddings
 """

@@ -1,26 +1,43 @@
-"""Checks of images and sounds before a native library decodes them: type, sizes, and the length of compressed data.
+"""Checks of files before a native library decodes them: type, sizes of images, and the length of compressed data.
 
 Only types whose headers give the decoded size are accepted, because the library itself has no limit.
 """
 
 from __future__ import annotations
 
-import io
+import re
 import struct
-import wave
 import zlib
 from typing import NamedTuple
 
+from engine.media.sound_check import checked_sound
 from engine.media.values import UnreadableMedia
 
 MAX_FILE_BYTES = 8 * 2**20
 MAX_PIXELS, MAX_SIDE_PIXELS, MAX_ASPECT_RATIO = 25_000_000, 16_384, 100
 # Each scan of a progressive JPEG takes time in proportion to its pixels; encoders write about ten.
 MAX_JPEG_SCANS = 64
-MIN_SOUND_SECONDS, MAX_SOUND_SECONDS = 0.1, 600.0
-# In samples per second.
-SAMPLE_RATES = range(8_000, 192_001)
+# Compressed data are decompressed in pieces, of which the unused rest is copied.
+_INFLATE_BYTES = 2**16
 
+SUPPORTED_TYPES = "PNG, JPEG, GIF or BMP for images, WAV, MP3 or FLAC for sounds"
+# The first bytes of common types that the native library cannot read.
+_OTHER_TYPES = {
+    "WebP": rb"RIFF....WEBP",
+    "AVIF": rb"....ftypavi[fs]",
+    "HEIC": rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "TIFF": rb"II\*\0|MM\0\*",
+    "SVG": rb"(\xef\xbb\xbf)?\s*<[?!s].*?svg",
+    "PDF": rb"%PDF-",
+    "Ogg": rb"OggS",
+    "AAC": rb"\xff[\xf0\xf1\xf8\xf9]|ADIF",
+    "AIFF": rb"FORM....AIF[FC]",
+    "MP4 or M4A": rb"....ftyp",
+    "WebM or Matroska": rb"\x1a\x45\xdf\xa3",
+}
+# Bytes of a file that are searched for its type.
+_MAGIC_BYTES = 4096
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Samples per pixel, by PNG's colour type.
 _PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
@@ -41,8 +58,8 @@ def check_file(data: bytes) -> CheckedFile:
     """Returns the checked file; a sound gets a new header. Raises UnreadableMedia."""
     if len(data) > MAX_FILE_BYTES:
         raise UnreadableMedia(f"The file has {len(data)} bytes; at most {MAX_FILE_BYTES} are accepted.")
-    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
-        return CheckedFile(_checked_sound(data), is_sound=True)
+    if (sound := checked_sound(data)) is not None:
+        return CheckedFile(sound, is_sound=True)
     try:
         _check_image(data)
     except (struct.error, IndexError):
@@ -61,7 +78,10 @@ def _check_image(data: bytes) -> None:
         width, height = struct.unpack_from("<ii", data, 18)
         _check_size(width, abs(height))
     else:
-        raise UnreadableMedia("The file is none of the supported types: PNG, JPEG, GIF, BMP or WAV.")
+        head = data[:_MAGIC_BYTES]
+        kind = next((name for name, magic in _OTHER_TYPES.items() if re.match(magic, head, re.DOTALL)), None)
+        found = f"The type {kind} cannot be decoded" if kind else "The type of the file is not known"
+        raise UnreadableMedia(f"{found}. The supported types are {SUPPORTED_TYPES}.")
 
 
 def _check_size(width: int, height: int) -> None:
@@ -81,7 +101,7 @@ def _check_png(data: bytes) -> None:
     _check_size(width, height)
     if data[12:16] != b"IHDR" or colour not in _PNG_SAMPLES or depth not in (1, 2, 4, 8, 16) or interlaced > 1:
         raise UnreadableMedia("The image is damaged: its PNG header is invalid.")
-    needed = height * (1 + -(-width * depth * _PNG_SAMPLES[colour] // 8))
+    view, needed = memoryview(data), height * (1 + -(-width * depth * _PNG_SAMPLES[colour] // 8))
     at, inflater, size = len(_PNG), zlib.decompressobj(), 0
     while True:
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -91,21 +111,23 @@ def _check_png(data: bytes) -> None:
             break
         if kind == b"IDAT":
             # An interlaced image has more rows, each with one more byte, as it is stored in seven passes.
-            size += _inflated_size(inflater, data[at + 8 : at + 8 + length], needed * (1 + interlaced) + 64 - size)
+            size += _inflated_size(inflater, view[at + 8 : at + 8 + length], needed * (1 + interlaced) + 64 - size)
         at += length + 12
     if size < needed:
         raise UnreadableMedia(_TRUNCATED)
 
 
-def _inflated_size(inflater: zlib._Decompress, data: bytes, limit: int) -> int:
+def _inflated_size(inflater: zlib._Decompress, data: memoryview, limit: int) -> int:
     """Returns the number of decompressed bytes of `data`. Raises UnreadableMedia for more than `limit` bytes."""
     size = 0
     try:
-        while data:
-            size += len(inflater.decompress(data, 2**20))
-            if size > limit:
-                raise UnreadableMedia("The image is damaged: it has more data than its size needs.")
-            data = inflater.unconsumed_tail
+        for at in range(0, len(data), _INFLATE_BYTES):
+            rest: bytes | memoryview = data[at : at + _INFLATE_BYTES]
+            while rest:
+                size += len(inflater.decompress(rest, 2**20))
+                if size > limit:
+                    raise UnreadableMedia("The image is damaged: it has more data than its size needs.")
+                rest = inflater.unconsumed_tail
     except zlib.error as error:
         raise UnreadableMedia(f"The image is damaged: {error}.") from None
     return size
@@ -124,26 +146,3 @@ def _check_jpeg(data: bytes) -> None:
             _check_size(width, height)
             return
         at += 1 if marker == 0xFF else 2 + length
-
-
-def _checked_sound(data: bytes) -> bytes:
-    """Returns a WAV file with the samples of `data` and a header with their true sizes. Raises UnreadableMedia."""
-    try:
-        with wave.open(io.BytesIO(data)) as source:
-            params = source.getparams()
-            samples = source.readframes(len(data))
-    except (wave.Error, EOFError, struct.error) as error:
-        raise UnreadableMedia(f"The sound cannot be read: {error or 'its data end too early'}.") from None
-    frame = params.nchannels * params.sampwidth
-    frames = len(samples) // frame if frame else 0
-    if params.framerate not in SAMPLE_RATES or not 1 <= params.nchannels <= 8:
-        raise UnreadableMedia("The sound must have 1 to 8 channels and 8,000 to 192,000 samples per second.")
-    if not MIN_SOUND_SECONDS <= frames / params.framerate <= MAX_SOUND_SECONDS:
-        raise UnreadableMedia(f"The sound must last {MIN_SOUND_SECONDS} to {MAX_SOUND_SECONDS:.0f} seconds.")
-    rewritten = io.BytesIO()
-    with wave.open(rewritten, "wb") as target:
-        target.setnchannels(params.nchannels)
-        target.setsampwidth(params.sampwidth)
-        target.setframerate(params.framerate)
-        target.writeframes(samples[: frames * frame])
-    return rewritten.getvalue()

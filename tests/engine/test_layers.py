@@ -79,7 +79,7 @@ model
 embedding mtmd
 """
 CONFIG = "machine batch model adapters loading media rope cpu sim embedding\nmemory speculation\nengine"
-MEDIA = "values\nfile_check encoder\nreader"
+MEDIA = "values\nsound_check\nfile_check encoder\nreader"
 SIM = "hashing vocab costs\ncontext proposer\nbackend"
 
 

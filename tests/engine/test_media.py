@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import wave
 import zlib
 from collections.abc import Sequence
@@ -192,6 +193,17 @@ def sound(seconds: float = 0.2, rate: int = 16_000) -> bytes:
     return file.getvalue()
 
 
+def flac(samples: int, rate: int = 48_000, channels: int = 2) -> bytes:
+    """Returns a FLAC with a picture in its metadata, and frames that no check reads."""
+    format = struct.pack(">Q", rate << 44 | channels - 1 << 41 | 15 << 36 | samples)
+    return b"fLaC\0\0\0\x22" + bytes(10) + format + bytes(16) + b"\x86\0\0\x04PICT" + FRAMES
+
+
+FRAMES = b"\xff\xf8FRAMES"
+# A frame of 417 bytes and 1,152 samples at 44.1 kHz.
+MP3 = b"\xff\xfb\x90\xc0" + bytes(413)
+XING = MP3[:21] + b"Xing\0\0\0\1\xff\xff\xff\xff" + MP3[33:]
+ID3 = b"ID3\4\0\0\0\0\0\5title" + bytes(20)
 JPEG = b"\xff\xd8\xff\xe0\x00\x04xx\xff\xc0\x00\x0b\x08\x00\x10\x00\x20\x01\x01\x11\x00"
 
 
@@ -200,7 +212,6 @@ JPEG = b"\xff\xd8\xff\xe0\x00\x04xx\xff\xc0\x00\x0b\x08\x00\x10\x00\x20\x01\x01\
     [
         pytest.param(bytes(MAX_FILE_BYTES + 1), "bytes; at most", id="large"),
         pytest.param(b"", "supported types", id="empty"),
-        pytest.param(b"RIFF\0\0\0\0WEBPVP8 ", "supported types", id="webp"),
         pytest.param(png()[:-30], "too early", id="cut"),
         pytest.param(png()[:20], "too early", id="cut-header"),
         pytest.param(png_of(16, 16, b"\0" * 99), "too early", id="short"),
@@ -217,11 +228,49 @@ JPEG = b"\xff\xd8\xff\xe0\x00\x04xx\xff\xc0\x00\x0b\x08\x00\x10\x00\x20\x01\x01\
         pytest.param(sound(0.01), "0.1 to 600 seconds", id="short-sound"),
         pytest.param(sound(0.2, 100), "channels", id="slow-sound"),
         pytest.param(sound()[:20], "cannot be read", id="cut-sound"),
+        pytest.param(MP3 * 3, "0.1 to 600 seconds", id="short-mp3"),
+        pytest.param(XING * 20, "0.1 to 600 seconds", id="mp3-without-sound"),
+        pytest.param(MP3 * 24_000 + b"x", "at most", id="large-mp3"),
+        pytest.param(b"\xff\xf3\x14\xc4" + bytes(20), "0.1 to 600", id="slow-mp3"),
+        pytest.param(MP3 * 9 + b"x" * 2_000 + MP3 * 9, "0.2 seconds are followed by no MP3 frame", id="damaged-mp3"),
+        pytest.param(ID3 + b"x", "layer III", id="mp3-without-frames"),
+        pytest.param(flac(0), "no number of samples", id="flac-of-unknown-length"),
+        pytest.param(flac(48_000 * 601), "0.1 to 600 seconds", id="long-flac"),
+        pytest.param(flac(90_000_000, 192_000), "180000000 samples; at most", id="flac-of-many-samples"),
+        pytest.param(flac(48_000)[:40], "cannot be read", id="cut-flac"),
     ],
 )
 def test_bad_files_are_refused(data: bytes, message: str) -> None:
     with pytest.raises(UnreadableMedia, match=message):
         check_file(data)
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"RIFF\0\0\0\0WEBPVP8 ", "WebP"),
+        (b"\0\0\0\x1cftypheic", "HEIC"),
+        (b"\0\0\0\x1cftypavif", "AVIF"),
+        (b"\0\0\0\x1cftypisom", "MP4 or M4A"),
+        (b"II*\0", "TIFF"),
+        (b'<?xml version="1.0"?>\n<!-- a --><svg>', "SVG"),
+        (b"OggS", "Ogg"),
+        (b"\xff\xf1\x50\x80", "AAC"),
+        (b"%PDF-1.7", "PDF"),
+        (b"<!" + b"-" * 10_000, None),
+    ],
+)
+def test_other_types_are_refused_by_name(head: bytes, kind: str | None) -> None:
+    expected = f"The type {kind} cannot be decoded" if kind else "not known"
+    with pytest.raises(UnreadableMedia, match=f"{expected}.*PNG, JPEG, GIF or BMP for images, WAV, MP3 or FLAC"):
+        check_file(head + bytes(100))
+
+
+def test_sounds_lose_tags_and_claimed_lengths() -> None:
+    assert check_file(ID3 + XING + MP3 * 9 + b"TAG" + bytes(125)) == (MP3 * 9, True)
+    assert check_file(MP3 * 9 + MP3[:100]) == (MP3 * 9, True)
+    original = flac(48_000)
+    assert check_file(original) == (b"fLaC\x80" + original[5:42] + FRAMES, True)
 
 
 def test_good_files_are_accepted() -> None:
