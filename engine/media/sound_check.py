@@ -103,7 +103,7 @@ def _checked_flac(data: bytes) -> bytes:
 class _Mp3Frame(NamedTuple):
     """A frame of MPEG layer III."""
 
-    bytes: int
+    size: int
     samples: int
     rate: int
     kind: int
@@ -130,9 +130,9 @@ def _checked_mp3(data: bytes) -> bytes:
     if first is None:
         raise UnreadableMedia("The sound is damaged: an MP3 has frames of MPEG layer III, not of free format.")
     begin, samples = at, 0
-    while frame is not None and frame.kind == first.kind and at + frame.bytes <= len(data):
+    while frame is not None and frame.kind == first.kind and at + frame.size <= len(data):
         info = data[at : at + _MP3_INFO_BYTES]
-        at += frame.bytes
+        at += frame.size
         if not samples and (b"Xing" in info or b"Info" in info):
             begin = at
         else:

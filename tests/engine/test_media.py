@@ -131,7 +131,7 @@ def test_one_owner_with_many_images_does_not_hold_up_another(
 def test_encodings_are_in_the_order_of_the_prefill() -> None:
     bench = CoreBench(ToyContext(cells=300), media_bytes=10**6)
     images = [ToyChunk(range(first, first + 10)) for first in range(100, 150, 10)]
-    prompts = [[1, *images[:3], 2], [3, images[3], 4], [5, images[4], 6]]
+    prompts: list[list[int | ToyChunk]] = [[1, *images[:3], 2], [3, images[3], 4], [5, images[4], 6]]
     for key, prompt in enumerate(prompts):
         bench.submit(key, request_of(prompt, max_tokens=1, owner="ab"[key % 2], priority=-(key == 2)))
     bench.core.step()
