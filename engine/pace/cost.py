@@ -31,6 +31,8 @@ _NEW_SHARE = 0.5
 _MIN_CELL_SHARE = 1e-6
 # A chunk of a prompt has at least as many rows as make a row cost no more than this, relative to the best pass.
 _CHUNK_ROW_FACTOR = 1.15
+# Maximum seconds of such a chunk in a pass of its own, relative to those of the decoding sequences, which it delays.
+_OWN_PASS_FACTOR = 2.0
 # Seconds after which a short prompt without a first token gets twice the share of a step that it gets at first. A long
 # prompt gets it after the seconds of its own prefill: its length is no reason to slow down the decoding sequences.
 _SHARE_SECONDS = 3.0
@@ -285,7 +287,8 @@ class StepCost:
             if step_seconds:
                 rows = self._cheapest_rows(in_pass, fit(max(step_seconds - alone, 0.0) / scale))
             else:
-                efficient = min(self._efficient_rows, fit(limit / scale))
+                most = min(limit, _OWN_PASS_FACTOR * alone) if own_pass else limit
+                efficient = min(self._efficient_rows, fit(most / scale))
                 rows = max(self._cheapest_rows(in_pass, fit(equal / scale)), efficient)
             if not own_pass:
                 rows = min(rows, _GROWTH_FACTOR * self._last_mixed_rows if self._mixed_row else self._first_mixed_rows)

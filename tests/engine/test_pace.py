@@ -99,7 +99,7 @@ def test_the_first_chunk_beside_decoding_is_as_long_as_a_measured_prompt() -> No
 def test_rows_in_a_pass_of_their_own_follow_the_curve() -> None:
     """The first rows of such a pass cost as much as a whole pass, so their mean cost would keep the chunks small."""
     cost = StepCost(Curve({1: 0.025, 4: 0.040, 16: 0.117, 32: 0.226}))
-    for seconds, rows in ((0.0, 16), (0.1, 7), (0.3, 32)):
+    for seconds, rows in ((0.0, 10), (0.1, 7), (0.3, 32)):
         for _ in range(3):
             chosen = cost.prompt_rows(decode(4), seconds, 0.5, own_pass=True)
             assert 0.8 * rows <= chosen <= 1.3 * rows
