@@ -113,9 +113,9 @@ def test_one_owner_with_many_images_does_not_hold_up_another(
     bench = CoreBench(ToyContext(cells=300), prompt_rows=10, media_bytes=10**6)
     decode, lengths = bench.projector.decode, list[int]()
 
-    def record(seq: int, start: int, embeddings: Any, *, causal: bool) -> None:
+    def record(*arguments: Any) -> None:
         lengths.append(len(bench.outputs.get(1, ())))
-        decode(seq, start, embeddings, causal=causal)
+        decode(*arguments)
 
     monkeypatch.setattr(bench.projector, "decode", record)
     images = [ToyChunk(range(first, first + 10)) for first in range(100, 200, 10)]
