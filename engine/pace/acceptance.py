@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from math import sqrt
+from operator import mul
 
 # Number of positions in a draft with an estimate of their own; later positions share the last estimate.
 _POSITIONS = 16
@@ -43,48 +45,53 @@ class AcceptanceEstimate:
         self._decay = _SEQUENCE_DECAY if prior is not None else _ENGINE_DECAY
         self._observed = [0.0] * len(_START)
         self._accepted = [0.0] * len(_START)
-        self._means: list[float] = [*(prior._means if prior is not None else _START)]
+        self._engine_means: list[float] | None = None  # without a prior: the means; None if outdated
 
-    def observe(self, position: int, stated: float | None, accepted: bool) -> None:
-        """Records whether the token at `position` was accepted, given that all tokens before it were. Updates the prior
-        too.
+    def observe(self, start: int, accepted: int, rejected: bool, stated: Sequence[float] = ()) -> None:
+        """Records that the `accepted` tokens from position `start` of a draft on were accepted, and whether the next
+        token was `rejected`. Updates the prior too.
 
-        `stated` is the token's stated chance. `None` means that the proposer makes no estimates.
+        `stated` are the stated chances of the draft; empty if the proposer makes no estimates.
         """
-        classes = (_class(position, None),) if stated is None else (_class(position, None), _class(position, stated))
-        for estimate in (self,) if self._prior is None else (self._prior, self):
-            for index in classes:
-                estimate._learn(index, accepted)
+        end = start + accepted + rejected
+        self._learn([min(position, _POSITIONS - 1) for position in range(start, end)], accepted)
+        if stated:
+            self._learn([_class(position, stated[position]) for position in range(start, end)], accepted)
 
-    def _learn(self, index: int, accepted: bool) -> None:
-        self._observed[index] = self._observed[index] * self._decay + 1.0
-        self._accepted[index] = self._accepted[index] * self._decay + accepted
-        self._update_mean(index)
-        if (
-            self._prior is None and index < _POSITIONS
-        ):  # a position with few observations has the position before it as its prior
-            for position in range(index + 1, _POSITIONS):
-                if self._observed[position] > _PRIOR_WEIGHT:
-                    break
-                self._update_mean(position)
-
-    def _update_mean(self, index: int) -> None:
+    def _learn(self, classes: Sequence[int], accepted: int) -> None:
+        """Records one observation of each of `classes`, in this order: the first `accepted` ones were accepted."""
+        observed, hits, decay = self._observed, self._accepted, self._decay
+        for i, index in enumerate(classes):
+            observed[index] = observed[index] * decay + 1.0
+            hits[index] = hits[index] * decay + (i < accepted)
+        self._engine_means = None
         if self._prior is not None:
-            prior = self._prior._means[index]
-        else:
-            prior = self._means[index - 1] if 0 < index < _POSITIONS else _START[index]
-        self._means[index] = (self._accepted[index] + _PRIOR_WEIGHT * prior) / (self._observed[index] + _PRIOR_WEIGHT)
+            self._prior._learn(classes, accepted)
+
+    def _means(self, count: int = len(_START)) -> list[float]:
+        """Returns the means of the first `count` classes, given their priors: those of the engine, or without a prior
+        the mean of the position before, as a position may have few observations."""
+        if self._prior is not None:
+            found = zip(self._accepted, self._observed, self._prior._means(count), strict=False)
+            return [prior + (hits - seen * prior) / (seen + _PRIOR_WEIGHT) for hits, seen, prior in found]
+        if self._engine_means is None:
+            means, before = list[float](), PRIOR_CHANCE
+            for index, (hits, seen) in enumerate(zip(self._accepted, self._observed, strict=True)):
+                prior = before if index < _POSITIONS else _START[index]
+                before = prior + (hits - seen * prior) / (seen + _PRIOR_WEIGHT)
+                means.append(before)
+            self._engine_means = means
+        return self._engine_means[:count]
 
     def chance(self, position: int, stated: float | None = None) -> float:
         """Returns the chance, 0 to 1, that the token at `position`, counted from 0, is accepted."""
         index = _class(position, stated)
-        if (
-            self._prior is not None and not self._observed[index]
-        ):  # the prior may have changed since `_means` was copied from it
-            return self._prior.chance(position, stated)
-        mean, observed = self._means[index], self._observed[index]
-        if not observed and self._prior is None:
-            return mean
+        return self._first_chance(index, self._means()[index])
+
+    def _first_chance(self, index: int, mean: float) -> float:
+        """Returns the chance of a token of a class with this mean; with few observations it is lower than the mean."""
+        if not (observed := self._observed[index]):
+            return mean if self._prior is None else self._prior._first_chance(index, mean)
         return max(0.0, mean - _DEVIATIONS * sqrt(mean * max(0.0, 1.0 - mean) / (observed + _PRIOR_WEIGHT + 1.0)))
 
     def curve(self, length: int, stated: Sequence[float] = ()) -> list[float]:
@@ -95,16 +102,17 @@ class AcceptanceEstimate:
         """
         if not length:
             return []
-        joint = self.chance(0, stated[0] if stated else None)  # the deviation is subtracted once, not per token
-        curve = [joint] if joint >= MIN_CHANCE else []
-        means, observed = self._means, self._observed
-        prior = means if self._prior is None else self._prior._means
-        for position in range(1, length) if curve else ():
-            index = _class(position, stated[position]) if stated else min(position, _POSITIONS - 1)
-            joint *= means[index] if observed[index] else prior[index]
-            if joint < MIN_CHANCE:
-                break
-            curve.append(joint)
+        if stated:
+            classes, means = [_class(0, chance) for chance in stated[:length]], self._means()
+            chances = [means[index] for index in classes]
+        else:
+            chances = self._means(min(length, _POSITIONS))
+            chances += [chances[-1]] * (length - _POSITIONS)
+        # The deviation is subtracted once, not per token.
+        chances[0] = self._first_chance(classes[0] if stated else 0, chances[0])
+        curve = [*accumulate(chances, mul)]
+        while curve and curve[-1] < MIN_CHANCE:
+            curve.pop()
         return curve
 
 

@@ -22,8 +22,9 @@ class ProposerStats:
     def __init__(self, type: str, total: ProposerStats | None = None) -> None:
         self.type = type
         self.acceptance: AcceptanceEstimate = AcceptanceEstimate(total.acceptance if total is not None else None)
-        self._total = total
+        self._engine = total or self
         self._both = (self,) if total is None else (self, total)
+        # Of the whole engine only: mean seconds of a poll, calls and seconds by kind.
         self._cost_seconds = 0.0
         self._calls = [0, 0, 0]
         self._seconds = [0.0, 0.0, 0.0]
@@ -38,7 +39,7 @@ class ProposerStats:
     def cost_seconds(self) -> float:
         """Mean seconds of a poll in all sequences, including the feeding of buffered tokens; 0 before the first
         poll."""
-        return (self._total or self)._cost_seconds
+        return self._engine._cost_seconds
 
     def record_feed(self, seconds: float, *, first: bool) -> None:
         """Records that a part of a history was fed in `seconds`. `first` is True for the first part of a sequence."""
@@ -49,7 +50,7 @@ class ProposerStats:
         self._count(_PROPOSE, seconds)
         for stats in self._both:
             stats._spent += seconds
-        engine = self._total or self
+        engine = self._engine
         engine._cost_seconds += _COST_WEIGHT * (feed_seconds + seconds - engine._cost_seconds)
 
     def record_verification(self, verified: VerifiedDraft, expected: float, seconds: float) -> None:
@@ -72,9 +73,8 @@ class ProposerStats:
         self._by_accepted[verified.accepted] += 1
 
     def _count(self, kind: int, seconds: float, calls: int = 1) -> None:
-        for stats in self._both:
-            stats._calls[kind] += calls
-            stats._seconds[kind] += seconds
+        self._engine._calls[kind] += calls
+        self._engine._seconds[kind] += seconds
 
     @property
     def draft_stats(self) -> DraftStats:

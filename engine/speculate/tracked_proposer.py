@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from engine.pace import VerifiedDraft
-from engine.speculate.proposer import NO_DRAFT, BatchedSequence, Draft, DraftBounds, Proposer
+from engine.speculate.proposer import NO_DRAFT, BatchedSequence, Draft, DraftBounds, Proposer, num_matching
 from engine.speculate.proposer_stats import ProposerStats
 
 log = logging.getLogger("paceline.speculation")
@@ -146,14 +146,12 @@ class TrackedProposer:
         self._compared = NO_DRAFT
 
     def _compare(self, emitted: Sequence[int]) -> None:
-        tokens, stated = self._compared.tokens, self._compared.chances
-        for token in emitted:
-            if self._position >= len(tokens):
-                break
-            equal = tokens[self._position] == token
-            self.stats.acceptance.observe(self._position, stated[self._position] if stated else None, equal)
-            self._position = self._position + 1 if equal else len(tokens)
-        if self._position >= len(tokens):
+        start, rest = self._position, self._compared.tokens[self._position :]
+        equal = num_matching(rest, emitted)
+        rejected = equal < min(len(rest), len(emitted))
+        self.stats.acceptance.observe(start, equal, rejected, self._compared.chances)
+        self._position += equal
+        if rejected or equal == len(rest):
             self.stop_comparing()
 
 

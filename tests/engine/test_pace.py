@@ -333,8 +333,7 @@ def test_a_calibration_that_cannot_be_saved_is_logged(
 
 def record(acceptance: AcceptanceEstimate, compared: int, right: int) -> None:
     """Records a verification: `right` tokens are accepted and, if `compared` is larger, the next token is rejected."""
-    for position in range(min(compared, right + 1)):
-        acceptance.observe(position, None, position < right)
+    acceptance.observe(0, min(compared, right), right < compared)
 
 
 def test_acceptance_is_learned_from_drafts() -> None:
@@ -356,8 +355,8 @@ def test_acceptance_is_learned_from_drafts() -> None:
 def test_a_stated_chance_counts_by_the_acceptance_of_its_class() -> None:
     acceptance = AcceptanceEstimate()
     for _ in range(100):
-        acceptance.observe(0, 0.99, False)
-        acceptance.observe(0, 0.5, True)
+        acceptance.observe(0, 0, True, (0.99,))
+        acceptance.observe(0, 1, False, (0.5,))
     assert acceptance.chance(0, 0.99) < 0.1
     assert acceptance.chance(0, 0.5) > 0.9
     assert len(acceptance.curve(3, (0.99, 0.99, 0.5))) == 1, f"less likely than {MIN_CHANCE}"

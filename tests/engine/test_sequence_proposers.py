@@ -132,13 +132,9 @@ def test_counts_and_the_line_in_the_log() -> None:
     stats.record_verification(VerifiedDraft(4, 4, 0.4, 0.1), 3.5, 0.00001)
     stats.record_verification(VerifiedDraft(3, 0, 0.0, 0.1), 0.5, 0.00001)
     assert stats.draft_stats == DraftStats("ngram-mod", 7, (1, 0, 0, 0, 1), 4.0, 0.4, 0.2 + 3 * 0.0005, PRIOR_CHANCE)
-    assert (
-        str(stats)
-        == str(total)
-        == (
-            "statistics ngram_mod: #calls(b,g,a) = 1 3 2, #gen drafts = 2, #acc drafts = 1, #gen tokens = 7, "
-            "#acc tokens = 4, dur(b,g,a) = 3.000, 1.500, 0.020 ms"
-        )
+    assert str(total) == (
+        "statistics ngram_mod: #calls(b,g,a) = 1 3 2, #gen drafts = 2, #acc drafts = 1, #gen tokens = 7, "
+        "#acc tokens = 4, dur(b,g,a) = 3.000, 1.500, 0.020 ms"
     )
 
 
