@@ -8,6 +8,7 @@ from array import array
 from collections import abc
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.backend import Logits, NativeFault
 from engine.backend_picks import BackendPicks, KnownTokens
@@ -77,6 +78,7 @@ class OutputProcessor:
         requests to their rows."""
         params: list[PickParams | None] = [None] * len(logits)
         positions, counts, known = [0] * len(logits), self._backend_picks.counts, dict[int, KnownTokens]()
+        banned: dict[int, tuple[NDArray[np.intp], list[int]]] = {}  # tokens and the rows in which they are banned
         for each, first in zip(rows, firsts, strict=True):
             sequence = each.sequence
             row_params = sequence.row_params
@@ -85,11 +87,16 @@ class OutputProcessor:
             position, end = len(sequence.history) + sequence.discarded, first + each.part.drafts + 1
             if counts and (count := counts.get(sequence.seq)):
                 known.update((row, _known_tokens(sequence, row - first, count)) for row in range(first, end))
-            elif sequence.sampler.adjusts and not _adjust(sequence, logits[first:end]):
-                continue
-            params[first], positions[first] = row_params, position
-            for row in range(first + 1, end):
-                params[row], positions[row] = row_params, position + row - first
+            elif sequence.sampler.has_weights:
+                if not _adjust(sequence, logits[first:end]):
+                    continue
+            elif sequence.sampler.adjusts:
+                for bans, span in sequence.sampler.banned_spans(sequence.emitted, range(first, end)):
+                    banned.setdefault(id(bans), (bans, []))[1].extend(span)
+            params[first:end] = [row_params] * (end - first)
+            positions[first:end] = range(position, position + end - first)
+        for bans, at in banned.values():
+            logits[np.array(at)[:, None], bans] = -np.inf
         if known:
             return self._backend_picks.pick(known, logits, params, positions)
         return pick_rows(RowMaxima(logits), params, positions)

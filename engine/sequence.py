@@ -200,19 +200,29 @@ class Sequence:
         Returns the finish reason if the sequence ends with this token, else None. Raises GrammarError if the grammar
         cannot be followed further.
         """
-        self.tokens.append(token)
-        if self.history is not self.tokens:
-            self.history.append(token)
+        reason = self.extend([token])
         if self.budget is not None:
             self.budget.take(token)
-        if token in self._ends:
-            self.stop_token = token
-            return FinishReason.STOP
-        if self.matcher is not None:
+        if self.matcher is not None and reason is not FinishReason.STOP:
             self.matcher.accept_token(token)
             if self.matcher.complete:
                 return FinishReason.STOP
-        return FinishReason.LENGTH if self.emitted >= self._max_tokens else None
+        return reason
+
+    def extend(self, tokens: list[int]) -> FinishReason | None:
+        """Appends emitted tokens up to the end of the output, and removes those after the end from `tokens`. Returns
+        the finish reason if the sequence ends with the last token, else None. Does not advance grammar and budget."""
+        room, reason = self._max_tokens - self.emitted, None
+        if len(tokens) >= room:
+            del tokens[max(1, room) :]
+            reason = FinishReason.LENGTH
+        if not self._ends.isdisjoint(tokens):
+            del tokens[1 + min(tokens.index(end) for end in self._ends.intersection(tokens)) :]
+            self.stop_token, reason = tokens[-1], FinishReason.STOP
+        self.tokens.extend(tokens)
+        if self.history is not self.tokens:
+            self.history.extend(tokens)
+        return reason
 
     def mark_emission(self, now: float) -> float | None:
         """Records the time of an emission. Returns the seconds since the previous emission, or None for the first

@@ -23,6 +23,7 @@ from engine.contract import (
 from engine.grammar import GrammarError, RowMasks
 from engine.sampling import UNPICKED, BadLogits, Candidates, candidate_logprob, logprob, sample_and_accept
 from engine.sequence import Sequence
+from engine.speculate import num_matching
 
 log = logging.getLogger("paceline.engine")
 
@@ -106,16 +107,11 @@ def verify(
 
 def _append_picks(sequence: Sequence, draft: abc.Sequence[int], picks: abc.Sequence[int]) -> VerificationResult:
     """Appends to a plain sequence the accepted tokens of `draft` and one more, given the token of each row."""
-    ids: list[int] = []
-    accepted = 0
-    reason: FinishReason | None = None
-    for row, token in enumerate(sample_and_accept(draft, picks.__getitem__)):
-        ids.append(token)
-        accepted += row < len(draft) and draft[row] == token
-        reason = sequence.append(token)
-        if reason is not None:
-            break
-    return VerificationResult(ids, ids if sequence.stop_token is None else ids[:-1], (), accepted, reason, None)
+    accepted = num_matching(draft, picks) if draft else 0
+    ids = [*picks[: accepted + 1]]
+    reason = sequence.extend(ids)
+    streamed = ids if sequence.stop_token is None else ids[:-1]
+    return VerificationResult(ids, streamed, (), min(accepted, len(ids)), reason, None)
 
 
 def _is_forced(sequence: Sequence, permitted: NDArray[np.bool_] | None) -> bool:

@@ -99,8 +99,9 @@ class Residents:
         if length < self.tree.length(seq) or self.context.length(seq) > length:
             if not self.context.cut(seq, length):
                 return False
-            self.tree.truncate(seq, length)
-            self._idle_cells = None
+            if length < self.tree.length(seq):
+                self.tree.truncate(seq, length)
+                self._idle_cells = None
         return not self.context.window or self.context.intact(seq, length)
 
     def free(self, seq: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ class Sampler:
         self._params = params
         self._seed = seed
         self._token_bytes = token_bytes
-        self._end_ids = _ids(ends)
+        self._end_ids = _token_ids(ends)
         self._bias = _LogitBias(params.logit_bias) if params.logit_bias else None
         stages = active_stages(params)
         self._dry = DryPenalty(params, token_bytes) if "dry" in stages else None
@@ -50,10 +51,11 @@ class Sampler:
         leading = next((at for at, stage in enumerate(stages) if stage not in WEIGHING_STAGES), len(stages))
         self._leading, self._stages = stages[:leading], stages[leading:]
         self._min_tokens = request.min_tokens
-        self._banned_ids = _ids(ends if request.ignore_eos else ())
-        self._banned_early_ids = _ids(ends.union(request.stop_tokens))
-        self._has_weights = bool(self._bias or self._leading)
-        self.adjusts = self._has_weights or bool(self._min_tokens) or len(self._banned_ids) > 0
+        self._banned_ids = _token_ids(ends if request.ignore_eos else frozenset())
+        self._banned_early_ids = _token_ids(ends.union(request.stop_tokens))
+        self.has_weights = bool(self._bias or self._leading)
+        """True if there are a bias or penalties."""
+        self.adjusts = self.has_weights or bool(self._min_tokens) or len(self._banned_ids) > 0
         """True if `adjust` may change rows."""
         self._is_greedy = _is_greedy(params, self._stages)
         self._mirostat = Mirostat(params) if params.mirostat and not self._is_greedy else None
@@ -90,7 +92,7 @@ class Sampler:
     def num_candidates(self) -> int:
         """Number of most likely tokens that determine the pick, unless there are ties; 0 if a pick needs all logits."""
         params = self.row_params
-        if params is None or self._has_weights or not (params.top_k or self._is_greedy):
+        if params is None or self.has_weights or not (params.top_k or self._is_greedy):
             return 0
         bans = max(len(self._banned_ids), len(self._banned_early_ids) if self._min_tokens else 0)
         return max(1, params.top_k) + bans + 1
@@ -103,8 +105,15 @@ class Sampler:
             self._weigh(stage, row, history)
         row[self.bans(emitted)] = _BANNED
 
+    def banned_spans(self, emitted: int, rows: range) -> Iterator[tuple[NDArray[np.intp], range]]:
+        """Yields the bans of consecutive `rows`, the first of which follows `emitted` tokens, with the rows."""
+        early = max(0, self._min_tokens - emitted)
+        for span in (rows[:early], rows[early:]):
+            if span:
+                yield self.bans(emitted + span[0] - rows[0]), span
+
     def bans(self, emitted: int) -> NDArray[np.intp]:
-        """Returns the tokens that may not follow `emitted` tokens."""
+        """Returns the tokens that may not follow `emitted` tokens: one object for many rows and samplers."""
         return self._banned_early_ids if emitted < self._min_tokens else self._banned_ids
 
     def sample(
@@ -213,7 +222,7 @@ class Sampler:
 
     def _weighted(self, row: Row, history: Sequence[int], emitted: int, *, masked: bool) -> Row:
         """Returns the row with bias, penalties and bans applied, unless these leave no token of a `masked` row."""
-        if not self._has_weights and not len(self.bans(emitted)):
+        if not self.has_weights and not len(self.bans(emitted)):
             return row
         adjusted = row.copy()
         self.adjust(adjusted, history, emitted)
@@ -251,7 +260,7 @@ class _LogitBias:
         sums: dict[int, float] = {}
         for token, value in pairs:
             sums[token] = sums.get(token, 0.0) + value
-        self._tokens = _ids(sums)
+        self._tokens = np.array(list(sums), np.intp)
         values = np.array(list(sums.values()))
         self._values = np.where(np.isneginf(values), values, values.clip(-_MAX_BIAS, _MAX_BIAS))
         assert self._tokens.min() >= 0, "requests with token ids outside the vocabulary are refused earlier"
@@ -260,7 +269,8 @@ class _LogitBias:
         row[self._tokens] = row[self._tokens] + self._values
 
 
-def _ids(tokens: Iterable[int]) -> NDArray[np.intp]:
+@lru_cache(64)
+def _token_ids(tokens: frozenset[int]) -> NDArray[np.intp]:
     return np.array(list(tokens), np.intp)
 
 
