@@ -175,13 +175,13 @@ class Running(dict[int, Sequence]):
         """Returns, by key, the active decoding sequences for which the next step can verify a draft of up to
         `max_tokens` tokens."""
         return {
-            sequence.key: DraftCandidate(sequence.proposers, limit, sequence.draft_room(), sequence.seq)
+            sequence.key: DraftCandidate(sequence.proposers, min(room, max_tokens), room, sequence.seq)
             for sequence in self._drafting
-            if sequence.num_uncomputed == 1
+            if len(sequence.tokens) - sequence.computed == 1
             and sequence.adapters == self.adapters
             and sequence.proposers.can_draft(sequence.history)
             and not self._kv.saves_next(sequence.seq)
-            and (limit := min(sequence.draft_room(), max_tokens)) > 0
+            and (room := sequence.draft_room()) > 0 < max_tokens
         }
 
     def placed(self, part: ScheduledRows) -> PlacedRows:

@@ -54,9 +54,10 @@ class AcceptanceEstimate:
         `stated` are the stated chances of the draft; empty if the proposer makes no estimates.
         """
         end = start + accepted + rejected
-        self._learn([min(position, _POSITIONS - 1) for position in range(start, end)], accepted)
+        positions = range(start, end)
+        self._learn(positions if end <= _POSITIONS else [min(each, _POSITIONS - 1) for each in positions], accepted)
         if stated:
-            self._learn([_class(position, stated[position]) for position in range(start, end)], accepted)
+            self._learn([_class(each, stated[each]) for each in positions], accepted)
 
     def _learn(self, classes: Sequence[int], accepted: int) -> None:
         """Records one observation of each of `classes`, in this order: the first `accepted` ones were accepted."""

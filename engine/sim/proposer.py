@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from engine.sim.hashing import DRAW_FACTOR, HISTORY_FACTOR, next_hash
 from engine.sim.vocab import FIRST_WORD_TOKEN, OUTPUT_WORDS
-from engine.speculate import Draft
+from engine.speculate import Draft, num_matching
 from engine.splitmix import WORD_MASK
 
 _MAX_DRAFT_TOKENS = 16
@@ -24,6 +24,10 @@ class SimProposer:
         self._accept = accept
         self._tokens = array("i")
         self._hashes = array("Q", (seed,))  # hash after the first 0, 1, 2 ... tokens
+        # The next tokens of the output, their drafts and the hashes after them, as far as they are computed.
+        self._next: list[int] = []
+        self._drafts: list[int] = []
+        self._next_hashes: list[int] = []
 
     def begin(self, tokens: Sequence[int]) -> None:
         """Sets the history to `tokens`."""
@@ -32,25 +36,38 @@ class SimProposer:
     def propose(self, limit: int) -> Draft:
         """Returns up to `limit` next words. Some are replaced by wrong words, which do not affect the words after
         them."""
-        history, words, threshold = self._hashes[-1], list[int](), self._accept * _CHANCE_MASK
-        for _ in range(min(limit, _MAX_DRAFT_TOKENS)):
+        history, threshold = (self._next_hashes or self._hashes)[-1], self._accept * _CHANCE_MASK
+        length = min(limit, _MAX_DRAFT_TOKENS)
+        for _ in range(length - len(self._next)):
             # `draws` and `next_hash` are inlined, as calls would take half of the time.
             mixed = (history ^ history >> 31) * DRAW_FACTOR & WORD_MASK
             drawn = mixed >> 40
             correct = (mixed >> 16 & _CHANCE_MASK) < threshold
-            words.append(FIRST_WORD_TOKEN + (drawn if correct else drawn + 1) % _WORD_COUNT)
-            history = (history * HISTORY_FACTOR + FIRST_WORD_TOKEN + drawn % _WORD_COUNT + 1) & WORD_MASK
-        return Draft(words)
+            word = FIRST_WORD_TOKEN + drawn % _WORD_COUNT
+            history = (history * HISTORY_FACTOR + word + 1) & WORD_MASK
+            self._next.append(word)
+            self._drafts.append(word if correct else FIRST_WORD_TOKEN + (drawn + 1) % _WORD_COUNT)
+            self._next_hashes.append(history)
+        return Draft(self._drafts[:length])
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
         """Appends `emitted` to the history."""
         self._tokens.extend(emitted)
-        for token in emitted:
+        known = num_matching(self._next, emitted)
+        self._hashes.extend(self._next_hashes[:known])
+        del self._next[:known], self._drafts[:known], self._next_hashes[:known]
+        if known < len(emitted):
+            self._drop_next()
+        for token in emitted[known:]:
             self._hashes.append(next_hash(self._hashes[-1], token))
+
+    def _drop_next(self) -> None:
+        del self._next[:], self._drafts[:], self._next_hashes[:]
 
     def truncate(self, length: int) -> None:
         """Cuts the history to its first `length` tokens."""
         del self._tokens[length:], self._hashes[length + 1 :]
+        self._drop_next()
 
     def shift(self, keep: int, discard: int) -> None:
         """Removes the `discard` tokens after the first `keep` tokens, and computes the hashes of the remaining ones

@@ -110,9 +110,9 @@ class DraftPlanner:
 
     def _choose(self, candidates: Sequence[DraftCandidate], step: UpcomingStep) -> list[Draft]:
         drafts = [each.proposers.choose_longest() if each.proposers.fixed else NO_DRAFT for each in candidates]
-        step = step.with_drafts({each.seq: len(draft.tokens) for each, draft in zip(candidates, drafts, strict=True)})
+        fixed = {each.seq: len(draft.tokens) for each, draft in zip(candidates, drafts, strict=True) if draft.tokens}
         measured = _measured_drafts(candidates)
-        choice = self._chooser.decide(_curves(measured), [candidates[i].seq for i in measured], step)
+        choice = self._chooser.decide(_curves(measured), [candidates[i].seq for i in measured], step.with_drafts(fixed))
         for (i, tracked), picked, length in zip(measured.items(), choice.picked, choice.lengths, strict=True):
             drafts[i] = candidates[i].proposers.choose(tracked[picked], length)
         return drafts
@@ -237,7 +237,8 @@ def poll(proposers: SequenceProposers, limit: int, budget_seconds: float = inf) 
     take more than `budget_seconds`, each of them is polled only in some of the steps.
     """
     number = proposers.begin_poll()
-    interval = 1 if proposers.fixed else _poll_interval(proposers.unbatched, budget_seconds)
+    not_useful = [each for each in proposers.unbatched if each.expected_accepted < _USEFUL_TOKENS]
+    interval = 1 if proposers.fixed or not not_useful else _poll_interval(not_useful, budget_seconds)
     for i, tracked in enumerate(proposers.unbatched):
         if tracked.expected_accepted < _USEFUL_TOKENS and (number + i) % interval:
             if tracked.draft.tokens:
@@ -248,9 +249,9 @@ def poll(proposers: SequenceProposers, limit: int, budget_seconds: float = inf) 
             return
 
 
-def _poll_interval(unbatched: Sequence[TrackedProposer], budget_seconds: float) -> int:
+def _poll_interval(not_useful: Sequence[TrackedProposer], budget_seconds: float) -> int:
     # `budget_seconds` is 0 before the first step.
-    cost = sum([tracked.stats.cost_seconds for tracked in unbatched if tracked.expected_accepted < _USEFUL_TOKENS])
+    cost = sum([tracked.stats.cost_seconds for tracked in not_useful])
     return 1 if cost <= budget_seconds or not budget_seconds else min(_MAX_POLL_INTERVAL, ceil(cost / budget_seconds))
 
 

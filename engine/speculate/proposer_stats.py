@@ -69,7 +69,8 @@ class ProposerStats:
         self._expected += expected
         self._saved += verified.saved
         self._spent += verified.spent
-        self._by_accepted.extend([0] * (verified.drafted + 1 - len(self._by_accepted)))
+        if verified.drafted >= len(self._by_accepted):
+            self._by_accepted.extend([0] * (verified.drafted + 1 - len(self._by_accepted)))
         self._by_accepted[verified.accepted] += 1
 
     def _count(self, kind: int, seconds: float, calls: int = 1) -> None:
