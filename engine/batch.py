@@ -52,12 +52,19 @@ class Batch:
         row, self.rows, self.outputs = self.outputs, end, self.outputs + outputs
         return row
 
-    def fill_single(self, seqs: Sequence[int], starts: Sequence[int], tokens: Sequence[int]) -> None:
-        """Replaces all rows by one row with logits for each of `seqs`, at the positions `starts`."""
-        count = len(seqs)
-        assert count <= self.capacity, "the plan exceeds the batch"
-        self.seq[:count], self.pos[:count], self.token[:count], self.output[:count] = seqs, starts, tokens, 1
-        self.rows = self.outputs = count
+    def fill(self, seqs: Sequence[int], starts: Sequence[int], counts: Sequence[int], tokens: array[int]) -> None:
+        """Replaces all rows by rows with logits: `counts[i]` rows of `seqs[i]` at positions from `starts[i]` on.
+        `tokens` are those of all rows."""
+        rows = len(tokens)
+        assert rows <= self.capacity, "the plan exceeds the batch"
+        self.token[:rows], self.output[:rows] = tokens, 1
+        if rows == len(seqs):
+            self.seq[:rows], self.pos[:rows] = seqs, starts
+        else:
+            ends = np.cumsum(counts)
+            self.seq[:rows] = np.repeat(seqs, counts)
+            self.pos[:rows] = np.repeat(starts - ends + counts, counts) + self._range(0, rows)
+        self.rows = self.outputs = rows
 
     def _range(self, start: int, count: int) -> NDArray[np.int32]:
         if start + count > len(self._positions):

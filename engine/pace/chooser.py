@@ -107,19 +107,25 @@ class DraftChooser:
     # ── after a step ──
 
     def observe_step(
-        self, sequences: Sequence[SequenceRows], prompt_rows: int, cells: int, seconds: float, repeats: int = 1
+        self,
+        sequences: Sequence[SequenceRows],
+        prompt_rows: int,
+        cells: int,
+        seconds: float,
+        repeats: int = 1,
+        shape: StepShape | None = None,
     ) -> None:
         """Records the decode of a step, the last of `repeats` steps with equal rows.
 
         `sequences` are its decoding sequences in ascending order of ids, each with one row and one for each draft
-        token. `prompt_rows` is the number of rows of all other sequences, and `cells` that of resident cells before the
-        step.
+        token; `shape` is their shape, if it is known. `prompt_rows` is the number of rows of all other sequences, and
+        `cells` that of resident cells before the step.
         """
         layout = self.cost.layout
-        shape = layout.shape(sequences, cells)
+        shape = shape or layout.shape(sequences, cells)
         drafted = shape.rows - len(sequences)
         if sequences:
-            bare = layout.shape([part._replace(rows=1) for part in sequences], cells) if drafted else shape
+            bare = layout.shape([SequenceRows(seq, 1, own) for seq, _, own in sequences], cells) if drafted else shape
             self._split_seconds(shape, bare, drafted, seconds, mixed=prompt_rows > 0)
         self.cost.observe(shape, prompt_rows, seconds)
         self._trial_rows = min(_MAX_TRIAL_ROWS, self._trial_rows + _TRIAL_SHARE * repeats * shape.rows)
