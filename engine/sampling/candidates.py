@@ -59,15 +59,14 @@ def candidates_within(row: Row, reach: float) -> Candidates:
 def top_candidates(row: Row, k: int, reach: float = UNLIMITED_REACH) -> Candidates:
     """Returns the `k` most likely of the tokens at most `reach` below the maximum, most likely first. Raises
     BadLogits."""
-    maxima = RowMaxima(row[None])
-    _require_finite(maxima.peaks[0].highest)
-    return top_of_row(maxima, 0, k, reach)
+    return _top_of_row(RowMaxima(row[None]), k, reach)
 
 
-def top_of_row(maxima: RowMaxima, number: int, k: int, reach: float) -> Candidates:
-    """Returns the result of `top_candidates` for a row of `maxima`, whose maximum is finite."""
-    row = maxima.logits[number]
-    lowest = max(lowest_within(maxima.peaks[number].highest, reach), maxima.bound(number, k))
+def _top_of_row(maxima: RowMaxima, k: int, reach: float) -> Candidates:
+    row, columns = maxima.logits[0], maxima.columns[0]
+    lowest = lowest_within(_require_finite(columns.max()), reach)
+    if k < len(columns):
+        lowest = max(lowest, maxima.largest(0, k)[0])
     found = _candidates(row, (row >= lowest).nonzero()[0])
     return found.select((-found.logits).argsort(kind="stable")[:k])
 
@@ -81,7 +80,7 @@ def nucleus_candidates(row: Row, share: float, reach: float) -> Candidates:
     peak, mass = peak_and_mass(row)
     maxima, k = RowMaxima(row[None]), 256
     while True:
-        found = top_of_row(maxima, 0, k, reach)
+        found = _top_of_row(maxima, k, reach)
         held = float(np.exp(found.logits - peak).sum())
         if held >= share * mass or len(found.ids) < k:
             return found._replace(mass=mass)

@@ -7,7 +7,7 @@ most likely tokens. Tokens after the last whole line of the matrix are columns o
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -22,14 +22,14 @@ _Tokens = NDArray[np.intp]
 _MIN_WIDTH, _WIDTH, _MAX_WIDTH = 1024, 2048, 4096
 
 
-class Peak(NamedTuple):
-    """The two highest logits of one row."""
+class Peaks(NamedTuple):
+    """The two highest logits of each row."""
 
-    token: int
+    tokens: _Tokens
     """The most likely token; of several with the same logit, the lowest id."""
-    highest: float
+    highest: NDArray[np.float64]
     """The highest logit; NaN if the row contains NaN."""
-    second: float
+    second: NDArray[np.float64]
     """The highest logit of all other tokens; -inf if there is no other token."""
 
 
@@ -43,16 +43,22 @@ class RowMaxima:
         whole = vocabulary - vocabulary % self._width
         # [rows, lines, width]: a view of the whole lines.
         self._lines = logits[:, :whole].reshape(rows, whole // self._width, self._width)
-        if whole == vocabulary:
-            self.columns: Logits = np.maximum.reduce(self._lines, axis=1)
-        else:
-            self.columns = np.empty((rows, self._width + vocabulary - whole), np.float32)
-            np.maximum.reduce(self._lines, axis=1, out=self.columns[:, : self._width])
-            self.columns[:, self._width :] = logits[:, whole:]
-        self.peaks: list[Peak] = [self._peak()] if rows == 1 else self._peaks()
-        """The peak of each row."""
 
-    def _peaks(self) -> list[Peak]:
+    @cached_property
+    def columns(self) -> Logits:
+        """The maxima of the columns of each row."""
+        rows, vocabulary = self.logits.shape
+        whole = self._lines.shape[1] * self._width
+        if whole == vocabulary:
+            return np.maximum.reduce(self._lines, axis=1)
+        columns = np.empty((rows, self._width + vocabulary - whole), np.float32)
+        np.maximum.reduce(self._lines, axis=1, out=columns[:, : self._width])
+        columns[:, self._width :] = self.logits[:, whole:]
+        return columns
+
+    @cached_property
+    def peaks(self) -> Peaks:
+        """The peaks of the rows."""
         numbers = np.arange(len(self.logits))
         at = self.columns.argmax(axis=1)
         highest = self.columns[numbers, at]
@@ -61,39 +67,20 @@ class RowMaxima:
         tokens: _Tokens = ids[numbers, line]
         values[numbers, line] = -np.inf
         self.columns[numbers, at] = values.max(axis=1)
-        second = self.columns.max(axis=1)
+        second = self.columns[numbers, self.columns.argmax(axis=1)]  # takes less time than `max`
         self.columns[numbers, at] = highest
         if (tied := (second == highest).nonzero()[0]).size:  # `argmax` prefers earlier columns, even with higher ids
             tokens[tied] = self.logits[tied].argmax(axis=1)
-        return list(map(Peak, tokens.tolist(), highest.tolist(), second.tolist()))
+        return Peaks(tokens, highest.astype(np.float64), second.astype(np.float64))
 
-    def _peak(self) -> Peak:
-        """Returns the peak of a single row, in a third of the time of `_peaks`."""
-        columns = self.columns[0]
-        at = int(columns.argmax())
-        highest = float(columns[at])
-        if at < self._width:
-            values = self._lines[0, :, at]
-            line = int(values.argmax())
-            rest = values.copy()
-            rest[line] = -np.inf
-            others = float(rest.max())
-            token = at + line * self._width
-        else:
-            token, others = self._lines.shape[1] * self._width + at - self._width, -np.inf
-        columns[at] = others
-        second = float(columns.max())
-        columns[at] = highest
-        return Peak(int(self.logits[0].argmax()) if second == highest else token, highest, second)
-
-    def bound(self, row: int, k: int) -> float:
-        """Returns a lower bound of the k-th largest logit of a row: the k-th largest column maximum, or -inf if there
-        are not more than `k` columns."""
-        if k >= self.columns.shape[1]:
-            return -np.inf
+    def largest(self, row: int, k: int) -> list[float]:
+        """Returns the `k` largest column maxima of a row, the least of these first; all in any order if there are not
+        more."""
         ordered = self.columns[row].copy()
-        ordered.partition(len(ordered) - k)  # the method takes a third less time than the function
-        return float(ordered[len(ordered) - k])
+        if k < len(ordered):
+            ordered.partition(len(ordered) - k)  # the method takes a third less time than the function
+        largest: list[float] = ordered[-k:].tolist()
+        return largest
 
     def columns_at(self, rows: _Tokens, columns: _Tokens) -> tuple[_Tokens, Logits]:
         """Returns the tokens and the logits of one column of each of `rows`, both [rows, lines]. The column of a token

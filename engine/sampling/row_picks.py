@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.sampling.candidates import lowest_within, top_of_row
+from engine.sampling.candidates import lowest_within
 from engine.sampling.noise import gumbel_few, gumbel_rows, seed_key
 from engine.sampling.row_maxima import RowMaxima
 from engine.sampling.stages import only_min_p, reach_of
@@ -91,19 +91,15 @@ def pick_rows(maxima: RowMaxima, params: Sequence[PickParams | None], positions:
     The token is `UNPICKED` for a row without parameters, for one whose maximum is NaN or infinite, and without `top_k`
     for one without a dominant token.
     """
-    tokens, rows = [UNPICKED] * len(params), list[int]()  # `rows` are drawn
-    for row, ((token, highest, second), each) in enumerate(zip(maxima.peaks, params, strict=True)):
-        if each is None or not math.isfinite(highest):
-            continue
-        if second < highest + each.dominance:
-            tokens[row] = token
-        elif each.top_k:
-            rows.append(row)
-    if len(rows) <= _MAX_SINGLE_ROWS:
-        for row in rows:
-            if (each := params[row]) is not None:
-                tokens[row] = _draw_single(maxima, row, each, positions[row])
-    else:
+    if len(params) <= _MAX_SINGLE_ROWS:
+        return [_pick_single(maxima, row, params[row], positions[row]) for row in range(len(params))]
+    most_likely, highest, second = maxima.peaks
+    is_finite = np.isfinite(highest)
+    dominance = np.array([-math.inf if each is None else each.dominance for each in params])
+    dominated = second < np.where(is_finite, highest, 0.0) + dominance
+    tokens: list[int] = np.where(is_finite & dominated, most_likely, UNPICKED).tolist()
+    others = (is_finite & ~dominated).nonzero()[0].tolist()
+    if rows := [row for row in others if (each := params[row]) is not None and each.top_k]:
         drawn_params = [each for row in rows if (each := params[row])]
         columns = ParamColumns.of(drawn_params)
         found = _top_tokens(maxima, rows, columns.top_ks, columns.reaches)
@@ -113,18 +109,39 @@ def pick_rows(maxima: RowMaxima, params: Sequence[PickParams | None], positions:
     return tokens
 
 
-def _draw_single(maxima: RowMaxima, row: int, params: PickParams, position: int) -> int:
+def _pick_single(maxima: RowMaxima, row: int, params: PickParams | None, position: int) -> int:
     """Returns the token of one row by the operations of `_top_tokens` and `draw_tokens`, with a third of their calls of
     numpy. The calls take most of the time for few rows, as a decode displaces numpy's code from the CPU's caches."""
-    found = top_of_row(maxima, row, params.top_k, params.reach)
-    values = found.logits
-    distances = values - values[0]
+    if params is None:
+        return UNPICKED
+    logits = maxima.logits[row]
+    if params.dominance == math.inf:
+        token = int(logits.argmax())
+        return token if math.isfinite(logits[token]) else UNPICKED
+    if not params.top_k:
+        token, highest, second = (each[row].item() for each in maxima.peaks)
+        return token if math.isfinite(highest) and second < highest + params.dominance else UNPICKED
+    largest = sorted(maxima.largest(row, params.top_k))
+    highest = largest[-1]
+    if math.isnan(sum(largest)) or math.isinf(highest):
+        return UNPICKED
+    if (limit := highest + params.dominance) > largest[-2:][0]:  # no token of another column is above the limit
+        above = (logits >= limit).nonzero()[0]
+        if len(above) == 1:
+            return int(above[0])
+    lowest = lowest_within(highest, params.reach)
+    if len(largest) < maxima.columns.shape[1]:
+        lowest = max(lowest, largest[0])
+    ids = (logits >= lowest).nonzero()[0]
+    values = logits[ids]
+    order = (-values).argsort(kind="stable")[: params.top_k]
+    values = values[order].astype(np.float64)
+    distances = values - highest
     held: list[float] = np.exp(distances).cumsum().tolist()
     kept = bisect_left(held, params.top_p * held[-1]) + 1
-    limit = float(values[0]) + params.min_p_log
-    kept = min(kept, sum(value >= limit for value in values.tolist()))
-    candidates: list[int] = found.ids[:kept].tolist()
-    if len(candidates) == 1:
+    kept = min(kept, sum([value >= highest + params.min_p_log for value in values.tolist()]))
+    candidates: list[int] = ids[order[:kept]].tolist()
+    if kept == 1:
         return candidates[0]
     noise = gumbel_few(params.key, position, candidates)
     scores = [
@@ -179,8 +196,8 @@ def draw_tokens(
 
 def _top_tokens(maxima: RowMaxima, rows: Sequence[int], ks: _Column, reaches: _Column) -> TopTokens:
     """Returns the `ks` most likely tokens of each of `rows`, without those further below the maximum than `reaches`."""
-    columns = maxima.columns if len(rows) == len(maxima.peaks) else maxima.columns[rows]
-    within = lowest_within(np.array([[maxima.peaks[row].highest] for row in rows]), reaches)
+    columns = maxima.columns if len(rows) == len(maxima.columns) else maxima.columns[rows]
+    within = lowest_within(maxima.peaks.highest[rows, None], reaches)
     lowest = np.maximum(within, _kth_largest(columns, ks))
     parts, searched = np.divmod((columns >= lowest).ravel().nonzero()[0], columns.shape[1])
     ids, logits = maxima.columns_at(np.array(rows)[parts], searched)

@@ -56,22 +56,20 @@ class ProposerStats:
     def record_verification(self, verified: VerifiedDraft, expected: float, seconds: float) -> None:
         """Records a verified draft, its `expected` accepted tokens, and the seconds of the proposer's `observe`."""
         self._count(_OBSERVE, seconds)
+        drafted, accepted, saved, spent = verified
         for stats in self._both:
-            stats._add(verified, expected)
+            stats._drafted += drafted
+            stats._expected += expected
+            stats._saved += saved
+            stats._spent += spent
+            if drafted >= len(stats._by_accepted):
+                stats._by_accepted.extend([0] * (drafted + 1 - len(stats._by_accepted)))
+            stats._by_accepted[accepted] += 1
 
     def record_failure(self) -> None:
         """Records that a proposer was switched off after an exception."""
         for stats in self._both:
             stats._failures += 1
-
-    def _add(self, verified: VerifiedDraft, expected: float) -> None:
-        self._drafted += verified.drafted
-        self._expected += expected
-        self._saved += verified.saved
-        self._spent += verified.spent
-        if verified.drafted >= len(self._by_accepted):
-            self._by_accepted.extend([0] * (verified.drafted + 1 - len(self._by_accepted)))
-        self._by_accepted[verified.accepted] += 1
 
     def _count(self, kind: int, seconds: float, calls: int = 1) -> None:
         self._engine._calls[kind] += calls
