@@ -150,22 +150,18 @@ class StepExecution:
     def _charge(self, rows: abc.Sequence[PlacedRows]) -> None:
         """Adds the cost of `rows` to the counters of their owners, in tokens of a prompt: a decoding sequence costs as
         many as take the time of its row. The recomputation after a preemption costs nothing."""
-        requests = [each.sequence.request for each in rows if each.decodes]
-        if len(requests) != self._charged.decoding:  # the estimate takes as long as charging all sequences
-            seconds = self._cost.even_seconds(len(requests)) / max(1, len(requests))
-            self._charged = _RowCharge(len(requests), seconds)
+        decoding = sum([each.decodes for each in rows])
+        if decoding != self._charged.decoding:  # the estimate takes as long as charging all sequences
+            self._charged = _RowCharge(decoding, self._cost.even_seconds(decoding) / max(1, decoding))
         row = self._cost.prompt_row
         each_row = max(1.0, self._charged.seconds / row) if row else 1.0
-        rows_of: dict[tuple[str, float], int] = {}
-        for request in requests:
-            owner = request.owner, request.weight
-            rows_of[owner] = rows_of.get(owner, 0) + 1
-        for (name, weight), count in rows_of.items():
-            self._lifecycle.charge(name, weight, count * each_row)
-        for each in rows:
-            if not each.decodes and each.sequence.first_token is None:
-                request = each.sequence.request
-                self._lifecycle.charge(request.owner, request.weight, each.part.tokens)
+        tokens: dict[tuple[str, float], float] = {}
+        for _, part, sequence, decodes in rows:
+            if decodes or sequence.first_token is None:
+                owner = sequence.request.owner, sequence.request.weight
+                tokens[owner] = tokens.get(owner, 0.0) + (each_row if decodes else part.tokens)
+        for (name, weight), count in tokens.items():
+            self._lifecycle.charge(name, weight, count)
 
 
 def step_fault(error: Aborted | NativeFault) -> EngineFault:

@@ -17,8 +17,6 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 
-from msgspec import structs
-
 from engine.backend import Context
 from engine.kv.allocation import (
     Active,
@@ -249,7 +247,8 @@ class KVCache:
 
     def set_costs(self, costs: Costs) -> None:
         """Sets the measured costs. `costs.move` is ignored, as the cache measures it."""
-        self._allocator.costs = structs.replace(costs, move=self._offloader.move_seconds)
+        move = self._offloader.move_seconds
+        self._allocator.costs = Costs(costs.compute, move, costs.resident, costs.extra_pass)
         self._idle.cell_seconds_per_step = costs.resident if self._context.unified else 0.0
 
     def count_step(self) -> None:

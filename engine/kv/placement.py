@@ -104,6 +104,8 @@ def move_target(running: Collection[int]) -> tuple[int, int] | None:
     Returns None if no single move reduces the passes. A move can do so if some running id has no running neighbour, or
     if some gap consists of one free id.
     """
+    if not running or max(running) - min(running) < len(running):  # one run, as in most steps
+        return None
     runs: list[list[int]] = []
     for seq in sorted(running):
         if runs and runs[-1][-1] == seq - 1:

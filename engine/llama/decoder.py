@@ -162,9 +162,10 @@ class Decoder:
             raise NativeFault(f"a batch has {rows} rows; 1 to {batch.capacity} are possible")
         if batch.outputs > self.outputs:
             raise NativeFault(f"a batch has {batch.outputs} rows of logits; at most {self.outputs} are possible")
-        if not 0 <= batch.token[:rows].min() <= batch.token[:rows].max() < self._vocabulary:
+        # Of the unsigned bits a negative number is the largest.
+        if batch.token[:rows].view(np.uint32).max() >= self._vocabulary:
             raise NativeFault("a batch has a token id outside the vocabulary")
-        if not 0 <= batch.seq[:rows].min() <= batch.seq[:rows].max() < self.sequences:
+        if batch.seq[:rows].view(np.uint32).max() >= self.sequences:
             raise NativeFault(f"a batch has a sequence id outside 0..{self.sequences - 1}")
         if batch.pos[:rows].max() >= self.positions:
             raise NoFreeCells
@@ -181,7 +182,7 @@ class Decoder:
             native.llama_synchronize(self._handle)
             return self._logits_view[:0]
         pointer = native.llama_get_logits(self._handle)
-        address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
+        address = ctypes.addressof(pointer.contents)
         if address != self._logits_address or outputs > len(self._logits_view):
             # The view is reused, as the library moves the buffer only when it enlarges it.
             self._logits_view = np.ctypeslib.as_array(pointer, (outputs, self._vocabulary))
