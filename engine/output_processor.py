@@ -87,12 +87,10 @@ class OutputProcessor:
             position, end = len(sequence.history) + sequence.discarded, first + each.part.drafts + 1
             if counts and (count := counts.get(sequence.seq)):
                 known.update((row, _known_tokens(sequence, row - first, count)) for row in range(first, end))
-            elif sequence.sampler.has_weights:
-                if not _adjust(sequence, logits[first:end]):
-                    continue
-            elif sequence.sampler.adjusts:
-                for bans, span in sequence.sampler.banned_spans(sequence.emitted, range(first, end)):
-                    banned.setdefault(id(bans), (bans, []))[1].extend(span)
+            elif (bans := sequence.sampler.only_bans) is not None:
+                banned.setdefault(id(bans), (bans, []))[1].extend(range(first, end))
+            elif sequence.sampler.adjusts and not _adjust(sequence, logits[first:end]):
+                continue
             params[first:end] = [row_params] * (end - first)
             positions[first:end] = range(position, position + end - first)
         for bans, at in banned.values():

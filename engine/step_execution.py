@@ -121,7 +121,8 @@ class StepExecution:
         row of logits."""
         batch = self._context.batch
         batch.clear()
-        self._masks.begin([mask for each in rows if (mask := each.sequence.mask_request(each.part)) is not None])
+        grammars = [each for each in rows if each.sequence.matcher is not None]
+        self._masks.begin([mask for each in grammars if (mask := each.sequence.mask_request(each.part)) is not None])
         if any(not each.decodes for each in rows):
             return [each.sequence.fill(batch, each.part) for each in rows]
         tokens = array("i")
@@ -136,15 +137,16 @@ class StepExecution:
     def commit(self, rows: abc.Sequence[PlacedRows]) -> None:
         """Counts the known tokens of `rows` as computed. A GPU may still be computing them."""
         self._charge(rows)
-        for each in rows:
-            sequence = each.sequence
-            self._kv.commit(sequence.seq, sequence.commit(each.part.tokens))
-            if sequence.num_uncomputed:
+        waiting = self._lifecycle.waiting
+        for _, part, sequence, _ in rows:
+            self._kv.commit(sequence.seq, sequence.commit(part.tokens))
+            if sequence.computed < len(sequence.tokens):
                 continue
             if sequence.cached is None and (cached := sequence.end_prefill()):
                 self._counters.cached_tokens += cached
                 self._counters.hits += 1
-            self._lifecycle.waiting.remove_in_flight(sequence)  # no effect after the step that completes the prefill
+            if waiting.has_in_flight:
+                waiting.remove_in_flight(sequence)  # no effect after the step that completes the prefill
         self._kv.count_step()
 
     def _charge(self, rows: abc.Sequence[PlacedRows]) -> None:

@@ -83,6 +83,11 @@ class Waiting:
             self._in_flight.begin(sequence.key, sequence.salt)
             self._in_flight.extend(sequence.key, sequence.tokens)
 
+    @property
+    def has_in_flight(self) -> bool:
+        """True if there are in-flight prefixes."""
+        return self._in_flight.cells > 0
+
     def remove_in_flight(self, sequence: Sequence) -> None:
         """Removes the tokens of `sequence` from the in-flight prefixes. No effect if they are absent."""
         if sequence.key in self._in_flight:

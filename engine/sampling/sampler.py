@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from functools import lru_cache
 
@@ -53,10 +53,12 @@ class Sampler:
         self._min_tokens = request.min_tokens
         self._banned_ids = _token_ids(ends if request.ignore_eos else frozenset())
         self._banned_early_ids = _token_ids(ends.union(request.stop_tokens))
-        self.has_weights = bool(self._bias or self._leading)
-        """True if there are a bias or penalties."""
-        self.adjusts = self.has_weights or bool(self._min_tokens) or len(self._banned_ids) > 0
+        self._has_weights = bool(self._bias or self._leading)
+        self.adjusts = self._has_weights or bool(self._min_tokens) or len(self._banned_ids) > 0
         """True if `adjust` may change rows."""
+        adjusts_alone = self._has_weights or self._min_tokens or not self.adjusts
+        self.only_bans = None if adjusts_alone else self._banned_ids
+        """The banned tokens, if `adjust` does the same to all rows. Samplers with the same bans have one object."""
         self._is_greedy = _is_greedy(params, self._stages)
         self._mirostat = Mirostat(params) if params.mirostat and not self._is_greedy else None
         self._adaptive = AdaptiveP(params) if has_adaptive_p(params) and not self._is_greedy else None
@@ -92,7 +94,7 @@ class Sampler:
     def num_candidates(self) -> int:
         """Number of most likely tokens that determine the pick, unless there are ties; 0 if a pick needs all logits."""
         params = self.row_params
-        if params is None or self.has_weights or not (params.top_k or self._is_greedy):
+        if params is None or self._has_weights or not (params.top_k or self._is_greedy):
             return 0
         bans = max(len(self._banned_ids), len(self._banned_early_ids) if self._min_tokens else 0)
         return max(1, params.top_k) + bans + 1
@@ -105,15 +107,8 @@ class Sampler:
             self._weigh(stage, row, history)
         row[self.bans(emitted)] = _BANNED
 
-    def banned_spans(self, emitted: int, rows: range) -> Iterator[tuple[NDArray[np.intp], range]]:
-        """Yields the bans of consecutive `rows`, the first of which follows `emitted` tokens, with the rows."""
-        early = max(0, self._min_tokens - emitted)
-        for span in (rows[:early], rows[early:]):
-            if span:
-                yield self.bans(emitted + span[0] - rows[0]), span
-
     def bans(self, emitted: int) -> NDArray[np.intp]:
-        """Returns the tokens that may not follow `emitted` tokens: one object for many rows and samplers."""
+        """Returns the tokens that may not follow `emitted` tokens."""
         return self._banned_early_ids if emitted < self._min_tokens else self._banned_ids
 
     def sample(
@@ -222,7 +217,7 @@ class Sampler:
 
     def _weighted(self, row: Row, history: Sequence[int], emitted: int, *, masked: bool) -> Row:
         """Returns the row with bias, penalties and bans applied, unless these leave no token of a `masked` row."""
-        if not self.has_weights and not len(self.bans(emitted)):
+        if not self._has_weights and not len(self.bans(emitted)):
             return row
         adjusted = row.copy()
         self.adjust(adjusted, history, emitted)
