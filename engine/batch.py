@@ -52,19 +52,20 @@ class Batch:
         row, self.rows, self.outputs = self.outputs, end, self.outputs + outputs
         return row
 
-    def fill(self, seqs: Sequence[int], starts: Sequence[int], counts: Sequence[int], tokens: array[int]) -> None:
-        """Replaces all rows by rows with logits: `counts[i]` rows of `seqs[i]` at positions from `starts[i]` on.
-        `tokens` are those of all rows."""
-        rows = len(tokens)
+    def fill(self, parts: Sequence[tuple[int, int, int]], tokens: array[int], outputs: Sequence[int]) -> None:
+        """Replaces all rows. `parts` has, for each sequence, its id, its number of rows and the position of the first
+        one; `tokens` are those of all rows, and the last `outputs[i]` rows of sequence i have logits."""
+        rows, (seqs, counts, starts) = len(tokens), zip(*parts, strict=True)
         assert rows <= self.capacity, "the plan exceeds the batch"
-        self.token[:rows], self.output[:rows] = tokens, 1
-        if rows == len(seqs):
-            self.seq[:rows], self.pos[:rows] = seqs, starts
+        self.token[:rows] = tokens
+        if rows == len(parts):
+            self.seq[:rows], self.pos[:rows], self.output[:rows] = seqs, starts, outputs
         else:
-            ends = np.cumsum(counts)
+            ends, numbers = np.cumsum(counts), self._range(0, rows)
             self.seq[:rows] = np.repeat(seqs, counts)
-            self.pos[:rows] = np.repeat(starts - ends + counts, counts) + self._range(0, rows)
-        self.rows = self.outputs = rows
+            self.pos[:rows] = np.repeat(starts - ends + counts, counts) + numbers
+            self.output[:rows] = numbers >= np.repeat(ends - outputs, counts)
+        self.rows, self.outputs = rows, sum(outputs)
 
     def _range(self, start: int, count: int) -> NDArray[np.int32]:
         if start + count > len(self._positions):

@@ -145,11 +145,9 @@ class Running(dict[int, Sequence]):
         """Returns the rows of the active decoding sequences in the next step, drafts included, in the order of their
         ids."""
         return sorted(
-            [
-                SequenceRows(sequence.seq, 1 + len(sequence.draft), sequence.computed)
-                for sequence in self.active
-                if len(sequence.tokens) - sequence.computed == 1
-            ]
+            SequenceRows(sequence.seq, 1 + len(sequence.draft), sequence.computed)
+            for sequence in self.active
+            if sequence.num_uncomputed == 1
         )
 
     def change_id(self, old: int, new: int) -> None:
@@ -170,9 +168,8 @@ class Running(dict[int, Sequence]):
         """Feeds up to `tokens` new tokens in all to the proposers. Returns the proposers of the sequences that are
         being prefilled."""
         for sequence in self._drafting:
-            if not sequence.proposers.can_draft(sequence.history):
-                tokens -= sequence.proposers.feed(sequence.history, tokens)
-        return [each.proposers for each in self._drafting if len(each.tokens) - each.computed > 1]
+            tokens -= sequence.proposers.feed(sequence.history, tokens)
+        return [sequence.proposers for sequence in self._drafting if sequence.num_uncomputed > 1]
 
     def draft_candidates(self, max_tokens: int) -> dict[int, DraftCandidate]:
         """Returns, by key, the active decoding sequences for which the next step can verify a draft of up to
@@ -180,7 +177,7 @@ class Running(dict[int, Sequence]):
         return {
             sequence.key: DraftCandidate(sequence.proposers, min(room, max_tokens), room, sequence.seq)
             for sequence in self._drafting
-            if len(sequence.tokens) - sequence.computed == 1
+            if sequence.num_uncomputed == 1
             and sequence.adapters == self.adapters
             and sequence.proposers.can_draft(sequence.history)
             and not self._kv.saves_next(sequence.seq)

@@ -9,7 +9,6 @@ from collections import abc
 from typing import TYPE_CHECKING
 
 from engine.adapters import AdapterSet, uncached_namespace
-from engine.batch import Batch
 from engine.contract import Finished, FinishReason, PrefillProgress, Request, Timings, Usage
 from engine.fairness import Claim
 from engine.grammar import MaskRequest
@@ -165,15 +164,6 @@ class Sequence:
         """Drops allocation and draft."""
         self.seq = -1
         self.draft, self.allocation, self.computed, self.awaits_encoding = (), None, 0, False
-
-    def fill(self, batch: Batch, rows: ScheduledRows) -> int:
-        """Writes the sequence's `rows` into `batch`. Returns the index of its first row of logits."""
-        start, end = self.computed, self.computed + rows.tokens
-        tokens = self.tokens[start:end]
-        if rows.drafts:
-            tokens.extend(self.draft[: rows.drafts])
-        last = end == len(self.tokens)
-        return batch.add(self.seq, start, tokens, rows.drafts + 1 if last else 0)
 
     def mask_request(self, rows: ScheduledRows) -> MaskRequest | None:
         """Returns the request for the masks of `rows`. None without a grammar, or if `rows` do not complete the

@@ -18,7 +18,7 @@ from engine.kv import KVCache
 from engine.lifecycle import Lifecycle
 from engine.outbox import Outbox
 from engine.output_processor import OutputProcessor
-from engine.pace import DraftChooser, SequenceRows, StepShape
+from engine.pace import DraftChooser, SequenceRows
 from engine.running import PlacedRows
 from engine.scheduler import ScheduledRows
 from engine.speculate import LastStep
@@ -79,8 +79,7 @@ class StepExecution:
             firsts, cells = self._fill(placed), self._kv.used_cells
             decoding = [each.rows for each in placed if each.decodes]
             prompt_rows = sum(each.rows.rows for each in placed if not each.decodes)
-            shape = self._cost.layout.shape(decoding, cells)
-            passes = self._cost.layout.passes([each.rows for each in placed]) if prompt_rows else shape.passes
+            passes = self._cost.layout.passes([each.rows for each in placed])
             begun = time.perf_counter()
             try:
                 switched |= self._backend_picks.prepare(placed)
@@ -98,41 +97,37 @@ class StepExecution:
                 self.last_step = LastStep(seconds, prompt_rows)
                 self._running.count_step(seconds)
                 if not switched:  # the first decode with other adapters or counts takes longer
-                    self._observe(decoding, shape, prompt_rows, cells, seconds)
+                    self._observe(decoding, prompt_rows, cells, seconds)
                 self._counters.record_decode(len(rows), len(passes), seconds)
                 self._outputs.process(placed, firsts, logits)
             return
 
-    def _observe(
-        self, decoding: list[SequenceRows], shape: StepShape, prompt_rows: int, cells: int, seconds: float
-    ) -> None:
+    def _observe(self, decoding: list[SequenceRows], prompt_rows: int, cells: int, seconds: float) -> None:
         """Records the decode for the cost model. In a series of decodes of equally many single rows, one in
         `_OBSERVE_INTERVAL_STEPS` is recorded."""
-        is_single = not prompt_rows and shape.rows == len(decoding)
+        is_single = not prompt_rows and all(each.rows == 1 for each in decoding)
         single_rows = len(decoding) if is_single else 0
         is_like_last, self._single_rows = is_single and single_rows == self._single_rows, single_rows
         self._repeats = self._repeats + 1 if is_like_last else 0
         if self._repeats % _OBSERVE_INTERVAL_STEPS == 0:
             repeats = _OBSERVE_INTERVAL_STEPS if is_like_last else 1
-            self._chooser.observe_step(decoding, prompt_rows, cells, seconds, repeats, shape)
+            self._chooser.observe_step(decoding, prompt_rows, cells, seconds, repeats)
 
     def _fill(self, rows: abc.Sequence[PlacedRows]) -> abc.Sequence[int]:
         """Writes the batch and starts computing the grammar masks. Returns, for each of `rows`, the index of its first
         row of logits."""
         batch = self._context.batch
-        batch.clear()
         grammars = [each for each in rows if each.sequence.matcher is not None]
         self._masks.begin([mask for each in grammars if (mask := each.sequence.mask_request(each.part)) is not None])
-        if any(not each.decodes for each in rows):
-            return [each.sequence.fill(batch, each.part) for each in rows]
-        tokens = array("i")
+        tokens, outputs = array("i"), list[int]()
         for _, part, sequence, _ in rows:
-            tokens.append(sequence.tokens[-1])
+            end = sequence.computed + part.tokens
+            tokens.extend(sequence.tokens[sequence.computed : end])
             if part.drafts:
-                tokens.extend(sequence.draft[: part.drafts])
-        seqs, counts, starts = zip(*[each.rows for each in rows], strict=True)
-        batch.fill(seqs, starts, counts, tokens)
-        return [0, *accumulate(counts[:-1])]
+                tokens.extend(array("i", sequence.draft[: part.drafts]))
+            outputs.append(part.drafts + 1 if end == len(sequence.tokens) else 0)
+        batch.fill([each.rows for each in rows], tokens, outputs)
+        return [0, *accumulate(outputs[:-1])]
 
     def commit(self, rows: abc.Sequence[PlacedRows]) -> None:
         """Counts the known tokens of `rows` as computed. A GPU may still be computing them."""

@@ -107,22 +107,16 @@ class DraftChooser:
     # ── after a step ──
 
     def observe_step(
-        self,
-        sequences: Sequence[SequenceRows],
-        prompt_rows: int,
-        cells: int,
-        seconds: float,
-        repeats: int = 1,
-        shape: StepShape | None = None,
+        self, sequences: Sequence[SequenceRows], prompt_rows: int, cells: int, seconds: float, repeats: int = 1
     ) -> None:
         """Records the decode of a step, the last of `repeats` steps with equal rows.
 
         `sequences` are its decoding sequences in ascending order of ids, each with one row and one for each draft
-        token; `shape` is their shape, if it is known. `prompt_rows` is the number of rows of all other sequences, and
-        `cells` that of resident cells before the step.
+        token. `prompt_rows` is the number of rows of all other sequences, and `cells` that of resident cells before the
+        step.
         """
         layout = self.cost.layout
-        shape = shape or layout.shape(sequences, cells)
+        shape = layout.shape(sequences, cells)
         drafted = shape.rows - len(sequences)
         if sequences:
             bare = layout.shape([SequenceRows(seq, 1, own) for seq, _, own in sequences], cells) if drafted else shape

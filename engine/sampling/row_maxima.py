@@ -50,7 +50,8 @@ class RowMaxima:
         rows, vocabulary = self.logits.shape
         whole = self._lines.shape[1] * self._width
         if whole == vocabulary:
-            return np.maximum.reduce(self._lines, axis=1)
+            whole_columns: Logits = np.maximum.reduce(self._lines, axis=1)
+            return whole_columns
         columns = np.empty((rows, self._width + vocabulary - whole), np.float32)
         np.maximum.reduce(self._lines, axis=1, out=columns[:, : self._width])
         columns[:, self._width :] = self.logits[:, whole:]
@@ -74,8 +75,8 @@ class RowMaxima:
         return Peaks(tokens, highest.astype(np.float64), second.astype(np.float64))
 
     def largest(self, row: int, k: int) -> list[float]:
-        """Returns the `k` largest column maxima of a row, the least of these first; all in any order if there are not
-        more."""
+        """Returns the `k` largest column maxima of a row; all if there are not more. The least of more than `k` is
+        first."""
         ordered = self.columns[row].copy()
         if k < len(ordered):
             ordered.partition(len(ordered) - k)  # the method takes a third less time than the function

@@ -18,8 +18,9 @@ from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.pace import Layout, SequenceRows
 from engine.sim.costs import SimCost
-from engine.sim.hashing import Hashes, draws, next_hash
+from engine.sim.hashing import HISTORY_FACTOR, Hashes, draws
 from engine.sim.vocab import END_TOKEN, FIRST_WORD_TOKEN, OUTPUT_WORDS, VOCAB_SIZE
+from engine.splitmix import WORD_MASK
 
 # Logit of the next word. The logit of every other word is 0.
 _NEXT_WORD_LOGIT = 40.0
@@ -128,17 +129,17 @@ class SimContext:
             if seq != last:
                 hashes, last = self._hashes[seq], seq
                 history = hashes[-1] if hashes else self._seed
-            history = next_hash(history, token)
-            self._add(seq, history)
+            history = (history * HISTORY_FACTOR + token + 1) & WORD_MASK  # `next_hash`, inlined
+            hashes.append(history)
             if output:
                 found.append(history)
+            if self.unified:
+                self._take_cell(seq)
         return np.array(found, np.uint64)
 
-    def _add(self, seq: int, history: int) -> None:
-        self._hashes[seq].append(history)
-        if self.unified:
-            self._pool_cells[seq].append(cell := self._free_cells.pop())
-            self._references[cell] = 1
+    def _take_cell(self, seq: int) -> None:
+        self._pool_cells[seq].append(cell := self._free_cells.pop())
+        self._references[cell] = 1
 
     def _logits(self, hashes: Hashes) -> Logits:
         """Returns a row of logits for each hash; the next call overwrites the rows."""
@@ -207,8 +208,10 @@ class SimContext:
             if not first <= start <= stop <= first + len(hashes):
                 return False
             loaded += hashes[start - first : stop - first]
-        for history in loaded:
-            self._add(seq, history)
+        self._hashes[seq].extend(loaded)
+        if self.unified:
+            for _ in loaded:
+                self._take_cell(seq)
         return True
 
     def shift(self, state: State, start: int, end: int, by: int) -> State | None:

@@ -273,8 +273,8 @@ def _measured_drafts(candidates: Sequence[DraftCandidate]) -> dict[int, list[Tra
     """Returns, by index of the candidate, the proposers with drafts of each candidate without a fixed order."""
     return {
         i: with_draft
-        for i, (proposers, *_) in enumerate(candidates)
-        if not proposers.fixed and (with_draft := proposers.with_draft)
+        for i, candidate in enumerate(candidates)
+        if not candidate.proposers.fixed and (with_draft := candidate.proposers.with_draft)
     }
 
 

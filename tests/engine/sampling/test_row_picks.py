@@ -26,7 +26,7 @@ def test_the_peaks_are_the_two_highest_logits_of_each_row(rows: np.ndarray) -> N
     maxima = RowMaxima(rows)
     assert np.array_equal(rows, before)
     for row, token, highest, second in zip(rows, *(each.tolist() for each in maxima.peaks), strict=True):
-        assert RowMaxima(row[None]).peaks == ([token], [highest], [second])
+        assert [each.item() for each in RowMaxima(row[None]).peaks] == [token, highest, second]
         ordered = sorted(row.tolist(), reverse=True)
         assert (token, highest) == (row.tolist().index(ordered[0]), ordered[0])
         assert second == (ordered[1] if len(ordered) > 1 else -np.inf)
