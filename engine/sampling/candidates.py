@@ -63,10 +63,8 @@ def top_candidates(row: Row, k: int, reach: float = UNLIMITED_REACH) -> Candidat
 
 
 def _top_of_row(maxima: RowMaxima, k: int, reach: float) -> Candidates:
-    row, columns = maxima.logits[0], maxima.columns[0]
-    lowest = lowest_within(_require_finite(columns.max()), reach)
-    if k < len(columns):
-        lowest = max(lowest, maxima.largest(0, k)[0])
+    row, highest = maxima.logits[0], _require_finite(maxima.columns[0].max())
+    lowest = max(lowest_within(highest, reach), maxima.bound(0, k))
     found = _candidates(row, (row >= lowest).nonzero()[0])
     return found.select((-found.logits).argsort(kind="stable")[:k])
 

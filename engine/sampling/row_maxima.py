@@ -74,14 +74,14 @@ class RowMaxima:
             tokens[tied] = self.logits[tied].argmax(axis=1)
         return Peaks(tokens, highest.astype(np.float64), second.astype(np.float64))
 
-    def largest(self, row: int, k: int) -> list[float]:
-        """Returns the `k` largest column maxima of a row; all if there are not more. The least of more than `k` is
-        first."""
+    def bound(self, row: int, k: int) -> float:
+        """Returns a lower bound of the k-th largest logit of a row: the k-th largest column maximum, or -inf if there
+        are not more than `k` columns."""
+        if k >= self.columns.shape[1]:
+            return -np.inf
         ordered = self.columns[row].copy()
-        if k < len(ordered):
-            ordered.partition(len(ordered) - k)  # the method takes a third less time than the function
-        largest: list[float] = ordered[-k:].tolist()
-        return largest
+        ordered.partition(len(ordered) - k)  # the method takes a third less time than the function
+        return float(ordered[len(ordered) - k])
 
     def columns_at(self, rows: _Tokens, columns: _Tokens) -> tuple[_Tokens, Logits]:
         """Returns the tokens and the logits of one column of each of `rows`, both [rows, lines]. The column of a token

@@ -121,18 +121,15 @@ def _pick_single(maxima: RowMaxima, row: int, params: PickParams | None, positio
     if not params.top_k:
         token, highest, second = (each[row].item() for each in maxima.peaks)
         return token if math.isfinite(highest) and second < highest + params.dominance else UNPICKED
-    largest = sorted(maxima.largest(row, params.top_k))
-    highest = largest[-1]
-    if math.isnan(sum(largest)) or math.isinf(highest):
+    highest = float(maxima.columns[row].max())
+    if not math.isfinite(highest):
         return UNPICKED
-    if (limit := highest + params.dominance) > largest[-2:][0]:  # no token of another column is above the limit
+    limit = highest + params.dominance
+    if np.count_nonzero(maxima.columns[row] >= limit) == 1:
         above = (logits >= limit).nonzero()[0]
         if len(above) == 1:
             return int(above[0])
-    lowest = lowest_within(highest, params.reach)
-    if len(largest) < maxima.columns.shape[1]:
-        lowest = max(lowest, largest[0])
-    ids = (logits >= lowest).nonzero()[0]
+    ids = (logits >= max(lowest_within(highest, params.reach), maxima.bound(row, params.top_k))).nonzero()[0]
     values = logits[ids]
     order = (-values).argsort(kind="stable")[: params.top_k]
     values = values[order].astype(np.float64)
