@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class AlternativeRow(NamedTuple):
+    """Row `row` computes a second token at a position of its sequence.
+
+    It attends to the cells of the sequence, and to the rows from `first` up to `end`, which are those before its
+    position. No other row attends to it.
+    """
+
+    row: int
+    first: int
+    end: int
 
 
 class Batch:
     """Up to `capacity` rows, added sequence by sequence. One batch is reused for every step.
 
     Row i computes `token[i]` at position `pos[i]` of sequence `seq[i]`, with a row of logits if `output[i]` is 1.
-    Rows of logits have the order of their rows in the batch.
+    Rows of logits have the order of their rows in the batch. `alternatives` are the rows at positions that their
+    sequences have twice.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -25,10 +39,12 @@ class Batch:
         self._positions: NDArray[np.int32] = np.arange(1, dtype=np.int32)
         self.rows = 0
         self.outputs = 0
+        self.alternatives: list[AlternativeRow] = []
 
     def clear(self) -> None:
         """Removes all rows."""
         self.rows = self.outputs = 0
+        self.alternatives.clear()
 
     def add(self, seq: int, start: int, tokens: Sequence[int] | array[int], outputs: int) -> int:
         """Adds a row for each of `tokens` at positions from `start` on; the last `outputs` of the rows have logits.
@@ -57,6 +73,7 @@ class Batch:
         one; `tokens` are those of all rows, and the last `outputs[i]` rows of sequence i have logits."""
         rows, (seqs, counts, starts) = len(tokens), zip(*parts, strict=True)
         assert rows <= self.capacity, "the plan exceeds the batch"
+        self.alternatives.clear()
         self.token[:rows] = tokens
         if rows == len(parts):
             self.seq[:rows], self.pos[:rows], self.output[:rows] = seqs, starts, outputs
@@ -66,6 +83,13 @@ class Batch:
             self.pos[:rows] = np.repeat(starts - ends + counts, counts) + numbers
             self.output[:rows] = numbers >= np.repeat(ends - outputs, counts)
         self.rows, self.outputs = rows, sum(outputs)
+
+    def make_alternative(self, row: int, pos: int, first: int) -> None:
+        """Makes `row`, the last one of a sequence whose rows begin at row `first`, a second token at position `pos`."""
+        end = first + pos - int(self.pos[first])
+        assert first < end < row < self.rows, "the sequence has another row at that position"
+        self.pos[row] = pos
+        self.alternatives.append(AlternativeRow(row, first, end))
 
     def _range(self, start: int, count: int) -> NDArray[np.int32]:
         if start + count > len(self._positions):

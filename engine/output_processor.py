@@ -22,7 +22,7 @@ from engine.running import PlacedRows
 from engine.sampling import UNDECIDED, PickParams, RowMaxima, pick_rows
 from engine.sequence import Sequence, prefill_progress
 from engine.stats import Counters
-from engine.verify import verify
+from engine.verify import Path, followed_path, verify
 
 log = logging.getLogger("paceline.engine")
 
@@ -93,6 +93,8 @@ class OutputProcessor:
                 continue
             params[first:end] = [row_params] * (end - first)
             positions[first:end] = range(position, position + end - first)
+            if sequence.has_alternative(each.part.drafts):
+                positions[end - 1] = position + sequence.alternative_place + 1
         for bans, at in banned.values():
             if len(at) == 1:  # takes less time than indices of rows
                 logits[at[0]][bans] = -np.inf
@@ -115,7 +117,10 @@ class OutputProcessor:
             self._compute_again(sequence, drafts)
             return
         masks = None if sequence.matcher is None else self._masks.of(sequence.key)
-        result = verify(sequence, draft[:drafts] if drafts else (), rows, picks, masks)
+        path = Path(draft[:drafts], picks)
+        if sequence.has_alternative(drafts):
+            path = followed_path(draft, sequence.alternative_place, picks)
+        result = verify(sequence, path.draft, rows, path.picks, masks)
         if result.ids:
             self._counters.completion_tokens += len(result.ids)
             if (gap := sequence.mark_emission(now)) is not None:
@@ -129,8 +134,9 @@ class OutputProcessor:
             self._lifecycle.fail(sequence, result.error)
             return
         assert result.ids, "each verification without an error emits a token"
-        intact = self._keep_accepted(sequence, drafts, result.accepted)
-        verified = self._chooser.assess(drafts, result.accepted) if drafts else None
+        intact = self._keep_accepted(sequence, drafts, path.draft[: result.accepted])
+        branches = sequence.has_alternative(drafts)
+        verified = self._chooser.assess(drafts - branches, result.accepted, branches) if drafts else None
         if sequence.proposers.types:
             sequence.proposers.observe(sequence.history, result.ids, verified)
             sequence.draft = ()
@@ -145,21 +151,26 @@ class OutputProcessor:
     def _compute_again(self, sequence: Sequence, drafts: int) -> None:
         """Preempts a sequence whose next token needs all logits, and requests all logits for its later rows."""
         sequence.row_params = None
-        intact = self._keep_accepted(sequence, drafts, 0)
+        intact = self._keep_accepted(sequence, drafts, ())
         self._lifecycle.preempt(sequence, keep=intact)
 
-    def _keep_accepted(self, sequence: Sequence, drafts: int, accepted: int) -> bool:
-        """Commits the first `accepted` of `drafts` draft tokens in cells, and rolls back the other draft tokens.
+    def _keep_accepted(self, sequence: Sequence, drafts: int, tokens: abc.Sequence[int]) -> bool:
+        """Commits `tokens`, the accepted ones of `drafts` draft tokens in cells, and rolls back the other draft tokens.
 
         Returns False if the sequence cannot be continued: a sliding window lacks cells after the rollback, or the
         context has refused it.
         """
         if not drafts:
             return True
-        self._kv.commit(sequence.seq, sequence.draft[:accepted])
+        accepted = len(tokens)
         sequence.computed += accepted
-        self._counters.drafted_tokens += drafts
+        branches = sequence.has_alternative(drafts)
+        self._counters.drafted_tokens += drafts - branches
         self._counters.accepted_tokens += accepted
+        if branches and accepted and tokens[-1] != sequence.draft[accepted - 1]:
+            self._kv.commit(sequence.seq, tokens, alternative=True)
+            return True
+        self._kv.commit(sequence.seq, tokens)
         return accepted == drafts or self._kv.rollback(sequence.seq)
 
 
@@ -175,9 +186,17 @@ def _adjust(sequence: Sequence, rows: Logits) -> bool:
     sampler, history = sequence.sampler, sequence.history
     try:
         for i, row in enumerate(rows):
-            sampler.adjust(row, history + array("i", sequence.draft[:i]) if i else history, sequence.emitted + i)
+            path = _draft_path(sequence, i)
+            sampler.adjust(row, history + array("i", path) if i else history, sequence.emitted + len(path))
     except Exception:
         log.exception("request %s failed", sequence.request.id)
         rows[:] = np.nan  # no token is picked from NaN
         return False
     return True
+
+
+def _draft_path(sequence: Sequence, row: int) -> abc.Sequence[int]:
+    """Returns the draft tokens to which row `row` attends, its own included; row 0 is that of the last known token."""
+    if sequence.has_alternative(row):
+        return (*sequence.draft[: sequence.alternative_place], sequence.draft[-1])
+    return sequence.draft[:row]

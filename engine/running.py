@@ -175,7 +175,9 @@ class Running(dict[int, Sequence]):
         """Returns, by key, the active decoding sequences for which the next step can verify a draft of up to
         `max_tokens` tokens."""
         return {
-            sequence.key: DraftCandidate(sequence.proposers, min(room, max_tokens), room, sequence.seq)
+            sequence.key: DraftCandidate(
+                sequence.proposers, min(room, max_tokens), room, sequence.seq, branches=_may_branch(sequence)
+            )
             for sequence in self._drafting
             if sequence.num_uncomputed == 1
             and sequence.adapters == self.adapters
@@ -219,3 +221,9 @@ class Running(dict[int, Sequence]):
 
 def _cuts(group: abc.Sequence[PlacedRows], cost: StepCost) -> list[int]:
     return cost.cuts([each.rows for each in group]) if len(group) > 1 else [len(group)]
+
+
+def _may_branch(sequence: Sequence) -> bool:
+    """Returns True if a draft of `sequence` may have an alternative: `pick_rows` picks its tokens, costs decide about
+    its drafts, and its rows have consecutive positions, without images."""
+    return sequence.row_params is not None and not sequence.proposers.fixed and not sequence.request.media

@@ -71,6 +71,7 @@ class Sequence:
         self.match: Match | None = None
         """The last match of the tokens in the KV cache. None while the sequence runs, or before the first match."""
         self.draft: abc.Sequence[int] = ()
+        self.alternative_place = -1  # if not negative, the last token of `draft` is an alternative at this place
         self.awaits_encoding = False
         """True while the embeddings of the next tokens, those of an image or sound, are not computed."""
         self.prefill_due = self.submitted = time.perf_counter()
@@ -164,6 +165,10 @@ class Sequence:
         """Drops allocation and draft."""
         self.seq = -1
         self.draft, self.allocation, self.computed, self.awaits_encoding = (), None, 0, False
+
+    def has_alternative(self, drafts: int) -> bool:
+        """Returns True if the last of the first `drafts` tokens of the draft is an alternative."""
+        return 0 <= self.alternative_place < drafts - 1 and drafts == len(self.draft)
 
     def mask_request(self, rows: ScheduledRows) -> MaskRequest | None:
         """Returns the request for the masks of `rows`. None without a grammar, or if `rows` do not complete the

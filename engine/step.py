@@ -9,6 +9,7 @@ from msgspec import structs
 
 from engine import scheduler
 from engine.backend import Aborted, Backend, NativeFault
+from engine.branching import max_alternatives
 from engine.kv import Costs, KVCache, Offload
 from engine.lifecycle import Lifecycle
 from engine.media import MediaEncoder
@@ -58,6 +59,8 @@ class EngineCore:
         self.slots = self.lifecycle.slots
         self._media = None if encoder is None else MediaPrefill(encoder, self.kv, self.lifecycle)
         self._media_seconds = 0.0
+        self._max_alternatives = max_alternatives(context)
+        speculative_decoding.second_choices = self._max_alternatives > 0
         self._targets = targets
         self._outbox = outbox
         self.speculative_decoding = speculative_decoding
@@ -230,8 +233,10 @@ class EngineCore:
         prefilling = self.running.feed_proposers(FEED_TOKENS)
         candidates = self.running.draft_candidates(max_rows if max_rollback is None else min(max_rows, max_rollback))
         decoding = self.running.decoding() if candidates or prefilling else []
-        upcoming = UpcomingStep(tuple(decoding), len(decoding), self.kv.used_cells, max(0, max_rows))
+        upcoming = UpcomingStep(
+            tuple(decoding), len(decoding), self.kv.used_cells, max(0, max_rows), self._max_alternatives
+        )
         planner = self.speculative_decoding.planner
         drafts = planner.plan([*candidates.values()], prefilling, upcoming, self._execution.last_step)
         for key, draft in zip(candidates, drafts, strict=True):
-            self.running[key].draft = draft.tokens
+            self.running[key].draft, self.running[key].alternative_place = draft.tokens, draft.place

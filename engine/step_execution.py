@@ -127,6 +127,12 @@ class StepExecution:
                 tokens.extend(array("i", sequence.draft[: part.drafts]))
             outputs.append(part.drafts + 1 if end == len(sequence.tokens) else 0)
         batch.fill([each.rows for each in rows], tokens, outputs)
+        first = 0
+        for placed, part, sequence, _ in rows:
+            if sequence.has_alternative(part.drafts):
+                pos = sequence.computed + part.tokens + sequence.alternative_place
+                batch.make_alternative(first + placed.rows - 1, pos, first)
+            first += placed.rows
         return [0, *accumulate(outputs[:-1])]
 
     def commit(self, rows: abc.Sequence[PlacedRows]) -> None:

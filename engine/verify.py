@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import abc
+from typing import NamedTuple
 
 import numpy as np
 from msgspec import Struct
@@ -43,6 +44,22 @@ class VerificationResult(Struct, frozen=True):
     """Set if the sequence cannot continue."""
     origins: abc.Sequence[str] = ()
     """The origins of `streamed`, if the request asks."""
+
+
+class Path(NamedTuple):
+    """The draft tokens that are verified, and the token that each of their rows emits."""
+
+    draft: abc.Sequence[int]
+    picks: abc.Sequence[int]
+
+
+def followed_path(draft: abc.Sequence[int], place: int, picks: abc.Sequence[int]) -> Path:
+    """Returns the path of a draft whose last token is an alternative to that at `place`: the tokens before it and the
+    alternative, if that is the token picked there, else the draft without the alternative. `verify` then samples no
+    row of the alternative: without a pick from it the alternative is left out."""
+    if picks[place] == draft[-1] != draft[place] and picks[-1] != UNPICKED:
+        return Path((*draft[:place], draft[-1]), (*picks[: place + 1], picks[-1]))
+    return Path(tuple(draft[:-1]), picks[:-1])
 
 
 def verify(

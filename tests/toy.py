@@ -119,6 +119,9 @@ class ToyContext:
         self.aborted = False
         self.before_decode: Callable[[], None] = lambda: None
         self.held: list[dict[int, Cell]] = [{} for _ in range(sequences)]
+        self.alternatives = 2 if unified and partial else 0
+        self.branches: dict[int, dict[int, Cell]] = {}  # the cells of each sequence's alternative of the last decode
+        self.adopted = 0
         self.adapters: AdapterSet = ()
         self.backend_sampling: BackendSampling | None = None
 
@@ -148,17 +151,26 @@ class ToyContext:
             else {seq: self._free_cells([self.held[seq]]) for seq in ids}
         )
         lengths = {seq: self.length(seq) for seq in ids}
+        assert not self.branches.keys() & lengths.keys(), "the last alternative was adopted or dropped"
+        assert len(batch.alternatives) <= self.alternatives
+        branches = {each.row: each for each in batch.alternatives}
         single = self._single(ids) if self.prefill_rows > 1 else [False] * len(ids)
-        for (seq, pos, token), one in zip(rows, single, strict=True):
-            assert pos == lengths[seq], f"sequence {seq}: position {pos} after {lengths[seq]} tokens"
+        for row, ((seq, pos, token), one) in enumerate(zip(rows, single, strict=True)):
             token = int(token) + ADAPTED * sum(each.id + 1 for each in self.adapters)
+            if (branch := branches.get(row)) is not None:
+                assert rows[branch.end][:2] == (seq, pos), "the row of the other token has the same position"
+                before = {at: cell for at, cell in self.held[seq].items() if at < pos}
+                self.branches[seq] = {**before, int(pos): Cell(token, next(free[-1]))}
+                continue
+            assert pos == lengths[seq], f"sequence {seq}: position {pos} after {lengths[seq]} tokens"
             self.held[seq][int(pos)] = Cell(token, next(free[-1 if self.unified else seq]), single=one)
             lengths[seq] += 1
         self.computed += len(rows)
         if self.max_rollback:
             self._keep_snapshots(ids)
         host_work()
-        out = [self._logits(seq, pos) for (seq, pos, _), on in zip(rows, batch.output, strict=False) if on]
+        held = [self.branches[seq] if row in branches else self.held[seq] for row, (seq, _, _) in enumerate(rows)]
+        out = [self._logits(cells, pos) for cells, (_, pos, _), on in zip(held, rows, batch.output, strict=False) if on]
         return np.stack(out) if out else np.empty((0, VOCABULARY), np.float32)
 
     def set_adapters(self, adapters: AdapterSet) -> bool:
@@ -190,9 +202,9 @@ class ToyContext:
             if count > 1 and sum(outputs[first : first + count]) <= 1:  # a prompt's
                 assert seq + 1 not in ids[first:], "the next id comes before a prompt"
 
-    def _logits(self, seq: int, pos: int) -> Logits:
-        held = self.held[seq].items()
-        order = sorted(held, key=lambda item: item[1].index) if self.by_cell_order else sorted(held)
+    def _logits(self, held: dict[int, Cell], pos: int) -> Logits:
+        items = held.items()
+        order = sorted(items, key=lambda item: item[1].index) if self.by_cell_order else sorted(items)
         cells = [(position, cell) for position, cell in order if position <= pos]
         seen = array("i", (value for position, cell in cells for value in (position, cell.token)))
         seen.extend(at for at, (_, cell) in enumerate(cells) if cell.single)
@@ -211,11 +223,11 @@ class ToyContext:
         return [flag for seq, _ in counts for flag in single[seq]]
 
     def _distinct(self) -> set[int]:
-        return {id(cell) for held in self.held for cell in held.values()}
+        return {id(cell) for held in (*self.held, *self.branches.values()) for cell in held.values()}
 
     def _free_cells(self, rivals: Sequence[dict[int, Cell]]) -> Iterator[int]:
         """Returns the free cells in ascending order, as llama.cpp takes them."""
-        taken = {cell.index for held in rivals for cell in held.values()}
+        taken = {cell.index for held in (*rivals, *self.branches.values()) for cell in held.values()}
         return (index for index in range(self.cells) if index not in taken)
 
     def copy(self, source: int, target: int, length: int) -> bool:
@@ -233,6 +245,7 @@ class ToyContext:
 
     def clear(self) -> None:
         """Removes all tokens of all sequences."""
+        self.branches.clear()
         for held in self.held:
             held.clear()
 
@@ -241,8 +254,15 @@ class ToyContext:
         dropped = self.length(seq) - length
         if length and not self.partial and dropped > 0 and dropped > self.droppable.pop(seq, 0):
             return False
+        self.branches.pop(seq, None)
         self.held[seq] = {pos: cell for pos, cell in self.held[seq].items() if pos < length}
         return True
+
+    def adopt(self, seq: int, length: int) -> None:
+        """Replaces positions from `length` on by the alternative of the last decode."""
+        self.held[seq] = self.branches.pop(seq)
+        assert max(self.held[seq]) == length, "the alternative has that position"
+        self.adopted += 1
 
     def save(self, seq: int) -> ToySnapshot | None:
         """Returns the current content of a sequence."""
@@ -314,7 +334,7 @@ class ToyHeadContext(ToyContext):
             before, adapted = self.held[seq], ADAPTED * sum(each.id + 1 for each in self.adapters)
             added = {length + at: Cell(one + adapted, self.cells + at) for at, one in enumerate(drafted)}
             self.held[seq] = before | added
-            row = self._logits(seq, length + len(drafted) - 1)
+            row = self._logits(self.held[seq], length + len(drafted) - 1)
             self.held[seq] = before
             rows.append(np.roll(row, 1) if int(1000 * abs(row[0])) % 10 < 3 else row)
         return np.stack(rows)

@@ -188,9 +188,9 @@ class KVCache:
         self.evict(self._offloader.cells_for(active, seconds))
         return self._offloader.load(seq, active, seconds, wait=wait)
 
-    def commit(self, seq: int, tokens: Sequence[int]) -> None:
-        """Appends `tokens`, which the last decode computed, to the sequence."""
-        self._tree.extend(seq, tokens)
+    def commit(self, seq: int, tokens: Sequence[int], *, alternative: bool = False) -> None:
+        """Appends `tokens`, which the last decode computed, to the sequence; see `Residents.extend`."""
+        self._residents.extend(seq, tokens, alternative=alternative)
         active = self._active[seq]
         if active.save_points and active.pass_save_points(self._tree.length(seq)):
             self._offloader.save(seq)
@@ -223,7 +223,7 @@ class KVCache:
     def rollback(self, seq: int) -> bool:
         """Frees the cells of rows that were computed but not committed. Returns False if the remaining sequence cannot
         be continued; the caller then releases it with `keep` False."""
-        return self._residents.cut(seq, self._tree.length(seq))
+        return self._residents.cut(seq, self._tree.length(seq), rows=True)
 
     def release(self, seq: int, *, keep: bool) -> None:
         """Ends an allocation. With `keep` the sequence becomes idle, otherwise it is dropped."""

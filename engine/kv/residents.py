@@ -1,14 +1,15 @@
 """The sequence ids of a context: allocated, idle or free, and the tokens of each.
 
-Each method changes the context and the prefix tree together. Sequences grow elsewhere: `KVCache.commit` adds computed
-tokens to the tree, `Offloader.load` loads cells.
+Each method changes the context and the prefix tree together. `Offloader.load` loads cells elsewhere.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 
 from engine.backend import Context
+from engine.branching import BranchingContext
 from engine.kv.idle import Idle
 from engine.kv.tree import PrefixTree, Resident
 
@@ -93,16 +94,27 @@ class Residents:
         self._idle_cells = None
         self._transitions += 1
 
-    def cut(self, seq: int, length: int) -> bool:
+    def cut(self, seq: int, length: int, *, rows: bool = False) -> bool:
         """Drops the tokens of `seq` from `length` on. Returns False if the context cannot drop them, or if a sliding
-        window then lacks cells before `length`: the sequence cannot be continued, and the caller must free it."""
-        if length < self.tree.length(seq) or self.context.length(seq) > length:
+        window then lacks cells before `length`: the sequence cannot be continued, and the caller must free it.
+
+        With `rows` it also drops the last decode's alternative, which has a cell but does not count for the length.
+        """
+        if rows or length < self.tree.length(seq) or self.context.length(seq) > length:
             if not self.context.cut(seq, length):
                 return False
             if length < self.tree.length(seq):
                 self.tree.truncate(seq, length)
                 self._idle_cells = None
         return not self.context.window or self.context.intact(seq, length)
+
+    def extend(self, seq: int, tokens: Sequence[int], *, alternative: bool = False) -> None:
+        """Appends `tokens`, which the last decode computed, to `seq`. With `alternative` the last one is that of `seq`,
+        which replaces its other rows from that position on."""
+        if alternative:
+            assert isinstance(self.context, BranchingContext), "the decode had an alternative"
+            self.context.adopt(seq, self.tree.length(seq) + len(tokens) - 1)
+        self.tree.extend(seq, tokens)
 
     def free(self, seq: int) -> None:
         """Frees `seq` and all its cells that no other sequence holds."""

@@ -14,6 +14,7 @@ from engine.config import EngineConfig, RopeConfig
 from engine.contract import ModelError
 from engine.llama import exact, fit, layout, library
 from engine.llama.adapters import adapter_files, apply_adapters, load_adapters, read_control_vector
+from engine.llama.branches import BranchingLlamaContext
 from engine.llama.context import LlamaContext
 from engine.llama.decoder import NoKVCells
 from engine.llama.gguf_check import check_file, check_overrides
@@ -26,6 +27,7 @@ from engine.llama.mtp_head import load_head, names_head
 from engine.llama.mtp_layer import loads_mtp, model_cell_bytes, mtp_params, mtp_problem, num_layers
 from engine.llama.params import (
     MAX_SEQUENCES,
+    alternatives_for,
     context_params,
     metadata,
     serving_gpu,
@@ -198,8 +200,11 @@ def _open_context(config: EngineConfig, model: Any, mtp: Any, params: Any, kind:
             partial, window = kind not in ("recurrent", "hybrid"), native.llama_model_n_swa(model)
             chains = open_chains(config.model, model, params, config.batch.num_slots)
             shifting = config.memory.reuse > 0 and not config.model.deterministic
+            branches = alternatives_for(config.batch.num_slots, params, partial=partial, window=window)
             if mtp:
                 context: LlamaContext = MtpContext(model, mtp, params, chains, partial=partial, window=window)
+            elif branches and chains is None:  # branches have no chains
+                context = BranchingLlamaContext(model, params, branches, shifting=shifting)
             else:
                 context = LlamaContext(model, params, chains, partial=partial, window=window, shifting=shifting)
             if chains is not None:

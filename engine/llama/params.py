@@ -19,6 +19,8 @@ MIN_OUTPUTS, OUTPUTS_PER_SLOT = 128, 8
 MAX_SCORES_BYTES = 2**30
 # The library's `LLAMA_MAX_SEQ`.
 MAX_SEQUENCES = 256
+# Maximum alternatives in a batch. In a step of more sequences an alternative takes more time than it saves.
+MAX_ALTERNATIVES = 8
 # Number of slots from which flash attention is on by default on a CPU with unified KV.
 FLASH_SLOTS = 32
 # `enum llama_rope_scaling_type`.
@@ -71,10 +73,21 @@ def sequences_for(slots: int, unified: bool, *, recurrent: bool = False) -> int:
     """Returns the number of native sequence ids for a number of slots.
 
     With per-slot KV each slot has one id, as each id has its own cells. With unified KV an id costs nothing, so each
-    slot has a second id for an idle prefix, and there are 17 more. The last one is the spare id for loading and cutting
-    states. Only 2 more are there for a `recurrent` model, where each id takes the memory of a state.
+    slot has a second id for an idle prefix, and there are 25 more. The last one is the spare id for loading and cutting
+    states, and those before it are of branches (`alternatives_for`). Only 2 more are there for a `recurrent` model,
+    where each id takes the memory of a state.
     """
-    return min(MAX_SEQUENCES, 2 * slots + (2 if recurrent else 17)) if unified else slots
+    return min(MAX_SEQUENCES, 2 * slots + (2 if recurrent else 17 + MAX_ALTERNATIVES)) if unified else slots
+
+
+def alternatives_for(slots: int, params: Any, *, partial: bool, window: int) -> int:
+    """Returns the maximum number of alternatives in a batch, each of which needs an id of a branch. 0 with per-slot KV,
+    where a branch would need cells of its own for the whole sequence, with recurrent states, with sliding windows, and
+    if so many slots leave no ids."""
+    if not params.kv_unified or not partial or window:
+        return 0
+    ids: int = params.n_seq_max
+    return max(0, min(MAX_ALTERNATIVES, ids - 2 * slots - 2))
 
 
 def context_params(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.pace.alternatives import AlternativeOption, choose_options
 from engine.pace.cost import StepCost
 from engine.pace.curve import Seconds
 from engine.pace.lengths import Chances, DraftLengths, best_lengths, best_lengths_per_slot, equal_lengths, pick_draft
@@ -46,6 +47,8 @@ class UpcomingStep(NamedTuple):
     """Resident cells of all sequences, including idle ones."""
     max_more_rows: int
     """Maximum number of rows that drafts may add."""
+    max_alternatives: int = 0
+    """Maximum number of these rows that are of alternatives."""
 
     @property
     def rows(self) -> int:
@@ -59,7 +62,7 @@ class UpcomingStep(NamedTuple):
             return self._replace(base_tokens=self.base_tokens + gain)
         sequences = tuple(part._replace(rows=part.rows + drafts.get(part.seq, 0)) for part in self.sequences)
         max_more_rows = max(0, self.max_more_rows - sum(drafts.values()))
-        return UpcomingStep(sequences, self.base_tokens + gain, self.cells, max_more_rows)
+        return UpcomingStep(sequences, self.base_tokens + gain, self.cells, max_more_rows, self.max_alternatives)
 
 
 class ChosenDrafts(NamedTuple):
@@ -139,11 +142,12 @@ class DraftChooser:
         self._drafted_token_seconds = max(0.0, spent - own) / max(1, drafted)
         self._log.record_step(bare.rows, drafted, self._last_choice.gain, expected, spent)
 
-    def assess(self, drafted: int, accepted: int) -> VerifiedDraft:
+    def assess(self, drafted: int, accepted: int, alternatives: int = 0) -> VerifiedDraft:
         """Returns the result of a draft of the last step, of which `drafted` tokens were verified and `accepted`
-        accepted."""
+        accepted. Its `alternatives` took as much time, but are not counted as drafted."""
         self._log.record_accepted(accepted)
-        saved, spent = accepted * self._base_token_seconds, drafted * self._drafted_token_seconds
+        saved = accepted * self._base_token_seconds
+        spent = (drafted + alternatives) * self._drafted_token_seconds
         return VerifiedDraft(drafted, accepted, saved, spent)
 
     # ── several drafts for each sequence ──
@@ -243,6 +247,17 @@ class DraftChooser:
         assert best is not None, "the first iteration sets it"
         self._row_price = price
         return best
+
+    def choose_alternatives(
+        self, options: Sequence[AlternativeOption | None], drafted: int, step: UpcomingStep
+    ) -> list[int]:
+        """Returns the indices of the alternatives that `step` verifies with `drafted` further draft tokens. There are
+        none in a trial."""
+        most = min(step.max_alternatives, step.max_more_rows - drafted)
+        if most <= 0 or self.last_is_trial or not self.cost.curve:
+            return []
+        seconds = self.cost.unified_steps(step.rows + drafted, most, step.cells) + self.cost.host_seconds
+        return choose_options(options, seconds, len(step.sequences), most)
 
     # ── drafts of a batched proposer ──
 

@@ -18,7 +18,7 @@ from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.pace import Layout, SequenceRows
 from engine.sim.costs import SimCost
-from engine.sim.hashing import HISTORY_FACTOR, Hashes, draws
+from engine.sim.hashing import HISTORY_FACTOR, Hashes, draws, next_hash
 from engine.sim.vocab import END_TOKEN, FIRST_WORD_TOKEN, OUTPUT_WORDS, VOCAB_SIZE
 from engine.splitmix import WORD_MASK
 
@@ -32,6 +32,8 @@ _MEAN_OUTPUT_TOKENS = 256
 _JITTER = 0.03
 # Cells of all slots together if the configuration gives no number.
 _DEFAULT_CELLS = 8192
+# Maximum alternatives in a batch.
+_MAX_ALTERNATIVES = 8
 # Minimum number of tokens per slot for per-slot KV, if the configuration gives no layout.
 _MIN_SLOT_TOKENS = 1024
 
@@ -79,6 +81,8 @@ class SimContext:
         self._free_cells = list(range(self.cells))
         self._rows: Logits = np.zeros((self.outputs, max(VOCAB_SIZE, config.sim.vocabulary)), np.float32)
         self._num_written = 0
+        self.alternatives = _MAX_ALTERNATIVES if self.unified else 0
+        self._alternatives: dict[int, tuple[int, int]] = {}  # hash and cell of the last alternative of each sequence
 
     # ── decode ──
 
@@ -125,7 +129,11 @@ class SimContext:
         batch, found = self.batch, array("Q")
         columns = (column[: batch.rows].tolist() for column in (batch.seq, batch.token, batch.output))
         last = -1
-        for seq, token, output in zip(*columns, strict=True):
+        alternatives = {each.row for each in batch.alternatives}
+        for row, (seq, token, output) in enumerate(zip(*columns, strict=True)):
+            if row in alternatives:
+                found.append(self._add_alternative(seq, int(batch.pos[row]), token))
+                continue
             if seq != last:
                 hashes, last = self._hashes[seq], seq
                 history = hashes[-1] if hashes else self._seed
@@ -140,6 +148,25 @@ class SimContext:
     def _take_cell(self, seq: int) -> None:
         self._pool_cells[seq].append(cell := self._free_cells.pop())
         self._references[cell] = 1
+
+    def _add_alternative(self, seq: int, pos: int, token: int) -> int:
+        """Allocates a cell for the alternative of `seq` at `pos`. Returns its hash."""
+        hashes = self._hashes[seq]
+        history = next_hash(hashes[pos - 1] if pos else self._seed, token)
+        self._alternatives[seq] = history, self._free_cells.pop()
+        return history
+
+    def _drop_alternative(self, seq: int) -> None:
+        if (found := self._alternatives.pop(seq, None)) is not None:
+            self._free_cells.append(found[1])
+
+    def adopt(self, seq: int, length: int) -> None:
+        """Replaces the positions of `seq` from `length` on by its alternative of the last decode."""
+        history, cell = self._alternatives.pop(seq)
+        self.cut(seq, length)
+        self._hashes[seq].append(history)
+        self._free_cells.append(cell)  # `_take_cell` takes it from there
+        self._take_cell(seq)
 
     def _logits(self, hashes: Hashes) -> Logits:
         """Returns a row of logits for each hash; the next call overwrites the rows."""
@@ -177,6 +204,7 @@ class SimContext:
 
     def cut(self, seq: int, length: int) -> bool:
         """Drops the positions of `seq` from `length` on. Always returns True."""
+        self._drop_alternative(seq)
         cells = self._pool_cells[seq]
         for cell in cells[length:]:
             self._references[cell] -= 1

@@ -31,11 +31,18 @@ class DraftSequence(SampledDraft):
     type = "draft"
 
     def __init__(
-        self, model: DraftModel, salt: str, bounds: DraftBounds, pick: PickToken | None = None, *, keep: bool = True
+        self,
+        model: DraftModel,
+        salt: str,
+        bounds: DraftBounds,
+        pick: PickToken | None = None,
+        *,
+        keep: bool = True,
+        seconds: bool = False,
     ) -> None:
-        """`pick` picks the tokens of drafts. `None` means the most likely tokens. With `keep` released cells become an
-        idle prefix, else they are free."""
-        super().__init__(bounds, pick)
+        """`pick` and `seconds` are those of `SampledDraft`. With `keep` released cells become an idle prefix, else they
+        are free."""
+        super().__init__(bounds, pick, seconds=seconds)
         self.salt = salt
         self._keep = keep
         self.allocation: Allocation | None = None

@@ -51,6 +51,8 @@ class DraftCandidate(NamedTuple):
     """`Sequence.draft_room`: one less than the tokens that the sequence may still emit."""
     seq: int = 0
     """Sequence id."""
+    branches: bool = False
+    """True if the draft may have an alternative."""
 
 
 class _ExpectedDraft(NamedTuple):
@@ -115,7 +117,21 @@ class DraftPlanner:
         choice = self._chooser.decide(_curves(measured), [candidates[i].seq for i in measured], step.with_drafts(fixed))
         for (i, tracked), picked, length in zip(measured.items(), choice.picked, choice.lengths, strict=True):
             drafts[i] = candidates[i].proposers.choose(tracked[picked], length)
+        if step.max_alternatives and any(draft.seconds for draft in drafts):
+            self._add_alternatives(drafts, candidates, sum(choice.lengths), step)
         return drafts
+
+    def _add_alternatives(
+        self, drafts: list[Draft], candidates: Sequence[DraftCandidate], drafted: int, step: UpcomingStep
+    ) -> None:
+        """Adds to `drafts` the alternatives for which `step` pays. It verifies `drafted` tokens of measured drafts."""
+        options = [
+            candidate.proposers.alternative(draft) if candidate.branches and draft.seconds else None
+            for candidate, draft in zip(candidates, drafts, strict=True)
+        ]
+        for i in self._chooser.choose_alternatives(options, drafted, step):
+            if (option := options[i]) is not None:
+                drafts[i] = drafts[i].with_alternative(option.place)
 
     # ── the batched proposer ──
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 
 class Draft(Struct, frozen=True):
@@ -19,6 +19,18 @@ class Draft(Struct, frozen=True):
     chances: Sequence[float] = ()
     """For each token the proposer's own estimate of the chance that it follows the tokens before it; empty if the
     proposer makes no estimates."""
+    seconds: Sequence[int] = ()
+    """For each token the proposer's second choice at its place, -1 for none; empty if there are none."""
+    place: int = -1
+    """If not negative, the last of `tokens` is an alternative to the token at this place: its second choice."""
+
+    def cut(self, length: int) -> Draft:
+        """Returns the draft of the first `length` tokens."""
+        return Draft(self.tokens[:length], self.chances[:length], self.seconds[:length])
+
+    def with_alternative(self, place: int) -> Draft:
+        """Returns the draft with its second choice at `place` as the last token."""
+        return structs.replace(self, tokens=(*self.tokens, self.seconds[place]), place=place)
 
 
 NO_DRAFT = Draft()
@@ -46,7 +58,7 @@ class DraftBounds(Struct, frozen=True):
             length = self.num_permitted(draft.tokens[:length])
         if not length or length < self.n_min:
             return NO_DRAFT
-        return draft if length == len(draft.tokens) else Draft(draft.tokens[:length], draft.chances[:length])
+        return draft if length == len(draft.tokens) else draft.cut(length)
 
 
 class Proposer(Protocol):

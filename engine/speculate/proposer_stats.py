@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine.contract import DraftStats
-from engine.pace import AcceptanceEstimate, VerifiedDraft
+from engine.pace import AcceptanceEstimate, SecondChance, VerifiedDraft
 
 # Share of a new measurement in the mean time of a poll.
 _COST_WEIGHT = 0.1
@@ -23,6 +23,8 @@ class ProposerStats:
         self.type = type
         self.acceptance: AcceptanceEstimate = AcceptanceEstimate(total.acceptance if total is not None else None)
         self._engine = total or self
+        self.second_chance: SecondChance = total.second_chance if total is not None else SecondChance()
+        """That of the second choices of all sequences."""
         self._both = (self,) if total is None else (self, total)
         # Of the whole engine only: mean seconds of a poll, calls and seconds by kind.
         self._cost_seconds = 0.0

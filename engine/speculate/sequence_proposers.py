@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 
 from engine.contract import DraftStats
-from engine.pace import VerifiedDraft
+from engine.pace import AlternativeOption, VerifiedDraft, best_place
 from engine.speculate.proposer import NO_DRAFT, BatchedSequence, Draft, DraftBounds, Proposer
 from engine.speculate.proposer_stats import ProposerStats
 from engine.speculate.tracked_proposer import TrackedBatchedSequence, TrackedProposer
@@ -116,8 +116,7 @@ class SequenceProposers:
         if length < max(1, self.min_tokens(tracked)):
             return NO_DRAFT
         self._chosen = tracked
-        draft = tracked.draft
-        return Draft(draft.tokens[:length], draft.chances[:length])
+        return tracked.draft.cut(length)
 
     def choose_longest(self) -> Draft:
         """Chooses a draft for the next step and returns the whole of it.
@@ -129,6 +128,13 @@ class SequenceProposers:
             return NO_DRAFT
         best = with_draft[0] if self.fixed else max(with_draft, key=lambda tracked: tracked.expected_accepted)
         return self.choose(best, len(best.draft.tokens))
+
+    def alternative(self, draft: Draft) -> AlternativeOption | None:
+        """Returns the best alternative in `draft`, the chosen one; None if it has none."""
+        if self._chosen is None:
+            return None
+        curve = self._chosen.curve[: len(draft.tokens)]
+        return best_place(curve, draft.seconds, self._chosen.stats.second_chance.chance)
 
     # ── after a step ──
 

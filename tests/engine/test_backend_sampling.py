@@ -20,7 +20,7 @@ from engine.contract import Request, SamplingParams
 from engine.sampling import UNDECIDED, UNPICKED, RowCandidates, RowMaxima, Sampler, pick_candidates, pick_rows
 from tests.engine.test_same_as_alone import LAYOUTS, CoreBench, Oracle, draw_request
 from tests.sizes import sized
-from tests.toy import VOCABULARY, ToyContext
+from tests.toy import VOCABULARY, Cell, ToyContext
 
 
 class ToySelection:
@@ -59,9 +59,10 @@ class SelectingToy(ToyContext):
         super().__init__(**settings)
         self.digits = digits
         self.backend_sampling = self.selection = ToySelection() if selects else None
+        self.alternatives = 0 if selects else self.alternatives
 
-    def _logits(self, seq: int, pos: int) -> Logits:
-        rounded: Logits = np.round(super()._logits(seq, pos), self.digits)
+    def _logits(self, held: dict[int, Cell], pos: int) -> Logits:
+        rounded: Logits = np.round(super()._logits(held, pos), self.digits)
         return rounded
 
     def decode(self, host_work: HostWork = no_host_work) -> Logits:

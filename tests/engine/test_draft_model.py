@@ -371,3 +371,15 @@ def test_a_history_that_cannot_be_complete_before_the_end_is_not_prefilled() -> 
     bench.submit(2, structs.replace(cached, speculation=Speculation(type=("draft",), order="fixed")))
     bench.run()
     assert draft.computed == before, "16 rows a step for two steps are fewer than 200"
+
+
+def test_second_choices_of_the_draft_model_are_adopted_with_unified_kv() -> None:
+    bench = draft_bench(context_of(True, 400, other=0.5))
+    sampled = SamplingParams(temperature=0.5, seed=3)
+    for key in range(3):
+        bench.submit(key, structs.replace(greedy_request(key, 60), sampling=sampled))
+    bench.run()
+    for key in range(3):
+        assert bench.outputs[key] == alone(structs.replace(greedy_request(key, 60), sampling=sampled), 400)[0]
+    assert bench.backend.context.adopted > 0
+    check_draft_model(bench)

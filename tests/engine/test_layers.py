@@ -13,7 +13,7 @@ ENGINE = """
 batch text checksummed splitmix background devices adapters worker_pool sampling_params fairness histogram
 backend_sampling
 backend
-grammar media draft_head
+grammar media draft_head branching
 contract
 config outbox message_link
 contents
@@ -56,7 +56,7 @@ eviction
 allocator transfer
 cache
 """
-PACE = "curve acceptance step_log recurrent_passes\npasses\ncost lengths\ncalibration chooser"
+PACE = "curve acceptance step_log recurrent_passes\npasses\ncost lengths\ncalibration alternatives\nchooser"
 SPECULATE = """
 proposer proposer_stats vocabulary
 ngram_index ngram_counts ngram_mod suffix_tree sampled_draft tracked_proposer
@@ -72,7 +72,7 @@ top_k_chains
 decoder memory_check rollback
 shift adapters saved_states
 vocab context textless
-mtp_layer
+branches mtp_layer
 mtp_head mtp_layers
 mtp
 model

@@ -41,10 +41,18 @@ from tests.toy_media import BlockingEncoder, ToyChunk, ToyProjector, request_of
 
 
 class Oracle:
-    """Drafts the tokens that the request will emit; each draft token is wrong with probability `wrong`."""
+    """Drafts the tokens that the request will emit; each draft token is wrong with probability `wrong`. The second
+    choice for a wrong token is right if `second` returns True for the right one."""
 
-    def __init__(self, request: Request, truth: abc.Sequence[int], wrong: float, random: Random) -> None:
-        self.truth, self.wrong, self.random = truth, wrong, random
+    def __init__(
+        self,
+        request: Request,
+        truth: abc.Sequence[int],
+        wrong: float,
+        random: Random,
+        second: abc.Callable[[int], bool] = lambda token: token % 2 == 0,
+    ) -> None:
+        self.truth, self.wrong, self.random, self.second = truth, wrong, random, second
         self.emitted = -len(without_runs(request.prompt, request.media))
         self.ended = False
 
@@ -53,7 +61,9 @@ class Oracle:
 
     def propose(self, limit: int) -> Draft:
         rest = self.truth[self.emitted :][: self.random.randint(0, limit)]
-        return Draft([token if self.random.random() >= self.wrong else (token + 1) % VOCABULARY for token in rest])
+        tokens = [token if self.random.random() >= self.wrong else (token + 1) % VOCABULARY for token in rest]
+        pairs = zip(tokens, rest, strict=True)
+        return Draft(tokens, (), [right if right != token and self.second(right) else -1 for token, right in pairs])
 
     def observe(self, emitted: abc.Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
         assert 0 <= accepted <= drafted
@@ -436,7 +446,7 @@ def test_right_and_wrong_drafts_change_nothing(wrong: float, unified: bool) -> N
     tokens, _ = alone(request, 200)
     context = context_of(unified, 200)
     bench = CoreBench(context, slots=2)
-    bench.submit(0, request, Oracle(request, tokens, wrong, Random(0)))
+    bench.submit(0, request, Oracle(request, tokens, wrong, Random(0), lambda _: False))
     bench.run()
     end = bench.ends[0]
     assert bench.outputs[0] == tokens
@@ -444,6 +454,21 @@ def test_right_and_wrong_drafts_change_nothing(wrong: float, unified: bool) -> N
     assert end.usage.drafted > 0
     assert end.usage.accepted == (end.usage.drafted if wrong == 0 else 0)
     assert (context.decodes < 24) == (wrong == 0), "right drafts save steps, wrong ones save none"
+
+
+def test_right_alternatives_to_wrong_drafts_save_steps_with_unified_kv() -> None:
+    request = Request(prompt=(1, 2, 3), max_tokens=24, ignore_eos=True, sampling=SamplingParams(seed=4))
+    tokens, _ = alone(request, 200)
+    decodes = []
+    for unified in (True, False):
+        context = context_of(unified, 200)
+        bench = CoreBench(context, slots=2)
+        bench.submit(0, request, Oracle(request, tokens, 1.0, Random(0), lambda _: True))
+        bench.run()
+        assert bench.outputs[0] == tokens
+        decodes.append(context.decodes)
+    assert decodes[0] < 24
+    assert decodes[1] == 24
 
 
 @pytest.mark.parametrize("unified", LAYOUTS)

@@ -12,7 +12,7 @@ from engine.contract import ModelError
 from engine.llama import layout, open_gguf
 from engine.llama.exact import NotExact, exact_config
 from engine.llama.layout import LayoutInputs, choose_layout
-from engine.llama.params import context_params, sequences_for
+from engine.llama.params import alternatives_for, context_params, sequences_for
 from tests.native.conftest import MODEL
 
 
@@ -77,10 +77,13 @@ def test_per_slot_kv_where_each_slot_gets_enough(given: LayoutInputs, unified: b
 
 def test_parameters_follow_the_layout() -> None:
     config = EngineConfig.of(path="m.gguf", slots=5, rows=64)
-    for given, cells, sequences in ((inputs(True, cells=1000), 1024, 27), (inputs(False, 5, 1000), 1280, 5)):
+    for given, cells, sequences in ((inputs(True, cells=1000), 1024, 35), (inputs(False, 5, 1000), 1280, 5)):
         params = context_params(config.model, config.batch, choose_layout(given), 1, 8, False)
         assert (params.kv_unified, params.n_ctx, params.n_seq_max) == (given.unified, cells, sequences)
         assert params.n_outputs_max <= params.n_batch == 64
+        assert alternatives_for(5, params, partial=True, window=0) == (8 if given.unified else 0)
+        assert alternatives_for(5, params, partial=False, window=0) == 0
+        assert alternatives_for(16, params, partial=True, window=0) == (1 if given.unified else 0), "an id for each"
     assert sequences_for(200, True) == 256
     assert sequences_for(256, False) == 256
 
