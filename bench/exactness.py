@@ -205,7 +205,7 @@ def config(setup: ServingSetup, model: Path, draft: Path | None, *, deterministi
 
 def prompt_rows(rows: int) -> AbstractContextManager[object]:
     """Returns a context manager that limits the prefill rows of a step; 0 means no limit."""
-    return patch.object(StepCost, "prompt_rows", lambda *_: rows) if rows else nullcontext()
+    return patch.object(StepCost, "prompt_rows", lambda *_, **__: rows) if rows else nullcontext()
 
 
 # ── comparison ──

@@ -187,6 +187,7 @@ async def test_props(engine: FakeEngine) -> None:
     assert supported == {"supports_string_content", "supports_system_role"}
     assert props == {
         "total_slots": 4,
+        "media_marker": "<__media__>",
         "model_alias": "me",
         "model_path": "/models/fake-1.gguf",
         "bos_token": "<s>",
