@@ -6,10 +6,13 @@ from typing import Protocol, runtime_checkable
 
 from engine.backend import Context
 
+# Maximum alternatives in a batch. In a step of more sequences an alternative takes more time than it saves.
+MAX_ALTERNATIVES = 8
+
 
 @runtime_checkable
 class BranchingContext(Context, Protocol):
-    """A context with unified KV that decodes `Batch.alternatives`. Called on the engine thread only."""
+    """A context with unified KV that decodes `Batch.alternatives`. Only the engine thread may call the methods."""
 
     @property
     def alternatives(self) -> int:

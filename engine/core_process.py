@@ -60,7 +60,7 @@ _Result = TypeVar("_Result")
 _MISSED_HEARTBEATS = 5
 # Maximum time between the end of the socket and the end of the process.
 _EXIT_SECONDS = 5.0
-# Maximum time for the embedding thread, and for a process with a stall, to end.
+# Maximum time for the embedding thread to end, and between two messages of a process that is to end.
 _STOP_SECONDS = 2 * HANG_SECONDS
 
 
@@ -178,8 +178,9 @@ class ProcessCore:
         self._closing = True
         self._opened.cancel()
         self._link.send(Close())
-        stalled = self._is_open and self.stall is not None
-        await asyncio.to_thread(self._process.join, _STOP_SECONDS if stalled else CLOSE_SECONDS + HANG_SECONDS)
+        self._heard_at = now = self._loop.time()  # heartbeats go on until the end
+        while self._process.is_alive() and self._loop.time() < min(now + CLOSE_SECONDS, self._heard_at + _STOP_SECONDS):
+            await asyncio.to_thread(self._process.join, HEARTBEAT_SECONDS)
         if self._process.is_alive():
             log.error("the process of the engine does not end and is killed")
             self._process.kill()
@@ -259,11 +260,9 @@ class ProcessCore:
         answer = self._answers[number] = self._loop.create_future()
         try:
             return await answer
-        except asyncio.CancelledError:
-            self._link.send(Abandon(number))
-            raise
         finally:
-            self._answers.pop(number, None)
+            if self._answers.pop(number, None) is not None:  # without an answer, as after a cancellation
+                self._link.send(Abandon(number))
 
     # ── CoreClient ──
 

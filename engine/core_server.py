@@ -76,6 +76,7 @@ class _CoreServer:
         self._compiling: dict[int, asyncio.Task[None]] = {}  # submitted requests without their grammar, by key
         self._opening: asyncio.Task[Any] | None = None  # opens the core
         self._fails_all = False  # True after `FailAll`
+        self._publishing: asyncio.Task[None] | None = None  # until the end of the process
         self._closing = asyncio.Event()
 
     async def serve(self, config: EngineConfig, opener: Opener, proposer_factory: ProposerFactory | None) -> None:
@@ -87,9 +88,8 @@ class _CoreServer:
             async with LocalCore.open(config, opener, proposer_factory, listener) as self._core:
                 self._opening = None
                 send(OpenedCore.of(self._core))
-                publishing = asyncio.create_task(self._publish_states())
+                self._publishing = asyncio.create_task(self._publish_states())
                 await self._closing.wait()
-                publishing.cancel()
         except EngineError as error:
             send(OpenFailed(error))
         except asyncio.CancelledError:  # closed before it was opened

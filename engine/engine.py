@@ -48,7 +48,7 @@ from engine.pace import Calibration
 from engine.slotfiles import SlotTransfer
 from engine.slots import SlotState
 from engine.speculate import ProposerFactory
-from engine.stats import MemoryInfo, Stats
+from engine.stats import MemoryInfo, Stats, stats_after_fault
 from engine.step import EngineCore
 from engine.thread import Listener, Opener, Result, open_model
 from engine.validation import TokenCheck, check_media, check_parameters, check_slot
@@ -112,6 +112,7 @@ class Engine:
         self._no_requests = asyncio.Event()
         self._no_requests.set()
         self._refusal: Callable[[], EngineError] | None = None
+        self._failed = 0  # number of requests that the fatal fault ended
         self.fault: EngineFault | None = None
         """The fatal fault. None while the engine works."""
         self.failed = asyncio.Event()
@@ -147,8 +148,6 @@ class Engine:
         async with opening as engine._core:
             engine.adapters = LoadedAdapters(engine.info.adapters)
             yield engine
-
-    # ── properties ──
 
     @property
     def info(self) -> ModelInfo:
@@ -211,8 +210,9 @@ class Engine:
         return tuple(kind for kind in PROPOSER_TYPES if kind not in unavailable)
 
     def stats(self) -> Stats:
-        """Returns a snapshot of the counters, of at most a tenth of a second ago."""
-        return structs.replace(self._core.stats(), owners=count_by_owner(self._generations.values()))
+        """Returns a snapshot of the counters, which is at most 0.1 s old."""
+        counts = self._core.stats() if self.fault is None else stats_after_fault(self._core.stats(), self._failed)
+        return structs.replace(counts, owners=count_by_owner(self._generations.values()))
 
     async def query(self, function: Callable[[EngineCore], Result]) -> Result:
         """See `CoreClient.query`. Raises EngineFault if the engine fails or closes before the call."""
@@ -339,7 +339,7 @@ class Engine:
 
     def _on_fault(self, fault: EngineFault) -> None:
         """Fails all requests and refuses later ones. Called after the thread has failed."""
-        self.fault = fault
+        self.fault, self._failed = fault, len(self._generations)
         self._refusal = lambda: EngineFault(str(fault), fatal=True)  # new each time: raising extends a traceback
         self._fail_generations(self._refusal)
         self.failed.set()

@@ -21,7 +21,7 @@ from engine.running import PlacedRows
 from engine.scheduler import ScheduledRows, by_prefill_order, by_urgency
 from engine.sequence import Sequence
 
-# Number of wanted runs of each sequence: the one to decode, and the next one, which is encoded meanwhile.
+# Number of wanted runs of each sequence: the one to decode, and the next one, which is encoded concurrently.
 RUNS_AHEAD = 2
 # Maximum seconds between two executions of commands while the encoding blocks all sequences.
 ENCODING_WAIT_SECONDS = 0.01
@@ -61,7 +61,8 @@ class MediaPrefill:
         """Sets the runs that the encoder computes next, and `Sequence.awaits_encoding`. Fails the requests whose runs
         cannot be encoded. Returns True if a sequence has a run to decode.
 
-        Each sequence has one run encoded, in the order of the prefill, before any sequence has a second one."""
+        Each sequence has one run encoded, in the order of the prefill, before any sequence has a second one.
+        """
         wanted: list[list[WantedRun]] = [[] for _ in range(RUNS_AHEAD)]
         now = time.perf_counter()
         for sequence in self._by_prefill_order([each for each in self._running.values() if each.request.media]):

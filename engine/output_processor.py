@@ -22,7 +22,7 @@ from engine.running import PlacedRows
 from engine.sampling import UNDECIDED, PickParams, RowMaxima, pick_rows
 from engine.sequence import Sequence, prefill_progress
 from engine.stats import Counters
-from engine.verify import Path, followed_path, verify
+from engine.verify import DraftPath, followed_path, verify
 
 log = logging.getLogger("paceline.engine")
 
@@ -117,7 +117,7 @@ class OutputProcessor:
             self._compute_again(sequence, drafts)
             return
         masks = None if sequence.matcher is None else self._masks.of(sequence.key)
-        path = Path(draft[:drafts], picks)
+        path = DraftPath(draft[:drafts], picks)
         if sequence.has_alternative(drafts):
             path = followed_path(draft, sequence.alternative_place, picks)
         result = verify(sequence, path.draft, rows, path.picks, masks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from engine.backend import Context
 from engine.config import MemoryConfig
@@ -82,6 +82,13 @@ class Stats(Struct, frozen=True):
     """Seconds of the compilation of grammars, without those from the cache."""
     owners: Mapping[str, tuple[int, int]] = {}
     """For each owner with requests, the numbers of those that have started and of those that have not."""
+
+
+def stats_after_fault(last: Stats, failed: int) -> Stats:
+    """Returns the counts after a fatal fault that has ended `failed` requests. `last` is the last snapshot, in which
+    they run or wait."""
+    finished = {**last.requests_finished, "error": last.requests_finished["error"] + failed}
+    return structs.replace(last, requests_finished=finished, running=0, waiting=0)
 
 
 class Counters:

@@ -60,7 +60,7 @@ class EngineCore:
         self._media = None if encoder is None else MediaPrefill(encoder, self.kv, self.lifecycle)
         self._media_seconds = 0.0
         self._max_alternatives = max_alternatives(context)
-        speculative_decoding.second_choices = self._max_alternatives > 0
+        speculative_decoding.with_second_choices = self._max_alternatives > 0
         self._targets = targets
         self._outbox = outbox
         self.speculative_decoding = speculative_decoding

@@ -46,20 +46,20 @@ class VerificationResult(Struct, frozen=True):
     """The origins of `streamed`, if the request asks."""
 
 
-class Path(NamedTuple):
+class DraftPath(NamedTuple):
     """The draft tokens that are verified, and the token that each of their rows emits."""
 
     draft: abc.Sequence[int]
     picks: abc.Sequence[int]
 
 
-def followed_path(draft: abc.Sequence[int], place: int, picks: abc.Sequence[int]) -> Path:
+def followed_path(draft: abc.Sequence[int], place: int, picks: abc.Sequence[int]) -> DraftPath:
     """Returns the path of a draft whose last token is an alternative to that at `place`: the tokens before it and the
-    alternative, if that is the token picked there, else the draft without the alternative. `verify` then samples no
-    row of the alternative: without a pick from it the alternative is left out."""
+    alternative, if that is the token picked there, else the draft without the alternative. Without a pick from
+    its row the alternative is left out, as `verify` would sample the row at the same place of the draft."""
     if picks[place] == draft[-1] != draft[place] and picks[-1] != UNPICKED:
-        return Path((*draft[:place], draft[-1]), (*picks[: place + 1], picks[-1]))
-    return Path(tuple(draft[:-1]), picks[:-1])
+        return DraftPath((*draft[:place], draft[-1]), (*picks[: place + 1], picks[-1]))
+    return DraftPath(tuple(draft[:-1]), picks[:-1])
 
 
 def verify(

@@ -189,7 +189,10 @@ def _options(settings: Mapping[str, _Given], config_path: str | None) -> Options
 def _draft_problem(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns a sentence if both a draft model and MTP layers are requested; otherwise an empty text."""
     if {"draft", "draft-mtp"} <= {*tables.get("speculation", {}).get("types", ())}:
-        return "--spec-type draft and draft-mtp cannot be used together: -md (-hfd) names a draft model or MTP layers"
+        return (
+            "--spec-type draft and draft-mtp cannot be used together, as -md (-hfd) names a draft model or MTP layers: "
+            "leave out one of them"
+        )
     return ""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from msgspec import inspect
 
 from api.config.flags import Flag
 from api.config.spelling import MISSING_PROPOSER_TYPES, PROPOSER_TYPE_ALIASES
@@ -19,6 +20,9 @@ BOOLEAN_WORDS = {
 }
 # Python's stand-ins for bytes of the command line that are not UTF-8.
 _NOT_UTF8 = re.compile(r"[\ud800-\udfff]")
+# Numbers as llama-server takes them: JSON, whose rules msgspec applies to texts, has no .5, 5. and +1.
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,40}")
+_DECIMAL_NUMBER = re.compile(r"[+-]?([0-9]{1,40}\.?|[0-9]{0,40}\.[0-9]{1,40})")
 
 
 class OptionError(Exception):
@@ -58,6 +62,10 @@ def _normalized(flag: Flag, given: Any, source: str) -> Any:
     if flag.three_way:
         on = BOOLEAN_WORDS.get(given)
         return {True: "on", False: "off", None: "auto" if given == "-1" else given}[on]
+    if isinstance(flag.kind, inspect.FloatType) and _DECIMAL_NUMBER.fullmatch(given):
+        return float(given)
+    if isinstance(flag.kind, inspect.IntType) and _WHOLE_NUMBER.fullmatch(given):
+        return int(given)
     return given
 
 

@@ -69,8 +69,9 @@ def choose_projector(paths: Iterable[str], quant: str = "") -> str | None:
 
 
 def choose_head(paths: Iterable[str], model: str, quant: str = "") -> str | None:
-    """Returns the file with MTP layers for `model`: of those in its folder or in one above the deepest, of these the
-    one with the quantization `quant`, else with the closest number of bits. None if there is none."""
+    """Returns the file with MTP layers for `model`; None if there is none. A file in the model's folder precedes those
+    in folders above. Of one folder it is the file with the quantization `quant`, else with the closest number of bits.
+    """
     folders, bits = model.split("/")[:-1], _bits(quant or parse_gguf_name(model).quant)
 
     def rank(path: str) -> tuple[int, bool, int]:

@@ -147,7 +147,8 @@ class TokenizeEndpoints:
         """Returns the rendered prompt of a conversation, as a text that the completion endpoints accept."""
         model = self._state.model
         body = await read_generation_request(request, model, _CHAT_REQUEST)
-        return JSONResponse(ApplyTemplateReply((await prepare_chat(body, model.prompts)).prompt_text))
+        text = (await prepare_chat(body, model.prompts)).prompt_text
+        return JSONResponse(ApplyTemplateReply(model.prompts.media.with_prompt_markers(text)))
 
 
 async def _tokenize_completion(model: LoadedModel, body: TokenizeCompletionRequest) -> tuple[int, ...]:

@@ -119,7 +119,7 @@ def _speculation_lines(model: LoadedModel) -> Iterator[str]:
     draft = model.options.draft.path if "draft" in model.engine.proposers else ""
     if model.default_proposers:
         file = Path(model.options.draft.path).name
-        in_file = ("draft", "draft-mtp") if file else ("draft",)
+        in_file = ("draft", "draft-mtp") if file else ()
         names = [f"{kind} ({file})" if kind in in_file else kind for kind in model.default_proposers]
         mode = "auto" if "auto" in model.options.speculation.default_types else "on"
         yield f"Speculation: {mode} ({', '.join(names)})"

@@ -128,6 +128,10 @@ class MediaFiles:
         except UnreadableMedia as error:
             raise RequestRefused(str(error), field=field) from None
 
+    def with_prompt_markers(self, text: str) -> str:
+        """Returns a rendered text with `PROMPT_MARKER` in place of each file, as `read_prompt` expects it."""
+        return text.replace(self._reader.marker, PROMPT_MARKER) if self._reader is not None else text
+
     async def read_prompt(self, prompt: PromptObject, path: str) -> MediaPrompt:
         """Returns a prompt with the files of `multimodal_data` in place of its markers `PROMPT_MARKER`. Raises
         RequestRefused; `path` is that of the prompt."""
@@ -181,7 +185,9 @@ async def _base64(text: str, field: str, start: int = 0) -> bytes:
             return _decoded(text, start)
         return await WORKERS.run(_decoded, text, start)
     except ValueError as error:
-        raise RequestRefused(f"The content is neither a URL nor valid base64: {error}.", field=field) from None
+        raise RequestRefused(
+            f"The content is not valid base64: {error}. Send base64, or in a message a URL.", field=field
+        ) from None
 
 
 def _decoded(text: str, start: int) -> bytes:

@@ -34,7 +34,7 @@ async def download_media(url: str, field: str) -> bytes:
     except TimeoutError:
         raise RequestRefused(f"The download took more than {_TIMEOUT_SECONDS:.0f} seconds.", field=field) from None
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError, UnicodeError) as error:
-        raise RequestRefused(f"The URL cannot be read: {error or type(error).__name__}.", field=field) from None
+        raise RequestRefused(f"The URL cannot be read: {str(error) or type(error).__name__}.", field=field) from None
     raise RequestRefused(f"The URL has more than {_MAX_REDIRECTS} redirects.", field=field)
 
 

@@ -32,7 +32,7 @@ class SpeculationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Meta(
             description="choice of drafts: measured chooses the drafts and lengths with the most expected tokens per "
             "second of the whole batch, by measured step costs and acceptance; fixed takes the whole draft of the "
-            "first type that has a draft, with the draft model or the MTP layer as the last type",
+            "first type that has a draft, with the draft model or the MTP layers as the last type",
         ),
     ] = "measured"
     default: Annotated[
@@ -127,8 +127,8 @@ MAX_REQUESTED_TOKENS = 16
 
 
 class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The draft model: a smaller model with the same vocabulary. `EngineConfig.for_draft_model` completes its
-    settings."""
+    """The draft model, a smaller model with the same vocabulary, or the file of MTP layers.
+    `EngineConfig.for_draft_model` completes the settings."""
 
     path: Annotated[
         str,
@@ -176,21 +176,21 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     noise: Annotated[
         Literal["shared", "greedy", "off"],
         Meta(
-            description="sampling of the draft tokens of draft model and MTP layer: shared uses the noise of the "
+            description="sampling of the draft tokens of draft model and MTP layers: shared uses the noise of the "
             "target's sampling, which raises acceptance at any temperature; greedy takes the most likely token; off "
             "uses independent noise",
         ),
     ] = "shared"
-    n_max: Annotated[_Positive, Meta(description="maximum draft length in tokens of the draft model or MTP layer")] = 16
+    n_max: Annotated[_Positive, Meta(description="maximum draft length in tokens of draft model or MTP layers")] = 16
     n_min: Annotated[
         DraftLength,
-        Meta(description="minimum draft length in tokens of the draft model or MTP layer; a shorter draft is dropped"),
+        Meta(description="minimum draft length in tokens of draft model or MTP layers; a shorter draft is dropped"),
     ] = 0
     p_min: Annotated[
         Share,
         Meta(
-            description="minimum probability that the draft model or MTP layer gives a draft token; a less likely one "
-            "ends the draft",
+            description="minimum probability that the draft model or the MTP layers give a draft token; a less likely "
+            "one ends the draft",
         ),
     ] = 0.0
 

@@ -4,9 +4,10 @@ model    opens the model, vocabulary and context of a GGUF
 vocab    the vocabulary
 context  cells: copies, cuts and moves to other positions, over saved_states, which saves and loads sequences, and
          decoder, which has the native calls
-branches the same with rows of alternatives in unified KV
+branches context with rows of alternatives in unified KV
 row_positions   the positions of rows with M-RoPE, where they are not indices
-mtp      the same with the MTP layers of a model: mtp_layers has all their cells, mtp_layer one context, mtp_head a file
+mtp      context with the MTP layers of a model: mtp_layers has all their cells, mtp_layer one of their contexts, and
+         mtp_head opens their file
 weights  loads the weights of a model
 state    cuts states into blocks and joins blocks, by numpy on llama.cpp's state format
 shift    moves saved keys to other positions

@@ -138,7 +138,7 @@ def _reading(path: str) -> Iterator[GGUFReader]:
     try:
         reader = GGUFReader(path)
     except Exception as error:  # the reader raises many kinds of exceptions for damaged files
-        raise ModelError(f"{path} is not a readable GGUF: {error or type(error).__name__}") from None
+        raise ModelError(f"{path} is not a readable GGUF: {str(error) or type(error).__name__}") from None
     try:
         yield reader
     except _Unusable as error:

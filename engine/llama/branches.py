@@ -83,7 +83,7 @@ class Branches:
             self._free.append(self._branches.pop(seq))
 
     def clear(self) -> None:
-        """Forgets the cells of all branches, which the library has freed."""
+        """Frees the ids of all branches, after the library has freed their cells."""
         self._free += self._branches.values()
         self._branches.clear()
 
@@ -93,6 +93,7 @@ class BranchingLlamaContext(LlamaContext):
     `engine.branching.BranchingContext`."""
 
     _branches: Branches | None = None
+    """None while the context is opened."""
 
     def __init__(self, model: Any, params: Any, branches: int, *, shifting: bool = False) -> None:
         """The last ids, but for the spare one, are those of `branches` branches. See `LlamaContext`."""

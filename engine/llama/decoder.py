@@ -37,45 +37,37 @@ class NoKVCells(NativeFault):
 def native_batch(batch: Batch) -> tuple[Any, Any]:
     """Returns a `llama_batch` over the arrays of `batch`, and the additional arrays that must live as long as it.
 
-    Each row has exactly one sequence id, so `seq_id[i]` points to element i of `batch.seq`.
+    Each row has one sequence id, so `seq_id[i]` points to element i of `batch.seq`; `Branches` replaces the ids of some
+    rows during a decode.
     """
-
-    def pointer(array: np.ndarray[Any, Any], kind: Any) -> Any:
-        return array.ctypes.data_as(ctypes.POINTER(kind))
-
-    counts = np.ones(batch.capacity, np.int32)
-    addresses = (batch.seq.ctypes.data + 4 * np.arange(batch.capacity)).astype(np.uint64)
-    struct = native.llama_batch(
-        n_tokens=0,
-        token=pointer(batch.token, native.llama_token),
-        embd=None,
-        pos=pointer(batch.pos, native.llama_pos),
-        n_seq_id=pointer(counts, ctypes.c_int32),
-        seq_id=pointer(addresses, ctypes.POINTER(native.llama_seq_id)),
-        logits=pointer(batch.output, ctypes.c_int8),
-    )
-    return struct, (counts, addresses)
+    return _over_arrays(batch.seq, batch.pos, batch.output, token=_pointer(batch.token, native.llama_token))
 
 
 def embedding_batch(rows: NDArray[np.float32], seq: int, positions: Coordinates) -> tuple[Any, Any]:
     """Returns a `llama_batch` of embeddings without logits, and the arrays that must live as long as it."""
+    ids, outputs = np.full(len(rows), seq, np.int32), np.zeros(len(rows), np.int8)
+    struct, arrays = _over_arrays(ids, positions, outputs, embd=_pointer(rows, ctypes.c_float))
+    struct.n_tokens = len(rows)
+    return struct, (positions, ids, outputs, arrays)
 
-    def pointer(array: np.ndarray[Any, Any], kind: Any) -> Any:
-        return array.ctypes.data_as(ctypes.POINTER(kind))
 
-    count = len(rows)
-    counts, ids, outputs = np.ones(count, np.int32), np.full(count, seq, np.int32), np.zeros(count, np.int8)
-    addresses = (ids.ctypes.data + 4 * np.arange(count)).astype(np.uint64)
+def _over_arrays(
+    seq: NDArray[np.int32], pos: NDArray[np.int32], output: NDArray[np.int8], *, token: Any = None, embd: Any = None
+) -> tuple[Any, Any]:
+    """Returns a `llama_batch` without rows over these arrays, and the additional arrays that must live as long as
+    it."""
+    counts = np.ones(len(seq), np.int32)
+    addresses = (seq.ctypes.data + 4 * np.arange(len(seq))).astype(np.uint64)
     struct = native.llama_batch(
-        n_tokens=count,
-        token=None,
-        embd=pointer(rows, ctypes.c_float),
-        pos=pointer(positions, native.llama_pos),
-        n_seq_id=pointer(counts, ctypes.c_int32),
-        seq_id=pointer(addresses, ctypes.POINTER(native.llama_seq_id)),
-        logits=pointer(outputs, ctypes.c_int8),
+        n_tokens=0,
+        token=token,
+        embd=embd,
+        pos=_pointer(pos, native.llama_pos),
+        n_seq_id=_pointer(counts, ctypes.c_int32),
+        seq_id=_pointer(addresses, ctypes.POINTER(native.llama_seq_id)),
+        logits=_pointer(output, ctypes.c_int8),
     )
-    return struct, (positions, counts, ids, outputs, addresses)
+    return struct, (counts, addresses)
 
 
 class Decoder:
@@ -239,7 +231,7 @@ class Decoder:
         """Adds `directions`, [layers from 1 on, width], to the outputs of the layers from `start` to `end` in all later
         decodes. Raises NativeFault."""
         numbers = np.ascontiguousarray(directions, np.float32)
-        pointer = numbers.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        pointer = _pointer(numbers, ctypes.c_float)
         if native.llama_set_adapter_cvec(self._handle, pointer, numbers.size, numbers.shape[1], start, end):
             raise NativeFault("the control vector does not fit the model")
 
@@ -325,4 +317,8 @@ class Decoder:
 
 
 def _bytes(state: State) -> Any:
-    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    return _pointer(state, ctypes.c_uint8)
+
+
+def _pointer(array: np.ndarray[Any, Any], kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))

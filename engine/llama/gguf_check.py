@@ -17,6 +17,7 @@ _GGUF_MAGIC = b"GGUF"
 MAX_LAYERS = 512
 # Values of `rope.scaling.type`.
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
+_BLOCKS = "block_count"
 _TOKENS = b"tokenizer.ggml.tokens"
 # `enum gguf_type`.
 _UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
@@ -62,6 +63,13 @@ def _problems(lib: Any, gguf: Any) -> Iterator[str]:
             blocks: int = lib.gguf_get_val_u32(gguf, index)
             if not 1 <= blocks <= MAX_LAYERS:
                 yield f"{key} is {blocks}, not a number of layers from 1 to {MAX_LAYERS}"
+        elif kind == _UINT32 and name.endswith(b".nextn_predict_layers"):
+            layers, blocks = (
+                lib.gguf_get_val_u32(gguf, index),
+                _number(gguf, key.replace("nextn_predict_layers", _BLOCKS)),
+            )
+            if layers > blocks:
+                yield f"{key} is {layers}, but the file has {blocks} layers"
         elif kind == _FLOAT32:
             value: float = lib.gguf_get_val_f32(gguf, index)
             if math.isnan(value) or (name.endswith(b"epsilon") and value < 0):
@@ -71,6 +79,14 @@ def _problems(lib: Any, gguf: Any) -> Iterator[str]:
             yield from _repeated_tokens(texts)
             if _is_sentencepiece(lib, gguf):
                 yield from _missing_bytes(texts)
+
+
+def _number(gguf: Any, key: str) -> int:
+    """Returns a whole number of the metadata; 0 if there is none."""
+    lib = gguf_library()
+    index: int = lib.gguf_find_key(gguf, key.encode())
+    found = index >= 0 and lib.gguf_get_kv_type(gguf, index) == _UINT32
+    return int(lib.gguf_get_val_u32(gguf, index)) if found else 0
 
 
 def _repeated_tokens(texts: Sequence[bytes]) -> Iterator[str]:
@@ -123,12 +139,9 @@ def _expected_override(gguf: Any, override: str) -> str:
 def _limits(gguf: Any, architecture: str, name: str) -> tuple[int, int] | None:
     """Returns the least and the greatest whole number of `architecture.name`. None means that the library checks the
     number itself, or does not read the key for this file."""
-    lib = gguf_library()
 
     def number(field: str) -> int:
-        index: int = lib.gguf_find_key(gguf, f"{architecture}.{field}".encode())
-        found = index >= 0 and lib.gguf_get_kv_type(gguf, index) == _UINT32
-        return int(lib.gguf_get_val_u32(gguf, index)) if found else 0
+        return _number(gguf, f"{architecture}.{field}")
 
     if not (blocks := number("block_count")):
         return None

@@ -49,6 +49,15 @@ def tensor_types(path: Path) -> dict[str, str]:
         }
 
 
+def data_end(path: Path) -> int:
+    """Returns the least size in bytes of a GGUF with all the data of its tensors; 0 if the library cannot open it."""
+    lib = gguf_library()
+    with opened_gguf(path) as gguf:
+        tensors = range(lib.gguf_get_n_tensors(gguf) if gguf else 0)
+        ends = [lib.gguf_get_tensor_offset(gguf, i) + lib.gguf_get_tensor_size(gguf, i) for i in tensors]
+        return int(lib.gguf_get_data_offset(gguf)) + max(ends) if ends else 0
+
+
 def read_text(path: Path, key: str) -> str:
     """Returns a text of the metadata of a GGUF; empty if there is no such text."""
     lib = gguf_library()
@@ -80,6 +89,9 @@ def gguf_library() -> Any:
         "gguf_get_n_tensors": number,
         "gguf_get_tensor_name": text,
         "gguf_get_tensor_type": ctypes.c_int,
+        "gguf_get_data_offset": ctypes.c_size_t,
+        "gguf_get_tensor_offset": ctypes.c_size_t,
+        "gguf_get_tensor_size": ctypes.c_size_t,
         "gguf_free": None,
         "ggml_type_name": text,
     }
@@ -90,6 +102,7 @@ def gguf_library() -> Any:
         "gguf_free": (pointer,),
         "gguf_get_arr_str": (pointer, number, ctypes.c_size_t),
         "gguf_get_n_tensors": (pointer,),
+        "gguf_get_data_offset": (pointer,),
         "ggml_type_name": (ctypes.c_int,),
     }
     for name, result in results.items():

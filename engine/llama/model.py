@@ -23,7 +23,7 @@ from engine.llama.layout import KvLayout, LayoutInputs
 from engine.llama.library import native_log, read_string
 from engine.llama.memory_check import check_cells
 from engine.llama.mtp import MtpContext
-from engine.llama.mtp_head import load_head, names_head
+from engine.llama.mtp_head import check_whole, load_head, names_head
 from engine.llama.mtp_layer import loads_mtp, model_cell_bytes, mtp_params, mtp_problem, num_layers
 from engine.llama.params import (
     MAX_SEQUENCES,
@@ -81,10 +81,12 @@ def open_gguf(config: EngineConfig, progress: LoadProgress, keep_loading: Callab
     """
     path = Path(config.model.path)
     check_file(path)
+    check_whole(path)
     if config.draft.path:  # before the target model is loaded, which can take minutes
         check_file(Path(config.draft.path), "draft model (-md)")
     if config.embedding.path:
         check_file(Path(config.embedding.path), "embedding model (--embedding-model)")
+        check_whole(Path(config.embedding.path))
     for file, use in adapter_files(config.adapters):
         check_file(Path(file), use)
     library.initialize()
@@ -132,6 +134,8 @@ def _open(config: EngineConfig, path: Path, model: Any, head: Any) -> LlamaBacke
     is_encoder_decoder = native.llama_model_has_encoder(model) and native.llama_model_has_decoder(model)
     if is_encoder_decoder or native.llama_model_is_diffusion(model):
         raise ModelError(f"{path} is neither a decoder-only language model nor a model for embeddings")
+    if not native.llama_model_n_layer(model):
+        raise ModelError(f"the model {path} is damaged: by its metadata all layers are MTP layers")
     kind = _kind(model)
     if config.model.deterministic and kind:
         raise ModelError(f"{path} cannot be served with --deterministic: the model is {kind}")
@@ -187,7 +191,7 @@ def _has_usable_layers(config: EngineConfig, model: Any) -> bool:
     cannot be used."""
     if not loads_mtp(config):
         return False
-    if problem := mtp_problem(model):
+    if problem := mtp_problem(model, Path(config.model.path)):
         native_log.warning("MTP is off: %s", problem)
     return not problem
 

@@ -21,7 +21,7 @@ from engine.contract import ModelError
 from engine.llama import library
 from engine.llama.context import LlamaContext
 from engine.llama.gguf_check import check_file
-from engine.llama.gguf_file import digest, read_text
+from engine.llama.gguf_file import data_end, digest, read_text
 from engine.llama.library import FLASH_ATTENTION
 from engine.llama.model import LlamaBackend
 from engine.llama.params import metadata, serving_gpu
@@ -34,6 +34,8 @@ _TEXT, _IMAGE = 0, 1
 _MARKER = b"<__media__>"
 # Types of projectors whose embeddings depend on the position in the prompt, which is no part of the prefix cache's key.
 _POSITION_DEPENDENT_TYPES = ("deepseek4v", "hunyuanvl")
+# Architectures for which the library ends the process at the first embedding, unless the model has M-RoPE.
+_TEXT_ONLY = ("glm4", "glm4moe")
 # A folder without ffmpeg, which the library would start for a file that it detects as a video.
 _NO_FFMPEG = b"/nonexistent"
 # Side of the image that is read at start to check the number of its embeddings.
@@ -61,7 +63,7 @@ class NativeChunk:
         self.length: int = mtmd.mtmd_input_chunk_get_n_tokens(handle)
         self.causal = not mtmd.mtmd_decode_use_non_causal(context, handle)
         self.has_grid: bool = mtmd.mtmd_decode_use_mrope(context) and mtmd.mtmd_input_chunk_get_type(handle) == _IMAGE
-        """True for an image of a model with M-RoPE, whose rows have `positions`. All other rows are consecutive."""
+        """True for an image with M-RoPE, whose rows have `positions`. Those of all other chunks are consecutive."""
         self._mtmd = mtmd
         weakref.finalize(self, mtmd.mtmd_input_chunk_free, handle)
 
@@ -76,10 +78,6 @@ class NativeChunk:
     def overlaps(self) -> bool:
         """Returns True if the text after the image would have a position of the image."""
         return self.has_grid and int(self.positions(0)[:3].max()) >= self._mtmd.mtmd_input_chunk_get_n_pos(self.handle)
-
-
-# Architectures for which the library ends the process at the first embedding, unless the model has M-RoPE.
-_TEXT_ONLY = ("glm4", "glm4moe")
 
 
 class LlamaProjector:
@@ -219,6 +217,8 @@ def open_projector(config: EngineConfig, target: Backend) -> LlamaProjector:
         )
     path = Path(config.media.path)
     check_file(path, "projector (--mmproj)")
+    if (size := path.stat().st_size) < (needed := data_end(path)):  # the library would compute without the last weights
+        raise ModelError(f"the projector {path} is incomplete: it has {size} of {needed} bytes; download it again")
     kind = read_text(path, "clip.projector_type") or read_text(path, "clip.vision.projector_type")
     if kind in _POSITION_DEPENDENT_TYPES:
         raise ModelError(

@@ -36,12 +36,18 @@ Hidden = NDArray[np.float32]
 
 def loads_mtp(config: EngineConfig) -> bool:
     """Returns True if `config` asks for MTP layers, and the GGUF contains their weights."""
-    parts = model_files(Path(config.model.path)) if config.mtp else []
-    return any(".nextn." in name for part in parts for name in tensor_types(part))
+    return config.mtp and _num_weighted_layers(Path(config.model.path)) > 0
 
 
-def mtp_problem(model: Any) -> str:
-    """Returns the reason why the MTP layers of a loaded model cannot be used; empty if they can."""
+def _num_weighted_layers(path: Path) -> int:
+    """Returns the number of MTP layers whose weights are in a file, which may be split."""
+    names = [name for part in model_files(path) for name in tensor_types(part)]
+    return len({name.split(".")[1] for name in names if ".nextn." in name})
+
+
+def mtp_problem(model: Any, path: Path) -> str:
+    """Returns the reason why the MTP layers of a model, which was loaded from `path`, cannot be used; empty if they
+    can."""
     family, layers = metadata(model, "general.architecture"), num_layers(model)
     if family in CELL_READERS:
         return ""
@@ -49,6 +55,8 @@ def mtp_problem(model: Any) -> str:
         return f"llama.cpp computes no MTP layers of the architecture {family}"
     if layers > 1 and family not in SEVERAL_LAYERS:
         return f"the model has {layers} MTP layers, and llama.cpp computes only one of the architecture {family}"
+    if layers > (weighted := _num_weighted_layers(path)):  # the library would end the process
+        return f"the file has the weights of {weighted} MTP layers, and its metadata claim {layers}"
     return ""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from llama_cpp import llama_cpp as native
 from msgspec import structs
 
+from engine.branching import MAX_ALTERNATIVES
 from engine.config import BatchConfig, ModelConfig, RopeConfig
 from engine.llama.layout import PAD_CELLS, KvLayout
 from engine.llama.library import CACHE_TYPES, FLASH_ATTENTION, NO_DEVICE, gpu_name, read_string
@@ -19,8 +20,6 @@ MIN_OUTPUTS, OUTPUTS_PER_SLOT = 128, 8
 MAX_SCORES_BYTES = 2**30
 # The library's `LLAMA_MAX_SEQ`.
 MAX_SEQUENCES = 256
-# Maximum alternatives in a batch. In a step of more sequences an alternative takes more time than it saves.
-MAX_ALTERNATIVES = 8
 # Number of slots from which flash attention is on by default on a CPU with unified KV.
 FLASH_SLOTS = 32
 # `enum llama_rope_scaling_type`.

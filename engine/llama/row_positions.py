@@ -109,8 +109,8 @@ class PositionTable:
         self._gaps[:] = 0
 
     def gaps(self, batch: Batch) -> NDArray[np.int32] | None:
-        """Returns the differences between the indices and the positions of the rows of text in `batch`; None if there
-        are none."""
+        """Returns the differences between the indices and the positions of the rows of text in `batch`; None if no
+        position differs from its index."""
         return self._gaps[batch.seq[: batch.rows]] if self._changed else None
 
 

@@ -1,6 +1,6 @@
 """Checks of files before a native library decodes them: type, sizes of images, and the length of compressed data.
 
-Only types whose headers give the decoded size are accepted, because the library itself has no limit.
+Only types whose headers or frames give the decoded size are accepted, because the library itself has no limit.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CheckedFile(NamedTuple):
 
 
 def check_file(data: bytes) -> CheckedFile:
-    """Returns the checked file; a sound gets a new header. Raises UnreadableMedia."""
+    """Returns the checked file; a sound is that of `checked_sound`. Raises UnreadableMedia."""
     if len(data) > MAX_FILE_BYTES:
         raise UnreadableMedia(f"The file has {len(data)} bytes; at most {MAX_FILE_BYTES} are accepted.")
     if (sound := checked_sound(data)) is not None:

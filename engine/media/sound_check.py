@@ -44,8 +44,8 @@ def checked_sound(data: bytes) -> bytes | None:
             return _checked_flac(data)
         if data[:3] == b"ID3" or _Mp3Frame.of(data, 0) is not None:
             return _checked_mp3(data)
-    except (wave.Error, EOFError, struct.error) as error:
-        raise UnreadableMedia(f"The sound cannot be read: {error or 'its data end too early'}.") from None
+    except (wave.Error, EOFError, struct.error, RuntimeError) as error:  # RuntimeError: a chunk larger than the file
+        raise UnreadableMedia(f"The sound cannot be read: {str(error) or 'its data end too early'}.") from None
     return None
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from engine.pace.curve import Seconds
 from engine.pace.lengths import Chances
 
-# Seconds of an alternative besides those of its row, of which the library takes about half for ids and mask.
+# Seconds of an alternative besides those of its row: ids and mask in the library, the choice and the pick.
 ALTERNATIVE_SECONDS = 60e-6
 # Weight of older observations at each new one.
 _DECAY = 0.99
@@ -54,17 +54,17 @@ class AlternativeOption(NamedTuple):
         return log1p(self.gain / self.tokens)
 
 
-def best_place(curve: Chances, seconds: Sequence[int], chance: float) -> AlternativeOption | None:
-    """Returns the place at which a draft is most likely to end, among those with a token in `seconds` (negative: none).
+def best_place(curve: Chances, second_choices: Sequence[int], chance: float) -> AlternativeOption | None:
+    """Returns the place at which a draft is most likely to end, among those with a second choice; -1 is none.
 
     `curve` has the chances of the tokens that are verified, each that it and all before it are accepted, and `chance`
     is that of the alternative if the token is wrong. None if there is no such place.
     """
-    ends = [(before - after, i) for i, (before, after) in enumerate(zip((1.0, *curve), curve, strict=False))]
-    possible = [(end, -i) for end, i in ends if seconds[i] >= 0]
-    if not possible:
+    pairs = enumerate(zip((1.0, *curve), curve, strict=False))
+    ends = [(before - after, -i) for i, (before, after) in pairs if second_choices[i] >= 0]
+    if not ends:
         return None
-    end, place = max(possible)
+    end, place = max(ends)
     return AlternativeOption(-place, end * chance, 1.0 + sum(curve))
 
 
@@ -75,16 +75,12 @@ def choose_options(
 
     `seconds[k]` is the cost of the step with `k` alternatives, and `sequences` is the number of sequences in it.
     """
-    order = sorted((i for i, each in enumerate(options) if each is not None), key=lambda i: -_worth(options[i]))
-    order = order[: max(0, min(most, len(seconds) - 1))]
+    worths = {i: option.worth for i, option in enumerate(options) if option is not None}
+    order = sorted(worths, key=lambda i: -worths[i])[: max(0, min(most, len(seconds) - 1))]
     best, best_count, worth = 0.0, 0, 0.0
     for count, i in enumerate(order, 1):
-        worth += _worth(options[i])
+        worth += worths[i]
         total = worth - sequences * log((seconds[count] + count * ALTERNATIVE_SECONDS) / seconds[0])
         if total > best:
             best, best_count = total, count
     return order[:best_count]
-
-
-def _worth(option: AlternativeOption | None) -> float:
-    return 0.0 if option is None else option.worth

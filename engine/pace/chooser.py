@@ -48,7 +48,7 @@ class UpcomingStep(NamedTuple):
     max_more_rows: int
     """Maximum number of rows that drafts may add."""
     max_alternatives: int = 0
-    """Maximum number of these rows that are of alternatives."""
+    """Maximum number of alternatives among these rows."""
 
     @property
     def rows(self) -> int:

@@ -31,7 +31,8 @@ _NEW_SHARE = 0.5
 _MIN_CELL_SHARE = 1e-6
 # A chunk of a prompt has at least as many rows as make a row cost no more than this, relative to the best pass.
 _CHUNK_ROW_FACTOR = 1.15
-# Maximum seconds of such a chunk in a pass of its own, relative to those of the decoding sequences, which it delays.
+# Maximum seconds of such a chunk in a pass of its own, relative to those of the decoding sequences, which the chunk
+# delays.
 _OWN_PASS_FACTOR = 2.0
 # Seconds after which a short prompt without a first token gets twice the share of a step that it gets at first. A long
 # prompt gets it after the seconds of its own prefill: its length is no reason to slow down the decoding sequences.
@@ -263,7 +264,7 @@ class StepCost:
         own_pass: bool = False,
     ) -> int:
         """Returns the prompt rows that fit into a step with `decode`: at least 1, but 0 if the step measures `decode`.
-        With `own_pass` the rows are decoded apart from those of `decode`: they cost what the curve says of their pass.
+        With `own_pass` the rows are decoded in a pass without those of `decode`, whose cost follows the curve.
 
         A step with decoding sequences may take `step_seconds`. If that is 0, prefill gets as much time as decoding. It
         gets a multiple where there are more than one `prefilling` sequences for each decoding one, as few must not hold

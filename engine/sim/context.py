@@ -15,6 +15,7 @@ import numpy as np
 from engine.adapters import AdapterSet
 from engine.backend import Aborted, HostWork, Logits, NoFreeCells, Snapshot, State, StatePart, no_host_work
 from engine.batch import Batch
+from engine.branching import MAX_ALTERNATIVES
 from engine.config import EngineConfig
 from engine.pace import Layout, SequenceRows
 from engine.sim.costs import SimCost
@@ -32,8 +33,6 @@ _MEAN_OUTPUT_TOKENS = 256
 _JITTER = 0.03
 # Cells of all slots together if the configuration gives no number.
 _DEFAULT_CELLS = 8192
-# Maximum alternatives in a batch.
-_MAX_ALTERNATIVES = 8
 # Minimum number of tokens per slot for per-slot KV, if the configuration gives no layout.
 _MIN_SLOT_TOKENS = 1024
 
@@ -81,7 +80,7 @@ class SimContext:
         self._free_cells = list(range(self.cells))
         self._rows: Logits = np.zeros((self.outputs, max(VOCAB_SIZE, config.sim.vocabulary)), np.float32)
         self._num_written = 0
-        self.alternatives = _MAX_ALTERNATIVES if self.unified else 0
+        self.alternatives = MAX_ALTERNATIVES if self.unified else 0
         self._alternatives: dict[int, tuple[int, int]] = {}  # hash and cell of the last alternative of each sequence
 
     # ── decode ──

@@ -30,7 +30,7 @@ class SimProposer:
         # The next tokens of the output, their drafts, second choices and the hashes after them, as far as computed.
         self._next: list[int] = []
         self._drafts: list[int] = []
-        self._seconds: list[int] = []
+        self._second_choices: list[int] = []
         self._next_hashes: list[int] = []
 
     def begin(self, tokens: Sequence[int]) -> None:
@@ -52,23 +52,23 @@ class SimProposer:
             self._next.append(word)
             self._drafts.append(word if chance < threshold else FIRST_WORD_TOKEN + (drawn + 1) % _WORD_COUNT)
             is_second = threshold <= chance < second_threshold
-            self._seconds.append(word if is_second else FIRST_WORD_TOKEN + (drawn + 2) % _WORD_COUNT)
+            self._second_choices.append(word if is_second else FIRST_WORD_TOKEN + (drawn + 2) % _WORD_COUNT)
             self._next_hashes.append(history)
-        return Draft(self._drafts[:length], (), self._seconds[:length])
+        return Draft(self._drafts[:length], (), self._second_choices[:length])
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
         """Appends `emitted` to the history."""
         self._tokens.extend(emitted)
         known = num_matching(self._next, emitted)
         self._hashes.extend(self._next_hashes[:known])
-        del self._next[:known], self._drafts[:known], self._seconds[:known], self._next_hashes[:known]
+        del self._next[:known], self._drafts[:known], self._second_choices[:known], self._next_hashes[:known]
         if known < len(emitted):
             self._drop_next()
         for token in emitted[known:]:
             self._hashes.append(next_hash(self._hashes[-1], token))
 
     def _drop_next(self) -> None:
-        del self._next[:], self._drafts[:], self._seconds[:], self._next_hashes[:]
+        del self._next[:], self._drafts[:], self._second_choices[:], self._next_hashes[:]
 
     def truncate(self, length: int) -> None:
         """Cuts the history to its first `length` tokens."""

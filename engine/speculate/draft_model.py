@@ -38,11 +38,11 @@ class DraftSequence(SampledDraft):
         pick: PickToken | None = None,
         *,
         keep: bool = True,
-        seconds: bool = False,
+        with_second_choices: bool = False,
     ) -> None:
-        """`pick` and `seconds` are those of `SampledDraft`. With `keep` released cells become an idle prefix, else they
-        are free."""
-        super().__init__(bounds, pick, seconds=seconds)
+        """`pick` and `with_second_choices` are those of `SampledDraft`. With `keep` released cells become an idle
+        prefix, else they are free."""
+        super().__init__(bounds, pick, with_second_choices=with_second_choices)
         self.salt = salt
         self._keep = keep
         self.allocation: Allocation | None = None

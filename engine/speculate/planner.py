@@ -113,20 +113,21 @@ class DraftPlanner:
     def _choose(self, candidates: Sequence[DraftCandidate], step: UpcomingStep) -> list[Draft]:
         drafts = [each.proposers.choose_longest() if each.proposers.fixed else NO_DRAFT for each in candidates]
         fixed = {each.seq: len(draft.tokens) for each, draft in zip(candidates, drafts, strict=True) if draft.tokens}
+        step = step.with_drafts(fixed)
         measured = _measured_drafts(candidates)
-        choice = self._chooser.decide(_curves(measured), [candidates[i].seq for i in measured], step.with_drafts(fixed))
+        choice = self._chooser.decide(_curves(measured), [candidates[i].seq for i in measured], step)
         for (i, tracked), picked, length in zip(measured.items(), choice.picked, choice.lengths, strict=True):
             drafts[i] = candidates[i].proposers.choose(tracked[picked], length)
-        if step.max_alternatives and any(draft.seconds for draft in drafts):
+        if step.max_alternatives and any(draft.second_choices for draft in drafts):
             self._add_alternatives(drafts, candidates, sum(choice.lengths), step)
         return drafts
 
     def _add_alternatives(
         self, drafts: list[Draft], candidates: Sequence[DraftCandidate], drafted: int, step: UpcomingStep
     ) -> None:
-        """Adds to `drafts` the alternatives for which `step` pays. It verifies `drafted` tokens of measured drafts."""
+        """Adds to `drafts` the alternatives that pay in `step`, which verifies `drafted` further draft tokens."""
         options = [
-            candidate.proposers.alternative(draft) if candidate.branches and draft.seconds else None
+            candidate.proposers.alternative(draft) if candidate.branches and draft.second_choices else None
             for candidate, draft in zip(candidates, drafts, strict=True)
         ]
         for i in self._chooser.choose_alternatives(options, drafted, step):

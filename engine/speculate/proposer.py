@@ -19,18 +19,18 @@ class Draft(Struct, frozen=True):
     chances: Sequence[float] = ()
     """For each token the proposer's own estimate of the chance that it follows the tokens before it; empty if the
     proposer makes no estimates."""
-    seconds: Sequence[int] = ()
+    second_choices: Sequence[int] = ()
     """For each token the proposer's second choice at its place, -1 for none; empty if there are none."""
     place: int = -1
     """If not negative, the last of `tokens` is an alternative to the token at this place: its second choice."""
 
     def cut(self, length: int) -> Draft:
         """Returns the draft of the first `length` tokens."""
-        return Draft(self.tokens[:length], self.chances[:length], self.seconds[:length])
+        return Draft(self.tokens[:length], self.chances[:length], self.second_choices[:length])
 
     def with_alternative(self, place: int) -> Draft:
         """Returns the draft with its second choice at `place` as the last token."""
-        return structs.replace(self, tokens=(*self.tokens, self.seconds[place]), place=place)
+        return structs.replace(self, tokens=(*self.tokens, self.second_choices[place]), place=place)
 
 
 NO_DRAFT = Draft()

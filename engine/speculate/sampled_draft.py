@@ -17,12 +17,14 @@ PickToken = Callable[[Logits, Sequence[int], int], int]
 class SampledDraft:
     """History of one sequence, and its draft, whose tokens are picked from the logits of a model."""
 
-    def __init__(self, bounds: DraftBounds, pick: PickToken | None = None, *, seconds: bool = False) -> None:
-        """`pick` picks the tokens of drafts. `None` means the most likely tokens. With `seconds` drafts have a second
-        choice at the place at which they are most likely to end."""
+    def __init__(
+        self, bounds: DraftBounds, pick: PickToken | None = None, *, with_second_choices: bool = False
+    ) -> None:
+        """`pick` picks the tokens of drafts. `None` means the most likely tokens. With `with_second_choices` drafts
+        have a second choice at the place at which they are most likely to end."""
         self.bounds = bounds
         self._pick = pick
-        self._with_seconds = seconds
+        self._with_second_choices = with_second_choices
         self._discarded = 0
         self.history = array("i")
         self.tokens: list[int] = []
@@ -31,7 +33,7 @@ class SampledDraft:
         """The model's probability of each token of the draft."""
         self.joint_chance = 1.0
         """Product of `chances`."""
-        self.seconds: list[int] = []
+        self.second_choices: list[int] = []
         """For each token of the draft the second choice; -1 if there is none. Empty without second choices."""
         self._end_chance = 0.0  # chance that the draft ends at the place of the last second choice
 
@@ -41,13 +43,13 @@ class SampledDraft:
 
     def propose(self, limit: int) -> Draft:
         """Returns at most `limit` tokens of the draft, within the bounds."""
-        draft = Draft(tuple(self.tokens), tuple(self.chances), tuple(self.seconds))
+        draft = Draft(tuple(self.tokens), tuple(self.chances), tuple(self.second_choices))
         return self.bounds.trim(draft.cut(limit))
 
     def clear_draft(self) -> None:
         """Drops the draft."""
         self.tokens, self.chances, self.joint_chance = [], [], 1.0
-        self.seconds, self._end_chance = [], 0.0
+        self.second_choices, self._end_chance = [], 0.0
 
     def pick(self, row: Logits) -> int:
         """Returns the next token after history and draft, picked from the model's `row`. Raises BadLogits."""
@@ -70,14 +72,14 @@ class SampledDraft:
         chance = math.exp(float(row[token]) - peak) / mass
         if chance < self.bounds.p_min:
             return False
-        if self._with_seconds:
-            self.seconds.append(self._second(row, token, self.joint_chance * (1.0 - chance)))
+        if self._with_second_choices:
+            self.second_choices.append(self._second_choice(row, token, self.joint_chance * (1.0 - chance)))
         self.tokens.append(token)
         self.chances.append(chance)
         self.joint_chance *= chance
         return len(self.tokens) < limit and self.joint_chance >= floor and token not in ends
 
-    def _second(self, row: Logits, token: int, end_chance: float) -> int:
+    def _second_choice(self, row: Logits, token: int, end_chance: float) -> int:
         """Returns the token that would be picked from `row` without `token`. -1 if there is none, or if an earlier end
         of the draft is more likely, by the chance `end_chance` that it ends with `token`."""
         if end_chance <= self._end_chance:

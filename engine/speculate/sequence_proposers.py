@@ -134,7 +134,7 @@ class SequenceProposers:
         if self._chosen is None:
             return None
         curve = self._chosen.curve[: len(draft.tokens)]
-        return best_place(curve, draft.seconds, self._chosen.stats.second_chance.chance)
+        return best_place(curve, draft.second_choices, self._chosen.stats.second_chance.chance)
 
     # ── after a step ──
 

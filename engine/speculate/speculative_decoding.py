@@ -57,7 +57,7 @@ class SpeculativeDecoding:
         self._config = config
         self._draft_config = draft_config
         self._factory = factory
-        self.second_choices = False
+        self.with_second_choices = False
         """True if later drafts of the draft model have second choices. Set by `EngineCore`."""
         self._default = Speculation(type=config.default_types)
         self._stats: dict[str, ProposerStats] = {}
@@ -179,7 +179,12 @@ class SpeculativeDecoding:
         if self.draft_model is not None and DraftSequence.type in types:
             pick = self._pick_token(request, sampler)
             return DraftSequence(
-                self.draft_model, request.salt, bounds, pick, keep=request.cache, seconds=self.second_choices
+                self.draft_model,
+                request.salt,
+                bounds,
+                pick,
+                keep=request.cache,
+                with_second_choices=self.with_second_choices,
             )
         if self._mtp is not None and MtpSequence.type in types:
             bounds = DraftBounds(min(n_max, self._mtp.max_draft or n_max), n_min, p_min)

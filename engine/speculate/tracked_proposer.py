@@ -150,9 +150,9 @@ class TrackedProposer:
         equal = num_matching(rest, emitted)
         rejected = equal < min(len(rest), len(emitted))
         self.stats.acceptance.observe(start, equal, rejected, self._compared.chances)
-        seconds = self._compared.seconds
-        if rejected and seconds and (second := seconds[start + equal]) >= 0:
-            self.stats.second_chance.observe(right=second == emitted[equal])
+        choices = self._compared.second_choices
+        if rejected and choices and (choice := choices[start + equal]) >= 0:
+            self.stats.second_chance.observe(right=choice == emitted[equal])
         self._position += equal
         if rejected or equal == len(rest):
             self.stop_comparing()

@@ -173,6 +173,14 @@ async def test_images_of_completion() -> None:
     assert props.json["media_marker"] == "<__media__>"
 
 
+async def test_a_rendered_conversation_is_a_prompt_of_completion() -> None:
+    engine, body = image_engine(), chat("What is", image(data_url()), "?")
+    assert (await reply(body, engine)).status == 200
+    rendered = (await post(create_app(app_state(engine)), "/apply-template", body)).json["prompt"]
+    assert (await complete(multimodal(rendered, IMAGE), engine)).status == 200
+    assert engine.requests[-1].prompt == engine.requests[-2].prompt
+
+
 @pytest.mark.parametrize(
     ("prompt", "param", "message"),
     [

@@ -147,6 +147,13 @@ def test_types_of_proposers(arguments: list[str], types: tuple[str, ...]) -> Non
     assert parse(["-m", "x", *arguments]).speculation.types == types
 
 
+@pytest.mark.parametrize(("text", "value"), [(".5", 0.5), ("1.", 1.0), ("+0.5", 0.5), ("0.50", 0.5), ("1e-1", 0.1)])
+def test_numbers_as_llama_server_takes_them(text: str, value: float) -> None:
+    options = parse(["-m", "m.gguf", "--top-p", text, "-np", "+04"], {})
+    assert options is not None
+    assert (options.sampling.top_p, options.batch.num_slots) == (value, 4)
+
+
 def test_several_values_in_one_flag() -> None:
     assert parse(["-m", "x", "--api-key", "a,b", "--api-key", "c"]).server.api_keys == ("a", "b", "c")
     assert parse(["-m", "x", "--dry-sequence-breaker", ","]).sampling.dry_sequence_breakers == (",",)

@@ -72,7 +72,7 @@ DRAFTLESS = "prediction, grammar, ngram-simple, ngram-map-k, ngram-map-k4v, ngra
 @pytest.mark.parametrize(
     ("options", "unavailable", "expected"),
     [
-        ({}, {}, [f"Speculation: auto ({DRAFTLESS}, draft ())"]),
+        ({}, {}, [f"Speculation: auto ({DRAFTLESS}, draft)"]),
         ({"speculation": {"types": ["none", "suffix"]}}, {}, ["Speculation: off"]),
         ({"speculation": {"types": ["suffix", "ngram-mod"]}}, {}, ["Speculation: on (ngram-mod, suffix)"]),
         ({"speculation": {"default": True}}, {}, ["Speculation: on (ngram-mod)"]),

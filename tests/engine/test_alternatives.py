@@ -10,9 +10,11 @@ from engine.pace import AlternativeOption, DraftChooser, SecondChance, SequenceR
 from engine.pace.alternatives import ALTERNATIVE_SECONDS, choose_options
 from engine.sampling import UNPICKED
 from engine.sim.costs import flat, linear
-from engine.speculate import DraftBounds
+from engine.speculate import Draft, DraftBounds, DraftCandidate, LastStep, SequenceProposers
+from engine.speculate.planner import DraftPlanner
 from engine.speculate.sampled_draft import SampledDraft
 from engine.verify import followed_path
+from tests.engine.test_sequence_proposers import FixedDraft
 
 
 def test_the_place_is_that_at_which_the_draft_most_likely_ends() -> None:
@@ -69,6 +71,29 @@ def test_the_path_is_that_of_the_picked_token() -> None:
     assert followed_path(draft, 1, [5, 9, 1, 2, UNPICKED]) == ((5, 6, 7), [5, 9, 1, 2]), "its row is not sampled"
 
 
+class DraftOfTwo(FixedDraft):
+    """Proposes two tokens, each with a second choice."""
+
+    def propose(self, limit: int) -> Draft:
+        return Draft((1, 2), (), (3, 4)).cut(limit)
+
+
+@pytest.mark.parametrize(("max_more_rows", "places"), [(7, [-1, -1]), (8, [-1, 0])])
+def test_alternatives_leave_the_rows_of_drafts_with_a_fixed_order(max_more_rows: int, places: list[int]) -> None:
+    cost = StepCost()
+    for rows in (1, 64):
+        cost.curve.put(rows, flat(rows))
+    fixed = SequenceProposers({"suffix": FixedDraft([9] * 5)}, fixed=True)
+    candidates = [
+        DraftCandidate(fixed, 8, 8, 0),
+        DraftCandidate(SequenceProposers({"suffix": DraftOfTwo([])}), 8, 8, 1, branches=True),
+    ]
+    step = UpcomingStep((SequenceRows(0), SequenceRows(1)), 2, 0, max_more_rows, max_alternatives=8)
+    drafts = DraftPlanner(DraftChooser(cost)).plan(candidates, [], step, LastStep(0.1))
+    assert [draft.place for draft in drafts] == places
+    assert len(drafts[0].tokens) == 5
+
+
 def test_an_alternative_attends_to_the_rows_before_its_position() -> None:
     batch = Batch(16)
     batch.add(3, 7, [1], 1)
@@ -83,15 +108,15 @@ def test_an_alternative_attends_to_the_rows_before_its_position() -> None:
 
 
 def test_a_sampled_draft_has_a_second_choice_where_it_most_likely_ends() -> None:
-    draft = SampledDraft(DraftBounds(), seconds=True)
+    draft = SampledDraft(DraftBounds(), with_second_choices=True)
     draft.begin([1])
     for logits in ([0.0, 9.0, 1.0, 0.0], [3.0, 0.0, 2.5, 0.0], [0.0, 0.0, 1.0, 9.0], [np.nan, 0.0, 0.0, 0.0]):
         row = np.array(logits, np.float32)
         draft.extend(row, 8, 0.0, ())
         np.testing.assert_array_equal(row, np.array(logits, np.float32))
     found = draft.propose(8)
-    assert (found.tokens, found.seconds) == ((1, 0, 3), (2, 2, -1))
-    assert draft.propose(1).seconds == (2,)
+    assert (found.tokens, found.second_choices) == ((1, 0, 3), (2, 2, -1))
+    assert draft.propose(1).second_choices == (2,)
     assert found.with_alternative(1).tokens == (1, 0, 3, 2)
     draft.clear_draft()
     assert not draft.propose(8).tokens

@@ -159,6 +159,8 @@ async def test_when_the_thread_dies_running_and_later_requests_fail(
         assert {str(result) for result in results} == {ENGINE_FAILED}
         with pytest.raises(EngineFault, match=ENGINE_FAILED):
             await engine.generate(ENDLESS).__aenter__()
+        stats = engine.stats()
+        assert (stats.requests_finished["error"], stats.running, stats.waiting) == (4, 0, 0)
     assert backend.closed
     (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert record.name == "paceline.engine"

@@ -129,6 +129,10 @@ async def test_projectors_that_cannot_be_served(files: Path, tmp_path: Path) -> 
     with pytest.raises(ModelError, match="takes no images with models of the architecture glm4moe"):
         async with Engine.open(config):
             pass
+    (tmp_path / "cut.gguf").write_bytes((files / "janus_pro.gguf").read_bytes()[:-10])
+    with pytest.raises(ModelError, match="is incomplete"):
+        async with opened(tmp_path, "cut"):
+            pass
     projector(tmp_path / "large.gguf", WIDTH, "gemma3", image_size=96)
     with pytest.raises(ModelError, match="--ubatch-size and --batch-size to 36 or more"):
         async with opened(tmp_path, "large", ubatch=32):

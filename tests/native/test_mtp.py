@@ -1,4 +1,4 @@
-"""Drafts of a model's own MTP layer: the tokens stay the same, and each sequence has the drafts that it has alone."""
+"""Drafts of MTP layers: the tokens stay the same, and each sequence has the drafts that it has alone."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from engine.llama import mtp_layer, open_gguf
 from engine.llama.mtp import MtpContext
 from tests.engine.test_same_as_alone import LAYOUTS, CoreBench
 from tests.native import tiny
+from tests.native.test_damaged import damaged
 from tests.native.test_engine import collect
 from tests.native.test_llama import feed
 from tests.native.test_memory import GREEDY, cells, words
@@ -240,6 +241,15 @@ def test_layers_that_the_library_would_abort_on_are_not_used(
     backend.close()
 
 
+def test_layers_without_weights_are_not_used(
+    paths: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = damaged(paths["layers"], tmp_path / "damaged.gguf", "step35.nextn_predict_layers", (4).to_bytes(4, "little"))
+    with caplog.at_level(logging.WARNING, "paceline.native"):
+        open_gguf(EngineConfig.of(path=path, slots=1, context=256), lambda share: None, lambda: True).close()
+    assert "MTP is off: the file has the weights of 3 MTP layers, and its metadata claim 4" in caplog.text
+
+
 def test_each_of_several_layers_drafts_one_token(open_bench: OpenBench) -> None:
     context = open_bench("layers", False).core.context
     assert isinstance(context, MtpContext)
@@ -311,6 +321,24 @@ def test_files_whose_layers_cannot_draft_are_refused(
     config = EngineConfig.of(path=paths[model], draft={"path": str(paths[draft])}, speculation={"types": types})
     with pytest.raises(ModelError, match=reason):
         open_gguf(config, lambda share: None, lambda: True)
+
+
+@pytest.mark.parametrize(("layers", "reason"), [(2**32 - 1, "but the file has 5 layers"), (5, "all layers are MTP")])
+def test_more_mtp_layers_than_the_file_has(paths: dict[str, Path], tmp_path: Path, layers: int, reason: str) -> None:
+    value = layers.to_bytes(4, "little")
+    path = damaged(paths["cells"], tmp_path / "damaged.gguf", "glm4moe.nextn_predict_layers", value)
+    with pytest.raises(ModelError, match=reason):
+        open_gguf(EngineConfig.of(path=path), lambda share: None, lambda: True)
+
+
+@pytest.mark.parametrize("kind", ["head", "reader-head"])
+def test_a_file_of_mtp_layers_is_no_model(paths: dict[str, Path], kind: str) -> None:
+    for config in (
+        EngineConfig.of(path=paths[kind]),
+        EngineConfig.of(path=paths["trunk"], embedding={"path": str(paths[kind])}),
+    ):
+        with pytest.raises(ModelError, match="has only the MTP layers of a model"):
+            open_gguf(config, lambda share: None, lambda: True)
 
 
 def test_rows_of_an_image_have_cells_of_the_layer(open_bench: OpenBench) -> None:

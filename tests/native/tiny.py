@@ -26,7 +26,7 @@ TEMPLATE = (
 def recurrent(path: Path, seed: int = 1) -> Path:
     """Writes a model with one state instead of cells (Mamba)."""
     inner, state, rank = 2 * WIDTH, 16, 32
-    model = _Model(path, "mamba", seed, feed_forward=0)
+    model = TinyModel(path, "mamba", seed, feed_forward=0)
     model.writer.add_ssm_conv_kernel(4)
     model.writer.add_ssm_inner_size(inner)
     model.writer.add_ssm_state_size(state)
@@ -47,7 +47,7 @@ def recurrent(path: Path, seed: int = 1) -> Path:
 
 def hybrid(path: Path, seed: int = 1) -> Path:
     """Writes a model whose even layers have a state and whose odd layers have cells (LFM2)."""
-    model = _Model(path, "lfm2", seed, feed_forward=2 * WIDTH)
+    model = TinyModel(path, "lfm2", seed, feed_forward=2 * WIDTH)
     model.writer.add_shortconv_l_cache(3)
     model.writer.add_head_count(WIDTH // HEAD_WIDTH)
     model.writer.add_head_count_kv([layer % 2 for layer in range(LAYERS)])
@@ -69,7 +69,7 @@ def delta_net(path: Path, seed: int = 1, *, mtp: bool = False) -> Path:
     has an MTP layer, most of whose drafts are accepted."""
     state, heads = 32, 2
     inner, channels = state * heads, 2 * state + state * heads
-    model = _Model(path, "qwen35", seed, feed_forward=2 * WIDTH, mtp=mtp)
+    model = TinyModel(path, "qwen35", seed, feed_forward=2 * WIDTH, mtp=mtp)
     model.heads()
     model.writer.add_rope_dimension_count(HEAD_WIDTH)
     model.writer.add_rope_dimension_sections([8, 4, 4, 0])
@@ -103,7 +103,7 @@ def mamba2(path: Path, seed: int = 1) -> Path:
     """Writes a model with two layers with a state, one with cells and one feed-forward layer (Nemotron-H)."""
     inner, state, heads, hidden = 2 * WIDTH, 16, 4, 2 * WIDTH
     channels = inner + 2 * state
-    model = _Model(path, "nemotron_h", seed, feed_forward=[0, 0, 0, hidden])
+    model = TinyModel(path, "nemotron_h", seed, feed_forward=[0, 0, 0, hidden])
     model.heads([0, 1, 0, 0])
     model.writer.add_layer_norm_eps(1e-5)
     model.ssm(inner, state, heads)
@@ -126,7 +126,7 @@ def mamba2(path: Path, seed: int = 1) -> Path:
 
 def windowed(path: Path, window: int = 32, seed: int = 1) -> Path:
     """Writes a model whose even layers attend to the last `window` positions only (Gemma 3); 0 means all positions."""
-    model = _Model(path, "gemma3", seed, feed_forward=2 * WIDTH)
+    model = TinyModel(path, "gemma3", seed, feed_forward=2 * WIDTH)
     model.heads()
     model.writer.add_sliding_window(window)
     model.writer.add_sliding_window_pattern([layer % 2 == 0 for layer in range(LAYERS)])
@@ -141,7 +141,7 @@ def windowed(path: Path, window: int = 32, seed: int = 1) -> Path:
 
 def grid(path: Path, seed: int = 1) -> Path:
     """Writes a model whose rows in images have positions in a grid (Qwen2-VL)."""
-    model = _Model(path, "qwen2vl", seed, feed_forward=2 * WIDTH)
+    model = TinyModel(path, "qwen2vl", seed, feed_forward=2 * WIDTH)
     model.heads()
     model.writer.add_rope_dimension_sections([4, 6, 6, 0])
     for layer in range(LAYERS):
@@ -154,7 +154,7 @@ def grid(path: Path, seed: int = 1) -> Path:
 
 def experts(path: Path, seed: int = 1) -> Path:
     """Writes a model whose feed-forward parts are two of four experts (Mixtral)."""
-    model = _Model(path, "llama", seed, feed_forward=2 * WIDTH)
+    model = TinyModel(path, "llama", seed, feed_forward=2 * WIDTH)
     model.heads()
     model.writer.add_rope_dimension_count(HEAD_WIDTH)
     model.writer.add_expert_count(4)
@@ -172,9 +172,9 @@ def experts(path: Path, seed: int = 1) -> Path:
 
 def with_mtp(path: Path, seed: int = 1, *, part: str = "") -> Path:
     """Writes a model with cells in all layers and an MTP layer, most of whose drafts are accepted (GLM-4.5). `part` is
-    that of `_Model.written`."""
+    that of `TinyModel.written`."""
     hidden = 2 * WIDTH
-    model = _Model(path, "glm4moe", seed, feed_forward=hidden, mtp=True)
+    model = TinyModel(path, "glm4moe", seed, feed_forward=hidden, mtp=True)
     model.heads()
     model.writer.add_rope_dimension_count(HEAD_WIDTH)
     model.writer.add_leading_dense_block_count(LAYERS)
@@ -204,7 +204,7 @@ def with_mtp(path: Path, seed: int = 1, *, part: str = "") -> Path:
 def with_mtp_layers(path: Path, count: int = 3, seed: int = 1) -> Path:
     """Writes a model with `count` MTP layers, most of whose drafts are accepted; even layers attend to the last 32
     positions only (Step 3.5)."""
-    model = _Model(path, "step35", seed, feed_forward=2 * WIDTH, mtp=count)
+    model = TinyModel(path, "step35", seed, feed_forward=2 * WIDTH, mtp=count)
     model.heads()
     model.writer.add_rope_dimension_count(HEAD_WIDTH)
     model.writer.add_expert_feed_forward_length(2 * WIDTH)
@@ -223,10 +223,10 @@ def with_mtp_layers(path: Path, count: int = 3, seed: int = 1) -> Path:
 
 def without_layers(path: Path, architecture: str) -> Path:
     """Writes a file of this architecture without any layers."""
-    return _Model(path, architecture, 1, feed_forward=WIDTH).written("output_norm")
+    return TinyModel(path, architecture, 1, feed_forward=WIDTH).written("output_norm")
 
 
-class _Model:
+class TinyModel:
     """A writer of a GGUF: the vocabulary, the fields common to all kinds, and weights from one seed."""
 
     def __init__(

@@ -8,7 +8,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
-from tests.native.tiny import HEAD_WIDTH, LAYERS, WIDTH, _Model
+from tests.native.tiny import HEAD_WIDTH, LAYERS, WIDTH, TinyModel
 
 # Width of a row and number of layers of the head.
 OWN_WIDTH, OWN_LAYERS = 2 * WIDTH, 2
@@ -16,7 +16,7 @@ OWN_WIDTH, OWN_LAYERS = 2 * WIDTH, 2
 
 def gemma4(path: Path, seed: int = 1) -> Path:
     """Writes a model whose even layers attend to the last 32 positions only."""
-    model = _Model(path, "gemma4", seed, feed_forward=2 * WIDTH)
+    model = TinyModel(path, "gemma4", seed, feed_forward=2 * WIDTH)
     _fields(model, LAYERS)
     model.writer.add_embedding_length_per_layer_input(0)
     for layer in range(LAYERS):
@@ -30,7 +30,7 @@ def gemma4(path: Path, seed: int = 1) -> Path:
 def gemma4_head(path: Path, seed: int = 1) -> Path:
     """Writes layers for `gemma4` with the same seed, most of whose drafts are accepted: their input is the embedding of
     the last token beside the hidden state before, and their output has the model's weights for the former."""
-    model = _Model(path, "gemma4-assistant", seed, feed_forward=2 * WIDTH)
+    model = TinyModel(path, "gemma4-assistant", seed, feed_forward=2 * WIDTH)
     _fields(model, OWN_LAYERS)
     model.writer.kv_data[0]["gemma4-assistant.block_count"].value = OWN_LAYERS
     model.writer.kv_data[0]["gemma4-assistant.embedding_length"].value = OWN_WIDTH
@@ -57,7 +57,7 @@ def gemma4_head(path: Path, seed: int = 1) -> Path:
     return model.written("output_norm", width=OWN_WIDTH)
 
 
-def _fields(model: _Model, layers: int) -> None:
+def _fields(model: TinyModel, layers: int) -> None:
     """Adds the fields of attention, and the factors of rotations."""
     model.heads()
     model.writer.add_key_length_swa(HEAD_WIDTH)
@@ -67,6 +67,6 @@ def _fields(model: _Model, layers: int) -> None:
     model.ones("rope_freqs", HEAD_WIDTH // 2)
 
 
-def _packed(model: _Model, name: str, weight: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> None:
+def _packed(model: TinyModel, name: str, weight: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> None:
     kind = GGMLQuantizationType.Q8_0
     model.writer.add_tensor(f"{name}.weight", quantize(weight, kind), raw_dtype=kind)
