@@ -61,7 +61,7 @@ def draw_constrained(random: Random, prefixes: list[list[int]]) -> tuple[Request
 
 
 @pytest.mark.parametrize("kind", [*PROPOSER_TYPES, "auto", "fixed", "oracle"])
-@pytest.mark.parametrize("seed", range(4, 8))
+@pytest.mark.parametrize("seed", [4, 5, 9, 12])
 def test_tokens_are_those_alone_and_follow_the_grammar(kind: Any, seed: int) -> None:
     random = Random(seed)
     order: Any = "measured" if kind == "auto" else "fixed"
