@@ -18,14 +18,7 @@ IMAGE_SIZE, PATCH_SIZE = 32, 8
 ProjectorKind = Literal["janus_pro", "gemma3", "qwen2vl_merger"]
 
 
-def projector(path: Path, width: int, kind: ProjectorKind = "janus_pro", image_size: int = IMAGE_SIZE) -> Path:
-    """Writes a projector for a model of `width`, and returns the path.
-
-    With the default `image_size`, `janus_pro` makes 16 embeddings of an image, with causal attention, and `gemma3`
-    makes 4, each of which attends to all. `qwen2vl_merger` makes a grid with one embedding for each 16 by 16 pixels.
-    """
-    writer = GGUFWriter(path, "clip")
-    random = np.random.default_rng(1)
+def _add_metadata(writer: GGUFWriter, width: int, kind: ProjectorKind, image_size: int) -> None:
     writer.add_string("clip.projector_type", kind)
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_bool("clip.use_gelu", True)
@@ -43,6 +36,16 @@ def projector(path: Path, width: int, kind: ProjectorKind = "janus_pro", image_s
     writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
     writer.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
     writer.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
+
+
+def projector(path: Path, width: int, kind: ProjectorKind = "janus_pro", image_size: int = IMAGE_SIZE) -> Path:
+    """Writes a projector for a model of `width`, and returns the path.
+
+    With the default `image_size`, `janus_pro` makes 16 embeddings of an image, with causal attention, and `gemma3`
+    makes 4, each of which attends to all. `qwen2vl_merger` makes a grid with one embedding for each 16 by 16 pixels.
+    """
+    writer, random = GGUFWriter(path, "clip"), np.random.default_rng(1)
+    _add_metadata(writer, width, kind, image_size)
 
     def add(name: str, *shape: int, scale: float = 1.0) -> None:
         weight = random.standard_normal(shape, np.float32) * np.float32(scale / shape[-1] ** 0.5)
