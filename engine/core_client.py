@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from msgspec import Struct
 
@@ -18,9 +18,8 @@ from engine.media import MediaReader
 from engine.slotfiles import SlotTransfer
 from engine.stats import MemoryInfo, Stats
 from engine.step import EngineCore
+from engine.thread import Result
 from engine.watchdog import EngineStalled
-
-_Result = TypeVar("_Result")
 
 # Commands that need no answer.
 RequestCommand = Submit | Cancel | FailAll
@@ -75,7 +74,7 @@ class CoreClient(Protocol):
     def put(self, command: RequestCommand) -> None:
         """Adds a command for the engine thread, which executes them in order. No effect after the core's end."""
 
-    async def query(self, function: Callable[[EngineCore], _Result]) -> _Result:
+    async def query(self, function: Callable[[EngineCore], Result]) -> Result:
         """Returns the result of `function`, called on the engine thread between two steps, which delays all requests.
         Raises the EngineError of `function`. If the core is in another process, `function` and its result must be
         picklable."""

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import count
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from msgspec import structs
 
@@ -49,12 +49,10 @@ from engine.slotfiles import SlotTransfer
 from engine.speculate import ProposerFactory
 from engine.stats import Stats
 from engine.step import EngineCore
-from engine.thread import Listener, Opener
+from engine.thread import Listener, Opener, Result
 from engine.watchdog import CLOSE_SECONDS, HANG_SECONDS, EngineStalled
 
 log = logging.getLogger("paceline.engine")
-
-_Result = TypeVar("_Result")
 
 # Minimum number of missed heartbeats of a process that stalls.
 _MISSED_HEARTBEATS = 5
@@ -290,10 +288,10 @@ class ProcessCore:
             command = structs.replace(command, request=structs.replace(command.request, stop_scope=None))
         self._link.send(command)
 
-    async def query(self, function: Callable[[EngineCore], _Result]) -> _Result:
+    async def query(self, function: Callable[[EngineCore], Result]) -> Result:
         """See `CoreClient`."""
         # Pickled apart, so that a function that the process cannot import fails this call only.
-        result: _Result = await self._call("query", pickle.dumps(function))
+        result: Result = await self._call("query", pickle.dumps(function))
         return result
 
     async def compile(self, spec: GrammarSpec) -> Grammar:

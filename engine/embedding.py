@@ -20,6 +20,7 @@ from engine.contract import ENGINE_FAILED, Draining, EngineError, EngineFault, M
 from engine.embedding_queue import EmbeddingJob, EmbeddingQueue, PackedInput
 from engine.stats import EmbeddingStats
 from engine.watchdog import EMBEDDING_THREAD, WorkClock, await_end
+from engine.worker_pool import call_soon
 
 log = logging.getLogger("paceline.engine")
 
@@ -70,9 +71,6 @@ class EmbeddingThread:
         self._decoding: list[PackedInput] = []  # the inputs of the running decode
         self._closing = False
         self._stats = EmbeddingStats()
-        self.idle = asyncio.Event()
-        """Set while no request runs."""
-        self.idle.set()
         self._thread: threading.Thread | None = None
         self._work = WorkClock()
         self._backend: EmbeddingBackend | None = None
@@ -85,11 +83,6 @@ class EmbeddingThread:
         self._thread.start()
         self._backend = await asyncio.shield(self._opened)
         return EmbeddingModel(self._backend.info, self._backend.vocab)
-
-    @property
-    def owners(self) -> list[str]:
-        """The owner of each request whose embeddings are not complete."""
-        return [job.owner for job in self._running]
 
     @property
     def stats(self) -> EmbeddingStats:
@@ -110,14 +103,11 @@ class EmbeddingThread:
             self._jobs.add(job)
             self._changed.notify()
         self._running.add(job)
-        self.idle.clear()
         try:
             return await job.future
         finally:
             self._cancel(job)
             self._running.discard(job)
-            if not self._running:
-                self.idle.set()
 
     def _cancel(self, job: EmbeddingJob) -> None:
         """Drops the inputs of a job that are not computed yet. No effect on a complete job."""
@@ -147,10 +137,6 @@ class EmbeddingThread:
 
     # ── on the embedding thread ──
 
-    def _call_soon(self, function: Callable[..., None], *arguments: object) -> None:
-        with suppress(RuntimeError):  # the event loop has ended
-            self._loop.call_soon_threadsafe(function, *arguments)
-
     def _serve(self, target: Backend) -> None:
         with suppress(AttributeError, OSError):
             thread = threading.get_native_id()
@@ -159,15 +145,15 @@ class EmbeddingThread:
         try:
             backend = self._opener(self._config, target, lambda: not self._closing)
         except Exception as error:
-            self._call_soon(_refuse, self._opened, error)
+            call_soon(self._loop, _refuse, self._opened, error)
             return
-        self._call_soon(_open, self._opened, backend)
+        call_soon(self._loop, _open, self._opened, backend)
         try:
             while packed := self._next(backend):
                 self._compute(backend, packed)
         except BaseException:  # a panic of a Rust library is not an `Exception`
             log.exception("the embedding thread has failed")
-            self._call_soon(self._fail_all, EngineFault(ENGINE_FAILED, fatal=True))
+            call_soon(self._loop, self._fail_all, EngineFault(ENGINE_FAILED, fatal=True))
             # The event loop still tokenizes, so the model stays open until the engine is closed.
             with self._changed:
                 while not self._closing:
@@ -197,12 +183,12 @@ class EmbeddingThread:
         except Exception:
             log.exception("embeddings have failed")
             for each in packed:
-                self._call_soon(_fail, each.job, EngineFault("The embedding has failed; the log has the reason."))
+                call_soon(self._loop, _fail, each.job, EngineFault("The embedding has failed; the log has the reason."))
             return
         done = self._stats
         tokens = done.tokens + sum(len(each.tokens) for each in packed)
         self._stats = EmbeddingStats(done.inputs + len(packed), tokens, done.decodes + 1)
-        self._call_soon(_deliver, packed, vectors)
+        call_soon(self._loop, _deliver, packed, vectors)
 
 
 def _open(opened: asyncio.Future[EmbeddingBackend], backend: EmbeddingBackend) -> None:

@@ -53,6 +53,7 @@ from engine.step import EngineCore
 from engine.thread import Listener, Opener, Result, open_model
 from engine.validation import TokenCheck, check_media, check_parameters, check_slot
 from engine.watchdog import FAIL_SECONDS, EngineStalled
+from engine.worker_pool import call_soon
 
 
 def list_devices() -> list[DeviceInfo]:
@@ -75,13 +76,6 @@ def measure_step_costs(config: EngineConfig, progress: LoadProgress) -> Calibrat
 
 def _keep_configuration() -> None:
     """Does nothing: the default of `configure_process`."""
-
-
-def _call_soon(
-    loop: asyncio.AbstractEventLoop, function: Callable[[list[StepOutput]], None], outputs: list[StepOutput]
-) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(function, outputs)
 
 
 def _slot_states(core: EngineCore) -> tuple[SlotState, ...]:
@@ -138,7 +132,7 @@ class Engine:
         functions but `progress` must then be picklable. Entering raises ModelError if the model cannot be opened.
         """
         engine = cls(config)
-        deliver = partial(_call_soon, asyncio.get_running_loop(), engine._deliver)
+        deliver = partial(call_soon, asyncio.get_running_loop(), engine._deliver)
         listener = Listener(progress, deliver, engine._on_fault)
         opening: AbstractAsyncContextManager[CoreClient]
         if config.cpu.engine_process:

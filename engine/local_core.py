@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
-from typing import TypeVar
 
 from msgspec import structs
 
@@ -21,10 +20,8 @@ from engine.slotfiles import SlotFiles, SlotTransfer
 from engine.speculate import ProposerFactory
 from engine.stats import Stats, memory_info
 from engine.step import EngineCore
-from engine.thread import EngineThread, Listener, LoadedEngine, Opener, request_limit
+from engine.thread import EngineThread, Listener, LoadedEngine, Opener, Result, request_limit
 from engine.watchdog import EngineStalled, Watchdog
-
-_Result = TypeVar("_Result")
 
 
 class LocalCore:
@@ -107,7 +104,7 @@ class LocalCore:
         """See `CoreClient`."""
         self._thread.inbox.put(command)
 
-    async def query(self, function: Callable[[EngineCore], _Result]) -> _Result:
+    async def query(self, function: Callable[[EngineCore], Result]) -> Result:
         """See `CoreClient`."""
         return await self._thread.query(function)
 

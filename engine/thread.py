@@ -40,6 +40,7 @@ from engine.speculate import (
 )
 from engine.step import EngineCore
 from engine.watchdog import ENGINE_THREAD, WorkClock, await_end
+from engine.worker_pool import call_soon
 
 log = logging.getLogger("paceline.engine")
 
@@ -165,10 +166,6 @@ class EngineThread:
 
     # ── on the engine thread ──
 
-    def _call_soon(self, function: Callable[..., None], *arguments: object) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *arguments)
-
     def _execute(self, core: EngineCore, command: Command) -> None:
         self.work.begin()
         match command:
@@ -199,9 +196,9 @@ class EngineThread:
         try:
             result = function(core)
         except EngineError as error:
-            self._call_soon(_settle, future, None, error)
+            call_soon(self._loop, _settle, future, None, error)
         else:
-            self._call_soon(_settle, future, result, None)
+            call_soon(self._loop, _settle, future, result, None)
 
     def _serve(self) -> None:
         self.work.begin()
@@ -219,13 +216,13 @@ class EngineThread:
                 if digest is not None:
                     digest.add_done_callback(lambda _: self.inbox.put(Wake()))
             except Exception as error:
-                self._call_soon(_settle, self._opened, None, error)
+                call_soon(self._loop, _settle, self._opened, None, error)
                 return
             self._serve_with(backend, draft, offload)
 
     def _open_model(self, stack: ExitStack) -> Backend:
         backend = self._opener(
-            self._config, lambda share: self._call_soon(self._listener.on_progress, share), self._keep_loading
+            self._config, lambda share: call_soon(self._loop, self._listener.on_progress, share), self._keep_loading
         )
         stack.callback(backend.close)
         self._backends.append(backend)
@@ -270,15 +267,15 @@ class EngineThread:
                 offload.await_disk(DISK_OPEN_SECONDS)
             self.work.end()
             reader = None if self._encoder is None else MediaReader(self._encoder.projector, backend.vocab)
-            self._call_soon(_settle, self._opened, LoadedEngine(backend, core, self._unavailable, reader), None)
+            call_soon(self._loop, _settle, self._opened, LoadedEngine(backend, core, self._unavailable, reader), None)
             self._run(core)
             core.close()
         except BaseException:  # a panic of a Rust library is not an `Exception`
             log.exception("the engine has failed")
             self.work.end()
             fault = EngineFault(ENGINE_FAILED, fatal=True)
-            self._call_soon(_settle, self._opened, None, fault)
-            self._call_soon(self._on_fault, fault)
+            call_soon(self._loop, _settle, self._opened, None, fault)
+            call_soon(self._loop, self._on_fault, fault)
             # The event loop still converts tokens to text, so the model stays open until the engine is closed.
             while not self._closing.is_set() and self.inbox.get() is not None:
                 pass

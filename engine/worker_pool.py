@@ -20,6 +20,12 @@ _WORKERS = 4
 _current = threading.local()
 
 
+def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
+    """Schedules a call on an event loop, from any thread. No effect after the end of the loop."""
+    with suppress(RuntimeError):  # the event loop has ended
+        loop.call_soon_threadsafe(function, *arguments)
+
+
 class WorkAbandoned(BaseException):
     """The result of this thread's work is no longer awaited. Not an `Exception`, so that no handler treats it as a
     failure of the work."""
@@ -36,8 +42,7 @@ class _Work:
 
     def settle(self, set_result: Callable[[Any], None], value: Any) -> None:
         """Sets the result from the worker thread."""
-        with suppress(RuntimeError):  # the event loop has ended
-            self.loop.call_soon_threadsafe(lambda: None if self.result.done() else set_result(value))
+        call_soon(self.loop, lambda: None if self.result.done() else set_result(value))
 
 
 class WorkerPool:
