@@ -32,10 +32,12 @@ class Batch:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.token: NDArray[np.int32] = np.zeros(capacity, np.int32)
-        self.pos: NDArray[np.int32] = np.zeros(capacity, np.int32)
-        self.seq: NDArray[np.int32] = np.zeros(capacity, np.int32)
+        table: NDArray[np.int32] = np.zeros((3, capacity), np.int32)
+        self.token, self.pos, self.seq = table
         self.output: NDArray[np.int8] = np.zeros(capacity, np.int8)
+        self._bits = table.view(np.uint32)
+        # Views of bytes, into which a slice of an `array` is copied without a call of numpy.
+        self._columns = [column.data for column in (self.token, self.pos, self.seq, self.output)]
         self._positions: NDArray[np.int32] = np.arange(1, dtype=np.int32)
         self.rows = 0
         self.outputs = 0
@@ -74,9 +76,10 @@ class Batch:
         rows, (seqs, counts, starts) = len(tokens), zip(*parts, strict=True)
         assert rows <= self.capacity, "the plan exceeds the batch"
         self.alternatives.clear()
-        self.token[:rows] = tokens
+        token, pos, seq, output = self._columns
+        token[:rows] = tokens
         if rows == len(parts):
-            self.seq[:rows], self.pos[:rows], self.output[:rows] = seqs, starts, outputs
+            seq[:rows], pos[:rows], output[:rows] = array("i", seqs), array("i", starts), array("b", outputs)
         else:
             ends, numbers = np.cumsum(counts), self._range(0, rows)
             self.seq[:rows] = np.repeat(seqs, counts)
@@ -90,6 +93,13 @@ class Batch:
         assert first < end < row < self.rows, "the sequence has another row at that position"
         self.pos[row] = pos
         self.alternatives.append(AlternativeRow(row, first, end))
+
+    @property
+    def highest(self) -> list[int]:
+        """The highest token id, position and sequence id of all rows. Of their bits, a negative number is higher than
+        any other."""
+        found: list[int] = np.maximum.reduce(self._bits[:, : self.rows], axis=1).tolist()
+        return found
 
     def _range(self, start: int, count: int) -> NDArray[np.int32]:
         if start + count > len(self._positions):

@@ -128,9 +128,9 @@ class TokenCounters:
             del self._requests[owner]
             self._served = _without_idle(self._served, self._requests)
 
-    def charge(self, owner: str, tokens: float, weight: float) -> None:
+    def charge(self, owner: str, tokens: float, weight: float = 1.0) -> None:
         """Adds the cost, in tokens of a prompt, of rows of a request of `owner`."""
-        self._served[owner] = self[owner] + tokens / weight
+        self._served[owner] = self._served.get(owner, 0.0) + tokens / weight
 
     def _floor(self) -> float:
         return min(self[owner] for owner in self._requests)

@@ -81,9 +81,10 @@ class Lifecycle:
             self._counters.queue.add(time.perf_counter() - sequence.submitted)
             self._counters.prompt_tokens += sequence.prompt_length
 
-    def charge(self, owner: str, weight: float, tokens: float) -> None:
-        """Adds `tokens` to the counter of `owner`, which has `weight`."""
-        self._token_counters.charge(owner, tokens, weight)
+    def charge(self, tokens: abc.Mapping[str, float]) -> None:
+        """Adds `tokens`, divided by the weights of the owners, to the counters of these owners."""
+        for owner, count in tokens.items():
+            self._token_counters.charge(owner, count)
 
     def preempt(self, sequence: Sequence, *, keep: bool = True) -> None:
         """Moves a running sequence to the front of the queue. Its cells become an idle prefix if `keep`, else free."""

@@ -62,9 +62,8 @@ class OutputProcessor:
                 self._outbox.prefill_progress(sequence.key, progress)
             if len(sequence.tokens) > sequence.computed:
                 continue
-            end = first + each.part.drafts + 1
             try:
-                self._emit(sequence, logits[first:end], picks[first:end], now, gaps)
+                self._emit(sequence, first, logits, picks[first : first + each.part.drafts + 1], now, gaps)
             except NativeFault:
                 raise
             except Exception:  # the other sequences go on
@@ -105,10 +104,17 @@ class OutputProcessor:
         return pick_rows(RowMaxima(logits), params, positions)
 
     def _emit(
-        self, sequence: Sequence, rows: Logits, picks: abc.Sequence[int], now: float, gaps: dict[float, int]
+        self,
+        sequence: Sequence,
+        first: int,
+        logits: Logits,
+        picks: abc.Sequence[int],
+        now: float,
+        gaps: dict[float, int],
     ) -> None:
         """Samples the next tokens of `sequence`, commits the cells of accepted draft tokens, and rolls back the cells
-        of rejected ones. Counts the seconds since the previous tokens of `sequence` in `gaps`."""
+        of rejected ones. `picks` are the tokens of its rows, which begin at row `first` of `logits`. Counts the seconds
+        since the previous tokens of `sequence` in `gaps`."""
         if sequence.first_token is None and sequence.ends_after_prefill:
             self._lifecycle.finish(sequence, FinishReason.LENGTH)
             return
@@ -117,10 +123,10 @@ class OutputProcessor:
             self._compute_again(sequence, drafts)
             return
         masks = None if sequence.matcher is None else self._masks.of(sequence.key)
-        path = DraftPath(draft[:drafts], picks)
-        if sequence.has_alternative(drafts):
-            path = followed_path(draft, sequence.alternative_place, picks)
-        result = verify(sequence, path.draft, rows, path.picks, masks)
+        branches = bool(drafts) and sequence.has_alternative(drafts)
+        place = sequence.alternative_place
+        path = followed_path(draft, place, picks) if branches else DraftPath(draft[:drafts], picks)
+        result = verify(sequence, path.draft, first, logits, path.picks, masks)
         if result.ids:
             self._counters.completion_tokens += len(result.ids)
             if (gap := sequence.mark_emission(now)) is not None:
@@ -134,8 +140,7 @@ class OutputProcessor:
             self._lifecycle.fail(sequence, result.error)
             return
         assert result.ids, "each verification without an error emits a token"
-        intact = self._keep_accepted(sequence, drafts, path.draft[: result.accepted])
-        branches = sequence.has_alternative(drafts)
+        intact = not drafts or self._keep_accepted(sequence, drafts, path.draft[: result.accepted])
         verified = self._chooser.assess(drafts - branches, result.accepted, branches) if drafts else None
         if sequence.proposers.types:
             sequence.proposers.observe(sequence.history, result.ids, verified)
@@ -151,7 +156,7 @@ class OutputProcessor:
     def _compute_again(self, sequence: Sequence, drafts: int) -> None:
         """Preempts a sequence whose next token needs all logits, and requests all logits for its later rows."""
         sequence.row_params = None
-        intact = self._keep_accepted(sequence, drafts, ())
+        intact = not drafts or self._keep_accepted(sequence, drafts, ())
         self._lifecycle.preempt(sequence, keep=intact)
 
     def _keep_accepted(self, sequence: Sequence, drafts: int, tokens: abc.Sequence[int]) -> bool:
@@ -160,8 +165,6 @@ class OutputProcessor:
         Returns False if the sequence cannot be continued: a sliding window lacks cells after the rollback, or the
         context has refused it.
         """
-        if not drafts:
-            return True
         accepted = len(tokens)
         sequence.computed += accepted
         branches = sequence.has_alternative(drafts)

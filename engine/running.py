@@ -206,7 +206,9 @@ class Running(dict[int, Sequence]):
             shortened = with_rollbacks(rows, {part.key: self[part.key].seq for part in rows}, cost.layout)
             return [self.placed(part) for part in shortened]
         groups: list[list[PlacedRows]] = [[]]
-        placed = sorted([self.placed(part) for part in rows], key=itemgetter(0))
+        placed = sorted(map(self.placed, rows), key=itemgetter(0))
+        if len(placed) == 1:
+            return placed
         if separate_prompts:
             for each in placed:
                 if each.decodes:

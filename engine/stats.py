@@ -114,8 +114,6 @@ class Counters:
         self.displacements = 0
         self.restores = 0
         self.hits = 0
-        self.saved_tokens = 0
-        self.restored_tokens = 0
         self.busy_seconds = 0.0
         self.native_seconds = 0.0
         self.prefilled_tokens = 0
@@ -128,11 +126,7 @@ class Counters:
         self.step = Buckets()
         self.running = 0
         self.waiting = 0
-        self.cells = cells
-        self.cells_used = 0
-        self.cells_idle = 0
-        self.ram_bytes = 0
-        self.disk_bytes = 0
+        self._kv = KVStats(cells, 0, 0, 0, 0, 0, 0)
         self._drafts = drafts
         self._seconds_of = seconds
 
@@ -164,13 +158,11 @@ class Counters:
 
     def set_gauges(self, running: int, waiting: int, kv: KVStats) -> None:
         """Sets the values that a snapshot reports for the last step."""
-        self.running, self.waiting = running, waiting
-        self.cells_used, self.cells_idle = kv.used, kv.idle
-        self.saved_tokens, self.restored_tokens = kv.saved_tokens, kv.restored_tokens
-        self.ram_bytes, self.disk_bytes = kv.ram_bytes, kv.disk_bytes
+        self.running, self.waiting, self._kv = running, waiting, kv
 
     def snapshot(self) -> Stats:
         """Returns the current counts. While the engine runs, two counts may be from different steps."""
+        kv = self._kv
         return Stats(
             requests_finished=dict(self.finished),
             queue=self.queue.snapshot(),
@@ -178,13 +170,21 @@ class Counters:
             gap=self.gap.snapshot(),
             step=self.step.snapshot(),
             drafts=self._drafts(),
-            step_seconds={rows: self._seconds_of(rows, self.cells_used) for rows in DECODE_ROWS},
+            step_seconds={rows: self._seconds_of(rows, kv.used) for rows in DECODE_ROWS},
+            cells=kv.cells,
+            cells_used=kv.used,
+            cells_idle=kv.idle,
+            saved_tokens=kv.saved_tokens,
+            restored_tokens=kv.restored_tokens,
+            ram_bytes=kv.ram_bytes,
+            disk_bytes=kv.disk_bytes,
             **{name: getattr(self, name) for name in _PLAIN_FIELDS},
         )
 
 
 _COMPUTED_FIELDS = {
-    *("requests_finished", "queue", "ttft", "gap", "step", "grammar", "drafts", "step_seconds", "embeddings", "owners")
+    *("requests_finished", "queue", "ttft", "gap", "step", "grammar", "drafts", "step_seconds", "embeddings", "owners"),
+    *("cells", "cells_used", "cells_idle", "saved_tokens", "restored_tokens", "ram_bytes", "disk_bytes"),
 }
 _PLAIN_FIELDS = tuple(name for name in Stats.__struct_fields__ if name not in _COMPUTED_FIELDS)
 

@@ -62,6 +62,7 @@ class EngineCore:
         self._max_alternatives = max_alternatives(context)
         speculative_decoding.with_second_choices = self._max_alternatives > 0
         self._targets = targets
+        self._decode_limits = StepLimits(context.batch.capacity, context.outputs, 0)
         self._outbox = outbox
         self.speculative_decoding = speculative_decoding
         self._execution = StepExecution(
@@ -144,9 +145,6 @@ class EngineCore:
 
     def _maintain(self) -> None:
         """Evicts, saves and loads for a small share of a step, and closes gaps between sequence ids."""
-        rows = sum(1 + len(sequence.draft) for sequence in self.running.values())
-        resident, extra_pass = self.cost.resident_cell(rows), self.cost.extra_pass
-        self.kv.set_costs(Costs(compute=self.cost.prompt_row, resident=resident, extra_pass=extra_pass))
         self.kv.maintain(self._move_seconds)
         if (moved := self.kv.close_gap()) is not None:
             self.running.change_id(*moved)
@@ -196,10 +194,10 @@ class EngineCore:
     def _plan(self, media_rows: int = 0) -> Plan:
         self.running.choose_adapters()
         context = self.context
-        if not media_rows and (drafts := self.running.decode_drafts()) is not None:
-            limits = StepLimits(context.batch.capacity, context.outputs, 0)
-            if (plan := scheduler.plan_decoding(drafts, self._free_capacity(), limits)) is not None:
-                return plan
+        drafts = None if media_rows else self.running.decode_drafts()
+        plan = scheduler.plan_decoding(drafts, self._free_capacity(), self._decode_limits) if drafts else None
+        if plan is not None:
+            return plan
         views = self.running.views()
         # The rows of an image stand in place of a chunk of a prompt, so that the decoding sequences are not delayed.
         prefills = not media_rows and any(view.num_uncomputed > 1 for view in views)

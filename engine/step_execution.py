@@ -14,17 +14,18 @@ from engine.backend import Aborted, Backend, NativeFault, NoFreeCells
 from engine.backend_picks import BackendPicks
 from engine.contract import EngineFault, ShutDown
 from engine.grammar import Masks
-from engine.kv import KVCache
+from engine.kv import Costs, KVCache
 from engine.lifecycle import Lifecycle
 from engine.outbox import Outbox
 from engine.output_processor import OutputProcessor
-from engine.pace import DraftChooser, SequenceRows
+from engine.pace import DraftChooser
 from engine.running import PlacedRows
 from engine.scheduler import ScheduledRows
 from engine.speculate import LastStep
 from engine.stats import Counters
 
-# Of a series of equal decodes every fourth is recorded, as recording takes as long as picking a token.
+# Of a series of decodes of the same single rows every fourth is recorded, as recording takes as long as picking a
+# token.
 _OBSERVE_INTERVAL_STEPS = 4
 
 
@@ -58,8 +59,9 @@ class StepExecution:
         self._backend_picks = BackendPicks(self._context.backend_sampling, len(lifecycle.slots))
         self._outputs = OutputProcessor(kv, lifecycle, outbox, counters, self._masks, chooser, self._backend_picks)
         self._charged = _RowCharge(0, 0.0)
-        self._single_rows = 0  # rows of the last decode if each sequence had one, else 0
-        self._repeats = 0  # further decodes of as many single rows
+        self._rows: list[tuple[int, int]] = []  # id and number of rows of each sequence in the last decode
+        self._passes = 0  # of the last decode
+        self._repeats = 0  # further decodes with the same `_rows`
         self.last_step = LastStep(0.0)
         """Measurements of the last decode."""
 
@@ -77,9 +79,7 @@ class StepExecution:
             self._kv.evict(sum(part.tokens + part.drafts for part in rows))
             placed = self._running.ordered(rows, self._cost, separate_prompts=self._context.prefill_rows > 1)
             firsts, cells = self._fill(placed), self._kv.used_cells
-            decoding = [each.rows for each in placed if each.decodes]
-            prompt_rows = sum(each.rows.rows for each in placed if not each.decodes)
-            passes = self._cost.layout.passes([each.rows for each in placed])
+            self._count_passes(placed)
             begun = time.perf_counter()
             try:
                 switched |= self._backend_picks.prepare(placed)
@@ -94,24 +94,34 @@ class StepExecution:
                 self._lifecycle.fail_all(partial(step_fault, error), [each.sequence for each in placed])
             else:
                 seconds = time.perf_counter() - begun
+                prompt_rows = sum([each.rows.rows for each in placed if not each.decodes])
                 self.last_step = LastStep(seconds, prompt_rows)
                 self._running.count_step(seconds)
                 if not switched:  # the first decode with other adapters or counts takes longer
-                    self._observe(decoding, prompt_rows, cells, seconds)
-                self._counters.record_decode(len(rows), len(passes), seconds)
+                    self._observe(placed, prompt_rows, cells, seconds)
+                self._counters.record_decode(len(rows), self._passes, seconds)
                 self._outputs.process(placed, firsts, logits)
             return
 
-    def _observe(self, decoding: list[SequenceRows], prompt_rows: int, cells: int, seconds: float) -> None:
-        """Records the decode for the cost model. In a series of decodes of equally many single rows, one in
-        `_OBSERVE_INTERVAL_STEPS` is recorded."""
-        is_single = not prompt_rows and all(each.rows == 1 for each in decoding)
-        single_rows = len(decoding) if is_single else 0
-        is_like_last, self._single_rows = is_single and single_rows == self._single_rows, single_rows
-        self._repeats = self._repeats + 1 if is_like_last else 0
-        if self._repeats % _OBSERVE_INTERVAL_STEPS == 0:
-            repeats = _OBSERVE_INTERVAL_STEPS if is_like_last else 1
-            self._chooser.observe_step(decoding, prompt_rows, cells, seconds, repeats)
+    def _count_passes(self, placed: abc.Sequence[PlacedRows]) -> None:
+        """Counts the passes of the next decode."""
+        rows = [each.rows[:2] for each in placed]
+        self._repeats = self._repeats + 1 if rows == self._rows else 0
+        if not self._repeats:
+            self._rows, self._passes = rows, len(self._cost.layout.passes([each.rows for each in placed]))
+
+    def _observe(self, placed: abc.Sequence[PlacedRows], prompt_rows: int, cells: int, seconds: float) -> None:
+        """Records the decode for the cost model, and sets the costs of the KV cache. In a series of decodes of the same
+        single rows, one in `_OBSERVE_INTERVAL_STEPS` is recorded."""
+        rows, repeats = self._context.batch.rows, 1
+        if not prompt_rows and rows == len(placed) and self._repeats:
+            if self._repeats % _OBSERVE_INTERVAL_STEPS:
+                return
+            repeats = _OBSERVE_INTERVAL_STEPS
+        decoding = [each.rows for each in placed if each.decodes]
+        self._chooser.observe_step(decoding, prompt_rows, cells, seconds, repeats)
+        cost = self._cost
+        self._kv.set_costs(Costs(cost.prompt_row, resident=cost.resident_cell(rows), extra_pass=cost.extra_pass))
 
     def _fill(self, rows: abc.Sequence[PlacedRows]) -> abc.Sequence[int]:
         """Writes the batch and starts computing the grammar masks. Returns, for each of `rows`, the index of its first
@@ -119,27 +129,30 @@ class StepExecution:
         batch = self._context.batch
         grammars = [each for each in rows if each.sequence.matcher is not None]
         self._masks.begin([mask for each in grammars if (mask := each.sequence.mask_request(each.part)) is not None])
-        tokens, outputs = array("i"), list[int]()
+        tokens, outputs = array("i"), []
+        alternatives: list[tuple[int, int, int]] = []
         for _, part, sequence, _ in rows:
-            end = sequence.computed + part.tokens
+            first, end = len(tokens), sequence.computed + part.tokens
             tokens.extend(sequence.tokens[sequence.computed : end])
             if part.drafts:
                 tokens.extend(array("i", sequence.draft[: part.drafts]))
+                if sequence.has_alternative(part.drafts):
+                    alternatives.append((len(tokens) - 1, end + sequence.alternative_place, first))
             outputs.append(part.drafts + 1 if end == len(sequence.tokens) else 0)
         batch.fill([each.rows for each in rows], tokens, outputs)
-        first = 0
-        for placed, part, sequence, _ in rows:
-            if sequence.has_alternative(part.drafts):
-                pos = sequence.computed + part.tokens + sequence.alternative_place
-                batch.make_alternative(first + placed.rows - 1, pos, first)
-            first += placed.rows
+        for row in alternatives:
+            batch.make_alternative(*row)
         return [0, *accumulate(outputs[:-1])]
 
     def commit(self, rows: abc.Sequence[PlacedRows]) -> None:
-        """Counts the known tokens of `rows` as computed. A GPU may still be computing them."""
-        self._charge(rows)
-        waiting = self._lifecycle.waiting
-        for _, part, sequence, _ in rows:
+        """Counts the known tokens of `rows` as computed, and charges them to their owners. A GPU may still be computing
+        them."""
+        row_tokens, waiting = self._row_tokens(sum([each.decodes for each in rows])), self._lifecycle.waiting
+        charges: dict[str, float] = {}
+        for _, part, sequence, decodes in rows:
+            if decodes or sequence.first_token is None:  # else recomputed after a preemption, which costs nothing
+                request, tokens = sequence.request, row_tokens if decodes else part.tokens
+                charges[request.owner] = charges.get(request.owner, 0.0) + tokens / request.weight
             self._kv.commit(sequence.seq, sequence.commit(part.tokens))
             if sequence.computed < len(sequence.tokens):
                 continue
@@ -148,23 +161,15 @@ class StepExecution:
                 self._counters.hits += 1
             if waiting.has_in_flight:
                 waiting.remove_in_flight(sequence)  # no effect after the step that completes the prefill
+        self._lifecycle.charge(charges)
         self._kv.count_step()
 
-    def _charge(self, rows: abc.Sequence[PlacedRows]) -> None:
-        """Adds the cost of `rows` to the counters of their owners, in tokens of a prompt: a decoding sequence costs as
-        many as take the time of its row. The recomputation after a preemption costs nothing."""
-        decoding = sum([each.decodes for each in rows])
+    def _row_tokens(self, decoding: int) -> float:
+        """Returns the number of tokens of a prompt that take as long as the row of one of `decoding` sequences."""
         if decoding != self._charged.decoding:  # the estimate takes as long as charging all sequences
             self._charged = _RowCharge(decoding, self._cost.even_seconds(decoding) / max(1, decoding))
         row = self._cost.prompt_row
-        each_row = max(1.0, self._charged.seconds / row) if row else 1.0
-        tokens: dict[tuple[str, float], float] = {}
-        for _, part, sequence, decodes in rows:
-            if decodes or sequence.first_token is None:
-                owner = sequence.request.owner, sequence.request.weight
-                tokens[owner] = tokens.get(owner, 0.0) + (each_row if decodes else part.tokens)
-        for (name, weight), count in tokens.items():
-            self._lifecycle.charge(name, weight, count)
+        return max(1.0, self._charged.seconds / row) if row else 1.0
 
 
 def step_fault(error: Aborted | NativeFault) -> EngineFault:

@@ -65,19 +65,21 @@ def followed_path(draft: abc.Sequence[int], place: int, picks: abc.Sequence[int]
 def verify(
     sequence: Sequence,
     draft: abc.Sequence[int],
-    rows: Logits,
+    first: int,
+    logits: Logits,
     picks: abc.Sequence[int],
     masks: RowMasks | None = None,
 ) -> VerificationResult:
-    """Appends to `sequence` the tokens that `rows` emit: one per accepted draft token and one more, up to its end.
+    """Appends to `sequence` the tokens that its rows emit: one per accepted draft token and one more, up to its end.
 
-    Row j attended to the first j draft tokens. `picks` has the token of each row, or `UNPICKED` if it must be sampled.
-    `masks` returns the grammar mask of a row. The result has an error if no token can be sampled from a row, or if the
-    grammar permits no continuation. The tokens before the error are appended, as they would be without drafts.
+    The rows begin at row `first` of `logits`, and row j of them attended to the first j draft tokens. `picks` has the
+    token of each row, or `UNPICKED` if it must be sampled. `masks` returns the grammar mask of a row. The result has an
+    error if no token can be sampled from a row, or if the grammar permits no continuation. The tokens before the error
+    are appended, as they would be without drafts.
     """
     if sequence.is_plain and UNPICKED not in picks:
         return _append_picks(sequence, draft, picks)
-    request, candidates = sequence.request, list[Candidates]()
+    rows, request, candidates = logits[first : first + len(picks)], sequence.request, list[Candidates]()
     forced: list[bool] = []
 
     def sample(row: int) -> int:

@@ -30,6 +30,10 @@ _MROPE_TYPES = (native.LLAMA_ROPE_TYPE_MROPE, native.LLAMA_ROPE_TYPE_IMROPE)
 _MROPE_SECTIONS = 4
 
 
+# Returns the address of the logits of the last decode. The binding's function makes a pointer object at each call.
+_get_logits = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(("llama_get_logits", native._lib))
+
+
 class NoKVCells(NativeFault):
     """The model has no KV cells: it computes embeddings, not text."""
 
@@ -99,8 +103,9 @@ class Decoder:
         self.outputs: int = min(params.n_outputs_max, self.batch.capacity)
         self._vocabulary: int = native.llama_vocab_n_tokens(native.llama_model_get_vocab(model))
         self._native_batch, self._batch_arrays = native_batch(self.batch)
-        # View of the library's buffer of logits, and the address of the buffer.
+        # View of the library's buffer of logits, its first rows as in the last decode, and the address of the buffer.
         self._logits_view: Logits = np.empty((0, self._vocabulary), np.float32)
+        self._logits_rows = self._logits_view
         self._logits_address = 0
         self.snapshots: int = native.llama_n_rs_seq(self._handle)
         """Number of earlier recurrent states that the library keeps of each sequence, for rollbacks."""
@@ -154,12 +159,12 @@ class Decoder:
             raise NativeFault(f"a batch has {rows} rows; 1 to {batch.capacity} are possible")
         if batch.outputs > self.outputs:
             raise NativeFault(f"a batch has {batch.outputs} rows of logits; at most {self.outputs} are possible")
-        # Of the unsigned bits a negative number is the largest.
-        if batch.token[:rows].view(np.uint32).max() >= self._vocabulary:
+        token, pos, seq = batch.highest
+        if token >= self._vocabulary:
             raise NativeFault("a batch has a token id outside the vocabulary")
-        if batch.seq[:rows].view(np.uint32).max() >= self.sequences:
+        if seq >= self.sequences:
             raise NativeFault(f"a batch has a sequence id outside 0..{self.sequences - 1}")
-        if batch.pos[:rows].max() >= self.positions:
+        if pos >= self.positions:
             raise NoFreeCells
 
     def _end_rollbacks(self) -> None:
@@ -173,13 +178,15 @@ class Decoder:
             # As `llama_get_logits` does, so that `decode` returns after the step.
             native.llama_synchronize(self._handle)
             return self._logits_view[:0]
-        pointer = native.llama_get_logits(self._handle)
-        address = ctypes.addressof(pointer.contents)
+        address = _get_logits(self._handle)
         if address != self._logits_address or outputs > len(self._logits_view):
             # The view is reused, as the library moves the buffer only when it enlarges it.
+            pointer = native.llama_get_logits(self._handle)
             self._logits_view = np.ctypeslib.as_array(pointer, (outputs, self._vocabulary))
-            self._logits_address = address
-        return self._logits_view[:outputs]
+            self._logits_rows, self._logits_address = self._logits_view, address
+        if outputs != len(self._logits_rows):
+            self._logits_rows = self._logits_view[:outputs]
+        return self._logits_rows
 
     def decode_embeddings(
         self, seq: int, start: int, rows: NDArray[np.float32], *, causal: bool, positions: Coordinates | None = None
