@@ -175,15 +175,13 @@ class Running(dict[int, Sequence]):
         """Returns, by key, the active decoding sequences for which the next step can verify a draft of up to
         `max_tokens` tokens."""
         return {
-            sequence.key: DraftCandidate(
-                sequence.proposers, min(room, max_tokens), room, sequence.seq, branches=_may_branch(sequence)
-            )
-            for sequence in self._drafting
-            if sequence.num_uncomputed == 1
-            and sequence.adapters == self.adapters
-            and sequence.proposers.can_draft(sequence.history)
-            and not self._kv.saves_next(sequence.seq)
-            and (room := sequence.draft_room()) > 0 < max_tokens
+            each.key: DraftCandidate(each.proposers, min(room, max_tokens), room, each.seq, _may_branch(each))
+            for each in (self._drafting if max_tokens > 0 else ())
+            if len(each.tokens) - each.computed == 1
+            and each.adapters == self.adapters
+            and each.proposers.can_draft(each.history)
+            and not self._kv.saves_next(each.seq)
+            and (room := each.draft_room()) > 0
         }
 
     def placed(self, part: ScheduledRows) -> PlacedRows:

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from math import sqrt
-from operator import mul
+from operator import mul, neg
 
 # Number of positions in a draft with an estimate of their own; later positions share the last estimate.
 _POSITIONS = 16
@@ -62,9 +62,12 @@ class AcceptanceEstimate:
     def _learn(self, classes: Sequence[int], accepted: int) -> None:
         """Records one observation of each of `classes`, in this order: the first `accepted` ones were accepted."""
         observed, hits, decay = self._observed, self._accepted, self._decay
-        for i, index in enumerate(classes):
+        for index in classes[:accepted]:
             observed[index] = observed[index] * decay + 1.0
-            hits[index] = hits[index] * decay + (i < accepted)
+            hits[index] = hits[index] * decay + 1.0
+        for index in classes[accepted:]:
+            observed[index] = observed[index] * decay + 1.0
+            hits[index] *= decay
         self._engine_means = None
         if self._prior is not None:
             self._prior._learn(classes, accepted)
@@ -112,9 +115,7 @@ class AcceptanceEstimate:
         # The deviation is subtracted once, not per token.
         chances[0] = self._first_chance(classes[0] if stated else 0, chances[0])
         curve = [*accumulate(chances, mul)]
-        while curve and curve[-1] < MIN_CHANCE:
-            curve.pop()
-        return curve
+        return curve if curve[-1] >= MIN_CHANCE else curve[: bisect_right(curve, -MIN_CHANCE, key=neg)]
 
 
 def _class(position: int, stated: float | None) -> int:

@@ -108,9 +108,9 @@ def _nested(own: Seconds, sizes: Indices, max_tokens: int, steps: int) -> _Famil
     order = np.argsort(-own)[:max_tokens]
     draft = np.repeat(np.arange(len(sizes)), sizes)[order]
     totals = _spread(1 + len(order), steps)
-    more = np.zeros((len(sizes), len(totals)), np.int16)
-    np.add.at(more, (draft, np.searchsorted(totals, np.arange(1, 1 + len(order)))), 1)
-    return _Family(np.cumsum(more, axis=1, dtype=np.int16), totals, _sums(own[order])[totals])
+    place = draft * len(totals) + np.searchsorted(totals, np.arange(1, 1 + len(order)))
+    more = np.bincount(place, minlength=len(sizes) * len(totals)).reshape(len(sizes), -1)
+    return _Family(more.cumsum(axis=1, dtype=np.int16), totals, _sums(own[order])[totals])
 
 
 def _equal(logs: Seconds, sizes: Indices, max_tokens: int, steps: int) -> _Family:

@@ -218,19 +218,19 @@ class Columns(NamedTuple):
     @classmethod
     def of(cls, rows: Sequence[SequenceRows], drafting: Collection[int]) -> Columns:
         """Returns the columns of `rows`. The sequences with the ids `drafting` get drafts."""
-        columns: list[list[int]] = []
-        column_of, next_id = dict[int, int](), -1
+        columns: list[tuple[int, int, int, int]] = []
+        column_of, next_id = dict.fromkeys(drafting, -1), -1
         for seq, count, cells in rows:
             if columns and seq != next_id:
-                columns.append([0, 0, 0, 0])
-            if seq in drafting:
+                columns.append((0, 0, 0, 0))
+            if seq in column_of:
                 column_of[seq] = len(columns)
             elif columns and seq - 1 not in column_of and columns[-1][0] == count:
-                last = columns[-1]
-                last[1:] = last[1] + 1, last[2] + cells, max(last[3], padded(cells))
+                _, sequences, others, longest = columns.pop()
+                columns.append((count, sequences + 1, others + cells, max(longest, padded(cells))))
                 next_id = seq + 1
                 continue
-            columns.append([count, 1, cells, padded(cells)])
+            columns.append((count, 1, cells, padded(cells)))
             next_id = seq + 1
         table = np.array(columns, np.int64).reshape(len(columns), 4)
         return cls(
@@ -238,7 +238,7 @@ class Columns(NamedTuple):
             table[:, 1].astype(np.intp),
             table[:, 2].astype(np.float64),
             table[:, 3].astype(np.float64),
-            np.array([column_of[seq] for seq in drafting], np.intp),
+            np.array([*column_of.values()], np.intp),
         )
 
     @property
@@ -263,8 +263,10 @@ class Strips(NamedTuple):
     """Number of sequences."""
     rows: Indices
     """Rows of each sequence."""
-    padded: Floats
-    """Padded cells of the longest sequence."""
+    first: Indices
+    """The first column."""
+    last: Indices
+    """The last column."""
 
 
 def strips(columns: Columns, heights: StepMatrix) -> Strips:
@@ -292,8 +294,14 @@ def strips(columns: Columns, heights: StepMatrix) -> Strips:
     interval, step = np.divmod(found, steps)
     first, last = firsts[interval], lasts[interval]
     before = np.concatenate(((0,), np.cumsum(columns.sequences)))
-    longest = np.maximum.accumulate(np.where(_upper(count), columns.padded, 0.0), axis=1)
-    return Strips(step, before[last + 1] - before[first], flat[found].astype(np.intp), longest[first, last])
+    return Strips(step, before[last + 1] - before[first], flat[found].astype(np.intp), first, last)
+
+
+def longest(columns: Columns, found: Strips) -> Floats:
+    """Returns the padded cells of the longest sequence of each strip."""
+    bounds = np.stack((found.first, found.last + 1), axis=1).ravel()
+    lengths: Floats = np.maximum.reduceat(np.append(columns.padded, 0.0), bounds)[::2]
+    return lengths
 
 
 @lru_cache(64)
@@ -303,9 +311,3 @@ def _intervals(count: int) -> tuple[Indices, Indices]:
     firsts = np.concatenate([np.arange(count - width + 1) for width in widths])
     lasts = np.concatenate([np.arange(width - 1, count) for width in widths])
     return firsts, lasts
-
-
-@lru_cache(64)
-def _upper(count: int) -> NDArray[np.bool_]:
-    """Returns a read-only square matrix that is true on and above the diagonal."""
-    return np.triu(np.ones((count, count), bool))

@@ -19,9 +19,8 @@ from engine.branching import MAX_ALTERNATIVES
 from engine.config import EngineConfig
 from engine.pace import Layout, SequenceRows
 from engine.sim.costs import SimCost
-from engine.sim.hashing import HISTORY_FACTOR, Hashes, draws, next_hash
+from engine.sim.hashing import Hashes, draws, history_hashes, next_hash
 from engine.sim.vocab import END_TOKEN, FIRST_WORD_TOKEN, OUTPUT_WORDS, VOCAB_SIZE
-from engine.splitmix import WORD_MASK
 
 # Logit of the next word. The logit of every other word is 0.
 _NEXT_WORD_LOGIT = 40.0
@@ -102,7 +101,7 @@ class SimContext:
         if not fits:
             raise NoFreeCells
         seconds = self._cost.seconds(self._layout.shape(rows, self.cells - len(self._free_cells)))
-        logits = self._logits(self._append())
+        logits = self._logits(self._append(rows))
         host_work()
         seconds *= max(0.0, 1 + _JITTER * self._random.gauss())
         if (left := begun + seconds - time.perf_counter()) > 0.0:
@@ -110,43 +109,43 @@ class SimContext:
         return logits
 
     def _step_rows(self) -> list[SequenceRows]:
-        """Returns the number of rows and the length of each sequence in the batch."""
-        seqs, starts = np.unique(self.batch.seq[: self.batch.rows], return_index=True)
-        assert self.unified or (np.diff(starts) > 0).all(), "ids ascend in the batch"
-        ends = [*starts[1:].tolist(), self.batch.rows]
+        """Returns the number of rows and the length of each sequence, in the order of the batch."""
+        seq, count = self.batch.seq, self.batch.rows
+        firsts = [0, *(np.flatnonzero(seq[1:count] != seq[: count - 1]) + 1).tolist()]
+        seqs = seq[firsts].tolist()
+        assert self.unified or seqs == sorted(seqs), "ids ascend in the batch"
         return [
-            SequenceRows(seq, end - start, self.length(seq))
-            for seq, start, end in zip(seqs.tolist(), starts.tolist(), ends, strict=True)
+            SequenceRows(each, end - first, len(self._hashes[each]))
+            for each, (first, end) in zip(seqs, pairwise((*firsts, count)), strict=True)
         ]
 
     def free_positions(self, seq: int) -> int:
         """Returns the number of positions that can be added to `seq`."""
         return len(self._free_cells) if self.unified else self.sequence_cells - self.length(seq)
 
-    def _append(self) -> Hashes:
-        """Allocates cells for the batch's rows. Returns the hashes of the rows with `output`."""
-        batch, found = self.batch, array("Q")
-        columns = (column[: batch.rows].tolist() for column in (batch.seq, batch.token, batch.output))
-        last = -1
+    def _append(self, rows: Sequence[SequenceRows]) -> Hashes:
+        """Allocates cells for `rows`, those of the batch. Returns the hashes of the rows with `output`."""
+        batch = self.batch
+        lasts = [hashes[-1] if (hashes := self._hashes[seq]) else self._seed for seq, *_ in rows]
+        found = history_hashes(batch.token[: batch.rows], lasts, [count for _, count, _ in rows])
         alternatives = {each.row for each in batch.alternatives}
-        for row, (seq, token, output) in enumerate(zip(*columns, strict=True)):
-            if row in alternatives:
-                found.append(self._add_alternative(seq, int(batch.pos[row]), token))
-                continue
-            if seq != last:
-                hashes, last = self._hashes[seq], seq
-                history = hashes[-1] if hashes else self._seed
-            history = (history * HISTORY_FACTOR + token + 1) & WORD_MASK  # `next_hash`, inlined
-            hashes.append(history)
-            if output:
-                found.append(history)
+        words, end = memoryview(found).cast("B"), 0
+        for seq, count, _ in rows:
+            first, end = end, end + count
+            if end - 1 in alternatives:
+                count -= 1
+                found[end - 1] = self._add_alternative(seq, int(batch.pos[end - 1]), int(batch.token[end - 1]))
+            self._hashes[seq].frombytes(words[8 * first : 8 * (first + count)])
             if self.unified:
-                self._take_cell(seq)
-        return np.array(found, np.uint64)
+                self._take_cells(seq, count)
+        return found[batch.output[: batch.rows] > 0]
 
-    def _take_cell(self, seq: int) -> None:
-        self._pool_cells[seq].append(cell := self._free_cells.pop())
-        self._references[cell] = 1
+    def _take_cells(self, seq: int, count: int) -> None:
+        cells = self._free_cells[len(self._free_cells) - count :]
+        del self._free_cells[len(self._free_cells) - count :]
+        self._pool_cells[seq] += cells
+        for cell in cells:
+            self._references[cell] = 1
 
     def _add_alternative(self, seq: int, pos: int, token: int) -> int:
         """Allocates a cell for the alternative of `seq` at `pos`. Returns its hash."""
@@ -164,8 +163,8 @@ class SimContext:
         history, cell = self._alternatives.pop(seq)
         self.cut(seq, length)
         self._hashes[seq].append(history)
-        self._free_cells.append(cell)  # `_take_cell` takes it from there
-        self._take_cell(seq)
+        self._free_cells.append(cell)  # `_take_cells` takes it from there
+        self._take_cells(seq, 1)
 
     def _logits(self, hashes: Hashes) -> Logits:
         """Returns a row of logits for each hash; the next call overwrites the rows."""
@@ -237,8 +236,7 @@ class SimContext:
             loaded += hashes[start - first : stop - first]
         self._hashes[seq].extend(loaded)
         if self.unified:
-            for _ in loaded:
-                self._take_cell(seq)
+            self._take_cells(seq, len(loaded))
         return True
 
     def shift(self, state: State, start: int, end: int, by: int) -> State | None:

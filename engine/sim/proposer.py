@@ -24,9 +24,11 @@ class SimProposer:
 
     def __init__(self, seed: int, accept: float) -> None:
         """`seed` is the seed of the simulated model."""
-        self._accept = accept
+        self._seed = self._hash = seed  # hash of no tokens, and of the history
+        # A draft token is right if its chance is below the first threshold, its second choice if below the second.
+        self._threshold = accept * _CHANCE_MASK
+        self._second_threshold = self._threshold + _SECOND_CHANCE * (_CHANCE_MASK - self._threshold)
         self._tokens = array("i")
-        self._hashes = array("Q", (seed,))  # hash after the first 0, 1, 2 ... tokens
         # The next tokens of the output, their drafts, second choices and the hashes after them, as far as computed.
         self._next: list[int] = []
         self._drafts: list[int] = []
@@ -40,8 +42,7 @@ class SimProposer:
     def propose(self, limit: int) -> Draft:
         """Returns up to `limit` next words. Some are replaced by wrong words, which do not affect the words after
         them. Of these, some have the right word as the second choice."""
-        history, threshold = (self._next_hashes or self._hashes)[-1], self._accept * _CHANCE_MASK
-        second_threshold = threshold + _SECOND_CHANCE * (_CHANCE_MASK - threshold)
+        history = (self._next_hashes or (self._hash,))[-1]
         length = min(limit, _MAX_DRAFT_TOKENS)
         for _ in range(length - len(self._next)):
             # `draws` and `next_hash` are inlined, as calls would take half of the time.
@@ -50,37 +51,43 @@ class SimProposer:
             word = FIRST_WORD_TOKEN + drawn % _WORD_COUNT
             history = (history * HISTORY_FACTOR + word + 1) & WORD_MASK
             self._next.append(word)
-            self._drafts.append(word if chance < threshold else FIRST_WORD_TOKEN + (drawn + 1) % _WORD_COUNT)
-            is_second = threshold <= chance < second_threshold
-            self._second_choices.append(word if is_second else FIRST_WORD_TOKEN + (drawn + 2) % _WORD_COUNT)
             self._next_hashes.append(history)
+            draft, second = word, FIRST_WORD_TOKEN + (drawn + 2) % _WORD_COUNT
+            if chance >= self._threshold:
+                draft = FIRST_WORD_TOKEN + (drawn + 1) % _WORD_COUNT
+                second = word if chance < self._second_threshold else second
+            self._drafts.append(draft)
+            self._second_choices.append(second)
         return Draft(self._drafts[:length], (), self._second_choices[:length])
 
     def observe(self, emitted: Sequence[int], drafted: int = 0, accepted: int = 0) -> None:
         """Appends `emitted` to the history."""
         self._tokens.extend(emitted)
         known = num_matching(self._next, emitted)
-        self._hashes.extend(self._next_hashes[:known])
-        del self._next[:known], self._drafts[:known], self._second_choices[:known], self._next_hashes[:known]
+        if known:
+            self._hash = self._next_hashes[known - 1]
+            del self._next[:known], self._drafts[:known], self._second_choices[:known], self._next_hashes[:known]
         if known < len(emitted):
             self._drop_next()
-        for token in emitted[known:]:
-            self._hashes.append(next_hash(self._hashes[-1], token))
-
-    def _drop_next(self) -> None:
-        del self._next[:], self._drafts[:], self._second_choices[:], self._next_hashes[:]
+            for token in emitted[known:]:
+                self._hash = next_hash(self._hash, token)
 
     def truncate(self, length: int) -> None:
         """Cuts the history to its first `length` tokens."""
-        del self._tokens[length:], self._hashes[length + 1 :]
-        self._drop_next()
+        self._begin_again(self._tokens[:length])
 
     def shift(self, keep: int, discard: int) -> None:
-        """Removes the `discard` tokens after the first `keep` tokens, and computes the hashes of the remaining ones
-        again."""
-        rest = self._tokens[keep + discard :]
-        self.truncate(keep)
-        self.observe(rest)
+        """Removes the `discard` tokens after the first `keep` tokens."""
+        self._begin_again(self._tokens[:keep] + self._tokens[keep + discard :])
+
+    def _begin_again(self, tokens: array[int]) -> None:
+        """Sets the history to `tokens`, and computes its hash again."""
+        self._tokens, self._hash = array("i"), self._seed
+        self._drop_next()
+        self.observe(tokens)
+
+    def _drop_next(self) -> None:
+        del self._next[:], self._drafts[:], self._second_choices[:], self._next_hashes[:]
 
     def end(self) -> None:
         """Does nothing, as no statistics are kept after the request."""

@@ -153,8 +153,8 @@ class SequenceProposers:
         for tracked in self._all:
             if tracked is chosen and verified is not None:
                 tracked.observe_verified(emitted, verified)
-            else:
-                tracked.observe(emitted)
+                continue
+            tracked.observe(emitted)
             if chosen is not None:
                 tracked.stop_comparing()
         if len(self._unfed) >= _MAX_UNFED_TOKENS:

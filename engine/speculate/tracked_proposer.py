@@ -84,10 +84,8 @@ class TrackedProposer:
     def _call(self, method: Callable[..., _Result], *arguments: object) -> _Result | None:
         """Returns the result of `method`, which calls the proposer. Returns None after an exception, which is the last
         call of the proposer."""
-        if self.failed:
-            return None
         try:
-            return method(*arguments)
+            return None if self.failed else method(*arguments)
         except Exception:
             log.exception("a proposer of type %s failed and drafts no more for its request", self.stats.type)
             self.stats.record_failure()
@@ -101,11 +99,11 @@ class TrackedProposer:
     def propose(self, limit: int, bounds: DraftBounds, batch_seconds: float = 0.0) -> None:
         """Sets `draft` to a draft of at most `limit` tokens, within `bounds`. `batch_seconds` is its share of the
         seconds of a batched proposer."""
-        started = time.perf_counter()
-        self.flush()
-        begun = time.perf_counter()
-        draft = self._call(self._trimmed_draft, limit, bounds) or NO_DRAFT
-        self.draft = draft
+        begun = started = time.perf_counter()
+        if self._num_fed < len(self._unfed):
+            self.flush()
+            begun = time.perf_counter()
+        self.draft = draft = self._call(self._trimmed_draft, limit, bounds) or NO_DRAFT
         self.curve = self.stats.acceptance.curve(len(draft.tokens), draft.chances)
         self.expected_accepted = sum(self.curve)
         if not self._compared.tokens:
@@ -125,37 +123,38 @@ class TrackedProposer:
         """Compares the draft with `emitted`, the last of the shared tokens, and drops the draft. `propose` feeds the
         tokens."""
         if self._compared.tokens:
-            self._compare(emitted)
+            self._position = self._compare(self._compared, self._position, emitted)
+            if self._position == len(self._compared.tokens):
+                self.stop_comparing()
         if self.draft.tokens:
             self.clear_draft()
 
     def observe_verified(self, emitted: Sequence[int], verified: VerifiedDraft) -> None:
         """Feeds `emitted`, the last of the shared tokens, with the result of the verification of this proposer's
         draft, and drops the draft. Requires that all tokens before were fed."""
-        self._compared, self._position = self.draft, 0
-        self._compare(emitted)
+        self._compare(self.draft, 0, emitted)
         begun = time.perf_counter()
         self._call(self.proposer.observe, emitted, verified.drafted, verified.accepted)
         expected = sum(self.curve[: verified.drafted])
         self.stats.record_verification(verified, expected, time.perf_counter() - begun)
         self._num_fed = len(self._unfed)
-        self.clear_draft()
+        self.draft, self.curve, self._compared = NO_DRAFT, [], NO_DRAFT
 
     def stop_comparing(self) -> None:
         """Ends the comparison with the current draft, so that the next draft is compared."""
         self._compared = NO_DRAFT
 
-    def _compare(self, emitted: Sequence[int]) -> None:
-        start, rest = self._position, self._compared.tokens[self._position :]
-        equal = num_matching(rest, emitted)
-        rejected = equal < min(len(rest), len(emitted))
-        self.stats.acceptance.observe(start, equal, rejected, self._compared.chances)
-        choices = self._compared.second_choices
+    def _compare(self, draft: Draft, start: int, emitted: Sequence[int]) -> int:
+        """Learns from the tokens of `draft` from number `start` on, as far as they are known with `emitted`. Returns
+        the number of known ones in all: every token after a wrong one."""
+        tokens = draft.tokens[start:] if start else draft.tokens
+        equal = num_matching(tokens, emitted)
+        rejected = equal < len(tokens) and equal < len(emitted)
+        self.stats.acceptance.observe(start, equal, rejected, draft.chances)
+        choices = draft.second_choices
         if rejected and choices and (choice := choices[start + equal]) >= 0:
             self.stats.second_chance.observe(right=choice == emitted[equal])
-        self._position += equal
-        if rejected or equal == len(rest):
-            self.stop_comparing()
+        return len(draft.tokens) if rejected else start + equal
 
 
 class TrackedBatchedSequence(TrackedProposer):
