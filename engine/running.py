@@ -147,7 +147,7 @@ class Running(dict[int, Sequence]):
         return sorted(
             SequenceRows(sequence.seq, 1 + len(sequence.draft), sequence.computed)
             for sequence in self.active
-            if sequence.num_uncomputed == 1
+            if len(sequence.tokens) - sequence.computed == 1
         )
 
     def change_id(self, old: int, new: int) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from msgspec import Struct
 
 from engine.pace.alternatives import AlternativeOption, choose_options
 from engine.pace.cost import StepCost
@@ -80,7 +81,7 @@ class ChosenDrafts(NamedTuple):
     """True if the drafts are chosen to explore, although verifying them is not expected to pay."""
 
 
-class VerifiedDraft(NamedTuple):
+class VerifiedDraft(Struct, frozen=True):
     """Result of the verification of one draft."""
 
     drafted: int

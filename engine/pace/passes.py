@@ -280,15 +280,13 @@ def strips(columns: Columns, heights: StepMatrix) -> Strips:
     bordered = np.zeros((count + 2, steps), np.int16)
     bordered[1:-1] = heights
     rows = np.empty((len(firsts), steps), np.int16)
-    low, end = heights.copy(), 0
+    low, end = heights, 0
     for width in range(1, count + 1):
-        if width > 1:
-            low = low[:-1]
-            np.minimum(low, heights[width - 1 :], out=low)
         part = rows[end : end + len(low)]
         np.maximum(bordered[: len(low)], bordered[width + 1 :], out=part)
         np.subtract(low, part, out=part)
         end += len(low)
+        low = np.minimum(low[:-1], heights[width:])
     flat = rows.ravel()
     found = np.flatnonzero(flat > 0)
     interval, step = np.divmod(found, steps)

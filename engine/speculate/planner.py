@@ -13,6 +13,8 @@ from math import ceil, inf
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
+from msgspec import Struct
+
 from engine.pace import TRIAL_TOKENS, DraftChooser, UpcomingStep
 from engine.speculate.proposer import NO_DRAFT, BatchedDraftRequest, BatchedProposer, Draft
 from engine.speculate.sequence_proposers import SequenceProposers
@@ -41,7 +43,7 @@ class LastStep(NamedTuple):
     """Rows of sequences that were being prefilled."""
 
 
-class DraftCandidate(NamedTuple):
+class DraftCandidate(Struct, frozen=True):
     """A decoding sequence for which the next step can verify a draft."""
 
     proposers: SequenceProposers

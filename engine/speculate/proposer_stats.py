@@ -58,12 +58,12 @@ class ProposerStats:
     def record_verification(self, verified: VerifiedDraft, expected: float, seconds: float) -> None:
         """Records a verified draft, its `expected` accepted tokens, and the seconds of the proposer's `observe`."""
         self._count(_OBSERVE, seconds)
-        drafted, accepted, saved, spent = verified
+        drafted, accepted = verified.drafted, verified.accepted
         for stats in self._both:
             stats._drafted += drafted
             stats._expected += expected
-            stats._saved += saved
-            stats._spent += spent
+            stats._saved += verified.saved
+            stats._spent += verified.spent
             if drafted >= len(stats._by_accepted):
                 stats._by_accepted.extend([0] * (drafted + 1 - len(stats._by_accepted)))
             stats._by_accepted[accepted] += 1

@@ -68,9 +68,9 @@ class SequenceProposers:
 
     def feed(self, tokens: array[int], max_tokens: int) -> int:
         """Feeds to the proposers at most `max_tokens` further tokens of `tokens`, the history. Returns their number."""
-        part = tokens[self._fed : self._fed + max_tokens] if self._all else tokens[:0]
-        if not part:
+        if not self._all or max_tokens <= 0 or self._fed == len(tokens):
             return 0
+        part = tokens[self._fed : self._fed + max_tokens]
         for tracked in self._all:
             tracked.feed(part)
         self._fed += len(part)

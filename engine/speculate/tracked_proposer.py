@@ -87,12 +87,16 @@ class TrackedProposer:
         try:
             return None if self.failed else method(*arguments)
         except Exception:
-            log.exception("a proposer of type %s failed and drafts no more for its request", self.stats.type)
-            self.stats.record_failure()
-            self.failed = True
-            self.clear_draft()
-            self.stop_comparing()
+            self._fail()
             return None
+
+    def _fail(self) -> None:
+        """Logs the exception that is being handled, after which the proposer is not called again."""
+        log.exception("a proposer of type %s failed and drafts no more for its request", self.stats.type)
+        self.stats.record_failure()
+        self.failed = True
+        self.clear_draft()
+        self.stop_comparing()
 
     # ── drafts ──
 
@@ -103,17 +107,18 @@ class TrackedProposer:
         if self._num_fed < len(self._unfed):
             self.flush()
             begun = time.perf_counter()
-        self.draft = draft = self._call(self._trimmed_draft, limit, bounds) or NO_DRAFT
+        try:
+            draft = NO_DRAFT if self.failed else bounds.trim(self.proposer.propose(limit))
+            assert len(draft.tokens) <= limit, f"a draft of type {self.stats.type} exceeds the limit"
+        except Exception:
+            draft = NO_DRAFT
+            self._fail()
+        self.draft = draft
         self.curve = self.stats.acceptance.curve(len(draft.tokens), draft.chances)
         self.expected_accepted = sum(self.curve)
         if not self._compared.tokens:
             self._compared, self._position = draft, 0
         self.stats.record_proposal(batch_seconds + time.perf_counter() - begun, begun - started)
-
-    def _trimmed_draft(self, limit: int, bounds: DraftBounds) -> Draft:
-        draft = bounds.trim(self.proposer.propose(limit))
-        assert len(draft.tokens) <= limit, f"a draft of type {self.stats.type} exceeds the limit"
-        return draft
 
     def clear_draft(self) -> None:
         """Drops the draft for the next step."""
