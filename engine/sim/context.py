@@ -129,15 +129,15 @@ class SimContext:
         lasts = [hashes[-1] if (hashes := self._hashes[seq]) else self._seed for seq, *_ in rows]
         found = history_hashes(batch.token[: batch.rows], lasts, [count for _, count, _ in rows])
         alternatives = {each.row for each in batch.alternatives}
-        words, end = memoryview(found).cast("B"), 0
+        saved, end = found.tobytes(), 0
         for seq, count, _ in rows:
             first, end = end, end + count
-            if end - 1 in alternatives:
-                count -= 1
-                found[end - 1] = self._add_alternative(seq, int(batch.pos[end - 1]), int(batch.token[end - 1]))
-            self._hashes[seq].frombytes(words[8 * first : 8 * (first + count)])
+            last = end - 1 if end - 1 in alternatives else end
+            self._hashes[seq].frombytes(saved[8 * first : 8 * last])
             if self.unified:
-                self._take_cells(seq, count)
+                self._take_cells(seq, last - first)
+            if last < end:
+                found[last] = self._add_alternative(seq, int(batch.pos[last]), int(batch.token[last]))
         return found[batch.output[: batch.rows] > 0]
 
     def _take_cells(self, seq: int, count: int) -> None:

@@ -45,7 +45,8 @@ def history_hashes(tokens: NDArray[np.int32], hashes: Sequence[int], counts: Seq
     parts = (tokens.astype(np.uint64) + np.uint64(1)) * inverses[: len(tokens)]
     sums = parts.cumsum()
     starts = np.array(hashes, np.uint64) * np.uint64(HISTORY_FACTOR) * inverses[firsts] - (sums - parts)[firsts]
-    return _powers(HISTORY_FACTOR, size)[: len(tokens)] * (sums + np.repeat(starts, counts))
+    found: Hashes = _powers(HISTORY_FACTOR, size)[: len(tokens)] * (sums + np.repeat(starts, counts))
+    return found
 
 
 @lru_cache(64)

@@ -73,18 +73,16 @@ class SimProposer:
                 self._hash = next_hash(self._hash, token)
 
     def truncate(self, length: int) -> None:
-        """Cuts the history to its first `length` tokens."""
-        self._begin_again(self._tokens[:length])
+        """Cuts the history to its first `length` tokens, and computes its hash again."""
+        kept, self._tokens, self._hash = self._tokens[:length], array("i"), self._seed
+        self._drop_next()
+        self.observe(kept)
 
     def shift(self, keep: int, discard: int) -> None:
         """Removes the `discard` tokens after the first `keep` tokens."""
-        self._begin_again(self._tokens[:keep] + self._tokens[keep + discard :])
-
-    def _begin_again(self, tokens: array[int]) -> None:
-        """Sets the history to `tokens`, and computes its hash again."""
-        self._tokens, self._hash = array("i"), self._seed
-        self._drop_next()
-        self.observe(tokens)
+        rest = self._tokens[keep + discard :]
+        self.truncate(keep)
+        self.observe(rest)
 
     def _drop_next(self) -> None:
         del self._next[:], self._drafts[:], self._second_choices[:], self._next_hashes[:]

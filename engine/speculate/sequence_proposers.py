@@ -68,7 +68,7 @@ class SequenceProposers:
 
     def feed(self, tokens: array[int], max_tokens: int) -> int:
         """Feeds to the proposers at most `max_tokens` further tokens of `tokens`, the history. Returns their number."""
-        if not self._all or max_tokens <= 0 or self._fed == len(tokens):
+        if not self._all or max_tokens <= 0 or self._fed >= len(tokens):
             return 0
         part = tokens[self._fed : self._fed + max_tokens]
         for tracked in self._all:
@@ -153,10 +153,10 @@ class SequenceProposers:
         for tracked in self._all:
             if tracked is chosen and verified is not None:
                 tracked.observe_verified(emitted, verified)
-                continue
-            tracked.observe(emitted)
-            if chosen is not None:
-                tracked.stop_comparing()
+            else:
+                tracked.observe(emitted)
+                if chosen is not None:
+                    tracked.stop_comparing()
         if len(self._unfed) >= _MAX_UNFED_TOKENS:
             self._flush()
 

@@ -150,8 +150,8 @@ class TrackedProposer:
         self._compared = NO_DRAFT
 
     def _compare(self, draft: Draft, start: int, emitted: Sequence[int]) -> int:
-        """Learns from the tokens of `draft` from number `start` on, as far as they are known with `emitted`. Returns
-        the number of known ones in all: every token after a wrong one."""
+        """Learns from the comparison of `emitted` with the tokens of `draft` after the first `start`. Returns the
+        number of tokens for which the comparison is over: all of them after a wrong one."""
         tokens = draft.tokens[start:] if start else draft.tokens
         equal = num_matching(tokens, emitted)
         rejected = equal < len(tokens) and equal < len(emitted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,7 @@ from engine.contract import Tokens
 from engine.pace import Calibration, StepShape
 from engine.sim.context import SimContext
 from engine.sim.costs import SIM_COSTS, SimCost, read_cost
+from engine.sim.hashing import history_hashes, next_hash
 from engine.sim.proposer import SimProposer
 from engine.sim.vocab import END_TOKEN, FIRST_WORD_TOKEN, SimVocab
 
@@ -53,12 +55,29 @@ def test_words_are_tokens() -> None:
     assert VOCAB.piece(END_TOKEN) == b""
 
 
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 2**31 - 1), min_size=1)), min_size=1))
+def test_hashes_of_a_batch_are_those_of_its_tokens_one_by_one(histories: list[tuple[int, list[int]]]) -> None:
+    firsts, tokens = zip(*histories, strict=True)
+    found = history_hashes(np.array([*chain(*tokens)], np.int32), firsts, [*map(len, tokens)])
+    expected = [accumulate(own, next_hash, initial=first) for first, own in histories]
+    assert found.tolist() == [each for own in expected for each in [*own][1:]]
+
+
 def test_the_next_token_depends_on_the_whole_history() -> None:
     context = opened()
     alone = output(context, 0, [5, 6, 7, 8])
     assert output(context, 1, [5, 6, 7, 8]) == alone
     others = {output(opened(), 0, [first, 6, 7, 8]) for first in range(20)}
     assert len(others) > 10
+
+
+def test_an_alternative_follows_the_tokens_before_it_in_the_same_step() -> None:
+    context = opened()
+    context.batch.add(0, 0, [5, 6, 7, 9], 1)
+    context.batch.make_alternative(3, 2, 0)
+    assert int(context.decode()[0].argmax()) == output(context, 1, [5, 6, 9])
+    context.adopt(0, 2)
+    assert output(context, 0, [5, 6, 9, 3]) == output(context, 2, [5, 6, 9, 3])
 
 
 @LAYOUTS
