@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+MODEL = Path(__file__).parents[1] / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # With parallel workers each process computes with one thread: threads of two processes would spin for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -22,3 +25,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def short_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's first layers under its name: a quarter of the computation, for tests in which the text has no sense."""
+    from tests.native.cut import cut  # loads the library, which reads OMP_THREAD_LIMIT only then
+
+    return cut(MODEL, tmp_path_factory.mktemp("short") / MODEL.name, 6)

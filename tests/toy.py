@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import zlib
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from functools import lru_cache
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,15 @@ class Cell:
         self.token = token
         self.index = index
         self.single = single  # True if its row was the only row of its sequence in the pass
+
+
+# A request is usually computed alone and together with others, so most histories occur twice.
+@lru_cache(maxsize=4096)
+def random_logits(seed: int) -> Logits:
+    """Returns the logits with this seed, which cannot be changed."""
+    logits = np.random.default_rng(seed).standard_normal(VOCABULARY, np.float32) * 3
+    logits.flags.writeable = False
+    return logits
 
 
 class ToySnapshot:
@@ -118,6 +129,7 @@ class ToyContext:
         self.lost: Callable[[], bool] = lambda: False  # True if the next state cannot be saved or loaded
         self.aborted = False
         self.before_decode: Callable[[], None] = lambda: None
+        # The positions of each sequence ascend: every change appends cells or drops the last ones.
         self.held: list[dict[int, Cell]] = [{} for _ in range(sequences)]
         self.alternatives = 2 if unified and partial else 0
         self.branches: dict[int, dict[int, Cell]] = {}  # the cells of each sequence's alternative of the last decode
@@ -137,33 +149,34 @@ class ToyContext:
         assert 0 < batch.rows <= batch.capacity
         assert batch.outputs <= self.outputs
         ids = batch.seq[: batch.rows].tolist()
-        if self.unified and len(self._distinct()) + batch.rows > self.cells:
+        if self.unified and len(self._distinct(self.held)) + batch.rows > self.cells:
             raise NoFreeCells
         if not self.unified:
             if self.partial:
                 self._check_order(ids)
             if any(len(self.held[seq]) + ids.count(seq) > self.sequence_cells for seq in set(ids)):
                 raise NoFreeCells
-        rows = list(zip(ids, batch.pos[: batch.rows], batch.token[: batch.rows], strict=True))
+        rows = list(zip(ids, batch.pos[: batch.rows].tolist(), batch.token[: batch.rows].tolist(), strict=True))
         free = (
             {-1: self._free_cells(self.held)}
             if self.unified
-            else {seq: self._free_cells([self.held[seq]]) for seq in ids}
+            else {seq: self._free_cells([self.held[seq]]) for seq in set(ids)}
         )
-        lengths = {seq: self.length(seq) for seq in ids}
+        lengths = {seq: self.length(seq) for seq in set(ids)}
         assert not self.branches.keys() & lengths.keys(), "the last alternative was adopted or dropped"
         assert len(batch.alternatives) <= self.alternatives
         branches = {each.row: each for each in batch.alternatives}
         single = self._single(ids) if self.prefill_rows > 1 else [False] * len(ids)
+        adapted = ADAPTED * sum(each.id + 1 for each in self.adapters)
         for row, ((seq, pos, token), one) in enumerate(zip(rows, single, strict=True)):
-            token = int(token) + ADAPTED * sum(each.id + 1 for each in self.adapters)
+            token += adapted
             if (branch := branches.get(row)) is not None:
                 assert rows[branch.end][:2] == (seq, pos), "the row of the other token has the same position"
                 before = {at: cell for at, cell in self.held[seq].items() if at < pos}
-                self.branches[seq] = {**before, int(pos): Cell(token, next(free[-1]))}
+                self.branches[seq] = {**before, pos: Cell(token, next(free[-1]))}
                 continue
             assert pos == lengths[seq], f"sequence {seq}: position {pos} after {lengths[seq]} tokens"
-            self.held[seq][int(pos)] = Cell(token, next(free[-1 if self.unified else seq]), single=one)
+            self.held[seq][pos] = Cell(token, next(free[-1 if self.unified else seq]), single=one)
             lengths[seq] += 1
         self.computed += len(rows)
         if self.max_rollback:
@@ -203,14 +216,16 @@ class ToyContext:
                 assert seq + 1 not in ids[first:], "the next id comes before a prompt"
 
     def _logits(self, held: dict[int, Cell], pos: int) -> Logits:
-        items = held.items()
-        order = sorted(items, key=lambda item: item[1].index) if self.by_cell_order else sorted(items)
-        cells = [(position, cell) for position, cell in order if position <= pos]
-        seen = array("i", (value for position, cell in cells for value in (position, cell.token)))
-        seen.extend(at for at, (_, cell) in enumerate(cells) if cell.single)
+        items = [*islice(held.items(), bisect_right([*held], pos))]
+        if self.by_cell_order:
+            items.sort(key=lambda item: item[1].index)
+        seen = array("i", bytes(2 * array("i").itemsize * len(items)))
+        seen[::2] = array("i", [position for position, _ in items])
+        seen[1::2] = array("i", [cell.token for _, cell in items])
+        if self.prefill_rows > 1:
+            seen.extend(at for at, (_, cell) in enumerate(items) if cell.single)
         bits = zlib.crc32(seen)
-        rng = np.random.default_rng(bits + (bits % 1000 < 1000 * self.other))
-        return rng.standard_normal(VOCABULARY, np.float32) * 3
+        return random_logits(bits + (bits % 1000 < 1000 * self.other))
 
     def _single(self, ids: list[int]) -> list[bool]:
         """Returns, for each row, True if it is the only row of its sequence in its pass."""
@@ -222,12 +237,12 @@ class ToyContext:
         assert all(len(single[seq]) == count for seq, count in counts), "every row is in a pass"
         return [flag for seq, _ in counts for flag in single[seq]]
 
-    def _distinct(self) -> set[int]:
-        return {id(cell) for held in (*self.held, *self.branches.values()) for cell in held.values()}
+    def _distinct(self, held: Iterable[dict[int, Cell]]) -> set[Cell]:
+        return set[Cell]().union(*(cells.values() for cells in (*held, *self.branches.values())))
 
     def _free_cells(self, rivals: Sequence[dict[int, Cell]]) -> Iterator[int]:
         """Returns the free cells in ascending order, as llama.cpp takes them."""
-        taken = {cell.index for held in (*rivals, *self.branches.values()) for cell in held.values()}
+        taken = {cell.index for cell in self._distinct(rivals)}
         return (index for index in range(self.cells) if index not in taken)
 
     def copy(self, source: int, target: int, length: int) -> bool:
@@ -261,7 +276,7 @@ class ToyContext:
     def adopt(self, seq: int, length: int) -> None:
         """Replaces positions from `length` on by the alternative of the last decode."""
         self.held[seq] = self.branches.pop(seq)
-        assert max(self.held[seq]) == length, "the alternative has that position"
+        assert self.length(seq) == length + 1, "the alternative has that position"
         self.adopted += 1
 
     def save(self, seq: int) -> ToySnapshot | None:
@@ -276,7 +291,9 @@ class ToyContext:
             assert first <= start == self.length(seq) + len(tokens), "continues the sequence"
             assert end <= first + len(content), "contains the positions"
             tokens += content[start - first : end - first]
-        free_cells = self.cells - len(self._distinct()) if self.unified else self.sequence_cells - len(self.held[seq])
+        free_cells = (
+            self.cells - len(self._distinct(self.held)) if self.unified else self.sequence_cells - len(self.held[seq])
+        )
         if self.lost() or len(tokens) > free_cells:
             return False
         free = self._free_cells(self.held if self.unified else [self.held[seq]])
@@ -298,11 +315,11 @@ class ToyContext:
 
     def length(self, seq: int) -> int:
         """Returns the number of positions of `seq`."""
-        return max(self.held[seq], default=-1) + 1
+        return next(reversed(self.held[seq]), -1) + 1
 
     def used(self) -> int:
         """Returns the number of cells in use."""
-        return len(self._distinct())
+        return len(self._distinct(self.held))
 
     def abort(self) -> None:
         """Makes every later decode raise Aborted."""

@@ -176,7 +176,7 @@ def test_a_disconnect_frees_the_slot(server: Server, stream: bool) -> None:
     before = metric(server, "paceline_requests_total", reason="cancelled")
     body = {"prompt": "On and on", "max_tokens": 2000, "stream": stream, "ignore_eos": True}
     try:
-        with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, timeout=2.0) as reply:
+        with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60 if stream else 0.5) as reply:
             next(reply.iter_raw())
     except httpx2.ReadTimeout:
         assert not stream
@@ -188,8 +188,8 @@ def test_a_disconnect_frees_the_slot(server: Server, stream: bool) -> None:
 
 
 @pytest.mark.parametrize(("grace", "signals"), [("0.5", 1), ("600", 2)], ids=["grace", "second signal"])
-def test_shutdown_with_a_running_stream(grace: str, signals: int) -> None:
-    with serving("--grace", grace) as server:
+def test_shutdown_with_a_running_stream(grace: str, signals: int, short_model: Path) -> None:
+    with serving("-m", str(short_model), "--grace", grace) as server:
         url = server.ready()
         body = {"prompt": "On and on", "max_tokens": 4000, "stream": True, "ignore_eos": True}
         with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
@@ -205,8 +205,8 @@ def test_shutdown_with_a_running_stream(grace: str, signals: int) -> None:
         assert server.wait() == 0
 
 
-def test_shutdown_lets_a_stream_finish() -> None:
-    with serving("--grace", "60") as server:
+def test_shutdown_lets_a_stream_finish(short_model: Path) -> None:
+    with serving("-m", str(short_model), "--grace", "60") as server:
         url = server.ready()
         body = {"prompt": "On and on", "max_tokens": 40, "stream": True, "ignore_eos": True}
         with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
@@ -225,8 +225,8 @@ def test_shutdown_while_loading() -> None:
         assert not any("Traceback" in line for line in server.lines)
 
 
-def test_keys() -> None:
-    with serving("--api-key", "one", "--api-key", "two") as server:
+def test_keys(short_model: Path) -> None:
+    with serving("-m", str(short_model), "--api-key", "one", "--api-key", "two") as server:
         url = server.ready()
         assert httpx2.get(f"{url}/health").status_code == 200
         with OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client:
@@ -255,12 +255,12 @@ def test_a_port_in_use() -> None:
             assert server.lines == [f"paceline: cannot listen on 127.0.0.1:{port}: Address already in use"]
 
 
-def test_a_slot_outlives_the_server(tmp_path: Path) -> None:
+def test_a_slot_outlives_the_server(tmp_path: Path, short_model: Path) -> None:
     body = {"prompt": "One, two, three, four, five, six, " * 12, "max_tokens": 8, "temperature": 0, "seed": 1}
     file = {"filename": "counting.bin"}
     replies: list[Any] = []
     for action in ("save", "restore"):
-        with serving("-np", "2", "--slot-save-path", str(tmp_path)) as server:
+        with serving("-m", str(short_model), "-np", "2", "--slot-save-path", str(tmp_path)) as server:
             url = server.ready()
             if action == "restore":
                 moved = httpx2.post(f"{url}/slots/0?action=restore", json=file, timeout=60).json()

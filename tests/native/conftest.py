@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from engine.config import EngineConfig
 from engine.llama import open_gguf
 from engine.llama.model import LlamaBackend
+from engine.pace import calibration
+from tests.conftest import MODEL
 
-MODEL = Path(__file__).parents[2] / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+@pytest.fixture(scope="package", autouse=True)
+def _short_calibrations() -> Iterator[None]:
+    """Ends calibrations early: nearly every configuration is new, and would be measured for seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "_MIN_SECONDS", 0.2)
+        patch.setattr(calibration, "_MIN_STEPS", 4)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from engine.adapters import AdapterSet
 from engine.llama import library, open_gguf
 from engine.llama.decoder import Decoder
 from engine.llama.model import LlamaBackend
-from tests.native.conftest import MODEL
+from tests.conftest import MODEL
 from tests.native.test_engine import collect
 from tests.native.tiny_adapter import RANK, WIDTH, adapter, control_vector
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,16 @@ from engine.contract import ModelError, Request, SamplingParams
 from engine.llama import open_gguf, top_k_chains
 from engine.llama.model import LlamaBackend
 from tests.engine.test_same_as_alone import CoreBench
-from tests.native.conftest import MODEL
 
 
-def opened(mode: str, unified: bool) -> LlamaBackend:
-    config = EngineConfig.of(path=MODEL, slots=4, context=2048, rows=256, kv_unified=unified, backend_sampling=mode)
+def opened(model: Path, unified: bool) -> LlamaBackend:
+    config = EngineConfig.of(path=model, slots=4, context=2048, rows=256, kv_unified=unified, backend_sampling="on")
     return open_gguf(config, lambda share: None, lambda: True)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["unified", "per-slot"])
-def selecting(request: pytest.FixtureRequest) -> Iterator[LlamaBackend]:
-    backend = opened("on", request.param)
+def selecting(request: pytest.FixtureRequest, short_model: Path) -> Iterator[LlamaBackend]:
+    backend = opened(short_model, request.param)
     yield backend
     backend.close()
 
@@ -121,15 +121,17 @@ def test_the_tokens_are_those_without_backend_sampling(
     assert outputs(selecting) == with_selection
 
 
-def test_a_small_vocabulary_and_a_wrong_selection_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_vocabulary_and_a_wrong_selection_are_refused(
+    short_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(top_k_chains, "SELECTED_COUNTS", (10**6,))
     with pytest.raises(ModelError, match="--backend-sampling on is not possible: the vocabulary is too small; use off"):
-        opened("on", False)
+        opened(short_model, False)
     monkeypatch.setattr(top_k_chains, "SELECTED_COUNTS", (64,))
     add, first = native.llama_sampler_chain_add, native.llama_sampler_init_top_k
     monkeypatch.setattr(native, "llama_sampler_chain_add", lambda chain, sampler: add(chain, first(60)))
     with pytest.raises(ModelError, match="is not possible"):
-        opened("on", False)
+        opened(short_model, False)
 
 
 def test_on_a_cpu_it_is_off_by_default(backend: LlamaBackend) -> None:

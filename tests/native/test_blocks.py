@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,6 @@ from engine.llama.model import LlamaBackend
 from engine.llama.params import context_params
 from engine.llama.shift import FLOAT_TYPES, as_floats, equal_keys
 from engine.llama.state import StateFormat
-from tests.native.conftest import MODEL
 from tests.native.test_llama import feed
 
 TYPES: dict[str, dict[str, str]] = {
@@ -42,16 +42,16 @@ class ContextSample(NamedTuple):
     """The logits of the row after these tokens."""
 
 
-def opened(unified: bool, **fields: Any) -> LlamaBackend:
-    config = EngineConfig.of(path=MODEL, slots=3, context=768, rows=128, kv_unified=unified, **fields)
+def opened(model: Path, unified: bool, **fields: Any) -> LlamaBackend:
+    config = EngineConfig.of(path=model, slots=3, context=768, rows=128, kv_unified=unified, **fields)
     return open_gguf(config, lambda share: None, lambda: True)
 
 
 @pytest.fixture(scope="module", params=list(TYPES))
-def pair(request: pytest.FixtureRequest) -> Iterator[dict[str, ContextSample]]:
+def pair(request: pytest.FixtureRequest, short_model: Path) -> Iterator[dict[str, ContextSample]]:
     """Yields contexts of both layouts with the same types of cells."""
     fields = TYPES[request.param] | {"memory": {"reuse": 16}}
-    backends = {"unified": opened(True, **fields), "per-slot": opened(False, **fields)}
+    backends = {"unified": opened(short_model, True, **fields), "per-slot": opened(short_model, False, **fields)}
     assert backends["unified"].info.layout == backends["per-slot"].info.layout
     yield {name: sample_of(backend) for name, backend in backends.items()}
     for backend in backends.values():
@@ -269,12 +269,12 @@ def data_of(context: LlamaContext, state: State) -> list[NDArray[np.uint8]]:
 
 
 @pytest.mark.parametrize("scaling", [native.LLAMA_ROPE_SCALING_TYPE_LINEAR, native.LLAMA_ROPE_SCALING_TYPE_YARN])
-def test_keys_that_the_library_would_scale_at_each_rotation_are_not_shifted(scaling: int) -> None:
+def test_keys_that_the_library_would_scale_at_each_rotation_are_not_shifted(short_model: Path, scaling: int) -> None:
     """With YaRN each rotation multiplies the keys by a factor that must be applied only once."""
-    config = EngineConfig.of(path=MODEL, slots=2)
+    config = EngineConfig.of(path=short_model, slots=2)
     params = context_params(config.model, config.batch, KvLayout(False, 512, ""), 2, 9, False)
     params.rope_scaling_type, params.rope_freq_scale, params.yarn_orig_ctx = scaling, 0.25, 2048
-    backend = opened(False)
+    backend = opened(short_model, False)
     context = LlamaContext(backend.model, params, partial=True, window=0, shifting=True)
     assert context.shifts is (scaling == native.LLAMA_ROPE_SCALING_TYPE_LINEAR)
     context.close()

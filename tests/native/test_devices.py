@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from engine.backend import NoFreeCells
 from engine.config import EngineConfig
 from engine.contract import ModelError
 from engine.llama import fit, library, open_gguf
-from tests.native.conftest import MODEL
+from tests.conftest import MODEL
 
 MIB = 2**20
 
@@ -76,8 +78,8 @@ def test_a_draft_model_on_its_own_device_is_not_split() -> None:
     assert (shared.split_mode, shared.tensor_split, shared.main_gpu, shared.fit) == ("row", "3,1", 1, "off")
 
 
-def test_host_work_runs_once_the_rows_have_cells() -> None:
-    config = EngineConfig.of(path=MODEL, slots=2, context=512, kv_unified=True)
+def test_host_work_runs_once_the_rows_have_cells(short_model: Path) -> None:
+    config = EngineConfig.of(path=short_model, slots=2, context=512, kv_unified=True)
     backend = open_gguf(config, lambda share: None, lambda: True)
     context, done = backend.context, list[int]()
     context.batch.add(0, 0, [5, 6, 7], 0)

@@ -12,8 +12,8 @@ from gguf import PoolingType
 from llama_cpp import Llama
 
 from engine import Engine, EngineConfig, ModelError, Request, RequestRefused
+from tests.conftest import MODEL
 from tests.native import tiny, tiny_bert
-from tests.native.conftest import MODEL
 
 TEXTS = ("a cat sat", "the dog ran off, did it?", "x", "10 birds.")
 POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}

@@ -25,7 +25,7 @@ from engine import (
     SamplingParams,
     Tokens,
 )
-from tests.native.conftest import MODEL
+from tests.conftest import MODEL
 
 CONFIG = EngineConfig.of(path=MODEL, slots=4, queue=2, context=2048)
 

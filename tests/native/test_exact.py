@@ -1,4 +1,4 @@
-"""On the real model, other requests, drafts and preemption do not change a request's output.
+"""On the first layers of the real model, other requests, drafts and preemption do not change a request's output.
 
 The tests are a part of `python -m bench.exactness`. In the deterministic profile tokens and log probabilities are equal
 to the bit, with and without noise and penalties.
@@ -7,12 +7,12 @@ to the bit, with and without noise and penalties.
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from bench.exactness import ALONE, ServingSetup, SetupComparison, SetupResult, config, request_of, requests_for
 from engine import Engine, Finished, Tokens, open_vocabulary
-from tests.native.conftest import MODEL
 
 COUNT = (
     "Count with me, slowly and in words: one, two, three, four, five, six, seven, eight, nine, ten. One, two, three,"
@@ -28,12 +28,12 @@ TEXTS = (
 
 
 @pytest.fixture(scope="module")
-def comparison() -> SetupComparison:
+def comparison(short_model: Path) -> SetupComparison:
     """Returns a comparison whose reference is the completion of each prompt alone."""
-    with open_vocabulary(MODEL) as vocab:
+    with open_vocabulary(short_model) as vocab:
         prompts = [tuple(vocab.tokenize(text, special=True)) for text in TEXTS]
     new_comparison = SetupComparison(
-        MODEL, None, True, [request_of(prompt, number, 12) for number, prompt in enumerate(prompts)]
+        short_model, None, True, [request_of(prompt, number, 12) for number, prompt in enumerate(prompts)]
     )
     alone = asyncio.run(new_comparison.run(ALONE))
     assert alone.cached == alone.drafted == alone.preemptions == 0
@@ -68,10 +68,12 @@ async def test_a_prefix_that_is_found_instead_of_computed(comparison: SetupCompa
     assert outcome.cached >= sum(len(request.prompt) - 1 for request in comparison.requests)
 
 
-async def test_log_probabilities_of_a_consumer_that_waits_for_the_end(comparison: SetupComparison) -> None:
+async def test_log_probabilities_of_a_consumer_that_waits_for_the_end(
+    comparison: SetupComparison, short_model: Path
+) -> None:
     setup = ServingSetup("at the end", types=("prediction",))
     request = requests_for(setup, comparison.requests, comparison.reference)[0]
-    opened = Engine.open(config(setup, MODEL, None, deterministic=True))
+    opened = Engine.open(config(setup, short_model, None, deterministic=True))
     async with opened as engine, engine.generate(request) as updates:
         await engine.drain(60.0)
         output, end = [update async for update in updates]

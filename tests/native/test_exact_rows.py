@@ -10,7 +10,7 @@ import pytest
 from engine.backend import Context, Logits, StatePart
 from engine.config import EngineConfig
 from engine.llama import open_gguf
-from tests.native.conftest import MODEL
+from tests.conftest import MODEL
 from tests.native.test_llama import feed
 
 TOKENS = [int(token) for token in np.random.default_rng(7).integers(100, 4000, 200)]

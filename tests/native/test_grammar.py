@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -31,7 +32,6 @@ from engine import (
 )
 from engine.grammar.tokenizer import build_tokenizer
 from engine.llama.model import LlamaBackend
-from tests.native.conftest import MODEL
 from tests.native.test_engine import answer
 from tests.native.test_proposers import EXACT
 
@@ -54,8 +54,8 @@ NO_SPECULATION = Speculation()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine() -> AsyncIterator[Engine]:
-    config = EngineConfig.of(path=MODEL, slots=4, context=4096, speculation={"types": ["auto"]}, **EXACT)  # type: ignore[arg-type]
+async def engine(short_model: Path) -> AsyncIterator[Engine]:
+    config = EngineConfig.of(path=short_model, slots=4, context=4096, speculation={"types": ["auto"]}, **EXACT)  # type: ignore[arg-type]
     async with Engine.open(config) as engine:
         yield engine
 

@@ -13,7 +13,7 @@ from engine.llama import layout, open_gguf
 from engine.llama.exact import NotExact, exact_config
 from engine.llama.layout import LayoutInputs, choose_layout
 from engine.llama.params import alternatives_for, context_params, sequences_for
-from tests.native.conftest import MODEL
+from tests.conftest import MODEL
 
 
 def inputs(

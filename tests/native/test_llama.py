@@ -16,7 +16,7 @@ from engine.contract import EngineFault, ModelError
 from engine.llama import library, open_gguf, open_vocabulary
 from engine.llama.model import LlamaBackend
 from engine.llama.params import MAX_SCORES_BYTES, resolve_flash_attention
-from tests.native.conftest import MODEL
+from tests.conftest import MODEL
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then the dog"
 

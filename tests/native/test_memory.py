@@ -16,9 +16,9 @@ from engine.contract import Failed, Finished, Logprob
 from engine.kv import Offload
 from engine.llama import open_gguf
 from engine.speculate import num_matching
+from tests.conftest import MODEL
 from tests.engine.test_same_as_alone import LAYOUTS, CoreBench, Oracle
 from tests.native import tiny
-from tests.native.conftest import MODEL
 from tests.native.test_engine import collect
 from tests.sizes import sized
 
@@ -177,8 +177,8 @@ def test_random_operations_on_models_that_cannot_cut_or_share(small: Path, unifi
     assert bench.core.kv.stats().restored_tokens
 
 
-def test_random_operations_on_the_real_model() -> None:
-    bench = run_at_random(MODEL, 1, sized(200, 2000), 80, context=512, deterministic=True)
+def test_random_operations_on_layers_of_the_real_model(short_model: Path) -> None:
+    bench = run_at_random(short_model, 1, sized(200, 2000), 80, context=512, deterministic=True)
     assert bench.core.kv.stats().saved_tokens
     assert bench.core.kv.stats().restored_tokens
 
@@ -202,9 +202,15 @@ def test_the_part_after_a_changed_line_is_moved_on_the_real_model(unified: bool)
     bench.backend.close()
 
 
-async def test_a_conversation_in_too_few_cells_continues_from_ram_and_after_a_restart_from_disk(tmp_path: Path) -> None:
+async def test_a_conversation_in_too_few_cells_continues_from_ram_and_after_a_restart_from_disk(
+    short_model: Path, tmp_path: Path
+) -> None:
     config = EngineConfig.of(
-        path=MODEL, slots=4, context=512, kv_unified=True, memory={"ram": 64, "disk": str(tmp_path), "disk_max": 64}
+        path=short_model,
+        slots=4,
+        context=512,
+        kv_unified=True,
+        memory={"ram": 64, "disk": str(tmp_path), "disk_max": 64},
     )
     turns = [words(n, 30, 1000, 40_000) for n in range(8)]
     texts: list[tuple[int, ...]] = [words(100 + n, 100, 1000, 40_000) for n in range(4)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine.llama import open_vocabulary, special_tokens
 from engine.llama.special_tokens import SpecialToken, SpecialTokenSplitter
 from engine.llama.vocab import LlamaVocab
-from tests.native.conftest import MODEL
+from tests.conftest import MODEL
 
 MODELS = [MODEL, MODEL.with_name("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf")]
 
