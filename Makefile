@@ -24,6 +24,9 @@ NO_AMX := -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
 LLAVA  := $(if $(VISION),-DLLAVA_BUILD=ON -DMTMD_VIDEO=OFF,-DLLAVA_BUILD=OFF)
 export CMAKE_ARGS := $(LLAVA) $(NO_AMX) $(CMAKE_ARGS)
 
+# With compiled modules, pytest collects in a third of the time and servers in subprocesses start in half of it.
+unexport PYTHONDONTWRITEBYTECODE
+
 LLAMA_CPP_PYTHON := "$$(sed -n 's/^ *"\(llama-cpp-python==[0-9.]*\)",$$/\1/p' pyproject.toml)"
 
 .PHONY: serve test pytest lint test-long test-clients test-scale check bench bench-full gpu-bundle clean
@@ -31,9 +34,7 @@ LLAMA_CPP_PYTHON := "$$(sed -n 's/^ *"\(llama-cpp-python==[0-9.]*\)",$$/\1/p' py
 serve: $(VENV)/.installed $(if $(VISION),$(VENV)/.vision) $(MODEL)
 	$(BIN)/paceline serve -m $(MODEL) $(ARGS)
 
-# The types are checked beside the tests, as mypy uses one core only. Servers in subprocesses start in half the time with
-# compiled modules.
-unexport PYTHONDONTWRITEBYTECODE
+# The types are checked beside the tests, as mypy uses one core only.
 test: $(VENV)/.developed $(SMOLLM)
 	@$(MAKE) --no-print-directory --jobs 2 check pytest
 

@@ -29,7 +29,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def short_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2's first layers under its name: a quarter of the computation, for tests in which the text has no sense."""
+    """Returns the path of SmolLM2 cut to its first layers, a quarter of the computation, for tests that do not check
+    the meaning of an output. The file has the name of the whole model."""
     from tests.native.cut import cut  # loads the library, which reads OMP_THREAD_LIMIT only then
 
     return cut(MODEL, tmp_path_factory.mktemp("short") / MODEL.name, 6)
