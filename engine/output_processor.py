@@ -76,7 +76,8 @@ class OutputProcessor:
         `UNDECIDED` if the pick needs logits that were not copied. Applies the bias, the penalties and the bans of
         requests to their rows."""
         params: list[PickParams | None] = [None] * len(logits)
-        positions, counts, known = [0] * len(logits), self._backend_picks.counts, dict[int, KnownTokens]()
+        positions, counts = [0] * len(logits), self._backend_picks.counts
+        known: dict[int, KnownTokens] = {}
         banned: dict[int, tuple[NDArray[np.intp], list[int]]] = {}  # tokens and the rows in which they are banned
         for each, first in zip(rows, firsts, strict=True):
             sequence = each.sequence

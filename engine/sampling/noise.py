@@ -14,6 +14,7 @@ index in the stream.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,11 +54,11 @@ def gumbel_rows(keys: Sequence[int], positions: Sequence[int], tokens: NDArray[n
 
 
 def gumbel_few(key: int, position: int, tokens: Sequence[int]) -> list[float]:
-    """Returns the noise of few tokens in less time than `gumbel`, with equal bits. `key` is `seed_key` of the seed."""
+    """Returns the noise of few tokens in less time than `gumbel`, with other rounding errors. `key` is `seed_key` of
+    the seed."""
     start = _stream_start(key, position)
     uniforms = [((finalize(token * GOLDEN_GAMMA + start & WORD_MASK) >> 14) + 0.5) * 2.0**-50 for token in tokens]
-    noise: list[float] = (-np.log(-np.log(uniforms))).tolist()
-    return noise
+    return [-math.log(-math.log(each)) for each in uniforms]
 
 
 def uniform(seed: int, position: int, stream: int = 0) -> float:

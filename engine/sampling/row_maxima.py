@@ -38,23 +38,21 @@ class RowMaxima:
 
     def __init__(self, logits: Logits) -> None:
         self.logits = logits
-        rows, vocabulary = logits.shape
-        self._width = _width(vocabulary)
-        whole = vocabulary - vocabulary % self._width
-        # [rows, lines, width]: a view of the whole lines.
-        self._lines = logits[:, :whole].reshape(rows, whole // self._width, self._width)
+        self.width = _width(logits.shape[1])
+
+    @property
+    def _lines(self) -> Logits:
+        """The whole lines of the rows, [rows, lines, width]: a view."""
+        rows, vocabulary = self.logits.shape
+        lines = vocabulary // self.width
+        return self.logits[:, : lines * self.width].reshape(rows, lines, self.width)
 
     @cached_property
     def columns(self) -> Logits:
         """The maxima of the columns of each row."""
-        rows, vocabulary = self.logits.shape
-        whole = self._lines.shape[1] * self._width
-        if whole == vocabulary:
-            whole_columns: Logits = np.maximum.reduce(self._lines, axis=1)
-            return whole_columns
-        columns = np.empty((rows, self._width + vocabulary - whole), np.float32)
-        np.maximum.reduce(self._lines, axis=1, out=columns[:, : self._width])
-        columns[:, self._width :] = self.logits[:, whole:]
+        columns: Logits = np.maximum.reduce(self._lines, axis=1)
+        if rest := self.logits.shape[1] % self.width:
+            columns = np.hstack([columns, self.logits[:, -rest:]])
         return columns
 
     @cached_property
@@ -63,9 +61,9 @@ class RowMaxima:
         numbers = np.arange(len(self.logits))
         at = self.columns.argmax(axis=1)
         highest = self.columns[numbers, at]
-        ids, values = self.columns_at(numbers, at)
+        values = self.columns_at(numbers, at)
         line = values.argmax(axis=1)
-        tokens: _Tokens = ids[numbers, line]
+        tokens: _Tokens = line * self.width + at
         values[numbers, line] = -np.inf
         self.columns[numbers, at] = values.max(axis=1)
         second = self.columns[numbers, self.columns.argmax(axis=1)]  # takes less time than `max`
@@ -83,20 +81,16 @@ class RowMaxima:
         ordered.partition(len(ordered) - k)  # the method takes a third less time than the function
         return float(ordered[len(ordered) - k])
 
-    def columns_at(self, rows: _Tokens, columns: _Tokens) -> tuple[_Tokens, Logits]:
-        """Returns the tokens and the logits of one column of each of `rows`, both [rows, lines]. The column of a token
-        after the last whole line has this token only; its other logits are -inf."""
-        lines = self._lines.shape[1]
-        steps = _line_starts(lines, self._width)
-        if self.columns.shape[1] == self._width:
-            return steps + columns[:, None], self._lines[rows, :, columns]
-        values = self._lines[rows, :, np.minimum(columns, self._width - 1)]
-        ids = steps + columns[:, None]
-        if (single := (columns >= self._width).nonzero()[0]).size:
-            values[single] = -np.inf
-            values[single, 0] = self.columns[rows[single], columns[single]]
-            ids[single] = (columns[single] + (lines - 1) * self._width)[:, None]
-        return ids, values
+    def columns_at(self, rows: _Tokens, columns: _Tokens) -> Logits:
+        """Returns the logits of one column of each of `rows`, [rows, lines]. The column of a token after the last whole
+        line has only this token, in the last line; its other logits are -inf."""
+        if self.columns.shape[1] == self.width:
+            return self._lines[rows, :, columns]
+        values = self._lines[rows, :, np.minimum(columns, self.width - 1)]
+        single = (columns >= self.width).nonzero()[0]
+        values[single] = -np.inf
+        values[single, -1] = self.columns[rows[single], columns[single]]
+        return values
 
 
 @lru_cache(8)
@@ -107,9 +101,3 @@ def _width(vocabulary: int) -> int:
         return max(1, vocabulary)
     divisors = [width for width in range(_MIN_WIDTH, _MAX_WIDTH + 1) if vocabulary % width == 0]
     return min(divisors, key=lambda width: abs(width - _WIDTH), default=_WIDTH)
-
-
-@lru_cache(8)
-def _line_starts(lines: int, width: int) -> _Tokens:
-    """Returns the first token of each line."""
-    return np.arange(lines) * width

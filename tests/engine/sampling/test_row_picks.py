@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from engine.contract import Request, SamplingParams
-from engine.sampling import UNPICKED, RowMaxima, Sampler, pick_rows
+from engine.sampling import UNPICKED, RowMaxima, Sampler, pick_rows, row_picks
 from engine.sampling.noise import gumbel
 
 VALUES = st.sampled_from([-np.inf, -3.0, -1.0, 0.0, 0.5, 2.0, 2.5, 9.0])
@@ -83,6 +83,19 @@ def test_the_picks_of_all_rows_are_those_of_the_stages(
         assert token in (expected, UNPICKED)
         assert (token == UNPICKED) <= (params[i].top_k in (0, 300))
         assert sampler.pick(row, history, 1) == expected
+
+
+@pytest.mark.parametrize("margin", [0.05, 1e3])
+def test_a_pick_that_rounding_errors_could_change_is_that_of_all_rows(
+    margin: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = np.random.default_rng(1)
+    rows = source.normal(0.0, 2.0, (200, 6144)).astype(np.float32)
+    rows[:, 7:20] += source.normal(5.0, 2.0, (200, 13)).astype(np.float32)
+    params = Sampler(Request(prompt=(0,), sampling=SamplingParams()), 3, frozenset(), bytes).row_params
+    expected = pick_rows(RowMaxima(rows), [params] * 200, [*range(200)])
+    monkeypatch.setattr(row_picks, "_MARGIN", margin)
+    assert [pick_rows(RowMaxima(row[None]), [params], [at])[0] for at, row in enumerate(rows)] == expected
 
 
 def test_rows_without_a_finite_maximum_are_not_picked() -> None:
