@@ -130,9 +130,9 @@ def _pick_single(maxima: RowMaxima, row: int, params: PickParams | None, positio
         return token
     if not params.top_k:
         return token if maxima.peaks.second.item(row) < highest + params.dominance else UNPICKED
-    floor = highest - math.log(params.top_k / _FAR_MASS)
-    if highest + params.dominance >= floor:
-        ids = (logits >= floor).nonzero()[0]
+    near = math.log(params.top_k / _FAR_MASS)
+    if params.dominance >= -near:
+        ids = (logits >= lowest_within(highest, near)).nonzero()[0]
         if len(ids) <= _MAX_NEAR_TOKENS * params.top_k:
             far_mass = max(0.0, 1.0 - len(ids) / params.top_k) * _FAR_MASS
             if (token := _draw_single(params, position, ids, logits[ids].tolist(), far_mass)) != _CLOSE:
