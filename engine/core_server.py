@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import pickle
@@ -87,6 +88,8 @@ class _CoreServer:
         try:
             async with LocalCore.open(config, opener, proposer_factory, listener) as self._core:
                 self._opening = None
+                gc.collect()
+                gc.freeze()  # later collections of garbage, which stop all threads, leave out what exists now
                 send(OpenedCore.of(self._core))
                 self._publishing = asyncio.create_task(self._publish_states())
                 await self._closing.wait()

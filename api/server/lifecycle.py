@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -177,6 +178,8 @@ async def _serve(
             if kv_events is not None:
                 state.collectors.append(kv_events)
                 await engine.report_kv_changes(kv_events.publish)
+            gc.collect()
+            gc.freeze()  # else each full collection of garbage stops all streams for 30 to 60 ms
             state.loaded = model
             port = listeners[0].getsockname()[1]
             print_line(start_message(state.loaded, *_client_urls(options.server, port)))

@@ -64,7 +64,8 @@ class RandomAcceptanceVerifier:
         self,
         sequence: EngineSequence,
         draft: Sequence[int],
-        rows: Logits,
+        first: int,
+        logits: Logits,
         picks: Sequence[int],
         masks: RowMasks | None = None,
     ) -> VerificationResult:
@@ -72,7 +73,7 @@ class RandomAcceptanceVerifier:
         own = sequence.sampler
         sequence.sampler = RandomAcceptanceSampler(own, draft, len(sequence.tokens), self._rate, self._random)
         try:
-            return verify(sequence, draft, rows, [UNPICKED] * len(picks), masks)
+            return verify(sequence, draft, first, logits, [UNPICKED] * len(picks), masks)
         finally:
             sequence.sampler = own
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import pickle
@@ -95,6 +96,7 @@ async def test_outputs_are_those_of_an_engine_in_this_process(tmp_path: Path) ->
         await engine.report_kv_changes(changes.extend)
         assert await outputs(engine) == expected
         assert shares == [1.0]
+        assert await engine.query(num_uncollected) > 10_000
         with pytest.raises(RequestRefused) as refused:
             await engine.compile(JsonSchema(b'{"type": "object", "properties": {"a": {"$ref": "#/b"}}}'))
         assert refused.value.field
@@ -113,6 +115,10 @@ async def test_outputs_are_those_of_an_engine_in_this_process(tmp_path: Path) ->
         assert engine.stats().grammar.counts
     with pytest.raises(EngineFault, match="shutting down"):
         await engine.slot_states()
+
+
+def num_uncollected(core: EngineCore) -> int:
+    return gc.get_freeze_count()
 
 
 async def until(condition: Callable[[], bool]) -> None:
