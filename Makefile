@@ -1,6 +1,7 @@
 # make serve   set up on first use, then serve a small chat model (or MODEL=path.gguf)
 # make serve VISION=1   the same with a library that reads images and sounds (--mmproj); later uses keep it
 # make test    set up on first use, then run all checks and tests
+# make check   run ruff and mypy only
 # make test-clients   install clients from npm, then test the server with them
 # make test-scale   install public routers and Ray Serve from PyPI, then test workers behind them
 # make bench   measure overhead and speed, in 10 minutes
@@ -38,7 +39,7 @@ serve: $(VENV)/.installed $(if $(VISION),$(VENV)/.vision) $(MODEL)
 test: $(VENV)/.developed $(SMOLLM)
 	@$(MAKE) --no-print-directory --jobs 2 check pytest
 
-pytest: lint
+pytest: lint $(SMOLLM)
 	$(BIN)/pytest -n auto --dist worksteal
 
 # The random tests with many more seeds and operations, for a night.

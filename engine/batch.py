@@ -36,7 +36,7 @@ class Batch:
         self.token, self.pos, self.seq = table
         self.output: NDArray[np.int8] = np.zeros(capacity, np.int8)
         self._bits = table.view(np.uint32)
-        # Views of bytes, into which a slice of an `array` is copied without a call of numpy.
+        # Memoryviews, into which an `array` is copied without a call of numpy.
         self._columns = [column.data for column in (self.token, self.pos, self.seq, self.output)]
         self._positions: NDArray[np.int32] = np.arange(1, dtype=np.int32)
         self.rows = 0
@@ -96,8 +96,8 @@ class Batch:
 
     @property
     def highest(self) -> list[int]:
-        """The highest token id, position and sequence id of all rows. Of their bits, a negative number is higher than
-        any other."""
+        """The highest token id, position and sequence id of all rows, as unsigned numbers, of which a negative number
+        is higher than any other."""
         found: list[int] = np.maximum.reduce(self._bits[:, : self.rows], axis=1).tolist()
         return found
 

@@ -129,7 +129,7 @@ class TokenCounters:
             self._served = _without_idle(self._served, self._requests)
 
     def charge(self, owner: str, tokens: float, weight: float = 1.0) -> None:
-        """Adds the cost, in tokens of a prompt, of rows of a request of `owner`."""
+        """Adds the cost, in tokens of a prompt and divided by `weight`, of rows of a request of `owner`."""
         self._served[owner] = self._served.get(owner, 0.0) + tokens / weight
 
     def _floor(self) -> float:

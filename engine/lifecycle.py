@@ -82,7 +82,7 @@ class Lifecycle:
             self._counters.prompt_tokens += sequence.prompt_length
 
     def charge(self, tokens: abc.Mapping[str, float]) -> None:
-        """Adds `tokens`, divided by the weights of the owners, to the counters of these owners."""
+        """Adds `tokens`, by owner and already divided by the owner's weight, to the counters."""
         for owner, count in tokens.items():
             self._token_counters.charge(owner, count)
 

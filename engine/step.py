@@ -104,7 +104,8 @@ class EngineCore:
     def maintain_idle(self) -> bool:
         """Saves prefixes for about `IDLE_SAVE_SECONDS` while no request runs. Returns True if prefixes are left."""
         self._work.begin()
-        self.kv.set_costs(Costs())  # keeping a cell lengthens no step while none runs
+        # Without `resident`, as keeping a cell lengthens no step while none runs.
+        self.kv.set_costs(Costs(self.cost.prompt_row, extra_pass=self.cost.extra_pass))
         more = self.kv.maintain(IDLE_SAVE_SECONDS)
         self.counters.set_gauges(len(self.running), len(self.waiting), self.kv.stats())
         self._work.end()

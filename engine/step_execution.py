@@ -104,7 +104,7 @@ class StepExecution:
             return
 
     def _count_passes(self, placed: abc.Sequence[PlacedRows]) -> None:
-        """Counts the passes of the next decode."""
+        """Counts the passes of the next decode, and the decodes before it with the same rows."""
         rows = [each.rows[:2] for each in placed]
         self._repeats = self._repeats + 1 if rows == self._rows else 0
         if not self._repeats:
@@ -120,6 +120,8 @@ class StepExecution:
             repeats = _OBSERVE_INTERVAL_STEPS
         decoding = [each.rows for each in placed if each.decodes]
         self._chooser.observe_step(decoding, prompt_rows, cells, seconds, repeats)
+        # The many rows of a prompt are in few of the steps for which a cell stays resident, so a prompt counts as one.
+        rows += len(placed) - len(decoding) - prompt_rows
         cost = self._cost
         self._kv.set_costs(Costs(cost.prompt_row, resident=cost.resident_cell(rows), extra_pass=cost.extra_pass))
 

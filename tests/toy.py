@@ -58,7 +58,7 @@ class Cell:
 # A request is usually computed alone and together with others, so most histories occur twice.
 @lru_cache(maxsize=4096)
 def random_logits(seed: int) -> Logits:
-    """Returns the logits with this seed, which cannot be changed."""
+    """Returns the logits with this seed, as a read-only array."""
     logits = np.random.default_rng(seed).standard_normal(VOCABULARY, np.float32) * 3
     logits.flags.writeable = False
     return logits

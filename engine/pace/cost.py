@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.pace.curve import Curve, Seconds
-from engine.pace.passes import Columns, Indices, Layout, SequenceRows, StepMatrix, StepShape, longest, segments, strips
+from engine.pace.passes import Columns, Indices, Layout, SequenceRows, StepMatrix, StepShape, segments, strips
 
 # Weight of a new measurement in a running mean.
 _WEIGHT = 0.2
@@ -232,7 +232,7 @@ class StepCost:
         bare = self._of_strips(found.sequences, found.rows)
         own_cells = self.layout.flash or self.layout.recurrent
         if not own_cells:
-            bare += self.row_cell * totals * longest(columns, found)
+            bare += self.row_cell * totals * columns.longest_padded(found.first, found.last)
         seconds: Seconds = np.bincount(found.step, bare, steps).astype(np.float64)
         if own_cells:
             seconds += self.row_cell * (columns.cells @ heights)

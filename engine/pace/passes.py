@@ -226,8 +226,8 @@ class Columns(NamedTuple):
             if seq in column_of:
                 column_of[seq] = len(columns)
             elif columns and seq - 1 not in column_of and columns[-1][0] == count:
-                _, sequences, others, longest = columns.pop()
-                columns.append((count, sequences + 1, others + cells, max(longest, padded(cells))))
+                _, sequences, others, most = columns.pop()
+                columns.append((count, sequences + 1, others + cells, max(most, padded(cells))))
                 next_id = seq + 1
                 continue
             columns.append((count, 1, cells, padded(cells)))
@@ -252,6 +252,13 @@ class Columns(NamedTuple):
         heights[self.drafting] += lengths
         return heights
 
+    def longest_padded(self, first: Indices, last: Indices) -> Floats:
+        """Returns the padded cells of the longest sequence of each interval from column `first` to column `last`."""
+        bounds = np.stack((first, last + 1), axis=1).ravel()
+        # The appended number gives the end of the last column an index.
+        most: Floats = np.maximum.reduceat(np.append(self.padded, 0.0), bounds)[::2]
+        return most
+
 
 class Strips(NamedTuple):
     """The passes of alternative steps, as arrays over strips. A strip is one pass, or several if it exceeds `ubatch`
@@ -264,9 +271,9 @@ class Strips(NamedTuple):
     rows: Indices
     """Rows of each sequence."""
     first: Indices
-    """The first column."""
+    """Index of the first column."""
     last: Indices
-    """The last column."""
+    """Index of the last column."""
 
 
 def strips(columns: Columns, heights: StepMatrix) -> Strips:
@@ -293,13 +300,6 @@ def strips(columns: Columns, heights: StepMatrix) -> Strips:
     first, last = firsts[interval], lasts[interval]
     before = np.concatenate(((0,), np.cumsum(columns.sequences)))
     return Strips(step, before[last + 1] - before[first], flat[found].astype(np.intp), first, last)
-
-
-def longest(columns: Columns, found: Strips) -> Floats:
-    """Returns the padded cells of the longest sequence of each strip."""
-    bounds = np.stack((found.first, found.last + 1), axis=1).ravel()
-    lengths: Floats = np.maximum.reduceat(np.append(columns.padded, 0.0), bounds)[::2]
-    return lengths
 
 
 @lru_cache(64)

@@ -39,6 +39,7 @@ class RowMaxima:
     def __init__(self, logits: Logits) -> None:
         self.logits = logits
         self.width = _width(logits.shape[1])
+        """Number of tokens of a line."""
 
     @property
     def _lines(self) -> Logits:

@@ -2,7 +2,7 @@
 
 The picks are those of the stages in `engine.sampling.stages`, to the bit: the same operations in the same order on each
 row. Sums over the candidates of a row are cumulative, so they do not depend on the other rows. One or two rows are
-picked with other rounding errors, which take less time, unless these could change the pick.
+picked by scalar operations, which take less time, unless their rounding errors could change the pick.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ _MAX_SINGLE_ROWS = 2
 UNPICKED = -1
 # Stands for the token of a row if rounding errors or tokens that were not considered could change the pick.
 _CLOSE = -3
-# Exceeds the relative rounding errors of sums of results of `math` and of numpy.
+# Exceeds the rounding errors of scores and the relative ones of sums, by scalar and by array operations.
 _MARGIN = 1e-9
 # Mass of `top_k` tokens that are just likely enough to be considered at first, where the most likely token has 1.
 _FAR_MASS = 0.03
-# Up to this number of tokens per `top_k` are sorted; for more, a closer bound takes less time.
-_MAX_NEAR_TOKENS = 4
+# Up to `top_k` times this many tokens are sorted; for more, a closer bound takes less time.
+_NEAR_TOKENS_FACTOR = 4
 
 
 class PickParams(NamedTuple):
     """Parameters of a pick that depends only on the row, the seed and the position."""
 
     dominance: float
-    """Tokens with logits below the maximum plus this are not picked, unless it is the maximum: log(min_p), infinite for
-    a greedy pick, or -inf."""
+    """Tokens with logits below the maximum plus this are not picked, except the most likely one: log(min_p), infinite
+    for a greedy pick, or -inf."""
     top_k: int
     """0 if only a dominant token can be picked."""
     top_p: float
@@ -133,7 +133,7 @@ def _pick_single(maxima: RowMaxima, row: int, params: PickParams | None, positio
     near = math.log(params.top_k / _FAR_MASS)
     if params.dominance >= -near:
         ids = (logits >= lowest_within(highest, near)).nonzero()[0]
-        if len(ids) <= _MAX_NEAR_TOKENS * params.top_k:
+        if len(ids) <= _NEAR_TOKENS_FACTOR * params.top_k:
             far_mass = max(0.0, 1.0 - len(ids) / params.top_k) * _FAR_MASS
             if (token := _draw_single(params, position, ids, logits[ids].tolist(), far_mass)) != _CLOSE:
                 return token

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
+from tests.conftest import MODEL
+
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 # One thread: with two, any other load on the machine stalls both at every barrier.
 _QUICK_FLAGS = ("-t", "1", "-c", "4096", "--no-warmup")
 _TIMEOUT_SECONDS = 60.0

@@ -24,7 +24,8 @@ from pydantic_ai import Agent as PydanticAgent
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
-from tests.api.server import MODEL, Server, serving
+from tests.api.server import Server, serving
+from tests.conftest import MODEL
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 NAME = MODEL.stem

@@ -11,8 +11,9 @@ from anthropic import Anthropic, AsyncAnthropic, BadRequestError, beta_async_too
 from pydantic import BaseModel
 
 from tests.api.fake import FakeEngine, Step
-from tests.api.server import MODEL, Server, serving
+from tests.api.server import Server, serving
 from tests.api.test_tools import app_of
+from tests.conftest import MODEL
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 NAME = MODEL.stem

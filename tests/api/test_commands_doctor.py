@@ -22,7 +22,7 @@ from engine import (
     core_process,
 )
 from tests.api.fake import INFO
-from tests.api.server import MODEL
+from tests.conftest import MODEL
 
 MACHINE = MachineInfo(
     "Some CPU", 4, 8, 2**34, 2**33, (), "ggml 1.2 abc CPU : SSE3 = 1 | AVX2 = 1 | NEON = 0 | OPENMP = 1"

@@ -17,7 +17,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.api.server import MODEL, Server, serving
+from tests.api.server import Server, serving
+from tests.conftest import MODEL
 
 pytestmark = pytest.mark.timeout(180)
 NAME = MODEL.stem

@@ -11,8 +11,9 @@ import httpx2
 import pytest
 
 from api.__main__ import main
-from tests.api.server import MODEL, Server, serving
+from tests.api.server import Server, serving
 from tests.api.test_tools import WEATHER
+from tests.conftest import MODEL
 
 pytestmark = pytest.mark.timeout(180)
 SKY: Any = [{"role": "user", "content": "Why is the sky blue? 🌈"}]

@@ -18,7 +18,7 @@ from api.ui.snapshot import Sample, live_snapshot
 from tests.api.asgi import CapturedResponse, call
 from tests.api.conftest import Apps
 from tests.api.fake import SLOTS, FakeEngine, app_state
-from tests.api.server import MODEL
+from tests.conftest import MODEL
 
 EVENTS = "/v1/paceline/events"
 # Bytes of the page with all of its files.

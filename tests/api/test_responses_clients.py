@@ -14,7 +14,8 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel, Field
 
-from tests.api.server import MODEL, Server, serving
+from tests.api.server import Server, serving
+from tests.conftest import MODEL
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 NAME = MODEL.stem

@@ -11,7 +11,8 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel, Field
 
-from tests.api.server import MODEL, serving
+from tests.api.server import serving
+from tests.conftest import MODEL
 
 pytestmark = pytest.mark.timeout(180)
 NAME = MODEL.stem

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp
 
 from engine import Engine, EngineConfig, Finished, JsonSchema, Request, SamplingParams, Speculation, Tokens
 from tests.api.asgi import post
-from tests.api.server import MODEL
+from tests.conftest import MODEL
 
 INPUT: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},

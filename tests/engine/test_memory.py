@@ -16,7 +16,7 @@ from msgspec import structs
 
 from engine.backend import NoFreeCells
 from engine.contract import Finished, FinishReason, Request, SamplingParams
-from engine.kv import Costs, Offload, offloader
+from engine.kv import Costs, Offload, idle, offloader
 from engine.kv.block import BLOCK_TOKENS
 from engine.kv.disk import Disk
 from engine.speculate import LastStep
@@ -235,6 +235,26 @@ def test_idle_prefixes_stay_where_they_cost_nothing() -> None:
     bench.core.cost.row_cell = 1e-12
     run_request(bench, 100, (3,), 40)
     assert context.used() > 3000
+
+
+def test_an_idle_engine_keeps_prefixes_by_their_measured_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idle, "UNPRICED_STEPS", 4)
+    context = ToyContext(cells=4000, rows=512)
+    bench = CoreBench(context)
+    run_request(bench, 0, prompt_of(400))
+    bench.core.cost.row_cell, bench.core.cost._prompt_row = 1e-12, 1e-3
+    run_request(bench, 1, (3,), 12)
+    bench.core.maintain_idle()
+    assert context.used() >= 400
+
+
+def test_the_rows_of_a_prompt_evict_no_idle_prefix() -> None:
+    context = ToyContext(cells=4000, rows=512, sequences=30)
+    bench = CoreBench(context, ram=10**7)
+    run_request(bench, 0, prompt_of(400))
+    bench.core.cost.row_cell = 1e-9
+    run_request(bench, 1, prompt_of(2000, 1))
+    assert context.used() >= 2400
 
 
 def test_loading_is_spread_over_steps_while_others_run() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from bench.fleet import PUBLIC_ROUTERS, fleet_workers, routed
 from bench.routers import LOAD_REQUESTS, affinity, measure, show_routers
-from tests.api.server import MODEL
+from tests.conftest import MODEL
 
 
 @pytest.mark.parametrize("name", PUBLIC_ROUTERS)
