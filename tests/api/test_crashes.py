@@ -113,12 +113,12 @@ def test_a_server_killed_under_load_starts_again_with_damaged_files(tmp_path: Pa
     try:
         url = server.ready()
         assert texts(url) == wanted
-        assert list((tmp_path / "kept").rglob("*.part")) == []
         load = Load(url)
         time.sleep(0.3)
         server.signal(signal.SIGTERM)
         load.join()
         assert server.wait() == 0
+        assert list((tmp_path / "kept").rglob("*.part")) == []  # a running server may be writing one
         assert {status for status in load.statuses if status >= 500} <= {503}
     finally:
         server.close()
